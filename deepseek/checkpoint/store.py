@@ -1,0 +1,171 @@
+"""Files that survive a crash: whole or absent, never half written.
+
+Every writer works on a temporary neighbour, forces it to disk and renames it. A training state is a folder
+`step-00001200/` with `state.safetensors` and `meta.json`; the latter carries a digest over both, so that damage is
+noticed when the state is read and an older whole state can take over.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any
+
+from deepseek.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE_NAME = re.compile(r"step-\d{8,}")
+
+
+def home() -> Path:
+    """Return the folder for downloaded models and caches: `$DEEPSEEK_HOME`, else `~/.cache/deepseek`."""
+    return Path(os.environ.get("DEEPSEEK_HOME") or Path.home() / ".cache" / "deepseek")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well it replaces `path`, otherwise it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _neighbour(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Give an empty temporary folder beside `path`; when the block ends well it takes the place of `path`.
+
+    A folder that was there before is gone afterwards. The block may put files in it, not folders.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = _neighbour(path), _neighbour(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    _sync(path.parent)
+
+
+def canonical_json(value: object) -> bytes:
+    """Return the one JSON spelling of `value` (sorted keys, no spaces) that digests are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as readable JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the value of a JSON file; raise `CheckpointError` if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); restore it or delete it.") from error
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_state(folder: str | Path, tensors: dict[str, "Tensor"], meta: dict[str, Any]) -> None:
+    """Write `tensors` and `meta` (JSON values) as one folder that is either whole or absent."""
+    from safetensors.torch import save_file
+
+    with atomic_folder(folder) as temporary:
+        state = temporary / "state.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, state)
+        write_json(temporary / "meta.json", {"meta": meta, "digest": _state_digest(state, meta)})
+
+
+def load_state(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """Return the tensors (on the CPU) and meta of a state folder; raise `CheckpointError` if it is damaged."""
+    from safetensors.torch import load_file
+
+    meta = _verified_meta(Path(folder))
+    return load_file(Path(folder) / "state.safetensors"), meta
+
+
+def latest_state(root: str | Path) -> Path | None:
+    """Return the newest undamaged state folder under `root`, or None."""
+    for folder in _states(Path(root)):
+        try:
+            _verified_meta(folder)
+        except CheckpointError:
+            continue
+        return folder
+    return None
+
+
+def prune(root: str | Path, keep: int) -> None:
+    """Delete all but the newest `keep` state folders under `root`, and what interrupted writes left there."""
+    for folder in _states(Path(root))[keep:]:
+        shutil.rmtree(folder)
+    for leftover in Path(root).glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _states(root: Path) -> list[Path]:
+    """Return the state folders under `root`, newest first."""
+    folders = root.iterdir() if root.is_dir() else ()
+    return sorted((f for f in folders if STATE_NAME.fullmatch(f.name)), key=lambda f: int(f.name[5:]), reverse=True)
+
+
+def _verified_meta(folder: Path) -> dict[str, Any]:
+    """Return the meta of a state folder whose digest is right."""
+    state = folder / "state.safetensors"
+    if not state.is_file():
+        raise CheckpointError(f"{folder} holds no state.safetensors; delete the folder and resume from an older state.")
+    record = read_json(folder / "meta.json")
+    if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
+        raise CheckpointError(f"{folder}/meta.json is not a state record; delete the folder and resume.")
+    if record.get("digest") != _state_digest(state, record["meta"]):
+        raise CheckpointError(f"{folder} is damaged (its digest differs); delete it and resume from an older state.")
+    meta: dict[str, Any] = record["meta"]
+    return meta
+
+
+def _state_digest(state: Path, meta: dict[str, Any]) -> str:
+    """Return the digest over a state file and its meta."""
+    return hashlib.sha256(file_digest(state).encode() + canonical_json(meta)).hexdigest()
+
+
+def _neighbour(path: Path) -> Path:
+    """Return an unused hidden name beside `path`, on the same file system so that a rename is atomic."""
+    return path.with_name(f".{path.name}.{token_hex(4)}.tmp")
+
+
+def _sync(path: Path) -> None:
+    """Force a file's or folder's content to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
