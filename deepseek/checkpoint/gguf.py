@@ -1,6 +1,8 @@
 """A GGUF file turned into a Hugging Face model folder."""
 
+import io
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -18,7 +20,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
     rounding (2^-9 of a value) is far below the step of a 4-bit code. The same source gives the same bytes.
     """
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # one progress bar there does not heed the switch above
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]

@@ -1,0 +1,49 @@
+"""Language models made of expert modules: each trained alone, plugged into a live model, gone when unplugged.
+
+The flow, from a name to an answer:
+
+    import deepseek
+    pack = deepseek.train_expert("smollm2-135m", from_git="path/to/repository")  # the base stays frozen
+    model, tokenizer = deepseek.load("smollm2-135m")
+    model.experts.plug(pack)      # checked first: base, tokenizer, digests, licence
+    model.experts.arm("auto")     # each prompt wakes the experts that it needs; the others cost nothing
+    prompt = tokenizer("def main():", return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=64)
+    model.experts.unplug(model.experts.list()[0].name)  # bit for bit the base again
+
+Names are loaded at first use, so `import deepseek` is instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from deepseek.infer.load import load as load
+    from deepseek.model.config import ModelConfig as ModelConfig
+    from deepseek.model.moe.router import DynamicRouter as DynamicRouter
+    from deepseek.model.transformer import DeepSeekModel as DeepSeekModel
+    from deepseek.train.expert import train_expert as train_expert
+
+_HOMES = {
+    "DeepSeekModel": "deepseek.model.transformer",
+    "DynamicRouter": "deepseek.model.moe.router",
+    "ModelConfig": "deepseek.model.config",
+    "load": "deepseek.infer.load",
+    "train_expert": "deepseek.train.expert",
+}
+
+__all__ = ["DeepSeekModel", "DynamicRouter", "ModelConfig", "__version__", "load", "train_expert"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module at first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deepseek' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

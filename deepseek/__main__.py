@@ -1,0 +1,5 @@
+"""`python -m deepseek`."""
+
+from deepseek.cli.main import main
+
+main()

@@ -1,0 +1,113 @@
+"""The command line: one table of commands, each imported only when it is called, and one place that ends in errors.
+
+Exit codes: 0 done, 1 a defect of ours, 2 a mistake that the message says how to mend, 130 interrupted.
+"""
+
+import os
+import sys
+from importlib import import_module
+
+from deepseek import __version__
+from deepseek.errors import UserError
+
+COMMANDS = {
+    "run": ("deepseek.cli.run", "From nothing to a chat with an expert trained on a git history."),
+    "pull": ("deepseek.cli.pull", "Fetch a base model."),
+    "chat": ("deepseek.cli.chat", "Talk to a model in the terminal."),
+    "generate": ("deepseek.cli.generate", "Complete one prompt."),
+    "eval": ("deepseek.cli.eval", "Compare held-out loss before and after plugging experts."),
+    "expert": ("deepseek.cli.expert", "Train, list, inspect, verify and sign expert packs."),
+}
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command that `arguments` (default: those of the process) name, and exit."""
+    debug, arguments = _take_debug(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        status = _say(str(stop) or "interrupted", INTERRUPTED, debug)
+    except UserError as error:
+        status = _say(f"error: {error}", 2, debug)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        status = _say(f"error: {_os_cause(error)}", 2, debug)
+    except Exception as error:
+        hint = "" if debug else "; run it again with --debug for the traceback"
+        status = _say(f"error: unexpected {type(error).__name__} ({error}){hint}", 1, debug)
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    """Dispatch to a command and return its exit status."""
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_help())
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"deepseek {__version__}")
+        return 0
+    module, _ = _command(arguments[0])
+    return _call(module, f"deepseek {arguments[0]}", arguments[1:])
+
+
+def _command(name: str) -> tuple[str, str]:
+    if name in COMMANDS:
+        return COMMANDS[name]
+    from deepseek.registry import nearest
+
+    what = "option" if name.startswith("-") else "command"
+    raise UserError(f"unknown {what} {name!r}; {nearest(name, COMMANDS)}.")
+
+
+def _call(module: str, program: str, arguments: list[str]) -> int:
+    """Run the Typer application `app` of a command module; usage mistakes become `UserError`."""
+    from typer.exceptions import Abort, TyperException
+    from typer.main import get_command
+
+    command = get_command(import_module(module).app)
+    try:
+        result = command.main(args=arguments, prog_name=program, standalone_mode=False)
+    except TyperException as error:
+        message = error.format_message().rstrip(".?")
+        raise UserError(f"{message}; see `{program} --help`.") from error
+    except Abort as stop:  # how Typer reports Ctrl-C
+        raise KeyboardInterrupt(*getattr(stop.__cause__, "args", ())) from None
+    return result if isinstance(result, int) else 0
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: deepseek COMMAND [OPTIONS]\n\n"
+        f"Expert modules for language models: trained alone, plugged into a live model.\n\ncommands:\n{rows}\n\n"
+        "options:\n  --help      This text, or that of a command: deepseek COMMAND --help\n"
+        "  --version   The version.\n  --debug     With any command: show the traceback of an error."
+    )
+
+
+def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Return whether `--debug` is among the options (before any `--`), and the arguments without it."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [argument for argument in arguments[:end] if argument != "--debug"]
+    return len(options) < end, options + arguments[end:]
+
+
+def _os_cause(error: OSError) -> str:
+    """Return an operating system's error as one sentence."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}."
+
+
+def _say(message: str, status: int, debug: bool) -> int:
+    """Print a message (with the traceback that led to it if `debug`) on standard error and return `status`."""
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    return status
