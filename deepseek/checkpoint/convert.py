@@ -42,7 +42,9 @@ _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\
 
 def _llama(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("mlp_bias"):
-        raise CheckpointError("Llama checkpoints with mlp_bias=true are not supported; use one without biases in the MLP.")
+        raise CheckpointError(
+            "Llama checkpoints with mlp_bias=true are not supported; use one without biases in the MLP."
+        )
     bias = bool(raw.get("attention_bias"))
     return {"attention_bias": bias, "attention_output_bias": bias}
 
@@ -97,7 +99,9 @@ def _qwen3_moe(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _olmoe(raw: dict[str, Any]) -> dict[str, Any]:
     bias = bool(raw.get("attention_bias"))
-    experts = _topk(raw["num_experts"], raw["intermediate_size"], raw["num_experts_per_tok"], bool(raw.get("norm_topk_prob")))
+    experts = _topk(
+        raw["num_experts"], raw["intermediate_size"], raw["num_experts_per_tok"], bool(raw.get("norm_topk_prob"))
+    )
     return experts | {
         "attention_bias": bias, "attention_output_bias": bias, "qk_norm": "width", "clip_qkv": raw.get("clip_qkv"),
     }  # fmt: skip
@@ -162,7 +166,9 @@ def convert_tensors(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any
     dense: set[int] = set(config.get("dense_layers") or ())
     renamed = {_rename(name): tensor for name, tensor in tensors}
     stacked = _stack_experts(renamed)
-    if config.get("num_experts") and not any(".experts." in name or name.startswith("expert_pools.") for name in stacked):
+    if config.get("num_experts") and not any(
+        ".experts." in name or name.startswith("expert_pools.") for name in stacked
+    ):
         return {_as_shared_expert(name, dense): tensor for name, tensor in stacked.items()}
     return stacked
 
@@ -195,7 +201,9 @@ def _stack_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             gate_up = [torch.cat((matrices[i, "gate_proj"], matrices[i, "up_proj"])) for i in range(count)]
             down = [matrices[i, "down_proj"] for i in range(count)]
         except KeyError as error:
-            raise CheckpointError(f"The checkpoint lacks a matrix of {prefix} {error.args[0]}; fetch it again.") from None
+            raise CheckpointError(
+                f"The checkpoint lacks a matrix of {prefix} {error.args[0]}; fetch it again."
+            ) from None
         output[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
         output[f"{prefix}.down_proj"] = torch.stack(down)
     return output

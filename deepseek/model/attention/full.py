@@ -1,0 +1,62 @@
+"""Exact attention over all visible keys."""
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from deepseek.model.config import ModelConfig
+from deepseek.model.context import ForwardContext
+from deepseek.model.norm import RMSNorm
+
+
+class FullAttention(nn.Module):
+    """Causal multi-head attention with grouped key/value heads (arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.clip_qkv = config.clip_qkv
+        self.norm_heads = config.qk_norm == "head"
+        self.windowed = config.sliding_window is not None and layer_idx not in (config.full_attention_layers or ())
+        width, bias = config.hidden_size, config.attention_bias
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=bias)
+        self.k_proj = nn.Linear(width, key_width, bias=bias)
+        self.v_proj = nn.Linear(width, key_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, width, bias=config.attention_output_bias)
+        if config.qk_norm != "none":
+            self.q_norm = RMSNorm(self.head_dim if self.norm_heads else query_width, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim if self.norm_heads else key_width, config.rms_norm_eps)
+        self.normed = config.qk_norm != "none"
+
+    def forward(self, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+        query, key, value = self._project(x_BTD)
+        query, key = ctx.positions(query, key)
+        if ctx.cache is not None:
+            key, value = ctx.cache.update(key, value, self.layer_idx)
+        mask = ctx.window_mask_B1TS if self.windowed else ctx.mask_B1TS
+        attended_BHTK = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and query.shape[2] > 1,
+            enable_gqa=self.grouped,
+        )
+        output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
+        return output
+
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries `[B, H, T, K]` and keys and values `[B, G, T, K]`."""
+        query, key, value = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.normed and not self.norm_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip_qkv is not None:
+            query, key, value = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (query, key, value))
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
+        if self.norm_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value

@@ -1,0 +1,41 @@
+"""One layer of the transformer."""
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from deepseek.model.attention import ATTENTION
+from deepseek.model.config import ModelConfig
+from deepseek.model.context import ForwardContext
+from deepseek.model.feed_forward import SwiGLU
+from deepseek.model.moe.experts import Experts
+from deepseek.model.moe.layer import MoELayer
+from deepseek.model.norm import RMSNorm
+from deepseek.registry import pick
+
+
+class Block(GradientCheckpointingLayer):  # type: ignore[misc]
+    """Attention, then feed-forward (dense or mixture of experts), each on a normed copy added back to the stream."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int, pool: Experts | None) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.sparse = config.is_sparse(layer_idx)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = pick(ATTENTION, config.attention, "attention")(config, layer_idx)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward: nn.Module = (
+            MoELayer(config, layer_idx, pool) if self.sparse else SwiGLU(config.hidden_size, config.intermediate_size)
+        )
+
+    def forward(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+        hidden_BTD = self.attend(hidden_BTD, ctx)
+        x_BTD = self.feed_forward_norm(hidden_BTD)
+        y_BTD: Tensor = self.feed_forward(x_BTD, ctx) if self.sparse else self.feed_forward(x_BTD)
+        if ctx.armed is not None:
+            y_BTD = ctx.armed.apply(self.layer_idx, x_BTD, y_BTD, ctx)
+        return hidden_BTD + y_BTD
+
+    def attend(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the stream `[B, T, D]` after this block's attention, which no plugged expert of the block changes."""
+        attended: Tensor = self.attention(self.attention_norm(hidden_BTD), ctx)
+        return hidden_BTD + attended

@@ -1,0 +1,249 @@
+"""`ModelConfig`: every choice about a model's shape, as a Hugging Face config."""
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from deepseek.errors import ConfigError
+from deepseek.model.presets import PRESETS
+from deepseek.registry import nearest, pick
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "attention": ("full",),
+    "positional_encoding": ("none", "rope"),
+    "routing_strategy": ("dense", "dynamic", "topk"),
+    "router_score": ("sigmoid", "softmax"),
+    "qk_norm": ("head", "none", "width"),
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+# Keys that Hugging Face itself writes into or passes along with a config; they carry no meaning here.
+_FOREIGN_KEYS = {
+    "attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions",
+    "per_layer_config", "rope_scaling", "rope_theta", "torch_dtype",
+}  # fmt: skip
+
+
+class ModelConfig(PreTrainedConfig):
+    """Shape of a `DeepSeekModel`. Field names are those of Hugging Face where a field exists there.
+
+    A field that is not given keeps its default; `from_pretrained(name, config=...)` takes it from the checkpoint
+    instead. An unknown or contradictory value raises `ConfigError`, which names the field and the nearest valid one.
+
+    Backbone:
+        hidden_size: width D of the residual stream.
+        intermediate_size: width of the dense feed-forward networks.
+        head_dim: width K of one attention head (default `hidden_size // num_attention_heads`).
+        qk_norm: RMS norm on queries and keys: "none", per "head" (Qwen3) or over the whole "width" (OLMoE).
+        clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE).
+        sliding_window: number of past tokens, itself included, that a token attends to; None = all.
+        full_attention_layers: layers that ignore `sliding_window` (Qwen2 and Qwen3 mix both kinds).
+        max_position_embeddings: longest context in tokens; `max_len` is another name for it.
+    Mixture of experts (`num_experts` = 0 makes a dense model):
+        num_experts, expert_dim: routed experts per pool and their width F.
+        num_shared_experts, shared_expert_dim: always-on experts and their total width (default: number x `expert_dim`).
+        routing_strategy: "dynamic" (as many experts as the cumulative threshold needs), "topk" or "dense" (all).
+        routing_threshold: cumulative weight after which no further expert is taken (dynamic).
+        min_experts, max_experts: bounds of the number of experts a token (dynamic); `max_experts` is the k of "topk".
+        candidate_experts: experts the dynamic softmax is taken over.
+        expert_sharing: number of adjacent layers that share one pool of routed experts (1 = none).
+        target_experts: mean number of experts a token that temperature control holds (None = no control).
+        router_temperature: start value of that temperature.
+        router_score, router_renormalize, router_scale: gate function, whether kept weights sum to 1, and their factor.
+        num_expert_groups, max_expert_groups: group-limited top-k (DeepSeek-V3, arXiv:2412.19437).
+        balance_rate: step of the loss-free balance bias (arXiv:2408.15664).
+        dense_layers: layers that keep a dense feed-forward network.
+    """
+
+    model_type = "deepseek_dmoe"
+    attribute_map = {"max_len": "max_position_embeddings", "num_experts_per_tok": "max_experts"}
+    keys_to_ignore_at_inference = ["cache"]
+
+    vocab_size: int = 49152
+    hidden_size: int = 512
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    attention: str = "full"
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    qk_norm: str = "none"
+    clip_qkv: float | None = None
+    sliding_window: int | None = None
+    full_attention_layers: list[int] | None = None
+
+    positional_encoding: str = "rope"
+    rope_parameters: dict[str, Any] | None = None
+
+    num_experts: int = 0
+    expert_dim: int = 0
+    num_shared_experts: int = 0
+    shared_expert_dim: int | None = None
+    routing_strategy: str = "dynamic"
+    routing_threshold: float = 0.7
+    min_experts: int = 1
+    max_experts: int = 5
+    candidate_experts: int = 8
+    expert_sharing: int = 1
+    target_experts: float | None = None
+    router_temperature: float = 1.0
+    router_score: str = "softmax"
+    router_renormalize: bool = True
+    router_scale: float = 1.0
+    num_expert_groups: int = 1
+    max_expert_groups: int = 1
+    balance_rate: float = 1e-3
+    dense_layers: list[int] | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "ModelConfig":
+        config = super().__new__(cls)
+        config.__dict__["_given"] = tuple(sorted(kwargs))  # what the caller chose, as opposed to defaults
+        return config
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key in kwargs:
+            if key not in _FOREIGN_KEYS and key not in self.attribute_map and not key.startswith("_"):
+                raise ConfigError(f"ModelConfig has no field {key!r}; {nearest(key, field_names())}.")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.shared_expert_dim is None:
+            self.shared_expert_dim = self.num_shared_experts * self.expert_dim
+        super().__post_init__(**kwargs)
+        _validate(self)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "ModelConfig":
+        """Return the named preset (`deepseek-nano`, `-29m`, `-1b`, `-8b`, `-175b`) with `changes` applied."""
+        return cls(**(pick(PRESETS, name, "preset") | changes))
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that the caller chose, with their values."""
+        return {name: getattr(self, name) for name in self._given if name in field_names()}
+
+    def merged_into(self, checkpoint: dict[str, Any]) -> "ModelConfig":
+        """Return the config of a checkpoint with the choices of this one laid over it.
+
+        Raises:
+            ConfigError: a chosen field contradicts the shape of the checkpoint's weights.
+        """
+        for name in sorted(WEIGHT_FIELDS & self.given.keys() & checkpoint.keys()):
+            if self.given[name] != checkpoint[name]:
+                raise ConfigError(
+                    f"{name}={self.given[name]!r} contradicts the checkpoint, whose weights have "
+                    f"{name}={checkpoint[name]!r}; leave {name} out."
+                )
+        return type(self)(**(checkpoint | self.given))
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Whether the feed-forward part of layer `layer_idx` is a mixture of experts."""
+        return self.num_experts > 0 and layer_idx not in (self.dense_layers or ())
+
+    def to_dict(self) -> dict[str, Any]:
+        output: dict[str, Any] = super().to_dict()
+        output.pop("_given", None)
+        return output
+
+
+# Fields that fix the shape of the backbone's weights, which no later choice can change.
+WEIGHT_FIELDS = {
+    "attention_bias", "attention_output_bias", "head_dim", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "qk_norm", "vocab_size",
+}  # fmt: skip
+
+
+def field_names() -> set[str]:
+    """Names that `ModelConfig(...)` accepts."""
+    return {field.name for field in fields(ModelConfig)} | set(ModelConfig.attribute_map)
+
+
+def defaults() -> dict[str, Any]:
+    """Default value of every field that has a plain one."""
+    return {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+
+
+def _validate(config: ModelConfig) -> None:
+    for name, values in CHOICES.items():
+        value = getattr(config, name)
+        if value not in values:
+            raise ConfigError(f"{name}={value!r} is unknown; {nearest(str(value), values)}.")
+    _validate_backbone(config)
+    if config.num_experts:
+        _validate_experts(config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _validate_backbone(config: ModelConfig) -> None:
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        value = getattr(config, name)
+        _require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive whole number.")
+    heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    _require(
+        isinstance(groups, int) and groups > 0 and heads % groups == 0,
+        f"num_key_value_heads={groups!r} must divide num_attention_heads={heads}.",
+    )
+    _require(
+        isinstance(head_dim, int) and head_dim > 0 and head_dim % 2 == 0,
+        f"head_dim={head_dim!r} must be a positive even number; set it, or a hidden_size that "
+        f"{heads} heads divide evenly.",
+    )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    _require(
+        config.positional_encoding != "rope" or rope_type in ROPE_TYPES,
+        f"rope_parameters['rope_type']={rope_type!r} is not supported; {nearest(str(rope_type), ROPE_TYPES)}.",
+    )
+
+
+def _validate_experts(config: ModelConfig) -> None:
+    _require(
+        config.num_experts > 0 and config.expert_dim > 0,
+        f"num_experts={config.num_experts} needs a positive expert_dim (it is {config.expert_dim}), "
+        "the width of one expert.",
+    )
+    _require(
+        1 <= config.min_experts <= config.max_experts <= config.num_experts,
+        f"min_experts={config.min_experts} and max_experts={config.max_experts} must satisfy "
+        f"1 <= min_experts <= max_experts <= num_experts={config.num_experts}.",
+    )
+    _require(
+        0.0 < config.routing_threshold <= 1.0,
+        f"routing_threshold={config.routing_threshold} must lie in (0, 1].",
+    )
+    _require(
+        config.routing_strategy != "dynamic" or config.candidate_experts >= config.max_experts,
+        f"candidate_experts={config.candidate_experts} must be at least max_experts={config.max_experts}.",
+    )
+    _require(
+        config.target_experts is None or config.min_experts <= config.target_experts <= config.max_experts,
+        f"target_experts={config.target_experts} must lie between min_experts={config.min_experts} "
+        f"and max_experts={config.max_experts}.",
+    )
+    _require(
+        config.num_experts % config.num_expert_groups == 0
+        and 1 <= config.max_expert_groups <= config.num_expert_groups,
+        f"num_expert_groups={config.num_expert_groups} must divide num_experts={config.num_experts} and be at least "
+        f"max_expert_groups={config.max_expert_groups}.",
+    )
+    _require(
+        config.expert_sharing >= 1,
+        f"expert_sharing={config.expert_sharing} must be at least 1 (layers per expert pool).",
+    )

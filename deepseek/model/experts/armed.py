@@ -1,0 +1,141 @@
+"""The plugged experts that take part in one forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepseek.model.context import ForwardContext
+from deepseek.model.experts.gate import GateBank
+from deepseek.model.experts.module import ExpertModule
+
+
+@dataclass
+class Trace:
+    """What the experts did over several forward passes (see `ExpertSet.record`).
+
+    parts: (module name, layer) -> weights `[B, T]` of each pass, on the CPU.
+    """
+
+    parts: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modules that took part, sorted."""
+        return tuple(sorted({name for name, _ in self.parts}))
+
+    def weights(self, name: str) -> Tensor:
+        """Return the weight `[B, T]` of module `name` at every token, averaged over its layers."""
+        return torch.stack([torch.cat(parts, dim=1) for (owner, _), parts in self.parts.items() if owner == name]).mean(
+            0
+        )
+
+    def add(self, modules: Sequence[ExpertModule], layer_idx: int, weights_BTM: Tensor) -> None:
+        """Append the weights of one layer in one forward pass."""
+        for module, weights_BT in zip(modules, weights_BTM.detach().float().cpu().unbind(-1), strict=True):
+            self.parts.setdefault((module.name, layer_idx), []).append(weights_BT)
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Which modules are candidates, layer by layer.
+
+    Modules are in the order of their content digests, never of their plugging, so that every plug order gives the same
+    bits.
+
+    Attributes:
+        modules: all candidates.
+        owners: layer -> the candidates with an expert layer there, in the same order.
+        banks: layer -> the gates of its owners; None forces every module on, with weight 1.
+    """
+
+    modules: tuple[ExpertModule, ...]
+    owners: dict[int, tuple[ExpertModule, ...]]
+    banks: dict[int, GateBank] | None
+
+    @staticmethod
+    def gated(modules: tuple[ExpertModule, ...], max_experts: int, device: torch.device) -> "Roster":
+        """Return the roster in which gates decide, at most `max_experts` modules a token."""
+        owners = _owners(modules)
+        banks = {
+            layer: GateBank.stack(
+                [owner.gates[layer] for owner in own], [owner.settings.half_life for owner in own], max_experts, device
+            )
+            for layer, own in owners.items()
+        }
+        return Roster(modules, owners, banks)
+
+    @staticmethod
+    def forced(module: ExpertModule) -> "Roster":
+        """Return the roster of one module that is on everywhere."""
+        return Roster((module,), _owners((module,)), None)
+
+
+class ArmedExperts:
+    """The experts of one sequence: taken when it starts and kept until it ends, whatever is plugged meanwhile.
+
+    Args:
+        roster: the candidates.
+        traces: recordings under way, shared with the `ExpertSet`.
+    """
+
+    def __init__(self, roster: Roster, traces: Sequence[Trace] = ()) -> None:
+        self._roster = roster
+        self._traces = traces
+        self._weights: dict[int, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "ArmedExperts":
+        # A copied cache speaks with the same experts; their weights are not copied with it.
+        return ArmedExperts(self._roster, self._traces)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the candidates, in canonical order."""
+        return tuple(module.name for module in self._roster.modules)
+
+    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return `y` plus what the modules add at this layer; tokens at which none fires keep their bits."""
+        modules = self._roster.owners.get(layer_idx, ())
+        if not modules:
+            return y_BTD
+        if self._roster.banks is None:
+            weights_BTM = x_BTD.new_ones(*x_BTD.shape[:2], len(modules), dtype=torch.float32)
+            for module in modules:
+                y_BTD = y_BTD + module(layer_idx, x_BTD).to(y_BTD.dtype)
+        else:
+            weights_BTM = self._roster.banks[layer_idx].weights(layer_idx, x_BTD, ctx)
+            y_BTD = combine(modules, layer_idx, x_BTD, y_BTD, weights_BTM)
+        self._weights[layer_idx] = weights_BTM
+        for trace in self._traces:
+            trace.add(modules, layer_idx, weights_BTM)
+        return y_BTD
+
+    def attribution(self) -> Tensor:
+        """Return the weights `[B, T, M]` of the latest forward pass, averaged over each module's layers.
+
+        The order of M is that of `names`. Layers that have not run count as not there.
+        """
+        trace = Trace()
+        for layer, weights_BTM in self._weights.items():
+            trace.add(self._roster.owners[layer], layer, weights_BTM)
+        return torch.stack([trace.weights(name) for name in self.names], dim=-1)
+
+
+def combine(
+    modules: Sequence[ExpertModule], layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, weights_BTM: Tensor
+) -> Tensor:
+    """Return `y + sum_m weight_m module_m(x)`, computing each module only at the tokens where its weight is not 0."""
+    weights_NM = weights_BTM.flatten(0, 1)
+    x_ND, y_ND = x_BTD.flatten(0, 1), y_BTD.flatten(0, 1)
+    for m, speaks in enumerate((weights_NM > 0).any(dim=0).tolist()):
+        if speaks:
+            rows = weights_NM[:, m].nonzero().squeeze(1)
+            added = modules[m](layer_idx, x_ND[rows]) * weights_NM[rows, m, None]
+            y_ND = y_ND.index_add(0, rows, added.to(y_ND.dtype))
+    return y_ND.view_as(y_BTD)
+
+
+def _owners(modules: tuple[ExpertModule, ...]) -> dict[int, tuple[ExpertModule, ...]]:
+    layers = sorted({layer for module in modules for layer in module.layers})
+    return {layer: tuple(module for module in modules if layer in module.layers) for layer in layers}

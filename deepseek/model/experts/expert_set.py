@@ -1,0 +1,260 @@
+"""`model.experts`: plug, unplug and arm expert modules on a live model."""
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.errors import PackError
+from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
+from deepseek.model.experts.gate import GateBank
+from deepseek.model.experts.module import ExpertModule
+from deepseek.packs.manifest import BaseDescription, Manifest
+from deepseek.packs.pack import ExpertPack, check_pack, read_pack
+from deepseek.packs.policy import PackPolicy
+from deepseek.registry import nearest
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Plugged:
+    """A plugged module and its papers."""
+
+    module: ExpertModule
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """What `list()` and `plug()` tell about a plugged module."""
+
+    name: str
+    domain: str
+    layers: tuple[int, ...]
+    width: int
+    licence: str
+    digest: str
+    signer: str | None
+    num_bytes: int
+    armed: bool
+
+
+@dataclass(frozen=True)
+class _State:
+    """Everything that plugging and arming change, replaced as a whole so that a reader sees all of it or nothing.
+
+    plugged: sorted by content digest. arming: names, or "auto" for all. roster: the candidates, None without any.
+    """
+
+    plugged: tuple[Plugged, ...] = ()
+    arming: tuple[str, ...] | str = AUTO
+    roster: Roster | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(one.manifest.name for one in self.plugged))
+
+    def arms(self, name: str) -> bool:
+        """Whether the module `name` is a candidate."""
+        return self.arming == AUTO or name in self.arming
+
+
+class ExpertSet:
+    """The expert modules plugged into a model. It is no `nn.Module`: the model's own tensors never include them.
+
+    Plugging is safe while other threads generate: a sequence keeps the modules that were armed when it started.
+
+    Attributes:
+        policy: which packs `plug` accepts.
+        base_folder: folder that the model's weights came from, whose fingerprint packs must name.
+        max_experts: most modules that one token is given to.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)  # a plain reference would keep a dropped model alive until the next collection
+        self._lock = threading.RLock()
+        self._state = _State()
+        self._forced: Roster | None = None
+        self._traces: list[Trace] = []
+        self._base: BaseDescription | None = None
+        self.policy = PackPolicy()
+        self.base_folder: Path | None = None
+        self.max_experts = 5
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertSet":
+        copied = ExpertSet(memo.get(id(self._model()), self._model()))
+        copied.policy, copied.base_folder, copied._base = self.policy, self.base_folder, self._base
+        copied.max_experts, copied._state = self.max_experts, self._state
+        return copied
+
+    @property
+    def base(self) -> BaseDescription:
+        """What identifies the model: the fingerprint of its folder. It can be set for a model made in memory.
+
+        Raises `PackError` if there is neither.
+        """
+        if self._base is None:
+            if self.base_folder is None:
+                raise PackError(
+                    "This model was not loaded from a folder, so no expert pack can be matched to it; save it with "
+                    "save_pretrained and load it with from_pretrained, or set model.experts.base."
+                )
+            mark, config = fingerprint(self.base_folder), self._live_model().config
+            self._base = BaseDescription(
+                name=Path(config.name_or_path).name, weights=mark.weights, tokenizer=mark.tokenizer,
+                hidden_size=config.hidden_size, num_layers=config.num_hidden_layers,
+            )  # fmt: skip
+        return self._base
+
+    @base.setter
+    def base(self, description: BaseDescription) -> None:
+        self._base = description
+
+    def plug(self, source: str | Path | ExpertPack) -> ExpertInfo:
+        """Check a pack and plug its module in; it takes part from the next sequence on if arming is "auto".
+
+        Raises `PackError`, with nothing changed, if the pack is damaged, does not belong to this base, is refused by
+        `policy`, or has the name of a module that is plugged already.
+        """
+        if isinstance(source, ExpertPack):
+            check_pack(source, self.policy, self.base)
+            pack = source
+        else:
+            pack = read_pack(source, self.policy, self.base)
+        model = self._live_model()
+        plugged = Plugged(ExpertModule.from_pack(pack, model.dtype, model.device), pack.manifest)
+        with self._lock:
+            if pack.manifest.name in self._state.names:
+                raise PackError(
+                    f"An expert named {pack.manifest.name} is plugged already; unplug it first or train this one under "
+                    "another name."
+                )
+            together = sorted((*self._state.plugged, plugged), key=lambda one: one.manifest.digest)
+            self._install(tuple(together), self._state.arming)
+            return self._info(plugged)
+
+    def unplug(self, name: str) -> None:
+        """Remove a module and free its memory once no sequence in flight uses it. Raises `PackError` if unknown."""
+        with self._lock:
+            self._require(name)
+            rest = tuple(one for one in self._state.plugged if one.manifest.name != name)
+            arming = self._state.arming
+            if not isinstance(arming, str):
+                arming = tuple(armed for armed in arming if armed != name)
+            self._install(rest, arming)
+
+    def arm(self, names: str | Iterable[str] | None = AUTO) -> tuple[str, ...]:
+        """Choose the candidates: "auto" (every plugged module, also later ones), one name, several, or None.
+
+        Candidates speak at the tokens that their gates recognise. Without any, nothing of them is read. Returns the
+        candidates' names; raises `PackError` if one is not plugged.
+        """
+        with self._lock:
+            arming = _arming(names)
+            for name in arming if not isinstance(arming, str) else ():
+                self._require(name)
+            self._install(self._state.plugged, arming)
+            return tuple(name for name in self._state.names if self._state.arms(name))
+
+    @contextmanager
+    def arming(self, names: str | Iterable[str] | None) -> Iterator[None]:
+        """Arm `names` within the block, and what was armed before after it."""
+        before = self._state.arming
+        self.arm(names)
+        try:
+            yield
+        finally:
+            with self._lock:
+                still = before if isinstance(before, str) else tuple(n for n in before if n in self._state.names)
+                self._install(self._state.plugged, still)
+
+    @contextmanager
+    def forced(self, module: str | ExpertModule) -> Iterator[ExpertModule]:
+        """Within the block, switch one module on at every token with weight 1, and every other one off.
+
+        For training and stand-alone evaluation; `module` need not be plugged. Gradients reach its parameters.
+        """
+        chosen = self._require(module).module if isinstance(module, str) else module
+        before, self._forced = self._forced, Roster.forced(chosen)
+        try:
+            yield chosen
+        finally:
+            self._forced = before
+
+    @contextmanager
+    def record(self) -> Iterator[Trace]:
+        """Record within the block which module speaks at which token, over all forward passes."""
+        trace = Trace()
+        self._traces.append(trace)
+        try:
+            yield trace
+        finally:
+            self._traces.remove(trace)
+
+    def armed(self) -> ArmedExperts | None:
+        """Return the experts for a sequence that starts now, or None if there is no candidate."""
+        roster = self._forced or self._current().roster
+        return None if roster is None else ArmedExperts(roster, self._traces)
+
+    def list(self) -> tuple[ExpertInfo, ...]:
+        """Return what is plugged, sorted by name."""
+        return tuple(sorted((self._info(one) for one in self._state.plugged), key=lambda info: info.name))
+
+    def manifest(self, name: str) -> Manifest:
+        """Return the papers of a plugged module. Raises `PackError` if it is not plugged."""
+        return self._require(name).manifest
+
+    def _current(self) -> _State:
+        """Return the state, its modules moved after the model if that changed device or dtype since."""
+        state, model = self._state, self._live_model()
+        first = next(state.plugged[0].module.parameters()) if state.plugged else None
+        if first is not None and (first.dtype != model.dtype or first.device != model.device):
+            with self._lock:
+                for one in self._state.plugged:
+                    one.module.to(model.device, model.dtype)
+                self._install(self._state.plugged, self._state.arming)
+        return self._state
+
+    def _install(self, plugged: tuple[Plugged, ...], arming: tuple[str, ...] | str) -> None:
+        """Make `plugged` and `arming` the state in one assignment, which is what makes plugging atomic."""
+        state = _State(plugged, arming)
+        modules = tuple(one.module for one in plugged if state.arms(one.manifest.name))
+        device = self._live_model().device
+        roster = Roster.gated(modules, self.max_experts, device) if modules else None
+        self._state = replace(state, roster=roster)
+
+    def _require(self, name: str) -> Plugged:
+        for one in self._state.plugged:
+            if one.manifest.name == name:
+                return one
+        known = nearest(name, self._state.names) if self._state.plugged else "none is plugged"
+        raise PackError(f"No expert named {name!r} is plugged; {known}.")
+
+    def _info(self, one: Plugged) -> ExpertInfo:
+        manifest = one.manifest
+        return ExpertInfo(
+            name=manifest.name, domain=manifest.domain, layers=manifest.layers, width=manifest.width,
+            licence=manifest.licence, digest=manifest.digest,
+            signer=manifest.signature.public_key if manifest.signature else None,
+            num_bytes=sum(parameter.nbytes for parameter in one.module.parameters()),
+            armed=self._state.arms(manifest.name),
+        )  # fmt: skip
+
+    def _live_model(self) -> Any:
+        model = self._model()
+        if model is None:
+            raise PackError("The model of this expert set is gone; keep a reference to it.")
+        return model
+
+
+def _arming(names: str | Iterable[str] | None) -> tuple[str, ...] | str:
+    if names is None:
+        return ()
+    if isinstance(names, str):
+        return AUTO if names == AUTO else (names,)
+    return tuple(names)

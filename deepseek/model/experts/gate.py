@@ -1,0 +1,123 @@
+"""When a plugged expert speaks, and how loud: score -> running mean -> arbitration.
+
+A module's gate at a layer is two affine functions of the layer's gate input x, rows of a `[2, D+1]` matrix whose last
+column is the constant term. Row 0 *detects*: it is positive where the module's domain is recognised and 1 at its
+median, with threshold and scale of the closed form (docs/experts.md) folded in. Row 1 *contrasts*: a log-likelihood up
+to a constant common to all modules, by which modules that fire on the same token share it; zeros share evenly.
+Both rows depend on their module and the base alone, so plugging one module never changes another's scores.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from deepseek.model.context import ForwardContext
+
+SHARPNESS = 4.0  # steepness of the detection score's sigmoid; with it a median token is let in at 0.98
+
+
+@dataclass(frozen=True)
+class GateBank:
+    """The gates of all candidate modules that own one layer, evaluated together.
+
+    weight: `[2M, D]`, detecting rows first. bias: `[2M]`. decay: `[M]`, what a past score keeps per token.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    decay: Tensor
+    max_experts: int
+
+    @staticmethod
+    def stack(gates: list[Tensor], half_lives: list[float], max_experts: int, device: torch.device) -> "GateBank":
+        """Return the bank of modules with `gates` (each `[2, D+1]`) and half-lives in tokens."""
+        rows = torch.stack(gates, dim=1).flatten(0, 1).float().to(device)
+        decay = torch.tensor([0.5 ** (1.0 / half_life) for half_life in half_lives], device=device)
+        return GateBank(rows[:, :-1].contiguous(), rows[:, -1].contiguous(), decay, max_experts)
+
+    @torch.no_grad()
+    def weights(self, layer_idx: int, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the modules' weights `[B, T, M]` in fp32, and carry the running sums on in `ctx.cache`."""
+        scores_BTRM = self.scores(x_BTD)
+        state = ctx.cache.gate_state.get(layer_idx) if ctx.cache is not None else None
+        means_BTRM, state = running_mean(scores_BTRM, self.decay, state, ctx.token_mask_BT, ctx.document_ids_BT)
+        if ctx.cache is not None:
+            ctx.cache.gate_state[layer_idx] = state
+        weights_BTM = arbitrate(means_BTRM[:, :, 0], means_BTRM[:, :, 1], self.max_experts)
+        return weights_BTM if ctx.token_mask_BT is None else weights_BTM * ctx.token_mask_BT[..., None]
+
+    def scores(self, x_BTD: Tensor) -> Tensor:
+        """Return each token's own scores `[B, T, 2, M]`, in fp32 whatever autocast says."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            scores = linear(x_BTD.float(), self.weight, self.bias)
+        return scores.view(*x_BTD.shape[:2], 2, -1)
+
+
+def running_mean(
+    scores_BTRM: Tensor,
+    decay_M: Tensor,
+    state_BRM: Tensor | None = None,
+    token_mask_BT: Tensor | None = None,
+    document_ids_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the causal, exponentially forgetting mean of scores, and the state to go on from.
+
+    mean_t = sum_s decay^(t-s) z_s / sum_s decay^(t-s) over the tokens s <= t of the same document, so that the first
+    tokens of a text count as much as they are. Padding neither counts nor ages the sums; a new document clears them.
+
+    Args:
+        scores_BTRM: `[B, T, R, M]`, R scores of each of M modules.
+        state_BRM: sums `[B, R+1, M]` after the tokens before these (the last row is the denominator).
+
+    Returns:
+        Means `[B, T, R, M]`, and the sums `[B, R+1, M]` after the last token.
+    """
+    batch, length, _, modules = scores_BTRM.shape
+    terms = torch.cat([scores_BTRM, scores_BTRM.new_ones(batch, length, 1, modules)], dim=2)
+    keep = decay_M.expand(batch, length, 1, modules)
+    if token_mask_BT is not None:
+        real = token_mask_BT[:, :, None, None]
+        terms, keep = terms.where(real, 0.0), keep.where(real, 1.0)
+    if document_ids_BT is not None:
+        starts = torch.diff(document_ids_BT, dim=1, prepend=document_ids_BT[:, :1]) != 0
+        keep = keep.masked_fill(starts[:, :, None, None], 0.0)
+    if state_BRM is not None:
+        terms = torch.cat([terms[:, :1] + keep[:, :1] * state_BRM[:, None], terms[:, 1:]], dim=1)
+    sums = scan(keep, terms)
+    # The denominator is at least 1 at a real token; at leading padding it is 0 and so is the sum.
+    return sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1.0), sums[:, -1]
+
+
+def scan(keep: Tensor, terms: Tensor) -> Tensor:
+    """Return s_t = keep_t s_{t-1} + terms_t along dimension 1, in log2(T) steps (Hillis and Steele, 1986).
+
+    Every factor lies in [0, 1] and nothing is divided, so that the error does not grow with T.
+    """
+    step, length = 1, terms.shape[1]
+    while step < length:
+        terms = torch.cat([terms[:, :step], terms[:, step:] + keep[:, step:] * terms[:, :-step]], dim=1)
+        keep = torch.cat([keep[:, :step], keep[:, step:] * keep[:, :-step]], dim=1)
+        step *= 2
+    return terms
+
+
+def arbitrate(detect_BTM: Tensor, contrast_BTM: Tensor, max_experts: int) -> Tensor:
+    """Return the weights `[B, T, M]` of modules from their smoothed scores.
+
+    With S the modules that fire (detect > 0), at most `max_experts`, and strength a = sigmoid(SHARPNESS * detect):
+    weight_i = min(1, sum_S a) * a_i exp(contrast_i) / sum_S a_j exp(contrast_j). A module that fires alone has weight
+    a_i; without contrast this is a_i / max(1, sum_S a). Where none fires every weight is exactly 0.
+    """
+    fires = detect_BTM > 0
+    strength = torch.sigmoid(SHARPNESS * detect_BTM).where(fires, 0.0)
+    if detect_BTM.shape[-1] == 1:
+        return strength
+    claims = (strength.log() + contrast_BTM).where(fires, -torch.inf)
+    if detect_BTM.shape[-1] > max_experts:
+        rank = claims.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        strength = strength.where(rank < max_experts, 0.0)
+        claims = claims.where(rank < max_experts, -torch.inf)
+    share = torch.softmax(claims, dim=-1).where(claims > -torch.inf, 0.0)
+    return share * strength.sum(dim=-1, keepdim=True).clamp(max=1.0)

@@ -1,0 +1,154 @@
+"""From a folder of weights to a model: read, convert, upcycle where asked."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
+from deepseek.checkpoint.hub import resolve
+from deepseek.errors import CheckpointError, ConfigError
+from deepseek.kernels.cpu import fast_dtype
+from deepseek.model.config import ModelConfig
+from deepseek.model.moe.upcycle import init_upcycled
+from deepseek.registry import nearest
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# Arguments that Hugging Face's own callers (AutoModel, PEFT, pipelines) pass along and that change nothing here.
+_PASSED_ALONG = {
+    "_commit_hash", "_from_auto", "adapter_kwargs", "attn_implementation", "cache_dir", "force_download",
+    "local_files_only", "low_cpu_mem_usage", "revision", "token", "trust_remote_code", "use_safetensors",
+}  # fmt: skip
+
+
+def load_pretrained(
+    cls: type[Model],
+    name_or_path: Any,
+    config: ModelConfig | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    upcycle_seed: int = 0,
+    **kwargs: Any,
+) -> Model:
+    """Load `cls` from a name, folder or hub id (see `DeepSeekModel.from_pretrained`)."""
+    for key in kwargs:
+        if key not in _PASSED_ALONG:
+            raise ConfigError(
+                f"from_pretrained has no argument {key!r}; {nearest(key, ['config', 'dtype', 'device_map'])}."
+            )
+    folder = resolve(str(name_or_path))
+    device = _single_device(device_map)
+    checkpoint = read_config(folder)
+    merged = config.merged_into(checkpoint) if config is not None else ModelConfig(**checkpoint)
+    target = _as_dtype(dtype if dtype is not None else torch_dtype, device)
+    tensors = {
+        name: t.to(device, target) for name, t in convert_tensors(read_tensors(folder), merged.to_dict()).items()
+    }
+    upcycled = merged.num_experts > 0 and not checkpoint.get("num_experts")
+    model = _upcycle(cls, merged, tensors, upcycle_seed) if upcycled else _fill(cls, merged, tensors)
+    model.config.name_or_path = str(name_or_path)
+    model.generation_config = _generation_config(folder, model)
+    model.experts.base_folder = folder
+    return model.to(device, target).eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the `ModelConfig` fields of the checkpoint in `folder`, whatever supported family it is of."""
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{folder}/config.json cannot be read ({error}); the folder holds no usable model."
+        ) from None
+    return convert_config(raw)
+
+
+def _single_device(device_map: Any) -> torch.device:
+    if device_map in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() and device_map == "auto" else "cpu")
+    if isinstance(device_map, dict):
+        device_map = device_map.get("")
+    try:
+        return torch.device(device_map)
+    except (TypeError, RuntimeError):
+        raise ConfigError(
+            f"device_map={device_map!r} is not supported; name one device, such as 'cpu' or 'cuda:0'."
+        ) from None
+
+
+def _as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        return fast_dtype(device)
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype):
+        raise ConfigError(
+            f"dtype={dtype!r} is unknown; {nearest(str(dtype), ['auto', 'bfloat16', 'float16', 'float32'])}."
+        )
+    return resolved
+
+
+def _fill(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor]) -> Model:
+    """Build `cls` without spending time on initial values, then hang the checkpoint's tensors into it."""
+    with torch.device("meta"):
+        model = cls(config)
+    _load(model, tensors)
+    return model
+
+
+def _upcycle(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> Model:
+    """Build a mixture of experts around a dense checkpoint, its logits unchanged."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cls(config)
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.layers:
+        if block.sparse:
+            init_upcycled(block.feed_forward, generator)
+    _load(model, {**model.state_dict(), **tensors})
+    return model
+
+
+def _load(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    if model.config.tie_word_embeddings:
+        tensors.setdefault("lm_head.weight", tensors.get("embed_tokens.weight", torch.empty(0)))
+    result = _try_load(model, tensors)
+    model.tie_weights()
+    missing = sorted(name for name in result.missing_keys if not name.endswith(_BUFFERS))
+    if missing or result.unexpected_keys:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {result.unexpected_keys[0]}"
+        raise CheckpointError(
+            f"The checkpoint {what} ({len(missing)} missing, {len(result.unexpected_keys)} unknown); its weights do not "
+            "match its config.json."
+        )
+    _materialise_buffers(model)
+
+
+_BUFFERS = (".bias", ".temperature", ".integral")
+
+
+def _try_load(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Any:
+    try:
+        return model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint's tensors do not fit its config.json: {str(error).splitlines()[-1].strip()}"
+        ) from None
+
+
+def _materialise_buffers(model: PreTrainedModel) -> None:
+    """Give buffers that a foreign checkpoint does not have (balance bias and the like) their start values."""
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            module.reset_buffers()
+
+
+def _generation_config(folder: Path, model: PreTrainedModel) -> GenerationConfig:
+    if (folder / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(model.config)

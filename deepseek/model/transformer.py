@@ -1,0 +1,216 @@
+"""The model, top to bottom: embed, run the blocks, norm, project to the vocabulary. Read this file first."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+
+from deepseek.errors import ConfigError
+from deepseek.model import context as ctx_of
+from deepseek.model.block import Block
+from deepseek.model.config import ModelConfig
+from deepseek.model.context import ForwardContext
+from deepseek.model.experts import ExpertSet
+from deepseek.model.init import init_module
+from deepseek.model.kv_cache import KVCache
+from deepseek.model.moe.experts import Experts
+from deepseek.model.norm import RMSNorm
+from deepseek.model.output import ModelOutput
+from deepseek.model.positions import POSITIONS
+from deepseek.model.pretrained import load_pretrained
+from deepseek.registry import pick
+
+
+class DeepSeekModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal language model, dense or mixture of experts, into which expert modules can be plugged.
+
+    >>> model = DeepSeekModel(ModelConfig.preset("deepseek-nano"))          # random weights
+    >>> model = DeepSeekModel.from_pretrained("smollm2-135m")               # a name, a folder or a hub id
+    >>> model.experts.plug("code.safetensors")
+    """
+
+    config_class = ModelConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _supports_sdpa = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.expert_pools = nn.ModuleList(build_pools(config))
+        self.layers = nn.ModuleList(Block(config, i, self._pool_of(i)) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.positions = pick(POSITIONS, config.positional_encoding, "positional_encoding")(config)
+        self.experts = ExpertSet(self)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: ModelConfig | None = None, **kwargs: Any
+    ) -> Self:
+        """Load a base model by name, folder or hub id, of our own or of a supported Hugging Face family.
+
+        With a `config` that asks for experts, a dense checkpoint is upcycled: its logits are unchanged at the start.
+
+        Args:
+            config: choices laid over the checkpoint's own config; fields that are not given come from the checkpoint.
+            **kwargs: `dtype` ("auto" = the fastest on the device: bf16 where the processor has units for it, else
+                fp32), `device_map` (a single device), and the hub arguments of Hugging Face.
+
+        Raises:
+            HubError, CheckpointError, ConfigError: no such model, a damaged folder, a contradictory `config`.
+        """
+        return load_pretrained(cls, pretrained_model_name_or_path, config, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: KVCache | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Return next-token logits `[B, T, V]`, or `[B, logits_to_keep, V]` for the last tokens only.
+
+        Args:
+            input_ids: token ids `[B, T]`; or `inputs_embeds` `[B, T, D]`.
+            attention_mask: 1 at real and 0 at padding tokens, `[B, S]` over past and new tokens.
+            position_ids: positions `[B, T]`. Where they restart in a row, a new document begins that cannot see
+                the one before it.
+            cache: past keys and values; `past_key_values` is its older name.
+            labels: targets `[B, T]`, shifted inside as Hugging Face does; -100 is ignored.
+        """
+        cache = cache if cache is not None else past_key_values
+        hidden_BTD = self._embed(input_ids, inputs_embeds)
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
+            cache = KVCache()
+        ctx = self.context(hidden_BTD, attention_mask, position_ids, cache)
+        hidden_states = [hidden_BTD]
+        for block in self.layers:
+            hidden_states.append(block(hidden_states[-1] if output_hidden_states else hidden_states.pop(), ctx))
+        hidden_BTD = self.norm(hidden_states[-1])
+        logits = self.lm_head(_keep(hidden_BTD, logits_to_keep))
+        output = ModelOutput(
+            loss=None if labels is None else next_token_loss(logits, labels),
+            logits=logits,
+            cache=cache,
+            hidden_states=(*hidden_states[:-1], hidden_BTD) if output_hidden_states else None,
+            router_stats=ctx.router_stats or None,
+            experts=ctx.armed,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def context(
+        self,
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> ForwardContext:
+        """Build what all layers of one forward pass share (see `ForwardContext`)."""
+        batch, length, _ = hidden_BTD.shape
+        past, device = ctx_of.past_length(cache), hidden_BTD.device
+        real_BS = ctx_of.real_tokens(attention_mask, past + length)
+        positions_BT = ctx_of.resolve_positions(batch, length, past, attention_mask, position_ids, device)
+        packed = position_ids is not None and past == 0 and real_BS is None
+        documents_BT = ctx_of.document_ids(positions_BT) if packed else None
+        mask, window_mask = ctx_of.build_masks(self.config, length, past, real_BS, documents_BT, device)
+        return ForwardContext(
+            positions=self.positions.prepare(positions_BT, hidden_BTD.dtype),
+            position_ids_BT=positions_BT,
+            token_mask_BT=None if real_BS is None else real_BS[:, -length:],
+            mask_B1TS=mask,
+            window_mask_B1TS=window_mask,
+            document_ids_BT=documents_BT,
+            cache=cache,
+            armed=self._armed(cache),
+        )
+
+    def run_layers(self, hidden_BTD: Tensor, start: int, stop: int, ctx: ForwardContext) -> Tensor:
+        """Run blocks `start` to `stop - 1` on the stream `[B, T, D]`."""
+        for block in self.layers[start:stop]:
+            hidden_BTD = block(hidden_BTD, ctx)
+        return hidden_BTD
+
+    @torch.no_grad()
+    def log_probs(self, input_ids: Tensor) -> Tensor:
+        """Return the log probability `[B, T - 1]` of every token but the first, given those before it."""
+        logits = self(input_ids, use_cache=False).logits[:, :-1].float()
+        targets = input_ids[:, 1:, None]
+        return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def _init_weights(self, module: nn.Module) -> None:
+        init_module(module, self.config.initializer_range)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        # Hugging Face would make a plain DynamicCache, which has no room for the gates' running sums.
+        if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = KVCache()
+
+    def _pool_of(self, layer_idx: int) -> Experts | None:
+        return self.expert_pools[layer_idx // self.config.expert_sharing] if len(self.expert_pools) else None
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("Exactly one of input_ids and inputs_embeds must be given.")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _armed(self, cache: KVCache | None) -> Any:
+        """Return the experts that take part: those the sequence in `cache` started with, else those armed now."""
+        if cache is None:
+            return self.experts.armed()
+        if not isinstance(cache, KVCache):
+            if self.experts.armed() is not None:
+                raise ConfigError("Armed experts need deepseek.model.KVCache as cache; leave `cache` out or disarm.")
+            return None
+        if not cache.started:
+            cache.armed, cache.started = self.experts.armed(), True
+        return cache.armed
+
+
+def build_pools(config: ModelConfig) -> list[Experts]:
+    """Return one pool of routed experts per `expert_sharing` layers, or none where every layer owns its experts."""
+    if config.num_experts == 0 or config.expert_sharing == 1:
+        return []
+    count = -(-config.num_hidden_layers // config.expert_sharing)
+    return [Experts(config.num_experts, config.hidden_size, config.expert_dim) for _ in range(count)]
+
+
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats of `labels[:, t + 1]` under `logits[:, t]`; -100 is ignored."""
+    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=-100)
+
+
+def _keep(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        return hidden_BTD[:, logits_to_keep]
+    return hidden_BTD[:, -logits_to_keep:] if logits_to_keep else hidden_BTD
+
+
+AutoConfig.register(ModelConfig.model_type, ModelConfig)
+AutoModelForCausalLM.register(ModelConfig, DeepSeekModel)
