@@ -1,0 +1,116 @@
+"""Rows of fixed length from token shards, in a random order that resumes exactly from a few integers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepseek.data.encode import CONTEXT_BIT
+from deepseek.data.permutation import permute
+from deepseek.data.shards import TokenShards
+from deepseek.errors import DataError
+
+IGNORE = -100
+"""Label that the loss leaves out, as PyTorch's cross-entropy does."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens, all int64.
+
+    Attributes:
+        input_ids: `[B, T]`.
+        labels: `[B, T]`, the target of position t (already shifted), `IGNORE` where there is none.
+        position_ids: `[B, T]`, from 0 in each document and again at the start of a row.
+        row_ids: `[B]`, which packed rows these are.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    row_ids: Tensor
+
+
+class RowLoader:
+    """Batches of `rows` rows of `length` tokens; every row once per epoch, in an order drawn from seed and epoch.
+
+    Row i holds tokens `[i * length, (i + 1) * length)` of the shards. A document cut by a row boundary starts again
+    at position 0 in the next row; the label of a row's last token is the document's next token, so no target is lost:
+    each token that follows another in its document is a target exactly once per epoch. Batches are always full; one
+    may hold the last rows of an epoch and the first of the next.
+    """
+
+    def __init__(self, shards: TokenShards, rows: int, length: int, seed: int = 0) -> None:
+        if rows < 1 or length < 1:
+            raise DataError(f"Rows ({rows}) and length ({length}) of a batch must be at least 1.")
+        self.shards, self.batch_rows, self.length, self.seed = shards, rows, length, seed
+        self.num_rows = max(1, -(-(shards.num_tokens - 1) // length))  # a last token alone predicts nothing
+        self.cursor = 0  # rows handed out since the first epoch
+
+    @property
+    def epoch(self) -> int:
+        """Number of whole passes behind the next row."""
+        return self.cursor // self.num_rows
+
+    def next(self) -> Batch:
+        """Return the next batch and move on."""
+        batch = self.rows(self.order(self.cursor, self.cursor + self.batch_rows))
+        self.cursor += self.batch_rows
+        return batch
+
+    def order(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the row ids at places [start, stop) of the endless sequence of epochs."""
+        places = np.arange(start, stop, dtype=np.int64)
+        epochs, within = np.divmod(places, self.num_rows)
+        order = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            order[chosen] = permute(within[chosen], self.num_rows, self.seed, int(epoch))
+        return order
+
+    def rows(self, row_ids: int | NDArray[np.int64] | list[int]) -> Batch:
+        """Return these packed rows as a batch; an integer gives a batch of one row."""
+        indices = np.atleast_1d(np.asarray(row_ids, dtype=np.int64))
+        if ((indices < 0) | (indices >= self.num_rows)).any():
+            raise DataError(f"Row ids must lie in [0, {self.num_rows}); got {indices.tolist()}.")
+        parts = [self.row(int(index)) for index in indices]
+        ids, labels, positions = (torch.from_numpy(np.stack(column)) for column in zip(*parts, strict=True))
+        return Batch(ids, labels, positions, torch.from_numpy(indices.copy()))
+
+    def row(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return ids, labels and positions `[T]` of one row, padded with id 0 as a document of its own."""
+        length, first = self.length, index * self.length
+        stored = np.zeros(length + 1, dtype=np.uint32)
+        found = self.shards.ids_N[first : first + length + 1]
+        stored[: len(found)] = found
+        starts = self.starts(first, length)
+        places = np.arange(length)
+        positions = places - np.maximum.accumulate(np.where(starts[:length], places, 0))
+        targets = stored[1:]
+        labels = np.where(starts[1:] | (targets & CONTEXT_BIT != 0), IGNORE, targets.astype(np.int64))
+        labels[max(0, len(found) - 1) :] = IGNORE
+        return (stored[:length] & ~CONTEXT_BIT).astype(np.int64), labels, positions
+
+    def starts(self, first: int, length: int) -> NDArray[np.bool_]:
+        """Return `[length + 1]`, whether a document (or the padding after the last) begins at each place."""
+        offsets = self.shards.offsets
+        low, high = np.searchsorted(offsets, [first, first + length + 1])
+        starts = np.zeros(length + 1, dtype=np.bool_)
+        starts[offsets[low:high].astype(np.int64) - first] = True
+        return starts
+
+    def state(self) -> dict[str, int]:
+        """Return what `load` needs to go on from here."""
+        identity = int(self.shards.digest[:15], 16)
+        return {"cursor": self.cursor, "seed": self.seed, "length": self.length, "shards": identity}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken; raise `DataError` if the text, seed or row length is another."""
+        mine = self.state()
+        for name in ("seed", "length", "shards"):
+            if state.get(name) != mine[name]:
+                what = "tokens" if name == "shards" else name
+                raise DataError(f"The run was started with other {what}; restore them or start a new run folder.")
+        self.cursor = state["cursor"]

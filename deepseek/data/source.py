@@ -1,0 +1,142 @@
+"""Folders, JSONL and Parquet files as documents."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek.data.document import Document, conversation, not_empty
+from deepseek.data.filters import MAX_FILE_BYTES, Skipped, describe, file_document, reason_by_path
+from deepseek.errors import DataError
+
+
+def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
+    """Yield every text file under a folder (or the one file), sorted by path, named `folder/path`.
+
+    Links to folders are not followed. `skipped` counts what is left out and why. Raises `DataError` at once if the
+    path does not exist, and after reading if nothing usable was found.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise DataError(f"{root} does not exist; check the path.")
+    counts = skipped if skipped is not None else Skipped()
+    documents = folder_documents(root.resolve(), counts)
+    return not_empty(
+        documents, lambda: f"{root} holds no usable text files ({describe(counts)}); choose another folder."
+    )
+
+
+def folder_documents(root: Path, skipped: Skipped) -> Iterator[Document]:
+    """Yield the documents of a folder or of one file."""
+    base = root.parent if root.is_file() else root
+    for file in [root] if root.is_file() else walk(root, skipped):
+        document = read_file(file, file.relative_to(base).as_posix(), base.name, skipped)
+        if document:
+            yield document
+
+
+def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
+    """Yield the files under `root` in sorted order, without entering vendored folders."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not reason_by_path(f"{name}/x"))
+        for name in sorted(names):
+            reason = reason_by_path(name)
+            if reason:
+                skipped[reason] += 1
+            else:
+                yield Path(folder, name)
+
+
+def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Document | None:
+    """Return the document of one file on disk, or None after counting why it is left out."""
+    try:
+        status = file.stat()
+        if not file.is_file() or status.st_size > MAX_FILE_BYTES:
+            skipped["too large" if file.is_file() else "not a file"] += 1
+            return None
+        data = file.read_bytes()
+    except OSError:
+        skipped["unreadable"] += 1
+        return None
+    return file_document(data, relative, f"{folder}/{relative}", int(status.st_mtime), skipped)
+
+
+def read_jsonl(path: str | Path) -> Iterator[Document]:
+    """Yield one document a line; a line holds `text`, `messages`, or `prompt` and `chosen` (the answer to learn).
+
+    Raises `DataError` naming file and line for anything else.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{file} does not exist or is a folder; give one JSONL file.")
+    complaint = f"{file} is empty; write one JSON object per line with a `text` or `messages` field."
+    return not_empty(jsonl_documents(file), lambda: complaint)
+
+
+def jsonl_documents(file: Path) -> Iterator[Document]:
+    """Yield the document of each line that is not blank."""
+    with open(file, encoding="utf-8-sig", errors="strict") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield record_document(parse(line, f"{file.name} line {number}"), f"{file.name}:{number}")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8.") from error
+
+
+def parse(line: str, where: str) -> Mapping[str, Any]:
+    """Return the object of one JSONL line."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}); write one object per line.") from error
+    if not isinstance(record, dict):
+        raise DataError(f'{where} is a {type(record).__name__}, not an object; wrap it as {{"text": ...}}.')
+    return record
+
+
+def record_document(record: Mapping[str, Any], name: str) -> Document:
+    """Return the document of one record; `name` is `file:line` and also says where an error lies."""
+    where = name.replace(":", " line ", 1)
+    time = record.get("time", 0)
+    time = int(time) if isinstance(time, int | float) else 0
+    if isinstance(record.get("text"), str):
+        return Document(record["text"], name, "text", time)
+    if isinstance(record.get("messages"), list):
+        return conversation(record["messages"], where, name, time)
+    if "prompt" in record and "chosen" in record:
+        return conversation(preferred(record["prompt"], record["chosen"]), where, name, time)
+    fields = ", ".join(sorted(record)) or "nothing"
+    raise DataError(f"{where} has no `text`, `messages` or `prompt` with `chosen` but {fields}; rename its fields.")
+
+
+def preferred(prompt: object, chosen: object) -> list[Any]:
+    """Return the conversation of the chosen answer; both parts may be texts or lists of messages."""
+    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    after = chosen if isinstance(chosen, list) else [{"role": "assistant", "content": chosen}]
+    return after if after[: len(before)] == before else [*before, *after]
+
+
+def read_parquet(path: str | Path) -> Iterator[Document]:
+    """Yield one document a row of a Parquet file with the columns `read_jsonl` knows as fields."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    file = Path(path)
+    try:
+        table = ParquetFile(file)
+    except (OSError, ArrowException) as error:
+        raise DataError(f"{file} cannot be read as Parquet ({error}); check the path or export it again.") from error
+    if not table.metadata.num_rows:
+        raise DataError(f"{file} has no rows; export it again with a `text` or `messages` column.")
+    return parquet_documents(table, file.name)
+
+
+def parquet_documents(table: Any, name: str) -> Iterator[Document]:
+    """Yield the document of each row."""
+    number = 0
+    for batch in table.iter_batches(batch_size=1024):
+        for record in batch.to_pylist():
+            number += 1
+            yield record_document(record, f"{name}:{number}")

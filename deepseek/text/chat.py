@@ -1,0 +1,115 @@
+"""Conversations: messages to ids and a loss mask, with the model's own chat template (transformers' jinja sandbox)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.errors import DataError
+from deepseek.text.tokenizer import encode_plain
+
+Message = Mapping[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+
+FIRST_STAND_IN = 0x10F000
+"""Start of a private-use range; see `render`."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Ids of a whole conversation; `is_target[t]` says whether token t was written by the assistant."""
+
+    ids: list[int]
+    is_target: list[bool]
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise `DataError` unless every message has a role and a text."""
+    if not messages:
+        raise DataError("A conversation has no messages; give at least one with a role and a content.")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f"Message {number} needs a text role and a text content; it is {message!r:.80}.")
+
+
+def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], open_turn: bool = False) -> str:
+    """Return the conversation as the template writes it; `open_turn` adds the start of the assistant's answer.
+
+    Control tokens inside a content are replaced by private-use characters, one for each, so that nobody can end
+    a turn or begin another from within a message; `encode_rendered` writes them back as ordinary characters.
+    """
+    check_messages(messages)
+    if tokenizer.chat_template is None:
+        raise DataError("The model has no chat template; use an instruct model or give plain text instead of messages.")
+    guarded = [{**message, "content": guard(tokenizer, message["content"])} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=open_turn)
+    except TemplateError as error:
+        raise DataError(f"The chat template refuses these messages ({error}); check their roles and order.") from error
+    return str(text)
+
+
+def guard(tokenizer: PreTrainedTokenizerFast, content: str) -> str:
+    """Return `content` with each control token replaced by its stand-in character."""
+    for index, token in enumerate(control_tokens(tokenizer)):
+        content = content.replace(token, chr(FIRST_STAND_IN + index))
+    return content
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the texts of all added tokens, longest first, so that none is found inside another."""
+    return sorted(tokenizer.get_added_vocab(), key=lambda token: (-len(token), token))
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Return the ids of a rendered text: the template's control tokens count, stand-ins become ordinary characters."""
+    tokens = control_tokens(tokenizer)
+    ids: list[int] = []
+    start = 0
+    for position, character in enumerate(text):
+        index = ord(character) - FIRST_STAND_IN
+        if 0 <= index < len(tokens):
+            ids += tokenizer(text[start:position], add_special_tokens=False).input_ids
+            ids += encode_plain(tokenizer, [tokens[index]])[0]
+            start = position + 1
+    return ids + list(tokenizer(text[start:], add_special_tokens=False).input_ids)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[int]:
+    """Return the ids after which the model writes the assistant's answer."""
+    return encode_rendered(tokenizer, render(tokenizer, messages, open_turn=True))
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> EncodedChat:
+    """Return the ids of a finished conversation with the assistant's turns, end-of-turn token included, as targets.
+
+    A turn is what the template adds after the open turn. Templates that rewrite earlier turns (reasoning models
+    drop old thoughts) leave no such boundary there; those turns are then context only.
+    """
+    whole = render(tokenizer, messages)
+    ids: list[int] = []
+    is_target: list[bool] = []
+    for text, target in turns(tokenizer, messages, whole):
+        part = encode_rendered(tokenizer, text)
+        ids += part
+        is_target += [target] * len(part)
+    return EncodedChat(ids, is_target)
+
+
+def turns(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], whole: str) -> list[tuple[str, bool]]:
+    """Cut `whole` into (text, written by the assistant) parts that join to it."""
+    parts: list[tuple[str, bool]] = []
+    done = 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index == 0:
+            continue
+        before = render(tokenizer, messages[:index], open_turn=True)
+        after = render(tokenizer, messages[: index + 1])
+        if not (whole.startswith(before) and whole.startswith(after) and len(before) >= done):
+            continue
+        answer = after[len(before) :]
+        end = len(before) + len(answer.rstrip("\n"))  # the template's line break after a turn is not the answer
+        parts += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
+        done = end
+    return [part for part in [*parts, (whole[done:], False)] if part[0]]
