@@ -1,0 +1,39 @@
+"""The folder of trained experts: where `expert train` puts packs and where names are looked up."""
+
+from pathlib import Path
+
+from deepseek.checkpoint.store import home
+from deepseek.errors import PackError
+from deepseek.registry import nearest
+
+SUFFIX = ".safetensors"
+
+
+def experts_folder() -> Path:
+    """Return the folder of this user's trained experts (it may not exist yet)."""
+    return home() / "experts"
+
+
+def installed() -> dict[str, Path]:
+    """Return the trained experts, name to file, sorted by name."""
+    return {path.stem: path for path in sorted(experts_folder().glob(f"*{SUFFIX}"))}
+
+
+def find_pack(name_or_path: str | Path) -> Path:
+    """Return the file of an expert given by path or by the name of a trained one.
+
+    Raises:
+        PackError: neither a file nor a known name.
+    """
+    path = Path(name_or_path)
+    if path.suffix == SUFFIX or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        raise PackError(
+            f"There is no expert pack at {path}; give the path of a {SUFFIX} file or a trained expert's name."
+        )
+    known = installed()
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    hint = nearest(str(name_or_path), known) if known else "none is trained yet, see `deepseek expert train --help`"
+    raise PackError(f"There is no expert named {str(name_or_path)!r}; {hint}.")
