@@ -1,0 +1,1 @@
+"""Expert packs: one safetensors file with its papers. Start with `pack.py`."""

@@ -11,7 +11,6 @@ from typing import Any
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.errors import PackError
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
-from deepseek.model.experts.gate import GateBank
 from deepseek.model.experts.module import ExpertModule
 from deepseek.packs.manifest import BaseDescription, Manifest
 from deepseek.packs.pack import ExpertPack, check_pack, read_pack

@@ -35,7 +35,7 @@ class ExpertLayer(nn.Module):
 
     @torch.no_grad()
     def copy_rows(self, ffn: SwiGLU, seed: int) -> None:
-        """Start from rows of the base's own feed-forward network, all of them or a sample where this one is narrower."""
+        """Start from rows of the base's own feed-forward network: all, or a sample if this is narrower."""
         width, available = self.down_proj.shape[1], ffn.gate_proj.out_features
         if width > available:
             raise ConfigError(
@@ -69,7 +69,7 @@ class ExpertModule(nn.Module):
 
     @staticmethod
     def beside(
-        blocks: Any, name: str, layers: Sequence[int], width: int, init: Init = "base", seed: int = 0
+        blocks: Any, name: str, layers: Sequence[int], width: int, *, init: Init = "base", seed: int = 0
     ) -> "ExpertModule":
         """Return a new module for the `blocks` of a model (`model.layers`), on their device, in fp32.
 
@@ -104,7 +104,7 @@ class ExpertModule(nn.Module):
     def set_gate(
         self, layer: int, weight: Tensor, threshold: float = 0.0, scale: float = 1.0, contrast: Tensor | None = None
     ) -> None:
-        """Set the gate of `layer`: detect = (weight . [x; 1] - threshold) / scale; contrast, `[D+1]`, is zero if None."""
+        """Set the gate of `layer`: detect = (weight . [x; 1] - threshold) / scale; contrast is `[D+1]` or zero."""
         detect = weight.detach().float().cpu() / scale
         detect[-1] -= threshold / scale
         second = torch.zeros_like(detect) if contrast is None else contrast.detach().float().cpu()
