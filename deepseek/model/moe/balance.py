@@ -1,0 +1,100 @@
+"""Keeping experts equally busy and their mean number on target, without an auxiliary loss."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepseek.model.moe.stats import Dispatch
+
+# Gains of the temperature controller, per relative error of the mean number of experts: found on simulated routers
+# with logits of standard deviation 0.02 to 3; twice the integral gain overshoots, half of it takes 300 steps.
+PROPORTIONAL_GAIN = 0.3
+INTEGRAL_GAIN = 0.1
+LOG_TEMPERATURE_RANGE = 7.0
+
+
+class Balance(nn.Module):
+    """State that steers a router: a bias that only chooses, and the softmax temperature.
+
+    Forward passes only count. `update` applies the counts once per optimiser step, so that a layer recomputed in the
+    backward pass (activation checkpointing) routes exactly as it did the first time.
+
+    Buffers:
+        bias: added to the scores when experts are chosen `[E]`; never part of a weight (arXiv:2408.15664).
+        temperature: divides the logits, a scalar.
+        integral: sum of the controller's past errors, a scalar.
+        counts: expert calls since the last update, then the number of tokens, int64 `[E + 1]`; not saved.
+    """
+
+    bias: Tensor
+    temperature: Tensor
+    integral: Tensor
+    counts: Tensor
+
+    def __init__(self, num_experts: int, rate: float, target: float | None, temperature: float) -> None:
+        super().__init__()
+        self.num_experts, self.rate, self.target, self.start = num_experts, rate, target, temperature
+        for name, value in self._fresh().items():
+            self.register_buffer(name, value, persistent=name != "counts")
+
+    def reset_buffers(self) -> None:
+        """Give buffers that are still on the meta device their start values."""
+        for name, value in self._fresh().items():
+            if getattr(self, name).is_meta:
+                setattr(self, name, value)
+
+    def record(self, dispatch: Dispatch, token_mask_N: Tensor | None) -> None:
+        """Count the expert calls of a training forward pass; a recomputed pass is not counted again."""
+        if not self.training or _recomputing():
+            return
+        tokens = token_mask_N.sum() if token_mask_N is not None else self.counts.new_tensor(len(dispatch.ids_NA))
+        self.counts.add_(torch.cat([dispatch.load_E(token_mask_N), tokens.reshape(1)]))
+
+    @torch.no_grad()
+    def update(self, group: dist.ProcessGroup | None = None) -> None:
+        """Apply and clear the counts, summed over the ranks of `group` where torch.distributed is initialised."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.counts, group=group)
+        load_E, tokens = self.counts[:-1].float(), self.counts[-1]
+        seen = (tokens > 0).float()
+        self.bias += seen * self.rate * torch.sign(load_E.mean() - load_E)
+        self.bias -= self.bias.mean()
+        if self.target is not None:
+            self._steer(seen * (1 - load_E.sum() / tokens.clamp(min=1) / self.target), seen)
+        self.counts.zero_()
+
+    def _steer(self, error: Tensor, seen: Tensor) -> None:
+        """One step of a proportional-integral controller on the logarithm of the temperature."""
+        limit = LOG_TEMPERATURE_RANGE / INTEGRAL_GAIN
+        self.integral.add_(error).clamp_(-limit, limit)
+        log_t = math.log(self.start) + PROPORTIONAL_GAIN * error + INTEGRAL_GAIN * self.integral
+        self.temperature.copy_(torch.where(seen > 0, log_t.exp(), self.temperature))
+
+    def _fresh(self) -> dict[str, Tensor]:
+        return {
+            "bias": torch.zeros(self.num_experts, dtype=torch.float32),
+            "temperature": torch.tensor(self.start, dtype=torch.float32),
+            "integral": torch.tensor(0.0, dtype=torch.float32),
+            "counts": torch.zeros(self.num_experts + 1, dtype=torch.int64),
+        }
+
+    def _apply(self, fn: object, recurse: bool = True) -> "Balance":
+        # Steps of 1e-3 vanish in bf16, so `.to(bfloat16)` of the model moves these buffers but leaves them fp32.
+        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        for name in ("bias", "temperature", "integral"):
+            setattr(self, name, getattr(self, name).float())
+        return self
+
+
+def update_routers(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Apply what the routers of `model` counted since the last call: call it once after every optimiser step."""
+    for module in model.modules():
+        if isinstance(module, Balance):
+            module.update(group)
+
+
+def _recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

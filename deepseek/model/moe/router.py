@@ -1,0 +1,213 @@
+"""Which experts a token goes to, and with what weight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, softmax
+
+from deepseek.errors import ConfigError
+from deepseek.model.moe.balance import Balance
+from deepseek.model.moe.stats import Dispatch
+from deepseek.registry import pick
+
+
+class Router(nn.Module):
+    """A linear map from a token to one logit per expert; what is made of the logits is up to the subclass."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        input_dim: int,
+        balance_rate: float = 1e-3,
+        target_experts: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_experts < 1 or input_dim < 1:
+            raise ConfigError(f"A router needs at least one expert and one input, not {num_experts} and {input_dim}.")
+        self.num_experts, self.input_dim = num_experts, input_dim
+        self.weight = nn.Parameter(torch.empty(num_experts, input_dim))
+        self.balance = Balance(num_experts, balance_rate, target_experts, temperature)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return `W_r x` in fp32, `[..., E]` for x `[..., D]`."""
+        if x.shape[-1] != self.input_dim:
+            raise ConfigError(f"The router takes inputs of width {self.input_dim}, not {x.shape[-1]}.")
+        return linear(x.float(), self.weight.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return softmax weights over all experts, fp32 `[..., E]`, for x `[..., D]`."""
+        return softmax(self.logits(x) / self.balance.temperature, dim=-1)
+
+    def route(self, x: Tensor) -> Dispatch:
+        """Return the experts and weights of every token of x `[..., D]`, with N the product of its leading sizes."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.choose(self.logits(x.reshape(-1, x.shape[-1])))
+
+    def choose(self, logits_NE: Tensor) -> Dispatch:
+        """Return the dispatch that the logits lead to."""
+        raise NotImplementedError
+
+
+class DynamicRouter(Router):
+    """As many experts a token as its cumulative weight needs to reach a threshold.
+
+    The candidates C are the experts with the highest sigmoid(z) + b. With q = softmax(z_C / T), sorted by z, expert j
+    is kept while j < `min_experts` or the q before j sum to less than `threshold`, and at most `max_experts` are. Its
+    weight is q_j, not renormalised: at one expert that would be the constant 1 and the router would get no gradient.
+
+    Args:
+        threshold: in (0, 1]; the user's choice, which nothing changes. `target_experts` is held by T instead.
+        min_experts, max_experts: bounds of the number of experts a token.
+        candidates: size of C.
+        balance_rate, target_experts, temperature: see `Balance`.
+
+    Raises:
+        ConfigError: sizes or bounds contradict each other.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        input_dim: int,
+        *,
+        threshold: float = 0.7,
+        min_experts: int = 1,
+        max_experts: int = 5,
+        candidates: int = 8,
+        balance_rate: float = 1e-3,
+        target_experts: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(num_experts, input_dim, balance_rate, target_experts, temperature)
+        self.max_experts, self.candidates = min(max_experts, num_experts), min(candidates, num_experts)
+        self.threshold, self.min_experts = threshold, min_experts
+        if not 1 <= min_experts <= self.max_experts <= self.candidates:
+            raise ConfigError(
+                f"min_experts={min_experts}, max_experts={max_experts}, candidates={candidates} must satisfy "
+                f"1 <= min_experts <= max_experts <= candidates for {num_experts} experts."
+            )
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"threshold={threshold} must lie in (0, 1].")
+
+    def choose(self, logits_NE: Tensor) -> Dispatch:
+        candidates_NC = (logits_NE.sigmoid() + self.balance.bias).topk(self.candidates).indices
+        logits_NC, order_NC = logits_NE.gather(1, candidates_NC).sort(dim=-1, descending=True, stable=True)
+        q_NC = softmax(logits_NC / self.balance.temperature, dim=-1)
+        active_N = count_active(q_NC, self.threshold, self.min_experts, self.max_experts)
+        q_NA = q_NC[:, : self.max_experts]
+        kept_NA = torch.arange(self.max_experts, device=q_NA.device) < active_N[:, None]
+        ids_NA = candidates_NC.gather(1, order_NC[:, : self.max_experts])
+        return Dispatch(ids_NA, q_NA.where(kept_NA, 0.0), active_N, logits_NE)
+
+
+def count_active(q_NC: Tensor, threshold: float, min_experts: int, max_experts: int) -> Tensor:
+    """Return how many experts, a prefix of each row of q (sorted downwards), the threshold rule keeps `[N]`."""
+    cumulative_NC = q_NC.cumsum(-1)
+    below = (cumulative_NC[:, :-1] < threshold).sum(-1) + 1  # nothing comes before the first expert
+    return below.clamp(min_experts, max_experts)
+
+
+class TopKRouter(Router):
+    """The same number of experts for every token: Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3.
+
+    Args:
+        top_k: number of experts a token.
+        score: "softmax" over all experts, or "sigmoid" of each.
+        renormalize: whether a token's weights are divided by their sum.
+        groups, max_groups: experts are split into `groups`; only the `max_groups` groups whose two best experts score
+            highest take part (DeepSeek-V3, arXiv:2412.19437).
+        scale: factor on the weights.
+
+    Raises:
+        ConfigError: sizes contradict each other, or the score is unknown.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        input_dim: int,
+        *,
+        top_k: int,
+        score: str = "softmax",
+        renormalize: bool = True,
+        groups: int = 1,
+        max_groups: int = 1,
+        scale: float = 1.0,
+        balance_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(num_experts, input_dim, balance_rate)
+        self.top_k, self.renormalize, self.scale = top_k, renormalize, scale
+        self.groups, self.max_groups = groups, max_groups
+        self.score = pick(SCORES, score, "router_score")
+        if num_experts % groups or not 1 <= max_groups <= groups:
+            raise ConfigError(f"{groups} groups of which {max_groups} are used do not fit {num_experts} experts.")
+        if not 1 <= top_k <= num_experts // groups * max_groups:
+            raise ConfigError(f"top_k={top_k} must lie between 1 and the number of experts that the groups allow.")
+
+    def choose(self, logits_NE: Tensor) -> Dispatch:
+        scores_NE = self.score(logits_NE)
+        choice_NE = scores_NE.detach() + self.balance.bias
+        if self.max_groups < self.groups:
+            choice_NE = choice_NE.masked_fill(~self._allowed(choice_NE), float("-inf"))
+        ids_NA = choice_NE.topk(self.top_k).indices
+        weights_NA = scores_NE.gather(1, ids_NA)
+        if self.renormalize:
+            weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
+        if self.scale != 1.0:
+            weights_NA = weights_NA * self.scale
+        return Dispatch(ids_NA, weights_NA, None, logits_NE)
+
+    def _allowed(self, choice_NE: Tensor) -> Tensor:
+        """Return which experts are in the best groups, boolean `[N, E]`."""
+        grouped = choice_NE.unflatten(1, (self.groups, -1))
+        strength = grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
+        best = strength.topk(self.max_groups).indices
+        allowed = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, best, True)
+        return allowed.repeat_interleave(grouped.shape[-1], dim=1)
+
+
+SCORES = {"softmax": lambda logits: softmax(logits, dim=-1), "sigmoid": torch.sigmoid}
+
+
+def _dynamic(config: Any) -> Router:
+    return DynamicRouter(
+        config.num_experts,
+        config.hidden_size,
+        threshold=config.routing_threshold,
+        min_experts=config.min_experts,
+        max_experts=config.max_experts,
+        candidates=config.candidate_experts,
+        balance_rate=config.balance_rate,
+        target_experts=config.target_experts,
+        temperature=config.router_temperature,
+    )
+
+
+def _topk(config: Any) -> Router:
+    return TopKRouter(
+        config.num_experts,
+        config.hidden_size,
+        top_k=config.max_experts,
+        score=config.router_score,
+        renormalize=config.router_renormalize,
+        groups=config.num_expert_groups,
+        max_groups=config.max_expert_groups,
+        scale=config.router_scale,
+        balance_rate=config.balance_rate,
+    )
+
+
+def _dense(config: Any) -> Router:
+    """Every expert for every token, weighted by the full softmax: the upper bound that sparse routing is held to."""
+    return TopKRouter(config.num_experts, config.hidden_size, top_k=config.num_experts, balance_rate=0.0)
+
+
+ROUTING = {"dense": _dense, "dynamic": _dynamic, "topk": _topk}
+
+
+def build_router(config: Any) -> Router:
+    """Return the router that `config.routing_strategy` names."""
+    return pick(ROUTING, config.routing_strategy, "routing_strategy")(config)

@@ -1,0 +1,89 @@
+"""Every way of computing the experts agrees with the loop over experts, forward and backward."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek.kernels.grouped_mm import mix_experts, mix_experts_grouped, mix_experts_reference
+
+D, F = 24, 16
+# (tokens, experts, slots a token): none, one, fewer slots than experts, many tokens an expert, all experts.
+SIZES = [(0, 4, 2), (1, 8, 2), (9, 32, 4), (200, 4, 2), (33, 3, 3)]
+
+
+def problem(tokens: int, experts: int, slots: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Inputs of `mix_experts`, in which some slots take no part and the last expert gets no token."""
+    torch.manual_seed(tokens + experts)
+    x = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
+    gate_up = (torch.randn(experts, 2 * F, D) * 0.2).to(dtype).requires_grad_()
+    down = (torch.randn(experts, D, F) * 0.2).to(dtype).requires_grad_()
+    ids = torch.rand(tokens, experts).argsort(-1)[:, :slots]
+    idle = (torch.rand(tokens, slots) < 0.3) | (ids == experts - 1)
+    weights = torch.rand(tokens, slots).masked_fill(idle, 0).requires_grad_()
+    return x, gate_up, down, ids.masked_fill(idle, experts), weights
+
+
+def outcome(way, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output, and the gradients of x, both projections and the weights for a fixed random loss."""
+    y = way(*inputs)
+    loss = (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+    return [y.detach(), *torch.autograd.grad(loss, (inputs[0], inputs[1], inputs[2], inputs[4]))]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("way", [mix_experts, mix_experts_grouped], ids=["segments", "grouped_mm"])
+def test_fast_ways_agree_with_the_reference(way, size):
+    inputs = problem(*size)
+    for fast, slow in zip(outcome(way, inputs), outcome(mix_experts_reference, inputs), strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_inference_agrees_with_the_reference(size):
+    inputs = problem(*size)
+    with torch.no_grad():
+        torch.testing.assert_close(mix_experts(*inputs), mix_experts_reference(*inputs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_bfloat16_is_as_exact_as_bfloat16_can_be(size):
+    inputs = problem(*size, dtype=torch.bfloat16)
+    exact = mix_experts_reference(*[t.double() if t.is_floating_point() else t for t in inputs])
+    for result in (mix_experts(*inputs), mix_experts(*[t.detach() for t in inputs])):
+        assert result.dtype == torch.bfloat16
+        torch.testing.assert_close(result.double(), exact, atol=2e-2, rtol=2e-2)
+
+
+def test_gradients_match_finite_differences():
+    x, gate_up, down, ids, weights = (t.detach() for t in problem(3, 3, 2))
+    narrow = (x[:, :4], gate_up[:, : 2 * 3, :4], down[:, :4, :3], ids, weights)
+    inputs = [t.double().requires_grad_() if t.is_floating_point() else t for t in narrow]
+    assert torch.autograd.gradcheck(mix_experts, inputs)
+
+
+def test_idle_slots_are_never_read():
+    x, gate_up, down, ids, weights = (t.detach() for t in problem(6, 4, 2))
+    gate_up[3], down[3] = float("nan"), float("nan")  # the last expert gets no token
+    for way in (mix_experts, mix_experts_grouped, mix_experts_reference):
+        assert torch.isfinite(way(x, gate_up, down, ids, weights)).all()
+
+
+@pytest.mark.parametrize("way", [mix_experts, mix_experts_grouped], ids=["segments", "grouped_mm"])
+def test_no_slot_in_use_gives_zeros_and_zero_gradients(way):
+    x, gate_up, down, ids, weights = problem(6, 4, 2)
+    for result in outcome(way, (x, gate_up, down, torch.full_like(ids, 4), weights)):
+        assert not result.any()
+
+
+def test_frozen_experts_get_no_gradient_but_the_tokens_do():
+    x, gate_up, down, ids, weights = problem(6, 4, 2)
+    mix_experts(x, gate_up.detach(), down.detach(), ids, weights).sum().backward()
+    expected = torch.autograd.grad(mix_experts_reference(x, gate_up, down, ids, weights).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected, atol=1e-5, rtol=0)
+
+
+def test_compiled_agrees_forward_and_backward():
+    inputs = problem(20, 6, 3)
+    compiled = torch.compile(mix_experts, fullgraph=True, backend="aot_eager")
+    for fast, slow in zip(outcome(compiled, inputs), outcome(mix_experts_reference, inputs), strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
