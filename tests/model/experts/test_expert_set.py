@@ -1,0 +1,343 @@
+"""Plugging, arming and unplugging on a live model."""
+
+import copy
+import gc
+import itertools
+import threading
+import weakref
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deepseek.errors import PackError
+from deepseek.model.config import ModelConfig
+from deepseek.model.experts import ExpertModule
+from deepseek.model.kv_cache import KVCache
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.pack import write_pack
+
+
+def logits_of(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def test_armed_experts_change_the_logits_and_nothing_else_does(model, make_pack, ids):
+    before = logits_of(model, ids)
+    model.experts.plug(make_pack(bias=0.5))
+    armed = logits_of(model, ids)
+    assert not torch.equal(before, armed)
+    model.experts.arm(None)
+    assert torch.equal(before, logits_of(model, ids))
+    model.experts.arm("auto")
+    assert torch.equal(armed, logits_of(model, ids))
+    model.experts.unplug("code")
+    assert torch.equal(before, logits_of(model, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_is_bit_identical_before_plugged_unarmed_and_after(model, make_pack, ids, dtype):
+    model.to(dtype)
+
+    def run():
+        output = model.generate(
+            ids, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+        )
+        return torch.cat([output.sequences.float(), torch.stack(output.logits, 1).flatten(1).float()], dim=1)
+
+    before = run()
+    model.experts.plug(make_pack(bias=0.5))
+    with model.experts.arming(None):
+        assert torch.equal(before, run())
+    assert not torch.equal(before, run())
+    model.experts.unplug("code")
+    assert torch.equal(before, run())
+
+
+def test_saved_model_and_state_do_not_know_plugged_experts(model, make_pack, tmp_path):
+    keys, parameters = list(model.state_dict()), sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path / "before")
+    model.experts.plug(make_pack())
+    model.save_pretrained(tmp_path / "after")
+    assert list(model.state_dict()) == keys
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert {p.name: p.read_bytes() for p in (tmp_path / "before").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "after").iterdir()
+    }
+
+
+def test_every_plug_order_gives_the_same_bits(model, make_pack, ids):
+    packs = [make_pack(f"e{i}", layers=layers, seed=i, bias=0.4) for i, layers in enumerate([(3,), (1, 3), (0, 1, 3)])]
+    seen = []
+    for order in itertools.permutations(packs):
+        for pack in order:
+            model.experts.plug(pack)
+        seen.append(logits_of(model, ids))
+        for pack in order:
+            model.experts.unplug(pack.manifest.name)
+    assert all(torch.equal(seen[0], one) for one in seen)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(1, 39), max_size=6), padding=st.integers(0, 12))
+def test_decoding_in_pieces_equals_one_forward(model, make_pack, ids, cuts, padding):
+    names = {info.name for info in model.experts.list()}
+    for name in {"a", "b"} - names:
+        model.experts.plug(make_pack(name, seed=ord(name), bias=0.3))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    whole = logits_of(model, ids, attention_mask=mask)
+    bounds = [0, *sorted(set(cuts)), 40]
+    cache = KVCache()
+    pieces = [
+        logits_of(model, ids[:, i:j], attention_mask=mask[:, :j], cache=cache)
+        for i, j in itertools.pairwise(bounds)
+    ]
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=2e-4, rtol=1e-4)
+
+
+def test_packed_documents_equal_separate_ones(model, make_pack, ids):
+    for name in "ab":
+        model.experts.plug(make_pack(name, seed=ord(name), bias=0.3))
+    positions = torch.cat([torch.arange(15), torch.arange(25)])[None]
+    packed = logits_of(model, ids[:1], position_ids=positions)
+    apart = torch.cat([logits_of(model, ids[:1, :15]), logits_of(model, ids[:1, 15:])], dim=1)
+    torch.testing.assert_close(packed, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_changes_no_real_token_and_hears_no_expert(model, make_pack, ids):
+    model.experts.plug(make_pack(bias=0.3))
+    mask = torch.ones_like(ids)
+    mask[:, :7] = 0
+    padded = model(ids, attention_mask=mask)
+    plain = model(ids[:, 7:])
+    torch.testing.assert_close(padded.logits[:, 7:], plain.logits, atol=1e-4, rtol=1e-4)
+    assert padded.experts.attribution()[:, :7].eq(0).all()
+    torch.testing.assert_close(padded.experts.attribution()[:, 7:], plain.experts.attribution(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_sequence_in_flight_keeps_its_experts(model, make_pack, ids):
+    model.experts.plug(make_pack("a", bias=0.5))
+    expected_cache, cache = KVCache(), KVCache()
+    for store in (expected_cache, cache):
+        logits_of(model, ids[:, :20], cache=store)
+    expected = logits_of(model, ids[:, 20:], cache=expected_cache)
+    model.experts.plug(make_pack("b", seed=3, bias=0.5))
+    model.experts.unplug("a")
+    assert torch.equal(expected, logits_of(model, ids[:, 20:], cache=cache))
+    assert not torch.equal(expected, logits_of(model, ids)[:, 20:])
+
+
+def test_plugging_while_other_threads_run_gives_only_whole_states(model, make_pack, ids):
+    packs = [make_pack("a", bias=0.5), make_pack("b", seed=3, bias=0.5)]
+    allowed = [logits_of(model, ids)]
+    for chosen in ([packs[0]], [packs[1]], packs):
+        for pack in chosen:
+            model.experts.plug(pack)
+        allowed.append(logits_of(model, ids))
+        for pack in chosen:
+            model.experts.unplug(pack.manifest.name)
+    stop = threading.Event()
+
+    def churn(pack):
+        while not stop.is_set():
+            model.experts.plug(pack)
+            model.experts.unplug(pack.manifest.name)
+
+    threads = [threading.Thread(target=churn, args=(pack,)) for pack in packs]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            seen = logits_of(model, ids)
+            assert any(torch.equal(seen, one) for one in allowed)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_unplugging_and_dropping_free_the_memory(make_pack, ids):
+    model = DeepSeekModel(ModelConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4))
+    pack = make_pack()
+    model.experts.base = pack.manifest.base
+    model.experts.plug(pack)
+    with model.experts.forced("code") as module:
+        gone = weakref.ref(module)
+    del module
+    model.experts.unplug("code")
+    assert gone() is None
+    model_gone, experts = weakref.ref(model), model.experts
+    del model
+    gc.collect()
+    assert model_gone() is None
+    with pytest.raises(PackError, match="gone"):
+        experts.armed()
+
+
+def test_a_copied_model_has_its_own_experts(model, make_pack, ids):
+    model.experts.plug(make_pack(bias=0.5))
+    twin = copy.deepcopy(model)
+    expected = logits_of(model, ids)
+    model.experts.unplug("code")
+    assert torch.equal(logits_of(twin, ids), expected)
+    assert [info.name for info in twin.experts.list()] == ["code"]
+
+
+def test_experts_follow_the_model_to_another_dtype(model, make_pack, ids):
+    model.experts.plug(make_pack(bias=0.5))
+    model.to(torch.bfloat16)
+    assert logits_of(model, ids).dtype == torch.bfloat16
+    late = make_pack("late", seed=3)
+    model.experts.plug(late)
+    with model.experts.forced("late") as module:
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+
+
+def test_arming_chooses_and_explains(model, make_pack, ids):
+    for name in ("python", "german"):
+        model.experts.plug(make_pack(name, seed=len(name), bias=0.5))
+    assert model.experts.arm("auto") == ("german", "python")
+    assert model.experts.arm(["python"]) == ("python",)
+    assert {info.name: info.armed for info in model.experts.list()} == {"python": True, "german": False}
+    assert model(ids).experts.names == ("python",)
+    only_python = logits_of(model, ids)
+    model.experts.plug(make_pack("later", seed=9, bias=0.5))
+    assert torch.equal(logits_of(model, ids), only_python)
+    with pytest.raises(PackError, match="did you mean 'python'"):
+        model.experts.arm("pyton")
+    assert torch.equal(logits_of(model, ids), only_python)
+    model.experts.unplug("python")
+    assert model.experts.armed() is None
+    with pytest.raises(PackError, match="'python' is plugged"):
+        model.experts.unplug("python")
+
+
+def test_temporary_arming_forgets_what_was_unplugged_meanwhile(model, make_pack):
+    for name in "ab":
+        model.experts.plug(make_pack(name, seed=ord(name)))
+    model.experts.arm(["a", "b"])
+    with model.experts.arming("a"):
+        model.experts.unplug("b")
+    assert model.experts.arm(["a"]) == ("a",)
+    assert [info.armed for info in model.experts.list()] == [True]
+
+
+def test_names_are_unique_and_a_file_works_as_a_pack_does(model, make_pack, ids, tmp_path):
+    pack = make_pack(bias=0.5)
+    write_pack(tmp_path / "code.safetensors", pack)
+    info = model.experts.plug(tmp_path / "code.safetensors")
+    assert (info.name, info.licence, info.layers, info.armed) == ("code", "Apache-2.0", (1, 3), True)
+    assert info.num_bytes == 2 * 3 * 24 * 32 * 4
+    from_file = logits_of(model, ids)
+    with pytest.raises(PackError, match="plugged already"):
+        model.experts.plug(pack)
+    model.experts.unplug("code")
+    model.experts.plug(pack)
+    assert torch.equal(from_file, logits_of(model, ids))
+    assert model.experts.manifest("code") == pack.manifest
+
+
+def test_a_model_without_a_folder_cannot_match_packs(make_pack):
+    model = DeepSeekModel(ModelConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4))
+    with pytest.raises(PackError, match="not loaded from a folder"):
+        model.experts.plug(make_pack())
+
+
+def test_a_model_from_a_folder_knows_its_fingerprint(model, make_pack, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert loaded.experts.base.hidden_size == 32
+    assert loaded.experts.base.weights != model.experts.base.weights
+    with pytest.raises(PackError, match="another base"):
+        loaded.experts.plug(make_pack())
+
+
+def test_forced_module_is_on_everywhere_and_learns(model, make_pack, ids):
+    model.experts.plug(make_pack("other", seed=5, bias=0.5))
+    before = logits_of(model, ids)
+    module = ExpertModule.beside(model.layers, "new", (1, 3), width=24)
+    model.requires_grad_(False)
+    model.experts.arm(None)
+    base = logits_of(model, ids)
+    with model.experts.forced(module):
+        output = model(ids, labels=ids)
+        assert torch.equal(output.logits, base)  # a new module adds zero
+        assert output.experts.attribution().eq(1).all()
+        output.loss.backward()
+    for layer in (1, 3):
+        assert module.at(layer).down_proj.grad.abs().max() > 0
+        torch.nn.init.normal_(module.at(layer).down_proj)
+    with model.experts.forced(module):
+        model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in module.parameters())
+    model.experts.arm("auto")
+    assert torch.equal(logits_of(model, ids), before)
+
+
+def test_gradients_reach_a_gated_module_and_the_stream_before_it(model, make_pack, ids):
+    model.experts.plug(make_pack(bias=2.0))
+    with model.experts.forced("code") as module:
+        module.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in module.parameters())
+    assert model.embed_tokens.weight.grad.abs().max() > 0
+
+
+def test_attribution_and_record_tell_who_spoke(model, make_pack, ids):
+    for name in "ab":
+        model.experts.plug(make_pack(name, seed=ord(name), bias=0.2))
+    output = model(ids)
+    names, weights_BTM = output.experts.names, output.experts.attribution()
+    assert weights_BTM.shape == (2, 40, 2)
+    assert 0 < weights_BTM.gt(0).float().mean() < 1
+    with model.experts.record() as trace:
+        cache = KVCache()
+        for start in range(0, 40, 8):
+            logits_of(model, ids[:, start : start + 8], cache=cache)
+    logits_of(model, ids)
+    assert trace.names == ("a", "b")
+    for m, name in enumerate(names):
+        torch.testing.assert_close(trace.weights(name), weights_BTM[..., m], atol=1e-4, rtol=1e-4)
+
+
+def test_a_module_speaks_only_at_its_own_layers(model, make_pack, ids):
+    model.experts.plug(make_pack(layers=(3,), bias=0.5))
+    with torch.no_grad():
+        armed = model(ids, output_hidden_states=True).hidden_states
+        model.experts.arm(None)
+        base = model(ids, output_hidden_states=True).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(armed[:4], base[:4], strict=True))
+    assert not torch.equal(armed[4], base[4])
+
+
+def test_beside_refuses_layers_and_widths_that_do_not_exist(model):
+    with pytest.raises(ValueError, match="layer 4 does not exist"):
+        ExpertModule.beside(model.layers, "x", (4,), width=8)
+    with pytest.raises(ValueError, match="use init='normal'"):
+        ExpertModule.beside(model.layers, "x", (3,), width=49)
+    assert ExpertModule.beside(model.layers, "x", (3,), width=49, init="normal").width == 49
+
+
+def test_uncalibrated_gates_never_fire(model, ids):
+    module = ExpertModule("raw", (3,), 32, 8)
+    torch.nn.init.normal_(module.at(3).down_proj)
+    before = logits_of(model, ids)
+    model.experts.plug(module.to_pack(model.experts.base, "MIT"))
+    assert torch.equal(before, logits_of(model, ids))
+
+
+def test_pack_round_trip_keeps_module_and_gates(make_module, base):
+    module = make_module("code", bias=0.1)
+    module.settings = module.settings.model_copy(update={"half_life": 7.0})
+    base_pack = module.to_pack(base, "MIT", dtype=torch.float32)
+    again = ExpertModule.from_pack(base_pack)
+    x = torch.randn(3, 32)
+    for layer in module.layers:
+        assert torch.equal(again(layer, x), module(layer, x))
+        assert torch.equal(again.gates[layer], module.gates[layer])
+    assert again.settings.half_life == 7.0
+    assert again.to_pack(base, "MIT", dtype=torch.float32).manifest == base_pack.manifest

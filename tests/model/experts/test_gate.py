@@ -1,0 +1,124 @@
+"""Scores, their running mean, and who speaks when several fire."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek.model.experts.armed import combine
+from deepseek.model.experts.gate import SHARPNESS, GateBank, arbitrate, running_mean
+
+seeds = st.integers(0, 10_000)
+
+
+def mean_by_hand(scores_TRM, decay_M, real_T, documents_T):
+    """Recursion over one row, in double precision."""
+    total, count, means = 0.0, 0.0, []
+    for t in range(len(scores_TRM)):
+        if t and documents_T[t] != documents_T[t - 1]:
+            total, count = 0.0 * total, 0.0 * count
+        if real_T[t]:
+            total, count = total * decay_M + scores_TRM[t], count * decay_M + 1.0
+        means.append(total / count if real_T[: t + 1].any() and real_T[t] else torch.zeros_like(scores_TRM[t]))
+    return torch.stack(means)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, length=st.integers(1, 70), cut=st.integers(0, 70), padded=st.booleans(), packed=st.booleans())
+def test_running_mean_equals_the_recursion_however_it_is_cut(seed, length, cut, padded, packed):
+    random = torch.Generator().manual_seed(seed)
+    scores = torch.randn(2, length, 2, 3, generator=random)
+    decay = 0.5 ** (1 / torch.tensor([1.0, 8.0, 500.0]))
+    real = torch.rand(2, length, generator=random) > 0.3 if padded else None
+    documents = (torch.rand(2, length, generator=random) > 0.8).cumsum(1) if packed else None
+    got, state = running_mean(scores, decay, None, real, documents)
+    for row in range(2):
+        real_T = real[row] if padded else torch.ones(length, dtype=torch.bool)
+        documents_T = documents[row] if packed else torch.zeros(length)
+        want = mean_by_hand(scores[row].double(), decay.double(), real_T, documents_T)
+        torch.testing.assert_close(got[row][real_T].double(), want[real_T], atol=1e-5, rtol=1e-5)
+    if not packed:
+        cut = min(cut, length - 1)
+        masks = (None, None) if real is None else (real[:, :cut], real[:, cut:])
+        first, middle = running_mean(scores[:, :cut], decay, None, masks[0]) if cut else (scores[:, :0], None)
+        second, end = running_mean(scores[:, cut:], decay, middle, masks[1])
+        torch.testing.assert_close(torch.cat([first, second], 1), got, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(end, state, atol=1e-4, rtol=1e-5)
+
+
+def test_half_life_is_what_it_says():
+    bank = GateBank.stack([torch.zeros(2, 5)], [16.0], 5, torch.device("cpu"))
+    scores = torch.zeros(1, 4000, 1, 1)
+    scores[:, :3000] = 1.0
+    mean, _ = running_mean(scores, bank.decay)
+    torch.testing.assert_close(mean[0, 3000 + 16 - 1, 0, 0], torch.tensor(0.5), atol=1e-4, rtol=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds, modules=st.integers(1, 9), most=st.integers(1, 9))
+def test_arbitration_properties(seed, modules, most):
+    random = torch.Generator().manual_seed(seed)
+    detect = torch.randn(2, 6, modules, generator=random)
+    contrast = 5 * torch.randn(2, 6, modules, generator=random)
+    weights = arbitrate(detect, contrast, most)
+    assert weights.isfinite().all() and weights.ge(0).all() and weights.sum(-1).le(1 + 1e-6).all()
+    assert weights[detect <= 0].eq(0).all()
+    assert (weights > 0).sum(-1).le(most).all()
+    assert weights.sum(-1)[(detect > 0).any(-1)].ge(0.5 - 1e-6).all()
+    order = torch.randperm(modules, generator=random)
+    torch.testing.assert_close(arbitrate(detect[..., order], contrast[..., order], most), weights[..., order])
+    shifted = arbitrate(detect, contrast + 3.0, most)
+    torch.testing.assert_close(shifted, weights, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=seeds, modules=st.integers(2, 6))
+def test_without_contrast_arbitration_is_the_published_formula(seed, modules):
+    detect = torch.randn(1, 8, modules, generator=torch.Generator().manual_seed(seed))
+    strength = torch.sigmoid(SHARPNESS * detect) * (detect > 0)
+    want = strength / strength.sum(-1, keepdim=True).clamp(min=1.0)
+    torch.testing.assert_close(arbitrate(detect, torch.zeros_like(detect), modules), want)
+
+
+def test_a_silent_module_changes_no_other_weight():
+    random = torch.Generator().manual_seed(0)
+    detect, contrast = torch.randn(1, 50, 3, generator=random), torch.randn(1, 50, 3, generator=random)
+    silent = torch.full((1, 50, 1), -1.0)
+    wider = arbitrate(torch.cat([detect, silent], -1), torch.cat([contrast, silent + 100], -1), 3)
+    torch.testing.assert_close(wider[..., :3], arbitrate(detect, contrast, 3))
+
+
+def test_contrast_decides_between_neighbours():
+    weights = arbitrate(torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[10.0, 0.0]]]), 5)
+    assert weights[0, 0, 0] > 0.99 * weights.sum()
+
+
+def test_scores_stay_fp32_under_autocast():
+    bank = GateBank.stack([torch.randn(2, 9), torch.randn(2, 9)], [8.0, 8.0], 5, torch.device("cpu"))
+    x = torch.randn(1, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = bank.scores(x)
+    assert torch.equal(inside, bank.scores(x))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds)
+def test_combine_equals_the_dense_sum_and_leaves_silent_tokens_alone(seed):
+    torch.manual_seed(seed)
+    modules = [torch.nn.Linear(6, 6) for _ in range(3)]
+    layers = [lambda _, x, module=module: module(x) for module in modules]
+    x, y = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    weights = torch.rand(2, 5, 3) * (torch.rand(2, 5, 3) > 0.6)
+    got = combine(layers, 0, x, y, weights)
+    want = y + sum(module(x) * weights[..., m, None] for m, module in enumerate(modules))
+    torch.testing.assert_close(got, want)
+    silent = weights.eq(0).all(-1)
+    assert torch.equal(got[silent], y[silent])
+
+
+def test_set_gate_folds_threshold_and_scale(make_module):
+    module = make_module("m")
+    weight, x = torch.randn(33), torch.randn(32)
+    module.set_gate(1, weight, threshold=0.7, scale=3.0)
+    detect, contrast = module.gates[1] @ torch.cat([x, torch.ones(1)])
+    torch.testing.assert_close(detect, (weight @ torch.cat([x, torch.ones(1)]) - 0.7) / 3.0)
+    assert contrast == 0
