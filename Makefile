@@ -33,13 +33,14 @@ bench: $(READY)
 setup: $(READY)
 
 # torch first, as a range, so that the build that pip's configuration offers is taken; then everything else, pinned and
-# hash-checked; then the project itself.
+# hash-checked; then the project itself. pip compiles to bytecode on one core, so that comes last, on all of them.
 $(READY): pyproject.toml requirements/dev.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "torch>=2.11"
-	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/dev.lock
+	$(PIP) install --quiet --no-compile "torch>=2.11"
+	$(PIP) install --quiet --no-compile --no-deps --require-hashes --requirement requirements/dev.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # a few files are templates, no Python
 	@touch $@
 
 lock:

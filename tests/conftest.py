@@ -1,0 +1,43 @@
+"""What all tests share: a private cache folder, the base model, few and repeatable examples of each property."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from deepseek.checkpoint import hub
+
+USER_HOME = hub.home()
+
+# Shared machines stall for seconds, so no deadline; the same examples every time, so that a failure can be seen again.
+settings.register_profile(
+    "suite", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("search", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep caches and keys of the tests out of the user's folder, also in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("DEEPSEEK_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the embedded base model, fetched into the user's cache once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_HOME", str(USER_HOME))
+        return hub.pull("smollm2-135m")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the package's sizes, so that growth is seen in every run."""
+    from test_budget import size_report
+
+    terminalreporter.write_line(f"sizes: {size_report()}")
