@@ -28,14 +28,17 @@ class Block(GradientCheckpointingLayer):  # type: ignore[misc]
         )
 
     def forward(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
-        hidden_BTD = self.attend(hidden_BTD, ctx)
-        x_BTD = self.feed_forward_norm(hidden_BTD)
-        y_BTD: Tensor = self.feed_forward(x_BTD, ctx) if self.sparse else self.feed_forward(x_BTD)
-        if ctx.armed is not None:
-            y_BTD = ctx.armed.apply(self.layer_idx, x_BTD, y_BTD, ctx)
-        return hidden_BTD + y_BTD
+        return self.transform(self.attend(hidden_BTD, ctx), ctx)
 
     def attend(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         """Return the stream `[B, T, D]` after this block's attention, which no plugged expert of the block changes."""
         attended: Tensor = self.attention(self.attention_norm(hidden_BTD), ctx)
         return hidden_BTD + attended
+
+    def transform(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the stream `[B, T, D]` after this block's feed-forward part and the experts plugged beside it."""
+        x_BTD = self.feed_forward_norm(hidden_BTD)
+        y_BTD: Tensor = self.feed_forward(x_BTD, ctx) if self.sparse else self.feed_forward(x_BTD)
+        if ctx.armed is not None:
+            y_BTD = ctx.armed.apply(self.layer_idx, x_BTD, y_BTD, ctx)
+        return hidden_BTD + y_BTD

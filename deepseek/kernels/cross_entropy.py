@@ -1,0 +1,150 @@
+"""Cross-entropy of a linear head without the whole `[N, V]` logits.
+
+`linear_cross_entropy` is exact: it walks over chunks of tokens, and while a chunk's logits exist it also computes their
+gradient, so that a step costs two matrix products per chunk (three when the head is trained) and nothing is computed
+twice. The idea of fusing head and loss is from Liger-Kernel (arXiv:2410.10989) and Cut Cross-Entropy
+(arXiv:2411.09009); the code here is plain PyTorch because the matrix products are where the time goes.
+
+`CandidateHead` makes the same loss cheaper while training: exact over the tokens that can be a label, sampled over the
+rest of the vocabulary (importance sampling of the partition function, Bengio & Senecal 2008).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek.kernels.cpu import fast_dtype
+
+IGNORED_LABEL = -100
+
+CHUNK_LOGITS = 1 << 23
+"""Logits that exist at once: 32 MB in fp32, about a processor's last cache, and large enough for full matmul speed."""
+
+
+def reference_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Return the mean loss over labels that are not ignored, by the textbook; all else here agrees with it."""
+    return F.cross_entropy((hidden_ND @ head_VD.T).float(), labels_N, ignore_index=IGNORED_LABEL)
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None = None
+) -> Tensor:
+    """Return the mean cross-entropy (nats, fp32 scalar) of `hidden_ND @ head_VD.T + log_weight_V` against the labels.
+
+    Labels of -100 are ignored; with no label left the loss is 0. Gradients flow to `hidden_ND`, and to `head_VD` if it
+    requires them.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, log_weight_V)
+    return loss
+
+
+@torch.no_grad()
+def token_losses(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Return every token's exact loss (nats, fp32 `[N]`, 0 where ignored), for evaluation."""
+    losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
+    for part in _chunks(len(labels_N), len(head_VD)):
+        losses_N[part], _ = _chunk_loss(hidden_ND[part], head_VD, labels_N[part], None)
+    return losses_N
+
+
+class CandidateHead:
+    """A head restricted to candidate tokens, with the rest of the vocabulary estimated from a sample.
+
+    With C the candidates and S a uniform sample of m of the R other tokens, the partition function is estimated without
+    bias by `sum_C e^z + (R/m) sum_S e^z`. Every label must be a candidate. For a frozen head (its rows are copied).
+    """
+
+    def __init__(self, head_VD: Tensor, candidates_C: Tensor, sampled: int, seed: int) -> None:
+        """Copy the candidate rows of `head_VD`; `sampled` tokens of the rest are drawn anew at every step."""
+        vocab_size, hidden_size = head_VD.shape
+        keep_V = torch.zeros(vocab_size, dtype=torch.bool)
+        keep_V[candidates_C] = True
+        self.candidates_C = keep_V.nonzero().flatten()
+        self.rest_R = (~keep_V).nonzero().flatten()
+        self.sampled = min(sampled, len(self.rest_R))
+        self.seed = seed
+        self._head_VD = head_VD.detach()
+        size = len(self.candidates_C) + self.sampled
+        self._rows = torch.empty(size, hidden_size, dtype=fast_dtype(head_VD.device), device=head_VD.device)
+        self._rows[: len(self.candidates_C)] = self._head_VD[self.candidates_C]
+        self._log_weight = torch.zeros(size, device=head_VD.device)
+        if self.sampled:
+            self._log_weight[len(self.candidates_C) :] = torch.tensor(len(self.rest_R) / self.sampled).log()
+        self._position_V = torch.full((vocab_size,), -1)
+        self._position_V[self.candidates_C] = torch.arange(len(self.candidates_C))
+
+    def loss(self, hidden_ND: Tensor, labels_N: Tensor, step: int) -> Tensor:
+        """Return the estimated mean loss; the sample is a function of the seed and `step` alone."""
+        generator = torch.Generator().manual_seed(self.seed + step)
+        sample = self.rest_R[torch.randperm(len(self.rest_R), generator=generator)[: self.sampled]]
+        self._rows[len(self.candidates_C) :] = self._head_VD[sample]
+        real_N = labels_N != IGNORED_LABEL
+        positions_N = torch.where(real_N, self._position_V[labels_N.clamp(min=0)], IGNORED_LABEL)
+        if (positions_N[real_N] < 0).any():
+            raise ValueError("a label is not among the candidate tokens of the head.")
+        return linear_cross_entropy(hidden_ND, self._rows, positions_N, self._log_weight)
+
+
+def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
+    size = max(1, CHUNK_LOGITS // vocab_size)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def _chunk_loss(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the losses `[N]` and the log-probabilities `[N, V]` of one chunk, in fp32."""
+    logits_NV = F.linear(hidden_ND.to(head_VD.dtype), head_VD).float()
+    if log_weight_V is not None:
+        logits_NV += log_weight_V
+    logits_NV -= logits_NV.logsumexp(-1, keepdim=True)
+    picked_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0]
+    return torch.where(labels_N == IGNORED_LABEL, 0.0, -picked_N), logits_NV
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients in the forward pass; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None) -> Tensor:
+        head = head_VD.detach().to(fast_dtype(head_VD.device))
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
+        count = (labels_N != IGNORED_LABEL).sum().clamp(min=1)
+        total = torch.zeros((), device=hidden_ND.device)
+        for part in _chunks(len(labels_N), len(head)):
+            losses_N, logits_NV = _chunk_loss(hidden_ND[part], head, labels_N[part], log_weight_V)
+            total += losses_N.sum()
+            if grad_hidden_ND is None and grad_head_VD is None:
+                continue
+            grad_NV = _logit_gradient(logits_NV, labels_N[part], count).to(head.dtype)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[part] = grad_NV @ head
+            if grad_head_VD is not None:
+                grad_head_VD += grad_NV.T @ hidden_ND[part].to(head.dtype)
+        ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
+        ctx.head_dtype = head_VD.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden_ND, grad_head_VD = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return (
+            None if grad_hidden_ND is None else grad_hidden_ND * scale,
+            None if grad_head_VD is None else (grad_head_VD * scale).to(ctx.head_dtype),
+            None,
+            None,
+        )
+
+
+def _logit_gradient(log_probs_NV: Tensor, labels_N: Tensor, count: Tensor) -> Tensor:
+    """Overwrite log-probabilities by d(mean loss)/d(logits) = (softmax - one_hot) / count, 0 where ignored."""
+    real_N = labels_N != IGNORED_LABEL
+    grad_NV = log_probs_NV.exp_()
+    grad_NV[torch.arange(len(labels_N), device=labels_N.device), labels_N.clamp(min=0)] -= 1.0
+    grad_NV *= (real_N / count)[:, None]
+    return grad_NV

@@ -1,0 +1,82 @@
+"""From a source of text to the token shards of one run: read, clean, split, tokenise; done once a run folder."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.checkpoint.store import read_json, write_json
+from deepseek.data import Document, Progress, TokenShards, clean, read_folder, read_git, read_jsonl, read_parquet, split
+from deepseek.data.filters import Skipped
+from deepseek.data.git import find_commit, open_repository
+from deepseek.data.split import Rule
+from deepseek.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from: any of a git history, a folder, a JSONL or Parquet file, and how to hold some of it out.
+
+    Attributes:
+        git, folder, jsonl, parquet: paths; at least one.
+        held_out: share of the documents that is never trained on.
+        by: how they are chosen: "file", "directory" or "time" (train on the past, test on what came later).
+        seed: of that choice.
+    """
+
+    git: Path | None = None
+    folder: Path | None = None
+    jsonl: Path | None = None
+    parquet: Path | None = None
+    held_out: float = 0.1
+    by: Rule = "file"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token shards to train on and to evaluate on, what cleaning did, and the commit learned from (None: no git)."""
+
+    train: TokenShards
+    held_out: TokenShards
+    report: str
+    commit: str | None
+
+
+def build_corpus(
+    source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path, progress: Progress | None = None
+) -> Corpus:
+    """Return the corpus in `folder`, built from `source` unless it is there already.
+
+    What is there stays as it is even if the source has changed since, so that a resumed run sees the same text.
+    """
+    notes = folder / "corpus.json"
+    if not notes.is_file():
+        skipped = Skipped()
+        documents, report = clean(read_source(source, skipped), skipped, progress)
+        train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
+        TokenShards.build(train, tokenizer, folder / "train", progress=progress)
+        TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
+        write_json(notes, {"report": str(report), "commit": head_commit(source)})
+    known = read_json(notes)
+    return Corpus(TokenShards(folder / "train"), TokenShards(folder / "held-out"), known["report"], known["commit"])
+
+
+def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
+    """Yield the documents of every part of a source; raise `DataError` if it names none."""
+    if not any((source.git, source.folder, source.jsonl, source.parquet)):
+        raise DataError("No text is given; name a git repository, a folder, a JSONL or a Parquet file.")
+    if source.git:
+        yield from read_git(source.git, skipped=skipped)
+    if source.folder:
+        yield from read_folder(source.folder, skipped)
+    if source.jsonl:
+        yield from read_jsonl(source.jsonl)
+    if source.parquet:
+        yield from read_parquet(source.parquet)
+
+
+def head_commit(source: Source) -> str | None:
+    """Return the id of the newest commit of a git source."""
+    return str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None

@@ -1,0 +1,217 @@
+"""The stages of one expert training, each kept in the run folder once it is done."""
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import read_json, write_json
+from deepseek.data import Batch, RowLoader
+from deepseek.kernels.cross_entropy import CandidateHead
+from deepseek.model.experts import ExpertModule
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.budget import Dial, Plan, Speed, TextSize, make_plan, seconds_per_row
+from deepseek.train.corpus import Corpus, Source, build_corpus
+from deepseek.train.expert_task import ExpertTask, Stream
+from deepseek.train.layers import parse_layers
+from deepseek.train.loop import LoopConfig, TrainResult, train
+from deepseek.train.metrics import read_metrics
+from deepseek.train.optim import OptimConfig
+from deepseek.train.progress import ProgressBar
+from deepseek.train.rows import ChosenRows
+from deepseek.train.trunk import TrunkCache, TrunkKey, run_trunk
+
+FREQUENT_TOKENS = 4096
+"""The first ids of a byte-pair vocabulary are its most frequent ones; they join the candidates of the training loss."""
+
+SAMPLED_TOKENS = 1024
+"""Further ids drawn at every step to estimate the rest of the partition function."""
+
+
+@dataclass(frozen=True)
+class ExpertRequest:
+    """What to train; stored as `request.json`.
+
+    Attributes:
+        base: name, folder or hub id of the base model.
+        name: of the expert.
+        source: the text.
+        layers: `last:3` (fast), `all` (strong), `last:N`, or indices such as `0-9,20`.
+        width: width of the expert's feed-forward network at each layer.
+        minutes: time for trunk, training and evaluation, turned into a number of tokens by a measurement.
+        tokens: distinct tokens to train on instead; 0 means all there are.
+        epochs: passes over them.
+        row_length, batch_rows: tokens of a packed row, rows of a batch.
+        learning_rate: the peak.
+        held_out_tokens: most tokens that an evaluation covers.
+        licence: SPDX expression of the pack.
+        domain: a few words on what the expert knows.
+        seed: of initial values, row order and sampling.
+    """
+
+    base: str
+    name: str
+    source: Source
+    layers: str
+    width: int
+    minutes: float | None
+    tokens: int | None
+    epochs: int
+    row_length: int
+    batch_rows: int
+    learning_rate: float
+    held_out_tokens: int
+    licence: str
+    domain: str
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, those of the source among the others."""
+        fields = asdict(self)
+        return {**fields, "source": {key: str(v) if isinstance(v, Path) else v for key, v in fields["source"].items()}}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Packed rows to train on and to evaluate on."""
+
+    train: RowLoader
+    held_out: RowLoader
+
+
+class ExpertRun:
+    """One request in its run folder: the base loaded and frozen, the module beside it."""
+
+    def __init__(self, request: ExpertRequest, folder: Path, progress: ProgressBar) -> None:
+        self.request, self.folder, self.progress = request, folder, progress
+        self.started = time.monotonic()
+        base = resolve(request.base)
+        self.model = DeepSeekModel.from_pretrained(base, dtype="auto").requires_grad_(False)
+        self.tokenizer = load_tokenizer(base)
+        layers = parse_layers(request.layers, len(self.model.layers))
+        self.first = layers[0]
+        self.cached = self.first > 0
+        self.module = ExpertModule.beside(
+            self.model.layers, request.name, layers, request.width, init=self._init(), seed=request.seed
+        )
+
+    def corpus(self) -> Corpus:
+        """Return the token shards, reading the source only the first time."""
+        corpus = build_corpus(self.request.source, self.tokenizer, self.folder / "corpus", self.progress)
+        self.progress.say(corpus.report)
+        return corpus
+
+    def texts(self, corpus: Corpus) -> Texts:
+        """Return the packed rows of a corpus."""
+        rows, length, seed = self.request.batch_rows, self.request.row_length, self.request.seed
+        return Texts(RowLoader(corpus.train, rows, length, seed), RowLoader(corpus.held_out, rows, length, seed))
+
+    def plan(self, texts: Texts) -> Plan:
+        """Return the plan of this run, measuring and storing it the first time."""
+        path = self.folder / "plan.json"
+        if not path.is_file():
+            write_json(path, asdict(self.measured_plan(texts)))
+        return Plan(**read_json(path))
+
+    def measured_plan(self, texts: Texts) -> Plan:
+        """Measure this machine and fit the work to the minutes, or estimate the time of the tokens."""
+        request = self.request
+        speed = self.measure(texts)
+        left = None if request.minutes is None else request.minutes * 60 - (time.monotonic() - self.started)
+        dial = Dial(left, request.tokens, request.epochs, request.batch_rows, request.held_out_tokens)
+        size = TextSize(texts.train.num_rows, texts.held_out.num_rows, request.row_length)
+        return make_plan(dial, speed, size)
+
+    def measure(self, texts: Texts) -> Speed:
+        """Time one batch through trunk, training step and evaluation; gradients are thrown away."""
+        rows = self.request.batch_rows
+        batch = texts.train.rows(texts.train.order(0, rows))
+        trunk: Stream = partial(run_trunk, self.model, self.first)
+        kept_BTD = trunk(batch)
+        stream: Stream = (lambda _: kept_BTD) if self.cached else trunk
+        task = self.task(texts, batch.row_ids.numpy(), stream, [batch], stream)
+
+        def step() -> None:
+            task.loss(batch, 0).loss.backward()
+
+        speed = Speed(
+            trunk=seconds_per_row(lambda: trunk(batch), rows) if self.cached else 0.0,
+            step=seconds_per_row(step, rows),
+            evaluate=seconds_per_row(task.evaluate, rows),
+        )
+        self.module.zero_grad()
+        return speed
+
+    def train(self, texts: Texts, plan: Plan, resume: str) -> TrainResult:
+        """Fill the trunk cache and run the loop to its end."""
+        request = self.request
+        chosen = texts.train.order(0, plan.rows)
+        held = texts.held_out.order(0, plan.held_out_rows)
+        held_batches = [
+            texts.held_out.rows(held[i : i + request.batch_rows]) for i in range(0, len(held), request.batch_rows)
+        ]
+        task = self.task(
+            texts,
+            chosen,
+            self.stream(texts.train, chosen, torch.bfloat16, "train"),
+            held_batches,
+            self.stream(texts.held_out, held, self.model.dtype, "held-out"),
+        )
+        config = LoopConfig(
+            OptimConfig(learning_rate=request.learning_rate),
+            steps=plan.steps,
+            evaluate_every=-(-plan.steps // (plan.evaluations - 1)),
+            checkpoint_every=max(10, plan.steps // 10),
+            seed=request.seed,
+        )
+        rows = ChosenRows(texts.train, chosen, request.batch_rows, request.seed)
+        return train(task, rows, config, self.folder / "training", progress=self.progress, resume=resume)
+
+    def task(
+        self, texts: Texts, chosen: NDArray[np.int64], stream: Stream, held_out: list[Batch], held_out_stream: Stream
+    ) -> ExpertTask:
+        """Return the task, its head restricted to what occurs as a label in the chosen rows."""
+        labels = torch.cat([texts.train.rows([row]).labels.flatten().unique() for row in chosen.tolist()])
+        frequent = torch.arange(min(FREQUENT_TOKENS, self.model.config.vocab_size))
+        candidates = torch.cat([labels[labels >= 0], frequent]).unique()
+        head = CandidateHead(self.model.lm_head.weight, candidates, SAMPLED_TOKENS, self.request.seed)
+        return ExpertTask(
+            self.model, self.module, head, stream=stream, held_out=held_out, held_out_stream=held_out_stream
+        )
+
+    def stream(self, loader: RowLoader, rows: NDArray[np.int64], dtype: torch.dtype, name: str) -> Stream:
+        """Return where the streams of these rows come from: a filled cache, or the trunk itself if nothing is below."""
+        compute = partial(run_trunk, self.model, self.first)
+        if not self.cached:
+            return compute
+        key = TrunkKey(
+            base=self.model.experts.base.weights, shards=loader.shards.digest, layer=self.first, length=loader.length,
+            width=self.model.config.hidden_size, computed=str(self.model.dtype), stored=str(dtype),
+        )  # fmt: skip
+        cache = TrunkCache(self.folder / "trunk" / name, key, rows, dtype)
+        what = f"trunk ({name})"
+        cache.fill(loader, compute, self.request.batch_rows, lambda done, total: self.progress(done, total, what))
+        return lambda batch: cache.read(batch.row_ids)
+
+    def first_loss(self) -> float:
+        """Return the held-out loss before the first step, when the module still adds nothing: that of the base."""
+        records = read_metrics(self.folder / "training" / "metrics.jsonl")
+        return next(record["held_out_loss"] for record in records if "held_out_loss" in record)
+
+    def drop_trunk(self) -> None:
+        """Delete the trunk caches, by far the largest part of a run folder."""
+        shutil.rmtree(self.folder / "trunk", ignore_errors=True)
+
+    def _init(self) -> Any:
+        """Return "base" where the base's own feed-forward networks are wide enough to copy rows from, else "normal"."""
+        config = self.model.config
+        dense = config.num_experts == 0 and self.request.width <= config.intermediate_size
+        return "base" if dense else "normal"

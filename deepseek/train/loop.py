@@ -1,0 +1,315 @@
+"""The training loop, the only one: a task says what is trained and how it is scored, the loop does everything else.
+
+A run lives in a folder: `config.json` (resolved), `metrics.jsonl`, `loss.png`, `tensorboard/` and `checkpoints/`.
+Calling `train` again with the same arguments continues after the newest checkpoint and ends with the same bits as a run
+that was never interrupted: weights, moments, random state and the place in the data are all restored.
+"""
+
+import errno
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.checkpoint import store
+from deepseek.errors import TrainError
+from deepseek.train.interrupt import InterruptGuard
+from deepseek.train.losses import autocast
+from deepseek.train.metrics import MetricsLog
+from deepseek.train.optim import (
+    OptimConfig,
+    adamw,
+    clip_gradients,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)  # fmt: skip
+from deepseek.train.plots import plot_losses
+from deepseek.train.progress import ProgressBar
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Non-finite steps in a row after which the run has diverged and going on is of no use."""
+
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
+B_contra = TypeVar("B_contra", contravariant=True)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a task returns for one batch.
+
+    Attributes:
+        loss: scalar to minimise.
+        tokens: how many targets it is the mean over.
+        metrics: further figures to record.
+    """
+
+    loss: Tensor
+    tokens: int
+    metrics: Mapping[str, float]
+
+
+class Batches(Protocol[B_co]):
+    """An endless stream of batches whose place is a few integers (`data.RowLoader` is one)."""
+
+    def next(self) -> B_co: ...
+    def state(self) -> dict[str, int]: ...
+    def load(self, state: dict[str, int]) -> None: ...
+
+
+class Task(Protocol[B_contra]):
+    """What is trained.
+
+    `loss` may depend on the step (counted in batches), never on hidden state of its own; `evaluate` returns named
+    figures, `held_out_loss` among them if there is held-out text, and is called between steps.
+    """
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]: ...
+    def loss(self, batch: B_contra, step: int) -> LossOutput: ...
+    def evaluate(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how often.
+
+    Attributes:
+        optim: optimizer and schedule.
+        steps: optimizer steps in all.
+        accumulate: batches a step.
+        evaluate_every: steps between evaluations; the first comes before step 0 and the last after the end.
+        checkpoint_every: steps between checkpoints.
+        keep: checkpoints kept.
+        seed: of PyTorch's random numbers.
+    """
+
+    optim: OptimConfig
+    steps: int
+    accumulate: int = 1
+    evaluate_every: int = 100
+    checkpoint_every: int = 100
+    keep: int = 2
+    seed: int = 0
+
+
+@dataclass
+class Position:
+    """Where a run stands: steps done, steps skipped for non-finite values, targets seen."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended, and its last evaluation."""
+
+    position: Position
+    metrics: dict[str, float]
+
+
+def train(
+    task: Task[B], batches: Batches[B], config: LoopConfig, folder: Path, *, progress: ProgressBar, resume: str = ""
+) -> TrainResult:
+    """Train `task` to the end of `config.steps`, from the newest checkpoint in `folder` if there is one.
+
+    Args:
+        folder: of the run.
+        resume: the command that continues the run, named when it is stopped.
+
+    Raises:
+        TrainError: the run in `folder` had another configuration, it diverged, or the disk is full.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with the step finished and a checkpoint written.
+    """
+    check_config(folder / "config.json", asdict(config))
+    return _Run(task, batches, config, folder, progress).run(resume or "call again with the same arguments")
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Write a resolved configuration, or raise `TrainError` if another one is there already."""
+    wanted = store.canonical_json(config)
+    if path.is_file():
+        before = store.read_json(path)
+        if store.canonical_json(before) == wanted:
+            return
+        changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
+        raise TrainError(
+            f"{path.parent} holds a run with another {changed[0]} ({before.get(changed[0])}, now "
+            f"{config.get(changed[0])}); give the old value to resume it, or another name to start a new run."
+        )
+    store.write_json(path, config)
+
+
+class _Run:
+    """One call of `train`."""
+
+    def __init__(
+        self, task: Task[Any], batches: Batches[Any], config: LoopConfig, folder: Path, progress: ProgressBar
+    ) -> None:
+        self.task, self.batches, self.config, self.progress = task, batches, config, progress
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.parameters = task.parameters
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = adamw(self.parameters, config.optim)
+        self.position = Position()
+        self.saved_step = -1
+
+    def run(self, resume: str) -> TrainResult:
+        self.restore()
+        self.log = MetricsLog(self.folder, self.position.step)
+        figures: dict[str, float] = {}
+        try:
+            with InterruptGuard() as interrupt:
+                while self.position.step < self.config.steps:
+                    if self.position.step % self.config.evaluate_every == 0:
+                        figures = self.evaluate()
+                    self.step()
+                    if interrupt.asked:
+                        self.save()
+                        raise KeyboardInterrupt(
+                            f"stopped after step {self.position.step} of {self.config.steps}, nothing is lost; "
+                            f"to go on: {resume}"
+                        )
+                    if self.position.step % self.config.checkpoint_every == 0:
+                        self.save()
+                figures = self.evaluate()
+                self.save()
+        finally:
+            self.log.close()
+            plot_losses(self.folder)
+        return TrainResult(self.position, figures)
+
+    def step(self) -> None:
+        """Make one optimizer step, or skip it if loss or gradient is not finite."""
+        started, position, optim = time.perf_counter(), self.position, self.config.optim
+        rate = learning_rate(optim, position.step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        outputs = self.backward()
+        losses = torch.stack([output.loss.detach() for output in outputs])
+        norm = clip_gradients(self.parameters.values(), optim.clip_norm)
+        finite = bool(losses.isfinite().all()) and norm < float("inf")  # False for NaN too
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = sum(output.tokens for output in outputs)
+        self.count(finite, tokens)
+        if finite:
+            speed = tokens / (time.perf_counter() - started)
+            loss = float(losses.mean())
+            extra = outputs[-1].metrics
+            self.log.write(
+                position.step - 1, loss=loss, learning_rate=rate, grad_norm=norm, tokens=position.tokens,
+                tokens_per_second=speed, **extra,
+            )  # fmt: skip
+            note = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
+            self.progress(position.step, self.config.steps, "train", note)
+
+    def backward(self) -> list[LossOutput]:
+        """Accumulate the gradients of one step's batches."""
+        outputs = []
+        for part in range(self.config.accumulate):
+            with autocast(self.device):
+                output = self.task.loss(self.batches.next(), self.position.step * self.config.accumulate + part)
+            (output.loss / self.config.accumulate).backward()
+            outputs.append(output)
+        return outputs
+
+    def count(self, finite: bool, tokens: int) -> None:
+        """Move on; give up where nothing but non-finite values comes."""
+        position = self.position
+        position.step += 1
+        position.tokens += tokens
+        position.skipped += not finite
+        position.skipped_in_a_row = 0 if finite else position.skipped_in_a_row + 1
+        if not finite:
+            self.log.write(position.step - 1, skipped=position.skipped)
+        if position.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainError(
+                f"The last {MAX_SKIPPED_IN_A_ROW} steps had a loss or gradient that is not finite; start a new run "
+                f"with a lower learning rate than {self.config.optim.learning_rate}."
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate and record the figures."""
+        figures = self.task.evaluate()
+        if figures:
+            self.log.write(self.position.step, **figures)
+            plot_losses(self.folder)
+        return figures
+
+    def save(self) -> None:
+        """Write a checkpoint unless this step has one, then drop old ones."""
+        position = self.position
+        if self.saved_step == position.step:
+            return
+        moments = optimizer_tensors(self.optimizer, self.parameters)
+        tensors = {
+            **{f"parameter.{name}": parameter for name, parameter in self.parameters.items()},
+            **{f"optimizer.{name}": value for name, value in moments.items()},
+            **{f"random.{name}": state for name, state in _random_states().items()},
+        }
+        meta = {"position": asdict(position), "batches": self.batches.state()}
+        try:
+            store.save_state(self.checkpoints / f"step-{position.step:08d}", tensors, meta)
+        except Exception as error:
+            if not _is_disk_full(error):
+                raise
+            raise TrainError(
+                f"The disk of {self.checkpoints} is full, the checkpoint of step {position.step} was not written; the "
+                "one before is intact, so free some space and run the same command."
+            ) from error
+        self.saved_step = position.step
+        store.prune(self.checkpoints, self.config.keep)
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint, or seed a fresh run."""
+        torch.manual_seed(self.config.seed)
+        newest = store.latest_state(self.checkpoints)
+        if newest is None:
+            return
+        tensors, meta = store.load_state(newest)
+        parts = {kind: _below(tensors, kind) for kind in ("parameter", "optimizer", "random")}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(parts["parameter"][name])
+        load_optimizer_tensors(self.optimizer, self.parameters, parts["optimizer"])
+        _restore_random(parts["random"])
+        self.batches.load(meta["batches"])
+        self.position = Position(**meta["position"])
+        self.saved_step = self.position.step
+        self.progress.say(f"going on after step {self.position.step} of {self.config.steps}")
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _random_states() -> dict[str, Tensor]:
+    """Return the states of PyTorch's generators, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _restore_random(states: dict[str, Tensor]) -> None:
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether writing failed for lack of space; safetensors reports it by message alone."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)

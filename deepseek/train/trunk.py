@@ -1,0 +1,146 @@
+"""The frozen trunk under an expert, computed once.
+
+An expert module whose first layer is L changes nothing before the feed-forward part of block L. What enters that part
+is computed once per packed row, kept on disk, and read at every further pass: training then costs the layers above and
+the head. The first pass reads the cache too, so that every epoch sees the same numbers, and so does a resumed run.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepseek.checkpoint.store import read_json, write_json
+from deepseek.data.loader import Batch, RowLoader
+from deepseek.errors import CheckpointError, TrainError
+from deepseek.train.losses import autocast
+
+STORED: dict[torch.dtype, np.dtype[Any]] = {torch.bfloat16: np.dtype("<i2"), torch.float32: np.dtype("<i4")}
+"""Integers of the same size that stand for a dtype on disk; numpy has no bfloat16."""
+
+
+@torch.no_grad()
+def run_trunk(model: Any, layer: int, batch: Batch) -> Tensor:
+    """Return the stream `[B, T, D]` after the attention of block `layer`, before any expert there has a say."""
+    with autocast(model.device):
+        hidden_BTD = model.embed_tokens(batch.input_ids.to(model.device))
+        ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device))
+        hidden_BTD = model.run_layers(hidden_BTD, 0, layer, ctx)
+        stream_BTD: Tensor = model.layers[layer].attend(hidden_BTD, ctx)
+    return stream_BTD
+
+
+def run_above(model: Any, layer: int, batch: Batch, stream_BTD: Tensor) -> Tensor:
+    """Return the normed last hidden states `[B, T, D]` from what `run_trunk` returned; experts take part as armed."""
+    ctx = model.context(stream_BTD, position_ids=batch.position_ids.to(model.device))
+    hidden_BTD = model.layers[layer].transform(stream_BTD, ctx)
+    normed_BTD: Tensor = model.norm(model.run_layers(hidden_BTD, layer + 1, len(model.layers), ctx))
+    return normed_BTD
+
+
+@dataclass(frozen=True)
+class TrunkKey:
+    """What the cached numbers depend on.
+
+    Attributes:
+        base: fingerprint of the base model's weights.
+        shards: digest of the token shards.
+        layer: block after whose attention the stream was taken.
+        length, width: tokens of a row and width of the stream.
+        computed: dtype of the computation, stored: dtype on disk.
+    """
+
+    base: str
+    shards: str
+    layer: int
+    length: int
+    width: int
+    computed: str
+    stored: str
+
+
+class TrunkCache:
+    """Streams `[T, D]` of packed rows on disk, in a folder of `rows.npy` (which), `hidden.bin` and `done.bin`.
+
+    Filling can be interrupted at any moment: a row counts as done only after it has reached the disk.
+    """
+
+    def __init__(self, folder: Path, key: TrunkKey, row_ids: NDArray[np.int64], dtype: torch.dtype) -> None:
+        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other rows are there."""
+        self.folder, self.dtype = folder, dtype
+        self.row_ids = row_ids
+        self.shape = (len(row_ids), key.length, key.width)
+        self._slots = {int(row): slot for slot, row in enumerate(row_ids)}
+        identity = {**asdict(key), "rows": row_ids.tolist()}
+        if not self._holds(identity):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            (folder / "hidden.bin").touch()
+            (folder / "done.bin").write_bytes(bytes(len(row_ids)))
+            write_json(folder / "key.json", identity)
+        self.done = np.fromfile(folder / "done.bin", dtype=np.bool_)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole cache on disk."""
+        return int(np.prod(self.shape)) * STORED[self.dtype].itemsize
+
+    def fill(
+        self, loader: RowLoader, compute: Callable[[Batch], Tensor], rows: int, progress: Callable[[int, int], None]
+    ) -> None:
+        """Compute the rows that are missing, `rows` at a time, with `compute` (batch -> `[B, T, D]`).
+
+        Raises `TrainError` if the disk is full; what was written stays good.
+        """
+        missing = np.flatnonzero(~self.done)
+        for start in range(0, len(missing), rows):
+            slots = missing[start : start + rows]
+            stream_BTD = compute(loader.rows(self.row_ids[slots]))
+            try:
+                self._write(slots, stream_BTD)
+            except OSError as error:
+                raise self._explained(error) from error
+            progress(int(self.done.sum()), len(self.done))
+
+    def read(self, row_ids: Tensor) -> Tensor:
+        """Return the streams `[B, T, D]` of these rows in the cache's dtype."""
+        slots = [self._slots[int(row)] for row in row_ids]
+        stored = np.memmap(self.folder / "hidden.bin", dtype=STORED[self.dtype], mode="r", shape=self.shape)
+        return torch.from_numpy(stored[slots]).view(self.dtype)
+
+    def _holds(self, identity: dict[str, Any]) -> bool:
+        try:
+            same = read_json(self.folder / "key.json") == identity
+        except CheckpointError:
+            return False
+        return same and (self.folder / "done.bin").stat().st_size == self.shape[0]
+
+    def _write(self, slots: NDArray[np.intp], stream_BTD: Tensor) -> None:
+        """Write rows, then mark them; plain writes, as a full disk under a memory map would kill the process."""
+        view = torch.int16 if self.dtype is torch.bfloat16 else torch.int32
+        rows = stream_BTD.to("cpu", self.dtype).contiguous().view(view).numpy()
+        with open(self.folder / "hidden.bin", "r+b") as file:
+            for slot, row in zip(slots, rows, strict=True):
+                file.seek(int(slot) * row.nbytes)
+                file.write(row.astype(STORED[self.dtype], copy=False).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[slots] = True
+        with open(self.folder / "done.bin", "r+b") as file:
+            file.write(self.done.tobytes())
+
+    def _explained(self, error: OSError) -> Exception:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        return TrainError(
+            f"The disk of {self.folder} is full ({self.num_bytes / 1e6:,.0f} MB are needed for the trunk cache); free "
+            "some space and run the same command, or lower the number of tokens."
+        )
