@@ -39,8 +39,11 @@ def keygen(name: str, folder: Path | None = None) -> tuple[Path, Path]:
         raise PackError(f"key name {name!r} must consist of letters, digits, - and _.")
     folder = folder or trust_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key = Ed25519PrivateKey.generate()
     private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    for path in (private, public):
+        if path.exists():
+            raise PackError(f"{path} exists and a key is never overwritten; choose another name.")
+    key = Ed25519PrivateKey.generate()
     _create(private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
     _create(public, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644)
     return private, public
@@ -49,11 +52,13 @@ def keygen(name: str, folder: Path | None = None) -> tuple[Path, Path]:
 def load_key(path: Path) -> Ed25519PrivateKey:
     """Read a private key; raises `PackError` if it is missing, open to others, or not an Ed25519 key."""
     try:
-        if path.stat().st_mode & 0o077:
-            raise PackError(f"the private key {path} is readable by others; run chmod 600 on it.")
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        mode, content = path.stat().st_mode, path.read_bytes()
     except OSError as error:
         raise PackError(f"the private key {path} cannot be read ({error.strerror}).") from None
+    if mode & 0o077:
+        raise PackError(f"the private key {path} is open to others; run chmod 600 on it.")
+    try:
+        key = load_pem_private_key(content, password=None)
     except (TypeError, ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
@@ -93,11 +98,8 @@ def _public_hex(path: Path) -> str:
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file that is never open to more than `mode` allows, and never over another."""
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    except FileExistsError:
-        raise PackError(f"{path} exists and a key is never overwritten; choose another name.") from None
+    """Write a new file, never over another, that from its first moment is open to no more than `mode` allows."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
         os.fsync(file.fileno())

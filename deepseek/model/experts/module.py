@@ -10,7 +10,7 @@ from torch.nn.functional import linear, silu
 from deepseek.errors import ConfigError
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.packs.manifest import DTYPES, BaseDescription, GateSettings, Manifest, Metric
-from deepseek.packs.pack import ExpertPack
+from deepseek.packs.pack import ExpertPack, check_finite
 
 Init = Literal["base", "normal"]
 DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
@@ -136,11 +136,16 @@ class ExpertModule(nn.Module):
     def from_pack(
         pack: ExpertPack, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> "ExpertModule":
-        """Return the module in a checked pack, without gradients; in the pack's own dtype if none is given."""
+        """Return the module in a checked pack, without gradients; in the pack's own dtype if none is given.
+
+        Raises `PackError` if a weight is too large for `dtype`.
+        """
         manifest = pack.manifest
         with torch.device("meta"):
             module = ExpertModule(manifest.name, manifest.layers, manifest.base.hidden_size, manifest.width)
         tensors = {name: tensor.to(device, dtype) for name, tensor in pack.tensors.items() if name.startswith("ffn.")}
+        if dtype == torch.float16:  # the one dtype of a smaller range than a pack's own
+            check_finite(tensors, "in the model's float16")
         module.load_state_dict(tensors, assign=True)
         module.gates = {layer: pack.tensors[f"gate.{layer}"] for layer in module.layers}
         module.settings = manifest.gate

@@ -92,8 +92,7 @@ def test_decoding_in_pieces_equals_one_forward(model, make_pack, ids, cuts, padd
     bounds = [0, *sorted(set(cuts)), 40]
     cache = KVCache()
     pieces = [
-        logits_of(model, ids[:, i:j], attention_mask=mask[:, :j], cache=cache)
-        for i, j in itertools.pairwise(bounds)
+        logits_of(model, ids[:, i:j], attention_mask=mask[:, :j], cache=cache) for i, j in itertools.pairwise(bounds)
     ]
     real = mask.bool()
     torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=2e-4, rtol=1e-4)
