@@ -9,12 +9,18 @@ from deepseek.errors import ConfigError
 T = TypeVar("T")
 
 
+LISTED = 12
+"""Longer tables are not listed in a message, unless nothing in them is close."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return `names` as a readable list that leads with the likeliest meaning of `name`."""
+    """Return the likeliest meaning of `name` among `names`, with the whole list where that is short."""
     known = sorted(names)
     close = get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}valid values: {', '.join(known)}"
+    if not close:
+        return f"valid: {', '.join(known)}"
+    listed = f" (valid: {', '.join(known)})" if len(known) <= LISTED else ""
+    return f"perhaps {close[0]!r} is meant{listed}"
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:

@@ -13,7 +13,7 @@ from deepseek.model.norm import RMSNorm
 from deepseek.registry import pick
 
 
-class Block(GradientCheckpointingLayer):  # type: ignore[misc]
+class Block(GradientCheckpointingLayer):
     """Attention, then feed-forward (dense or mixture of experts), each on a normed copy added back to the stream."""
 
     def __init__(self, config: ModelConfig, layer_idx: int, pool: Experts | None) -> None:

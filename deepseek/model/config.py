@@ -1,7 +1,7 @@
 """`ModelConfig`: every choice about a model's shape, as a Hugging Face config."""
 
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -57,8 +57,11 @@ class ModelConfig(PreTrainedConfig):
     """
 
     model_type = "deepseek_dmoe"
-    attribute_map = {"max_len": "max_position_embeddings", "num_experts_per_tok": "max_experts"}
-    keys_to_ignore_at_inference = ["cache"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "max_len": "max_position_embeddings",
+        "num_experts_per_tok": "max_experts",
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
 
     vocab_size: int = 49152
     hidden_size: int = 512
@@ -108,7 +111,7 @@ class ModelConfig(PreTrainedConfig):
     balance_rate: float = 1e-3
     dense_layers: list[int] | None = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "ModelConfig":
+    def __new__(cls, *_: Any, **kwargs: Any) -> "ModelConfig":
         config = super().__new__(cls)
         config.__dict__["_given"] = tuple(sorted(kwargs))  # what the caller chose, as opposed to defaults
         return config

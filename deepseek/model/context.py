@@ -71,7 +71,7 @@ def real_tokens(attention_mask: Tensor | None, total: int) -> Tensor | None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[1] != total:
         raise ConfigError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but [batch, {total}] (past and new tokens) is needed."
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, {total}], past and new tokens."
         )
     mask = attention_mask.bool()
     return None if bool(mask.all()) else mask

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 @dataclass
-class ModelOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+class ModelOutput(CausalLMOutputWithPast):
     """Hugging Face's causal language model output, with what the experts did.
 
     Attributes:

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
 from deepseek.checkpoint.hub import resolve
@@ -16,7 +16,10 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.moe.upcycle import init_upcycled
 from deepseek.registry import nearest
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+if TYPE_CHECKING:
+    from deepseek.model.transformer import DeepSeekModel
+
+Model = TypeVar("Model", bound="DeepSeekModel")
 
 # Arguments that Hugging Face's own callers (AutoModel, PEFT, pipelines) pass along and that change nothing here.
 _PASSED_ALONG = {
@@ -47,15 +50,16 @@ def load_pretrained(
     checkpoint = read_config(folder)
     merged = config.merged_into(checkpoint) if config is not None else ModelConfig(**checkpoint)
     target = _as_dtype(dtype if dtype is not None else torch_dtype, device)
-    tensors = {
-        name: t.to(device, target) for name, t in convert_tensors(read_tensors(folder), merged.to_dict()).items()
-    }
     upcycled = merged.num_experts > 0 and not checkpoint.get("num_experts")
+    if upcycled:
+        merged = _shared_from_dense(merged)
+    found = convert_tensors(read_tensors(folder), merged.to_dict())
+    tensors = {name: t.to(device, t.dtype if ".balance." in name else target) for name, t in found.items()}
     model = _upcycle(cls, merged, tensors, upcycle_seed) if upcycled else _fill(cls, merged, tensors)
     model.config.name_or_path = str(name_or_path)
     model.generation_config = _generation_config(folder, model)
     model.experts.base_folder = folder
-    return model.to(device, target).eval()
+    return model.to(device=device, dtype=target).eval()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -103,36 +107,43 @@ def _fill(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor]) -> 
 
 def _upcycle(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> Model:
     """Build a mixture of experts around a dense checkpoint, its logits unchanged."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = cls(config)
+    model = cls(config).to(dtype=next(iter(tensors.values())).dtype)
+    _load(model, {**model.state_dict(), **tensors})
     generator = torch.Generator().manual_seed(seed)
     for block in model.layers:
         if block.sparse:
             init_upcycled(block.feed_forward, generator)
-    _load(model, {**model.state_dict(), **tensors})
     return model
 
 
-def _load(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+def _shared_from_dense(config: ModelConfig) -> ModelConfig:
+    """Return `config` with the dense feed-forward network as its one shared expert."""
+    if config.shared_expert_dim not in (0, config.intermediate_size):
+        raise ConfigError(
+            f"shared_expert_dim={config.shared_expert_dim} contradicts the dense checkpoint, whose feed-forward "
+            f"networks of width {config.intermediate_size} become the shared expert; leave num_shared_experts and "
+            "shared_expert_dim out."
+        )
+    config.num_shared_experts, config.shared_expert_dim = 1, config.intermediate_size
+    return config
+
+
+def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
     if model.config.tie_word_embeddings:
         tensors.setdefault("lm_head.weight", tensors.get("embed_tokens.weight", torch.empty(0)))
     result = _try_load(model, tensors)
     model.tie_weights()
-    missing = sorted(name for name in result.missing_keys if not name.endswith(_BUFFERS))
+    missing = sorted(name for name in result.missing_keys if ".balance." not in name)
     if missing or result.unexpected_keys:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {result.unexpected_keys[0]}"
         raise CheckpointError(
-            f"The checkpoint {what} ({len(missing)} missing, {len(result.unexpected_keys)} unknown); its weights do not "
-            "match its config.json."
+            f"The checkpoint {what} ({len(missing)} missing, {len(result.unexpected_keys)} unknown); its weights do "
+            "not match its config.json."
         )
     _materialise_buffers(model)
 
 
-_BUFFERS = (".bias", ".temperature", ".integral")
-
-
-def _try_load(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Any:
+def _try_load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> Any:
     try:
         return model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
@@ -141,14 +152,14 @@ def _try_load(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Any:
         ) from None
 
 
-def _materialise_buffers(model: PreTrainedModel) -> None:
+def _materialise_buffers(model: "DeepSeekModel") -> None:
     """Give buffers that a foreign checkpoint does not have (balance bias and the like) their start values."""
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            module.reset_buffers()
+            module.reset_buffers()  # type: ignore[operator]
 
 
-def _generation_config(folder: Path, model: PreTrainedModel) -> GenerationConfig:
+def _generation_config(folder: Path, model: "DeepSeekModel") -> GenerationConfig:
     if (folder / "generation_config.json").exists():
         return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_model_config(model.config)

@@ -23,7 +23,7 @@ from deepseek.model.pretrained import load_pretrained
 from deepseek.registry import pick
 
 
-class DeepSeekModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class DeepSeekModel(PreTrainedModel, GenerationMixin):
     """A causal language model, dense or mixture of experts, into which expert modules can be plugged.
 
     >>> model = DeepSeekModel(ModelConfig.preset("deepseek-nano"))          # random weights
@@ -33,13 +33,15 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     config_class = ModelConfig
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _no_split_modules = {"Block"}  # noqa: RUF012 - Hugging Face declares it an instance variable
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
     _supports_sdpa = True
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.expert_pools = nn.ModuleList(build_pools(config))
         self.layers = nn.ModuleList(Block(config, i, self._pool_of(i)) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -153,7 +155,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
@@ -165,8 +167,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config.initializer_range)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         # Hugging Face would make a plain DynamicCache, which has no room for the gates' running sums.
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:

@@ -19,11 +19,12 @@ class Rope:
         assert config.rope_parameters is not None and config.head_dim is not None
         self.scaling = 1.0
         rope_type = config.rope_parameters.get("rope_type", "default")
-        if rope_type == "default":
-            exponents = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float) / config.head_dim
-            self.inv_freq = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
-        else:
-            self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+        with torch.device("cpu"):  # a model built on the meta device still needs real frequencies
+            if rope_type == "default":
+                exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+                self.inv_freq = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
+            else:
+                self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
 
     def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> "Rotation":
         """Return the rotation for these positions; its tables are computed in fp32 and kept in `dtype`."""

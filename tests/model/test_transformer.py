@@ -1,0 +1,171 @@
+"""Properties of the model itself, on a small random mixture of experts."""
+
+import copy
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+
+from deepseek import DeepSeekModel, ModelConfig
+from deepseek.errors import CheckpointError, ConfigError
+from deepseek.model.kv_cache import KVCache
+
+
+def small_config(**changes: Any) -> ModelConfig:
+    shape: dict[str, Any] = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts": 8, "expert_dim": 16,
+        "num_shared_experts": 1, "initializer_range": 0.15,
+    }  # fmt: skip
+    return ModelConfig(**(shape | changes))
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepSeekModel:
+    torch.manual_seed(0)
+    return DeepSeekModel(small_config()).eval()
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(1, 47), max_size=6), seed=st.integers(0, 1000))
+def test_cached_steps_equal_one_forward(cuts: list[int], seed: int) -> None:
+    torch.manual_seed(0)
+    model = DeepSeekModel(small_config()).eval()
+    ids = torch.randint(0, 97, (2, 48), generator=torch.Generator().manual_seed(seed))
+    bounds = [0, *sorted(set(cuts)), 48]
+    cache = KVCache()
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], cache=cache).logits for a, b in pairwise(bounds)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(model: DeepSeekModel) -> None:
+    ids = torch.randint(0, 97, (1, 40))
+    positions = torch.cat((torch.arange(25), torch.arange(15)))[None]
+    packed = model(ids, position_ids=positions).logits
+    torch.testing.assert_close(packed[:, :25], model(ids[:, :25]).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed[:, 25:], model(ids[:, 25:]).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_later_tokens_never_change_earlier_ones(model: DeepSeekModel) -> None:
+    ids = torch.randint(0, 97, (1, 40))
+    changed = ids.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 97
+    torch.testing.assert_close(model(ids).logits[:, :20], model(changed).logits[:, :20], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_log_probs_agree_with_the_loss(model: DeepSeekModel) -> None:
+    ids = torch.randint(0, 97, (2, 30))
+    log_probs = model.log_probs(ids)
+    assert log_probs.shape == (2, 29)
+    torch.testing.assert_close(-log_probs.mean(), model(ids, labels=ids).loss)
+
+
+def test_sharing_registers_each_pool_once(tmp_path: Path) -> None:
+    model = DeepSeekModel(small_config(expert_sharing=2)).eval()
+    pools = [name for name, _ in model.named_parameters() if name.endswith("gate_up_proj")]
+    assert pools == ["expert_pools.0.gate_up_proj", "expert_pools.1.gate_up_proj"]
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (2, 30))
+    assert torch.equal(DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits, model(ids).logits)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = DeepSeekModel(small_config()).train()
+    twin = copy.deepcopy(model)
+    twin.activation_checkpointing_enable()
+    ids = torch.randint(0, 97, (2, 30))
+    for one in (model, twin):
+        one(ids, labels=ids).loss.backward()
+    for (name, mine), (_, other) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=name)
+
+
+def test_works_with_peft(model: DeepSeekModel) -> None:
+    ids = torch.randint(0, 97, (2, 20))
+    expected = model(ids).logits
+    tuned = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    torch.testing.assert_close(tuned(ids).logits, expected)
+    tuned(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_B" in n)
+    assert tuned.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 23)
+
+
+@torch.no_grad()
+def test_beam_search_reorders_the_cache(model: DeepSeekModel) -> None:
+    ids = torch.randint(0, 97, (2, 10))
+    cached = model.generate(ids, num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    plain = model.generate(ids, num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"routing_strategy": "dynamc"}, "perhaps 'dynamic' is meant"),
+        ({"routing_strateg": "dynamic"}, "perhaps 'routing_strategy' is meant"),
+        ({"attention": "sparse"}, "valid: full"),
+        ({"num_experts": 4}, "expert_dim"),
+        ({"num_experts": 4, "expert_dim": 8, "max_experts": 5}, "max_experts=5"),
+        ({"num_experts": 8, "expert_dim": 8, "routing_threshold": 1.5}, "routing_threshold=1.5"),
+        ({"num_experts": 8, "expert_dim": 8, "target_experts": 7.0}, "target_experts=7.0"),
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type"),
+    ],
+)
+def test_config_names_the_field_and_the_mend(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told.replace("[", r"\[")):
+        ModelConfig(**fields)
+
+
+def test_preset_names_are_checked() -> None:
+    with pytest.raises(ConfigError, match="deepseek-nano"):
+        ModelConfig.preset("deepseek-nono")
+
+
+def test_config_round_trip_keeps_aliases(tmp_path: Path) -> None:
+    config = small_config(max_len=77)
+    config.save_pretrained(tmp_path)
+    again = ModelConfig.from_pretrained(tmp_path)
+    assert again.max_position_embeddings == again.max_len == 77
+    assert "_given" not in again.to_dict()
+
+
+def test_checkpoint_errors_are_plain(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="gpt2"):
+        DeepSeekModel.from_pretrained(tmp_path)
+
+
+def test_contradicting_config_is_refused(tmp_path: Path) -> None:
+    DeepSeekModel(small_config(num_experts=0, num_shared_experts=0)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="hidden_size=64 contradicts"):
+        DeepSeekModel.from_pretrained(tmp_path, config=ModelConfig(hidden_size=64))
+
+
+def test_upcycling_keeps_logits_and_gives_the_router_a_gradient(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = DeepSeekModel(small_config(num_experts=0, num_shared_experts=0)).eval()
+    dense.save_pretrained(tmp_path)
+    sparse = DeepSeekModel.from_pretrained(
+        tmp_path, config=ModelConfig(num_experts=16, expert_dim=8, routing_strategy="dynamic"), dtype=torch.float32
+    )
+    ids = torch.randint(0, 97, (2, 40))
+    torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
+    sparse(ids, labels=ids).loss.backward()
+    for block in sparse.layers:
+        assert block.feed_forward.router.weight.grad.norm() > 0
