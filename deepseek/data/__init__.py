@@ -3,7 +3,7 @@
 from deepseek.data.clean import CleanReport, clean
 from deepseek.data.document import Document, Progress
 from deepseek.data.encode import EncodeOptions
-from deepseek.data.git import read_git
+from deepseek.data.git import read_git, read_git_by_time
 from deepseek.data.loader import Batch, RowLoader
 from deepseek.data.shards import TokenShards
 from deepseek.data.source import read_folder, read_jsonl, read_parquet
@@ -20,6 +20,7 @@ __all__ = [
     "clean",
     "read_folder",
     "read_git",
+    "read_git_by_time",
     "read_jsonl",
     "read_parquet",
     "split",

@@ -87,6 +87,29 @@ def read_git(
     )
 
 
+def read_git_by_time(
+    path: str | Path, held_out: float = 0.1, revision: str = "HEAD", *, skipped: Skipped | None = None
+) -> tuple[list[Document], list[Document]]:
+    """Return (past, future): the repository as it was before its last commits, and what these commits brought.
+
+    The past holds the files as they were at the cut and the commits before it, so it knows nothing that came later.
+    The future holds the commits after the cut and the files they added, as these are at `revision`; about the share
+    `held_out` of the commits. Raises `DataError` as `read_git` does, and where there is no cut to make.
+    """
+    repository = open_repository(path)
+    commits = walk_history(repository, find_commit(repository, revision), None).commits
+    if len(commits) < 2 or not 0 < held_out < 1:
+        raise DataError(f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; split by file.")
+    cut = commits[min(len(commits) - 1, max(1, round(len(commits) * held_out)))]
+    past = list(read_git(path, str(cut.id), skipped=skipped))
+    known = {document.name for document in past}
+    later = read_git(path, revision)
+    future = [document for document in later if document.time > cut.commit_time and document.name not in known]
+    return past, list(
+        not_empty(future, lambda: f"{path} has no text after {str(cut.id)[:12]}; hold out a larger share.")
+    )
+
+
 def walk_history(repository: pygit2.Repository, commit: pygit2.Commit, max_commits: int | None) -> History:
     """Walk back over the history of `commit`, newest first."""
     commits: list[pygit2.Commit] = []

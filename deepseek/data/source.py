@@ -3,19 +3,23 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deepseek.data.document import Document, conversation, not_empty
 from deepseek.data.filters import MAX_FILE_BYTES, Skipped, describe, file_document, reason_by_path
+from deepseek.data.html import html_to_text
 from deepseek.errors import DataError
+
+HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
 
 def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
     """Yield every text file under a folder (or the one file), sorted by path, named `folder/path`.
 
-    Links to folders are not followed. `skipped` counts what is left out and why. Raises `DataError` at once if the
-    path does not exist, and after reading if nothing usable was found.
+    Links to folders are not followed; HTML pages give their readable text. `skipped` counts what is left out and why.
+    Raises `DataError` at once if the path does not exist, and after reading if nothing usable was found.
     """
     root = Path(path)
     if not root.exists():
@@ -59,7 +63,10 @@ def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Docum
     except OSError:
         skipped["unreadable"] += 1
         return None
-    return file_document(data, relative, f"{folder}/{relative}", int(status.st_mtime), skipped)
+    document = file_document(data, relative, f"{folder}/{relative}", int(status.st_mtime), skipped)
+    if document and file.suffix.lower() in HTML_SUFFIXES:
+        return replace(document, text=html_to_text(document.text))
+    return document
 
 
 def read_jsonl(path: str | Path) -> Iterator[Document]:

