@@ -3,7 +3,7 @@
 The flow, from a name to an answer:
 
     import deepseek
-    pack = deepseek.train_expert("smollm2-135m", from_git="path/to/repository")  # the base stays frozen
+    pack = deepseek.train_expert("smollm2-135m", name="repository", from_git="path/to/repository")  # base frozen
     model, tokenizer = deepseek.load("smollm2-135m")
     model.experts.plug(pack)      # checked first: base, tokenizer, digests, licence
     model.experts.arm("auto")     # each prompt wakes the experts that it needs; the others cost nothing

@@ -73,8 +73,9 @@ def _call(module: str, program: str, arguments: list[str]) -> int:
     try:
         result = command.main(args=arguments, prog_name=program, standalone_mode=False)
     except TyperException as error:
-        message = error.format_message().rstrip(".?")
-        raise UserError(f"{message}; see `{program} --help`.") from error
+        context = getattr(error, "ctx", None)
+        page = context.command_path if context else program
+        raise UserError(f"{_sentence(error.format_message())}; see `{page} --help`.") from error
     except Abort as stop:  # how Typer reports Ctrl-C
         raise KeyboardInterrupt(*getattr(stop.__cause__, "args", ())) from None
     return result if isinstance(result, int) else 0
@@ -88,6 +89,11 @@ def _help() -> str:
         "options:\n  --help      This text, or that of a command: deepseek COMMAND --help\n"
         "  --version   The version.\n  --debug     With any command: show the traceback of an error."
     )
+
+
+def _sentence(message: str) -> str:
+    """Return Typer's message in one line without its full stop."""
+    return " ".join(message.split()).rstrip(".?")
 
 
 def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:

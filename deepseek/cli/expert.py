@@ -1,0 +1,116 @@
+"""`deepseek expert`: train, list, inspect, verify and sign expert packs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from deepseek.cli.expert_train import train
+
+if TYPE_CHECKING:
+    from deepseek.packs.manifest import BaseDescription, Manifest
+
+app = typer.Typer(add_completion=False, help="Train, list, inspect, verify and sign expert packs.")
+app.command("train")(train)
+
+Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack file, or the name of a trained expert.")]
+
+
+@app.command("list")
+def list_experts() -> None:
+    """List the trained experts of this user."""
+    from deepseek.errors import PackError
+    from deepseek.packs.library import experts_folder, installed
+    from deepseek.packs.pack import read_pack
+
+    packs = installed()
+    if not packs:
+        print(f"no experts in {experts_folder()}; train one with `deepseek expert train`")
+    for name, path in packs.items():
+        try:
+            manifest = read_pack(path).manifest
+        except PackError as error:
+            print(f"{name:24}  {error}")
+            continue
+        size = path.stat().st_size / 1e6
+        print(
+            f"{name:24}  {size:6.1f} MB  {len(manifest.layers):3} layers  {_losses(manifest)}  {manifest.domain}".rstrip()
+        )
+
+
+@app.command()
+def inspect(pack: Pack) -> None:
+    """Print the manifest of a pack as JSON, after checking the pack."""
+    from deepseek.packs.library import find_pack
+    from deepseek.packs.pack import read_pack
+
+    print(read_pack(find_pack(pack)).manifest.model_dump_json(indent=2))
+
+
+@app.command()
+def verify(
+    pack: Pack,
+    base: Annotated[str | None, typer.Option(help="Also check that the pack was made for this model.")] = None,
+    signature: Annotated[
+        Literal["any", "signed", "trusted"], typer.Option(help="What the pack's signature must be.")
+    ] = "any",
+) -> None:
+    """Check a pack: structure, digest, values, signature, and its base if one is given."""
+    from deepseek.packs.library import find_pack
+    from deepseek.packs.pack import read_pack
+    from deepseek.packs.policy import PackPolicy
+
+    description = _describe(base) if base else None
+    manifest = read_pack(find_pack(pack), PackPolicy(signature=signature), description).manifest
+    signer = f"signed by {manifest.signature.public_key[:16]}" if manifest.signature else "not signed"
+    fits = f", fits {base}" if base else ""
+    print(f"ok: {manifest.name}, {manifest.licence}, digest {manifest.digest[:16]}, {signer}{fits}")
+
+
+@app.command()
+def sign(
+    pack: Pack,
+    key: Annotated[Path, typer.Option(help="A private key that `deepseek expert keygen` made.")],
+) -> None:
+    """Sign a pack in place."""
+    from deepseek.packs.library import find_pack
+    from deepseek.packs.pack import read_pack, write_pack
+    from deepseek.packs.signature import load_key
+
+    path = find_pack(pack)
+    signature = write_pack(path, read_pack(path), load_key(key)).manifest.signature
+    assert signature is not None  # a key was given
+    print(f"{path} is signed by {signature.public_key[:16]}")
+
+
+@app.command()
+def keygen(
+    name: Annotated[str, typer.Argument(help="Name of the key, such as your own.")],
+    folder: Annotated[Path | None, typer.Option(help="Where to write; default: the folder of trusted keys.")] = None,
+) -> None:
+    """Make a key pair for signing packs: NAME.pem, which stays with you, and NAME.pub, which others trust."""
+    from deepseek.packs.signature import keygen as make_keys
+
+    private, public = make_keys(name, folder)
+    print(f"private key (keep it): {private}\npublic key (give it away): {public}")
+
+
+def _losses(manifest: "Manifest") -> str:
+    return ", ".join(f"{name} {metric.before:.3f} -> {metric.after:.3f}" for name, metric in manifest.metrics.items())
+
+
+def _describe(base: str) -> "BaseDescription":
+    """Return what identifies a base model, without loading it."""
+    from deepseek.checkpoint.fingerprint import fingerprint
+    from deepseek.checkpoint.hub import resolve
+    from deepseek.checkpoint.store import read_json
+    from deepseek.errors import CheckpointError
+    from deepseek.packs.manifest import BaseDescription
+
+    folder = resolve(base)
+    config, digests = read_json(folder / "config.json"), fingerprint(folder)
+    try:
+        shape = {"hidden_size": config["hidden_size"], "num_layers": config["num_hidden_layers"]}
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{folder}/config.json names no hidden_size and num_hidden_layers.") from None
+    return BaseDescription(name=folder.name, weights=digests.weights, tokenizer=digests.tokenizer, **shape)

@@ -1,0 +1,58 @@
+"""`deepseek expert train`: from a pile of text to an expert pack."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from deepseek.errors import ConfigError
+
+Source = Annotated[Path | None, typer.Option(rich_help_panel="Text (at least one)")]
+
+
+def train(
+    from_git: Source = None,
+    from_folder: Source = None,
+    from_jsonl: Source = None,
+    from_parquet: Source = None,
+    name: Annotated[str, typer.Option(help="Name of the expert; default: that of the source.")] = "",
+    base: Annotated[str, typer.Option(help="Base model: a name, a folder or a hub id.")] = "smollm2-135m",
+    layers: Annotated[str, typer.Option(help="last:3 is fast, all is strong; also last:N or 0-9,20.")] = "last:3",
+    width: Annotated[int, typer.Option(min=1, help="Width of the expert at each layer.")] = 512,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Training time; default: 5.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=0, help="Train on this many tokens instead; 0: all.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 3,
+    split: Annotated[
+        Literal["file", "directory", "time"],
+        typer.Option(help="How to hold text out; time: train on the past, test on what came later."),
+    ] = "file",
+    held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the text to hold out.")] = 0.1,
+    licence: Annotated[str, typer.Option(help="SPDX expression for the pack.")] = "LicenseRef-Unknown",
+    domain: Annotated[str, typer.Option(help="What the expert knows, in a few words.")] = "",
+    seed: Annotated[int, typer.Option(help="Of initial values, order and split.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Pack file; default: the folder of trained experts.")] = None,
+    run_folder: Annotated[Path | None, typer.Option(help="Where the run keeps its state and metrics.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, estimate, change nothing.")] = False,
+) -> None:
+    """Train an expert on your text with the base frozen; interrupted, the same command goes on where it was."""
+    source = from_git or from_folder or from_jsonl or from_parquet
+    if source is None:
+        raise ConfigError("no text to learn from; give --from-git, --from-folder, --from-jsonl or --from-parquet.")
+    from deepseek.train.expert import train_expert
+
+    pack = train_expert(
+        base, name=name or _name(source), from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
+        from_parquet=from_parquet, layers=layers, width=width, minutes=minutes, tokens=tokens, epochs=epochs,
+        split=split, held_out=held_out, licence=licence, domain=domain, seed=seed, out=out, run_folder=run_folder,
+        dry_run=dry_run, resume=shlex.join(["deepseek", *sys.argv[1:]]),
+    )  # fmt: skip
+    if not dry_run:
+        print(pack)
+
+
+def _name(source: Path) -> str:
+    """Return a name for an expert made from `source`: `~/src/My Project` gives `My-Project`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().stem).strip("-._") or "expert"
