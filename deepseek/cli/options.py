@@ -1,0 +1,35 @@
+"""Options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+Base = Annotated[str, typer.Option(help="Base model: a known name, a folder or a hub id.")]
+Experts = Annotated[
+    str, typer.Option(help="Experts to plug: names or pack files, separated by commas; 'all' = every trained one.")
+]
+Arm = Annotated[str, typer.Option(help="Which of them may speak: 'auto', 'none', or names separated by commas.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values vary more.")]
+TopP = Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+
+
+def names(text: str) -> list[str]:
+    """Return the parts of a comma-separated option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def arming(text: str) -> str | list[str] | None:
+    """Return what `model.experts.arm` takes for the option `--arm`."""
+    return {"auto": "auto", "none": None}.get(text.strip(), names(text))
+
+
+def expert_packs(text: str, base: str) -> list[str]:
+    """Return the packs that `--experts` names; "all" means every trained expert of this base."""
+    if text.strip() != "all":
+        return names(text)
+    from deepseek.packs.library import installed
+    from deepseek.packs.pack import read_pack
+
+    return [name for name, path in installed().items() if read_pack(path).manifest.base.name == base]

@@ -1,0 +1,119 @@
+"""The conversation behind `deepseek chat`."""
+
+import contextlib
+from collections.abc import Callable
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.cli.options import arming
+from deepseek.cli.palette import Palette
+from deepseek.cli.speak import legend, speak
+from deepseek.errors import UserError
+from deepseek.infer.sampler import Sampling
+from deepseek.infer.stream import stream
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.library import find_pack
+from deepseek.registry import nearest
+from deepseek.text.chat import encode_prompt
+from deepseek.text.tokenizer import encode_plain
+
+HELP = """/experts         list the plugged experts
+/plug PACK       plug an expert: a pack file or the name of a trained one
+/unplug NAME     unplug it; the model is bit for bit what it was
+/arm NAMES       let only these speak (comma-separated), 'auto' or 'none'
+/raw TEXT        complete a text instead of answering it
+/reset           forget the conversation
+/quit            leave (so does Ctrl-D)"""
+
+
+class ChatSession:
+    """Reads lines, answers them, and obeys commands that begin with a slash."""
+
+    def __init__(
+        self, model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, console: Console
+    ) -> None:
+        self.model, self.tokenizer, self.sampling, self.console = model, tokenizer, sampling, console
+        self.palette = Palette(info.name for info in model.experts.list())
+        self.messages: list[dict[str, str]] = []
+        self.open = True
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/experts": self._list, "/plug": self._plug, "/unplug": self._unplug, "/arm": self._arm,
+            "/raw": self._raw, "/reset": self._reset, "/quit": self._quit, "/help": self._help,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Converse until the input ends or `/quit`."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives input() a history and line editing
+        self._list("")
+        self.console.print("[dim]type a message, or /help[/]")
+        while self.open:
+            try:
+                line = input("\n> " if self.console.is_terminal else "").strip()
+            except EOFError:
+                break
+            if line:
+                self._turn(line)
+
+    def _turn(self, line: str) -> None:
+        """Answer one line; a mistake in it is told and the conversation goes on."""
+        try:
+            if line.startswith("/"):
+                self._command(line)
+            else:
+                self._answer(line)
+        except UserError as error:
+            self.console.print(f"error: {error}", style="red", markup=False)
+        except KeyboardInterrupt:
+            self.console.print("\n[dim]stopped[/]")
+
+    def _command(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        if name not in self.commands:
+            raise UserError(f"{name} is no command; {nearest(name, self.commands)}.")
+        self.commands[name](argument.strip())
+
+    def _answer(self, line: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": line}]
+        text = self._speak(encode_prompt(self.tokenizer, asked))
+        self.messages = [*asked, {"role": "assistant", "content": text}]
+
+    def _raw(self, text: str) -> None:
+        self._speak(encode_plain(self.tokenizer, [text])[0])
+
+    def _speak(self, ids: list[int]) -> str:
+        text, shares = speak(stream(self.model, self.tokenizer, ids, self.sampling), self.console, self.palette)
+        if self.model.experts.list():
+            self.console.print(legend(shares, self.palette))
+        return text
+
+    def _list(self, _: str) -> None:
+        for info in self.model.experts.list():
+            state = "armed" if info.armed else "not armed"
+            style = self.palette.style(info.name)
+            self.console.print(f"[{style}]{info.name}[/]  {state}, {info.num_bytes / 1e6:.0f} MB  {info.domain}")
+        if not self.model.experts.list():
+            self.console.print("[dim]no experts plugged; train one with `deepseek expert train`[/]")
+
+    def _plug(self, argument: str) -> None:
+        info = self.model.experts.plug(find_pack(argument))
+        self.console.print(f"plugged [{self.palette.style(info.name)}]{info.name}[/]")
+
+    def _unplug(self, argument: str) -> None:
+        self.model.experts.unplug(argument)
+        self.console.print(f"unplugged {argument}")
+
+    def _arm(self, argument: str) -> None:
+        armed = self.model.experts.arm(arming(argument or "auto"))
+        self.console.print(f"armed: {', '.join(armed) or 'none'}")
+
+    def _reset(self, _: str) -> None:
+        self.messages = []
+        self.console.print("[dim]forgotten[/]")
+
+    def _quit(self, _: str) -> None:
+        self.open = False
+
+    def _help(self, _: str) -> None:
+        self.console.print(HELP, markup=False)

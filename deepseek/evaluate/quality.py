@@ -1,0 +1,77 @@
+"""Held-out loss of a model before and after experts are plugged in."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from deepseek.data import Batch, Progress, RowLoader, TokenShards
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.train.losses import held_out_loss
+
+ROW_LENGTH = 512
+BATCH_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mean loss in nats per token on one text.
+
+    Attributes:
+        text: its name.
+        tokens: how many were predicted.
+        before: of the base alone.
+        after: with the plugged experts, nothing armed by hand.
+        alone: with the text's own expert forced on everywhere, or None where the text has no expert.
+    """
+
+    text: str
+    tokens: int
+    before: float
+    after: float
+    alone: float | None = None
+
+    @property
+    def change(self) -> float:
+        """Relative change of the loss; negative is better."""
+        return self.after / self.before - 1.0
+
+    @property
+    def gain_kept(self) -> float | None:
+        """Part of the stand-alone gain of the text's own expert that the plugged set reaches."""
+        if self.alone is None or self.alone >= self.before:
+            return None
+        return (self.before - self.after) / (self.before - self.alone)
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Text to evaluate on; `expert` names the plugged expert that it belongs to, if any."""
+
+    name: str
+    shards: TokenShards
+    expert: str | None = None
+
+    def batches(self, max_tokens: int) -> list[Batch]:
+        """Return packed rows that hold at most about `max_tokens` tokens, the same ones at every call."""
+        loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=0)
+        rows = loader.order(0, min(loader.num_rows, max(1, max_tokens // ROW_LENGTH)))
+        return [loader.rows(rows[i : i + BATCH_ROWS]) for i in range(0, len(rows), BATCH_ROWS)]
+
+
+def compare(
+    model: DeepSeekModel, texts: Sequence[HeldOutText], max_tokens: int, progress: Progress | None = None
+) -> Iterator[Comparison]:
+    """Yield, for each text, the loss of the base, of the plugged set and of the text's own expert alone."""
+    for done, text in enumerate(texts):
+        if progress is not None:
+            progress(done, len(texts), "evaluating")
+        batches = text.batches(max_tokens)
+        with model.experts.arming(None):
+            before = held_out_loss(model, batches)
+        after = held_out_loss(model, batches)
+        alone = None
+        if text.expert is not None:
+            with model.experts.forced(text.expert):
+                alone = held_out_loss(model, batches).loss
+        yield Comparison(text.name, before.tokens, before.loss, after.loss, alone)
+    if progress is not None:
+        progress(len(texts), len(texts), "evaluating")
