@@ -11,6 +11,7 @@ rest of the vocabulary (importance sampling of the partition function, Bengio & 
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,8 +78,9 @@ class CandidateHead:
 
     def loss(self, hidden_ND: Tensor, labels_N: Tensor, step: int) -> Tensor:
         """Return the estimated mean loss; the sample is a function of the seed and `step` alone."""
-        generator = torch.Generator().manual_seed(self.seed + step)
-        sample = self.rest_R[torch.randperm(len(self.rest_R), generator=generator)[: self.sampled]]
+        # Not a torch.Generator: it takes 32 bits of seed, and seed 1 at step 3 must not be seed 3 at step 1.
+        drawn = np.random.default_rng((self.seed, step)).choice(len(self.rest_R), self.sampled, replace=False)
+        sample = self.rest_R[torch.from_numpy(drawn)]
         self._rows[len(self.candidates_C) :] = self._head_VD[sample]
         real_N = labels_N != IGNORED_LABEL
         positions_N = torch.where(real_N, self._position_V[labels_N.clamp(min=0)], IGNORED_LABEL)

@@ -136,13 +136,8 @@ def _train(request: ExpertRequest, folder: Path, path: Path, progress: ProgressB
     texts = run.texts(corpus)
     plan = run.plan(texts)
     result = run.train(texts, plan, resume)
-    module = run.module.requires_grad_(False)
     held_out = Metric(before=run.first_loss(), after=result.metrics["held_out_loss"])
-    pack = module.to_pack(
-        run.model.experts.base, request.licence, domain=request.domain, data=(corpus.train.digest,),
-        commit=corpus.commit, metrics={"held-out": held_out},
-    )  # fmt: skip
-    write_pack(path, pack)
+    write_pack(path, run.pack(held_out, (corpus.train.digest,), corpus.commit))
     position = asdict(result.position)
     write_json(
         summary,

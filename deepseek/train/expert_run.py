@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch, RowLoader
+from deepseek.errors import PackError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.manifest import Metric, explain
+from deepseek.packs.pack import ExpertPack
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.budget import Dial, Plan, Speed, TextSize, make_plan, seconds_per_row
 from deepseek.train.corpus import Corpus, Source, build_corpus
@@ -101,6 +105,22 @@ class ExpertRun:
         self.cached = self.first > 0
         self.module = ExpertModule.beside(
             self.model.layers, request.name, layers, request.width, init=self._init(), seed=request.seed
+        )
+        self.check_papers()
+
+    def check_papers(self) -> None:
+        """Raise `PackError` now, not after hours of training, if the pack could not be made."""
+        try:
+            self.pack(Metric(before=0.0, after=0.0), data=(), commit=None)
+        except ValidationError as error:
+            raise PackError(f"The expert's papers are invalid, {explain(error)}.") from None
+
+    def pack(self, held_out: Metric, data: tuple[str, ...], commit: str | None) -> ExpertPack:
+        """Return the module as a pack."""
+        base, request = self.model.experts.base, self.request
+        metrics = {"held-out": held_out}
+        return self.module.to_pack(
+            base, request.licence, domain=request.domain, data=data, commit=commit, metrics=metrics
         )
 
     def corpus(self) -> Corpus:

@@ -44,7 +44,7 @@ class ExpertTask:
         """Return the loss of one batch of packed rows."""
         labels_N = batch.labels.flatten()
         loss = self.head.loss(self.hidden(batch, self.stream(batch)).flatten(0, 1), labels_N, step)
-        return LossOutput(loss, int((labels_N != IGNORED_LABEL).sum()), {})
+        return LossOutput(loss, int((labels_N != IGNORED_LABEL).sum()))
 
     def evaluate(self) -> dict[str, float]:
         """Return the exact loss on held-out rows with the module on."""

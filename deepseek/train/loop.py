@@ -6,9 +6,10 @@ that was never interrupted: weights, moments, random state and the place in the 
 """
 
 import errno
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -51,7 +52,7 @@ class LossOutput:
 
     loss: Tensor
     tokens: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Batches(Protocol[B_co]):
@@ -134,18 +135,26 @@ def train(
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Write a resolved configuration, or raise `TrainError` if another one is there already."""
-    wanted = store.canonical_json(config)
-    if path.is_file():
-        before = store.read_json(path)
-        if store.canonical_json(before) == wanted:
-            return
-        changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
+    """Write a resolved configuration, or raise `TrainError` naming the first field in which the one there differs."""
+    if not path.is_file():
+        store.write_json(path, config)
+        return
+    before, now = _leaves(store.read_json(path)), _leaves(json.loads(json.dumps(config)))
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        name = changed[0]
         raise TrainError(
-            f"{path.parent} holds a run with another {changed[0]} ({before.get(changed[0])}, now "
-            f"{config.get(changed[0])}); give the old value to resume it, or another name to start a new run."
+            f"{path.parent} holds a run with another {name} ({before.get(name)}, now {now.get(name)}); give the old "
+            "value to resume it, or another name to start a new run."
         )
-    store.write_json(path, config)
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested fields as `outer.inner`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 class _Run:
