@@ -1,0 +1,114 @@
+"""A fingerprint depends on names, dtypes, shapes and values of the weights, and on the tokenizer; on nothing else."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.errors import CheckpointError
+
+WEIGHTS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.zeros(5).bfloat16(), "c": torch.tensor(7)}
+TOKENIZER = {
+    "model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+    "added_tokens": [{"id": 2, "content": "ab", "special": True}],
+}
+
+
+def save(folder: Path, weights: dict[str, Tensor], tokenizer: object = None, shards: int = 1, note: str = "") -> Path:
+    """Write a model folder whose weights are dealt out to `shards` files."""
+    folder.mkdir(exist_ok=True)
+    names = list(weights)
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"note": note})
+    else:
+        home = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+        for file in set(home.values()):
+            save_file({name: weights[name] for name in names if home[name] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": home}))
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_sharding_metadata_and_folder_do_not_matter(tmp_path: Path) -> None:
+    one = fingerprint(save(tmp_path / "one", WEIGHTS, TOKENIZER))
+    two = fingerprint(save(tmp_path / "two", WEIGHTS, TOKENIZER, shards=2))
+    noted = fingerprint(save(tmp_path / "noted", WEIGHTS, TOKENIZER, note="other"))
+    assert one == two == noted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"a": WEIGHTS["a"] + torch.eye(3, 4) * 1e-6}, id="value"),
+        pytest.param({"a": WEIGHTS["a"].reshape(4, 3)}, id="shape"),
+        pytest.param({"b": torch.zeros(5).half()}, id="dtype"),
+        pytest.param({"b": -torch.zeros(5).bfloat16()}, id="sign of zero"),
+        pytest.param({"d": torch.tensor(0)}, id="another tensor"),
+    ],
+)
+def test_weights_matter(tmp_path: Path, change: dict[str, Tensor]) -> None:
+    before = fingerprint(save(tmp_path / "before", WEIGHTS, TOKENIZER))
+    after = fingerprint(save(tmp_path / "after", WEIGHTS | change, TOKENIZER))
+    assert before.weights != after.weights
+    assert before.tokenizer == after.tokenizer
+
+
+def test_swapped_names_matter(tmp_path: Path) -> None:
+    x, y = torch.ones(2), torch.zeros(2)
+    before, after = ({"a": x, "b": y}, {"a": y.clone(), "b": x.clone()})
+    assert fingerprint(save(tmp_path / "1", before)) != fingerprint(save(tmp_path / "2", after))
+
+
+def test_the_old_spelling_of_merges_is_the_same_tokenizer(tmp_path: Path) -> None:
+    old = {"model": {"merges": ["a b"], "vocab": {"ab": 2, "b": 1, "a": 0}}, "added_tokens": TOKENIZER["added_tokens"]}
+    assert fingerprint(save(tmp_path / "1", WEIGHTS, TOKENIZER)) == fingerprint(save(tmp_path / "2", WEIGHTS, old))
+
+
+def test_tokenizers_differ_and_may_be_missing(tmp_path: Path) -> None:
+    more = {**TOKENIZER, "added_tokens": []}
+    first, second = (fingerprint(save(tmp_path / str(i), WEIGHTS, t)) for i, t in enumerate([TOKENIZER, more]))
+    assert first.tokenizer != second.tokenizer
+    assert fingerprint(save(tmp_path / "none", WEIGHTS)).tokenizer == ""
+
+
+def test_the_cache_notices_a_changed_file(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", WEIGHTS)
+    before = fingerprint(folder)
+    assert fingerprint(folder) == before
+    save(folder, WEIGHTS | {"c": torch.tensor(8)})
+    assert fingerprint(folder) != before
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def point_outside(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+
+
+def forget_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+
+
+def write_text(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs\n")
+
+
+def spoil_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [truncate, point_outside, forget_a_shard, write_text, spoil_tokenizer])
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    folder = save(tmp_path / "model", WEIGHTS, TOKENIZER)
+    damage(folder)
+    with pytest.raises(CheckpointError, match="model"):
+        fingerprint(folder)

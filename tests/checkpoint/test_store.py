@@ -1,0 +1,123 @@
+"""Files and states are whole or absent, and damage is noticed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deepseek.checkpoint import store
+from deepseek.errors import CheckpointError
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor([3]), "half": torch.ones(2).bfloat16()}
+META = {"step": 3, "rng": [1, 2], "note": "é"}
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), store.atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_folder_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with store.atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(RuntimeError), store.atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("half")
+        raise RuntimeError
+    assert (folder / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        with store.atomic_folder(tmp_path / "folder") as temporary:
+            (temporary / name).touch()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["second"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_keeps_its_value(tmp_path: Path) -> None:
+    store.write_json(tmp_path / "a.json", META)
+    assert store.read_json(tmp_path / "a.json") == META
+
+
+@pytest.mark.parametrize("content", [None, "{", "\xff"])
+def test_unreadable_json_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match="a.json"):
+        store.read_json(path)
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    store.save_state(tmp_path / "step-00000003", TENSORS, META)
+    tensors, meta = store.load_state(tmp_path / "step-00000003")
+    assert meta == META
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(file=st.sampled_from(["state.safetensors", "meta.json"]), place=st.floats(0, 1, exclude_max=True))
+def test_any_changed_byte_is_noticed(tmp_path: Path, file: str, place: float) -> None:
+    folder = tmp_path / "step-00000003"
+    store.save_state(folder, TENSORS, META)
+    content = bytearray((folder / file).read_bytes())
+    index = int(place * len(content))
+    content[index] ^= 0x01
+    (folder / file).write_bytes(content)
+    try:
+        tensors, meta = store.load_state(folder)
+    except CheckpointError:
+        return
+    # Only white space of meta.json may change without a consequence.
+    assert meta == META
+    assert chr(content[index] ^ 0x01).isspace()
+    assert torch.equal(tensors["weight"], TENSORS["weight"])
+
+
+def test_the_newest_whole_state_is_found_and_old_ones_are_pruned(tmp_path: Path) -> None:
+    assert store.latest_state(tmp_path / "nothing") is None
+    for step in (5, 10, 999, 12_345):
+        store.save_state(tmp_path / f"step-{step:08d}", TENSORS, META)
+    state = tmp_path / "step-00012345" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    (tmp_path / ".step-00099999.0a0a0a0a.tmp").mkdir()
+    (tmp_path / "plots").mkdir()
+    assert store.latest_state(tmp_path) == tmp_path / "step-00000999"
+    store.prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "step-00000999", "step-00012345"]
+
+
+def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.json"
+    program = (
+        "import itertools, sys\nfrom deepseek.checkpoint.store import write_json\n"
+        "for n in itertools.count(): write_json(sys.argv[1], [n] * 20_000)"
+    )
+    for _ in range(3):
+        writer = subprocess.Popen([sys.executable, "-c", program, str(path)])
+        while not path.exists() and writer.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        numbers = store.read_json(path)
+        assert len(numbers) == 20_000
+        assert len(set(numbers)) == 1
+        path.unlink()
