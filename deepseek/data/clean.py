@@ -63,6 +63,9 @@ def clean(
         report.redacted.update(found)
         if progress and report.read % 100 == 0:
             progress(report.read, 0, "clean")
+        if not document.text.strip():
+            report.skipped["empty"] += 1
+            continue
         key = hash((document.text.strip(), document.kind == "messages"))
         if key in seen:
             report.exact_duplicates += 1
@@ -70,7 +73,7 @@ def clean(
         seen.add(key)
         kept.append(document)
     drop = near_duplicates([document.text for document in kept], progress)
-    result = [document for index, document in enumerate(kept) if index not in drop and document.text.strip()]
+    result = [document for index, document in enumerate(kept) if index not in drop]
     report.near_duplicates = len(drop)
     report.kept, report.characters = len(result), sum(len(document.text) for document in result)
     if not result:
