@@ -1,0 +1,41 @@
+"""`deepseek eval`: compare held-out loss before and after plugging experts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek.cli.options import Base, expert_packs
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command("eval")
+def evaluate(
+    experts: Annotated[
+        str,
+        typer.Argument(help="Names or pack files of experts to plug, separated by commas; 'all' = every trained one."),
+    ] = "all",
+    base: Base = "smollm2-135m",
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Further text: a folder, .jsonl or .parquet file; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of each text to evaluate on.")] = 8192,
+) -> None:
+    """Print the loss of the base and of the plugged set: on each expert's own held-out text, on that of other trained
+    experts, on public prose and code, and on text of yours."""
+    from rich.console import Console
+
+    from deepseek.cli.table import comparison_table
+    from deepseek.evaluate.quality import compare
+    from deepseek.evaluate.texts import collected, expert_texts
+    from deepseek.infer.load import load
+    from deepseek.packs.library import installed
+    from deepseek.train.progress import ProgressBar
+
+    model, tokenizer = load(base, experts=expert_packs(experts, base))
+    plugged = [info.name for info in model.experts.list()]
+    known = expert_texts([*plugged, *(name for name in installed() if name not in plugged)], plugged)
+    with collected(tokenizer, data or [], known) as texts, ProgressBar() as progress:
+        rows = list(compare(model, texts, tokens, progress))
+    Console().print(comparison_table(rows))
