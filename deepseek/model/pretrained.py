@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
@@ -59,7 +59,7 @@ def load_pretrained(
     model.config.name_or_path = str(name_or_path)
     model.generation_config = _generation_config(folder, model)
     model.experts.base_folder = folder
-    return model.to(device=device, dtype=target).eval()
+    return nn.Module.to(model, device, target).eval()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _fill(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor]) -> 
 
 def _upcycle(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> Model:
     """Build a mixture of experts around a dense checkpoint, its logits unchanged."""
-    model = cls(config).to(dtype=next(iter(tensors.values())).dtype)
+    model = nn.Module.to(cls(config), next(iter(tensors.values())).dtype)
     _load(model, {**model.state_dict(), **tensors})
     generator = torch.Generator().manual_seed(seed)
     for block in model.layers:

@@ -175,7 +175,11 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             model_kwargs["cache"] = KVCache()
 
     def _pool_of(self, layer_idx: int) -> Experts | None:
-        return self.expert_pools[layer_idx // self.config.expert_sharing] if len(self.expert_pools) else None
+        if not len(self.expert_pools):
+            return None
+        pool = self.expert_pools[layer_idx // self.config.expert_sharing]
+        assert isinstance(pool, Experts)
+        return pool
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
