@@ -117,7 +117,8 @@ def estimate(request: ExpertRequest, progress: ProgressBar) -> Estimate:
     """Check a request and measure what it would take; nothing is left behind."""
     with tempfile.TemporaryDirectory() as folder:
         run = ExpertRun(request, Path(folder), progress)
-        plan = run.measured_plan(run.texts(run.corpus()))
+        texts = run.texts(run.corpus())
+        plan = run.plan_for(texts, run.measure(texts))
         row_bytes = request.row_length * run.model.config.hidden_size
         cache = (plan.rows * 2 + plan.held_out_rows * run.model.dtype.itemsize) * row_bytes if run.cached else 0
         pack = sum(parameter.numel() * 2 for parameter in run.module.parameters())

@@ -138,13 +138,13 @@ class ExpertRun:
         """Return the plan of this run, measuring and storing it the first time."""
         path = self.folder / "plan.json"
         if not path.is_file():
-            write_json(path, asdict(self.measured_plan(texts)))
-        return Plan(**read_json(path))
+            speed = self.measure(texts)
+            write_json(path, {"plan": asdict(self.plan_for(texts, speed)), "speed": asdict(speed)})
+        return Plan(**read_json(path)["plan"])
 
-    def measured_plan(self, texts: Texts) -> Plan:
-        """Measure this machine and fit the work to the minutes, or estimate the time of the tokens."""
+    def plan_for(self, texts: Texts, speed: Speed) -> Plan:
+        """Fit the work to the minutes that are left at this speed, or estimate the time of the tokens."""
         request = self.request
-        speed = self.measure(texts)
         left = None if request.minutes is None else request.minutes * 60 - (time.monotonic() - self.started)
         dial = Dial(left, request.tokens, request.epochs, request.batch_rows, request.held_out_tokens)
         size = TextSize(texts.train.num_rows, texts.held_out.num_rows, request.row_length)

@@ -5,7 +5,6 @@ Calling `train` again with the same arguments continues after the newest checkpo
 that was never interrupted: weights, moments, random state and the place in the data are all restored.
 """
 
-import errno
 import json
 import time
 from collections.abc import Mapping
@@ -21,16 +20,10 @@ from deepseek.errors import TrainError
 from deepseek.train.interrupt import InterruptGuard
 from deepseek.train.losses import autocast
 from deepseek.train.metrics import MetricsLog
-from deepseek.train.optim import (
-    OptimConfig,
-    adamw,
-    clip_gradients,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)  # fmt: skip
+from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
 from deepseek.train.plots import plot_losses
 from deepseek.train.progress import ProgressBar
+from deepseek.train.state import load_training, save_training
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which the run has diverged and going on is of no use."""
@@ -260,22 +253,9 @@ class _Run:
         position = self.position
         if self.saved_step == position.step:
             return
-        moments = optimizer_tensors(self.optimizer, self.parameters)
-        tensors = {
-            **{f"parameter.{name}": parameter for name, parameter in self.parameters.items()},
-            **{f"optimizer.{name}": value for name, value in moments.items()},
-            **{f"random.{name}": state for name, state in _random_states().items()},
-        }
         meta = {"position": asdict(position), "batches": self.batches.state()}
-        try:
-            store.save_state(self.checkpoints / f"step-{position.step:08d}", tensors, meta)
-        except Exception as error:
-            if not _is_disk_full(error):
-                raise
-            raise TrainError(
-                f"The disk of {self.checkpoints} is full, the checkpoint of step {position.step} was not written; the "
-                "one before is intact, so free some space and run the same command."
-            ) from error
+        folder = self.checkpoints / f"step-{position.step:08d}"
+        save_training(folder, self.parameters, self.optimizer, meta)
         self.saved_step = position.step
         store.prune(self.checkpoints, self.config.keep)
 
@@ -285,40 +265,8 @@ class _Run:
         newest = store.latest_state(self.checkpoints)
         if newest is None:
             return
-        tensors, meta = store.load_state(newest)
-        parts = {kind: _below(tensors, kind) for kind in ("parameter", "optimizer", "random")}
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(parts["parameter"][name])
-        load_optimizer_tensors(self.optimizer, self.parameters, parts["optimizer"])
-        _restore_random(parts["random"])
+        meta = load_training(newest, self.parameters, self.optimizer)
         self.batches.load(meta["batches"])
         self.position = Position(**meta["position"])
         self.saved_step = self.position.step
         self.progress.say(f"going on after step {self.position.step} of {self.config.steps}")
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
-
-
-def _random_states() -> dict[str, Tensor]:
-    """Return the states of PyTorch's generators, by device."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _restore_random(states: dict[str, Tensor]) -> None:
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Whether writing failed for lack of space; safetensors reports it by message alone."""
-    number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)

@@ -49,7 +49,7 @@ def test_reported_losses_are_those_of_base_and_plugged_model(
     pack = read_pack(run(tiny_base, text_folder, tmp_path))
     model = DeepSeekModel.from_pretrained(tiny_base)
     loader = RowLoader(TokenShards(tmp_path / "run" / "corpus" / "held-out"), 4, 32, seed=0)
-    rows = loader.order(0, read_json(tmp_path / "run" / "plan.json")["held_out_rows"])
+    rows = loader.order(0, read_json(tmp_path / "run" / "plan.json")["plan"]["held_out_rows"])
     metric = pack.manifest.metrics["held-out"]
     assert held_out_loss(model, [loader.rows(rows)]).loss == pytest.approx(metric.before, abs=1e-5)
     with model.experts.forced(ExpertModule.from_pack(pack, torch.float32)):

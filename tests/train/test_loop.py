@@ -142,7 +142,7 @@ def test_full_disk_is_one_sentence_and_the_old_checkpoint_stays(
         original(folder, *arguments)
 
     monkeypatch.setattr(store, "save_state", full)
-    with pytest.raises(TrainError, match=r"is full, the checkpoint of step 10 was not written"):
+    with pytest.raises(TrainError, match=r"is full, the checkpoint step-00000010 was not written"):
         run(tmp_path)
     kept = store.latest_state(tmp_path / "checkpoints")
     assert kept is not None and kept.name == "step-00000005"

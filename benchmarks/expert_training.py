@@ -1,0 +1,125 @@
+"""What training an expert on a real code base gains, in the time it is given, on files it has not seen.
+
+    python benchmarks/expert_training.py FOLDER [--layers last:3] [--minutes 5] [--json benchmarks/results/FILE.json]
+
+The training is one process, timed from outside: Python's start, reading, cleaning, planning, trunk cache, training
+and evaluation all count. Afterwards the pack is plugged into a fresh base and scored on `--check` held-out tokens with
+the exact loss and nothing cached. The speed without a trunk cache is that of the same steps with the trunk recomputed.
+`benchmarks/corpora.py code-a` fetches a code base.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from deepseek.data import RowLoader, TokenShards
+from deepseek.infer.load import load
+from deepseek.model.experts import ExpertModule
+from deepseek.packs.pack import read_pack
+from deepseek.train.losses import held_out_loss
+from deepseek.train.metrics import read_metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--layers", default="last:3")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--check", type=int, default=16384, help="held-out tokens scored afterwards; 0: none")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options, dials = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        pack, run = Path(folder) / "bench.safetensors", Path(folder) / "run"
+        seconds = train(options, dials, pack, run)
+        figures = {"seconds": round(seconds, 1)} | run_figures(run) | speeds(run)
+        if options.check:
+            figures |= check(options.base, pack, run, options.check)
+    for name, value in figures.items():
+        print(f"{name:32} {value}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n")
+
+
+def train(options: argparse.Namespace, dials: list[str], pack: Path, run: Path) -> float:
+    """Train in a process of its own and return its wall time in seconds."""
+    command = [
+        sys.executable, "-m", "deepseek", "expert", "train", "--name", "bench", "--base", options.base,
+        "--from-folder", str(options.folder), "--layers", options.layers, "--minutes", str(options.minutes),
+        "--out", str(pack), "--run-folder", str(run), *dials,
+    ]  # fmt: skip
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - started
+
+
+def run_figures(run: Path) -> dict[str, Any]:
+    """Return what the run says about itself."""
+    result, plan = json.loads((run / "result.json").read_text()), json.loads((run / "plan.json").read_text())
+    return {
+        "held_out_before": round(result["before"], 4),
+        "held_out_after": round(result["after"], 4),
+        "held_out_change_percent": round(100 * (result["after"] / result["before"] - 1), 2),
+        "peak_memory_gb": round(result["peak_memory"] / 1e9, 2),
+        "distinct_rows": plan["plan"]["rows"],
+        "steps": plan["plan"]["steps"],
+        "targets_seen": result["tokens"],
+    }
+
+
+def speeds(run: Path) -> dict[str, Any]:
+    """Return training speed (median over steps) and what it would be with the trunk recomputed at every step."""
+    plan = json.loads((run / "plan.json").read_text())
+    records = read_metrics(run / "training" / "metrics.jsonl")
+    speed = median(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
+    trunk, step = plan["speed"]["trunk"], plan["speed"]["step"]
+    return {
+        "tokens_per_second": round(speed),
+        "tokens_per_second_uncached": round(speed * step / (trunk + step)),
+        "trunk_cache_speedup": round((trunk + step) / step, 2),
+    }
+
+
+def check(base: str, pack: Path, run: Path, tokens: int) -> dict[str, Any]:
+    """Score base and expert on held-out rows with the whole model, the pack as it was written."""
+    model = load(base).model
+    request = json.loads((run / "request.json").read_text())
+    loader = RowLoader(TokenShards(run / "corpus" / "held-out"), 4, request["row_length"], seed=1)
+    rows = loader.order(0, min(loader.num_rows, tokens // loader.length))
+    batches = [loader.rows(rows[i : i + 4]) for i in range(0, len(rows), 4)]
+    before = held_out_loss(model, batches)
+    with model.experts.forced(ExpertModule.from_pack(read_pack(pack), model.dtype)):
+        after = held_out_loss(model, batches)
+    return {
+        "check_tokens": before.tokens,
+        "check_before": round(before.loss, 4),
+        "check_after": round(after.loss, 4),
+        "check_change_percent": round(100 * (after.loss / before.loss - 1), 2),
+    }
+
+
+def environment() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Everything that decides how a run goes on, as tensors and JSON."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.checkpoint import store
+from deepseek.errors import TrainError
+from deepseek.train.optim import load_optimizer_tensors, optimizer_tensors
+
+
+def save_training(
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, meta: dict[str, Any]
+) -> None:
+    """Write a checkpoint folder; raise `TrainError` if the disk is full, with earlier checkpoints intact."""
+    moments = optimizer_tensors(optimizer, parameters)
+    tensors = {
+        **{f"parameter.{name}": parameter for name, parameter in parameters.items()},
+        **{f"optimizer.{name}": value for name, value in moments.items()},
+        **{f"random.{name}": state for name, state in _random_states().items()},
+    }
+    try:
+        store.save_state(folder, tensors, meta)
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise TrainError(
+            f"The disk of {folder.parent} is full, the checkpoint {folder.name} was not written; the one before is "
+            "intact, so free some space and run the same command."
+        ) from error
+
+
+def load_training(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Any]:
+    """Restore what `save_training` wrote and return its meta."""
+    tensors, meta = store.load_state(folder)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+    load_optimizer_tensors(optimizer, parameters, _below(tensors, "optimizer."))
+    _restore_random(_below(tensors, "random."))
+    return meta
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _random_states() -> dict[str, Tensor]:
+    """Return the states of PyTorch's generators, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _restore_random(states: dict[str, Tensor]) -> None:
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether writing failed for lack of space; safetensors reports it by message alone."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
