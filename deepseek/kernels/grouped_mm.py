@@ -28,11 +28,12 @@ def mix_experts_grouped(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, id
     ids_S, order_S = ids_NA.flatten().sort(stable=True)
     ends_E = torch.searchsorted(ids_S, torch.arange(num_experts, device=ids_S.device), right=True).int()
     idle_S1 = (ids_S == num_experts)[:, None]
-    # grouped_mm leaves rows past the last end uninitialised, and NaN times 0 is NaN; so they are masked each time.
+    # grouped_mm leaves rows past the last end uninitialised, in its gradients too, and NaN times 0 is NaN: so each
+    # of its inputs and outputs is masked.
     x_SD = x_ND[order_S // num_slots].to(gate_up_E2FD.dtype).masked_fill(idle_S1, 0)
     gate, up = grouped_mm(x_SD, gate_up_E2FD.mT, offs=ends_E).masked_fill(idle_S1, 0).chunk(2, dim=-1)
     hidden_SF = silu(gate) * up * weights_NA.flatten()[order_S, None].to(gate.dtype)
-    out_SD = grouped_mm(hidden_SF, down_EDF.mT, offs=ends_E).masked_fill(idle_S1, 0)
+    out_SD = grouped_mm(hidden_SF.masked_fill(idle_S1, 0), down_EDF.mT, offs=ends_E).masked_fill(idle_S1, 0)
     back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
     return out_SD[back_S].unflatten(0, ids_NA.shape).sum(1).to(x_ND.dtype)
 

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from deepseek.kernels import openmp
 from deepseek.kernels.cpu import fast_dtype
+
+# Up to this many slots per expert, on average, reading the weights takes longer than the arithmetic on them.
+FEW = 8
 
 
 def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
@@ -22,8 +26,24 @@ def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Te
     return _forward(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, None)
 
 
+def _has_few_tokens(ids_NA: Tensor, *tensors: Tensor) -> bool:
+    """Whether `few_tokens` can and should compute this."""
+    weight = tensors[0]
+    return (
+        0 < ids_NA.numel() <= FEW * len(weight)
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and all(t.dtype == weight.dtype and t.is_contiguous() for t in tensors)
+        and openmp.runtime() is not None
+    )
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else fast_dtype("cpu")
+
+
+def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the projections kept for the backward pass: at least fp32, whichever way computed them."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _segments(ids_NA: Tensor, num_experts: int) -> tuple[Tensor, Iterator[tuple[int, int, int]]]:
@@ -45,6 +65,8 @@ def _forward(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
 ) -> Tensor:
     """Return y `[N, D]`; where `proj_SP` is given, fill it with the gate and up projections of the sorted slots."""
+    if _has_few_tokens(ids_NA, gate_up_E2FD, down_EDF):
+        return _forward_few(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP)
     dtype = _compute_dtype(x_ND.dtype)
     x, num_experts, num_slots = x_ND.to(dtype), len(down_EDF), ids_NA.shape[1]
     y_ND = torch.zeros(x.shape, dtype=torch.promote_types(dtype, torch.float32))
@@ -61,12 +83,22 @@ def _forward(
     return y_ND.to(x_ND.dtype)
 
 
+def _forward_few(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
+) -> Tensor:
+    from deepseek.kernels import few_tokens  # imports numba, which only this path needs
+
+    proj = torch.empty(ids_NA.numel(), gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
+    x, ids, weights = x_ND.float().contiguous(), ids_NA.contiguous(), weights_NA.float().contiguous()
+    return few_tokens.forward(x, gate_up_E2FD, down_EDF, ids, weights, proj).to(x_ND.dtype)
+
+
 @torch.library.custom_op("deepseek::mix_experts", mutates_args=())
 def _mix_op(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return y and the gate and up projections `[N * A, 2F]` that the backward pass needs."""
-    proj_SP = torch.empty(ids_NA.numel(), gate_up_E2FD.shape[1], dtype=_compute_dtype(x_ND.dtype))
+    proj_SP = torch.empty(ids_NA.numel(), gate_up_E2FD.shape[1], dtype=_saved_dtype(x_ND.dtype))
     return _forward(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP), proj_SP
 
 
@@ -74,7 +106,7 @@ def _mix_op(
 def _(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> tuple[Tensor, Tensor]:
-    proj_SP = x_ND.new_empty(ids_NA.numel(), gate_up_E2FD.shape[1], dtype=_compute_dtype(x_ND.dtype))
+    proj_SP = x_ND.new_empty(ids_NA.numel(), gate_up_E2FD.shape[1], dtype=_saved_dtype(x_ND.dtype))
     return torch.empty_like(x_ND, memory_format=torch.contiguous_format), proj_SP
 
 
@@ -90,7 +122,9 @@ def _backward_op(
     train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, the projections (empty unless `train_experts`) and the weights."""
-    dtype, num_slots = proj_SP.dtype, ids_NA.shape[1]
+    if _has_few_tokens(ids_NA, gate_up_E2FD, down_EDF):
+        return _backward_few(grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, train_experts)
+    dtype, num_slots = _compute_dtype(x_ND.dtype), ids_NA.shape[1]
     x, grad = x_ND.to(dtype), grad_ND.to(dtype)
     order_S, segments = _segments(ids_NA, len(down_EDF))
     token_S, weight_S1 = order_S // num_slots, weights_NA.flatten()[order_S, None].to(dtype)
@@ -102,7 +136,7 @@ def _backward_op(
         tokens, weight = token_S[start:stop], weight_S1[start:stop]
         grad_out = grad[tokens]
         grad_hidden = grad_out @ down_EDF[expert].to(dtype)
-        hidden, grad_proj = _swiglu_backward(proj_SP[start:stop], grad_hidden, weight)
+        hidden, grad_proj = _swiglu_backward(proj_SP[start:stop].to(dtype), grad_hidden, weight)
         grad_weight_S[start:stop] = (hidden * grad_hidden).sum(-1)
         grad_x.index_add_(0, tokens, (grad_proj @ gate_up_E2FD[expert].to(dtype)).to(grad_x.dtype))
         if train_experts:
@@ -110,6 +144,19 @@ def _backward_op(
             grad_gate_up[expert] = grad_proj.T @ x[tokens]
     grad_weights = torch.zeros_like(weights_NA).flatten().index_copy_(0, order_S, grad_weight_S.to(weights_NA.dtype))
     return grad_x.to(x_ND.dtype), grad_gate_up, grad_down, grad_weights.view_as(weights_NA)
+
+
+def _backward_few(
+    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor,
+    train_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from deepseek.kernels import few_tokens_backward
+
+    grad, x, weights = (t.float().contiguous() for t in (grad_ND, x_ND, weights_NA))
+    grad_x, grad_gate_up, grad_down, grad_weights = few_tokens_backward.backward(
+        grad, x, gate_up_E2FD, down_EDF, ids_NA.contiguous(), weights, proj_SP, train_experts
+    )
+    return grad_x.to(x_ND.dtype), grad_gate_up, grad_down, grad_weights.to(weights_NA.dtype)
 
 
 def _swiglu_backward(proj: Tensor, grad_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

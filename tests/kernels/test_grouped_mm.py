@@ -54,6 +54,22 @@ def test_bfloat16_is_as_exact_as_bfloat16_can_be(size):
         torch.testing.assert_close(result.double(), exact, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_bfloat16_gradients_are_those_of_the_reference(size):
+    inputs = problem(*size, dtype=torch.bfloat16)
+    exact = outcome(mix_experts_reference, [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs])
+    for fast, slow in zip(outcome(mix_experts, inputs), exact, strict=True):
+        torch.testing.assert_close(fast.double(), slow, atol=3e-2, rtol=3e-2)
+
+
+def test_without_numba_the_result_is_the_same(monkeypatch):
+    inputs = problem(9, 32, 4)
+    fast = outcome(mix_experts, inputs)
+    monkeypatch.setattr("deepseek.kernels.openmp.runtime", lambda: None)
+    for a, b in zip(fast, outcome(mix_experts, inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 def test_gradients_match_finite_differences():
     x, gate_up, down, ids, weights = (t.detach() for t in problem(3, 3, 2))
     narrow = (x[:, :4], gate_up[:, : 2 * 3, :4], down[:, :4, :3], ids, weights)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from deepseek.model.moe.stats import Dispatch
 
-# Gains of the temperature controller, per relative error of the mean number of experts: found on simulated routers
-# with logits of standard deviation 0.02 to 3; twice the integral gain overshoots, half of it takes 300 steps.
+# Gains of the temperature controller on the error of the mean number of experts, held to one expert. Found on simulated
+# routers with logits of standard deviation 0.02 to 3: they settle within 100 steps and do not oscillate.
 PROPORTIONAL_GAIN = 0.3
-INTEGRAL_GAIN = 0.1
+INTEGRAL_GAIN = 0.15
 LOG_TEMPERATURE_RANGE = 7.0
 
 
@@ -62,7 +62,7 @@ class Balance(nn.Module):
         self.bias += seen * self.rate * torch.sign(load_E.mean() - load_E)
         self.bias -= self.bias.mean()
         if self.target is not None:
-            self._steer(seen * (1 - load_E.sum() / tokens.clamp(min=1) / self.target), seen)
+            self._steer(seen * (self.target - load_E.sum() / tokens.clamp(min=1)).clamp(-1, 1), seen)
         self.counts.zero_()
 
     def _steer(self, error: Tensor, seen: Tensor) -> None:

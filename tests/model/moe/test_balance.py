@@ -25,7 +25,7 @@ def test_bias_moves_against_the_load_and_stays_centred():
     assert not router.balance.counts.any()
 
 
-@pytest.mark.parametrize("make", [lambda: DynamicRouter(16, 8), lambda: TopKRouter(16, 8, top_k=4)])
+@pytest.mark.parametrize("make", [lambda: DynamicRouter(16, 8, balance_rate=0.01), lambda: TopKRouter(16, 8, top_k=4)])
 def test_load_evens_out(make):
     torch.manual_seed(0)
     router = make()
@@ -41,8 +41,8 @@ def test_load_evens_out(make):
         share()
         update_routers(router)
     after = torch.stack([share() for _ in range(20)]).mean(0)
-    assert before.min() < 0.3 and before.max() > 2
-    assert after.min() > 0.7 and after.max() < 1.3
+    assert before.min() < 0.15 and before.max() > 2
+    assert after.min() > 0.3 and after.max() < 1.5
 
 
 @pytest.mark.parametrize("target", [1.5, 3.0, 4.5])

@@ -1,0 +1,164 @@
+"""Speed of the mixture-of-experts layer against the one in `transformers`, on the same weights.
+
+    python benchmarks/moe_speed.py [--json benchmarks/results/moe_speed.json] [--seconds 1.5]
+
+Both layers run in one process, turn by turn, and the medians are compared: ours against the best of `grouped_mm`,
+`eager` and `batched_mm`. A turn of ours and one of theirs meet the same disturbances, so their ratio is steadier than
+either time.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from deepseek.model.config import ModelConfig
+from deepseek.model.moe.layer import MoELayer
+
+SHAPES = [(576, 256, 32, 4), (1024, 512, 64, 8)]  # D, F, E, experts a token
+TOKENS = [1, 32, 2048]
+DTYPES = [torch.float32, torch.bfloat16]
+IMPLEMENTATIONS = ["grouped_mm", "eager", "batched_mm"]
+BATCHED_LIMIT = 32  # batched_mm copies every token's expert weights: 2,048 tokens would take tens of gigabytes
+
+
+def layers(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[MoELayer, nn.Module]:
+    """Our layer and theirs, holding the same weights."""
+    hidden, width, experts, top_k = shape
+    torch.manual_seed(0)
+    ours = MoELayer(
+        ModelConfig(
+            hidden_size=hidden, num_attention_heads=4, num_experts=experts, expert_dim=width,
+            max_experts=top_k, candidate_experts=top_k, routing_strategy="topk",
+        ),
+        0,
+    ).to(dtype)  # fmt: skip
+    theirs = Qwen3MoeSparseMoeBlock(
+        Qwen3MoeConfig(
+            hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=True
+        )
+    ).to(dtype)
+    theirs.gate.weight.data = ours.router.weight.data
+    theirs.experts.gate_up_proj.data = ours.experts.gate_up_proj.data
+    theirs.experts.down_proj.data = ours.experts.down_proj.data
+    return ours.eval(), theirs.eval()
+
+
+def forward(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Any]:
+    def run() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return run
+
+
+def both_ways(module: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Any]:
+    grad = torch.randn_like(x)
+    x = x.clone().requires_grad_()
+
+    def run() -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        layer(x).backward(grad)
+
+    return run
+
+
+def timed(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each run, all taking turns for about `seconds` a run; slow ones get at least three turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    left = set(runs)
+    while left:
+        for name in runs:
+            if name in left:
+                start = time.perf_counter()
+                runs[name]()
+                times[name].append(time.perf_counter() - start)
+                if len(times[name]) >= 3 and sum(times[name]) > seconds or len(times[name]) >= 300:
+                    left.discard(name)
+    return {name: median(values) * 1e3 for name, values in times.items()}
+
+
+def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, seconds: float) -> dict[str, Any]:
+    """One row of the table: forward and forward+backward of ours and of theirs."""
+    ours, theirs = layers(shape, dtype)
+    x = torch.randn(1, tokens, shape[0]).to(dtype)
+
+    def run_ours(x: Tensor) -> Tensor:
+        return ours(x, SimpleNamespace(token_mask_BT=None, router_stats=[]))
+
+    def run_theirs(implementation: str) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            theirs.experts.config._experts_implementation = implementation
+            return theirs(x)
+
+        return run
+
+    names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or tokens <= BATCHED_LIMIT]
+    difference = (run_ours(x) - run_theirs("eager")(x)).abs().max() / run_theirs("eager")(x).abs().max()
+    row: dict[str, Any] = {"shape": shape, "dtype": str(dtype)[6:], "tokens": tokens, "relative_difference": float(difference.detach())}
+    ways = {
+        "forward": {"ours": forward(run_ours, x)} | {name: forward(run_theirs(name), x) for name in names},
+        "forward_backward": {"ours": both_ways(ours, run_ours, x)}
+        | {name: both_ways(theirs, run_theirs(name), x) for name in names},
+    }
+    for way, runs in ways.items():
+        row[way] = timed(runs, seconds)
+        row[way]["speedup"] = min(row[way][name] for name in names) / row[way]["ours"]
+    return row
+
+
+def environment() -> dict[str, Any]:
+    """Where and on what the figures were measured."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "processor": model[0] if model else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="file to write the table to")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each timing")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), nargs="+", default=list(range(len(SHAPES))))
+    parser.add_argument("--dtype", choices=[str(dtype)[6:] for dtype in DTYPES], nargs="+", default=[str(d)[6:] for d in DTYPES])
+    options = parser.parse_args()
+    rows = []
+    for shape in [SHAPES[i] for i in options.shape]:
+        for dtype in [getattr(torch, name) for name in options.dtype]:
+            for tokens in options.tokens:
+                row = compare(shape, dtype, tokens, options.seconds)
+                rows.append(row)
+                print(f"D{shape[0]} F{shape[1]} E{shape[2]} top-{shape[3]} {row['dtype']:8} {tokens:5} tokens", end="")
+                for way in ("forward", "forward_backward"):
+                    print(f" | {way} " + " ".join(f"{name} {value:.2f}" for name, value in row[way].items()), end="")
+                print(flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"environment": environment(), "milliseconds": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The experts of a mixture when each has only a few tokens: bound by reading the weights, so they are read once.
+
+The kernel walks over the weight rows of every expert that has tokens and holds each row against all of them. bf16 rows
+are widened in registers. Threads split the rows, never the tokens, so no two of them write to the same place.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from deepseek.kernels import openmp
+
+openmp.runtime()  # makes the runtime's symbols known before a kernel that names them is compiled or read from the cache
+_thread = openmp.external("omp_get_thread_num", types.int32)
+_threads = openmp.external("omp_get_num_threads", types.int32)
+barrier = openmp.external("GOMP_barrier", types.void)
+
+ELEMENT = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def widen(typing_context: Any, value: Any) -> Any:
+    """A weight as fp32: itself, or the bf16 number whose bits an uint16 holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if value != types.uint16:
+            return args[0]
+        bits = builder.zext(args[0], context.get_value_type(types.uint32))
+        return builder.bitcast(builder.shl(bits, bits.type(16)), context.get_value_type(types.float32))
+
+    return types.float32(value), generate
+
+
+@njit(fastmath=True)
+def _sort(ids_S, order_S, ends_E):  # type: ignore[no-untyped-def]
+    """Counting sort of the slots by expert."""
+    ends_E[:] = 0
+    num_experts = len(ends_E)
+    for s in range(len(ids_S)):
+        if ids_S[s] < num_experts:
+            ends_E[ids_S[s]] += 1
+    total = 0
+    for e in range(num_experts):
+        total += ends_E[e]
+        ends_E[e] = total
+    for s in range(len(ids_S) - 1, -1, -1):
+        if ids_S[s] < num_experts:
+            ends_E[ids_S[s]] -= 1
+            order_S[ends_E[ids_S[s]]] = s
+    for e in range(num_experts - 1):
+        ends_E[e] = ends_E[e + 1]
+    ends_E[num_experts - 1] = total
+
+
+@njit(fastmath=True)
+def _dot1(row, a):  # type: ignore[no-untyped-def]
+    s = np.float32(0)
+    for i in range(len(row)):
+        s += widen(row[i]) * a[i]
+    return s
+
+
+@njit(fastmath=True)
+def _dot4(row, a, b, c, d):  # type: ignore[no-untyped-def]
+    s, t, u, v = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(len(row)):
+        w = widen(row[i])
+        s += w * a[i]
+        t += w * b[i]
+        u += w * c[i]
+        v += w * d[i]
+    return s, t, u, v
+
+
+@njit(fastmath=True)
+def _rows(row, x, tokens, start, stop, out):  # type: ignore[no-untyped-def]
+    """Set `out[j]` to the product of `row` with token `tokens[start + j]` of x."""
+    s = start
+    while s + 4 <= stop:
+        j = s - start
+        out[j], out[j + 1], out[j + 2], out[j + 3] = _dot4(
+            row, x[tokens[s]], x[tokens[s + 1]], x[tokens[s + 2]], x[tokens[s + 3]]
+        )
+        s += 4
+    while s < stop:
+        out[s - start] = _dot1(row, x[tokens[s]])
+        s += 1
+
+
+@njit(fastmath=True)
+def _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, gate, up):  # type: ignore[no-untyped-def]
+    """Fill columns first to last - 1 of the gate and up projections and of the weighted hidden values."""
+    width, start = gate_up.shape[1] // 2, 0
+    for e in range(len(ends)):
+        stop = ends[e]
+        if stop > start:
+            for f in range(first, last):
+                _rows(gate_up[e, f], x, tokens, start, stop, gate)
+                _rows(gate_up[e, width + f], x, tokens, start, stop, up)
+                for s in range(start, stop):
+                    g, u = gate[s - start], up[s - start]
+                    proj[s, f], proj[s, width + f] = g, u
+                    hidden[s, f] = weights[s] * u * g / (np.float32(1) + np.exp(-g))
+        start = stop
+
+
+@njit(fastmath=True)
+def _combine(hidden, down, slots, tokens, ends, y, first, last, out):  # type: ignore[no-untyped-def]
+    """Fill columns first to last - 1 of y."""
+    y[:, first:last] = 0
+    start = 0
+    for e in range(len(ends)):
+        stop = ends[e]
+        if stop > start:
+            for d in range(first, last):
+                _rows(down[e, d], hidden, slots, start, stop, out)
+                for s in range(start, stop):
+                    y[tokens[s], d] += out[s - start]
+        start = stop
+
+
+@njit(fastmath=True)
+def sorted_slots(ids, slot_weights, ends):  # type: ignore[no-untyped-def]
+    """Return slot number, token and weight of the slots in use, sorted by expert, and fill `ends` per expert."""
+    slots, num_slots = ids.size, ids.shape[1]
+    order, tokens, weights = np.empty(slots, np.int64), np.empty(slots, np.int64), np.empty(slots, np.float32)
+    _sort(ids.reshape(slots), order, ends)
+    for s in range(ends[len(ends) - 1]):
+        tokens[s] = order[s] // num_slots
+        weights[s] = slot_weights[tokens[s], order[s] % num_slots]
+    return order, tokens, weights
+
+
+@njit
+def thread_number():  # type: ignore[no-untyped-def]
+    return np.int64(_thread())
+
+
+@njit
+def share(columns):  # type: ignore[no-untyped-def]
+    """Return the columns, first and past the last, that this thread works on."""
+    thread, threads = thread_number(), np.int64(_threads())
+    return columns * thread // threads, columns * (thread + 1) // threads
+
+
+@njit
+def _run(x, gate_up, down, ids, slot_weights, y, proj, hidden):  # type: ignore[no-untyped-def]
+    ends = np.empty(len(down), np.int64)
+    order, tokens, weights = sorted_slots(ids, slot_weights, ends)
+    out, more = np.empty(ids.size, np.float32), np.empty(ids.size, np.float32)
+    first, last = share(down.shape[2])
+    _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, out, more)
+    barrier()
+    first, last = share(y.shape[1])
+    _combine(hidden, down, np.arange(ids.size), tokens, ends, y, first, last, out)
+
+
+def _kernel(element):  # type: ignore[no-untyped-def]
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        a = carray(data, 13)
+        n, d, f, e, k = a[8], a[9], a[10], a[11], a[12]
+        _run(
+            carray(pointer(a[0]), (n, d), np.float32), carray(pointer(a[1]), (e, 2 * f, d), element),
+            carray(pointer(a[2]), (e, d, f), element), carray(pointer(a[3]), (n, k), np.int64),
+            carray(pointer(a[4]), (n, k), np.float32), carray(pointer(a[5]), (n, d), np.float32),
+            carray(pointer(a[6]), (n * k, 2 * f), np.float32), carray(pointer(a[7]), (n * k, f), np.float32),
+        )  # fmt: skip
+
+    return kernel.address
+
+
+@cache
+def _address(dtype: torch.dtype) -> int:
+    return int(_kernel(ELEMENT[dtype]))
+
+
+def forward(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor) -> Tensor:
+    """Return y `[N, D]` in fp32, and fill `proj_SP` with the gate and up projections of the slots sorted by expert.
+
+    x, the weights of the slots and `proj_SP` are fp32, the projections fp32 or bf16, all contiguous.
+    """
+    (num_tokens, hidden_size), (num_experts, _, width) = x_ND.shape, down_EDF.shape
+    y_ND, hidden_SF = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), width)
+    tensors = (x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, proj_SP, hidden_SF)
+    sizes = [num_tokens, hidden_size, width, num_experts, ids_NA.shape[1]]
+    openmp.parallel(_address(gate_up_E2FD.dtype), [t.data_ptr() for t in tensors] + sizes)
+    return y_ND

@@ -1,0 +1,181 @@
+"""The backward pass of `few_tokens`: each weight row is read once and its gradient written once, in the same visit."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from deepseek.kernels import openmp
+from deepseek.kernels.few_tokens import ELEMENT, barrier, pointer, share, sorted_slots, thread_number, widen
+
+
+@intrinsic
+def _narrow(typing_context: Any, value: Any, like: Any) -> Any:
+    """An fp32 number as an element of a gradient: itself, or the bits of the nearest bf16 number (ties to even)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like != types.uint16:
+            return args[0]
+        bits = builder.bitcast(args[0], context.get_value_type(types.uint32))
+        odd = builder.and_(builder.lshr(bits, bits.type(16)), bits.type(1))
+        rounded = builder.add(bits, builder.add(odd, bits.type(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, bits.type(16)), context.get_value_type(types.uint16))
+
+    return like(types.float32, like), generate
+
+
+@njit(fastmath=True)
+def _add(scale, row, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
+        out[i] += scale * widen(row[i])
+
+
+@njit(fastmath=True)
+def _add4(a, b, c, d, p, q, r, s, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
+        out[i] += a * p[i] + b * q[i] + c * r[i] + d * s[i]
+
+
+@njit(fastmath=True)
+def _outer(scales, vectors, rows, start, stop, row, out):  # type: ignore[no-untyped-def]
+    """Set the gradient `out` of one weight row to the sum over slots of `scales[s]` times `vectors[rows[s]]`."""
+    row[:] = 0
+    s = start
+    while s + 4 <= stop:
+        i, j, k, m = rows[s], rows[s + 1], rows[s + 2], rows[s + 3]
+        _add4(scales[s], scales[s + 1], scales[s + 2], scales[s + 3], vectors[i], vectors[j], vectors[k], vectors[m], row)
+        s += 4
+    while s < stop:
+        _add(scales[s], vectors[rows[s]], row)
+        s += 1
+    for i in range(len(out)):
+        out[i] = _narrow(row[i], out[i])
+
+
+@njit(fastmath=True)
+def _activate(weights, proj, hidden, grad_hidden, start, stop, first):  # type: ignore[no-untyped-def]
+    """Set the weighted hidden values of an expert's slots again, and their gradient to zero."""
+    width = proj.shape[1] // 2
+    for s in range(start, stop):
+        for f in range(hidden.shape[1]):
+            gate = proj[s, first + f]
+            hidden[s, f] = weights[s] * proj[s, width + first + f] * gate / (np.float32(1) + np.exp(-gate))
+            grad_hidden[s, f] = 0
+
+
+@njit(fastmath=True)
+def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, grad_weights):  # type: ignore[no-untyped-def]
+    """Set the gradients of the gate and up projections, and add to those of the slots' weights."""
+    one, width = np.float32(1), proj.shape[1] // 2
+    for s in range(start, stop):
+        total = np.float32(0)
+        for f in range(grad_hidden.shape[1]):
+            gate, up, grad = proj[s, first + f], proj[s, width + first + f], grad_hidden[s, f]
+            sigmoid = one / (one + np.exp(-gate))
+            silu = gate * sigmoid
+            total += silu * up * grad
+            grad_proj[s, width + first + f] = grad * weights[s] * silu
+            grad_proj[s, first + f] = grad * weights[s] * up * (sigmoid + silu * (one - sigmoid))
+        grad_weights[s] += total
+
+
+@njit(fastmath=True)
+def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_weights, first, last):  # type: ignore[no-untyped-def]
+    """Columns first to last - 1 of the hidden values: their gradients, and that of the down projection."""
+    slots, start = len(tokens), 0
+    hidden, grad_hidden = np.empty((slots, last - first), np.float32), np.empty((slots, last - first), np.float32)
+    row, scales, identity = np.empty(last - first, np.float32), np.empty(slots, np.float32), np.arange(slots)
+    for e in range(len(ends)):
+        stop = ends[e]
+        if stop > start:
+            _activate(weights, proj, hidden, grad_hidden, start, stop, first)
+            for d in range(down.shape[1]):
+                for s in range(start, stop):
+                    scales[s] = grad[tokens[s], d]
+                    _add(scales[s], down[e, d, first:last], grad_hidden[s])
+                if len(grad_down):
+                    _outer(scales, hidden, identity, start, stop, row, grad_down[e, d, first:last])
+            _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, grad_weights)
+        start = stop
+
+
+@njit(fastmath=True)
+def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, last):  # type: ignore[no-untyped-def]
+    """Columns first to last - 1 of x: their gradients, and that of the gate and up projections."""
+    row, scales, start = np.empty(last - first, np.float32), np.empty(len(tokens), np.float32), 0
+    grad_x[:, first:last] = 0
+    for e in range(len(ends)):
+        stop = ends[e]
+        if stop > start:
+            for p in range(gate_up.shape[1]):
+                for s in range(start, stop):
+                    scales[s] = grad_proj[s, p]
+                    _add(scales[s], gate_up[e, p, first:last], grad_x[tokens[s], first:last])
+                if len(grad_gate_up):
+                    _outer(scales, x[:, first:last], tokens, start, stop, row, grad_gate_up[e, p, first:last])
+        start = stop
+
+
+@njit
+def _run(grad, x, gate_up, down, ids, slot_weights, proj, grad_proj, grad_x, grad_gate_up, grad_down, grad_weights):  # type: ignore[no-untyped-def]
+    ends = np.empty(len(down), np.int64)
+    order, tokens, weights = sorted_slots(ids, slot_weights, ends)
+    mine = np.zeros(ids.size, np.float32)
+    first, last = share(down.shape[2])
+    _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, mine, first, last)
+    for s in range(ends[len(ends) - 1]):
+        grad_weights[thread_number(), order[s]] = mine[s]
+    barrier()
+    first, last = share(x.shape[1])
+    _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, last)
+
+
+def _kernel(element):  # type: ignore[no-untyped-def]
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        a = carray(data, 19)
+        n, d, f, e, k, t, trained = a[12], a[13], a[14], a[15], a[16], a[17], a[18]
+        _run(
+            carray(pointer(a[0]), (n, d), np.float32), carray(pointer(a[1]), (n, d), np.float32),
+            carray(pointer(a[2]), (e, 2 * f, d), element), carray(pointer(a[3]), (e, d, f), element),
+            carray(pointer(a[4]), (n, k), np.int64), carray(pointer(a[5]), (n, k), np.float32),
+            carray(pointer(a[6]), (n * k, 2 * f), np.float32), carray(pointer(a[7]), (n * k, 2 * f), np.float32),
+            carray(pointer(a[8]), (n, d), np.float32), carray(pointer(a[9]), (trained, 2 * f, d), element),
+            carray(pointer(a[10]), (trained, d, f), element), carray(pointer(a[11]), (t, n * k), np.float32),
+        )  # fmt: skip
+
+    return kernel.address
+
+
+@cache
+def _address(dtype: torch.dtype) -> int:
+    return int(_kernel(ELEMENT[dtype]))
+
+
+def untouched_zeros(like: Tensor) -> Tensor:
+    """Return zeros like `like` whose memory the system hands out page by page when it is first written.
+
+    The gradients of experts that no token went to then cost nothing; `torch.zeros` would write them all.
+    """
+    bits = np.zeros(like.shape, np.dtype(ELEMENT[like.dtype]))
+    return torch.from_numpy(bits).view(like.dtype)
+
+
+def backward(
+    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor,
+    train_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of x, gate_up, down (empty unless `train_experts`) and the weights; see `few_tokens.forward`."""
+    (num_tokens, hidden_size), (num_experts, _, width) = x_ND.shape, down_EDF.shape
+    threads = torch.get_num_threads()
+    grad_x, grad_proj = torch.empty_like(x_ND), torch.empty_like(proj_SP)
+    grad_weights = x_ND.new_zeros(threads, ids_NA.numel())
+    grads = [untouched_zeros(t) if train_experts else t.new_empty(0) for t in (gate_up_E2FD, down_EDF)]
+    tensors = (grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, grad_proj, grad_x, *grads, grad_weights)
+    sizes = [num_tokens, hidden_size, width, num_experts, ids_NA.shape[1], threads, num_experts if train_experts else 0]
+    openmp.parallel(_address(gate_up_E2FD.dtype), [t.data_ptr() for t in tensors] + sizes)
+    return grad_x, grads[0], grads[1], grad_weights.sum(0).view_as(weights_NA)

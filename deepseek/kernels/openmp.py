@@ -1,0 +1,54 @@
+"""Running a numba kernel on torch's own OpenMP threads.
+
+Numba brings its own thread pool. Beside torch's, each pool's idle workers spin on the cores that the other one needs,
+and a decoding step pays milliseconds for it. So a kernel is compiled to a C function, which the OpenMP runtime that
+torch has loaded calls on its own threads.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@cache
+def runtime() -> ctypes.CDLL | None:
+    """Return the OpenMP runtime inside torch, or None where it cannot be reached or numba is not installed."""
+    try:
+        import llvmlite.binding as llvm
+        import numba  # noqa: F401
+    except ImportError:
+        return None
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
+        library = ctypes.CDLL(str(path))  # already loaded by torch: this is the same runtime, not a second one
+        if hasattr(library, "GOMP_parallel"):
+            for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
+                llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+            return library
+    return None
+
+
+def external(name: str, result: Any) -> Any:
+    """Return a function of the OpenMP runtime, without arguments, for use inside numba code."""
+    from numba.core import types
+
+    return types.ExternalFunction(name, result())
+
+
+def parallel(address: int, arguments: list[int]) -> None:
+    """Call the C function `void f(int64*)` at `address` once on each of torch's threads, with the same arguments."""
+    library = runtime()
+    assert library is not None
+    data = (ctypes.c_int64 * len(arguments))(*arguments)
+    _entry(library)(address, data, torch.get_num_threads(), 0)
+
+
+@cache
+def _entry(library: ctypes.CDLL) -> Callable[..., None]:
+    entry = library.GOMP_parallel
+    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    entry.restype = None
+    return entry
