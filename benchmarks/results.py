@@ -1,4 +1,4 @@
-"""Where a measurement goes: a JSON file that says on which machine, at which commit and by which command it was made."""
+"""Where a measurement goes: a JSON file that also says on which machine, at which commit and by which command."""
 
 import json
 import platform
@@ -17,7 +17,8 @@ FOLDER = Path(__file__).parent / "results"
 def processor() -> str:
     """Return the processor's name and number of usable cores."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names) or '?'} cores, {torch.backends.cpu.get_cpu_capability()}"
+    name = names[0] if names else platform.processor()
+    return f"{name}, {len(names) or '?'} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _cpuinfo() -> list[str]:

@@ -13,6 +13,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.config import ModelConfig
+from deepseek.model.moe.layer import MoELayer
 from deepseek.model.moe.upcycle import init_upcycled
 from deepseek.registry import nearest
 
@@ -111,7 +112,7 @@ def _upcycle(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], 
     _load(model, {**model.state_dict(), **tensors})
     generator = torch.Generator().manual_seed(seed)
     for block in model.layers:
-        if block.sparse:
+        if isinstance(block.feed_forward, MoELayer):
             init_upcycled(block.feed_forward, generator)
     return model
 
