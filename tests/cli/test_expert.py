@@ -1,0 +1,114 @@
+"""`deepseek expert` on packs of random values: list, inspect, verify, sign, keygen."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.cli.expert_train import _name
+from deepseek.cli.main import main
+from deepseek.packs.library import experts_folder
+from deepseek.packs.manifest import BaseDescription, Manifest, Metric
+from deepseek.packs.pack import ExpertPack, write_pack
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
+    """Return exit status, standard output and standard error of `deepseek expert ARGUMENTS`."""
+    with pytest.raises(SystemExit) as stop:
+        main(["expert", *arguments])
+    output = capsys.readouterr()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, output.out, output.err
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder that passes for a base model of width 8 and two layers."""
+    folder = tmp_path / "tiny-base"
+    folder.mkdir()
+    save_file({"a": torch.ones(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "num_hidden_layers": 2}))
+    return folder
+
+
+@pytest.fixture
+def pack(base: Path) -> Path:
+    """A trained expert named `poems` for that base."""
+    marks = fingerprint(base)
+    description = BaseDescription(weights=marks.weights, tokenizer="", hidden_size=8, num_layers=2)
+    metrics = {"held-out": Metric(before=3.5, after=2.25)}
+    manifest = Manifest(
+        name="poems", base=description, layers=(1,), width=4, dtype="float32", licence="MIT", metrics=metrics
+    )
+    tensors = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in manifest.tensors().items()}
+    path = experts_folder() / "poems.safetensors"
+    write_pack(path, ExpertPack.seal(manifest, tensors))
+    return path
+
+
+def test_list_shows_experts_and_names_the_damaged(pack: Path, capsys: Capture) -> None:
+    pack.with_name("spoilt.safetensors").write_bytes(pack.read_bytes()[:-1])
+    status, out, _ = run(capsys, "list")
+    assert status == 0
+    poems, spoilt = out.splitlines()
+    assert poems.startswith("poems")
+    assert "3.500 -> 2.250" in poems
+    assert "refused" in spoilt
+
+
+def test_an_empty_list_says_how_to_begin(capsys: Capture) -> None:
+    status, out, _ = run(capsys, "list")
+    assert (status, "deepseek expert train" in out) == (0, True)
+
+
+def test_inspect_prints_the_manifest(pack: Path, capsys: Capture) -> None:
+    for name in ("poems", str(pack)):
+        status, out, _ = run(capsys, "inspect", name)
+        assert status == 0
+        assert json.loads(out)["metrics"] == {"held-out": {"before": 3.5, "after": 2.25}}
+
+
+def test_verify_knows_the_base(pack: Path, base: Path, tmp_path: Path, capsys: Capture) -> None:
+    status, out, _ = run(capsys, "verify", "poems", "--base", str(base))
+    assert (status, out[:3]) == (0, "ok:")
+    save_file({"a": torch.zeros(2)}, base / "model.safetensors")
+    status, _, err = run(capsys, "verify", "poems", "--base", str(base))
+    assert (status, "another base" in err) == (2, True)
+
+
+def test_verify_needs_a_shape_in_the_config_of_the_base(pack: Path, base: Path, capsys: Capture) -> None:
+    (base / "config.json").write_text("{}")
+    status, _, err = run(capsys, "verify", "poems", "--base", str(base))
+    assert (status, "hidden_size" in err) == (2, True)
+
+
+def test_signing(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run(capsys, "verify", "poems", "--signature", "signed")[0] == 2
+    assert run(capsys, "keygen", "me", "--folder", str(tmp_path))[0] == 0
+    assert run(capsys, "sign", "poems", "--key", str(tmp_path / "me.pem"))[0] == 0
+    status, out, _ = run(capsys, "verify", "poems", "--signature", "signed")
+    assert (status, "signed by" in out) == (0, True)
+    # Trust is a copy of the public key in the trust folder.
+    assert run(capsys, "verify", "poems", "--signature", "trusted")[0] == 2
+    trusted = Path(tmp_path / "home" / "keys" / "me.pub")
+    trusted.parent.mkdir()
+    trusted.write_bytes((tmp_path / "me.pub").read_bytes())
+    assert run(capsys, "verify", "poems", "--signature", "trusted")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("/src/My Project", "My-Project"), ("/data/notes.jsonl", "notes"), ("/data/.hidden", "hidden"), ("/", "expert")],
+)
+def test_an_expert_is_named_after_its_source(source: str, name: str) -> None:
+    assert _name(Path(source)) == name

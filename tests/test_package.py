@@ -1,0 +1,66 @@
+"""The package's face: names at first use, an instant import, every dependency declared."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from test_floors import PACKAGE, imports
+
+import deepseek
+
+PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+
+
+def normal(name: str) -> str:
+    """Return the one spelling of a distribution's name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("name", deepseek.__all__)
+def test_public_names_are_there(name: str) -> None:
+    assert getattr(deepseek, name) is not None
+    assert name in dir(deepseek)
+
+
+def test_other_names_are_not() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        deepseek.nonsense  # noqa: B018
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    program = "import sys, deepseek; print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output == "False\n"
+
+
+def test_the_version_is_the_project_s() -> None:
+    assert deepseek.__version__ == PROJECT["version"]
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    declared = {normal(re.split(r"[<>=!~;\[ ]", line)[0]) for line in PROJECT["dependencies"]}
+    names = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imports(path.read_text())}
+    others = names - set(sys.stdlib_module_names) - {"deepseek"}
+    distributions = packages_distributions()
+    missing = {name for name in others if not {normal(d) for d in distributions.get(name, [name])} & declared}
+    assert missing == set()
+
+
+def test_the_lock_pins_with_hashes_and_leaves_torch_to_the_machine() -> None:
+    lock = (PACKAGE.parent / "requirements" / "dev.lock").read_text()
+    pinned = dict(re.findall(r"^([a-z0-9_.-]+)==([^ ;]+)", lock, re.MULTILINE))
+    assert "torch" not in pinned
+    assert lock.count("--hash=sha256:") >= len(pinned)
+    assert "://" not in lock
+    declared = {normal(re.split(r"[<>=!~;\[ ]", line)[0]) for line in PROJECT["dependencies"]}
+    assert declared - {"torch"} <= pinned.keys()
+
+
+def test_no_pickle_and_no_code_from_data() -> None:
+    sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    risky = re.compile(r"\bimport pickle\b|\btorch\.load\(|trust_remote_code=True|(?<![\w.])(?:eval|exec)\(")
+    assert [path.name for path, source in sources.items() if risky.search(source)] == []
