@@ -7,8 +7,15 @@ however fast the machine is by then.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
+from deepseek.data.loader import Batch
 from deepseek.errors import TrainError
+
+T = TypeVar("T")
+
+MARGIN = 0.05
+"""Share of the minutes left for what is not measured: checkpoints, plots, the pack."""
 
 EVALUATION_SHARE = 0.15
 """Most of the time that held-out evaluation may take."""
@@ -92,7 +99,7 @@ def make_plan(dial: Dial, speed: Speed, text: TextSize) -> Plan:
         return Plan(rows, held_out, steps, evaluations, _seconds(rows, held_out, steps, evaluations, dial, speed))
     per_held_out = speed.trunk + speed.evaluate * evaluations
     held_out = max(1, min(held_out, int(EVALUATION_SHARE * dial.seconds / per_held_out)))
-    seconds = dial.seconds - held_out * per_held_out
+    seconds = (1 - MARGIN) * dial.seconds - held_out * per_held_out
     rows = max(min(int(seconds / (speed.trunk + dial.epochs * speed.step)), text.rows), 1)
     passes = min((seconds - rows * speed.trunk) / speed.step, MAX_EPOCHS * rows)
     steps = int(passes / dial.batch_rows)
@@ -107,9 +114,9 @@ def _seconds(rows: int, held_out: int, steps: int, evaluations: int, dial: Dial,
     return round(trunk + steps * dial.batch_rows * speed.step + held_out * evaluations * speed.evaluate, 1)
 
 
-def seconds_per_row(action: Callable[[], object], rows: int) -> float:
-    """Return how long `action` takes for each of its `rows`, the first call (which warms up) not counted."""
-    action()
+def timed(action: Callable[[Batch], T], warm_up: Batch, batch: Batch) -> tuple[float, T]:
+    """Return the seconds that `action` takes for each row of `batch`, after a call on `warm_up`, and its result."""
+    action(warm_up)
     started = time.perf_counter()
-    action()
-    return (time.perf_counter() - started) / rows
+    result = action(batch)
+    return (time.perf_counter() - started) / len(batch.row_ids), result

@@ -9,19 +9,46 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, write_json
 from deepseek.data.split import Rule
+from deepseek.model.pretrained import read_config
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.manifest import Metric
 from deepseek.packs.pack import write_pack
 from deepseek.train.budget import Plan
 from deepseek.train.corpus import Source
 from deepseek.train.expert_run import ExpertRequest, ExpertRun
+from deepseek.train.layers import parse_layers
 from deepseek.train.loop import check_config
 from deepseek.train.memory import peak_memory
 from deepseek.train.progress import ProgressBar
 
 DEFAULT_MINUTES = 5.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Dials that a user need not know; measured, see LOG.md.
+
+    Attributes:
+        width: of the expert's feed-forward networks.
+        epochs: passes over the text.
+        batch_rows: rows a step; small, as steps are what is scarce.
+        learning_rate: the peak.
+    """
+
+    width: int
+    epochs: int
+    batch_rows: int
+    learning_rate: float
+
+
+CACHED = Recipe(width=512, epochs=3, batch_rows=4, learning_rate=2e-3)
+"""With a trunk cache: further passes are cheap."""
+
+WHOLE = Recipe(width=256, epochs=1, batch_rows=2, learning_rate=1e-3)
+"""Experts from layer 0 on: every pass costs the same, so new text at each."""
 
 TextPath = str | Path | None
 
@@ -35,17 +62,17 @@ def train_expert(
     from_jsonl: TextPath = None,
     from_parquet: TextPath = None,
     layers: str = "last:3",
-    width: int = 512,
+    width: int | None = None,
     minutes: float | None = None,
     tokens: int | None = None,
-    epochs: int = 3,
+    epochs: int | None = None,
     out: str | Path | None = None,
     run_folder: str | Path | None = None,
     held_out: float = 0.1,
     split: Rule = "file",
     row_length: int = 512,
-    batch_rows: int = 4,
-    learning_rate: float = 2e-3,
+    batch_rows: int | None = None,
+    learning_rate: float | None = None,
     held_out_tokens: int = 8192,
     licence: str = "LicenseRef-Unknown",
     domain: str = "",
@@ -54,9 +81,7 @@ def train_expert(
     resume: str = "",
     dry_run: bool = False,
 ) -> Path:
-    """Train an expert module on text and return the path of its pack.
-
-    Interrupted (Ctrl-C, SIGKILL, power), the same call goes on and ends with the same bits.
+    """Train an expert module on text and return the path of its pack; interrupted, the same call goes on.
 
     Args:
         out: path of the pack; default `<name>.safetensors` in the folder of trained experts.
@@ -64,17 +89,20 @@ def train_expert(
         quiet: show no progress.
         resume: the command that continues the run, named when it is stopped.
         dry_run: check everything, show what the run would take, and change nothing.
-        Others: see `ExpertRequest` and `Source`; without `minutes` and `tokens`, five minutes.
+        Others: see `ExpertRequest`, `Source` and `Recipe`, which says what is taken where None is given; without
+            `minutes` and `tokens`, five minutes.
 
     Raises:
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
     git, folder, jsonl, parquet = (_absolute(path) for path in (from_git, from_folder, from_jsonl, from_parquet))
+    recipe = _recipe(base, layers)
     request = ExpertRequest(
         base=base, name=name, source=Source(git, folder, jsonl, parquet, held_out, split, seed), layers=layers,
-        width=width, minutes=DEFAULT_MINUTES if minutes is None and tokens is None else minutes, tokens=tokens,
-        epochs=epochs, row_length=row_length, batch_rows=batch_rows, learning_rate=learning_rate,
+        width=width or recipe.width, minutes=DEFAULT_MINUTES if minutes is None and tokens is None else minutes,
+        tokens=tokens, epochs=epochs or recipe.epochs, row_length=row_length,
+        batch_rows=batch_rows or recipe.batch_rows, learning_rate=learning_rate or recipe.learning_rate,
         held_out_tokens=held_out_tokens, licence=licence, domain=domain, seed=seed,
     )  # fmt: skip
     pack = Path(out) if out else experts_folder() / f"{name}{SUFFIX}"
@@ -85,6 +113,12 @@ def train_expert(
         else:
             _train(request, run, pack, progress, resume)
     return pack
+
+
+def _recipe(base: str, layers: str) -> Recipe:
+    """Return the recipe for these layers of a base model."""
+    num_layers = read_config(resolve(base))["num_hidden_layers"]
+    return CACHED if parse_layers(layers, num_layers)[0] > 0 else WHOLE
 
 
 @dataclass(frozen=True)

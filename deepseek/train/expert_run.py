@@ -22,7 +22,7 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import Metric, explain
 from deepseek.packs.pack import ExpertPack
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.budget import Dial, Plan, Speed, TextSize, make_plan, seconds_per_row
+from deepseek.train.budget import Dial, Plan, Speed, TextSize, make_plan, timed
 from deepseek.train.corpus import Corpus, Source, build_corpus
 from deepseek.train.expert_task import ExpertTask, Stream
 from deepseek.train.layers import parse_layers
@@ -152,23 +152,18 @@ class ExpertRun:
 
     def measure(self, texts: Texts) -> Speed:
         """Time one batch through trunk, training step and evaluation; gradients are thrown away."""
-        rows = self.request.batch_rows
-        batch = texts.train.rows(texts.train.order(0, rows))
-        trunk: Stream = partial(run_trunk, self.model, self.first)
-        kept_BTD = trunk(batch)
-        stream: Stream = (lambda _: kept_BTD) if self.cached else trunk
-        task = self.task(texts, batch.row_ids.numpy(), stream, [batch], stream)
-
-        def step() -> None:
-            task.loss(batch, 0).loss.backward()
-
-        speed = Speed(
-            trunk=seconds_per_row(lambda: trunk(batch), rows) if self.cached else 0.0,
-            step=seconds_per_row(step, rows),
-            evaluate=seconds_per_row(task.evaluate, rows),
-        )
+        chosen = texts.train.order(0, self.request.batch_rows)
+        warm_up, batch = texts.train.rows(chosen[:1]), texts.train.rows(chosen)
+        stream: Stream = partial(run_trunk, self.model, self.first)
+        seconds = 0.0
+        if self.cached:
+            seconds, kept_BTD = timed(stream, warm_up, batch)
+            stream = lambda rows: kept_BTD[: len(rows.row_ids)]  # noqa: E731
+        task = self.task(texts, chosen, stream, [], stream)
+        step, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), warm_up, batch)  # type: ignore[no-untyped-call]
         self.module.zero_grad()
-        return speed
+        evaluate, _ = timed(lambda rows: task.score(rows, stream(rows)), warm_up, batch)
+        return Speed(seconds, step, evaluate)
 
     def train(self, texts: Texts, plan: Plan, resume: str) -> TrainResult:
         """Fill the trunk cache and run the loop to its end."""

@@ -50,13 +50,16 @@ class ExpertTask:
         """Return the exact loss on held-out rows with the module on."""
         return {"held_out_loss": mean_loss(self.held_out_losses()).loss}
 
-    @torch.no_grad()
     def held_out_losses(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the losses and labels `[N]` of each held-out batch."""
         for batch in self.held_out:
-            hidden_ND = self.hidden(batch, self.held_out_stream(batch)).flatten(0, 1)
-            labels_N = batch.labels.flatten()
-            yield token_losses(hidden_ND, self.model.lm_head.weight, labels_N), labels_N
+            yield self.score(batch, self.held_out_stream(batch)), batch.labels.flatten()
+
+    @torch.no_grad()
+    def score(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
+        """Return the exact loss `[N]` of every token of a batch, 0 where ignored."""
+        hidden_ND = self.hidden(batch, stream_BTD).flatten(0, 1)
+        return token_losses(hidden_ND, self.model.lm_head.weight, batch.labels.flatten())
 
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
         """Return the normed last hidden states `[B, T, D]` with the module forced on."""
