@@ -21,10 +21,10 @@ def train(
     name: Annotated[str, typer.Option(help="Name of the expert; default: that of the source.")] = "",
     base: Annotated[str, typer.Option(help="Base model: a name, a folder or a hub id.")] = "smollm2-135m",
     layers: Annotated[str, typer.Option(help="last:3 is fast, all is strong; also last:N or 0-9,20.")] = "last:3",
-    width: Annotated[int, typer.Option(min=1, help="Width of the expert at each layer.")] = 512,
+    width: Annotated[int | None, typer.Option(min=1, help="Width of the expert; default: by layers.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Training time; default: 5.")] = None,
     tokens: Annotated[int | None, typer.Option(min=0, help="Train on this many tokens instead; 0: all.")] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the text; default: by layers.")] = None,
     split: Annotated[
         Literal["file", "directory", "time"],
         typer.Option(help="How to hold text out; time: train on the past, test on what came later."),
