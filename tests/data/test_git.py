@@ -109,12 +109,15 @@ def test_links_are_not_followed(repository: Path, commit: Commit) -> None:
 def test_the_past_knows_nothing_of_the_future(repository: Path, commit: Commit) -> None:
     for number in range(8):
         commit({"old.py": f"version = {number}\n"}, f"old {number}", 100 + number)
-    commit({"old.py": "version = 'future'\n"}, "change", 200)
+    commit({"back.py": "away = 1\n"}, "add back", 110)
+    commit({"back.py": None}, "remove back", 111)
+    commit({"old.py": "version = 'future'\n", "back.py": "away = 1\n"}, "change", 200)
     commit({"new.py": "future = True\n"}, "add", 300)
-    past, future = read_git_by_time(repository, held_out=0.2)
+    past, future = read_git_by_time(repository, held_out=0.17)
     assert "future" not in "".join(document.text for document in past)
     assert by_name(past)["engine/old.py"].text == "version = 7\n"
-    assert len([d for d in past if d.kind == "commit"]) == 8
+    assert len([d for d in past if d.kind == "commit"]) == 10
+    # a file that the past knew is not new when it comes back
     assert {d.text.split("\n")[0] for d in future} == {"future = True", "change", "add"}
 
 
