@@ -47,7 +47,9 @@ def test_help_is_quick() -> None:
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        result = subprocess.run([sys.executable, "-m", "deepseek", "--help"], capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-m", "deepseek", "--help"], capture_output=True, text=True, check=True
+        )
         times.append(time.perf_counter() - started)
         assert all(name in result.stdout for name in COMMANDS)
     assert min(times) <= 0.5
@@ -114,7 +116,11 @@ def test_mistakes_exit_2_with_one_sentence(arguments: list[str], words: list[str
         (ConfigError("a is b; write c."), 2, "error: a is b; write c."),
         (OSError(28, "No space left on device", "/data/x"), 2, "error: /data/x: No space left on device."),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (KeyboardInterrupt("stopped at step 7; run it again to go on"), 130, "stopped at step 7; run it again to go on"),
+        (
+            KeyboardInterrupt("stopped at step 7; run it again to go on"),
+            130,
+            "stopped at step 7; run it again to go on",
+        ),
         (RuntimeError("odd"), 1, "error: unexpected RuntimeError (odd); run it again with --debug for the traceback"),
     ],
 )
@@ -144,7 +150,9 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         "@app.command()\ndef wait() -> None:\n    print('ready', flush=True)\n    time.sleep(60)\n"
         f"sys.modules[{FAKE!r}] = types.SimpleNamespace(app=app)\nm.COMMANDS['wait'] = ({FAKE!r}, '')\nm.main(['wait'])"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.kill(process.pid, signal.SIGINT)

@@ -1,0 +1,127 @@
+"""`generate`, `chat` and `eval` on a small model, with right and with wrong input."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_expert import save_expert
+
+from deepseek.cli.main import main
+from deepseek.data import Document, TokenShards
+from deepseek.evaluate.texts import held_out_folder
+from deepseek.infer.load import Loaded
+from deepseek.packs.library import experts_folder
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def pack(loaded: Loaded) -> Iterator[Path]:
+    """An expert named `always` in the folder of trained experts, with the text its run held out."""
+    experts_folder().mkdir(parents=True, exist_ok=True)
+    path = save_expert(loaded, "always", experts_folder())
+    documents = [Document(f"the value of the router {i} returns the expert " * 20, f"{i}") for i in range(4)]
+    TokenShards.build(documents, loaded.tokenizer, held_out_folder("always"))
+    yield path
+    path.unlink()
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def converse(monkeypatch: pytest.MonkeyPatch, base: Path, *lines: str) -> int:
+    """Run `deepseek chat` on typed lines, then the end of input."""
+    typed = iter(lines)
+
+    def read(prompt: str = "") -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    return run("chat", "--base", base, "--experts", "", "--max-tokens", "4", "--seed", "1")
+
+
+def test_generate_says_who_spoke(base_folder: Path, pack: Path, capsys: Capture) -> None:
+    assert run("generate", "the value", "--base", base_folder, "--experts", "always", "--max-tokens", "5") == 0
+    assert "always" in capsys.readouterr().err
+
+
+def test_generate_without_arming_is_the_base(base_folder: Path, pack: Path, capsys: Capture) -> None:
+    sampled = ("--max-tokens", "40", "--temperature", "1", "--seed", "3")
+    arguments = ("generate", "the value", "--base", base_folder, *sampled)
+    run(*arguments)
+    alone = capsys.readouterr().out
+    run(*arguments, "--experts", pack, "--arm", "none")
+    assert capsys.readouterr().out == alone
+    run(*arguments, "--experts", pack)
+    assert capsys.readouterr().out != alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--experts", "nope"), "nope"),
+        (("--experts", "always", "--arm", "alwys"), "alwys"),
+        (("--temperature", "99"), "temperature=99"),
+        (("--max-tokens", "0"), "max_new_tokens=0"),
+        (("--max-tokns", "3"), "--max-tok"),
+    ],
+)
+def test_generate_mistakes_end_in_one_sentence(
+    arguments: tuple[str, ...], told: str, base_folder: Path, pack: Path, capsys: Capture
+) -> None:
+    assert run("generate", "the value", "--base", base_folder, *arguments) == 2
+    output = capsys.readouterr()
+    assert told in output.err and output.err.count("\n") == 1 and not output.out
+
+
+def test_an_empty_prompt_is_refused(base_folder: Path, capsys: Capture) -> None:
+    assert run("generate", "", "--base", base_folder) == 2
+    assert "0 tokens" in capsys.readouterr().err
+
+
+def test_chat_plugs_arms_and_unplugs(
+    base_folder: Path, pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    lines = (
+        "hello",
+        "/plug always",
+        "hi",
+        "/arm none",
+        "/arm auto",
+        "/unplug always",
+        "/raw the value",
+        "/reset",
+        "/quit",
+    )
+    assert converse(monkeypatch, base_folder, *lines, "never read") == 0
+    shown = capsys.readouterr().out
+    assert "plugged always" in shown and "armed: none" in shown and "armed: always" in shown
+    assert "unplugged always" in shown and "always 4" in shown
+
+
+@pytest.mark.parametrize("line", ["/plugg x", "/plug nope", "/unplug nope", "/arm nope"])
+def test_chat_survives_mistakes(line: str, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    assert converse(monkeypatch, base_folder, line, "/help") == 0
+    shown = capsys.readouterr().out
+    assert "error: " in shown and "/unplug NAME" in shown
+
+
+def test_eval_compares_every_text(base_folder: Path, pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "own").mkdir()
+    for i in range(3):
+        (tmp_path / "own" / f"{i}.txt").write_text(f"text number {i} of mine, long enough to count as a document " * 8)
+    code = run("eval", "always", "--base", base_folder, "--tokens", "512", "--data", tmp_path / "own")
+    shown = capsys.readouterr().out
+    assert code == 0 and all(word in shown for word in ("always", "public", "change"))
+
+
+def test_eval_refuses_a_missing_text(base_folder: Path, pack: Path, capsys: Capture) -> None:
+    assert run("eval", "always", "--base", base_folder, "--data", "/no/such/folder") == 2
+    assert "/no/such/folder" in capsys.readouterr().err
