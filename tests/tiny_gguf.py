@@ -36,10 +36,10 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
+def write_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama", split_rule: str = "smollm") -> None:
     """Write `model` with fp32 weights and a byte-level tokenizer of 260 tokens."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -52,6 +52,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = [*specials, *sorted(ByteLevel.alphabet()), "th"]
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split_rule)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
     writer.add_token_merges(["t h"])

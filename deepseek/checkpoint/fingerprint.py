@@ -109,7 +109,7 @@ def _shards(index: Path) -> list[str]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    if not names or any(name != os.path.basename(name) for name in names):
+    if not names or any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index} is not a valid shard index; download the model again.")
     return names
 

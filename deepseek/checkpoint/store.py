@@ -38,7 +38,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
@@ -60,8 +60,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         if path.exists():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
+            path.replace(replaced)
+        temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -28,14 +28,10 @@ def list_experts() -> None:
         print(f"no experts in {experts_folder()}; train one with `deepseek expert train`")
     for name, path in packs.items():
         try:
-            manifest = read_pack(path).manifest
+            what = _summary(read_pack(path).manifest)
         except PackError as error:
-            print(f"{name:24}  {error}")
-            continue
-        size = path.stat().st_size / 1e6
-        print(
-            f"{name:24}  {size:6.1f} MB  {len(manifest.layers):3} layers  {_losses(manifest)}  {manifest.domain}".rstrip()
-        )
+            what = str(error)
+        print(f"{name:24}  {path.stat().st_size / 1e6:6.1f} MB  {what}")
 
 
 @app.command()
@@ -95,8 +91,9 @@ def keygen(
     print(f"private key (keep it): {private}\npublic key (give it away): {public}")
 
 
-def _losses(manifest: "Manifest") -> str:
-    return ", ".join(f"{name} {metric.before:.3f} -> {metric.after:.3f}" for name, metric in manifest.metrics.items())
+def _summary(manifest: "Manifest") -> str:
+    losses = [f"{name} {metric.before:.3f} -> {metric.after:.3f}" for name, metric in manifest.metrics.items()]
+    return "  ".join([f"{len(manifest.layers)} layers", *losses, manifest.domain]).rstrip()
 
 
 def _describe(base: str) -> "BaseDescription":

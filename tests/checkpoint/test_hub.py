@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deepseek.checkpoint import gguf, hub
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
 from deepseek.checkpoint.store import file_digest
-from deepseek.errors import CheckpointError, HubError
+from deepseek.errors import CheckpointError, HubError, UserError
 from deepseek.model.presets import PRESETS
 
 
@@ -53,10 +53,23 @@ def test_a_gguf_file_becomes_the_same_model_in_bf16(converted: Path) -> None:
     assert weights.keys() == original.keys() - {"lm_head.weight"}
     for name, weight in weights.items():
         assert torch.equal(weight, original[name].bfloat16()), name
-    model = AutoModelForCausalLM.from_pretrained(converted)
-    assert model.dtype == torch.bfloat16
-    assert not hasattr(model.config, "quantization_config")
-    assert model.config.rms_norm_eps == 1e-5
+
+
+def test_a_gguf_file_is_read_as_transformers_reads_it(tiny_file: Path, converted: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(converted)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_file.parent, gguf_file=tiny_file.name, dtype=torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    ids = torch.arange(40).reshape(2, 20)
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert ours.config.rms_norm_eps == 1e-5
+    assert ours.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(("key", "value"), [("architecture", "mamba"), ("split_rule", "smolm")])
+def test_a_gguf_file_of_another_kind_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), tmp_path / "tiny.gguf", **{key: value})
+    with pytest.raises(UserError, match=value):
+        gguf.convert_gguf(tmp_path / "tiny.gguf", tmp_path)
 
 
 def test_a_gguf_file_becomes_the_same_tokenizer(converted: Path) -> None:

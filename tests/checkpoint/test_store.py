@@ -58,7 +58,7 @@ def test_unreadable_json_is_named(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "a.json"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(CheckpointError, match="a.json"):
+    with pytest.raises(CheckpointError, match=r"a\.json"):
         store.read_json(path)
 
 
