@@ -47,7 +47,11 @@ def layers(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[MoELay
     ).to(dtype)  # fmt: skip
     theirs = Qwen3MoeSparseMoeBlock(
         Qwen3MoeConfig(
-            hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=True
+            hidden_size=hidden,
+            moe_intermediate_size=width,
+            num_experts=experts,
+            num_experts_per_tok=top_k,
+            norm_topk_prob=True,
         )
     ).to(dtype)
     theirs.gate.weight.data = ours.router.weight.data
@@ -110,7 +114,12 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, s
 
     names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or tokens <= BATCHED_LIMIT]
     difference = (run_ours(x) - run_theirs("eager")(x)).abs().max() / run_theirs("eager")(x).abs().max()
-    row: dict[str, Any] = {"shape": shape, "dtype": str(dtype)[6:], "tokens": tokens, "relative_difference": float(difference.detach())}
+    row: dict[str, Any] = {
+        "shape": shape,
+        "dtype": str(dtype)[6:],
+        "tokens": tokens,
+        "relative_difference": float(difference.detach()),
+    }
     ways = {
         "forward": {"ours": forward(run_ours, x)} | {name: forward(run_theirs(name), x) for name in names},
         "forward_backward": {"ours": both_ways(ours, run_ours, x)}
@@ -124,8 +133,12 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, s
 
 def environment() -> dict[str, Any]:
     """Where and on what the figures were measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    model = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "processor": model[0] if model else platform.processor(),
         "threads": torch.get_num_threads(),
@@ -143,7 +156,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each timing")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), nargs="+", default=list(range(len(SHAPES))))
-    parser.add_argument("--dtype", choices=[str(dtype)[6:] for dtype in DTYPES], nargs="+", default=[str(d)[6:] for d in DTYPES])
+    parser.add_argument(
+        "--dtype", choices=[str(dtype)[6:] for dtype in DTYPES], nargs="+", default=[str(d)[6:] for d in DTYPES]
+    )
     options = parser.parse_args()
     rows = []
     for shape in [SHAPES[i] for i in options.shape]:

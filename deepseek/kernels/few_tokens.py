@@ -16,9 +16,9 @@ from torch import Tensor
 from deepseek.kernels import openmp
 
 openmp.runtime()  # makes the runtime's symbols known before a kernel that names them is compiled or read from the cache
-_thread = openmp.external("omp_get_thread_num", types.int32)
-_threads = openmp.external("omp_get_num_threads", types.int32)
-barrier = openmp.external("GOMP_barrier", types.void)
+_thread = openmp.external("omp_get_thread_num", types.int32())
+_threads = openmp.external("omp_get_num_threads", types.int32())
+barrier = openmp.external("GOMP_barrier", types.void())
 
 ELEMENT = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
@@ -42,6 +42,33 @@ def widen(typing_context: Any, value: Any) -> Any:
         return builder.bitcast(builder.shl(bits, bits.type(16)), context.get_value_type(types.float32))
 
     return types.float32(value), generate
+
+
+@intrinsic
+def _power_of_two(typing_context: Any, exponent: Any) -> Any:
+    """2 to the power of an int32, as fp32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.shl(builder.add(args[0], args[0].type(127)), args[0].type(23))
+        return builder.bitcast(bits, context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+@njit(fastmath=True, inline="always")
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """Logistic function to 2e-7; the exponential is Cephes' expf, which unlike libm's is vectorised in a loop."""
+    t = min(max(-x, np.float32(-87.0)), np.float32(87.0))
+    n = np.floor(t * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = t - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    e = (p * r * r + r + np.float32(1)) * _power_of_two(np.int32(n))
+    return np.float32(1) / (np.float32(1) + e)
 
 
 @njit(fastmath=True)
@@ -113,7 +140,7 @@ def _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, gate,
                 for s in range(start, stop):
                     g, u = gate[s - start], up[s - start]
                     proj[s, f], proj[s, width + f] = g, u
-                    hidden[s, f] = weights[s] * u * g / (np.float32(1) + np.exp(-g))
+                    hidden[s, f] = weights[s] * u * g * sigmoid(g)
         start = stop
 
 
@@ -188,11 +215,14 @@ def _address(dtype: torch.dtype) -> int:
     return int(_kernel(ELEMENT[dtype]))
 
 
-def forward(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor) -> Tensor:
+def forward(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
+) -> Tensor:
     """Return y `[N, D]` in fp32, and fill `proj_SP` with the gate and up projections of the slots sorted by expert.
 
-    x, the weights of the slots and `proj_SP` are fp32, the projections fp32 or bf16, all contiguous.
+    x, the weights of the slots and `proj_SP` are fp32, the expert weights fp32 or bf16, all contiguous.
     """
+    proj_SP = x_ND.new_empty(ids_NA.numel(), gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
     (num_tokens, hidden_size), (num_experts, _, width) = x_ND.shape, down_EDF.shape
     y_ND, hidden_SF = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), width)
     tensors = (x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, proj_SP, hidden_SF)

@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from deepseek.kernels import openmp
-from deepseek.kernels.few_tokens import ELEMENT, barrier, pointer, share, sorted_slots, thread_number, widen
+from deepseek.kernels.few_tokens import ELEMENT, barrier, pointer, share, sigmoid, sorted_slots, thread_number, widen
 
 
 @intrinsic
@@ -47,7 +47,9 @@ def _outer(scales, vectors, rows, start, stop, row, out):  # type: ignore[no-unt
     s = start
     while s + 4 <= stop:
         i, j, k, m = rows[s], rows[s + 1], rows[s + 2], rows[s + 3]
-        _add4(scales[s], scales[s + 1], scales[s + 2], scales[s + 3], vectors[i], vectors[j], vectors[k], vectors[m], row)
+        _add4(
+            scales[s], scales[s + 1], scales[s + 2], scales[s + 3], vectors[i], vectors[j], vectors[k], vectors[m], row
+        )
         s += 4
     while s < stop:
         _add(scales[s], vectors[rows[s]], row)
@@ -63,7 +65,7 @@ def _activate(weights, proj, hidden, grad_hidden, start, stop, first):  # type: 
     for s in range(start, stop):
         for f in range(hidden.shape[1]):
             gate = proj[s, first + f]
-            hidden[s, f] = weights[s] * proj[s, width + first + f] * gate / (np.float32(1) + np.exp(-gate))
+            hidden[s, f] = weights[s] * proj[s, width + first + f] * gate * sigmoid(gate)
             grad_hidden[s, f] = 0
 
 
@@ -75,11 +77,11 @@ def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, g
         total = np.float32(0)
         for f in range(grad_hidden.shape[1]):
             gate, up, grad = proj[s, first + f], proj[s, width + first + f], grad_hidden[s, f]
-            sigmoid = one / (one + np.exp(-gate))
-            silu = gate * sigmoid
+            sig = sigmoid(gate)
+            silu = gate * sig
             total += silu * up * grad
             grad_proj[s, width + first + f] = grad * weights[s] * silu
-            grad_proj[s, first + f] = grad * weights[s] * up * (sigmoid + silu * (one - sigmoid))
+            grad_proj[s, first + f] = grad * weights[s] * up * (sig + silu * (one - sig))
         grad_weights[s] += total
 
 
@@ -175,7 +177,19 @@ def backward(
     grad_x, grad_proj = torch.empty_like(x_ND), torch.empty_like(proj_SP)
     grad_weights = x_ND.new_zeros(threads, ids_NA.numel())
     grads = [untouched_zeros(t) if train_experts else t.new_empty(0) for t in (gate_up_E2FD, down_EDF)]
-    tensors = (grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, grad_proj, grad_x, *grads, grad_weights)
+    tensors = (
+        grad_ND,
+        x_ND,
+        gate_up_E2FD,
+        down_EDF,
+        ids_NA,
+        weights_NA,
+        proj_SP,
+        grad_proj,
+        grad_x,
+        *grads,
+        grad_weights,
+    )
     sizes = [num_tokens, hidden_size, width, num_experts, ids_NA.shape[1], threads, num_experts if train_experts else 0]
     openmp.parallel(_address(gate_up_E2FD.dtype), [t.data_ptr() for t in tensors] + sizes)
     return grad_x, grads[0], grads[1], grad_weights.sum(0).view_as(weights_NA)

@@ -11,7 +11,9 @@ from torch.nn.functional import grouped_mm, silu
 from deepseek.kernels import segments
 
 
-def mix_experts_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
+def mix_experts_reference(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
+) -> Tensor:
     """Return `y_n = sum over slots a of weights[n, a] * E_{ids[n, a]}(x_n)`, `[N, D]`, one expert after the other."""
     y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, weights_NA.dtype))
     for expert in range(len(down_EDF)):
@@ -22,7 +24,9 @@ def mix_experts_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, 
     return y_ND.to(x_ND.dtype)
 
 
-def mix_experts_grouped(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
+def mix_experts_grouped(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
+) -> Tensor:
     """The same as two grouped matrix products with static shapes and no device-to-host copy: the path of a GPU."""
     num_experts, num_slots = len(down_EDF), ids_NA.shape[1]
     ids_S, order_S = ids_NA.flatten().sort(stable=True)

@@ -31,11 +31,26 @@ def runtime() -> ctypes.CDLL | None:
     return None
 
 
-def external(name: str, result: Any) -> Any:
-    """Return a function of the OpenMP runtime, without arguments, for use inside numba code."""
+@cache
+def has_sgemm() -> bool:
+    """Whether torch's own BLAS can be called from kernels; makes its `sgemm_` known to them."""
+    if runtime() is None:
+        return False
+    import llvmlite.binding as llvm
+
+    try:
+        blas = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        llvm.add_symbol("sgemm_", ctypes.cast(blas.sgemm_, ctypes.c_void_p).value)
+    except (OSError, AttributeError):
+        return False
+    return torch.backends.mkl.is_available()  # MKL runs on one thread when it is called from a parallel region
+
+
+def external(name: str, signature: Any) -> Any:
+    """Return a C function of a loaded library for use inside numba code."""
     from numba.core import types
 
-    return types.ExternalFunction(name, result())
+    return types.ExternalFunction(name, signature)
 
 
 def parallel(address: int, arguments: list[int]) -> None:

@@ -26,15 +26,18 @@ def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Te
     return _forward(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, None)
 
 
-def _has_few_tokens(ids_NA: Tensor, *tensors: Tensor) -> bool:
-    """Whether `few_tokens` can and should compute this."""
-    weight = tensors[0]
-    return (
-        0 < ids_NA.numel() <= FEW * len(weight)
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and all(t.dtype == weight.dtype and t.is_contiguous() for t in tensors)
-        and openmp.runtime() is not None
-    )
+def _has_few_tokens(ids_NA: Tensor, num_experts: int) -> bool:
+    return ids_NA.numel() <= FEW * num_experts
+
+
+def _has_kernel(ids_NA: Tensor, *weights: Tensor) -> bool:
+    """Whether a compiled kernel can take these weights and be faster than torch's own operators."""
+    dtypes = (torch.float32, torch.bfloat16)
+    if ids_NA.numel() == 0 or not all(t.dtype == weights[0].dtype in dtypes and t.is_contiguous() for t in weights):
+        return False
+    if _has_few_tokens(ids_NA, len(weights[0])):
+        return openmp.runtime() is not None
+    return _compute_dtype(weights[0].dtype) == torch.float32 and openmp.has_sgemm()
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,8 +68,8 @@ def _forward(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
 ) -> Tensor:
     """Return y `[N, D]`; where `proj_SP` is given, fill it with the gate and up projections of the sorted slots."""
-    if _has_few_tokens(ids_NA, gate_up_E2FD, down_EDF):
-        return _forward_few(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP)
+    if _has_kernel(ids_NA, gate_up_E2FD, down_EDF):
+        return _forward_compiled(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP)
     dtype = _compute_dtype(x_ND.dtype)
     x, num_experts, num_slots = x_ND.to(dtype), len(down_EDF), ids_NA.shape[1]
     y_ND = torch.zeros(x.shape, dtype=torch.promote_types(dtype, torch.float32))
@@ -83,14 +86,14 @@ def _forward(
     return y_ND.to(x_ND.dtype)
 
 
-def _forward_few(
+def _forward_compiled(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
 ) -> Tensor:
-    from deepseek.kernels import few_tokens  # imports numba, which only this path needs
+    from deepseek.kernels import few_tokens, many_tokens  # they import numba, which nothing else needs
 
-    proj = torch.empty(ids_NA.numel(), gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
+    kernel = few_tokens if _has_few_tokens(ids_NA, len(down_EDF)) else many_tokens
     x, ids, weights = x_ND.float().contiguous(), ids_NA.contiguous(), weights_NA.float().contiguous()
-    return few_tokens.forward(x, gate_up_E2FD, down_EDF, ids, weights, proj).to(x_ND.dtype)
+    return kernel.forward(x, gate_up_E2FD, down_EDF, ids, weights, proj_SP).to(x_ND.dtype)
 
 
 @torch.library.custom_op("deepseek::mix_experts", mutates_args=())
@@ -122,7 +125,7 @@ def _backward_op(
     train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, the projections (empty unless `train_experts`) and the weights."""
-    if _has_few_tokens(ids_NA, gate_up_E2FD, down_EDF):
+    if _has_few_tokens(ids_NA, len(down_EDF)) and _has_kernel(ids_NA, gate_up_E2FD, down_EDF):
         return _backward_few(grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, train_experts)
     dtype, num_slots = _compute_dtype(x_ND.dtype), ids_NA.shape[1]
     x, grad = x_ND.to(dtype), grad_ND.to(dtype)
@@ -187,7 +190,9 @@ def _(
     return x_ND.new_empty(x_ND.shape), grads[0], grads[1], weights_NA.new_empty(weights_NA.shape)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -195,7 +200,9 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tenso
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     train_experts = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]  # type: ignore[attr-defined]
     grad_x, grad_gate_up, grad_down, grad_weights = _backward_op(
-        grad_ND, *ctx.saved_tensors, train_experts=train_experts  # type: ignore[attr-defined]
+        grad_ND,
+        *ctx.saved_tensors,
+        train_experts=train_experts,  # type: ignore[attr-defined]
     )
     return grad_x, *((grad_gate_up, grad_down) if train_experts else (None, None)), None, grad_weights
 

@@ -57,7 +57,10 @@ def test_bfloat16_is_as_exact_as_bfloat16_can_be(size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_bfloat16_gradients_are_those_of_the_reference(size):
     inputs = problem(*size, dtype=torch.bfloat16)
-    exact = outcome(mix_experts_reference, [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs])
+    exact = outcome(
+        mix_experts_reference,
+        [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs],
+    )
     for fast, slow in zip(outcome(mix_experts, inputs), exact, strict=True):
         torch.testing.assert_close(fast.double(), slow, atol=3e-2, rtol=3e-2)
 

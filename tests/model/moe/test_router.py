@@ -19,7 +19,9 @@ from deepseek.model.moe.router import DynamicRouter, TopKRouter
 LOGITS = st.lists(st.integers(-40, 40), min_size=4, max_size=12, unique=True).map(lambda zs: [z / 7 for z in zs])
 
 
-def oracle(z: list[float], b: list[float], threshold: float, low: int, high: int, temperature: float) -> dict[int, float]:
+def oracle(
+    z: list[float], b: list[float], threshold: float, low: int, high: int, temperature: float
+) -> dict[int, float]:
     """The design's rule, read out literally: weights of the experts kept for one token."""
     chosen = sorted(range(len(z)), key=lambda i: -(1 / (1 + math.exp(-z[i])) + b[i]))[:8]
     chosen.sort(key=lambda i: -z[i])
@@ -95,7 +97,11 @@ SMALL = {"hidden_size": 32, "num_experts_per_tok": 3}
 THEIRS = {
     "mixtral": (MixtralTopKRouter, MixtralConfig(**SMALL, num_local_experts=12), {}),
     "qwen3": (Qwen3MoeTopKRouter, Qwen3MoeConfig(**SMALL, num_experts=12, norm_topk_prob=True), {}),
-    "qwen3-raw": (Qwen3MoeTopKRouter, Qwen3MoeConfig(**SMALL, num_experts=12, norm_topk_prob=False), {"renormalize": False}),
+    "qwen3-raw": (
+        Qwen3MoeTopKRouter,
+        Qwen3MoeConfig(**SMALL, num_experts=12, norm_topk_prob=False),
+        {"renormalize": False},
+    ),
     "olmoe": (OlmoeTopKRouter, OlmoeConfig(**SMALL, num_experts=12, norm_topk_prob=False), {"renormalize": False}),
     "deepseek-v3": (
         DeepseekV3TopkRouter,
