@@ -177,16 +177,21 @@ def thread_number():  # type: ignore[no-untyped-def]
 
 
 @njit
+def thread_count():  # type: ignore[no-untyped-def]
+    return np.int64(_threads())
+
+
+@njit
 def share(columns):  # type: ignore[no-untyped-def]
     """Return the columns, first and past the last, that this thread works on."""
-    thread, threads = thread_number(), np.int64(_threads())
+    thread, threads = thread_number(), thread_count()
     return columns * thread // threads, columns * (thread + 1) // threads
 
 
 @njit
 def _run(x, gate_up, down, ids, slot_weights, y, proj, hidden):  # type: ignore[no-untyped-def]
     ends = np.empty(len(down), np.int64)
-    order, tokens, weights = sorted_slots(ids, slot_weights, ends)
+    _, tokens, weights = sorted_slots(ids, slot_weights, ends)
     out, more = np.empty(ids.size, np.float32), np.empty(ids.size, np.float32)
     first, last = share(down.shape[2])
     _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, out, more)

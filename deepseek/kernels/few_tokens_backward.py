@@ -158,13 +158,12 @@ def _address(dtype: torch.dtype) -> int:
     return int(_kernel(ELEMENT[dtype]))
 
 
-def untouched_zeros(like: Tensor) -> Tensor:
-    """Return zeros like `like` whose memory the system hands out page by page when it is first written.
+def untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return zeros whose memory the system hands out page by page when it is first written.
 
     The gradients of experts that no token went to then cost nothing; `torch.zeros` would write them all.
     """
-    bits = np.zeros(like.shape, np.dtype(ELEMENT[like.dtype]))
-    return torch.from_numpy(bits).view(like.dtype)
+    return torch.from_numpy(np.zeros(shape, ELEMENT[dtype])).view(dtype)
 
 
 def backward(
@@ -176,7 +175,7 @@ def backward(
     threads = torch.get_num_threads()
     grad_x, grad_proj = torch.empty_like(x_ND), torch.empty_like(proj_SP)
     grad_weights = x_ND.new_zeros(threads, ids_NA.numel())
-    grads = [untouched_zeros(t) if train_experts else t.new_empty(0) for t in (gate_up_E2FD, down_EDF)]
+    grads = [untouched_zeros(t.shape, t.dtype) if train_experts else t.new_empty(0) for t in (gate_up_E2FD, down_EDF)]
     tensors = (
         grad_ND,
         x_ND,

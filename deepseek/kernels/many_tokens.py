@@ -23,18 +23,24 @@ _sgemm = openmp.external("sgemm_", types.void(*[types.voidptr] * 13))
 
 
 @njit
-def _times_transposed(a, b, out):  # type: ignore[no-untyped-def]
-    """out `[n, m]` = a `[n, k]` times the transpose of b `[m, k]`; BLAS sees the transposes of all three."""
-    sizes = np.array([b.shape[0], a.shape[0], a.shape[1]], np.int32)
-    scale, kind = np.array([1, 0], np.float32), np.frombuffer(b"TN", np.uint8)
+def product(a, transpose_a, b, transpose_b, out):  # type: ignore[no-untyped-def]
+    """Set out `[n, m]` to the matrix product of a and b, either transposed if so said; all are row by row.
+
+    BLAS thinks column by column: to it, the transpose of `out` is the product of b and a in their transposes.
+    """
+    rows, columns = out.shape
+    depth = a.shape[0] if transpose_a else a.shape[1]
+    sizes = np.array([columns, rows, depth, b.shape[1], a.shape[1]], np.int32)
+    kinds = np.array([84 if transpose_b else 78, 84 if transpose_a else 78], np.uint8)  # the letters T and N
+    scales = np.array([1, 0], np.float32)
     _sgemm(
-        kind.ctypes, kind[1:].ctypes, sizes.ctypes, sizes[1:].ctypes, sizes[2:].ctypes, scale.ctypes, b.ctypes,
-        sizes[2:].ctypes, a.ctypes, sizes[2:].ctypes, scale[1:].ctypes, out.ctypes, sizes.ctypes,
+        kinds.ctypes, kinds[1:].ctypes, sizes.ctypes, sizes[1:].ctypes, sizes[2:].ctypes, scales.ctypes, b.ctypes,
+        sizes[3:].ctypes, a.ctypes, sizes[4:].ctypes, scales[1:].ctypes, out.ctypes, sizes.ctypes,
     )  # fmt: skip
 
 
 @njit
-def _wide(matrix, buffer):  # type: ignore[no-untyped-def]
+def wide(matrix, buffer):  # type: ignore[no-untyped-def]
     """Return `matrix` as fp32 in `buffer`."""
     for i in range(matrix.shape[0]):
         for j in range(matrix.shape[1]):
@@ -48,13 +54,13 @@ def _piece(x, gate_up, down, tokens, weights, proj, rows, hidden, out, start, st
     width, count = down.shape[1], stop - start
     for j in range(count):
         rows[j] = x[tokens[start + j]]
-    _times_transposed(rows[:count], gate_up, proj)
+    product(rows[:count], False, gate_up, True, proj[:count])
     for j in range(count):
         weight = weights[start + j]
         for f in range(width):
             gate = proj[j, f]
             hidden[j, f] = weight * proj[j, width + f] * gate * sigmoid(gate)
-    _times_transposed(hidden[:count], down, out[start:stop])
+    product(hidden[:count], False, down, True, out[start:stop])
 
 
 @njit
@@ -67,7 +73,7 @@ def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out, saved): 
     for e in range(len(ends)):
         stop = min(ends[e], last)
         if stop > start:
-            up, low = _wide(gate_up[e], wide_up), _wide(down[e], wide_down)
+            up, low = wide(gate_up[e], wide_up), wide(down[e], wide_down)
         while start < stop:
             end = min(start + PIECE, stop)
             target = proj[start:end] if saved else own
@@ -76,7 +82,7 @@ def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out, saved): 
 
 
 @njit(fastmath=True)
-def _combine(out, order, used, y, num_slots):  # type: ignore[no-untyped-def]
+def combine(out, order, used, y, num_slots):  # type: ignore[no-untyped-def]
     """Add up each token's rows of `out`, this thread's tokens only."""
     place = np.full(len(order), -1, np.int64)
     for s in range(used):
@@ -96,7 +102,7 @@ def _run(x, gate_up, down, ids, slot_weights, y, proj, out, saved):  # type: ign
     order, tokens, weights = sorted_slots(ids, slot_weights, ends)
     _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out, saved)
     barrier()
-    _combine(out, order, ends[len(ends) - 1], y, ids.shape[1])
+    combine(out, order, ends[len(ends) - 1], y, ids.shape[1])
 
 
 def _kernel(element):  # type: ignore[no-untyped-def]

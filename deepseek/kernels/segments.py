@@ -15,6 +15,8 @@ from deepseek.kernels.cpu import fast_dtype
 
 # Up to this many slots per expert, on average, reading the weights takes longer than the arithmetic on them.
 FEW = 8
+# Pools below this number of parameters are not worth the seconds that compiling a kernel takes the first time.
+SMALL = 1 << 18
 
 
 def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
@@ -33,7 +35,9 @@ def _has_few_tokens(ids_NA: Tensor, num_experts: int) -> bool:
 def _has_kernel(ids_NA: Tensor, *weights: Tensor) -> bool:
     """Whether a compiled kernel can take these weights and be faster than torch's own operators."""
     dtypes = (torch.float32, torch.bfloat16)
-    if ids_NA.numel() == 0 or not all(t.dtype == weights[0].dtype in dtypes and t.is_contiguous() for t in weights):
+    if ids_NA.numel() == 0 or sum(t.numel() for t in weights) < SMALL:
+        return False
+    if not all(t.dtype == weights[0].dtype in dtypes and t.is_contiguous() for t in weights):
         return False
     if _has_few_tokens(ids_NA, len(weights[0])):
         return openmp.runtime() is not None
@@ -125,8 +129,8 @@ def _backward_op(
     train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, the projections (empty unless `train_experts`) and the weights."""
-    if _has_few_tokens(ids_NA, len(down_EDF)) and _has_kernel(ids_NA, gate_up_E2FD, down_EDF):
-        return _backward_few(grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, train_experts)
+    if _has_kernel(ids_NA, gate_up_E2FD, down_EDF):
+        return _backward_compiled(grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, train_experts)
     dtype, num_slots = _compute_dtype(x_ND.dtype), ids_NA.shape[1]
     x, grad = x_ND.to(dtype), grad_ND.to(dtype)
     order_S, segments = _segments(ids_NA, len(down_EDF))
@@ -149,14 +153,15 @@ def _backward_op(
     return grad_x.to(x_ND.dtype), grad_gate_up, grad_down, grad_weights.view_as(weights_NA)
 
 
-def _backward_few(
+def _backward_compiled(
     grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor,
     train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from deepseek.kernels import few_tokens_backward
+    from deepseek.kernels import few_tokens_backward, many_tokens_backward
 
+    kernel = few_tokens_backward if _has_few_tokens(ids_NA, len(down_EDF)) else many_tokens_backward
     grad, x, weights = (t.float().contiguous() for t in (grad_ND, x_ND, weights_NA))
-    grad_x, grad_gate_up, grad_down, grad_weights = few_tokens_backward.backward(
+    grad_x, grad_gate_up, grad_down, grad_weights = kernel.backward(
         grad, x, gate_up_E2FD, down_EDF, ids_NA.contiguous(), weights, proj_SP, train_experts
     )
     return grad_x.to(x_ND.dtype), grad_gate_up, grad_down, grad_weights.to(weights_NA.dtype)

@@ -11,6 +11,12 @@ D, F = 24, 16
 SIZES = [(0, 4, 2), (1, 8, 2), (9, 32, 4), (200, 4, 2), (33, 3, 3)]
 
 
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def kernels(request, monkeypatch):
+    """Run every test with compiled kernels, however small the problem, and with torch's operators."""
+    monkeypatch.setattr("deepseek.kernels.segments.SMALL", 0 if request.param == "compiled" else 1 << 60)
+
+
 def problem(tokens: int, experts: int, slots: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """Inputs of `mix_experts`, in which some slots take no part and the last expert gets no token."""
     torch.manual_seed(tokens + experts)
@@ -57,20 +63,31 @@ def test_bfloat16_is_as_exact_as_bfloat16_can_be(size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_bfloat16_gradients_are_those_of_the_reference(size):
     inputs = problem(*size, dtype=torch.bfloat16)
-    exact = outcome(
-        mix_experts_reference,
-        [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs],
-    )
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    exact = outcome(mix_experts_reference, wide)
     for fast, slow in zip(outcome(mix_experts, inputs), exact, strict=True):
         torch.testing.assert_close(fast.double(), slow, atol=3e-2, rtol=3e-2)
 
 
-def test_without_numba_the_result_is_the_same(monkeypatch):
+def test_machines_without_numba_or_mkl_compute_the_same(monkeypatch):
     inputs = problem(9, 32, 4)
-    fast = outcome(mix_experts, inputs)
+    expected = outcome(mix_experts, inputs)
     monkeypatch.setattr("deepseek.kernels.openmp.runtime", lambda: None)
-    for a, b in zip(fast, outcome(mix_experts, inputs), strict=True):
+    for a, b in zip(outcome(mix_experts, inputs), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_computes_the_same(threads):
+    before = torch.get_num_threads()
+    inputs = problem(300, 4, 2)
+    expected = outcome(mix_experts_reference, inputs)
+    torch.set_num_threads(threads)
+    try:
+        for a, b in zip(outcome(mix_experts, inputs), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_gradients_match_finite_differences():
