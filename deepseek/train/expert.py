@@ -171,18 +171,17 @@ def _train(request: ExpertRequest, folder: Path, path: Path, progress: ProgressB
     texts = run.texts(corpus)
     plan = run.plan(texts)
     result = run.train(texts, plan, resume)
+    progress.say("calibrating the gates")
+    gates = run.calibrate(texts, plan)
     held_out = Metric(before=run.first_loss(), after=result.metrics["held_out_loss"])
     write_pack(path, run.pack(held_out, (corpus.train.digest,), corpus.commit))
-    position = asdict(result.position)
-    write_json(
-        summary,
-        {"pack": str(path), "plan": asdict(plan), **position, **held_out.model_dump(), "peak_memory": peak_memory()},
-    )
+    figures = {"plan": asdict(plan), "gates": asdict(gates), "peak_memory": peak_memory(), **held_out.model_dump()}
+    write_json(summary, {"pack": str(path), **asdict(result.position), **figures})
     run.drop_trunk()
     change = held_out.after / held_out.before - 1
     progress.say(
-        f"held-out loss {held_out.before:.4f} -> {held_out.after:.4f} ({change:+.1%}), peak memory "
-        f"{peak_memory() / 1e9:.1f} GB, {path}"
+        f"held-out loss {held_out.before:.4f} -> {held_out.after:.4f} ({change:+.1%}), recall {gates.recall:.1%}, "
+        f"false positives {gates.false_positives:.1%}, peak memory {peak_memory() / 1e9:.1f} GB, {path}"
     )
 
 

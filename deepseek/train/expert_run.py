@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch, RowLoader
-from deepseek.errors import PackError
+from deepseek.errors import DataError, PackError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
@@ -23,6 +23,7 @@ from deepseek.packs.manifest import Metric, explain
 from deepseek.packs.pack import ExpertPack
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.budget import Dial, Plan, Speed, TextSize, make_plan, timed
+from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus, Source, build_corpus
 from deepseek.train.expert_task import ExpertTask, Stream
 from deepseek.train.layers import parse_layers
@@ -30,6 +31,7 @@ from deepseek.train.loop import LoopConfig, TrainResult, train
 from deepseek.train.metrics import read_metrics
 from deepseek.train.optim import OptimConfig
 from deepseek.train.progress import ProgressBar
+from deepseek.train.public import public_statistics
 from deepseek.train.rows import ChosenRows
 from deepseek.train.trunk import TrunkCache, TrunkKey, run_trunk
 
@@ -38,6 +40,9 @@ FREQUENT_TOKENS = 4096
 
 SAMPLED_TOKENS = 1024
 """Further ids drawn at every step to estimate the rest of the partition function."""
+
+CALIBRATION_TOKENS = 20_000
+"""Of the expert's own text, for its gates."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,13 @@ class ExpertRun:
         return corpus
 
     def texts(self, corpus: Corpus) -> Texts:
-        """Return the packed rows of a corpus."""
+        """Return the packed rows of a corpus; raise `DataError` if they are too few to ever make an expert of."""
+        shortest = min(corpus.train.num_tokens, corpus.held_out.num_tokens)
+        if shortest < FEWEST_TOKENS:
+            raise DataError(
+                f"There are {corpus.train.num_tokens} tokens to train on and {corpus.held_out.num_tokens} held out; at "
+                f"least {FEWEST_TOKENS} of each are needed, so give more text."
+            )
         rows, length, seed = self.request.batch_rows, self.request.row_length, self.request.seed
         return Texts(RowLoader(corpus.train, rows, length, seed), RowLoader(corpus.held_out, rows, length, seed))
 
@@ -169,16 +180,13 @@ class ExpertRun:
         """Fill the trunk cache and run the loop to its end."""
         request = self.request
         chosen = texts.train.order(0, plan.rows)
-        held = texts.held_out.order(0, plan.held_out_rows)
-        held_batches = [
-            texts.held_out.rows(held[i : i + request.batch_rows]) for i in range(0, len(held), request.batch_rows)
-        ]
+        held_out = texts.held_out.order(0, plan.held_out_rows)
         task = self.task(
             texts,
             chosen,
             self.stream(texts.train, chosen, torch.bfloat16, "train"),
-            held_batches,
-            self.stream(texts.held_out, held, self.model.dtype, "held-out"),
+            self.batches(texts.held_out, held_out),
+            self.stream(texts.held_out, held_out, self.model.dtype, "held-out"),
         )
         config = LoopConfig(
             OptimConfig(learning_rate=request.learning_rate),
@@ -189,6 +197,19 @@ class ExpertRun:
         )
         rows = ChosenRows(texts.train, chosen, request.batch_rows, request.seed)
         return train(task, rows, config, self.folder / "training", progress=self.progress, resume=resume)
+
+    def calibrate(self, texts: Texts, plan: Plan) -> GateCalibration:
+        """Solve the gates of the trained module from some of its own text and the base's public text."""
+        layers = self.module.layers
+        public = public_statistics(self.model, self.tokenizer, layers, progress=self.progress)
+        own = texts.train.order(0, min(plan.rows, max(1, CALIBRATION_TOKENS // texts.train.length)))
+        held_out = self.batches(texts.held_out, texts.held_out.order(0, plan.held_out_rows))
+        return calibrate(self.model, self.module, self.batches(texts.train, own), held_out, public)
+
+    def batches(self, loader: RowLoader, rows: NDArray[np.int64]) -> list[Batch]:
+        """Return these rows in batches, the last perhaps smaller."""
+        size = self.request.batch_rows
+        return [loader.rows(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def task(
         self, texts: Texts, chosen: NDArray[np.int64], stream: Stream, held_out: list[Batch], held_out_stream: Stream

@@ -1,5 +1,6 @@
 """A base model small enough to train in a blink, in a folder as a real one would be."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,11 @@ WORDS = (
 
 
 def sentence(seed: int, length: int = 60) -> str:
-    """Return words in an order that a model can learn: each follows from the one before, by a rule of the seed's."""
-    place, words = seed, []
-    for index in range(length):
+    """Return words of which each has three possible followers, so that a model has something to learn."""
+    draw, place, words = random.Random(seed), seed, []
+    for _ in range(length):
         words.append(WORDS[place % len(WORDS)])
-        place = place * 3 + 1 + (index % 7 == 0)
+        place = place * 3 + draw.randrange(3)
     return " ".join(words)
 
 
@@ -52,5 +53,5 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short files."""
     folder = tmp_path_factory.mktemp("text")
     for seed in range(40):
-        (folder / f"{seed:02}.txt").write_text(sentence(seed) + f" end {seed}\n")
+        (folder / f"{seed:02}.txt").write_text(sentence(seed, 120) + "\n")
     return folder
