@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from deepseek.model.context import ForwardContext
 
-SHARPNESS = 4.0  # steepness of the detection score's sigmoid; with it a median token is let in at 0.98
+SHARPNESS = 16.0  # steepness of the detection score's sigmoid: at a fifth of the median score a token is let in at 0.96
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,194 @@
+"""The gates of an expert module in closed form: no gradient, and no other module is looked at.
+
+With A, s, n the sums of x~ x~^T, of x~ and the count over a text, x~ = [x; 1] a layer's gate input, i the module's own
+text and 0 the public one, row 0 of the gate at that layer *detects* by ridge regression on +1 and -1,
+
+    w = (A_i/n_i + rho A_0/n_0 + lambda I)^-1 (s_i/n_i - rho s_0/n_0),
+
+shifted and scaled so that a share alpha of public scores is positive and the own text's median is 1. Row 1 *contrasts*:
+the linear discriminant of the own text against the public one with the base's covariance C_0, which all modules share,
+
+    v = C_0^-1 (mu_i - mu_0),   c = -(mu_i - mu_0)/2 . v - mu_0 . v,
+
+so that the difference of two modules' contrasts is the discriminant between their domains, though neither has seen the
+other. Scores are compared after the running mean (see `model/experts/gate.py`), so the sums are over running means.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek.data.loader import Batch
+from deepseek.errors import TrainError
+from deepseek.model.experts import ExpertModule
+from deepseek.packs.manifest import GateSettings
+from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
+from deepseek.train.public import PublicStatistics
+
+ALPHA = 0.01
+RHO = 1.0
+RIDGE = 0.3
+"""lambda in units of the mean diagonal of the matrix."""
+
+FEWEST_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class GateCalibration:
+    """What calibration found, on text that it did not fit.
+
+    Attributes:
+        recall: share of the own held-out tokens at which the gates fire, mean over the layers.
+        false_positives: the same of public tokens.
+        tokens: own tokens that the gates were fitted on.
+        seconds: how long it took.
+    """
+
+    recall: float
+    false_positives: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Gate inputs of one layer on the module's own text.
+
+    moments: over the text to fit on. held_out: smoothed gate inputs `[N, D]` of other text of the same domain.
+    """
+
+    moments: Moments
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class LayerGate:
+    """A gate and its errors: `weight` and `contrast` `[D+1]`, detect = (weight . x~ - threshold) / scale."""
+
+    weight: Tensor
+    threshold: float
+    scale: float
+    contrast: Tensor
+    recall: float
+    false_positives: float
+
+
+def calibrate(
+    model: Any,
+    module: ExpertModule,
+    own: Iterable[Batch],
+    held_out: Iterable[Batch],
+    public: PublicStatistics,
+    alpha: float = ALPHA,
+) -> GateCalibration:
+    """Set the gates and settings of `module`, a trained expert beside the frozen `model`.
+
+    Args:
+        own: packed rows of the module's own text; about 20,000 tokens are enough.
+        held_out: rows of the same domain that are not among `own`.
+        public: of the same model, at least at the module's layers.
+        alpha: share of public tokens at which the module may fire.
+
+    Raises:
+        TrainError: too little text, an `alpha` outside (0, 0.5), or a domain that cannot be told from public text.
+        DataError: the public statistics lack a layer.
+    """
+    if not 0.0 < alpha < 0.5:
+        raise TrainError(f"alpha is the share of public tokens that may fire, between 0 and 0.5; got {alpha}.")
+    public.require(module.layers)
+    started = time.monotonic()
+    texts = own_text(model, module, own, held_out)
+    gates = {layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha) for layer in texts}
+    for layer, gate in gates.items():
+        if gate.scale <= 0.0:
+            raise TrainError(
+                f"At layer {layer} the expert's own text scores no higher than public text, so no gate can tell them "
+                "apart; give it more text of its domain, or other public text."
+            )
+        module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.contrast)
+    found = GateCalibration(
+        recall=sum(gate.recall for gate in gates.values()) / len(gates),
+        false_positives=sum(gate.false_positives for gate in gates.values()) / len(gates),
+        tokens=int(texts[module.layers[0]].moments.count),
+        seconds=time.monotonic() - started,
+    )
+    module.settings = GateSettings(
+        half_life=HALF_LIFE, alpha=alpha, ridge=RIDGE, rho=RHO, tokens=found.tokens,
+        false_positives=found.false_positives, recall=found.recall,
+    )  # fmt: skip
+    return found
+
+
+def own_text(model: Any, module: ExpertModule, own: Iterable[Batch], held_out: Iterable[Batch]) -> dict[int, OwnText]:
+    """Run the module's own text through the model with the module on; raises `TrainError` if there is too little."""
+    moments = {layer: Moments.none(model.config.hidden_size) for layer in module.layers}
+    unseen: dict[int, list[Tensor]] = {layer: [] for layer in module.layers}
+    with model.experts.forced(module):
+        for inputs in gate_inputs(model, own, module.layers):
+            for layer, found in inputs.items():
+                moments[layer] += blend(found)
+        for inputs in gate_inputs(model, held_out, module.layers):
+            for layer, found in inputs.items():
+                unseen[layer].append(found.smooth_BTD[found.real_BT])
+    for layer in module.layers:
+        fewest = min(moments[layer].count, sum(map(len, unseen[layer])))
+        if fewest < FEWEST_TOKENS:
+            raise TrainError(
+                f"The gates need at least {FEWEST_TOKENS} tokens of the expert's own text to fit and as many to check; "
+                f"there are {fewest:.0f}. Give it more text."
+            )
+    return {layer: OwnText(moments[layer], torch.cat(unseen[layer])) for layer in module.layers}
+
+
+def solve_gate(own: OwnText, public: Moments, sample_RSD: Tensor, alpha: float) -> LayerGate:
+    """Return the gate of one layer from own text, public moments and public sample `[R, S, D]`."""
+    weight = detecting_row(own.moments, public)
+    public_RS = scores(sample_RSD, weight)
+    own_N = scores(own.held_out, weight)
+    threshold = float(torch.quantile(public_RS.flatten(), 1.0 - alpha))
+    return LayerGate(
+        weight=weight,
+        threshold=threshold,
+        scale=float(own_N.median()) - threshold,
+        contrast=contrasting_row(own.moments, public),
+        recall=float((own_N > threshold).float().mean()),
+        false_positives=crossed(public_RS, alpha),
+    )
+
+
+def detecting_row(own: Moments, public: Moments) -> Tensor:
+    """Return w, `[D+1]`, in double precision."""
+    matrix = own.mean_second + RHO * public.mean_second
+    return torch.linalg.solve(_ridged(matrix), own.mean - RHO * public.mean)
+
+
+def contrasting_row(own: Moments, public: Moments) -> Tensor:
+    """Return `[v; c]`, `[D+1]`, in double precision."""
+    centre = public.mean[:-1]
+    covariance = public.mean_second[:-1, :-1] - torch.outer(centre, centre)
+    shift = own.mean[:-1] - centre
+    direction = torch.linalg.solve(_ridged(covariance), shift)
+    return torch.cat([direction, (-(shift / 2 + centre) @ direction)[None]])
+
+
+def scores(x: Tensor, row: Tensor) -> Tensor:
+    """Return `row . [x; 1]` for inputs `[..., D]`."""
+    return x @ row[:-1].float() + row[-1].float()
+
+
+def crossed(scores_RS: Tensor, alpha: float) -> float:
+    """Return the false positives of thresholds that each half of the rows `[R, S]` sets for the other."""
+    halves = scores_RS[0::2], scores_RS[1::2]
+    thresholds = [torch.quantile(half.flatten(), 1.0 - alpha) for half in halves]
+    fired = [(half > threshold).float().mean() for half, threshold in zip(halves, reversed(thresholds), strict=True)]
+    return float(sum(fired)) / 2
+
+
+def _ridged(matrix: Tensor) -> Tensor:
+    """Return the matrix with lambda on its diagonal, which also makes it invertible."""
+    size = matrix.shape[0]
+    return matrix + RIDGE * matrix.diagonal().mean() * torch.eye(size, dtype=matrix.dtype, device=matrix.device)

@@ -1,0 +1,214 @@
+"""What ordinary text looks like to a base model: the public half of every gate, computed once per base.
+
+A gate tells its own domain from everything else, and "everything else" must be there on any machine, offline. Half of
+it is text that the base samples from itself, which is the prose, the conversations and the code that it was trained
+on; the other half are source files and package descriptions of the Python installation, one of each kind per package.
+Breadth matters more than amount: a gate fires wrongly on the kinds of text that are missing here.
+"""
+
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.checkpoint.store import home, load_state, save_state
+from deepseek.data.document import Progress, uniform
+from deepseek.data.loader import Batch
+from deepseek.data.source import read_folder
+from deepseek.errors import CheckpointError, DataError
+from deepseek.text.tokenizer import document_end_id, encode_plain
+from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
+
+VERSION = 1
+ROW_LENGTH = 128
+"""Tokens of one public row, each row out of another text."""
+
+ROWS_PER_KIND = 20
+SAMPLES_PER_OPENING = 3
+BATCH_ROWS = 6
+STRIDE = 4
+"""One smoothed gate input in so many is kept to set thresholds by; neighbours say nearly the same."""
+
+FILE_KINDS = (
+    frozenset({".py"}),
+    frozenset({".h", ".hpp", ".c", ".pyx", ".js", ".css", ".html", ".sh", ".json", ".toml", ".yaml"}),
+    frozenset({"", ".md", ".rst"}),  # a package's description is called METADATA
+)
+
+OPENINGS = (
+    "", "", "Chapter I.\n\n", "The history of", "Once upon a time", "Abstract\n\n", "She said", "It was a", "In 18",
+    "Dear", "The government", "How to", "## Introduction\n\n", "Question:", "When I", "Most people",
+)  # fmt: skip
+"""How sampled documents begin, so that every seed covers stories, reports, letters, instructions and so on."""
+
+
+@dataclass(frozen=True)
+class PublicStatistics:
+    """Gate inputs on public text.
+
+    Attributes:
+        moments: layer -> second moments over half of the rows.
+        sample: layer -> smoothed gate inputs `[rows, samples, D]` of the other half, which the moments have not seen.
+        tokens: public tokens in all.
+    """
+
+    moments: dict[int, Moments]
+    sample: dict[int, Tensor]
+    tokens: int
+
+    def require(self, layers: Iterable[int]) -> None:
+        """Raise `DataError` if a layer is missing."""
+        missing = sorted(set(layers) - set(self.moments))
+        if missing:
+            raise DataError(f"The public statistics lack layer {missing[0]}; compute them for the module's layers.")
+
+
+def public_statistics(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    layers: Sequence[int],
+    text: str | Path | None = None,
+    progress: Progress | None = None,
+) -> PublicStatistics:
+    """Return the statistics of `model` at `layers`, from the cache in the library's home if they are there.
+
+    Args:
+        text: a folder of ordinary text to use instead of the built-in one.
+
+    Raises:
+        DataError: the folder is missing or holds too little text.
+    """
+    root = home() / "public" / model.experts.base.weights[:32]
+    source = _short(str(Path(text).resolve())) if text else "built-in"
+    name = f"{source}-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
+    rows = _kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, text, progress)})["ids"]
+
+    def measured() -> dict[str, Tensor]:
+        found = measure_public(model, rows, layers, progress)
+        moments = {f"moments.{layer}": found.moments[layer].second.float() for layer in layers}
+        return moments | {f"sample.{layer}": found.sample[layer].to(torch.bfloat16) for layer in layers}
+
+    stored = _kept(root / f"layers-{_short(str(sorted(layers)))}-{HALF_LIFE:g}-{name}", measured)
+    return PublicStatistics(
+        {layer: Moments(stored[f"moments.{layer}"].double()) for layer in layers},
+        {layer: stored[f"sample.{layer}"].float() for layer in layers},
+        rows.numel(),
+    )
+
+
+def public_rows(
+    model: Any, tokenizer: PreTrainedTokenizerFast, text: str | Path | None, progress: Progress | None = None
+) -> Tensor:
+    """Return token ids `[R, ROW_LENGTH]`, every row the beginning of another text."""
+    most = ROWS_PER_KIND * len(FILE_KINDS) + SAMPLES_PER_OPENING * len(OPENINGS)
+    if text is not None:
+        documents = sorted(read_folder(text), key=lambda document: uniform(document.name))
+        rows = cut_rows(tokenizer, (document.text for document in documents), most)
+        if len(rows) < 8:
+            raise DataError(f"{text} yields {len(rows)} texts of {ROW_LENGTH} tokens; at least 8 are needed.")
+        return torch.tensor(rows)
+    installed = [torch.tensor(cut_rows(tokenizer, texts, ROWS_PER_KIND)) for texts in installed_texts()]
+    return torch.cat([*installed, sampled_rows(model, tokenizer, progress)])
+
+
+def cut_rows(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int) -> list[list[int]]:
+    """Return the first `ROW_LENGTH` ids of the first `most` texts that are that long."""
+    rows: list[list[int]] = []
+    for text in texts:
+        ids = encode_plain(tokenizer, [text[: 20 * ROW_LENGTH]])[0]
+        if len(ids) >= ROW_LENGTH:
+            rows.append(ids[:ROW_LENGTH])
+        if len(rows) == most:
+            break
+    return rows
+
+
+def installed_texts() -> list[Iterator[str]]:
+    """Return, for each kind of file, texts out of the Python installation: one file of each ending per package.
+
+    Pages and modules at the top of the standard library are left out, so that they can be evaluated on.
+    """
+    found: list[dict[tuple[str, str], Path]] = [{} for _ in FILE_KINDS]
+    for name in ("stdlib", "purelib"):
+        root = Path(sysconfig.get_path(name))
+        for path in (*root.glob("*/*"), *root.glob("*/*/*")):
+            key = (path.relative_to(root).parts[0], path.suffix)
+            for files, endings in zip(found, FILE_KINDS, strict=True):
+                if path.suffix in endings and key[0] != "site-packages":
+                    files[key] = min(path, files.get(key, path), key=_lot)
+    return [_middles(sorted(files.values(), key=_lot)) for files in found]
+
+
+def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress | None = None) -> Tensor:
+    """Return ids `[R, ROW_LENGTH]` of documents that the model writes itself, the same ones at every call."""
+    end = document_end_id(tokenizer)
+    prompts = [[end, *ids] for ids in encode_plain(tokenizer, OPENINGS)] * SAMPLES_PER_OPENING
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    if progress is not None:
+        progress(0, 0, "public text")
+    with torch.random.fork_rng(devices=[]), model.experts.arming(None), torch.no_grad():
+        torch.manual_seed(0)
+        written = model.generate(
+            padded.to(model.device), attention_mask=mask.to(model.device), do_sample=True, temperature=1.0, top_p=1.0,
+            top_k=100, min_new_tokens=ROW_LENGTH, max_new_tokens=ROW_LENGTH, pad_token_id=end,
+        ).cpu()  # fmt: skip
+    starts = [longest - len(ids) + 1 for ids in prompts]  # without the document end that came before it
+    return torch.stack([row[start : start + ROW_LENGTH] for row, start in zip(written, starts, strict=True)])
+
+
+def measure_public(
+    model: Any, rows: Tensor, layers: Sequence[int], progress: Progress | None = None
+) -> PublicStatistics:
+    """Run `rows` `[R, T]` through the bare model; even rows give the moments and odd ones the sample."""
+    moments = {layer: Moments.none(model.config.hidden_size) for layer in layers}
+    sample: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    with model.experts.arming(None):
+        for done, inputs in enumerate(gate_inputs(model, _batches(rows), layers)):
+            for layer, found in inputs.items():
+                moments[layer] += blend(found.rows(slice(0, None, 2)))
+                sample[layer].append(found.smooth_BTD[1::2, 1::STRIDE])
+            if progress is not None:
+                progress(min(len(rows), (done + 1) * BATCH_ROWS), len(rows), "public statistics")
+    return PublicStatistics(moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel())
+
+
+def _batches(rows: Tensor) -> Iterator[Batch]:
+    for ids in rows.split(BATCH_ROWS):
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        yield Batch(ids, ids, positions, torch.arange(len(ids)))
+
+
+def _kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors kept in `folder`; compute and keep them if they are not there or damaged."""
+    if folder.is_dir():
+        try:
+            return load_state(folder)[0]
+        except CheckpointError:
+            pass  # written anew below
+    tensors = compute()
+    save_state(folder, tensors, {})
+    return tensors
+
+
+def _short(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:16]
+
+
+def _lot(path: Path) -> float:
+    return uniform("/".join(path.parts[-3:]))
+
+
+def _middles(paths: list[Path]) -> Iterator[str]:
+    """Yield each file's text from a line about a third in: most files begin alike, with a licence."""
+    for path in paths:
+        if path.is_file() and path.stat().st_size < 1_000_000 and (path.suffix or path.name == "METADATA"):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            yield text[text.find("\n", len(text) // 3) + 1 :]
