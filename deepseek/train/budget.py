@@ -20,7 +20,7 @@ MARGIN = 0.05
 EVALUATION_SHARE = 0.15
 """Most of the time that held-out evaluation may take."""
 
-LONG_RUN = 400.0
+LONG_RUN = 900.0
 """Seconds above which there is time for an evaluation between start and end."""
 
 MAX_EPOCHS = 8

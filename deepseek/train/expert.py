@@ -169,6 +169,7 @@ def _train(request: ExpertRequest, folder: Path, path: Path, progress: ProgressB
     run = ExpertRun(request, folder, progress)
     corpus = run.corpus()
     texts = run.texts(corpus)
+    write_json(folder / "request.json", request.as_json())  # not before it is known to be possible
     plan = run.plan(texts)
     result = run.train(texts, plan, resume)
     progress.say("calibrating the gates")

@@ -124,13 +124,13 @@ def train(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with the step finished and a checkpoint written.
     """
     check_config(folder / "config.json", asdict(config))
+    store.write_json(folder / "config.json", asdict(config))
     return _Run(task, batches, config, folder, progress).run(resume or "call again with the same arguments")
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Write a resolved configuration, or raise `TrainError` naming the first field in which the one there differs."""
+    """Raise `TrainError` naming the first field in which a configuration differs from the one stored in `path`."""
     if not path.is_file():
-        store.write_json(path, config)
         return
     before, now = _leaves(store.read_json(path)), _leaves(json.loads(json.dumps(config)))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]

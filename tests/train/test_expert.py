@@ -113,9 +113,21 @@ def test_bad_dials_are_one_sentence(
         run(tiny_base, text_folder, tmp_path, **dials)
 
 
-def test_no_text_is_one_sentence(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_refused_call_leaves_the_name_free(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No text is given"):
         train_expert(str(tiny_base), run_folder=tmp_path / "run", **DIALS)
+    with pytest.raises(DataError, match="does not exist"):
+        run(tiny_base, tmp_path / "nowhere", tmp_path)
+    assert run(tiny_base, text_folder, tmp_path, epochs=1).is_file()
+
+
+def test_too_little_text_is_refused_before_training(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for file in sorted(text_folder.iterdir())[:3]:
+        (few / file.name).write_text(file.read_text()[:200])
+    with pytest.raises(DataError, match="at least 256 of each"):
+        run(tiny_base, few, tmp_path)
 
 
 def test_another_setting_in_the_same_run_folder_is_refused(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
