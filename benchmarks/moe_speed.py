@@ -31,7 +31,7 @@ SHAPES = [(576, 256, 32, 4), (1024, 512, 64, 8)]  # D, F, E, experts a token
 TOKENS = [1, 32, 2048]
 DTYPES = [torch.float32, torch.bfloat16]
 IMPLEMENTATIONS = ["grouped_mm", "eager", "batched_mm"]
-BATCHED_LIMIT = 32  # batched_mm copies every token's expert weights: 2,048 tokens would take tens of gigabytes
+BATCHED_LIMIT = 1 << 30  # bytes; batched_mm copies the expert weights of every token, and is far behind by then
 
 
 def layers(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[MoELayer, nn.Module]:
@@ -81,19 +81,19 @@ def both_ways(module: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor) -
 
 
 def timed(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each run, all taking turns for about `seconds` a run; slow ones get at least three turns."""
+    """Median milliseconds of each run, all taking turns for about `seconds` a run; slow ones get three turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     left = set(runs)
     while left:
-        for name in runs:
-            if name in left:
-                start = time.perf_counter()
-                runs[name]()
-                times[name].append(time.perf_counter() - start)
-                if len(times[name]) >= 3 and sum(times[name]) > seconds or len(times[name]) >= 300:
-                    left.discard(name)
+        for name in sorted(left):
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - start)
+            turns, spent = len(times[name]), sum(times[name])
+            if turns >= 300 or spent > 10 * seconds or (turns >= 3 and spent > seconds):
+                left.discard(name)
     return {name: median(values) * 1e3 for name, values in times.items()}
 
 
@@ -112,7 +112,8 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, s
 
         return run
 
-    names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or tokens <= BATCHED_LIMIT]
+    copies = tokens * shape[3] * 3 * shape[0] * shape[1] * dtype.itemsize
+    names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or copies <= BATCHED_LIMIT]
     difference = (run_ours(x) - run_theirs("eager")(x)).abs().max() / run_theirs("eager")(x).abs().max()
     row: dict[str, Any] = {
         "shape": shape,

@@ -24,18 +24,18 @@ ELEMENT = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
 @intrinsic
-def pointer(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+def pointer(_typing: Any, _address: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(types.int64), generate
 
 
 @intrinsic
-def widen(typing_context: Any, value: Any) -> Any:
+def widen(_typing: Any, value: Any) -> Any:
     """A weight as fp32: itself, or the bf16 number whose bits an uint16 holds."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         if value != types.uint16:
             return args[0]
         bits = builder.zext(args[0], context.get_value_type(types.uint32))
@@ -45,10 +45,10 @@ def widen(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _power_of_two(typing_context: Any, exponent: Any) -> Any:
+def _power_of_two(_typing: Any, _exponent: Any) -> Any:
     """2 to the power of an int32, as fp32."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         bits = builder.shl(builder.add(args[0], args[0].type(127)), args[0].type(23))
         return builder.bitcast(bits, context.get_value_type(types.float32))
 

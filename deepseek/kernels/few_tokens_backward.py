@@ -14,10 +14,10 @@ from deepseek.kernels.few_tokens import ELEMENT, barrier, pointer, share, sigmoi
 
 
 @intrinsic
-def _narrow(typing_context: Any, value: Any, like: Any) -> Any:
+def _narrow(_typing: Any, _value: Any, like: Any) -> Any:
     """An fp32 number as an element of a gradient: itself, or the bits of the nearest bf16 number (ties to even)."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         if like != types.uint16:
             return args[0]
         bits = builder.bitcast(args[0], context.get_value_type(types.uint32))
@@ -123,7 +123,9 @@ def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, l
 
 
 @njit
-def _run(grad, x, gate_up, down, ids, slot_weights, proj, grad_proj, grad_x, grad_gate_up, grad_down, grad_weights):  # type: ignore[no-untyped-def]
+def _run(  # type: ignore[no-untyped-def]
+    grad, x, gate_up, down, ids, slot_weights, proj, grad_proj, grad_x, grad_gate_up, grad_down, grad_weights
+):
     ends = np.empty(len(down), np.int64)
     order, tokens, weights = sorted_slots(ids, slot_weights, ends)
     mine = np.zeros(ids.size, np.float32)
@@ -167,10 +169,10 @@ def untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def backward(
-    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor,
-    train_experts: bool,
+    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor,
+    proj_SP: Tensor, train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of x, gate_up, down (empty unless `train_experts`) and the weights; see `few_tokens.forward`."""
+    """Return the gradients of x, gate_up and down (empty unless `train_experts`), and the slots' weights."""
     (num_tokens, hidden_size), (num_experts, _, width) = x_ND.shape, down_EDF.shape
     threads = torch.get_num_threads()
     grad_x, grad_proj = torch.empty_like(x_ND), torch.empty_like(proj_SP)

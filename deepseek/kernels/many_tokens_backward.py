@@ -1,4 +1,4 @@
-"""The backward pass of `many_tokens`: whole experts are dealt out to the threads, so that each weight gradient has one."""
+"""The backward pass of `many_tokens`: threads take whole experts, so that each weight gradient has one writer."""
 
 from functools import cache
 
@@ -31,7 +31,9 @@ def _through_swiglu(weights, proj, hidden, grad_hidden, grad_proj, grad_weights)
 
 
 @njit
-def _experts(grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate_up, grad_down, grad_weights):  # type: ignore[no-untyped-def]
+def _experts(  # type: ignore[no-untyped-def]
+    grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate_up, grad_down, grad_weights
+):
     """The experts whose middle slot lies in this thread's share of the slots."""
     used, most, start = ends[len(ends) - 1], ends[0], 0
     for e in range(1, len(ends)):
@@ -58,7 +60,9 @@ def _experts(grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate
 
 
 @njit
-def _run(grad, x, gate_up, down, ids, slot_weights, proj, out, grad_x, grad_gate_up, grad_down, grad_weights):  # type: ignore[no-untyped-def]
+def _run(  # type: ignore[no-untyped-def]
+    grad, x, gate_up, down, ids, slot_weights, proj, out, grad_x, grad_gate_up, grad_down, grad_weights
+):
     ends = np.empty(len(down), np.int64)
     order, tokens, weights = sorted_slots(ids, slot_weights, ends)
     sorted_grads = np.zeros(ids.size, np.float32)

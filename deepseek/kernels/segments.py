@@ -5,6 +5,7 @@ they are in the cache. Where bf16 products are emulated, an expert's weights are
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def _mix_op(
 
 @_mix_op.register_fake
 def _(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
+    x_ND: Tensor, gate_up_E2FD: Tensor, _down_EDF: Tensor, ids_NA: Tensor, _weights_NA: Tensor
 ) -> tuple[Tensor, Tensor]:
     proj_SP = x_ND.new_empty(ids_NA.numel(), gate_up_E2FD.shape[1], dtype=_saved_dtype(x_ND.dtype))
     return torch.empty_like(x_ND, memory_format=torch.contiguous_format), proj_SP
@@ -154,8 +155,8 @@ def _backward_op(
 
 
 def _backward_compiled(
-    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor,
-    train_experts: bool,
+    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor,
+    proj_SP: Tensor, train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from deepseek.kernels import few_tokens_backward, many_tokens_backward
 
@@ -182,33 +183,27 @@ def _swiglu_backward(proj: Tensor, grad_hidden: Tensor, weight: Tensor) -> tuple
 
 @_backward_op.register_fake
 def _(
-    grad_ND: Tensor,
+    _grad_ND: Tensor,
     x_ND: Tensor,
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
-    ids_NA: Tensor,
+    _ids_NA: Tensor,
     weights_NA: Tensor,
-    proj_SP: Tensor,
+    _proj_SP: Tensor,
     train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [t.new_empty(t.shape if train_experts else 0) for t in (gate_up_E2FD, down_EDF)]
     return x_ND.new_empty(x_ND.shape), grads[0], grads[1], weights_NA.new_empty(weights_NA.shape)
 
 
-def _setup_context(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    train_experts = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]  # type: ignore[attr-defined]
-    grad_x, grad_gate_up, grad_down, grad_weights = _backward_op(
-        grad_ND,
-        *ctx.saved_tensors,
-        train_experts=train_experts,  # type: ignore[attr-defined]
-    )
+def _backward(ctx: Any, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    train_experts = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    grad_x, grad_gate_up, grad_down, grad_weights = _backward_op(grad_ND, *ctx.saved_tensors, train_experts)
     return grad_x, *((grad_gate_up, grad_down) if train_experts else (None, None)), None, grad_weights
 
 

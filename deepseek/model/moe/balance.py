@@ -1,6 +1,7 @@
 """Keeping experts equally busy and their mean number on target, without an auxiliary loss."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -80,9 +81,9 @@ class Balance(nn.Module):
             "counts": torch.zeros(self.num_experts + 1, dtype=torch.int64),
         }
 
-    def _apply(self, fn: object, recurse: bool = True) -> "Balance":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
         # Steps of 1e-3 vanish in bf16, so `.to(bfloat16)` of the model moves these buffers but leaves them fp32.
-        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        super()._apply(fn, recurse)
         for name in ("bias", "temperature", "integral"):
             setattr(self, name, getattr(self, name).float())
         return self

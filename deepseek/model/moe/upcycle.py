@@ -13,7 +13,7 @@ ROUTER_NOISE = 2e-6
 
 @torch.no_grad()
 def init_upcycled(layer: MoELayer, generator: Generator) -> None:
-    """Initialise the routed experts of `layer`, whose `shared_experts` hold a dense FFN, so that its output is the FFN's.
+    """Initialise the routed experts of `layer`, whose `shared_experts` hold a dense FFN, without changing its output.
 
     Every expert starts as a copy of the same random slice of the dense FFN's neurons, and fresh neurons with zero
     output in the rest of its width. With equal logits a token's weights sum to the same W whichever experts it takes,
@@ -48,7 +48,7 @@ def _fresh(weight: Tensor, generator: Generator) -> None:
 
 
 def _noise(router: Router, generator: Generator) -> Tensor:
-    """Return router rows that choose at random; zeros where they could tip the threshold rule, at equal weights, over."""
+    """Return router rows that choose at random; zeros where they could tip the threshold rule at equal weights."""
     noise = torch.randn(router.weight.shape, generator=generator) * ROUTER_NOISE * router.input_dim**-0.5
     equal = router.threshold * router.candidates if isinstance(router, DynamicRouter) else 0.5
     return noise * (abs(equal - round(equal)) > 1e-3)

@@ -19,7 +19,8 @@ CASES = {
     "six candidates": {"num_experts": 6, "expert_dim": 32, "candidate_experts": 6},
     "raw top-k": {"num_experts": 8, "expert_dim": 32, "routing_strategy": "topk", "router_renormalize": False},
     "sigmoid": {
-        "num_experts": 8, "expert_dim": 32, "routing_strategy": "topk", "router_renormalize": False, "router_score": "sigmoid",
+        "num_experts": 8, "expert_dim": 32, "routing_strategy": "topk", "router_renormalize": False,
+        "router_score": "sigmoid",
     },
 }  # fmt: skip
 
