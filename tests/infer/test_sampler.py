@@ -56,7 +56,10 @@ def test_sampling_follows_the_probabilities() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 1.0), ("max_new_tokens", 0), ("repetition_penalty", 0.0)],
+    [
+        ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 1.0), ("max_new_tokens", 0),
+        ("repetition_penalty", 0.0),
+    ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field}="):

@@ -1,0 +1,35 @@
+"""Train an expert on a folder of text, plug it in, and see what it changes where.
+
+python examples/03_train_an_expert.py [FOLDER]
+"""
+
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import deepseek
+
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(sysconfig.get_path("stdlib")) / "asyncio")
+
+with tempfile.TemporaryDirectory() as work:
+    # A few thousand tokens, to see it run; leave `tokens` out for five minutes of real training.
+    pack = deepseek.train_expert(
+        "smollm2-135m", name="asyncio", from_folder=folder, tokens=8192, epochs=2, held_out_tokens=2048,
+        out=Path(work) / "asyncio.safetensors", run_folder=Path(work) / "run",
+    )  # fmt: skip
+    print(f"one file, {pack.stat().st_size / 1e6:.1f} MB")
+
+    model, tokenizer = deepseek.load("smollm2-135m")
+    info = model.experts.plug(pack)
+    loss = model.experts.manifest(info.name).metrics["held-out"]
+    print(f"held-out loss {loss.before:.3f} -> {loss.after:.3f}")
+
+    for text in ("async def wait_closed(self):\n    await self._protocol", "It was the best of times,"):
+        prompt = tokenizer(text, return_tensors="pt")
+        with model.experts.record() as trace:
+            written = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+        spoken = float((trace.weights("asyncio") > 0).float().mean()) if trace.names else 0.0
+        print(f"{tokenizer.decode(written[0])!r}\n  the expert spoke at {spoken:.0%} of the tokens")
+
+    model.experts.unplug("asyncio")  # bit for bit the base again
