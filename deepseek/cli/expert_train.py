@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from deepseek.cli.pull import fetch
 from deepseek.errors import ConfigError
 
 Source = Annotated[Path | None, typer.Option(rich_help_panel="Text (at least one)")]
@@ -43,6 +44,7 @@ def train(
         raise ConfigError("no text to learn from; give --from-git, --from-folder, --from-jsonl or --from-parquet.")
     from deepseek.train.expert import train_expert
 
+    fetch(base)  # with a progress bar, where the library would fetch it in silence
     pack = train_expert(
         base, name=name or _name(source), from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
         from_parquet=from_parquet, layers=layers, width=width, minutes=minutes, tokens=tokens, epochs=epochs,
