@@ -47,7 +47,7 @@ class Recipe:
 CACHED = Recipe(width=512, epochs=3, batch_rows=4, learning_rate=2e-3)
 """With a trunk cache: further passes are cheap."""
 
-WHOLE = Recipe(width=256, epochs=1, batch_rows=2, learning_rate=1e-3)
+WHOLE = Recipe(width=256, epochs=1, batch_rows=2, learning_rate=3e-3)
 """Experts from layer 0 on: every pass costs the same, so new text at each."""
 
 TextPath = str | Path | None
