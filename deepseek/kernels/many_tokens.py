@@ -109,12 +109,12 @@ def _kernel(element):  # type: ignore[no-untyped-def]
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def kernel(data):  # type: ignore[no-untyped-def]
         a = carray(data, 14)
-        n, d, f, e, k, saved = a[8], a[9], a[10], a[11], a[12], a[13]
+        n, d, f, e, k, saved = a[8], a[9], a[10], a[11], a[12], a[13] != 0
         _run(
             carray(pointer(a[0]), (n, d), np.float32), carray(pointer(a[1]), (e, 2 * f, d), element),
             carray(pointer(a[2]), (e, d, f), element), carray(pointer(a[3]), (n, k), np.int64),
             carray(pointer(a[4]), (n, k), np.float32), carray(pointer(a[5]), (n, d), np.float32),
-            carray(pointer(a[6]), (n * k, 2 * f), np.float32), carray(pointer(a[7]), (n * k, d), np.float32), saved != 0,
+            carray(pointer(a[6]), (n * k, 2 * f), np.float32), carray(pointer(a[7]), (n * k, d), np.float32), saved,
         )  # fmt: skip
 
     return kernel.address
