@@ -112,8 +112,6 @@ def arbitrate(detect_BTM: Tensor, contrast_BTM: Tensor, max_experts: int) -> Ten
     """
     fires = detect_BTM > 0
     strength = torch.sigmoid(SHARPNESS * detect_BTM).where(fires, 0.0)
-    if detect_BTM.shape[-1] == 1:
-        return strength
     claims = (strength.log() + contrast_BTM).where(fires, -torch.inf)
     if detect_BTM.shape[-1] > max_experts:
         rank = claims.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

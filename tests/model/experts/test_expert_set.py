@@ -118,6 +118,14 @@ def test_padding_changes_no_real_token_and_hears_no_expert(model, make_pack, ids
     torch.testing.assert_close(padded.experts.attribution()[:, 7:], plain.experts.attribution(), atol=1e-4, rtol=1e-4)
 
 
+def test_padding_at_the_end_hears_no_expert_either(model, make_pack, ids):
+    model.experts.plug(make_pack(bias=2.0))
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    weights = model(ids, attention_mask=mask).experts.attribution()
+    assert weights[0, :30].gt(0).any() and weights[0, 30:].eq(0).all() and weights[1, 30:].gt(0).any()
+
+
 def test_a_sequence_in_flight_keeps_its_experts(model, make_pack, ids):
     model.experts.plug(make_pack("a", bias=0.5))
     expected_cache, cache = KVCache(), KVCache()

@@ -1,5 +1,7 @@
 """Scores, their running mean, and who speaks when several fire."""
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,13 +72,24 @@ def test_arbitration_properties(seed, modules, most):
     torch.testing.assert_close(shifted, weights, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
-@given(seed=seeds, modules=st.integers(2, 6))
-def test_without_contrast_arbitration_is_the_published_formula(seed, modules):
-    detect = torch.randn(1, 8, modules, generator=torch.Generator().manual_seed(seed))
-    strength = torch.sigmoid(SHARPNESS * detect) * (detect > 0)
-    want = strength / strength.sum(-1, keepdim=True).clamp(min=1.0)
-    torch.testing.assert_close(arbitrate(detect, torch.zeros_like(detect), modules), want)
+def weights_by_hand(detect, contrast, most):
+    """The formula of `arbitrate` for one token, with plain numbers."""
+    strength = {m: 1 / (1 + math.exp(-SHARPNESS * z)) for m, z in enumerate(detect) if z > 0}
+    claims = {m: a * math.exp(contrast[m]) for m, a in strength.items()}
+    kept = sorted(claims, key=claims.get, reverse=True)[:most]
+    total = min(1.0, sum(strength[m] for m in kept))
+    return [total * claims[m] / sum(claims[k] for k in kept) if m in kept else 0.0 for m in range(len(detect))]
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds, modules=st.integers(1, 6), most=st.integers(1, 6), contrasted=st.booleans())
+def test_arbitration_is_its_formula(seed, modules, most, contrasted):
+    random = torch.Generator().manual_seed(seed)
+    detect = torch.randn(modules, generator=random)
+    contrast = contrasted * torch.randn(modules, generator=random)
+    got = arbitrate(detect[None, None], contrast[None, None], most)[0, 0]
+    want = torch.tensor(weights_by_hand(detect.tolist(), contrast.tolist(), most))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_silent_module_changes_no_other_weight():
