@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, logsigmoid
 
 from deepseek.model.context import ForwardContext
 
@@ -112,7 +112,7 @@ def arbitrate(detect_BTM: Tensor, contrast_BTM: Tensor, max_experts: int) -> Ten
     """
     fires = detect_BTM > 0
     strength = torch.sigmoid(SHARPNESS * detect_BTM).where(fires, 0.0)
-    claims = (strength.log() + contrast_BTM).where(fires, -torch.inf)
+    claims = (logsigmoid(SHARPNESS * detect_BTM) + contrast_BTM).where(fires, -torch.inf)
     if detect_BTM.shape[-1] > max_experts:
         rank = claims.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         strength = strength.where(rank < max_experts, 0.0)

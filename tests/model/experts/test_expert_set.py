@@ -214,7 +214,7 @@ def test_arming_chooses_and_explains(model, make_pack, ids):
     only_python = logits_of(model, ids)
     model.experts.plug(make_pack("later", seed=9, bias=0.5))
     assert torch.equal(logits_of(model, ids), only_python)
-    with pytest.raises(PackError, match="'pyton'.*'python'"):
+    with pytest.raises(PackError, match=r"'pyton'.*'python'"):
         model.experts.arm("pyton")
     assert torch.equal(logits_of(model, ids), only_python)
     model.experts.unplug("python")

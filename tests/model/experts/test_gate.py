@@ -76,7 +76,7 @@ def weights_by_hand(detect, contrast, most):
     """The formula of `arbitrate` for one token, with plain numbers."""
     strength = {m: 1 / (1 + math.exp(-SHARPNESS * z)) for m, z in enumerate(detect) if z > 0}
     claims = {m: a * math.exp(contrast[m]) for m, a in strength.items()}
-    kept = sorted(claims, key=claims.get, reverse=True)[:most]
+    kept = sorted(claims, key=lambda m: claims[m], reverse=True)[:most]
     total = min(1.0, sum(strength[m] for m in kept))
     return [total * claims[m] / sum(claims[k] for k in kept) if m in kept else 0.0 for m in range(len(detect))]
 
