@@ -94,7 +94,7 @@ def calibrate(
         alpha: share of public tokens at which the module may fire.
 
     Raises:
-        TrainError: too little text, an `alpha` outside (0, 0.5), or a domain that cannot be told from public text.
+        TrainError: too little text, or an `alpha` outside (0, 0.5).
         DataError: the public statistics lack a layer.
     """
     if not 0.0 < alpha < 0.5:
@@ -104,11 +104,6 @@ def calibrate(
     texts = own_text(model, module, own, held_out)
     gates = {layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha) for layer in texts}
     for layer, gate in gates.items():
-        if gate.scale <= 0.0:
-            raise TrainError(
-                f"At layer {layer} the expert's own text scores no higher than public text, so no gate can tell them "
-                "apart; give it more text of its domain, or other public text."
-            )
         module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.contrast)
     found = GateCalibration(
         recall=sum(gate.recall for gate in gates.values()) / len(gates),
@@ -145,15 +140,21 @@ def own_text(model: Any, module: ExpertModule, own: Iterable[Batch], held_out: I
 
 
 def solve_gate(own: OwnText, public: Moments, sample_RSD: Tensor, alpha: float) -> LayerGate:
-    """Return the gate of one layer from own text, public moments and public sample `[R, S, D]`."""
+    """Return the gate of one layer from own text, public moments and public sample `[R, S, D]`.
+
+    Where most of the own text cannot be told from public text, the scale is that of the public scores: the gate then
+    seldom fires, and its recall says so.
+    """
     weight = detecting_row(own.moments, public)
     public_RS = scores(sample_RSD, weight)
     own_N = scores(own.held_out, weight)
     threshold = float(torch.quantile(public_RS.flatten(), 1.0 - alpha))
+    spread = max(threshold - float(public_RS.median()), torch.finfo(torch.float32).tiny)
+    above = float(own_N.median()) - threshold
     return LayerGate(
         weight=weight,
         threshold=threshold,
-        scale=float(own_N.median()) - threshold,
+        scale=above if above > 0.0 else spread,
         contrast=contrasting_row(own.moments, public),
         recall=float((own_N > threshold).float().mean()),
         false_positives=crossed(public_RS, alpha),

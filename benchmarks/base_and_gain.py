@@ -1,0 +1,298 @@
+"""Base kept, gain kept: eight experts on one base, nothing armed by hand, against each one alone and against merging.
+
+    python benchmarks/corpora.py all
+    python benchmarks/base_and_gain.py [--corpora DIR] [--tokens 100000] [--save]
+
+Each expert is trained alone; an interrupted run goes on, and finished experts are kept. Then all are plugged. Every
+text is scored on rows that no expert was trained on, from one pass through the frozen trunk:
+
+    base      no expert
+    alone     the text's own expert, forced on everywhere (for mixed and public texts: the best single one)
+    set       all plugged, arming "auto"
+    averaging all eight outputs with weight 1/8 at every token
+    soup      one expert whose weights are the mean of all eight
+"""
+
+import argparse
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from results import FOLDER, save
+from torch import Tensor
+
+import deepseek
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import home
+from deepseek.data import Batch, Document, RowLoader, TokenShards, read_folder
+from deepseek.data.encode import CONTEXT_BIT
+from deepseek.kernels.cross_entropy import token_losses
+from deepseek.model.experts import ExpertModule
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.pack import read_pack
+from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.losses import mean_loss
+from deepseek.train.trunk import run_trunk
+
+EXPERTS = ("code-a", "code-b", "spanish", "french", "science", "german", "chinese", "prose")
+PUBLIC = ("public-prose", "public-code")
+ALTERNATING = (("spanish", "french"), ("code-a", "code-b"), ("german", "chinese"), ("science", "prose"))
+ORDERS = 6
+ROW_LENGTH, BATCH_ROWS = 512, 4
+
+
+class Everywhere:
+    """Armed experts without gates: every module at every token, its output times `weight`."""
+
+    def __init__(self, modules: Sequence[ExpertModule], weight: float) -> None:
+        self.modules, self.weight = modules, weight
+
+    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, _: Any) -> Tensor:
+        return y_BTD + self.weight * sum(module(layer_idx, x_BTD) for module in self.modules)
+
+
+Variant = Callable[[], Any]
+"""Makes what takes part in one forward pass; None: the bare base."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows to score; `experts` are those whose domains it is made of."""
+
+    name: str
+    shards: TokenShards
+    experts: tuple[str, ...] = ()
+
+    def batches(self, tokens: int) -> list[Batch]:
+        loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=1)
+        rows = loader.order(0, min(loader.num_rows, max(1, tokens // ROW_LENGTH)))
+        return [loader.rows(rows[i : i + BATCH_ROWS]) for i in range(0, len(rows), BATCH_ROWS)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--corpora", type=Path, default=home() / "corpora")
+    parser.add_argument("--work", type=Path, default=home() / "base-and-gain", help="experts and texts are kept here")
+    parser.add_argument("--tokens", type=int, default=100_000, help="distinct tokens each expert is trained on")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--check", type=int, default=16_384, help="tokens each text is scored on")
+    parser.add_argument("--only", nargs="*", choices=EXPERTS, help="train these experts and stop")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/base_and_gain.json and .png")
+    options = parser.parse_args()
+    for name in options.only or EXPERTS:
+        train(options, name)
+    if not options.only:
+        compare(options)
+
+
+def train(options: argparse.Namespace, name: str) -> None:
+    deepseek.train_expert(
+        options.base, name=name, from_folder=options.corpora / name, tokens=options.tokens, epochs=options.epochs,
+        out=pack_path(options.work, name), run_folder=options.work / "runs" / name, held_out_tokens=options.check,
+    )  # fmt: skip
+
+
+def pack_path(work: Path, name: str) -> Path:
+    return work / "packs" / f"{name}.safetensors"
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Score all texts, print the table, write JSON and picture."""
+    started = time.monotonic()
+    model = DeepSeekModel.from_pretrained(options.base, dtype="auto")
+    for name in EXPERTS:
+        model.experts.plug(pack_path(options.work, name))
+    modules = {name: ExpertModule.from_pack(read_pack(pack_path(options.work, name)), model.dtype) for name in EXPERTS}
+    rows = [score(model, modules, text, options.check) for text in texts(options)]
+    same_bits = len({order_digest(model, options, order) for order in orders()}) == 1
+    summary = summarise(rows) | {"orders": ORDERS, "every_order_same_bits": same_bits}
+    print_table(rows, summary)
+    if options.save:
+        gates = {name: gate_papers(options.work, name) for name in EXPERTS}
+        figures = {"summary": summary, "texts": rows, "gates": gates, "seconds": round(time.monotonic() - started)}
+        save("base_and_gain", figures)
+        draw(rows, FOLDER / "base_and_gain.png")
+
+
+def gate_papers(work: Path, name: str) -> dict[str, Any]:
+    return read_pack(pack_path(work, name)).manifest.gate.model_dump()
+
+
+def score(model: DeepSeekModel, modules: dict[str, ExpertModule], text: Text, tokens: int) -> dict[str, Any]:
+    """Return the losses of one text under every variant, and who spoke."""
+    forced = text.experts if len(text.experts) == 1 else EXPERTS
+    everyone = list(modules.values())
+    soup = soup_of(everyone)
+    variants: dict[str, Variant] = {
+        "base": lambda: None,
+        "set": model.experts.armed,
+        "averaging": lambda: Everywhere(everyone, 1.0 / len(everyone)),
+        "soup": lambda: Everywhere([soup], 1.0),
+    } | {f"alone {name}": lambda name=name: Everywhere([modules[name]], 1.0) for name in forced}
+    with model.experts.record() as trace:
+        losses = losses_of(model, text.batches(tokens), variants, min(modules[name].layers[0] for name in EXPERTS))
+    alone = {name: losses.pop(f"alone {name}") for name in forced}
+    best = min(alone, key=lambda name: alone[name])
+    row = {"text": text.name, "experts": text.experts, **losses, "alone": alone[best], "best": best, "singles": alone}
+    row["weights"] = {name: round(float(trace.weights(name).mean()), 4) for name in EXPERTS}
+    row["gain_kept"] = (row["base"] - row["set"]) / (row["base"] - row["alone"])
+    return row
+
+
+@torch.no_grad()
+def losses_of(model: DeepSeekModel, batches: list[Batch], variants: dict[str, Variant], first: int) -> dict[str, float]:
+    """Return the mean loss of each variant; the trunk below layer `first`, which is the same for all, runs once."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in variants}
+    for batch in batches:
+        with model.experts.arming(None):
+            stream_BTD = run_trunk(model, first, batch)
+        for name, variant in variants.items():
+            hidden_BTD = above(model, first, batch, stream_BTD, variant())
+            losses = token_losses(hidden_BTD.flatten(0, 1), model.lm_head.weight, batch.labels.flatten())
+            parts[name].append((losses, batch.labels.flatten()))
+    return {name: mean_loss(found).loss for name, found in parts.items()}
+
+
+def above(model: DeepSeekModel, first: int, batch: Batch, stream_BTD: Tensor, armed: Any) -> Tensor:
+    """Return the normed last hidden states `[B, T, D]` with `armed` taking part."""
+    ctx = model.context(stream_BTD, position_ids=batch.position_ids)
+    ctx.armed = armed
+    hidden_BTD = model.layers[first].transform(stream_BTD, ctx)
+    return model.norm(model.run_layers(hidden_BTD, first + 1, len(model.layers), ctx))
+
+
+def soup_of(modules: Sequence[ExpertModule]) -> ExpertModule:
+    """Return a module whose weights are the mean of those of `modules`, which all began alike."""
+    first = modules[0]
+    soup = ExpertModule("soup", first.layers, first.hidden_size, first.width)
+    states = [module.state_dict() for module in modules]
+    soup.load_state_dict({key: torch.stack([s[key].float() for s in states]).mean(0) for key in states[0]})
+    return soup.to(next(first.parameters()).dtype)
+
+
+def texts(options: argparse.Namespace) -> Iterator[Text]:
+    """Yield the texts: public, each expert's own, mixed."""
+    tokenizer = load_tokenizer(resolve(options.base))
+
+    def built(name: str, documents: Callable[[], list[Document]]) -> TokenShards:
+        folder = options.work / "texts" / name
+        return TokenShards(folder) if folder.is_dir() else TokenShards.build(documents(), tokenizer, folder)
+
+    for name in PUBLIC:
+        yield Text(name, built(name, lambda name=name: list(read_folder(options.corpora / name))))
+    for name in EXPERTS:
+        yield Text(name, held_out(options, name), (name,))
+    yield Text("code, german comments", built("commented", lambda: commented(options, tokenizer)), ("code-a", "german"))
+    for pair in ALTERNATING:
+        name = f"{pair[0]} / {pair[1]}"
+        yield Text(name, built("-".join(pair), lambda pair=pair: alternating(options, tokenizer, *pair)), pair)
+
+
+def held_out(options: argparse.Namespace, name: str) -> TokenShards:
+    return TokenShards(options.work / "runs" / name / "corpus" / "held-out")
+
+
+def decoded(options: argparse.Namespace, tokenizer: Any, name: str, count: int) -> list[str]:
+    """Return the first held-out documents of an expert as text."""
+    shards = held_out(options, name)
+    spans = list(zip(shards.offsets[:-1].tolist(), shards.offsets[1:].tolist(), strict=True))[:count]
+    return [tokenizer.decode(np.asarray(shards.ids_N[a : b - 1] & ~CONTEXT_BIT).tolist()) for a, b in spans]
+
+
+def commented(options: argparse.Namespace, tokenizer: Any) -> list[Document]:
+    """Return held-out code with held-out German sentences as comments."""
+    rng = random.Random(0)
+    german = "\n".join(decoded(options, tokenizer, "german", 60)).splitlines()
+    sentences = [line.strip() for line in german if 40 < len(line.strip()) < 200]
+    documents = []
+    for index, code in enumerate(decoded(options, tokenizer, "code-a", 16)):
+        lines: list[str] = []
+        for number, line in enumerate(code[:6000].splitlines()):
+            if number % 8 == 0:
+                indent = line[: len(line) - len(line.lstrip())]
+                lines += [f"{indent}# {sentence}" for sentence in rng.sample(sentences, 3)]
+            lines.append(line)
+        documents.append(Document("\n".join(lines), f"commented-{index}"))
+    return documents
+
+
+def alternating(options: argparse.Namespace, tokenizer: Any, first: str, second: str) -> list[Document]:
+    """Return documents of paragraphs of about 500 characters, by turns from two experts' held-out texts."""
+    pools = ["\n\n".join(decoded(options, tokenizer, name, 40)) for name in (first, second)]
+    pieces = [[pool[i : i + 500] for i in range(0, min(len(pool), 60_000), 500)] for pool in pools]
+    turns = [f"{a}\n\n{b}" for a, b in zip(*pieces, strict=False)]
+    return [Document("\n\n".join(turns[i : i + 6]), f"{first}-{second}-{i}") for i in range(0, len(turns), 6)]
+
+
+def orders() -> list[tuple[str, ...]]:
+    """Return plug orders: as named, reversed, and random ones."""
+    rng = random.Random(0)
+    return [EXPERTS, EXPERTS[::-1], *(tuple(rng.sample(EXPERTS, len(EXPERTS))) for _ in range(ORDERS - 2))]
+
+
+def order_digest(model: DeepSeekModel, options: argparse.Namespace, order: Sequence[str]) -> str:
+    """Return a digest of the logits of a mixed text after plugging in this order."""
+    for name in EXPERTS:
+        model.experts.unplug(name)
+    for name in order:
+        model.experts.plug(pack_path(options.work, name))
+    batch = Text("mixed", TokenShards(options.work / "texts" / "spanish-french")).batches(BATCH_ROWS * ROW_LENGTH)[0]
+    with torch.no_grad():
+        logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    return hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures that the issue asks for."""
+    public = {row["text"]: row for row in rows if not row["experts"]}
+    own = [row for row in rows if len(row["experts"]) == 1]
+    mixed = [row for row in rows if len(row["experts"]) == 2]
+    return {
+        "public_change_percent": {name: round(100 * (row["set"] / row["base"] - 1), 3) for name, row in public.items()},
+        "gain_kept_percent": {row["text"]: round(100 * row["gain_kept"], 1) for row in own},
+        "mixed_set_minus_best_single": {row["text"]: round(row["set"] - row["alone"], 4) for row in mixed},
+        "held_out_mean": {
+            name: round(sum(row[name] for row in own) / len(own), 4)
+            for name in ("base", "alone", "set", "averaging", "soup")
+        },
+    }
+
+
+def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    columns = ("base", "alone", "set", "averaging", "soup")
+    print(f"{'text':24}" + "".join(f"{name:>11}" for name in columns) + "  gain kept   who speaks")
+    for row in rows:
+        speakers = sorted(row["weights"].items(), key=lambda item: -item[1])[:3]
+        said = ", ".join(f"{name} {weight:.3f}" for name, weight in speakers if weight >= 0.001)
+        kept = f"{100 * row['gain_kept']:9.1f} %" if row["experts"] else f"{'':11}"
+        print(f"{row['text']:24}" + "".join(f"{row[name]:11.4f}" for name in columns) + f"{kept}  {said}")
+    for name, value in summary.items():
+        print(f"{name}: {value}")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw who speaks on which text."""
+    weights = np.array([[row["weights"][name] for name in EXPERTS] for row in rows])
+    figure, axes = plt.subplots(figsize=(7.5, 6.5))
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(EXPERTS)), EXPERTS, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), [row["text"] for row in rows])
+    for (i, j), weight in np.ndenumerate(weights):
+        if weight >= 0.005:
+            axes.text(j, i, f"{weight:.2f}", ha="center", va="center", color="white" if weight > 0.5 else "black")
+    axes.set_title("Mean weight of each expert, nothing armed by hand")
+    figure.colorbar(image, shrink=0.6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
