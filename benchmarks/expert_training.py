@@ -4,8 +4,8 @@
 
 The training is one process. `seconds` counts reading, cleaning, planning, trunk cache, training and evaluation, as the
 minutes do; `seconds_with_gates` is the whole process from outside. Afterwards the pack is plugged into a fresh base and
-scored on `--check` held-out tokens with the exact loss and nothing cached. The speed without a trunk cache is that of the
-same steps with the trunk recomputed at the speed that was measured for the plan.
+scored on `--check` held-out tokens with the exact loss and nothing cached. The speed without a trunk cache is that of
+the same steps with the trunk recomputed, at the speed that was measured for the plan.
 `benchmarks/corpora.py code-a` fetches a code base.
 """
 
