@@ -11,7 +11,7 @@ from deepseek.errors import ConfigError
 class KVCache(DynamicCache):
     """A Hugging Face `DynamicCache` that also holds the gates' running sums.
 
-    `gate_state[layer]` is `[B, modules, 2]`: numerator and denominator of each gate's running mean (see
+    `gate_state[layer]` is `[B, 3, M]`: the sums of both gate scores of M modules and their common denominator (see
     `model/experts/gate.py`). `armed` is the set of experts that the sequence started with, so that plugging or
     unplugging between two steps never changes a sequence in flight.
     """
