@@ -164,7 +164,8 @@ def solve_gate(own: OwnText, public: Moments, sample_RSD: Tensor, alpha: float) 
 def detecting_row(own: Moments, public: Moments) -> Tensor:
     """Return w, `[D+1]`, in double precision."""
     matrix = own.mean_second + RHO * public.mean_second
-    return torch.linalg.solve(_ridged(matrix), own.mean - RHO * public.mean)
+    row: Tensor = torch.linalg.solve(_ridged(matrix), own.mean - RHO * public.mean)
+    return row
 
 
 def contrasting_row(own: Moments, public: Moments) -> Tensor:

@@ -181,7 +181,7 @@ def measure_public(
 
 
 def _batches(rows: Tensor) -> Iterator[Batch]:
-    for ids in rows.split(BATCH_ROWS):
+    for ids in torch.split(rows, BATCH_ROWS):
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         yield Batch(ids, ids, positions, torch.arange(len(ids)))
 
