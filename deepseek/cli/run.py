@@ -33,11 +33,13 @@ def run(
     """
     from rich.console import Console
 
+    from deepseek.cli.pull import fetch
     from deepseek.infer.load import load
     from deepseek.packs.library import installed
     from deepseek.train.expert import train_expert
 
     console = Console()
+    fetch(base)
     name = _expert_name(from_git)
     fresh = name not in installed()
     if fresh:
