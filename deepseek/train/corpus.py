@@ -7,9 +7,20 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import read_json, write_json
-from deepseek.data import Document, Progress, TokenShards, clean, read_folder, read_git, read_jsonl, read_parquet, split
+from deepseek.data import (
+    CleanReport,
+    Document,
+    Progress,
+    TokenShards,
+    clean,
+    read_folder,
+    read_git,
+    read_jsonl,
+    read_parquet,
+    split,
+)
 from deepseek.data.filters import Skipped
-from deepseek.data.git import find_commit, open_repository
+from deepseek.data.git import find_commit, open_repository, read_git_by_time
 from deepseek.data.split import Rule
 from deepseek.errors import DataError
 
@@ -54,13 +65,32 @@ def build_corpus(
     notes = folder / "corpus.json"
     if not notes.is_file():
         skipped = Skipped()
-        documents, report = clean(read_source(source, skipped), skipped, progress)
-        train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
+        if source.git and source.by == "time":
+            train, held_out, report = past_and_future(source, skipped, progress)
+        else:
+            documents, report = clean(read_source(source, skipped), skipped, progress)
+            train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
         TokenShards.build(train, tokenizer, folder / "train", progress=progress)
         TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
         write_json(notes, {"report": str(report), "commit": head_commit(source)})
     known = read_json(notes)
     return Corpus(TokenShards(folder / "train"), TokenShards(folder / "held-out"), known["report"], known["commit"])
+
+
+def past_and_future(
+    source: Source, skipped: Skipped, progress: Progress | None
+) -> tuple[list[Document], list[Document], CleanReport]:
+    """Return a repository as it was before its last commits and what these brought, cleaned together.
+
+    Together, because what repeats the past is no test. Raises `DataError` if the source has other parts as well.
+    """
+    if source.git is None or any((source.folder, source.jsonl, source.parquet)):
+        raise DataError("Splitting by time needs a git repository alone; split by file, or leave the other texts out.")
+    past, future = read_git_by_time(source.git, source.held_out, skipped=skipped)
+    documents, report = clean([*past, *future], skipped, progress)
+    later = {document.name for document in future}
+    train = [document for document in documents if document.name not in later]
+    return train, [document for document in documents if document.name in later], report
 
 
 def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
