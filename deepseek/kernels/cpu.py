@@ -7,7 +7,7 @@ import torch
 
 @cache
 def has_fast_bfloat16() -> bool:
-    """Whether bf16 matrix products run on AMX or AVX-512 BF16 units; without them they are emulated, about 8x slower than fp32."""
+    """Whether bf16 matrix products run on AMX or AVX-512 BF16 units; emulated, they are about 8x slower than fp32."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
