@@ -11,8 +11,6 @@ the same steps with the trunk recomputed, at the speed that was measured for the
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+from results import write
 
 from deepseek.data import RowLoader, TokenShards
 from deepseek.infer.load import load
@@ -49,8 +47,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:32} {value}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n")
+        write(options.json, {"figures": figures})
 
 
 def train(options: argparse.Namespace, dials: list[str], pack: Path, run: Path) -> float:
@@ -108,18 +105,6 @@ def check(base: str, pack: Path, run: Path, tokens: int) -> dict[str, Any]:
         "check_before": round(before.loss, 4),
         "check_after": round(after.loss, 4),
         "check_change_percent": round(100 * (after.loss / before.loss - 1), 2),
-    }
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
 
 

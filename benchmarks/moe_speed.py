@@ -8,10 +8,6 @@ either time.
 """
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from results import write
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -132,25 +129,6 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, s
     return row
 
 
-def environment() -> dict[str, Any]:
-    """Where and on what the figures were measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    model = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "processor": model[0] if model else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="file to write the table to")
@@ -171,9 +149,8 @@ def main() -> None:
                 for way in ("forward", "forward_backward"):
                     print(f" | {way} " + " ".join(f"{name} {value:.2f}" for name, value in row[way].items()), end="")
                 print(flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"environment": environment(), "milliseconds": rows}, indent=1) + "\n")
+                if options.json:  # after every row, so that a run cut short keeps what it measured
+                    write(options.json, {"milliseconds": rows})
 
 
 if __name__ == "__main__":

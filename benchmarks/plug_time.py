@@ -9,11 +9,6 @@ quarter are compared, in wall time and in processor time (which other work on th
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from results import write
 
 from deepseek.infer.load import load
 from deepseek.model.experts import ExpertModule
@@ -52,8 +48,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:32} {value}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n")
+        write(options.json, {"figures": figures})
 
 
 def write_packs(name: str, folder: Path, count: int) -> list[Path]:
@@ -118,18 +113,6 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
 
 
 if __name__ == "__main__":

@@ -35,10 +35,11 @@ def commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
-def save(name: str, figures: dict[str, Any]) -> Path:
-    """Write `figures` with their circumstances to `results/<name>.json` and return the path."""
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """Write `figures` with their circumstances to `path`."""
     record = {
         "machine": processor(),
+        "threads": torch.get_num_threads(),
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -46,7 +47,12 @@ def save(name: str, figures: dict[str, Any]) -> Path:
         "transformers": transformers.__version__,
         **figures,
     }
-    path = FOLDER / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def save(name: str, figures: dict[str, Any]) -> Path:
+    """Write `figures` with their circumstances to `results/<name>.json` and return the path."""
+    path = FOLDER / f"{name}.json"
+    write(path, figures)
     return path
