@@ -171,7 +171,7 @@ class ExpertRun:
             seconds, kept_BTD = timed(stream, warm_up, batch)
             stream = lambda rows: kept_BTD[: len(rows.row_ids)]  # noqa: E731
         task = self.task(texts, chosen, stream, [], stream)
-        step, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), warm_up, batch)  # type: ignore[no-untyped-call]
+        step, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), warm_up, batch)
         self.module.zero_grad()
         evaluate, _ = timed(lambda rows: task.score(rows, stream(rows)), warm_up, batch)
         return Speed(seconds, step, evaluate)
