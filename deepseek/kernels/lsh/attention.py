@@ -1,0 +1,119 @@
+"""LSH attention: each query looks at its neighbourhood and at recent keys that its hash calls alike.
+
+`lsh_attention` is the one entry. `reference.py` says what it computes; the equivalence tests hold them together.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deepseek.kernels import openmp
+from deepseek.kernels.lsh import tiles
+from deepseek.kernels.lsh.intervals import Intervals, Windows, find_intervals, mark
+from deepseek.kernels.lsh.reference import document_starts
+
+
+def lsh_attention(
+    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BHTP: Tensor, key_codes_BGS: Tensor, *,
+    num_buckets: int, bucket_window: int, local_window: int = 128, sinks: int = 4, scale: float | None = None,
+    document_ids_BS: Tensor | None = None, key_mask_BS: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return causal softmax attention `[B, H, T, K]` over each query's candidates; zero where there are none.
+
+    Time and memory grow as the number of tokens. What a query sees depends on nothing after it, and on a processor its
+    result does not either, to the last bit.
+
+    Args:
+        query_BHTK: queries of the last T of S positions, H a multiple of G.
+        query_codes_BHTP: the buckets that each query probes, all different, 0 to `num_buckets` - 1.
+        key_codes_BGS: bucket of each key.
+        bucket_window: most recent keys of a probed bucket that a query looks at.
+        local_window: most recent keys, itself included, that a query looks at whatever their bucket.
+        sinks: keys at the start of its document that a query always looks at (arXiv:2309.17453).
+        scale: factor of the scores (default `K ** -0.5`).
+        document_ids_BS: document of each token in packed rows, equal in runs.
+        key_mask_BS: False at padding, which nobody sees and which sees nobody.
+    """
+    batch, _, total, _ = key_BGSK.shape
+    windows = Windows(local_window, sinks, bucket_window, num_buckets)
+    first_BS = document_starts(document_ids_BS, batch, total, key_BGSK.device)
+    real_BS = None if key_mask_BS is None else key_mask_BS.bool()
+    marked_BGS = mark(key_codes_BGS, real_BS, ranks(first_BS, real_BS), windows)
+    return attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, marked_BGS, first_BS, windows, scale)
+
+
+def ranks(first_BS: Tensor, real_BS: Tensor | None) -> Tensor:
+    """Return the number `[B, S]` of real tokens before each in its document."""
+    if real_BS is None:
+        return torch.arange(first_BS.shape[1], device=first_BS.device) - first_BS
+    before_BS = real_BS.cumsum(-1) - real_BS.long()
+    return before_BS - before_BS.gather(1, first_BS)
+
+
+def attend(
+    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BHTP: Tensor, marked_BGS: Tensor,
+    first_BS: Tensor, windows: Windows, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Do what `lsh_attention` does, with codes that `intervals.mark` has marked."""
+    scale = query_BHTK.shape[-1] ** -0.5 if scale is None else scale
+    intervals = find_intervals(query_codes_BHTP, marked_BGS, first_BS, windows)
+    out_BTHK = _Attention.apply(query_BHTK.transpose(1, 2), key_BGSK, value_BGSK, intervals, windows, scale)
+    return out_BTHK.transpose(1, 2)
+
+
+def _kernels(query_BTHK: Tensor, direction: str) -> Any:
+    """Return the module that computes `direction`: compiled kernels where they can, else torch's operators."""
+    dtypes = (torch.float32, torch.bfloat16)
+    if query_BTHK.device.type != "cpu" or query_BTHK.dtype not in dtypes or query_BTHK.shape[-1] % 16:
+        return tiles
+    if openmp.runtime() is None:
+        return tiles
+    from deepseek.kernels.lsh import strips, strips_backward  # they import numba, which nothing else needs
+
+    return strips if direction == "forward" else strips_backward
+
+
+def _lay_out(x_BGSK: Tensor, order_BGZ: Tensor) -> Tensor:
+    """Return the keys or values in the order of `Intervals`, `[B, G, Z, K]`."""
+    batch, groups, total, width = x_BGSK.shape
+    heads = torch.arange(batch * groups, device=x_BGSK.device).view(batch, groups, 1)
+    rows = x_BGSK.reshape(-1, width).index_select(0, (order_BGZ + heads * total).flatten())
+    return rows.view(batch, groups, -1, width)
+
+
+def _collect(grad_BGZK: Tensor, order_BGZ: Tensor, total: int) -> Tensor:
+    """Undo `_lay_out` for gradients: each key lies at two places."""
+    halves = [order_BGZ[..., :total], order_BGZ[..., total : 2 * total]]
+    places = torch.arange(total, device=order_BGZ.device).expand_as(halves[0])
+    first, second = (torch.empty_like(half).scatter_(2, half, places) for half in halves)
+    return _lay_out(grad_BGZK, first).add_(_lay_out(grad_BGZK, second + total))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps inputs, output and denominators for the backward pass; scores are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, windows: Windows, scale: float
+    ) -> Tensor:
+        laid_out = [_lay_out(part, intervals.order_BGZ) for part in (key, value)]
+        out, lse = _kernels(query, "forward").forward(query, *laid_out, intervals, windows, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.intervals, ctx.windows, ctx.scale = intervals, windows, scale
+        return out.to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        order, total = ctx.intervals.order_BGZ, key.shape[2]
+        laid_out = [_lay_out(part, order) for part in (key, value)]
+        compute = _kernels(query, "backward").backward
+        grad_query, grad_key, grad_value = compute(
+            grad, query, *laid_out, out, lse, ctx.intervals, ctx.windows, ctx.scale
+        )
+        grad_key, grad_value = (_collect(part, order, total) for part in (grad_key, grad_value))
+        grads = (part.to(query.dtype) for part in (grad_query, grad_key, grad_value))
+        return *grads, None, None, None

@@ -1,0 +1,93 @@
+"""Small matrix products in registers: 4 rows by 16 columns of fp32 at a time.
+
+A BLAS picks its order of summation by the size of the matrices, so a row's result would depend on how many other rows
+stand beside it: later tokens would change the last bits of earlier ones. Here every element is summed from the first
+term to the last, whatever stands beside it; and at these sizes there is no packing to pay for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+ROWS, COLUMNS = 4, 16
+FLOAT, INT = ir.FloatType(), ir.IntType(64)
+VECTOR = ir.VectorType(FLOAT, 8)
+
+
+def _load(builder: Any, address: Any, offset: Any, kind: Any = VECTOR) -> Any:
+    """The `kind` that lies `offset` floats past `address`."""
+    place = builder.add(address, builder.mul(offset, INT(4)))
+    return builder.load(builder.inttoptr(place, kind.as_pointer()), align=4, typ=kind)
+
+
+def _splat(builder: Any, number: Any) -> Any:
+    single = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), number, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
+    return builder.shuffle_vector(single, ir.Constant(VECTOR, ir.Undefined), zeros)
+
+
+def _step(builder: Any, k: Any, sums: list[Any], a: Any, row_a: Any, step_a: Any, b: Any, row_b: Any) -> list[Any]:
+    """Add the products of column k of a with row k of b to the sums."""
+    start = builder.mul(k, row_b)
+    rights = [_load(builder, b, builder.add(start, INT(8 * half))) for half in range(COLUMNS // 8)]
+    added = []
+    for r in range(ROWS):
+        place = builder.add(builder.mul(INT(r), row_a), builder.mul(k, step_a))
+        left = _splat(builder, _load(builder, a, place, FLOAT))
+        added += [builder.fmul(left, right, flags=("contract",)) for right in rights]
+    return [builder.fadd(old, new, flags=("contract",)) for old, new in zip(sums, added, strict=True)]
+
+
+def _tile(keep: bool) -> Callable[..., None]:
+    """The intrinsic that sets, or with `keep` increases, 4 x 16 elements of c by the product of a and b."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        a, row_a, step_a, b, row_b, c, row_c, depth = args
+        places = [builder.add(builder.mul(INT(i // 2), row_c), INT(8 * (i % 2))) for i in range(2 * ROWS)]
+        zero = ir.Constant(VECTOR, [0.0] * 8)
+        first = [_load(builder, c, place) if keep else zero for place in places]
+        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, sums = builder.phi(INT), [builder.phi(VECTOR) for _ in places]
+        last = _step(builder, k, sums, a, row_a, step_a, b, row_b)
+        following = builder.add(k, INT(1))
+        for phi, start, end in zip([k, *sums], [INT(0), *first], [following, *last], strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(end, loop)
+        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
+        builder.position_at_end(after)
+        for place, total in zip(places, last, strict=True):
+            target = builder.add(c, builder.mul(place, INT(4)))
+            builder.store(total, builder.inttoptr(target, VECTOR.as_pointer()), align=4)
+
+    def declare(_typing: Any, _a: Any, _ra: Any, _sa: Any, _b: Any, _rb: Any, _c: Any, _rc: Any, _depth: Any) -> Any:
+        return types.void(*[types.int64] * 8), generate
+
+    return intrinsic(declare)
+
+
+_set, _increase = _tile(keep=False), _tile(keep=True)
+
+
+@njit
+def multiply(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # type: ignore[no-untyped-def]
+    """Set c[i, j] to the sum over k of a[i, k] b[k, j].
+
+    a, b and c are addresses; a[i, k] lies `i * row_a + k * step_a` floats from its start, rows of b and c are
+    contiguous. `rows` is rounded up to a multiple of 4, `columns` to one of 16: the memory must be there.
+    """
+    for j in range(0, columns, COLUMNS):
+        for i in range(0, rows, ROWS):
+            _set(a + 4 * i * row_a, row_a, step_a, b + 4 * j, row_b, c + 4 * (i * row_c + j), row_c, depth)
+
+
+@njit
+def multiply_add(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # type: ignore[no-untyped-def]
+    """Increase c by the product that `multiply` sets it to."""
+    for j in range(0, columns, COLUMNS):
+        for i in range(0, rows, ROWS):
+            _increase(a + 4 * i * row_a, row_a, step_a, b + 4 * j, row_b, c + 4 * (i * row_c + j), row_c, depth)
