@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from deepseek.infer.load import load as load
+    from deepseek.model.attention.lsh import sparse_attention as sparse_attention
     from deepseek.model.config import ModelConfig as ModelConfig
     from deepseek.model.moe.router import DynamicRouter as DynamicRouter
     from deepseek.model.transformer import DeepSeekModel as DeepSeekModel
@@ -31,10 +32,11 @@ _HOMES = {
     "DynamicRouter": "deepseek.model.moe.router",
     "ModelConfig": "deepseek.model.config",
     "load": "deepseek.infer.load",
+    "sparse_attention": "deepseek.model.attention.lsh",
     "train_expert": "deepseek.train.expert",
 }
 
-__all__ = ["DeepSeekModel", "DynamicRouter", "ModelConfig", "__version__", "load", "train_expert"]
+__all__ = ["DeepSeekModel", "DynamicRouter", "ModelConfig", "__version__", "load", "sparse_attention", "train_expert"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from deepseek.model.presets import PRESETS
 from deepseek.registry import nearest, pick
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "attention": ("full",),
+    "attention": ("full", "lsh"),
     "positional_encoding": ("none", "rope"),
     "routing_strategy": ("dense", "dynamic", "topk"),
     "router_score": ("sigmoid", "softmax"),
@@ -39,6 +39,11 @@ class ModelConfig(PreTrainedConfig):
         clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE).
         sliding_window: number of past tokens, itself included, that a token attends to; None = all.
         full_attention_layers: layers that ignore `sliding_window` (Qwen2 and Qwen3 mix both kinds).
+        attention: "full", or "lsh": each query looks at few keys, chosen by their hash (`model/attention/lsh.py`).
+        lsh_num_buckets, lsh_probes: buckets of keys, and how many of them a query looks into.
+        lsh_bucket_window, lsh_local_window, lsh_sinks: most recent keys it looks at in each such bucket, most recent
+            keys and first keys of its document it looks at whatever their bucket.
+        lsh_exact_layers: layers that keep full attention; None = the first two, which look everywhere.
         max_position_embeddings: longest context in tokens; `max_len` is another name for it.
     Mixture of experts (`num_experts` = 0 makes a dense model):
         num_experts, expert_dim: routed experts per pool and their width F.
@@ -87,6 +92,12 @@ class ModelConfig(PreTrainedConfig):
     clip_qkv: float | None = None
     sliding_window: int | None = None
     full_attention_layers: list[int] | None = None
+    lsh_num_buckets: int = 64
+    lsh_probes: int = 4
+    lsh_bucket_window: int = 96
+    lsh_local_window: int = 128
+    lsh_sinks: int = 4
+    lsh_exact_layers: list[int] | None = None
 
     positional_encoding: str = "rope"
     rope_parameters: dict[str, Any] | None = None
@@ -157,6 +168,12 @@ class ModelConfig(PreTrainedConfig):
         """Whether the feed-forward part of layer `layer_idx` is a mixture of experts."""
         return self.num_experts > 0 and layer_idx not in (self.dense_layers or ())
 
+    def is_exact(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` looks at all keys."""
+        return self.attention == "full" or layer_idx in (
+            (0, 1) if self.lsh_exact_layers is None else self.lsh_exact_layers
+        )
+
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
         output.pop("_given", None)
@@ -186,6 +203,8 @@ def _validate(config: ModelConfig) -> None:
         if value not in values:
             raise ConfigError(f"{name}={value!r} is unknown; {nearest(str(value), values)}.")
     _validate_backbone(config)
+    if config.attention == "lsh":
+        _validate_lsh(config)
     if config.num_experts:
         _validate_experts(config)
 
@@ -213,6 +232,17 @@ def _validate_backbone(config: ModelConfig) -> None:
     _require(
         config.positional_encoding != "rope" or rope_type in ROPE_TYPES,
         f"rope_parameters['rope_type']={rope_type!r} is not supported; {nearest(str(rope_type), ROPE_TYPES)}.",
+    )
+
+
+def _validate_lsh(config: ModelConfig) -> None:
+    for name, least in (("num_buckets", 1), ("probes", 1), ("bucket_window", 1), ("local_window", 1), ("sinks", 0)):
+        value = getattr(config, f"lsh_{name}")
+        _require(isinstance(value, int) and value >= least, f"lsh_{name}={value!r} must be at least {least}.")
+    _require(
+        config.sliding_window is None,
+        f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window is lsh_local_window; "
+        "leave sliding_window out.",
     )
 
 

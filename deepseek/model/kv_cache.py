@@ -1,38 +1,42 @@
 """Keys and values of past tokens, and what plugged experts remember of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
 
 from deepseek.errors import ConfigError
+from deepseek.kernels.lsh.decode import BucketCache
 
 
 class KVCache(DynamicCache):
-    """A Hugging Face `DynamicCache` that also holds the gates' running sums.
+    """A Hugging Face `DynamicCache` that also holds the gates' running sums and the buckets of LSH attention.
 
     `gate_state[layer]` is `[B, 3, M]`: the sums of both gate scores of M modules and their common denominator (see
     `model/experts/gate.py`). `armed` is the set of experts that the sequence started with, so that plugging or
-    unplugging between two steps never changes a sequence in flight.
+    unplugging between two steps never changes a sequence in flight. `buckets[layer]` says which keys of an LSH layer
+    fall into which bucket.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate_state: dict[int, Tensor] = {}
+        self.buckets: dict[int, BucketCache] = {}
         self.armed: Any = None
         self.started = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._map_gates(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        self._change_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._map_gates(lambda state: state.repeat_interleave(repeats, dim=0))
+        self._change_rows(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._map_gates(lambda state: state[indices])
+        self._change_rows(lambda state: state[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.gate_state:
@@ -41,6 +45,10 @@ class KVCache(DynamicCache):
                 "disarm the experts for assisted decoding."
             )
         super().crop(tokens_to_remove)
+        for buckets in self.buckets.values():
+            buckets.crop(self.get_seq_length())
 
-    def _map_gates(self, change: Any) -> None:
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.gate_state = {layer: change(state) for layer, state in self.gate_state.items()}
+        for buckets in self.buckets.values():
+            buckets.change_rows(change)

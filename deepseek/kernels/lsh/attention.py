@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from deepseek.kernels import openmp
 from deepseek.kernels.lsh import tiles
-from deepseek.kernels.lsh.intervals import Intervals, Windows, find_intervals, mark
+from deepseek.kernels.lsh.decode import BucketCache
+from deepseek.kernels.lsh.intervals import Intervals, Windows, find_intervals
 from deepseek.kernels.lsh.reference import document_starts
 
 
@@ -36,20 +37,11 @@ def lsh_attention(
         document_ids_BS: document of each token in packed rows, equal in runs.
         key_mask_BS: False at padding, which nobody sees and which sees nobody.
     """
-    batch, _, total, _ = key_BGSK.shape
     windows = Windows(local_window, sinks, bucket_window, num_buckets)
-    first_BS = document_starts(document_ids_BS, batch, total, key_BGSK.device)
-    real_BS = None if key_mask_BS is None else key_mask_BS.bool()
-    marked_BGS = mark(key_codes_BGS, real_BS, ranks(first_BS, real_BS), windows)
-    return attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, marked_BGS, first_BS, windows, scale)
-
-
-def ranks(first_BS: Tensor, real_BS: Tensor | None) -> Tensor:
-    """Return the number `[B, S]` of real tokens before each in its document."""
-    if real_BS is None:
-        return torch.arange(first_BS.shape[1], device=first_BS.device) - first_BS
-    before_BS = real_BS.cumsum(-1) - real_BS.long()
-    return before_BS - before_BS.gather(1, first_BS)
+    first_BS = document_starts(document_ids_BS, key_codes_BGS[:, 0])
+    buckets = BucketCache(windows)
+    buckets.append(key_codes_BGS, key_mask_BS, first_BS)
+    return attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets.codes_BGS, first_BS, windows, scale)
 
 
 def attend(

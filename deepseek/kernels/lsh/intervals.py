@@ -46,21 +46,12 @@ class Intervals:
     list_BTHI: Tensor
 
 
-def mark(key_codes_BGS: Tensor, real_BS: Tensor | None, rank_BS: Tensor, windows: Windows) -> Tensor:
-    """Return the codes with `num_buckets` at sinks and `num_buckets + 1` at padding, int32.
-
-    `rank_BS` is the number of real tokens before each in its document.
-    """
-    marked_BGS = key_codes_BGS.int().masked_fill(rank_BS[:, None] < windows.sinks, windows.num_buckets)
-    return marked_BGS if real_BS is None else marked_BGS.masked_fill(~real_BS[:, None], windows.num_buckets + 1)
-
-
 def find_intervals(query_codes_BHTP: Tensor, marked_BGS: Tensor, first_BS: Tensor, windows: Windows) -> Intervals:
     """Return the intervals of the last T of S tokens.
 
     Args:
         query_codes_BHTP: distinct buckets that each query probes.
-        marked_BGS: see `mark`.
+        marked_BGS: codes of all keys, `num_buckets` at sinks and `num_buckets + 1` at padding.
         first_BS: index of the first token of each token's document.
     """
     sinks_BTH1 = query_codes_BHTP.new_full((*query_codes_BHTP.shape[:3], 1), windows.num_buckets)

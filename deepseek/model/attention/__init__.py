@@ -5,7 +5,8 @@ from collections.abc import Callable
 from torch import nn
 
 from deepseek.model.attention.full import FullAttention
+from deepseek.model.attention.lsh import LshAttention
 from deepseek.model.config import ModelConfig
 
 # Each is a module of (config, layer_idx) that maps (x [B, T, D], ForwardContext) to [B, T, D].
-ATTENTION: dict[str, Callable[[ModelConfig, int], nn.Module]] = {"full": FullAttention}
+ATTENTION: dict[str, Callable[[ModelConfig, int], nn.Module]] = {"full": FullAttention, "lsh": LshAttention}

@@ -37,17 +37,20 @@ class FullAttention(nn.Module):
         query, key = ctx.positions(query, key)
         if ctx.cache is not None:
             key, value = ctx.cache.update(key, value, self.layer_idx)
+        output: Tensor = self.o_proj(self.attend(query, key, value, ctx).transpose(1, 2).flatten(2))
+        return output
+
+    def attend(self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the weighted values `[B, H, T, K]`; keys and values are those of past tokens, then of new ones."""
         mask = ctx.window_mask_B1TS if self.windowed else ctx.mask_B1TS
-        attended_BHTK = scaled_dot_product_attention(
-            query,
-            key,
-            value,
+        return scaled_dot_product_attention(
+            query_BHTK,
+            key_BGSK,
+            value_BGSK,
             attn_mask=mask,
-            is_causal=mask is None and query.shape[2] > 1,
+            is_causal=mask is None and query_BHTK.shape[2] > 1,
             enable_gqa=self.grouped,
         )
-        output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
-        return output
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries `[B, H, T, K]` and keys and values `[B, G, T, K]`."""

@@ -1,0 +1,165 @@
+"""LSH attention: each query looks at its neighbourhood, the first tokens, and recent keys that its hash calls alike.
+
+`deepseek.kernels.lsh` computes it; here is how hash, heads, documents, padding and the cache come together.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.errors import ConfigError
+from deepseek.kernels.lsh import attention as kernel
+from deepseek.kernels.lsh.decode import BucketCache
+from deepseek.kernels.lsh.intervals import Windows
+from deepseek.kernels.lsh.reference import candidate_mask, document_starts, masked_attention
+from deepseek.model.attention.full import FullAttention
+from deepseek.model.config import ModelConfig
+from deepseek.model.context import ForwardContext
+
+
+class Hash(Protocol):
+    """Names the bucket of each key and the likeliest buckets of each query, of one layer."""
+
+    def key_codes(self, key_BGSK: Tensor) -> Tensor:
+        """Return a bucket number `[B, G, S]` for each key, which depends on that key alone."""
+        ...
+
+    def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
+        """Return `probes` different bucket numbers `[B, H, T, P]` for each query, the likeliest first."""
+        ...
+
+
+class RandomHash(nn.Module):
+    """Random directions, one a bucket: a vector falls into the bucket whose direction is nearest (arXiv:1509.02897)."""
+
+    directions_CK: Tensor
+
+    def __init__(self, num_buckets: int, head_dim: int, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+        self.register_buffer("directions_CK", torch.empty(num_buckets, head_dim), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        normal_CK = torch.randn(self.directions_CK.shape, generator=generator, device="cpu")
+        self.directions_CK = nn.functional.normalize(normal_CK, dim=-1).to(self.directions_CK.dtype)
+
+    def key_codes(self, key_BGSK: Tensor) -> Tensor:
+        return self._likeness(key_BGSK).argmax(-1)
+
+    def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
+        return self._likeness(query_BHTK).topk(probes).indices
+
+    def _likeness(self, x: Tensor) -> Tensor:
+        return x.float() @ self.directions_CK.float().mT
+
+
+def sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_buckets: int = 64, causal: bool = True, *, probes: int = 4,
+    bucket_window: int = 96, local_window: int = 128, sinks: int = 4, hash: Hash | None = None, seed: int = 0,  # noqa: A002
+    scale: float | None = None, document_ids: Tensor | None = None, key_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return attention in which each query looks at few keys, chosen by their hash; shape and dtype of `query`.
+
+    Time and memory grow as the number of tokens. Each query looks at the last `local_window` keys, the first `sinks`
+    ones, and the `bucket_window` most recent keys of each of its `probes` likeliest buckets. With one bucket and a
+    window as long as the sequence, or a sequence within the local window, this is exact attention.
+
+    Args:
+        query: `[batch, heads, seq, head_dim]`; `[batch, seq, head_dim]` and `[seq, head_dim]` count as one head.
+        key, value: likewise; fewer heads are shared by equal groups of query heads. If they are longer than the
+            queries, the queries are those of their last tokens.
+        causal: without it a query also looks at as many later keys; that path makes a dense mask and is slow.
+        hash: names buckets; default `RandomHash` of `seed`, good enough for clustered keys only.
+        scale: factor of the scores (default `head_dim ** -0.5`).
+        document_ids: document of each token `[batch, seq]` in packed rows; documents do not see each other.
+        key_mask: False at padding `[batch, seq]`; its own outputs are zero.
+
+    Raises:
+        ConfigError: shapes or sizes contradict each other.
+    """
+    q, k, v = (_as_heads(part) for part in (query, key, value))
+    _check(q, k, v, causal, num_buckets, probes, min(bucket_window, local_window))
+    hasher: Hash = RandomHash(num_buckets, q.shape[-1], seed).to(q.device) if hash is None else hash
+    with torch.no_grad():
+        query_codes, key_codes = hasher.query_codes(q, min(probes, num_buckets)), hasher.key_codes(k)
+    limits = {"bucket_window": bucket_window, "local_window": local_window, "sinks": sinks}
+    if causal:
+        out = kernel.lsh_attention(
+            q, k, v, query_codes, key_codes, num_buckets=num_buckets, scale=scale, document_ids_BS=document_ids,
+            key_mask_BS=key_mask, **limits,
+        )  # fmt: skip
+    else:
+        rows = [None if part is None else part.flip(-1) for part in (document_ids, key_mask)]
+        past = candidate_mask(query_codes, key_codes, document_ids_BS=document_ids, key_mask_BS=key_mask, **limits)
+        future = candidate_mask(
+            query_codes.flip(2),
+            key_codes.flip(2),
+            document_ids_BS=rows[0],
+            key_mask_BS=rows[1],
+            **limits | {"sinks": 0},
+        )
+        out = masked_attention(q, k, v, past | future.flip(2, 3), scale)
+    return out.reshape(query.shape)
+
+
+def _as_heads(part: Tensor) -> Tensor:
+    if part.dim() not in (2, 3, 4):
+        raise ConfigError(f"query, key and value have 2, 3 or 4 dimensions, not {part.dim()}.")
+    return part if part.dim() == 4 else part[:, None] if part.dim() == 3 else part[None, None]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, num_buckets: int, probes: int, window: int) -> None:
+    shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
+        raise ConfigError(f"The shapes do not fit each other as [batch, heads, seq, head_dim]: {shapes}.")
+    if q.shape[2] > k.shape[2] or (not causal and q.shape[2] != k.shape[2]):
+        raise ConfigError(f"There must be a key for every query, and without causal=True no more keys: {shapes}.")
+    if min(num_buckets, probes, window) < 1:
+        raise ConfigError("num_buckets, probes, bucket_window and local_window must be at least 1.")
+
+
+class LshAttention(FullAttention):
+    """Attention over the candidates of a hash; exact in the layers that `lsh_exact_layers` names.
+
+    `hash` names the buckets; put a trained one there to replace the random one.
+    """
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.exact = config.is_exact(layer_idx)
+        self.windows = Windows(
+            config.lsh_local_window, config.lsh_sinks, config.lsh_bucket_window, config.lsh_num_buckets
+        )
+        self.probes = min(config.lsh_probes, config.lsh_num_buckets)
+        if not self.exact:
+            self.hash: Hash = RandomHash(config.lsh_num_buckets, self.head_dim, seed=layer_idx)
+
+    def attend(self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, ctx: ForwardContext) -> Tensor:
+        length, total = query_BHTK.shape[2], key_BGSK.shape[2]
+        if self.exact or (ctx.cache is None and total <= self.windows.local):
+            return super().attend(query_BHTK, key_BGSK, value_BGSK, ctx)
+        with torch.no_grad():
+            key_codes_BGT = self.hash.key_codes(key_BGSK[:, :, -length:])
+            buckets = self._buckets(ctx)
+            packed = ctx.document_ids_BT is not None
+            first_BS = document_starts(ctx.document_ids_BT, key_BGSK[:, 0, :, 0])
+            buckets.append(key_codes_BGT, ctx.token_mask_BT, first_BS if packed else None)
+            if total <= self.windows.local:
+                return super().attend(query_BHTK, key_BGSK, value_BGSK, ctx)
+            query_codes_BHTP = self.hash.query_codes(query_BHTK, self.probes)
+        if length == 1:
+            return buckets.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, self.head_dim**-0.5)
+        return kernel.attend(
+            query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets.codes_BGS, first_BS, self.windows
+        )
+
+    def _buckets(self, ctx: ForwardContext) -> BucketCache:
+        if ctx.cache is None:
+            return BucketCache(self.windows)
+        buckets = getattr(ctx.cache, "buckets", None)
+        if buckets is None:
+            raise ConfigError("LSH attention needs deepseek.model.KVCache as cache; leave `cache` out.")
+        return buckets.setdefault(self.layer_idx, BucketCache(self.windows))
