@@ -56,9 +56,9 @@ def _power_of_two(_typing: Any, _exponent: Any) -> Any:
 
 
 @njit(fastmath=True, inline="always")
-def sigmoid(x):  # type: ignore[no-untyped-def]
-    """Logistic function to 2e-7; the exponential is Cephes' expf, which unlike libm's is vectorised in a loop."""
-    t = min(max(-x, np.float32(-87.0)), np.float32(87.0))
+def exp(x):  # type: ignore[no-untyped-def]
+    """Exponential to 2e-7, of numbers between -87 and 87: Cephes' expf, which unlike libm's is vectorised in a loop."""
+    t = min(max(x, np.float32(-87.0)), np.float32(87.0))
     n = np.floor(t * np.float32(1.4426950408889634) + np.float32(0.5))
     r = t - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
@@ -67,8 +67,13 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
-    e = (p * r * r + r + np.float32(1)) * _power_of_two(np.int32(n))
-    return np.float32(1) / (np.float32(1) + e)
+    return (p * r * r + r + np.float32(1)) * _power_of_two(np.int32(n))
+
+
+@njit(fastmath=True, inline="always")
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """Logistic function to 2e-7."""
+    return np.float32(1) / (np.float32(1) + exp(-x))
 
 
 @njit(fastmath=True)

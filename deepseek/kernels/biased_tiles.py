@@ -1,0 +1,296 @@
+"""The tiles of `score_bias.py`, on torch's own threads and BLAS.
+
+Along a row of a tile, distance falls by one from key to key, so the keys of one bucket lie side by side: a far tile has
+one or two such runs a row, and adding a table costs one addition an element. Exponents need no more than fp32 because
+the keys' own terms are taken relative to the tile's last query first.
+"""
+
+from functools import cache
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+from torch import Tensor
+
+from deepseek.kernels import openmp
+from deepseek.kernels.distance import NUM_BUCKETS, STARTS
+from deepseek.kernels.few_tokens import exp, pointer, thread_count, thread_number
+
+QUERIES, KEYS = 128, 256  # of a tile: scores and both factors stay in half a megabyte of cache
+
+_ENDS = np.array([*STARTS[1:], 2**62])  # first distance past each bucket
+_BUCKET = np.searchsorted(_ENDS, np.arange(STARTS[-1] + 1), side="right")  # of each distance, up to the last bucket's
+_LOWEST = np.float32(-1e30)
+_NOTHING = np.float32(-60)  # a weight below e to this power is none; smaller ones would slow BLAS down as denormals
+
+openmp.has_sgemm()
+_sgemm = openmp.external("sgemm_", types.void(*[types.voidptr] * 13))
+
+
+@njit
+def _product(a, transpose_a, b, transpose_b, out, kept):  # type: ignore[no-untyped-def]
+    """Set out to `kept` times itself plus the matrix product of a and b, either transposed if so said.
+
+    BLAS thinks column by column: to it, the transpose of `out` is the product of b and a in their transposes.
+    """
+    depth = a.shape[0] if transpose_a else a.shape[1]
+    sizes = np.array(
+        [out.shape[1], out.shape[0], depth, b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4], np.int32
+    )
+    kinds = np.array([84 if transpose_b else 78, 84 if transpose_a else 78], np.uint8)  # the letters T and N
+    scales = np.array([1, kept], np.float32)
+    _sgemm(
+        kinds.ctypes, kinds[1:].ctypes, sizes.ctypes, sizes[1:].ctypes, sizes[2:].ctypes, scales.ctypes, b.ctypes,
+        sizes[3:].ctypes, a.ctypes, sizes[4:].ctypes, scales[1:].ctypes, out.ctypes, sizes[5:].ctypes,
+    )  # fmt: skip
+
+
+@njit(fastmath=True)
+def _add(row, slope, value):  # type: ignore[no-untyped-def]
+    for j in range(len(row)):  # from 0, which the compiler turns into vector instructions
+        row[j] += slope[j] + value
+
+
+@njit(fastmath=True)
+def _add_bias(row, table, slope, distance):  # type: ignore[no-untyped-def]
+    """Add to the scores of neighbouring keys, the last of which lies at `distance`, their bias."""
+    stop, bucket = len(row), _BUCKET[min(distance, len(_BUCKET) - 1)]
+    while stop > 0:
+        start = max(len(row) + distance - _ENDS[bucket], 0)
+        _add(row[start:stop], slope[start:stop], table[bucket])
+        stop, bucket = start, bucket + 1
+
+
+@njit(fastmath=True)
+def _largest(row):  # type: ignore[no-untyped-def]
+    largest = row[0]
+    for j in range(1, len(row)):
+        largest = max(largest, row[j])
+    return largest
+
+
+@njit(fastmath=True, inline="always")
+def _weight(score):  # type: ignore[no-untyped-def]
+    return exp(score) if score > _NOTHING else np.float32(0)
+
+
+@njit(fastmath=True)
+def _exponentials(row, shift):  # type: ignore[no-untyped-def]
+    """Replace scores by the exponentials of what they lie below `shift`; return the sum."""
+    total = np.float32(0)
+    for j in range(len(row)):
+        row[j] = _weight(row[j] - shift)
+        total += row[j]
+    return total
+
+
+@njit(fastmath=True)
+def _multiply(row, factor):  # type: ignore[no-untyped-def]
+    for j in range(len(row)):
+        row[j] *= factor
+
+
+@njit
+def _clear(row, low, high):  # type: ignore[no-untyped-def]
+    """Zero what lies outside low to high - 1."""
+    for j in range(low):
+        row[j] = 0
+    for j in range(high, len(row)):
+        row[j] = 0
+
+
+@njit
+def _slopes(slope, start, stop, reference, out):  # type: ignore[no-untyped-def]
+    for j in range(start, stop):
+        out[j - start] = np.float32(slope[j] - reference)
+
+
+@njit
+def _limits(first, slot, start, stop):  # type: ignore[no-untyped-def]
+    """Return the columns of the tile of keys `start` to `stop - 1` that the query in `slot` sees."""
+    low = min(max(first - start, 0), stop - start)
+    return low, max(min(slot + 1, stop) - start, low)
+
+
+@njit(fastmath=True)
+def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores, bias):  # type: ignore[no-untyped-def]
+    """Attend from queries begin to end - 1 of one head."""
+    largest, total = np.full(end - begin, _LOWEST), np.zeros(end - begin, np.float32)
+    out[begin:end] = 0
+    last = past + end
+    for start in range(first[begin:end].min(), last, KEYS):
+        stop = min(start + KEYS, last)
+        tile = scores[: end - begin, : stop - start]
+        _product(q[begin:end], False, k[start:stop], True, tile, 0)
+        _slopes(slope, start, stop, slope[last - 1], bias)
+        for t in range(begin, end):
+            low, high = _limits(first[t], past + t, start, stop)
+            row, i = scores[t - begin, : stop - start], t - begin  # of the whole buffer: known to be contiguous
+            if high > low:
+                _add_bias(row[low:high], table[t], bias[low:high], past + t - start - high + 1)
+                peak = max(_largest(row[low:high]), largest[i])
+                if peak > largest[i]:
+                    shrink = _weight(largest[i] - peak)
+                    _multiply(out[t], shrink)
+                    total[i], largest[i] = total[i] * shrink, peak
+                total[i] += _exponentials(row[low:high], peak)
+            _clear(row, low, high)
+        _product(tile, False, v[start:stop], False, out[begin:end], 1)
+    for t in range(begin, end):
+        _multiply(out[t], np.float32(1) / total[t - begin])
+        lse[t] = largest[t - begin] + np.log(total[t - begin])
+
+
+@njit
+def _forward(q, k, v, table, slope, first, out, lse):  # type: ignore[no-untyped-def]
+    """Share out tiles of queries in turn: neighbours cost about the same."""
+    batch, heads, length, _ = q.shape
+    past, repeats, tiles = k.shape[2] - length, heads // k.shape[1], (length + QUERIES - 1) // QUERIES
+    scores, bias = np.empty((QUERIES, KEYS), np.float32), np.empty(KEYS, np.float32)
+    for unit in range(thread_number(), batch * heads * tiles, thread_count()):
+        b, h, begin = unit % batch, unit // batch % heads, unit // (batch * heads) * QUERIES
+        end, g = min(begin + QUERIES, length), h // repeats
+        _query_tile(
+            q[b, h], k[b, g], v[b, g], table[b, h], slope[b, h], first[b], past, begin, end, out[b, h], lse[b, h],
+            scores, bias,
+        )  # fmt: skip
+
+
+@njit(fastmath=True)
+def _sum(row):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for j in range(len(row)):
+        total += row[j]
+    return total
+
+
+@njit(fastmath=True)
+def _add_table_gradient(row, distance, out):  # type: ignore[no-untyped-def]
+    """Add up the gradients of neighbouring keys, the last of which lies at `distance`, by bucket."""
+    stop, bucket = len(row), _BUCKET[min(distance, len(_BUCKET) - 1)]
+    while stop > 0:
+        start = max(len(row) + distance - _ENDS[bucket], 0)
+        out[bucket] += _sum(row[start:stop])
+        stop, bucket = start, bucket + 1
+
+
+@njit(fastmath=True)
+def _row_backward(row, grad, lse, delta, slope_grad):  # type: ignore[no-untyped-def]
+    """Turn scores into weights, in `row`, and gradients of weights into those of scores, in `grad`."""
+    for j in range(len(row)):
+        weight = _weight(row[j] - lse)
+        change = weight * (grad[j] - delta)
+        row[j], grad[j] = weight, change
+        slope_grad[j] += change
+
+
+@njit(fastmath=True)
+def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds):  # type: ignore[no-untyped-def]
+    """All tiles of one head."""
+    length, past = len(q), len(k) - len(q)
+    scores, grads = np.empty((QUERIES, KEYS), np.float32), np.empty((QUERIES, KEYS), np.float32)
+    bias, sums = np.empty(KEYS, np.float32), np.empty(KEYS, np.float32)
+    for begin in range(0, length, QUERIES):
+        end = min(begin + QUERIES, length)
+        last = past + end
+        for start in range(first[begin:end].min(), last, KEYS):
+            stop = min(start + KEYS, last)
+            tile, change = scores[: end - begin, : stop - start], grads[: end - begin, : stop - start]
+            _product(q[begin:end], False, k[start:stop], True, tile, 0)
+            _product(grad[begin:end], False, v[start:stop], True, change, 0)
+            _slopes(slope, start, stop, slope[last - 1], bias)
+            sums[:] = 0
+            for t in range(begin, end):
+                low, high = _limits(first[t], past + t, start, stop)
+                row, other = scores[t - begin, : stop - start], grads[t - begin, : stop - start]
+                if high > low:
+                    distance = past + t - start - high + 1
+                    _add_bias(row[low:high], table[t], bias[low:high], distance)
+                    _row_backward(row[low:high], other[low:high], lse[t], delta[t], sums[low:high])
+                    _add_table_gradient(other[low:high], distance, dt[t])
+                _clear(row, low, high)
+                _clear(other, low, high)
+            for j in range(start, stop):
+                ds[j] += sums[j - start]
+            _product(tile, True, grad[begin:end], False, dv[start:stop], 1)
+            _product(change, False, k[start:stop], False, dq[begin:end], 1)
+            _product(change, True, q[begin:end], False, dk[start:stop], 1)
+
+
+@njit
+def _backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds):  # type: ignore[no-untyped-def]
+    """Share out heads, so that no two threads add to the same gradient."""
+    batch, heads = q.shape[:2]
+    repeats = heads // k.shape[1]
+    for unit in range(thread_number(), batch * heads, thread_count()):
+        b, h = unit // heads, unit % heads
+        g = h // repeats
+        _head_backward(
+            q[b, h], k[b, g], v[b, g], table[b, h], slope[b, h], first[b], lse[b, h], delta[b, h], grad[b, h],
+            dq[b, h], dk[b, h], dv[b, h], dt[b, h], ds[b, h],
+        )  # fmt: skip
+
+
+@cache
+def _forward_address() -> int:
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        a = carray(data, 14)
+        b, h, g, t, s, w = a[8], a[9], a[10], a[11], a[12], a[13]
+        _forward(
+            carray(pointer(a[0]), (b, h, t, w), np.float32), carray(pointer(a[1]), (b, g, s, w), np.float32),
+            carray(pointer(a[2]), (b, g, s, w), np.float32), carray(pointer(a[3]), (b, h, t, NUM_BUCKETS), np.float32),
+            carray(pointer(a[4]), (b, h, s), np.float64), carray(pointer(a[5]), (b, t), np.int64),
+            carray(pointer(a[6]), (b, h, t, w), np.float32), carray(pointer(a[7]), (b, h, t), np.float32),
+        )  # fmt: skip
+
+    return int(kernel.address)
+
+
+@cache
+def _backward_address() -> int:
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        a = carray(data, 20)
+        b, h, g, t, s, w = a[14], a[15], a[16], a[17], a[18], a[19]
+        _backward(
+            carray(pointer(a[0]), (b, h, t, w), np.float32), carray(pointer(a[1]), (b, g, s, w), np.float32),
+            carray(pointer(a[2]), (b, g, s, w), np.float32), carray(pointer(a[3]), (b, h, t, NUM_BUCKETS), np.float32),
+            carray(pointer(a[4]), (b, h, s), np.float64), carray(pointer(a[5]), (b, t), np.int64),
+            carray(pointer(a[6]), (b, h, t), np.float32), carray(pointer(a[7]), (b, h, t), np.float32),
+            carray(pointer(a[8]), (b, h, t, w), np.float32), carray(pointer(a[9]), (b, h, t, w), np.float32),
+            carray(pointer(a[10]), (b, h, s, w), np.float32), carray(pointer(a[11]), (b, h, s, w), np.float32),
+            carray(pointer(a[12]), (b, h, t, NUM_BUCKETS), np.float32), carray(pointer(a[13]), (b, h, s), np.float64),
+        )  # fmt: skip
+
+    return int(kernel.address)
+
+
+def _call(address: int, tensors: tuple[Tensor, ...]) -> None:
+    query, key = tensors[:2]
+    (batch, heads, length, width), (_, groups, total, _) = query.shape, key.shape
+    openmp.parallel(address, [t.data_ptr() for t in tensors] + [batch, heads, groups, length, total, width])
+
+
+def forward(
+    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, table_BHTN: Tensor, slope_BHS: Tensor, first_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the attended values and each row's log-sum-exp, the latter up to a constant of the row's tile.
+
+    All contiguous; queries already scaled; fp32 but for `slope_BHS` (fp64) and `first_BT` (int64).
+    """
+    out_BHTK, lse_BHT = query_BHTK.new_empty(query_BHTK.shape), query_BHTK.new_empty(query_BHTK.shape[:3])
+    _call(_forward_address(), (query_BHTK, key_BGSK, value_BGSK, table_BHTN, slope_BHS, first_BT, out_BHTK, lse_BHT))
+    return out_BHTK, lse_BHT
+
+
+def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of `forward`'s first five inputs from its inputs, its outputs and the output's gradient."""
+    *inputs, out_BHTK, lse_BHT, grad_BHTK = tensors
+    query, key, value, table, slope, _ = inputs
+    heads, groups = query.shape[1], key.shape[1]
+    delta_BHT = (out_BHTK * grad_BHTK).sum(-1)
+    per_head = [part.new_zeros(part.shape[0], heads, *part.shape[2:]) for part in (query, key, value, table, slope)]
+    _call(_backward_address(), (*inputs, lse_BHT, delta_BHT, grad_BHTK, *per_head))
+    dq, dk, dv, dt, ds = per_head
+    dk, dv = (part.unflatten(1, (groups, heads // groups)).sum(2) for part in (dk, dv))
+    return dq, dk, dv, dt, ds
