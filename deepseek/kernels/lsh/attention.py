@@ -12,8 +12,7 @@ from torch.autograd.function import once_differentiable
 from deepseek.kernels import openmp
 from deepseek.kernels.lsh import tiles
 from deepseek.kernels.lsh.decode import BucketCache
-from deepseek.kernels.lsh.intervals import Intervals, Windows, find_intervals
-from deepseek.kernels.lsh.reference import document_starts
+from deepseek.kernels.lsh.intervals import Intervals, Windows, document_starts, find_intervals
 
 
 def lsh_attention(
@@ -38,7 +37,7 @@ def lsh_attention(
         key_mask_BS: False at padding, which nobody sees and which sees nobody.
     """
     windows = Windows(local_window, sinks, bucket_window, num_buckets)
-    first_BS = document_starts(document_ids_BS, key_codes_BGS[:, 0])
+    first_BS = document_starts(document_ids_BS)
     buckets = BucketCache(windows)
     buckets.append(key_codes_BGS, key_mask_BS, first_BS)
     return attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets.codes_BGS, first_BS, windows, scale)
@@ -46,25 +45,24 @@ def lsh_attention(
 
 def attend(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BHTP: Tensor, marked_BGS: Tensor,
-    first_BS: Tensor, windows: Windows, scale: float | None = None,
+    first_BS: Tensor | None, windows: Windows, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Do what `lsh_attention` does, with codes that `intervals.mark` has marked."""
     scale = query_BHTK.shape[-1] ** -0.5 if scale is None else scale
     intervals = find_intervals(query_codes_BHTP, marked_BGS, first_BS, windows)
-    out_BTHK = _Attention.apply(query_BHTK.transpose(1, 2), key_BGSK, value_BGSK, intervals, windows, scale)
-    return out_BTHK.transpose(1, 2)
+    return _Attention.apply(query_BHTK, key_BGSK, value_BGSK, intervals, windows, scale)
 
 
-def _kernels(query_BTHK: Tensor, direction: str) -> Any:
-    """Return the module that computes `direction`: compiled kernels where they can, else torch's operators."""
+def _kernels(query_BHTK: Tensor) -> Any:
+    """Return the module that does the work: compiled kernels where they can, else torch's operators."""
     dtypes = (torch.float32, torch.bfloat16)
-    if query_BTHK.device.type != "cpu" or query_BTHK.dtype not in dtypes or query_BTHK.shape[-1] % 16:
+    if query_BHTK.device.type != "cpu" or query_BHTK.dtype not in dtypes or query_BHTK.shape[-1] % 16:
         return tiles
     if openmp.runtime() is None:
         return tiles
-    from deepseek.kernels.lsh import strips, strips_backward  # they import numba, which nothing else needs
+    from deepseek.kernels.lsh import strips  # it imports numba, which nothing else needs
 
-    return strips if direction == "forward" else strips_backward
+    return strips
 
 
 def _lay_out(x_BGSK: Tensor, order_BGZ: Tensor) -> Tensor:
@@ -91,7 +89,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, windows: Windows, scale: float
     ) -> Tensor:
         laid_out = [_lay_out(part, intervals.order_BGZ) for part in (key, value)]
-        out, lse = _kernels(query, "forward").forward(query, *laid_out, intervals, windows, scale)
+        out, lse = _kernels(query).forward(query, *laid_out, intervals, windows, scale)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.intervals, ctx.windows, ctx.scale = intervals, windows, scale
         return out.to(query.dtype)
@@ -102,7 +100,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         order, total = ctx.intervals.order_BGZ, key.shape[2]
         laid_out = [_lay_out(part, order) for part in (key, value)]
-        compute = _kernels(query, "backward").backward
+        compute = _kernels(query).backward
         grad_query, grad_key, grad_value = compute(
             grad, query, *laid_out, out, lse, ctx.intervals, ctx.windows, ctx.scale
         )

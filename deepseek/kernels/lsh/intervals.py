@@ -1,6 +1,6 @@
 """Candidates as intervals: keys are laid out so that all that a query looks at lies in a few unbroken stretches.
 
-The S keys of a key/value head are laid out twice: in their own order, padding last; and sorted by document, bucket and
+The S keys of a key/value head are laid out twice: in their own order, padding last; and sorted by bucket, then
 position. A query's local window is one interval of the first half, its sinks one interval of the second half, and each
 bucket that it probes another one. Sinks count as one more bucket, which every query probes, and padding as another,
 which none does. No key is in two intervals of a query, because it enters its bucket when it leaves the local window.
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from deepseek.kernels import openmp
 
 SPARE = 4  # places past the end of both halves, so that kernels may read keys four by four
 
@@ -35,70 +33,69 @@ class Intervals:
 
     Attributes:
         order_BGZ: which key lies at each of the Z = 2S + `SPARE` places.
-        start_BTHI, stop_BTHI: first place of an interval and the one past its last, int32; equal where it is empty.
-        list_BTHI: number of the list of keys that an interval lies in, int32: 0 the local one, then the buckets.
+        start_BHTI, stop_BHTI: first place of an interval and the one past its last, int32; equal where it is empty.
+        list_BHTI: number of the list of keys that an interval lies in, int32: 0 the local one, then the buckets.
             Within a list, intervals of later queries neither start nor stop earlier.
     """
 
     order_BGZ: Tensor
-    start_BTHI: Tensor
-    stop_BTHI: Tensor
-    list_BTHI: Tensor
+    start_BHTI: Tensor
+    stop_BHTI: Tensor
+    list_BHTI: Tensor
 
 
-def find_intervals(query_codes_BHTP: Tensor, marked_BGS: Tensor, first_BS: Tensor, windows: Windows) -> Intervals:
+def document_starts(document_ids_BS: Tensor | None) -> Tensor | None:
+    """Return the index `[B, S]` of the first token of each token's document; documents are runs of equal ids."""
+    if document_ids_BS is None:
+        return None
+    opens_BS = torch.diff(document_ids_BS, dim=-1, prepend=document_ids_BS[:, :1]) != 0
+    return (torch.arange(opens_BS.shape[1], device=opens_BS.device) * opens_BS).cummax(-1).values
+
+
+def find_intervals(
+    query_codes_BHTP: Tensor, marked_BGS: Tensor, first_BS: Tensor | None, windows: Windows
+) -> Intervals:
     """Return the intervals of the last T of S tokens.
 
     Args:
         query_codes_BHTP: distinct buckets that each query probes.
         marked_BGS: codes of all keys, `num_buckets` at sinks and `num_buckets + 1` at padding.
-        first_BS: index of the first token of each token's document.
+        first_BS: see `document_starts`.
     """
-    sinks_BTH1 = query_codes_BHTP.new_full((*query_codes_BHTP.shape[:3], 1), windows.num_buckets)
-    list_BTHI = torch.cat((torch.full_like(sinks_BTH1, -1), sinks_BTH1, query_codes_BHTP), -1).transpose(1, 2).int() + 1
-    if marked_BGS.device.type == "cpu" and openmp.runtime() is not None:
-        from deepseek.kernels.lsh import sweep  # it imports numba, which nothing else here needs
+    (batch, groups, total), (_, heads, length, _) = marked_BGS.shape, query_codes_BHTP.shape
+    position_S, new = torch.arange(total, device=marked_BGS.device), slice(total - length, None)
+    real_BS = marked_BGS[:, 0] != windows.num_buckets + 1
+    natural_BS = ((~real_BS) * total + position_S).sort(-1).values % total
+    sorted_BGS = (marked_BGS.long() * total + position_S).sort(-1).values
+    spare_BGZ = sorted_BGS.new_zeros(batch, groups, SPARE)
+    order_BGZ = torch.cat((natural_BS[:, None].expand_as(sorted_BGS), sorted_BGS % total, spare_BGZ), -1)
 
-        return Intervals(*sweep.find_intervals(list_BTHI, marked_BGS, first_BS, windows), list_BTHI)
-    return Intervals(*_find_intervals(list_BTHI, marked_BGS, first_BS, windows), list_BTHI)
+    sinks_BHT1 = query_codes_BHTP.new_full((batch, heads, length, 1), windows.num_buckets)
+    bucket_BHTJ = torch.cat((sinks_BHT1, query_codes_BHTP), -1).long()
+    age_T1 = (position_S[new] - windows.local)[:, None]
+    stop_BHTJ = _count_below(sorted_BGS, bucket_BHTJ * total + age_T1 + 1)
+    if first_BS is None:
+        edges_BGC = torch.searchsorted(sorted_BGS, (position_S.new_tensor(range(windows.num_buckets + 1)) * total)
+                                       .expand(batch, groups, -1).contiguous())  # fmt: skip
+        floor_BHTJ = edges_BGC.gather(2, bucket_BHTJ.view(batch, groups, -1)).view_as(bucket_BHTJ)
+    else:
+        floor_BHTJ = _count_below(sorted_BGS, bucket_BHTJ * total + first_BS[:, None, new, None])
+    window_J = bucket_BHTJ.new_tensor([windows.sinks] + [windows.bucket] * query_codes_BHTP.shape[-1])
+    stop_BHTJ = torch.maximum(stop_BHTJ, floor_BHTJ)
+    start_BHTJ = torch.maximum(stop_BHTJ - window_J, floor_BHTJ)
 
-
-def _find_intervals(
-    list_BTHI: Tensor, marked_BGS: Tensor, first_BS: Tensor, windows: Windows
-) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, groups, total), length = marked_BGS.shape, list_BTHI.shape[1]
-    last, padding = slice(total - length, None), windows.num_buckets + 1
-    real_BS, position_S = marked_BGS[:, 0] != padding, torch.arange(total, device=marked_BGS.device)
-    lowest_BT = torch.maximum(position_S - windows.local + 1, first_BS)[:, last]
     so_far_BS = real_BS.cumsum(-1)
-    local_start_BT = (so_far_BS - real_BS.long()).gather(1, lowest_BT)
-
-    bucket_BGS = (first_BS[:, None] * (padding + 1) + marked_BGS).masked_fill(~real_BS[:, None], total * (padding + 1))
-    sorted_BGS, order_BGS = (bucket_BGS * total + position_S).sort(-1)
-    probed_BGN = (first_BS[:, last, None, None] * (padding + 1) + list_BTHI[..., 1:].long() - 1) * total
-    probed_BGN = _by_group(probed_BGN, groups)
-    age_BGN = _by_group((position_S - windows.local)[last, None, None].expand_as(list_BTHI[..., 1:]), groups)
-    opened_BGN = torch.searchsorted(sorted_BGS, probed_BGN)
-    stop_BGN = torch.searchsorted(sorted_BGS, probed_BGN + age_BGN, right=True)
-    shape = (batch, groups, length, -1, list_BTHI.shape[-1] - 1)
-    stop_BTHJ, opened_BTHJ = (
-        part.view(shape).transpose(1, 2).flatten(2, 3) for part in (torch.maximum(stop_BGN, opened_BGN), opened_BGN)
+    lowest_BS = (position_S - windows.local + 1).clamp(min=0).expand(batch, -1)
+    lowest_BS = lowest_BS if first_BS is None else torch.maximum(lowest_BS, first_BS)
+    local = ((so_far_BS - real_BS.long()).gather(1, lowest_BS), so_far_BS)
+    start, stop = (
+        torch.cat((near[:, None, new, None].expand(-1, heads, -1, 1), old + total), -1).int()
+        for near, old in zip(local, (start_BHTJ, stop_BHTJ), strict=True)
     )
-    window_J = torch.full((list_BTHI.shape[-1] - 1,), windows.bucket, device=marked_BGS.device)
-    window_J[0] = windows.sinks
-    start_BTHJ = torch.maximum(opened_BTHJ, stop_BTHJ - window_J)
-
-    local_BTH1 = [
-        part[:, :, None, None].expand(*list_BTHI.shape[:3], 1) for part in (local_start_BT, so_far_BS[:, last])
-    ]
-    start = torch.cat((local_BTH1[0], start_BTHJ + total), -1)
-    stop = torch.cat((local_BTH1[1], stop_BTHJ + total), -1)
-    natural_BGS = (~real_BS).int().argsort(dim=-1, stable=True)[:, None].expand_as(order_BGS)
-    spare_BGZ = order_BGS.new_zeros(batch, groups, SPARE)
-    start = torch.where(real_BS[:, last, None, None], start, stop)  # a padding query looks at nothing
-    return torch.cat((natural_BGS, order_BGS, spare_BGZ), -1), start.int(), stop.int()
+    start = torch.where(real_BS[:, None, new, None], start, stop)  # a padding query looks at nothing
+    return Intervals(order_BGZ, start, stop, torch.cat((torch.full_like(sinks_BHT1, -1), bucket_BHTJ), -1).int() + 1)
 
 
-def _by_group(part_BTHJ: Tensor, groups: int) -> Tensor:
-    """Return `[B, G, N]`, the queries of each key/value head in a row."""
-    return part_BTHJ.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2).contiguous()
+def _count_below(sorted_BGS: Tensor, limit_BHTJ: Tensor) -> Tensor:
+    limits = limit_BHTJ.reshape(*sorted_BGS.shape[:2], -1)
+    return torch.searchsorted(sorted_BGS, limits).view_as(limit_BHTJ)

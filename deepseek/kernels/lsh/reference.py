@@ -6,13 +6,7 @@ Tensor names follow `deepseek.model`; P is the number of buckets that a query pr
 import torch
 from torch import Tensor
 
-
-def document_starts(document_ids_BS: Tensor | None, like_BS: Tensor) -> Tensor:
-    """Return the index `[B, S]` of the first token of each token's document; documents are runs of equal ids."""
-    if document_ids_BS is None:
-        return torch.zeros_like(like_BS, dtype=torch.long)
-    opens_BS = torch.diff(document_ids_BS, dim=-1, prepend=document_ids_BS[:, :1]) != 0
-    return (torch.arange(opens_BS.shape[1], device=opens_BS.device) * opens_BS).cummax(-1).values
+from deepseek.kernels.lsh.intervals import document_starts
 
 
 def candidate_mask(
@@ -28,7 +22,8 @@ def candidate_mask(
     (batch, heads, length, probes), (_, groups, total) = query_codes_BHTP.shape, key_codes_BGS.shape
     device = key_codes_BGS.device
     real_BS = torch.ones(batch, total, dtype=torch.bool, device=device) if key_mask_BS is None else key_mask_BS.bool()
-    start_BS = document_starts(document_ids_BS, real_BS)
+    start_BS = document_starts(torch.zeros_like(real_BS) if document_ids_BS is None else document_ids_BS)
+    assert start_BS is not None
     keys_S = torch.arange(total, device=device)
     queries_T1 = keys_S[total - length :, None]
     same_BTS = start_BS[:, total - length :, None] == start_BS[:, None, :]

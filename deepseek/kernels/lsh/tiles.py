@@ -26,17 +26,17 @@ class Tiles:
     mask_tmw: Tensor
 
 
-def _passes(intervals: Intervals, groups: int, windows: Windows) -> Iterator[Iterator[Tiles]]:
-    """The passes over all heads; rows count B, G, T, H/G, places B, G, Z."""
-    places = intervals.order_BGZ.shape[-1]
-    for i in range(intervals.start_BTHI.shape[-1]):
+def _passes(intervals: Intervals, windows: Windows) -> Iterator[Iterator[Tiles]]:
+    """The passes over all heads; rows count B, H, T, places B, G, Z."""
+    batch, groups, places = intervals.order_BGZ.shape
+    offset_BG1 = torch.arange(batch * groups, device=intervals.order_BGZ.device).view(batch, groups, 1) * places
+    for i in range(intervals.start_BHTI.shape[-1]):
         start, stop = (
-            part[..., i].unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1).long()
-            for part in (intervals.start_BTHI, intervals.stop_BTHI)
+            (part[..., i].reshape(batch, groups, -1) + offset_BG1).flatten()
+            for part in (intervals.start_BHTI, intervals.stop_BHTI)
         )
-        offset = torch.arange(len(start), device=start.device)[:, None] * places
-        window = [windows.local, windows.sinks][i] if i < 2 else windows.bucket
-        yield _tiles((start + offset).flatten(), (stop + offset).flatten(), min(window, places), len(start) * places)
+        window = (windows.local, windows.sinks)[i] if i < 2 else windows.bucket
+        yield _tiles(start, stop, min(window, places), batch * groups * places)
 
 
 def _tiles(start_N: Tensor, stop_N: Tensor, window: int, places: int) -> Iterator[Tiles]:
@@ -44,50 +44,39 @@ def _tiles(start_N: Tensor, stop_N: Tensor, window: int, places: int) -> Iterato
     span_N, order_N = ((stop_N - 1).clamp(min=0) // SPAN).sort(stable=True)
     spans = torch.arange(places // SPAN + 1, device=start_N.device)
     first = torch.searchsorted(span_N, spans)  # of each span, in sorted rows
-    counts = torch.searchsorted(span_N, spans, right=True) - first
-    needed = (counts + QUERIES - 1) // QUERIES
+    needed = (torch.searchsorted(span_N, spans, right=True) - first + QUERIES - 1) // QUERIES
     tile_of_span = needed.cumsum(0) - needed
     rank_N = torch.arange(len(span_N), device=span_N.device) - first[span_N]
     total = len(start_N) // QUERIES + len(spans)
     rows = order_N.new_full((total * QUERIES,), len(start_N))  # one past the last row: nobody
-    rows[(tile_of_span[span_N] + rank_N // QUERIES) * QUERIES + rank_N % QUERIES] = order_N
+    rows[tile_of_span[span_N] * QUERIES + rank_N] = order_N
     rows_TM = rows.view(total, QUERIES)
-    begin_T = torch.searchsorted(tile_of_span, torch.arange(total, device=rows.device), right=True) - 1
+    span_T = torch.searchsorted(tile_of_span, torch.arange(total, device=rows.device), right=True) - 1
     keys_W = torch.arange(SPAN + window - 1, device=rows.device) + 1 - window
     start_N, stop_N = torch.cat((start_N, start_N.new_zeros(1))), torch.cat((stop_N, stop_N.new_zeros(1)))
-    size = max(1, SLAB // (QUERIES * len(keys_W)))
+    size = max(1, SLAB // (QUERIES * max(1, len(keys_W))))
     for begin in range(0, total, size):
         rows_tm = rows_TM[begin : begin + size]
-        places_tw = begin_T[begin : begin + size, None] * SPAN + keys_W
+        places_tw = span_T[begin : begin + size, None] * SPAN + keys_W
         inside = (start_N[rows_tm, None] <= places_tw[:, None]) & (places_tw[:, None] < stop_N[rows_tm, None])
         yield Tiles(rows_tm, places_tw.clamp(0, places - 1), inside)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _rows(x_BTHK: Tensor, groups: int) -> Tensor:
-    """Return the rows `[B * G * T * H/G + 1, K]`, the last one of zeros."""
-    rows = x_BTHK.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 3)
+def _rows(x_BHT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows `[B * H * T + 1, ...]`, the last one of zeros for nobody."""
+    rows = x_BHT.flatten(0, 2).to(dtype)
     return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
 
 
-def _from_rows(rows: Tensor, shape: torch.Size, groups: int) -> Tensor:
-    """Undo `_rows`; `shape` is that of the result."""
-    batch, length, heads = shape[:3]
-    return rows[:-1].view(batch, groups, length, heads // groups, *shape[3:]).transpose(1, 2).reshape(shape)
-
-
 def forward(
-    query_BTHK: Tensor, key_BGZK: Tensor, value_BGZK: Tensor, intervals: Intervals, windows: Windows, scale: float
+    query_BHTK: Tensor, key_BGZK: Tensor, value_BGZK: Tensor, intervals: Intervals, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return attention `[B, T, H, K]` and the logarithm of its denominator `[B, T, H]`, both at least in fp32."""
-    groups, wide = key_BGZK.shape[1], _wide(query_BTHK.dtype)
-    query, key, value = _rows(query_BTHK, groups), key_BGZK.flatten(0, 2), value_BGZK.flatten(0, 2)
+    """Return attention `[B, H, T, K]` and the logarithm of its denominator `[B, H, T]`, both at least in fp32."""
+    wide = torch.promote_types(query_BHTK.dtype, torch.float32)
+    query, key, value = _rows(query_BHTK, query_BHTK.dtype), key_BGZK.flatten(0, 2), value_BGZK.flatten(0, 2)
     lowest = torch.finfo(wide).min
     out, lse = torch.zeros_like(query, dtype=wide), query.new_full(query.shape[:1], lowest, dtype=wide)
-    for tiles in _passes(intervals, groups, windows):
+    for tiles in _passes(intervals, windows):
         new_out, new_lse = torch.zeros_like(out), torch.full_like(lse, lowest)
         for tile in tiles:
             scores = (query[tile.rows_tm] @ key[tile.places_tw].mT).to(wide) * scale
@@ -99,32 +88,28 @@ def forward(
         merged = torch.logaddexp(lse, new_lse)
         out = out * (lse - merged).exp()[:, None] + new_out * (new_lse - merged).exp()[:, None]
         lse = merged
-    return _from_rows(out, query_BTHK.shape, groups), _from_rows(lse, query_BTHK.shape[:3], groups)
+    return out[:-1].view(query_BHTK.shape), lse[:-1].view(query_BHTK.shape[:3])
 
 
 def backward(
-    grad_BTHK: Tensor, query_BTHK: Tensor, key_BGZK: Tensor, value_BGZK: Tensor, out_BTHK: Tensor, lse_BTH: Tensor,
+    grad_BHTK: Tensor, query_BHTK: Tensor, key_BGZK: Tensor, value_BGZK: Tensor, out_BHTK: Tensor, lse_BHT: Tensor,
     intervals: Intervals, windows: Windows, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of queries `[B, T, H, K]` and laid out keys and values `[B, G, Z, K]`."""
-    groups, wide = key_BGZK.shape[1], _wide(query_BTHK.dtype)
+    """Return the gradients of queries `[B, H, T, K]` and of keys and values as laid out, `[B, G, Z, K]`."""
+    dtype, wide = query_BHTK.dtype, torch.promote_types(query_BHTK.dtype, torch.float32)
     key, value = key_BGZK.flatten(0, 2), value_BGZK.flatten(0, 2)
-    dots_BTH = (grad_BTHK.to(wide) * out_BTHK).sum(-1)
-    query, grad, lse, dots = (
-        _rows(part, groups) for part in (query_BTHK, grad_BTHK.to(query_BTHK.dtype), lse_BTH, dots_BTH)
-    )
+    query, grad, lse = _rows(query_BHTK, dtype), _rows(grad_BHTK, dtype), _rows(lse_BHT, wide)[:, None]
+    dots = _rows((grad_BHTK.to(wide) * out_BHTK).sum(-1), wide)[:, None]
     grad_query = torch.zeros_like(query, dtype=wide)
     grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-    for tiles in _passes(intervals, groups, windows):
+    for tiles in _passes(intervals, windows):
         for tile in tiles:
             rows, places = tile.rows_tm, tile.places_tw
             scores = (query[rows] @ key[places].mT).to(wide) * scale
-            weights = (scores.masked_fill(~tile.mask_tmw, -torch.inf) - lse[rows][..., None]).exp()
-            grad_scores = weights * ((grad[rows] @ value[places].mT).to(wide) - dots[rows][..., None]) * scale
-            weights, grad_scores = weights.to(query.dtype), grad_scores.to(query.dtype)
-            # Nobody's row collects only zeros, and a query has one row a pass.
-            grad_query[rows] += (grad_scores @ key[places]).to(wide)
+            weights = (scores.masked_fill(~tile.mask_tmw, -torch.inf) - lse[rows]).exp()
+            grad_scores = weights * ((grad[rows] @ value[places].mT).to(wide) - dots[rows]) * scale
+            weights, grad_scores = weights.to(dtype), grad_scores.to(dtype)
+            grad_query[rows] += (grad_scores @ key[places]).to(wide)  # a query has one row a pass; nobody's gets zeros
             grad_key.index_add_(0, places.flatten(), (grad_scores.mT @ query[rows]).to(wide).flatten(0, 1))
             grad_value.index_add_(0, places.flatten(), (weights.mT @ grad[rows]).to(wide).flatten(0, 1))
-    grad_query = _from_rows(grad_query, query_BTHK.shape, groups)
-    return grad_query, grad_key.view_as(key_BGZK), grad_value.view_as(value_BGZK)
+    return grad_query[:-1].view(query_BHTK.shape), grad_key.view_as(key_BGZK), grad_value.view_as(value_BGZK)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deepseek.errors import ConfigError
 from deepseek.kernels.lsh import attention as kernel
 from deepseek.kernels.lsh.decode import BucketCache
-from deepseek.kernels.lsh.intervals import Windows
-from deepseek.kernels.lsh.reference import candidate_mask, document_starts, masked_attention
+from deepseek.kernels.lsh.intervals import Windows, document_starts
+from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
@@ -144,9 +144,8 @@ class LshAttention(FullAttention):
         with torch.no_grad():
             key_codes_BGT = self.hash.key_codes(key_BGSK[:, :, -length:])
             buckets = self._buckets(ctx)
-            packed = ctx.document_ids_BT is not None
-            first_BS = document_starts(ctx.document_ids_BT, key_BGSK[:, 0, :, 0])
-            buckets.append(key_codes_BGT, ctx.token_mask_BT, first_BS if packed else None)
+            first_BS = document_starts(ctx.document_ids_BT)
+            buckets.append(key_codes_BGT, ctx.token_mask_BT, first_BS)
             if total <= self.windows.local:
                 return super().attend(query_BHTK, key_BGSK, value_BGSK, ctx)
             query_codes_BHTP = self.hash.query_codes(query_BHTK, self.probes)

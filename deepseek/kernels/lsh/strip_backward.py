@@ -1,0 +1,74 @@
+"""One strip backward: its weights are computed again from the denominators, and five products make the gradients."""
+
+import numpy as np
+from numba import njit
+
+from deepseek.kernels.few_tokens import exp
+from deepseek.kernels.lsh.intervals import SPARE
+from deepseek.kernels.lsh.product import COLUMNS, multiply, multiply_add
+from deepseek.kernels.lsh.strip_forward import EXACT, gather, score
+
+
+@njit(fastmath=EXACT)
+def _denominators(rows, grad, out, lse, lse_m, dots_m):  # type: ignore[no-untyped-def]
+    """Set for each query the logarithm of its denominator, and the product of its output with that one's gradient."""
+    for m in range(len(rows)):
+        t, h = rows[m] // out.shape[1], rows[m] % out.shape[1]
+        total = np.float32(0)
+        for k in range(out.shape[2]):
+            total += grad[t, h, k] * out[t, h, k]
+        lse_m[m], dots_m[m] = lse[t, h], total
+
+
+@njit(fastmath=EXACT)
+def _through_softmax(weights, grads, lse_m, dots_m):  # type: ignore[no-untyped-def]
+    """From scores to weights, and from the gradient of weights to that of scores."""
+    for j in range(len(weights)):
+        for m in range(COLUMNS):
+            below = weights[j, m] - lse_m[m]
+            weight = exp(below) if below > np.float32(-87) else np.float32(0)
+            weights[j, m] = weight
+            grads[j, m] = weight * (grads[j, m] - dots_m[m])
+
+
+@njit
+def _add_outer(left, count, x, rows, scale, part, target):  # type: ignore[no-untyped-def]
+    """Add to the first rows of `target` the products of `left` `[count, 16]` with the given rows of x, scaled."""
+    part[len(rows) :] = 0
+    for m in range(len(rows)):
+        row = x[rows[m] // x.shape[1], rows[m] % x.shape[1]]
+        for k in range(len(row)):
+            part[m, k] = scale * row[k]
+    width = x.shape[2]
+    multiply_add(
+        left.ctypes.data, COLUMNS, 1, part.ctypes.data, width, target.ctypes.data, width, count, width, COLUMNS
+    )
+
+
+@njit
+def backward(views, grad, targets, strips, scale, buffers):  # type: ignore[no-untyped-def]
+    """Add the gradients of queries, keys and values of one unit of work to the targets."""
+    (q, key, value, out, lse), (rows, starts, stops, bounds), (side, part, weights, grads) = views, strips, buffers
+    (grad_q, grad_key, grad_value), width, one = targets, q.shape[2], np.float32(1)
+    lse_m, dots_m = np.zeros(COLUMNS, np.float32), np.zeros(COLUMNS, np.float32)
+    for s in range(len(bounds) - 1):
+        own = slice(bounds[s], bounds[s + 1])
+        mine, base, count = rows[own], starts[bounds[s]], stops[bounds[s + 1] - 1] - starts[bounds[s]]
+        gather(grad, mine, one, side)
+        multiply(
+            value[base:].ctypes.data, width, 1, side.ctypes.data, COLUMNS, grads.ctypes.data, COLUMNS, count, COLUMNS,
+            width,
+        )  # fmt: skip
+        gather(q, mine, scale, side)
+        score(key, side, starts[own], stops[own], weights)
+        _denominators(mine, grad, out, lse, lse_m, dots_m)
+        _through_softmax(weights[:count], grads[:count], lse_m, dots_m)
+        weights[count : count + SPARE], grads[count : count + SPARE] = 0, 0
+        multiply(
+            grads.ctypes.data, 1, COLUMNS, key[base:].ctypes.data, width, part.ctypes.data, width, COLUMNS, width,
+            count,
+        )  # fmt: skip
+        for m in range(len(mine)):
+            grad_q[mine[m] // q.shape[1], mine[m] % q.shape[1]] += scale * part[m]
+        _add_outer(grads, count, q, mine, scale, part, grad_key[base:])
+        _add_outer(weights, count, grad, mine, one, part, grad_value[base:])
