@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from deepseek.kernels import openmp
-from deepseek.kernels.distance import distance_buckets
+from deepseek.kernels.distance import NUM_BUCKETS, distance_buckets
 
 CHUNK = 128
 """Queries whose scores the chunked path holds at once."""
@@ -28,7 +28,7 @@ class ScoreBias:
 
     Attributes:
         table_BHTN: one value for each query and bucket of distance (N = 32, see `distance.py`).
-        key_BHS: one value for each key, in fp64: only differences count, and they are small beside sums over a long row.
+        key_BHS: one value for each key, in fp64: only differences count, small beside the sums of a long row.
         scale_BHT: factor of the query.
     """
 
@@ -90,11 +90,12 @@ def biased_attention(
     if not quick or visible.real_BS is not None:
         return chunked_attention(*parts, bias, visible)
     (batch, heads, length, _), total = query_BHTK.shape, key_BGSK.shape[2]
-    table = bias.table_BHTN if bias.table_BHTN is not None else query_BHTK.new_zeros(batch, heads, length, 32)
-    slope = bias.key_BHS if bias.key_BHS is not None else query_BHTK.new_zeros(batch, heads, total, dtype=torch.double)
+    zero = query_BHTK.new_zeros(())
+    table_BHTN = (zero if bias.table_BHTN is None else bias.table_BHTN).expand(batch, heads, length, NUM_BUCKETS)
+    slope_BHS = (zero if bias.key_BHS is None else bias.key_BHS).expand(batch, heads, total)
     attended: Tensor = _Tiled.apply(
-        scaled_query(query_BHTK.float(), bias), key_BGSK.float(), value_BGSK.float(), table.float(), slope.double(),
-        visible.first_BT.expand(batch, length),
+        scaled_query(query_BHTK.float(), bias), key_BGSK.float(), value_BGSK.float(), table_BHTN.float(),
+        slope_BHS.double(), visible.first_BT.expand(batch, length),
     )  # fmt: skip
     return attended.to(query_BHTK.dtype)
 
@@ -139,7 +140,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor | None, ...]:
         from deepseek.kernels import biased_tiles
 
         return (*biased_tiles.backward(*ctx.saved_tensors, grad_BHTK.contiguous()), None)

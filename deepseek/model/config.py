@@ -11,11 +11,12 @@ from deepseek.registry import nearest, pick
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("full", "lsh"),
-    "positional_encoding": ("none", "rope"),
+    "positional_encoding": ("alibi", "dpe", "learned", "none", "rope"),
     "routing_strategy": ("dense", "dynamic", "topk"),
     "router_score": ("sigmoid", "softmax"),
     "qk_norm": ("head", "none", "width"),
 }
+ROTARY = ("dpe", "rope")  # encodings that rotate queries and keys
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Keys that Hugging Face itself writes into or passes along with a config; they carry no meaning here.
@@ -45,6 +46,10 @@ class ModelConfig(PreTrainedConfig):
             keys and first keys of its document it looks at whatever their bucket.
         lsh_exact_layers: layers that keep full attention; None = the first two, which look everywhere.
         max_position_embeddings: longest context in tokens; `max_len` is another name for it.
+        positional_encoding: "rope", "dpe" (rope and a learned bias of scores, see `model/positions/dynamic.py`),
+            "alibi", "learned" (a vector for each position) or "none".
+        rope_parameters: of "rope" and "dpe", as Hugging Face has them: `rope_theta`, `rope_type` ("yarn" and others).
+        train_len: tokens of the rows that "dpe" is trained on, where those are fewer than the longest context.
     Mixture of experts (`num_experts` = 0 makes a dense model):
         num_experts, expert_dim: routed experts per pool and their width F.
         num_shared_experts, shared_expert_dim: always-on experts and their total width (default: number x `expert_dim`).
@@ -101,6 +106,7 @@ class ModelConfig(PreTrainedConfig):
 
     positional_encoding: str = "rope"
     rope_parameters: dict[str, Any] | None = None
+    train_len: int | None = None
 
     num_experts: int = 0
     expert_dim: int = 0
@@ -203,6 +209,7 @@ def _validate(config: ModelConfig) -> None:
         if value not in values:
             raise ConfigError(f"{name}={value!r} is unknown; {nearest(str(value), values)}.")
     _validate_backbone(config)
+    _validate_positions(config)
     if config.attention == "lsh":
         _validate_lsh(config)
     if config.num_experts:
@@ -228,10 +235,32 @@ def _validate_backbone(config: ModelConfig) -> None:
         f"head_dim={head_dim!r} must be a positive even number; set it, or a hidden_size that "
         f"{heads} heads divide evenly.",
     )
+
+
+def _validate_positions(config: ModelConfig) -> None:
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    kind, train_len = config.positional_encoding, config.train_len
     _require(
-        config.positional_encoding != "rope" or rope_type in ROPE_TYPES,
+        rope_type in ROPE_TYPES,
         f"rope_parameters['rope_type']={rope_type!r} is not supported; {nearest(str(rope_type), ROPE_TYPES)}.",
+    )
+    _require(
+        kind in ROTARY or rope_type == "default",
+        f"rope_parameters of type {rope_type!r} contradict positional_encoding={kind!r}, which rotates nothing; leave "
+        "them out or use 'rope' or 'dpe'.",
+    )
+    _require(
+        train_len is None or kind == "dpe",
+        f"train_len={train_len} contradicts positional_encoding={kind!r}: only 'dpe' has one; leave it out.",
+    )
+    _require(
+        train_len is None or 0 < train_len <= config.max_position_embeddings,
+        f"train_len={train_len} must be positive and at most max_position_embeddings={config.max_position_embeddings}.",
+    )
+    _require(
+        config.attention == "full" or kind not in ("alibi", "dpe"),
+        f"attention={config.attention!r} contradicts positional_encoding={kind!r}, whose bias of scores only 'full' "
+        "attention adds; use 'rope', 'learned' or 'none'.",
     )
 
 

@@ -1,13 +1,14 @@
 """What all layers of one forward pass share."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError
-from deepseek.model.config import ModelConfig
+from deepseek.kernels.score_bias import Visible
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.positions import PreparedPositions
 
@@ -25,9 +26,9 @@ class ForwardContext:
     Attributes:
         positions: maps queries and keys to positioned ones.
         position_ids_BT: position of each token in its own document.
-        token_mask_BT: False at padding; None when every token is real.
-        mask_B1TS: True where a query may attend to a key; None when plain causal attention says it all.
-        window_mask_B1TS: the same for layers with a sliding window; None when no layer has one.
+        past: number of tokens in the cache.
+        window: of layers with a sliding window, in tokens; None when no layer has one.
+        real_BS: False at padding, past and new; None when every token is real.
         document_ids_BT: which document of a packed row a token belongs to; None when rows hold one document each.
         cache: keys and values of past tokens, or None.
         armed: plugged experts that take part, or None when not one is armed.
@@ -36,13 +37,55 @@ class ForwardContext:
 
     positions: PreparedPositions
     position_ids_BT: Tensor
-    token_mask_BT: Tensor | None = None
-    mask_B1TS: Tensor | None = None
-    window_mask_B1TS: Tensor | None = None
+    past: int = 0
+    window: int | None = None
+    real_BS: Tensor | None = None
     document_ids_BT: Tensor | None = None
     cache: KVCache | None = None
     armed: Armed | None = None
     router_stats: list[Any] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Number of new tokens."""
+        return self.position_ids_BT.shape[1]
+
+    @cached_property
+    def token_mask_BT(self) -> Tensor | None:
+        """False at padding among the new tokens; None when every token is real."""
+        return None if self.real_BS is None else self.real_BS[:, self.past :]
+
+    @cached_property
+    def places_BS(self) -> Tensor:
+        """Place `[B or 1, S]` of each token, past and new, among the real ones of its row."""
+        if self.real_BS is not None:
+            return self.real_BS.cumsum(-1)
+        return torch.arange(self.past + self.length, device=self.position_ids_BT.device)[None]
+
+    # Masks grow with the square of the length, so they are made only for attention that asks.
+    @cached_property
+    def mask_B1TS(self) -> Tensor | None:
+        """True where a query may attend to a key; None when plain causal attention says it all."""
+        return self._mask(None)
+
+    @cached_property
+    def window_mask_B1TS(self) -> Tensor | None:
+        """The same for layers with a sliding window."""
+        return self._mask(self.window)
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        device = self.position_ids_BT.device
+        return attention_mask(self.length, self.past, self.real_BS, self.document_ids_BT, window, device)
+
+    @cached_property
+    def visible(self) -> Visible:
+        """The same as `mask_B1TS`, in memory that grows with the length."""
+        return visible(self.position_ids_BT, self.past, self.real_BS, self.document_ids_BT, None)
+
+    @cached_property
+    def window_visible(self) -> Visible:
+        """The same as `window_mask_B1TS`."""
+        return visible(self.position_ids_BT, self.past, self.real_BS, self.document_ids_BT, self.window)
 
 
 def past_length(cache: KVCache | None) -> int:
@@ -110,16 +153,19 @@ def attention_mask(
     return mask
 
 
-def build_masks(
-    config: ModelConfig,
-    length: int,
-    past: int,
-    real_BS: Tensor | None,
-    documents_BT: Tensor | None,
-    device: torch.device,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the masks for full and for sliding-window layers (see `ForwardContext`)."""
-    full = attention_mask(length, past, real_BS, documents_BT, None, device)
-    if config.sliding_window is None:
-        return full, None
-    return full, attention_mask(length, past, real_BS, documents_BT, config.sliding_window, device)
+def visible(
+    position_ids_BT: Tensor, past: int, real_BS: Tensor | None, documents_BT: Tensor | None, window: int | None
+) -> Visible:
+    """Return the keys that `attention_mask` shows, as one run of slots a query."""
+    batch, length = position_ids_BT.shape
+    slots_BT = torch.arange(past, past + length, device=position_ids_BT.device).expand(batch, length)
+    first_BT = torch.zeros_like(slots_BT) if window is None else (slots_BT - window + 1).clamp(min=0)
+    if documents_BT is not None:
+        begins_BT = torch.diff(documents_BT, dim=-1, prepend=documents_BT[:, :1]) != 0
+        first_BT = torch.maximum(first_BT, torch.where(begins_BT, slots_BT, 0).cummax(-1).values)
+    if real_BS is None:
+        return Visible(first_BT)
+    first_BT = torch.maximum(first_BT, real_BS.int().argmax(-1, keepdim=True))
+    first_BT = torch.where(real_BS[:, past:], first_BT, slots_BT)  # padding sees itself, as in the mask
+    runs_B = (torch.diff(real_BS.int(), dim=-1, prepend=torch.zeros_like(real_BS[:, :1], dtype=torch.int)) > 0).sum(-1)
+    return Visible(first_BT, real_BS if bool((runs_B > 1).any()) else None)

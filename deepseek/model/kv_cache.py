@@ -16,13 +16,14 @@ class KVCache(DynamicCache):
     `gate_state[layer]` is `[B, 3, M]`: the sums of both gate scores of M modules and their common denominator (see
     `model/experts/gate.py`). `armed` is the set of experts that the sequence started with, so that plugging or
     unplugging between two steps never changes a sequence in flight. `buckets[layer]` says which keys of an LSH layer
-    fall into which bucket.
+    fall into which bucket. `key_bias[layer]` `[B, H, S]` is what dynamic positions add to the scores of each key.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate_state: dict[int, Tensor] = {}
         self.buckets: dict[int, BucketCache] = {}
+        self.key_bias: dict[int, Tensor] = {}
         self.armed: Any = None
         self.started = False
 
@@ -47,8 +48,10 @@ class KVCache(DynamicCache):
         super().crop(tokens_to_remove)
         for buckets in self.buckets.values():
             buckets.crop(self.get_seq_length())
+        self.key_bias = {layer: state[..., : self.get_seq_length()] for layer, state in self.key_bias.items()}
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.gate_state = {layer: change(state) for layer, state in self.gate_state.items()}
+        self.key_bias = {layer: change(state) for layer, state in self.key_bias.items()}
         for buckets in self.buckets.values():
             buckets.change_rows(change)

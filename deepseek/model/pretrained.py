@@ -56,7 +56,8 @@ def load_pretrained(
         merged = _shared_from_dense(merged)
     found = convert_tensors(read_tensors(folder), merged.to_dict())
     tensors = {name: t.to(device, t.dtype if ".balance." in name else target) for name, t in found.items()}
-    model = _upcycle(cls, merged, tensors, upcycle_seed) if upcycled else _fill(cls, merged, tensors)
+    converted = merged.positional_encoding != ModelConfig(**checkpoint).positional_encoding
+    model = _upcycle(cls, merged, tensors, upcycle_seed) if upcycled else _fill(cls, merged, tensors, converted)
     model.config.name_or_path = str(name_or_path)
     model.generation_config = _generation_config(folder, model)
     model.experts.base_folder = folder
@@ -98,12 +99,25 @@ def _as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dt
     return resolved
 
 
-def _fill(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor]) -> Model:
-    """Build `cls` without spending time on initial values, then hang the checkpoint's tensors into it."""
+def _fill(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], converted: bool) -> Model:
+    """Build `cls` without spending time on initial values, then hang the checkpoint's tensors into it.
+
+    A checkpoint that is `converted` has another positional encoding and lacks the weights of this one.
+    """
     with torch.device("meta"):
         model = cls(config)
-    _load(model, tensors)
+    _load(model, (_start_positions(model) if converted else {}) | tensors)
     return model
+
+
+def _start_positions(model: "DeepSeekModel") -> dict[str, Tensor]:
+    """Return start values of the weights of the model's positional encoding."""
+    start: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if (name == "positions" or name.endswith(".score_bias")) and list(module.parameters()):
+            module.to_empty(device="cpu").reset_parameters()
+            start |= module.state_dict(prefix=f"{name}.")
+    return start
 
 
 def _upcycle(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> Model:

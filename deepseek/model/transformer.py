@@ -46,7 +46,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(Block(config, i, self._pool_of(i)) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.positions = pick(POSITIONS, config.positional_encoding, "positional_encoding")(config)
+        self.positions = pick(POSITIONS, config.positional_encoding, "positional_encoding").positions(config)
         self.experts = ExpertSet(self)
         self.post_init()
 
@@ -98,6 +98,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = KVCache()
         ctx = self.context(hidden_BTD, attention_mask, position_ids, cache)
+        hidden_BTD = self.positions.embed(hidden_BTD, ctx.position_ids_BT)
         hidden_states = [hidden_BTD]
         for block in self.layers:
             hidden_states.append(block(hidden_states[-1] if output_hidden_states else hidden_states.pop(), ctx))
@@ -127,20 +128,21 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         positions_BT = ctx_of.resolve_positions(batch, length, past, attention_mask, position_ids, device)
         packed = position_ids is not None and past == 0 and real_BS is None
         documents_BT = ctx_of.document_ids(positions_BT) if packed else None
-        mask, window_mask = ctx_of.build_masks(self.config, length, past, real_BS, documents_BT, device)
         return ForwardContext(
             positions=self.positions.prepare(positions_BT, hidden_BTD.dtype),
             position_ids_BT=positions_BT,
-            token_mask_BT=None if real_BS is None else real_BS[:, -length:],
-            mask_B1TS=mask,
-            window_mask_B1TS=window_mask,
+            past=past,
+            window=self.config.sliding_window,
+            real_BS=real_BS,
             document_ids_BT=documents_BT,
             cache=cache,
             armed=self._armed(cache),
         )
 
     def run_layers(self, hidden_BTD: Tensor, start: int, stop: int, ctx: ForwardContext) -> Tensor:
-        """Run blocks `start` to `stop - 1` on the stream `[B, T, D]`."""
+        """Run blocks `start` to `stop - 1` on the stream `[B, T, D]`, which for the first block are the embeddings."""
+        if start == 0:
+            hidden_BTD = self.positions.embed(hidden_BTD, ctx.position_ids_BT)
         for block in self.layers[start:stop]:
             hidden_BTD = block(hidden_BTD, ctx)
         return hidden_BTD

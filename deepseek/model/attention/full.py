@@ -3,9 +3,11 @@
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from deepseek.kernels.score_bias import biased_attention
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 from deepseek.model.norm import RMSNorm
+from deepseek.model.positions import POSITIONS
 
 
 class FullAttention(nn.Module):
@@ -31,13 +33,21 @@ class FullAttention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim if self.norm_heads else query_width, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim if self.norm_heads else key_width, config.rms_norm_eps)
         self.normed = config.qk_norm != "none"
+        source = POSITIONS[config.positional_encoding].score_bias
+        self.score_bias = None if source is None else source(config)
 
     def forward(self, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         query, key, value = self._project(x_BTD)
         query, key = ctx.positions(query, key)
         if ctx.cache is not None:
             key, value = ctx.cache.update(key, value, self.layer_idx)
-        output: Tensor = self.o_proj(self.attend(query, key, value, ctx).transpose(1, 2).flatten(2))
+        bias = None if self.score_bias is None else self.score_bias(x_BTD, ctx, self.layer_idx)
+        if bias is None:
+            attended_BHTK = self.attend(query, key, value, ctx)
+        else:
+            visible = ctx.window_visible if self.windowed else ctx.visible
+            attended_BHTK = biased_attention(query, key, value, bias, visible)
+        output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
         return output
 
     def attend(self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, ctx: ForwardContext) -> Tensor:

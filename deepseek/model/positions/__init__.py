@@ -1,35 +1,33 @@
-"""How a model knows the order of its tokens. One protocol, one table; a new kind is one file and one row."""
+"""How a model knows the order of its tokens. One protocol, one table; a new kind is one file and one row.
+
+A kind may act in three places: on the embeddings (learned), on queries and keys (rope), on the scores (alibi, dpe).
+"""
 
 from collections.abc import Callable
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from deepseek.model.config import ModelConfig
+from deepseek.model.positions.alibi import AlibiBias
+from deepseek.model.positions.dynamic import DynamicBias
+from deepseek.model.positions.learned import LearnedPositions
+from deepseek.model.positions.plain import PlainPositions
+from deepseek.model.positions.protocol import Positions, PreparedPositions, ScoreBiasSource
 from deepseek.model.positions.rope import Rope
 
 
-class PreparedPositions(Protocol):
-    """Positions of one forward pass: maps queries `[B, H, T, K]` and keys `[B, G, T, K]` to positioned ones."""
+class Encoding(NamedTuple):
+    """A kind of encoding: what the model owns of it and, where it acts on scores, what each layer owns."""
 
-    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class Positions(Protocol):
-    """A positional encoding; `prepare` is called once per forward pass with the positions `[B, T]` of its tokens."""
-
-    def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> PreparedPositions: ...
+    positions: Callable[[ModelConfig], Positions]
+    score_bias: Callable[[ModelConfig], ScoreBiasSource] | None = None
 
 
-class NoPositions:
-    """No encoding at all: causal attention alone tells the order (NoPE, arXiv:2305.19466)."""
+POSITIONS: dict[str, Encoding] = {
+    "alibi": Encoding(PlainPositions, AlibiBias),
+    "dpe": Encoding(Rope, DynamicBias),
+    "learned": Encoding(LearnedPositions),
+    "none": Encoding(PlainPositions),
+    "rope": Encoding(Rope),
+}
 
-    def __init__(self, config: ModelConfig) -> None:
-        pass
-
-    def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> PreparedPositions:
-        return lambda query, key: (query, key)
-
-
-POSITIONS: dict[str, Callable[[ModelConfig], Positions]] = {"none": NoPositions, "rope": Rope}
+__all__ = ["POSITIONS", "Encoding", "Positions", "PreparedPositions", "ScoreBiasSource"]

@@ -26,6 +26,9 @@ class Rope:
             else:
                 self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
 
+    def embed(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
+        return x_BTD
+
     def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> "Rotation":
         """Return the rotation for these positions; its tables are computed in fp32 and kept in `dtype`."""
         self.inv_freq = self.inv_freq.to(position_ids_BT.device)

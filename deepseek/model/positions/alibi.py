@@ -1,0 +1,33 @@
+"""Attention with linear biases (arXiv:2108.12409)."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.kernels.score_bias import ScoreBias
+from deepseek.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from deepseek.model.context import ForwardContext
+
+
+class AlibiBias(nn.Module):
+    """Lowers a score by a fixed slope a token of distance; of a key that is a constant, its place times the slope."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.slopes = slopes(config.num_attention_heads)
+
+    def forward(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> ScoreBias:
+        slopes_H = torch.tensor(self.slopes, dtype=torch.double, device=x_BTD.device)
+        return ScoreBias(key_BHS=slopes_H[:, None] * ctx.places_BS[:, None].double())
+
+
+def slopes(heads: int) -> list[float]:
+    """Return the slope of each head: powers of 2 down to 2^-8, those between for counts that are no power of 2."""
+    whole = 2 ** int(math.log2(heads))
+    series = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    between = [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
+    return series + between
