@@ -59,34 +59,42 @@ class BucketCache:
         else:
             self._ring_BGCW = None
 
+    def candidates(self, query_codes_BH1P: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places of keys outside the local window that the newest query looks at, and which count.
+
+        Both are `[B, G, N, W]` for N buckets, the sinks' first, of all the queries that share a key head.
+        """
+        if self._ring_BGCW is None:
+            self._build()
+        assert self._ring_BGCW is not None and self._count_BGC is not None
+        (batch, groups, _, places), sinks = self._ring_BGCW.shape, self.windows.num_buckets
+        bucket_BHN = torch.cat(
+            (query_codes_BH1P.new_full((*query_codes_BH1P.shape[:3], 1), sinks), query_codes_BH1P), -1
+        )
+        bucket_BGN = bucket_BHN.view(batch, groups, -1).long()
+        position_BGNW = self._ring_BGCW.gather(2, bucket_BGN[..., None].expand(-1, -1, -1, places))
+        count_BGN1 = self._count_BGC.gather(2, bucket_BGN)[..., None]
+        age_BGNW = (count_BGN1 - 1 - torch.arange(places, device=count_BGN1.device)) % places
+        limit_BGN = torch.where(bucket_BGN == sinks, self.windows.sinks, self.windows.bucket)
+        return position_BGNW, age_BGNW < torch.minimum(count_BGN1, limit_BGN[..., None])
+
     def attend(
         self, query_BH1K: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BH1P: Tensor, scale: float
     ) -> Tensor:
         """Return the attention `[B, H, 1, K]` of the newest token, whose key is the last one."""
-        if self._ring_BGCW is None:
-            self._build()
-        assert self._ring_BGCW is not None and self._count_BGC is not None
-        (batch, groups, _, width), heads = key_BGSK.shape, query_BH1K.shape[1]
-        sinks = query_codes_BH1P.new_full((batch, heads, 1, 1), self.windows.num_buckets)
-        lists_BGN = torch.cat((sinks, query_codes_BH1P), -1).view(batch, groups, -1).long()
-        places = self._ring_BGCW.shape[-1]
-        position_BGNW = self._ring_BGCW.gather(2, lists_BGN[..., None].expand(-1, -1, -1, places))
-        count_BGN1 = self._count_BGC.gather(2, lists_BGN)[..., None]
-        age_BGNW = (count_BGN1 - 1 - torch.arange(places, device=count_BGN1.device)) % places
-        limit_BGN1 = torch.where(lists_BGN == self.windows.num_buckets, self.windows.sinks, self.windows.bucket)
-        valid_BGNW = age_BGNW < torch.minimum(count_BGN1, limit_BGN1[..., None])
-        near = slice(max(0, self.length - self.windows.local), self.length)
-        real_BG1S = (self.codes_BGS[:, :, near] != self.windows.num_buckets + 1)[:, :, None]
-        query_BGRK = query_BH1K.view(batch, groups, -1, width) * scale
-        old = [_rows(part, position_BGNW).unflatten(2, (query_BGRK.shape[2], -1)) for part in (key_BGSK, value_BGSK)]
-        lowest = torch.finfo(query_BH1K.dtype).min
-        scores_near = (query_BGRK @ key_BGSK[:, :, near].mT).masked_fill(~real_BG1S, lowest)
+        query_BGRK = query_BH1K.view(*key_BGSK.shape[:2], -1, key_BGSK.shape[-1]) * scale
+        shared, lowest = query_BGRK.shape[2], torch.finfo(query_BH1K.dtype).min
+        position_BGNW, valid_BGNW = self.candidates(query_codes_BH1P)
+        old = [_rows(part, position_BGNW).unflatten(2, (shared, -1)) for part in (key_BGSK, value_BGSK)]
         scores_old = (old[0] @ query_BGRK[..., None]).squeeze(-1)
         scores_old = scores_old.masked_fill(~valid_BGNW.view_as(scores_old), lowest)
+        near = slice(max(0, self.length - self.windows.local), self.length)
+        padding_BG1S = (self.codes_BGS[:, :, near] == self.windows.num_buckets + 1)[:, :, None]
+        scores_near = (query_BGRK @ key_BGSK[:, :, near].mT).masked_fill(padding_BG1S, lowest)
         weights = torch.cat((scores_near, scores_old), -1).softmax(-1, dtype=torch.float32).to(value_BGSK.dtype)
-        weights_near, weights_old = weights.split([scores_near.shape[-1], scores_old.shape[-1]], -1)
+        weights_near, weights_old = weights.tensor_split([scores_near.shape[-1]], -1)
         out_BGRK = weights_near @ value_BGSK[:, :, near] + (weights_old[..., None, :] @ old[1]).squeeze(-2)
-        return out_BGRK.reshape(batch, heads, 1, width)
+        return out_BGRK.view_as(query_BH1K)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change`, which picks, repeats or reorders sequences along the first axis, to all that is kept."""

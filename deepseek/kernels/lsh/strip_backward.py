@@ -9,7 +9,7 @@ from deepseek.kernels.lsh.product import COLUMNS, multiply, multiply_add
 from deepseek.kernels.lsh.strip_forward import EXACT, gather, score
 
 
-@njit(fastmath=EXACT)
+@njit(fastmath=True)
 def _denominators(rows, grad, out, lse, lse_m, dots_m):  # type: ignore[no-untyped-def]
     """Set for each query the logarithm of its denominator, and the product of its output with that one's gradient."""
     for m in range(len(rows)):
@@ -29,6 +29,14 @@ def _through_softmax(weights, grads, lse_m, dots_m):  # type: ignore[no-untyped-
             weight = exp(below) if below > np.float32(-87) else np.float32(0)
             weights[j, m] = weight
             grads[j, m] = weight * (grads[j, m] - dots_m[m])
+
+
+@njit(fastmath=EXACT)
+def _add_rows(rows, scale, part, target):  # type: ignore[no-untyped-def]
+    for m in range(len(rows)):
+        row = target[rows[m] // target.shape[1], rows[m] % target.shape[1]]
+        for k in range(len(row)):
+            row[k] += scale * part[m, k]
 
 
 @njit
@@ -68,7 +76,6 @@ def backward(views, grad, targets, strips, scale, buffers):  # type: ignore[no-u
             grads.ctypes.data, 1, COLUMNS, key[base:].ctypes.data, width, part.ctypes.data, width, COLUMNS, width,
             count,
         )  # fmt: skip
-        for m in range(len(mine)):
-            grad_q[mine[m] // q.shape[1], mine[m] % q.shape[1]] += scale * part[m]
+        _add_rows(mine, scale, part, grad_q)
         _add_outer(grads, count, q, mine, scale, part, grad_key[base:])
         _add_outer(weights, count, grad, mine, one, part, grad_value[base:])

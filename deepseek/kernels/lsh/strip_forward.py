@@ -27,10 +27,12 @@ def score(key, side, starts, stops, scores):  # type: ignore[no-untyped-def]
     multiply(
         key[base:].ctypes.data, width, 1, side.ctypes.data, COLUMNS, scores.ctypes.data, COLUMNS, count, COLUMNS, width
     )
-    for m in range(len(starts)):
-        scores[: starts[m] - base, m] = LOWEST
-        scores[stops[m] - base : count, m] = LOWEST
-    scores[:count, len(starts) :] = LOWEST
+    for m in range(COLUMNS):
+        first, last = (starts[m] - base, stops[m] - base) if m < len(starts) else (count, count)
+        for j in range(first):
+            scores[j, m] = LOWEST
+        for j in range(last, count):
+            scores[j, m] = LOWEST
 
 
 @njit(fastmath=EXACT)

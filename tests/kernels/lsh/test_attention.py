@@ -1,0 +1,249 @@
+"""Every way of computing LSH attention agrees with the dense mask, and nothing depends on what comes later."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from deepseek.kernels.lsh import tiles
+from deepseek.kernels.lsh.attention import lsh_attention
+from deepseek.kernels.lsh.decode import BucketCache
+from deepseek.kernels.lsh.intervals import Windows, document_starts
+from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
+
+BUCKETS, HEADS, GROUPS, WIDTH = 6, 6, 2, 16
+
+
+@dataclass
+class Problem:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_codes: Tensor
+    key_codes: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [part.detach().to(dtype).requires_grad_() for part in (self.query, self.key, self.value)]
+
+    def fast(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return lsh_attention(query, key, value, self.query_codes, self.key_codes, num_buckets=BUCKETS, **self.options)
+
+    def slow(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return masked_attention(query, key, value, self.mask())
+
+    def mask(self) -> Tensor:
+        return candidate_mask(self.query_codes, self.key_codes, **self.options)
+
+    def windows(self) -> Windows:
+        return Windows(self.options["local_window"], self.options["sinks"], self.options["bucket_window"], BUCKETS)
+
+
+def problem(seed: int, total: int, length: int, packed: bool, padded: bool, **windows: int) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    batch, probes = 2, 3
+
+    def normal(heads: int, size: int) -> Tensor:
+        return torch.randn(batch, heads, size, WIDTH, generator=generator)
+
+    options: dict[str, Any] = {"local_window": 9, "sinks": 2, "bucket_window": 5} | windows
+    if packed:
+        options["document_ids_BS"] = (torch.rand(batch, total, generator=generator) < 0.05).cumsum(-1)
+    if padded:
+        options["key_mask_BS"] = torch.rand(batch, total, generator=generator) < 0.8
+    # Buckets of very different sizes, some empty, some never probed.
+    popularity = torch.rand(BUCKETS, generator=generator) ** 3
+    key_codes = torch.multinomial(popularity, batch * GROUPS * total, True, generator=generator)
+    query_codes = (torch.rand(batch, HEADS, length, BUCKETS, generator=generator) + popularity).argsort(-1)
+    return Problem(
+        normal(HEADS, length), normal(GROUPS, total), normal(GROUPS, total), query_codes[..., :probes],
+        key_codes.view(batch, GROUPS, total), options,
+    )  # fmt: skip
+
+
+def problems(most: int = 120) -> st.SearchStrategy[Problem]:
+    def build(total: int, part: float, **rest: Any) -> Problem:
+        return problem(total=total, length=max(1, round(part * total)), **rest)
+
+    windows = {"local_window": st.integers(1, 40), "sinks": st.integers(0, 5), "bucket_window": st.integers(1, 30)}
+    return st.builds(
+        build, seed=st.integers(0, 10**6), total=st.integers(1, most), part=st.sampled_from([1.0, 1.0, 0.4, 0.0]),
+        packed=st.booleans(), padded=st.booleans(), **windows,
+    )  # fmt: skip
+
+
+def outcome(way: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of queries, keys and values for a fixed random loss."""
+    out = way(*inputs)
+    loss = (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+    return [out.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.fixture(params=["strips", "tiles"])
+def way(request, monkeypatch):
+    """Run a test with the compiled kernels, and with torch's operators as on a machine without numba."""
+    if request.param == "tiles":
+        monkeypatch.setattr("deepseek.kernels.openmp.runtime", lambda: None)
+        monkeypatch.setattr(tiles, "SPAN", 16)
+        monkeypatch.setattr(tiles, "QUERIES", 8)
+        monkeypatch.setattr(tiles, "SLAB", 1 << 12)
+    return request.param
+
+
+def assert_close(some: list[Tensor], others: list[Tensor], tolerance: float = 1e-5) -> None:
+    for one, other in zip(some, others, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("way")
+def test_outputs_and_gradients_are_those_of_the_dense_mask():
+    @settings(max_examples=40)
+    @given(case=problems())
+    def check(case: Problem) -> None:
+        assert_close(outcome(case.fast, case.inputs()), outcome(case.slow, case.inputs(torch.float64)))
+
+    check()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("length", [1100, 3])
+def test_units_of_work_meet_without_a_seam(length):
+    case = problem(0, 1100, length, packed=True, padded=True, local_window=40, bucket_window=30)
+    assert_close(outcome(case.fast, case.inputs()), outcome(case.slow, case.inputs(torch.float64)))
+
+
+@pytest.mark.usefixtures("way")
+def test_one_bucket_or_a_short_sequence_is_exact_attention():
+    for windows in ({"bucket_window": 100}, {"local_window": 100}):
+        case = problem(1, 90, 90, packed=False, padded=False, **windows)
+        case.query_codes, case.key_codes = torch.zeros_like(case.query_codes[..., :1]), torch.zeros_like(case.key_codes)
+
+        def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+        assert_close(outcome(case.fast, case.inputs()), outcome(exact, case.inputs()))
+
+
+def test_gradients_match_finite_differences():
+    case = problem(2, 10, 8, packed=True, padded=True, local_window=3, bucket_window=2)
+    case.query, case.query_codes = case.query[:1, :2, :, :3], case.query_codes[:1, :2]
+    case.key, case.value, case.key_codes = case.key[:1, :1, :, :3], case.value[:1, :1, :, :3], case.key_codes[:1, :1]
+    case.options |= {name: part[:1] for name, part in case.options.items() if isinstance(part, Tensor)}
+    assert torch.autograd.gradcheck(case.fast, case.inputs(torch.float64))
+
+
+@settings(max_examples=1000)
+@given(case=problems(), cut=st.floats(0, 1), seed=st.integers(0, 10**6))
+def test_nothing_depends_on_later_tokens_to_the_last_bit(case: Problem, cut: float, seed: int):
+    total, length = case.key.shape[2], case.query.shape[2]
+    other = problem(seed, total, length, packed=False, padded=False)
+    first = round(cut * length)
+    before = case.fast(case.query, case.key, case.value)
+    for name in ("query", "query_codes", "key", "value", "key_codes"):
+        mine, new = getattr(case, name), getattr(other, name)
+        mine[:, :, mine.shape[2] - length + first :] = new[:, :, mine.shape[2] - length + first :]
+    after = case.fast(case.query, case.key, case.value)
+    assert torch.equal(before[:, :, :first], after[:, :, :first])
+
+
+@given(case=problems(), cut=st.floats(0, 1))
+def test_candidates_of_a_prefix_are_those_in_the_whole(case: Problem, cut: float):
+    missing = case.query.shape[2] - max(1, round(cut * case.query.shape[2]))
+    total, length = case.key.shape[2] - missing, case.query.shape[2] - missing
+    options = {name: part[:, :total] if isinstance(part, Tensor) else part for name, part in case.options.items()}
+    prefix = candidate_mask(case.query_codes[:, :, :length], case.key_codes[:, :, :total], **options)
+    assert torch.equal(prefix, case.mask()[:, :, :length, :total])
+
+
+@settings(max_examples=30)
+@given(case=problems(60), start=st.integers(0, 60))
+def test_decoding_looks_at_the_same_keys_and_computes_the_same(case: Problem, start: int):
+    if "document_ids_BS" in case.options or case.query.shape[2] != case.key.shape[2]:
+        case = problem(start, 50, 50, packed=False, padded=True)
+    whole, mask = case.fast(case.query, case.key, case.value), case.mask()
+    real = case.options.get("key_mask_BS", torch.ones(case.key_codes[:, 0].shape, dtype=torch.bool))
+    buckets, total = BucketCache(case.windows()), case.key.shape[2]
+    if 0 < start < total:
+        buckets.append(case.key_codes[:, :, :start], real[:, :start])
+    for t in range(start, total):
+        one = slice(t, t + 1)
+        buckets.append(case.key_codes[:, :, one], real[:, one])
+        position, valid = buckets.candidates(case.query_codes[:, :, one])
+        found = torch.zeros(mask.shape[0], GROUPS, HEADS // GROUPS, total + 1, dtype=torch.bool)
+        seen = torch.where(valid, position, total).unflatten(2, (HEADS // GROUPS, -1)).flatten(3)
+        found = found.scatter_(3, seen, True).flatten(1, 2)[..., :total]
+        found[..., max(0, t + 1 - buckets.windows.local) : t + 1] |= real[
+            :, None, max(0, t + 1 - buckets.windows.local) : t + 1
+        ]
+        assert torch.equal(found[real[:, t]], mask[:, :, t][real[:, t]])
+        out = buckets.attend(
+            case.query[:, :, one], case.key[:, :, : t + 1], case.value[:, :, : t + 1], case.query_codes[:, :, one],
+            WIDTH**-0.5,
+        )  # fmt: skip
+        torch.testing.assert_close(out[real[:, t]], whole[:, :, one][real[:, t]], atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_of_buckets_follows_its_sequences():
+    case = problem(3, 60, 60, packed=False, padded=True)
+    real, picked = case.options["key_mask_BS"], torch.tensor([1, 1, 0])
+    buckets, expected = BucketCache(case.windows()), BucketCache(case.windows())
+    buckets.append(case.key_codes[:, :, :50], real[:, :50])
+    buckets.candidates(case.query_codes[:, :, 49:50])
+    buckets.crop(40)
+    buckets.append(case.key_codes[:, :, 40:41], real[:, 40:41])
+    buckets.change_rows(lambda part: part[picked])
+    expected.append(case.key_codes[picked][:, :, :41], real[picked][:, :41])
+    for t in range(41, 60):
+        for one in (buckets, expected):
+            one.append(case.key_codes[picked][:, :, t : t + 1], real[picked][:, t : t + 1])
+        query = (
+            case.query[picked][:, :, t : t + 1],
+            case.key[picked][:, :, : t + 1],
+            case.value[picked][:, :, : t + 1],
+        )
+        codes = case.query_codes[picked][:, :, t : t + 1]
+        assert torch.equal(buckets.attend(*query, codes, 0.25), expected.attend(*query, codes, 0.25))
+
+
+@pytest.mark.usefixtures("way")
+def test_padding_gives_zeros_and_gets_no_gradient():
+    case = problem(4, 50, 50, packed=False, padded=True)
+    idle = ~case.options["key_mask_BS"]
+    case.key[idle[:, None].expand(-1, GROUPS, -1)] = 1e4
+    out, *grads = outcome(case.fast, case.inputs())
+    for part in (out, *grads):
+        assert torch.isfinite(part).all()
+        assert not part.transpose(1, 2)[idle].any()
+
+
+@pytest.mark.usefixtures("way")
+def test_bfloat16_is_as_exact_as_bfloat16_can_be():
+    case = problem(5, 100, 100, packed=True, padded=True)
+    results = outcome(case.fast, case.inputs(torch.bfloat16))
+    rounded = [part.detach().double().requires_grad_() for part in case.inputs(torch.bfloat16)]
+    assert all(part.dtype == torch.bfloat16 for part in results)
+    assert_close(results, outcome(case.slow, rounded), 3e-2)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_any_number_of_threads_computes_the_same(threads):
+    case = problem(6, 2100, 2100, packed=False, padded=False)
+    expected, before = outcome(case.fast, case.inputs()), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = outcome(case.fast, case.inputs())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], expected[0])
+    assert_close(results, expected)
+
+
+def test_documents_are_runs_of_equal_ids():
+    starts = document_starts(torch.tensor([[7, 7, 3, 3, 3, 7], [1, 1, 1, 1, 1, 1]]))
+    assert starts is not None
+    assert starts.tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
