@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from deepseek.model.attention.lsh import sparse_attention as sparse_attention
     from deepseek.model.config import ModelConfig as ModelConfig
     from deepseek.model.moe.router import DynamicRouter as DynamicRouter
+    from deepseek.model.positions.learned import DynamicPositionalEncoding as DynamicPositionalEncoding
     from deepseek.model.transformer import DeepSeekModel as DeepSeekModel
     from deepseek.train.expert import train_expert as train_expert
 
 _HOMES = {
     "DeepSeekModel": "deepseek.model.transformer",
+    "DynamicPositionalEncoding": "deepseek.model.positions.learned",
     "DynamicRouter": "deepseek.model.moe.router",
     "ModelConfig": "deepseek.model.config",
     "load": "deepseek.infer.load",
@@ -36,7 +38,16 @@ _HOMES = {
     "train_expert": "deepseek.train.expert",
 }
 
-__all__ = ["DeepSeekModel", "DynamicRouter", "ModelConfig", "__version__", "load", "sparse_attention", "train_expert"]
+__all__ = [
+    "DeepSeekModel",
+    "DynamicPositionalEncoding",
+    "DynamicRouter",
+    "ModelConfig",
+    "__version__",
+    "load",
+    "sparse_attention",
+    "train_expert",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from deepseek.kernels import openmp
 from deepseek.kernels.distance import NUM_BUCKETS, STARTS
 from deepseek.kernels.few_tokens import exp, pointer, thread_count, thread_number
+from deepseek.kernels.many_tokens import product
 
 QUERIES, KEYS = 128, 256  # of a tile: scores and both factors stay in half a megabyte of cache
 
@@ -21,27 +22,6 @@ _ENDS = np.array([*STARTS[1:], 2**62])  # first distance past each bucket
 _BUCKET = np.searchsorted(_ENDS, np.arange(STARTS[-1] + 1), side="right")  # of each distance, up to the last bucket's
 _LOWEST = np.float32(-1e30)
 _NOTHING = np.float32(-60)  # a weight below e to this power is none; smaller ones would slow BLAS down as denormals
-
-openmp.has_sgemm()
-_sgemm = openmp.external("sgemm_", types.void(*[types.voidptr] * 13))
-
-
-@njit
-def _product(a, transpose_a, b, transpose_b, out, kept):  # type: ignore[no-untyped-def]
-    """Set out to `kept` times itself plus the matrix product of a and b, either transposed if so said.
-
-    BLAS thinks column by column: to it, the transpose of `out` is the product of b and a in their transposes.
-    """
-    depth = a.shape[0] if transpose_a else a.shape[1]
-    sizes = np.array(
-        [out.shape[1], out.shape[0], depth, b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4], np.int32
-    )
-    kinds = np.array([84 if transpose_b else 78, 84 if transpose_a else 78], np.uint8)  # the letters T and N
-    scales = np.array([1, kept], np.float32)
-    _sgemm(
-        kinds.ctypes, kinds[1:].ctypes, sizes.ctypes, sizes[1:].ctypes, sizes[2:].ctypes, scales.ctypes, b.ctypes,
-        sizes[3:].ctypes, a.ctypes, sizes[4:].ctypes, scales[1:].ctypes, out.ctypes, sizes[5:].ctypes,
-    )  # fmt: skip
 
 
 @njit(fastmath=True)
@@ -120,7 +100,7 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
     for start in range(first[begin:end].min(), last, KEYS):
         stop = min(start + KEYS, last)
         tile = scores[: end - begin, : stop - start]
-        _product(q[begin:end], False, k[start:stop], True, tile, 0)
+        product(q[begin:end], False, k[start:stop], True, tile)
         _slopes(slope, start, stop, slope[last - 1], bias)
         for t in range(begin, end):
             low, high = _limits(first[t], past + t, start, stop)
@@ -134,7 +114,7 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
                     total[i], largest[i] = total[i] * shrink, peak
                 total[i] += _exponentials(row[low:high], peak)
             _clear(row, low, high)
-        _product(tile, False, v[start:stop], False, out[begin:end], 1)
+        product(tile, False, v[start:stop], False, out[begin:end], 1)
     for t in range(begin, end):
         _multiply(out[t], np.float32(1) / total[t - begin])
         lse[t] = largest[t - begin] + np.log(total[t - begin])
@@ -195,8 +175,8 @@ def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, d
         for start in range(first[begin:end].min(), last, KEYS):
             stop = min(start + KEYS, last)
             tile, change = scores[: end - begin, : stop - start], grads[: end - begin, : stop - start]
-            _product(q[begin:end], False, k[start:stop], True, tile, 0)
-            _product(grad[begin:end], False, v[start:stop], True, change, 0)
+            product(q[begin:end], False, k[start:stop], True, tile)
+            product(grad[begin:end], False, v[start:stop], True, change)
             _slopes(slope, start, stop, slope[last - 1], bias)
             sums[:] = 0
             for t in range(begin, end):
@@ -211,9 +191,9 @@ def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, d
                 _clear(other, low, high)
             for j in range(start, stop):
                 ds[j] += sums[j - start]
-            _product(tile, True, grad[begin:end], False, dv[start:stop], 1)
-            _product(change, False, k[start:stop], False, dq[begin:end], 1)
-            _product(change, True, q[begin:end], False, dk[start:stop], 1)
+            product(tile, True, grad[begin:end], False, dv[start:stop], 1)
+            product(change, False, k[start:stop], False, dq[begin:end], 1)
+            product(change, True, q[begin:end], False, dk[start:stop], 1)
 
 
 @njit

@@ -2,23 +2,27 @@
 
     s[i, j] = tau_i * q_i . R(i - j) k_j / sqrt(K) + t_i[bucket(i - j)] + kappa_j
     t_i     = A + sum_m tanh(W_g x_i)_m U_m                  a learned table over distances, shifted by context
-    kappa_j = sum of gamma * softplus(W_f x_l) over l <= j   a learned forget gate (arXiv:2503.02130)
-    tau_i   = 1 + s * log(max(1, (i + 1) / n))               sharper scores far into a document
+    kappa_j = sum of gamma * slope * softplus(W_f x_l), l <= j   a learned forget gate (arXiv:2503.02130)
+    tau_i   = 1 + s * log(max(1, (i + 1) / n))                   sharper scores far into a document
 
 A, U, gamma and s (each for every head) start at zero, so that the model starts as one with rotary positions alone;
-W_g and W_f do not, so that each of the four has a gradient from the first step.
+W_g and W_f do not, so that each of the four has a gradient from the first step. The slopes are ALiBi's: heads forget
+at different speeds, and a step of gamma moves no score by hundreds. A gamma below zero, which would make a head prefer
+the beginning ever more as the text grows, counts a hundredth. n is an eighth of the training length, so that s has
+something to learn from within it.
 """
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import leaky_relu, softplus
 
 from deepseek.errors import ConfigError
 from deepseek.kernels.distance import NUM_BUCKETS, distance_buckets
 from deepseek.kernels.score_bias import ScoreBias
 from deepseek.model.config import ModelConfig
+from deepseek.model.positions.alibi import slopes
 
 if TYPE_CHECKING:
     from deepseek.model.context import ForwardContext
@@ -75,7 +79,8 @@ class DynamicBias(nn.Module):
 
     def _key_bias(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> Tensor:
         """Return kappa `[B, H, S]`, past tokens' from the cache; padding forgets nothing."""
-        rates_BTH = softplus(self.forget(x_BTD).float()) * self.decay_H.float()
+        slopes_H = torch.tensor(slopes(len(self.decay_H)), device=x_BTD.device)
+        rates_BTH = softplus(self.forget(x_BTD).float()) * leaky_relu(self.decay_H.float()) * slopes_H
         if ctx.token_mask_BT is not None:
             rates_BTH = rates_BTH * ctx.token_mask_BT[..., None]
         sums_BHT = rates_BTH.double().cumsum(1).transpose(1, 2)
@@ -92,5 +97,5 @@ class DynamicBias(nn.Module):
 
     def _scale(self, position_ids_BT: Tensor) -> Tensor:
         """Return tau `[B, H, T]`."""
-        growth_BT = ((position_ids_BT + 1) / self.train_len).clamp(min=1).log()
+        growth_BT = (8 * (position_ids_BT + 1) / self.train_len).clamp(min=1).log()
         return 1 + self.length_scale_H.float()[:, None] * growth_BT[:, None]
