@@ -16,6 +16,8 @@ COMMANDS = {
     "chat": ("deepseek.cli.chat", "Talk to a model in the terminal."),
     "generate": ("deepseek.cli.generate", "Complete one prompt."),
     "eval": ("deepseek.cli.eval", "Compare held-out loss before and after plugging experts."),
+    "distill-hash": ("deepseek.cli.distill_hash", "Fit the hashes of LSH attention to a model."),
+    "inspect": ("deepseek.cli.inspect", "Draw what the attention heads look at."),
     "expert": ("deepseek.cli.expert", "Train, list, inspect, verify and sign expert packs."),
 }
 
@@ -84,7 +86,7 @@ def _call(module: str, program: str, arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    rows = "\n".join(f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
+    rows = "\n".join(f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: deepseek COMMAND [OPTIONS]\n\n"
         f"Expert modules for language models: trained alone, plugged into a live model.\n\ncommands:\n{rows}\n\n"

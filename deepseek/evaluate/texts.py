@@ -54,6 +54,13 @@ def public_documents() -> dict[str, list[Document]]:
     return {"public prose": prose, "public code": code}
 
 
+def documents_at(paths: Sequence[Path]) -> list[Document]:
+    """Return the cleaned documents at `paths`, or where there are none those that every machine has."""
+    if not paths:
+        return [document for documents in public_documents().values() for document in documents]
+    return [document for path in paths for document in _read(path)]
+
+
 @contextmanager
 def collected(
     tokenizer: PreTrainedTokenizerFast, paths: Sequence[Path], experts: list[HeldOutText]

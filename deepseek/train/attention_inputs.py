@@ -1,0 +1,91 @@
+"""What the heads of a frozen model see: queries, keys and values of one layer after the other, and who looks where."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek.kernels.lsh.intervals import Windows
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Inputs of one layer's heads on one text.
+
+    Attributes:
+        plain_query_HTK, plain_key_GTK: before positions are applied, which is what a hash reads.
+        query_HTK, key_GTK, value_GTK: what attention works on.
+    """
+
+    plain_query_HTK: Tensor
+    plain_key_GTK: Tensor
+    query_HTK: Tensor
+    key_GTK: Tensor
+    value_GTK: Tensor
+
+
+@torch.no_grad()
+def stream_layers(model: Any, ids_RT: Tensor) -> Iterator[tuple[int, list[HeadInputs]]]:
+    """Yield each layer's number and its inputs on R texts of T tokens.
+
+    The texts go through the layers together, so that one layer's inputs are in memory at a time and each block runs
+    once. `model` has full attention.
+    """
+    hidden = [model.embed_tokens(ids[None].to(model.device)) for ids in ids_RT]
+    ctx = model.context(hidden[0])
+    for layer, block in enumerate(model.layers):
+        yield layer, [_inputs(block, one_1TD, ctx) for one_1TD in hidden]
+        if layer + 1 < len(model.layers):
+            hidden = [block(one_1TD, ctx) for one_1TD in hidden]
+
+
+def _inputs(block: Any, hidden_1TD: Tensor, ctx: Any) -> HeadInputs:
+    query, key, value = block.attention._project(block.attention_norm(hidden_1TD))
+    parts = (query, key, *ctx.positions(query, key), value)
+    return HeadInputs(*(part[0].float() for part in parts))
+
+
+def attention_scores(inputs: HeadInputs, at_N: Tensor) -> Tensor:
+    """Return the masked scores `[H, N, S]` of the queries at positions `at_N`; `-inf` after the query."""
+    key_HTK = _per_head(inputs.key_GTK, inputs.query_HTK)
+    scores_HNS = inputs.query_HTK[:, at_N] @ key_HTK.mT * inputs.query_HTK.shape[-1] ** -0.5
+    return scores_HNS.masked_fill_(torch.arange(key_HTK.shape[1]) > at_N[:, None], -torch.inf)
+
+
+def near_keys(at_N: Tensor, length: int, windows: Windows) -> Tensor:
+    """Return True `[N, S]` at the keys that a query sees whatever their bucket: the last ones and the first ones."""
+    keys_S = torch.arange(length)
+    age_NS = at_N[:, None] - keys_S
+    return (age_NS >= 0) & ((age_NS < windows.local) | (keys_S < windows.sinks))
+
+
+def recent_in_bucket(codes_GS: Tensor, at_N: Tensor, windows: Windows) -> Tensor:
+    """Return True `[G, N, S]` where a key is one of the `windows.bucket` latest of its bucket, neither near nor a sink.
+
+    This is the candidate rule of `kernels/lsh/reference.py` for all buckets at once; the tests hold both together.
+    """
+    keys_S = torch.arange(codes_GS.shape[1])
+    in_bucket_GSC = torch.nn.functional.one_hot(codes_GS, windows.num_buckets)
+    in_bucket_GSC[:, : windows.sinks] = 0
+    count_GSC = in_bucket_GSC.cumsum(1)
+    rank_GS = count_GSC.gather(2, codes_GS[..., None])[..., 0]
+    oldest_near_N = at_N - windows.local
+    count_GNC = count_GSC[:, oldest_near_N.clamp(min=0)]
+    count_GNS = count_GNC.gather(2, codes_GS[:, None].expand(-1, len(at_N), -1))
+    old_NS = (keys_S <= oldest_near_N[:, None]) & (keys_S >= windows.sinks)
+    return (rank_GS[:, None] > count_GNS - windows.bucket) & old_NS
+
+
+def bucket_mass(weights_HNS: Tensor, codes_GS: Tensor, recent_GNS: Tensor) -> Tensor:
+    """Return the attention `[H, N, C]` that each query pays to the reachable keys of every bucket."""
+    reached_HNS = weights_HNS * _per_head(recent_GNS, weights_HNS)
+    codes_HNS = _per_head(codes_GS, weights_HNS)[:, None].expand_as(reached_HNS)
+    mass_HNC = weights_HNS.new_zeros(*weights_HNS.shape[:2], int(codes_GS.max()) + 1)
+    return mass_HNC.scatter_add_(2, codes_HNS, reached_HNS)
+
+
+def _per_head(part_G: Tensor, like_H: Tensor) -> Tensor:
+    """Repeat what belongs to a key/value head for each of its query heads."""
+    return part_G.repeat_interleave(like_H.shape[0] // part_G.shape[0], 0)
