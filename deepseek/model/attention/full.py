@@ -37,21 +37,33 @@ class FullAttention(nn.Module):
         self.score_bias = None if source is None else source(config)
 
     def forward(self, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
-        query, key, value = self._project(x_BTD)
-        query, key = ctx.positions(query, key)
+        plain_query, plain_key, value = self._project(x_BTD)
+        query, key = ctx.positions(plain_query, plain_key)
         if ctx.cache is not None:
             key, value = ctx.cache.update(key, value, self.layer_idx)
         bias = None if self.score_bias is None else self.score_bias(x_BTD, ctx, self.layer_idx)
         if bias is None:
-            attended_BHTK = self.attend(query, key, value, ctx)
+            attended_BHTK = self.attend(query, key, value, (plain_query, plain_key), ctx)
         else:
             visible = ctx.window_visible if self.windowed else ctx.visible
             attended_BHTK = biased_attention(query, key, value, bias, visible)
         output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
         return output
 
-    def attend(self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, ctx: ForwardContext) -> Tensor:
-        """Return the weighted values `[B, H, T, K]`; keys and values are those of past tokens, then of new ones."""
+    def attend(
+        self,
+        query_BHTK: Tensor,
+        key_BGSK: Tensor,
+        value_BGSK: Tensor,
+        plain: tuple[Tensor, Tensor],
+        ctx: ForwardContext,
+    ) -> Tensor:
+        """Return the weighted values `[B, H, T, K]`.
+
+        Args:
+            key_BGSK, value_BGSK: those of past tokens, then of new ones.
+            plain: new queries and keys before positions; a hash reads them, exact attention does not.
+        """
         mask = ctx.window_mask_B1TS if self.windowed else ctx.mask_B1TS
         return scaled_dot_product_attention(
             query_BHTK,

@@ -137,18 +137,26 @@ class LshAttention(FullAttention):
         if not self.exact:
             self.hash: Hash = RandomHash(config.lsh_num_buckets, self.head_dim, seed=layer_idx)
 
-    def attend(self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, ctx: ForwardContext) -> Tensor:
+    def attend(
+        self,
+        query_BHTK: Tensor,
+        key_BGSK: Tensor,
+        value_BGSK: Tensor,
+        plain: tuple[Tensor, Tensor],
+        ctx: ForwardContext,
+    ) -> Tensor:
         length, total = query_BHTK.shape[2], key_BGSK.shape[2]
         if self.exact or (ctx.cache is None and total <= self.windows.local):
-            return super().attend(query_BHTK, key_BGSK, value_BGSK, ctx)
+            return super().attend(query_BHTK, key_BGSK, value_BGSK, plain, ctx)
         with torch.no_grad():
-            key_codes_BGT = self.hash.key_codes(key_BGSK[:, :, -length:])
+            # Before positions: rotated keys would fall into buckets by place, not by content.
+            key_codes_BGT = self.hash.key_codes(plain[1])
             buckets = self._buckets(ctx)
             first_BS = document_starts(ctx.document_ids_BT)
             buckets.append(key_codes_BGT, ctx.token_mask_BT, first_BS)
             if total <= self.windows.local:
-                return super().attend(query_BHTK, key_BGSK, value_BGSK, ctx)
-            query_codes_BHTP = self.hash.query_codes(query_BHTK, self.probes)
+                return super().attend(query_BHTK, key_BGSK, value_BGSK, plain, ctx)
+            query_codes_BHTP = self.hash.query_codes(plain[0], self.probes)
         if length == 1:
             return buckets.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, self.head_dim**-0.5)
         return kernel.attend(
