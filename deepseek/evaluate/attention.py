@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepseek.checkpoint.store import atomic_write
 from deepseek.kernels.lsh.intervals import Windows
-from deepseek.model.attention.hash import LinearHash
+from deepseek.model.attention.lsh import Hash
 from deepseek.train.attention_inputs import (
     HeadInputs,
     attention_scores,
@@ -54,7 +54,7 @@ def best_keys(windows: Windows, count: int) -> Choose:
     return choose
 
 
-def hashed_keys(windows: Windows, probes: int, hashes: Mapping[int, LinearHash], positioned: bool = False) -> Choose:
+def hashed_keys(windows: Windows, probes: int, hashes: Mapping[int, Hash], positioned: bool = False) -> Choose:
     """Look at what LSH attention looks at; `positioned` lets the hash read rotated queries and keys."""
 
     def choose(layer: int, inputs: HeadInputs, at_N: Tensor, scores_HNS: Tensor) -> Tensor:

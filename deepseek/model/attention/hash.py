@@ -6,9 +6,8 @@ so that buckets of rotated keys are places, not contents; LOG.md has the figures
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -40,14 +39,6 @@ class LinearHash(nn.Module):
         for name, tensor in zip(PARTS, tensors, strict=True):
             # Not persistent: a hash has a file of its own, and checkpoints stay what every other reader expects.
             self.register_buffer(name, tensor.detach().float(), persistent=False)
-
-    @classmethod
-    def random(cls, heads: int, groups: int, head_dim: int, num_buckets: int, seed: int = 0) -> Self:
-        """Return random directions, one a bucket and the same for queries and keys (arXiv:1509.02897)."""
-        directions_KC = torch.randn(head_dim, num_buckets, generator=torch.Generator().manual_seed(seed))
-        directions_KC = nn.functional.normalize(directions_KC, dim=0)
-        parts = [part for n in (groups, heads) for part in (directions_KC.repeat(n, 1, 1), torch.zeros(n, num_buckets))]
-        return cls(*parts)
 
     @property
     def num_buckets(self) -> int:

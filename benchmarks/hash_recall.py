@@ -1,0 +1,141 @@
+"""How much of SmolLM2's attention does a hash find, at one eighth of the keys? Layers 2 to 29, text that no hash saw.
+
+    python benchmarks/corpora.py code-a prose science code-b public-prose public-code
+    python benchmarks/hash_recall.py                  # 4,096 and 8,192 tokens; hashes are fitted first, once
+
+Beside the distilled hash: local window and sinks alone, a random hash of rotated and of plain queries and keys, the
+calibrated hash, and the exact best keys of the same budget, which no choice of keys can beat.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import FOLDER, save
+
+import deepseek
+from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import home
+from deepseek.data.long_texts import long_texts
+from deepseek.evaluate.attention import Choose, attention_kept, best_keys, draw_recall, hashed_keys, local_keys
+from deepseek.evaluate.texts import documents_at
+from deepseek.kernels.lsh.intervals import Windows
+from deepseek.model.attention.hash import LinearHash, load_hashes, save_hashes
+from deepseek.model.attention.lsh import RandomHash
+from deepseek.train.distill_hash import HashSettings, distill_hashes
+from deepseek.train.progress import ProgressBar
+
+BASE = "smollm2-135m"
+FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-code")
+FIRST = 2  # the first two layers look everywhere and stay exact
+PROBES = 20
+WINDOW = {4096: 26, 8192: 72}
+"""Keys of a bucket looked at, so that a query looks at no more than one eighth of the keys on average."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(WINDOW), choices=list(WINDOW))
+    parser.add_argument("--queries", type=int, default=48, help="queries of each text, in its second half")
+    options = parser.parse_args()
+    model, tokenizer = deepseek.load(BASE, dtype="float32")
+    hashes: dict[str, Any] = {kind: fitted(model, tokenizer, kind) for kind in ("calibrated", "distilled")}
+    hashes["random"] = random_hashes(model)
+    figures = {}
+    for length in options.lengths:
+        ids_RT = torch.cat([long_texts(corpus(name), tokenizer, 1, length) for name in TEST])
+        figures[length] = measure(model, ids_RT, hashes, options.queries)
+        print_table(length, figures[length])
+    save("hash_recall", {"fit": FIT, "test": TEST, "settings": asdict(HashSettings()), "probes": PROBES,
+                         "bucket_window": WINDOW, "queries": options.queries, "figures": figures})  # fmt: skip
+    draw(figures, FOLDER / "hash_recall.png")
+
+
+def corpus(name: str) -> list[Any]:
+    return documents_at([home() / "corpora" / name])
+
+
+def fitted(model: Any, tokenizer: Any, kind: str) -> dict[int, LinearHash]:
+    """Return the hashes of a kind, fitted at the first call and then read."""
+    base, path = fingerprint(resolve(BASE)).weights, home() / "hash-recall" / f"{kind}.safetensors"
+    if not path.exists():
+        documents = [document for name in FIT for document in corpus(name)]
+        settings = HashSettings() if kind == "distilled" else HashSettings(solver_steps=0)
+        with ProgressBar() as progress:
+            found = distill_hashes(
+                model, long_texts(documents, tokenizer, 8, 4096), settings, range(FIRST, len(model.layers)),
+                path.with_suffix(".layers"), progress=lambda done, total, _: progress(done, total, kind),
+            )  # fmt: skip
+        save_hashes(path, found, base)
+    return load_hashes(path, base)
+
+
+def random_hashes(model: Any) -> dict[int, RandomHash]:
+    buckets, layers = HashSettings().num_buckets, range(len(model.layers))
+    return {layer: RandomHash(buckets, model.config.head_dim, seed=layer) for layer in layers}
+
+
+def measure(model: Any, ids_RT: torch.Tensor, hashes: dict[str, Any], queries: int) -> dict[str, Any]:
+    """Return recall, relative error and keys of every way, by layer and as means over layers and heads."""
+    length = ids_RT.shape[1]
+    windows = Windows(128, 4, WINDOW[length], HashSettings().num_buckets)
+    ways: dict[str, Choose] = {
+        "local": local_keys(windows),
+        "random, rotated": hashed_keys(windows, PROBES, hashes["random"], positioned=True),
+        "random": hashed_keys(windows, PROBES, hashes["random"]),
+        "calibrated": hashed_keys(windows, PROBES, hashes["calibrated"]),
+        "distilled": hashed_keys(windows, PROBES, hashes["distilled"]),
+        "best": best_keys(windows, length // 8),
+    }
+    layers: dict[str, dict[int, dict[str, list[float]]]] = {name: {} for name in ways}
+    with ProgressBar() as progress:
+        for layer, kept in attention_kept(model, ids_RT, ways, queries, FIRST):
+            for name, one in kept.items():
+                layers[name][layer] = {
+                    what: [round(value, 5) for value in getattr(one, what).tolist()]
+                    for what in ("recall", "error", "keys")
+                }
+            progress(layer + 1, len(model.layers), f"{length} tokens")
+    return {name: means(by_layer) | {"layers": by_layer} for name, by_layer in layers.items()}
+
+
+def means(by_layer: dict[int, dict[str, list[float]]]) -> dict[str, float]:
+    return {
+        what: float(torch.tensor([one[what] for one in by_layer.values()]).mean())
+        for what in ("recall", "error", "keys")
+    }
+
+
+def print_table(length: int, figures: dict[str, Any]) -> None:
+    print(f"{length} tokens, {length // 8} keys allowed")
+    for name, one in figures.items():
+        part = one["recall"] / figures["best"]["recall"]
+        print(f"  {name:16} recall {one['recall']:.4f} ({part:.1%} of best)  error {one['error']:.4f}  "
+              f"keys {one['keys']:.0f}")  # fmt: skip
+
+
+def draw(figures: dict[int, Any], path: Path) -> None:
+    """Draw recall by layer for each way, and the distilled hash's by layer and head beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(figures), 4), layout="constrained")
+    for number, (length, ways) in enumerate(figures.items(), 1):
+        axes = figure.add_subplot(1, len(figures), number, xlabel="layer", ylabel="attention kept", ylim=(0.2, 1.0))
+        axes.set_title(f"{length} tokens, at most {length // 8} keys a query")
+        for name, one in ways.items():
+            axes.plot(list(one["layers"]), [sum(row["recall"]) / len(row["recall"]) for row in one["layers"].values()],
+                      label=f"{name} ({one['recall']:.3f})", linewidth=1)  # fmt: skip
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    length, ways = next(iter(figures.items()))
+    by_layer = ways["distilled"]["layers"]
+    recall_LH = torch.tensor([row["recall"] for row in by_layer.values()])
+    title = f"{length} tokens: attention kept by the distilled hash"
+    draw_recall(path.with_name("hash_recall_heads.png"), recall_LH, list(by_layer), title)
+
+
+if __name__ == "__main__":
+    main()
