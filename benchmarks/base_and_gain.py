@@ -45,7 +45,7 @@ EXPERTS = ("code-a", "code-b", "spanish", "french", "science", "german", "chines
 PUBLIC = ("public-prose", "public-code")
 ALTERNATING = (("spanish", "french"), ("code-a", "code-b"), ("german", "chinese"), ("science", "prose"))
 ORDERS = 6
-ROW_LENGTH, BATCH_ROWS = 512, 4
+ROW_LENGTH, BATCH_ROWS = 2048, 1
 
 
 class Everywhere:

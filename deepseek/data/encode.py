@@ -31,7 +31,7 @@ class EncodeOptions:
     """What decides the ids of a document beside the tokenizer.
 
     Attributes:
-        header: put `file: <name>` before code and commits, so that the model can use where a text lies.
+        header: put `file: <name>` before code and commits, as context, so that the model can use where a text lies.
         fim_rate: share of code documents rearranged for fill-in-the-middle (prefix, suffix, middle).
         seed: draws which documents and where they are cut, by document name.
     """
@@ -119,13 +119,18 @@ class DocumentEncoder:
         return [head, document.text[:start], document.text[stop:], document.text[start:stop]]
 
     def join(self, sections: list[list[int]]) -> NDArray[np.uint32]:
-        """Return start, head, text and end; or with the fill-in-the-middle markers between the parts."""
+        """Return start, head, text and end; or with the fill-in-the-middle markers between the parts.
+
+        The head is context: in use it is given, never to be written.
+        """
         head, *texts = sections
         if len(texts) == 1:
             body = texts[0]
         else:
             body = [identity for marker, text in zip(self.markers, texts, strict=True) for identity in marker + text]
-        return np.array([*self.start, *head, *body, self.end], dtype=np.uint32)
+        ids = np.array([*self.start, *head, *body, self.end], dtype=np.uint32)
+        ids[: len(self.start) + len(head)] |= CONTEXT_BIT
+        return ids
 
     def messages(self, document: Document) -> NDArray[np.uint32]:
         """Return a conversation; only the assistant's tokens are targets."""

@@ -28,8 +28,9 @@ from deepseek.model.experts import ExpertModule
 from deepseek.packs.manifest import GateSettings
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.public import PublicStatistics
+from deepseek.train.trunk import Stream
 
-ALPHA = 0.01
+ALPHA = 0.03
 RHO = 1.0
 RIDGE = 0.3
 """lambda in units of the mean diagonal of the matrix."""
@@ -84,6 +85,7 @@ def calibrate(
     held_out: Iterable[Batch],
     public: PublicStatistics,
     alpha: float = ALPHA,
+    streams: tuple[Stream | None, Stream | None] = (None, None),
 ) -> GateCalibration:
     """Set the gates and settings of `module`, a trained expert beside the frozen `model`.
 
@@ -92,6 +94,7 @@ def calibrate(
         held_out: rows of the same domain that are not among `own`.
         public: of the same model, at least at the module's layers.
         alpha: share of public tokens at which the module may fire.
+        streams: where the streams of `own` and of `held_out` below the module come from, if computed before.
 
     Raises:
         TrainError: too little text, or an `alpha` outside (0, 0.5).
@@ -101,7 +104,7 @@ def calibrate(
         raise TrainError(f"alpha is the share of public tokens that may fire, between 0 and 0.5; got {alpha}.")
     public.require(module.layers)
     started = time.monotonic()
-    texts = own_text(model, module, own, held_out)
+    texts = own_text(model, module, own, held_out, streams)
     gates = {layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha) for layer in texts}
     for layer, gate in gates.items():
         module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.contrast)
@@ -118,15 +121,21 @@ def calibrate(
     return found
 
 
-def own_text(model: Any, module: ExpertModule, own: Iterable[Batch], held_out: Iterable[Batch]) -> dict[int, OwnText]:
+def own_text(
+    model: Any,
+    module: ExpertModule,
+    own: Iterable[Batch],
+    held_out: Iterable[Batch],
+    streams: tuple[Stream | None, Stream | None],
+) -> dict[int, OwnText]:
     """Run the module's own text through the model with the module on; raises `TrainError` if there is too little."""
     moments = {layer: Moments.none(model.config.hidden_size) for layer in module.layers}
     unseen: dict[int, list[Tensor]] = {layer: [] for layer in module.layers}
     with model.experts.forced(module):
-        for inputs in gate_inputs(model, own, module.layers):
+        for inputs in gate_inputs(model, own, module.layers, streams[0]):
             for layer, found in inputs.items():
                 moments[layer] += blend(found)
-        for inputs in gate_inputs(model, held_out, module.layers):
+        for inputs in gate_inputs(model, held_out, module.layers, streams[1]):
             for layer, found in inputs.items():
                 unseen[layer].append(found.smooth_BTD[found.real_BT])
     for layer in module.layers:

@@ -3,7 +3,7 @@
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,16 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.budget import Dial, Plan, Speed, TextSize, make_plan, timed
 from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus, Source, build_corpus
-from deepseek.train.expert_task import ExpertTask, Stream
+from deepseek.train.expert_task import ExpertTask
 from deepseek.train.layers import parse_layers
 from deepseek.train.loop import LoopConfig, TrainResult, train
 from deepseek.train.metrics import read_metrics
 from deepseek.train.optim import OptimConfig
 from deepseek.train.progress import ProgressBar
 from deepseek.train.public import public_statistics
+from deepseek.train.replay import Replay
 from deepseek.train.rows import ChosenRows
-from deepseek.train.trunk import TrunkCache, TrunkKey, run_trunk
+from deepseek.train.trunk import Stream, TrunkCache, TrunkKey, run_trunk
 
 FREQUENT_TOKENS = 4096
 """The first ids of a byte-pair vocabulary are its most frequent ones; they join the candidates of the training loss."""
@@ -41,7 +42,7 @@ FREQUENT_TOKENS = 4096
 SAMPLED_TOKENS = 1024
 """Further ids drawn at every step to estimate the rest of the partition function."""
 
-CALIBRATION_TOKENS = 20_000
+CALIBRATION_TOKENS = 40_000
 """Of the expert's own text, for its gates."""
 
 
@@ -181,13 +182,8 @@ class ExpertRun:
         request = self.request
         chosen = texts.train.order(0, plan.rows)
         held_out = texts.held_out.order(0, plan.held_out_rows)
-        task = self.task(
-            texts,
-            chosen,
-            self.stream(texts.train, chosen, torch.bfloat16, "train"),
-            self.batches(texts.held_out, held_out),
-            self.stream(texts.held_out, held_out, self.model.dtype, "held-out"),
-        )
+        stream, held_out_stream = self.streams(texts, plan)
+        task = self.task(texts, chosen, stream, self.batches(texts.held_out, held_out), held_out_stream)
         config = LoopConfig(
             OptimConfig(learning_rate=request.learning_rate),
             steps=plan.steps,
@@ -204,7 +200,15 @@ class ExpertRun:
         public = public_statistics(self.model, self.tokenizer, layers, progress=self.progress)
         own = texts.train.order(0, min(plan.rows, max(1, CALIBRATION_TOKENS // texts.train.length)))
         held_out = self.batches(texts.held_out, texts.held_out.order(0, plan.held_out_rows))
-        return calibrate(self.model, self.module, self.batches(texts.train, own), held_out, public)
+        streams = self.streams(texts, plan)
+        return calibrate(self.model, self.module, self.batches(texts.train, own), held_out, public, streams=streams)
+
+    def streams(self, texts: Texts, plan: Plan) -> tuple[Stream, Stream]:
+        """Return where the streams of the rows to train on and to evaluate on come from."""
+        return (
+            self.stream(texts.train, texts.train.order(0, plan.rows), torch.bfloat16, "train"),
+            self.stream(texts.held_out, texts.held_out.order(0, plan.held_out_rows), self.model.dtype, "held-out"),
+        )
 
     def batches(self, loader: RowLoader, rows: NDArray[np.int64]) -> list[Batch]:
         """Return these rows in batches, the last perhaps smaller."""
@@ -217,11 +221,22 @@ class ExpertRun:
         """Return the task, its head restricted to what occurs as a label in the chosen rows."""
         labels = torch.cat([texts.train.rows([row]).labels.flatten().unique() for row in chosen.tolist()])
         frequent = torch.arange(min(FREQUENT_TOKENS, self.model.config.vocab_size))
-        candidates = torch.cat([labels[labels >= 0], frequent]).unique()
+        replayed = self.replay.rows.labels.flatten()
+        candidates = torch.cat([labels[labels >= 0], replayed[replayed >= 0], frequent]).unique()
         head = CandidateHead(self.model.lm_head.weight, candidates, SAMPLED_TOKENS, self.request.seed)
         return ExpertTask(
-            self.model, self.module, head, stream=stream, held_out=held_out, held_out_stream=held_out_stream
-        )
+            self.model, self.module, head, stream=stream, held_out=held_out, held_out_stream=held_out_stream,
+            replay=self.replay,
+        )  # fmt: skip
+
+    @cached_property
+    def replay(self) -> Replay:
+        """Public text to train on beside the expert's own; making it, once a base, is not counted in the minutes."""
+        before = time.monotonic()
+        tokens = self.request.batch_rows * self.request.row_length
+        replay = Replay.beside(self.model, self.tokenizer, self.first, tokens, self.progress)
+        self.started += time.monotonic() - before
+        return replay
 
     def stream(self, loader: RowLoader, rows: NDArray[np.int64], dtype: torch.dtype, name: str) -> Stream:
         """Return where the streams of these rows come from: a filled cache, or the trunk itself if nothing is below."""

@@ -1,6 +1,6 @@
 """Training one expert module on a frozen base, as the loop sees it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,8 @@ from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_l
 from deepseek.model.experts import ExpertModule
 from deepseek.train.loop import LossOutput
 from deepseek.train.losses import autocast, mean_loss
-from deepseek.train.trunk import run_above
-
-Stream = Callable[[Batch], Tensor]
-"""Where the frozen stream `[B, T, D]` of a batch comes from: computed, or read from a cache."""
+from deepseek.train.replay import Replay
+from deepseek.train.trunk import Stream, run_above
 
 
 class ExpertTask:
@@ -33,18 +31,22 @@ class ExpertTask:
         stream: Stream,
         held_out: Sequence[Batch],
         held_out_stream: Stream,
+        replay: Replay | None = None,
     ) -> None:
-        """Train `module` on what `stream` gives, scored by `head`; `held_out` batches are scored exactly."""
-        self.model, self.module, self.head, self.stream = model, module, head, stream
+        """Train `module` on what `stream` gives and some `replay`, scored by `head`; `held_out` is scored exactly."""
+        self.model, self.module, self.head, self.stream, self.replay = model, module, head, stream, replay
         self.held_out, self.held_out_stream = held_out, held_out_stream
         self.layer = module.layers[0]
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
 
     def loss(self, batch: Batch, step: int) -> LossOutput:
-        """Return the loss of one batch of packed rows."""
-        labels_N = batch.labels.flatten()
-        loss = self.head.loss(self.hidden(batch, self.stream(batch)).flatten(0, 1), labels_N, step)
-        return LossOutput(loss, int((labels_N != IGNORED_LABEL).sum()))
+        """Return the loss of one batch of packed rows and of the step's replay; `tokens` counts the batch's own."""
+        parts = [(batch, self.stream(batch))]
+        if self.replay is not None:
+            parts.append(self.replay.at(step))
+        hidden_ND = torch.cat([self.hidden(rows, stream_BTD).flatten(0, 1) for rows, stream_BTD in parts])
+        labels_N = torch.cat([rows.labels.flatten() for rows, _ in parts])
+        return LossOutput(self.head.loss(hidden_ND, labels_N, step), int((batch.labels != IGNORED_LABEL).sum()))
 
     def evaluate(self) -> dict[str, float]:
         """Return the exact loss on held-out rows with the module on."""

@@ -12,6 +12,7 @@ from deepseek.data.loader import Batch
 from deepseek.model.context import document_ids
 from deepseek.model.experts.gate import running_mean
 from deepseek.train.losses import autocast
+from deepseek.train.trunk import Stream, run_above, run_trunk
 
 HALF_LIFE = 16.0
 """Tokens after which a past score counts half. Longer is steadier within a text, shorter follows a change sooner."""
@@ -87,14 +88,20 @@ def blend(inputs: GateInputs) -> Moments:
     return Moments(TOKEN_SHARE * single.second + (1.0 - TOKEN_SHARE) * smooth.second)
 
 
-def gate_inputs(model: Any, batches: Iterable[Batch], layers: Sequence[int]) -> Iterator[dict[int, GateInputs]]:
-    """Yield, for each batch, the gate inputs at `layers`; experts take part as they are armed or forced."""
+def gate_inputs(
+    model: Any, batches: Iterable[Batch], layers: Sequence[int], stream: Stream | None = None
+) -> Iterator[dict[int, GateInputs]]:
+    """Yield, for each batch, the gate inputs at `layers`; experts take part as they are armed or forced.
+
+    Args:
+        stream: where the stream below the first of `layers` comes from if it has been computed before.
+    """
+    first = min(layers)
     with _recorded(model, layers) as recorded:
         for batch in batches:
             with torch.no_grad(), autocast(model.device):
-                hidden_BTD = model.embed_tokens(batch.input_ids.to(model.device))
-                ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device))
-                model.run_layers(hidden_BTD, 0, max(layers) + 1, ctx)
+                stream_BTD = run_trunk(model, first, batch) if stream is None else stream(batch)
+                run_above(model, first, batch, stream_BTD.to(model.device, model.dtype), max(layers) + 1)
             yield {layer: smoothed(recorded[layer], batch.position_ids) for layer in layers}
 
 
@@ -102,7 +109,9 @@ def smoothed(x_BTD: Tensor, position_ids_BT: Tensor) -> GateInputs:
     """Return the inputs and their causal running mean within each document."""
     x_BTD = x_BTD.float().cpu()
     decay_D = torch.full((x_BTD.shape[-1],), 0.5 ** (1.0 / HALF_LIFE))
-    means_BTRD, _ = running_mean(x_BTD[:, :, None], decay_D, document_ids_BT=document_ids(position_ids_BT))
+    means_BTRD, _ = running_mean(
+        x_BTD[:, :, None], decay_D, counted_BT=position_ids_BT > 0, document_ids_BT=document_ids(position_ids_BT)
+    )
     return GateInputs(x_BTD, means_BTRD[:, :, 0], position_ids_BT > 0)
 
 

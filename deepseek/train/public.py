@@ -19,17 +19,18 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import home, load_state, save_state
 from deepseek.data.document import Progress, uniform
-from deepseek.data.loader import Batch
+from deepseek.data.loader import IGNORE, Batch
 from deepseek.data.source import read_folder
 from deepseek.errors import CheckpointError, DataError
 from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
+from deepseek.train.trunk import run_trunk
 
-VERSION = 1
+VERSION = 2
 ROW_LENGTH = 128
 """Tokens of one public row, each row out of another text."""
 
-ROWS_PER_KIND = 20
+ROWS_PER_KIND = 40
 SAMPLES_PER_OPENING = 3
 BATCH_ROWS = 6
 STRIDE = 4
@@ -84,10 +85,8 @@ def public_statistics(
     Raises:
         DataError: the folder is missing or holds too little text.
     """
-    root = home() / "public" / model.experts.base.weights[:32]
-    source = _short(str(Path(text).resolve())) if text else "built-in"
-    name = f"{source}-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
-    rows = _kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, text, progress)})["ids"]
+    root, name = _place(model, text)
+    rows = _kept_rows(model, tokenizer, text, progress)
 
     def measured() -> dict[str, Tensor]:
         found = measure_public(model, rows, layers, progress)
@@ -100,6 +99,26 @@ def public_statistics(
         {layer: stored[f"sample.{layer}"].float() for layer in layers},
         rows.numel(),
     )
+
+
+def training_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress | None = None) -> Tensor:
+    """Return the half of the built-in rows `[R, ROW_LENGTH]` that no threshold is set by."""
+    return _kept_rows(model, tokenizer, None, progress)[0::2]
+
+
+def public_streams(
+    model: Any, tokenizer: PreTrainedTokenizerFast, first: int, progress: Progress | None = None
+) -> Tensor:
+    """Return the stream `[R, ROW_LENGTH, D]` of `training_rows` below the experts of block `first`."""
+    rows = training_rows(model, tokenizer, progress)
+
+    def computed() -> dict[str, Tensor]:
+        with model.experts.arming(None):
+            parts = [run_trunk(model, first, batch).cpu() for batch in public_batches(rows, BATCH_ROWS)]
+        return {"stream": torch.cat(parts)}
+
+    root, name = _place(model, None)
+    return _kept(root / f"stream-{first}-{name}", computed)["stream"]
 
 
 def public_rows(
@@ -171,7 +190,7 @@ def measure_public(
     moments = {layer: Moments.none(model.config.hidden_size) for layer in layers}
     sample: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with model.experts.arming(None):
-        for done, inputs in enumerate(gate_inputs(model, _batches(rows), layers)):
+        for done, inputs in enumerate(gate_inputs(model, public_batches(rows, BATCH_ROWS), layers)):
             for layer, found in inputs.items():
                 moments[layer] += blend(found.rows(slice(0, None, 2)))
                 sample[layer].append(found.smooth_BTD[1::2, 1::STRIDE])
@@ -180,10 +199,27 @@ def measure_public(
     return PublicStatistics(moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel())
 
 
-def _batches(rows: Tensor) -> Iterator[Batch]:
-    for ids in torch.split(rows, BATCH_ROWS):
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        yield Batch(ids, ids, positions, torch.arange(len(ids)))
+def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
+    """Yield `size` of the rows `[R, T]` at a time, each a document of its own."""
+    for start in range(0, len(rows), size):
+        ids = rows[start : start + size]
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
+        positions = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+        yield Batch(ids, labels, positions, torch.arange(start, start + len(ids)))
+
+
+def _place(model: Any, text: str | Path | None) -> tuple[Path, str]:
+    """Return the folder of what is kept for a base, and the part of a name that says from which text and how."""
+    source = _short(str(Path(text).resolve())) if text else "built-in"
+    name = f"{source}-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
+    return home() / "public" / model.experts.base.weights[:32], name
+
+
+def _kept_rows(
+    model: Any, tokenizer: PreTrainedTokenizerFast, text: str | Path | None, progress: Progress | None
+) -> Tensor:
+    root, name = _place(model, text)
+    return _kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, text, progress)})["ids"]
 
 
 def _kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

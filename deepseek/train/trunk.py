@@ -23,6 +23,9 @@ from deepseek.data.loader import Batch, RowLoader
 from deepseek.errors import CheckpointError, TrainError
 from deepseek.train.losses import autocast
 
+Stream = Callable[[Batch], Tensor]
+"""Where the frozen stream `[B, T, D]` of a batch comes from: computed, or read from a cache."""
+
 STORED: dict[torch.dtype, np.dtype[Any]] = {torch.bfloat16: np.dtype("<i2"), torch.float32: np.dtype("<i4")}
 """Integers of the same size that stand for a dtype on disk; numpy has no bfloat16."""
 
@@ -38,12 +41,14 @@ def run_trunk(model: Any, layer: int, batch: Batch) -> Tensor:
     return stream_BTD
 
 
-def run_above(model: Any, layer: int, batch: Batch, stream_BTD: Tensor) -> Tensor:
-    """Return the normed last hidden states `[B, T, D]` from what `run_trunk` returned; experts take part as armed."""
+def run_above(model: Any, layer: int, batch: Batch, stream_BTD: Tensor, stop: int | None = None) -> Tensor:
+    """Return the stream `[B, T, D]` before block `stop` (None: the normed last hidden states) from what `run_trunk`
+    returned; experts take part as armed.
+    """
     ctx = model.context(stream_BTD, position_ids=batch.position_ids.to(model.device))
     hidden_BTD = model.layers[layer].transform(stream_BTD, ctx)
-    normed_BTD: Tensor = model.norm(model.run_layers(hidden_BTD, layer + 1, len(model.layers), ctx))
-    return normed_BTD
+    hidden_BTD = model.run_layers(hidden_BTD, layer + 1, len(model.layers) if stop is None else stop, ctx)
+    return hidden_BTD if stop is not None else model.norm(hidden_BTD)
 
 
 @dataclass(frozen=True)

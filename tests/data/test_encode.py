@@ -29,6 +29,11 @@ def test_code_and_commits_are_told_where_they_lie_and_prose_is_not() -> None:
     assert text_of(Document("Once", "book"), EncodeOptions()) == "Once<|endoftext|>"
 
 
+def test_the_header_is_given_and_never_a_target() -> None:
+    (ids,) = DocumentEncoder(TOKENIZER, EncodeOptions()).encode([CODE])
+    assert TOKENIZER.decode(ids[(ids & CONTEXT_BIT) == 0]) == f"{CODE.text}<|endoftext|>"
+
+
 def test_everything_is_a_target_but_what_others_said() -> None:
     ask, answer = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}
     encoder = DocumentEncoder(TOKENIZER, EncodeOptions())

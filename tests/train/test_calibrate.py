@@ -27,6 +27,7 @@ from deepseek.train.calibrate import (
 )
 from deepseek.train.gate_inputs import HALF_LIFE, GateInputs, Moments, blend, gate_inputs, smoothed
 from deepseek.train.public import ROW_LENGTH, installed_texts, measure_public, public_statistics, sampled_rows
+from deepseek.train.trunk import run_trunk
 
 LAYERS = (1, 3)
 
@@ -115,10 +116,18 @@ def test_smoothed_inputs_forget_and_restart_with_documents() -> None:
     x = torch.randn(1, 6, 3)
     found = smoothed(x, torch.tensor([[0, 1, 2, 3, 0, 1]]))
     keep = 0.5 ** (1 / HALF_LIFE)
-    weights = torch.tensor([keep**3, keep**2, keep, 1.0])
-    assert torch.allclose(found.smooth_BTD[0, 3], weights @ x[0, :4] / weights.sum(), atol=1e-6)
-    assert torch.allclose(found.smooth_BTD[0, 4], x[0, 4])
+    weights = torch.tensor([keep**2, keep, 1.0])  # the first token of a document does not count
+    assert torch.allclose(found.smooth_BTD[0, 3], weights @ x[0, 1:4] / weights.sum(), atol=1e-6)
+    assert torch.allclose(found.smooth_BTD[0, 5], x[0, 5])
     assert found.real_BT.tolist() == [[False, True, True, True, False, True]]
+
+
+def test_streams_computed_before_give_the_same_inputs(model: DeepSeekModel) -> None:
+    (batch,) = list(rows(0, 320, 5, count=1))[:1]
+    (computed,) = gate_inputs(model, [batch], (2, 3))
+    (read,) = gate_inputs(model, [batch], (2, 3), lambda one: run_trunk(model, 2, one))
+    for layer in (2, 3):
+        assert torch.equal(computed[layer].x_BTD, read[layer].x_BTD)
 
 
 def test_moments_count_what_they_saw() -> None:
@@ -143,7 +152,7 @@ def test_a_calibrated_module_fires_on_its_own_text_and_nowhere_else(
     model: DeepSeekModel, public: public_module.PublicStatistics
 ) -> None:
     module = module_on(model)
-    found = calibrate(model, module, rows(0, 8, 1), rows(0, 8, 2), public)
+    found = calibrate(model, module, rows(0, 8, 1), rows(0, 8, 2), public, alpha=0.01)
     assert found.recall >= 0.95
     assert found.false_positives <= 0.05
     assert found.tokens == pytest.approx(12 * 2 * 62)

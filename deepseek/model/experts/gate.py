@@ -42,11 +42,14 @@ class GateBank:
         """Return the modules' weights `[B, T, M]` in fp32, and carry the running sums on in `ctx.cache`."""
         scores_BTRM = self.scores(x_BTD)
         state = ctx.cache.gate_state.get(layer_idx) if ctx.cache is not None else None
-        means_BTRM, state = running_mean(scores_BTRM, self.decay, state, ctx.token_mask_BT, ctx.document_ids_BT)
+        counted_BT = ctx.position_ids_BT > 0
+        if ctx.token_mask_BT is not None:
+            counted_BT = counted_BT & ctx.token_mask_BT
+        means_BTRM, state = running_mean(scores_BTRM, self.decay, state, counted_BT, ctx.document_ids_BT)
         if ctx.cache is not None:
             ctx.cache.gate_state[layer_idx] = state
         weights_BTM = arbitrate(means_BTRM[:, :, 0], means_BTRM[:, :, 1], self.max_experts)
-        return weights_BTM if ctx.token_mask_BT is None else weights_BTM * ctx.token_mask_BT[..., None]
+        return weights_BTM * counted_BT[..., None]
 
     def scores(self, x_BTD: Tensor) -> Tensor:
         """Return each token's own scores `[B, T, 2, M]`, in fp32 whatever autocast says."""
@@ -59,16 +62,19 @@ def running_mean(
     scores_BTRM: Tensor,
     decay_M: Tensor,
     state_BRM: Tensor | None = None,
-    token_mask_BT: Tensor | None = None,
+    counted_BT: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the causal, exponentially forgetting mean of scores, and the state to go on from.
 
     mean_t = sum_s decay^(t-s) z_s / sum_s decay^(t-s) over the tokens s <= t of the same document, so that the first
-    tokens of a text count as much as they are. Padding neither counts nor ages the sums; a new document clears them.
+    tokens of a text count as much as they are. What is not counted does not age the sums either; a new document clears
+    them. Padding is not counted, and neither is the first token of a document: whatever the text, attention sinks there
+    and its stream is the same, so that it tells nothing and would drown the tokens after it.
 
     Args:
         scores_BTRM: `[B, T, R, M]`, R scores of each of M modules.
+        counted_BT: False where a token does not count; None: every one does.
         state_BRM: sums `[B, R+1, M]` after the tokens before these (the last row is the denominator).
 
     Returns:
@@ -77,16 +83,16 @@ def running_mean(
     batch, length, _, modules = scores_BTRM.shape
     terms = torch.cat([scores_BTRM, scores_BTRM.new_ones(batch, length, 1, modules)], dim=2)
     keep = decay_M.expand(batch, length, 1, modules)
-    if token_mask_BT is not None:
-        real = token_mask_BT[:, :, None, None]
-        terms, keep = terms.where(real, 0.0), keep.where(real, 1.0)
+    if counted_BT is not None:
+        counted = counted_BT[:, :, None, None]
+        terms, keep = terms.where(counted, 0.0), keep.where(counted, 1.0)
     if document_ids_BT is not None:
         starts = torch.diff(document_ids_BT, dim=1, prepend=document_ids_BT[:, :1]) != 0
         keep = keep.masked_fill(starts[:, :, None, None], 0.0)
     if state_BRM is not None:
         terms = torch.cat([terms[:, :1] + keep[:, :1] * state_BRM[:, None], terms[:, 1:]], dim=1)
     sums = scan(keep, terms)
-    # The denominator is at least 1 at a real token; at leading padding it is 0 and so is the sum.
+    # The denominator is at least 1 once a token counted; before that it is 0 and so is the sum.
     return sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1.0), sums[:, -1]
 
 
