@@ -65,22 +65,6 @@ def _kernels(query_BHTK: Tensor) -> Any:
     return strips
 
 
-def _lay_out(x_BGSK: Tensor, order_BGZ: Tensor) -> Tensor:
-    """Return the keys or values in the order of `Intervals`, `[B, G, Z, K]`."""
-    batch, groups, total, width = x_BGSK.shape
-    heads = torch.arange(batch * groups, device=x_BGSK.device).view(batch, groups, 1)
-    rows = x_BGSK.reshape(-1, width).index_select(0, (order_BGZ + heads * total).flatten())
-    return rows.view(batch, groups, -1, width)
-
-
-def _collect(grad_BGZK: Tensor, order_BGZ: Tensor, total: int) -> Tensor:
-    """Undo `_lay_out` for gradients: each key lies at two places."""
-    halves = [order_BGZ[..., :total], order_BGZ[..., total : 2 * total]]
-    places = torch.arange(total, device=order_BGZ.device).expand_as(halves[0])
-    first, second = (torch.empty_like(half).scatter_(2, half, places) for half in halves)
-    return _lay_out(grad_BGZK, first).add_(_lay_out(grad_BGZK, second + total))
-
-
 class _Attention(torch.autograd.Function):
     """Keeps inputs, output and denominators for the backward pass; scores are computed again."""
 
@@ -88,8 +72,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, windows: Windows, scale: float
     ) -> Tensor:
-        laid_out = [_lay_out(part, intervals.order_BGZ) for part in (key, value)]
-        out, lse = _kernels(query).forward(query, *laid_out, intervals, windows, scale)
+        out, lse = _kernels(query).forward(query, key, value, intervals, windows, scale)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.intervals, ctx.windows, ctx.scale = intervals, windows, scale
         return out.to(query.dtype)
@@ -98,12 +81,5 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        order, total = ctx.intervals.order_BGZ, key.shape[2]
-        laid_out = [_lay_out(part, order) for part in (key, value)]
-        compute = _kernels(query).backward
-        grad_query, grad_key, grad_value = compute(
-            grad, query, *laid_out, out, lse, ctx.intervals, ctx.windows, ctx.scale
-        )
-        grad_key, grad_value = (_collect(part, order, total) for part in (grad_key, grad_value))
-        grads = (part.to(query.dtype) for part in (grad_query, grad_key, grad_value))
-        return *grads, None, None, None
+        grads = _kernels(query).backward(grad, query, key, value, out, lse, ctx.intervals, ctx.windows, ctx.scale)
+        return *(part.to(query.dtype) for part in grads), None, None, None

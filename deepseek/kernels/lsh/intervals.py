@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SPARE = 4  # places past the end of both halves, so that kernels may read keys four by four
-
 
 @dataclass(frozen=True)
 class Windows:
@@ -32,7 +30,7 @@ class Intervals:
     """Where the candidates of each query lie; I = 2 + P intervals a query: local window, sinks, probed buckets.
 
     Attributes:
-        order_BGZ: which key lies at each of the Z = 2S + `SPARE` places.
+        order_BGZ: which key lies at each of the Z = 2S places.
         start_BHTI, stop_BHTI: first place of an interval and the one past its last, int32; equal where it is empty.
         list_BHTI: number of the list of keys that an interval lies in, int32: 0 the local one, then the buckets.
             Within a list, intervals of later queries neither start nor stop earlier.
@@ -67,8 +65,7 @@ def find_intervals(
     real_BS = marked_BGS[:, 0] != windows.num_buckets + 1
     natural_BS = ((~real_BS) * total + position_S).sort(-1).values % total
     sorted_BGS = (marked_BGS.long() * total + position_S).sort(-1).values
-    spare_BGZ = sorted_BGS.new_zeros(batch, groups, SPARE)
-    order_BGZ = torch.cat((natural_BS[:, None].expand_as(sorted_BGS), sorted_BGS % total, spare_BGZ), -1)
+    order_BGZ = torch.cat((natural_BS[:, None].expand_as(sorted_BGS), sorted_BGS % total), -1)
 
     sinks_BHT1 = query_codes_BHTP.new_full((batch, heads, length, 1), windows.num_buckets)
     bucket_BHTJ = torch.cat((sinks_BHT1, query_codes_BHTP), -1).long()

@@ -4,9 +4,8 @@ import numpy as np
 from numba import njit
 
 from deepseek.kernels.few_tokens import exp
-from deepseek.kernels.lsh.intervals import SPARE
-from deepseek.kernels.lsh.product import COLUMNS, multiply, multiply_add
-from deepseek.kernels.lsh.strip_forward import EXACT, gather, score
+from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply, multiply_add
+from deepseek.kernels.lsh.strip_forward import EXACT, gather, score, strip_end
 
 
 @njit(fastmath=True)
@@ -54,28 +53,25 @@ def _add_outer(left, count, x, rows, scale, part, target):  # type: ignore[no-un
 
 
 @njit
-def backward(views, grad, targets, strips, scale, buffers):  # type: ignore[no-untyped-def]
-    """Add the gradients of queries, keys and values of one unit of work to the targets."""
-    (q, key, value, out, lse), (rows, starts, stops, bounds), (side, part, weights, grads) = views, strips, buffers
-    (grad_q, grad_key, grad_value), width, one = targets, q.shape[2], np.float32(1)
+def backward(q, keys, values, out, lse, pairs, scale, buffers, grad, grad_q, grad_keys, grad_values):  # type: ignore[no-untyped-def]
+    """Add to the gradients of queries, and of the keys and values of one list, what its intervals contribute."""
+    (rows, starts, stops), (side, part, weights, grads) = pairs, buffers
+    width, one, most = q.shape[2], np.float32(1), len(weights) - ROWS
     lse_m, dots_m = np.zeros(COLUMNS, np.float32), np.zeros(COLUMNS, np.float32)
-    for s in range(len(bounds) - 1):
-        own = slice(bounds[s], bounds[s + 1])
-        mine, base, count = rows[own], starts[bounds[s]], stops[bounds[s + 1] - 1] - starts[bounds[s]]
+    first = 0
+    while first < len(rows):
+        last = strip_end(first, starts, stops, most)
+        own, base, count = slice(first, last), starts[first], stops[last - 1] - starts[first]
+        mine, key, value = rows[own], keys[base:].ctypes.data, values[base:].ctypes.data
         gather(grad, mine, one, side)
-        multiply(
-            value[base:].ctypes.data, width, 1, side.ctypes.data, COLUMNS, grads.ctypes.data, COLUMNS, count, COLUMNS,
-            width,
-        )  # fmt: skip
+        multiply(value, width, 1, side.ctypes.data, COLUMNS, grads.ctypes.data, COLUMNS, count, COLUMNS, width)
         gather(q, mine, scale, side)
-        score(key, side, starts[own], stops[own], weights)
+        score(keys, side, starts[own], stops[own], weights)
         _denominators(mine, grad, out, lse, lse_m, dots_m)
         _through_softmax(weights[:count], grads[:count], lse_m, dots_m)
-        weights[count : count + SPARE], grads[count : count + SPARE] = 0, 0
-        multiply(
-            grads.ctypes.data, 1, COLUMNS, key[base:].ctypes.data, width, part.ctypes.data, width, COLUMNS, width,
-            count,
-        )  # fmt: skip
+        weights[count : count + ROWS], grads[count : count + ROWS] = 0, 0
+        multiply(grads.ctypes.data, 1, COLUMNS, key, width, part.ctypes.data, width, COLUMNS, width, count)
         _add_rows(mine, scale, part, grad_q)
-        _add_outer(grads, count, q, mine, scale, part, grad_key[base:])
-        _add_outer(weights, count, grad, mine, one, part, grad_value[base:])
+        _add_outer(grads, count, q, mine, scale, part, grad_keys[base:])
+        _add_outer(weights, count, grad, mine, one, part, grad_values[base:])
+        first = last

@@ -4,10 +4,19 @@ import numpy as np
 from numba import njit
 
 from deepseek.kernels.few_tokens import exp
-from deepseek.kernels.lsh.product import COLUMNS, multiply
+from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply
 
 LOWEST = np.float32(-1e30)
 EXACT = {"contract", "nnan", "ninf", "nsz", "arcp"}  # fast arithmetic, but sums in the order that the code says
+
+
+@njit
+def strip_end(first, starts, stops, most):  # type: ignore[no-untyped-def]
+    """Return the end of the strip that begins with interval `first`: up to 16 intervals over at most `most` keys."""
+    last = first + 1
+    while last < min(first + COLUMNS, len(starts)) and stops[last] - starts[first] <= most:
+        last += 1
+    return last
 
 
 @njit
@@ -62,34 +71,33 @@ def _merge(rows, top, total, part, highest, sums, out):  # type: ignore[no-untyp
             target[k] = target[k] * kept + part[m, k]
 
 
+@njit
+def forward(q, keys, values, out, pairs, scale, buffers, highest, sums):  # type: ignore[no-untyped-def]
+    """Add to outputs and their denominators what the queries see of one list of keys."""
+    (rows, starts, stops), (side, part, scores, _), width = pairs, buffers, q.shape[2]
+    top, total = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
+    first = 0
+    while first < len(rows):
+        last = strip_end(first, starts, stops, len(scores) - ROWS)
+        own, base, count = slice(first, last), starts[first], stops[last - 1] - starts[first]
+        gather(q, rows[own], scale, side)
+        score(keys, side, starts[own], stops[own], scores)
+        top[:] = LOWEST
+        for m in range(last - first):
+            top[m] = highest[rows[first + m]]
+        _soften(scores[:count], top, total)
+        value = values[base:].ctypes.data
+        multiply(scores.ctypes.data, 1, COLUMNS, value, width, part.ctypes.data, width, COLUMNS, width, count)
+        _merge(rows[own], top, total, part, highest, sums, out)
+        first = last
+
+
 @njit(fastmath=EXACT)
-def _divide(out, lse, highest, sums):  # type: ignore[no-untyped-def]
+def divide(out, lse, highest, sums):  # type: ignore[no-untyped-def]
+    """Divide outputs by their denominators, and note the logarithms of these."""
     for r in range(len(sums)):
         t, h = r // out.shape[1], r % out.shape[1]
         total = max(sums[r], np.float32(1e-37))  # zero where a query has no candidates
         lse[t, h] = highest[r] + np.log(total)
         for k in range(out.shape[2]):
             out[t, h, k] /= total
-
-
-@njit
-def forward(views, strips, scale, buffers):  # type: ignore[no-untyped-def]
-    """Set outputs, given as zeros, and the logarithms of their denominators, of one unit of work."""
-    (q, key, value, out, lse), (rows, starts, stops, bounds), (side, part, scores, _) = views, strips, buffers
-    top, total, width = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32), q.shape[2]
-    highest, sums = np.full(lse.size, LOWEST, np.float32), np.zeros(lse.size, np.float32)
-    for s in range(len(bounds) - 1):
-        own = slice(bounds[s], bounds[s + 1])
-        base, count = starts[bounds[s]], stops[bounds[s + 1] - 1] - starts[bounds[s]]
-        gather(q, rows[own], scale, side)
-        score(key, side, starts[own], stops[own], scores)
-        top[:] = LOWEST
-        for m in range(bounds[s + 1] - bounds[s]):
-            top[m] = highest[rows[bounds[s] + m]]
-        _soften(scores[:count], top, total)
-        multiply(
-            scores.ctypes.data, 1, COLUMNS, value[base:].ctypes.data, width, part.ctypes.data, width, COLUMNS, width,
-            count,
-        )  # fmt: skip
-        _merge(rows[own], top, total, part, highest, sums, out)
-    _divide(out, lse, highest, sums)

@@ -1,9 +1,9 @@
 """Attention over intervals on a processor: 16 queries at a time, side by side in the lanes of its vectors.
 
 A unit of work is a stretch of `CHUNK` queries of one key/value head, with all heads that share it. Its intervals are
-sorted into their lists; neighbours there look at nearly the same keys. 16 of them form a strip, which walks over those
-keys (`strip_forward.py`, `strip_backward.py`). A query belongs to one unit, so results need no locks. Gradients of keys
-are gathered from many units: these are dealt out to lanes, each with gradients of its own, to be added up in the end.
+sorted into their lists; the keys of a list are copied together once, and 16 neighbouring intervals form a strip, which
+walks over nearly the same of them (`strip_forward.py`, `strip_backward.py`). A query belongs to one unit, so results
+need no locks. Gradients of keys come from many units: each thread has its own, over the stretch of time it works on.
 """
 
 from functools import cache
@@ -16,25 +16,22 @@ from torch import Tensor
 
 from deepseek.kernels import openmp
 from deepseek.kernels.few_tokens import pointer, share
+from deepseek.kernels.few_tokens_backward import untouched_zeros
 from deepseek.kernels.lsh import strip_backward, strip_forward
-from deepseek.kernels.lsh.intervals import SPARE, Intervals, Windows
-from deepseek.kernels.lsh.product import COLUMNS
+from deepseek.kernels.lsh.intervals import Intervals, Windows
+from deepseek.kernels.lsh.product import COLUMNS, ROWS
 
 CHUNK = 1024
-MOST_LANES = 4  # of gradients; each costs as much memory as the keys and values in both orders
+MOST_LANES = 4  # of gradients of keys and values, which each take as much memory as these
 
-_backward, _forward = strip_backward.backward, strip_forward.forward
+_backward, _forward, _divide = strip_backward.backward, strip_forward.forward, strip_forward.divide
 
 
 @njit
 def _sorted(lists, start, stop, num_lists):  # type: ignore[no-untyped-def]
     """Return query, start and stop of all intervals that are not empty, sorted by list, and the end of each list."""
     heads, length, count = lists.shape
-    rows, starts, stops = (
-        np.empty(lists.size, np.int32),
-        np.empty(lists.size, np.int32),
-        np.empty(lists.size, np.int32),
-    )
+    rows, starts, stops = np.empty(lists.size, np.int32), np.empty(lists.size, np.int32), np.empty(lists.size, np.int32)
     ends = np.zeros(num_lists + 1, np.int64)
     for r in range(heads):
         for t in range(length):
@@ -53,65 +50,91 @@ def _sorted(lists, start, stop, num_lists):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _strips(lists, start, stop, num_lists, most):  # type: ignore[no-untyped-def]
-    """Return `_sorted` intervals and the bounds of the strips: up to 16 of one list, over at most `most` keys."""
-    rows, starts, stops, ends = _sorted(lists, start, stop, num_lists)
-    bounds, count, s = np.zeros(ends[num_lists - 1] + 1, np.int64), 0, 0
-    for c in range(num_lists):
-        while s < ends[c]:
-            first = s
-            while s < min(first + COLUMNS, ends[c]) and (s == first or stops[s] - starts[first] <= most):
-                s += 1
-            count += 1
-            bounds[count] = s
-    return rows, starts, stops, bounds[: count + 1]
+def _load(x, places, keys):  # type: ignore[no-untyped-def]
+    for j in range(len(places)):
+        keys[j] = x[places[j]]
 
 
 @njit
-def _run(arrays, places, grads, num_lists, most, scale, backwards):  # type: ignore[no-untyped-def]
+def _store(keys, places, x):  # type: ignore[no-untyped-def]
+    for j in range(len(places)):
+        x[places[j]] += keys[j]
+
+
+@njit
+def _unit(views, places, order, grads, buffers, num_lists, scale, backwards):  # type: ignore[no-untyped-def]
+    """All lists of one unit, forward or backward."""
+    (q, key, value, out, lse), (grad, grad_q, grad_key, grad_value) = views, grads
+    keys, values, grad_keys, grad_values, small = buffers
+    rows, starts, stops, ends = _sorted(places[0], places[1], places[2], num_lists)
+    highest, sums = np.full(lse.size, strip_forward.LOWEST, np.float32), np.zeros(lse.size, np.float32)
+    first = 0
+    for c in range(num_lists):
+        if ends[c] == first:
+            continue
+        own, base = slice(first, ends[c]), starts[first]
+        pairs = rows[own], starts[own] - base, stops[own] - base
+        laid, first = order[base : stops[ends[c] - 1]], ends[c]
+        _load(key, laid, keys)
+        _load(value, laid, values)
+        if backwards:
+            grad_keys[: len(laid) + ROWS], grad_values[: len(laid) + ROWS] = 0, 0
+            _backward(q, keys, values, out, lse, pairs, scale, small, grad, grad_q, grad_keys, grad_values)
+            _store(grad_keys, laid, grad_key)
+            _store(grad_values, laid, grad_value)
+        else:
+            _forward(q, keys, values, out, pairs, scale, small, highest, sums)
+    if not backwards:
+        _divide(out, lse, highest, sums)
+
+
+@njit
+def _run(arrays, places, order, grads, num_lists, longest, scale, backwards):  # type: ignore[no-untyped-def]
     (q, key, value, out, lse), (lists, start, stop), (grad, grad_q, grad_key, grad_value) = arrays, places, grads
-    (batch, length, heads, width), (lanes, _, groups) = q.shape, grad_key.shape[:3]
-    own = heads // groups
+    (batch, length, heads, width), groups, lanes = q.shape, key.shape[2], len(grad_key)
+    own, chunks = heads // groups, (length + CHUNK - 1) // CHUNK
+    most, narrow = (CHUNK + longest + ROWS, width), (2 * longest + ROWS, COLUMNS)  # keys of a list, and of a strip
+    small = (
+        np.zeros((width, COLUMNS), np.float32), np.empty((COLUMNS, width), np.float32), np.empty(narrow, np.float32),
+        np.empty(narrow, np.float32),
+    )  # fmt: skip
     buffers = (
-        np.zeros((width, COLUMNS), np.float32), np.empty((COLUMNS, width), np.float32),
-        np.empty((most + SPARE, COLUMNS), np.float32), np.empty((most + SPARE, COLUMNS), np.float32),
+        np.zeros(most, np.float32), np.zeros(most, np.float32), np.empty(most, np.float32), np.empty(most, np.float32),
+        small,
     )  # fmt: skip
     begin, end = share(batch * groups * lanes)
     for unit in range(begin, end):
         b, g, lane = unit // (groups * lanes), unit // lanes % groups, unit % lanes
         h = slice(g * own, (g + 1) * own)
-        for t in range(lane * CHUNK, length, lanes * CHUNK):
-            u = slice(t, min(t + CHUNK, length))
-            strips = _strips(lists[b, h, u], start[b, h, u], stop[b, h, u], num_lists, most)
-            views = q[b, u, h], key[b, g], value[b, g], out[b, u, h], lse[b, u, h]
-            if backwards:
-                targets = grad_q[b, u, h], grad_key[lane, b, g], grad_value[lane, b, g]
-                _backward(views, grad[b, u, h], targets, strips, scale, buffers)
-            else:
-                _forward(views, strips, scale, buffers)
+        for chunk in range(lane * chunks // lanes, (lane + 1) * chunks // lanes):
+            u = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, length))
+            views = q[b, u, h], key[b, :, g], value[b, :, g], out[b, u, h], lse[b, u, h]
+            spans = lists[b, h, u], start[b, h, u], stop[b, h, u]
+            mine = grad[b, u, h], grad_q[b, u, h], grad_key[lane, b, :, g], grad_value[lane, b, :, g]
+            _unit(views, spans, order[b, g], mine, buffers, num_lists, scale, backwards)
 
 
 @cache
 def _address() -> int:
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def kernel(data):  # type: ignore[no-untyped-def]
-        a = carray(data, 24)
-        b, t, h, k, g, z, i, lanes = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
-        queries, keys, lanes_of_keys, intervals = (b, t, h, k), (b, g, z, k), (lanes, b, g, z, k), (b, h, t, i)
+        a = carray(data, 26)
+        b, t, h, k, s, g, i, z, lanes = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+        queries, keys, lanes_of_keys, intervals = (b, t, h, k), (b, s, g, k), (lanes, b, s, g, k), (b, h, t, i)
         arrays = (
-            carray(pointer(a[11]), queries, np.float32), carray(pointer(a[12]), keys, np.float32),
-            carray(pointer(a[13]), keys, np.float32), carray(pointer(a[14]), queries, np.float32),
-            carray(pointer(a[15]), (b, t, h), np.float32),
+            carray(pointer(a[12]), queries, np.float32), carray(pointer(a[13]), keys, np.float32),
+            carray(pointer(a[14]), keys, np.float32), carray(pointer(a[15]), queries, np.float32),
+            carray(pointer(a[16]), (b, t, h), np.float32),
         )  # fmt: skip
-        places = (
-            carray(pointer(a[16]), intervals, np.int32), carray(pointer(a[17]), intervals, np.int32),
-            carray(pointer(a[18]), intervals, np.int32),
+        order, places = carray(pointer(a[17]), (b, g, z), np.int64), (
+            carray(pointer(a[18]), intervals, np.int32), carray(pointer(a[19]), intervals, np.int32),
+            carray(pointer(a[20]), intervals, np.int32),
         )  # fmt: skip
         grads = (
-            carray(pointer(a[19]), queries, np.float32), carray(pointer(a[20]), queries, np.float32),
-            carray(pointer(a[21]), lanes_of_keys, np.float32), carray(pointer(a[22]), lanes_of_keys, np.float32),
+            carray(pointer(a[21]), queries, np.float32), carray(pointer(a[22]), queries, np.float32),
+            carray(pointer(a[23]), lanes_of_keys, np.float32), carray(pointer(a[24]), lanes_of_keys, np.float32),
         )  # fmt: skip
-        _run(arrays, places, grads, a[8], a[9], carray(pointer(a[23]), 1, np.float32)[0], a[10] != 0)
+        _run(arrays, places, order, grads, a[9], a[10], carray(pointer(a[25]), 1, np.float32)[0], a[11] != 0)
 
     return int(kernel.address)
 
@@ -120,10 +143,10 @@ def _call(
     arrays: list[Tensor], intervals: Intervals, grads: list[Tensor], lanes: int, windows: Windows, scale: float,
     backwards: bool,
 ) -> None:  # fmt: skip
-    places = [part.contiguous() for part in (intervals.list_BHTI, intervals.start_BHTI, intervals.stop_BHTI)]
-    dimensions = [*arrays[0].shape, *arrays[1].shape[1:3], places[0].shape[-1], lanes]
-    limits = [windows.num_buckets + 2, min(2 * windows.longest(), arrays[1].shape[2]), int(backwards)]
-    tensors = (*arrays, *places, *grads, torch.tensor([scale]))
+    places = [intervals.order_BGZ, intervals.list_BHTI, intervals.start_BHTI, intervals.stop_BHTI]
+    dimensions = [*arrays[0].shape, *arrays[1].shape[1:3], places[1].shape[-1], places[0].shape[-1], lanes]
+    limits = [windows.num_buckets + 2, min(windows.longest(), arrays[1].shape[1]), int(backwards)]
+    tensors = (*arrays, *[part.contiguous() for part in places], *grads, torch.tensor([scale]))
     openmp.parallel(_address(), [*dimensions, *limits, *(tensor.data_ptr() for tensor in tensors)])
 
 
@@ -132,26 +155,29 @@ def _by_token(x_BHTK: Tensor) -> Tensor:
 
 
 def forward(
-    query_BHTK: Tensor, key_BGZK: Tensor, value_BGZK: Tensor, intervals: Intervals, windows: Windows, scale: float
+    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, intervals: Intervals, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `tiles.forward`; in fp32 throughout."""
-    query, key, value = _by_token(query_BHTK), key_BGZK.float(), value_BGZK.float()
+    query, key, value = (_by_token(part) for part in (query_BHTK, key_BGSK, value_BGSK))
     out, lse = torch.zeros_like(query), query.new_empty(query.shape[:3])
-    lanes = -(-query.shape[1] // CHUNK)
     unused = [query, query, key, key]  # any address will do for what is not touched
-    _call([query, key, value, out, lse], intervals, unused, lanes, windows, scale, backwards=False)
+    _call([query, key, value, out, lse], intervals, unused, -(-query.shape[1] // CHUNK), windows, scale, False)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def backward(
-    grad_BHTK: Tensor, query_BHTK: Tensor, key_BGZK: Tensor, value_BGZK: Tensor, out_BHTK: Tensor, lse_BHT: Tensor,
+    grad_BHTK: Tensor, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, out_BHTK: Tensor, lse_BHT: Tensor,
     intervals: Intervals, windows: Windows, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `tiles.backward`; in fp32 throughout."""
-    query, grad, out, lse = (_by_token(part) for part in (query_BHTK, grad_BHTK, out_BHTK, lse_BHT))
-    key, value = key_BGZK.float(), value_BGZK.float()
-    heads, threads = key.shape[0] * key.shape[1], torch.get_num_threads()
-    lanes = min(threads // gcd(threads, heads), MOST_LANES, -(-query.shape[1] // CHUNK))  # threads equally busy
-    grads = [grad, torch.zeros_like(query), *(key.new_zeros(lanes, *key.shape) for _ in range(2))]
-    _call([query, key, value, out, lse], intervals, grads, lanes, windows, scale, backwards=True)
-    return grads[1].transpose(1, 2), grads[2].sum(0), grads[3].sum(0)
+    arrays = [_by_token(part) for part in (query_BHTK, key_BGSK, value_BGSK, out_BHTK, lse_BHT)]
+    threads, heads = torch.get_num_threads(), key_BGSK.shape[0] * key_BGSK.shape[1]
+    lanes = min(threads // gcd(threads, heads), MOST_LANES, -(-query_BHTK.shape[2] // CHUNK))  # all equally busy
+    grad_keys = [untouched_zeros(torch.Size((lanes, *arrays[1].shape)), torch.float32) for _ in range(2)]
+    grad_query = torch.zeros_like(arrays[0])
+    _call(arrays, intervals, [_by_token(grad_BHTK), grad_query, *grad_keys], lanes, windows, scale, True)
+    for lane in range(lanes - 1):
+        for part in grad_keys:
+            part[-1] += part[lane]
+    grad_key, grad_value = (part[-1].transpose(1, 2) for part in grad_keys)
+    return grad_query.transpose(1, 2), grad_key, grad_value
