@@ -75,7 +75,7 @@ def size_report() -> str:
     files, functions = line_counts(), sorted(function_lines().values())
     largest = max(files, key=files.__getitem__)
     return (
-        f"{package_lines()} of {PACKAGE_LINES} lines of code ({sum(files.values())} with docstrings, comments and blanks) in "
-        f"{len(files)} files, largest {largest} ({files[largest]}); "
+        f"{package_lines()} of {PACKAGE_LINES} lines of code, {sum(files.values())} lines in all {len(files)} files, "
+        f"largest {largest} ({files[largest]}); "
         f"{len(functions)} functions, median {functions[len(functions) // 2]} lines, longest {functions[-1]}"
     )
