@@ -35,7 +35,7 @@ from deepseek.train.progress import ProgressBar
 
 SHORT, LONG = 1024, 4096
 BIN = 256  # neighbouring positions that are averaged
-BATCH = 4
+BATCH = 1
 VOCAB = 2048
 UNKNOWN, END = 0, 1
 HELD_OUT = 0.1  # of the files
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("code", nargs="+", type=Path, help="folders of source files")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -167,7 +167,7 @@ def measure(
     torch.manual_seed(seed)
     model = DeepSeekModel(config_of(options, rival.fields)).train()
     optim = OptimConfig(options.learning_rate, warmup=0.1, weight_decay=0.1)
-    loop = LoopConfig(optim, options.steps, evaluate_every=options.steps, checkpoint_every=100, keep=1, seed=seed)
+    loop = LoopConfig(optim, options.steps, evaluate_every=options.steps, checkpoint_every=200, keep=1, seed=seed)
     started = time.perf_counter()
     with ProgressBar() as progress:
         train(NextToken(model), Windows(stream, seed), loop, folder / f"{rival.trained_as}-{seed}", progress=progress)

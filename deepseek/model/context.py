@@ -156,7 +156,7 @@ def attention_mask(
 def visible(
     position_ids_BT: Tensor, past: int, real_BS: Tensor | None, documents_BT: Tensor | None, window: int | None
 ) -> Visible:
-    """Return the keys that `attention_mask` shows, as one run of slots a query."""
+    """Return the keys that `attention_mask` shows to real tokens, as one run of slots a query."""
     batch, length = position_ids_BT.shape
     slots_BT = torch.arange(past, past + length, device=position_ids_BT.device).expand(batch, length)
     first_BT = torch.zeros_like(slots_BT) if window is None else (slots_BT - window + 1).clamp(min=0)
@@ -166,6 +166,6 @@ def visible(
     if real_BS is None:
         return Visible(first_BT)
     first_BT = torch.maximum(first_BT, real_BS.int().argmax(-1, keepdim=True))
-    first_BT = torch.where(real_BS[:, past:], first_BT, slots_BT)  # padding sees itself, as in the mask
+    first_BT = torch.where(real_BS[:, past:], first_BT, slots_BT)  # padding sees itself, so that no row is empty
     runs_B = (torch.diff(real_BS.int(), dim=-1, prepend=torch.zeros_like(real_BS[:, :1], dtype=torch.int)) > 0).sum(-1)
     return Visible(first_BT, real_BS if bool((runs_B > 1).any()) else None)
