@@ -31,8 +31,8 @@ from deepseek.train.progress import ProgressBar
 BASE = "smollm2-135m"
 FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-code")
 FIRST = 2  # the first two layers look everywhere and stay exact
-PROBES = 20
-WINDOW = {4096: 26, 8192: 72}
+PROBES = 14
+WINDOW = {4096: 36, 8192: 80}
 """Keys of a bucket looked at, so that a query looks at no more than one eighth of the keys on average."""
 
 

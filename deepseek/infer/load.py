@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
+from deepseek.model.attention.hash import hash_file, load_hashes, plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.library import find_pack
@@ -31,6 +33,8 @@ def load(
 ) -> Loaded:
     """Load a base model and its tokenizer, and plug experts into it.
 
+    With attention="lsh" the hashes that `deepseek distill-hash` has put beside the model are used.
+
     Args:
         name: a known base (fetched if needed), a local folder or a hub id.
         experts: packs to plug, by file or by the name of a trained expert; they are armed automatically.
@@ -44,6 +48,8 @@ def load(
     folder = resolve(str(name))
     model = DeepSeekModel.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
     model.config.name_or_path = str(name)
+    if model.config.attention == "lsh" and hash_file(folder).exists():
+        plug_hashes(model, load_hashes(hash_file(folder), fingerprint(folder).weights))
     for expert in experts:
         model.experts.plug(find_pack(expert))
     return Loaded(model, load_tokenizer(folder))

@@ -55,8 +55,8 @@ class HashSettings:
         seed: of every draw.
     """
 
-    num_buckets: int = 128
-    bucket_window: int = 32
+    num_buckets: int = 64
+    bucket_window: int = 40
     local_window: int = 128
     sinks: int = 4
     queries: int = 512

@@ -1,5 +1,6 @@
 """`deepseek distill-hash` and `deepseek inspect attention`, from text to picture, and their mistakes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.cli.main import main
+from deepseek.infer.load import load
 from deepseek.model.attention.hash import LinearHash, hash_file, load_hashes, save_hashes
+from deepseek.model.attention.lsh import RandomHash
+from deepseek.model.config import ModelConfig
 
 Capture = pytest.CaptureFixture[str]
 PNG = b"\x89PNG"
@@ -42,6 +46,19 @@ def test_from_text_to_hash_to_picture(base_folder: Path, text: Path, tmp_path: P
     assert picture.read_bytes().startswith(PNG)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("local", "hash", "best 64"))
+
+
+def test_a_loaded_model_uses_the_hashes_beside_it(base_folder: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder, folder)
+    config = ModelConfig(attention="lsh", lsh_exact_layers=[0])
+    assert isinstance(load(folder, config=config).model.layers[1].attention.hash, RandomHash)
+    fitted = ("--base", str(folder), "--data", str(text), "--texts", "1", "--length", "512", "--exact", "1")
+    assert run("distill-hash", *fitted) == 0
+    attention = load(folder, config=config).model.layers[1].attention
+    assert torch.equal(
+        attention.hash.key_weight, load_hashes(hash_file(folder), fingerprint(folder).weights)[1].key_weight
+    )
 
 
 def test_mistakes_end_in_one_sentence(base_folder: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
