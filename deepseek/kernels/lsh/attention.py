@@ -12,7 +12,9 @@ from torch.autograd.function import once_differentiable
 from deepseek.kernels import openmp
 from deepseek.kernels.lsh import tiles
 from deepseek.kernels.lsh.decode import BucketCache
-from deepseek.kernels.lsh.intervals import Intervals, Windows, document_starts, find_intervals
+from deepseek.kernels.lsh.intervals import Windows, document_starts, find_intervals
+
+Codes = tuple[Tensor, Tensor, Tensor | None, Windows]  # the arguments of `find_intervals`
 
 
 def lsh_attention(
@@ -47,10 +49,10 @@ def attend(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BHTP: Tensor, marked_BGS: Tensor,
     first_BS: Tensor | None, windows: Windows, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Do what `lsh_attention` does, with codes that `intervals.mark` has marked."""
+    """Do what `lsh_attention` does, with codes as `decode.BucketCache` keeps them, and `intervals.document_starts`."""
     scale = query_BHTK.shape[-1] ** -0.5 if scale is None else scale
-    intervals = find_intervals(query_codes_BHTP, marked_BGS, first_BS, windows)
-    return _Attention.apply(query_BHTK, key_BGSK, value_BGSK, intervals, windows, scale)
+    codes = (query_codes_BHTP.int(), marked_BGS, first_BS, windows)
+    return _Attention.apply(query_BHTK, key_BGSK, value_BGSK, codes, scale)
 
 
 def _kernels(query_BHTK: Tensor) -> Any:
@@ -66,20 +68,19 @@ def _kernels(query_BHTK: Tensor) -> Any:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps inputs, output and denominators for the backward pass; scores are computed again."""
+    """Keeps inputs, output and denominators for the backward pass; intervals and scores are computed again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, windows: Windows, scale: float
-    ) -> Tensor:
-        out, lse = _kernels(query).forward(query, key, value, intervals, windows, scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, codes: Codes, scale: float) -> Tensor:
+        out, lse = _kernels(query).forward(query, key, value, find_intervals(*codes), codes[-1], scale)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.intervals, ctx.windows, ctx.scale = intervals, windows, scale
+        ctx.codes, ctx.scale = codes, scale
         return out.to(query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        grads = _kernels(query).backward(grad, query, key, value, out, lse, ctx.intervals, ctx.windows, ctx.scale)
-        return *(part.to(query.dtype) for part in grads), None, None, None
+        query, *saved = ctx.saved_tensors
+        intervals = find_intervals(*ctx.codes)
+        grads = _kernels(query).backward(grad, query, *saved, intervals, ctx.codes[-1], ctx.scale)
+        return *(part.to(query.dtype) for part in grads), None, None

@@ -9,7 +9,7 @@ which none does. No key is in two intervals of a query, because it enters its bu
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Intervals:
     Attributes:
         order_BGZ: which key lies at each of the Z = 2S places.
         start_BHTI, stop_BHTI: first place of an interval and the one past its last, int32; equal where it is empty.
-        list_BHTI: number of the list of keys that an interval lies in, int32: 0 the local one, then the buckets.
-            Within a list, intervals of later queries neither start nor stop earlier.
+        codes_BHTP: the buckets of all intervals but the first two, int32. Intervals of later queries in the same
+            bucket, as in the local window and among the sinks, neither start nor stop earlier.
     """
 
     order_BGZ: Tensor
     start_BHTI: Tensor
     stop_BHTI: Tensor
-    list_BHTI: Tensor
+    codes_BHTP: Tensor
 
 
 def document_starts(document_ids_BS: Tensor | None) -> Tensor | None:
@@ -60,39 +60,47 @@ def find_intervals(
         marked_BGS: codes of all keys, `num_buckets` at sinks and `num_buckets + 1` at padding.
         first_BS: see `document_starts`.
     """
-    (batch, groups, total), (_, heads, length, _) = marked_BGS.shape, query_codes_BHTP.shape
+    (batch, groups, total), (_, heads, length, probes) = marked_BGS.shape, query_codes_BHTP.shape
     position_S, new = torch.arange(total, device=marked_BGS.device), slice(total - length, None)
     real_BS = marked_BGS[:, 0] != windows.num_buckets + 1
-    natural_BS = ((~real_BS) * total + position_S).sort(-1).values % total
+    natural_BS = (~real_BS * total + position_S).sort(-1).values % total
     sorted_BGS = (marked_BGS.long() * total + position_S).sort(-1).values
     order_BGZ = torch.cat((natural_BS[:, None].expand_as(sorted_BGS), sorted_BGS % total), -1)
-
-    sinks_BHT1 = query_codes_BHTP.new_full((batch, heads, length, 1), windows.num_buckets)
-    bucket_BHTJ = torch.cat((sinks_BHT1, query_codes_BHTP), -1).long()
-    age_T1 = (position_S[new] - windows.local)[:, None]
-    stop_BHTJ = _count_below(sorted_BGS, bucket_BHTJ * total + age_T1 + 1)
-    if first_BS is None:
-        edges_BGC = torch.searchsorted(sorted_BGS, (position_S.new_tensor(range(windows.num_buckets + 1)) * total)
-                                       .expand(batch, groups, -1).contiguous())  # fmt: skip
-        floor_BHTJ = edges_BGC.gather(2, bucket_BHTJ.view(batch, groups, -1)).view_as(bucket_BHTJ)
-    else:
-        floor_BHTJ = _count_below(sorted_BGS, bucket_BHTJ * total + first_BS[:, None, new, None])
-    window_J = bucket_BHTJ.new_tensor([windows.sinks] + [windows.bucket] * query_codes_BHTP.shape[-1])
-    stop_BHTJ = torch.maximum(stop_BHTJ, floor_BHTJ)
-    start_BHTJ = torch.maximum(stop_BHTJ - window_J, floor_BHTJ)
 
     so_far_BS = real_BS.cumsum(-1)
     lowest_BS = (position_S - windows.local + 1).clamp(min=0).expand(batch, -1)
     lowest_BS = lowest_BS if first_BS is None else torch.maximum(lowest_BS, first_BS)
-    local = ((so_far_BS - real_BS.long()).gather(1, lowest_BS), so_far_BS)
-    start, stop = (
-        torch.cat((near[:, None, new, None].expand(-1, heads, -1, 1), old + total), -1).int()
-        for near, old in zip(local, (start_BHTJ, stop_BHTJ), strict=True)
-    )
+    local_start_BS = (so_far_BS - real_BS.long()).gather(1, lowest_BS)
+
+    codes, share = query_codes_BHTP.int(), heads // groups
+    start, stop = (codes.new_empty(batch, heads, length, 2 + probes) for _ in range(2))
+    start[..., 0], stop[..., 0] = local_start_BS[:, None, new], so_far_BS[:, None, new]
+    for g in range(groups):  # one after the other, as the searches take eight bytes an interval
+        own = slice(g * share, (g + 1) * share)
+        buckets = nn.functional.pad(codes[:, own], (1, 0), value=windows.num_buckets)
+        start[:, own, :, 1:], stop[:, own, :, 1:] = _bucket_intervals(sorted_BGS[:, g], buckets, first_BS, windows)
     start = torch.where(real_BS[:, None, new, None], start, stop)  # a padding query looks at nothing
-    return Intervals(order_BGZ, start, stop, torch.cat((torch.full_like(sinks_BHT1, -1), bucket_BHTJ), -1).int() + 1)
+    return Intervals(order_BGZ, start, stop, codes)
 
 
-def _count_below(sorted_BGS: Tensor, limit_BHTJ: Tensor) -> Tensor:
-    limits = limit_BHTJ.reshape(*sorted_BGS.shape[:2], -1)
-    return torch.searchsorted(sorted_BGS, limits).view_as(limit_BHTJ)
+def _bucket_intervals(
+    sorted_BS: Tensor, bucket_BRTJ: Tensor, first_BS: Tensor | None, windows: Windows
+) -> tuple[Tensor, Tensor]:
+    """Return start and stop, in the second half, of the intervals of the sinks, J = 0, and of the probed buckets."""
+    (batch, total), length = sorted_BS.shape, bucket_BRTJ.shape[2]
+    position_T = torch.arange(total - length, total, device=sorted_BS.device)
+
+    def before(position_BRTJ: Tensor) -> Tensor:
+        """The number of places before that of a key of the bucket at this position."""
+        limits = (bucket_BRTJ.long() * total + position_BRTJ).view(batch, -1)
+        return torch.searchsorted(sorted_BS, limits, out_int32=True).view_as(bucket_BRTJ)
+
+    if first_BS is None:
+        buckets = torch.arange(windows.num_buckets + 1, device=sorted_BS.device).expand(batch, -1)
+        edges_BC = torch.searchsorted(sorted_BS, (buckets * total).contiguous(), out_int32=True)
+        floor = edges_BC.gather(1, bucket_BRTJ.view(batch, -1).long()).view_as(bucket_BRTJ)
+    else:
+        floor = before(first_BS[:, None, total - length :, None])
+    stop = torch.maximum(before((position_T - windows.local + 1)[:, None]), floor)
+    window_J = floor.new_tensor([windows.sinks] + [windows.bucket] * (bucket_BRTJ.shape[-1] - 1))
+    return torch.maximum(stop - window_J, floor) + total, stop + total

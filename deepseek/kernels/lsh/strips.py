@@ -21,31 +21,34 @@ from deepseek.kernels.lsh import strip_backward, strip_forward
 from deepseek.kernels.lsh.intervals import Intervals, Windows
 from deepseek.kernels.lsh.product import COLUMNS, ROWS
 
-CHUNK = 1024
+CHUNK = 512
 MOST_LANES = 4  # of gradients of keys and values, which each take as much memory as these
 
 _backward, _forward, _divide = strip_backward.backward, strip_forward.forward, strip_forward.divide
 
 
 @njit
-def _sorted(lists, start, stop, num_lists):  # type: ignore[no-untyped-def]
-    """Return query, start and stop of all intervals that are not empty, sorted by list, and the end of each list."""
-    heads, length, count = lists.shape
-    rows, starts, stops = np.empty(lists.size, np.int32), np.empty(lists.size, np.int32), np.empty(lists.size, np.int32)
+def _sorted(codes, start, stop, num_lists):  # type: ignore[no-untyped-def]
+    """Return query, start and stop of all intervals that are not empty, sorted by list, and the end of each list.
+
+    The first list is the local one, the others are the buckets, the sinks last.
+    """
+    heads, length, count = start.shape
+    rows, starts, stops = np.empty(start.size, np.int32), np.empty(start.size, np.int32), np.empty(start.size, np.int32)
     ends = np.zeros(num_lists + 1, np.int64)
-    for r in range(heads):
+    for filling in (False, True):
         for t in range(length):
-            for i in range(count):
-                ends[lists[r, t, i] + 1] += stop[r, t, i] > start[r, t, i]
-    for c in range(num_lists):
-        ends[c + 1] += ends[c]
-    for t in range(length):
-        for r in range(heads):
-            for i in range(count):
-                if stop[r, t, i] > start[r, t, i]:
-                    place = ends[lists[r, t, i]]
-                    rows[place], starts[place], stops[place] = t * heads + r, start[r, t, i], stop[r, t, i]
-                    ends[lists[r, t, i]] += 1
+            for r in range(heads):
+                for i in range(count):
+                    if stop[r, t, i] > start[r, t, i]:
+                        c = codes[r, t, i - 2] + 1 if i > 1 else i * (num_lists - 1)
+                        if filling:
+                            place = ends[c]
+                            rows[place], starts[place], stops[place] = t * heads + r, start[r, t, i], stop[r, t, i]
+                        ends[c if filling else c + 1] += 1
+        if not filling:
+            for c in range(num_lists):
+                ends[c + 1] += ends[c]
     return rows, starts, stops, ends
 
 
@@ -90,7 +93,7 @@ def _unit(views, places, order, grads, buffers, num_lists, scale, backwards):  #
 
 @njit
 def _run(arrays, places, order, grads, num_lists, longest, scale, backwards):  # type: ignore[no-untyped-def]
-    (q, key, value, out, lse), (lists, start, stop), (grad, grad_q, grad_key, grad_value) = arrays, places, grads
+    (q, key, value, out, lse), (codes, start, stop), (grad, grad_q, grad_key, grad_value) = arrays, places, grads
     (batch, length, heads, width), groups, lanes = q.shape, key.shape[2], len(grad_key)
     own, chunks = heads // groups, (length + CHUNK - 1) // CHUNK
     most, narrow = (CHUNK + longest + ROWS, width), (2 * longest + ROWS, COLUMNS)  # keys of a list, and of a strip
@@ -109,7 +112,7 @@ def _run(arrays, places, order, grads, num_lists, longest, scale, backwards):  #
         for chunk in range(lane * chunks // lanes, (lane + 1) * chunks // lanes):
             u = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, length))
             views = q[b, u, h], key[b, :, g], value[b, :, g], out[b, u, h], lse[b, u, h]
-            spans = lists[b, h, u], start[b, h, u], stop[b, h, u]
+            spans = codes[b, h, u], start[b, h, u], stop[b, h, u]
             mine = grad[b, u, h], grad_q[b, u, h], grad_key[lane, b, :, g], grad_value[lane, b, :, g]
             _unit(views, spans, order[b, g], mine, buffers, num_lists, scale, backwards)
 
@@ -127,7 +130,7 @@ def _address() -> int:
             carray(pointer(a[16]), (b, t, h), np.float32),
         )  # fmt: skip
         order, places = carray(pointer(a[17]), (b, g, z), np.int64), (
-            carray(pointer(a[18]), intervals, np.int32), carray(pointer(a[19]), intervals, np.int32),
+            carray(pointer(a[18]), (b, h, t, i - 2), np.int32), carray(pointer(a[19]), intervals, np.int32),
             carray(pointer(a[20]), intervals, np.int32),
         )  # fmt: skip
         grads = (
@@ -143,8 +146,8 @@ def _call(
     arrays: list[Tensor], intervals: Intervals, grads: list[Tensor], lanes: int, windows: Windows, scale: float,
     backwards: bool,
 ) -> None:  # fmt: skip
-    places = [intervals.order_BGZ, intervals.list_BHTI, intervals.start_BHTI, intervals.stop_BHTI]
-    dimensions = [*arrays[0].shape, *arrays[1].shape[1:3], places[1].shape[-1], places[0].shape[-1], lanes]
+    places = [intervals.order_BGZ, intervals.codes_BHTP, intervals.start_BHTI, intervals.stop_BHTI]
+    dimensions = [*arrays[0].shape, *arrays[1].shape[1:3], places[2].shape[-1], places[0].shape[-1], lanes]
     limits = [windows.num_buckets + 2, min(windows.longest(), arrays[1].shape[1]), int(backwards)]
     tensors = (*arrays, *[part.contiguous() for part in places], *grads, torch.tensor([scale]))
     openmp.parallel(_address(), [*dimensions, *limits, *(tensor.data_ptr() for tensor in tensors)])
