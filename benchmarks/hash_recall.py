@@ -66,7 +66,7 @@ def fitted(model: Any, tokenizer: Any, kind: str) -> dict[int, LinearHash]:
         settings = HashSettings() if kind == "distilled" else HashSettings(solver_steps=0)
         with ProgressBar() as progress:
             found = distill_hashes(
-                model, long_texts(documents, tokenizer, 8, 4096), settings, range(FIRST, len(model.layers)),
+                model, long_texts(documents, tokenizer, 6, 4096), settings, range(FIRST, len(model.layers)),
                 path.with_suffix(".layers"), progress=lambda done, total, _: progress(done, total, kind),
             )  # fmt: skip
         save_hashes(path, found, base)

@@ -17,7 +17,7 @@ def distill_hash(
         list[Path] | None,
         typer.Option(help="Text to learn from: a folder, .jsonl or .parquet file; default: Python's own."),
     ] = None,
-    texts: Annotated[int, typer.Option(min=1, help="Number of texts.")] = 8,
+    texts: Annotated[int, typer.Option(min=1, help="Number of texts.")] = 6,
     length: Annotated[int, typer.Option(min=512, help="Tokens of each.")] = 4096,
     buckets: Annotated[int, typer.Option(min=2, help="Buckets of keys; lsh_num_buckets of the model to be.")] = 64,
     window: Annotated[int, typer.Option(min=1, help="Keys of a bucket looked at; its lsh_bucket_window.")] = 40,
