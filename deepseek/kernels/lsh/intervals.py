@@ -75,10 +75,13 @@ def find_intervals(
     codes, share = query_codes_BHTP.int(), heads // groups
     start, stop = (codes.new_empty(batch, heads, length, 2 + probes) for _ in range(2))
     start[..., 0], stop[..., 0] = local_start_BS[:, None, new], so_far_BS[:, None, new]
-    for g in range(groups):  # one after the other, as the searches take eight bytes an interval
+    for g, sorted_BS in enumerate(
+        sorted_BGS.unbind(1)
+    ):  # one after the other, as the searches take eight bytes an interval
         own = slice(g * share, (g + 1) * share)
         buckets = nn.functional.pad(codes[:, own], (1, 0), value=windows.num_buckets)
-        start[:, own, :, 1:], stop[:, own, :, 1:] = _bucket_intervals(sorted_BGS[:, g], buckets, first_BS, windows)
+        near = _bucket_intervals(sorted_BS.contiguous(), buckets, first_BS, windows)
+        start[:, own, :, 1:], stop[:, own, :, 1:] = near
     start = torch.where(real_BS[:, None, new, None], start, stop)  # a padding query looks at nothing
     return Intervals(order_BGZ, start, stop, codes)
 
