@@ -4,9 +4,10 @@
 
 Every rival is the same small model with the same data, order, seeds and number of steps; it is trained on rows of 1,024
 tokens and scored on rows of 4,096 from files that were held out. "yarn" is the model of "rope" with its frequencies
-scaled for the test (arXiv:2309.00071). Tokens are the most frequent ids of the SmolLM2 tokenizer; rarer ones count as
-one unknown token, which is no target. A run that was stopped goes on where it was, and one that is finished is not
-repeated; all are in `--runs`. The table, `position_length.json` and `.png` cover whatever is finished.
+scaled for the test (arXiv:2309.00071), and "dpe+yarn" that of "dpe" likewise. Tokens are the most frequent ids of the
+SmolLM2 tokenizer; rarer ones count as one unknown token, which is no target. A run that was stopped goes on where it
+was, and one that is finished is not repeated; all are in `--runs`. The table, `position_length.json` and `.png` cover
+whatever is finished.
 `benchmarks/corpora.py code-a code-b` fetches code.
 """
 
@@ -59,6 +60,7 @@ RIVALS = {
     "alibi": Rival({"positional_encoding": "alibi"}, {}, "alibi"),
     "none": Rival({"positional_encoding": "none"}, {}, "none"),
     "dpe": Rival({"positional_encoding": "dpe", "train_len": SHORT}, {}, "dpe"),
+    "dpe+yarn": Rival({"positional_encoding": "dpe", "train_len": SHORT}, {"rope_parameters": YARN}, "dpe"),
 }
 
 

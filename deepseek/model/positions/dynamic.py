@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 CONTEXTS = 8
 """Directions of context (m above) that shift a layer's tables."""
 
+PACE = 16
+"""Factor of A, U and gamma. At a learning rate fit for weights, a bias of some nats would take thousands of steps."""
+
 
 class DynamicBias(nn.Module):
     """The parameters of one layer: a table of biases by distance, its context, forget gate and length scale."""
@@ -75,12 +78,13 @@ class DynamicBias(nn.Module):
         seen_N = torch.arange(NUM_BUCKETS, device=x_BTD.device)
         seen_N = seen_N.clamp(max=int(distance_buckets(torch.tensor(self.train_len // 2))))
         contexts_B1TM = self.gate(x_BTD).float().tanh()[:, None]
-        return contexts_B1TM @ self.context_HMN.float()[..., seen_N] + self.distance_HN.float()[:, None, seen_N]
+        tables_BHTN = contexts_B1TM @ self.context_HMN.float()[..., seen_N] + self.distance_HN.float()[:, None, seen_N]
+        return PACE * tables_BHTN
 
     def _key_bias(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> Tensor:
         """Return kappa `[B, H, S]`, past tokens' from the cache; padding forgets nothing."""
         slopes_H = torch.tensor(slopes(len(self.decay_H)), device=x_BTD.device)
-        rates_BTH = softplus(self.forget(x_BTD).float()) * leaky_relu(self.decay_H.float()) * slopes_H
+        rates_BTH = softplus(self.forget(x_BTD).float()) * leaky_relu(PACE * self.decay_H.float()) * slopes_H
         if ctx.token_mask_BT is not None:
             rates_BTH = rates_BTH * ctx.token_mask_BT[..., None]
         sums_BHT = rates_BTH.double().cumsum(1).transpose(1, 2)
