@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CONTEXTS = 8
 """Directions of context (m above) that shift a layer's tables."""
 
-PACE = 16
+PACE = 64
 """Factor of A, U and gamma. At a learning rate fit for weights, a bias of some nats would take thousands of steps."""
 
 

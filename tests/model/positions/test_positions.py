@@ -33,7 +33,7 @@ def small_model(kind: str, **changes: Any) -> DeepSeekModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "score_bias" in name:
-                parameter.add_(0.03 * torch.randn_like(parameter))  # biases of about a nat
+                parameter.add_(0.01 * torch.randn_like(parameter))  # biases of about a nat
     return model
 
 
