@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": ("deepseek.cli.eval", "Compare held-out loss before and after plugging experts."),
     "distill-hash": ("deepseek.cli.distill_hash", "Fit the hashes of LSH attention to a model."),
     "inspect": ("deepseek.cli.inspect", "Draw what the attention heads look at."),
+    "prefs": ("deepseek.cli.prefs", "The preference database: import, add, search, stats, split, export."),
     "expert": ("deepseek.cli.expert", "Train, list, inspect, verify and sign expert packs."),
 }
 

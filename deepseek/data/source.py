@@ -127,23 +127,21 @@ def preferred(prompt: object, chosen: object) -> list[Any]:
 
 def read_parquet(path: str | Path) -> Iterator[Document]:
     """Yield one document a row of a Parquet file with the columns `read_jsonl` knows as fields."""
+    file = Path(path)
+    for number, record in enumerate(parquet_records(file), 1):
+        yield record_document(record, f"{file.name}:{number}")
+
+
+def parquet_records(file: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a Parquet file; raise `DataError` if it is none or has no rows."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    file = Path(path)
     try:
         table = ParquetFile(file)
     except (OSError, ArrowException) as error:
         raise DataError(f"{file} cannot be read as Parquet ({error}); check the path or export it again.") from error
     if not table.metadata.num_rows:
         raise DataError(f"{file} has no rows; export it again with a `text` or `messages` column.")
-    return parquet_documents(table, file.name)
-
-
-def parquet_documents(table: Any, name: str) -> Iterator[Document]:
-    """Yield the document of each row."""
-    number = 0
     for batch in table.iter_batches(batch_size=1024):
-        for record in batch.to_pylist():
-            number += 1
-            yield record_document(record, f"{name}:{number}")
+        yield from batch.to_pylist()

@@ -1,0 +1,121 @@
+"""`deepseek prefs`: the preference database."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from deepseek.data.preferences import PreferenceDatabase
+
+app = typer.Typer(add_completion=False, help="The preference database: import, add, search, stats, split, export.")
+
+Database = Annotated[
+    Path | None, typer.Option("--database", help="The database file; default: preferences.db in the library's folder.")
+]
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet with prompt, chosen and rejected.")],
+    source: Annotated[str | None, typer.Option(help="What to put down as source; default: the file's name.")] = None,
+    database: Database = None,
+) -> None:
+    """Add the pairs of a file; those that are there already are left out, so that a cut import can be run again.
+
+    If a line is no pair, those before it stay; mend it and import the file again.
+    """
+    from deepseek.data.preference_files import read_preferences
+    from deepseek.train.progress import ProgressBar
+
+    with opened(database) as store:
+        added = store.add_all(read_preferences(file, source), ProgressBar())
+    print(f"{added.new:,} pairs added, {added.duplicates:,} were there already")
+
+
+@app.command()
+def add(
+    prompt: Annotated[str, typer.Option(help="What the user said.")],
+    chosen: Annotated[str, typer.Option(help="The better answer.")],
+    rejected: Annotated[str, typer.Option(help="The worse answer.")],
+    source: Annotated[str, typer.Option(help="Who says so.")] = "by hand",
+    label: Annotated[list[str] | None, typer.Option(help="A topic or flag; may be repeated.")] = None,
+    database: Database = None,
+) -> None:
+    """Add one pair."""
+    from deepseek.data.preference_files import preference
+
+    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "labels": label or []}
+    with opened(database) as store:
+        number = store.add(preference(record, "the pair", source))
+    print(f"preference {number}" if number else "this pair is there already")
+
+
+@app.command()
+def search(
+    words: Annotated[str, typer.Argument(help="Words that all must occur; none: the first pairs.")] = "",
+    limit: Annotated[int, typer.Option(help="Most pairs to show.")] = 10,
+    database: Database = None,
+) -> None:
+    """Show pairs, newest first."""
+    with opened(database) as store:
+        found = store.search(words, limit)
+    for pair in found:
+        print(f"{pair.id}  {pair.source}  {' '.join(pair.labels)}".rstrip())
+        spoken = [(message["role"], message["content"]) for message in pair.prompt]
+        for name, text in (*spoken, ("chosen", pair.chosen), ("rejected", pair.rejected)):
+            print(f"  {name:9} {' '.join(text.split())[:200]}")
+
+
+@app.command()
+def stats(database: Database = None) -> None:
+    """Count pairs by split, source and label, and how often each judge agrees."""
+    with opened(database) as store:
+        store.check()
+        counted = store.statistics()
+    print(f"{counted.pairs:,} pairs of {counted.prompts:,} prompts, {counted.revisions:,} revisions")
+    for title, counts in (("split", counted.splits), ("source", counted.sources), ("label", counted.labels)):
+        for name, count in list(counts.items())[:20]:
+            print(f"  {title:7} {name or '(none)':32} {count:10,}")
+    for judge, share in counted.agreement.items():
+        print(f"  judge   {judge:32} prefers the chosen answer in {share:.1%}")
+
+
+@app.command()
+def split(
+    share: Annotated[float, typer.Argument(help="Share of the prompts that is held out for evaluation.")],
+    database: Database = None,
+) -> None:
+    """Set how much is held out; all pairs of a prompt are on the same side, and which one never changes by itself."""
+    with opened(database) as store:
+        store.set_eval_share(share)
+        splits = store.statistics().splits
+    print(f"train {splits['train']:,}, eval {splits['eval']:,}")
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file to write.")],
+    split: Annotated[Literal["train", "eval"] | None, typer.Option(help="Only this split.")] = None,
+    database: Database = None,
+) -> None:
+    """Write pairs in TRL's conversational form."""
+    from deepseek.data.preference_files import write_preferences
+
+    with opened(database) as store:
+        print(f"{write_preferences(store, file, split):,} pairs in {file}")
+
+
+@contextmanager
+def opened(path: Path | None) -> Iterator["PreferenceDatabase"]:
+    """Give the open database and close it afterwards."""
+    from deepseek.checkpoint.store import home
+    from deepseek.data.preferences import PreferenceDatabase
+
+    store = PreferenceDatabase(path or home() / "preferences.db")
+    try:
+        yield store
+    finally:
+        store.close()
