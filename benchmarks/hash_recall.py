@@ -32,7 +32,7 @@ BASE = "smollm2-135m"
 FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-code")
 FIRST = 2  # the first two layers look everywhere and stay exact
 PROBES = 14
-WINDOW = {4096: 36, 8192: 80}
+WINDOW = {4096: 32, 8192: 80}
 """Keys of a bucket looked at, so that a query looks at no more than one eighth of the keys on average."""
 
 
@@ -49,9 +49,9 @@ def main() -> None:
         ids_RT = torch.cat([long_texts(corpus(name), tokenizer, 1, length) for name in TEST])
         figures[length] = measure(model, ids_RT, hashes, options.queries)
         print_table(length, figures[length])
-    save("hash_recall", {"fit": FIT, "test": TEST, "settings": asdict(HashSettings()), "probes": PROBES,
-                         "bucket_window": WINDOW, "queries": options.queries, "figures": figures})  # fmt: skip
-    draw(figures, FOLDER / "hash_recall.png")
+        save("hash_recall", {"fit": FIT, "test": TEST, "settings": asdict(HashSettings()), "probes": PROBES,
+                             "bucket_window": WINDOW, "queries": options.queries, "figures": figures})  # fmt: skip
+        draw(figures, FOLDER / "hash_recall.png")
 
 
 def corpus(name: str) -> list[Any]:
@@ -124,7 +124,7 @@ def draw(figures: dict[int, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * len(figures), 4), layout="constrained")
     for number, (length, ways) in enumerate(figures.items(), 1):
         axes = figure.add_subplot(1, len(figures), number, xlabel="layer", ylabel="attention kept", ylim=(0.2, 1.0))
-        axes.set_title(f"{length} tokens, at most {length // 8} keys a query")
+        axes.set_title(f"{length} tokens, budget {length // 8} keys a query")
         for name, one in ways.items():
             axes.plot(list(one["layers"]), [sum(row["recall"]) / len(row["recall"]) for row in one["layers"].values()],
                       label=f"{name} ({one['recall']:.3f})", linewidth=1)  # fmt: skip
