@@ -127,7 +127,7 @@ def draw(figures: dict[int, Any], path: Path) -> None:
         axes.set_title(f"{length} tokens, budget {length // 8} keys a query")
         for name, one in ways.items():
             axes.plot(list(one["layers"]), [sum(row["recall"]) / len(row["recall"]) for row in one["layers"].values()],
-                      label=f"{name} ({one['recall']:.3f})", linewidth=1)  # fmt: skip
+                      label=f"{name}: {one['recall']:.3f}, {one['keys']:.0f} keys", linewidth=1)  # fmt: skip
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     length, ways = next(iter(figures.items()))
