@@ -27,17 +27,20 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--texts", type=int, default=1, help="of each corpus")
     parser.add_argument("--window", type=int, help="keys of a bucket looked at")
+    parser.add_argument("--probes", type=int, default=PROBES, help="buckets a query looks into")
+    parser.add_argument("--skip-random", action="store_true", help="measure the distilled hash only")
     options = parser.parse_args()
     window = options.window or WINDOW[options.length]
     full, tokenizer = deepseek.load(BASE, dtype="float32")
     config = ModelConfig(
-        attention="lsh", lsh_num_buckets=HashSettings().num_buckets, lsh_probes=PROBES, lsh_bucket_window=window,
-        lsh_exact_layers=list(range(FIRST)),
+        attention="lsh", lsh_num_buckets=HashSettings().num_buckets, lsh_probes=options.probes,
+        lsh_bucket_window=window, lsh_exact_layers=list(range(FIRST)),
     )  # fmt: skip
-    random, _ = deepseek.load(BASE, config=config, dtype="float32")
     distilled, _ = deepseek.load(BASE, config=config, dtype="float32")
     plug_hashes(distilled, fitted(full, tokenizer, "distilled"))
-    models = {"random": random, "distilled": distilled}
+    models = {"distilled": distilled}
+    if not options.skip_random:
+        models["random"] = deepseek.load(BASE, config=config, dtype="float32").model
     rows = []
     for name in TEST:
         for ids_T in long_texts(corpus(name), tokenizer, options.texts, options.length, seed=1):
@@ -51,8 +54,9 @@ def main() -> None:
     }
     for kind, change in changes.items():
         print(f"{kind:10}", "  ".join(f"{part} {change[part]:+.2%}" for part in PARTS))
-    save("lsh_slot_in", {"length": options.length, "probes": PROBES, "bucket_window": window, "texts": rows,
-                         "change": changes})  # fmt: skip
+    name = "lsh_slot_in" if options.probes == PROBES else f"lsh_slot_in_{options.probes}_probes"
+    save(name, {"length": options.length, "probes": options.probes, "bucket_window": window, "texts": rows,
+                "change": changes})  # fmt: skip
 
 
 @torch.no_grad()
