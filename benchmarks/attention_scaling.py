@@ -39,7 +39,8 @@ from deepseek.model.attention.lsh import RandomHash, sparse_attention
 
 HEADS, GROUPS, WIDTH = 9, 3, 64
 TOKENS = [2048, 4096, 8192, 16384, 32768, 65536]
-MOST = {"materialised": 8192, "blocks": 32768}  # tokens; beyond, they take gigabytes or minutes
+TABLES = ("forward", "training", "peak", "decode")
+MOST = {"materialised": 8192, "blocks": 16384, "sdpa": 32768}  # tokens; beyond, they take gigabytes or minutes
 DECODE = Windows(local=128, sinks=4, bucket=96, num_buckets=64)
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -217,7 +218,7 @@ def exponents(table: dict[int, dict[str, float]], least: int = 4096) -> dict[str
 
 def crossover(table: dict[int, dict[str, float]]) -> float | None:
     """Tokens from which ours is faster than exact attention, read between measured lengths; None if it never is."""
-    ratios = [(n, row["sdpa"] / row["ours"]) for n, row in sorted(table.items())]
+    ratios = [(n, row["sdpa"] / row["ours"]) for n, row in sorted(table.items()) if "sdpa" in row]
     if ratios[0][1] >= 1:
         return ratios[0][0]
     for (n, low), (more, high) in pairwise(ratios):
@@ -249,18 +250,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="measure only these")
+    parser.add_argument("--add", action="store_true", help="add to the lengths that the file holds from before")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--learn", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print(peak(options.peak, options.tokens[0], options.learn))
         return
+    for name in set(WAYS) - set(options.ways):
+        MOST[name] = 0
     figures: dict[str, Any] = {"shape": {"heads": HEADS, "key_heads": GROUPS, "head_dim": WIDTH}}
     figures |= {"forward": {}, "training": {}, "peak": {}, "decode": {}}
+    if options.add:
+        before = json.loads((FOLDER / "attention_scaling.json").read_text())
+        figures |= {name: {int(n): row for n, row in before[name].items()} for name in TABLES}
     for n in options.tokens:
         figures["forward"][n], figures["training"][n] = (times(n, learn, options.turns) for learn in (False, True))
         figures["peak"][n], figures["decode"][n] = peaks(n, learn=True), decode(n)
-        print(n, json.dumps({name: figures[name][n] for name in ("forward", "training", "peak", "decode")}), flush=True)
+        print(n, json.dumps({name: figures[name][n] for name in TABLES}), flush=True)
         for name in ("forward", "training"):
             figures[f"{name}_exponent"] = exponents(figures[name])
             figures[f"{name}_crossover"] = crossover(figures[name])
