@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
 
 # Not in the lock: torch, whose right build depends on the machine, and what only torch needs.
 UNLOCKED := torch triton mpmath networkx sympy cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cccl \
@@ -18,34 +19,43 @@ UNLOCKED := torch triton mpmath networkx sympy cuda-bindings cuda-pathfinder cud
 run: $(READY)
 	@$(BIN)/deepseek run
 
-test: $(READY)
+test: $(TOOLS)
 	$(BIN)/python -m pytest
 
-check: $(READY)
+check: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-bench: $(READY)
+bench: $(TOOLS)
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-setup: $(READY)
+setup: $(TOOLS)
 
 # torch first, as a range, so that the build that pip's configuration offers is taken; then everything else, pinned and
 # hash-checked; then the project itself. pip compiles to bytecode on one core, so that comes last, on all of them.
-$(READY): pyproject.toml requirements/dev.lock
+$(READY): pyproject.toml requirements/run.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --no-compile "torch>=2.11"
-	$(PIP) install --quiet --no-compile --no-deps --require-hashes --requirement requirements/dev.lock
+	$(PIP) install --quiet --no-compile --no-deps --require-hashes --requirement requirements/run.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # a few files are templates, no Python
 	@touch $@
 
+# What tests and benchmarks need on top: the other ends that the product is checked against.
+$(TOOLS): $(READY) requirements/dev.lock
+	$(PIP) install --quiet --no-compile --no-deps --require-hashes --requirement requirements/dev.lock
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	@touch $@
+
+COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" $(addprefix --no-emit-package ,$(UNLOCKED))
+
 lock:
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-annotate \
-		--custom-compile-command "make lock" $(addprefix --no-emit-package ,$(UNLOCKED)) --output-file requirements/dev.lock
+	$(COMPILE) --extra dev --output-file requirements/dev.lock
+	$(COMPILE) --extra build --constraints requirements/dev.lock --output-file requirements/run.lock
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
