@@ -100,7 +100,7 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, s
     x = torch.randn(1, tokens, shape[0]).to(dtype)
 
     def run_ours(x: Tensor) -> Tensor:
-        return ours(x, SimpleNamespace(token_mask_BT=None, router_stats=[]))
+        return ours(x, SimpleNamespace(token_mask_BT=None, router_stats=[], routing={}))
 
     def run_theirs(implementation: str) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:

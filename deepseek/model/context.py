@@ -1,5 +1,6 @@
 """What all layers of one forward pass share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from torch import Tensor
 from deepseek.errors import ConfigError
 from deepseek.kernels.score_bias import Visible
 from deepseek.model.kv_cache import KVCache
+from deepseek.model.moe.stats import Choice
 from deepseek.model.positions import PreparedPositions
 
 
@@ -33,6 +35,7 @@ class ForwardContext:
         cache: keys and values of past tokens, or None.
         armed: plugged experts that take part, or None when not one is armed.
         router_stats: one entry per mixture-of-experts layer, appended as the layers run.
+        routing: layer -> experts chosen in an earlier pass over the same tokens, to be used again.
     """
 
     positions: PreparedPositions
@@ -44,6 +47,7 @@ class ForwardContext:
     cache: KVCache | None = None
     armed: Armed | None = None
     router_stats: list[Any] = field(default_factory=list)
+    routing: Mapping[int, Choice] = field(default_factory=dict)
 
     @property
     def length(self) -> int:

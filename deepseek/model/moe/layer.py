@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: route, dispatch, compute, combine."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.router import build_router
-from deepseek.model.moe.stats import Dispatch, RouterStats
+from deepseek.model.moe.stats import Choice, Dispatch, RouterStats
 
 
 class RoutingContext(Protocol):
@@ -15,6 +16,7 @@ class RoutingContext(Protocol):
 
     token_mask_BT: Tensor | None
     router_stats: list[Any]
+    routing: Mapping[int, Choice]
 
 
 class MoELayer(nn.Module):
@@ -44,7 +46,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BTD: Tensor, ctx: RoutingContext) -> Tensor:
         """Return the layer's output `[B, T, D]` and append its `RouterStats` to `ctx.router_stats`."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        dispatch = self.router.route(x_ND)
+        dispatch = self.router.route(x_ND, ctx.routing.get(self.layer_idx))
         self._account(dispatch, ctx)
         y_ND = self.pool(x_ND, dispatch.slots_NA, dispatch.weights_NA)
         if self.shared_experts is not None:

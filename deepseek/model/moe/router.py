@@ -8,7 +8,7 @@ from torch.nn.functional import linear, softmax
 
 from deepseek.errors import ConfigError
 from deepseek.model.moe.balance import Balance
-from deepseek.model.moe.stats import Dispatch
+from deepseek.model.moe.stats import Choice, Dispatch
 from deepseek.registry import pick
 
 
@@ -41,13 +41,16 @@ class Router(nn.Module):
         """Return softmax weights over all experts, fp32 `[..., E]`, for x `[..., D]`."""
         return softmax(self.logits(x) / self.balance.temperature, dim=-1)
 
-    def route(self, x: Tensor) -> Dispatch:
-        """Return the experts and weights of every token of x `[..., D]`, with N the product of its leading sizes."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.choose(self.logits(x.reshape(-1, x.shape[-1])))
+    def route(self, x: Tensor, choice: Choice | None = None) -> Dispatch:
+        """Return the experts and weights of every token of x `[..., D]`, with N the product of its leading sizes.
 
-    def choose(self, logits_NE: Tensor) -> Dispatch:
-        """Return the dispatch that the logits lead to."""
+        A `choice` made before is kept: only the weights follow the logits.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
+
+    def choose(self, logits_NE: Tensor, choice: Choice | None = None) -> Dispatch:
+        """Return the dispatch that the logits lead to, with the experts of `choice` if one is given."""
         raise NotImplementedError
 
 
@@ -92,15 +95,23 @@ class DynamicRouter(Router):
         if not 0 < threshold <= 1:
             raise ConfigError(f"threshold={threshold} must lie in (0, 1].")
 
-    def choose(self, logits_NE: Tensor) -> Dispatch:
-        candidates_NC = (logits_NE.sigmoid() + self.balance.bias).topk(self.candidates).indices
-        logits_NC, order_NC = logits_NE.gather(1, candidates_NC).sort(dim=-1, descending=True, stable=True)
+    def choose(self, logits_NE: Tensor, choice: Choice | None = None) -> Dispatch:
+        ids_NC, logits_NC = self._candidates(logits_NE, choice)
         q_NC = softmax(logits_NC / self.balance.temperature, dim=-1)
-        active_N = count_active(q_NC, self.threshold, self.min_experts, self.max_experts)
+        active_N = None if choice is None else choice.active_N
+        if active_N is None:
+            active_N = count_active(q_NC, self.threshold, self.min_experts, self.max_experts)
         q_NA = q_NC[:, : self.max_experts]
         kept_NA = torch.arange(self.max_experts, device=q_NA.device) < active_N[:, None]
-        ids_NA = candidates_NC.gather(1, order_NC[:, : self.max_experts])
-        return Dispatch(ids_NA, q_NA.where(kept_NA, 0.0), active_N, logits_NE)
+        return Dispatch(ids_NC[:, : self.max_experts], q_NA.where(kept_NA, 0.0), active_N, logits_NE, ids_NC)
+
+    def _candidates(self, logits_NE: Tensor, choice: Choice | None) -> tuple[Tensor, Tensor]:
+        """Return the candidates `[N, C]` and their logits, sorted downwards or as `choice` has them."""
+        if choice is not None:
+            return choice.ids_NC, logits_NE.gather(1, choice.ids_NC)
+        candidates_NC = (logits_NE.sigmoid() + self.balance.bias).topk(self.candidates).indices
+        logits_NC, order_NC = logits_NE.gather(1, candidates_NC).sort(dim=-1, descending=True, stable=True)
+        return candidates_NC.gather(1, order_NC), logits_NC
 
 
 def count_active(q_NC: Tensor, threshold: float, min_experts: int, max_experts: int) -> Tensor:
@@ -147,18 +158,22 @@ class TopKRouter(Router):
         if not 1 <= top_k <= num_experts // groups * max_groups:
             raise ConfigError(f"top_k={top_k} must lie between 1 and the number of experts that the groups allow.")
 
-    def choose(self, logits_NE: Tensor) -> Dispatch:
+    def choose(self, logits_NE: Tensor, choice: Choice | None = None) -> Dispatch:
         scores_NE = self.score(logits_NE)
-        choice_NE = scores_NE.detach() + self.balance.bias
-        if self.max_groups < self.groups:
-            choice_NE = choice_NE.masked_fill(~self._allowed(choice_NE), float("-inf"))
-        ids_NA = choice_NE.topk(self.top_k).indices
+        ids_NA = self._best(scores_NE.detach()) if choice is None else choice.ids_NC
         weights_NA = scores_NE.gather(1, ids_NA)
         if self.renormalize:
             weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
         if self.scale != 1.0:
             weights_NA = weights_NA * self.scale
         return Dispatch(ids_NA, weights_NA, None, logits_NE)
+
+    def _best(self, scores_NE: Tensor) -> Tensor:
+        """Return the experts of the highest biased scores `[N, A]`."""
+        choice_NE = scores_NE + self.balance.bias
+        if self.max_groups < self.groups:
+            choice_NE = choice_NE.masked_fill(~self._allowed(choice_NE), float("-inf"))
+        return choice_NE.topk(self.top_k).indices
 
     def _allowed(self, choice_NE: Tensor) -> Tensor:
         """Return which experts are in the best groups, boolean `[N, E]`."""

@@ -7,6 +7,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which experts were chosen, without what they weigh: enough to route the same tokens the same way again.
+
+    Attributes:
+        ids_NC: the experts whose scores a weight is computed from, the chosen ones first `[N, C]`.
+        active_N: how many of them are in use; None when all are.
+    """
+
+    ids_NC: Tensor
+    active_N: Tensor | None
+
+
+@dataclass(frozen=True)
 class Dispatch:
     """Which experts each token goes to, and with what weight.
 
@@ -14,13 +27,20 @@ class Dispatch:
         ids_NA: expert ids `[N, A]`, A the same for every token; the first `active_N` of a row are in use.
         weights_NA: their weights, fp32 `[N, A]`; exactly 0 in the unused slots.
         active_N: number of slots in use per token; None when all A are.
-        logits_NE: router logits that the choice was made from, fp32 `[N, E]`.
+        logits_NE: router logits that the weights were computed from, fp32 `[N, E]`.
+        candidates_NC: experts that the weights were normalised over, the first A being `ids_NA`; None when just those.
     """
 
     ids_NA: Tensor
     weights_NA: Tensor
     active_N: Tensor | None
     logits_NE: Tensor
+    candidates_NC: Tensor | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """What to hand to the router to have it choose the same experts again."""
+        return Choice(self.ids_NA if self.candidates_NC is None else self.candidates_NC, self.active_N)
 
     @property
     def ids(self) -> Tensor:

@@ -21,6 +21,7 @@ def config(**changes):
 class Context:
     token_mask_BT: torch.Tensor | None = None
     router_stats: list = field(default_factory=list)
+    routing: dict = field(default_factory=dict)
 
 
 @pytest.mark.parametrize("strategy", ["dynamic", "topk", "dense"])

@@ -146,3 +146,18 @@ def test_top_k_matches_transformers(family):
 def test_contradictory_arguments_are_one_clear_sentence(build):
     with pytest.raises(ConfigError, match=r"^.+\.$"):
         build()
+
+
+@pytest.mark.parametrize("router", [DynamicRouter(8, 4), TopKRouter(8, 4, top_k=3)], ids=["dynamic", "topk"])
+def test_a_choice_is_kept_while_its_weights_follow_the_logits(router):
+    x, other = torch.randn(2, 30, 4).unbind()
+    first = router.route(x)
+    with torch.no_grad():
+        router.balance.bias.copy_(torch.linspace(-1, 1, 8))
+    assert not torch.equal(router.route(x).slots_NA, first.slots_NA), "the bias must change the routing here"
+    again = router.route(x, first.choice)
+    assert torch.equal(again.slots_NA, first.slots_NA) and torch.equal(again.weights, first.weights)
+    moved = router.route(other, first.choice)
+    assert torch.equal(moved.slots_NA, first.slots_NA) and not torch.equal(moved.weights, first.weights)
+    moved.weights.sum().backward()
+    assert router.weight.grad is not None

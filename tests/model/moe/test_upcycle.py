@@ -38,7 +38,7 @@ def upcycled(pool=None, **changes):
 
 
 def run(layer, x):
-    return layer(x, SimpleNamespace(token_mask_BT=None, router_stats=[]))
+    return layer(x, SimpleNamespace(token_mask_BT=None, router_stats=[], routing={}))
 
 
 @pytest.mark.parametrize("case", CASES)
