@@ -1,7 +1,9 @@
 """Conversations: messages to ids and a loss mask, with the model's own chat template (transformers' jinja sandbox)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -9,11 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.errors import DataError
 from deepseek.text.tokenizer import encode_plain
 
-Message = Mapping[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+Message = Mapping[str, Any]
+"""`{"role": "system" | "user" | "assistant", "content": text}`; templates that know tools read further fields."""
 
 FIRST_STAND_IN = 0x10F000
 """Start of a private-use range; see `render`."""
+
+STAND_INS = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(0x10FFFF)}]")
 
 
 @dataclass(frozen=True)
@@ -33,28 +37,39 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise DataError(f"Message {number} needs a text role and a text content; it is {message!r:.80}.")
 
 
-def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], open_turn: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    open_turn: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """Return the conversation as the template writes it; `open_turn` adds the start of the assistant's answer.
 
-    Control tokens inside a content are replaced by private-use characters, one for each, so that nobody can end
-    a turn or begin another from within a message; `encode_rendered` writes them back as ordinary characters.
+    Control tokens inside messages and tools are replaced by private-use characters, one for each, so that nobody can
+    end a turn or begin another from within; `encode_rendered` writes them back as ordinary characters.
     """
     check_messages(messages)
     if tokenizer.chat_template is None:
         raise DataError("The model has no chat template; use an instruct model or give plain text instead of messages.")
-    guarded = [{**message, "content": guard(tokenizer, message["content"])} for message in messages]
+    tokens = control_tokens(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=open_turn)
+        text = tokenizer.apply_chat_template(
+            guard(tokens, messages), tools=guard(tokens, tools), tokenize=False, add_generation_prompt=open_turn
+        )
     except TemplateError as error:
         raise DataError(f"The chat template refuses these messages ({error}); check their roles and order.") from error
     return str(text)
 
 
-def guard(tokenizer: PreTrainedTokenizerFast, content: str) -> str:
-    """Return `content` with each control token replaced by its stand-in character."""
-    for index, token in enumerate(control_tokens(tokenizer)):
-        content = content.replace(token, chr(FIRST_STAND_IN + index))
-    return content
+def guard(tokens: Sequence[str], value: Any) -> Any:
+    """Return `value` with each control token in a text within it replaced by its stand-in character."""
+    if isinstance(value, str):
+        for index, token in enumerate(tokens):
+            value = value.replace(token, chr(FIRST_STAND_IN + index))
+        return value
+    if isinstance(value, Mapping):
+        return {guard(tokens, name): guard(tokens, part) for name, part in value.items()}
+    return [guard(tokens, part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -67,12 +82,12 @@ def encode_rendered(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     tokens = control_tokens(tokenizer)
     ids: list[int] = []
     start = 0
-    for position, character in enumerate(text):
-        index = ord(character) - FIRST_STAND_IN
-        if 0 <= index < len(tokens):
-            ids += tokenizer(text[start:position], add_special_tokens=False).input_ids
+    for found in STAND_INS.finditer(text):
+        index = ord(found[0]) - FIRST_STAND_IN
+        if index < len(tokens):
+            ids += tokenizer(text[start : found.start()], add_special_tokens=False).input_ids
             ids += encode_plain(tokenizer, [tokens[index]])[0]
-            start = position + 1
+            start = found.end()
     return ids + list(tokenizer(text[start:], add_special_tokens=False).input_ids)
 
 
