@@ -148,12 +148,12 @@ def test_contradictory_arguments_are_one_clear_sentence(build):
         build()
 
 
-@pytest.mark.parametrize("router", [DynamicRouter(8, 4), TopKRouter(8, 4, top_k=3)], ids=["dynamic", "topk"])
+@pytest.mark.parametrize("router", [DynamicRouter(16, 4), TopKRouter(16, 4, top_k=3)], ids=["dynamic", "topk"])
 def test_a_choice_is_kept_while_its_weights_follow_the_logits(router):
     x, other = torch.randn(2, 30, 4).unbind()
     first = router.route(x)
     with torch.no_grad():
-        router.balance.bias.copy_(torch.linspace(-1, 1, 8))
+        router.balance.bias.copy_(torch.linspace(-1, 1, 16))
     assert not torch.equal(router.route(x).slots_NA, first.slots_NA), "the bias must change the routing here"
     again = router.route(x, first.choice)
     assert torch.equal(again.slots_NA, first.slots_NA) and torch.equal(again.weights, first.weights)
