@@ -6,10 +6,13 @@ that was never interrupted: weights, moments, random state and the place in the 
 """
 
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,16 +20,25 @@ from torch import Tensor, nn
 
 from deepseek.checkpoint import store
 from deepseek.errors import TrainError
+from deepseek.train.backends import SINGLE, Backend
 from deepseek.train.interrupt import InterruptGuard
 from deepseek.train.losses import autocast
 from deepseek.train.metrics import MetricsLog
 from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
 from deepseek.train.plots import plot_losses
 from deepseek.train.progress import ProgressBar
-from deepseek.train.state import load_training, save_training
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which the run has diverged and going on is of no use."""
+
+SPIKE_WINDOW = 64
+"""Losses of past steps that a new one is compared with."""
+
+SPIKE_SIGMAS = 6.0
+"""Standard deviations above their mean at which a loss is a spike: its step is skipped."""
+
+MAX_SPIKES_IN_A_ROW = 3
+"""A loss that stays up is no spike but a new level, harder text for one, and is then learned from."""
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
@@ -70,6 +82,21 @@ class Task(Protocol[B_contra]):
 
 
 @dataclass(frozen=True)
+class Hooks:
+    """What a task may add to the loop.
+
+    Attributes:
+        buffers: tensors beside the parameters that training changes, saved and restored with them.
+        stepped: called after every optimizer step; returns figures to record.
+        evaluated: called with the number of steps done after every evaluation.
+    """
+
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    stepped: Callable[[], Mapping[str, float]] = dict
+    evaluated: Callable[[int], object] = int
+
+
+@dataclass(frozen=True)
 class LoopConfig:
     """How long and how often.
 
@@ -94,12 +121,38 @@ class LoopConfig:
 
 @dataclass
 class Position:
-    """Where a run stands: steps done, steps skipped for non-finite values, targets seen."""
+    """Where a run stands.
+
+    Attributes:
+        step: steps done.
+        skipped: those among them that moved nothing, for non-finite values or a spike of the loss.
+        skipped_in_a_row: latest steps skipped for non-finite values.
+        spikes_in_a_row: latest steps skipped for a spike.
+        tokens: targets seen.
+        recent: latest losses, which tell a spike from the usual noise.
+    """
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    spikes_in_a_row: int = 0
     tokens: int = 0
+    recent: list[float] = field(default_factory=list)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether `loss` lies far above the recent ones; a level that stays is accepted and the window begun anew."""
+        spike = False
+        if len(self.recent) == SPIKE_WINDOW:
+            mean = fmean(self.recent)
+            # Nearly constant losses have no noise to measure by: a hundredth of their size is the least that counts.
+            spike = loss > mean + SPIKE_SIGMAS * max(pstdev(self.recent), 0.01 * abs(mean))
+        if spike and self.spikes_in_a_row == MAX_SPIKES_IN_A_ROW:
+            self.recent.clear()
+            spike = False
+        self.spikes_in_a_row = self.spikes_in_a_row + 1 if spike else 0
+        if not spike:
+            self.recent = [*self.recent, loss][-SPIKE_WINDOW:]
+        return spike
 
 
 @dataclass(frozen=True)
@@ -111,21 +164,34 @@ class TrainResult:
 
 
 def train(
-    task: Task[B], batches: Batches[B], config: LoopConfig, folder: Path, *, progress: ProgressBar, resume: str = ""
+    task: Task[B],
+    batches: Batches[B],
+    config: LoopConfig,
+    folder: Path,
+    *,
+    progress: ProgressBar,
+    resume: str = "",
+    hooks: Hooks | None = None,
+    backend: Backend = SINGLE,
 ) -> TrainResult:
     """Train `task` to the end of `config.steps`, from the newest checkpoint in `folder` if there is one.
 
     Args:
         folder: of the run.
         resume: the command that continues the run, named when it is stopped.
+        hooks: what the task adds to the loop.
+        backend: one process or many, each of which takes its part of every batch and of every parameter.
 
     Raises:
         TrainError: the run in `folder` had another configuration, it diverged, or the disk is full.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with the step finished and a checkpoint written.
     """
     check_config(folder / "config.json", asdict(config))
-    store.write_json(folder / "config.json", asdict(config))
-    return _Run(task, batches, config, folder, progress).run(resume or "call again with the same arguments")
+    backend.barrier()
+    if backend.main:
+        store.write_json(folder / "config.json", asdict(config))
+    run = _Run(task, batches, config, folder, progress, hooks or Hooks(), backend)
+    return run.run(resume or "call again with the same arguments")
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
@@ -154,10 +220,18 @@ class _Run:
     """One call of `train`."""
 
     def __init__(
-        self, task: Task[Any], batches: Batches[Any], config: LoopConfig, folder: Path, progress: ProgressBar
+        self,
+        task: Task[Any],
+        batches: Batches[Any],
+        config: LoopConfig,
+        folder: Path,
+        progress: ProgressBar,
+        hooks: Hooks,
+        backend: Backend,
     ) -> None:
         self.task, self.batches, self.config, self.progress = task, batches, config, progress
         self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.hooks, self.backend = hooks, backend
         self.parameters = task.parameters
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = adamw(self.parameters, config.optim)
@@ -166,7 +240,7 @@ class _Run:
 
     def run(self, resume: str) -> TrainResult:
         self.restore()
-        self.log = MetricsLog(self.folder, self.position.step)
+        self.log = MetricsLog(self.folder, self.position.step) if self.backend.main else None
         figures: dict[str, float] = {}
         try:
             with InterruptGuard() as interrupt:
@@ -174,7 +248,7 @@ class _Run:
                     if self.position.step % self.config.evaluate_every == 0:
                         figures = self.evaluate()
                     self.step()
-                    if interrupt.asked:
+                    if self.backend.any(interrupt.asked):
                         self.save()
                         raise KeyboardInterrupt(
                             f"stopped after step {self.position.step} of {self.config.steps}, nothing is lost; "
@@ -185,55 +259,58 @@ class _Run:
                 figures = self.evaluate()
                 self.save()
         finally:
-            self.log.close()
-            plot_losses(self.folder)
+            if self.log is not None:
+                with suppress(OSError):  # a full disk has been reported; the plot must not hide it
+                    self.log.close()
+                    plot_losses(self.folder)
         return TrainResult(self.position, figures)
 
     def step(self) -> None:
-        """Make one optimizer step, or skip it if loss or gradient is not finite."""
+        """Make one optimizer step, or skip it if loss or gradient is not finite or the loss is a spike."""
         started, position, optim = time.perf_counter(), self.position, self.config.optim
         rate = learning_rate(optim, position.step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        outputs = self.backward()
-        losses = torch.stack([output.loss.detach() for output in outputs])
+        loss, tokens, extra = self.backward()
         norm = clip_gradients(self.parameters.values(), optim.clip_norm)
-        finite = bool(losses.isfinite().all()) and norm < float("inf")  # False for NaN too
-        if finite:
+        finite = math.isfinite(loss) and norm < float("inf")  # False for NaN too
+        taken = finite and not position.is_spike(loss)
+        if taken:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        tokens = sum(output.tokens for output in outputs)
-        self.count(finite, tokens)
-        if finite:
+        self.count(finite, taken, tokens)
+        if taken:
+            extra = {**extra, **self.hooks.stepped()}
             speed = tokens / (time.perf_counter() - started)
-            loss = float(losses.mean())
-            extra = outputs[-1].metrics
-            self.log.write(
+            self.write(
                 position.step - 1, loss=loss, learning_rate=rate, grad_norm=norm, tokens=position.tokens,
                 tokens_per_second=speed, **extra,
             )  # fmt: skip
             note = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
             self.progress(position.step, self.config.steps, "train", note)
 
-    def backward(self) -> list[LossOutput]:
-        """Accumulate the gradients of one step's batches."""
-        outputs = []
-        for part in range(self.config.accumulate):
+    def backward(self) -> tuple[float, int, Mapping[str, float]]:
+        """Accumulate the gradients of one step's batches; return its mean loss, its targets and further figures."""
+        losses, tokens, parts = [], 0, self.config.accumulate
+        for part in range(parts):
             with autocast(self.device):
-                output = self.task.loss(self.batches.next(), self.position.step * self.config.accumulate + part)
-            (output.loss / self.config.accumulate).backward()
-            outputs.append(output)
-        return outputs
+                batch = self.backend.share(self.batches.next())
+                output = self.task.loss(batch, self.position.step * parts + part)
+            weight, seen = self.backend.weigh(output.tokens)
+            (output.loss * weight / parts).backward()
+            losses.append(output.loss.detach() * weight)
+            tokens += seen
+        return float(self.backend.mean(torch.stack(losses)).mean()), tokens, output.metrics
 
-    def count(self, finite: bool, tokens: int) -> None:
+    def count(self, finite: bool, taken: bool, tokens: int) -> None:
         """Move on; give up where nothing but non-finite values comes."""
         position = self.position
         position.step += 1
         position.tokens += tokens
-        position.skipped += not finite
+        position.skipped += not taken
         position.skipped_in_a_row = 0 if finite else position.skipped_in_a_row + 1
-        if not finite:
-            self.log.write(position.step - 1, skipped=position.skipped)
+        if not taken:
+            self.write(position.step - 1, skipped=position.skipped)
         if position.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainError(
                 f"The last {MAX_SKIPPED_IN_A_ROW} steps had a loss or gradient that is not finite; start a new run "
@@ -244,9 +321,16 @@ class _Run:
         """Evaluate and record the figures."""
         figures = self.task.evaluate()
         if figures:
-            self.log.write(self.position.step, **figures)
-            plot_losses(self.folder)
+            self.write(self.position.step, **figures)
+            if self.backend.main:
+                plot_losses(self.folder)
+        self.hooks.evaluated(self.position.step)
         return figures
+
+    def write(self, step: int, **figures: float) -> None:
+        """Record figures, in the main process alone."""
+        if self.log is not None:
+            self.log.write(step, **figures)
 
     def save(self) -> None:
         """Write a checkpoint unless this step has one, then drop old ones."""
@@ -255,9 +339,10 @@ class _Run:
             return
         meta = {"position": asdict(position), "batches": self.batches.state()}
         folder = self.checkpoints / f"step-{position.step:08d}"
-        save_training(folder, self.parameters, self.optimizer, meta)
+        self.backend.save(folder, self.parameters, self.hooks.buffers, self.optimizer, meta)
         self.saved_step = position.step
-        store.prune(self.checkpoints, self.config.keep)
+        if self.backend.main:
+            store.prune(self.checkpoints, self.config.keep)
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, or seed a fresh run."""
@@ -265,7 +350,7 @@ class _Run:
         newest = store.latest_state(self.checkpoints)
         if newest is None:
             return
-        meta = load_training(newest, self.parameters, self.optimizer)
+        meta = self.backend.load(newest, self.parameters, self.hooks.buffers, self.optimizer)
         self.batches.load(meta["batches"])
         self.position = Position(**meta["position"])
         self.saved_step = self.position.step

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> float:
     """Scale gradients down to `norm` and return the norm they had; a non-finite one is returned untouched."""
     trained = list(parameters)
     found = nn.utils.get_total_norm(p.grad for p in trained if p.grad is not None)
+    if isinstance(found, DTensor):  # of parameters sharded over processes
+        found = found.full_tensor()
     if bool(found.isfinite()):
         nn.utils.clip_grads_with_norm_(trained, norm, found)
     return float(found)

@@ -1,6 +1,8 @@
 """Everything that decides how a run goes on, as tensors and JSON."""
 
 import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,63 @@ from deepseek.train.optim import load_optimizer_tensors, optimizer_tensors
 
 
 def save_training(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, meta: dict[str, Any]
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    meta: dict[str, Any],
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint folder; raise `TrainError` if the disk is full, with earlier checkpoints intact."""
+    with disk_full_explained(folder):
+        store.save_state(folder, training_tensors(parameters, buffers or {}, optimizer), meta)
+
+
+def load_training(
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Restore what `save_training` wrote and return its meta."""
+    tensors, meta = store.load_state(folder)
+    restore_training(tensors, parameters, buffers or {}, optimizer)
+    return meta
+
+
+def training_tensors(
+    parameters: dict[str, nn.Parameter], buffers: Mapping[str, Tensor], optimizer: torch.optim.AdamW
+) -> dict[str, Tensor]:
+    """Return all tensors of a training state under one flat naming."""
     moments = optimizer_tensors(optimizer, parameters)
-    tensors = {
+    return {
         **{f"parameter.{name}": parameter for name, parameter in parameters.items()},
+        **{f"buffer.{name}": value for name, value in buffers.items()},
         **{f"optimizer.{name}": value for name, value in moments.items()},
         **{f"random.{name}": state for name, state in _random_states().items()},
     }
+
+
+@torch.no_grad()
+def restore_training(
+    tensors: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
+    optimizer: torch.optim.AdamW,
+) -> None:
+    """Put what `training_tensors` returned back where it was."""
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"parameter.{name}"])
+    for name, value in buffers.items():
+        value.copy_(tensors[f"buffer.{name}"])
+    load_optimizer_tensors(optimizer, parameters, _below(tensors, "optimizer."))
+    _restore_random(_below(tensors, "random."))
+
+
+@contextmanager
+def disk_full_explained(folder: Path) -> Iterator[None]:
+    """Turn a lack of space while the checkpoint `folder` is written into one sentence."""
     try:
-        store.save_state(folder, tensors, meta)
+        yield
     except Exception as error:
         if not _is_disk_full(error):
             raise
@@ -31,17 +79,6 @@ def save_training(
             f"The disk of {folder.parent} is full, the checkpoint {folder.name} was not written; the one before is "
             "intact, so free some space and run the same command."
         ) from error
-
-
-def load_training(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Any]:
-    """Restore what `save_training` wrote and return its meta."""
-    tensors, meta = store.load_state(folder)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-    load_optimizer_tensors(optimizer, parameters, _below(tensors, "optimizer."))
-    _restore_random(_below(tensors, "random."))
-    return meta
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
