@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from deepseek.model.moe.router import DynamicRouter as DynamicRouter
     from deepseek.model.positions.learned import DynamicPositionalEncoding as DynamicPositionalEncoding
     from deepseek.model.transformer import DeepSeekModel as DeepSeekModel
+    from deepseek.planning import plan as plan
     from deepseek.train.expert import train_expert as train_expert
+    from deepseek.train.pretrain import pretrain as pretrain
 
 _HOMES = {
     "DeepSeekModel": "deepseek.model.transformer",
@@ -34,6 +36,8 @@ _HOMES = {
     "DynamicRouter": "deepseek.model.moe.router",
     "ModelConfig": "deepseek.model.config",
     "load": "deepseek.infer.load",
+    "plan": "deepseek.planning",
+    "pretrain": "deepseek.train.pretrain",
     "sparse_attention": "deepseek.model.attention.lsh",
     "train_expert": "deepseek.train.expert",
 }
@@ -45,6 +49,8 @@ __all__ = [
     "ModelConfig",
     "__version__",
     "load",
+    "plan",
+    "pretrain",
     "sparse_attention",
     "train_expert",
 ]

@@ -17,6 +17,7 @@ FLOORS = {
     "text": 1,
     "model": 2,
     "data": 3,
+    "planning": 3,
     "infer": 4,
     "train": 5,
     "evaluate": 6,

@@ -15,10 +15,12 @@ COMMANDS = {
     "pull": ("deepseek.cli.pull", "Fetch a base model."),
     "chat": ("deepseek.cli.chat", "Talk to a model in the terminal."),
     "generate": ("deepseek.cli.generate", "Complete one prompt."),
+    "pretrain": ("deepseek.cli.pretrain", "Train a tokenizer and a model from scratch on several kinds of text."),
     "eval": ("deepseek.cli.eval", "Compare held-out loss before and after plugging experts."),
     "distill-hash": ("deepseek.cli.distill_hash", "Fit the hashes of LSH attention to a model."),
     "inspect": ("deepseek.cli.inspect", "Draw what the attention heads look at."),
     "prefs": ("deepseek.cli.prefs", "The preference database: import, add, search, stats, split, export."),
+    "bench": ("deepseek.cli.bench", "Run a measurement: speed, memory, accuracy, rivals beside it."),
     "expert": ("deepseek.cli.expert", "Train, list, inspect, verify and sign expert packs."),
 }
 

@@ -1,6 +1,6 @@
 """From a source of text to the token shards of one run: read, clean, split, tokenise; done once a run folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +56,16 @@ class Corpus:
 
 
 def build_corpus(
-    source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path, progress: Progress | None = None
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    progress: Progress | None = None,
+    order: Callable[[list[Document]], list[Document]] = list,
 ) -> Corpus:
     """Return the corpus in `folder`, built from `source` unless it is there already.
 
     What is there stays as it is even if the source has changed since, so that a resumed run sees the same text.
+    `order` puts the documents to train on in the order in which they are to lie in the shards.
     """
     notes = folder / "corpus.json"
     if not notes.is_file():
@@ -70,7 +75,7 @@ def build_corpus(
         else:
             documents, report = clean(read_source(source, skipped), skipped, progress)
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
-        TokenShards.build(train, tokenizer, folder / "train", progress=progress)
+        TokenShards.build(order(train), tokenizer, folder / "train", progress=progress)
         TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
         write_json(notes, {"report": str(report), "commit": head_commit(source)})
     known = read_json(notes)

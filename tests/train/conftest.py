@@ -55,3 +55,16 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(40):
         (folder / f"{seed:02}.txt").write_text(sentence(seed, 120) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders of short files: words, and functions."""
+    root = tmp_path_factory.mktemp("domains")
+    for name in ("words", "code"):
+        (root / name).mkdir()
+    for seed in range(30):
+        (root / "words" / f"{seed:02}.txt").write_text(sentence(seed, 90) + ".\n")
+        body = "".join(f"    value += {word}\n" for word in sentence(seed + 40, 20).split())
+        (root / "code" / f"{seed:02}.py").write_text(f"def f{seed}(value):\n{body}    return value\n")
+    return root
