@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from deepseek.cli.palette import Palette
-from deepseek.infer.stream import Piece
+from deepseek.infer.request import TokenEvent
 
 
-def speak(pieces: Iterable[Piece], console: Console, palette: Palette) -> tuple[str, Counter[str | None]]:
+def speak(pieces: Iterable[TokenEvent], console: Console, palette: Palette) -> tuple[str, Counter[str | None]]:
     """Print `pieces` and return the text and how many tokens each expert (None: the base alone) spoke."""
     texts: list[str] = []
     shares: Counter[str | None] = Counter()

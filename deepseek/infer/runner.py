@@ -11,6 +11,8 @@ from torch import Tensor
 
 from deepseek.model.experts.armed import ArmedExperts
 
+Keep = Literal["last", "all", "none"]
+
 
 class Segment(Protocol):
     """A copy of what a stretch of tokens left in a state; the prefix cache keeps it. Nobody changes it."""
@@ -64,7 +66,7 @@ class Chunk:
 
     state: SequenceState
     ids: Sequence[int]
-    keep: Literal["last", "all", "none"] = "last"
+    keep: Keep = "last"
 
 
 @dataclass(frozen=True)

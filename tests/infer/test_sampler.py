@@ -49,8 +49,8 @@ def test_repetition_penalty_is_that_of_transformers(seed: int, penalty: float) -
 
 def test_sampling_follows_the_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0])
-    sampler = Sampler(Sampling(temperature=1.0, seed=0), torch.device("cpu"))
-    drawn = torch.tensor([sampler.next_token(logits, torch.tensor([0])) for _ in range(6000)])
+    sampler = Sampler(Sampling(temperature=1.0, seed=0))
+    drawn = torch.tensor([sampler.next_token(logits) for _ in range(6000)])
     torch.testing.assert_close(torch.bincount(drawn, minlength=3) / 6000, logits.softmax(-1), atol=0.02, rtol=0)
 
 

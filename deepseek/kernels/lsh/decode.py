@@ -32,6 +32,11 @@ class BucketCache:
         assert self._room_BGS is not None
         return self._room_BGS[:, :, : self.length]
 
+    @property
+    def nbytes(self) -> int:
+        parts = (self.seen_B, self._room_BGS, self._ring_BGCW, self._count_BGC)
+        return sum(part.nbytes for part in parts if part is not None)
+
     def append(self, key_codes_BGT: Tensor, real_BT: Tensor | None = None, first_BT: Tensor | None = None) -> None:
         """Add new keys.
 

@@ -94,6 +94,23 @@ class ArmedExperts:
         """Names of the candidates, in canonical order."""
         return tuple(module.name for module in self._roster.modules)
 
+    @property
+    def roster(self) -> Roster:
+        """The candidates, layer by layer."""
+        return self._roster
+
+    @property
+    def identity(self) -> str | None:
+        """What these experts do, in words that equal those of no other set: content digests and most at one token.
+
+        None if that cannot be said: a module is forced, or was made in memory.
+        """
+        digests = [module.digest for module in self._roster.modules]
+        if self._roster.banks is None or not all(digests):
+            return None
+        limits = {bank.max_experts for bank in self._roster.banks.values()}
+        return f"{sorted(limits)} {digests}"
+
     def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         """Return `y` plus what the modules add at this layer; tokens at which none fires keep their bits."""
         modules = self._roster.owners.get(layer_idx, ())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.checkpoint.fingerprint import fingerprint
-from deepseek.errors import PackError
+from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
 from deepseek.model.experts.module import ExpertModule
 from deepseek.packs.manifest import BaseDescription, Manifest
@@ -61,6 +61,14 @@ class _State:
     def arms(self, name: str) -> bool:
         """Whether the module `name` is a candidate."""
         return self.arming == AUTO or name in self.arming
+
+    def require(self, name: str) -> Plugged:
+        """Return the module `name`; raise `PackError` if it is not plugged."""
+        for one in self.plugged:
+            if one.manifest.name == name:
+                return one
+        known = nearest(name, self.names) if self.plugged else "none is plugged"
+        raise PackError(f"No expert named {name!r} is plugged; {known}.")
 
 
 class ExpertSet:
@@ -140,7 +148,7 @@ class ExpertSet:
     def unplug(self, name: str) -> None:
         """Remove a module and free its memory once no sequence in flight uses it. Raises `PackError` if unknown."""
         with self._lock:
-            self._require(name)
+            self._state.require(name)
             rest = tuple(one for one in self._state.plugged if one.manifest.name != name)
             arming = self._state.arming
             if not isinstance(arming, str):
@@ -156,7 +164,7 @@ class ExpertSet:
         with self._lock:
             arming = _arming(names)
             for name in arming if not isinstance(arming, str) else ():
-                self._require(name)
+                self._state.require(name)
             self._install(self._state.plugged, arming)
             return tuple(name for name in self._state.names if self._state.arms(name))
 
@@ -178,7 +186,7 @@ class ExpertSet:
 
         For training and stand-alone evaluation; `module` need not be plugged. Gradients reach its parameters.
         """
-        chosen = self._require(module).module if isinstance(module, str) else module
+        chosen = self._state.require(module).module if isinstance(module, str) else module
         before, self._forced = self._forced, Roster.forced(chosen)
         try:
             yield chosen
@@ -200,13 +208,41 @@ class ExpertSet:
         roster = self._forced or self._current().roster
         return None if roster is None else ArmedExperts(roster, self._traces)
 
+    def choose(
+        self, arm: str | Iterable[str] | None = AUTO, deny: Iterable[str] = (), max_experts: int | None = None
+    ) -> ArmedExperts | None:
+        """Return the experts for one sequence with a choice of its own, or None if there is no candidate.
+
+        Args:
+            arm: "auto" for those armed now; else one name, several, or None.
+            deny: names that are no candidates, whatever `arm` says; they need not be plugged.
+            max_experts: most modules that one token is given to; None takes the set's own limit.
+
+        Raises `PackError` if a name in `arm` is not plugged, `ConfigError` if `max_experts` is below 1.
+        """
+        wanted, denied, state = _arming(arm), set(deny), self._current()
+        if max_experts is not None and max_experts < 1:
+            raise ConfigError(f"max_experts={max_experts} is out of range; it must be at least 1.")
+        if wanted == AUTO and max_experts is None and denied.isdisjoint(state.names):
+            return self.armed()
+        for name in wanted if wanted != AUTO else ():
+            state.require(name)
+        chooser = state if wanted == AUTO else replace(state, arming=wanted)
+        modules = tuple(
+            one.module for one in state.plugged if chooser.arms(one.module.name) and one.module.name not in denied
+        )
+        if not modules:
+            return None
+        device = self._live_model().device
+        return ArmedExperts(Roster.gated(modules, max_experts or self.max_experts, device), self._traces)
+
     def list(self) -> tuple[ExpertInfo, ...]:
         """Return what is plugged, sorted by name."""
         return tuple(sorted((self._info(one) for one in self._state.plugged), key=lambda info: info.name))
 
     def manifest(self, name: str) -> Manifest:
         """Return the papers of a plugged module. Raises `PackError` if it is not plugged."""
-        return self._require(name).manifest
+        return self._state.require(name).manifest
 
     def _current(self) -> _State:
         """Return the state, its modules moved after the model if that changed device or dtype since."""
@@ -226,13 +262,6 @@ class ExpertSet:
         device = self._live_model().device
         roster = Roster.gated(modules, self.max_experts, device) if modules else None
         self._state = replace(state, roster=roster)
-
-    def _require(self, name: str) -> Plugged:
-        for one in self._state.plugged:
-            if one.manifest.name == name:
-                return one
-        known = nearest(name, self._state.names) if self._state.plugged else "none is plugged"
-        raise PackError(f"No expert named {name!r} is plugged; {known}.")
 
     def _info(self, one: Plugged) -> ExpertInfo:
         manifest = one.manifest

@@ -55,6 +55,7 @@ class ExpertModule(nn.Module):
         gates: layer -> `[2, D+1]` in fp32 (see `model/experts/gate.py`). They are computed, not trained, and so not
             parameters; zeros, the start value, never fire.
         settings: how the gates were calibrated, and their half-life.
+        digest: of the content of the pack that it came from; "" for a module made in memory.
     """
 
     def __init__(self, name: str, layers: Sequence[int], hidden_size: int, width: int) -> None:
@@ -66,6 +67,7 @@ class ExpertModule(nn.Module):
         self.ffn = nn.ModuleDict({str(layer): ExpertLayer(hidden_size, width) for layer in self.layers})
         self.gates = {layer: torch.zeros(2, hidden_size + 1) for layer in self.layers}
         self.settings = GateSettings()
+        self.digest = ""
 
     @staticmethod
     def beside(
@@ -148,5 +150,5 @@ class ExpertModule(nn.Module):
             check_finite(tensors, "in the model's float16")
         module.load_state_dict(tensors, assign=True)
         module.gates = {layer: pack.tensors[f"gate.{layer}"] for layer in module.layers}
-        module.settings = manifest.gate
+        module.settings, module.digest = manifest.gate, manifest.digest
         return module.requires_grad_(False).eval()

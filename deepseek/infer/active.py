@@ -1,0 +1,154 @@
+"""A request while it runs: the one thing in the engine that changes with every step."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from deepseek.errors import ConfigError
+from deepseek.infer.prefix import block_keys
+from deepseek.infer.request import FinishReason, Request, TokenEvent, TokenLogprob, Usage
+from deepseek.infer.runner import Chunk, Keep, SequenceState
+from deepseek.infer.sampler import Sampler
+from deepseek.infer.vocabulary import TextStream, Vocabulary
+from deepseek.model.experts.armed import ArmedExperts
+from deepseek.model.transformer import DeepSeekModel
+
+
+class ActiveSequence:
+    """One request: its prompt is computed chunk by chunk, then one token a step, until something ends it.
+
+    Attributes:
+        armed: the experts that speak in it until it ends.
+        capacity: most tokens, prompt included.
+        keys: of the prompt's full blocks, or none where its prefix cannot be stored.
+        state: what the runner keeps of it; None before its first step and after its last one.
+        cancelled: set by any thread; it ends before the next step.
+        finish_reason: why it is over; None while it is not.
+        deliver: whoever waits for the events; the scheduler calls it with each.
+
+    Raises:
+        ConfigError: the request's grammar does not compile.
+    """
+
+    def __init__(
+        self, request: Request, armed: ArmedExperts | None, vocabulary: Vocabulary, capacity: int, block: int
+    ) -> None:
+        self.request, self.armed, self.capacity, self.block = request, armed, capacity, block
+        identity = "" if armed is None else armed.identity
+        self.keys = [] if identity is None else block_keys(identity, request.prompt_ids, block)
+        self.state: SequenceState | None = None
+        self.cancelled = False
+        self.finish_reason: FinishReason | None = None
+        self.deliver: Callable[[TokenEvent], None] = lambda _: None
+        self.prompt_logprobs: list[TokenLogprob | None] = [None] if request.prompt_logprobs else []
+        self.cached_tokens, self._spoken = 0, Counter[str | None]()
+        self._sampler = Sampler(request.sampling, request.prompt_ids)
+        self._text = TextStream(vocabulary.tokenizer, request.stop)
+        self._matcher = vocabulary.matcher(request.grammar) if request.grammar is not None else None
+        self._ends = {*request.stop_token_ids, *(() if request.ignore_end else vocabulary.ends)}
+        self._token = -1
+
+    @property
+    def usage(self) -> Usage:
+        """What it has used so far."""
+        spoken = dict(self._spoken)
+        return Usage(len(self.request.prompt_ids), self.cached_tokens, sum(spoken.values()), spoken)
+
+    @property
+    def reusable(self) -> Sequence[bytes]:
+        """Keys of the blocks that need not be computed: not the last token, whose logits are wanted."""
+        wanted = 1 if self.request.prompt_logprobs else len(self.request.prompt_ids)
+        return self.keys[: (wanted - 1) // self.block]
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether some of the prompt is still to be computed."""
+        return self.state is not None and self.state.length < len(self.request.prompt_ids)
+
+    def next_chunk(self) -> Chunk:
+        """Return what to compute next.
+
+        A prompt is cut at multiples of the block whatever else runs and wherever a stored prefix ends, so that the
+        numbers are the same to the last bit.
+        """
+        assert self.state is not None
+        if not self.prefilling:
+            return Chunk(self.state, (self._token,))
+        prompt, start = self.request.prompt_ids, self.state.length
+        stop = min(len(prompt), (start // self.block + 1) * self.block)
+        keep: Keep = "all" if self.request.prompt_logprobs else "last" if stop == len(prompt) else "none"
+        return Chunk(self.state, prompt[start:stop], keep)
+
+    def advance(self, logits_RV: Tensor, experts: Sequence[str | None]) -> TokenEvent | None:
+        """Take in what the runner said about the chunk, and return the token that it leads to, if it does.
+
+        Args:
+            logits_RV: of the kept tokens.
+            experts: who spoke at each of them.
+        """
+        assert self.state is not None
+        length, prompt = self.state.length, self.request.prompt_ids
+        if self.request.prompt_logprobs and length <= len(prompt):
+            targets = prompt[length - len(logits_RV) + 1 : length + 1]
+            self.prompt_logprobs += logprobs(logits_RV[: len(targets)], targets, self.request.logprobs or 0)
+        return None if length < len(prompt) else self._speak(logits_RV[-1], experts[-1])
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        """End it from outside, cancelled or failed, and return its last event."""
+        self.finish_reason = reason
+        return TokenEvent(None, self._text.flush(), finish_reason=reason, error=error)
+
+    def _speak(self, logits_V: Tensor, expert: str | None) -> TokenEvent:
+        """Choose the next token."""
+        wanted = self.request.logprobs
+        self._token = token = self._sampler.next_token(logits_V, self._matcher.allowed() if self._matcher else None)
+        self._spoken[expert] += 1
+        logprob = None if wanted is None else logprobs(logits_V[None], [token], wanted)[0]
+        text, self.finish_reason = self._read(token)
+        return TokenEvent(token, text, logprob, expert, self.finish_reason)
+
+    def _read(self, token: int) -> tuple[str, FinishReason | None]:
+        """Return the text that `token` adds and why it is the last one, if it is."""
+        if token in self._ends:
+            return self._text.flush(), "stop"
+        complete = self._matcher is not None and self._matcher.take(token)
+        text, stopped = self._text.push(token)
+        if stopped:
+            return text, "stop"
+        if complete or self.usage.completion_tokens >= self.capacity - len(self.request.prompt_ids):
+            return text + self._text.flush(), "stop" if complete else "length"
+        return text, None
+
+
+def activate(request: Request, model: DeepSeekModel, vocabulary: Vocabulary, block: int) -> ActiveSequence:
+    """Return `request` ready to run, with the experts that it chooses among those plugged now.
+
+    Args:
+        block: tokens by which its prompt is cut.
+
+    Raises:
+        ConfigError: it is too long for the model, has ids outside the vocabulary, or a grammar that does not compile.
+        PackError: it names an expert that is not plugged.
+    """
+    context, given = model.config.max_position_embeddings, len(request.prompt_ids)
+    if given >= context:
+        raise ConfigError(f"The prompt has {given} tokens, but 1 to {context - 1} are possible; shorten it.")
+    ids = (*request.prompt_ids, *request.sampling.logit_bias)
+    if min(ids) < 0 or max(ids) >= vocabulary.size:
+        raise ConfigError(f"Token ids are 0 to {vocabulary.size - 1}; another one is in the prompt or in logit_bias.")
+    choice = request.experts
+    armed = model.experts.choose(choice.arm, choice.deny, choice.max_experts)
+    capacity = min(given + request.sampling.max_new_tokens, context)
+    return ActiveSequence(request, armed, vocabulary, capacity, block)
+
+
+def logprobs(logits_RV: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Return for each row the log probability of its target and of the `top` likeliest tokens."""
+    logs_RV = logits_RV.log_softmax(-1)
+    values, ids = logs_RV.topk(top)
+    likeliest = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [
+        TokenLogprob(target, float(logs_V[target]), tops)
+        for target, logs_V, tops in zip(targets, logs_RV, likeliest, strict=True)
+    ]
