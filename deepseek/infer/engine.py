@@ -62,7 +62,7 @@ class Engine:
         max_waiting: int = 64,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.runner: Runner = TorchRunner(model) if runner is None else runner
         self._vocabulary = Vocabulary(model, tokenizer)
         self._max_waiting = max_waiting
