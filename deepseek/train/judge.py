@@ -1,0 +1,83 @@
+"""Judges of answers: each gives every answer a number, higher is better."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.errors import TrainError
+from deepseek.text.tokenizer import encode_plain
+from deepseek.train.rollout import Responses, given, mixed
+
+Judge = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""Scores each answer to its prompt."""
+
+REFUSAL = re.compile(
+    r"\b(i('m| am) (sorry|unable|not able)|as an ai"
+    r"|i (can('t|not)|won't|will not|must decline)\b.{0,40}\b(help|assist|provide|do))\b",
+    re.IGNORECASE,
+)
+
+
+def clean(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Return the probability that each answer is not offensive.
+
+    By alt-profanity-check, a linear classifier that its authors trained on comments labelled by people.
+    """
+    try:
+        from profanity_check import predict_prob
+    except ImportError:
+        raise TrainError(
+            "This judge needs alt-profanity-check; install it with pip install alt-profanity-check."
+        ) from None
+    return [1.0 - float(p) for p in predict_prob(list(answers))] if answers else []
+
+
+def willing(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Return 0 for an answer that is empty or refuses, and 1 for others."""
+    return [float(bool(answer.strip()) and not REFUSAL.search(answer)) for answer in answers]
+
+
+def varied(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Return the share of an answer's runs of three words that occur once; an answer in circles is no answer."""
+    runs = [list(zip(words, words[1:], words[2:], strict=False)) for words in map(str.split, answers)]
+    return [len(set(run)) / len(run) if run else 1.0 for run in runs]
+
+
+JUDGES: dict[str, Judge] = {"clean": clean, "willing": willing, "varied": varied}
+
+
+def likely(model: Any, tokenizer: PreTrainedTokenizerFast) -> Judge:
+    """Return a judge that gives the mean log-likelihood, in nats a token, of an answer after its prompt."""
+
+    @torch.no_grad()
+    def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        rows = given(model, encode_plain(tokenizer, prompts), encode_plain(tokenizer, answers))
+        length = rows.mask_BT.shape[1]
+        with mixed(model.device):
+            logits_BTV = model(rows.input_ids_BS, attention_mask=rows.real_BS, logits_to_keep=length + 1).logits
+        losses_BT = cross_entropy(logits_BTV[:, :-1].float().mT, rows.targets_BT, reduction="none") * rows.mask_BT
+        means: list[float] = (-losses_BT.sum(1) / rows.mask_BT.sum(1).clamp(min=1)).tolist()
+        return means
+
+    return judge
+
+
+class TextReward:
+    """A judge as a reward: the responses are decoded for it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, judge: Judge) -> None:
+        self.tokenizer, self.judge = tokenizer, judge
+
+    def __call__(self, responses: Responses) -> Tensor:
+        """Return the judge's scores `[B]`."""
+        prompts, answers = (self.texts(ids) for ids in (responses.prompts(), responses.answers()))
+        return torch.tensor(self.judge(prompts, answers), device=responses.mask_BT.device)
+
+    def texts(self, ids: list[list[int]]) -> list[str]:
+        """Return the texts of ids without control tokens."""
+        return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

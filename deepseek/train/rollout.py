@@ -1,0 +1,183 @@
+"""Responses sampled from a policy, many prompts at once, with the experts that every token was sent to."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from deepseek.errors import ConfigError
+from deepseek.kernels.cpu import fast_dtype
+from deepseek.model.kv_cache import KVCache
+from deepseek.model.moe.stats import Choice
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors whose first axis is the same B rows."""
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return the same of rows `start` to `stop - 1`."""
+        return type(self)(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Responses(Rows):
+    """Prompts, padded on the left to P columns, and the T columns of their responses; S = P + T.
+
+    Attributes:
+        input_ids_BS: token ids, 0 at padding.
+        real_BS: False at padding.
+        mask_BT: 1.0 at the tokens of a response, the one that ends it among them.
+        choices_BLSC: experts that each token but the last was sent to, in the L mixture-of-experts layers, as
+            `Choice.ids_NC` names them `[B, L, S - 1, C]`; empty for a dense model.
+        active_BLS: how many of them were in use `[B, L, S - 1]`.
+    """
+
+    input_ids_BS: Tensor
+    real_BS: Tensor
+    mask_BT: Tensor
+    choices_BLSC: Tensor
+    active_BLS: Tensor
+
+    @property
+    def targets_BT(self) -> Tensor:
+        """Ids of the responses."""
+        return self.input_ids_BS[:, -self.mask_BT.shape[1] :]
+
+    def routing(self, model: Any) -> dict[int, Choice]:
+        """Return what a pass over all tokens but the last takes to send each to the same experts again.
+
+        Nothing where no choices were kept: the experts are then chosen anew.
+        """
+        if not self.choices_BLSC.shape[1]:
+            return {}
+        return {
+            layer: Choice(self.choices_BLSC[:, place].flatten(0, 1), self.active_BLS[:, place].flatten())
+            for place, layer in enumerate(sparse_layers(model))
+        }
+
+    def answers(self) -> list[list[int]]:
+        """Return the ids of each response without padding."""
+        return [ids[mask > 0].tolist() for ids, mask in zip(self.targets_BT, self.mask_BT, strict=True)]
+
+    def prompts(self) -> list[list[int]]:
+        """Return the ids of each prompt without padding."""
+        width = self.input_ids_BS.shape[1] - self.mask_BT.shape[1]
+        pairs = zip(self.input_ids_BS[:, :width], self.real_BS[:, :width], strict=True)
+        return [ids[real].tolist() for ids, real in pairs]
+
+
+def sparse_layers(model: Any) -> list[int]:
+    """Return the indices of the mixture-of-experts layers."""
+    return [index for index, block in enumerate(model.layers) if block.sparse]
+
+
+def empty_responses(model: Any, rows: int, prompt_width: int, new_tokens: int) -> Responses:
+    """Return padding alone, in the shapes that `generate` fills."""
+    width, layers, device = prompt_width + new_tokens, sparse_layers(model), model.device
+    candidates = 0
+    if layers:
+        router = model.layers[layers[0]].feed_forward.router
+        candidates = router.choose(torch.zeros(1, router.num_experts, device=device)).choice.ids_NC.shape[1]
+    # Padding goes to experts 0, 1, ...: a token is never sent to the same one twice.
+    choices = torch.arange(candidates, device=device).expand(rows, len(layers), width - 1, candidates).clone()
+    return Responses(
+        torch.zeros(rows, width, dtype=torch.long, device=device),
+        torch.zeros(rows, width, dtype=torch.bool, device=device),
+        torch.zeros(rows, new_tokens, device=device),
+        choices,
+        torch.ones(rows, len(layers), width - 1, dtype=torch.long, device=device),
+    )
+
+
+def given(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Responses:
+    """Return responses that were not sampled, without a routing.
+
+    Raises:
+        ConfigError: a prompt is empty, or one with its answer is longer than the model's context.
+    """
+    width, length = max(map(len, prompts)), max(map(len, answers))
+    check_prompts(prompts, model.config.max_position_embeddings - length)
+    responses = empty_responses(model, len(prompts), width, length)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        columns = slice(width - len(prompt), width + len(answer))
+        responses.input_ids_BS[row, columns] = torch.tensor([*prompt, *answer], device=model.device)
+        responses.real_BS[row, columns] = True
+    responses.mask_BT.copy_(responses.real_BS[:, width:])
+    return replace(responses, choices_BLSC=responses.choices_BLSC[:, :0], active_BLS=responses.active_BLS[:, :0])
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ends: Iterable[int],
+    generator: torch.Generator,
+    *,
+    temperature: float = 1.0,
+    prompt_width: int | None = None,
+) -> Responses:
+    """Return one response to each prompt, sampled from the whole distribution at `temperature`.
+
+    Args:
+        ends: tokens that end a response.
+        prompt_width: columns of the prompts; None: as many as the longest has.
+
+    Raises:
+        ConfigError: a prompt is empty, or longer than `prompt_width` or the model's context allow.
+    """
+    width = max(map(len, prompts), default=0) if prompt_width is None else prompt_width
+    check_prompts(prompts, min(width, model.config.max_position_embeddings - new_tokens))
+    responses = empty_responses(model, len(prompts), width, new_tokens)
+    ids_BS, real_BS = responses.input_ids_BS, responses.real_BS
+    for row, prompt in enumerate(prompts):
+        ids_BS[row, width - len(prompt) : width] = torch.tensor(prompt)
+        real_BS[row, width - len(prompt) : width] = True
+    ends_E, cache = torch.tensor(sorted(ends), device=model.device, dtype=torch.long), KVCache()
+    alive_B, done = torch.ones(len(prompts), dtype=torch.bool, device=model.device), 0
+    with torch.no_grad(), mixed(model.device):
+        for column in range(width, width + new_tokens):
+            output = model(ids_BS[:, done:column], attention_mask=real_BS[:, :column], cache=cache, logits_to_keep=1)
+            for place, stats in enumerate(output.router_stats or ()):
+                record(responses, place, stats.dispatch.choice, done, column)
+            probabilities_BV = torch.softmax(output.logits[:, -1].float() / temperature, dim=-1)
+            token_B = torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
+            ids_BS[:, column] = torch.where(alive_B, token_B, 0)
+            real_BS[:, column] = alive_B
+            alive_B, done = alive_B & ~torch.isin(token_B, ends_E), column
+            if not alive_B.any():
+                break
+    responses.mask_BT.copy_(real_BS[:, width:])
+    return responses
+
+
+def record(responses: Responses, place: int, choice: Choice, start: int, stop: int) -> None:
+    """Write down which experts one layer sent the tokens of columns `start` to `stop - 1` to."""
+    shape = (len(responses.real_BS), stop - start, -1)
+    responses.choices_BLSC[:, place, start:stop] = choice.ids_NC.view(shape)
+    if choice.active_N is not None:
+        responses.active_BLS[:, place, start:stop] = choice.active_N.view(shape[:2])
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], most: int) -> None:
+    """Raise `ConfigError` unless there are prompts, and each has 1 to `most` tokens."""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1 or max(lengths) > most:
+        raise ConfigError(
+            f"Prompts must have 1 to {most} tokens; these have {min(lengths, default=0)} to {max(lengths, default=0)}."
+        )
+
+
+def mixed(device: torch.device) -> torch.autocast:
+    """Return mixed precision for passes without gradients.
+
+    It keeps no cast weights: those of a pass without gradients would be taken for a training pass that follows.
+    """
+    dtype = fast_dtype(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32, cache_enabled=False)
