@@ -1,6 +1,7 @@
 """Tokens as the engine sees them: which end a text, what text they make, and what a grammar allows."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from functools import cached_property
 
 import llguidance
@@ -14,6 +15,9 @@ from deepseek.errors import ConfigError
 from deepseek.infer.request import Grammar
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import document_end_id
+
+WHITESPACE = r"\n?[ \t]{0,32}"
+"""What may stand between the parts of a JSON text: room for pretty printing, none to go on with blanks for ever."""
 
 
 class Vocabulary:
@@ -33,11 +37,10 @@ class Vocabulary:
 
     def matcher(self, grammar: Grammar) -> "Matcher":
         """Return a matcher at the start of `grammar`; raise `ConfigError` if it does not compile."""
-        make: Callable[[str], str] = getattr(llguidance.LLMatcher, f"grammar_from_{grammar.kind}")
         try:
-            matcher = llguidance.LLMatcher(self._tokens, make(grammar.text), log_level=0)
+            matcher = llguidance.LLMatcher(self._tokens, _compiled(grammar), log_level=0)
         except ValueError as error:
-            raise ConfigError(f"The {grammar.kind} is no valid JSON ({error}); correct it.") from error
+            raise ConfigError(f"The {grammar.kind} is no JSON object ({error}); correct it.") from error
         if matcher.is_error():
             raise ConfigError(f"The {grammar.kind} cannot be used ({_first_line(matcher)}); correct it.")
         return Matcher(matcher)
@@ -46,6 +49,15 @@ class Vocabulary:
     def _tokens(self) -> llguidance.LLTokenizer:
         # It takes a while to make, and only requests with a grammar need it.
         return llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=sorted(self.ends))
+
+
+def _compiled(grammar: Grammar) -> str:
+    if grammar.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(grammar.text)
+    if grammar.kind == "lark":
+        return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+    schema = json.loads(grammar.text)
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
 
 
 class Matcher:
