@@ -1,0 +1,105 @@
+"""The weights of a model, rounded and packed for the compiled step."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from deepseek.infer.compiled_experts import in_place
+from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize
+from deepseek.model.attention.full import FullAttention
+from deepseek.model.feed_forward import SwiGLU
+from deepseek.model.positions.rope import Rope
+from deepseek.model.transformer import DeepSeekModel
+
+
+class PackedModel:
+    """Holds the arrays that the kernel reads (`Weights` in `kernels/decode/state.py`).
+
+    Attributes:
+        positions: for how many positions there are angles.
+        addresses: of the arrays, in the kernel's order.
+        nbytes: memory of the matrices.
+    """
+
+    def __init__(self, model: DeepSeekModel) -> None:
+        config, layers = model.config, len(model.layers)
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        assert isinstance(model.positions, Rope)
+        self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
+        self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.inner, self.layers = -(-config.intermediate_size // GROUP), layers
+        packed = [matrix for block in model.layers for matrix in _pack_block(block)]
+        packed.append(pack([matrix_of(model.lm_head)]))
+        if model.lm_head.weight is not model.embed_tokens.weight:
+            packed.append(pack([matrix_of(model.embed_tokens)]))
+        placed = in_place(*packed)
+        self.nbytes = sum(matrix.nbytes for matrix in placed)
+        addresses = [matrix.ctypes.data for matrix in placed]
+        normed = self.width if config.qk_norm == "head" else 0
+        sizes = [layers, self.hidden, self.heads, self.groups, self.width, self.inner, self.vocabulary, normed]
+        whole = [sizes, *(addresses[kind : 4 * layers : 4] for kind in range(4)), addresses[4 * layers :][:1]]
+        self._placed, self._rope = placed, model.positions
+        self._arrays = [*(np.array(part, np.int64) for part in (*whole, addresses[-1:])), *_small_arrays(model)]
+        self._eps = np.array([config.rms_norm_eps], np.float32)
+        self.positions, self.addresses = 0, list[int]()
+        self.reach(1024)
+
+    def reach(self, positions: int) -> None:
+        """See to it that there are angles for so many positions."""
+        if positions <= self.positions:
+            return
+        self.positions = max(positions, 2 * self.positions)
+        rotation: Any = self._rope.prepare(torch.arange(self.positions)[None], torch.float32)
+        half = self.width // 2
+        self._tables = [np.ascontiguousarray(table[0, 0, :, :half].numpy()) for table in (rotation.cos, rotation.sin)]
+        self.addresses = [array.ctypes.data for array in (*self._arrays, *self._tables, self._eps)]
+
+
+def matrix_of(layer: nn.Module) -> Int8Matrix:
+    """Return the rounded weights of a linear layer or an embedding."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return quantize(weight.detach())
+
+
+def _pack_block(block: nn.Module) -> list[np.ndarray]:
+    """Return the packed matrices of a layer: queries, keys and values; output; gate and up; down."""
+    attention, ffn = block.attention, block.feed_forward
+    assert isinstance(attention, FullAttention) and isinstance(ffn, SwiGLU)
+    parts = [matrix_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    joined = Int8Matrix(
+        torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]), parts[0].width
+    )
+    return [
+        pack([joined]),
+        pack([matrix_of(attention.o_proj)]),
+        pack([matrix_of(ffn.gate_proj), matrix_of(ffn.up_proj)]),
+        pack([matrix_of(ffn.down_proj)]),
+    ]
+
+
+def _small_arrays(model: DeepSeekModel) -> list[np.ndarray]:
+    """Return the norms, the norms of heads, both biases and the windows of all layers."""
+    blocks: list[Any] = list(model.layers)
+    norms = [norm.weight for block in blocks for norm in (block.attention_norm, block.feed_forward_norm)]
+    attentions = [block.attention for block in blocks]
+    heads = [[own.q_norm.weight, own.k_norm.weight] for own in attentions if own.normed]
+    biases = [[own.q_proj, own.k_proj, own.v_proj] for own in attentions]
+    window = model.config.sliding_window or 0
+    return [
+        _floats(torch.stack([*norms, model.norm.weight])),
+        _floats(torch.stack([torch.stack(pair) for pair in heads]) if heads else torch.zeros(0)),
+        _floats(torch.stack([torch.cat([_bias(part) for part in parts]) for parts in biases])),
+        _floats(torch.stack([_bias(own.o_proj) for own in attentions])),
+        np.array([window if own.windowed else 0 for own in attentions], np.int64),
+    ]
+
+
+def _bias(layer: nn.Linear) -> torch.Tensor:
+    return layer.bias if layer.bias is not None else torch.zeros(layer.out_features, dtype=torch.float32)
+
+
+def _floats(tensor: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().float().numpy())

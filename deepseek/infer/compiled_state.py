@@ -1,0 +1,114 @@
+"""Keys and values of one sequence for the compiled runner, in pages of 64 tokens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepseek.infer.runner import Segment
+from deepseek.kernels.decode.state import PAGE
+from deepseek.kernels.int8 import GROUP
+from deepseek.model.experts.armed import ArmedExperts
+
+Page = np.ndarray  # bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then values [K/64, 32, 64, 2]
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Return zeroed memory `[nbytes]` that begins at a cache line."""
+    memory = np.zeros(nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes]
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """Shape of a page: planes (layers x groups of heads), and the width of a head."""
+
+    planes: int
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.planes * 2 * PAGE * self.width * 2
+
+    def new(self) -> Page:
+        return aligned(self.nbytes).view(np.uint16).reshape(self.planes, 2, PAGE * self.width)
+
+    def copy_token(self, source: Page, slot: int, target: Page, place: int) -> None:
+        """Copy what one token left in `source` to another place."""
+        keys, values = (self.planes, self.width // 2, PAGE, 2), (self.planes, self.width // GROUP, PAGE // 2, GROUP, 2)
+        target[:, 0].reshape(keys)[:, :, place] = source[:, 0].reshape(keys)[:, :, slot]
+        target[:, 1].reshape(values)[:, :, place // 2, :, place % 2] = source[:, 1].reshape(values)[
+            :, :, slot // 2, :, slot % 2
+        ]
+
+
+@dataclass(frozen=True)
+class PageSegment:
+    """Tokens `start` to `stop - 1` of a sequence. The pages are shared: what is written there once never changes.
+
+    pages: those that hold the tokens. sums: of the gates after the last one.
+    """
+
+    shape: PageShape
+    pages: tuple[Page, ...]
+    start: int
+    stop: int
+    sums: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.nbytes * (self.stop - self.start) // PAGE + self.sums.nbytes
+
+
+class CompiledState:
+    """Pages of one sequence, its experts, and the running sums `[members, 3]` of their gates."""
+
+    def __init__(self, shape: PageShape, armed: ArmedExperts | None, members: int) -> None:
+        self.shape, self.armed = shape, armed
+        self.sums = np.zeros((members, 3), np.float32)
+        self.pages: list[Page] = []
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.pages) * self.shape.nbytes + self.sums.nbytes
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens."""
+        while len(self.pages) * PAGE < self._length + count:
+            self.pages.append(self.shape.new())
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where the pages lie."""
+        return [page.ctypes.data for page in self.pages]
+
+    def advance(self, count: int) -> None:
+        """Take note that the step has written `count` tokens."""
+        self._length += count
+
+    def segment(self, start: int) -> PageSegment:
+        return PageSegment(self.shape, tuple(self.pages[start // PAGE :]), start, self._length, self.sums.copy())
+
+    def extend(self, segment: Segment) -> None:
+        assert isinstance(segment, PageSegment)
+        token, first = segment.start, segment.start // PAGE
+        while token < segment.stop:
+            source = segment.pages[token // PAGE - first]
+            if token % PAGE == 0 and self._length % PAGE == 0 and token + PAGE <= segment.stop:
+                self.pages.append(source)
+                step = PAGE
+            else:
+                self.reserve(1)
+                self.shape.copy_token(source, token % PAGE, self.pages[self._length // PAGE], self._length % PAGE)
+                step = 1
+            self._length, token = self._length + step, token + step
+        self.sums = segment.sums.copy()
+
+    def close(self) -> None:
+        self.pages = []
+        self._length = 0

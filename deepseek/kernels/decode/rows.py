@@ -1,0 +1,153 @@
+"""Rows of activations: rounding them, and their products with panels of weights.
+
+A rounded row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in int32 (see
+`kernels/int8.py`). Rows are given by a table of their addresses. What a row gets never depends on the rows beside it.
+"""
+
+import numpy as np
+from numba import carray, njit, types
+
+from deepseek.kernels import openmp
+from deepseek.kernels.decode.state import BLOCK
+from deepseek.kernels.decode.vector import (
+    arrive,
+    look,
+    panel_dot_1,
+    panel_dot_2,
+    panel_dot_4,
+    rotate,
+    rotate_and_round,
+)
+from deepseek.kernels.few_tokens import pointer, sigmoid, thread_count
+from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, LANES
+
+_yield = openmp.external("sched_yield", types.int32())
+
+SPINS = 2000  # looks at the barrier before the core is offered to whoever else wants it
+
+
+@njit(error_model="numpy")
+def barrier(counter):  # type: ignore[no-untyped-def]
+    """Wait until every thread has called this with the same counter."""
+    threads = thread_count()
+    goal = (arrive(counter, 1) // threads + 1) * threads
+    spins = 0
+    while look(counter) < goal:
+        spins += 1
+        if spins > SPINS:
+            _yield()
+
+
+@njit(error_model="numpy")
+def floats(address, count):  # type: ignore[no-untyped-def]
+    """Return the fp32 numbers at an address as an array."""
+    return carray(pointer(address), (count,), np.float32)
+
+
+@njit(error_model="numpy")
+def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
+    """Round the 64 numbers at address `x` into group `group` of the row at address `row`."""
+    scale = row + GROUP * groups + 4 * group
+    rotate_and_round(x, row + GROUP * group, scale, scale + 4 * groups)
+
+
+@njit(fastmath=True, error_model="numpy")
+def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
+    """Set `out` to the normed x (see `model/norm.py`)."""
+    total = np.float32(0)
+    for d in range(len(weight)):
+        total += x[d] * x[d]
+    factor = np.float32(1) / np.sqrt(total / np.float32(len(weight)) + eps)
+    for d in range(len(weight)):
+        out[d] = x[d] * factor * weight[d]
+
+
+@njit(error_model="numpy")
+def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
+    """Set `out` to the row of a packed matrix that belongs to `token`."""
+    tile, lane = token % COLUMNS // LANES, token % LANES
+    turned = np.empty(GROUP, np.float32)
+    for g in range(groups):
+        block = table + (token // COLUMNS * groups + g) * GROUP_BYTES
+        values = carray(pointer(block), (GROUP // 4, 2, LANES, 4), np.uint8)
+        scale = np.uint32(carray(pointer(block + COLUMNS * GROUP), (2, LANES), np.uint16)[tile, lane]) << np.uint32(16)
+        for i in range(GROUP):
+            turned[i] = np.float32(values[i // 4, tile, lane, i % 4]) - np.float32(128)
+        rotate(turned.ctypes.data)
+        factor = np.array([scale], np.uint32).view(np.float32)[0]
+        for i in range(min(GROUP, len(out) - g * GROUP)):
+            out[g * GROUP + i] = turned[i] * factor
+
+
+@njit(error_model="numpy")
+def multiply(panel, table, count, groups, out):  # type: ignore[no-untyped-def]
+    """Multiply a panel by `count` rows; `out` is the address of fp32 `[count, 32]`."""
+    row = 0
+    while row + 4 <= count:
+        panel_dot_4(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+        row += 4
+    if row + 2 <= count:
+        panel_dot_2(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+        row += 2
+    if row < count:
+        panel_dot_1(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+
+
+@njit(error_model="numpy")
+def project(panels, first, last, table, count, groups, out):  # type: ignore[no-untyped-def]
+    """Set the columns of `out` `[count, F]` that panels `first` to `last - 1` give."""
+    product = np.empty((BLOCK, COLUMNS), np.float32)
+    for panel in range(first, last):
+        columns = min(COLUMNS, out.shape[1] - panel * COLUMNS)
+        for start in range(0, count, BLOCK):
+            rows = min(BLOCK, count - start)
+            multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
+            for r in range(rows):
+                for c in range(columns):
+                    out[start + r, panel * COLUMNS + c] = product[r, c]
+
+
+@njit(error_model="numpy")
+def add_projected(panels, first, last, table, places, factors, groups, bias, stream):  # type: ignore[no-untyped-def]
+    """Add to `stream[places[i]]` the product of row i, and `bias`, times `factors[i]`, in columns as in `project`."""
+    product = np.empty((BLOCK, COLUMNS), np.float32)
+    for panel in range(first, last):
+        columns = min(COLUMNS, stream.shape[1] - panel * COLUMNS)
+        for start in range(0, len(places), BLOCK):
+            rows = min(BLOCK, len(places) - start)
+            multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
+            for r in range(rows):
+                place, factor = places[start + r], factors[start + r]
+                for c in range(columns):
+                    d = panel * COLUMNS + c
+                    stream[place, d] += factor * (product[r, c] + bias[d])
+
+
+@njit(fastmath=True, error_model="numpy")
+def _gate(product, hidden, rows, quarter):  # type: ignore[no-untyped-def]
+    for r in range(rows):
+        for lane in range(LANES):
+            gate, up = product[r, lane], product[r, LANES + lane]
+            hidden[r, quarter * LANES + lane] = gate * sigmoid(gate) * up
+
+
+@njit(error_model="numpy")
+def activate(panels, first, last, table, count, groups, inner, out):  # type: ignore[no-untyped-def]
+    """Round groups `first` to `last - 1` of the hidden values of `count` rows; rows of `inner` groups begin at `out`."""
+    product, hidden = np.empty((BLOCK, COLUMNS), np.float32), np.empty((BLOCK, GROUP), np.float32)
+    quarters = GROUP // LANES
+    for group in range(first, last):
+        for start in range(0, count, BLOCK):
+            rows = min(BLOCK, count - start)
+            for quarter in range(quarters):
+                panel = panels + (quarters * group + quarter) * groups * GROUP_BYTES
+                multiply(panel, table + 8 * start, rows, groups, product.ctypes.data)
+                _gate(product, hidden, rows, quarter)
+            for r in range(rows):
+                round_group(hidden[r].ctypes.data, out + (start + r) * row_bytes(inner), group, inner)
+
+
+@njit(error_model="numpy")
+def row_bytes(groups):  # type: ignore[no-untyped-def]
+    """Return the distance in memory between two rounded rows of `groups` groups."""
+    return (72 * groups + 63) // 64 * 64

@@ -1,0 +1,287 @@
+"""The innermost loops of the compiled decode step, written as vectors in LLVM's language.
+
+Numba has no vector type, and its loops over bytes are not turned into the one instruction that matters here, which
+multiplies 64 bytes and adds them by fours (`vpdpbusd`). So each of these functions writes its instructions itself. Where
+the processor lacks one, the same function is built from what every processor has; sums of integers are exact, so that
+both give the same bits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from deepseek.kernels.int8 import GROUP, GROUP_BYTES, LANES, TILES
+
+BYTE, SHORT, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+WORDS, FLOATS = ir.VectorType(WORD, LANES), ir.VectorType(FLOAT, LANES)
+STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
+
+
+class Emit:
+    """Writes instructions into a function under construction."""
+
+    def __init__(self, context: Any, builder: Any) -> None:
+        self.builder = builder
+        features = context.codegen().magic_tuple()[2]
+        self.features = set(features.split(","))
+
+    def call(self, name: str, result: Any, *args: Any) -> Any:
+        """Call an LLVM intrinsic."""
+        kind = ir.FunctionType(result, [arg.type for arg in args])
+        return self.builder.call(self.builder.module.declare_intrinsic(name, (), kind), args)
+
+    def address(self, base: Any, offset: Any) -> Any:
+        """Return `base + offset` bytes."""
+        return self.builder.add(base, base.type(offset) if isinstance(offset, int) else offset)
+
+    def load(self, kind: Any, address: Any, align: int) -> Any:
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
+
+    def store(self, value: Any, address: Any, align: int) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def splat(self, value: Any, lanes: int = LANES) -> Any:
+        """Return the vector whose lanes all hold `value`."""
+        one = self.builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, WORD(0))
+        return self.shuffle(one, [0] * lanes)
+
+    def shuffle(self, vector: Any, order: list[int]) -> Any:
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        return self.builder.shuffle_vector(vector, undefined, ir.Constant(ir.VectorType(WORD, len(order)), order))
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+
+    def widen(self, shorts: Any) -> Any:
+        """Return bf16 numbers, given as 16-bit integers, as fp32."""
+        words = self.builder.zext(shorts, ir.VectorType(WORD, shorts.type.count))
+        return self.builder.bitcast(self._shift(words), ir.VectorType(FLOAT, shorts.type.count))
+
+    def _shift(self, words: Any) -> Any:
+        return self.builder.shl(words, ir.Constant(words.type, [16] * words.type.count))
+
+    def add_products(self, sums: Any, unsigned: Any, signed: Any) -> Any:
+        """Add to each of 16 sums the products of its four unsigned and four signed bytes."""
+        if "+avx512vnni" in self.features:
+            return self.call("llvm.x86.avx512.vpdpbusd.512", WORDS, sums, unsigned, signed)
+        bytes_, shorts = ir.VectorType(BYTE, 4 * LANES), ir.VectorType(SHORT, 4 * LANES)
+        a = self.builder.zext(self.builder.bitcast(unsigned, bytes_), shorts)
+        b = self.builder.sext(self.builder.bitcast(signed, bytes_), shorts)
+        wide = ir.VectorType(WORD, 4 * LANES)
+        products = self.builder.mul(self.builder.sext(a, wide), self.builder.sext(b, wide))
+        even, odd = (self.shuffle(products, list(range(start, 4 * LANES, 2))) for start in (0, 1))
+        pairs = self.builder.add(even, odd)
+        even, odd = (self.shuffle(pairs, list(range(start, 2 * LANES, 2))) for start in (0, 1))
+        return self.builder.add(sums, self.builder.add(even, odd))
+
+    def add_pairs(self, sums: Any, a: Any, b: Any) -> Any:
+        """Add to each of 16 sums the products of its two bf16 numbers in `a` and in `b`, given as words."""
+        if "+avx512bf16" in self.features:
+            return self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, a, b)
+        high = ir.Constant(WORDS, [0xFFFF0000 - (1 << 32)] * LANES)
+        for part in (lambda words: self.builder.and_(words, high), self._shift):
+            sums = self.fma(*(self.builder.bitcast(part(words), FLOATS) for words in (a, b)), sums)
+        return sums
+
+
+def loop(builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """Emit `for i in range(count)` (at least once) that carries values from turn to turn; return the last ones."""
+    before, inside = builder.block, builder.append_basic_block("loop")
+    builder.branch(inside)
+    builder.position_at_end(inside)
+    index = builder.phi(count.type)
+    carried = [builder.phi(value.type) for value in start]
+    results = body(index, carried)
+    following = builder.add(index, count.type(1))
+    for phi, first, value in zip([index, *carried], [count.type(0), *start], [following, *results], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(value, builder.block)
+    after = builder.append_basic_block("after")
+    builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
+    builder.position_at_end(after)
+    return results
+
+
+def _panel_dot(rows: int) -> Any:
+    """Return the function that multiplies a panel of weights by `rows` rows at once (see `kernels/int8.py`)."""
+
+    @intrinsic
+    def panel_dot(_typing: Any, _panel: Any, _rows: Any, _groups: Any, _out: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            emit = Emit(context, builder)
+            panel, table, groups, out = args
+            row = [emit.load(groups.type, emit.address(table, 8 * r), 8) for r in range(rows)]
+            scales = [emit.address(base, builder.mul(groups, groups.type(GROUP))) for base in row]
+            corrections = [emit.address(base, builder.mul(groups, groups.type(4))) for base in scales]
+            ways = 2 if rows == 1 else 1  # one row alone leaves too few sums to hide how long an instruction takes
+
+            def one_group(g: Any, totals: list[Any]) -> list[Any]:
+                block = emit.address(panel, builder.mul(g, g.type(GROUP_BYTES)))
+                at, place = builder.mul(g, g.type(GROUP)), builder.mul(g, g.type(4))
+                first = [emit.splat(emit.load(WORD, emit.address(base, place), 4)) for base in corrections]
+                sums = [[[first[r]] * TILES for r in range(rows)]]
+                sums += [[[ir.Constant(WORDS, [0] * LANES)] * TILES for _ in row] for _ in range(ways - 1)]
+                sums = [[list(tiles) for tiles in way] for way in sums]
+                for step in range(STEPS):
+                    for tile in range(TILES):
+                        weights = emit.load(WORDS, emit.address(block, (step * TILES + tile) * 64), 64)
+                        for r in range(rows):
+                            bytes_ = emit.load(WORD, emit.address(emit.address(row[r], at), step * 4), 4)
+                            own = sums[step % ways][r]
+                            own[tile] = emit.add_products(own[tile], weights, emit.splat(bytes_))
+                results = []
+                shorts = ir.VectorType(SHORT, LANES)
+                weight_scales = [
+                    emit.widen(emit.load(shorts, emit.address(block, TILES * STEPS * 64 + t * 32), 32))
+                    for t in range(TILES)
+                ]
+                for r in range(rows):
+                    scale = emit.splat(emit.load(FLOAT, emit.address(scales[r], place), 4))
+                    for tile in range(TILES):
+                        whole = sums[0][r][tile]
+                        for way in sums[1:]:
+                            whole = builder.add(whole, way[r][tile])
+                        both = builder.fmul(weight_scales[tile], scale)
+                        results.append(emit.fma(builder.sitofp(whole, FLOATS), both, totals[r * TILES + tile]))
+                return results
+
+            zero = ir.Constant(FLOATS, [0.0] * LANES)
+            for place, total in enumerate(loop(builder, groups, [zero] * (rows * TILES), one_group)):
+                emit.store(total, emit.address(out, place * 64), 4)
+            return context.get_dummy_value()
+
+        whole = types.int64
+        return types.void(whole, whole, whole, whole), generate
+
+    return panel_dot
+
+
+panel_dot_1, panel_dot_2, panel_dot_4 = (_panel_dot(rows) for rows in (1, 2, 4))
+
+
+def _pair_dot(rows: int) -> Any:
+    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`."""
+
+    @intrinsic
+    def pair_dot(_typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _c: Any, _c_stride: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            emit = Emit(context, builder)
+            a, a_stride, b, n, c, c_stride = args
+            vectors = 64 // LANES
+            left = [emit.address(a, builder.mul(a_stride, n.type(r))) for r in range(rows)]
+            out = [emit.address(c, builder.mul(c_stride, n.type(r))) for r in range(rows)]
+            places = [emit.address(base, 64 * v) for base in out for v in range(vectors)]
+
+            def one_pair(i: Any, sums: list[Any]) -> list[Any]:
+                block, place = emit.address(b, builder.mul(i, n.type(256))), builder.mul(i, n.type(4))
+                right = [emit.load(WORDS, emit.address(block, 64 * v), 64) for v in range(vectors)]
+                results = []
+                for r in range(rows):
+                    pair = emit.splat(emit.load(WORD, emit.address(left[r], place), 4))
+                    results += [emit.add_pairs(sums[r * vectors + v], pair, right[v]) for v in range(vectors)]
+                return results
+
+            for total, place in zip(
+                loop(builder, n, [emit.load(FLOATS, place, 4) for place in places], one_pair), places, strict=True
+            ):
+                emit.store(total, place, 4)
+            return context.get_dummy_value()
+
+        whole = types.int64
+        return types.void(whole, whole, whole, whole, whole, whole), generate
+
+    return pair_dot
+
+
+pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6 = (_pair_dot(rows) for rows in (1, 2, 3, 6))
+
+
+def _rotated(emit: Emit, address: Any) -> Any:
+    """Return the 64 fp32 numbers at an address, turned by the Hadamard matrix of signs, whose rows have length 8."""
+    floats = ir.VectorType(FLOAT, GROUP)
+    value, step = emit.load(floats, address, 4), 1
+    while step < GROUP:
+        other = emit.shuffle(value, [i ^ step for i in range(GROUP)])
+        sign = ir.Constant(floats, [-1.0 if i & step else 1.0 for i in range(GROUP)])
+        value, step = emit.fma(value, sign, other), 2 * step
+    return value
+
+
+@intrinsic
+def rotate(_typing: Any, _x: Any) -> Any:
+    """Turn 64 fp32 numbers in place by the Hadamard matrix that keeps lengths."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        value = _rotated(Emit(context, builder), args[0])
+        eighth = ir.Constant(value.type, [1.0 / GROUP**0.5] * GROUP)
+        Emit(context, builder).store(builder.fmul(value, eighth), args[0], 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correction: Any) -> Any:
+    """Write a group of 64 fp32 numbers, turned by the Hadamard matrix, as bytes with their scale and correction."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        emit = Emit(context, builder)
+        floats, words = ir.VectorType(FLOAT, GROUP), ir.VectorType(WORD, GROUP)
+        value = _rotated(emit, args[0])
+        size = emit.call(f"llvm.fabs.v{GROUP}f32", floats, value)
+        largest = builder.call(
+            builder.module.declare_intrinsic(
+                f"llvm.vector.reduce.fmax.v{GROUP}f32", (), ir.FunctionType(FLOAT, [floats])
+            ),
+            [size],
+            fastmath=("nnan",),
+        )
+        largest = builder.select(builder.fcmp_ordered(">", largest, FLOAT(1e-30)), largest, FLOAT(1e-30))
+        inverse = emit.splat(builder.fdiv(FLOAT(127.0), largest), GROUP)
+        rounded = builder.fptosi(emit.call(f"llvm.rint.v{GROUP}f32", floats, builder.fmul(value, inverse)), words)
+        emit.store(builder.trunc(rounded, ir.VectorType(BYTE, GROUP)), args[1], 1)
+        # The Hadamard matrix that keeps lengths is an eighth of the one of signs.
+        emit.store(builder.fmul(largest, FLOAT(1.0 / (127.0 * GROUP**0.5))), args[2], 4)
+        total = emit.call(f"llvm.vector.reduce.add.v{GROUP}i32", WORD, rounded)
+        emit.store(builder.mul(total, WORD(-128)), args[3], 4)
+        return context.get_dummy_value()
+
+    whole = types.int64
+    return types.void(whole, whole, whole, whole), generate
+
+
+@intrinsic
+def bfloat16(_typing: Any, _value: Any) -> Any:
+    """Return the bits of an fp32 number rounded to bf16, ties to even."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], WORD)
+        even = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
+        return builder.trunc(builder.lshr(builder.add(bits, builder.add(even, WORD(0x7FFF))), WORD(16)), SHORT)
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def arrive(_typing: Any, _counter: Any, _amount: Any) -> Any:
+    """Add to the int64 at an address as one indivisible act; return what was there before."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(args[0], args[1].type.as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def look(_typing: Any, _counter: Any) -> Any:
+    """Return the int64 at an address as other threads have left it."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(args[0], args[0].type.as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(types.int64), generate
