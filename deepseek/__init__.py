@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from deepseek.model.positions.learned import DynamicPositionalEncoding as DynamicPositionalEncoding
     from deepseek.model.transformer import DeepSeekModel as DeepSeekModel
     from deepseek.planning import plan as plan
+    from deepseek.server.run import serve as serve
     from deepseek.train.expert import train_expert as train_expert
     from deepseek.train.pretrain import pretrain as pretrain
 
@@ -38,6 +39,7 @@ _HOMES = {
     "load": "deepseek.infer.load",
     "plan": "deepseek.planning",
     "pretrain": "deepseek.train.pretrain",
+    "serve": "deepseek.server.run",
     "sparse_attention": "deepseek.model.attention.lsh",
     "train_expert": "deepseek.train.expert",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "load",
     "plan",
     "pretrain",
+    "serve",
     "sparse_attention",
     "train_expert",
 ]

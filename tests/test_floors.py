@@ -21,6 +21,7 @@ FLOORS = {
     "infer": 4,
     "train": 5,
     "evaluate": 6,
+    "server": 6,
     "cli": 7,
 }
 

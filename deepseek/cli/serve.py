@@ -1,0 +1,50 @@
+"""`deepseek serve`: an OpenAI-compatible server with a web page."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek.cli.options import Experts, expert_packs, names
+
+app = typer.Typer(add_completion=False)
+
+KeyFile = Annotated[Path | None, typer.Option(help="File with one key a line.")]
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Base model: a known name, a folder or a hub id.")] = "smollm2-135m",
+    experts: Experts = "all",
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    allow_host: Annotated[str, typer.Option(help="Names that it may be addressed by, separated by commas.")] = "",
+    api_key_file: KeyFile = None,
+    admin_key_file: KeyFile = None,
+    experts_folder: Annotated[Path | None, typer.Option(help="Where packs are plugged from by name.")] = None,
+    teach_root: Annotated[Path | None, typer.Option(help="Experts may be taught from text below this folder.")] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Most requests in a batch.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue.")] = 64,
+    cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values.")] = 1.0,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; keys also come from DEEPSEEK_API_KEY and DEEPSEEK_ADMIN_KEY."""
+    from deepseek.packs.library import experts_folder as usual_folder
+    from deepseek.server.run import serve as run
+    from deepseek.server.service import Settings
+
+    settings = Settings(
+        host=host, port=port, hosts=frozenset(names(allow_host)), api_keys=_keys(api_key_file, "DEEPSEEK_API_KEY"),
+        admin_keys=_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY"), teach_root=teach_root,
+        experts_folder=experts_folder or usual_folder(),
+    )  # fmt: skip
+    run(
+        model, experts=expert_packs(experts, model), settings=settings, cache_gib=cache_gib, max_running=max_running,
+        max_waiting=max_waiting,
+    )  # fmt: skip
+
+
+def _keys(file: Path | None, variable: str) -> frozenset[str]:
+    """Return the keys in a file and in an environment variable."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    return frozenset(key for line in [*lines, os.environ.get(variable, "")] if (key := line.strip()))

@@ -1,0 +1,106 @@
+"""`POST /v1/chat/completions`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from secrets import token_hex
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+
+from deepseek.infer.request import Request, TokenEvent, TokenLogprob
+from deepseek.server.ask import ask, wanted_schema
+from deepseek.server.errors import ApiError
+from deepseek.server.job import Job
+from deepseek.server.reply import Chunks, Fields, Reply, chat_logprobs
+from deepseek.server.schema import ChatRequest
+from deepseek.server.service import Service, service_of
+from deepseek.server.tools import Calling
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: ChatRequest, request: HttpRequest) -> Response:
+    """Answer a conversation, at once or as server-sent events."""
+    service, calling = service_of(request), Calling.of(body)
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
+    job = await service.start(lambda: plan(service, body, calling), body.n or 1)
+    told = ChatChunks(service, body, job, calling)
+    return Reply(told.chunks(), job=job, fold=None if body.stream else told.fold)
+
+
+def plan(service: Service, body: ChatRequest, calling: Calling) -> list[Request]:
+    """Return the engine's requests, one for each choice."""
+    schema = calling.schema()
+    if schema is None and body.response_format is not None:
+        schema = wanted_schema(body.response_format.type, body.response_format.json_schema)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    ids, limit = service.writer.chat(body.messages, calling), body.max_completion_tokens or body.max_tokens
+    return [
+        ask(service, body, ids, limit, choice=choice, schema=schema, logprobs=logprobs) for choice in range(body.n or 1)
+    ]
+
+
+@dataclass
+class Told:
+    """One choice as far as its client knows it.
+
+    Attributes:
+        text: what the model has said.
+        sent: how many of its characters were sent.
+        logprobs: of tokens that came since the last chunk.
+    """
+
+    text: str = ""
+    sent: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class ChatChunks(Chunks):
+    """The chunks of a chat. A text that may be a call is held back until it is known what it is."""
+
+    def __init__(self, service: Service, body: ChatRequest, job: Job, calling: Calling) -> None:
+        super().__init__(service, body, job, "chat.completion", "chatcmpl", ".chunk")
+        self.calling = calling
+        self.told = [Told() for _ in job.generations]
+
+    def opening(self) -> Iterator[Fields]:
+        """Yield who speaks."""
+        for index in range(len(self.told)):
+            yield self.choice(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
+        """Yield the text that is known to be text, and at the end calls and the reason."""
+        told, finish = self.told[index], event.finish_reason
+        told.text += event.text
+        told.logprobs += [event.logprob] if event.logprob else []
+        calls = self.calling.read(told.text) if finish else []
+        end = len(told.text) if finish and not calls else self.calling.content_length(told.text)
+        if end > told.sent or told.logprobs:
+            yield self.choice(index, {"content": told.text[told.sent : end]}, told=told, expert=event.expert)
+            told.sent, told.logprobs = end, []
+        if calls:
+            made = [
+                {"index": place, "id": f"call_{token_hex(12)}", "type": "function", "function": call}
+                for place, call in enumerate(calls)
+            ]
+            yield self.choice(index, {"tool_calls": made})
+        if finish:
+            yield self.choice(index, {}, finish="tool_calls" if calls else finish)
+
+    def choice(
+        self, index: int, delta: Fields, *, told: Told | None = None, expert: str | None = None,
+        finish: str | None = None,
+    ) -> Fields:  # fmt: skip
+        """Return one choice of a chunk."""
+        logprobs = chat_logprobs(self.service, told.logprobs) if told and told.logprobs else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish, "expert": expert}
+
+    def finished(self, choice: Fields) -> Fields:
+        """Return a choice with the message that its deltas make."""
+        message = choice.pop("delta")
+        if message.get("tool_calls"):
+            message["content"] = message["content"] or None
+        return {**super().finished(choice), "message": message}

@@ -1,0 +1,114 @@
+"""`POST /v1/completions`: plain texts go on, or are scored (`echo` with `logprobs`, as lm-eval asks)."""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+
+from deepseek.infer.request import Request, TokenEvent, TokenLogprob
+from deepseek.server.ask import ask
+from deepseek.server.errors import ApiError
+from deepseek.server.job import Job
+from deepseek.server.reply import Chunks, Fields, Reply, finite
+from deepseek.server.schema import MAX_CHOICES, CompletionRequest
+from deepseek.server.service import Service, service_of
+
+router = APIRouter()
+
+Scored = tuple[int, TokenLogprob | None]
+"""A token and its log probability, where something predicts it."""
+
+DEFAULT_TOKENS = 16
+"""Of an answer that asks for no limit; OpenAI's number for this route."""
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
+    """Continue one or several texts, at once or as server-sent events."""
+    service = service_of(request)
+    if len(prompts(body)) * (body.n or 1) > MAX_CHOICES:
+        raise ApiError(400, f"Prompts times n is more than {MAX_CHOICES}; send fewer at once.", param="n")
+    job = await service.start(lambda: plan(service, body), body.n or 1)
+    told = CompletionChunks(service, body, job)
+    return Reply(told.chunks(), job=job, fold=None if body.stream else told.fold)
+
+
+def prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
+    """Return the prompts of a request, each a text or ids."""
+    one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    return [body.prompt] if one else body.prompt  # type: ignore[list-item,return-value]
+
+
+def plan(service: Service, body: CompletionRequest) -> list[Request]:
+    """Return the engine's requests: all choices of the first prompt, then those of the next."""
+    limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    scored = bool(body.echo) and body.logprobs is not None
+    return [
+        ask(service, body, ids, limit, choice=choice, logprobs=body.logprobs, prompt_logprobs=scored)
+        for ids in [service.writer.text(prompt) for prompt in prompts(body)]
+        for choice in range(body.n or 1)
+    ]
+
+
+class CompletionChunks(Chunks):
+    """The chunks of plain completions."""
+
+    def __init__(self, service: Service, body: CompletionRequest, job: Job) -> None:
+        super().__init__(service, body, job, "text_completion", "cmpl", "")
+        self.body = body
+        self.silent = body.max_tokens == 0  # the engine makes one token where only the prompt is of interest
+        self.lengths: dict[int, int] = {}  # of the texts so far
+
+    def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
+        """Yield an echo before the first token if it is wanted, and the token."""
+        if index not in self.lengths:
+            self.lengths[index] = 0
+            if self.body.echo:
+                yield self.choice(index, self.prompt(index), self.scored(index))
+        if self.silent:
+            yield self.choice(index, "", [], "length")
+        elif event.text or event.logprob or event.finish_reason:
+            scored: list[Scored] = [(event.logprob.token_id, event.logprob)] if event.logprob else []
+            yield self.choice(index, event.text, scored, event.finish_reason, event.expert)
+
+    def used(self) -> Fields:
+        """Return the usage, without the token that nobody asked for."""
+        fields = super().used()
+        if self.silent:
+            fields["usage"] |= {"completion_tokens": 0, "total_tokens": fields["usage"]["prompt_tokens"]}
+        return fields
+
+    def prompt(self, index: int) -> str:
+        """Return the text that a choice goes on from."""
+        prompt = prompts(self.body)[index // (self.body.n or 1)]
+        return prompt if isinstance(prompt, str) else str(self.service.engine.tokenizer.decode(prompt))
+
+    def scored(self, index: int) -> list[Scored]:
+        """Return the tokens of the prompt of a choice if their log probabilities are wanted; the first has none."""
+        generation = self.job.generations[index]
+        return list(zip(generation.request.prompt_ids, generation.prompt_logprobs, strict=False))
+
+    def choice(
+        self, index: int, text: str, scored: Sequence[Scored], finish: str | None = None, expert: str | None = None
+    ) -> Fields:
+        """Return one choice of a chunk, and remember how long its text is."""
+        logprobs = None if self.body.logprobs is None else self.logprobs(scored, self.lengths[index])
+        self.lengths[index] += len(text)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish, "expert": expert}
+
+    def logprobs(self, scored: Sequence[Scored], offset: int) -> Fields:
+        """Return tokens with their log probabilities in the columns that this route has."""
+        tokens = [self.service.token_text(identity) for identity, _ in scored]
+        told = [logprob for _, logprob in scored]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if one is None else finite(one.logprob) for one in told],
+            "top_logprobs": [None if one is None else self.top(one) for one in told],
+            "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
+        }
+
+    def top(self, logprob: TokenLogprob) -> dict[str, float]:
+        """Return the likeliest tokens; of several that look alike (parts of characters) the likeliest."""
+        return {self.service.token_text(identity): finite(value) for identity, value in reversed(logprob.top)}

@@ -1,0 +1,218 @@
+"""What stands before every route: who asks, from where, how much, and whether the server is up to it."""
+
+import asyncio
+import hmac
+import ipaddress
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from secrets import token_urlsafe
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import Depends
+from fastapi import Request as HttpRequest
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deepseek.server.errors import ApiError
+from deepseek.server.service import Service
+
+COOKIE = "deepseek_session"
+OPEN_PATHS = {"/health"}
+UPLOAD_PATH = "/v1/experts/upload"
+SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
+BODY_SECONDS = 30.0
+"""Time for a client to send a body; for an upload, to send its next piece."""
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+LOGIN_PAGE = Path(__file__).parent / "static" / "login.html"
+
+
+class Guard:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+        settings = service.settings
+        self.keys = [*((key, "admin") for key in settings.admin_keys), *((key, "user") for key in settings.api_keys)]
+        self.sessions = [(token_urlsafe(32), role) for role in ("admin", "user")]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        self.service.active += 1
+        try:
+            await self._guarded(scope, receive, noting)
+        finally:
+            self.service.active -= 1
+            route = getattr(scope.get("route"), "path", "other")
+            self.service.metrics.replied(route, status, time.perf_counter() - started)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it here."""
+        settings, uploads = self.service.settings, scope["path"] == UPLOAD_PATH
+        body = LimitedBody(receive, settings.max_upload if uploads else settings.max_body, pieces=uploads)
+        try:
+            answer = await self._checked(scope, body)
+        except ApiError as error:
+            answer = error.response()
+        await (self.app(scope, body.receive, send) if answer is None else answer(scope, receive, send))
+
+    async def _checked(self, scope: Scope, body: "LimitedBody") -> Response | None:
+        """Return a reply where the request must not or need not reach a route; raise `ApiError` to refuse it."""
+        headers, path, method = Headers(scope=scope), scope["path"], scope["method"]
+        check_host(headers, self.service)
+        if method not in SAFE_METHODS:
+            check_origin(headers)
+        check_length(headers, body.limit)
+        if path == "/login" and method == "POST":
+            return self._login(await body.whole())
+        role = self._role(headers)
+        scope.setdefault("state", {})["role"] = role
+        if role is None and path not in OPEN_PATHS:
+            if path == "/" and method == "GET":
+                return login_page()
+            raise ApiError(
+                401, "The API key is missing or wrong; send 'Authorization: Bearer KEY'.", code="invalid_api_key"
+            )
+        refusal = self.service.refusal
+        if refusal is not None and (path.startswith("/v1/") or path == "/tokenizer_info"):
+            raise refusal
+        return None
+
+    def _role(self, headers: Headers) -> str | None:
+        """Return what the sender of these headers may do, None for nothing."""
+        if not self.keys:
+            return "admin"
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return role_of(key.strip(), self.keys)
+        session = re.search(rf"(?:^|; *){COOKIE}=([^;]*)", headers.get("cookie", ""))
+        return role_of(session[1], self.sessions) if session else None
+
+    def _login(self, form: bytes) -> Response:
+        """Trade the key that the page's form sends for a session cookie, so that scripts never hold the key."""
+        role = role_of(parse_qs(form.decode("utf-8", "replace")).get("key", [""])[0].strip(), self.keys)
+        if role is None:
+            return login_page()
+        session = next(token for token, of in self.sessions if of == role)
+        response = RedirectResponse("/", 303)
+        response.set_cookie(COOKIE, session, httponly=True, samesite="strict")
+        return response
+
+
+class LimitedBody:
+    """The body of a request, no longer than `limit` bytes and not slower than `BODY_SECONDS`.
+
+    Args:
+        pieces: the time is for each piece rather than for all of them.
+    """
+
+    def __init__(self, receive: Receive, limit: int, *, pieces: bool) -> None:
+        self.limit, self._receive, self._pieces = limit, receive, pieces
+        self._size, self._complete = 0, False
+        self._deadline = time.monotonic() + BODY_SECONDS
+
+    async def receive(self) -> Message:
+        """Return the next message. Raises `HTTPException`, which FastAPI lets through, where the limit is passed."""
+        if self._complete:
+            return await self._receive()
+        left = BODY_SECONDS if self._pieces else self._deadline - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), left)
+        except TimeoutError:
+            raise HTTPException(408, "the body came too slowly") from None
+        self._size += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._size > self.limit:
+            raise HTTPException(413, f"the body is longer than {self.limit} bytes")
+        return message
+
+    async def whole(self) -> bytes:
+        """Return all of it."""
+        body = b""
+        while not self._complete:
+            body += (await self.receive()).get("body", b"")
+        return body
+
+
+def check_host(headers: Headers, service: Service) -> None:
+    """Refuse a foreign `Host`: a page on another name that an attacker points here (DNS rebinding).
+
+    Addresses are no names, so nothing can point them elsewhere; they are always accepted.
+    """
+    name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    if name not in {"localhost", service.settings.host, *service.settings.hosts} and not is_address(name):
+        raise ApiError(
+            421,
+            f"This server is not {name!r:.100}; start it with --allow-host to be addressed so.",
+            code="foreign_host",
+        )
+
+
+def is_address(name: str) -> bool:
+    """Whether `name` is an IP address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def check_origin(headers: Headers) -> None:
+    """Refuse what a page of another site sends; programs send no `Origin`."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise ApiError(403, "Another site must not send requests here.", code="foreign_origin")
+
+
+def check_length(headers: Headers, limit: int) -> None:
+    """Refuse a body that says itself that it is too long."""
+    length = headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > limit:
+        raise ApiError(413, f"The body is longer than {limit} bytes.", code="too_large")
+
+
+def role_of(given: str, known: Sequence[tuple[str, str]]) -> str | None:
+    """Return the role of a secret, None for a wrong one, in a time that does not depend on where it is wrong."""
+    roles = [role for secret, role in known if hmac.compare_digest(given.encode(), secret.encode())]
+    return roles[0] if roles else None
+
+
+def login_page() -> Response:
+    """Return the page that asks for the key, with the status of a request that has none."""
+    policy = {"Content-Security-Policy": POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")}
+    return HTMLResponse(LOGIN_PAGE.read_text(encoding="utf-8"), 401, policy)
+
+
+def require_admin(request: HttpRequest) -> None:
+    """Raise `ApiError` unless the request may change something."""
+    if request.state.role != "admin":
+        raise ApiError(403, "This changes the server and needs the admin key (--admin-key-file).", code="admin_only")
+
+
+ADMIN = Depends(require_admin)

@@ -1,0 +1,61 @@
+"""Figures for Prometheus."""
+
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import Usage
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 600)
+
+
+class Metrics:
+    """The figures of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        name, registry = "deepseek_{}".format, self.registry
+        self.requests = Counter(name("http_requests"), "Replies sent.", ("route", "status"), registry=registry)
+        self.seconds = Histogram(
+            name("http_request_seconds"), "From head to end of reply.", ("route",), buckets=SECONDS, registry=registry
+        )
+        self.first_token = Histogram(
+            name("first_token_seconds"), "From submission to first token.", buckets=SECONDS, registry=registry
+        )
+        self.tokens = Counter(name("tokens"), "Tokens of generations.", ("kind",), registry=registry)
+        self.spoken = Counter(name("expert_tokens"), "Tokens that an expert spoke.", ("expert",), registry=registry)
+
+    def watch(self, engine: Engine) -> None:
+        """Show what `engine` is doing whenever somebody looks."""
+
+        def show(name: str, what: str, look: Callable[[], float]) -> None:
+            Gauge(f"deepseek_{name}", what, registry=self.registry).set_function(look)
+
+        show("running", "Requests in the batch.", lambda: engine.stats().running)
+        show("waiting", "Requests in the queue.", lambda: engine.stats().waiting)
+        show("cache_reserved_bytes", "Cache that running requests own.", lambda: engine.stats().reserved_bytes)
+        show("cache_prefix_bytes", "Cache of stored prefixes.", lambda: engine.stats().prefix_bytes)
+        show("step_seconds", "Time spent in forward passes.", lambda: engine.stats().step_seconds)
+        show("experts_plugged", "Experts plugged now.", lambda: len(engine.experts()))
+
+    def replied(self, route: str, status: int, seconds: float) -> None:
+        """Count one reply."""
+        self.requests.labels(route, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+    def count(self, usage: Usage) -> None:
+        """Add what a job used."""
+        for kind in ("prompt", "cached", "completion"):
+            self.tokens.labels(kind).inc(getattr(usage, f"{kind}_tokens"))
+        for name, tokens in spoken(usage.experts).items():
+            self.spoken.labels(name).inc(tokens)
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus' text form."""
+        return generate_latest(self.registry)
+
+
+def spoken(experts: Mapping[str | None, int]) -> dict[str, int]:
+    """Return how many tokens each expert spoke, without those of the base alone."""
+    return {name: tokens for name, tokens in experts.items() if name is not None and tokens}

@@ -1,0 +1,93 @@
+"""`/v1/preferences`: pairs of answers for a person to judge, and what was judged."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import closing
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Path, Query
+from fastapi import Request as HttpRequest
+
+from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.server.errors import ApiError
+from deepseek.server.guard import ADMIN
+from deepseek.server.schema import PreferenceRequest, ReviewRequest
+from deepseek.server.service import service_of
+from deepseek.server.tools import plain_messages
+
+router = APIRouter()
+T = TypeVar("T")
+
+REVIEWED = "reviewed"
+"""Label of pairs that a person has judged."""
+
+
+@router.get("/v1/preferences")
+async def next_pair(request: HttpRequest, after: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
+    """Show the next pair after `after` that nobody has reviewed, in an order that does not tell which was preferred."""
+    return await with_database(request, lambda database: unreviewed(database, after))
+
+
+@router.post("/v1/preferences", status_code=201, dependencies=[ADMIN])
+async def record(body: PreferenceRequest, request: HttpRequest) -> dict[str, Any]:
+    """Add a judged pair."""
+    if body.chosen == body.rejected:
+        raise ApiError(400, "The two answers are the same; there is nothing to prefer.", param="rejected")
+    pair = Preference(
+        tuple(plain_messages(body.prompt)), body.chosen, body.rejected, body.reviewer, (REVIEWED,),
+        {body.reviewer: (1.0, 0.0)},
+    )  # fmt: skip
+    number = await with_database(request, lambda database: database.add(pair))
+    return {"object": "preference", "id": number, "new": number is not None}
+
+
+@router.post("/v1/preferences/{number}", dependencies=[ADMIN])
+async def review(
+    number: Annotated[int, Path(ge=1, le=1 << 62)], body: ReviewRequest, request: HttpRequest
+) -> dict[str, Any]:
+    """Record which of two shown answers is better; what the pair was before stays in its history."""
+
+    def judge(database: PreferenceDatabase) -> None:
+        pair = database.get(number)
+        chosen, rejected = shown(pair) if body.choice == 0 else reversed(shown(pair))
+        turned = chosen != pair.chosen
+        scores = {name: both[::-1] if turned else both for name, both in pair.scores.items()}
+        database.revise(
+            number, chosen=chosen, rejected=rejected, labels=(*(pair.labels), *({REVIEWED} - {*pair.labels})),
+            scores={**scores, body.reviewer: (1.0, 0.0)},
+        )  # fmt: skip
+
+    await with_database(request, judge)
+    return {"object": "preference", "id": number, "new": False}
+
+
+async def with_database(request: HttpRequest, work: Callable[[PreferenceDatabase], T]) -> T:
+    """Return what `work` gives, done in a thread with the open database."""
+    path = service_of(request).settings.preferences
+
+    def opened() -> T:
+        with closing(PreferenceDatabase(path)) as database:
+            return work(database)
+
+    return await asyncio.to_thread(opened)
+
+
+def unreviewed(database: PreferenceDatabase, after: int) -> dict[str, Any]:
+    """Return the next pair to review (or None), and how many pairs there are."""
+    counted = database.statistics()
+    pair = next((pair for pair in database.pairs() if pair.id > after and REVIEWED not in pair.labels), None)
+    told = None
+    if pair is not None:
+        told = {"id": pair.id, "prompt": [dict(message) for message in pair.prompt], "answers": list(shown(pair))}
+    return {
+        "object": "preference",
+        "pair": told,
+        "pairs": counted.pairs,
+        "reviewed": counted.labels.get(REVIEWED, 0),
+    }
+
+
+def shown(pair: Preference) -> tuple[str, str]:
+    """Return both answers in the order of their texts, which says nothing about the preference."""
+    first, second = sorted((pair.chosen, pair.rejected))
+    return first, second

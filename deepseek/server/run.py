@@ -1,0 +1,125 @@
+"""`deepseek.serve`: bind, load, serve, drain."""
+
+import errno
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from deepseek.errors import ConfigError
+from deepseek.infer.engine import Engine
+from deepseek.infer.load import load
+from deepseek.server.app import create_app
+from deepseek.server.service import Service, Settings
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+DRAIN_SECONDS = 600.0
+"""After which a shutdown no longer waits for answers under way."""
+
+
+def serve(
+    model: str | Path = "smollm2-135m",
+    *,
+    experts: Iterable[str | Path] = (),
+    settings: Settings | None = None,
+    cache_gib: float = 1.0,
+    max_running: int = 16,
+    max_waiting: int = 64,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Serve a model until SIGTERM or Ctrl-C; answers under way are finished first.
+
+    Args:
+        model: a known base, a local folder or a hub id.
+        experts: packs to plug from the start, by file or by name.
+        settings: everything about the server but its engine; `model` and `base` in it are set here.
+        cache_gib: budget of keys and values.
+        max_running, max_waiting: most requests in a batch, and in the queue.
+        announce: told the address once, when it can be reached.
+
+    Raises:
+        ConfigError: the address is taken, or open to others without a key; HubError, CheckpointError, PackError: the
+            model or an expert cannot be loaded.
+    """
+    settings = replace(settings or Settings(), model=Path(model).name, base=str(model))
+    listener = listen(settings)
+    app = create_app(None, settings)
+
+    def make_engine() -> Engine:
+        loaded = load(model, experts=experts)
+        cache_bytes = int(cache_gib * (1 << 30))
+        return Engine(*loaded, cache_bytes=cache_bytes, max_running=max_running, max_waiting=max_waiting)
+
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30)
+    server = DrainingServer(config, app.state.service, make_engine)
+    announce(address(listener, settings.host))
+    server.run(sockets=[listener])
+    server.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that loads its engine while it already answers, and on a signal ends only when nothing is under way."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, make_engine: Callable[[], Engine]) -> None:
+        super().__init__(config)
+        self.service = service
+        self.failure: BaseException | None = None
+        self._make_engine = make_engine
+        self._loading = threading.Thread(target=self._load, name="load", daemon=True)
+        self._loading.start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking requests at the first signal, and wait for nothing more at the second."""
+        if self.service.draining:
+            self.should_exit = self.force_exit = True
+        self.service.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """End once all answers under way are finished (uvicorn asks ten times a second)."""
+        if self.service.draining and self.service.active == 0:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def close(self) -> None:
+        """Close the engine; raise what kept it from being loaded."""
+        self._loading.join()
+        if self.failure is not None:
+            raise self.failure
+        self.service.engine.close()
+
+    def _load(self) -> None:
+        try:
+            self.service.attach(self._make_engine())
+        except BaseException as error:
+            self.failure = error
+            self.should_exit = True
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Return a socket bound to the server's address. Raises `ConfigError`."""
+    if settings.host not in LOOPBACK and not settings.api_keys:
+        raise ConfigError(
+            f"{settings.host} can be reached by others, so a key is needed: --api-key-file, or set DEEPSEEK_API_KEY."
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {settings.port} on {settings.host} is taken; choose another one with --port (0: any free one)."
+            ) from None
+        raise ConfigError(f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}).") from None
+    return listener
+
+
+def address(listener: socket.socket, host: str) -> str:
+    """Return the address to type into a browser."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

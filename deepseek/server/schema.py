@@ -1,0 +1,239 @@
+"""What clients send: OpenAI's fields as far as they mean something here; any other one is refused by name."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_CHOICES = 16
+
+TokenCount = Annotated[int, Field(ge=1, le=1 << 20)]
+TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+ShortText = Annotated[str, StringConstraints(max_length=512)]
+ExpertName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+FormatKind = Literal["text", "json_object", "json_schema"]
+
+
+class Body(BaseModel):
+    """JSON types as they are: no text is taken for a number, and no field goes unread."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True)
+
+
+class ExpertsField(Body):
+    """Which experts may speak (our extension): those armed here, but none that is denied."""
+
+    arm: list[ExpertName] | Literal["auto"] = "auto"
+    deny: list[ExpertName] = []
+    max_experts: Annotated[int, Field(ge=1, le=64)] | None = None
+
+
+class SamplingFields(Body):
+    """How tokens are chosen, in every route that generates."""
+
+    model: ShortText
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    stream: bool | None = None
+    user: ShortText | None = None
+    metadata: dict[ShortText, ShortText] | None = None
+    experts: ExpertsField = ExpertsField()
+
+
+class StreamOptions(Body):
+    """Whether the last chunk tells the usage."""
+
+    include_usage: bool = False
+
+
+class GenerationFields(SamplingFields):
+    """What chat and plain completions share."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream_options: StreamOptions | None = None
+
+
+class TextPart(Body):
+    """A piece of a message; images and sounds are not understood."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+    annotations: list[Any] = []
+    logprobs: list[Any] = []
+
+
+class CalledFunction(Body):
+    """Which function was called, and its arguments as JSON text."""
+
+    name: ToolName
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call that the assistant made earlier."""
+
+    id: ShortText
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: ShortText | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: ShortText | None = None
+    refusal: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return "".join(p.text for p in self.content) if isinstance(self.content, list) else self.content or ""
+
+
+class Function(Body):
+    """A function that may be called; `parameters` is a JSON schema."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool, which is always a function; in `tool_choice` its name is enough."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class JsonSchema(Body):
+    """The schema that an answer must follow."""
+
+    name: ToolName = "answer"
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Free text, any JSON object, or JSON that follows a schema."""
+
+    type: FormatKind
+    json_schema: JsonSchema = JsonSchema()
+
+
+class ChatRequest(GenerationFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class CompletionRequest(GenerationFields):
+    """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text."""
+
+    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class InputItem(ChatMessage):
+    """One turn of the input of `/v1/responses`."""
+
+    type: Literal["message"] = "message"
+    id: ShortText | None = None
+    status: ShortText | None = None
+
+
+class TextFormat(JsonSchema):
+    """As `ResponseFormat`, in the flat form of `/v1/responses`."""
+
+    type: FormatKind = "text"
+
+
+class TextConfig(Body):
+    """What the text of the answer looks like."""
+
+    format: TextFormat = TextFormat()
+
+
+class ResponsesRequest(SamplingFields):
+    """`POST /v1/responses`; nothing is stored, so the whole conversation is sent each time."""
+
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=2048)]
+    instructions: str | None = None
+    max_output_tokens: TokenCount | None = None
+    text: TextConfig = TextConfig()
+    store: Literal[False] | None = None
+
+
+class EmbeddingsRequest(Body):
+    """`POST /v1/embeddings`."""
+
+    model: ShortText
+    input: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=256)]
+    encoding_format: Literal["float", "base64"] | None = None
+    user: ShortText | None = None
+
+
+class PlugRequest(Body):
+    """`POST /v1/experts`: a pack in the experts folder, by name."""
+
+    name: ExpertName
+
+
+class ArmRequest(Body):
+    """`POST /v1/experts/arm`: who may speak where a request does not choose."""
+
+    arm: list[ExpertName] | Literal["auto"]
+
+
+class TeachRequest(Body):
+    """`POST /v1/teach`: an expert to train on text below the server's teach root."""
+
+    name: ExpertName
+    kind: Literal["folder", "git"]
+    path: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")] = "."
+    minutes: Annotated[float, Field(ge=0.1, le=1440)] | None = None
+    tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    layers: Annotated[str, StringConstraints(pattern=r"^(all|last:[0-9]{1,3})$")] = "last:3"
+
+
+class PreferenceRequest(Body):
+    """`POST /v1/preferences`: two answers of which one is better."""
+
+    prompt: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    chosen: Text
+    rejected: Text
+    reviewer: ShortText = "page"
+
+
+class ReviewRequest(Body):
+    """`POST /v1/preferences/{id}`: which of the two answers shown is better."""
+
+    choice: Literal[0, 1]
+    reviewer: ShortText = "page"

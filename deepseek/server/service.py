@@ -1,0 +1,165 @@
+"""What all routes share: the engine, the settings, and how a request's words become the engine's."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from fastapi import Request as HttpRequest
+
+from deepseek.checkpoint.store import home
+from deepseek.infer.engine import Engine, Generation
+from deepseek.infer.request import ExpertChoice, Request
+from deepseek.packs.library import experts_folder
+from deepseek.server.errors import ApiError
+from deepseek.server.job import Job
+from deepseek.server.metrics import Metrics
+from deepseek.server.prompt import PromptWriter
+from deepseek.server.schema import ExpertsField
+
+SEPARATOR = "+"
+BASE_ALONE = "none"
+"""`smollm2-135m+none`: no expert speaks. No expert can have this name."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server behaves.
+
+    Attributes:
+        model: the name under which clients know the base model; it has no path in it.
+        base: name, folder or hub id of the base, for trainings.
+        host, port: where it listens; port 0 takes a free one.
+        hosts: further names under which it may be addressed (`Host` header), beside loopback and `host`.
+        api_keys: who may ask; none: everybody who reaches the server.
+        admin_keys: who may change something; none: nobody where `api_keys` are set, else everybody.
+        experts_folder: where packs are plugged from by name.
+        teach_root: folder below which text to learn from may lie; None: no teaching.
+        preferences: the preference database.
+        max_body, max_upload: bytes of a request, and of an uploaded pack.
+        request_seconds: after which an answer is given up.
+        answer_tokens: most tokens of an answer that asks for no limit.
+    """
+
+    model: str = "smollm2-135m"
+    base: str = "smollm2-135m"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    hosts: frozenset[str] = frozenset()
+    api_keys: frozenset[str] = frozenset()
+    admin_keys: frozenset[str] = frozenset()
+    experts_folder: Path = field(default_factory=experts_folder)
+    teach_root: Path | None = None
+    preferences: Path = field(default_factory=lambda: home() / "preferences.db")
+    max_body: int = 4 << 20
+    max_upload: int = 1 << 30
+    request_seconds: float = 600.0
+    answer_tokens: int = 512
+
+
+class Service:
+    """The state of one server; `engine` comes later than the server itself, so that it can say that it is loading."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.draining = False
+        self.active = 0  # requests under way
+        self._engine: Engine | None = None
+        self._writer: PromptWriter | None = None
+        self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
+
+    def attach(self, engine: Engine) -> None:
+        """Begin to serve with `engine`."""
+        self._writer = PromptWriter(engine.tokenizer, engine.model.config.max_position_embeddings)
+        self.metrics.watch(engine)
+        self._engine = engine
+
+    @property
+    def refusal(self) -> ApiError | None:
+        """Why no request can be served now, or None."""
+        if self.draining:
+            return ApiError(503, "The server is shutting down; ask another one.", code="draining")
+        if self._engine is None:
+            return ApiError(503, "The model is being loaded; try again in a moment.", code="loading")
+        return None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; raises `ApiError` while there is none."""
+        if self._engine is None:
+            raise self.refusal or ApiError(503, "There is no engine.")
+        return self._engine
+
+    @property
+    def writer(self) -> PromptWriter:
+        """What makes prompts for the engine's model."""
+        assert self._writer is not None
+        return self._writer
+
+    async def start(self, plan: Callable[[], Sequence[Request]], choices: int = 1) -> Job:
+        """Submit the requests that `plan` makes, all or none, away from the event loop.
+
+        Args:
+            choices: how many of them, one after the other, share a prompt.
+        """
+        engine = self.engine
+        return Job(await asyncio.to_thread(submit, engine, plan), choices, self.metrics, self.settings.request_seconds)
+
+    def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:
+        """Return who may speak under a model name such as `smollm2-135m+code+zh` and the field `experts`.
+
+        The plain name takes those that the server has armed. Raises `ApiError` if there is no such model, or if name
+        and field both choose.
+        """
+        named = self.named_experts(model)
+        if named is None:
+            arm = wanted.arm if isinstance(wanted.arm, str) else tuple(wanted.arm)
+        elif "arm" in wanted.model_fields_set:
+            raise ApiError(400, "The model name chooses experts already; leave experts.arm out.", param="experts.arm")
+        else:
+            arm = named
+        return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
+
+    def named_experts(self, model: str) -> tuple[str, ...] | None:
+        """Return the experts in a model name, None for the plain one. Raises `ApiError` if one is not plugged."""
+        base, plugged = self.settings.model, {info.name for info in self.engine.experts()}
+        if model == base:
+            return None
+        names = model.removeprefix(base + SEPARATOR).split(SEPARATOR) if model.startswith(base + SEPARATOR) else []
+        if names == [BASE_ALONE]:
+            return ()
+        if not names or not plugged.issuperset(names):
+            known = ", ".join(self.models())
+            raise ApiError(
+                404, f"There is no model {model!r:.100}; there are {known}.", param="model", code="model_not_found"
+            )
+        return tuple(names)
+
+    def models(self) -> list[str]:
+        """Return the names to choose from: the base as armed, alone, with each expert, and with all."""
+        base, plugged = self.settings.model, [info.name for info in self.engine.experts()]
+        every = [SEPARATOR.join([base, *plugged])] if len(plugged) > 1 else []
+        return [base, f"{base}{SEPARATOR}{BASE_ALONE}", *(f"{base}{SEPARATOR}{name}" for name in plugged), *every]
+
+    def _token_text(self, identity: int) -> str:
+        return str(self.engine.tokenizer.decode([identity]))
+
+
+def submit(engine: Engine, plan: Callable[[], Sequence[Request]]) -> list[Generation]:
+    """Submit what `plan` makes; if one request is refused, none stays."""
+    generations: list[Generation] = []
+    try:
+        generations.extend(engine.submit(request) for request in plan())
+    except BaseException:
+        for generation in generations:
+            generation.cancel()
+        raise
+    return generations
+
+
+def service_of(request: HttpRequest) -> Service:
+    """Return the service of the app that got `request`."""
+    service: Service = request.app.state.service
+    return service

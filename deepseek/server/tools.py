@@ -1,0 +1,150 @@
+"""Function calls: told to the model, forced by a grammar where one must be made, and read out of its text."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek.server.errors import ApiError
+from deepseek.server.schema import ChatMessage, ChatRequest, Tool
+
+PREAMBLE = (
+    "You may call one or more functions. They are described by JSON schemas between <tools> and </tools>:\n<tools>\n"
+    "{tools}\n</tools>\nFor each call, write its name and arguments as JSON like this:\n"
+    '<tool_call>\n{{"name": "a_function", "arguments": {{}}}}\n</tool_call>'
+)
+"""The words of Hermes and Qwen, for models whose own template knows nothing of tools."""
+
+CLOSED = {"type": "object", "required": ["name", "arguments"], "additionalProperties": False}
+MARKED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+MARK = "<tool_call>"
+STARTS = (MARK, "{", "[")
+
+
+@dataclass(frozen=True)
+class Calling:
+    """How functions may be called in one request.
+
+    Attributes:
+        tools: those offered.
+        must: one of them has to be called; the whole text is then the call.
+        one: at most one call.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    must: bool = False
+    one: bool = False
+
+    @staticmethod
+    def of(request: ChatRequest) -> "Calling":
+        """Return what a request asks for. Raises `ApiError` if it wants a tool that it does not describe."""
+        tools, choice = tuple(request.tools or ()), request.tool_choice
+        if isinstance(choice, Tool):
+            tools = tuple(tool for tool in tools if tool.function.name == choice.function.name)
+        if choice not in (None, "none", "auto") and not tools:
+            raise ApiError(400, "tool_choice wants a tool that is not among tools.", param="tool_choice")
+        if choice == "none":
+            return Calling()
+        return Calling(tools, choice not in (None, "auto"), request.parallel_tool_calls is False)
+
+    def schema(self) -> dict[str, Any] | None:
+        """Return the JSON schema of a call that must be made, None where the text is free."""
+        if not self.must:
+            return None
+        schemas = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in self.tools}
+        calls = [
+            {"properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}}, **CLOSED}
+            for name in schemas
+        ]
+        return {"anyOf": calls, "$defs": {name: moved(schema, f"#/$defs/{name}") for name, schema in schemas.items()}}
+
+    def content_length(self, text: str) -> int:
+        """Return how many characters of `text`, an answer so far, are content whatever follows: no call is in them."""
+        if not self.tools:
+            return len(text)
+        start = text.lstrip()
+        if self.must or not start or any(start.startswith(mark) or MARK.startswith(start) for mark in STARTS):
+            return 0
+        if MARK in text:
+            return text.index(MARK)
+        return len(text) - next(size for size in range(len(MARK), -1, -1) if text.endswith(MARK[:size]))
+
+    def read(self, text: str) -> list[dict[str, Any]]:
+        """Return the calls in a finished answer."""
+        calls = [call for part in MARKED.findall(text) or [text] for call in self._calls(part)]
+        return calls[:1] if self.one else calls
+
+    def _calls(self, text: str) -> Iterator[dict[str, Any]]:
+        """Yield the calls of offered functions that a JSON text holds; Llama says "parameters" for "arguments"."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return
+        names = {tool.function.name for tool in self.tools}
+        for call in value if isinstance(value, list) else [value]:
+            if isinstance(call, dict) and call.get("name") in names:
+                arguments = call.get("arguments", call.get("parameters", {}))
+                yield {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+def moved(schema: Any, root: str) -> Any:
+    """Return a JSON schema whose references still hold where it stands at `root` of another one."""
+    if isinstance(schema, list):
+        return [moved(part, root) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: root + part[1:]
+        if name == "$ref" and isinstance(part, str) and part.startswith("#")
+        else moved(part, root)
+        for name, part in schema.items()
+    }
+
+
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages for a template that knows a role and a text: calls and their results become text."""
+    return [_plain(message) for message in messages]
+
+
+def tool_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages as templates that know tools read them: arguments as a table, not as text."""
+    told = [message.model_dump(exclude_none=True) | _said(message) for message in messages]
+    for call in [call for message in told for call in message.get("tool_calls", ())]:
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+    return told
+
+
+def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Return the tools as a template is given them."""
+    return [tool.model_dump(exclude_none=True) for tool in tools]
+
+
+def with_preamble(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Return messages whose system message also describes the tools."""
+    preamble = PREAMBLE.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in described(tools)))
+    if messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{preamble}"}, *messages[1:]]
+    return [{"role": "system", "content": preamble}, *messages]
+
+
+def _said(message: ChatMessage) -> dict[str, Any]:
+    return {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+
+
+def _plain(message: ChatMessage) -> dict[str, Any]:
+    if message.role == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message.text}\n</tool_response>"}
+    said = _said(message)
+    for call in message.tool_calls or ():
+        made = json.dumps({"name": call.function.name, "arguments": _arguments(call.function.arguments)})
+        said["content"] = f"{said['content']}\n{MARK}\n{made}\n</tool_call>".lstrip("\n")
+    return said
+
+
+def _arguments(text: str) -> Any:
+    """Return the arguments of an earlier call as a value, or as they were written where that is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
