@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from deepseek.model.transformer import DeepSeekModel as DeepSeekModel
     from deepseek.planning import plan as plan
     from deepseek.server.run import serve as serve
+    from deepseek.train.adapt import adapt as adapt
     from deepseek.train.expert import train_expert as train_expert
     from deepseek.train.pretrain import pretrain as pretrain
 
@@ -36,6 +37,7 @@ _HOMES = {
     "DynamicPositionalEncoding": "deepseek.model.positions.learned",
     "DynamicRouter": "deepseek.model.moe.router",
     "ModelConfig": "deepseek.model.config",
+    "adapt": "deepseek.train.adapt",
     "load": "deepseek.infer.load",
     "plan": "deepseek.planning",
     "pretrain": "deepseek.train.pretrain",
@@ -50,6 +52,7 @@ __all__ = [
     "DynamicRouter",
     "ModelConfig",
     "__version__",
+    "adapt",
     "load",
     "plan",
     "pretrain",

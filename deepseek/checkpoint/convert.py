@@ -4,7 +4,7 @@ Pure dictionaries in, pure dictionaries out: this module knows no model class. A
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,22 @@ def convert_tensors(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any
     ):
         return {_as_shared_expert(name, dense): tensor for name, tensor in stacked.items()}
     return stacked
+
+
+def restore_names(tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return a checkpoint's tensors under its own names and in its own dtypes with the values of `changed`.
+
+    `changed` has our names; a value that is the checkpoint's own, rounded to another dtype, counts as unchanged. None
+    where a name has no single tensor there (experts that were stacked).
+    """
+    found, left = {}, set(changed)
+    for name, tensor in tensors:
+        ours = _rename(name)
+        left.discard(ours)
+        value = changed.get(ours, tensor).detach().cpu()
+        same = torch.equal(tensor.to(value.dtype), value)
+        found[name] = (tensor if same else value.to(tensor.dtype)).contiguous()
+    return None if left else found
 
 
 def _rename(name: str) -> str:

@@ -39,14 +39,12 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, estimate, change nothing.")] = False,
 ) -> None:
     """Train an expert on your text with the base frozen; interrupted, the same command goes on where it was."""
-    source = from_git or from_folder or from_jsonl or from_parquet
-    if source is None:
-        raise ConfigError("no text to learn from; give --from-git, --from-folder, --from-jsonl or --from-parquet.")
+    source = source_name(from_git, from_folder, from_jsonl, from_parquet)
     from deepseek.train.expert import train_expert
 
     fetch(base)  # with a progress bar, where the library would fetch it in silence
     pack = train_expert(
-        base, name=name or _name(source), from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
+        base, name=name or source, from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
         from_parquet=from_parquet, layers=layers, width=width, minutes=minutes, tokens=tokens, epochs=epochs,
         split=split, held_out=held_out, licence=licence, domain=domain, seed=seed, out=out, run_folder=run_folder,
         dry_run=dry_run, resume=shlex.join(["deepseek", *sys.argv[1:]]),
@@ -55,6 +53,9 @@ def train(
         print(pack)
 
 
-def _name(source: Path) -> str:
-    """Return a name for an expert made from `source`: `~/src/My Project` gives `My-Project`."""
+def source_name(*paths: Path | None) -> str:
+    """Return a name for what is made from the first path given: `~/src/My Project` gives `My-Project`."""
+    source = next((path for path in paths if path), None)
+    if source is None:
+        raise ConfigError("no text to learn from; give --from-git, --from-folder, --from-jsonl or --from-parquet.")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().stem).strip("-._") or "expert"

@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": ("deepseek.cli.chat", "Talk to a model in the terminal."),
     "generate": ("deepseek.cli.generate", "Complete one prompt."),
     "pretrain": ("deepseek.cli.pretrain", "Train a tokenizer and a model from scratch on several kinds of text."),
+    "adapt": ("deepseek.cli.adapt", "Fine-tune a model: its last layers, adapters, everything, or a module."),
     "eval": ("deepseek.cli.eval", "Compare held-out loss before and after plugging experts."),
     "distill-hash": ("deepseek.cli.distill_hash", "Fit the hashes of LSH attention to a model."),
     "inspect": ("deepseek.cli.inspect", "Draw what the attention heads look at."),

@@ -53,12 +53,10 @@ class TextSettings(Settings):
 
     def source(self, held_out: float, seed: int) -> Source:
         """Return the source that these settings name."""
-        paths = {name: path and path.expanduser().resolve() for name, path in self.paths().items()}
-        return Source(**paths, held_out=held_out, seed=seed)
-
-    def paths(self) -> dict[str, Path | None]:
-        """Return the path of each kind of text."""
-        return {name: getattr(self, name) for name in TextSettings.model_fields}
+        git, folder, jsonl, parquet = (
+            path and path.expanduser().resolve() for path in (self.git, self.folder, self.jsonl, self.parquet)
+        )
+        return Source(git, folder, jsonl, parquet, held_out, seed=seed)
 
 
 def _load(path: Path) -> Any:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek.checkpoint.fingerprint import fingerprint
-from deepseek.cli.expert_train import _name
+from deepseek.cli.expert_train import source_name
 from deepseek.cli.main import main
 from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric
@@ -111,4 +111,4 @@ def test_signing(pack: Path, tmp_path: Path, capsys: Capture) -> None:
     [("/src/My Project", "My-Project"), ("/data/notes.jsonl", "notes"), ("/data/.hidden", "hidden"), ("/", "expert")],
 )
 def test_an_expert_is_named_after_its_source(source: str, name: str) -> None:
-    assert _name(Path(source)) == name
+    assert source_name(Path(source)) == name

