@@ -1,7 +1,6 @@
 """What a refused request gets: a status and `{"error": {"message", "type", "param", "code"}}`, whatever refused it."""
 
 import math
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -92,7 +91,7 @@ def install(app: FastAPI) -> None:
 
     def plain(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        response = ApiError(error.status_code, f"{HTTPStatus(error.status_code).phrase}: {error.detail}.").response()
+        response = ApiError(error.status_code, f"{printable(error.detail).capitalize()}.").response()
         response.headers.update(error.headers or {})  # the methods that are allowed, after a 405
         return response
 
