@@ -119,9 +119,7 @@ class Engine:
 
     def plug(self, source: str | Path | ExpertPack) -> ExpertInfo:
         """Plug an expert for requests that are submitted from now on (see `ExpertSet.plug`). Raises `PackError`."""
-        info = self.model.experts.plug(source)
-        self.runner.prepare(self.model.experts.armed())
-        return info
+        return self.model.experts.plug(source, self.runner.prepare)
 
     def unplug(self, name: str) -> None:
         """Unplug an expert; requests under way keep it until they end. Raises `PackError` if there is none."""

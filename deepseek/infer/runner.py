@@ -92,7 +92,8 @@ class Runner(Protocol):
     def prepare(self, armed: ArmedExperts | None) -> None:
         """Do ahead what sequences with these experts will need (such as rounding weights).
 
-        Called by the thread that plugs, while another one may be in `forward`.
+        Called by the thread that plugs an expert, with that one alone, before a sequence can have it; another thread
+        may be in `forward`.
         """
         ...
 

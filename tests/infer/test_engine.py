@@ -211,3 +211,18 @@ def test_embeddings_ignore_experts(tmp_path: Path) -> None:
     hidden = loaded.model(torch.tensor([PROMPTS[2]]), output_hidden_states=True).hidden_states
     assert hidden is not None
     assert torch.tensor(before).norm() == pytest.approx(1.0)
+
+
+def test_a_choice_made_again_has_the_same_roster(tmp_path: Path) -> None:
+    loaded = tiny_model()
+    names = ("one", "two")
+    for seed, name in enumerate(names):
+        loaded.model.experts.plug(save_expert(loaded, name, tmp_path, seed=seed))
+    choose = loaded.model.experts.choose
+    both, again = choose(names), choose(names[::-1])
+    fewer, other = choose(names, max_experts=1), choose("auto", ["two"])
+    assert both is not None and again is not None and fewer is not None and other is not None
+    assert both.roster is again.roster
+    assert other.names == ("one",)
+    assert len({both.identity, fewer.identity, other.identity}) == 3
+    assert choose(names, deny=names) is None

@@ -2,9 +2,9 @@
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from deepseek.packs.policy import PackPolicy
 from deepseek.registry import nearest
 
 AUTO = "auto"
+
+ROSTERS = 64
+"""Choices of experts that are remembered at once."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,13 @@ class _State:
     """Everything that plugging and arming change, replaced as a whole so that a reader sees all of it or nothing.
 
     plugged: sorted by content digest. arming: names, or "auto" for all. roster: the candidates, None without any.
+    rosters: those of sequences with a choice of their own, by their names and most experts a token, made when asked.
     """
 
     plugged: tuple[Plugged, ...] = ()
     arming: tuple[str, ...] | str = AUTO
     roster: Roster | None = None
+    rosters: dict[tuple[tuple[str, ...], int], Roster] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,8 +127,13 @@ class ExpertSet:
     def base(self, description: BaseDescription) -> None:
         self._base = description
 
-    def plug(self, source: str | Path | ExpertPack) -> ExpertInfo:
+    def plug(
+        self, source: str | Path | ExpertPack, prepare: Callable[[ArmedExperts], object] | None = None
+    ) -> ExpertInfo:
         """Check a pack and plug its module in; it takes part from the next sequence on if arming is "auto".
+
+        Args:
+            prepare: is given the module, alone, before it is plugged: for what must be done until it can speak.
 
         Raises `PackError`, with nothing changed, if the pack is damaged, does not belong to this base, is refused by
         `policy`, or has the name of a module that is plugged already.
@@ -135,6 +145,8 @@ class ExpertSet:
             pack = read_pack(source, self.policy, self.base)
         model = self._live_model()
         plugged = Plugged(ExpertModule.from_pack(pack, model.dtype, model.device), pack.manifest)
+        if prepare is not None:
+            prepare(ArmedExperts(Roster.gated((plugged.module,), self.max_experts, model.device)))
         with self._lock:
             if pack.manifest.name in self._state.names:
                 raise PackError(
@@ -228,13 +240,18 @@ class ExpertSet:
         for name in wanted if wanted != AUTO else ():
             state.require(name)
         chooser = state if wanted == AUTO else replace(state, arming=wanted)
-        modules = tuple(
-            one.module for one in state.plugged if chooser.arms(one.module.name) and one.module.name not in denied
-        )
-        if not modules:
+        names = tuple(name for name in state.names if chooser.arms(name) and name not in denied)
+        if not names:
             return None
-        device = self._live_model().device
-        return ArmedExperts(Roster.gated(modules, max_experts or self.max_experts, device), self._traces)
+        most = max_experts or self.max_experts
+        roster = state.rosters.get((names, most))
+        if roster is None:
+            if len(state.rosters) >= ROSTERS:
+                state.rosters.clear()
+            modules = tuple(one.module for one in state.plugged if one.module.name in names)
+            roster = Roster.gated(modules, most, self._live_model().device)
+            state.rosters[names, most] = roster
+        return ArmedExperts(roster, self._traces)
 
     def list(self) -> tuple[ExpertInfo, ...]:
         """Return what is plugged, sorted by name."""
