@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from deepseek.planning import plan as plan
     from deepseek.server.run import serve as serve
     from deepseek.train.adapt import adapt as adapt
+    from deepseek.train.align import align as align
     from deepseek.train.expert import train_expert as train_expert
     from deepseek.train.pretrain import pretrain as pretrain
+    from deepseek.train.rlpo import rlpo_update as rlpo_update
 
 _HOMES = {
     "DeepSeekModel": "deepseek.model.transformer",
@@ -38,9 +40,11 @@ _HOMES = {
     "DynamicRouter": "deepseek.model.moe.router",
     "ModelConfig": "deepseek.model.config",
     "adapt": "deepseek.train.adapt",
+    "align": "deepseek.train.align",
     "load": "deepseek.infer.load",
     "plan": "deepseek.planning",
     "pretrain": "deepseek.train.pretrain",
+    "rlpo_update": "deepseek.train.rlpo",
     "serve": "deepseek.server.run",
     "sparse_attention": "deepseek.model.attention.lsh",
     "train_expert": "deepseek.train.expert",
@@ -53,9 +57,11 @@ __all__ = [
     "ModelConfig",
     "__version__",
     "adapt",
+    "align",
     "load",
     "plan",
     "pretrain",
+    "rlpo_update",
     "serve",
     "sparse_attention",
     "train_expert",

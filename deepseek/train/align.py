@@ -1,0 +1,236 @@
+"""`deepseek.align`: from preferences to a model that answers as preferred.
+
+pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO by TRL) -> a model folder
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import atomic_folder, home, write_json
+from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.errors import ConfigError, DataError
+from deepseek.infer.vocabulary import Vocabulary
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.registry import pick
+from deepseek.text.chat import encode_prompt
+from deepseek.text.tokenizer import encode_plain, load_tokenizer
+from deepseek.train.judge import JUDGES, TextReward
+from deepseek.train.layers import parse_layers
+from deepseek.train.loop import Hooks, LoopConfig, check_config, train
+from deepseek.train.metrics import read_metrics
+from deepseek.train.optim import OptimConfig
+from deepseek.train.policy import Policy
+from deepseek.train.progress import ProgressBar
+from deepseek.train.reward import RewardModel, features_of
+from deepseek.train.rlpo import Learner, Reward, RLPOConfig, RLPOTask, RolloutBatches
+from deepseek.train.rollout import generate
+
+Method = Literal["ppo", "dpo", "rloo"]
+
+FEWEST_PAIRS = 8
+"""Pairs below which no reward can be learnt."""
+
+HELD_OUT_PROMPTS = 32
+"""Held-out prompts that are answered at each evaluation."""
+
+
+@dataclass(frozen=True)
+class AlignRequest:
+    """What to align; stored as `request.json`.
+
+    Attributes:
+        base: name, folder or hub id.
+        prefs: the preference database.
+        method: "ppo" (RLPO, ours), "dpo" or "rloo" (by TRL).
+        reward: "model" fits one to the pairs; a judge's name takes that judge.
+        layers: what is trained, "last:N" or "all"; the reward model reads what enters the first of them.
+        rollouts, rollout_size: how often, and to how many prompts, the policy answers.
+        learning_rate: the peak.
+        new_tokens, temperature: of the answers.
+        target_kl: to the untouched base, in nats an answer.
+        seed: of order and sampling.
+    """
+
+    base: str
+    prefs: str
+    method: str
+    reward: str
+    layers: str
+    rollouts: int
+    rollout_size: int
+    learning_rate: float
+    new_tokens: int
+    temperature: float
+    target_kl: float
+    seed: int
+
+
+def align(
+    base: str = "smollm2-135m",
+    *,
+    prefs: str | Path,
+    name: str,
+    method: Method = "ppo",
+    reward: str = "model",
+    layers: str = "last:6",
+    rollouts: int = 40,
+    rollout_size: int = 48,
+    learning_rate: float = 5e-5,
+    new_tokens: int = 32,
+    temperature: float = 0.8,
+    target_kl: float = 8.0,
+    out: str | Path | None = None,
+    run_folder: str | Path | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+    resume: str = "",
+    dry_run: bool = False,
+) -> Path:
+    """Align a model with preferences and return the folder of the new one; interrupted, the same call goes on.
+
+    Args:
+        out, run_folder: by default `models/<name>` and `runs/<name>` in the library's home.
+        dry_run: check everything, say how much there is to do, change nothing.
+        Others: see `AlignRequest`.
+
+    Raises:
+        DataError, TrainError, ConfigError, HubError: with the cause and the mend.
+        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+    """
+    request = AlignRequest(
+        base, str(Path(prefs).expanduser().resolve()), method, reward, layers, rollouts, rollout_size, learning_rate,
+        new_tokens, temperature, target_kl, seed,
+    )  # fmt: skip
+    run = AlignRun(
+        request, Path(run_folder) if run_folder else home() / "runs" / name,
+        Path(out) if out else home() / "models" / name, quiet,
+    )  # fmt: skip
+    return run.check() if dry_run else run.run(resume)
+
+
+class AlignRun:
+    """One request in its run folder."""
+
+    def __init__(self, request: AlignRequest, folder: Path, out: Path, quiet: bool) -> None:
+        self.request, self.folder, self.out = request, folder, out
+        self.progress = ProgressBar(quiet=quiet)
+        self.method: Callable[[AlignRun, str], dict[str, Any]] = pick(METHODS, request.method, "method")
+        if not Path(request.prefs).is_file():
+            raise DataError(f"{request.prefs} does not exist; `deepseek prefs import FILE` makes one.")
+        database = PreferenceDatabase(request.prefs)
+        self.pairs, self.held_out = (list(database.pairs(split)) for split in ("train", "eval"))
+        database.close()
+        if min(len(self.pairs), len(self.held_out)) < FEWEST_PAIRS:
+            raise DataError(
+                f"There are {len(self.pairs)} pairs to learn from and {len(self.held_out)} held out; at least "
+                f"{FEWEST_PAIRS} of each are needed, so import more or hold out another share."
+            )
+        self.base = resolve(request.base)
+        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
+
+    def check(self) -> Path:
+        """Say what there is to do."""
+        steps = self.request.rollouts * self.request.rollout_size
+        self.progress.say(
+            f"{len(self.pairs)} pairs of {len(prompts_of(self.pairs))} prompts, {len(self.held_out)} held out; "
+            f"{steps:,} answers of at most {self.request.new_tokens} tokens"
+        )
+        return self.out
+
+    def run(self, resume: str) -> Path:
+        """Train and write the model, unless that is done."""
+        check_config(self.folder / "request.json", asdict(self.request))
+        with self.progress:
+            if (self.folder / "result.json").is_file() and (self.out / "config.json").is_file():
+                self.progress.say(f"{self.out} is finished")
+                return self.out
+            write_json(self.folder / "request.json", asdict(self.request))
+            result = self.method(self, resume)
+            write_json(self.folder / "result.json", {"model": str(self.out), **result})
+        return self.out
+
+    def ppo(self, resume: str) -> dict[str, Any]:
+        """Run RLPO on the loop and write the model."""
+        request = self.request
+        model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
+        dtype = model.dtype
+        first = parse_layers(request.layers, len(model.layers))[0]
+        reward, quality = self.reward(model, first)
+        config = RLPOConfig(new_tokens=request.new_tokens, temperature=request.temperature, target_kl=request.target_kl)
+        policy = Policy(model, request.layers, request.temperature)
+        ends = tuple(Vocabulary(model, self.tokenizer).ends)
+        prompts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.pairs)]
+        asked = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.held_out)[:HELD_OUT_PROMPTS]]
+        batches = RolloutBatches(Learner(policy, reward, config, ends), prompts, request.rollout_size, request.seed)
+
+        def evaluate() -> dict[str, float]:
+            draw = torch.Generator(model.device).manual_seed(request.seed)
+            answers = generate(model, asked, config.new_tokens, ends, draw, temperature=config.temperature)
+            return {"held_out_score": float(reward(answers).mean())}
+
+        steps = request.rollouts * batches.steps_a_rollout
+        loop = LoopConfig(
+            OptimConfig(learning_rate=request.learning_rate, final=0.2), steps=steps,
+            evaluate_every=max(1, steps // 5), checkpoint_every=max(10, steps // 10), seed=request.seed,
+        )  # fmt: skip
+        result = train(
+            RLPOTask(batches.learner, evaluate), batches, loop, self.folder / "training", progress=self.progress,
+            resume=resume, hooks=Hooks(buffers=batches.buffers),
+        )  # fmt: skip
+        with atomic_folder(self.out) as temporary:
+            nn.Module.to(model, dtype).save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+        records = [record for record in read_metrics(self.folder / "training" / "metrics.jsonl") if "kl" in record]
+        return {"reward_model": quality, "kl": records[-1]["kl"], "held_out_score": result.metrics["held_out_score"]}
+
+    def reward(self, model: DeepSeekModel, layer: int) -> tuple[Reward, dict[str, Any]]:
+        """Return the reward that is asked for, and how good a fitted one is on the held-out pairs."""
+        if self.request.reward != "model":
+            return TextReward(self.tokenizer, pick(JUDGES, self.request.reward, "reward")), {}
+        kept = self.folder / "reward"
+        if not kept.is_dir():
+            RewardModel.fit(model, layer, *self.features(model, layer, self.pairs)).save(kept)
+        fitted = RewardModel.load(model, kept)
+        quality = fitted.quality(*self.features(model, layer, self.held_out))
+        self.progress.say(
+            f"reward model: {quality.accuracy:.1%} of {quality.pairs} held-out pairs right, calibration error "
+            f"{quality.calibration_error:.3f}"
+        )
+        return fitted, asdict(quality)
+
+    def features(self, model: DeepSeekModel, layer: int, pairs: list[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features of the chosen and of the rejected answers."""
+        prompts = [encode_prompt(self.tokenizer, pair.prompt) for pair in pairs]
+        chosen, rejected = (
+            [ids[: self.request.new_tokens] for ids in encode_plain(self.tokenizer, texts)]
+            for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+        )
+        return features_of(model, layer, prompts, chosen), features_of(model, layer, prompts, rejected)
+
+    def by_trl(self, _resume: str) -> dict[str, Any]:
+        """Let TRL train the checkpoint's Hugging Face twin and write it."""
+        from deepseek.train.align_trl import align_by_trl
+
+        reward = None
+        if self.request.method == "rloo":
+            model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
+            first = parse_layers(self.request.layers, len(model.layers))[0]
+            reward = self.reward(model, first)[0]
+        return align_by_trl(self.request, self.base, self.tokenizer, self.pairs, reward, self.folder, self.out)
+
+
+METHODS = {"ppo": AlignRun.ppo, "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
+
+
+def prompts_of(pairs: list[Preference]) -> list[Any]:
+    """Return the distinct prompts of pairs in their order."""
+    if not pairs:
+        raise ConfigError("There are no pairs.")
+    return list({repr(pair.prompt): pair.prompt for pair in pairs}.values())
