@@ -171,7 +171,7 @@ def plan(
     *,
     device: str = "h100",
     tokens: float = 300e9,
-    tokens_per_gpu: int = 16384,
+    rows_per_gpu: int = 2,
     recompute: bool = True,
 ) -> Plan:
     """Return the plan of a training run; print nothing, allocate nothing.
@@ -179,12 +179,14 @@ def plan(
     Args:
         model: a preset's name, a config, or the fields of one.
         device: one of `DEVICES`.
-        tokens, tokens_per_gpu, recompute: see `Plan`.
+        tokens, recompute: see `Plan`.
+        rows_per_gpu: rows of the longest context that a device takes a step.
 
     Raises:
         ConfigError: the preset or the device is unknown.
     """
     config = model if isinstance(model, ModelConfig) else _config(model)
+    tokens_per_gpu = rows_per_gpu * config.max_position_embeddings
     return Plan(config, pick(DEVICES, device, "device"), gpus, tokens, tokens_per_gpu, recompute)
 
 

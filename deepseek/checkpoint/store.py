@@ -102,7 +102,7 @@ def save_state(folder: str | Path, tensors: dict[str, "Tensor"], meta: dict[str,
     with atomic_folder(folder) as temporary:
         state = temporary / "state.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, state)
-        write_json(temporary / "meta.json", {"meta": meta, "digest": _state_digest(state, meta)})
+        write_json(temporary / "meta.json", {"meta": meta, "digest": _state_digest(temporary, meta)})
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
@@ -111,6 +111,23 @@ def load_state(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
 
     meta = _verified_meta(Path(folder))
     return load_file(Path(folder) / "state.safetensors"), meta
+
+
+def seal_state(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """Give a hidden folder, into which several processes have written safetensors, its meta and its name."""
+    write_json(temporary / "meta.json", {"meta": meta, "digest": _state_digest(temporary, meta)})
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.replace(folder)
+    _sync(folder.parent)
+
+
+def state_meta(folder: Path) -> dict[str, Any]:
+    """Return the meta of a state folder; raise `CheckpointError` if it is damaged."""
+    return _verified_meta(folder)
 
 
 def latest_state(root: str | Path) -> Path | None:
@@ -140,21 +157,21 @@ def _states(root: Path) -> list[Path]:
 
 def _verified_meta(folder: Path) -> dict[str, Any]:
     """Return the meta of a state folder whose digest is right."""
-    state = folder / "state.safetensors"
-    if not state.is_file():
-        raise CheckpointError(f"{folder} holds no state.safetensors; delete the folder and resume from an older state.")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} holds no safetensors; delete the folder and resume from an older state.")
     record = read_json(folder / "meta.json")
     if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
         raise CheckpointError(f"{folder}/meta.json is not a state record; delete the folder and resume.")
-    if record.get("digest") != _state_digest(state, record["meta"]):
+    if record.get("digest") != _state_digest(folder, record["meta"]):
         raise CheckpointError(f"{folder} is damaged (its digest differs); delete it and resume from an older state.")
     meta: dict[str, Any] = record["meta"]
     return meta
 
 
-def _state_digest(state: Path, meta: dict[str, Any]) -> str:
-    """Return the digest over a state file and its meta."""
-    return hashlib.sha256(file_digest(state).encode() + canonical_json(meta)).hexdigest()
+def _state_digest(folder: Path, meta: dict[str, Any]) -> str:
+    """Return the digest over the tensors and the meta of a state folder."""
+    files = "".join(file_digest(file) for file in sorted(folder.glob("*.safetensors")))
+    return hashlib.sha256(files.encode() + canonical_json(meta)).hexdigest()
 
 
 def _neighbour(path: Path) -> Path:

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from deepseek.cli.expert_train import train
+from deepseek.cli.expert_train import train, train_all
 
 if TYPE_CHECKING:
     from deepseek.packs.manifest import BaseDescription, Manifest
 
 app = typer.Typer(add_completion=False, help="Train, list, inspect, verify and sign expert packs.")
 app.command("train")(train)
+app.command("train-all")(train_all)
 
 Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack file, or the name of a trained expert.")]
 

@@ -59,3 +59,18 @@ def source_name(*paths: Path | None) -> str:
     if source is None:
         raise ConfigError("no text to learn from; give --from-git, --from-folder, --from-jsonl or --from-parquet.")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().stem).strip("-._") or "expert"
+
+
+def train_all(
+    experts: Annotated[Path, typer.Argument(help="YAML or TOML file: `base` and, by name, `experts`.")],
+) -> None:
+    """Train many experts side by side as Ray tasks, and print each pack as it comes."""
+    from deepseek.errors import TrainError
+    from deepseek.train.expert_all import train_all as run
+
+    failed = []
+    for expert, result in run(experts):
+        print(f"{expert}: {result}", flush=True)
+        failed += [expert] if isinstance(result, Exception) else []
+    if failed:
+        raise TrainError(f"Of the experts {', '.join(failed)} failed; mend them and run the same command.")

@@ -1,4 +1,4 @@
-"""Problems with worked answers: generated, each step written out, each answer checked by another way of computing it."""
+"""Problems with worked answers: generated, each step written, each answer checked by another computation."""
 
 import random
 from collections.abc import Callable, Iterator

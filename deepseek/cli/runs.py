@@ -1,0 +1,46 @@
+"""`deepseek runs`: list, show and compare training runs."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, help="List, show and compare training runs.")
+
+Name = Annotated[str, typer.Argument(help="Name or folder of a run.")]
+
+
+@app.command("list")
+def list_runs() -> None:
+    """List the runs of this user."""
+    from deepseek.train.runs import all_runs, summary
+
+    for name, folder in all_runs().items():
+        known = summary(folder)
+        loss = known.get("held_out_loss", known.get("after"))
+        print(f"{name:28}{known['state']:12}{'' if loss is None else f'held-out loss {loss:.4f}'}".rstrip())
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print what a run says about itself."""
+    from deepseek.train.runs import find_run, summary
+
+    folder = find_run(name)
+    print(folder)
+    for key, value in summary(folder).items():
+        print(f"{key:28}{value}")
+
+
+@app.command()
+def compare(first: Name, second: Name) -> None:
+    """Print the figures of two runs beside each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from deepseek.train.runs import find_run, summary
+
+    left, right = summary(find_run(first)), summary(find_run(second))
+    table = Table("", first, second)
+    for key in dict.fromkeys([*left, *right]):
+        table.add_row(key, str(left.get(key, "")), str(right.get(key, "")))
+    Console().print(table)
