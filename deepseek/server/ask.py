@@ -10,9 +10,6 @@ from deepseek.server.errors import ApiError
 from deepseek.server.schema import JsonSchema, SamplingFields
 from deepseek.server.service import Service
 
-SPELLING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-"""Of structured output: as Python and most training text write JSON, so that no model drowns in white space."""
-
 DIALS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "logit_bias",
@@ -43,7 +40,7 @@ def ask(
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=None if schema is None else Grammar("json_schema", json.dumps({**schema, **SPELLING})),
+        grammar=None if schema is None else Grammar("json_schema", json.dumps(schema)),
     )
 
 
