@@ -18,54 +18,75 @@ def plane(pages, chunk, page, layer, group, kind, groups, width):  # type: ignor
     return pages[chunk, page] + ((layer * groups + group) * 2 + kind) * width * PAGE * 2
 
 
+# Numba's loops are turned into vectors only where an index is seen not to be negative: so loops run over whole slices.
 @njit(fastmath=True, error_model="numpy")
-def _turn(x, cosine, sine, norm, eps, factor, out):  # type: ignore[no-untyped-def]
-    """Set `out` to a head's x `[K]`, normed if `norm` is not empty, rotated to its position, times `factor`."""
-    half = len(cosine)
-    scale = np.float32(1)
-    if len(norm):
-        total = np.float32(0)
-        for k in range(2 * half):
-            total += x[k] * x[k]
-        scale /= np.sqrt(total / np.float32(2 * half) + eps)
-        for k in range(2 * half):
-            x[k] *= scale * norm[k]
-    for k in range(half):
-        out[k] = (x[k] * cosine[k] - x[half + k] * sine[k]) * factor
-        out[half + k] = (x[half + k] * cosine[k] + x[k] * sine[k]) * factor
+def _norm(x, norm, eps):  # type: ignore[no-untyped-def]
+    """Norm a head's x `[K]` in place."""
+    total = np.float32(0)
+    for k in range(len(x)):
+        total += x[k] * x[k]
+    factor = np.float32(1) / np.sqrt(total / np.float32(len(x)) + eps)
+    for k in range(len(x)):
+        x[k] *= factor * norm[k]
+
+
+@njit(fastmath=True, error_model="numpy")
+def _rotate(first, second, cosine, sine, factor, left, right):  # type: ignore[no-untyped-def]
+    """Rotate the halves of a head to its position, times `factor`, as bf16."""
+    for k in range(len(first)):
+        a, b, c, d = first[k], second[k], cosine[k], sine[k]
+        left[k], right[k] = bfloat16((a * c - b * d) * factor), bfloat16((b * c + a * d) * factor)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _add(x, bias):  # type: ignore[no-untyped-def]
+    for k in range(len(x)):
+        x[k] += bias[k]
+
+
+@njit(error_model="numpy")
+def _put_key(turned, page, slot):  # type: ignore[no-untyped-def]
+    """Put a key, given as pairs of bf16 numbers `[K/2]`, into its place of a page."""
+    keys = carray(pointer(page), (len(turned), PAGE), np.uint32)
+    for k in range(len(turned)):
+        keys[k, slot] = turned[k]
+
+
+@njit(error_model="numpy")
+def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
+    values = carray(pointer(page), (len(x) // GROUP, PAGE // 2, GROUP, 2), np.uint16)
+    for part in range(len(x) // GROUP):
+        row, own = values[part, slot // 2, :, slot % 2], x[part * GROUP : (part + 1) * GROUP]
+        for k in range(len(own)):
+            row[k] = bfloat16(own[k])
 
 
 @njit(error_model="numpy")
 def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     """Rotate queries and keys, and put keys and values into their pages."""
     heads, groups, width = weights.sizes[2], weights.sizes[3], weights.sizes[4]
-    parts, turned, bias = heads + 2 * groups, np.empty(width, np.float32), weights.qkv_bias[layer]
+    parts, half, rest = heads + 2 * groups, weights.sizes[4] // 2, heads // groups
+    turned, scale = np.empty(width, np.uint16), np.float32(1 / np.sqrt(width))
     first, last = share(len(batch.ids) * parts)
     for item in range(first, last):
         r, part = item // parts, item % parts
         position, chunk = batch.positions[r], batch.chunk[r]
-        x = work.projected[r, part * width : (part + 1) * width]
-        for k in range(width):
-            x[k] += bias[part * width + k]
-        cosine, sine = weights.cosine[position], weights.sine[position]
         page, slot = position // PAGE, position % PAGE
+        x = work.projected[r, part * width : (part + 1) * width]
+        _add(x, weights.qkv_bias[layer, part * width : (part + 1) * width])
+        if part >= heads + groups:
+            _put_value(x, plane(batch.pages, chunk, page, layer, part - heads - groups, 1, groups, width), slot)
+            continue
+        if weights.head_norms.shape[2]:
+            _norm(x, weights.head_norms[layer, 0 if part < heads else 1], weights.eps[0])
+        cosine, sine = weights.cosine[position], weights.sine[position]
         if part < heads:
-            factor = np.float32(1 / np.sqrt(width))
-            _turn(x, cosine, sine, weights.head_norms[layer, 0], weights.eps[0], factor, turned)
-            rest = heads // groups
-            for k in range(width):
-                work.queries[part // rest, r, part % rest, k] = bfloat16(turned[k])
-        elif part < heads + groups:
-            _turn(x, cosine, sine, weights.head_norms[layer, 1], weights.eps[0], np.float32(1), turned)
-            at = plane(batch.pages, chunk, page, layer, part - heads, 0, groups, width)
-            keys = carray(pointer(at), (width // 2, PAGE, 2), np.uint16)
-            for k in range(width):
-                keys[k // 2, slot, k % 2] = bfloat16(turned[k])
+            out = work.queries[part // rest, r, part % rest]
+            _rotate(x[:half], x[half:], cosine, sine, scale, out[:half], out[half:])
         else:
-            at = plane(batch.pages, chunk, page, layer, part - heads - groups, 1, groups, width)
-            values = carray(pointer(at), (width // GROUP, PAGE // 2, GROUP, 2), np.uint16)
-            for k in range(width):
-                values[k // GROUP, slot // 2, k % GROUP, slot % 2] = bfloat16(x[k])
+            _rotate(x[:half], x[half:], cosine, sine, np.float32(1), turned[:half], turned[half:])
+            at = plane(batch.pages, chunk, page, layer, part - heads, 0, groups, width)
+            _put_key(turned.view(np.uint32), at, slot)
 
 
 @njit(error_model="numpy")
@@ -86,18 +107,18 @@ def _pairs(a, a_stride, b, n, c, c_stride, count):  # type: ignore[no-untyped-de
 
 
 @njit(fastmath=True, error_model="numpy")
-def _softmax(scores, shares, low, high):  # type: ignore[no-untyped-def]
-    """Fill `shares` with the exponentials of scores low to high - 1, zeros elsewhere; return one over their sum."""
-    largest = scores[low]
-    for s in range(low, high):
+def _softmax(scores, shares):  # type: ignore[no-untyped-def]
+    """Fill `shares` with the exponentials of the scores, the largest being 1; return one over their sum."""
+    largest = scores[0]
+    for s in range(len(scores)):
         largest = max(largest, scores[s])
     total = np.float32(0)
-    shares[:low] = 0
-    for s in range(low, high):
+    for s in range(len(scores)):
         value = exp(scores[s] - largest)
+        scores[s] = value
         total += value
-        shares[s] = bfloat16(value)
-    shares[high:] = 0
+    for s in range(len(scores)):
+        shares[s] = bfloat16(scores[s])
     return np.float32(1) / total
 
 
@@ -124,7 +145,8 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
     for i in range(count):
         end = past + (start + i) // rest
         first = max(0, end - window) if window else 0
-        factors[i] = _softmax(scores[i, :span], shares[i, :span], first - base, end - base)
+        shares[i, : first - base], shares[i, end - base : span] = 0, 0
+        factors[i] = _softmax(scores[i, first - base : end - base], shares[i, first - base : end - base])
     attended = np.zeros((QUERIES, width), np.float32)
     for page in range(low, pages):
         values = plane(batch.pages, chunk, page, layer, group, 1, groups, width)

@@ -75,8 +75,9 @@ def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
             turned[i] = np.float32(values[i // 4, tile, lane, i % 4]) - np.float32(128)
         rotate(turned.ctypes.data)
         factor = np.array([scale], np.uint32).view(np.float32)[0]
-        for i in range(min(GROUP, len(out) - g * GROUP)):
-            out[g * GROUP + i] = turned[i] * factor
+        own = out[g * GROUP : (g + 1) * GROUP]
+        for i in range(len(own)):
+            own[i] = turned[i] * factor
 
 
 @njit(error_model="numpy")
@@ -103,8 +104,13 @@ def project(panels, first, last, table, count, groups, out):  # type: ignore[no-
             rows = min(BLOCK, count - start)
             multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
             for r in range(rows):
-                for c in range(columns):
-                    out[start + r, panel * COLUMNS + c] = product[r, c]
+                out[start + r, panel * COLUMNS : panel * COLUMNS + columns] = product[r, :columns]
+
+
+@njit(error_model="numpy")
+def _add(own, product, bias, factor):  # type: ignore[no-untyped-def]
+    for c in range(len(own)):
+        own[c] += factor * (product[c] + bias[c])
 
 
 @njit(error_model="numpy")
@@ -117,18 +123,14 @@ def add_projected(panels, first, last, table, places, factors, groups, bias, str
             rows = min(BLOCK, len(places) - start)
             multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
             for r in range(rows):
-                place, factor = places[start + r], factors[start + r]
-                for c in range(columns):
-                    d = panel * COLUMNS + c
-                    stream[place, d] += factor * (product[r, c] + bias[d])
+                own = stream[places[start + r], panel * COLUMNS : panel * COLUMNS + columns]
+                _add(own, product[r], bias[panel * COLUMNS : panel * COLUMNS + columns], factors[start + r])
 
 
 @njit(fastmath=True, error_model="numpy")
-def _gate(product, hidden, rows, quarter):  # type: ignore[no-untyped-def]
-    for r in range(rows):
-        for lane in range(LANES):
-            gate, up = product[r, lane], product[r, LANES + lane]
-            hidden[r, quarter * LANES + lane] = gate * sigmoid(gate) * up
+def _gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
+    for f in range(len(hidden)):
+        hidden[f] = gates[f] * sigmoid(gates[f]) * ups[f]
 
 
 @njit(error_model="numpy")
@@ -142,7 +144,9 @@ def activate(panels, first, last, table, count, groups, inner, out):  # type: ig
             for quarter in range(quarters):
                 panel = panels + (quarters * group + quarter) * groups * GROUP_BYTES
                 multiply(panel, table + 8 * start, rows, groups, product.ctypes.data)
-                _gate(product, hidden, rows, quarter)
+                for r in range(rows):
+                    own = hidden[r, quarter * LANES : (quarter + 1) * LANES]
+                    _gate(product[r, :LANES], product[r, LANES:], own)
             for r in range(rows):
                 round_group(hidden[r].ctypes.data, out + (start + r) * row_bytes(inner), group, inner)
 
