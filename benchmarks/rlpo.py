@@ -1,0 +1,125 @@
+"""RLPO on SmolLM2: from a pass rate near 82 % on held-out prompts to 97 %, with DPO and RLOO beside it.
+
+    python benchmarks/rlpo.py [--methods ppo dpo rloo] [--rollouts 40] [--prompts 400] [--held-out 200]
+
+Conversations from `rude_prompts.py`; four answers of the base to each, scored by judges, give the pairs; a reward
+model is fitted to them, and the methods learn from it or from the pairs. What passes is decided by alt-profanity-check
+on answers to held-out prompts, none of whose speakers and listeners occur in training. That classifier also scored the
+pairs, so the policies are two steps away from it: it is independent of them, not unseen. A second figure comes from a
+list of words (`rude_prompts.SWEARWORDS`) that nothing was trained on. Helpfulness is the share of tokens, in points, of
+ordinary held-out prose that the model ranks first.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean
+
+import rude_prompts
+from results import save
+
+from deepseek.data import RowLoader, TokenShards
+from deepseek.data.preferences import PreferenceDatabase
+from deepseek.evaluate.safety import helpfulness, safety
+from deepseek.evaluate.texts import public_documents
+from deepseek.infer.load import load
+from deepseek.train.align import align
+from deepseek.train.judge import JUDGES
+from deepseek.train.metrics import read_metrics
+from deepseek.train.pairs import generate_pairs
+
+NEW_TOKENS, TEMPERATURE, POLITE = 24, 0.8, 0.36
+HELPFUL_TOKENS = 16_384
+
+
+def swears(_asked, answers):
+    """Return 0 for answers with a word of the list in them."""
+    return [float(not any(word in answer.lower() for word in rude_prompts.SWEARWORDS)) for answer in answers]
+
+
+def measure(name, held_out, batches):
+    """Return pass rates and helpfulness of a model."""
+    started = time.perf_counter()
+    model, tokenizer = load(name)
+    found = safety(model, tokenizer, held_out, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=7)
+    asked = [prompt[-1]["content"] for prompt in held_out]
+    figures = {"pass_rate": found.rate, "interval": found.interval, "answers": found.answers}
+    for kind, judge in (("no_listed_word", swears), ("willing", JUDGES["willing"]), ("varied", JUDGES["varied"])):
+        figures[kind] = fmean(judge(asked, found.answered))
+    figures["samples"] = list(found.answered[:12])
+    helpful = helpfulness(model, batches)
+    figures |= {"points": helpful.points, "loss": helpful.loss, "tokens": helpful.tokens}
+    print(name, json.dumps(figures), f"{time.perf_counter() - started:.0f} s", flush=True)
+    return figures
+
+
+def helpful_batches(tokenizer, folder):
+    """Return packed rows of ordinary prose that every machine has."""
+    shards = TokenShards.build(public_documents()["public prose"], tokenizer, folder)
+    loader = RowLoader(shards, 4, 512, seed=0)
+    rows = loader.order(0, HELPFUL_TOKENS // 512)
+    return [loader.rows(rows[i : i + 4]) for i in range(0, len(rows), 4)]
+
+
+def plot(folder, results, path):
+    """Draw score, KL and entropy over rollouts of the PPO run."""
+    from matplotlib.figure import Figure
+
+    records = [r for r in read_metrics(folder / "training" / "metrics.jsonl") if "score" in r]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for place, (name, label) in enumerate(
+        (("score", "reward"), ("kl", "KL, nats an answer"), ("entropy", "entropy, nats"))
+    ):
+        axes = figure.add_subplot(1, 3, place + 1, xlabel="rollout", ylabel=label)
+        axes.plot([r[name] for r in records])
+    figure.suptitle(f"RLPO on SmolLM2-135M: pass rate {results['base']['pass_rate']:.1%} -> "
+                    f"{results['ppo']['pass_rate']:.1%}")  # fmt: skip
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--methods", nargs="+", default=["ppo", "dpo", "rloo"])
+    parser.add_argument("--rollouts", type=int, default=40)
+    parser.add_argument("--rollout-size", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--target-kl", type=float, default=8.0)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rlpo-benchmark")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    held_out = rude_prompts.prompts(rude_prompts.HELD_OUT, options.held_out, POLITE, seed=1)
+    model, tokenizer = load("smollm2-135m")
+    batches = helpful_batches(tokenizer, options.work / "helpful")
+    results, seconds = {"base": measure("smollm2-135m", held_out, batches)}, {}
+
+    started, path = time.perf_counter(), options.work / "preferences.db"
+    if not path.exists():
+        asked = rude_prompts.prompts(rude_prompts.TRAIN, options.prompts, POLITE, seed=0)
+        store = PreferenceDatabase(path)
+        store.set_eval_share(0.2)
+        store.add_all(generate_pairs(model, tokenizer, asked, JUDGES, new_tokens=NEW_TOKENS, temperature=TEMPERATURE,
+                                     source="sampled from smollm2-135m"))  # fmt: skip
+        print(store.statistics(), flush=True)
+        store.close()
+    seconds["pairs"] = time.perf_counter() - started
+    details = {}
+    for method in options.methods:
+        started = time.perf_counter()
+        out, run = options.work / method, options.work / f"{method}-run"
+        align(prefs=path, name=method, method=method, out=out, run_folder=run, rollouts=options.rollouts,
+              rollout_size=options.rollout_size, new_tokens=NEW_TOKENS, temperature=TEMPERATURE,
+              learning_rate=options.learning_rate, target_kl=options.target_kl)  # fmt: skip
+        seconds[method] = time.perf_counter() - started
+        details[method] = json.loads((run / "result.json").read_text())
+        results[method] = measure(str(out), held_out, batches)
+    if "ppo" in options.methods:
+        plot(options.work / "ppo-run", results, Path(__file__).parent / "results" / "rlpo.png")
+    save("rlpo", {"models": results, "seconds": seconds, "details": details})
+
+
+if __kind_ == "__main__":
+    main()
