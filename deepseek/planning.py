@@ -147,7 +147,7 @@ class Plan:
     @property
     def working_bytes(self) -> float:
         """What a device needs beside its part of the state: two gathered units, gradients of one, activations."""
-        kept = self.shape.activations * self.tokens_per_gpu
+        kept: float = self.shape.activations * self.tokens_per_gpu
         layers = self.config.num_hidden_layers
         if self.recompute:
             kept = kept / layers + 2 * self.config.hidden_size * layers * self.tokens_per_gpu

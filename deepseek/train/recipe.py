@@ -4,6 +4,7 @@ stages -> their results -> a model card beside the last model, and a page of the
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,19 @@ def train_recipe(
     """
     recipe = RecipeSettings.read(config)
     table = {**STAGES, **(extra or {})}
-    for step in recipe.stages:
-        pick(table, step.stage, "stage")  # all of them before the first runs for hours
+    places = {"quiet": quiet, "resume": resume}
+    for number, step in enumerate(recipe.stages, 1):  # all of them before the first runs for hours
+        function = pick(table, step.stage, "stage")
+        try:
+            signature(function).bind(**{"base": "", "name": "", "run_folder": "", **places, **step.with_})
+        except TypeError as error:
+            raise ConfigError(f"stage {number} ({step.stage}): {error}; correct its `with`.") from None
     folder = home() / "runs" / recipe.name
     model, results = recipe.base, []
     for number, step in enumerate(recipe.stages, 1):
         name = step.name or f"{recipe.name}-{number}-{step.stage}"
         run = home() / "runs" / name
-        given = {"base": model, "name": name, "run_folder": run, "quiet": quiet, "resume": resume, **step.with_}
-        try:
-            made = table[step.stage](**given)
-        except TypeError as error:
-            raise ConfigError(f"stage {number} ({step.stage}): {error}; correct its `with`.") from error
+        made = table[step.stage](**{"base": model, "name": name, "run_folder": run, **places, **step.with_})
         model = str(made) if made is not None and Path(made).is_dir() else model
         results.append({"stage": step.stage, "run": str(run), "made": str(made or ""), **_result(run)})
     write_json(folder / "result.json", {"stage": "recipe", "model": model, "results": results})

@@ -23,9 +23,10 @@ class Settings(BaseModel):
     @classmethod
     def _known(cls, values: Any) -> Any:
         """Refuse a key that no field has, naming the nearest field."""
+        names = {field.alias or name for name, field in cls.model_fields.items()}
         for key in values if isinstance(values, Mapping) else ():
-            if key not in cls.model_fields:
-                raise ValueError(f"{key!r} is no field here; {nearest(str(key), cls.model_fields)}")
+            if key not in names:
+                raise ValueError(f"{key!r} is no field here; {nearest(str(key), names)}")
         return values
 
     @classmethod

@@ -14,6 +14,7 @@ from train.tiny_run import Numbers, Regression, config
 
 from deepseek.checkpoint import store
 from deepseek.errors import TrainError
+from deepseek.train import loop
 from deepseek.train.loop import TrainResult, train
 from deepseek.train.metrics import read_metrics
 from deepseek.train.progress import ProgressBar
@@ -146,3 +147,42 @@ def test_full_disk_is_one_sentence_and_the_old_checkpoint_stays(
         run(tmp_path)
     kept = store.latest_state(tmp_path / "checkpoints")
     assert kept is not None and kept.name == "step-00000005"
+
+
+class Jump(Regression):
+    """Losses that jump at chosen steps."""
+
+    def __init__(self, factors: dict[int, float]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def loss(self, batch: torch.Tensor, step: int) -> loop.LossOutput:
+        found = super().loss(batch, step)
+        return loop.LossOutput(found.loss * self.factors.get(step // 2, 1.0), found.tokens)
+
+
+def test_a_spike_is_skipped_and_a_new_level_is_learned_from(tmp_path: Path) -> None:
+    spike = run(tmp_path / "spike", 100, Jump({90: 1e3}))
+    assert spike.position.skipped == 1
+    level = run(tmp_path / "level", 100, Jump(dict.fromkeys(range(80, 100), 1e3)))
+    assert level.position.skipped == loop.MAX_SPIKES_IN_A_ROW
+    assert run(tmp_path / "usual", 100).position.skipped == 0
+
+
+def test_buffers_and_hooks_belong_to_the_run(tmp_path: Path) -> None:
+    task, count, seen = Regression(), torch.zeros(1), []
+
+    def stepped() -> dict[str, float]:
+        count.add_(1)
+        return {"count": float(count)}
+
+    hooks = loop.Hooks({"count": count}, stepped, seen.append)
+    quiet = ProgressBar(quiet=True)
+    train(task, Numbers(), config(10), tmp_path, progress=quiet, hooks=hooks)
+    assert [record["count"] for record in read_metrics(tmp_path / "metrics.jsonl") if "count" in record] == [
+        *range(1, 11)
+    ]
+    assert seen == [0, 7, 10]
+    count.zero_()
+    train(task, Numbers(), config(10), tmp_path, progress=quiet, hooks=hooks)
+    assert count == 10, "a resumed run has its buffers again"

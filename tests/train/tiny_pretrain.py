@@ -1,5 +1,7 @@
 """A pre-training of seconds, also as a script that tests can kill or start under torchrun."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,31 @@ def settings(texts: Path, folder: Path, *, experts: bool = True, steps: int = 12
     }  # fmt: skip
 
 
-if __name__ == "__main__":
+def main(texts: Path, folder: Path, kind: str, steps: int, end_at: int | None = None, how: str = "stop") -> None:
+    """Train; before step `end_at` stop, or in one process and the first time only, be killed."""
     import deepseek
     from deepseek.kernels import cpu
+    from deepseek.train import loop
 
     # In bf16 the order of rows in a batch rounds differently; two processes equal one only in fp32.
     cpu.has_fast_bfloat16 = lambda: False
-    texts, folder, experts, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "experts", int(sys.argv[4])
-    every = int(sys.argv[5]) if len(sys.argv) > 5 else 10
-    deepseek.pretrain(settings(texts, folder, experts=experts, steps=steps, checkpoint_every=every), quiet=True)
+    step = loop._Run.step
+
+    def ending_step(run: loop._Run) -> None:
+        if run.position.step == end_at and how == "stop":
+            run.save()
+            sys.exit(0)
+        died = folder / "died"
+        if run.position.step == end_at and os.environ["RANK"] == "1" and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(run)
+
+    loop._Run.step = ending_step  # type: ignore[method-assign]
+    deepseek.pretrain(settings(texts, folder, experts=kind == "experts", steps=steps, checkpoint_every=10), quiet=True)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    end = (int(words[4]), words[5]) if len(words) > 4 else ()
+    main(Path(words[0]), Path(words[1]), words[2], int(words[3]), *end)

@@ -1,0 +1,73 @@
+"""The last three layers, LoRA and full fine-tuning on the same tokens of an unseen code base.
+
+    python benchmarks/adapt.py FOLDER [--tokens 60000] [--functions 10] [--json benchmarks/results/adapt.json]
+
+Each mode is a process of its own, so that its peak memory is its own; `working_memory` is what it needed beyond the
+imported libraries. BLEU is of greedily written bodies of documented functions in the held-out files, before and after.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from results import write
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import deepseek, deepseek.train.adapt
+from deepseek.train.memory import peak_memory
+libraries = peak_memory()
+mode, source, folder, tokens = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+deepseek.adapt(name="x", from_folder=source, mode=mode, tokens=tokens, epochs=2, held_out=0.15, out=folder / "model",
+               run_folder=folder / "run")
+print(json.dumps({"libraries": libraries}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokens", type=int, default=60_000)
+    parser.add_argument("--functions", type=int, default=10, help="0: no BLEU")
+    parser.add_argument("--modes", default="last-n,lora,full")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for mode in options.modes.split(","):
+            folder = Path(name) / mode
+            command = [sys.executable, "-c", WORKER, mode, str(options.folder), str(folder), str(options.tokens)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found = json.loads((folder / "run" / "result.json").read_text())["figures"]
+            libraries = json.loads(done.stdout.splitlines()[-1])["libraries"]
+            figures[mode] = {**found, "working_memory": found["peak_memory"] - libraries}
+            print(mode, figures[mode], flush=True)
+        if options.functions:
+            for mode in ("base", *options.modes.split(",")):
+                model = "smollm2-135m" if mode == "base" else str(Path(name) / mode / "model")
+                figures.setdefault(mode, {})["bodies"] = bodies(model, options.folder, options.functions)
+                print(mode, figures[mode]["bodies"], flush=True)
+    if options.json:
+        write(options.json, {"figures": figures})
+
+
+def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
+    """Return the scores of bodies written for functions of the files that no mode trained on."""
+    from deepseek.data import clean, read_folder, split
+    from deepseek.data.functions import documented_functions
+    from deepseek.evaluate.code import score_bodies
+    from deepseek.infer.load import load
+
+    _, held_out = split(clean(read_folder(folder))[0], 0.15)
+    functions = [f for f in documented_functions(held_out) if len(f.body) < 600 and len(f.header) < 1200]
+    return asdict(score_bodies(*load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=80))
+
+
+if __name__ == "__main__":
+    main()
