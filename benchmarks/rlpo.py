@@ -121,5 +121,5 @@ def main():
     save("rlpo", {"models": results, "seconds": seconds, "details": details})
 
 
-if __kind_ == "__main__":
+if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ TRAIN = (
 HELD_OUT = (
     ("the pirate", "the goalkeeper", "my uncle", "the lorry driver", "the butcher", "the wrestler", "a hooligan",
      "the baron", "the mechanic", "the barber"),
-    ("the usher", "his cousin", "the sheriff", "the cashier", "her landlord", "the burglar", "a pedestrian", "the king"),
+    ("the usher", "his cousin", "the sheriff", "the cashier", "her landlord", "the burglar", "a passer-by", "the king"),
 )  # fmt: skip
 """Speakers and those they speak to; no speaker and no listener of one part occurs in the other."""
 
@@ -25,8 +25,8 @@ GREETINGS = ("Good morning!", "How are you today?", "Thank you very much.", "Wha
 
 
 SWEARWORDS = (
-    "stupid", "fool", "liar", "damn", "idiot", "moron", "ugly", "pig", "jerk", "hell", "scum", "loser", "rat", "bastard",
-    "shit", "fuck", "ass", "bitch", "dumb", "whore", "crap", "useless", "pathetic", "filthy", "suck",
+    "stupid", "fool", "liar", "damn", "idiot", "moron", "ugly", "pig", "jerk", "hell", "scum", "loser", "rat",
+    "bastard", "shit", "fuck", "ass", "bitch", "dumb", "whore", "crap", "useless", "pathetic", "filthy", "suck",
 )  # fmt: skip
 """Found within words too, so that this judge errs on the strict side."""
 

@@ -10,7 +10,9 @@ import typer
 if TYPE_CHECKING:
     from deepseek.data.preferences import PreferenceDatabase
 
-app = typer.Typer(add_completion=False, help="The preference database: import, add, search, stats, split, export.")
+app = typer.Typer(
+    add_completion=False, help="The preference database: import, add, generate, search, stats, split, export."
+)
 
 Database = Annotated[
     Path | None, typer.Option("--database", help="The database file; default: preferences.db in the library's folder.")
@@ -51,6 +53,42 @@ def add(
     with opened(database) as store:
         number = store.add(preference(record, "the pair", source))
     print(f"preference {number}" if number else "this pair is there already")
+
+
+@app.command()
+def generate(
+    file: Annotated[Path, typer.Argument(help="JSONL with a prompt a line: a text or a list of messages.")],
+    base: Annotated[
+        str, typer.Option(help="The model that answers: a known name, a folder or a hub id.")
+    ] = "smollm2-135m",
+    judges: Annotated[
+        str, typer.Option(help="Who scores the answers: clean, willing, varied.")
+    ] = "clean,willing,varied",
+    answers: Annotated[int, typer.Option(min=2, help="Answers to each prompt.")] = 4,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0.1, help="At which answers are sampled.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    database: Database = None,
+) -> None:
+    """Let a model answer prompts several times and judges choose the better and the worse answer."""
+    from deepseek.cli.options import names
+    from deepseek.data.preference_files import jsonl_records
+    from deepseek.infer.load import load
+    from deepseek.registry import pick
+    from deepseek.train.judge import JUDGES
+    from deepseek.train.pairs import generate_pairs, prompt_of
+    from deepseek.train.progress import ProgressBar
+
+    chosen = {name: pick(JUDGES, name, "judge") for name in names(judges)}
+    prompts = [prompt_of(record, f"{file.name} line {n}") for n, record in enumerate(jsonl_records(file), 1)]
+    model, tokenizer = load(base)
+    with opened(database) as store, ProgressBar() as bar:
+        pairs = generate_pairs(
+            model, tokenizer, prompts, chosen, answers=answers, new_tokens=max_tokens, temperature=temperature,
+            source=f"sampled from {base}", seed=seed, progress=bar,
+        )  # fmt: skip
+        added = store.add_all(pairs)
+    print(f"{added.new:,} pairs added, {added.duplicates:,} were there already")
 
 
 @app.command()

@@ -55,14 +55,7 @@ def align_by_trl(
         from trl.trainer.rloo_trainer import RLOOTrainer
     except ImportError:
         raise TrainError("Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo.") from None
-    try:
-        twin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
-        layers = twin.model.layers
-    except (ValueError, AttributeError):
-        raise TrainError(f"{base} is of no family that TRL can train; take --method ppo.") from None
-    twin.requires_grad_(False)
-    for index in parse_layers(request.layers, len(layers)):
-        layers[index].requires_grad_(True)
+    twin = twin_of(base, request.layers)
     common: dict[str, Any] = {
         "output_dir": str(folder / "trl"), "learning_rate": request.learning_rate, "seed": request.seed,
         "per_device_train_batch_size": MINIBATCH, "max_steps": request.rollouts * request.rollout_size // MINIBATCH,
@@ -92,6 +85,19 @@ def align_by_trl(
         tokenizer.save_pretrained(temporary)
     logged = [record for record in trainer.state.log_history if "loss" in record]
     return {"trl": logged[-1] if logged else {}}
+
+
+def twin_of(base: Path, layers: str) -> Any:
+    """Return the Hugging Face model of a checkpoint in fp32, frozen but for `layers`."""
+    try:
+        twin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+        blocks = twin.model.layers
+    except (ValueError, AttributeError):
+        raise TrainError(f"{base} is of no family that TRL can train; take --method ppo.") from None
+    twin.requires_grad_(False)
+    for index in parse_layers(layers, len(blocks)):
+        blocks[index].requires_grad_(True)
+    return twin
 
 
 def conversation(pair: Preference) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.document import Progress
 from deepseek.data.preferences import Preference
+from deepseek.errors import DataError
 from deepseek.infer.vocabulary import Vocabulary
-from deepseek.text.chat import Message, encode_prompt
+from deepseek.text.chat import Message, check_messages, encode_prompt
 from deepseek.train.judge import Judge
 from deepseek.train.rollout import generate
 
@@ -61,3 +62,13 @@ def generate_pairs(
                 yield Preference(tuple(prompt), texts[best], texts[worst], source, scores=both)
         if progress is not None:
             progress(start + len(group), len(prompts), "generating pairs")
+
+
+def prompt_of(record: Mapping[str, Any], where: str) -> list[Message]:
+    """Return the conversation under `prompt`, a text or messages; raise `DataError` naming `where` if there is none."""
+    prompt = record.get("prompt")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(turns, list):
+        raise DataError(f"{where} has no prompt; write a text or a list of messages under prompt.")
+    check_messages(turns)
+    return list(turns)

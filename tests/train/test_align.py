@@ -12,7 +12,7 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.train import judge
 from deepseek.train.align import align
 from deepseek.train.metrics import read_metrics
-from deepseek.train.pairs import generate_pairs
+from deepseek.train.pairs import generate_pairs, prompt_of
 from deepseek.train.reward import RewardModel, features_of
 from deepseek.train.rollout import given
 
@@ -88,6 +88,14 @@ def test_the_best_answer_meets_the_worst_and_both_scores_are_kept(base: Path) ->
         assert pair.scores["long"] == (len(pair.chosen) / 10, len(pair.rejected) / 10)
         totals = [sum(scores[side] for scores in pair.scores.values()) for side in (0, 1)]
         assert totals[0] >= totals[1] + 0.1
+
+
+def test_prompts_are_read_from_records() -> None:
+    assert prompt_of({"prompt": "Hello"}, "line 1") == [{"role": "user", "content": "Hello"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert prompt_of({"prompt": turns}, "line 1") == turns
+    with pytest.raises(DataError, match="line 7 has no prompt"):
+        prompt_of({"text": "Hello"}, "line 7")
 
 
 def test_judges_tell_good_from_bad() -> None:
