@@ -1,6 +1,6 @@
 """Kill training at random moments, fill its disk, and see whether the result is the same bit for bit.
 
-    python benchmarks/crash.py [--kills 100] [--full 20] [--stages pretrain,adapt] [--json benchmarks/results/crash.json]
+    python benchmarks/crash.py [--kills 100] [--full 20] [--stages pretrain,adapt] [--seconds 240] [--json FILE]
 
 Each stage runs once undisturbed. Then it runs again and again in new folders, is killed (SIGKILL) after a random part
 of its time, checkpoint writing included, and started again until it has ended; its weights must equal those of the

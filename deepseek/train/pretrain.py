@@ -217,8 +217,13 @@ class PretrainRun:
             torch.manual_seed(self.settings.seed)
             for prompt in self.settings.samples:
                 ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+                room = self.model.config.max_position_embeddings - ids.shape[1]
                 written = self.model.generate(
-                    ids, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, pad_token_id=0
+                    ids,
+                    max_new_tokens=max(1, min(SAMPLE_TOKENS, room)),
+                    do_sample=True,
+                    temperature=0.8,
+                    pad_token_id=0,
                 )
                 texts.append(self.tokenizer.decode(written[0]))
         self.model.train()

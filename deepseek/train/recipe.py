@@ -14,6 +14,7 @@ from deepseek.checkpoint.store import atomic_write, home, read_json, write_json
 from deepseek.errors import ConfigError
 from deepseek.registry import pick
 from deepseek.train.adapt import adapt
+from deepseek.train.align import align
 from deepseek.train.expert import train_expert
 from deepseek.train.pretrain import pretrain
 from deepseek.train.runs import write_page
@@ -93,7 +94,7 @@ def _pretrain(*, quiet: bool, resume: str, **settings: Any) -> Path:
     return pretrain(settings, quiet=quiet, resume=resume)
 
 
-STAGES: dict[str, Stage] = {"pretrain": _pretrain, "adapt": adapt, "expert": train_expert}
+STAGES: dict[str, Stage] = {"pretrain": _pretrain, "adapt": adapt, "align": align, "expert": train_expert}
 
 
 def _result(run: Path) -> dict[str, Any]:

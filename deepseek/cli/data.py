@@ -1,0 +1,46 @@
+"""`deepseek data`: training text made from code, and problems made from nothing."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, help="Make training text, as JSONL for --from-jsonl.")
+
+Out = Annotated[Path, typer.Argument(help="JSONL file to write.")]
+
+
+@app.command()
+def code(folder: Annotated[Path, typer.Argument(help="Python files.")], out: Out) -> None:
+    """Documented functions of a folder, each with the tests that call it."""
+    from deepseek.data import clean, read_folder
+    from deepseek.data.functions import documented_functions
+    from deepseek.errors import DataError
+
+    functions = documented_functions(clean(read_folder(folder))[0])
+    if not functions:
+        raise DataError(f"{folder} holds no documented Python functions; give other code, or train on it as it is.")
+    _write(out, ({"text": function.text} for function in functions))
+
+
+@app.command()
+def mathematics(
+    out: Out,
+    count: Annotated[int, typer.Option(min=1, help="Problems.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Same seed, same problems.")] = 0,
+) -> None:
+    """Problems with worked answers, each checked by another computation."""
+    from deepseek.data.mathematics import problems
+
+    _write(out, ({"messages": problem.messages()} for problem in problems(count, seed)))
+
+
+def _write(out: Path, records: Iterable[object]) -> None:
+    import json
+
+    from deepseek.checkpoint.store import atomic_write
+
+    with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        count = sum(1 for record in records if file.write(json.dumps(record, ensure_ascii=False) + "\n"))
+    print(f"{count} records in {out}")

@@ -1,0 +1,51 @@
+"""The commands of training: their mistakes are one sentence, their output is what they made."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepseek.cli.main import main
+from deepseek.data import read_jsonl
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def test_made_text_can_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "problems.jsonl"
+    assert call("data", "mathematics", str(out), "--count", "50") == 0
+    assert len(list(read_jsonl(out))) == 50
+    assert call("data", "code", str(Path(__file__).parents[2] / "deepseek" / "data"), str(tmp_path / "f.jsonl")) == 0
+    assert "records in" in capsys.readouterr().out
+    assert any("def " in document.text for document in read_jsonl(tmp_path / "f.jsonl"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.py").write_text("x = 1\n")
+    assert call("data", "code", str(tmp_path / "empty"), str(tmp_path / "g.jsonl")) == 2
+
+
+def test_a_plan_is_printed_and_written_for_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ds.json"
+    assert call("plan", "--preset", "deepseek-8b", "--gpus", "256", "--deepspeed", str(path)) == 0
+    printed = capsys.readouterr().out
+    assert "on 256 h100: " in printed and "efficiency" in printed and printed.count("%") == 9
+    config = json.loads(path.read_text())
+    assert config["zero_optimization"]["stage"] == 3 and config["train_batch_size"] == 512
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("pretrain", "--config", "nowhere.yaml"), "nowhere.yaml does not exist"),
+        (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
+        (("adapt",), "no text to learn from"),
+        (("plan", "--preset", "deepseek-9b"), "perhaps 'deepseek-8b'"),
+        (("runs", "show", "nothing"), "There is no run 'nothing'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*words) == 2
+    assert complaint in capsys.readouterr().err
