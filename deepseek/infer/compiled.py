@@ -53,7 +53,7 @@ class CompiledRunner:
         return -(-length // PAGE) * self._shape.nbytes + 12 * _members(armed)
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> CompiledState:
-        return CompiledState(self._shape, armed, _members(armed))
+        return CompiledState(self._shape, armed, _members(armed), capacity)
 
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
         states = [chunk.state for chunk in chunks]

@@ -1,5 +1,6 @@
 """Keys and values of one sequence for the compiled runner, in pages of 64 tokens."""
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +10,23 @@ from deepseek.kernels.decode.state import PAGE
 from deepseek.kernels.int8 import GROUP
 from deepseek.model.experts.armed import ArmedExperts
 
+HUGE = 1 << 21
+SLAB = 8  # most pages that a state gets at once
+
 Page = np.ndarray  # bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then values [K/64, 32, 64, 2]
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """Return zeroed memory `[nbytes]` that begins at a cache line."""
-    memory = np.zeros(nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
+    """Return zeroed memory `[nbytes]` that begins at a cache line; in huge pages, whose addresses are found sooner."""
+    if nbytes < HUGE:
+        memory = np.zeros(nbytes + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+    else:
+        mapped = mmap.mmap(-1, nbytes + HUGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        memory = np.frombuffer(mapped, np.uint8)
+        start = -memory.ctypes.data % HUGE
     return memory[start : start + nbytes]
 
 
@@ -30,8 +41,9 @@ class PageShape:
     def nbytes(self) -> int:
         return self.planes * 2 * PAGE * self.width * 2
 
-    def new(self) -> Page:
-        return aligned(self.nbytes).view(np.uint16).reshape(self.planes, 2, PAGE * self.width)
+    def new(self, count: int) -> list[Page]:
+        """Return empty pages."""
+        return list(aligned(count * self.nbytes).view(np.uint16).reshape(count, self.planes, 2, PAGE * self.width))
 
     def copy_token(self, source: Page, slot: int, target: Page, place: int) -> None:
         """Copy what one token left in `source` to another place."""
@@ -63,8 +75,8 @@ class PageSegment:
 class CompiledState:
     """Pages of one sequence, its experts, and the running sums `[members, 3]` of their gates."""
 
-    def __init__(self, shape: PageShape, armed: ArmedExperts | None, members: int) -> None:
-        self.shape, self.armed = shape, armed
+    def __init__(self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int) -> None:
+        self.shape, self.armed, self.capacity = shape, armed, capacity
         self.sums = np.zeros((members, 3), np.float32)
         self.pages: list[Page] = []
         self._length = 0
@@ -79,8 +91,10 @@ class CompiledState:
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens."""
-        while len(self.pages) * PAGE < self._length + count:
-            self.pages.append(self.shape.new())
+        missing = -(-(self._length + count) // PAGE) - len(self.pages)
+        if missing > 0:
+            rest = -(-self.capacity // PAGE) - len(self.pages)  # that it may ever need
+            self.pages += self.shape.new(max(missing, min(SLAB, rest)))
 
     @property
     def addresses(self) -> list[int]:
@@ -92,7 +106,7 @@ class CompiledState:
         self._length += count
 
     def segment(self, start: int) -> PageSegment:
-        return PageSegment(self.shape, tuple(self.pages[start // PAGE :]), start, self._length, self.sums.copy())
+        return PageSegment(self.shape, tuple(self.pages[start // PAGE : -(-self._length // PAGE)]), start, self._length, self.sums.copy())
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, PageSegment)
@@ -100,7 +114,7 @@ class CompiledState:
         while token < segment.stop:
             source = segment.pages[token // PAGE - first]
             if token % PAGE == 0 and self._length % PAGE == 0 and token + PAGE <= segment.stop:
-                self.pages.append(source)
+                self.pages.insert(self._length // PAGE, source)
                 step = PAGE
             else:
                 self.reserve(1)

@@ -4,6 +4,9 @@ A rounded row of G groups lies in memory as 64 G bytes, G scales in fp32 and G c
 `kernels/int8.py`). Rows are given by a table of their addresses. What a row gets never depends on the rows beside it.
 """
 
+import platform
+import sys
+
 import numpy as np
 from numba import carray, njit, types
 
@@ -21,21 +24,37 @@ from deepseek.kernels.decode.vector import (
 from deepseek.kernels.few_tokens import pointer, sigmoid, thread_count
 from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, LANES
 
+# Linux's call for sleeping until a number in memory changes; elsewhere the thread only yields.
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
+_WAIT, _WAKE, _ALL = 0, 1, 1 << 30
+_syscall = openmp.external("syscall", types.int64(*[types.int64] * 7))
 _yield = openmp.external("sched_yield", types.int32())
 
-SPINS = 2000  # looks at the barrier before the core is offered to whoever else wants it
+SPINS = 4000  # looks at the barrier before the core is given to whoever else wants it
 
 
 @njit(error_model="numpy")
 def barrier(counter):  # type: ignore[no-untyped-def]
-    """Wait until every thread has called this with the same counter."""
-    threads = thread_count()
-    goal = (arrive(counter, 1) // threads + 1) * threads
-    spins = 0
-    while look(counter) < goal:
+    """Wait until every thread has called this; `counter` is the address of two numbers, at first 0.
+
+    The first counts arrivals, the second those that sleep. Waiting is short where cores are free, so a thread looks for
+    a while before it sleeps.
+    """
+    threads, sleepers = thread_count(), counter + 8
+    before = arrive(counter, 1)
+    goal = (before // threads + 1) * threads
+    if before + 1 == goal and look(sleepers) > 0:
+        arrive(sleepers, -look(sleepers))
+        _syscall(_FUTEX, counter, _WAKE, _ALL, 0, 0, 0)
+    spins, seen = 0, look(counter)
+    while seen < goal:
         spins += 1
-        if spins > SPINS:
+        if spins > SPINS and _FUTEX:
+            arrive(sleepers, 1)
+            _syscall(_FUTEX, counter, _WAIT, seen, 0, 0, 0)  # returns at once if the number is not `seen` any more
+        elif spins > SPINS:
             _yield()
+        seen = look(counter)
 
 
 @njit(error_model="numpy")
