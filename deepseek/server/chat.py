@@ -103,4 +103,5 @@ class ChatChunks(Chunks):
         message = choice.pop("delta")
         if message.get("tool_calls"):
             message["content"] = message["content"] or None
+            message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in message["tool_calls"]]
         return {**super().finished(choice), "message": message}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from secrets import token_urlsafe
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -34,7 +34,7 @@ POLICY = (
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 LOGIN_PAGE = Path(__file__).parent / "static" / "login.html"
@@ -165,7 +165,8 @@ def check_host(headers: Headers, service: Service) -> None:
 
     Addresses are no names, so nothing can point them elsewhere; they are always accepted.
     """
-    name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    found = re.match(r"\[([^\]]*)\]|[^:]*", headers.get("host", ""))
+    name = (found[1] or found[0]).lower() if found else ""
     if name not in {"localhost", service.settings.host, *service.settings.hosts} and not is_address(name):
         raise ApiError(
             421,
@@ -186,7 +187,7 @@ def is_address(name: str) -> bool:
 def check_origin(headers: Headers) -> None:
     """Refuse what a page of another site sends; programs send no `Origin`."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
         raise ApiError(403, "Another site must not send requests here.", code="foreign_origin")
 
 

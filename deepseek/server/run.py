@@ -110,6 +110,7 @@ def listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(2048)  # whoever comes before the event loop runs waits a moment
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -42,15 +42,16 @@ async function answer(model) {
   const asked = { role: "user", content: text };
   turn("user", "you").said.textContent = text;
   const { made, said } = turn("assistant", model);
-  const spoken = new Map();
+  let spoken = new Map();
   let whole = "";
   busy(new AbortController());
   try {
     const body = {
-      model, messages: [...messages, asked], stream: true, experts: { deny: denied() },
+      model, messages: [...messages, asked], stream: true, stream_options: { include_usage: true }, experts: { deny: denied() },
       temperature: Number(byId("temperature").value), max_tokens: Number(byId("tokens").value),
     };
     for await (const chunk of events("POST", "/v1/chat/completions", body, running.signal)) {
+      if (chunk.usage) spoken = counted(chunk);
       const [choice] = chunk.choices;
       const piece = choice?.delta.content;
       if (!piece) continue;
@@ -64,6 +65,12 @@ async function answer(model) {
   messages.push(asked, { role: "assistant", content: whole });
   made.append(legend(spoken));
   busy(null);
+}
+
+// Tokens without a text of their own (parts of a character) count too, so the server's word goes over ours.
+function counted({ usage, experts }) {
+  const byExperts = Object.values(experts).reduce((sum, count) => sum + count, 0);
+  return new Map([...Object.entries(experts), [null, usage.completion_tokens - byExperts]].filter(([, count]) => count));
 }
 
 function say(said, piece, expert) {

@@ -1,0 +1,378 @@
+"""Who may do what, what is too much, and what happens at the end: the server as an operator sees it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from live_server import Live, live, save_model
+from tiny_expert import save_expert
+
+from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.errors import ConfigError
+from deepseek.infer.load import load
+from deepseek.server.errors import ApiError
+from deepseek.server.prompt import time_limit
+from deepseek.server.run import listen
+from deepseek.server.schema import Tool
+from deepseek.server.service import Settings
+from deepseek.server.tools import Calling
+
+USER, ADMIN = "user-key", "admin-key"
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def text_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to teach from, with text in `notes` and a link that leads out."""
+    root = tmp_path_factory.mktemp("text")
+    (root / "notes").mkdir()
+    for number in range(20):
+        text = " ".join(f"the router {number * place % 97} returns the value of the expert" for place in range(30))
+        (root / "notes" / f"{number}.txt").write_text(text)
+    (root / "out").symlink_to("/etc")
+    (root / "linked").mkdir()
+    (root / "linked" / "passwd").symlink_to("/etc/passwd")
+    return root
+
+
+@pytest.fixture(scope="module")
+def keyed(served_folder: Path, text_root: Path) -> Iterator[Live]:
+    """A server with a user and an admin key, small limits, and a folder to teach from."""
+    settings = Settings(
+        api_keys=frozenset({USER}), admin_keys=frozenset({ADMIN}), max_body=200_000, max_upload=60_000,
+        hosts=frozenset({"models.example"}), teach_root=text_root,
+    )  # fmt: skip
+    with live(served_folder, settings, max_waiting=4, max_running=2) as running:
+        yield running
+
+
+ROUTES = [
+    ("GET", "/"), ("GET", "/ready"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/tokenizer_info"),
+    ("GET", "/static/app.js"), ("GET", "/v1/models"), ("GET", "/v1/experts"), ("GET", "/v1/me"), ("GET", "/v1/teach"),
+    ("GET", "/v1/preferences"), ("GET", "/nope"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"), ("POST", "/v1/embeddings"), ("POST", "/v1/experts"), ("POST", "/v1/experts/upload"),
+    ("POST", "/v1/experts/arm"), ("DELETE", "/v1/experts/one"), ("POST", "/v1/teach"), ("POST", "/v1/preferences"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Cookie": "deepseek_session=x"}])
+def test_without_the_key_nothing_is_served(keyed: Live, method: str, path: str, header: dict[str, str]) -> None:
+    with keyed.http() as http:
+        assert http.request(method, path, headers=header).status_code == 401
+
+
+CHANGING = [
+    ("POST", "/v1/experts", {"name": "one"}), ("POST", "/v1/experts/upload", {}), ("DELETE", "/v1/experts/one", None),
+    ("POST", "/v1/experts/arm", {"arm": "auto"}), ("POST", "/v1/teach", {"name": "x", "kind": "folder"}),
+    ("DELETE", "/v1/teach", None), ("GET", "/v1/teach", None), ("POST", "/v1/preferences/1", {"choice": 0}),
+    ("POST", "/v1/preferences", {"prompt": CHAT["messages"], "chosen": "a", "rejected": "b"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGING)
+def test_what_changes_the_server_needs_the_admin_key(keyed: Live, method: str, path: str, body: Any) -> None:
+    with keyed.http(USER) as http:
+        assert http.request(method, path, json=body).status_code == 403
+
+
+def test_health_needs_no_key_and_both_keys_serve(keyed: Live) -> None:
+    with keyed.http() as http:
+        assert http.get("/health").json() == {"status": "ok"}
+    for key in (USER, ADMIN):
+        with keyed.http(key) as http:
+            assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_the_page_asks_for_the_key_and_keeps_a_session(keyed: Live) -> None:
+    with keyed.http() as http:
+        asked = http.get("/")
+        assert asked.status_code == 401
+        assert "password" in asked.text
+        assert http.post("/login", data={"key": "wrong"}).status_code == 401
+        entered = http.post("/login", data={"key": USER})
+        assert entered.status_code == 303
+        assert {"HttpOnly", "SameSite=strict"} <= set(entered.headers["set-cookie"].split("; "))
+        assert USER not in entered.headers["set-cookie"]
+        assert http.get("/").status_code == 200
+        assert http.get("/v1/me").json()["admin"] is False
+        assert http.post("/v1/experts", json={"name": "one"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 421), ("localhost.evil.example", 421), ("", 421), ("evil.example:80", 421), ("[", 421),
+        ("127.0.0.1", 200), ("localhost:123", 200), ("[::1]:80", 200), ("models.example", 200), ("10.0.0.7:8000", 200),
+    ],
+)  # fmt: skip
+def test_foreign_names_are_refused(keyed: Live, host: str, status: int) -> None:
+    with keyed.http() as http:
+        assert http.get("/health", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", ""])
+def test_other_sites_cannot_send(keyed: Live, origin: str) -> None:
+    with keyed.http(ADMIN) as http:
+        assert http.post("/v1/experts/arm", json={"arm": "auto"}, headers={"Origin": origin}).status_code == 403
+        same = {"Origin": keyed.url}
+        assert http.post("/v1/experts/arm", json={"arm": "auto"}, headers=same).status_code == 200
+
+
+def test_bodies_have_a_limit(keyed: Live) -> None:
+    long = json.dumps({**CHAT, "messages": [{"role": "user", "content": "x" * 300_000}]})
+    kind = {"Content-Type": "application/json"}
+
+    def pieces() -> Iterator[bytes]:
+        yield from (long[start : start + 50_000].encode() for start in range(0, len(long), 50_000))
+
+    with keyed.http(USER) as http:
+        assert http.post("/v1/chat/completions", content=long, headers=kind).status_code == 413
+        told = http.post("/v1/chat/completions", content=pieces(), headers=kind)  # a length that is not told
+        assert (told.status_code, told.json()["error"]["type"]) == (413, "invalid_request_error")
+        assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+    with keyed.http(ADMIN) as http:
+        assert http.post("/v1/experts/upload", content=b"x" * 70_000).status_code == 413
+
+
+def test_replies_carry_a_strict_policy(keyed: Live) -> None:
+    with keyed.http(USER) as http:
+        for path in ("/", "/health", "/v1/models", "/nope"):
+            headers = http.get(path).headers
+            assert "default-src 'none'" in headers["content-security-policy"]
+            assert headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("name", ["../tiny/model", "..%2ftiny", "/etc/passwd", "nobody", "one.safetensors", "%00", "ü"])
+def test_no_path_of_a_client_is_opened(keyed: Live, name: str) -> None:
+    with keyed.http(ADMIN) as http:
+        assert http.post("/v1/experts", json={"name": name}).status_code in (400, 404)
+        assert http.get(f"/v1/experts/{name}").status_code in (400, 404)
+        assert http.get(f"/static/{name}").status_code == 404
+        assert http.get("/static/../app.py").status_code == 404
+
+
+def test_experts_come_and_go(keyed: Live) -> None:
+    with keyed.http(ADMIN) as http:
+        assert http.get("/v1/experts").json()["available"] == ["one", "two"]
+        plugged = http.post("/v1/experts", json={"name": "one"})
+        assert (plugged.status_code, plugged.json()["armed"]) == (201, True)
+        assert http.post("/v1/experts", json={"name": "one"}).status_code == 409
+        assert http.get("/v1/experts").json()["available"] == ["two"]
+        assert http.get("/v1/experts/one").json()["manifest"]["licence"] == "Apache-2.0"
+        assert http.get("/v1/experts/two").json()["plugged"] is False
+        assert http.post("/v1/chat/completions", json=CHAT).json()["experts"] == {"one": 2}
+        assert http.post("/v1/experts/arm", json={"arm": []}).json()["armed"] == []
+        assert http.post("/v1/chat/completions", json=CHAT).json()["experts"] == {}
+        assert http.post("/v1/experts/arm", json={"arm": ["nobody"]}).status_code == 400
+        assert http.post("/v1/experts/arm", json={"arm": "auto"}).json()["armed"] == ["one"]
+        assert http.delete("/v1/experts/one").status_code == 200
+        assert http.delete("/v1/experts/one").status_code == 404
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["tiny", "tiny+none"]
+
+
+def test_an_uploaded_pack_is_checked_and_plugged(keyed: Live) -> None:
+    pack = (keyed.folder / "two.safetensors").read_bytes()
+    with keyed.http(ADMIN) as http:
+        for bad in (b"", b"PK\x03\x04", pack[:-1], pack[:3000] + b"\xff" + pack[3001:]):
+            refused = http.post("/v1/experts/upload", content=bad)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_pack")
+            assert "/tmp" not in refused.text
+        assert http.post("/v1/experts/upload", content=pack).json()["name"] == "two"
+        assert http.post("/v1/experts/upload", content=pack).status_code == 400  # it is there already
+        assert http.delete("/v1/experts/two").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["..", "/etc", "out", "linked", "notes/../..", "missing", "\u0000", "a" * 5000])
+def test_text_outside_the_teach_root_is_refused(keyed: Live, path: str) -> None:
+    with keyed.http(ADMIN) as http:
+        assert http.post("/v1/teach", json={"name": "x", "kind": "folder", "path": path}).status_code == 400
+
+
+def test_preferences_are_reviewed_and_recorded(keyed: Live) -> None:
+    path = keyed.service.settings.preferences
+    database = PreferenceDatabase(path)
+    number = database.add(Preference(({"role": "user", "content": "q"},), "worse", "better", "file"))
+    with keyed.http(ADMIN) as http:
+        shown = http.get("/v1/preferences").json()
+        assert (shown["pair"]["id"], shown["pair"]["answers"]) == (number, ["better", "worse"])
+        assert http.post(f"/v1/preferences/{number}", json={"choice": 0, "reviewer": "me"}).status_code == 200
+        assert http.get("/v1/preferences").json() == {"object": "preference", "pair": None, "pairs": 1, "reviewed": 1}
+        new = {"prompt": CHAT["messages"], "chosen": "x", "rejected": "y"}
+        assert http.post("/v1/preferences", json=new).json()["new"] is True
+        assert http.post("/v1/preferences", json=new).json()["new"] is False
+        assert http.post("/v1/preferences", json={**new, "rejected": "x"}).status_code == 400
+        assert http.post("/v1/preferences/999", json={"choice": 0}).status_code == 400
+    judged = database.get(number or 0)
+    assert (judged.chosen, judged.rejected, judged.scores["me"]) == ("better", "worse", (1.0, 0.0))
+    assert len(database.history(number or 0)) == 1
+    database.close()
+
+
+def test_a_full_queue_says_when_to_come_back(keyed: Live) -> None:
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        with keyed.http(USER) as http:
+            replies.append(http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 200}))
+
+    threads = [threading.Thread(target=ask) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    statuses = {reply.status_code for reply in replies}
+    assert statuses == {200, 429}
+    assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies if reply.status_code == 429)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(keyed: Live, stream: bool) -> None:
+    body = {**CHAT, "max_tokens": 700, "stream": stream, "logit_bias": {"2": -100}}
+    before = keyed.engine.stats().finished.get("cancelled", 0)
+    with socket.create_connection(("127.0.0.1", int(keyed.url.rsplit(":", 1)[1]))) as connection:
+        content = json.dumps(body)
+        connection.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {USER}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
+        )
+        while not keyed.engine.stats().running:
+            time.sleep(0.002)
+    deadline = time.monotonic() + 20
+    while keyed.engine.stats().finished.get("cancelled", 0) == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert keyed.engine.stats().finished.get("cancelled", 0) == before + 1
+
+
+def test_metrics_count_replies_tokens_and_experts(keyed: Live) -> None:
+    with keyed.http(USER) as http:
+        http.post("/v1/chat/completions", json=CHAT)
+        text = http.get("/metrics").text
+    assert 'deepseek_http_requests_total{route="/v1/chat/completions",status="200"}' in text
+    tokens = re.search(r'deepseek_tokens_total\{kind="completion"\} ([0-9.]+)', text)
+    assert tokens
+    assert float(tokens[1]) >= 2
+    assert "deepseek_experts_plugged 0.0" in text
+
+
+def test_an_answer_that_takes_too_long_is_given_up(served_folder: Path) -> None:
+    with live(served_folder, Settings(request_seconds=0.05)) as server, server.http() as http:
+        body = {**CHAT, "max_tokens": 700, "logit_bias": {"2": -100}}
+        reply = http.post("/v1/chat/completions", json=body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+        with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+            assert '"code":"timeout"' in stream.read().decode()
+
+
+def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
+    with keyed.http(ADMIN) as http:
+        asked = {"name": "notes", "kind": "folder", "path": "notes", "tokens": 2048, "layers": "last:1"}
+        assert http.post("/v1/teach", json=asked).status_code == 202
+        assert http.post("/v1/teach", json={**asked, "name": "more"}).status_code == 409
+        with http.stream("GET", "/v1/teach/events", timeout=120) as stream:
+            told = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+        assert http.delete("/v1/teach").json()["name"] == "notes"  # nothing is under way any more
+        names = [info["name"] for info in http.get("/v1/experts").json()["data"]]
+        assert http.post("/v1/teach", json=asked).status_code == 409  # the name is taken
+        http.delete("/v1/experts/notes")
+    assert [told[0]["state"], told[-1]["state"]] == ["running", "plugged"], told[-1]
+    assert names == ["notes"]
+    assert told[-1]["losses"]
+    assert told[-1]["held_out"]
+
+
+def test_a_template_has_a_time_limit() -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    bomb = "{% for a in range(90000) %}{% for b in range(90000) %}{% set c = a %}{% endfor %}{% endfor %}"
+    template = ImmutableSandboxedEnvironment().from_string(bomb)
+    started = time.monotonic()
+    with pytest.raises(ApiError, match="took longer"), time_limit(0.1):
+        template.render()
+    assert time.monotonic() - started < 5
+    with time_limit(5):
+        assert ImmutableSandboxedEnvironment().from_string("{{ 1 + 1 }}").render() == "2"
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("plain", 5, []),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', 0, [{"name": "f", "arguments": '{"a": 1}'}]),
+        ('Sure.\n<tool_call>\n{"name": "f", "arguments": {}}', 6, [{"name": "f", "arguments": "{}"}]),
+        ('{"name": "f", "parameters": {"a": 2}}', 0, [{"name": "f", "arguments": '{"a": 2}'}]),
+        ('{"name": "g", "arguments": {}}', 0, []),
+        ("a < b <tool", 6, []),
+        ("<tool_call>nonsense</tool_call>", 0, []),
+    ],
+)
+def test_calls_are_read_out_of_texts(text: str, content: int, calls: list[dict[str, str]]) -> None:
+    calling = Calling((Tool.model_validate({"type": "function", "function": {"name": "f"}}),))
+    assert calling.content_length(text) == content
+    assert calling.read(text) == calls
+    for end in range(len(text)):  # what was certain stays so
+        assert text[: calling.content_length(text[:end])] == text[: min(calling.content_length(text[:end]), len(text))]
+
+
+def test_addresses_are_checked_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="a key is needed"):
+        listen(Settings(host="0.0.0.0"))
+    with listen(Settings(port=0)) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"Port {port} .* is taken"):
+            listen(Settings(port=port))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`deepseek serve` in a process of its own, ready."""
+    folder = tmp_path_factory.mktemp("command")
+    base = save_model(folder / "tiny")
+    save_expert(load(base, dtype="float32"), "one", folder, 1)
+    arguments = ["serve", str(base), "--port", "0", "--experts", str(folder / "one.safetensors")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deepseek", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+        assert found
+        loading = set()
+        while (ready := httpx.get(f"{found[0]}/ready", timeout=30)).status_code != 200:
+            loading.add((ready.status_code, ready.json()["error"]["code"], ready.headers["retry-after"]))
+            time.sleep(0.02)
+        assert loading == {(503, "loading", "1")}
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_signal_lets_answers_end_and_takes_no_more(command: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = command
+    body = {**CHAT, "max_tokens": 600, "stream": True, "logit_bias": {"2": -100}, "model": "tiny+one"}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        refused = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert "retry-after" in refused.headers
+        told = [line for line in lines if line]
+    assert told[-1] == "data: [DONE]"
+    assert json.loads(told[-2][6:])["choices"][0]["finish_reason"] == "length"
+    assert process.wait(20) == 0
