@@ -1,5 +1,6 @@
 """Pre-training: from files to a model folder, resumed bit for bit, its settings checked."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from train.tiny_pretrain import settings
 
 import deepseek
 from deepseek.checkpoint import store
-from deepseek.errors import ConfigError, DataError
+from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.train import loop
 from deepseek.train.metrics import read_metrics
 from deepseek.train.pretrain import PretrainSettings
@@ -110,3 +111,21 @@ def test_a_dry_run_estimates_and_writes_nothing(
     huge = settings(domains, tmp_path, model={"preset": "deepseek-175b"})
     deepseek.pretrain(huge, dry_run=True)
     assert "more than this machine has free" in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_with_a_sentence_and_costs_nothing(
+    whole: Path, domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, save = settings(domains, tmp_path), store.save_state
+
+    def full(folder: Path, *arguments: object) -> None:
+        if folder.name == "step-00000009":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainError, match="checkpoint step-00000009 was not written"):
+        patch.setattr(store, "save_state", full)
+        deepseek.pretrain(config, quiet=True)
+    deepseek.pretrain(config, quiet=True)
+    same = [(f / "model" / "model.safetensors").read_bytes() for f in (tmp_path, whole)]
+    assert same[0] == same[1]
