@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+import numpy as np
 
 from deepseek.errors import ConfigError
 from deepseek.infer.prefix import block_keys
 from deepseek.infer.request import FinishReason, Request, TokenEvent, TokenLogprob, Usage
 from deepseek.infer.runner import Chunk, Keep, SequenceState
-from deepseek.infer.sampler import Sampler
+from deepseek.infer.sampler import Logits, Sampler
 from deepseek.infer.vocabulary import TextStream, Vocabulary
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.transformer import DeepSeekModel
@@ -80,7 +80,7 @@ class ActiveSequence:
         keep: Keep = "all" if self.request.prompt_logprobs else "last" if stop == len(prompt) else "none"
         return Chunk(self.state, prompt[start:stop], keep)
 
-    def advance(self, logits_RV: Tensor, experts: Sequence[str | None]) -> TokenEvent | None:
+    def advance(self, logits_RV: Logits, experts: Sequence[str | None]) -> TokenEvent | None:
         """Take in what the runner said about the chunk, and return the token that it leads to, if it does.
 
         Args:
@@ -99,7 +99,7 @@ class ActiveSequence:
         self.finish_reason = reason
         return TokenEvent(None, self._text.flush(), finish_reason=reason, error=error)
 
-    def _speak(self, logits_V: Tensor, expert: str | None) -> TokenEvent:
+    def _speak(self, logits_V: Logits, expert: str | None) -> TokenEvent:
         """Choose the next token."""
         wanted = self.request.logprobs
         self._token = token = self._sampler.next_token(logits_V, self._matcher.allowed() if self._matcher else None)
@@ -143,12 +143,15 @@ def activate(request: Request, model: DeepSeekModel, vocabulary: Vocabulary, blo
     return ActiveSequence(request, armed, vocabulary, capacity, block)
 
 
-def logprobs(logits_RV: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
+def logprobs(logits_RV: Logits, targets: Sequence[int], top: int) -> list[TokenLogprob]:
     """Return for each row the log probability of its target and of the `top` likeliest tokens."""
-    logs_RV = logits_RV.log_softmax(-1)
-    values, ids = logs_RV.topk(top)
-    likeliest = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [
-        TokenLogprob(target, float(logs_V[target]), tops)
-        for target, logs_V, tops in zip(targets, logs_RV, likeliest, strict=True)
-    ]
+    return [row_logprob(logits_V, target, top) for logits_V, target in zip(logits_RV, targets, strict=True)]
+
+
+def row_logprob(logits_V: Logits, target: int, top: int) -> TokenLogprob:
+    """Return the log probability of `target` and of the `top` likeliest tokens."""
+    logs_V = logits_V - logits_V.max()
+    logs_V -= np.log(np.exp(logs_V).sum(dtype=np.float64)).astype(np.float32)
+    ids = np.argpartition(-logs_V, top)[:top] if top else np.array([], np.int64)
+    likeliest = sorted(zip(logs_V[ids].tolist(), ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    return TokenLogprob(target, float(logs_V[target]), tuple((token, log) for log, token in likeliest))

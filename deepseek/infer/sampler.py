@@ -1,16 +1,22 @@
-"""From logits to the next token."""
+"""From logits to the next token.
+
+In NumPy, one sequence at a time: the processor's cores belong to the forward pass, and threads that wait for each other
+would cost more than they save on one row of logits.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from deepseek.errors import ConfigError
 
-FEW = 256
-"""Likeliest tokens that are looked at first when the others are to be cut off."""
+Logits = NDArray[np.float32]
+
+FLOOR = 1e-3
+"""Tokens less likely than this beside the likeliest are looked at only when those above it are too few."""
 
 COLD = 1e-4
 """Temperatures below this choose the likeliest token; dividing by them would overflow."""
@@ -73,70 +79,81 @@ class Sampler:
         self.sampling = sampling
         self._prompt = list(prompt_ids)
         self._written: Counter[int] = Counter()
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
+        self._generator = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
 
-    def next_token(self, logits_V: Tensor, allowed_V: Tensor | None = None) -> int:
+    def next_token(self, logits_V: Logits, allowed_V: NDArray[np.bool_] | None = None) -> int:
         """Return the id of the next token and count it as written.
 
         Args:
-            logits_V: its logits `[V]` in fp32, on the CPU.
+            logits_V: its logits `[V]`.
             allowed_V: False at tokens that must not come; None allows all.
         """
         logits_V = self._adjust(logits_V)
         if allowed_V is not None:
-            logits_V = logits_V.masked_fill(~allowed_V, -torch.inf)
+            logits_V = np.where(allowed_V, logits_V, -np.inf)
         if self.sampling.temperature < COLD:
             token = int(logits_V.argmax())
         else:
-            probabilities_V = torch.softmax(logits_V / self.sampling.temperature, dim=-1)
-            token = draw(truncate(probabilities_V, self.sampling), self._generator)
+            weights_V = np.exp((logits_V - logits_V.max()) / np.float32(self.sampling.temperature))
+            ids = admitted(weights_V, self.sampling)
+            token = draw(weights_V, self._generator) if ids is None else int(ids[draw(weights_V[ids], self._generator)])
         self._written[token] += 1
         return token
 
-    def _adjust(self, logits_V: Tensor) -> Tensor:
+    def _adjust(self, logits_V: Logits) -> Logits:
         """Return the logits with penalties and biases."""
-        wanted = self.sampling
+        wanted, written = self.sampling, list(self._written)
         if wanted.repetition_penalty != 1.0:
-            logits_V = penalise(logits_V, torch.tensor([*self._prompt, *self._written]), wanted.repetition_penalty)
-        if self._written and (wanted.presence_penalty or wanted.frequency_penalty):
-            counts = torch.tensor(list(self._written.values()))
-            malus = wanted.presence_penalty + wanted.frequency_penalty * counts
-            logits_V = logits_V.index_add(0, torch.tensor(list(self._written)), -malus)
+            logits_V = penalise(logits_V, [*self._prompt, *written], wanted.repetition_penalty)
+        if written and (wanted.presence_penalty or wanted.frequency_penalty):
+            counts = np.array(list(self._written.values()))
+            logits_V = raised(logits_V, written, -(wanted.presence_penalty + wanted.frequency_penalty * counts))
         if wanted.logit_bias:
-            bias = torch.tensor(list(wanted.logit_bias.values()))
-            logits_V = logits_V.index_add(0, torch.tensor(list(wanted.logit_bias)), bias)
+            logits_V = raised(logits_V, list(wanted.logit_bias), np.array(list(wanted.logit_bias.values())))
         return logits_V
 
 
-def penalise(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalise(logits_V: Logits, seen: Sequence[int], penalty: float) -> Logits:
     """Make tokens that were `seen` less likely: positive logits are divided by `penalty`, negative multiplied."""
-    values = logits_V[seen]
-    return logits_V.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+    ids, changed_V = np.array(seen, dtype=np.int64), logits_V.copy()
+    values = logits_V[ids]
+    changed_V[ids] = np.where(values > 0, values / penalty, values * penalty)
+    return changed_V
 
 
-def truncate(probabilities_V: Tensor, sampling: Sampling) -> Tensor:
-    """Return `probabilities_V` with all but the tokens that top-k, top-p and min-p admit set to 0 (unnormalised)."""
+def raised(logits_V: Logits, ids: Sequence[int], added: NDArray[np.float64]) -> Logits:
+    """Return the logits with `added` to those of `ids`, all different."""
+    changed_V = logits_V.copy()
+    changed_V[np.array(ids)] += added.astype(np.float32)
+    return changed_V
+
+
+def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
+    """Return the tokens that top-k, top-p and min-p all admit, likeliest first; None if every token is.
+
+    Args:
+        weights_V: probabilities up to a common factor.
+    """
     if sampling.top_p == 1.0 and sampling.min_p == 0.0 and not sampling.top_k:
-        return probabilities_V
-    # Few tokens are admitted as a rule, and finding these is much faster than sorting the vocabulary.
-    for count in (min(FEW, len(probabilities_V)), len(probabilities_V)):
-        ordered, ids = probabilities_V.topk(count)
-        keep = ordered.cumsum(-1) - ordered < sampling.top_p  # the token that crosses the threshold still counts
-        keep &= ordered >= sampling.min_p * ordered[0]
-        if sampling.top_k:
-            keep[sampling.top_k :] = False
-        if not keep[-1]:
-            break
-    return torch.zeros_like(probabilities_V).index_put((ids[keep],), ordered[keep])
+        return None
+    nucleus = sampling.top_p * weights_V.sum(dtype=np.float64) if sampling.top_p < 1.0 else np.inf
+    # Few tokens are admitted as a rule, and these are found among the likely ones, without sorting the vocabulary.
+    ids = np.flatnonzero(weights_V >= FLOOR * weights_V.max())
+    enough = sampling.min_p >= FLOOR or 0 < sampling.top_k <= len(ids) or weights_V[ids].sum(dtype=np.float64) > nucleus
+    if not enough:
+        ids = np.arange(len(weights_V))
+    ids = ids[np.argsort(-weights_V[ids], kind="stable")]
+    ordered = weights_V[ids].astype(np.float64)
+    keep = ordered.cumsum() - ordered < nucleus  # the token that crosses the threshold still counts
+    keep &= ordered >= sampling.min_p * ordered[0]
+    if sampling.top_k:
+        keep[sampling.top_k :] = False
+    return ids[keep]
 
 
-def draw(weights_V: Tensor, generator: torch.Generator) -> int:
+def draw(weights_V: Logits, generator: np.random.Generator) -> int:
     """Return an index with probability proportional to its weight, from one random number."""
-    sums_V = weights_V.double().cumsum(-1)
-    point = torch.rand((), generator=generator, dtype=torch.double) * sums_V[-1]
+    sums_V = weights_V.cumsum(dtype=np.float64)
+    point = generator.random() * sums_V[-1]
     # The first sum above the point; the point may round up to the last sum, whose first place is meant then.
-    return int(min(torch.searchsorted(sums_V, point, right=True), torch.searchsorted(sums_V, sums_V[-1])))
+    return int(min(np.searchsorted(sums_V, point, "right"), np.searchsorted(sums_V, sums_V[-1])))

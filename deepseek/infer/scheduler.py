@@ -8,6 +8,7 @@ from deepseek.infer.active import ActiveSequence
 from deepseek.infer.prefix import PrefixCache
 from deepseek.infer.request import FinishReason
 from deepseek.infer.runner import Chunk, Runner
+from deepseek.infer.sampler import Logits
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
@@ -65,11 +66,11 @@ class Scheduler:
             return
         output = self.runner.forward([chunk for _, chunk in batch])
         self.steps += 1
-        row = 0
+        logits_RV, row = output.logits_RV.numpy(), 0
         for sequence, chunk in batch:
             rows = slice(row, row := row + _rows(chunk))
             self._store(sequence)
-            self._advance(sequence, output.logits_RV[rows], output.experts[rows])
+            self._advance(sequence, logits_RV[rows], output.experts[rows])
 
     def end(self, sequence: ActiveSequence, reason: FinishReason, error: str | None = None) -> None:
         """End a sequence before its time."""
@@ -121,7 +122,7 @@ class Scheduler:
             segment = sequence.state.segment(sequence.state.length - self.prefill_chunk)
             self.prefixes.add(sequence.keys[blocks - 1], segment, room)
 
-    def _advance(self, sequence: ActiveSequence, logits_RV: torch.Tensor, experts: tuple[str | None, ...]) -> None:
+    def _advance(self, sequence: ActiveSequence, logits_RV: Logits, experts: tuple[str | None, ...]) -> None:
         """Hand a sequence its logits; what goes wrong there, such as too complex a grammar, ends it alone."""
         try:
             event = sequence.advance(logits_RV, experts)

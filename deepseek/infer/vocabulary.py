@@ -6,9 +6,9 @@ from functools import cached_property
 
 import llguidance
 import llguidance.hf
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.errors import ConfigError
@@ -66,14 +66,14 @@ class Matcher:
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> NDArray[np.bool_]:
         """Return which tokens `[V]` may come next; end tokens may where the grammar can end.
 
         Raises `RuntimeError` if the grammar turns out to be too complex.
         """
         marks = self._matcher.compute_logit_bias()
         self._check()
-        return torch.frombuffer(bytearray(marks), dtype=torch.uint8) != 0
+        return np.frombuffer(marks, np.uint8) != 0
 
     def take(self, token: int) -> bool:
         """Go on by an allowed `token`; return whether the text is complete and cannot go on."""

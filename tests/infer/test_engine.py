@@ -123,7 +123,7 @@ def test_experts_come_and_go_between_steps(tmp_path: Path) -> None:
         running = engine.submit(LONG)
         for number, event in enumerate(running):
             changed.append(event)
-            if number % 2 == 0:
+            if number % 10 == 0:
                 engine.plug(pack)
                 with_expert = engine.submit(LONG)
                 engine.unplug("always")
