@@ -23,7 +23,7 @@ from deepseek.checkpoint.store import home
 from deepseek.packs.library import SUFFIX
 from deepseek.server.errors import ApiError, as_api_error
 from deepseek.server.guard import ADMIN
-from deepseek.server.reply import Reply
+from deepseek.server.reply import STREAMED, Reply
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service
 from deepseek.train.metrics import read_metrics
@@ -160,7 +160,7 @@ async def stop(request: HttpRequest) -> dict[str, Any]:
     return told(teacher_of(request).lesson)
 
 
-@router.get("/v1/teach/events", dependencies=[ADMIN])
+@router.get("/v1/teach/events", dependencies=[ADMIN], responses=STREAMED)
 async def events(request: HttpRequest) -> Response:
     """Tell how the latest lesson goes as server-sent events, until it ends."""
     teacher = teacher_of(request)

@@ -1,0 +1,118 @@
+"""Plug and unplug an expert over and over under live streams; who did not arm it must not notice.
+
+    python benchmarks/hot_plug_live.py [--cycles 1000] [--streams 8] [--json FILE]
+
+A tiny random model, so that the figures are those of the server and not of arithmetic: streams of the base alone run
+without pause while one expert is uploaded, asked and unplugged through HTTP, each time with other content under the
+same name. Every reply of the base must be the one that a server gives that never plugged anything; every reply of the
+expert must be that of the content that was plugged just before (else a stale cache was hit).
+"""
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from results import write
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from live_server import Live, live
+from tiny_expert import save_expert
+
+from deepseek.infer.load import load
+
+CONTENTS = 5
+WARM_UP = 50
+
+
+def asked(prompt: str, model: str, tokens: int = 24) -> dict[str, Any]:
+    return {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logit_bias": {"2": -100}}
+
+
+def text(http: Any, body: dict[str, Any]) -> str:
+    reply = http.post("/v1/completions", json=body)
+    reply.raise_for_status()
+    return str(reply.json()["choices"][0]["text"])
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, live(Path(folder)) as server:
+        figures = measure(server, Path(folder), options.cycles, options.streams)
+    print(figures)
+    if options.json:
+        write(options.json, figures)
+
+
+def measure(server: Live, folder: Path, cycles: int, streams: int) -> dict[str, Any]:
+    """Run all cycles and return the figures."""
+    loaded, packs = load(folder / "tiny", dtype="float32"), folder / "contents"
+    packs.mkdir()
+    contents = [save_expert(loaded, "same", packs, seed).read_bytes() for seed in range(10, 10 + CONTENTS)]
+    prompts = [f"the expert {number} of the model" for number in range(streams)]
+    with server.http() as http:
+        expected = [text(http, asked(prompt, "tiny+none")) for prompt in prompts]
+        expert_texts = []
+        for content in contents:
+            http.post("/v1/experts/upload", content=content).raise_for_status()
+            expert_texts.append(text(http, asked("the router", "tiny+same")))
+            http.delete("/v1/experts/same").raise_for_status()
+    counts = {"replies": 0, "failed": 0, "different": 0}
+    lock, over = threading.Lock(), threading.Event()
+
+    def keep_asking(number: int) -> None:
+        with server.http() as http:
+            while not over.is_set():
+                try:
+                    got = text(http, asked(prompts[number], "tiny+none"))
+                    with lock:
+                        counts["replies"] += 1
+                        counts["different"] += got != expected[number]
+                except Exception as error:
+                    print(f"a stream failed: {error!r}", flush=True)
+                    with lock:
+                        counts["failed"] += 1
+
+    threads = [threading.Thread(target=keep_asking, args=(number,)) for number in range(streams)]
+    for thread in threads:
+        thread.start()
+    plug, unplug, stale, process, memory = [], [], 0, psutil.Process(), 0
+    with server.http() as http:
+        for cycle in range(cycles):
+            if cycle == min(WARM_UP, cycles - 1):
+                memory = process.memory_info().rss
+            started = time.perf_counter()
+            http.post("/v1/experts/upload", content=contents[cycle % CONTENTS]).raise_for_status()
+            plug.append(time.perf_counter() - started)
+            if cycle % 5 == 0 or cycles <= 200:
+                got = text(http, asked("the router", "tiny+same"))
+                stale += got != expert_texts[cycle % CONTENTS]
+            started = time.perf_counter()
+            http.delete("/v1/experts/same").raise_for_status()
+            unplug.append(time.perf_counter() - started)
+    drift = process.memory_info().rss / memory - 1
+    over.set()
+    for thread in threads:
+        thread.join()
+    return {
+        "cycles": cycles, "streams": streams, **counts, "stale": stale, "distinct_contents": len(set(expert_texts)),
+        "plug_seconds": {"median": percentile(plug, 0.5), "p99": percentile(plug, 0.99), "max": max(plug)},
+        "unplug_seconds": {"median": percentile(unplug, 0.5), "p99": percentile(unplug, 0.99)}, "rss_drift": drift,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
