@@ -15,7 +15,7 @@ from deepseek.errors import ConfigError
 
 Logits = NDArray[np.float32]
 
-FLOOR = 1e-3
+FLOORS = (1e-3, 1e-5, 0.0)
 """Tokens less likely than this beside the likeliest are looked at only when those above it are too few."""
 
 COLD = 1e-4
@@ -138,11 +138,12 @@ def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
         return None
     nucleus = sampling.top_p * weights_V.sum(dtype=np.float64) if sampling.top_p < 1.0 else np.inf
     # Few tokens are admitted as a rule, and these are found among the likely ones, without sorting the vocabulary.
-    ids = np.flatnonzero(weights_V >= FLOOR * weights_V.max())
-    enough = sampling.min_p >= FLOOR or 0 < sampling.top_k <= len(ids) or weights_V[ids].sum(dtype=np.float64) > nucleus
-    if not enough:
-        ids = np.arange(len(weights_V))
-    ids = ids[np.argsort(-weights_V[ids], kind="stable")]
+    for floor in FLOORS:
+        ids = np.flatnonzero(weights_V >= floor * weights_V.max())
+        found = weights_V[ids].sum(dtype=np.float64)
+        if sampling.min_p >= floor or 0 < sampling.top_k <= len(ids) or found > nucleus:
+            break
+    ids = ids[np.argsort(-weights_V[ids])]
     ordered = weights_V[ids].astype(np.float64)
     keep = ordered.cumsum() - ordered < nucleus  # the token that crosses the threshold still counts
     keep &= ordered >= sampling.min_p * ordered[0]
