@@ -1,6 +1,5 @@
 """Many experts at once: each is trained alone, so each is one task of Ray, on this machine or on a cluster."""
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,8 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
         raise TrainError(
             "Training in parallel needs Ray; install it with pip install 'deepseek-dmoe[cluster]'."
         ) from None
-    environment = {"OMP_NUM_THREADS": str(settings.cpus), **_home()}
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
+    if not ray.is_initialized():  # its workers inherit this environment, and as many threads as processors
+        ray.init(include_dashboard=False, log_to_driver=False)
     task = ray.remote(num_cpus=settings.cpus, max_retries=3)(_train)
     names = {task.remote(settings.base, name, given): name for name, given in settings.experts.items()}
     left = list(names)
@@ -57,7 +55,3 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
 
 def _train(base: str, name: str, given: dict[str, Any]) -> str:
     return str(train_expert(base, name=name, quiet=True, **given))
-
-
-def _home() -> dict[str, str]:
-    return {"DEEPSEEK_HOME": os.environ["DEEPSEEK_HOME"]} if "DEEPSEEK_HOME" in os.environ else {}
