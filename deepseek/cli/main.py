@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": ("deepseek.cli.inspect", "Draw what the attention heads look at."),
     "prefs": ("deepseek.cli.prefs", "The preference database: import, add, generate, search, stats, split, export."),
     "bench": ("deepseek.cli.bench", "Run a measurement: speed, memory, accuracy, rivals beside it."),
+    "quantize": ("deepseek.cli.quantize", "Round a model's weights to 8 bits."),
     "serve": ("deepseek.cli.serve", "Serve a model: OpenAI's routes, live experts, a web page."),
     "expert": ("deepseek.cli.expert", "Train, list, inspect, verify and sign expert packs."),
 }

@@ -41,8 +41,9 @@ class CompiledRunner:
         self._shape = PageShape(config.num_hidden_layers * config.num_key_value_heads, config.head_dim)
         self._experts = PackedExperts()
         self._sites: dict[tuple[int, ...], Sites] = {}
-        self._weights = PackedModel(model)
-        self._work = Scratch(self._weights)
+        weights = PackedModel(model)
+        self.weight_bytes = weights.nbytes  # read once in every step
+        self._work = Scratch(weights)
         self._lock = threading.Lock()
 
     def prepare(self, armed: ArmedExperts | None) -> None:

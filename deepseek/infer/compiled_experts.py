@@ -56,11 +56,8 @@ class Sites:
 
     def __init__(self, rosters: Sequence[Roster], packed: "PackedExperts", layers: int, hidden: int) -> None:
         self.rosters = tuple(rosters)  # keeps them alive, so that none of the same identity comes after it
-        places = sorted(
-            {(layer, id(module)): module for roster in rosters for layer, own in roster.owners.items() for module in own}
-            .items(),
-            key=lambda item: item[0],
-        )  # fmt: skip
+        owners = [(layer, module) for roster in rosters for layer, own in roster.owners.items() for module in own]
+        places = sorted({(layer, id(module)): module for layer, module in owners}.items(), key=lambda item: item[0])
         number = {key: i for i, (key, _) in enumerate(places)}
         parts = [packed.of(module)[layer] for (layer, _), module in places]
         self._parts = parts

@@ -31,9 +31,9 @@ class PackedModel:
         self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.inner, self.layers = -(-config.intermediate_size // GROUP), layers
         packed = [matrix for block in model.layers for matrix in _pack_block(block)]
-        packed.append(pack([matrix_of(model.lm_head)]))
         if model.lm_head.weight is not model.embed_tokens.weight:
-            packed.append(pack([matrix_of(model.embed_tokens)]))
+            packed.append(pack([matrix_of(model.lm_head)]))
+        packed.append(pack([matrix_of(model.embed_tokens)]))
         placed = in_place(*packed)
         self.nbytes = sum(matrix.nbytes for matrix in placed)
         addresses = [matrix.ctypes.data for matrix in placed]
@@ -59,6 +59,9 @@ class PackedModel:
 
 def matrix_of(layer: nn.Module) -> Int8Matrix:
     """Return the rounded weights of a linear layer or an embedding."""
+    stored = getattr(layer, "int8", None)  # where the checkpoint holds 8-bit weights (see `model/int8.py`)
+    if isinstance(stored, Int8Matrix):
+        return stored
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     return quantize(weight.detach())

@@ -106,7 +106,8 @@ class CompiledState:
         self._length += count
 
     def segment(self, start: int) -> PageSegment:
-        return PageSegment(self.shape, tuple(self.pages[start // PAGE : -(-self._length // PAGE)]), start, self._length, self.sums.copy())
+        pages = self.pages[start // PAGE : -(-self._length // PAGE)]
+        return PageSegment(self.shape, tuple(pages), start, self._length, self.sums.copy())
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, PageSegment)

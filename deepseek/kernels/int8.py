@@ -23,7 +23,10 @@ GROUP_BYTES = COLUMNS * GROUP + COLUMNS * 2  # of a panel: the weights of a grou
 
 @dataclass(frozen=True)
 class Int8Matrix:
-    """A rounded matrix `[F, D]`: `values` int8 `[F, D']` with D' the next multiple of 64, `scales` bf16 `[F, D'/64]`."""
+    """A rounded matrix `[F, D]`.
+
+    values: int8 `[F, D']`, D' the next multiple of 64. scales: bf16 `[F, D'/64]`. width: D.
+    """
 
     values: Tensor
     scales: Tensor
@@ -82,9 +85,9 @@ def pack(matrices: list[Int8Matrix]) -> np.ndarray:
     """Return the panels of matrices, whose tiles of 16 outputs take turns, in the order in which a kernel reads them.
 
     A panel holds 32 outputs. For each group of 64 inputs come 16 steps of two tiles, each 16 outputs by 4 inputs, as
-    unsigned bytes q + 128, then the 32 scales. Outputs are filled up with zeros to whole panels. One matrix lies there in
-    order; gate and up projection alternate, so that a panel has both numbers of 16 hidden values, and are filled up to
-    whole groups of those.
+    unsigned bytes q + 128, then the 32 scales. Outputs are filled up with zeros to whole panels. One matrix lies there
+    in order; gate and up projection alternate, so that a panel has both numbers of 16 hidden values, and are filled up
+    to whole groups of those.
     """
     unit = COLUMNS if len(matrices) == 1 else GROUP
     blocks = [_padded(matrix, -matrix.values.shape[0] % unit) for matrix in matrices]

@@ -13,6 +13,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.config import ModelConfig
+from deepseek.model.int8 import keep_matrices, restored
 from deepseek.model.moe.layer import MoELayer
 from deepseek.model.moe.upcycle import init_upcycled
 from deepseek.registry import nearest
@@ -54,10 +55,11 @@ def load_pretrained(
     upcycled = merged.num_experts > 0 and not checkpoint.get("num_experts")
     if upcycled:
         merged = _shared_from_dense(merged)
-    found = convert_tensors(read_tensors(folder), merged.to_dict())
+    found, matrices = restored(convert_tensors(read_tensors(folder), merged.to_dict()))
     tensors = {name: t.to(device, t.dtype if ".balance." in name else target) for name, t in found.items()}
     converted = merged.positional_encoding != ModelConfig(**checkpoint).positional_encoding
     model = _upcycle(cls, merged, tensors, upcycle_seed) if upcycled else _fill(cls, merged, tensors, converted)
+    keep_matrices(model, {} if upcycled else matrices)
     model.config.name_or_path = str(name_or_path)
     model.generation_config = _generation_config(folder, model)
     model.experts.base_folder = folder

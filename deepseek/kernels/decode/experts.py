@@ -119,7 +119,7 @@ def activate_experts(weights, sites, work, layer, thread):  # type: ignore[no-un
 
 
 @njit(error_model="numpy")
-def add_experts(weights, sites, work, layer, thread, first, last, zeros):  # type: ignore[no-untyped-def]
+def add_experts(sites, work, layer, thread, first, last, zeros):  # type: ignore[no-untyped-def]
     """Add a layer's experts to panels `first` to `last - 1` of the stream."""
     rows = len(work.said)
     places, factors = np.empty(rows, np.int64), np.empty(rows, np.float32)

@@ -154,7 +154,7 @@ def _gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def activate(panels, first, last, table, count, groups, inner, out):  # type: ignore[no-untyped-def]
-    """Round groups `first` to `last - 1` of the hidden values of `count` rows; rows of `inner` groups begin at `out`."""
+    """Round groups `first` to `last - 1` of the hidden values of `count` rows of `inner` groups, from `out` on."""
     product, hidden = np.empty((BLOCK, COLUMNS), np.float32), np.empty((BLOCK, GROUP), np.float32)
     quarters = GROUP // LANES
     for group in range(first, last):

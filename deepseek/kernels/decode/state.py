@@ -9,8 +9,8 @@ BLOCK = 64  # rows that a panel of weights is multiplied by before their results
 class Weights(NamedTuple):
     """A model. Addresses are of packed panels (see `kernels/int8.py`).
 
-    sizes: layers, hidden size, heads, groups of heads, head width, groups of 64 hidden values, outputs of the head, width of
-        the norms of heads (0 without).
+    sizes: layers, hidden size, heads, groups of heads, head width, groups of 64 hidden values, outputs of the head,
+        width of the norms of heads (0 without).
     qkv, out, gate_up, down: address of each layer's matrices `[L]`. head, embedding: addresses `[1]`.
     norms: `[2 L + 1, D]`. head_norms: of queries and keys `[L, 2, K or 0]`. qkv_bias, out_bias: `[L, ...]`.
     windows: visible tokens of each layer `[L]`. cosine, sine: `[positions, K / 2]`. eps: `[1]`.

@@ -84,7 +84,7 @@ def _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zer
     barrier(counter)
     first, last = _panels(hidden)
     add_projected(weights.down[layer], first, last, work.tables[2].ctypes.data, places, ones, inner, zeros, work.stream)
-    add_experts(weights, sites, work, layer, thread_number(), first, last, zeros)
+    add_experts(sites, work, layer, thread_number(), first, last, zeros)
     barrier(counter)
 
 
@@ -129,7 +129,8 @@ def _weights(a, positions):  # type: ignore[no-untyped-def]
         sizes, _whole(a[1], layers), _whole(a[2], layers), _whole(a[3], layers), _whole(a[4], layers),
         _whole(a[5], 1), _whole(a[6], 1), _real(a[7], 2 * layers + 1, hidden),
         _real(a[8], layers, 2, sizes[7]), _real(a[9], layers, projected), _real(a[10], layers, hidden),
-        _whole(a[11], layers), _real(a[12], positions, width // 2), _real(a[13], positions, width // 2), _real(a[14], 1),
+        _whole(a[11], layers), _real(a[12], positions, width // 2), _real(a[13], positions, width // 2),
+        _real(a[14], 1),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The innermost loops of the compiled decode step, written as vectors in LLVM's language.
 
 Numba has no vector type, and its loops over bytes are not turned into the one instruction that matters here, which
-multiplies 64 bytes and adds them by fours (`vpdpbusd`). So each of these functions writes its instructions itself. Where
+multiplies 64 bytes and adds them by fours (vpdpbusd). So each of these functions writes its instructions itself. Where
 the processor lacks one, the same function is built from what every processor has; sums of integers are exact, so that
 both give the same bits.
 """
@@ -83,7 +83,8 @@ class Emit:
             return self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, a, b)
         high = ir.Constant(WORDS, [0xFFFF0000 - (1 << 32)] * LANES)
         for part in (lambda words: self.builder.and_(words, high), self._shift):
-            sums = self.fma(*(self.builder.bitcast(part(words), FLOATS) for words in (a, b)), sums)
+            left, right = (self.builder.bitcast(part(words), FLOATS) for words in (a, b))
+            sums = self.fma(left, right, sums)
         return sums
 
 
@@ -102,6 +103,22 @@ def loop(builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[A
     after = builder.append_basic_block("after")
     builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
     builder.position_at_end(after)
+    return results
+
+
+def _scaled(emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any, totals: list[Any]) -> list[Any]:
+    """Return the totals of all rows and tiles, with a group's whole sums added that the scales of both sides turn
+    into numbers."""
+    shorts, results = ir.VectorType(SHORT, LANES), []
+    scales = [emit.widen(emit.load(shorts, emit.address(weight_scales, t * 32), 32)) for t in range(TILES)]
+    for r, factor in enumerate(factors):
+        own = emit.splat(factor)
+        for tile in range(TILES):
+            whole = sums[0][r][tile]
+            for way in sums[1:]:
+                whole = emit.builder.add(whole, way[r][tile])
+            both = emit.builder.fmul(scales[tile], own)
+            results.append(emit.fma(emit.builder.sitofp(whole, FLOATS), both, totals[r * TILES + tile]))
     return results
 
 
@@ -132,21 +149,8 @@ def _panel_dot(rows: int) -> Any:
                             bytes_ = emit.load(WORD, emit.address(emit.address(row[r], at), step * 4), 4)
                             own = sums[step % ways][r]
                             own[tile] = emit.add_products(own[tile], weights, emit.splat(bytes_))
-                results = []
-                shorts = ir.VectorType(SHORT, LANES)
-                weight_scales = [
-                    emit.widen(emit.load(shorts, emit.address(block, TILES * STEPS * 64 + t * 32), 32))
-                    for t in range(TILES)
-                ]
-                for r in range(rows):
-                    scale = emit.splat(emit.load(FLOAT, emit.address(scales[r], place), 4))
-                    for tile in range(TILES):
-                        whole = sums[0][r][tile]
-                        for way in sums[1:]:
-                            whole = builder.add(whole, way[r][tile])
-                        both = builder.fmul(weight_scales[tile], scale)
-                        results.append(emit.fma(builder.sitofp(whole, FLOATS), both, totals[r * TILES + tile]))
-                return results
+                factors = [emit.load(FLOAT, emit.address(base, place), 4) for base in scales]
+                return _scaled(emit, sums, factors, emit.address(block, TILES * STEPS * 64), totals)
 
             zero = ir.Constant(FLOATS, [0.0] * LANES)
             for place, total in enumerate(loop(builder, groups, [zero] * (rows * TILES), one_group)):
@@ -257,7 +261,7 @@ def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correctio
 def bfloat16(_typing: Any, _value: Any) -> Any:
     """Return the bits of an fp32 number rounded to bf16, ties to even."""
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         bits = builder.bitcast(args[0], WORD)
         even = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
         return builder.trunc(builder.lshr(builder.add(bits, builder.add(even, WORD(0x7FFF))), WORD(16)), SHORT)
@@ -269,7 +273,7 @@ def bfloat16(_typing: Any, _value: Any) -> Any:
 def arrive(_typing: Any, _counter: Any, _amount: Any) -> Any:
     """Add to the int64 at an address as one indivisible act; return what was there before."""
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         place = builder.inttoptr(args[0], args[1].type.as_pointer())
         return builder.atomic_rmw("add", place, args[1], "seq_cst")
 
@@ -280,7 +284,7 @@ def arrive(_typing: Any, _counter: Any, _amount: Any) -> Any:
 def look(_typing: Any, _counter: Any) -> Any:
     """Return the int64 at an address as other threads have left it."""
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         place = builder.inttoptr(args[0], args[0].type.as_pointer())
         return builder.load_atomic(place, "acquire", 8)
 

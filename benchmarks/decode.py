@@ -1,0 +1,219 @@
+"""Decoding and prefill of SmolLM2-135M on the CPU: ours with 8-bit weights, our eager engine, and rivals, in turn.
+
+    python benchmarks/decode.py [--json FILE] [--rounds 3] [--threads 2] [--llama PYTHON]
+
+Every round gives each side its turn, in this process or in one that waits on a pipe, so that all meet the same machine;
+medians over the rounds are compared. A turn is a prefill of 512 tokens, then 64 tokens one by one behind them.
+
+llama.cpp runs in a Python of its own that has llama-cpp-python (`--llama`), on GGUF files at Q8_0 and bf16 that are
+written here from our weights; the time is that of `llama_decode` alone.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from results import write
+
+import deepseek
+from deepseek.infer.compiled import CompiledRunner
+from deepseek.infer.runner import Chunk
+from deepseek.infer.torch_runner import TorchRunner
+
+PROMPT, STEPS, STREAMS = 512, 64, 16
+Turn = Callable[[], dict[str, float]]
+
+
+def prompt() -> list[int]:
+    return torch.randint(100, 40000, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def engine(runner: Any) -> Turn:
+    """Tokens per second of one of our runners."""
+
+    def turn() -> dict[str, float]:
+        state, ids = runner.start(None, PROMPT + STEPS), prompt()
+        start = time.perf_counter()
+        runner.forward([Chunk(state, ids)])
+        prefilled, steps = time.perf_counter() - start, []
+        for i in range(STEPS):
+            start = time.perf_counter()
+            runner.forward([Chunk(state, [ids[i]])])
+            steps.append(time.perf_counter() - start)
+        return {"prefill": PROMPT / prefilled, "decode": 1 / median(steps)}
+
+    return turn
+
+
+def batch(runner: CompiledRunner) -> Turn:
+    """Tokens per second of all streams together."""
+
+    def turn() -> dict[str, float]:
+        states = [runner.start(None, PROMPT + STEPS) for _ in range(STREAMS)]
+        for state in states:
+            runner.forward([Chunk(state, prompt()[:128])])
+        steps = []
+        for i in range(STEPS // 2):
+            start = time.perf_counter()
+            runner.forward([Chunk(state, [i]) for state in states])
+            steps.append(time.perf_counter() - start)
+        return {f"{STREAMS} streams": STREAMS / median(steps)}
+
+    return turn
+
+
+def transformers_bf16(folder: str) -> Turn:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def turn() -> dict[str, float]:
+        ids = torch.tensor([prompt()])
+        start = time.perf_counter()
+        output = model(ids, logits_to_keep=1)
+        prefilled, steps = time.perf_counter() - start, []
+        for i in range(STEPS // 2):
+            start = time.perf_counter()
+            output = model(ids[:, i : i + 1], past_key_values=output.past_key_values)
+            steps.append(time.perf_counter() - start)
+        return {"prefill": PROMPT / prefilled, "decode": 1 / median(steps)}
+
+    return turn
+
+
+LLAMA = """
+import ctypes, json, sys, time
+import llama_cpp as lc
+path, threads, ids, steps = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+llm = lc.Llama(path, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+def decode(tokens, past):
+    batch = lc.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, past + i, 1, 0
+        batch.logits[i] = i == len(tokens) - 1
+    start = time.perf_counter()
+    assert lc.llama_decode(llm.ctx, batch) == 0
+    seconds = time.perf_counter() - start
+    lc.llama_batch_free(batch)
+    return seconds
+print("ready", flush=True)
+for line in sys.stdin:
+    lc.llama_memory_clear(lc.llama_get_memory(llm.ctx), True)
+    first = decode(ids, 0)
+    times = sorted(decode([ids[i]], len(ids) + i) for i in range(steps))
+    print(json.dumps({"prefill": len(ids) / first, "decode": 1 / times[len(times) // 2]}), flush=True)
+"""
+
+
+def llama(python: Path, model: Path, threads: int) -> Turn:
+    """A process with llama.cpp that takes a turn when a line comes."""
+    command = [str(python), "-c", LLAMA, str(model), str(threads), json.dumps(prompt()), str(STEPS)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline().strip() == "ready"
+
+    def turn() -> dict[str, float]:
+        print("go", file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    return turn
+
+
+def write_gguf(model: Any, path: Path, kind: str) -> None:
+    """Write the weights of a Llama as GGUF; the vocabulary is numbered only, since nothing here is text."""
+    import gguf
+
+    config = model.config
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_context_length(config.max_position_embeddings)
+    out.add_embedding_length(config.hidden_size)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(config.num_attention_heads)
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_rope_dimension_count(config.head_dim)
+    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_vocab_size(config.vocab_size)
+    out.add_tokenizer_model("none")
+    names = {
+        "attention_norm": "attn_norm", "attention.q_proj": "attn_q", "attention.k_proj": "attn_k",
+        "attention.v_proj": "attn_v", "attention.o_proj": "attn_output", "feed_forward_norm": "ffn_norm",
+        "feed_forward.gate_proj": "ffn_gate", "feed_forward.up_proj": "ffn_up", "feed_forward.down_proj": "ffn_down",
+    }  # fmt: skip
+    quant = getattr(gguf.GGMLQuantizationType, kind)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        part = name.removesuffix(".weight")
+        if part.startswith("layers."):
+            _, layer, kind_of = part.split(".", 2)
+            own = f"blk.{layer}.{names[kind_of]}.weight"
+        else:
+            own = {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[part]
+        value = tensor.float()
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(own.split(".")[-2])
+        if heads:  # llama.cpp rotates neighbours, Hugging Face the halves of a head
+            value = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        array = np.ascontiguousarray(value.numpy())
+        if array.ndim == 1:
+            out.add_tensor(own, array)
+        else:
+            out.add_tensor(own, gguf.quantize(array, quant), raw_dtype=quant)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama", type=Path, help="Python that has llama-cpp-python")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, _ = deepseek.load(options.base)
+    compiled = CompiledRunner(model)
+    turns = {"ours int8": engine(compiled), "ours batch": batch(compiled), "ours eager": engine(TorchRunner(model))}
+    turns["transformers bf16"] = transformers_bf16(str(model.experts.base_folder))
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("Q8_0", "BF16") if options.llama else ():
+            write_gguf(model, Path(folder) / f"{kind}.gguf", kind)
+            turns[f"llama.cpp {kind}"] = llama(options.llama, Path(folder) / f"{kind}.gguf", options.threads)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
+        for turn in turns.values():
+            turn()
+        for number in range(options.rounds):
+            for name, turn in turns.items():
+                found[name].append(turn())
+                print(number, name, {key: round(value, 1) for key, value in found[name][-1].items()}, flush=True)
+    rates = {name: {key: median(one[key] for one in own) for key in own[0]} for name, own in found.items()}
+    ours = rates["ours int8"]
+    ratios = {f"{key} over {name}": ours[key] / own[key] for name, own in rates.items() for key in own if key in ours}
+    ratios[f"{STREAMS} streams over one"] = rates["ours batch"][f"{STREAMS} streams"] / ours["decode"]
+    figures = {
+        "tokens_per_second": rates, "ratios": ratios, "weight_bytes": compiled.weight_bytes,
+        "weight_gigabytes_per_second": ours["decode"] * compiled.weight_bytes / 1e9, "rounds": found,
+    }  # fmt: skip
+    print(json.dumps({key: figures[key] for key in ("tokens_per_second", "ratios")}, indent=1))
+    if options.json:
+        write(options.json, figures)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

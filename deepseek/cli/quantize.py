@@ -1,0 +1,23 @@
+"""`deepseek quantize`: a model with 8-bit weights."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model: a known name, a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
+) -> None:
+    """Round the matrices of a model to 8 bits, check the result against the model, and write it."""
+    from deepseek.infer.quantize import quantize_model
+
+    result = quantize_model(model, out)
+    print(
+        f"{out}: {result.num_bytes / 1e6:.1f} MB, {result.ratio:.3f} of fp32; "
+        f"predictions differ by {result.divergence:.5f} nats"
+    )

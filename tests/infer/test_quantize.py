@@ -1,0 +1,60 @@
+"""A model written with 8-bit weights loads as it is and says what the model says."""
+
+import pytest
+import torch
+from tiny_tokenizer import tiny_tokenizer
+
+from deepseek.errors import CheckpointError, ConfigError
+from deepseek.infer.compiled import CompiledRunner
+from deepseek.infer.load import load
+from deepseek.infer.quantize import quantize_model
+from deepseek.infer.runner import Chunk
+from deepseek.model.config import ModelConfig
+from deepseek.model.transformer import DeepSeekModel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("source"), tiny_tokenizer()
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
+        head_dim=64, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    DeepSeekModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_it_is_small_loads_and_agrees(source, tmp_path):
+    result = quantize_model(source, tmp_path / "int8")
+    assert result.ratio < 0.27
+    assert result.divergence < 1e-3
+    exact, small = load(source, dtype="float32").model, load(tmp_path / "int8", dtype="float32").model
+    ids = torch.tensor([[5, 9, 40, 3, 8]])
+    assert (exact(ids).logits - small(ids).logits).norm() < 0.03 * exact(ids).logits.norm()
+    logits = []
+    for model in (small, load(tmp_path / "int8", dtype="bfloat16").model):  # the dtype does not touch the integers
+        runner = CompiledRunner(model)
+        logits.append(runner.forward([Chunk(runner.start(None, 8), ids[0].tolist(), "all")]).logits_RV)
+    assert torch.equal(*logits)
+
+
+def test_mistakes_are_told(source, tmp_path):
+    with pytest.raises(ConfigError, match="exists already"):
+        quantize_model(source, tmp_path)
+    quantize_model(source, tmp_path / "int8")
+    with pytest.raises(ConfigError, match="8-bit weights already"):
+        quantize_model(tmp_path / "int8", tmp_path / "again")
+
+
+def test_a_checkpoint_without_its_scales_is_refused(source, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    quantize_model(source, tmp_path / "int8")
+    path = tmp_path / "int8" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["embed_tokens.weight_scale"]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="scales"):
+        load(tmp_path / "int8")

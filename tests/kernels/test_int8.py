@@ -1,0 +1,68 @@
+"""8-bit matrices: rounding is close, packed products equal the slow ones whatever rows come together."""
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from deepseek.infer.compiled_state import aligned
+from deepseek.kernels.decode.rows import multiply, round_group, row_bytes
+from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, pack, product_reference, quantize
+
+
+@njit
+def round_row(x, row, groups):
+    for group in range(groups):
+        round_group(x + 4 * GROUP * group, row, group, groups)
+
+
+def product(x_ND, matrix):
+    """`x W^T` by the kernel."""
+    packed, groups = pack([matrix]), matrix.scales.shape[1]
+    panels, stride = aligned(packed.nbytes), row_bytes(groups)
+    panels[:] = packed.reshape(-1)
+    x = torch.nn.functional.pad(x_ND, (0, groups * GROUP - x_ND.shape[1])).contiguous()
+    rows = aligned(len(x) * stride)
+    table = np.array([rows.ctypes.data + i * stride for i in range(len(x))])
+    for i in range(len(x)):
+        round_row(x[i].data_ptr(), table[i], groups)
+    out = np.zeros((len(packed), len(x), COLUMNS), np.float32)
+    for p in range(len(packed)):
+        panel = panels.ctypes.data + p * groups * GROUP_BYTES
+        multiply(panel, table.ctypes.data, len(x), groups, out[p].ctypes.data)
+    return torch.from_numpy(out.transpose(1, 0, 2).reshape(len(x), -1)[:, : len(matrix.values)].copy())
+
+
+def problem(rows, width, outputs):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, width, generator=generator), torch.randn(outputs, width, generator=generator)
+    x[:, 3] *= 40  # a channel far above the others, as language models have
+    return x, weight
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 64, 32), (7, 130, 70), (3, 576, 33)])
+def test_the_kernel_is_the_reference(rows, width, outputs):
+    x, weight = problem(rows, width, outputs)
+    matrix = quantize(weight)
+    torch.testing.assert_close(product(x, matrix), product_reference(x, matrix), rtol=1e-5, atol=1e-4)
+
+
+def test_rounding_costs_less_than_two_percent_in_spite_of_a_large_channel():
+    x, weight = problem(16, 192, 64)
+    matrix, exact = quantize(weight), x @ weight.T
+    assert (matrix.float() - weight).norm() / weight.norm() < 0.01
+    assert (product_reference(x, matrix) - exact).norm() / exact.norm() < 0.02
+    assert matrix.nbytes <= 0.27 * 4 * weight.numel()
+
+
+def test_a_row_does_not_depend_on_those_beside_it():
+    x, weight = problem(7, 128, 64)
+    matrix = quantize(weight)
+    alone = torch.cat([product(x[i : i + 1], matrix) for i in range(7)])
+    assert torch.equal(product(x, matrix), alone)
+
+
+def test_rounding_a_rounded_matrix_again_keeps_its_values():
+    _, weight = problem(1, 128, 64)
+    once = quantize(weight)
+    assert (quantize(once.float()).float() - once.float()).abs().max() < 0.02 * weight.abs().max()
