@@ -84,7 +84,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ConfigError("The prompt has no tokens; give some text.")
+            raise ConfigError("The prompt has 0 tokens, but at least 1 is needed; give some text.")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise ConfigError(f"logprobs={self.logprobs} is out of range; it must be between 0 and {MAX_LOGPROBS}.")
         if not all(self.stop):

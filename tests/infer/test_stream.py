@@ -64,5 +64,5 @@ def test_a_sequence_keeps_its_experts_while_others_come_and_go(loaded: Loaded, t
 
 @pytest.mark.parametrize("prompt", [[], list(range(64))])
 def test_prompts_that_do_not_fit_are_refused(loaded: Loaded, prompt: list[int]) -> None:
-    with pytest.raises(ConfigError, match=r"The prompt has (no|64) tokens"):
+    with pytest.raises(ConfigError, match=f"The prompt has {len(prompt)} tokens"):
         next(stream(*loaded, prompt, Sampling()))
