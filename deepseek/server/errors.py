@@ -74,6 +74,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
     if isinstance(error, EngineStoppedError):
         return ApiError(503, "The server is shutting down; ask another one.", code="draining")
+    if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair, which JSON can say and UTF-8 cannot
+        return ApiError(400, "The request holds characters that are no Unicode text.", code="invalid_value")
     if isinstance(error, UserError):
         return ApiError(400, str(error), code="invalid_value")
     return ApiError(500, f"The server failed ({type(error).__name__}); its log says more.", code="internal_error")
@@ -95,7 +97,7 @@ def install(app: FastAPI) -> None:
         response.headers.update(error.headers or {})  # the methods that are allowed, after a 405
         return response
 
-    for kind in (ApiError, UserError, Exception):
+    for kind in (ApiError, UserError, UnicodeEncodeError, Exception):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, plain)

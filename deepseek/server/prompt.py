@@ -31,7 +31,7 @@ class PromptWriter:
         self.tokenizer, self.context = tokenizer, context
         template = tokenizer.chat_template
         self.knows_tools = isinstance(template, str) and bool(re.search(r"\btools\b", template))
-        self.longest_text = context * max(map(len, tokenizer.get_vocab()))
+        self.longest_text = context * max(len(token.encode()) for token in tokenizer.get_vocab())
 
     def chat(self, messages: Sequence[ChatMessage], calling: Calling) -> list[int]:
         """Return the ids of a conversation after which the assistant speaks."""
@@ -44,14 +44,14 @@ class PromptWriter:
                 told = with_preamble(told, calling.tools)
         with time_limit(TEMPLATE_SECONDS):
             text = render(self.tokenizer, told, open_turn=True, tools=tools or None)
-        self.check_size(len(text))
+        self.check_size(len(text.encode()))
         return self.check(encode_rendered(self.tokenizer, text))
 
     def text(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the ids of a plain prompt, which may be ids already; an empty text starts from nothing."""
         if not isinstance(prompt, str):
             return self.check(list(prompt))
-        self.check_size(len(prompt))
+        self.check_size(len(prompt.encode()))
         ids = list(self.tokenizer(prompt).input_ids)
         return self.check(ids or [self.start()])
 
@@ -70,10 +70,10 @@ class PromptWriter:
             raise ApiError(400, f"Token {max(ids)} is not in the vocabulary of {len(self.tokenizer)}.", param="prompt")
         return ids
 
-    def check_size(self, characters: int) -> None:
+    def check_size(self, size: int) -> None:
         """Raise `ApiError` for a text that cannot fit whatever its tokens are, before time is spent on it."""
-        if characters > self.longest_text:
-            raise self.too_long(f"{characters} characters")
+        if size > self.longest_text:
+            raise self.too_long(f"more than {self.longest_text} bytes")
 
     def too_long(self, size: str) -> ApiError:
         """Return the refusal of a prompt of this size."""

@@ -21,7 +21,7 @@ LEAST_LOGPROB = -9999.0
 
 Fields = dict[str, Any]
 
-STREAMED: dict[int | str, Fields] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAMED: dict[int | str, Fields] = {200: {"content": {"text/event-stream": {"schema": {"type": "object"}}}}}
 """What a route that can stream says of its replies in the OpenAPI description."""
 
 

@@ -227,8 +227,8 @@ class PreferenceRequest(Body):
     """`POST /v1/preferences`: two answers of which one is better."""
 
     prompt: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
-    chosen: Text
-    rejected: Text
+    chosen: str
+    rejected: str
     reviewer: ShortText = "page"
 
 

@@ -69,7 +69,7 @@ def say(page: "playwright.Page", text: str, tokens: int = 24) -> None:
     page.locator("#tokens").fill(str(tokens))
     page.locator("#words").fill(text)
     page.locator("#words").press("Enter")
-    playwright.expect(page.locator(".legend")).to_have_count(before + 1)
+    playwright.expect(page.locator(".legend")).to_have_count(before + 1, timeout=60_000)
 
 
 def test_experts_are_dropped_speak_in_their_colour_and_go(page: "playwright.Page", served: Live) -> None:
@@ -153,7 +153,7 @@ def test_a_pair_is_reviewed_with_the_keyboard(page: "playwright.Page", served: L
     assert database.get(number or 0).chosen == "Up is a direction, opposite to the pull."
     page.locator("#question").fill("the value")
     page.locator("#question").press("Enter")
-    playwright.expect(page.locator("#pair")).to_be_visible()
+    playwright.expect(page.locator("#pair")).to_be_visible(timeout=60_000)
     answers = [page.locator(f"#answer-{place} .text").inner_text() for place in (0, 1)]
     page.locator("#answer-0").click()
     playwright.expect(page.locator("#review-count")).to_contain_text("2 of 2")
