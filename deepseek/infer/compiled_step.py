@@ -16,6 +16,7 @@ from deepseek.kernels.decode.state import PAGE
 from deepseek.kernels.int8 import GROUP
 
 QUERIES = 6  # most queries of a unit of attention
+FEWEST = 2  # alone, a query leaves its vector units idle half of the time
 UNITS = 4  # units for each thread that are enough to share attention evenly
 
 
@@ -63,7 +64,7 @@ class Scratch:
         """Return the batch as one array of numbers (`_batch` and `_sites` in `kernels/decode/step.py` read it)."""
         model, lengths = self.model, [len(chunk.ids) for chunk in chunks]
         rest, most = model.heads // model.groups, max(len(state.pages) for state in states)
-        block = min(QUERIES, max(1, first[-1] * model.heads // (UNITS * threads)))
+        block = min(QUERIES, max(FEWEST, first[-1] * model.heads // (UNITS * threads)))
         units = accumulate((model.groups * -(-length * rest // block) for length in lengths), initial=0)
         members = [[] if s.armed is None else sites.members[id(s.armed.roster)] for s in states]
         forced = [s.armed is not None and s.armed.roster.banks is None for s in states]
