@@ -132,7 +132,7 @@ def test_an_expert_is_taught_from_the_page(page: "playwright.Page", served: Live
     page.locator("#lesson-minutes").fill("0.1")
     page.get_by_role("button", name="Teach", exact=True).click()
     playwright.expect(page.locator("#lesson-stage")).to_contain_text("notes")
-    playwright.expect(page.locator("#lesson-stage")).to_contain_text("Plugged", timeout=90_000)
+    playwright.expect(page.locator("#lesson-stage")).to_contain_text("Plugged", timeout=240_000)
     playwright.expect(page.locator("#plugged .name")).to_have_text("notes")
     assert page.locator("#curve polyline.train").get_attribute("points")
     keep(page, "teach")
