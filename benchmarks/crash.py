@@ -63,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     stages = options.stages.split(",")
     kills, full, different, refused = 0, 0, 0, 0
-    draw, deadline = random.Random(0), time.monotonic() + options.seconds
+    draw = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_texts(root / "texts")
@@ -75,7 +75,7 @@ def main() -> None:
             started = time.monotonic()
             assert run(script, stage, root / "texts", root / stage, 0).wait() == 0
             seconds[stage], expected[stage] = time.monotonic() - started, digest(root / stage / "model")
-        number = 0
+        number, deadline = 0, time.monotonic() + options.seconds
         while (kills < options.kills or full < options.full) and time.monotonic() < deadline:
             stage, folder = stages[number % len(stages)], root / f"run-{number}"
             number += 1

@@ -27,9 +27,9 @@ def test_experts_come_as_they_are_ready(tiny_base: Path, text_folder: Path, tmp_
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    experts = {"one": given("one", text_folder), "two": given("two", text_folder), "none": given("none", empty)}
+    experts = {"one": given("one", text_folder), "two": given("two", text_folder), "hollow": given("hollow", empty)}
     results = dict(train_all({"base": str(tiny_base), "experts": experts}))
-    assert isinstance(results["none"], DataError) and "no usable text files" in str(results["none"])
+    assert isinstance(results["hollow"], DataError) and "no usable text files" in str(results["hollow"])
     alone = train_expert(str(tiny_base), **{**given("alone", text_folder), "name": "one", "quiet": True})
     (one, two), by_itself = (read_pack(Path(str(results[name]))) for name in ("one", "two")), read_pack(alone)
     assert one.manifest.metrics == by_itself.manifest.metrics == two.manifest.metrics
