@@ -11,7 +11,7 @@ from deepseek.train.expert import train_expert
 from deepseek.train.expert_all import train_all
 
 DIALS: dict[str, Any] = {
-    "layers": "last:1", "width": 24, "tokens": 2000, "epochs": 1, "row_length": 32, "held_out_tokens": 200,
+    "layers": "last:1", "width": 24, "tokens": 3000, "epochs": 1, "row_length": 32, "held_out_tokens": 400,
 }  # fmt: skip
 
 
