@@ -21,6 +21,7 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.server.app import create_app
 from deepseek.server.run import listen
+from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
 CONTEXT = 768
@@ -59,7 +60,9 @@ def save_model(folder: Path) -> Path:
 
 
 @contextmanager
-def live(folder: Path, settings: Settings | None = None, **engine_dials: Any) -> Iterator[Live]:
+def live(
+    folder: Path, settings: Settings | None = None, lesson: TeachRequest | None = None, **engine_dials: Any
+) -> Iterator[Live]:
     """Serve the model `tiny` in `folder`, made there with two experts if there is none, until the block ends."""
     base, packs = folder / "tiny", folder / "experts"
     if not base.exists():
@@ -74,7 +77,7 @@ def live(folder: Path, settings: Settings | None = None, **engine_dials: Any) ->
         preferences=folder / "preferences.db",
     )  # fmt: skip
     with Engine(*loaded, **engine_dials) as engine:
-        app = create_app(engine, settings)
+        app = create_app(engine, settings, lesson)
         listener = listen(settings)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -1,6 +1,7 @@
-"""`deepseek run` (and `make run`): from nothing to a chat with an expert trained on a git history."""
+"""`deepseek run` (and `make run`): from nothing to a model that learns a git history while it serves."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,39 +28,68 @@ def run(
     base: Base = "smollm2-135m",
     minutes: Annotated[float, typer.Option(min=0.1, help="Time to train the expert.")] = 3.0,
 ) -> None:
-    """Fetch the base, train an expert from a git history if there is none, show what it gained, and open the chat.
+    """Fetch the base and serve it with its web page; an expert trains from a git history meanwhile, if there is none.
 
-    Without a terminal, complete one prompt with and without the expert, and end.
+    Without a terminal, train first, show what the expert gained, complete one prompt with and without it, and end.
     """
     from rich.console import Console
 
     from deepseek.cli.pull import fetch
-    from deepseek.infer.load import load
     from deepseek.packs.library import installed
-    from deepseek.train.expert import train_expert
 
     console = Console()
     fetch(base)
     name = _expert_name(from_git)
     fresh = name not in installed()
-    if fresh:
-        console.print(
-            f"Training the expert [bold]{name}[/] from the git history of {from_git.resolve()}", soft_wrap=True
-        )
-        train_expert(base, name=name, from_git=from_git, minutes=minutes, resume="make run")
-    loaded = load(base, experts=[name])
-    if fresh:
-        _show_gain(loaded, name, console)
     if sys.stdin.isatty() and console.is_terminal:
-        _converse(loaded, console)
+        _serve(base, name, from_git, minutes if fresh else None, console)
     else:
-        _demonstrate(loaded, name, console)
+        _demonstrate(base, name, from_git, minutes if fresh else None, console)
 
 
 def _expert_name(repository: Path) -> str:
     """Return a valid expert name made of the repository's folder name."""
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in repository.resolve().name.lower()).strip("-")
     return words or "repository"
+
+
+def _serve(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
+    """Serve on the usual port, or any free one, with the expert, or training it in `minutes`."""
+    import socket
+
+    from deepseek.server.run import serve
+    from deepseek.server.schema import TeachRequest
+    from deepseek.server.service import Settings
+
+    settings = Settings(teach_root=repository.resolve())
+    with socket.socket() as probe:
+        if probe.connect_ex((settings.host, settings.port)) == 0:
+            settings = replace(settings, port=0)
+    lesson = None if minutes is None else TeachRequest(name=name, kind="git", minutes=minutes)
+
+    def announce(address: str) -> None:
+        console.print(f"Serving {base} at [bold]{address}[/] (open it in a browser; Ctrl-C ends)", soft_wrap=True)
+        if lesson is not None:
+            console.print(
+                f"Meanwhile the expert [bold]{name}[/] learns {repository.resolve()}; the page shows how far it is."
+            )
+
+    serve(base, experts=[] if lesson else [name], settings=settings, lesson=lesson, announce=announce)
+
+
+def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
+    from deepseek.infer.load import load
+    from deepseek.train.expert import train_expert
+
+    if minutes is not None:
+        console.print(
+            f"Training the expert [bold]{name}[/] from the git history of {repository.resolve()}", soft_wrap=True
+        )
+        train_expert(base, name=name, from_git=repository, minutes=minutes, resume="make run")
+    loaded = load(base, experts=[name])
+    if minutes is not None:
+        _show_gain(loaded, name, console)
+    _answer(loaded, name, console)
 
 
 def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
@@ -73,14 +103,7 @@ def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
     console.print(comparison_table(rows))
 
 
-def _converse(loaded: "Loaded", console: "Console") -> None:
-    from deepseek.cli.session import ChatSession
-    from deepseek.infer.sampler import Sampling
-
-    ChatSession(*loaded, Sampling(temperature=0.6, top_p=0.9), console).run()
-
-
-def _demonstrate(loaded: "Loaded", name: str, console: "Console") -> None:
+def _answer(loaded: "Loaded", name: str, console: "Console") -> None:
     """Complete the head of a held-out document without and with the expert."""
     from deepseek.cli.palette import Palette
     from deepseek.cli.speak import legend, speak

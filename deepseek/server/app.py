@@ -3,6 +3,7 @@
 request -> guard (host, origin, key, size, readiness) -> route -> ask -> engine -> job -> reply or server-sent events
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,21 +19,31 @@ from deepseek.infer.engine import Engine
 from deepseek.server import chat, completions, experts, models, preferences, responses, teach
 from deepseek.server.errors import DOCUMENTED, install
 from deepseek.server.guard import Guard
+from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
 STATIC = Path(__file__).parent / "static"
 ROUTERS = (chat, completions, responses, models, experts, teach, preferences)
 
 
-def create_app(engine: Engine | None = None, settings: Settings | None = None) -> FastAPI:
-    """Return the ASGI application. Without an engine it says that it is loading until `app.state.service.attach`."""
+def create_app(
+    engine: Engine | None = None, settings: Settings | None = None, lesson: TeachRequest | None = None
+) -> FastAPI:
+    """Return the ASGI application. Without an engine it says that it is loading until `app.state.service.attach`.
+
+    Args:
+        lesson: an expert to train as soon as there is an engine.
+    """
     service = Service(settings or Settings())
     if engine is not None:
         service.attach(engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        first = asyncio.create_task(app.state.teacher.begin(lesson)) if lesson is not None else None
         yield
+        if first is not None:
+            first.cancel()
         await app.state.teacher.stop()
 
     app = FastAPI(title="deepseek", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, responses=DOCUMENTED)

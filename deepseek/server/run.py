@@ -14,6 +14,7 @@ from deepseek.errors import ConfigError
 from deepseek.infer.engine import Engine
 from deepseek.infer.load import load
 from deepseek.server.app import create_app
+from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -29,6 +30,7 @@ def serve(
     cache_gib: float = 1.0,
     max_running: int = 16,
     max_waiting: int = 64,
+    lesson: TeachRequest | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C; answers under way are finished first.
@@ -39,6 +41,7 @@ def serve(
         settings: everything about the server but its engine; `model` and `base` in it are set here.
         cache_gib: budget of keys and values.
         max_running, max_waiting: most requests in a batch, and in the queue.
+        lesson: an expert to train from the start, beside serving; it is plugged when it is done.
         announce: told the address once, when it can be reached.
 
     Raises:
@@ -47,7 +50,7 @@ def serve(
     """
     settings = replace(settings or Settings(), model=Path(model).name, base=str(model))
     listener = listen(settings)
-    app = create_app(None, settings)
+    app = create_app(None, settings, lesson)
 
     def make_engine() -> Engine:
         loaded = load(model, experts=experts)

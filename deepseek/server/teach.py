@@ -36,7 +36,7 @@ LINE = re.compile(r"(?P<stage>[^:]{1,60}): (?P<done>\d+)(?:/(?P<total>\d+))?\b")
 """How `ProgressBar` writes where there is no terminal."""
 
 LOOK_SECONDS = 0.5
-NICENESS = 10
+NICENESS = 5
 POINTS = 300
 """Of a loss curve; a longer one is thinned out."""
 
@@ -88,7 +88,7 @@ class Teacher:
 
     async def start(self, wanted: TeachRequest) -> Lesson:
         """Begin a lesson. Raises `ApiError` if one is under way, the name is taken, or the text is out of bounds."""
-        text = self.text(wanted.path)
+        text = self.text(wanted.path, follows_links=wanted.kind == "folder")
         pack = self.service.settings.experts_folder / f"{wanted.name}{SUFFIX}"
         if self._task is not None and not self._task.done():
             raise ApiError(409, "An expert is being taught already; wait for it or stop it.", code="busy")
@@ -102,8 +102,21 @@ class Teacher:
         self._task = asyncio.create_task(self._attend(self.lesson, self._process, pack))
         return self.lesson
 
-    def text(self, path: str) -> Path:
-        """Return the folder or repository that a client names, which must lie below the teach root, links resolved."""
+    async def begin(self, wanted: TeachRequest) -> None:
+        """Begin a lesson as soon as the model is loaded; why it cannot begin is told where its progress would be."""
+        while self.service.refusal is not None:
+            await asyncio.sleep(LOOK_SECONDS)
+        try:
+            await self.start(wanted)
+        except ApiError as error:
+            self.lesson = Lesson(wanted.name, state="failed", message=error.message)
+
+    def text(self, path: str, *, follows_links: bool) -> Path:
+        """Return the folder or repository that a client names, which must lie below the teach root, links resolved.
+
+        Args:
+            follows_links: whether links in it are read, as in a folder; of a repository only what is committed is.
+        """
         root = self.service.settings.teach_root
         if root is None:
             raise ApiError(403, "Teaching is off; start the server with --teach-root FOLDER.", code="teaching_off")
@@ -112,7 +125,7 @@ class Teacher:
             text = (root / path).resolve()
         except (OSError, RuntimeError):  # a loop of links
             text = root.parent
-        if not text.is_relative_to(root) or not text.exists() or leads_out(text, root):
+        if not text.is_relative_to(root) or not text.exists() or (follows_links and leads_out(text, root)):
             raise ApiError(400, "path must name something below the server's teach root.", param="path")
         return text
 
