@@ -31,7 +31,13 @@ WARM_UP = 50
 
 
 def asked(prompt: str, model: str, tokens: int = 24) -> dict[str, Any]:
-    return {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logit_bias": {"2": -100}}
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "logit_bias": {"0": -100, "2": -100},
+    }
 
 
 def text(http: Any, body: dict[str, Any]) -> str:
