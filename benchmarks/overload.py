@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from live_server import Live, live
 
 BODY: dict[str, Any] = {
-    "model": "tiny", "prompt": "the expert of the model", "max_tokens": 64, "temperature": 0, "logit_bias": {"0": -100, "2": -100},
+    "model": "tiny", "prompt": "the expert of the model", "max_tokens": 64, "temperature": 0,
+    "logit_bias": {"0": -100, "2": -100},
 }  # fmt: skip
 PAUSE = 0.05
 """Seconds after which a refused client asks again: much sooner than it was told to."""
