@@ -239,7 +239,7 @@ def test_a_full_queue_says_when_to_come_back(keyed: Live) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(keyed: Live, stream: bool) -> None:
-    body = {**CHAT, "max_tokens": 700, "stream": stream, "logit_bias": {"2": -100}}
+    body = {**CHAT, "max_tokens": 700, "stream": stream, "logit_bias": {"0": -100, "2": -100}}
     before = keyed.engine.stats().finished.get("cancelled", 0)
     with socket.create_connection(("127.0.0.1", int(keyed.url.rsplit(":", 1)[1]))) as connection:
         content = json.dumps(body)
@@ -268,7 +268,7 @@ def test_metrics_count_replies_tokens_and_experts(keyed: Live) -> None:
 
 def test_an_answer_that_takes_too_long_is_given_up(served_folder: Path) -> None:
     with live(served_folder, Settings(request_seconds=0.05)) as server, server.http() as http:
-        body = {**CHAT, "max_tokens": 700, "logit_bias": {"2": -100}}
+        body = {**CHAT, "max_tokens": 700, "logit_bias": {"0": -100, "2": -100}}
         reply = http.post("/v1/chat/completions", json=body)
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
         with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
@@ -383,7 +383,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproce
 
 def test_a_signal_lets_answers_end_and_takes_no_more(command: tuple[subprocess.Popen[str], str]) -> None:
     process, url = command
-    body = {**CHAT, "max_tokens": 600, "stream": True, "logit_bias": {"2": -100}, "model": "tiny+one"}
+    body = {**CHAT, "max_tokens": 600, "stream": True, "logit_bias": {"0": -100, "2": -100}, "model": "tiny+one"}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)
