@@ -26,6 +26,7 @@ def serve(
     teach_root: Annotated[Path | None, typer.Option(help="Experts may be taught from text below this folder.")] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Most requests in a batch.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue.")] = 64,
+    int8: Annotated[bool, typer.Option(help="Round weights to 8 bits where that is quicker.")] = True,
     cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values.")] = 1.0,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; keys also come from DEEPSEEK_API_KEY and DEEPSEEK_ADMIN_KEY."""
@@ -40,7 +41,7 @@ def serve(
     )  # fmt: skip
     run(
         model, experts=expert_packs(experts, model), settings=settings, cache_gib=cache_gib, max_running=max_running,
-        max_waiting=max_waiting,
+        max_waiting=max_waiting, int8=int8,
     )  # fmt: skip
 
 

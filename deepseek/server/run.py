@@ -11,8 +11,11 @@ from types import FrameType
 import uvicorn
 
 from deepseek.errors import ConfigError
+from deepseek.infer.compiled import CompiledRunner, supports
 from deepseek.infer.engine import Engine
 from deepseek.infer.load import load
+from deepseek.infer.request import Request
+from deepseek.infer.sampler import Sampling
 from deepseek.server.app import create_app
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
@@ -30,6 +33,7 @@ def serve(
     cache_gib: float = 1.0,
     max_running: int = 16,
     max_waiting: int = 64,
+    int8: bool = True,
     lesson: TeachRequest | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -41,6 +45,8 @@ def serve(
         settings: everything about the server but its engine; `model` and `base` in it are set here.
         cache_gib: budget of keys and values.
         max_running, max_waiting: most requests in a batch, and in the queue.
+        int8: round weights to 8 bits where the compiled runner computes the model, which is several times as fast;
+            otherwise, and for other models, the weights stay as they are.
         lesson: an expert to train from the start, beside serving; it is plugged when it is done.
         announce: told the address once, when it can be reached.
 
@@ -54,8 +60,12 @@ def serve(
 
     def make_engine() -> Engine:
         loaded = load(model, experts=experts)
+        runner = CompiledRunner(loaded.model) if int8 and supports(loaded.model) else None
         cache_bytes = int(cache_gib * (1 << 30))
-        return Engine(*loaded, cache_bytes=cache_bytes, max_running=max_running, max_waiting=max_waiting)
+        engine = Engine(*loaded, runner, cache_bytes=cache_bytes, max_running=max_running, max_waiting=max_waiting)
+        for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
+            pass  # what is compiled at the first step is compiled before anybody waits for it
+        return engine
 
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30)
     server = DrainingServer(config, app.state.service, make_engine)
