@@ -86,7 +86,7 @@ class Engine:
                 grammar that does not compile.
             PackError: it names an expert that is not plugged.
         """
-        self._check_open()
+        self.check_open()
         sequence = activate(request, self.model, self._vocabulary, self._scheduler.prefill_chunk)
         need, budget = self._scheduler.need(sequence), self._scheduler.cache_bytes
         if need > budget:
@@ -96,10 +96,19 @@ class Engine:
             )
         generation = Generation(sequence)
         with self._changed:
-            self._check_open()
+            self.check_open()
             self._scheduler.waiting.append(sequence)
             self._changed.notify_all()
         return generation
+
+    def check_open(self) -> None:
+        """Raise what `submit` would raise if no more requests are taken, for good or for now, without reading one."""
+        if self._draining:
+            raise EngineStoppedError(STOPPED)
+        waiting, ended = len(self._scheduler.waiting), self._scheduler.finished.total()
+        if waiting >= self._max_waiting:
+            pace = self._seconds / ended if ended else 1.0
+            raise QueueFullError(waiting, min(max(1.0, waiting * pace), 60.0))
 
     def embed(self, ids: Sequence[int]) -> list[float]:
         """Return the mean of the last hidden states of a text, of length 1, by the base alone. Blocks.
@@ -162,15 +171,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_open(self) -> None:
-        """Raise if no more requests are taken, for good or for now."""
-        if self._draining:
-            raise EngineStoppedError(STOPPED)
-        waiting, ended = len(self._scheduler.waiting), self._scheduler.finished.total()
-        if waiting >= self._max_waiting:
-            pace = self._seconds / ended if ended else 1.0
-            raise QueueFullError(waiting, min(max(1.0, waiting * pace), 60.0))
 
     def _run(self) -> None:
         """Step while there is something to do, until the engine is closed."""

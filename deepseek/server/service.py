@@ -105,6 +105,7 @@ class Service:
             choices: how many of them, one after the other, share a prompt.
         """
         engine = self.engine
+        engine.check_open()  # here, so that under overload a refusal costs no tokenising and waits for no thread
         return Job(await asyncio.to_thread(submit, engine, plan), choices, self.metrics, self.settings.request_seconds)
 
     def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:

@@ -235,7 +235,9 @@ class PretrainRun:
 
     def write(self, out: Path, result: TrainResult) -> None:
         """Write the model with its tokenizer to `out`, and the figures of the run."""
-        whole = {name: self.backend.whole(tensor) for name, tensor in self.model.state_dict().items()}
+        tied = self.model.all_tied_weights_keys  # gathered, they would no longer be known as one tensor
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
+        whole = {name: self.backend.whole(tensor) for name, tensor in state.items()}
         if not self.backend.main:
             return
         with atomic_folder(out) as temporary:

@@ -25,10 +25,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval",
 
 def launch(processes: int, texts: Path, folder: Path, kind: str, *end: str, restarts: int = 0) -> None:
     """Run the script in so many processes, by torchrun unless it is 0."""
-    start = [*TORCHRUN, "--nproc-per-node", str(processes), "--max-restarts", str(restarts), "--master-port", "0"]
+    start = [*TORCHRUN, "--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     command = [*(start if processes else [sys.executable]), SCRIPT, str(texts), str(folder), kind, str(STEPS), *end]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -53,7 +53,8 @@ def alone(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_of_which_one_dies_equal_one(alone: Path, domains: Path, tmp_path: Path) -> None:
-    launch(2, domains, tmp_path, "experts", "25", "die", restarts=1)
+    # Three, as gloo sometimes cannot connect in the first: its addresses may be those of the processes that died.
+    launch(2, domains, tmp_path, "experts", "25", "die", restarts=3)
     assert (tmp_path / "died").exists()
     assert_same_result(tmp_path, alone)
     parts = sorted((tmp_path / "run" / "training" / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
