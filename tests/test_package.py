@@ -1,9 +1,11 @@
 """The package's face: names at first use, an instant import, every dependency declared."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 
 import pytest
@@ -40,13 +42,35 @@ def test_the_version_is_the_project_s() -> None:
     assert deepseek.__version__ == PROJECT["version"]
 
 
-def test_every_import_is_a_declared_dependency() -> None:
-    declared = {normal(re.split(r"[<>=!~;\[ ]", line)[0]) for line in PROJECT["dependencies"]}
-    names = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imports(path.read_text())}
+def distributions_of(lines: list[str]) -> set[str]:
+    return {normal(re.split(r"[<>=!~;\[ ]", line)[0]) for line in lines}
+
+
+def missing(sources: Iterable[str], declared: set[str]) -> set[str]:
+    """Return the modules that `sources` import and that no declared distribution brings."""
+    names = {name.split(".")[0] for source in sources for name in imports(source)}
     others = names - set(sys.stdlib_module_names) - {"deepseek"}
-    distributions = packages_distributions()
-    missing = {name for name in others if not {normal(d) for d in distributions.get(name, [name])} & declared}
-    assert missing == set()
+    known = packages_distributions()
+    return {name for name in others if not {normal(d) for d in known.get(name, [name])} & declared}
+
+
+def at_import(source: str) -> str:
+    """Return the part of `source` that runs when the module is imported: no functions."""
+    tree = ast.parse(source)
+    tree.body = [
+        node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
+    return ast.unparse(tree)
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
+    needed = distributions_of(PROJECT["dependencies"])
+    extras = {
+        name: distributions_of(lines) for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"
+    }
+    assert missing(sources, needed.union(*extras.values())) == set()
+    assert missing(map(at_import, sources), needed) == set(), "what an extra brings is imported where it is used"
 
 
 def test_the_lock_pins_with_hashes_and_leaves_torch_to_the_machine() -> None:

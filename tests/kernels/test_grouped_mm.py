@@ -65,8 +65,12 @@ def test_bfloat16_gradients_are_those_of_the_reference(size):
     inputs = problem(*size, dtype=torch.bfloat16)
     wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
     exact = outcome(mix_experts_reference, wide)
-    for fast, slow in zip(outcome(mix_experts, inputs), exact, strict=True):
-        torch.testing.assert_close(fast.double(), slow, atol=3e-2, rtol=3e-2)
+    rounded = outcome(mix_experts_reference, inputs)
+    for fast, reference, slow in zip(outcome(mix_experts, inputs), rounded, exact, strict=True):
+        # How much a sum in bf16 is off depends on the processor; the fast way may not be off by more than torch's own.
+        error, allowed = (fast.double() - slow).abs(), (reference.double() - slow).abs()
+        assert error.norm() <= 1.2 * allowed.norm() + 1e-3 * slow.norm()
+        assert not error.numel() or error.max() <= 2 * allowed.max() + 1e-2 * slow.abs().max()
 
 
 def test_machines_without_numba_or_mkl_compute_the_same(monkeypatch):

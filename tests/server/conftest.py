@@ -22,7 +22,7 @@ def client(server: Live) -> Iterator[OpenAI]:
         yield openai
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder in which servers of several tests share a model."""
+    """An empty folder in which the servers of a module share a model."""
     return tmp_path_factory.mktemp("served")

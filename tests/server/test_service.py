@@ -277,17 +277,17 @@ def test_an_answer_that_takes_too_long_is_given_up(served_folder: Path) -> None:
 
 def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
     with keyed.http(ADMIN) as http:
-        asked = {"name": "notes", "kind": "folder", "path": "notes", "tokens": 2048, "layers": "last:1"}
+        asked = {"name": "lecture", "kind": "folder", "path": "notes", "tokens": 2048, "layers": "last:1"}
         assert http.post("/v1/teach", json=asked).status_code == 202
         assert http.post("/v1/teach", json={**asked, "name": "more"}).status_code == 409
         with http.stream("GET", "/v1/teach/events", timeout=300) as stream:
             told = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
-        assert http.delete("/v1/teach").json()["name"] == "notes"  # nothing is under way any more
+        assert http.delete("/v1/teach").json()["name"] == "lecture"  # nothing is under way any more
         names = [info["name"] for info in http.get("/v1/experts").json()["data"]]
         assert http.post("/v1/teach", json=asked).status_code == 409  # the name is taken
-        http.delete("/v1/experts/notes")
+        http.delete("/v1/experts/lecture")
     assert [told[0]["state"], told[-1]["state"]] == ["running", "plugged"], told[-1]
-    assert names == ["notes"]
+    assert names == ["lecture"]
     assert told[-1]["losses"]
     assert told[-1]["held_out"]
 

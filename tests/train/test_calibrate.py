@@ -138,6 +138,7 @@ def test_moments_count_what_they_saw() -> None:
     assert torch.equal((found + Moments.none(3)).second, found.second)
 
 
+@pytest.mark.usefixtures("fp32")
 def test_gate_inputs_are_what_the_experts_see(model: DeepSeekModel) -> None:
     batch = next(rows(0, 8, seed=0))
     inputs = next(gate_inputs(model, [batch], LAYERS))

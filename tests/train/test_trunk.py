@@ -41,6 +41,7 @@ def open_cache(folder: Path, rows: int, dtype: torch.dtype = torch.float32, key:
 def nothing(_done: int, _total: int) -> None: ...
 
 
+@pytest.mark.usefixtures("fp32")
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_trunk_and_the_rest_are_the_model(model: DeepSeekModel, loader: RowLoader, layer: int) -> None:
     batch = loader.rows([0, 3])
