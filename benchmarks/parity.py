@@ -65,8 +65,8 @@ def main() -> None:
 def stepwise(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     """Return the logits of a prefill of half the tokens followed by one step per token."""
     half = ids.shape[1] // 2
-    parts = [model(ids[:, :half], past_key_values=cache).logits]
-    parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(half, ids.shape[1])]
+    parts = [model(ids[:, :half], cache=cache).logits]
+    parts += [model(ids[:, i : i + 1], cache=cache).logits for i in range(half, ids.shape[1])]
     return torch.cat(parts, dim=1)
 
 
