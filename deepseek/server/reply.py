@@ -2,6 +2,7 @@
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from secrets import token_hex
 from typing import Any
@@ -83,7 +84,7 @@ def _data(chunk: Fields) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class Chunks:
+class Chunks(ABC):
     """What chat and plain completions have in common: one chunk a choice and token, and the usage at the end.
 
     Args:
@@ -97,9 +98,9 @@ class Chunks:
         self.head = {"id": f"{prefix}-{token_hex(12)}", "created": int(time.time()), "model": body.model}
         self.kind, self.suffix = kind, suffix
 
+    @abstractmethod
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
         """Yield what one more token adds to a choice."""
-        raise NotImplementedError
 
     def opening(self) -> Iterator[Fields]:
         """Yield what choices begin with, before any token."""

@@ -1,5 +1,6 @@
 """Which experts a token goes to, and with what weight."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from deepseek.model.moe.stats import Choice, Dispatch
 from deepseek.registry import pick
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """A linear map from a token to one logit per expert; what is made of the logits is up to the subclass."""
 
     def __init__(
@@ -49,9 +50,9 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
 
+    @abstractmethod
     def choose(self, logits_NE: Tensor, choice: Choice | None = None) -> Dispatch:
         """Return the dispatch that the logits lead to, with the experts of `choice` if one is given."""
-        raise NotImplementedError
 
 
 class DynamicRouter(Router):
