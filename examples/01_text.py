@@ -4,8 +4,9 @@ python examples/01_text.py
 """
 
 import deepseek
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import Request
 from deepseek.infer.sampler import Sampling
-from deepseek.infer.stream import stream
 from deepseek.text.chat import encode_prompt
 
 model, tokenizer = deepseek.load("smollm2-135m")
@@ -18,6 +19,7 @@ scores = model.log_probs(tokenizer("Paris is the capital of France.", return_ten
 print(f"\nmean log probability of a true sentence: {scores.mean():.3f}")
 
 question = [{"role": "user", "content": "What is the capital of France?"}]
-for piece in stream(model, tokenizer, encode_prompt(tokenizer, question), Sampling(max_new_tokens=16)):
-    print(piece.text, end="", flush=True)
+with Engine(model, tokenizer) as engine:
+    for event in engine.submit(Request(tuple(encode_prompt(tokenizer, question)), Sampling(max_new_tokens=16))):
+        print(event.text, end="", flush=True)
 print()

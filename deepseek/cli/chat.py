@@ -2,7 +2,7 @@
 
 import typer
 
-from deepseek.cli.options import Arm, Base, Experts, MaxTokens, Seed, Temperature, TopP, arming, expert_packs
+from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temperature, TopP
 
 app = typer.Typer(add_completion=False)
 
@@ -16,17 +16,15 @@ def chat(
     temperature: Temperature = 0.6,
     top_p: TopP = 0.9,
     seed: Seed = None,
+    int8: Int8 = True,
 ) -> None:
     """Talk to a model; /help lists what else can be typed. Each token has the colour of the expert that spoke."""
     from rich.console import Console
 
     from deepseek.cli.session import ChatSession
-    from deepseek.infer.load import load
+    from deepseek.cli.speak import opened
     from deepseek.infer.sampler import Sampling
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    console = Console()
-    with console.status(f"loading {base}"):
-        model, tokenizer = load(base, experts=expert_packs(experts, base))
-    model.experts.arm(arming(arm))
-    ChatSession(model, tokenizer, sampling, console).run()
+    with opened(base, experts, arm, int8) as engine:
+        ChatSession(engine, sampling, Console()).run()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Arm, Base, Experts, MaxTokens, Seed, Temperature, TopP, arming, expert_packs
+from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temperature, TopP
 
 app = typer.Typer(add_completion=False)
 
@@ -21,25 +21,24 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 0.95,
     seed: Seed = None,
+    int8: Int8 = True,
 ) -> None:
     """Print what the model writes after PROMPT, each token in the colour of the expert that spoke."""
     from rich.console import Console
 
     from deepseek.cli.palette import Palette
-    from deepseek.cli.speak import legend, speak
-    from deepseek.infer.load import load
+    from deepseek.cli.speak import legend, opened, speak
+    from deepseek.infer.request import Request
     from deepseek.infer.sampler import Sampling
-    from deepseek.infer.stream import stream
     from deepseek.text.chat import encode_prompt
     from deepseek.text.tokenizer import encode_plain
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = sys.stdin.read() if prompt == "-" else prompt
-    model, tokenizer = load(base, experts=expert_packs(experts, base))
-    model.experts.arm(arming(arm))
-    asked = [{"role": "user", "content": text}]
-    ids = encode_prompt(tokenizer, asked) if chat else encode_plain(tokenizer, [text])[0]
-    palette = Palette(info.name for info in model.experts.list())
-    _, shares = speak(stream(model, tokenizer, ids, sampling), Console(), palette)
-    if model.experts.list():
-        Console(stderr=True).print(legend(shares, palette))
+    with opened(base, experts, arm, int8) as engine:
+        asked = [{"role": "user", "content": text}]
+        ids = encode_prompt(engine.tokenizer, asked) if chat else encode_plain(engine.tokenizer, [text])[0]
+        palette = Palette(info.name for info in engine.experts())
+        _, shares = speak(engine, Request(tuple(ids), sampling), Console(), palette)
+        if engine.experts():
+            Console(stderr=True).print(legend(shares, palette))

@@ -12,6 +12,7 @@ Arm = Annotated[str, typer.Option(help="Which of them may speak: 'auto', 'none',
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values vary more.")]
 TopP = Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this probability.")]
+Int8 = Annotated[bool, typer.Option(help="Round weights to 8 bits where that is quicker.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 
 

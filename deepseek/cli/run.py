@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from deepseek.evaluate.quality import Comparison
+    from deepseek.infer.engine import Engine
     from deepseek.infer.load import Loaded
 
 app = typer.Typer(add_completion=False)
@@ -78,7 +79,8 @@ def _serve(base: str, name: str, repository: Path, minutes: float | None, consol
 
 
 def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
-    from deepseek.infer.load import load
+    from deepseek.infer.load import Loaded
+    from deepseek.infer.start import start_engine
     from deepseek.train.expert import train_expert
 
     if minutes is not None:
@@ -86,10 +88,10 @@ def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, 
             f"Training the expert [bold]{name}[/] from the git history of {repository.resolve()}", soft_wrap=True
         )
         train_expert(base, name=name, from_git=repository, minutes=minutes, resume="make run")
-    loaded = load(base, experts=[name])
-    if minutes is not None:
-        _show_gain(loaded, name, console)
-    _answer(loaded, name, console)
+    with start_engine(base, experts=[name]) as engine:
+        if minutes is not None:
+            _show_gain(Loaded(engine.model, engine.tokenizer), name, console)
+        _answer(engine, name, console)
 
 
 def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
@@ -103,21 +105,19 @@ def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
     console.print(comparison_table(rows))
 
 
-def _answer(loaded: "Loaded", name: str, console: "Console") -> None:
+def _answer(engine: "Engine", name: str, console: "Console") -> None:
     """Complete the head of a held-out document without and with the expert."""
     from deepseek.cli.palette import Palette
     from deepseek.cli.speak import legend, speak
     from deepseek.evaluate.texts import held_out_opening
+    from deepseek.infer.request import ExpertChoice, Request
     from deepseek.infer.sampler import Sampling
-    from deepseek.infer.stream import stream
 
-    model, tokenizer = loaded
-    prompt = held_out_opening(name, PROMPT_TOKENS)
+    prompt = tuple(held_out_opening(name, PROMPT_TOKENS))
     palette = Palette([name])
     console.rule("the prompt, a text that the expert has not seen")
-    console.print(tokenizer.decode(prompt), markup=False, highlight=False, soft_wrap=True)
-    for title, arming in (("without the expert", None), (f"with the expert {name}", "auto")):
+    console.print(engine.tokenizer.decode(list(prompt)), markup=False, highlight=False, soft_wrap=True)
+    for title, names in (("without the expert", ()), (f"with the expert {name}", (name,))):
         console.rule(title)
-        with model.experts.arming(arming):
-            _, shares = speak(stream(model, tokenizer, prompt, Sampling(ANSWER_TOKENS)), console, palette)
+        _, shares = speak(engine, Request(prompt, Sampling(ANSWER_TOKENS), ExpertChoice(names)), console, palette)
         console.print(legend(shares, palette))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Experts, expert_packs, names
+from deepseek.cli.options import Experts, Int8, expert_packs, names
 
 app = typer.Typer(add_completion=False)
 
@@ -26,7 +26,7 @@ def serve(
     teach_root: Annotated[Path | None, typer.Option(help="Experts may be taught from text below this folder.")] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Most requests in a batch.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue.")] = 64,
-    int8: Annotated[bool, typer.Option(help="Round weights to 8 bits where that is quicker.")] = True,
+    int8: Int8 = True,
     cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values.")] = 1.0,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; keys also come from DEEPSEEK_API_KEY and DEEPSEEK_ADMIN_KEY."""

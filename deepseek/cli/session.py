@@ -4,15 +4,14 @@ import contextlib
 from collections.abc import Callable
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
 from deepseek.cli.options import arming
 from deepseek.cli.palette import Palette
 from deepseek.cli.speak import legend, speak
 from deepseek.errors import UserError
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import Request
 from deepseek.infer.sampler import Sampling
-from deepseek.infer.stream import stream
-from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.library import find_pack
 from deepseek.registry import nearest
 from deepseek.text.chat import encode_prompt
@@ -28,13 +27,14 @@ HELP = """/experts         list the plugged experts
 
 
 class ChatSession:
-    """Reads lines, answers them, and obeys commands that begin with a slash."""
+    """Reads lines, answers them, and obeys commands that begin with a slash.
 
-    def __init__(
-        self, model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, console: Console
-    ) -> None:
-        self.model, self.tokenizer, self.sampling, self.console = model, tokenizer, sampling, console
-        self.palette = Palette(info.name for info in model.experts.list())
+    The engine's prefix cache holds what was said, so that a turn costs no more than what is new in it.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling, console: Console) -> None:
+        self.engine, self.sampling, self.console = engine, sampling, console
+        self.palette = Palette(info.name for info in engine.experts())
         self.messages: list[dict[str, str]] = []
         self.open = True
         self.commands: dict[str, Callable[[str], None]] = {
@@ -76,36 +76,36 @@ class ChatSession:
 
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
-        text = self._speak(encode_prompt(self.tokenizer, asked))
+        text = self._speak(encode_prompt(self.engine.tokenizer, asked))
         self.messages = [*asked, {"role": "assistant", "content": text}]
 
     def _raw(self, text: str) -> None:
-        self._speak(encode_plain(self.tokenizer, [text])[0])
+        self._speak(encode_plain(self.engine.tokenizer, [text])[0])
 
     def _speak(self, ids: list[int]) -> str:
-        text, shares = speak(stream(self.model, self.tokenizer, ids, self.sampling), self.console, self.palette)
-        if self.model.experts.list():
+        text, shares = speak(self.engine, Request(tuple(ids), self.sampling), self.console, self.palette)
+        if self.engine.experts():
             self.console.print(legend(shares, self.palette))
         return text
 
     def _list(self, _: str) -> None:
-        for info in self.model.experts.list():
+        for info in self.engine.experts():
             state = "armed" if info.armed else "not armed"
             style = self.palette.style(info.name)
             self.console.print(f"[{style}]{info.name}[/]  {state}, {info.num_bytes / 1e6:.0f} MB  {info.domain}")
-        if not self.model.experts.list():
+        if not self.engine.experts():
             self.console.print("[dim]no experts plugged; train one with `deepseek expert train`[/]")
 
     def _plug(self, argument: str) -> None:
-        info = self.model.experts.plug(find_pack(argument))
+        info = self.engine.plug(find_pack(argument))
         self.console.print(f"plugged [{self.palette.style(info.name)}]{info.name}[/]")
 
     def _unplug(self, argument: str) -> None:
-        self.model.experts.unplug(argument)
+        self.engine.unplug(argument)
         self.console.print(f"unplugged {argument}")
 
     def _arm(self, argument: str) -> None:
-        armed = self.model.experts.arm(arming(argument or "auto"))
+        armed = self.engine.arm(arming(argument or "auto"))
         self.console.print(f"armed: {', '.join(armed) or 'none'}")
 
     def _reset(self, _: str) -> None:

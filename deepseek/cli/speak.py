@@ -1,32 +1,50 @@
 """Print a generated text as it comes, each token in the colour of the expert that spoke."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 
+from deepseek.cli.options import arming, expert_packs
 from deepseek.cli.palette import Palette
-from deepseek.infer.request import TokenEvent
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import Request
+from deepseek.infer.start import start_engine
 
 
-def speak(pieces: Iterable[TokenEvent], console: Console, palette: Palette) -> tuple[str, Counter[str | None]]:
-    """Print `pieces` and return the text and how many tokens each expert (None: the base alone) spoke."""
-    texts: list[str] = []
-    shares: Counter[str | None] = Counter()
-    for piece in pieces:
-        console.print(
-            piece.text, style=palette.style(piece.expert), end="", markup=False, highlight=False, soft_wrap=True
-        )
-        texts.append(piece.text)
-        shares[piece.expert] += 1
+@contextmanager
+def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
+    """Give the engine that the options of `chat` and `generate` ask for, within the block."""
+    with Console(stderr=True).status(f"loading {base}"):
+        engine = start_engine(base, experts=expert_packs(experts, base), int8=int8)
+    with engine:
+        engine.arm(arming(arm))
+        yield engine
+
+
+def speak(engine: Engine, request: Request, console: Console, palette: Palette) -> tuple[str, Mapping[str | None, int]]:
+    """Print the answer to `request` and return it, and how many tokens each expert (None: the base alone) spoke.
+
+    However the caller leaves, Ctrl-C among others, the engine computes no more of it.
+    """
+    generation, texts = engine.submit(request), []
+    try:
+        for event in generation:
+            style = palette.style(event.expert)
+            console.print(event.text, style=style, end="", markup=False, highlight=False, soft_wrap=True)
+            texts.append(event.text)
+            if event.error:
+                raise RuntimeError(event.error)
+    finally:
+        generation.cancel()
     console.print()
-    return "".join(texts), shares
+    return "".join(texts), generation.usage.experts
 
 
-def legend(shares: Counter[str | None], palette: Palette) -> str:
+def legend(shares: Mapping[str | None, int], palette: Palette) -> str:
     """Return one line of Rich markup that says who spoke how many tokens."""
     parts = []
-    for expert, count in shares.most_common():
+    for expert, count in sorted(shares.items(), key=lambda share: -share[1]):
         style = palette.style(expert)
         parts.append(f"[{style}]{expert}[/] {count}" if expert else f"base {count}")
     return "[dim]tokens:[/] " + ", ".join(parts or ["none"])

@@ -5,17 +5,15 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from deepseek.errors import ConfigError
-from deepseek.infer.compiled import CompiledRunner, supports
 from deepseek.infer.engine import Engine
-from deepseek.infer.load import load
-from deepseek.infer.request import Request
-from deepseek.infer.sampler import Sampling
+from deepseek.infer.start import start_engine
 from deepseek.server.app import create_app
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
@@ -45,8 +43,7 @@ def serve(
         settings: everything about the server but its engine; `model` and `base` in it are set here.
         cache_gib: budget of keys and values.
         max_running, max_waiting: most requests in a batch, and in the queue.
-        int8: round weights to 8 bits where the compiled runner computes the model, which is several times as fast;
-            otherwise, and for other models, the weights stay as they are.
+        int8: see `start_engine`.
         lesson: an expert to train from the start, beside serving; it is plugged when it is done.
         announce: told the address once, when it can be reached.
 
@@ -58,15 +55,10 @@ def serve(
     listener = listen(settings)
     app = create_app(None, settings, lesson)
 
-    def make_engine() -> Engine:
-        loaded = load(model, experts=experts)
-        runner = CompiledRunner(loaded.model) if int8 and supports(loaded.model) else None
-        cache_bytes = int(cache_gib * (1 << 30))
-        engine = Engine(*loaded, runner, cache_bytes=cache_bytes, max_running=max_running, max_waiting=max_waiting)
-        for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
-            pass  # what is compiled at the first step is compiled before anybody waits for it
-        return engine
-
+    make_engine = partial(
+        start_engine, model, experts=experts, int8=int8, cache_bytes=int(cache_gib * (1 << 30)),
+        max_running=max_running, max_waiting=max_waiting,
+    )  # fmt: skip
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30)
     server = DrainingServer(config, app.state.service, make_engine)
     announce(address(listener, settings.host))

@@ -2,15 +2,25 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny_expert import save_expert
 
 from deepseek.cli.main import main
+from deepseek.cli.palette import Palette
+from deepseek.cli.session import ChatSession
+from deepseek.cli.speak import speak
 from deepseek.data import Document, TokenShards
 from deepseek.evaluate.texts import held_out_folder
+from deepseek.infer.engine import Engine
 from deepseek.infer.load import Loaded
+from deepseek.infer.request import Request
+from deepseek.infer.sampler import Sampling
+from deepseek.infer.start import start_engine
 from deepseek.packs.library import experts_folder
+from deepseek.text.chat import encode_prompt
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,6 +45,12 @@ def run(*arguments: str | Path) -> int:
 
 def converse(monkeypatch: pytest.MonkeyPatch, base: Path, *lines: str) -> int:
     """Run `deepseek chat` on typed lines, then the end of input."""
+    type_lines(monkeypatch, *lines)
+    return run("chat", "--base", base, "--experts", "", "--max-tokens", "4", "--seed", "1")
+
+
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Let `input` give these lines, then the end of input."""
     typed = iter(lines)
 
     def read(prompt: str = "") -> str:
@@ -44,7 +60,6 @@ def converse(monkeypatch: pytest.MonkeyPatch, base: Path, *lines: str) -> int:
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    return run("chat", "--base", base, "--experts", "", "--max-tokens", "4", "--seed", "1")
 
 
 def test_generate_says_who_spoke(base_folder: Path, pack: Path, capsys: Capture) -> None:
@@ -111,6 +126,45 @@ def test_chat_survives_mistakes(line: str, base_folder: Path, monkeypatch: pytes
     assert converse(monkeypatch, base_folder, line, "/help") == 0
     shown = capsys.readouterr().out
     assert "error: " in shown and "/unplug NAME" in shown
+
+
+class Interrupted(Console):
+    """A terminal at which Ctrl-C is pressed while the fourth token is printed."""
+
+    printed = 0
+
+    def print(self, *pieces: object, **dials: Any) -> None:
+        self.printed += 1
+        if self.printed == 4:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_answer_costs_nothing_more(base_folder: Path) -> None:
+    with start_engine(base_folder) as engine:
+        request = Request((5, 17), Sampling(60), ignore_end=True)
+        with pytest.raises(KeyboardInterrupt):
+            speak(engine, request, Interrupted(), Palette())
+        assert engine.drain(timeout=30)
+        assert engine.stats().finished["cancelled"] == 1
+
+
+def test_a_turn_computes_only_what_is_new(
+    loaded: Loaded, pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    loaded.model.config.max_position_embeddings = 512
+    sampling = Sampling(max_new_tokens=4)
+    shown, cached = [], []
+    for block in (8, 1024):  # of which the second is longer than anything said here, so that nothing is remembered
+        with Engine(*loaded, prefill_chunk=block) as engine:
+            session = ChatSession(engine, sampling, Console(width=200))
+            type_lines(monkeypatch, "hello", "/plug always", "and you?", "/unplug always", "who then?")
+            session.run()
+            assert [message["role"] for message in session.messages] == ["user", "assistant"] * 3
+            shown.append(capsys.readouterr().out)
+            cached.append(engine.stats().cached_tokens)
+    assert shown[0] == shown[1] and "always 4" in shown[0]
+    first = len(encode_prompt(loaded.tokenizer, [{"role": "user", "content": "hello"}]))
+    assert cached == [first // 8 * 8, 0]  # the third turn finds the first one; the second had another expert
 
 
 def test_eval_compares_every_text(base_folder: Path, pack: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -1,0 +1,33 @@
+"""From the name of a model to an engine that answers at once."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deepseek.infer.compiled import CompiledRunner, supports
+from deepseek.infer.engine import Engine
+from deepseek.infer.load import load
+from deepseek.infer.request import Request
+from deepseek.infer.sampler import Sampling
+
+
+def start_engine(
+    name: str | Path = "smollm2-135m", *, experts: Iterable[str | Path] = (), int8: bool = True, **dials: Any
+) -> Engine:
+    """Load a model, plug experts, and return an engine over the quickest runner that computes it.
+
+    What is compiled at the first step is compiled here, before anybody waits for an answer.
+
+    Args:
+        name, experts: see `load`.
+        int8: round weights to 8 bits where the compiled runner computes the model, which is several times as fast;
+            otherwise, and for other models, the weights stay as they are.
+        dials: see `Engine`.
+
+    Raises what `load` raises.
+    """
+    model, tokenizer = load(name, experts=experts)
+    engine = Engine(model, tokenizer, CompiledRunner(model) if int8 and supports(model) else None, **dials)
+    for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
+        pass
+    return engine
