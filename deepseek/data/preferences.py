@@ -50,6 +50,13 @@ SCHEMA = (
 """`lot` decides a pair's side of the split; `spoken` is the prompt as plain text, for the index of words."""
 
 
+REVIEWED = "reviewed"
+"""Label of pairs that a person has judged."""
+
+UNREVIEWED = """CREATE INDEX IF NOT EXISTS unreviewed ON pairs (id) WHERE instr(labels, '"reviewed"') = 0"""
+"""Leads to the pairs without that label; a database from before there was one gets it when it is opened."""
+
+
 @dataclass(frozen=True)
 class Preference:
     """One pair.
@@ -143,6 +150,7 @@ class PreferenceDatabase:
                 self._create()
             elif self._db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
                 raise sqlite3.DatabaseError("it belongs to another program")
+            self._db.execute(UNREVIEWED)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
 
@@ -175,6 +183,20 @@ class PreferenceDatabase:
         if row is None:
             raise DataError(f"There is no preference {pair_id} in {self.path}; `deepseek prefs search` lists some.")
         return Preference.of(row)
+
+    def unreviewed(self, after: int = 0) -> Preference | None:
+        """Return the first pair after the id `after` that nobody has reviewed."""
+        number = self._one(
+            """SELECT min(id) FROM pairs INDEXED BY unreviewed WHERE id > ? AND instr(labels, '"reviewed"') = 0""",
+            after,
+        )
+        return None if number is None else self.get(number)
+
+    def reviewed(self) -> tuple[int, int]:
+        """Return how many pairs there are, and how many of them somebody has reviewed."""
+        pairs = self._one("SELECT count(*) FROM pairs")
+        left = """SELECT count(*) FROM pairs INDEXED BY unreviewed WHERE instr(labels, '"reviewed"') = 0"""
+        return pairs, pairs - self._one(left)
 
     def revise(self, pair_id: int, **changes: Any) -> Preference:
         """Change fields of a pair and keep what it was before; return the new one.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Path, Query
 from fastapi import Request as HttpRequest
 
-from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.data.preferences import REVIEWED, Preference, PreferenceDatabase
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
 from deepseek.server.schema import PreferenceRequest, ReviewRequest
@@ -17,9 +17,6 @@ from deepseek.server.tools import plain_messages
 
 router = APIRouter()
 T = TypeVar("T")
-
-REVIEWED = "reviewed"
-"""Label of pairs that a person has judged."""
 
 
 @router.get("/v1/preferences")
@@ -74,17 +71,11 @@ async def with_database(request: HttpRequest, work: Callable[[PreferenceDatabase
 
 def unreviewed(database: PreferenceDatabase, after: int) -> dict[str, Any]:
     """Return the next pair to review (or None), and how many pairs there are."""
-    counted = database.statistics()
-    pair = next((pair for pair in database.pairs() if pair.id > after and REVIEWED not in pair.labels), None)
+    pair, (pairs, reviewed) = database.unreviewed(after), database.reviewed()
     told = None
     if pair is not None:
         told = {"id": pair.id, "prompt": [dict(message) for message in pair.prompt], "answers": list(shown(pair))}
-    return {
-        "object": "preference",
-        "pair": told,
-        "pairs": counted.pairs,
-        "reviewed": counted.labels.get(REVIEWED, 0),
-    }
+    return {"object": "preference", "pair": told, "pairs": pairs, "reviewed": reviewed}
 
 
 def shown(pair: Preference) -> tuple[str, str]:

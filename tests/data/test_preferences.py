@@ -5,6 +5,7 @@ import os
 import signal
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.data.preference_files import preference, read_preferences, record_of, write_preferences
-from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.data.preferences import REVIEWED, Preference, PreferenceDatabase
 from deepseek.errors import DataError
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -70,6 +71,42 @@ def test_pairs_of_a_prompt_stay_together_and_sides_do_not_change(database: Prefe
     counted = database.statistics()
     assert (counted.pairs, counted.prompts, counted.labels) == (800, 200, {"even": 400})
     assert sum(counted.splits.values()) == 800
+
+
+def test_the_next_pair_to_review_is_the_first_without_the_label(tmp_path: Path) -> None:
+    labels = [(), (REVIEWED,), ("un" + REVIEWED, f'a "{REVIEWED}" label'), ("x", REVIEWED), (), (REVIEWED,)]
+    with_index = PreferenceDatabase(tmp_path / "p.db")
+    with_index.add_all(replace(pair(number), labels=own) for number, own in enumerate(labels * 20))
+    with_index.close()
+    with sqlite3.connect(tmp_path / "p.db") as file:
+        file.execute("DROP INDEX unreviewed")  # as a database of before has none
+    database = PreferenceDatabase(tmp_path / "p.db")
+    for after in range(122):
+        expected = next((one for one in database.pairs() if one.id > after and REVIEWED not in one.labels), None)
+        assert database.unreviewed(after) == expected
+    assert database.reviewed() == (120, 60)
+    database.revise(1, labels=(REVIEWED,))
+    assert database.reviewed() == (120, 61)
+    first = database.unreviewed()
+    assert first is not None and first.id == 3
+    database.check()
+
+
+def test_finding_it_does_not_take_longer_with_more_pairs(database: PreferenceDatabase) -> None:
+    steps, last = [], 0
+    for start in (0, 1000):
+        database.add_all(replace(pair(number), labels=(REVIEWED,)) for number in range(start, start + 1000))
+        after, last = last, database.add(pair(start + 99_999)) or 0
+        steps.append(0)
+
+        def count() -> None:
+            steps[-1] += 1
+
+        database._db.set_progress_handler(count, 1)
+        found = database.unreviewed(after)
+        database._db.set_progress_handler(None, 1)
+        assert found is not None and found.id == last
+    assert steps[1] <= 1.2 * steps[0] < 1000
 
 
 def test_judges_are_counted(database: PreferenceDatabase) -> None:
