@@ -8,12 +8,12 @@ the keys' own terms are taken relative to the tile's last query first.
 from functools import cache
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit
 from torch import Tensor
 
-from deepseek.kernels import openmp
-from deepseek.kernels.distance import NUM_BUCKETS, STARTS
-from deepseek.kernels.few_tokens import exp, pointer, thread_count, thread_number
+from deepseek.kernels.distance import STARTS
+from deepseek.kernels.few_tokens import exp, thread_count, thread_number
+from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 from deepseek.kernels.many_tokens import product
 
 QUERIES, KEYS = 128, 256  # of a tile: scores and both factors stay in half a megabyte of cache
@@ -211,44 +211,21 @@ def _backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds
 
 
 @cache
-def _forward_address() -> int:
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def _forward_kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
     def kernel(data):  # type: ignore[no-untyped-def]
-        a = carray(data, 14)
-        b, h, g, t, s, w = a[8], a[9], a[10], a[11], a[12], a[13]
-        _forward(
-            carray(pointer(a[0]), (b, h, t, w), np.float32), carray(pointer(a[1]), (b, g, s, w), np.float32),
-            carray(pointer(a[2]), (b, g, s, w), np.float32), carray(pointer(a[3]), (b, h, t, NUM_BUCKETS), np.float32),
-            carray(pointer(a[4]), (b, h, s), np.float64), carray(pointer(a[5]), (b, t), np.int64),
-            carray(pointer(a[6]), (b, h, t, w), np.float32), carray(pointer(a[7]), (b, h, t), np.float32),
-        )  # fmt: skip
+        _forward(*unpack(data, kinds))
 
     return int(kernel.address)
 
 
 @cache
-def _backward_address() -> int:
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def _backward_kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
     def kernel(data):  # type: ignore[no-untyped-def]
-        a = carray(data, 20)
-        b, h, g, t, s, w = a[14], a[15], a[16], a[17], a[18], a[19]
-        _backward(
-            carray(pointer(a[0]), (b, h, t, w), np.float32), carray(pointer(a[1]), (b, g, s, w), np.float32),
-            carray(pointer(a[2]), (b, g, s, w), np.float32), carray(pointer(a[3]), (b, h, t, NUM_BUCKETS), np.float32),
-            carray(pointer(a[4]), (b, h, s), np.float64), carray(pointer(a[5]), (b, t), np.int64),
-            carray(pointer(a[6]), (b, h, t), np.float32), carray(pointer(a[7]), (b, h, t), np.float32),
-            carray(pointer(a[8]), (b, h, t, w), np.float32), carray(pointer(a[9]), (b, h, t, w), np.float32),
-            carray(pointer(a[10]), (b, h, s, w), np.float32), carray(pointer(a[11]), (b, h, s, w), np.float32),
-            carray(pointer(a[12]), (b, h, t, NUM_BUCKETS), np.float32), carray(pointer(a[13]), (b, h, s), np.float64),
-        )  # fmt: skip
+        _backward(*unpack(data, kinds))
 
     return int(kernel.address)
-
-
-def _call(address: int, tensors: tuple[Tensor, ...]) -> None:
-    query, key = tensors[:2]
-    (batch, heads, length, width), (_, groups, total, _) = query.shape, key.shape
-    openmp.parallel(address, [t.data_ptr() for t in tensors] + [batch, heads, groups, length, total, width])
 
 
 def forward(
@@ -259,7 +236,7 @@ def forward(
     All contiguous; queries already scaled; fp32 but for `slope_BHS` (fp64) and `first_BT` (int64).
     """
     out_BHTK, lse_BHT = query_BHTK.new_empty(query_BHTK.shape), query_BHTK.new_empty(query_BHTK.shape[:3])
-    _call(_forward_address(), (query_BHTK, key_BGSK, value_BGSK, table_BHTN, slope_BHS, first_BT, out_BHTK, lse_BHT))
+    launch(_forward_kernel, query_BHTK, key_BGSK, value_BGSK, table_BHTN, slope_BHS, first_BT, out_BHTK, lse_BHT)
     return out_BHTK, lse_BHT
 
 
@@ -270,7 +247,7 @@ def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
     heads, groups = query.shape[1], key.shape[1]
     delta_BHT = (out_BHTK * grad_BHTK).sum(-1)
     per_head = [part.new_zeros(part.shape[0], heads, *part.shape[2:]) for part in (query, key, value, table, slope)]
-    _call(_backward_address(), (*inputs, lse_BHT, delta_BHT, grad_BHTK, *per_head))
+    launch(_backward_kernel, *inputs, lse_BHT, delta_BHT, grad_BHTK, *per_head)
     dq, dk, dv, dt, ds = per_head
     dk, dv = (part.unflatten(1, (groups, heads // groups)).sum(2) for part in (dk, dv))
     return dq, dk, dv, dt, ds

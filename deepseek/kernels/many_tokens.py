@@ -10,11 +10,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit, types
 from torch import Tensor
 
 from deepseek.kernels import openmp
-from deepseek.kernels.few_tokens import ELEMENT, barrier, pointer, share, sigmoid, sorted_slots, widen
+from deepseek.kernels.few_tokens import barrier, share, sigmoid, sorted_slots, widen
+from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 
 PIECE = 256  # rows that a thread takes at once: gathered rows and projections stay in a cache of a megabyte or two
 
@@ -65,7 +66,7 @@ def _piece(x, gate_up, down, tokens, weights, proj, rows, hidden, out, start, st
 
 
 @njit
-def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out, saved):  # type: ignore[no-untyped-def]
+def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out):  # type: ignore[no-untyped-def]
     first, last = share(ends[len(ends) - 1])
     rows, hidden = np.empty((PIECE, x.shape[1]), np.float32), np.empty((PIECE, down.shape[2]), np.float32)
     own = np.empty((PIECE, gate_up.shape[1]), np.float32)
@@ -77,7 +78,7 @@ def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out, saved): 
             up, low = wide(gate_up[e], wide_up), wide(down[e], wide_down)
         while start < stop:
             end = min(start + PIECE, stop)
-            target = proj[start:end] if saved else own
+            target = proj[start:end] if len(proj) else own
             _piece(x, up, low, tokens, weights, target, rows, hidden, out, start, end)
             start = end
 
@@ -98,42 +99,28 @@ def combine(out, order, used, y, num_slots):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _run(x, gate_up, down, ids, slot_weights, y, proj, out, saved):  # type: ignore[no-untyped-def]
+def _run(x, gate_up, down, ids, slot_weights, y, proj, out):  # type: ignore[no-untyped-def]
     ends = np.empty(len(down), np.int64)
     order, tokens, weights = sorted_slots(ids, slot_weights, ends)
-    _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out, saved)
+    _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out)
     barrier()
     combine(out, order, ends[len(ends) - 1], y, ids.shape[1])
 
 
-def _kernel(element):  # type: ignore[no-untyped-def]
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        a = carray(data, 14)
-        n, d, f, e, k, saved = a[8], a[9], a[10], a[11], a[12], a[13] != 0
-        _run(
-            carray(pointer(a[0]), (n, d), np.float32), carray(pointer(a[1]), (e, 2 * f, d), element),
-            carray(pointer(a[2]), (e, d, f), element), carray(pointer(a[3]), (n, k), np.int64),
-            carray(pointer(a[4]), (n, k), np.float32), carray(pointer(a[5]), (n, d), np.float32),
-            carray(pointer(a[6]), (n * k, 2 * f), np.float32), carray(pointer(a[7]), (n * k, d), np.float32), saved,
-        )  # fmt: skip
-
-    return kernel.address
-
-
 @cache
-def _address(dtype: torch.dtype) -> int:
-    return int(_kernel(ELEMENT[dtype]))
+def _kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        _run(*unpack(data, kinds))
+
+    return int(kernel.address)
 
 
 def forward(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
 ) -> Tensor:
     """See `few_tokens.forward`; without `proj_SP` the projections are not kept."""
-    (num_tokens, hidden_size), (num_experts, _, width) = x_ND.shape, down_EDF.shape
-    y_ND, out_SD = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), hidden_size)
-    kept = x_ND if proj_SP is None else proj_SP  # any address will do for what is not written
-    tensors = (x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, kept, out_SD)
-    sizes = [num_tokens, hidden_size, width, num_experts, ids_NA.shape[1], int(proj_SP is not None)]
-    openmp.parallel(_address(gate_up_E2FD.dtype), [t.data_ptr() for t in tensors] + sizes)
+    y_ND, out_SD = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
+    kept_SP = x_ND.new_empty(0, gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
+    launch(_kernel, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, kept_SP, out_SD)
     return y_ND

@@ -4,12 +4,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit
 from torch import Tensor
 
-from deepseek.kernels import openmp
-from deepseek.kernels.few_tokens import ELEMENT, barrier, pointer, sigmoid, sorted_slots, thread_count, thread_number
+from deepseek.kernels.few_tokens import barrier, sigmoid, sorted_slots, thread_count, thread_number
 from deepseek.kernels.few_tokens_backward import untouched_zeros
+from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 from deepseek.kernels.many_tokens import combine, product, wide
 
 
@@ -74,26 +74,13 @@ def _run(  # type: ignore[no-untyped-def]
     combine(out, order, ends[len(ends) - 1], grad_x, ids.shape[1])
 
 
-def _kernel(element):  # type: ignore[no-untyped-def]
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        a = carray(data, 18)
-        n, d, f, e, k, trained = a[12], a[13], a[14], a[15], a[16], a[17]
-        _run(
-            carray(pointer(a[0]), (n, d), np.float32), carray(pointer(a[1]), (n, d), np.float32),
-            carray(pointer(a[2]), (e, 2 * f, d), element), carray(pointer(a[3]), (e, d, f), element),
-            carray(pointer(a[4]), (n, k), np.int64), carray(pointer(a[5]), (n, k), np.float32),
-            carray(pointer(a[6]), (n * k, 2 * f), np.float32), carray(pointer(a[7]), (n * k, d), np.float32),
-            carray(pointer(a[8]), (n, d), np.float32), carray(pointer(a[9]), (trained, 2 * f, d), np.float32),
-            carray(pointer(a[10]), (trained, d, f), np.float32), carray(pointer(a[11]), n * k, np.float32),
-        )  # fmt: skip
-
-    return kernel.address
-
-
 @cache
-def _address(dtype: torch.dtype) -> int:
-    return int(_kernel(ELEMENT[dtype]))
+def _kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        _run(*unpack(data, kinds))
+
+    return int(kernel.address)
 
 
 def backward(
@@ -101,12 +88,10 @@ def backward(
     proj_SP: Tensor, train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `few_tokens_backward.backward`."""
-    (num_tokens, hidden_size), (num_experts, _, width) = x_ND.shape, down_EDF.shape
-    grad_x, out_SD = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), hidden_size)
-    grad_weights = torch.zeros_like(weights_NA)
-    shapes = [t.shape if train_experts else torch.Size([0]) for t in (gate_up_E2FD, down_EDF)]
+    grad_x, out_SD = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
+    grad_weights = torch.zeros_like(weights_NA).flatten()
+    shapes = [t.shape if train_experts else torch.Size([0, *t.shape[1:]]) for t in (gate_up_E2FD, down_EDF)]
     grads = [untouched_zeros(shape, torch.float32) for shape in shapes]
-    tensors = (grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, out_SD, grad_x, *grads, grad_weights)
-    sizes = [num_tokens, hidden_size, width, num_experts, ids_NA.shape[1], num_experts if train_experts else 0]
-    openmp.parallel(_address(gate_up_E2FD.dtype), [t.data_ptr() for t in tensors] + sizes)
-    return grad_x, grads[0].to(gate_up_E2FD.dtype), grads[1].to(down_EDF.dtype), grad_weights
+    inputs = (grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP)
+    launch(_kernel, *inputs, out_SD, grad_x, *grads, grad_weights)
+    return grad_x, grads[0].to(gate_up_E2FD.dtype), grads[1].to(down_EDF.dtype), grad_weights.view_as(weights_NA)

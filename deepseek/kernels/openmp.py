@@ -16,12 +16,9 @@ import torch
 
 @cache
 def runtime() -> ctypes.CDLL | None:
-    """Return the OpenMP runtime inside torch, or None where it cannot be reached or numba is not installed."""
-    try:
-        import llvmlite.binding as llvm
-        import numba  # noqa: F401
-    except ImportError:
-        return None
+    """Return the OpenMP runtime inside torch, or None where it cannot be reached."""
+    import llvmlite.binding as llvm
+
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
         library = ctypes.CDLL(str(path))  # already loaded by torch: this is the same runtime, not a second one
         if hasattr(library, "GOMP_parallel"):

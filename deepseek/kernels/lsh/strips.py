@@ -11,12 +11,12 @@ from math import gcd
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit
 from torch import Tensor
 
-from deepseek.kernels import openmp
-from deepseek.kernels.few_tokens import pointer, share
+from deepseek.kernels.few_tokens import share
 from deepseek.kernels.few_tokens_backward import untouched_zeros
+from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 from deepseek.kernels.lsh import strip_backward, strip_forward
 from deepseek.kernels.lsh.intervals import Intervals, Windows
 from deepseek.kernels.lsh.product import COLUMNS, ROWS
@@ -92,8 +92,10 @@ def _unit(views, places, order, grads, buffers, num_lists, scale, backwards):  #
 
 
 @njit
-def _run(arrays, places, order, grads, num_lists, longest, scale, backwards):  # type: ignore[no-untyped-def]
-    (q, key, value, out, lse), (codes, start, stop), (grad, grad_q, grad_key, grad_value) = arrays, places, grads
+def _run(  # type: ignore[no-untyped-def]
+    q, key, value, out, lse, order, codes, start, stop, grad, grad_q, grad_key, grad_value, scale, num_lists, longest,
+    backwards,
+):  # fmt: skip
     (batch, length, heads, width), groups, lanes = q.shape, key.shape[2], len(grad_key)
     own, chunks = heads // groups, (length + CHUNK - 1) // CHUNK
     most, narrow = (CHUNK + longest + ROWS, width), (2 * longest + ROWS, COLUMNS)  # keys of a list, and of a strip
@@ -114,43 +116,25 @@ def _run(arrays, places, order, grads, num_lists, longest, scale, backwards):  #
             views = q[b, u, h], key[b, :, g], value[b, :, g], out[b, u, h], lse[b, u, h]
             spans = codes[b, h, u], start[b, h, u], stop[b, h, u]
             mine = grad[b, u, h], grad_q[b, u, h], grad_key[lane, b, :, g], grad_value[lane, b, :, g]
-            _unit(views, spans, order[b, g], mine, buffers, num_lists, scale, backwards)
+            _unit(views, spans, order[b, g], mine, buffers, num_lists, scale[0], backwards != 0)
 
 
 @cache
-def _address() -> int:
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def _kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
     def kernel(data):  # type: ignore[no-untyped-def]
-        a = carray(data, 26)
-        b, t, h, k, s, g, i, z, lanes = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-        queries, keys, lanes_of_keys, intervals = (b, t, h, k), (b, s, g, k), (lanes, b, s, g, k), (b, h, t, i)
-        arrays = (
-            carray(pointer(a[12]), queries, np.float32), carray(pointer(a[13]), keys, np.float32),
-            carray(pointer(a[14]), keys, np.float32), carray(pointer(a[15]), queries, np.float32),
-            carray(pointer(a[16]), (b, t, h), np.float32),
-        )  # fmt: skip
-        order, places = carray(pointer(a[17]), (b, g, z), np.int64), (
-            carray(pointer(a[18]), (b, h, t, i - 2), np.int32), carray(pointer(a[19]), intervals, np.int32),
-            carray(pointer(a[20]), intervals, np.int32),
-        )  # fmt: skip
-        grads = (
-            carray(pointer(a[21]), queries, np.float32), carray(pointer(a[22]), queries, np.float32),
-            carray(pointer(a[23]), lanes_of_keys, np.float32), carray(pointer(a[24]), lanes_of_keys, np.float32),
-        )  # fmt: skip
-        _run(arrays, places, order, grads, a[9], a[10], carray(pointer(a[25]), 1, np.float32)[0], a[11] != 0)
+        _run(*unpack(data, kinds))
 
     return int(kernel.address)
 
 
 def _call(
-    arrays: list[Tensor], intervals: Intervals, grads: list[Tensor], lanes: int, windows: Windows, scale: float,
-    backwards: bool,
-) -> None:  # fmt: skip
-    places = [intervals.order_BGZ, intervals.codes_BHTP, intervals.start_BHTI, intervals.stop_BHTI]
-    dimensions = [*arrays[0].shape, *arrays[1].shape[1:3], places[2].shape[-1], places[0].shape[-1], lanes]
-    limits = [windows.num_buckets + 2, min(windows.longest(), arrays[1].shape[1]), int(backwards)]
-    tensors = (*arrays, *[part.contiguous() for part in places], *grads, torch.tensor([scale]))
-    openmp.parallel(_address(), [*dimensions, *limits, *(tensor.data_ptr() for tensor in tensors)])
+    arrays: list[Tensor], intervals: Intervals, grads: list[Tensor], windows: Windows, scale: float, backwards: bool
+) -> None:
+    places = (intervals.order_BGZ, intervals.codes_BHTP, intervals.start_BHTI, intervals.stop_BHTI)
+    limits = (windows.num_buckets + 2, min(windows.longest(), arrays[1].shape[1]), int(backwards))
+    contiguous = (part.contiguous() for part in places)
+    launch(_kernel, *arrays, *contiguous, *grads, torch.tensor([scale]), *limits)
 
 
 def _by_token(x_BHTK: Tensor) -> Tensor:
@@ -163,8 +147,8 @@ def forward(
     """See `tiles.forward`; in fp32 throughout."""
     query, key, value = (_by_token(part) for part in (query_BHTK, key_BGSK, value_BGSK))
     out, lse = torch.zeros_like(query), query.new_empty(query.shape[:3])
-    unused = [query, query, key, key]  # any address will do for what is not touched
-    _call([query, key, value, out, lse], intervals, unused, -(-query.shape[1] // CHUNK), windows, scale, False)
+    lanes = key[None].expand(-(-query.shape[1] // CHUNK), *key.shape)  # any address will do for what is not touched
+    _call([query, key, value, out, lse], intervals, [query, query, lanes, lanes], windows, scale, False)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
@@ -178,7 +162,7 @@ def backward(
     lanes = min(threads // gcd(threads, heads), MOST_LANES, -(-query_BHTK.shape[2] // CHUNK))  # all equally busy
     grad_keys = [untouched_zeros(torch.Size((lanes, *arrays[1].shape)), torch.float32) for _ in range(2)]
     grad_query = torch.zeros_like(arrays[0])
-    _call(arrays, intervals, [_by_token(grad_BHTK), grad_query, *grad_keys], lanes, windows, scale, True)
+    _call(arrays, intervals, [_by_token(grad_BHTK), grad_query, *grad_keys], windows, scale, True)
     for lane in range(lanes - 1):
         for part in grad_keys:
             part[-1] += part[lane]

@@ -1,0 +1,76 @@
+"""Handing tensors to a numba kernel that runs on torch's own threads.
+
+A kernel is a C function of one pointer. `launch` writes addresses, shapes and numbers there, `unpack` makes a tuple of
+arrays and numbers of them again. Between both stands a function in each kernel's own module, for numba keeps compiled
+code by the file that it comes from:
+
+    @cache
+    def _kernel(kinds: str) -> int:
+        @cfunc(ARGUMENTS, cache=True)
+        def kernel(data):
+            _run(*unpack(data, kinds))
+
+        return int(kernel.address)
+"""
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
+from torch import Tensor
+
+from deepseek.kernels import openmp
+
+ARGUMENTS = types.void(types.CPointer(types.int64))
+LETTERS = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b", torch.int32: "i", torch.int64: "l"}
+ELEMENTS = {"f": types.float32, "d": types.float64, "b": types.uint16, "i": types.int32, "l": types.int64}
+
+
+def launch(kernel: Callable[[str], int], *arguments: Tensor | int) -> None:
+    """Run a kernel on each of torch's threads, all with the same contiguous tensors and whole numbers.
+
+    `kernel` returns the address of the C function for `kinds`: of each argument a letter and the number of dimensions,
+    or "n" for a number.
+    """
+    kinds, numbers = [], []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kinds.append(f"{LETTERS[argument.dtype]}{argument.dim()}")
+            numbers += [argument.data_ptr(), *argument.shape]
+        else:
+            kinds.append("n")
+            numbers.append(argument)
+    openmp.parallel(kernel(" ".join(kinds)), numbers)
+
+
+@intrinsic(prefer_literal=True)
+def unpack(_typing: Any, data: Any, kinds: Any) -> Any:
+    """The arguments of `launch` as a tuple; bf16 numbers are the bits that an uint16 holds."""
+    words = kinds.literal_value.split()
+    found = [types.int64 if word == "n" else types.Array(ELEMENTS[word[0]], int(word[1:]), "C") for word in words]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        places = count()
+
+        def number() -> Any:
+            return builder.load(builder.gep(args[0], [ir.IntType(64)(next(places))]))
+
+        def array(kind: Any) -> Any:
+            address, shape = number(), [number() for _ in range(kind.ndim)]
+            strides = [ir.IntType(64)(kind.dtype.bitwidth // 8)]
+            for extent in reversed(shape[1:]):
+                strides.insert(0, builder.mul(strides[0], extent))
+            made = make_array(kind)(context, builder)
+            start = builder.inttoptr(address, context.get_data_type(kind.dtype).as_pointer())
+            populate_array(made, data=start, shape=shape, strides=strides, itemsize=strides[-1], meminfo=None)
+            return made._getvalue()
+
+        values = [array(kind) if isinstance(kind, types.Array) else number() for kind in found]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.Tuple(found)(data, kinds), generate
