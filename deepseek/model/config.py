@@ -1,6 +1,6 @@
 """`ModelConfig`: every choice about a model's shape, as a Hugging Face config."""
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -198,11 +198,6 @@ def field_names() -> set[str]:
     return {field.name for field in fields(ModelConfig)} | set(ModelConfig.attribute_map)
 
 
-def defaults() -> dict[str, Any]:
-    """Default value of every field that has a plain one."""
-    return {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
-
-
 def _validate(config: ModelConfig) -> None:
     for name, values in CHOICES.items():
         value = getattr(config, name)
@@ -216,96 +211,81 @@ def _validate(config: ModelConfig) -> None:
         _validate_experts(config)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 def _validate_backbone(config: ModelConfig) -> None:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         value = getattr(config, name)
-        _require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive whole number.")
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a positive whole number.")
     heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    _require(
-        isinstance(groups, int) and groups > 0 and heads % groups == 0,
-        f"num_key_value_heads={groups!r} must divide num_attention_heads={heads}.",
-    )
-    _require(
-        isinstance(head_dim, int) and head_dim > 0 and head_dim % 2 == 0,
-        f"head_dim={head_dim!r} must be a positive even number; set it, or a hidden_size that "
-        f"{heads} heads divide evenly.",
-    )
+    if not isinstance(groups, int) or groups < 1 or heads % groups:
+        raise ConfigError(f"num_key_value_heads={groups!r} must divide num_attention_heads={heads}.")
+    if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
+        raise ConfigError(
+            f"head_dim={head_dim!r} must be a positive even number; set it, or a hidden_size that {heads} heads divide "
+            "evenly."
+        )
 
 
 def _validate_positions(config: ModelConfig) -> None:
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    kind, train_len = config.positional_encoding, config.train_len
-    _require(
-        rope_type in ROPE_TYPES,
-        f"rope_parameters['rope_type']={rope_type!r} is not supported; {nearest(str(rope_type), ROPE_TYPES)}.",
-    )
-    _require(
-        kind in ROTARY or rope_type == "default",
-        f"rope_parameters of type {rope_type!r} contradict positional_encoding={kind!r}, which rotates nothing; leave "
-        "them out or use 'rope' or 'dpe'.",
-    )
-    _require(
-        train_len is None or kind == "dpe",
-        f"train_len={train_len} contradicts positional_encoding={kind!r}: only 'dpe' has one; leave it out.",
-    )
-    _require(
-        train_len is None or 0 < train_len <= config.max_position_embeddings,
-        f"train_len={train_len} must be positive and at most max_position_embeddings={config.max_position_embeddings}.",
-    )
-    _require(
-        config.attention == "full" or kind not in ("alibi", "dpe"),
-        f"attention={config.attention!r} contradicts positional_encoding={kind!r}, whose bias of scores only 'full' "
-        "attention adds; use 'rope', 'learned' or 'none'.",
-    )
+    rope_type = str((config.rope_parameters or {}).get("rope_type", "default"))
+    kind, train_len, longest = config.positional_encoding, config.train_len, config.max_position_embeddings
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"rope_parameters['rope_type']={rope_type!r} is not supported; {nearest(rope_type, ROPE_TYPES)}."
+        )
+    if kind not in ROTARY and rope_type != "default":
+        raise ConfigError(
+            f"rope_parameters of type {rope_type!r} contradict positional_encoding={kind!r}, which rotates nothing; "
+            "leave them out or use 'rope' or 'dpe'."
+        )
+    if train_len is not None and kind != "dpe":
+        raise ConfigError(
+            f"train_len={train_len} contradicts positional_encoding={kind!r}: only 'dpe' has one; leave it out."
+        )
+    if train_len is not None and not 0 < train_len <= longest:
+        raise ConfigError(f"train_len={train_len} must be positive and at most max_position_embeddings={longest}.")
+    if config.attention != "full" and kind in ("alibi", "dpe"):
+        raise ConfigError(
+            f"attention={config.attention!r} contradicts positional_encoding={kind!r}, whose bias of scores only "
+            "'full' attention adds; use 'rope', 'learned' or 'none'."
+        )
 
 
 def _validate_lsh(config: ModelConfig) -> None:
     for name, least in (("num_buckets", 1), ("probes", 1), ("bucket_window", 1), ("local_window", 1), ("sinks", 0)):
         value = getattr(config, f"lsh_{name}")
-        _require(isinstance(value, int) and value >= least, f"lsh_{name}={value!r} must be at least {least}.")
-    _require(
-        config.sliding_window is None,
-        f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window is lsh_local_window; "
-        "leave sliding_window out.",
-    )
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"lsh_{name}={value!r} must be at least {least}.")
+    if config.sliding_window is not None:
+        raise ConfigError(
+            f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window is lsh_local_window; "
+            "leave sliding_window out."
+        )
 
 
 def _validate_experts(config: ModelConfig) -> None:
-    _require(
-        config.num_experts > 0 and config.expert_dim > 0,
-        f"num_experts={config.num_experts} needs a positive expert_dim (it is {config.expert_dim}), "
-        "the width of one expert.",
-    )
-    _require(
-        1 <= config.min_experts <= config.max_experts <= config.num_experts,
-        f"min_experts={config.min_experts} and max_experts={config.max_experts} must satisfy "
-        f"1 <= min_experts <= max_experts <= num_experts={config.num_experts}.",
-    )
-    _require(
-        0.0 < config.routing_threshold <= 1.0,
-        f"routing_threshold={config.routing_threshold} must lie in (0, 1].",
-    )
-    _require(
-        config.routing_strategy != "dynamic" or config.candidate_experts >= config.max_experts,
-        f"candidate_experts={config.candidate_experts} must be at least max_experts={config.max_experts}.",
-    )
-    _require(
-        config.target_experts is None or config.min_experts <= config.target_experts <= config.max_experts,
-        f"target_experts={config.target_experts} must lie between min_experts={config.min_experts} "
-        f"and max_experts={config.max_experts}.",
-    )
-    _require(
-        config.num_experts % config.num_expert_groups == 0
-        and 1 <= config.max_expert_groups <= config.num_expert_groups,
-        f"num_expert_groups={config.num_expert_groups} must divide num_experts={config.num_experts} and be at least "
-        f"max_expert_groups={config.max_expert_groups}.",
-    )
-    _require(
-        config.expert_sharing >= 1,
-        f"expert_sharing={config.expert_sharing} must be at least 1 (layers per expert pool).",
-    )
+    experts, least, most = config.num_experts, config.min_experts, config.max_experts
+    if experts < 1 or config.expert_dim < 1:
+        raise ConfigError(
+            f"num_experts={experts} needs a positive expert_dim (it is {config.expert_dim}), the width of one expert."
+        )
+    if not 1 <= least <= most <= experts:
+        raise ConfigError(
+            f"min_experts={least} and max_experts={most} must satisfy 1 <= min_experts <= max_experts <= "
+            f"num_experts={experts}."
+        )
+    if not 0.0 < config.routing_threshold <= 1.0:
+        raise ConfigError(f"routing_threshold={config.routing_threshold} must lie in (0, 1].")
+    if config.routing_strategy == "dynamic" and config.candidate_experts < most:
+        raise ConfigError(f"candidate_experts={config.candidate_experts} must be at least max_experts={most}.")
+    if config.target_experts is not None and not least <= config.target_experts <= most:
+        raise ConfigError(
+            f"target_experts={config.target_experts} must lie between min_experts={least} and max_experts={most}."
+        )
+    if experts % config.num_expert_groups or not 1 <= config.max_expert_groups <= config.num_expert_groups:
+        raise ConfigError(
+            f"num_expert_groups={config.num_expert_groups} must divide num_experts={experts} and be at least "
+            f"max_expert_groups={config.max_expert_groups}."
+        )
+    if config.expert_sharing < 1:
+        raise ConfigError(f"expert_sharing={config.expert_sharing} must be at least 1 (layers per expert pool).")

@@ -154,18 +154,6 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         targets = input_ids[:, 1:, None]
         return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
-
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config.initializer_range)
 

@@ -10,7 +10,6 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.positions.alibi import AlibiBias
 from deepseek.model.positions.dynamic import DynamicBias
 from deepseek.model.positions.learned import LearnedPositions
-from deepseek.model.positions.plain import PlainPositions
 from deepseek.model.positions.protocol import Positions, PreparedPositions, ScoreBiasSource
 from deepseek.model.positions.rope import Rope
 
@@ -23,10 +22,10 @@ class Encoding(NamedTuple):
 
 
 POSITIONS: dict[str, Encoding] = {
-    "alibi": Encoding(PlainPositions, AlibiBias),
+    "alibi": Encoding(Positions, AlibiBias),
     "dpe": Encoding(Rope, DynamicBias),
     "learned": Encoding(LearnedPositions),
-    "none": Encoding(PlainPositions),
+    "none": Encoding(Positions),
     "rope": Encoding(Rope),
 }
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from deepseek.errors import ConfigError
 from deepseek.model.config import ModelConfig
-from deepseek.model.positions.protocol import PreparedPositions
+from deepseek.model.positions.protocol import Positions
 
 
-class LearnedPositions(nn.Embedding):
+class LearnedPositions(nn.Embedding, Positions):
     """Adds a learned vector of each position, up to `max_position_embeddings`, to the embeddings (GPT-2)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -29,9 +29,6 @@ class LearnedPositions(nn.Embedding):
                 "there; shorten the text or use positional_encoding='dpe' or 'rope'."
             )
         return x_BTD + self(position_ids_BT)
-
-    def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> PreparedPositions:
-        return lambda query, key: (query, key)
 
 
 class DynamicPositionalEncoding(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deepseek.kernels.score_bias import ScoreBias
+from deepseek.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from deepseek.model.context import ForwardContext
@@ -17,14 +18,23 @@ class PreparedPositions(Protocol):
     def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class Positions(Protocol):
-    """What the model owns; both are called once per forward pass with the positions `[B, T]` of its tokens."""
+class Positions:
+    """What the model owns; both methods are called once per forward pass with the positions `[B, T]` of its tokens.
+
+    As it stands it leaves everything as it is: the order is told by causal attention alone (NoPE, arXiv:2305.19466) or
+    by the scores.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        pass
 
     def embed(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
         """Return the embeddings with what the encoding adds to them."""
-        ...
+        return x_BTD
 
-    def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> PreparedPositions: ...
+    def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> PreparedPositions:
+        """Return what is done to queries and keys."""
+        return lambda query, key: (query, key)
 
 
 class ScoreBiasSource(Protocol):

@@ -7,9 +7,10 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deepseek.model.config import ModelConfig
+from deepseek.model.positions.protocol import Positions
 
 
-class Rope:
+class Rope(Positions):
     """Rotates queries and keys by angles that grow with their position.
 
     Frequencies of scaled variants ("linear", "llama3", "yarn") come from `transformers`, so that checkpoints agree.
@@ -25,9 +26,6 @@ class Rope:
                 self.inv_freq = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
             else:
                 self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-
-    def embed(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
-        return x_BTD
 
     def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> "Rotation":
         """Return the rotation for these positions; its tables are computed in fp32 and kept in `dtype`."""
