@@ -8,7 +8,7 @@ import typer
 from deepseek.cli.expert_train import train, train_all
 
 if TYPE_CHECKING:
-    from deepseek.packs.manifest import BaseDescription, Manifest
+    from deepseek.packs.manifest import Manifest
 
 app = typer.Typer(add_completion=False, help="Train, list, inspect, verify and sign expert packs.")
 app.command("train")(train)
@@ -53,11 +53,14 @@ def verify(
     ] = "any",
 ) -> None:
     """Check a pack: structure, digest, values, signature, and its base if one is given."""
+    from deepseek.checkpoint.hub import resolve
     from deepseek.packs.library import find_pack
+    from deepseek.packs.manifest import BaseDescription
     from deepseek.packs.pack import read_pack
     from deepseek.packs.policy import PackPolicy
 
-    description = _describe(base) if base else None
+    folder = resolve(base) if base else None
+    description = BaseDescription.of(folder, folder.name) if folder else None
     manifest = read_pack(find_pack(pack), PackPolicy(signature=signature), description).manifest
     signer = f"signed by {manifest.signature.public_key[:16]}" if manifest.signature else "not signed"
     fits = f", fits {base}" if base else ""
@@ -95,20 +98,3 @@ def keygen(
 def _summary(manifest: "Manifest") -> str:
     losses = [f"{name} {metric.before:.3f} -> {metric.after:.3f}" for name, metric in manifest.metrics.items()]
     return "  ".join([f"{len(manifest.layers)} layers", *losses, manifest.domain]).rstrip()
-
-
-def _describe(base: str) -> "BaseDescription":
-    """Return what identifies a base model, without loading it."""
-    from deepseek.checkpoint.fingerprint import fingerprint
-    from deepseek.checkpoint.hub import resolve
-    from deepseek.checkpoint.store import read_json
-    from deepseek.errors import CheckpointError
-    from deepseek.packs.manifest import BaseDescription
-
-    folder = resolve(base)
-    config, digests = read_json(folder / "config.json"), fingerprint(folder)
-    try:
-        shape = {"hidden_size": config["hidden_size"], "num_layers": config["num_hidden_layers"]}
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{folder}/config.json names no hidden_size and num_hidden_layers.") from None
-    return BaseDescription(name=folder.name, weights=digests.weights, tokenizer=digests.tokenizer, **shape)

@@ -2,14 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from deepseek.checkpoint.store import canonical_json
-from deepseek.errors import PackError
+from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.checkpoint.store import canonical_json, read_json
+from deepseek.errors import CheckpointError, PackError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RESERVED_NAMES = frozenset({"all", "auto", "none"})  # words that `--experts` and `arm` give a meaning of their own
@@ -61,6 +63,18 @@ class BaseDescription(_Strict):
     tokenizer: Sha256 | Literal[""]
     hidden_size: Size
     num_layers: Annotated[int, Field(ge=1, le=1024)]
+
+    @staticmethod
+    def of(folder: Path, name: str) -> "BaseDescription":
+        """Describe the model in `folder`, known as `name`; raise `CheckpointError` if its config says too little."""
+        config, mark = read_json(folder / "config.json"), fingerprint(folder)
+        try:
+            size, layers = config["hidden_size"], config["num_hidden_layers"]
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{folder}/config.json names no hidden_size and num_hidden_layers.") from None
+        return BaseDescription(
+            name=name, weights=mark.weights, tokenizer=mark.tokenizer, hidden_size=size, num_layers=layers
+        )
 
 
 class Metric(_Strict):

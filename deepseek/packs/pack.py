@@ -17,8 +17,8 @@ from torch import Tensor
 
 from deepseek.checkpoint.store import atomic_write, canonical_json
 from deepseek.errors import PackError
-from deepseek.packs.container import DAMAGED, check_tensors, open_regular, read_header, read_tensors
-from deepseek.packs.manifest import BaseDescription, Manifest, TensorSpec, parse_manifest, printable
+from deepseek.packs.container import DAMAGED, check_names, open_regular, read_header, read_tensors
+from deepseek.packs.manifest import BaseDescription, Manifest, parse_manifest, printable
 from deepseek.packs.policy import PackPolicy, check_base, check_licence, check_signature
 from deepseek.packs.signature import CONTEXT, sign
 
@@ -87,8 +87,7 @@ def read_pack(path: str | Path, policy: PackPolicy = DEFAULT_POLICY, base: BaseD
                 raise PackError("its header holds no expert manifest; it is not an expert pack")
             manifest = parse_manifest(header.metadata[KEY])
             _check_papers(manifest, policy, base)
-            check_tensors({name: span.spec for name, span in header.spans.items()}, manifest.tensors())
-            pack = ExpertPack(manifest, read_tensors(file, header))
+            pack = ExpertPack(manifest, read_tensors(file, header, manifest.tensors()))
         _check_content(pack, policy)
     except PackError as error:
         raise PackError(f"expert pack {printable(path)} is refused: {error}.") from None
@@ -99,8 +98,13 @@ def check_pack(pack: ExpertPack, policy: PackPolicy = DEFAULT_POLICY, base: Base
     """Make the checks of `read_pack` on a pack in memory. Raises `PackError`."""
     try:
         _check_papers(pack.manifest, policy, base)
-        found = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in pack.tensors.items()}
-        check_tensors(found, pack.manifest.tensors())
+        specs = pack.manifest.tensors()
+        check_names(pack.tensors.keys(), specs.keys())
+        for name, tensor in pack.tensors.items():
+            if (tensor.dtype, tuple(tensor.shape)) != specs[name]:
+                raise PackError(
+                    f"its tensor {name} is {tensor.dtype} {[*tensor.shape]}, its manifest says {specs[name]}"
+                )
         _check_content(pack, policy)
     except PackError as error:
         raise PackError(f"expert pack {pack.manifest.name} is refused: {error}.") from None

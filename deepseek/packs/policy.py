@@ -55,20 +55,10 @@ def check_signature(manifest: Manifest, policy: PackPolicy) -> None:
 
 def check_base(manifest: Manifest, base: BaseDescription) -> None:
     """Raise `PackError` unless the pack was made for exactly this base model and tokenizer."""
-    made_for = manifest.base
-    if made_for.weights != base.weights:
-        name = f" ({made_for.name})" if made_for.name else ""
-        raise PackError(
-            f"it was trained on another base{name}, weights {made_for.weights[:12]} where this model has "
-            f"{base.weights[:12]}; load that base or train the expert on this one"
-        )
-    if made_for.tokenizer != base.tokenizer:
-        raise PackError(
-            f"it was trained with another tokenizer, {made_for.tokenizer[:12] or 'none'} where this model has "
-            f"{base.tokenizer[:12] or 'none'}"
-        )
-    if (made_for.hidden_size, made_for.num_layers) != (base.hidden_size, base.num_layers):
-        raise PackError(
-            f"it is made for {made_for.num_layers} layers of width {made_for.hidden_size} and this model has "
-            f"{base.num_layers} of width {base.hidden_size}"
-        )
+    for field in ("weights", "tokenizer", "hidden_size", "num_layers"):
+        made_for, found = (str(getattr(one, field))[:12] or "none" for one in (manifest.base, base))
+        if getattr(manifest.base, field) != getattr(base, field):
+            raise PackError(
+                f"it was made for another base ({manifest.base.name or 'unnamed'}), whose {field} is {made_for} where "
+                f"this model's is {found}; load that base or train the expert on this one"
+            )

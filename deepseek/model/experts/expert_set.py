@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
 from deepseek.model.experts.module import ExpertModule
@@ -116,11 +115,7 @@ class ExpertSet:
                     "This model was not loaded from a folder, so no expert pack can be matched to it; save it with "
                     "save_pretrained and load it with from_pretrained, or set model.experts.base."
                 )
-            mark, config = fingerprint(self.base_folder), self._live_model().config
-            self._base = BaseDescription(
-                name=Path(config.name_or_path).name, weights=mark.weights, tokenizer=mark.tokenizer,
-                hidden_size=config.hidden_size, num_layers=config.num_hidden_layers,
-            )  # fmt: skip
+            self._base = BaseDescription.of(self.base_folder, Path(self._live_model().config.name_or_path).name)
         return self._base
 
     @base.setter
