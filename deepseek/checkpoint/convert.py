@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deepseek.checkpoint.fingerprint import each_tensor, weight_files
 from deepseek.errors import CheckpointError
 from deepseek.registry import nearest
 
@@ -140,21 +140,9 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of all safetensors files in `folder`, memory-mapped.
-
-    Raises:
-        CheckpointError: there are none, or one is damaged.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file; pickled weights are refused, convert them first.")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    yield name, opened.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); fetch the model again.") from None
+    """Yield every tensor of the model in `folder`, memory-mapped; raise `CheckpointError` if a file is damaged."""
+    for name, _, tensor in each_tensor(weight_files(folder)):
+        yield name, tensor
 
 
 def convert_tensors(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any]) -> dict[str, Tensor]:

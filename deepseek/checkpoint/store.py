@@ -52,19 +52,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = _neighbour(path), _neighbour(path)
+    temporary = _neighbour(path)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        if path.exists():
-            path.replace(replaced)
-        temporary.replace(path)
+        install(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def install(temporary: Path, path: Path) -> None:
+    """Force a folder of files to disk and give it the name `path`; a folder that was there before is gone then."""
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    replaced = _neighbour(path)
+    if path.exists():
+        path.replace(replaced)
+    temporary.replace(path)
+    shutil.rmtree(replaced, ignore_errors=True)
     _sync(path.parent)
 
 
@@ -109,32 +115,34 @@ def load_state(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
     """Return the tensors (on the CPU) and meta of a state folder; raise `CheckpointError` if it is damaged."""
     from safetensors.torch import load_file
 
-    meta = _verified_meta(Path(folder))
+    meta = state_meta(Path(folder))
     return load_file(Path(folder) / "state.safetensors"), meta
 
 
 def seal_state(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
     """Give a hidden folder, into which several processes have written safetensors, its meta and its name."""
     write_json(temporary / "meta.json", {"meta": meta, "digest": _state_digest(temporary, meta)})
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
-    _sync(folder.parent)
+    install(temporary, folder)
 
 
 def state_meta(folder: Path) -> dict[str, Any]:
     """Return the meta of a state folder; raise `CheckpointError` if it is damaged."""
-    return _verified_meta(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} holds no safetensors; delete the folder and resume from an older state.")
+    record = read_json(folder / "meta.json")
+    if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
+        raise CheckpointError(f"{folder}/meta.json is not a state record; delete the folder and resume.")
+    if record.get("digest") != _state_digest(folder, record["meta"]):
+        raise CheckpointError(f"{folder} is damaged (its digest differs); delete it and resume from an older state.")
+    meta: dict[str, Any] = record["meta"]
+    return meta
 
 
 def latest_state(root: str | Path) -> Path | None:
     """Return the newest undamaged state folder under `root`, or None."""
     for folder in _states(Path(root)):
         try:
-            _verified_meta(folder)
+            state_meta(folder)
         except CheckpointError:
             continue
         return folder
@@ -153,19 +161,6 @@ def _states(root: Path) -> list[Path]:
     """Return the state folders under `root`, newest first."""
     folders = root.iterdir() if root.is_dir() else ()
     return sorted((f for f in folders if STATE_NAME.fullmatch(f.name)), key=lambda f: int(f.name[5:]), reverse=True)
-
-
-def _verified_meta(folder: Path) -> dict[str, Any]:
-    """Return the meta of a state folder whose digest is right."""
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} holds no safetensors; delete the folder and resume from an older state.")
-    record = read_json(folder / "meta.json")
-    if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
-        raise CheckpointError(f"{folder}/meta.json is not a state record; delete the folder and resume.")
-    if record.get("digest") != _state_digest(folder, record["meta"]):
-        raise CheckpointError(f"{folder} is damaged (its digest differs); delete it and resume from an older state.")
-    meta: dict[str, Any] = record["meta"]
-    return meta
 
 
 def _state_digest(folder: Path, meta: dict[str, Any]) -> str:

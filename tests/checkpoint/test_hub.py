@@ -90,11 +90,11 @@ def test_converting_twice_gives_the_same_bytes(tiny_file: Path, converted: Path,
 
 
 def test_pull_fetches_once_and_reports_progress(index: Path) -> None:
-    seen: list[tuple[str, float]] = []
-    folder = hub.pull("tiny", lambda what, part: seen.append((what, part)))
+    seen: list[tuple[int, int, str]] = []
+    folder = hub.pull("tiny", lambda *report: seen.append(report))
     assert fingerprint(folder) == hub.KNOWN["tiny"].fingerprint
-    assert {what for what, _ in seen} == {"downloading", "unpacking", "converting"}
-    assert all(0 <= part <= 1 for _, part in seen)
+    assert {what for _, _, what in seen} == {"downloading", "unpacking", "converting"}
+    assert all(0 <= done <= total or not total for done, total, _ in seen)
     index.unlink()
     assert hub.resolve("tiny") == folder
     assert not (hub.home() / "downloads").exists()

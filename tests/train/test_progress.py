@@ -32,7 +32,7 @@ def test_without_a_terminal_there_is_a_line_every_few_seconds(monkeypatch: pytes
     assert lines[0].startswith("train: 1/40") and lines[-1] == "clean: 1"
     assert lines[-2] == "train: 40/40 100%  loss 1.0"
     assert 7 <= len(lines) <= 12
-    assert "train: 16/40  40%, 0:25 left  loss 1.0" in lines
+    assert "train: 16/40  40%, 0:00:01 left  loss 1.0" in lines
 
 
 def test_quiet_is_silent() -> None:
