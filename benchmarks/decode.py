@@ -130,8 +130,8 @@ def llama(python: Path, model: Path, threads: int) -> Turn:
     return turn
 
 
-def write_gguf(model: Any, path: Path, kind: str) -> None:
-    """Write the weights of a Llama as GGUF; the vocabulary is numbered only, since nothing here is text."""
+def write_gguf(model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any], None] | None = None) -> None:
+    """Write the weights of a Llama as GGUF; without `add_vocabulary` the vocabulary is numbered only."""
     import gguf
 
     config = model.config
@@ -146,7 +146,10 @@ def write_gguf(model: Any, path: Path, kind: str) -> None:
     out.add_rope_freq_base(config.rope_parameters["rope_theta"])
     out.add_layer_norm_rms_eps(config.rms_norm_eps)
     out.add_vocab_size(config.vocab_size)
-    out.add_tokenizer_model("none")
+    if add_vocabulary is None:
+        out.add_tokenizer_model("none")
+    else:
+        add_vocabulary(out)
     names = {
         "attention_norm": "attn_norm", "attention.q_proj": "attn_q", "attention.k_proj": "attn_k",
         "attention.v_proj": "attn_v", "attention.o_proj": "attn_output", "feed_forward_norm": "ffn_norm",

@@ -1,11 +1,16 @@
 """Plug and unplug an expert over and over under live streams; who did not arm it must not notice.
 
-    python benchmarks/hot_plug_live.py [--cycles 1000] [--streams 8] [--json FILE]
+    python benchmarks/hot_plug_live.py [--cycles 1000] [--streams 8] [--pauses 200] [--json FILE]
 
 A tiny random model, so that the figures are those of the server and not of arithmetic: streams of the base alone run
 without pause while one expert is uploaded, asked and unplugged through HTTP, each time with other content under the
 same name. Every reply of the base must be the one that a server gives that never plugged anything; every reply of the
 expert must be that of the content that was plugged just before (else a stale cache was hit).
+
+The engine's pause is measured on the real base with 8-bit weights (`--base`), `--pauses` times: an expert of the usual
+size is plugged, asked for four tokens and unplugged under as many streams. It is the longest time between the end of
+one step's computation and the beginning of the next one's, from the beginning of the plug to the expert's last token:
+planning, sampling and waiting for the interpreter are all in it. The same is told for the times between two plugs.
 """
 
 import argparse
@@ -13,10 +18,14 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
+from engine_batch import prompt_ids
+from expert_cost import SPEAKS
+from expert_cost import save as save_usual
 from results import write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -24,7 +33,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from live_server import Live, live
 from tiny_expert import save_expert
 
+from deepseek.infer.compiled import CompiledRunner
+from deepseek.infer.engine import Engine, Generation
 from deepseek.infer.load import load
+from deepseek.infer.request import ExpertChoice, Request
+from deepseek.infer.sampler import Sampling
+from deepseek.kernels.decode import step
 
 CONTENTS = 5
 WARM_UP = 50
@@ -54,10 +68,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--pauses", type=int, default=200)
+    parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, live(Path(folder)) as server:
-        figures = measure(server, Path(folder), options.cycles, options.streams)
+    figures: dict[str, Any] = {}
+    if options.cycles:
+        with tempfile.TemporaryDirectory() as folder, live(Path(folder)) as server:
+            figures = measure(server, Path(folder), options.cycles, options.streams)
+    if options.pauses:
+        figures |= pauses(options.base, options.pauses, options.streams)
     print(figures)
     if options.json:
         write(options.json, figures)
@@ -118,6 +138,55 @@ def measure(server: Live, folder: Path, cycles: int, streams: int) -> dict[str, 
         "plug_seconds": {"median": percentile(plug, 0.5), "p99": percentile(plug, 0.99), "max": max(plug)},
         "unplug_seconds": {"median": percentile(unplug, 0.5), "p99": percentile(unplug, 0.99)}, "rss_drift": drift,
     }  # fmt: skip
+
+
+def pauses(base: str, plugs: int, streams: int) -> dict[str, Any]:
+    """Plug and unplug under streams of the base alone; return the engine's pauses in seconds."""
+    loaded, computed = load(base), note_steps()
+    windows, plug = [], []
+    with tempfile.TemporaryDirectory() as folder, Engine(*loaded, CompiledRunner(loaded.model)) as engine:
+        pack = save_usual(loaded, SPEAKS, Path(folder), 1)
+        alone = [ask_base(engine, number) for number in range(streams)]
+        for number in range(plugs + WARM_UP // 10):
+            alone = [one if is_under_way(one) else ask_base(engine, number) for one in alone]
+            time.sleep(0.1)
+            started = time.perf_counter()
+            engine.plug(pack)
+            plug.append(time.perf_counter() - started)
+            expert = Request(prompt_ids(16, number), Sampling(4, temperature=0.0), ExpertChoice((SPEAKS,)))
+            assert all(event.expert == SPEAKS or event.token_id is None for event in engine.submit(expert))
+            windows.append((started, time.perf_counter()))
+            engine.unplug(SPEAKS)
+    del windows[: WARM_UP // 10], plug[: WARM_UP // 10]
+    gaps = [(end, begin) for (_, end), (begin, _) in pairwise(computed)]
+    within = [max(e - b for b, e in gaps if e > start and b < stop) for start, stop in windows]
+    between = [max(e - b for b, e in gaps if b > before and e < after) for (_, before), (after, _) in pairwise(windows)]
+    shares = {"median": 0.5, "p99": 0.99, "max": 1.0}
+    told = {"pause_seconds": within, "pause_seconds_without_plug": between, "plug_seconds_base": plug}
+    return {"pauses": plugs, **{k: {n: percentile(v, s) for n, s in shares.items()} for k, v in told.items()}}
+
+
+def note_steps() -> list[tuple[float, float]]:
+    """Return a list that gets the beginning and the end of every step's computation."""
+    computed, run = [], step.run
+
+    def noting(addresses: list[int]) -> None:
+        begin = time.perf_counter()
+        run(addresses)
+        computed.append((begin, time.perf_counter()))
+
+    step.run = noting
+    return computed
+
+
+def ask_base(engine: Engine, number: int) -> Generation:
+    """Ask the base alone for a long text."""
+    request = Request(prompt_ids(32, number), Sampling(1500, temperature=0.0), ExpertChoice(()), ignore_end=True)
+    return engine.submit(request)
+
+
+def is_under_way(generation: Generation) -> bool:
+    return generation.usage.completion_tokens < generation.request.sampling.max_new_tokens
 
 
 if __name__ == "__main__":

@@ -1,109 +1,203 @@
 """Ask for ten times what a server can do: every request gets an answer or a quick 429, and nothing hangs.
 
-    python benchmarks/overload.py [--seconds 60] [--clients 160] [--abandon 200] [--json FILE]
+    python benchmarks/overload.py [--seconds 60] [--times 10] [--abandon 200] [--json FILE]
 
-A tiny random model behind a queue of 16; the clients are coroutines that ask again as soon as they are answered or
-refused. Goodput is the share of the unloaded server's tokens a second that are still delivered in whole answers.
+The server is a process of its own with its usual settings, this one is the load. Capacity: the tokens a second of as
+many clients as fill the batch and half of the queue, each asking again when it is answered. Overload: requests arrive
+at random (Poisson) at `--times` the rate at which capacity answers them, whether others are answered or not. Goodput
+is the tokens a second in whole answers under overload as a share of capacity; both are counted over whole windows of
+`--seconds` of a load that runs already, before and after the overload, so that a machine that changes its pace shows.
 Afterwards clients leave long requests at once, and one more request is timed.
 """
 
 import argparse
 import asyncio
-import contextlib
-import sys
-import tempfile
+import random
+import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
 from results import write
+from served import WORDS, percentile, served
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from live_server import Live, live
-
-BODY: dict[str, Any] = {
-    "model": "tiny", "prompt": "the expert of the model", "max_tokens": 64, "temperature": 0,
-    "logit_bias": {"0": -100, "2": -100},
-}  # fmt: skip
-PAUSE = 0.05
-"""Seconds after which a refused client asks again: much sooner than it was told to."""
+BATCH, QUEUE, TOKENS, SETTLE = 16, 64, 128, 10.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--clients", type=int, default=160)
+    parser.add_argument("--times", type=float, default=10.0)
     parser.add_argument("--abandon", type=int, default=200)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, live(Path(folder), max_running=8, max_waiting=8) as server:
-        figures = asyncio.run(measure(server, options.seconds, options.clients, options.abandon))
+    with served(options.model, "--max-running", str(BATCH), "--max-waiting", str(QUEUE)) as server:
+        figures = asyncio.run(measure(Load(server.url, options.model), options))
     print(figures)
     if options.json:
         write(options.json, figures)
 
 
-async def measure(server: Live, seconds: float, clients: int, abandon: int) -> dict[str, Any]:
+class Connection(asyncio.Protocol):
+    """One connection that is kept: a request, then its reply. It reads no more HTTP than our server speaks."""
+
+    def __init__(self) -> None:
+        self.reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.data = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        head, found, body = self.data.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        whole = len(body) >= int(length[1]) if length else body.endswith(b"\r\n0\r\n\r\n")
+        if found and whole and not self.reply.done():
+            self.reply.set_result(self.data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.reply.done():
+            self.reply.set_exception(error or ConnectionError("closed"))
+
+    async def ask(self, request: bytes) -> bytes:
+        """Send a request and return the reply, head and all."""
+        self.data, self.reply = b"", asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return await self.reply
+
+
+class Load:
+    """Requests to one server, and what came back. `window`: how long replies were counted."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.host, self.port, self.model = "127.0.0.1", urlsplit(url).port, model
+        self.free: deque[Connection] = deque()
+        self.random = random.Random(0)
+        self.forget()
+
+    def forget(self) -> None:
+        """Count anew."""
+        self.started, self.tokens = time.perf_counter(), 0
+        self.statuses: Counter[str] = Counter()
+        self.refusals: list[float] = []
+        self.unexpected: list[str] = []
+
+    def request(self, tokens: int = TOKENS) -> bytes:
+        """Return a request of about 100 prompt tokens that no other one shares."""
+        prompt = " ".join(self.random.choices(WORDS, k=100))
+        body = f'{{"model":"{self.model}","prompt":"{prompt}","max_tokens":{tokens},"temperature":0}}'
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
+        return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+    async def connection(self) -> Connection:
+        """Return a connection that nobody uses."""
+        while self.free:
+            connection = self.free.pop()
+            if not connection.transport.is_closing():
+                return connection
+        return (await asyncio.get_running_loop().create_connection(Connection, self.host, self.port))[1]
+
+    async def ask(self) -> str:
+        """Ask once and count the reply; return its status."""
+        started = time.perf_counter()
+        try:
+            connection = await self.connection()
+            reply = await connection.ask(self.request())
+        except OSError as error:
+            self.unexpected.append(repr(error))
+            return "broken"
+        self.free.append(connection)
+        status = reply[9:12].decode()
+        self.statuses[status] += 1
+        if status == "200":
+            self.tokens += int(re.search(rb'"completion_tokens": ?(\d+)', reply)[1])  # type: ignore[index]
+        elif status == "429" and b"retry-after:" in reply.lower():
+            self.refusals.append(time.perf_counter() - started)
+        else:
+            self.unexpected.append(reply.decode())
+        return status
+
+    def rates(self) -> dict[str, float]:
+        """Return tokens and answers a second since `forget`."""
+        seconds = time.perf_counter() - self.started
+        return {"tokens_per_second": self.tokens / seconds, "answers_per_second": self.statuses["200"] / seconds}
+
+
+async def measure(load: Load, options: argparse.Namespace) -> dict[str, Any]:
     """Run all parts and return the figures."""
-    limits = httpx.Limits(max_connections=clients + abandon + 10)
-    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as http:
-        await load_for(http, 2, 16)  # warm
-        alone, _, _ = await load_for(http, min(seconds, 15), 16)
-        statuses, refusals, others = await load_for(http, seconds, clients)
-        left = await leave(http, abandon)
-    refusals.sort()
+    before = await capacity(load, options.seconds)
+    rate = options.times * before["answers_per_second"]
+    over, told = await overload(load, options.seconds, rate)
+    after = await capacity(load, options.seconds)
+    usual = (before["tokens_per_second"] + after["tokens_per_second"]) / 2
     return {
-        "seconds": seconds, "clients": clients, "statuses": dict(statuses), "unexpected": others,
-        "refusal_p99_seconds": refusals[int(len(refusals) * 0.99)] if refusals else None,
-        "answers_a_second": statuses[200] / seconds, "unloaded_answers_a_second": alone[200] / min(seconds, 15),
-        "goodput": statuses[200] / seconds / (alone[200] / min(seconds, 15)),
-        "abandoned": abandon, "next_reply_seconds": left,
+        "capacity_before": before, "capacity_after": after, "overload": over, "offered_per_second": rate, **told,
+        "goodput": over["tokens_per_second"] / usual, "abandoned": options.abandon,
+        "next_reply_seconds": await leave(load, options.abandon),
     }  # fmt: skip
 
 
-async def load_for(
-    http: httpx.AsyncClient, seconds: float, clients: int
-) -> tuple[Counter[int], list[float], list[str]]:
-    """Ask with that many clients for that long; return statuses, times of refusals, and what should not have come."""
-    statuses: Counter[int] = Counter()
-    refusals: list[float] = []
-    others: list[str] = []
-    end = time.monotonic() + seconds
+async def capacity(load: Load, seconds: float) -> dict[str, float]:
+    """Return the pace of clients that keep the batch full and are never refused."""
+    over = False
 
-    async def ask() -> None:
-        while time.monotonic() < end:
-            started = time.perf_counter()
-            try:
-                reply = await http.post("/v1/completions", json=BODY)
-            except httpx.HTTPError as error:
-                others.append(repr(error))
-                continue
-            statuses[reply.status_code] += 1
-            if reply.status_code == 429 and "retry-after" in reply.headers:
-                refusals.append(time.perf_counter() - started)
-                await asyncio.sleep(PAUSE)
-            elif reply.status_code != 200:
-                others.append(reply.text)
+    async def client() -> None:
+        while not over:
+            await load.ask()
 
-    await asyncio.gather(*(ask() for _ in range(clients)))
-    return statuses, refusals, others
+    clients = [asyncio.create_task(client()) for _ in range(BATCH + QUEUE // 2)]
+    await asyncio.sleep(SETTLE)
+    load.forget()
+    await asyncio.sleep(seconds)
+    rates, over = load.rates(), True
+    await asyncio.gather(*clients)
+    return rates
 
 
-async def leave(http: httpx.AsyncClient, count: int) -> float:
+async def overload(load: Load, seconds: float, rate: float) -> tuple[dict[str, float], dict[str, Any]]:
+    """Send `rate` requests a second; return the pace, and what was refused and how quickly."""
+    asked: set[asyncio.Task[str]] = set()
+    late, start = 0.0, time.perf_counter()
+    counted = arrival = 0.0
+    while arrival < SETTLE + seconds:
+        arrival += load.random.expovariate(rate)
+        if not counted and arrival > SETTLE:
+            load.forget()
+            counted = arrival
+        await asyncio.sleep(start + arrival - time.perf_counter())
+        late = max(late, time.perf_counter() - start - arrival)
+        task = asyncio.create_task(load.ask())
+        asked.add(task)
+        task.add_done_callback(asked.discard)
+    rates, refusals = load.rates(), list(load.refusals)
+    left = len(asked)
+    await asyncio.wait_for(asyncio.gather(*asked), 120)  # nothing hangs
+    times = {str(share): percentile(refusals, share) for share in (0.5, 0.9, 0.99, 1.0)} if refusals else {}
+    told = {"statuses": dict(load.statuses), "unexpected": load.unexpected, "refusal_seconds": times,
+            "under_way_at_end": left, "latest_arrival_seconds": late}  # fmt: skip
+    return rates, told
+
+
+async def leave(load: Load, count: int) -> float:
     """Let `count` clients leave their long requests, and return how long the next reply takes."""
 
     async def go() -> None:
-        with contextlib.suppress(httpx.HTTPError):
-            await http.post("/v1/completions", json={**BODY, "max_tokens": 700}, timeout=0.3)
+        connection = await load.connection()
+        connection.transport.write(load.request(1024))
+        await asyncio.sleep(0.5)
+        connection.transport.abort()
 
     await asyncio.gather(*(go() for _ in range(count)))
     started = time.perf_counter()
-    while (await http.post("/v1/completions", json={**BODY, "max_tokens": 4})).status_code != 200:
-        await asyncio.sleep(PAUSE)
-    return time.perf_counter() - started
+    while True:
+        reply = await (await load.connection()).ask(load.request(4))
+        if reply[9:12] == b"200":
+            return time.perf_counter() - started
+        await asyncio.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -23,29 +23,39 @@ class Generation:
         self._events: deque[TokenEvent] = deque()
         self._over = False
         self._arrived = threading.Condition()
-        self._wake: Callable[[], object] | None = None
-        sequence.deliver = self._put
+        self._put: Callable[[TokenEvent], object] = self._events.append
+        sequence.deliver = self._deliver
 
     def __iter__(self) -> Iterator[TokenEvent]:
         """Yield events as they come, waiting for them; the last one has a finish reason."""
         while not self._over:
             with self._arrived:
                 self._arrived.wait_for(lambda: self._events)
-                event = self._next()
+                event = self._events.popleft()
+            self._over = event.finish_reason is not None
             yield event
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """Yield events as they come, without blocking the event loop. Leaving early does not cancel."""
-        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self.subscribe(queue.put_nowait)
         while not self._over:
-            ready = loop.create_future()
-            with self._arrived:
-                event = self._next() if self._events else None
-                self._wake = lambda ready=ready: loop.call_soon_threadsafe(_resolve, ready)
-            if event is None:
-                await ready
-            else:
-                yield event
+            event = await queue.get()
+            self._over = event.finish_reason is not None
+            yield event
+
+    def subscribe(self, put: Callable[[TokenEvent], object]) -> None:
+        """Have `put` called in the running event loop with every event, those that came before first."""
+        loop = asyncio.get_running_loop()
+
+        def soon(event: TokenEvent) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has closed, and nobody waits any more
+                loop.call_soon_threadsafe(put, event)
+
+        with self._arrived:
+            while self._events:
+                soon(self._events.popleft())
+            self._put = soon
 
     def cancel(self) -> None:
         """End it before the next step; its last event says "cancelled". It may have finished already. Thread safe."""
@@ -64,21 +74,7 @@ class Generation:
         """
         return tuple(self._sequence.prompt_logprobs)
 
-    def _next(self) -> TokenEvent:
-        event = self._events.popleft()
-        self._over = event.finish_reason is not None
-        return event
-
-    def _put(self, event: TokenEvent) -> None:
+    def _deliver(self, event: TokenEvent) -> None:
         with self._arrived:
-            self._events.append(event)
+            self._put(event)
             self._arrived.notify()
-            wake, self._wake = self._wake, None
-        if wake is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop has closed, and nobody waits any more
-                wake()
-
-
-def _resolve(ready: "asyncio.Future[None]") -> None:
-    if not ready.done():
-        ready.set_result(None)

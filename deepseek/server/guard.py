@@ -17,11 +17,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deepseek.server.errors import ApiError
+from deepseek.errors import UserError
+from deepseek.server.errors import ApiError, as_api_error
 from deepseek.server.service import Service
 
 COOKIE = "deepseek_session"
 OPEN_PATHS = {"/health"}
+GENERATING = {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
 UPLOAD_PATH = "/v1/experts/upload"
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 BODY_SECONDS = 30.0
@@ -78,8 +80,8 @@ class Guard:
         body = LimitedBody(receive, settings.max_upload if uploads else settings.max_body, pieces=uploads)
         try:
             answer = await self._checked(scope, body)
-        except ApiError as error:
-            answer = error.response()
+        except (ApiError, UserError) as error:
+            answer = as_api_error(error).response()
         await (self.app(scope, body.receive, send) if answer is None else answer(scope, receive, send))
 
     async def _checked(self, scope: Scope, body: "LimitedBody") -> Response | None:
@@ -102,6 +104,8 @@ class Guard:
         refusal = self.service.refusal
         if refusal is not None and (path.startswith("/v1/") or path == "/tokenizer_info"):
             raise refusal
+        if method == "POST" and path in GENERATING:
+            self.service.engine.check_open()  # before the body is read: under overload a refusal costs next to nothing
         return None
 
     def _role(self, headers: Headers) -> str | None:

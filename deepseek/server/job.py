@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from deepseek.infer.engine import Generation
 from deepseek.infer.request import TokenEvent, Usage
@@ -22,8 +23,9 @@ class Job:
 
     def __init__(self, generations: Sequence[Generation], choices: int, metrics: Metrics, seconds: float) -> None:
         self.generations, self._choices, self._metrics = generations, choices, metrics
-        self._queue: asyncio.Queue[tuple[int, TokenEvent | Exception]] = asyncio.Queue()
-        self._pumps = [asyncio.create_task(self._pump(index)) for index in range(len(generations))]
+        self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
+        for index, generation in enumerate(generations):
+            generation.subscribe(partial(self._take, index))
         self._started, self._seconds, self._expired = time.perf_counter(), seconds, False
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
 
@@ -36,8 +38,6 @@ class Job:
         first = True
         while left:
             index, event = await self._queue.get()
-            if isinstance(event, Exception):
-                raise event
             if first:
                 self._metrics.first_token.observe(time.perf_counter() - self._started)
             first = False
@@ -58,17 +58,12 @@ class Job:
     def close(self) -> None:
         """Cancel what still runs and count what was used."""
         self._timer.cancel()
-        for pump, generation in zip(self._pumps, self.generations, strict=True):
-            pump.cancel()
+        for generation in self.generations:
             generation.cancel()
         self._metrics.count(self.usage())
 
-    async def _pump(self, index: int) -> None:
-        try:
-            async for event in self.generations[index]:
-                self._queue.put_nowait((index, event))
-        except Exception as error:  # it belongs to whoever reads the events
-            self._queue.put_nowait((index, error))
+    def _take(self, index: int, event: TokenEvent) -> None:
+        self._queue.put_nowait((index, event))
 
     def _expire(self) -> None:
         self._expired = True

@@ -33,7 +33,7 @@ def serve(
     max_waiting: int = 64,
     int8: bool = True,
     lesson: TeachRequest | None = None,
-    announce: Callable[[str], None] = print,
+    announce: Callable[[str], None] = partial(print, flush=True),  # noqa: B008 - it keeps nothing
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C; answers under way are finished first.
 

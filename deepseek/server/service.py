@@ -104,9 +104,8 @@ class Service:
         Args:
             choices: how many of them, one after the other, share a prompt.
         """
-        engine = self.engine
-        engine.check_open()  # here, so that under overload a refusal costs no tokenising and waits for no thread
-        return Job(await asyncio.to_thread(submit, engine, plan), choices, self.metrics, self.settings.request_seconds)
+        generations = await asyncio.to_thread(submit, self.engine, plan)
+        return Job(generations, choices, self.metrics, self.settings.request_seconds)
 
     def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:
         """Return who may speak under a model name such as `smollm2-135m+code+zh` and the field `experts`.

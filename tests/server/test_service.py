@@ -237,6 +237,18 @@ def test_a_full_queue_says_when_to_come_back(keyed: Live) -> None:
     assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies if reply.status_code == 429)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_a_full_queue_refuses_before_a_body_is_read(keyed: Live, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyed.engine, "_max_waiting", 0)
+    with keyed.http(USER) as http:
+        refused = http.post(path, content=b"no JSON", headers={"Content-Type": "application/json"})
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert http.get("/v1/models").status_code == 200
+    with keyed.http() as http:
+        assert http.post(path, content=b"no JSON").status_code == 401  # who has no key learns nothing of the queue
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(keyed: Live, stream: bool) -> None:
     body = {**CHAT, "max_tokens": 700, "stream": stream, "logit_bias": {"0": -100, "2": -100}}

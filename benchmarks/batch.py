@@ -1,0 +1,195 @@
+"""Sixteen streams at once: our server through HTTP beside llama.cpp, tokens a second of all together.
+
+    python benchmarks/batch.py --llama PYTHON [--llama-path FOLDER] [--rounds 3] [--json FILE]
+
+Each side answers prompts of 128 tokens by 64 tokens, greedily, on two threads, one stream and sixteen, in turn. Ours is
+`deepseek serve` with its usual settings (8-bit weights), asked through HTTP with streaming. llama.cpp (Q8_0) twice:
+`llama_decode` called with sixteen sequences in one batch, without server, tokenizer or sampling; and llama-cpp-python's
+own server, which holds a lock until a reply has ended and so answers one request at a time. That one is asked
+without streaming, which costs it nothing but the reply. `--llama-path` holds what llama-cpp-python's server needs and
+the Python of `--llama` lacks. A pace counts the tokens while all streams speak; "whole" is all tokens over all the
+time, prompts included, which is all there is to say of a server that never has two streams speaking.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.parse import urlsplit
+
+import gguf
+import httpx
+from decode import write_gguf
+from latency import Prompts, stream
+from results import write
+from served import served
+
+from deepseek.infer.load import load
+
+MODEL, STREAMS, PROMPT, TOKENS = "smollm2-135m", 16, 128, 64
+Turn = Callable[[], dict[str, float]]
+
+LLAMA = """
+import json, sys, time
+import llama_cpp as lc
+path, threads, prompts, steps = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+lc.llama_backend_init()
+model = lc.llama_model_load_from_file(path.encode(), lc.llama_model_default_params())
+def pace(count):
+    dials = lc.llama_context_default_params()
+    dials.n_ctx, dials.n_batch, dials.n_ubatch, dials.n_seq_max = 256 * count, 512, 512, count
+    dials.n_threads = dials.n_threads_batch = threads
+    dials.kv_unified = False
+    context = lc.llama_init_from_model(model, dials)
+    def decode(rows):
+        batch = lc.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (token, place, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, place, 1, sequence
+            batch.logits[i] = wanted
+        start = time.perf_counter()
+        assert lc.llama_decode(context, batch) == 0
+        lc.llama_synchronize(context)
+        seconds = time.perf_counter() - start
+        lc.llama_batch_free(batch)
+        return seconds
+    for s in range(count):
+        ids = prompts[s]
+        decode([(token, i, s, i == len(ids) - 1) for i, token in enumerate(ids)])
+    times = sorted(decode([(prompts[s][i], len(prompts[s]) + i, s, True) for s in range(count)]) for i in range(steps))
+    lc.llama_free(context)
+    return count / times[len(times) // 2]
+print("ready", flush=True)
+for line in sys.stdin:
+    print(json.dumps({str(count): pace(count) for count in (1, len(prompts))}), flush=True)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama", type=Path, required=True, help="Python that has llama-cpp-python")
+    parser.add_argument("--llama-path", default="", help="further folders of packages for its server")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    loaded = load(MODEL)
+    prompts = Prompts(loaded.tokenizer)
+    with tempfile.TemporaryDirectory() as folder, served(MODEL) as server:
+        path = Path(folder) / "model.gguf"
+        write_gguf(loaded.model, path, "Q8_0", lambda out: add_vocabulary(out, loaded.tokenizer))
+        port = urlsplit(server.url).port
+        assert port is not None
+        turns = {"ours": ours(port, prompts), "llama_decode": batched(options, path, prompts)}
+        with LlamaServer(options, path) as rival:
+            turns["llama.cpp server"] = lambda: rival.turn(prompts)
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
+            for number in range(options.rounds + 1):
+                for name, turn in turns.items():
+                    paces = turn()
+                    print(number, name, paces, flush=True)
+                    found[name] += [paces] if number else []  # the first round warms
+    rates = {name: {key: median(one[key] for one in own) for key in own[0]} for name, own in found.items()}
+    most, whole = rates["ours"]["16"], "16 whole"
+    ratios = {
+        "16 streams over one": most / rates["ours"]["1"],
+        "16 streams over llama_decode": most / rates["llama_decode"]["16"],
+        "16 streams over llama.cpp server": rates["ours"][whole] / rates["llama.cpp server"][whole],
+    }
+    figures = {"tokens_per_second": rates, "ratios": ratios, "rounds": found}
+    print(json.dumps({key: value for key, value in figures.items() if key != "rounds"}, indent=1))
+    if options.json:
+        write(options.json, figures)
+
+
+def add_vocabulary(out: gguf.GGUFWriter, tokenizer: Any) -> None:
+    """Give the file the tokenizer, which a server needs."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
+    special = {one["content"] for one in model["added_tokens"]}
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre("smollm")
+    out.add_token_list(tokens)
+    out.add_token_types([gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens])
+    out.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["model"]["merges"]])
+    out.add_eos_token_id(tokenizer.eos_token_id)
+
+
+def ours(port: int, prompts: Prompts) -> Turn:
+    """Our server through HTTP: tokens that came between the last stream's first and the first stream's last one."""
+
+    async def pace(count: int) -> dict[str, float]:
+        streams = await asyncio.gather(*(stream(port, prompts.next(), TOKENS) for _ in range(count)))
+        begin, end = max(times[1] for times in streams), min(times[-1] for times in streams)
+        moments = [moment for times in streams for moment in times[1:]]
+        together = sum(begin < moment <= end for moment in moments) / (end - begin)
+        whole = len(moments) / (max(moments) - min(times[0] for times in streams))
+        return {str(count): together, f"{count} whole": whole}
+
+    return lambda: {**asyncio.run(pace(1)), **asyncio.run(pace(STREAMS))}
+
+
+def batched(options: argparse.Namespace, path: Path, prompts: Prompts) -> Turn:
+    """A process that calls `llama_decode` when a line comes."""
+    texts = json.dumps([prompts.next() for _ in range(STREAMS)])
+    command = [str(options.llama), "-c", LLAMA, str(path), str(options.threads), texts, str(TOKENS)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline().strip() == "ready"
+
+    def turn() -> dict[str, float]:
+        print("go", file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    return turn
+
+
+class LlamaServer:
+    """llama-cpp-python's own server."""
+
+    def __init__(self, options: argparse.Namespace, path: Path) -> None:
+        threads, self.port = str(options.threads), 18_643
+        command = [
+            str(options.llama), "-m", "llama_cpp.server", "--model", str(path), "--port", str(self.port),
+            "--n_threads", threads, "--n_threads_batch", threads, "--n_ctx", "1024", "--interrupt_requests", "False",
+        ]  # fmt: skip
+        paths = os.pathsep.join([options.llama_path, os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.DEVNULL)
+
+    def __enter__(self) -> "LlamaServer":
+        while self.process.poll() is None:
+            try:
+                httpx.get(f"http://127.0.0.1:{self.port}/v1/models")
+                return self
+            except httpx.TransportError:
+                time.sleep(0.2)
+        sys.exit("llama-cpp-python's server did not start; see --llama-path.")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def turn(self, prompts: Prompts) -> dict[str, float]:
+        """All tokens over all the time."""
+        return {f"{count} whole": asyncio.run(self.pace(prompts, count)) for count in (1, STREAMS)}
+
+    async def pace(self, prompts: Prompts, count: int) -> float:
+        async with httpx.AsyncClient(timeout=300) as http:
+            bodies = [{"prompt": prompts.next(), "max_tokens": TOKENS, "temperature": 0} for _ in range(count)]
+            url, started = f"http://127.0.0.1:{self.port}/v1/completions", time.perf_counter()
+            replies = await asyncio.gather(*(http.post(url, json=body) for body in bodies))
+            tokens = sum(reply.raise_for_status().json()["usage"]["completion_tokens"] for reply in replies)
+            return tokens / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""A server in a process of its own, started as a user starts it (`deepseek serve`), for measurements from outside."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+WORDS = ["time", "river", "stone", "market", "letter", "garden", "engine", "winter", "summer", "paper", "music"]
+"""Every one a single token of most vocabularies, with the blank before it."""
+
+
+@dataclass
+class Served:
+    """A server that is ready. `url`: its address. `process`: itself."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+
+@contextmanager
+def served(model: str, *dials: str) -> Iterator[Served]:
+    """Serve `model` until the block ends, which is when the server must drain and end with 0."""
+    command = [sys.executable, "-m", "deepseek", "serve", model, "--port", "0", "--experts", "", *dials]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        while httpx.get(f"{url}/ready").status_code != 200:
+            time.sleep(0.1)
+        yield Served(url, process)
+    finally:
+        process.terminate()
+        if process.wait(timeout=120):
+            raise RuntimeError(f"the server ended with {process.returncode}")
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value below which that share of the values lies."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
