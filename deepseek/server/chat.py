@@ -12,7 +12,8 @@ from deepseek.infer.request import Request, TokenEvent, TokenLogprob
 from deepseek.server.ask import ask, wanted_schema
 from deepseek.server.errors import ApiError
 from deepseek.server.job import Job
-from deepseek.server.reply import STREAMED, Chunks, Fields, Reply, chat_logprobs
+from deepseek.server.replies import ChatReply, described
+from deepseek.server.reply import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.schema import ChatRequest
 from deepseek.server.service import Service, service_of
 from deepseek.server.tools import Calling
@@ -20,7 +21,7 @@ from deepseek.server.tools import Calling
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", responses=STREAMED)
+@router.post("/v1/chat/completions", responses=described(ChatReply, streamed=True))
 async def chat(body: ChatRequest, request: HttpRequest) -> Response:
     """Answer a conversation, at once or as server-sent events."""
     service, calling = service_of(request), Calling.of(body)

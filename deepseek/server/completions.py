@@ -11,7 +11,8 @@ from deepseek.infer.request import Request, TokenEvent, TokenLogprob
 from deepseek.server.ask import ask
 from deepseek.server.errors import ApiError
 from deepseek.server.job import Job
-from deepseek.server.reply import STREAMED, Chunks, Fields, Reply, finite
+from deepseek.server.replies import CompletionReply, described
+from deepseek.server.reply import Chunks, Fields, Reply, finite
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
 from deepseek.server.service import Service, service_of
 
@@ -24,7 +25,7 @@ DEFAULT_TOKENS = 16
 """Of an answer that asks for no limit; OpenAI's number for this route."""
 
 
-@router.post("/v1/completions", responses=STREAMED)
+@router.post("/v1/completions", responses=described(CompletionReply, streamed=True))
 async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
     """Continue one or several texts, at once or as server-sent events."""
     service = service_of(request)

@@ -11,6 +11,7 @@ from fastapi import Request as HttpRequest
 from deepseek.infer.engine import Engine
 from deepseek.server.errors import ApiError
 from deepseek.server.prompt import PromptWriter
+from deepseek.server.replies import Embeddings, Model, Models, described
 from deepseek.server.schema import EmbeddingsRequest
 from deepseek.server.service import service_of
 from deepseek.text.tokenizer import tokenizer_digest
@@ -18,25 +19,25 @@ from deepseek.text.tokenizer import tokenizer_digest
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=described(Models))
 async def models(request: HttpRequest) -> dict[str, Any]:
     """List the base model as it is armed, alone, with each expert, and with all of them."""
-    return {"object": "list", "data": [described(name) for name in service_of(request).models()]}
+    return {"object": "list", "data": [card(name) for name in service_of(request).models()]}
 
 
-@router.get("/v1/models/{model}")
+@router.get("/v1/models/{model}", responses=described(Model))
 async def model(model: str, request: HttpRequest) -> dict[str, Any]:
     """Describe one model: the base, or the base with any set of plugged experts."""
     service_of(request).named_experts(model)
-    return described(model)
+    return card(model)
 
 
-def described(name: str) -> dict[str, Any]:
+def card(name: str) -> dict[str, Any]:
     """Return a model as OpenAI lists it."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "deepseek"}
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", responses=described(Embeddings))
 async def embeddings(body: EmbeddingsRequest, request: HttpRequest) -> dict[str, Any]:
     """Return a vector of length 1 for each text: the mean of the base model's last hidden states."""
     service = service_of(request)

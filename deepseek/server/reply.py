@@ -22,9 +22,6 @@ LEAST_LOGPROB = -9999.0
 
 Fields = dict[str, Any]
 
-STREAMED: dict[int | str, Fields] = {200: {"content": {"text/event-stream": {"schema": {"type": "object"}}}}}
-"""What a route that can stream says of its replies in the OpenAPI description."""
-
 
 class Reply(StreamingResponse):
     """Sends chunks as server-sent events, or what `fold` makes of all of them; closes the job whatever happens.

@@ -12,7 +12,8 @@ from deepseek.infer.request import Request
 from deepseek.server.ask import ask, wanted_schema
 from deepseek.server.job import Job
 from deepseek.server.metrics import spoken
-from deepseek.server.reply import STREAMED, Fields, Reply
+from deepseek.server.replies import ResponseReply, described
+from deepseek.server.reply import Fields, Reply
 from deepseek.server.schema import ChatMessage, ResponsesRequest
 from deepseek.server.service import Service, service_of
 from deepseek.server.tools import Calling
@@ -20,7 +21,7 @@ from deepseek.server.tools import Calling
 router = APIRouter()
 
 
-@router.post("/v1/responses", responses=STREAMED)
+@router.post("/v1/responses", responses=described(ResponseReply, streamed=True))
 async def responses(body: ResponsesRequest, request: HttpRequest) -> Response:
     """Answer an input, at once or as server-sent events."""
     service = service_of(request)

@@ -23,7 +23,8 @@ from deepseek.checkpoint.store import home
 from deepseek.packs.library import SUFFIX
 from deepseek.server.errors import ApiError, as_api_error
 from deepseek.server.guard import ADMIN
-from deepseek.server.reply import STREAMED, Reply
+from deepseek.server.replies import STREAMED
+from deepseek.server.reply import Reply
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service
 from deepseek.train.metrics import read_metrics
