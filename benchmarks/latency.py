@@ -31,6 +31,7 @@ from deepseek.infer.request import Request
 from deepseek.infer.sampler import Sampling
 
 PROMPT, TOKENS = 128, 64
+TOGETHER = 2.0  # seconds until all streams have begun
 MODEL = "smollm2-135m"
 
 
@@ -88,13 +89,14 @@ async def keep_asking(port: int, prompts: Prompts, streams: int, seconds: float)
     between: list[float] = []
     end = time.monotonic() + seconds
 
-    async def one() -> None:
+    async def one(index: int) -> None:
+        await asyncio.sleep(index * TOGETHER / streams)  # streams that all begin at once are another question
         while time.monotonic() < end:
             times = await stream(port, prompts.next(), dice.randint(TOKENS // 2, TOKENS * 3 // 2))
             first.append(times[1] - times[0])
             between.extend(after - before for before, after in pairwise(times[1:]))
 
-    await asyncio.gather(*(one() for _ in range(streams)))
+    await asyncio.gather(*(one(index) for index in range(streams)))
     shares = (0.5, 0.9, 0.99, 1.0)
     return {
         "streams": streams, "answers": len(first), "tokens": len(first) + len(between),

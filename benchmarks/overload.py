@@ -45,7 +45,7 @@ class Connection(asyncio.Protocol):
     """One connection that is kept: a request, then its reply. It reads no more HTTP than our server speaks."""
 
     def __init__(self) -> None:
-        self.reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.reply: asyncio.Future[bytes] | None = None
         self.data = b""
 
     def connection_made(self, transport: Any) -> None:
@@ -56,11 +56,11 @@ class Connection(asyncio.Protocol):
         head, found, body = self.data.partition(b"\r\n\r\n")
         length = re.search(rb"(?i)content-length: (\d+)", head)
         whole = len(body) >= int(length[1]) if length else body.endswith(b"\r\n0\r\n\r\n")
-        if found and whole and not self.reply.done():
+        if found and whole and self.reply and not self.reply.done():
             self.reply.set_result(self.data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.reply.done():
+        if self.reply and not self.reply.done():
             self.reply.set_exception(error or ConnectionError("closed"))
 
     async def ask(self, request: bytes) -> bytes:
@@ -187,6 +187,7 @@ async def leave(load: Load, count: int) -> float:
 
     async def go() -> None:
         connection = await load.connection()
+        connection.reply = None
         connection.transport.write(load.request(1024))
         await asyncio.sleep(0.5)
         connection.transport.abort()
