@@ -27,6 +27,7 @@ from deepseek.train.metrics import MetricsLog
 from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
 from deepseek.train.plots import plot_losses
 from deepseek.train.progress import ProgressBar
+from deepseek.train.state import TrainingState
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which the run has diverged and going on is of no use."""
@@ -216,25 +217,24 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@dataclass
 class _Run:
     """One call of `train`."""
 
-    def __init__(
-        self,
-        task: Task[Any],
-        batches: Batches[Any],
-        config: LoopConfig,
-        folder: Path,
-        progress: ProgressBar,
-        hooks: Hooks,
-        backend: Backend,
-    ) -> None:
-        self.task, self.batches, self.config, self.progress = task, batches, config, progress
-        self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.hooks, self.backend = hooks, backend
-        self.parameters = task.parameters
+    task: Task[Any]
+    batches: Batches[Any]
+    config: LoopConfig
+    folder: Path
+    progress: ProgressBar
+    hooks: Hooks
+    backend: Backend
+
+    def __post_init__(self) -> None:
+        self.checkpoints = self.folder / "checkpoints"
+        self.parameters = self.task.parameters
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = adamw(self.parameters, config.optim)
+        self.optimizer = adamw(self.parameters, self.config.optim)
+        self.state = TrainingState(self.parameters, self.hooks.buffers, self.optimizer)
         self.position = Position()
         self.saved_step = -1
 
@@ -339,7 +339,7 @@ class _Run:
             return
         meta = {"position": asdict(position), "batches": self.batches.state()}
         folder = self.checkpoints / f"step-{position.step:08d}"
-        self.backend.save(folder, self.parameters, self.hooks.buffers, self.optimizer, meta)
+        self.backend.save(folder, self.state, meta)
         self.saved_step = position.step
         if self.backend.main:
             store.prune(self.checkpoints, self.config.keep)
@@ -350,7 +350,7 @@ class _Run:
         newest = store.latest_state(self.checkpoints)
         if newest is None:
             return
-        meta = self.backend.load(newest, self.parameters, self.hooks.buffers, self.optimizer)
+        meta = self.backend.load(newest, self.state)
         self.batches.load(meta["batches"])
         self.position = Position(**meta["position"])
         self.saved_step = self.position.step

@@ -1,8 +1,7 @@
-"""Metrics of a run: one JSON object a line, and the same figures for TensorBoard where it is installed."""
+"""Metrics of a run: one JSON object a line, and the same figures for TensorBoard."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 from deepseek.checkpoint.store import atomic_write
 
@@ -15,26 +14,26 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """Keep the records of steps before `first_step` and open the file for more."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to load, and readers of a log need not
+
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(self.path) if record["step"] < first_step]
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._board = _tensorboard(folder / "tensorboard", first_step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)  # hides later steps
 
     def write(self, step: int, **values: float) -> None:
         """Append one record."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -48,12 +47,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return records
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    """Return a TensorBoard writer that hides steps from `first_step` on of an earlier start, or None without it."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=first_step)

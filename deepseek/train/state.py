@@ -3,68 +3,48 @@
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepseek.checkpoint import store
 from deepseek.errors import TrainError
 from deepseek.train.optim import load_optimizer_tensors, optimizer_tensors
 
 
-def save_training(
-    folder: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-    meta: dict[str, Any],
-    buffers: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a checkpoint folder; raise `TrainError` if the disk is full, with earlier checkpoints intact."""
-    with disk_full_explained(folder):
-        store.save_state(folder, training_tensors(parameters, buffers or {}, optimizer), meta)
+@dataclass(frozen=True)
+class TrainingState:
+    """What training changes.
 
+    Attributes:
+        parameters: by name.
+        buffers: further tensors, by name.
+        optimizer: of the parameters.
+    """
 
-def load_training(
-    folder: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-    buffers: Mapping[str, Tensor] | None = None,
-) -> dict[str, Any]:
-    """Restore what `save_training` wrote and return its meta."""
-    tensors, meta = store.load_state(folder)
-    restore_training(tensors, parameters, buffers or {}, optimizer)
-    return meta
+    parameters: dict[str, nn.Parameter]
+    buffers: Mapping[str, Tensor]
+    optimizer: torch.optim.AdamW
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it, PyTorch's random states among them, under one flat naming."""
+        return {
+            **{f"parameter.{name}": parameter for name, parameter in self.parameters.items()},
+            **{f"buffer.{name}": value for name, value in self.buffers.items()},
+            **{f"optimizer.{name}": v for name, v in optimizer_tensors(self.optimizer, self.parameters).items()},
+            **{f"random.{device}": state for device, state in _random_states().items()},
+        }
 
-def training_tensors(
-    parameters: dict[str, nn.Parameter], buffers: Mapping[str, Tensor], optimizer: torch.optim.AdamW
-) -> dict[str, Tensor]:
-    """Return all tensors of a training state under one flat naming."""
-    moments = optimizer_tensors(optimizer, parameters)
-    return {
-        **{f"parameter.{name}": parameter for name, parameter in parameters.items()},
-        **{f"buffer.{name}": value for name, value in buffers.items()},
-        **{f"optimizer.{name}": value for name, value in moments.items()},
-        **{f"random.{name}": state for name, state in _random_states().items()},
-    }
-
-
-@torch.no_grad()
-def restore_training(
-    tensors: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
-    buffers: Mapping[str, Tensor],
-    optimizer: torch.optim.AdamW,
-) -> None:
-    """Put what `training_tensors` returned back where it was."""
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[f"parameter.{name}"])
-    for name, value in buffers.items():
-        value.copy_(tensors[f"buffer.{name}"])
-    load_optimizer_tensors(optimizer, parameters, _below(tensors, "optimizer."))
-    _restore_random(_below(tensors, "random."))
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put what `tensors` returned back where it was."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+        for name, value in self.buffers.items():
+            value.copy_(tensors[f"buffer.{name}"])
+        load_optimizer_tensors(self.optimizer, self.parameters, _below(tensors, "optimizer."))
+        _restore_random(_below(tensors, "random."))
 
 
 @contextmanager

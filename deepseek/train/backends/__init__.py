@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deepseek.train.backends.protocol import Backend
-from deepseek.train.backends.single import Single
+from deepseek.train.backends.backend import Backend
 
 __all__ = ["SINGLE", "Backend", "current"]
 
-SINGLE = Single()
+SINGLE = Backend()
 
 
 @contextmanager

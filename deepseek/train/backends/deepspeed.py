@@ -14,14 +14,7 @@ def deepspeed_config(
         "train_batch_size": rows_per_gpu * accumulate * gpus,
         "bf16": {"enabled": True},
         "gradient_clipping": 1.0,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 100_000,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": learning_rate, "betas": [0.9, 0.95], "weight_decay": weight_decay},

@@ -6,7 +6,7 @@ and read back by any number of processes. They appear under their name only when
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint import store
-from deepseek.train.state import disk_full_explained, restore_training, training_tensors
+from deepseek.train.backends.backend import Backend
+from deepseek.train.state import TrainingState, disk_full_explained
 
 B = TypeVar("B")
 
@@ -40,7 +41,7 @@ def joined() -> Iterator["FSDP2"]:
         dist.destroy_process_group()
 
 
-class FSDP2:
+class FSDP2(Backend):
     """The backend of one of the processes of `mesh`."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -79,21 +80,14 @@ class FSDP2:
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
-    def save(
-        self,
-        folder: Path,
-        parameters: dict[str, nn.Parameter],
-        buffers: Mapping[str, Tensor],
-        optimizer: torch.optim.AdamW,
-        meta: dict[str, Any],
-    ) -> None:
+    def save(self, folder: Path, state: TrainingState, meta: dict[str, Any]) -> None:
         """Write one file a process into a hidden folder, then give it its name."""
         temporary = folder.with_name(f".{folder.name}.parts.tmp")
         if self.main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.barrier()
-        tensors = {name: tensor.detach() for name, tensor in training_tensors(parameters, buffers, optimizer).items()}
+        tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
         with disk_full_explained(folder):
             state_dict_saver.save(
                 tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True)
@@ -102,21 +96,15 @@ class FSDP2:
                 store.seal_state(temporary, folder, meta)
         self.barrier()
 
-    def load(
-        self,
-        folder: Path,
-        parameters: dict[str, nn.Parameter],
-        buffers: Mapping[str, Tensor],
-        optimizer: torch.optim.AdamW,
-    ) -> dict[str, Any]:
-        for parameter in parameters.values():  # moments to read into, laid out as their parameters
-            optimizer.state[parameter] = {
+    def load(self, folder: Path, state: TrainingState) -> dict[str, Any]:
+        for parameter in state.parameters.values():  # moments to read into, laid out as their parameters
+            state.optimizer.state[parameter] = {
                 "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }  # fmt: skip
-        tensors = {name: tensor.detach() for name, tensor in training_tensors(parameters, buffers, optimizer).items()}
+        tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
         state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-        restore_training(tensors, parameters, buffers, optimizer)
+        state.restore(tensors)
         return store.state_meta(folder)
 
     def _sum(self, values: Tensor) -> Tensor:
