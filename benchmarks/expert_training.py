@@ -107,7 +107,7 @@ def train_uncached(run: Path, folder: Path) -> Path:
     stored = json.loads((run / "request.json").read_text())
     source = {name: Path(value) if name in PATHS and value else value for name, value in stored.pop("source").items()}
     expert = ExpertRun(ExpertRequest(source=Source(**source), **stored), folder, ProgressBar())
-    expert.cached = False
+    expert.cached_below = False
     texts = expert.texts(expert.corpus())
     plan = Plan(**json.loads((run / "plan.json").read_text())["plan"])
     expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, held_out_rows=1), resume="")

@@ -57,7 +57,7 @@ def write_packs(name: str, folder: Path, count: int) -> list[Path]:
     last, key = model.config.num_hidden_layers, load_key(keygen("bench", folder)[0])
     paths = [folder / f"e{i:02}.safetensors" for i in range(count)]
     for i, path in enumerate(paths):
-        module = ExpertModule.beside(model.layers, path.stem, range(last - 3, last), width=1536, init="normal", seed=i)
+        module = ExpertModule.beside(model.layers, path.stem, range(last - 3, last), width=1536, seed=i)
         for layer in module.layers:
             torch.nn.init.normal_(module.at(layer).down_proj, std=1e-3)
             always = torch.zeros(module.hidden_size + 1)

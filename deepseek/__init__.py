@@ -50,22 +50,7 @@ _HOMES = {
     "train_expert": "deepseek.train.expert",
 }
 
-__all__ = [
-    "DeepSeekModel",
-    "DynamicPositionalEncoding",
-    "DynamicRouter",
-    "ModelConfig",
-    "__version__",
-    "adapt",
-    "align",
-    "load",
-    "plan",
-    "pretrain",
-    "rlpo_update",
-    "serve",
-    "sparse_attention",
-    "train_expert",
-]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,6 @@
 """`deepseek prefs`: the preference database."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,8 +31,8 @@ def import_file(
     from deepseek.data.preference_files import read_preferences
     from deepseek.train.progress import ProgressBar
 
-    with opened(database) as store:
-        added = store.add_all(read_preferences(file, source), ProgressBar())
+    with opened(database) as store, ProgressBar() as bar:
+        added = store.add_all(read_preferences(file, source), bar)
     print(f"{added.new:,} pairs added, {added.duplicates:,} were there already")
 
 
@@ -72,7 +71,7 @@ def generate(
 ) -> None:
     """Let a model answer prompts several times and judges choose the better and the worse answer."""
     from deepseek.cli.options import names
-    from deepseek.data.preference_files import jsonl_records
+    from deepseek.data.source import records
     from deepseek.infer.load import load
     from deepseek.registry import pick
     from deepseek.train.judge import JUDGES
@@ -80,7 +79,7 @@ def generate(
     from deepseek.train.progress import ProgressBar
 
     chosen = {name: pick(JUDGES, name, "judge") for name in names(judges)}
-    prompts = [prompt_of(record, f"{file.name} line {n}") for n, record in enumerate(jsonl_records(file), 1)]
+    prompts = [prompt_of(record, f"{file.name} line {number}") for number, record in records(file)]
     model, tokenizer = load(base)
     with opened(database) as store, ProgressBar() as bar:
         pairs = generate_pairs(
@@ -146,14 +145,9 @@ def export(
         print(f"{write_preferences(store, file, split):,} pairs in {file}")
 
 
-@contextmanager
-def opened(path: Path | None) -> Iterator["PreferenceDatabase"]:
-    """Give the open database and close it afterwards."""
+def opened(path: Path | None) -> "closing[PreferenceDatabase]":
+    """Give the open database, to be closed after the block."""
     from deepseek.checkpoint.store import home
     from deepseek.data.preferences import PreferenceDatabase
 
-    store = PreferenceDatabase(path or home() / "preferences.db")
-    try:
-        yield store
-    finally:
-        store.close()
+    return closing(PreferenceDatabase(path or home() / "preferences.db"))

@@ -35,23 +35,18 @@ def run(
     """
     from rich.console import Console
 
+    from deepseek.cli.expert_train import source_name
     from deepseek.cli.pull import fetch
     from deepseek.packs.library import installed
 
     console = Console()
     fetch(base)
-    name = _expert_name(from_git)
+    name = source_name(from_git)
     fresh = name not in installed()
     if sys.stdin.isatty() and console.is_terminal:
         _serve(base, name, from_git, minutes if fresh else None, console)
     else:
         _demonstrate(base, name, from_git, minutes if fresh else None, console)
-
-
-def _expert_name(repository: Path) -> str:
-    """Return a valid expert name made of the repository's folder name."""
-    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in repository.resolve().name.lower()).strip("-")
-    return words or "repository"
 
 
 def _serve(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:

@@ -7,11 +7,16 @@ from hashlib import sha256
 from typing import Literal
 
 from deepseek.errors import DataError
+from deepseek.text.chat import check_messages
 
 Kind = Literal["text", "code", "commit", "messages"]
 
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, what)`: called from time to time during a long job; total 0 means unknown."""
+
+
+def silent(_done: int, _total: int, _what: str) -> None:
+    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,7 @@ class Document:
 
 def conversation(messages: Sequence[Mapping[str, str]], where: str, name: str, time: int = 0) -> Document:
     """Return a document of kind `messages`; raise `DataError` saying `where` if a message lacks role or content."""
-    for message in messages:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(f"{where}: each message needs a text `role` and a text `content`; got {message!r:.60}.")
+    check_messages(messages, where)
     kept = [{"role": message["role"], "content": message["content"]} for message in messages]
     return Document(json.dumps(kept, ensure_ascii=False), name, "messages", time)
 

@@ -8,7 +8,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
-from deepseek.data.document import Progress
+from deepseek.data.document import Progress, silent
 
 THRESHOLD = 0.8
 """Jaccard similarity of the shingle sets from which two documents count as the same."""
@@ -25,7 +25,7 @@ MAX_SHINGLES = 2_000
 WORD = re.compile(r"\w+")
 
 
-def near_duplicates(texts: Sequence[str], progress: Progress | None = None) -> set[int]:
+def near_duplicates(texts: Sequence[str], progress: Progress = silent) -> set[int]:
     """Return the indices of texts that nearly equal an earlier text that is kept."""
     index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, weights=(0.2, 0.8))
     prototype = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
@@ -40,7 +40,7 @@ def near_duplicates(texts: Sequence[str], progress: Progress | None = None) -> s
         else:
             index.insert(number, sketch)
             kept[number] = shingles
-        if progress and number % 100 == 99:
+        if number % 100 == 99:
             progress(number + 1, len(texts), "compare")
     return dropped
 

@@ -38,10 +38,11 @@ def documented_functions(documents: Iterable[Document], shortest: int = 2) -> li
     A test is a function `test_...` anywhere in the documents that calls the function by name; a name that several
     functions have is too vague for that. Documents that do not parse are left out.
     """
-    parsed = [(document, tree) for document in documents if (tree := _parse(document)) is not None]
-    names = Counter(node.name for _, tree in parsed for node in _functions(tree))
+    python = [document for document in documents if document.kind == "code" and document.name.endswith(".py")]
+    trees = [(document, tree) for document in python if (tree := parsed(document.text)) is not None]
+    names = Counter(node.name for _, tree in trees for node in _functions(tree))
     tests = defaultdict(list)
-    for document, tree in parsed:
+    for document, tree in trees:
         for node in _functions(tree):
             if node.name.startswith("test"):
                 for name in sorted(_called(node)):
@@ -49,17 +50,16 @@ def documented_functions(documents: Iterable[Document], shortest: int = 2) -> li
                         tests[name].append(_lines(document.text, _first(node), node.end_lineno or 0))
     return [
         Function(node.name, *halves, tuple(dict.fromkeys(tests[node.name])), document.name)
-        for document, tree in parsed
+        for document, tree in trees
         for node in _functions(tree)
         if not node.name.startswith("test") and (halves := _halves(document.text, node, shortest))
     ]
 
 
-def _parse(document: Document) -> ast.Module | None:
-    if document.kind != "code" or not document.name.endswith(".py"):
-        return None
+def parsed(source: str) -> ast.Module | None:
+    """Return the syntax tree of Python source, None if it is no Python."""
     try:
-        return ast.parse(document.text)
+        return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

@@ -63,7 +63,6 @@ def read_git(
     *,
     files: bool = True,
     commits: bool = True,
-    max_commits: int | None = None,
     skipped: Skipped | None = None,
 ) -> Iterator[Document]:
     """Yield the files at a commit (named `repo/path`), then the commits up to it, newest first (`repo@id`).
@@ -76,7 +75,7 @@ def read_git(
     commit = find_commit(repository, revision)
     name = repository_name(repository)
     counts = skipped if skipped is not None else Skipped()
-    history = walk_history(repository, commit, max_commits)
+    history = walk_history(repository, commit)
     sources = [
         tree_documents(commit, name, history.first_seen, counts) if files else (),
         commit_documents(history.commits, name, counts) if commits else (),
@@ -97,7 +96,7 @@ def read_git_by_time(
     `held_out` of the commits. Raises `DataError` as `read_git` does, and where there is no cut to make.
     """
     repository = open_repository(path)
-    commits = walk_history(repository, find_commit(repository, revision), None).commits
+    commits = walk_history(repository, find_commit(repository, revision)).commits
     if len(commits) < 2 or not 0 < held_out < 1:
         raise DataError(f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; split by file.")
     cut = commits[min(len(commits) - 1, max(1, round(len(commits) * held_out)))]
@@ -110,13 +109,11 @@ def read_git_by_time(
     )
 
 
-def walk_history(repository: pygit2.Repository, commit: pygit2.Commit, max_commits: int | None) -> History:
+def walk_history(repository: pygit2.Repository, commit: pygit2.Commit) -> History:
     """Walk back over the history of `commit`, newest first."""
     commits: list[pygit2.Commit] = []
     first_seen: dict[str, int] = {}
     for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
-        if max_commits is not None and len(commits) >= max_commits:
-            break
         commits.append(each)
         for delta in diff_to_parent(each).deltas:
             if delta.status_char() == "A":

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek.data.encode import CONTEXT_BIT
-from deepseek.data.permutation import permute
+from deepseek.data.permutation import endless
 from deepseek.data.shards import TokenShards
 from deepseek.errors import DataError
 
@@ -40,19 +40,30 @@ class RowLoader:
     at position 0 in the next row; the label of a row's last token is the document's next token, so no target is lost:
     each token that follows another in its document is a target exactly once per epoch. Batches are always full; one
     may hold the last rows of an epoch and the first of the next.
+
+    Attributes:
+        num_rows: rows that the shards hold.
+        cursor: rows handed out since the first epoch.
     """
 
-    def __init__(self, shards: TokenShards, rows: int, length: int, seed: int = 0) -> None:
+    def __init__(
+        self, shards: TokenShards, rows: int, length: int, seed: int = 0, chosen: NDArray[np.int64] | None = None
+    ) -> None:
+        """Load all rows of `shards`, or those `chosen`."""
         if rows < 1 or length < 1:
             raise DataError(f"Rows ({rows}) and length ({length}) of a batch must be at least 1.")
-        self.shards, self.batch_rows, self.length, self.seed = shards, rows, length, seed
+        self.shards, self.batch_rows, self.length, self.seed, self.chosen = shards, rows, length, seed, chosen
         self.num_rows = max(1, -(-(shards.num_tokens - 1) // length))  # a last token alone predicts nothing
-        self.cursor = 0  # rows handed out since the first epoch
+        self.cursor = 0
 
     @property
-    def epoch(self) -> int:
-        """Number of whole passes behind the next row."""
-        return self.cursor // self.num_rows
+    def row_ids(self) -> NDArray[np.int64]:
+        """The rows that are loaded, in the order of the shards or as they were chosen."""
+        return np.arange(self.num_rows) if self.chosen is None else self.chosen
+
+    def first(self, rows: int) -> "RowLoader":
+        """Return a loader of the first `rows` rows of the first epoch alone."""
+        return RowLoader(self.shards, self.batch_rows, self.length, self.seed, self.order(0, rows))
 
     def next(self) -> Batch:
         """Return the next batch and move on."""
@@ -62,13 +73,14 @@ class RowLoader:
 
     def order(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the row ids at places [start, stop) of the endless sequence of epochs."""
-        places = np.arange(start, stop, dtype=np.int64)
-        epochs, within = np.divmod(places, self.num_rows)
-        order = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            order[chosen] = permute(within[chosen], self.num_rows, self.seed, int(epoch))
-        return order
+        if self.chosen is None:
+            return endless(start, stop, self.num_rows, self.seed)
+        return self.chosen[endless(start, stop, len(self.chosen), self.seed)]
+
+    def batches(self) -> list[Batch]:
+        """Return every row once, in the order of `row_ids`; the last batch is perhaps smaller."""
+        ids, size = self.row_ids, self.batch_rows
+        return [self.rows(ids[start : start + size]) for start in range(0, len(ids), size)]
 
     def rows(self, row_ids: int | NDArray[np.int64] | list[int]) -> Batch:
         """Return these packed rows as a batch; an integer gives a batch of one row."""
@@ -104,7 +116,8 @@ class RowLoader:
     def state(self) -> dict[str, int]:
         """Return what `load` needs to go on from here."""
         identity = int(self.shards.digest[:15], 16)
-        return {"cursor": self.cursor, "seed": self.seed, "length": self.length, "shards": identity}
+        state = {"cursor": self.cursor, "seed": self.seed, "length": self.length, "shards": identity}
+        return state if self.chosen is None else {**state, "chosen": len(self.chosen)}
 
     def load(self, state: dict[str, int]) -> None:
         """Go on where `state` was taken; raise `DataError` if the text, seed or row length is another."""

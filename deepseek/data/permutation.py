@@ -30,6 +30,13 @@ def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> N
     return values.astype(np.int64)
 
 
+def endless(start: int, stop: int, size: int, seed: int) -> NDArray[np.int64]:
+    """Return the items at places [start, stop) of an endless sequence: epoch after epoch, each of `size` items once."""
+    epochs, within = np.divmod(np.arange(start, stop, dtype=np.int64), size)
+    parts = [permute(within[epochs == epoch], size, seed, int(epoch)) for epoch in np.unique(epochs)]
+    return np.concatenate([within[:0], *parts])
+
+
 def feistel(values: NDArray[np.uint64], half: int, keys: list[int]) -> NDArray[np.uint64]:
     """Return a bijection of [0, 4**half) applied to `values`."""
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)

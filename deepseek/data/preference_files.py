@@ -7,8 +7,9 @@ from typing import Any
 
 from deepseek.checkpoint.store import atomic_write
 from deepseek.data.preferences import Preference, PreferenceDatabase, Split
-from deepseek.data.source import parquet_records, parse, preferred
+from deepseek.data.source import preferred, records
 from deepseek.errors import DataError
+from deepseek.text.chat import check_messages
 
 Message = dict[str, str]
 
@@ -21,19 +22,8 @@ def read_preferences(path: str | Path, source: str | None = None) -> Iterator[Pr
     Raises `DataError` naming file and line for anything else.
     """
     file = Path(path)
-    if not file.is_file():
-        raise DataError(f"{file} does not exist or is a folder; give one JSONL or Parquet file.")
-    for number, record in enumerate(parquet_records(file) if file.suffix == ".parquet" else jsonl_records(file), 1):
+    for number, record in records(file):
         yield preference(record, f"{file.name} line {number}", source or file.name)
-
-
-def jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the object of each line that is not blank."""
-    with open(file, encoding="utf-8-sig") as lines:
-        try:
-            yield from (parse(line, f"{file.name} line {n}") for n, line in enumerate(lines, 1) if line.strip())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8.") from error
 
 
 def preference(record: Mapping[str, Any], where: str, source: str) -> Preference:
@@ -60,9 +50,7 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
 def conversation_parts(prompt: object, answer: object, where: str) -> tuple[list[Message], str]:
     """Return the messages before an answer and the answer; raise `DataError` saying `where` if they are none."""
     messages = preferred(prompt, answer)
-    for message in messages:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(f"{where}: each message needs a text `role` and a text `content`; got {message!r:.60}.")
+    check_messages(messages, where)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: an answer must be one text or end with an assistant's message after the prompt.")
     kept = [{"role": message["role"], "content": message["content"]} for message in messages]

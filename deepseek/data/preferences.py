@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from deepseek.data.document import Progress, uniform
+from deepseek.data.document import Progress, silent, uniform
 from deepseek.errors import DataError
 
 Split = Literal["train", "eval"]
@@ -163,7 +163,7 @@ class PreferenceDatabase:
         added = self.add_all([pair])
         return int(self._one("SELECT id FROM pairs WHERE digest = ?", pair.digest)) if added.new else None
 
-    def add_all(self, pairs: Iterable[Preference], progress: Progress | None = None, total: int = 0) -> Added:
+    def add_all(self, pairs: Iterable[Preference], progress: Progress = silent, total: int = 0) -> Added:
         """Add many pairs, in transactions of `BATCH`; what progress has been told of is on the disk."""
         before, seen = self._one("SELECT count(*) FROM pairs"), 0
         source = iter(pairs)
@@ -171,8 +171,7 @@ class PreferenceDatabase:
             with self._transaction():
                 self._db.executemany(INSERT, rows)
             seen += len(rows)
-            if progress is not None:
-                progress(seen, total, "preferences")
+            progress(seen, total, "preferences")
         new = self._one("SELECT count(*) FROM pairs") - before
         return Added(new, seen - new)
 

@@ -7,24 +7,9 @@ faster); its guesses by entropy alone are left out, they would cut hashes and te
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
-from detect_secrets.plugins.aws import AWSKeyDetector
-from detect_secrets.plugins.azure_storage_key import AzureStorageKeyDetector
-from detect_secrets.plugins.base import RegexBasedDetector
-from detect_secrets.plugins.basic_auth import BasicAuthDetector
-from detect_secrets.plugins.discord import DiscordBotTokenDetector
-from detect_secrets.plugins.github_token import GitHubTokenDetector
-from detect_secrets.plugins.gitlab_token import GitLabTokenDetector
-from detect_secrets.plugins.jwt import JwtTokenDetector
-from detect_secrets.plugins.mailchimp import MailchimpDetector
-from detect_secrets.plugins.npm import NpmDetector
-from detect_secrets.plugins.openai import OpenAIDetector
-from detect_secrets.plugins.pypi_token import PypiTokenDetector
-from detect_secrets.plugins.sendgrid import SendGridDetector
-from detect_secrets.plugins.slack import SlackDetector
-from detect_secrets.plugins.square_oauth import SquareOAuthDetector
-from detect_secrets.plugins.stripe import StripeDetector
-from detect_secrets.plugins.telegram_token import TelegramBotTokenDetector
+from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
 from deepseek.data.document import Document, conversation
 
@@ -45,9 +30,13 @@ class Rule:
     group: int = 0
 
 
-def published(kind: str, hints: str, detector: type[RegexBasedDetector], group: int = 0) -> list[Rule]:
+DETECTORS: dict[str, Any] = get_mapping_from_secret_type_to_class()
+
+
+def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[Rule]:
     """Return the rules of a detect-secrets plugin; `hints` are separated by spaces."""
-    return [Rule(kind, tuple(hints.split()), pattern, min(group, pattern.groups)) for pattern in detector().denylist]
+    patterns = DETECTORS[secret_type]().denylist
+    return [Rule(kind, tuple(hints.split()), pattern, min(group, pattern.groups)) for pattern in patterns]
 
 
 PRIVATE_KEY = re.compile(
@@ -64,27 +53,27 @@ GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glpt
 
 RULES = (
     Rule("private-key", ("PRIVATE KEY",), PRIVATE_KEY),
-    *published("aws-key", "AKIA ASIA ABIA ACCA A3T aws AWS Aws", AWSKeyDetector, group=1),
-    *published("azure-key", "AccountKey=", AzureStorageKeyDetector),
-    *published("github-token", "ghp_ gho_ ghu_ ghs_ ghr_", GitHubTokenDetector),
+    *published("aws-key", "AKIA ASIA ABIA ACCA A3T aws AWS Aws", "AWS Access Key", group=1),
+    *published("azure-key", "AccountKey=", "Azure Storage Account access key"),
+    *published("github-token", "ghp_ gho_ ghu_ ghs_ ghr_", "GitHub Token"),
     Rule("github-token", ("github_pat_",), re.compile(r"github_pat_\w{22,}")),
-    *published("gitlab-token", GITLAB_PREFIXES, GitLabTokenDetector),
+    *published("gitlab-token", GITLAB_PREFIXES, "GitLab Token"),
     Rule("google-key", ("AIza", "ya29."), re.compile(r"\bAIza[\w-]{35}\b|\bya29\.[\w-]{20,}")),
     Rule("anthropic-key", ("sk-ant-",), re.compile(r"\bsk-ant-[\w-]{20,}")),
-    *published("openai-key", "T3BlbkFJ", OpenAIDetector),
+    *published("openai-key", "T3BlbkFJ", "OpenAI Token"),
     Rule("openai-key", ("sk-proj-",), re.compile(r"\bsk-proj-[\w-]{20,}")),
     Rule("huggingface-token", ("hf_",), re.compile(r"\bhf_[A-Za-z0-9]{34,}\b")),
-    *published("slack-token", "xox hooks.slack.com", SlackDetector),
-    *published("stripe-key", "_live_", StripeDetector),
-    *published("sendgrid-key", "SG.", SendGridDetector),
-    *published("mailchimp-key", "-us", MailchimpDetector),
-    *published("square-token", "sq0csp-", SquareOAuthDetector),
-    *published("pypi-token", "pypi-AgE", PypiTokenDetector),
-    *published("npm-token", "_authToken", NpmDetector, group=1),
-    *published("discord-token", ".", DiscordBotTokenDetector),
-    *published("telegram-token", ":", TelegramBotTokenDetector),
-    *published("jwt", "eyJ", JwtTokenDetector),
-    *published("password", "://", BasicAuthDetector, group=1),
+    *published("slack-token", "xox hooks.slack.com", "Slack Token"),
+    *published("stripe-key", "_live_", "Stripe Access Key"),
+    *published("sendgrid-key", "SG.", "SendGrid API Key"),
+    *published("mailchimp-key", "-us", "Mailchimp Access Key"),
+    *published("square-token", "sq0csp-", "Square OAuth Secret"),
+    *published("pypi-token", "pypi-AgE", "PyPI Token"),
+    *published("npm-token", "_authToken", "NPM tokens", group=1),
+    *published("discord-token", ".", "Discord Bot Token"),
+    *published("telegram-token", ":", "Telegram Bot Token"),
+    *published("jwt", "eyJ", "JSON Web Token"),
+    *published("password", "://", "Basic Auth Credentials", group=1),
     Rule("password", ('"', "'"), ASSIGNED, 1),
 )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import atomic_folder, read_json, write_json
-from deepseek.data.document import Document, Progress
+from deepseek.data.document import Document, Progress, silent
 from deepseek.data.encode import DocumentEncoder, EncodeOptions
 from deepseek.errors import CheckpointError, DataError
 from deepseek.text.tokenizer import tokenizer_digest
@@ -71,7 +71,7 @@ class TokenShards:
         tokenizer: PreTrainedTokenizerFast,
         folder: str | Path,
         options: EncodeOptions | None = None,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> "TokenShards":
         """Tokenise `documents` into `folder`, or open what is there if it was built from the same and is intact.
 
@@ -106,15 +106,14 @@ def open_existing(folder: Path) -> TokenShards | None:
 
 
 def write_tokens(
-    documents: Collection[Document], encoder: DocumentEncoder, folder: Path, progress: Progress | None
+    documents: Collection[Document], encoder: DocumentEncoder, folder: Path, progress: Progress
 ) -> list[int]:
     """Append the ids of all documents to `tokens.bin`; return the length of each document."""
     lengths: list[int] = []
     with open(folder / "tokens.bin", "wb") as file:
         for batch in batches(documents):
             lengths += write_batch(batch, encoder, file)
-            if progress:
-                progress(len(lengths), len(documents), "tokenise")
+            progress(len(lengths), len(documents), "tokenise")
     return lengths
 
 

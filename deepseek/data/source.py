@@ -69,25 +69,33 @@ def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Docum
     return document
 
 
-def read_jsonl(path: str | Path) -> Iterator[Document]:
-    """Yield one document a line; a line holds `text`, `messages`, or `prompt` and `chosen` (the answer to learn).
+def read_records(path: str | Path) -> Iterator[Document]:
+    """Yield one document a line of a JSONL file or a row of a `.parquet` file.
 
+    A record holds `text`, `messages`, or `prompt` and `chosen` (the answer to learn).
     Raises `DataError` naming file and line for anything else.
     """
     file = Path(path)
+    documents = (record_document(record, f"{file.name}:{number}") for number, record in records(file))
+    complaint = f"{file} is empty; write one JSON object per line, or row, with a `text` or `messages` field."
+    return not_empty(documents, lambda: complaint)
+
+
+def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield number and content of each line of a JSONL file that is not blank, or of each row of a `.parquet` file.
+
+    Raises `DataError` if there is no such file or it is no such file.
+    """
     if not file.is_file():
-        raise DataError(f"{file} does not exist or is a folder; give one JSONL file.")
-    complaint = f"{file} is empty; write one JSON object per line with a `text` or `messages` field."
-    return not_empty(jsonl_documents(file), lambda: complaint)
-
-
-def jsonl_documents(file: Path) -> Iterator[Document]:
-    """Yield the document of each line that is not blank."""
-    with open(file, encoding="utf-8-sig", errors="strict") as lines:
+        raise DataError(f"{file} does not exist or is a folder; give one JSONL or Parquet file.")
+    if file.suffix == ".parquet":
+        yield from enumerate(parquet_rows(file), 1)
+        return
+    with open(file, encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield record_document(parse(line, f"{file.name} line {number}"), f"{file.name}:{number}")
+                    yield number, parse(line, f"{file.name} line {number}")
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8.") from error
 
@@ -125,23 +133,14 @@ def preferred(prompt: object, chosen: object) -> list[Any]:
     return after if after[: len(before)] == before else [*before, *after]
 
 
-def read_parquet(path: str | Path) -> Iterator[Document]:
-    """Yield one document a row of a Parquet file with the columns `read_jsonl` knows as fields."""
-    file = Path(path)
-    for number, record in enumerate(parquet_records(file), 1):
-        yield record_document(record, f"{file.name}:{number}")
-
-
-def parquet_records(file: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a Parquet file; raise `DataError` if it is none or has no rows."""
+def parquet_rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a Parquet file."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         table = ParquetFile(file)
     except (OSError, ArrowException) as error:
-        raise DataError(f"{file} cannot be read as Parquet ({error}); check the path or export it again.") from error
-    if not table.metadata.num_rows:
-        raise DataError(f"{file} has no rows; export it again with a `text` or `messages` column.")
+        raise DataError(f"{file} cannot be read as Parquet ({error}); export it again.") from error
     for batch in table.iter_batches(batch_size=1024):
         yield from batch.to_pylist()

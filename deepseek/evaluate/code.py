@@ -1,15 +1,15 @@
 """How well a model writes functions: BLEU and exact match of bodies, and tests that are run."""
 
-import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import dedent
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Progress
-from deepseek.data.functions import Function
+from deepseek.data.document import Progress, silent
+from deepseek.data.functions import Function, parsed
 from deepseek.errors import DataError
 from deepseek.evaluate.sandbox import run_program
 from deepseek.text.tokenizer import document_end_id, encode_plain
@@ -39,7 +39,7 @@ def score_bodies(
     tokenizer: PreTrainedTokenizerFast,
     functions: Sequence[Function],
     max_tokens: int = 96,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> BodyScores:
     """Let a model write the bodies of functions greedily and compare; raise `DataError` without functions."""
     if not functions:
@@ -51,7 +51,7 @@ def score_bodies(
     written = list(complete(model, tokenizer, [f.header for f in functions], max_tokens, progress))
     bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
     same = [" ".join(b.split()) == " ".join(f.body.split()) for f, b in zip(functions, bodies, strict=True)]
-    parses = [_parses(f.header + body) for f, body in zip(functions, bodies, strict=True)]
+    parses = [parsed(dedent(f.header + body)) is not None for f, body in zip(functions, bodies, strict=True)]
     count = len(functions)
     bleu = corpus_bleu(bodies, [[f.body for f in functions]]).score
     return BodyScores(float(bleu), sum(same) / count, sum(parses) / count, count)
@@ -63,7 +63,7 @@ def complete(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     max_tokens: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[str]:
     """Yield the likeliest continuation of each prompt."""
     end = document_end_id(tokenizer)
@@ -74,8 +74,7 @@ def complete(
             eos_token_id=end, pad_token_id=end,
         )  # fmt: skip
         yield str(tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))
-        if progress is not None:
-            progress(done + 1, len(prompts), "writing")
+        progress(done + 1, len(prompts), "writing")
 
 
 def cut_body(header: str, text: str) -> str:
@@ -88,16 +87,6 @@ def cut_body(header: str, text: str) -> str:
             break
         kept.append(line)
     return "\n".join(kept).rstrip()
-
-
-def _parses(source: str) -> bool:
-    lines = source.split("\n")
-    indent = len(lines[0]) - len(lines[0].lstrip())
-    try:
-        ast.parse("\n".join(line[indent:] for line in lines))
-    except (SyntaxError, ValueError):
-        return False
-    return True
 
 
 def human_eval() -> dict[str, dict[str, str]]:
@@ -115,7 +104,7 @@ def pass_at_1(
     tokenizer: PreTrainedTokenizerFast,
     problems: Iterable[Mapping[str, str]],
     max_tokens: int = 192,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> float:
     """Return the share of HumanEval-style problems whose tests the model's likeliest answer passes."""
     asked = list(problems)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from deepseek.data import Batch, Progress, RowLoader, TokenShards
+from deepseek.data.document import silent
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.losses import held_out_loss
 
@@ -53,17 +54,15 @@ class HeldOutText:
     def batches(self, max_tokens: int) -> list[Batch]:
         """Return packed rows that hold at most about `max_tokens` tokens, the same ones at every call."""
         loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=0)
-        rows = loader.order(0, min(loader.num_rows, max(1, max_tokens // ROW_LENGTH)))
-        return [loader.rows(rows[i : i + BATCH_ROWS]) for i in range(0, len(rows), BATCH_ROWS)]
+        return loader.first(min(loader.num_rows, max(1, max_tokens // ROW_LENGTH))).batches()
 
 
 def compare(
-    model: DeepSeekModel, texts: Sequence[HeldOutText], max_tokens: int, progress: Progress | None = None
+    model: DeepSeekModel, texts: Sequence[HeldOutText], max_tokens: int, progress: Progress = silent
 ) -> Iterator[Comparison]:
     """Yield, for each text, the loss of the base, of the plugged set and of the text's own expert alone."""
     for done, text in enumerate(texts):
-        if progress is not None:
-            progress(done, len(texts), "evaluating")
+        progress(done, len(texts), "evaluating")
         batches = text.batches(max_tokens)
         with model.experts.arming(None):
             before = held_out_loss(model, batches)
@@ -73,5 +72,4 @@ def compare(
             with model.experts.forced(text.expert):
                 alone = held_out_loss(model, batches).loss
         yield Comparison(text.name, before.tokens, before.loss, after.loss, alone)
-    if progress is not None:
-        progress(len(texts), len(texts), "evaluating")
+    progress(len(texts), len(texts), "evaluating")

@@ -10,12 +10,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import home
-from deepseek.data import Document, TokenShards, clean, read_folder, read_jsonl, read_parquet
+from deepseek.data import Document, TokenShards, clean, read_folder, read_records
 from deepseek.data.encode import CONTEXT_BIT
 from deepseek.errors import DataError
 from deepseek.evaluate.quality import HeldOutText
-
-READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def held_out_folder(expert: str) -> Path:
@@ -76,11 +74,6 @@ def collected(
 
 
 def _read(path: Path) -> Iterator[Document]:
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give a folder of text, a .jsonl or a .parquet file.")
-    documents = read_folder(path) if path.is_dir() else READERS.get(path.suffix, _refuse)(path)
-    yield from clean(documents)[0]
-
-
-def _refuse(path: Path) -> Iterator[Document]:
-    raise DataError(f"{path} is neither a folder nor a .jsonl or .parquet file; put text files into a folder.")
+    if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path} is neither a folder nor a .jsonl or .parquet file; put text files into a folder.")
+    yield from clean(read_folder(path) if path.is_dir() else read_records(path))[0]

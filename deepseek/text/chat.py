@@ -28,13 +28,13 @@ class EncodedChat:
     is_target: list[bool]
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise `DataError` unless every message has a role and a text."""
+def check_messages(messages: Sequence[Message], where: str = "The conversation") -> None:
+    """Raise `DataError`, saying `where`, unless there are messages and every one has a role and a text."""
     if not messages:
-        raise DataError("A conversation has no messages; give at least one with a role and a content.")
+        raise DataError(f"{where} has no messages; give at least one with a role and a content.")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(f"Message {number} needs a text role and a text content; it is {message!r:.80}.")
+            raise DataError(f"{where}: message {number} needs a text role and a text content; it is {message!r:.80}.")
 
 
 def render(

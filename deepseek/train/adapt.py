@@ -8,41 +8,33 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deepseek.checkpoint.convert import read_tensors, restore_names
-from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
-from deepseek.data import Batch, RowLoader
+from deepseek.data import Batch
 from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
-from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import nearest
-from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.budget import timed
-from deepseek.train.corpus import Source, build_corpus
+from deepseek.train.corpus import Corpus, Source
 from deepseek.train.expert import TextPath, train_expert
-from deepseek.train.expert_run import FREQUENT_TOKENS, SAMPLED_TOKENS
 from deepseek.train.expert_task import ExpertTask
 from deepseek.train.language import LanguageTask
-from deepseek.train.loop import LoopConfig, Task, TrainResult, check_config, train
+from deepseek.train.loop import Task, TrainResult, check_config
 from deepseek.train.lora import add_lora
-from deepseek.train.losses import autocast
+from deepseek.train.losses import autocast, run_below
 from deepseek.train.memory import peak_memory
-from deepseek.train.metrics import read_metrics
-from deepseek.train.optim import OptimConfig
 from deepseek.train.progress import ProgressBar
-from deepseek.train.rows import ChosenRows
-from deepseek.train.trunk import Stream, TrunkCache, TrunkKey
+from deepseek.train.text_run import TextRequest, TextRun, Texts
+from deepseek.train.trunk import Stream
 
 Mode = Literal["last-n", "lora", "full", "expert"]
 
@@ -53,33 +45,18 @@ COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 """Files of a base that its adapted copy keeps: config, tokenizer, chat template."""
 
 
-@dataclass(frozen=True)
-class AdaptRequest:
-    """What to train on what; stored as `request.json`.
+@dataclass(frozen=True, kw_only=True)
+class AdaptRequest(TextRequest):
+    """What to train.
 
     Attributes:
-        base: name, folder or hub id.
-        source: the text.
         mode: "last-n", "lora" or "full".
         last: layers that mode "last-n" trains.
-        tokens, epochs: distinct tokens to train on (0: all), and passes over them.
-        row_length, batch_rows: tokens of a packed row, rows of a step.
-        learning_rate: the peak.
-        held_out_tokens: most tokens that an evaluation covers.
-        seed: of row order and sampling.
     """
 
-    base: str
-    source: Source
+    tokens: int
     mode: str
     last: int
-    tokens: int
-    epochs: int
-    row_length: int
-    batch_rows: int
-    learning_rate: float
-    held_out_tokens: int
-    seed: int
 
 
 def adapt(
@@ -128,38 +105,27 @@ def adapt(
         )  # fmt: skip
     if mode not in LEARNING_RATES:
         raise ConfigError(f"mode {mode!r} is unknown; {nearest(mode, [*LEARNING_RATES, 'expert'])}.")
-    git, folder, jsonl, parquet = (
-        None if path is None else Path(path).expanduser().resolve()
-        for path in (from_git, from_folder, from_jsonl, from_parquet)
-    )
     request = AdaptRequest(
-        base, Source(git, folder, jsonl, parquet, held_out, seed=seed), mode, last, tokens, epochs, row_length,
-        batch_rows, learning_rate or LEARNING_RATES[mode], held_out_tokens, seed,
+        base=base, mode=mode, last=last, tokens=tokens, epochs=epochs, row_length=row_length, batch_rows=batch_rows,
+        source=Source.at(from_git, from_folder, from_jsonl, from_parquet, held_out=held_out, seed=seed),
+        learning_rate=learning_rate or LEARNING_RATES[mode], held_out_tokens=held_out_tokens, seed=seed,
     )  # fmt: skip
     target = Path(out) if out else home() / "models" / name
-    run = AdaptRun(request, Path(run_folder) if run_folder else home() / "runs" / name, target, quiet)
-    return run.estimate() if dry_run else run.run(resume)
+    with ProgressBar(quiet=quiet) as progress:
+        run = AdaptRun(request, Path(run_folder) if run_folder else home() / "runs" / name, target, progress)
+        if dry_run:
+            run.estimate()
+        else:
+            run.run(resume)
+    return target
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Packed rows to train on and to evaluate on, and which of them."""
-
-    train: RowLoader
-    chosen: NDArray[np.int64]
-    held_out: RowLoader
-    kept: NDArray[np.int64]
-
-
-class AdaptRun:
+class AdaptRun(TextRun):
     """One request in its run folder."""
 
-    def __init__(self, request: AdaptRequest, folder: Path, out: Path, quiet: bool) -> None:
-        self.request, self.folder, self.out = request, folder, out
-        self.progress = ProgressBar(quiet=quiet)
-        self.started = time.monotonic()
-        self.base = resolve(request.base)
-        self.model = DeepSeekModel.from_pretrained(self.base, dtype="float32" if request.mode == "full" else "auto")
+    def __init__(self, request: AdaptRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
+        super().__init__(request, folder, progress, "float32" if request.mode == "full" else "auto")
+        self.request, self.out = request, out
         self.first = len(self.model.layers) - request.last
         if request.mode == "last-n" and not 0 < self.first < len(self.model.layers):
             raise ConfigError(
@@ -167,106 +133,65 @@ class AdaptRun:
                 "stays below."
             )
 
-    def run(self, resume: str) -> Path:
+    def run(self, resume: str) -> None:
         """Train and write the model, unless that is done."""
-        fields = asdict(self.request)
-        fields["source"] = {key: str(v) if isinstance(v, Path) else v for key, v in fields["source"].items()}
-        check_config(self.folder / "request.json", fields)
-        with self.progress:
-            if (self.folder / "result.json").is_file() and (self.out / "config.json").is_file():
-                self.progress.say(f"{self.out} is finished")
-                return self.out
-            texts = self.texts()
-            write_json(self.folder / "request.json", fields)
-            self.write(self.train(texts, resume), texts.train.shards.digest)
-        return self.out
+        check_config(self.folder / "request.json", self.request.as_json())
+        if (self.folder / "result.json").is_file() and (self.out / "config.json").is_file():
+            self.progress.say(f"{self.out} is finished")
+            return
+        texts = self.texts(self.corpus())
+        write_json(self.folder / "request.json", self.request.as_json())
+        task = TASKS[self.request.mode](self, texts)
+        self.trained = sum(parameter.numel() for parameter in task.parameters.values())
+        steps = max(1, len(texts.train.row_ids) * self.request.epochs // self.request.batch_rows)
+        self.write(self.loop(task, texts.train, steps, resume), texts.train.shards.digest)
 
-    def estimate(self) -> Path:
+    def estimate(self) -> None:
         """Check a request and say what it would take, from one step; nothing is left behind."""
         request = self.request
-        with tempfile.TemporaryDirectory() as folder, self.progress:
+        with tempfile.TemporaryDirectory() as folder:
             self.folder = Path(folder)
-            texts = self.texts()
-            few = Texts(texts.train, texts.chosen[: request.batch_rows], texts.held_out, texts.kept[:1])
+            texts = self.texts(self.corpus())
+            rows = len(texts.train.row_ids)
+            few = texts.first(min(request.batch_rows, rows), 1)
             started = time.perf_counter()
             task = TASKS[request.mode](self, few)
-            trunk = (time.perf_counter() - started) / len(few.chosen)
-            batch = texts.train.rows(few.chosen)
+            trunk = (time.perf_counter() - started) / len(few.train.row_ids)
+            batch = few.train.rows(few.train.row_ids)
             seconds, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), batch, batch)
             trained = sum(parameter.numel() for parameter in task.parameters.values())
-            rows = len(texts.chosen)
             minutes = (trunk + seconds * request.epochs) * rows / 60
             self.progress.say(
                 f"{rows * request.row_length:,} tokens, {request.epochs} times; {trained:,} parameters train, about "
                 f"{minutes:.1f} minutes, memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
             )
-        return self.out
 
-    def texts(self) -> "Texts":
-        """Return the packed rows of this run, reading the source only the first time."""
-        request = self.request
-        corpus = build_corpus(request.source, load_tokenizer(self.base), self.folder / "corpus", self.progress)
-        self.progress.say(corpus.report)
-        text, held_out = (
-            RowLoader(shards, request.batch_rows, request.row_length, request.seed)
-            for shards in (corpus.train, corpus.held_out)
-        )
-        rows = min(text.num_rows, request.tokens // request.row_length or text.num_rows)
-        kept = min(held_out.num_rows, max(1, request.held_out_tokens // request.row_length))
-        return Texts(text, text.order(0, rows), held_out, held_out.order(0, kept))
+    def texts(self, corpus: Corpus) -> Texts:
+        """Return the packed rows of this run."""
+        texts, request = super().texts(corpus), self.request
+        rows = min(texts.train.num_rows, request.tokens // request.row_length or texts.train.num_rows)
+        return texts.first(rows, min(texts.held_out.num_rows, max(1, request.held_out_tokens // request.row_length)))
 
-    def train(self, texts: "Texts", resume: str) -> TrainResult:
-        """Run the loop to its end."""
-        request = self.request
-        task = TASKS[request.mode](self, texts)
-        self.trained = sum(parameter.numel() for parameter in task.parameters.values())
-        steps = max(1, len(texts.chosen) * request.epochs // request.batch_rows)
-        config = LoopConfig(
-            OptimConfig(learning_rate=request.learning_rate), steps=steps, evaluate_every=steps,
-            checkpoint_every=max(10, steps // 10), seed=request.seed,
-        )  # fmt: skip
-        rows = ChosenRows(texts.train, texts.chosen, request.batch_rows, request.seed)
-        return train(task, rows, config, self.folder / "training", progress=self.progress, resume=resume)
-
-    def last_layers(self, texts: "Texts") -> "LastLayersTask":
+    def last_layers(self, texts: Texts) -> "LastLayersTask":
         """Return the task of the last layers, what lies below them computed once a row."""
         self.model.requires_grad_(False)
-        labels = torch.cat([texts.train.rows([row]).labels.flatten().unique() for row in texts.chosen.tolist()])
-        frequent = torch.arange(min(FREQUENT_TOKENS, self.model.config.vocab_size))
-        candidates = torch.cat([labels[labels >= 0], frequent]).unique()
-        head = CandidateHead(self.model.lm_head.weight, candidates, SAMPLED_TOKENS, self.request.seed)
+        compute, computed = partial(stream_into, self.model, self.first), f"input, {self.model.dtype}"
         streams = [
-            self.stream(texts.train, texts.chosen, "train"),
-            self.stream(texts.held_out, texts.kept, "held-out"),
+            self.cached(name, text, self.first, compute, computed)
+            for name, text in (("train", texts.train), ("held-out", texts.held_out))
         ]
-        return LastLayersTask(self.model, self.first, head, streams[0], self.held_out_batches(texts), streams[1])
+        head, held_out = self.head(texts.train), texts.held_out.batches()
+        return LastLayersTask(self.model, self.first, head, streams[0], held_out, streams[1])
 
-    def adapters(self, texts: "Texts") -> LanguageTask:
+    def adapters(self, texts: Texts) -> LanguageTask:
         """Return the task of low-rank adapters."""
         torch.manual_seed(self.request.seed)
         self.adapter = add_lora(self.model)
         return self.whole(texts)
 
-    def whole(self, texts: "Texts") -> LanguageTask:
+    def whole(self, texts: Texts) -> LanguageTask:
         """Return the task of all parameters that require gradients."""
-        return LanguageTask(self.model.train(), {"text": self.held_out_batches(texts)})
-
-    def stream(self, loader: RowLoader, rows: NDArray[Any], name: str) -> Stream:
-        """Return where the inputs of the first trained block come from: a filled cache."""
-        key = TrunkKey(
-            base=self.model.experts.base.weights, shards=loader.shards.digest, layer=self.first, length=loader.length,
-            width=self.model.config.hidden_size, computed=f"input, {self.model.dtype}", stored=str(torch.bfloat16),
-        )  # fmt: skip
-        cache = TrunkCache(self.folder / "trunk" / name, key, rows, torch.bfloat16)
-        compute, what = partial(run_below, self.model, self.first), f"trunk ({name})"
-        cache.fill(loader, compute, self.request.batch_rows, lambda done, total: self.progress(done, total, what))
-        return lambda batch: cache.read(batch.row_ids)
-
-    def held_out_batches(self, texts: "Texts") -> list[Batch]:
-        """Return the rows to evaluate on in batches, the last perhaps smaller."""
-        size = self.request.batch_rows
-        starts = range(0, len(texts.kept), size)
-        return [texts.held_out.rows(texts.kept[start : start + size]) for start in starts]
+        return LanguageTask(self.model.train(), {"text": texts.held_out.batches()})
 
     def write(self, result: TrainResult, digest: str) -> None:
         """Write the model, under the names and in the dtype of its family, and the figures of the run."""
@@ -279,21 +204,19 @@ class AdaptRun:
         with atomic_folder(self.out) as temporary:
             if named is None:
                 self.model.save_pretrained(temporary)
-                load_tokenizer(self.base).save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
             else:
                 save_file(named, temporary / "model.safetensors", {"format": "pt"})
                 for path in (path for pattern in COPIED for path in self.base.glob(pattern)):
                     if not path.name.endswith(".index.json"):
                         shutil.copyfile(path, temporary / path.name)
-        records = read_metrics(self.folder / "training" / "metrics.jsonl")
-        before = next(record["held_out_loss"] for record in records if "held_out_loss" in record)
-        after, position = result.metrics["held_out_loss"], result.position
+        before, after, position = self.first_loss(), result.metrics["held_out_loss"], result.position
         figures = {
             "held_out_loss_before": before, "held_out_loss": after, "steps": position.step, "tokens": position.tokens,
             "skipped": position.skipped, "trained_parameters": self.trained, "peak_memory": peak_memory(),
             "seconds": time.monotonic() - self.started,
         }  # fmt: skip
-        shutil.rmtree(self.folder / "trunk", ignore_errors=True)
+        self.drop_trunk()
         record = {"stage": "adapt", "model": str(self.out), "figures": figures, "data": {"text": {"digest": digest}}}
         write_json(self.folder / "result.json", record | {"base": self.request.base})
         self.progress.say(f"held-out loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%}), {self.out}")
@@ -331,10 +254,7 @@ class LastLayersTask(ExpertTask):
 
 
 @torch.no_grad()
-def run_below(model: Any, layer: int, batch: Batch) -> Tensor:
+def stream_into(model: Any, layer: int, batch: Batch) -> Tensor:
     """Return the stream `[B, T, D]` that enters block `layer`."""
     with autocast(model.device):
-        hidden_BTD = model.embed_tokens(batch.input_ids.to(model.device))
-        ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device))
-        below: Tensor = model.run_layers(hidden_BTD, 0, layer, ctx)
-    return below
+        return run_below(model, layer, batch)[0]

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import atomic_folder
+from deepseek.data.preference_files import record_of
 from deepseek.data.preferences import Preference
 from deepseek.errors import TrainError
 from deepseek.text.chat import encode_prompt
@@ -64,7 +65,8 @@ def align_by_trl(
     }  # fmt: skip
     trainer: Any
     if request.method == "dpo":
-        rows = Dataset.from_list([conversation(pair) for pair in pairs])
+        sides = ("prompt", "chosen", "rejected")
+        rows = Dataset.from_list([{side: record[side] for side in sides} for record in map(record_of, pairs)])
         trainer = DPOTrainer(twin, args=DPOConfig(**common, beta=DPO_BETA), train_dataset=rows,
                              processing_class=tokenizer)  # fmt: skip
     else:
@@ -98,12 +100,3 @@ def twin_of(base: Path, layers: str) -> Any:
     for index in parse_layers(layers, len(blocks)):
         blocks[index].requires_grad_(True)
     return twin
-
-
-def conversation(pair: Preference) -> dict[str, Any]:
-    """Return a pair in TRL's conversational form."""
-    answers = {"chosen": pair.chosen, "rejected": pair.rejected}
-    return {
-        "prompt": [dict(message) for message in pair.prompt],
-        **{name: [{"role": "assistant", "content": text}] for name, text in answers.items()},
-    }

@@ -15,10 +15,10 @@ from deepseek.data import (
     clean,
     read_folder,
     read_git,
-    read_jsonl,
-    read_parquet,
+    read_records,
     split,
 )
+from deepseek.data.document import silent
 from deepseek.data.filters import Skipped
 from deepseek.data.git import find_commit, open_repository, read_git_by_time
 from deepseek.data.split import Rule
@@ -44,6 +44,12 @@ class Source:
     by: Rule = "file"
     seed: int = 0
 
+    @classmethod
+    def at(cls, *paths: str | Path | None, held_out: float, by: Rule = "file", seed: int) -> "Source":
+        """Return the source of the four `paths`, in the order of the fields, wherever a later call is made from."""
+        git, folder, jsonl, parquet = (Path(path).expanduser().resolve() if path else None for path in paths)
+        return cls(git, folder, jsonl, parquet, held_out, by, seed)
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -59,7 +65,7 @@ def build_corpus(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     order: Callable[[list[Document]], list[Document]] = list,
 ) -> Corpus:
     """Return the corpus in `folder`, built from `source` unless it is there already.
@@ -83,7 +89,7 @@ def build_corpus(
 
 
 def past_and_future(
-    source: Source, skipped: Skipped, progress: Progress | None
+    source: Source, skipped: Skipped, progress: Progress
 ) -> tuple[list[Document], list[Document], CleanReport]:
     """Return a repository as it was before its last commits and what these brought, cleaned together.
 
@@ -106,10 +112,8 @@ def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
         yield from read_git(source.git, skipped=skipped)
     if source.folder:
         yield from read_folder(source.folder, skipped)
-    if source.jsonl:
-        yield from read_jsonl(source.jsonl)
-    if source.parquet:
-        yield from read_parquet(source.parquet)
+    for file in filter(None, (source.jsonl, source.parquet)):
+        yield from read_records(file)
 
 
 def head_commit(source: Source) -> str | None:

@@ -5,7 +5,6 @@ where it is code, and how short its words and sentences are. They are compared a
 units nor languages matter. Evidence that easy text first saves early steps: arXiv:2506.11300.
 """
 
-import ast
 import re
 import zlib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepseek.data.document import Document
+from deepseek.data.functions import parsed
 
 EASY_STEPS = 0.2
 """Share of the steps that the easy phase takes."""
@@ -50,13 +50,9 @@ def malformed(document: Document) -> float:
     """Return 1.0 for Python that does not parse and other code whose brackets do not match, else 0.0."""
     if document.kind != "code":
         return 0.0
-    if document.name.endswith(".py"):
-        try:
-            ast.parse(document.text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return 1.0
-        return 0.0
-    return 0.0 if _brackets_match(document.text) else 1.0
+    python = document.name.endswith(".py")
+    formed = parsed(document.text) is not None if python else _brackets_match(document.text)
+    return 0.0 if formed else 1.0
 
 
 def reading_effort(text: str) -> float:

@@ -97,10 +97,10 @@ def train_expert(
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
-    git, folder, jsonl, parquet = (_absolute(path) for path in (from_git, from_folder, from_jsonl, from_parquet))
+    source = Source.at(from_git, from_folder, from_jsonl, from_parquet, held_out=held_out, by=split, seed=seed)
     recipe = _recipe(base, layers)
     request = ExpertRequest(
-        base=base, name=name, source=Source(git, folder, jsonl, parquet, held_out, split, seed), layers=layers,
+        base=base, name=name, source=source, layers=layers,
         width=width or recipe.width, minutes=DEFAULT_MINUTES if minutes is None and tokens is None else minutes,
         tokens=tokens, epochs=epochs or recipe.epochs, row_length=row_length,
         batch_rows=batch_rows or recipe.batch_rows, learning_rate=learning_rate or recipe.learning_rate,
@@ -155,7 +155,7 @@ def estimate(request: ExpertRequest, progress: ProgressBar) -> Estimate:
         texts = run.texts(run.corpus())
         plan = run.plan_for(texts, run.measure(texts))
         row_bytes = request.row_length * run.model.config.hidden_size
-        cache = (plan.rows * 2 + plan.held_out_rows * run.model.dtype.itemsize) * row_bytes if run.cached else 0
+        cache = (plan.rows * 2 + plan.held_out_rows * run.model.dtype.itemsize) * row_bytes if run.cached_below else 0
         pack = sum(parameter.numel() * 2 for parameter in run.module.parameters())
         return Estimate(plan, plan.rows * request.row_length, cache, pack, peak_memory())
 
@@ -198,7 +198,3 @@ def _stoppable(resume: str) -> Iterator[None]:
             raise
         hint = resume or "call again with the same arguments"
         raise KeyboardInterrupt(f"stopped, what is done is kept; to go on: {hint}") from None
-
-
-def _absolute(path: TextPath) -> Path | None:
-    return None if path is None else Path(path).expanduser().resolve()

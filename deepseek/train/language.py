@@ -11,7 +11,7 @@ from deepseek.kernels.cross_entropy import IGNORED_LABEL, linear_cross_entropy, 
 from deepseek.model.moe.balance import Balance, update_routers
 from deepseek.train.backends import SINGLE, Backend
 from deepseek.train.loop import Hooks, LossOutput
-from deepseek.train.losses import autocast
+from deepseek.train.losses import autocast, run_below
 
 
 class NextToken(nn.Module):
@@ -24,9 +24,8 @@ class NextToken(nn.Module):
     def forward(self, batch: Batch, load_LE: Tensor | None = None) -> Tensor:
         """Return the mean loss of a batch; or, given `load_LE` to add expert calls to, every token's `[N]`, exactly."""
         model = self.model
-        hidden_BTD = model.embed_tokens(batch.input_ids.to(model.device))
-        ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device))
-        hidden_BTD = model.norm(model.run_layers(hidden_BTD, 0, len(model.layers), ctx))
+        hidden_BTD, ctx = run_below(model, len(model.layers), batch)
+        hidden_BTD = model.norm(hidden_BTD)
         labels_N = batch.labels.flatten().to(model.device)
         if load_LE is None:
             return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_N)

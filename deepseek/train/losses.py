@@ -26,13 +26,18 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
+def run_below(model: Any, layer: int, batch: Batch) -> tuple[Tensor, Any]:
+    """Return the stream `[B, T, D]` of packed rows that enters block `layer`, and the context of the pass."""
+    hidden_BTD = model.embed_tokens(batch.input_ids.to(model.device))
+    ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device))
+    return model.run_layers(hidden_BTD, 0, layer, ctx), ctx
+
+
 @torch.no_grad()
 def row_losses(model: Any, batch: Batch) -> Tensor:
     """Return the exact loss `[B, T]` of every token of packed rows under `model` as it is armed, 0 where ignored."""
     with autocast(model.device):
-        hidden_BTD = model.embed_tokens(batch.input_ids.to(model.device))
-        ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device))
-        hidden_BTD = model.norm(model.run_layers(hidden_BTD, 0, len(model.layers), ctx))
+        hidden_BTD = model.norm(run_below(model, len(model.layers), batch)[0])
     labels_BT = batch.labels.to(model.device)
     return token_losses(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_BT.flatten()).view_as(labels_BT)
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepseek.data.loader import Batch, RowLoader
-from deepseek.data.permutation import permute
+from deepseek.data.permutation import endless
 from deepseek.errors import DataError
 from deepseek.train.curriculum import EASY_TEXT
 
@@ -85,22 +85,18 @@ class Order:
 
     def __init__(self, num_rows: int, easy: int, seed: int) -> None:
         self.num_rows, self.easy, self.seed = num_rows, easy, seed
-        self.easy_rows = max(1, round(EASY_TEXT * num_rows)) if easy else 0
-        seen = self.easy_row(np.arange(min(easy, self.easy_rows)))
+        self.easy_rows = max(1, round(EASY_TEXT * num_rows))
+        seen = endless(0, min(easy, self.easy_rows), self.easy_rows, seed)
         self.rest = np.setdiff1d(np.arange(num_rows), seen)
 
     def row(self, place: int) -> int:
         """Return the row at `place` of the endless order."""
         if place < self.easy:
-            return int(self.easy_row(np.array([place]))[0])
+            return self._one(place, self.easy_rows)
         place -= self.easy
         if place < len(self.rest):
-            return int(self.rest[permute(np.array([place]), len(self.rest), self.seed, 0)[0]])
-        epoch, within = divmod(place - len(self.rest), self.num_rows)
-        return int(permute(np.array([within]), self.num_rows, self.seed, 1 + epoch)[0])
+            return int(self.rest[self._one(place, len(self.rest))])
+        return self._one(place - len(self.rest) + self.num_rows, self.num_rows)  # the first epoch is behind us
 
-    def easy_row(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the easy rows at these places of the easy phase."""
-        if not len(places):
-            return places
-        return permute(places % self.easy_rows, self.easy_rows, self.seed, int(places[0]) // self.easy_rows)
+    def _one(self, place: int, size: int) -> int:
+        return int(endless(place, place + 1, size, self.seed)[0])

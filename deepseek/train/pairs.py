@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Progress
+from deepseek.data.document import Progress, silent
 from deepseek.data.preferences import Preference
 from deepseek.errors import DataError
 from deepseek.infer.vocabulary import Vocabulary
@@ -32,7 +32,7 @@ def generate_pairs(
     temperature: float = 1.0,
     source: str = "",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[Preference]:
     """Yield at most one pair a prompt: the answers of the highest and the lowest sum of scores, if they differ.
 
@@ -60,8 +60,7 @@ def generate_pairs(
             if totals[best] - totals[worst] >= LEAST_MARGIN:
                 both = {name: (found[best], found[worst]) for name, found in scores.items()}
                 yield Preference(tuple(prompt), texts[best], texts[worst], source, scores=both)
-        if progress is not None:
-            progress(start + len(group), len(prompts), "generating pairs")
+        progress(start + len(group), len(prompts), "generating pairs")
 
 
 def prompt_of(record: Mapping[str, Any], where: str) -> list[Message]:
@@ -70,5 +69,5 @@ def prompt_of(record: Mapping[str, Any], where: str) -> list[Message]:
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, list):
         raise DataError(f"{where} has no prompt; write a text or a list of messages under prompt.")
-    check_messages(turns)
+    check_messages(turns, where)
     return list(turns)

@@ -126,10 +126,8 @@ def below(model: Any, layer: int, ids_BS: Tensor, real_BS: Tensor, routing: Mapp
         hidden_BSD = model.embed_tokens(ids_BS)
         ctx = model.context(hidden_BSD, attention_mask=real_BS)
         ctx.routing = routing
-        hidden_BSD = model.positions.embed(hidden_BSD, ctx.position_ids_BT)
-        for block in model.layers[:layer]:
-            hidden_BSD = block(hidden_BSD, ctx)
-    return hidden_BSD
+        below_BSD: Tensor = model.run_layers(hidden_BSD, 0, layer, ctx)
+    return below_BSD
 
 
 def trained_prefixes(model: Any, first: int) -> tuple[str, ...]:

@@ -205,8 +205,7 @@ class PretrainRun:
         """Return a domain's rows to evaluate on, whole batches where there are enough."""
         size = self.settings.batch_rows
         rows = min(loader.num_rows, max(size, self.settings.held_out_tokens // loader.length))
-        order = loader.order(0, max(rows // size * size, min(rows, size)))
-        return [loader.rows(order[start : start + size]) for start in range(0, len(order), size)]
+        return loader.first(max(rows // size * size, min(rows, size))).batches()
 
     @torch.no_grad()
     def write_samples(self, step: int) -> None:

@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import home, load_state, save_state
-from deepseek.data.document import Progress, uniform
+from deepseek.data.document import Progress, silent, uniform
 from deepseek.data.loader import IGNORE, Batch
-from deepseek.data.source import read_folder
 from deepseek.errors import CheckpointError, DataError
 from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
@@ -74,26 +73,19 @@ def public_statistics(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     layers: Sequence[int],
-    text: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> PublicStatistics:
-    """Return the statistics of `model` at `layers`, from the cache in the library's home if they are there.
-
-    Args:
-        text: a folder of ordinary text to use instead of the built-in one.
-
-    Raises:
-        DataError: the folder is missing or holds too little text.
-    """
-    root, name = _place(model, text)
-    rows = _kept_rows(model, tokenizer, text, progress)
+    """Return the statistics of `model` at `layers`, from the cache in the library's home if they are there."""
+    root, name = _place(model)
+    rows = _kept_rows(model, tokenizer, progress)
 
     def measured() -> dict[str, Tensor]:
         found = measure_public(model, rows, layers, progress)
         moments = {f"moments.{layer}": found.moments[layer].second.float() for layer in layers}
         return moments | {f"sample.{layer}": found.sample[layer].to(torch.bfloat16) for layer in layers}
 
-    stored = _kept(root / f"layers-{_short(str(sorted(layers)))}-{HALF_LIFE:g}-{name}", measured)
+    digest = sha256(str(sorted(layers)).encode()).hexdigest()[:16]
+    stored = _kept(root / f"layers-{digest}-{HALF_LIFE:g}-{name}", measured)
     return PublicStatistics(
         {layer: Moments(stored[f"moments.{layer}"].double()) for layer in layers},
         {layer: stored[f"sample.{layer}"].float() for layer in layers},
@@ -101,14 +93,12 @@ def public_statistics(
     )
 
 
-def training_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress | None = None) -> Tensor:
-    """Return the half of the built-in rows `[R, ROW_LENGTH]` that no threshold is set by."""
-    return _kept_rows(model, tokenizer, None, progress)[0::2]
+def training_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
+    """Return the half of the rows `[R, ROW_LENGTH]` that no threshold is set by."""
+    return _kept_rows(model, tokenizer, progress)[0::2]
 
 
-def public_streams(
-    model: Any, tokenizer: PreTrainedTokenizerFast, first: int, progress: Progress | None = None
-) -> Tensor:
+def public_streams(model: Any, tokenizer: PreTrainedTokenizerFast, first: int, progress: Progress = silent) -> Tensor:
     """Return the stream `[R, ROW_LENGTH, D]` of `training_rows` below the experts of block `first`."""
     rows = training_rows(model, tokenizer, progress)
 
@@ -117,21 +107,12 @@ def public_streams(
             parts = [run_trunk(model, first, batch).cpu() for batch in public_batches(rows, BATCH_ROWS)]
         return {"stream": torch.cat(parts)}
 
-    root, name = _place(model, None)
+    root, name = _place(model)
     return _kept(root / f"stream-{first}-{name}", computed)["stream"]
 
 
-def public_rows(
-    model: Any, tokenizer: PreTrainedTokenizerFast, text: str | Path | None, progress: Progress | None = None
-) -> Tensor:
+def public_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
     """Return token ids `[R, ROW_LENGTH]`, every row the beginning of another text."""
-    most = ROWS_PER_KIND * len(FILE_KINDS) + SAMPLES_PER_OPENING * len(OPENINGS)
-    if text is not None:
-        documents = sorted(read_folder(text), key=lambda document: uniform(document.name))
-        rows = cut_rows(tokenizer, (document.text for document in documents), most)
-        if len(rows) < 8:
-            raise DataError(f"{text} yields {len(rows)} texts of {ROW_LENGTH} tokens; at least 8 are needed.")
-        return torch.tensor(rows)
     installed = [torch.tensor(cut_rows(tokenizer, texts, ROWS_PER_KIND)) for texts in installed_texts()]
     return torch.cat([*installed, sampled_rows(model, tokenizer, progress)])
 
@@ -164,15 +145,14 @@ def installed_texts() -> list[Iterator[str]]:
     return [_middles(sorted(files.values(), key=_lot)) for files in found]
 
 
-def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress | None = None) -> Tensor:
+def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
     """Return ids `[R, ROW_LENGTH]` of documents that the model writes itself, the same ones at every call."""
     end = document_end_id(tokenizer)
     prompts = [[end, *ids] for ids in encode_plain(tokenizer, OPENINGS)] * SAMPLES_PER_OPENING
     longest = max(map(len, prompts))
     padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    if progress is not None:
-        progress(0, 0, "public text")
+    progress(0, 0, "public text")
     with torch.random.fork_rng(devices=[]), model.experts.arming(None), torch.no_grad():
         torch.manual_seed(0)
         written = model.generate(
@@ -183,9 +163,7 @@ def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progr
     return torch.stack([row[start : start + ROW_LENGTH] for row, start in zip(written, starts, strict=True)])
 
 
-def measure_public(
-    model: Any, rows: Tensor, layers: Sequence[int], progress: Progress | None = None
-) -> PublicStatistics:
+def measure_public(model: Any, rows: Tensor, layers: Sequence[int], progress: Progress = silent) -> PublicStatistics:
     """Run `rows` `[R, T]` through the bare model; even rows give the moments and odd ones the sample."""
     moments = {layer: Moments.none(model.config.hidden_size) for layer in layers}
     sample: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -194,8 +172,7 @@ def measure_public(
             for layer, found in inputs.items():
                 moments[layer] += blend(found.rows(slice(0, None, 2)))
                 sample[layer].append(found.smooth_BTD[1::2, 1::STRIDE])
-            if progress is not None:
-                progress(min(len(rows), (done + 1) * BATCH_ROWS), len(rows), "public statistics")
+            progress(min(len(rows), (done + 1) * BATCH_ROWS), len(rows), "public statistics")
     return PublicStatistics(moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel())
 
 
@@ -208,18 +185,15 @@ def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
         yield Batch(ids, labels, positions, torch.arange(start, start + len(ids)))
 
 
-def _place(model: Any, text: str | Path | None) -> tuple[Path, str]:
-    """Return the folder of what is kept for a base, and the part of a name that says from which text and how."""
-    source = _short(str(Path(text).resolve())) if text else "built-in"
-    name = f"{source}-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
+def _place(model: Any) -> tuple[Path, str]:
+    """Return the folder of what is kept for a base, and the part of a name that says how it was made."""
+    name = f"built-in-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
     return home() / "public" / model.experts.base.weights[:32], name
 
 
-def _kept_rows(
-    model: Any, tokenizer: PreTrainedTokenizerFast, text: str | Path | None, progress: Progress | None
-) -> Tensor:
-    root, name = _place(model, text)
-    return _kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, text, progress)})["ids"]
+def _kept_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Tensor:
+    root, name = _place(model)
+    return _kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, progress)})["ids"]
 
 
 def _kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -232,10 +206,6 @@ def _kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, T
     tensors = compute()
     save_state(folder, tensors, {})
     return tensors
-
-
-def _short(text: str) -> str:
-    return sha256(text.encode()).hexdigest()[:16]
 
 
 def _lot(path: Path) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Progress
+from deepseek.data.document import Progress, silent
 from deepseek.data.loader import Batch
 from deepseek.train.public import public_batches, public_streams, training_rows
 
@@ -41,7 +41,7 @@ class Replay:
         tokenizer: PreTrainedTokenizerFast,
         first: int,
         own_tokens: int,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> "Replay":
         """Return the replay of an expert whose first layer is `first` and whose steps have `own_tokens` of its own."""
         ids = training_rows(model, tokenizer, progress)

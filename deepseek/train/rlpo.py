@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.permutation import mix, permute
+from deepseek.data.permutation import endless, mix
 from deepseek.errors import TrainError
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop import LossOutput
@@ -28,7 +27,7 @@ from deepseek.train.ppo import (
     value_loss,
     whiten,
 )
-from deepseek.train.rollout import Responses, Rows, empty_responses, generate
+from deepseek.train.rollout import Responses, empty_responses, generate
 
 Reward = Callable[[Responses], Tensor]
 """Scores responses `[B]`."""
@@ -74,28 +73,18 @@ class RLPOConfig:
 
 
 @dataclass(frozen=True)
-class Rollout(Rows):
-    """What one rollout's updates learn from: the fields of its `Responses`, and
+class Rollout(Responses):
+    """Responses, and what their updates learn from.
 
     Attributes:
         logprobs_BT, values_BT: of the policy that sampled them.
         advantages_BT, returns_BT: whitened advantages, and what values should learn.
     """
 
-    input_ids_BS: Tensor
-    real_BS: Tensor
-    mask_BT: Tensor
-    choices_BLSC: Tensor
-    active_BLS: Tensor
     logprobs_BT: Tensor
     values_BT: Tensor
     advantages_BT: Tensor
     returns_BT: Tensor
-
-    @property
-    def responses(self) -> Responses:
-        """The responses alone."""
-        return Responses(self.input_ids_BS, self.real_BS, self.mask_BT, self.choices_BLSC, self.active_BLS)
 
 
 @dataclass(frozen=True)
@@ -174,7 +163,7 @@ class Learner:
     def loss(self, batch: Minibatch) -> LossOutput:
         """Return the loss of one minibatch, and ask for a new rollout once the policy has left this one's."""
         config, rows = self.config, batch.rows
-        responses = self.routed(rows.responses)
+        responses = self.routed(rows)
         scored = self.policy.score(responses, self.stream(batch.place, responses))
         values = value_loss(scored.values_BT, rows.values_BT, rows.returns_BT, rows.mask_BT, config.value_clip)
         acted = policy_loss(scored.logprobs_BT, rows.logprobs_BT, rows.advantages_BT, rows.mask_BT, config.clip)
@@ -258,7 +247,8 @@ class RolloutBatches:
     def make(self) -> dict[str, float]:
         """Make the next rollout and return its figures."""
         generator = torch.Generator(self.learner.policy.model.device).manual_seed(mix(mix(self.seed) ^ self.made) >> 1)
-        prompts = [self.prompt(place) for place in range(self.made * self.size, (self.made + 1) * self.size)]
+        chosen = endless(self.made * self.size, (self.made + 1) * self.size, len(self.prompts), self.seed)
+        prompts = [self.prompts[index] for index in chosen]
         learn = self.made >= self.learner.config.value_rollouts
         made, metrics = self.learner.collect(prompts, generator, learn, self.width)
         for name, tensor in self.rollout.tensors().items():
@@ -266,11 +256,6 @@ class RolloutBatches:
         self.made, self.used = self.made + 1, 0
         self.learner.scalars["stop"].zero_()
         return metrics
-
-    def prompt(self, place: int) -> Sequence[int]:
-        """Return the prompt at a place of the endless order, a new permutation at every pass."""
-        epoch, index = divmod(place, len(self.prompts))
-        return self.prompts[int(permute(np.array([index]), len(self.prompts), self.seed, epoch)[0])]
 
     def state(self) -> dict[str, int]:
         """Return the place; the rollout itself is in `buffers`."""

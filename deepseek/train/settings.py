@@ -54,10 +54,7 @@ class TextSettings(Settings):
 
     def source(self, held_out: float, seed: int) -> Source:
         """Return the source that these settings name."""
-        git, folder, jsonl, parquet = (
-            path and path.expanduser().resolve() for path in (self.git, self.folder, self.jsonl, self.parquet)
-        )
-        return Source(git, folder, jsonl, parquet, held_out, seed=seed)
+        return Source.at(self.git, self.folder, self.jsonl, self.parquet, held_out=held_out, seed=seed)
 
 
 def _load(path: Path) -> Any:

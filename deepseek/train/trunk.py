@@ -21,7 +21,7 @@ from torch import Tensor
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data.loader import Batch, RowLoader
 from deepseek.errors import CheckpointError, TrainError
-from deepseek.train.losses import autocast
+from deepseek.train.losses import autocast, run_below
 
 Stream = Callable[[Batch], Tensor]
 """Where the frozen stream `[B, T, D]` of a batch comes from: computed, or read from a cache."""
@@ -34,9 +34,7 @@ STORED: dict[torch.dtype, np.dtype[Any]] = {torch.bfloat16: np.dtype("<i2"), tor
 def run_trunk(model: Any, layer: int, batch: Batch) -> Tensor:
     """Return the stream `[B, T, D]` after the attention of block `layer`, before any expert there has a say."""
     with autocast(model.device):
-        hidden_BTD = model.embed_tokens(batch.input_ids.to(model.device))
-        ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device))
-        hidden_BTD = model.run_layers(hidden_BTD, 0, layer, ctx)
+        hidden_BTD, ctx = run_below(model, layer, batch)
         stream_BTD: Tensor = model.layers[layer].attend(hidden_BTD, ctx)
     return stream_BTD
 

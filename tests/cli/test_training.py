@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.cli.main import main
-from deepseek.data import read_jsonl
+from deepseek.data import read_records
 
 
 def call(*arguments: str) -> int:
@@ -18,10 +18,10 @@ def call(*arguments: str) -> int:
 def test_made_text_can_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "problems.jsonl"
     assert call("data", "mathematics", str(out), "--count", "50") == 0
-    assert len(list(read_jsonl(out))) == 50
+    assert len(list(read_records(out))) == 50
     assert call("data", "code", str(Path(__file__).parents[2] / "deepseek" / "data"), str(tmp_path / "f.jsonl")) == 0
     assert "records in" in capsys.readouterr().out
-    assert any("def " in document.text for document in read_jsonl(tmp_path / "f.jsonl"))
+    assert any("def " in document.text for document in read_records(tmp_path / "f.jsonl"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.py").write_text("x = 1\n")
     assert call("data", "code", str(tmp_path / "empty"), str(tmp_path / "g.jsonl")) == 2

@@ -76,7 +76,7 @@ def test_a_private_key_in_a_diff_and_across_messages() -> None:
     answer = {"role": "assistant", "content": "text -----END PRIVATE KEY-----"}
     documents, report = clean([conversation([ask, answer], "d", "d")])
     assert documents[0].messages() == [{**ask, "content": "<REDACTED:private-key>"}, answer]
-    assert report.redacted == {"private-key": 1}
+    assert report.changes == {"private-key redacted": 1}
 
 
 def words(count: int, seed: int) -> str:
@@ -116,8 +116,10 @@ def test_counts_add_up_and_order_stays() -> None:
     ]
     kept, report = clean(documents)
     assert [document.name for document in kept] == ["a", "secret", "b"]
-    assert (report.read, report.kept, report.exact_duplicates, report.near_duplicates) == (6, 3, 1, 1)
-    assert report.skipped == {"empty": 1}
+    assert (report.read, report.kept) == (6, 3)
+    assert report.changes == {
+        "exact duplicates": 1, "near duplicates": 1, "password redacted": 1, "skipped as empty": 1,
+    }  # fmt: skip
     assert report.characters == sum(len(document.text) for document in kept)
     assert "3 documents" in str(report)
     assert "1 password redacted" in str(report)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepseek.data import read_folder, read_jsonl, read_parquet
+from deepseek.data import read_folder, read_records
 from deepseek.data.filters import Skipped, decode
 from deepseek.data.html import html_to_text
 from deepseek.errors import DataError
@@ -73,7 +73,7 @@ def test_jsonl_knows_text_messages_and_preferences(tmp_path: Path) -> None:
         {"prompt": [ask], "chosen": [answer], "rejected": []},
         {"prompt": [ask], "chosen": [ask, answer]},
     )
-    documents = list(read_jsonl(path))
+    documents = list(read_records(path))
     assert (documents[0].text, documents[0].name, documents[0].time) == ("plain", "d.jsonl:1", 5)
     assert [document.messages() for document in documents[1:]] == [[ask, answer]] * 4
 
@@ -85,16 +85,16 @@ def test_jsonl_knows_text_messages_and_preferences(tmp_path: Path) -> None:
         ("{", "line 2 is not JSON"),
         ("[1]", "line 2 is a list"),
         ('{"text": 3}', "line 2 has no `text`"),
-        ('{"messages": ["hi"]}', "line 2: each message needs"),
-        ('{"messages": [{"role": "user", "content": null}]}', "line 2: each message needs"),
-        ('{"prompt": 3, "chosen": "x"}', "line 2: each message needs"),
+        ('{"messages": ["hi"]}', "line 2: message 1 needs"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1 needs"),
+        ('{"prompt": 3, "chosen": "x"}', "line 2: message 1 needs"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, cause: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(f'{{"text": "good"}}\n{line}\n')
     with pytest.raises(DataError, match=cause):
-        list(read_jsonl(path))
+        list(read_records(path))
 
 
 def test_files_that_are_no_jsonl_are_named(tmp_path: Path) -> None:
@@ -102,14 +102,14 @@ def test_files_that_are_no_jsonl_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"text": "ü"}'.encode("latin-1"))
     for name, cause in [("empty.jsonl", "is empty"), ("latin.jsonl", "not UTF-8"), ("gone.jsonl", "does not exist")]:
         with pytest.raises(DataError, match=cause):
-            list(read_jsonl(tmp_path / name))
+            list(read_records(tmp_path / name))
 
 
 def test_parquet_gives_what_jsonl_gives(tmp_path: Path) -> None:
     records = [{"text": f"text {number}", "time": number} for number in range(2500)]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "d.parquet")
-    rows = list(read_parquet(tmp_path / "d.parquet"))
-    lines = list(read_jsonl(write_lines(tmp_path / "d.jsonl", *records)))
+    rows = list(read_records(tmp_path / "d.parquet"))
+    lines = list(read_records(write_lines(tmp_path / "d.jsonl", *records)))
     assert [(d.text, d.time) for d in rows] == [(d.text, d.time) for d in lines]
     assert rows[2499].name == "d.parquet:2500"
 
@@ -120,13 +120,13 @@ def test_files_that_are_no_parquet_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "other.parquet")
     cases = [
         ("bad", "cannot be read"),
-        ("gone", "cannot be read"),
-        ("none", "no rows"),
+        ("gone", "does not exist"),
+        ("none", "is empty"),
         ("other", "line 1 has no `text`"),
     ]
     for name, cause in cases:
         with pytest.raises(DataError, match=cause):
-            list(read_parquet(tmp_path / f"{name}.parquet"))
+            list(read_records(tmp_path / f"{name}.parquet"))
 
 
 def test_html_keeps_reading_order_and_drops_furniture() -> None:

@@ -79,9 +79,9 @@ def test_a_template_that_rewrites_earlier_turns_keeps_the_last_answer_as_target(
     ("messages", "cause"),
     [
         ([], "no messages"),
-        ([{"role": "user"}], "Message 1"),
-        ([QUESTION, {"role": "user", "content": 3}], "Message 2"),
-        (["hello"], "Message 1"),
+        ([{"role": "user"}], "message 1"),
+        ([QUESTION, {"role": "user", "content": 3}], "message 2"),
+        (["hello"], "message 1"),
     ],
 )
 def test_a_malformed_conversation_says_which_message(messages: list[dict[str, str]], cause: str) -> None:

@@ -1,6 +1,7 @@
 """Adaptation: each mode lowers the held-out loss, trains what it says, and leaves a folder that others can read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,5 +113,5 @@ def test_a_dry_run_estimates_and_writes_nothing(
     deepseek.adapt(
         str(llama), name="x", from_folder=text_folder, out=tmp_path / "o", run_folder=tmp_path / "r", dry_run=True
     )
-    assert "parameters train, about 0.0 minutes" in capsys.readouterr().err
+    assert re.search(r"parameters train, about \d+\.\d minutes", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,7 @@
 """An expert module: feed-forward networks beside those of some layers of a frozen base."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from deepseek.model.feed_forward import SwiGLU
 from deepseek.packs.manifest import DTYPES, BaseDescription, GateSettings, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, check_finite
 
-Init = Literal["base", "normal"]
 DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -37,11 +36,6 @@ class ExpertLayer(nn.Module):
     def copy_rows(self, ffn: SwiGLU, seed: int) -> None:
         """Start from rows of the base's own feed-forward network: all, or a sample if this is narrower."""
         width, available = self.down_proj.shape[1], ffn.gate_proj.out_features
-        if width > available:
-            raise ConfigError(
-                f"an expert of width {width} cannot start from a feed-forward network of width {available}; "
-                f"use init='normal' or a width of at most {available}."
-            )
         rows = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:width].sort().values
         rows = rows.to(ffn.gate_proj.weight.device)
         self.gate_up_proj.copy_(torch.cat([ffn.gate_proj.weight[rows], ffn.up_proj.weight[rows]]))
@@ -70,14 +64,11 @@ class ExpertModule(nn.Module):
         self.digest = ""
 
     @staticmethod
-    def beside(
-        blocks: Any, name: str, layers: Sequence[int], width: int, *, init: Init = "base", seed: int = 0
-    ) -> "ExpertModule":
+    def beside(blocks: Any, name: str, layers: Sequence[int], width: int, *, seed: int = 0) -> "ExpertModule":
         """Return a new module for the `blocks` of a model (`model.layers`), on their device, in fp32.
 
-        With `init="base"` its inner projections start from the rows of the block's dense feed-forward network (blocks
-        with a mixture of experts have none and start random). Its output is zero either way.
-        Raises `ConfigError` if a layer does not exist or is too narrow to copy from.
+        Its inner projections start from rows of the block's dense feed-forward network where that has enough of them,
+        else random; its output is zero either way. Raises `ConfigError` if a layer does not exist.
         """
         for layer in layers:
             if not 0 <= layer < len(blocks):
@@ -86,9 +77,9 @@ class ExpertModule(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = ExpertModule(name, layers, weight.shape[0], width)
-        for layer in module.layers if init == "base" else ():
+        for layer in module.layers:
             ffn = blocks[layer].feed_forward
-            if isinstance(ffn, SwiGLU):
+            if isinstance(ffn, SwiGLU) and width <= ffn.gate_proj.out_features:
                 module.at(layer).copy_rows(ffn, seed + layer)
         return module.to(weight.device)
 
@@ -121,14 +112,13 @@ class ExpertModule(nn.Module):
         data: Sequence[str] = (),
         commit: str | None = None,
         metrics: dict[str, Metric] | None = None,
-        profile: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> ExpertPack:
         """Return the module with its papers (see `Manifest`), its weights rounded to `dtype`."""
         manifest = Manifest(
             name=self.name, domain=domain, base=base, layers=self.layers, width=self.width,
             dtype=DTYPE_NAMES[dtype], gate=self.settings, data=tuple(data), licence=licence, commit=commit,
-            metrics=metrics or {}, profile=profile,
+            metrics=metrics or {},
         )  # fmt: skip
         tensors = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in self.state_dict().items()}
         tensors |= {f"gate.{layer}": gate.clone() for layer, gate in self.gates.items()}
