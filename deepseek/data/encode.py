@@ -60,13 +60,6 @@ def fim_markers(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int
     return prefix, suffix, middle
 
 
-def fim_prompt(tokenizer: PreTrainedTokenizerFast, before: str, after: str) -> list[int]:
-    """Return the ids after which a model trained with `fim_rate` writes what belongs between two texts."""
-    prefix, suffix, middle = fim_markers(tokenizer)
-    left, right = encode_plain(tokenizer, [before, after])
-    return [*prefix, *left, *suffix, *right, *middle]
-
-
 def fim_cuts(document: Document, options: EncodeOptions) -> tuple[int, int] | None:
     """Return where this document's middle begins and ends, or None if it stays in reading order."""
     if document.kind != "code" or options.fim_rate <= 0 or len(document.text) < 3:

@@ -55,11 +55,6 @@ class TokenShards:
         """Number of ids, document ends included."""
         return len(self.ids_N)
 
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.offsets) - 1
-
     def is_intact(self) -> bool:
         """Whether the files still have the digest they were written with; reads them once."""
         return content_digest(self.folder) == self.digest
