@@ -1,5 +1,6 @@
 """A server in a process of its own, started as a user starts it (`deepseek serve`), for measurements from outside."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ class Served:
 @contextmanager
 def served(model: str, *dials: str) -> Iterator[Served]:
     """Serve `model` until the block ends, which is when the server must drain and end with 0."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whoever ends the measurement ends the server too
     command = [sys.executable, "-m", "deepseek", "serve", model, "--port", "0", "--experts", "", *dials]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

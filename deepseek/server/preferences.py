@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @router.get("/v1/preferences")
-async def next_pair(request: HttpRequest, after: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
+async def next_pair(request: HttpRequest, after: Annotated[int, Query(ge=0, le=1 << 62)] = 0) -> dict[str, Any]:
     """Show the next pair after `after` that nobody has reviewed, in an order that does not tell which was preferred."""
     return await with_database(request, lambda database: unreviewed(database, after))
 

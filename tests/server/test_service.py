@@ -206,6 +206,7 @@ def test_preferences_are_reviewed_and_recorded(keyed: Live) -> None:
     number = database.add(Preference(({"role": "user", "content": "q"},), "worse", "better", "file"))
     with keyed.http(ADMIN) as http:
         shown = http.get("/v1/preferences").json()
+        assert http.get(f"/v1/preferences?after={1 << 70}").status_code == 400  # more than a database can number
         assert (shown["pair"]["id"], shown["pair"]["answers"]) == (number, ["better", "worse"])
         assert http.post(f"/v1/preferences/{number}", json={"choice": 0, "reviewer": "me"}).status_code == 200
         assert http.get("/v1/preferences").json() == {"object": "preference", "pair": None, "pairs": 1, "reviewed": 1}
