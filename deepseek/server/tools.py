@@ -81,7 +81,7 @@ class Calling:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return
-        names = {tool.function.name for tool in self.tools}
+        names = [tool.function.name for tool in self.tools]  # a "name" in free JSON may be anything, unhashable too
         for call in value if isinstance(value, list) else [value]:
             if isinstance(call, dict) and call.get("name") in names:
                 arguments = call.get("arguments", call.get("parameters", {}))

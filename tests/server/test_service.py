@@ -346,6 +346,7 @@ def test_a_template_has_a_time_limit() -> None:
         ('Sure.\n<tool_call>\n{"name": "f", "arguments": {}}', 6, [{"name": "f", "arguments": "{}"}]),
         ('{"name": "f", "parameters": {"a": 2}}', 0, [{"name": "f", "arguments": '{"a": 2}'}]),
         ('{"name": "g", "arguments": {}}', 0, []),
+        ('{"name": {"first": "f"}}', 0, []),
         ("a < b <tool", 6, []),
         ("<tool_call>nonsense</tool_call>", 0, []),
     ],
