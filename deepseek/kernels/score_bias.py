@@ -42,13 +42,20 @@ class Visible:
     """Which keys a query sees: its own slot and all before it down to `first_BT`.
 
     Attributes:
-        first_BT: slot of the first key that each query may see, its own at the latest.
+        first_BT: slot of the first key that each query may see, its own at the latest; B is 1 where rows are alike.
         real_BS: False at padding between real tokens, which is not seen and not counted as distance; None if there is
             no such padding.
     """
 
     first_BT: Tensor
     real_BS: Tensor | None = None
+
+    def mask(self, total: int) -> Tensor:
+        """Return True `[B or 1, T, S]` where a query sees a key; the queries have the last T of `total` slots."""
+        slots_S = torch.arange(total, device=self.first_BT.device)
+        own_T1 = slots_S[total - self.first_BT.shape[1] :, None]
+        seen_BTS = (slots_S <= own_T1) & (slots_S >= self.first_BT[..., None])
+        return seen_BTS if self.real_BS is None else (seen_BTS & self.real_BS[:, None]) | (slots_S == own_T1)
 
 
 def reference_attention(
@@ -59,19 +66,15 @@ def reference_attention(
     repeats = query_BHTK.shape[1] // key_BGSK.shape[1]
     key, value = (part.repeat_interleave(repeats, dim=1) for part in (key_BGSK, value_BGSK))
     scores_BHTS = scaled_query(query_BHTK, bias) @ key.transpose(-1, -2)
-    slots_S = torch.arange(total, device=key.device)
-    own_T1 = slots_S[-length:, None]
-    places_BS = slots_S[None] if visible.real_BS is None else visible.real_BS.cumsum(-1)
     if bias.table_BHTN is not None:
+        slots_1S = torch.arange(total, device=key.device)[None]
+        places_BS = slots_1S if visible.real_BS is None else visible.real_BS.cumsum(-1)
         bucket_BTS = distance_buckets(places_BS[:, -length:, None] - places_BS[:, None])
         scores_BHTS = scores_BHTS + bias.table_BHTN.gather(-1, bucket_BTS[:, None].expand_as(scores_BHTS))
     if bias.key_BHS is not None:
         shifted_BHS = bias.key_BHS - bias.key_BHS[..., -1:].detach()
         scores_BHTS = scores_BHTS + shifted_BHS[:, :, None].to(scores_BHTS.dtype)
-    seen_BTS = (slots_S <= own_T1) & (slots_S >= visible.first_BT[..., None])
-    if visible.real_BS is not None:
-        seen_BTS = (seen_BTS & visible.real_BS[:, None]) | (slots_S == own_T1)
-    return scores_BHTS.masked_fill(~seen_BTS[:, None], float("-inf")).softmax(-1) @ value
+    return scores_BHTS.masked_fill(~visible.mask(total)[:, None], float("-inf")).softmax(-1) @ value
 
 
 def scaled_query(query_BHTK: Tensor, bias: ScoreBias) -> Tensor:

@@ -70,26 +70,26 @@ class ForwardContext:
     @cached_property
     def mask_B1TS(self) -> Tensor | None:
         """True where a query may attend to a key; None when plain causal attention says it all."""
-        return self._mask(None)
+        return attention_mask(*self._rows, None, self.position_ids_BT.device)
 
     @cached_property
     def window_mask_B1TS(self) -> Tensor | None:
         """The same for layers with a sliding window."""
-        return self._mask(self.window)
-
-    def _mask(self, window: int | None) -> Tensor | None:
-        device = self.position_ids_BT.device
-        return attention_mask(self.length, self.past, self.real_BS, self.document_ids_BT, window, device)
+        return attention_mask(*self._rows, self.window, self.position_ids_BT.device)
 
     @cached_property
     def visible(self) -> Visible:
         """The same as `mask_B1TS`, in memory that grows with the length."""
-        return visible(self.position_ids_BT, self.past, self.real_BS, self.document_ids_BT, None)
+        return visible(*self._rows, None, self.position_ids_BT.device)
 
     @cached_property
     def window_visible(self) -> Visible:
         """The same as `window_mask_B1TS`."""
-        return visible(self.position_ids_BT, self.past, self.real_BS, self.document_ids_BT, self.window)
+        return visible(*self._rows, self.window, self.position_ids_BT.device)
+
+    @property
+    def _rows(self) -> tuple[int, int, Tensor | None, Tensor | None]:
+        return self.length, self.past, self.real_BS, self.document_ids_BT
 
 
 def past_length(cache: KVCache | None) -> int:
@@ -132,44 +132,32 @@ def document_ids(position_ids_BT: Tensor) -> Tensor | None:
 
 
 def attention_mask(
-    length: int,
-    past: int,
-    real_BS: Tensor | None,
-    documents_BT: Tensor | None,
-    window: int | None,
+    length: int, past: int, real_BS: Tensor | None, documents_BT: Tensor | None, window: int | None,
     device: torch.device,
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     """Return the boolean mask `[B or 1, 1, T, S]` of keys that a query may see, or None if causality alone decides."""
-    plain = length == 1 or past == 0
-    if real_BS is None and documents_BT is None and plain and (window is None or past + length <= window):
+    plain, total = length == 1 or past == 0, past + length
+    if real_BS is None and documents_BT is None and plain and (window is None or total <= window):
         return None
-    queries = torch.arange(past, past + length, device=device)[:, None]
-    keys = torch.arange(past + length, device=device)[None, :]
-    mask = keys <= queries
-    if window is not None:
-        mask = mask & (queries - keys < window)
-    mask = mask[None, None]
-    if real_BS is not None:
-        # A padding query sees itself alone, so that its softmax has one entry and no NaN arises.
-        mask = (mask & real_BS[:, None, None, :]) | (keys == queries)
-    if documents_BT is not None:
-        mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
-    return mask
+    return visible(length, past, real_BS, documents_BT, window, device).mask(total)[:, None]
 
 
 def visible(
-    position_ids_BT: Tensor, past: int, real_BS: Tensor | None, documents_BT: Tensor | None, window: int | None
-) -> Visible:
-    """Return the keys that `attention_mask` shows to real tokens, as one run of slots a query."""
-    batch, length = position_ids_BT.shape
-    slots_BT = torch.arange(past, past + length, device=position_ids_BT.device).expand(batch, length)
-    first_BT = torch.zeros_like(slots_BT) if window is None else (slots_BT - window + 1).clamp(min=0)
+    length: int, past: int, real_BS: Tensor | None, documents_BT: Tensor | None, window: int | None,
+    device: torch.device,
+) -> Visible:  # fmt: skip
+    """Return the keys that each of `length` queries after `past` tokens may see, as one run of slots a query.
+
+    Padding sees itself alone, so that its softmax has one entry and no NaN arises.
+    """
+    slots_1T = torch.arange(past, past + length, device=device)[None]
+    first_BT = torch.zeros_like(slots_1T) if window is None else (slots_1T - window + 1).clamp(min=0)
     if documents_BT is not None:
         begins_BT = torch.diff(documents_BT, dim=-1, prepend=documents_BT[:, :1]) != 0
-        first_BT = torch.maximum(first_BT, torch.where(begins_BT, slots_BT, 0).cummax(-1).values)
+        first_BT = torch.maximum(first_BT, torch.where(begins_BT, slots_1T, 0).cummax(-1).values)
     if real_BS is None:
         return Visible(first_BT)
     first_BT = torch.maximum(first_BT, real_BS.int().argmax(-1, keepdim=True))
-    first_BT = torch.where(real_BS[:, past:], first_BT, slots_BT)  # padding sees itself, so that no row is empty
+    first_BT = torch.where(real_BS[:, past:], first_BT, slots_1T)
     runs_B = (torch.diff(real_BS.int(), dim=-1, prepend=torch.zeros_like(real_BS[:, :1], dtype=torch.int)) > 0).sum(-1)
     return Visible(first_BT, real_BS if bool((runs_B > 1).any()) else None)

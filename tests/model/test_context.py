@@ -1,4 +1,4 @@
-"""What a query may see is the same whether it is told as a mask or as one run of slots."""
+"""What a query may see is said alike by a mask and by one run of slots."""
 
 import torch
 from hypothesis import given, settings
@@ -23,12 +23,13 @@ def test_runs_of_slots_are_the_mask(
     documents = None
     if cut is not None and padding is None and past == 0:
         documents = document_ids(torch.where(positions >= cut, positions - cut, positions))
-    seen = visible(positions, past, padding, documents, window)
     slots, own = torch.arange(total), torch.arange(past, total)[:, None]
-    found = (slots <= own) & (slots >= seen.first_BT[..., None])
-    if seen.real_BS is not None:
-        found = (found & seen.real_BS[:, None]) | (slots == own)
-    mask = attention_mask(length, past, padding, documents, window, torch.device("cpu"))
-    expected = (slots <= own)[None] if mask is None else mask[:, 0]
-    asked = real[:, past:]  # what padding itself sees is of no account
-    assert torch.equal(found[asked], expected.expand_as(found)[asked])
+    expected = (slots <= own) & real[0] & ((own - slots < window) if window else True)
+    if documents is not None:
+        expected = expected & (documents[0, :, None] == documents[0])
+    rows = (length, past, padding, documents, window, torch.device("cpu"))
+    mask, seen = attention_mask(*rows), visible(*rows).mask(total)[0]
+    told = (slots <= own) if mask is None else mask[0, 0]
+    asked = real[0, past:]  # what padding itself sees is of no account, as long as it is something
+    assert torch.equal(told[asked], expected[asked]) and torch.equal(seen[asked], expected[asked])
+    assert told.any(-1).all() and seen.any(-1).all()
