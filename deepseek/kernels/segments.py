@@ -4,7 +4,6 @@ No tensor of size `[N * A, D]` is ever made: an expert's rows are gathered, mult
 they are in the cache. Where bf16 products are emulated, an expert's weights are widened to fp32 just before use.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,19 +53,13 @@ def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _segments(ids_NA: Tensor, num_experts: int) -> tuple[Tensor, Iterator[tuple[int, int, int]]]:
+def _segments(ids_NA: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
     """Return the slots sorted by expert `[N * A]`, and (expert, start, stop) of every expert that has any."""
     ids_S = ids_NA.flatten()
-    counts = torch.bincount(ids_S, minlength=num_experts)[:num_experts].tolist()
-    return ids_S.argsort(stable=True), _bounds(counts)
-
-
-def _bounds(counts: list[int]) -> Iterator[tuple[int, int, int]]:
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, start, start + count
-        start += count
+    counts = torch.bincount(ids_S, minlength=num_experts)[:num_experts]
+    spans = zip(counts.tolist(), counts.cumsum(0).tolist(), strict=True)
+    bounds = [(expert, stop - count, stop) for expert, (count, stop) in enumerate(spans) if count]
+    return ids_S.argsort(stable=True), bounds
 
 
 def _forward(
