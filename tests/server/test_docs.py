@@ -1,0 +1,68 @@
+"""What `docs/serving.md` tells to type works, typed at a live server."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live_server import Live
+
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+NAMES = {"http://127.0.0.1:8000": "{url}", "smollm2-135m": "tiny", "code": "one"}
+"""What stands for what on the page."""
+
+
+def blocks(kind: str, about: str, url: str) -> list[str]:
+    """Return the page's blocks of a language that speak about something, with the names of the live server."""
+    found = [block for block in re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL) if about in block]
+    assert found
+    for name, live_name in NAMES.items():
+        found = [re.sub(rf"{re.escape(name)}\b", live_name.format(url=url), block) for block in found]
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which nothing of this user's is found, and where nothing of it goes."""
+    yield tmp_path
+
+
+def shell(lines: str, folder: Path) -> str:
+    """Return what lines of bash print, of which none may fail."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "LLM_USER_PATH": str(folder), "HOME": str(folder), "NO_PROXY": "*"}
+    command = ["bash", "-eo", "pipefail", "-c", lines]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(server: Live, folder: Path) -> None:
+    for block in blocks("bash", "curl", server.url):
+        told = shell(block, folder).replace(" ", "")
+        assert '"object":"text_completion"' in told and "data:[DONE]" in told and '"id":"tiny+one"' in told
+    assert server.engine.experts() == ()
+
+
+def test_llm(server: Live, folder: Path) -> None:
+    (models,) = blocks("yaml", "model_id", server.url)
+    (folder / "extra-openai-models.yaml").write_text(models)
+    before = server.engine.stats().finished
+    for block in blocks("bash", "llm -m", server.url):
+        answers = shell(block, folder)
+        assert re.search(r'\{\s*"name"', answers), answers
+    assert sum(server.engine.stats().finished.values()) == sum(before.values()) + 2
+
+
+def test_openai(server: Live) -> None:
+    server.engine.plug(server.folder / "one.safetensors")
+    for block in blocks("python", "from openai", server.url):
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"\{'one': \d+\}$", done.stdout), done.stdout
+    server.engine.unplug("one")
