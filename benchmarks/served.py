@@ -32,7 +32,7 @@ def served(model: str, *dials: str) -> Iterator[Served]:
         assert process.stdout is not None
         url = process.stdout.readline().split()[-1]
         while httpx.get(f"{url}/ready", timeout=60).status_code != 200:
-            time.sleep(0.1)
+            time.sleep(0.5)
         yield Served(url, process)
     finally:
         process.terminate()
