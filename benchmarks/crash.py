@@ -1,6 +1,6 @@
 """Kill training at random moments, fill its disk, and see whether the result is the same bit for bit.
 
-    python benchmarks/crash.py [--kills 100] [--full 20] [--stages pretrain,adapt] [--seconds 240] [--json FILE]
+    python benchmarks/crash.py [--kills 100] [--full 20] [--stages pretrain,adapt,align] [--seconds 240] [--json FILE]
 
 Each stage runs once undisturbed. Then it runs again and again in new folders, is killed (SIGKILL) after a random part
 of its time, checkpoint writing included, and started again until it has ended; its weights must equal those of the
@@ -44,6 +44,9 @@ store.save_state = save_state
 try:
     if stage == "pretrain":
         deepseek.pretrain(settings(texts, folder, steps=60, checkpoint_every=2), quiet=True)
+    elif stage == "align":
+        deepseek.align({base!r}, prefs=texts / "pairs.db", name="x", rollouts=8, rollout_size=16, new_tokens=6,
+                       layers="all", out=folder / "model", run_folder=folder / "run", quiet=True)
     else:
         deepseek.adapt({base!r}, name="x", from_folder=texts / "words", last=1, epochs=12, row_length=32, batch_rows=2,
                        out=folder / "model", run_folder=folder / "run", quiet=True)
@@ -57,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--full", type=int, default=20)
-    parser.add_argument("--stages", default="pretrain,adapt")
+    parser.add_argument("--stages", default="pretrain,adapt,align")
     parser.add_argument("--seconds", type=float, default=240, help="stop early after so long")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -75,6 +78,8 @@ def main() -> None:
             started = time.monotonic()
             assert run(script, stage, root / "texts", root / stage, 0).wait() == 0
             seconds[stage], expected[stage] = time.monotonic() - started, digest(root / stage / "model")
+            if stage == "pretrain":
+                make_pairs(root / "texts" / "pairs.db", base)
         number, deadline = 0, time.monotonic() + options.seconds
         while (kills < options.kills or full < options.full) and time.monotonic() < deadline:
             stage, folder = stages[number % len(stages)], root / f"run-{number}"
@@ -121,6 +126,21 @@ def make_texts(root: Path) -> None:
         for number in range(30):
             text = " ".join(draw.choice(words) for _ in range(120))
             (root / name / f"{number}.{ending}").write_text(f"# {text}\n" if ending == "py" else text + ".\n")
+
+
+def make_pairs(path: Path, base: Path) -> None:
+    """Write preferences for one word over another, and give the tokenizer of `base` the template that asks need."""
+    from deepseek.data.preferences import Preference, PreferenceDatabase
+    from deepseek.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(base)
+    store = PreferenceDatabase(path)
+    for number in range(80):
+        store.add(Preference(({"role": "user", "content": f"beta {number}"},), "alpha gamma", "kappa iota"))
+    store.set_eval_share(0.3)
+    store.close()
 
 
 if __name__ == "__main__":
