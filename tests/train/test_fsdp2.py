@@ -60,6 +60,8 @@ def test_two_processes_of_which_one_dies_equal_one(alone: Path, domains: Path, t
     parts = sorted((tmp_path / "run" / "training" / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
     sizes = [part.stat().st_size for part in parts]
     assert len(parts) == 2 and max(sizes) <= 0.55 * sum(sizes)
+    held = [float((folder / f"held-{rank}").read_text()) for folder, rank in ((alone, 0), (tmp_path, 0), (tmp_path, 1))]
+    assert held[0] == 1.0 and max(held[1:]) <= 0.55, "of parameters, gradients and moments"
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ def settings(texts: Path, folder: Path, *, experts: bool = True, steps: int = 12
 
 def main(texts: Path, folder: Path, kind: str, steps: int, end_at: int | None = None, how: str = "stop") -> None:
     """Train; before step `end_at` stop, or in one process and the first time only, be killed."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
     import deepseek
     from deepseek.kernels import cpu
     from deepseek.train import loop
@@ -45,7 +47,17 @@ def main(texts: Path, folder: Path, kind: str, steps: int, end_at: int | None = 
         step(run)
 
     loop._Run.step = ending_step  # type: ignore[method-assign]
+    register_optimizer_step_post_hook(lambda optimizer, *_: note_held(optimizer, folder))
     deepseek.pretrain(settings(texts, folder, experts=kind == "experts", steps=steps, checkpoint_every=10), quiet=True)
+
+
+def note_held(optimizer: Any, folder: Path) -> None:
+    """Write which share of all parameters, gradients and moments this process holds."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [optimizer.state[parameter][name] for parameter in trained for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [*trained, *(parameter.grad for parameter in trained), *moments]
+    held = sum(getattr(tensor, "_local_tensor", tensor).numel() for tensor in tensors)
+    (folder / f"held-{os.environ.get('RANK', '0')}").write_text(str(held / sum(tensor.numel() for tensor in tensors)))
 
 
 if __name__ == "__main__":
