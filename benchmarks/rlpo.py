@@ -31,7 +31,7 @@ from deepseek.train.metrics import read_metrics
 from deepseek.train.pairs import generate_pairs
 
 NEW_TOKENS, TEMPERATURE = 24, 0.8
-POLITE, POLITE_HELD_OUT = 0.36, 0.6
+POLITE, POLITE_HELD_OUT = 0.36, 0.48
 HELPFUL_TOKENS = 16_384
 
 
