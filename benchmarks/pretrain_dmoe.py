@@ -1,12 +1,12 @@
 """A mixture of about 10M parameters from scratch on real mixed text, and its speed beside the Hugging Face Trainer.
 
-    python benchmarks/pretrain_dmoe.py CORPORA [--tokens 700000] [--json benchmarks/results/pretrain_dmoe.json]
+    python benchmarks/pretrain_dmoe.py CORPORA [--tokens 700000] [--parts pretrain speed] [--json FILE]
 
 CORPORA holds one folder of text a domain (`benchmarks/corpora.py`). The first part is `deepseek.pretrain` with dynamic
 routing and pools shared by two layers: losses by domain, MaxVio and idle experts on held-out text. The second trains
 the same shape twice without sharing and with top-4 routing, which both libraries have: by our loop, and by `Trainer`
 with Qwen2-MoE in its fastest expert implementation; both in bf16 autocast, same rows, speed over all steps but the
-first three.
+first three. The parts can be measured one by one; figures of the other part stay in the file.
 """
 
 import argparse
@@ -22,9 +22,10 @@ from results import write
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Trainer, TrainerCallback, TrainingArguments
 
 import deepseek
-from deepseek.data import RowLoader, TokenShards
+from deepseek.data import RowLoader, TokenShards, clean, read_folder
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.text.train import train_tokenizer
 from deepseek.train.language import LanguageTask
 from deepseek.train.loop import LoopConfig, train
 from deepseek.train.metrics import read_metrics
@@ -36,23 +37,27 @@ SHAPE = {
     "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
-EXPERTS = {"num_experts": 16, "expert_dim": 128, "num_shared_experts": 1, "max_experts": 4}
+EXPERTS = {"num_experts": 16, "expert_dim": 128, "num_shared_experts": 1, "max_experts": 4,
+           "candidate_experts": 4, "balance_rate": 1e-2}  # fmt: skip
 STEPS, WARM_UP, ROWS, LENGTH = 15, 3, 8, 512
+SMALL = 2  # rows a step of the run from scratch: with so few tokens more steps are worth more than larger ones
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", type=Path)
     parser.add_argument("--tokens", type=int, default=700_000)
+    parser.add_argument("--parts", nargs="+", choices=["pretrain", "speed"], default=["pretrain", "speed"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    known = options.json and options.json.exists()
+    figures: dict[str, Any] = json.loads(options.json.read_text())["figures"] if known else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        figures = pretrained(options.corpora, options.tokens, folder)
-        loader = RowLoader(TokenShards(folder / "run" / "corpus" / "prose" / "train"), ROWS, LENGTH)
-        figures["ours_tokens_per_second"] = ours(loader, folder)
-        figures["trainer_tokens_per_second"] = theirs(loader, folder)
-    figures["speed_ratio"] = figures["ours_tokens_per_second"] / figures["trainer_tokens_per_second"]
+        if "pretrain" in options.parts:
+            figures |= pretrained(options.corpora, options.tokens, folder)
+        if "speed" in options.parts:
+            figures |= speeds(options.corpora, folder)
     for key, value in figures.items():
         print(f"{key:32} {value}")
     if options.json:
@@ -62,7 +67,7 @@ def main() -> None:
 def pretrained(corpora: Path, tokens: int, folder: Path) -> dict[str, Any]:
     """Train from scratch and return the figures of the run with its loss curve."""
     settings = {
-        "name": "bench", "tokens": tokens, "row_length": LENGTH, "batch_rows": ROWS, "learning_rate": 1e-3,
+        "name": "bench", "tokens": tokens, "row_length": LENGTH, "batch_rows": SMALL, "learning_rate": 1e-3,
         "domains": {name: {"folder": str(corpora / name), "weight": w} for name, w in DOMAINS.items()},
         "model": {**SHAPE, **EXPERTS, "expert_sharing": 2, "routing_strategy": "dynamic"},
         "evaluate_every": 50, "checkpoint_every": 100, "held_out_tokens": 8192, "out": str(folder / "model"),
@@ -76,6 +81,15 @@ def pretrained(corpora: Path, tokens: int, folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "run" / "result.json").read_text())["figures"]
     return {**result, "held_out_curve": curve, "batch_max_violation": steps[:: max(1, len(steps) // 10)],
             "dmoe_tokens_per_second": median(speed)}  # fmt: skip
+
+
+def speeds(corpora: Path, folder: Path) -> dict[str, float]:
+    """Return the tokens per second of both loops on the same rows."""
+    documents, _ = clean(read_folder(corpora / "prose"))
+    tokenizer = train_tokenizer((document.text for document in documents), 8192)
+    loader = RowLoader(TokenShards.build(documents, tokenizer, folder / "speed"), ROWS, LENGTH)
+    figures = {"ours_tokens_per_second": ours(loader, folder), "trainer_tokens_per_second": theirs(loader, folder)}
+    return figures | {"speed_ratio": figures["ours_tokens_per_second"] / figures["trainer_tokens_per_second"]}
 
 
 def ours(loader: RowLoader, folder: Path) -> float:

@@ -270,7 +270,7 @@ class _Run:
         started, position, optim = time.perf_counter(), self.position, self.config.optim
         rate = learning_rate(optim, position.step, self.config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["pace"]
         loss, tokens, extra = self.backward()
         norm = clip_gradients(self.parameters.values(), optim.clip_norm)
         finite = math.isfinite(loss) and norm < float("inf")  # False for NaN too

@@ -60,7 +60,8 @@ class Balance(nn.Module):
             dist.all_reduce(self.counts, group=group)
         load_E, tokens = self.counts[:-1].float(), self.counts[-1]
         seen = (tokens > 0).float()
-        self.bias += seen * self.rate * torch.sign(load_E.mean() - load_E)
+        missing_E = 1 - load_E / load_E.mean().clamp(min=1)
+        self.bias += seen * self.rate * missing_E.clamp(-1, 1)
         self.bias -= self.bias.mean()
         if self.target is not None:
             self._steer(seen * (self.target - load_E.sum() / tokens.clamp(min=1)).clamp(-1, 1), seen)
