@@ -38,7 +38,7 @@ SHAPE = {
     "num_key_value_heads": 2,
 }  # fmt: skip
 EXPERTS = {"num_experts": 16, "expert_dim": 128, "num_shared_experts": 1, "max_experts": 4,
-           "candidate_experts": 4, "balance_rate": 1e-2}  # fmt: skip
+           "candidate_experts": 4}  # fmt: skip
 STEPS, WARM_UP, ROWS, LENGTH = 15, 3, 8, 512
 SMALL = 2  # rows a step of the run from scratch: with so few tokens more steps are worth more than larger ones
 

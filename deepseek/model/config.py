@@ -125,7 +125,7 @@ class ModelConfig(PreTrainedConfig):
     router_scale: float = 1.0
     num_expert_groups: int = 1
     max_expert_groups: int = 1
-    balance_rate: float = 1e-3
+    balance_rate: float = 1e-2
     dense_layers: list[int] | None = None
 
     def __new__(cls, *_: Any, **kwargs: Any) -> "ModelConfig":

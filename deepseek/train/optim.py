@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 ROUTER, ROUTER_PACE = "router.weight", 0.1
-"""Routers learn at a tenth of the rate: where all tokens agree on an expert, its logit moves by about the rate times the
-width in one step, and no balancing follows that."""
+"""Routers learn at a tenth of the rate: where all tokens agree on an expert, its logit moves by about the rate times
+the width in one step, and no balancing follows that."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,15 @@ def adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.opt
     routers = [parameter for name, parameter in parameters.items() if name.endswith(ROUTER)]
     matrices = [p for name, p in parameters.items() if p.dim() > 1 and not name.endswith(ROUTER)]
     vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
+    rate = config.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": matrices, "pace": 1.0},
         {"params": vectors, "pace": 1.0, "weight_decay": 0.0},
-        {"params": routers, "pace": ROUTER_PACE},
+        {"params": routers, "pace": ROUTER_PACE, "lr": rate * ROUTER_PACE},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
     )

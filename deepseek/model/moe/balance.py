@@ -23,7 +23,9 @@ class Balance(nn.Module):
     backward pass (activation checkpointing) routes exactly as it did the first time.
 
     Buffers:
-        bias: added to the scores when experts are chosen `[E]`; never part of a weight (arXiv:2408.15664).
+        bias: added to the scores when experts are chosen `[E]`; never part of a weight (arXiv:2408.15664). It moves in
+            proportion to what an expert lacks to the mean load, not by its sign: in short runs steps of one size turn
+            whole loads over.
         temperature: divides the logits, a scalar.
         integral: sum of the controller's past errors, a scalar.
         counts: expert calls since the last update, then the number of tokens, int64 `[E + 1]`; not saved.

@@ -20,7 +20,7 @@ class Router(nn.Module, ABC):
         self,
         num_experts: int,
         input_dim: int,
-        balance_rate: float = 1e-3,
+        balance_rate: float = 1e-2,
         target_experts: float | None = None,
         temperature: float = 1.0,
     ) -> None:
@@ -81,7 +81,7 @@ class DynamicRouter(Router):
         min_experts: int = 1,
         max_experts: int = 5,
         candidates: int = 8,
-        balance_rate: float = 1e-3,
+        balance_rate: float = 1e-2,
         target_experts: float | None = None,
         temperature: float = 1.0,
     ) -> None:
@@ -148,7 +148,7 @@ class TopKRouter(Router):
         groups: int = 1,
         max_groups: int = 1,
         scale: float = 1.0,
-        balance_rate: float = 1e-3,
+        balance_rate: float = 1e-2,
     ) -> None:
         super().__init__(num_experts, input_dim, balance_rate)
         self.top_k, self.renormalize, self.scale = top_k, renormalize, scale

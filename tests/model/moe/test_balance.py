@@ -25,6 +25,14 @@ def test_bias_moves_against_the_load_and_stays_centred():
     assert not router.balance.counts.any()
 
 
+def test_the_bias_moves_in_proportion_and_at_most_by_the_rate():
+    router = TopKRouter(4, 2, top_k=1, balance_rate=0.5)
+    router.balance.counts.copy_(torch.tensor([12, 2, 1, 1, 16]))
+    router.balance.update()
+    steps = torch.tensor([-1.0, 0.5, 0.75, 0.75]) * 0.5  # the first is three times too busy and moves as if by one
+    assert torch.allclose(router.balance.bias, steps - steps.mean())
+
+
 @pytest.mark.parametrize("make", [lambda: DynamicRouter(16, 8, balance_rate=0.01), lambda: TopKRouter(16, 8, top_k=4)])
 def test_load_evens_out(make):
     torch.manual_seed(0)
