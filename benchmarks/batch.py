@@ -184,7 +184,8 @@ class LlamaServer:
 
     async def pace(self, prompts: Prompts, count: int) -> float:
         async with httpx.AsyncClient(timeout=300) as http:
-            bodies = [{"prompt": prompts.next(), "max_tokens": TOKENS, "temperature": 0} for _ in range(count)]
+            texts = [prompts.tokenizer.decode(prompts.next()) for _ in range(count)]  # it takes no ids
+            bodies = [{"prompt": text, "max_tokens": TOKENS, "temperature": 0} for text in texts]
             url, started = f"http://127.0.0.1:{self.port}/v1/completions", time.perf_counter()
             replies = await asyncio.gather(*(http.post(url, json=body) for body in bodies))
             tokens = sum(reply.raise_for_status().json()["usage"]["completion_tokens"] for reply in replies)

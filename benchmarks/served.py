@@ -35,6 +35,7 @@ def served(model: str, *dials: str) -> Iterator[Served]:
             time.sleep(0.5)
         yield Served(url, process)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one does not come between
         process.terminate()
         if process.wait(timeout=120):
             raise RuntimeError(f"the server ended with {process.returncode}")
