@@ -1,14 +1,20 @@
-"""What 8-bit weights cost: bytes, perplexity, divergence and greedy agreement of the compiled runner with fp32.
+"""What 8-bit weights cost: bytes, perplexity, divergence and greedy agreement with the fp32 model.
 
     python benchmarks/int8_quality.py TEXT... [--tokens 20000] [--prompts 200] [--json FILE]
 
-TEXT are folders, .jsonl or .parquet files. Greedy agreement: the fp32 model continues the first 64 tokens of a row by
-64; the runner reads the same tokens and is asked at each of the 64 places which token it would take. `whole` counts the
-continuations at which it agrees everywhere.
+TEXT are folders, .jsonl or .parquet files. Three runners are compared with the fp32 model: the compiled one as it
+rounds a model that it is given ("nearest"), the same with the weights that `deepseek quantize` writes ("quantised"),
+and the model in bf16, which says how much a change of number format costs at all.
+
+Greedy agreement: the fp32 model continues the first 64 tokens of a row by 64; the runner reads the same tokens and is
+asked at each of the 64 places which token it would take. `whole` counts the continuations at which it agrees
+everywhere; a margin is how much less likely, in nats, the fp32 model's token is to the runner where the two first
+differ.
 """
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,9 @@ from torch import Tensor
 import deepseek
 from deepseek.evaluate.texts import documents_at
 from deepseek.infer.compiled import CompiledRunner
-from deepseek.infer.runner import Chunk
+from deepseek.infer.quantize import quantize_model
+from deepseek.infer.runner import Chunk, Runner
+from deepseek.infer.torch_runner import TorchRunner
 from deepseek.model.kv_cache import KVCache
 
 ROW, OPENING, ANSWER = 512, 64, 64
@@ -33,42 +41,54 @@ def rows(tokenizer: Any, texts: list[Path], count: int) -> list[list[int]]:
     return [row for row in found if len(row) == ROW]
 
 
-def run(runner: CompiledRunner, ids: list[int]) -> Tensor:
+def run(runner: Runner, ids: list[int]) -> Tensor:
     logits: Tensor = runner.forward([Chunk(runner.start(None, len(ids)), ids, "all")]).logits_RV
     return logits.double().log_softmax(-1)
 
 
 @torch.inference_mode()
-def perplexity(model: Any, runner: CompiledRunner, texts: list[list[int]]) -> dict[str, float]:
-    sums = torch.zeros(3, dtype=torch.double)
+def perplexity(model: Any, runners: dict[str, Runner], texts: list[list[int]]) -> dict[str, dict[str, float]]:
+    sums = {name: torch.zeros(3, dtype=torch.double) for name in runners}
     for ids in texts:
-        exact, rough = model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1), run(runner, ids)
+        exact = model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
         targets = torch.tensor(ids[1:])[:, None]
-        losses = [-one[:-1].gather(1, targets).mean() for one in (exact, rough)]
-        sums += torch.stack([*losses, (exact.exp() * (exact - rough)).sum(-1).mean()])
-    before, after, divergence = (sums / len(texts)).tolist()
-    return {"nats fp32": before, "nats int8": after, "perplexity change": float(torch.tensor(after - before).expm1()),
-            "divergence": divergence}  # fmt: skip
+        for name, runner in runners.items():
+            rough = run(runner, ids)
+            losses = [-one[:-1].gather(1, targets).mean() for one in (exact, rough)]
+            sums[name] += torch.stack([*losses, (exact.exp() * (exact - rough)).sum(-1).mean()])
+    found = {}
+    for name, total in sums.items():
+        before, after, divergence = (total / len(texts)).tolist()
+        change = float(torch.tensor(after - before).expm1())
+        found[name] = {"nats fp32": before, "nats": after, "perplexity change": change, "divergence": divergence}
+    return found
 
 
 @torch.inference_mode()
-def greedy(model: Any, runner: CompiledRunner, prompts: list[list[int]]) -> dict[str, Any]:
-    cache, step = KVCache(), torch.tensor([row[:OPENING] for row in prompts])
-    answers = []
+def continued(model: Any, prompts: list[list[int]]) -> Tensor:
+    """Return what the model continues the prompts by, `[P, 64]`."""
+    cache, step, answers = KVCache(), torch.tensor([row[:OPENING] for row in prompts]), []
     for _ in range(ANSWER):
         step = model(step, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
         answers.append(step)
-    answer_PT = torch.cat(answers, 1)
+    return torch.cat(answers, 1)
+
+
+@torch.inference_mode()
+def greedy(runner: Runner, prompts: list[list[int]], answer_PT: Tensor) -> dict[str, Any]:
     agree_PT, margins = torch.zeros_like(answer_PT, dtype=torch.bool), []
     for p, row in enumerate(prompts):
         says = run(runner, row[:OPENING] + answer_PT[p, :-1].tolist())[OPENING - 1 :]
         agree_PT[p] = says.argmax(-1) == answer_PT[p]
-        places_D = (~agree_PT[p]).nonzero().flatten()
-        margins += (says[places_D].max(-1).values - says[places_D, answer_PT[p, places_D]]).tolist()
+        if not agree_PT[p].all():
+            first = int(agree_PT[p].int().argmin())
+            margins.append(float(says[first].max() - says[first, answer_PT[p, first]]))
     return {
         "tokens": float(agree_PT.float().mean()), "whole": float(agree_PT.all(1).float().mean()),
-        "median margin of a divergence in nats": float(torch.tensor(margins).median()) if margins else None,
-        "largest": max(margins, default=None),
+        "by eighth of the answer": agree_PT.float().unflatten(1, (8, -1)).mean((0, 2)).tolist(),
+        "not yet diverged by eighth": agree_PT.cumprod(1)[:, ANSWER // 8 - 1 :: ANSWER // 8].float().mean(0).tolist(),
+        "margins at the first divergence, quartiles": torch.tensor(margins or [0.0]).quantile(
+            torch.tensor([0.25, 0.5, 0.75, 1.0])).tolist(),
     }  # fmt: skip
 
 
@@ -81,12 +101,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, tokenizer = deepseek.load(options.base, dtype="float32")
-    runner = CompiledRunner(model)
+    with tempfile.TemporaryDirectory() as folder:
+        quantize_model(options.base, Path(folder) / "int8")
+        written, _ = deepseek.load(str(Path(folder) / "int8"))
+    compiled = {"nearest": CompiledRunner(model), "quantised": CompiledRunner(written)}
+    runners: dict[str, Runner] = {**compiled, "bf16": TorchRunner(deepseek.load(options.base, dtype="bfloat16")[0])}
     texts = rows(tokenizer, options.texts, max(options.tokens // ROW, options.prompts))
-    size = runner.weight_bytes / sum(4 * p.numel() for p in model.parameters() if p.dim() > 1)
-    figures = {"bytes of fp32": size, **perplexity(model, runner, texts[:: max(1, len(texts) * ROW // options.tokens)])}
-    figures["greedy agreement"] = greedy(model, runner, texts[: options.prompts])
-    figures["prompts"] = len(texts[: options.prompts])
+    prompts, numbers = texts[: options.prompts], sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    figures: dict[str, Any] = dict(perplexity(model, runners, texts[:: max(1, len(texts) * ROW // options.tokens)]))
+    answer_PT = continued(model, prompts)
+    for name, runner in runners.items():
+        figures[name]["greedy agreement"] = greedy(runner, prompts, answer_PT)
+    figures |= {"bytes of fp32": compiled["quantised"].weight_bytes / (4 * numbers), "prompts": len(prompts)}
     print(json.dumps(figures, indent=1))
     if options.json:
         write(options.json, figures)

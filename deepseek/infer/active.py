@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from deepseek.errors import ConfigError
+from deepseek.infer.lookup import Lookup
 from deepseek.infer.prefix import block_keys
 from deepseek.infer.request import FinishReason, Request, TokenEvent, TokenLogprob, Usage
 from deepseek.infer.runner import Chunk, Keep, SequenceState
@@ -47,7 +48,7 @@ class ActiveSequence:
         self._text = TextStream(vocabulary.tokenizer, request.stop)
         self._matcher = vocabulary.matcher(request.grammar) if request.grammar is not None else None
         self._ends = {*request.stop_token_ids, *(() if request.ignore_end else vocabulary.ends)}
-        self._token = -1
+        self._lookup = Lookup(request.prompt_ids)
 
     @property
     def usage(self) -> Usage:
@@ -66,22 +67,25 @@ class ActiveSequence:
         """Whether some of the prompt is still to be computed."""
         return self.state is not None and self.state.length < len(self.request.prompt_ids)
 
-    def next_chunk(self) -> Chunk:
-        """Return what to compute next.
+    def next_chunk(self, guesses: int = 0) -> Chunk:
+        """Return what to compute next, a token with `guesses` of those after it at most.
 
         A prompt is cut at multiples of the block whatever else runs and wherever a stored prefix ends, so that the
         numbers are the same to the last bit.
         """
         assert self.state is not None
         if not self.prefilling:
-            return Chunk(self.state, (self._token,))
+            room = self.capacity - self.state.length - 2 if self.state.rewinds else 0
+            return Chunk(self.state, (self._token, *self._lookup.guess(min(guesses, room))), "all")
         prompt, start = self.request.prompt_ids, self.state.length
         stop = min(len(prompt), (start // self.block + 1) * self.block)
         keep: Keep = "all" if self.request.prompt_logprobs else "last" if stop == len(prompt) else "none"
         return Chunk(self.state, prompt[start:stop], keep)
 
-    def advance(self, logits_RV: Logits, experts: Sequence[str | None]) -> TokenEvent | None:
-        """Take in what the runner said about the chunk, and return the token that it leads to, if it does.
+    def advance(self, logits_RV: Logits, experts: Sequence[str | None]) -> list[TokenEvent]:
+        """Take in what the runner said about the chunk, and return the tokens that it leads to.
+
+        Each is chosen as if it were the only one; the next counts only if this one had been guessed.
 
         Args:
             logits_RV: of the kept tokens.
@@ -92,7 +96,17 @@ class ActiveSequence:
         if self.request.prompt_logprobs and length <= len(prompt):
             targets = prompt[length - len(logits_RV) + 1 : length + 1]
             self.prompt_logprobs += logprobs(logits_RV[: len(targets)], targets, self.request.logprobs or 0)
-        return None if length < len(prompt) else self._speak(logits_RV[-1], experts[-1])
+        if length < len(prompt):
+            return []
+        guesses, events = self._lookup.guesses, list[TokenEvent]()
+        for row in range(-1 - len(guesses), 0):
+            events.append(self._speak(logits_RV[row], experts[row]))
+            if self.finish_reason is not None or row == -1 or self._token != guesses[row + 1]:
+                break
+        if len(events) <= len(guesses):
+            self.state.rewind(length - 1 - len(guesses) + len(events))
+        self._lookup.judge(len(events) - 1)
+        return events
 
     def finish(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
         """End it from outside, cancelled or failed, and return its last event."""
@@ -103,6 +117,7 @@ class ActiveSequence:
         """Choose the next token."""
         wanted = self.request.logprobs
         self._token = token = self._sampler.next_token(logits_V, self._matcher.allowed() if self._matcher else None)
+        self._lookup.push(token)
         self._spoken[expert] += 1
         logprob = None if wanted is None else logprobs(logits_V[None], [token], wanted)[0]
         text, self.finish_reason = self._read(token)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek.infer.compiled_state import aligned
-from deepseek.kernels.int8 import GROUP, pack, quantize
+from deepseek.kernels.int8 import GROUP, pack, quantize, row_bytes
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
 
@@ -75,7 +75,7 @@ class Sites:
             ),
             np.array(decays, np.float32),
         )
-        self.row_bytes = [(72 * part.inner + 63) // 64 * 64 for part in parts]
+        self.row_bytes = [row_bytes(part.inner) for part in parts]
         self.members = {
             id(roster): [number[layer, id(module)] for layer, own in sorted(roster.owners.items()) for module in own]
             for roster in rosters

@@ -105,6 +105,14 @@ class CompiledState:
         """Take note that the step has written `count` tokens."""
         self._length += count
 
+    @property
+    def rewinds(self) -> bool:
+        """Only without experts: the sums of their gates hold no past."""
+        return self.armed is None
+
+    def rewind(self, length: int) -> None:
+        self._length = length
+
     def segment(self, start: int) -> PageSegment:
         pages = self.pages[start // PAGE : -(-self._length // PAGE)]
         return PageSegment(self.shape, tuple(pages), start, self._length, self.sums.copy())

@@ -13,7 +13,7 @@ from deepseek.infer.compiled_state import CompiledState, aligned
 from deepseek.infer.runner import Chunk
 from deepseek.kernels.decode import step
 from deepseek.kernels.decode.state import PAGE
-from deepseek.kernels.int8 import GROUP
+from deepseek.kernels.int8 import GROUP, row_bytes
 
 QUERIES = 6  # most queries of a unit of attention
 FEWEST = 2  # alone, a query leaves its vector units idle half of the time
@@ -97,7 +97,7 @@ class Scratch:
         self._span, self._sizes, self._sites = max(span, self._span), need, sites
         model = self.model
         parts = (-(-model.hidden // GROUP), model.heads * model.width // GROUP, model.inner)
-        strides = [(72 * groups + 63) // 64 * 64 for groups in parts]
+        strides = [row_bytes(groups) for groups in parts]
         self._rows = [aligned(room * stride) for stride in strides]
         self._expert_rows = [aligned(room * stride) for stride in sites.row_bytes]
         tables = [

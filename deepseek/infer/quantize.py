@@ -5,16 +5,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek.checkpoint.store import atomic_folder
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.infer.load import load
+from deepseek.kernels.int8 import Int8Matrix, quantize
 from deepseek.model.int8 import is_large, rounded
 from deepseek.model.transformer import DeepSeekModel
 
 SENTENCE = "The history of science is the study of how people came to know nature, step by step, from the stars to the"
 LIMIT = 0.05  # nats; rounding to 8 bits costs a tenth of this
+ROWS, LENGTH = 32, 64  # of text that the model writes to show what its matrices meet
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
     tensors = _own_tensors(model)
     if not any(is_large(name, tensor) for name, tensor in tensors.items()):
         raise ConfigError(f"{base} has no matrix of at least 64 columns to round; use it as it is.")
-    written = {name: tensor.contiguous() for name, tensor in rounded(tensors).items()}
+    done = round_along(model, sample(model, ROWS, LENGTH))
+    written = {name: tensor.contiguous() for name, tensor in rounded(tensors, done).items()}
     ids = torch.tensor([tokenizer(SENTENCE).input_ids])
     with atomic_folder(out) as folder:
         save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
@@ -64,6 +67,34 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
             )
     total = sum(tensor.nbytes for tensor in written.values())
     return Rounding(total, total / sum(4 * tensor.numel() for tensor in tensors.values()), divergence)
+
+
+def sample(model: DeepSeekModel, rows: int, length: int) -> Tensor:
+    """Return texts `[rows, length]` that the model writes from random first tokens on, the same every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = torch.randint(model.config.vocab_size, (rows, 1))
+        texts: Tensor = model.generate(first, do_sample=True, top_k=0, max_new_tokens=length - 1, eos_token_id=-1)
+        return texts
+
+
+def round_along(model: DeepSeekModel, ids_BT: Tensor) -> dict[str, Int8Matrix]:
+    """Return the matrices of linear layers, by name, rounded to suit what they meet in these texts."""
+    done = {}
+
+    def round_now(name: str, layer: nn.Linear, x: Tensor) -> None:
+        x_ND = x.flatten(0, -2).float()
+        done[name] = quantize(layer.weight, x_ND.T @ x_ND)
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args, name=f"{name}.weight": round_now(name, layer, args[0]))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and is_large(f"{name}.weight", layer.weight)
+    ]
+    model(ids_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return done
 
 
 def _own_tensors(model: DeepSeekModel) -> dict[str, Tensor]:

@@ -37,6 +37,15 @@ class SequenceState(Protocol):
         """Memory that it occupies now, at most `Runner.state_bytes` of its capacity."""
         ...
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether `rewind` works."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens from `length` on, all of the last chunk."""
+        ...
+
     def segment(self, start: int) -> Segment:
         """Return a copy of what the tokens from `start` to the last one left behind.
 
@@ -60,7 +69,7 @@ class Chunk:
 
     Attributes:
         state: the tokens before them; the forward pass adds the new ones.
-        ids: the new tokens, at least one.
+        ids: the new tokens, at least one; where the state rewinds, guesses may follow the token chosen last.
         keep: which of them need logits: the last one, all, or (within a prompt) none.
     """
 

@@ -12,6 +12,7 @@ from deepseek.infer.sampler import Logits
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
+MAX_GUESSES = 7  # of all sequences together: with more rows a step takes longer (see `infer/lookup.py`)
 CACHE_BYTES = 1 << 30
 
 
@@ -103,9 +104,9 @@ class Scheduler:
 
     def _batch(self) -> list[tuple[ActiveSequence, Chunk]]:
         """Return the next token of every sequence that speaks, and prompt pieces of `prefill_chunk` tokens at most."""
-        batch, room = [], self.prefill_chunk
+        batch, room, guesses = [], self.prefill_chunk, MAX_GUESSES // max(1, len(self.running))
         for sequence in self.running:
-            chunk = sequence.next_chunk()
+            chunk = sequence.next_chunk(guesses)
             if sequence.prefilling:
                 room -= len(chunk.ids)
                 if room < 0:
@@ -125,11 +126,11 @@ class Scheduler:
     def _advance(self, sequence: ActiveSequence, logits_RV: Logits, experts: tuple[str | None, ...]) -> None:
         """Hand a sequence its logits; what goes wrong there, such as too complex a grammar, ends it alone."""
         try:
-            event = sequence.advance(logits_RV, experts)
+            events = sequence.advance(logits_RV, experts)
         except Exception as error:  # whatever it is, the others go on
             self.end(sequence, "error", f"{type(error).__name__}: {error}")
             return
-        if event is not None:
+        for event in events:
             self.completion_tokens += 1
             if event.finish_reason is not None:
                 self._release(sequence)

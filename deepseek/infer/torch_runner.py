@@ -43,6 +43,8 @@ class TorchSegment:
 class TorchState:
     """The `KVCache` of one sequence and its experts."""
 
+    rewinds = False  # the bits of a token depend on those computed with it
+
     def __init__(self, armed: ArmedExperts | None) -> None:
         self.cache = KVCache()
         self.cache.armed, self.cache.started = armed, True
@@ -57,6 +59,9 @@ class TorchState:
         parts = (part for layer in layers if layer.is_initialized for part in (layer.keys, layer.values))
         sums = _tensors(self.cache.gate_state, self.cache.key_bias)
         return sum(part.nbytes for part in (*parts, *sums)) + sum(own.nbytes for own in self.cache.buckets.values())
+
+    def rewind(self, length: int) -> None:
+        raise NotImplementedError
 
     def segment(self, start: int) -> TorchSegment:
         cache, layers = self.cache, list[Any](self.cache.layers)

@@ -45,6 +45,21 @@ def widen(_typing: Any, value: Any) -> Any:
 
 
 @intrinsic
+def narrow(_typing: Any, _value: Any, like: Any) -> Any:
+    """An fp32 number as what `like` is: itself, or the bits of the nearest bf16 number (ties to even)."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if like != types.uint16:
+            return args[0]
+        bits = builder.bitcast(args[0], context.get_value_type(types.uint32))
+        odd = builder.and_(builder.lshr(bits, bits.type(16)), bits.type(1))
+        rounded = builder.add(bits, builder.add(odd, bits.type(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, bits.type(16)), context.get_value_type(types.uint16))
+
+    return like(types.float32, like), generate
+
+
+@intrinsic
 def _power_of_two(_typing: Any, _exponent: Any) -> Any:
     """2 to the power of an int32, as fp32."""
 

@@ -1,31 +1,14 @@
 """The backward pass of `few_tokens`: each weight row is read once and its gradient written once, in the same visit."""
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from deepseek.kernels import openmp
+from deepseek.kernels import few_tokens, openmp
 from deepseek.kernels.few_tokens import ELEMENT, barrier, pointer, share, sigmoid, sorted_slots, thread_number, widen
-
-
-@intrinsic
-def _narrow(_typing: Any, _value: Any, like: Any) -> Any:
-    """An fp32 number as an element of a gradient: itself, or the bits of the nearest bf16 number (ties to even)."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        if like != types.uint16:
-            return args[0]
-        bits = builder.bitcast(args[0], context.get_value_type(types.uint32))
-        odd = builder.and_(builder.lshr(bits, bits.type(16)), bits.type(1))
-        rounded = builder.add(bits, builder.add(odd, bits.type(0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, bits.type(16)), context.get_value_type(types.uint16))
-
-    return like(types.float32, like), generate
 
 
 @njit(fastmath=True)
@@ -55,7 +38,7 @@ def _outer(scales, vectors, rows, start, stop, row, out):  # type: ignore[no-unt
         _add(scales[s], vectors[rows[s]], row)
         s += 1
     for i in range(len(out)):
-        out[i] = _narrow(row[i], out[i])
+        out[i] = few_tokens.narrow(row[i], out[i])
 
 
 @njit(fastmath=True)

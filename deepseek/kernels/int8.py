@@ -3,7 +3,8 @@
 Numbers are rounded in groups of 64 along the input, weights and activations alike, after a Hadamard rotation of the
 group (QuaRot, arXiv:2404.00456): it spreads the few large activations that language models have over their group, and
 the product does not see it, because the matrix H is orthogonal and symmetric: (H w) . (H x) = w . x.
-A weight is q * s with q in -127..127 and s in bf16; an activation has its own scale, found when it is rounded.
+A weight is q * s with q in -127..127 and s in bf16. An activation has 16 bits, in two bytes that are multiplied one
+after the other: reading weights takes longer than multiplying them. Its scale is found when it is rounded.
 """
 
 import math
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP = 64
+LARGEST = 127 * 256  # of an activation
+DAMPING = 0.01  # of the mean square of inputs, added to every one: so much is not trusted to what was seen of them
 LANES, TILES = 16, 2
 COLUMNS = LANES * TILES  # outputs of one panel
 GROUP_BYTES = COLUMNS * GROUP + COLUMNS * 2  # of a panel: the weights of a group, then their scales
@@ -61,24 +64,62 @@ def _grouped(x: Tensor) -> Tensor:
     return rotate(pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)))
 
 
-def quantize(weight_FD: Tensor) -> Int8Matrix:
-    """Round a matrix to 8-bit integers, each group of 64 with a scale of its own."""
+def quantize(weight_FD: Tensor, gram_DD: Tensor | None = None) -> Int8Matrix:
+    """Round a matrix to 8-bit integers, each group of 64 with a scale of its own.
+
+    Args:
+        gram_DD: sum of x x^T over inputs x that the matrix meets. What the rounding of a column changes in their
+            products is then made up for by the columns after it. None rounds every number to the nearest.
+    """
     groups = _grouped(weight_FD)
     largest = groups.abs().amax(-1)
     # The scale is rounded first, and upwards, so that the values are rounded to what it is and none is cut off.
     scales = (largest * (1 + 2**-7) / 127).clamp(min=1e-30).bfloat16()
-    values = (groups / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
-    return Int8Matrix(values.flatten(-2), scales, weight_FD.shape[-1])
+    steps = scales.float()[..., None].expand_as(groups)
+    if gram_DD is None:
+        values = _nearest(groups, steps).flatten(-2)
+    else:
+        rotated_DD = _grouped(_grouped(gram_DD).flatten(-2).T).flatten(-2)
+        values = _compensated(groups.flatten(-2).T.contiguous(), steps.flatten(-2).T.contiguous(), rotated_DD).T
+    return Int8Matrix(values.to(torch.int8).contiguous(), scales, weight_FD.shape[-1])
+
+
+def _nearest(weights: Tensor, steps: Tensor) -> Tensor:
+    return (weights / steps).round().clamp(-127, 127)
+
+
+def _compensated(weight_DF: Tensor, steps_DF: Tensor, gram_DD: Tensor) -> Tensor:
+    """Round one input's weights after the other, and take from the rest what makes up for it (GPTQ, arXiv:2210.17323).
+
+    `weight_DF` is used up.
+    """
+    gram = gram_DD.double()
+    gram += (DAMPING * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True).float()
+    values_DF = torch.empty_like(weight_DF)
+    for start in range(0, len(gram), GROUP):
+        stop, errors = start + GROUP, torch.empty(GROUP, weight_DF.shape[1])
+        for d in range(start, stop):
+            values_DF[d] = _nearest(weight_DF[d], steps_DF[d])
+            errors[d - start] = (weight_DF[d] - values_DF[d] * steps_DF[d]) / upper[d, d]
+            weight_DF[d + 1 : stop].addr_(upper[d, d + 1 : stop], errors[d - start], alpha=-1)
+        weight_DF[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return values_DF
 
 
 def product_reference(x_ND: Tensor, matrix: Int8Matrix) -> Tensor:
     """Return `x W^T`, `[N, F]` in fp32, with x rounded as the kernel rounds it."""
     groups_NGK = _grouped(x_ND)
-    scales_NG = groups_NGK.abs().amax(-1).clamp(min=1e-30) / 127
-    rounded_NGK = (groups_NGK / scales_NG[..., None]).round()
-    weights_FGK = matrix.values.unflatten(-1, (-1, GROUP)).float()
-    sums_NGF = torch.einsum("ngk,fgk->ngf", rounded_NGK, weights_FGK)  # exact: below 2^24
+    scales_NG = groups_NGK.abs().amax(-1).clamp(min=1e-30) / LARGEST
+    rounded_NGK = (groups_NGK / scales_NG[..., None]).round().double()
+    weights_FGK = matrix.values.unflatten(-1, (-1, GROUP)).double()
+    sums_NGF = torch.einsum("ngk,fgk->ngf", rounded_NGK, weights_FGK).float()  # whole numbers below 2^31
     return (sums_NGF * scales_NG[..., None] * matrix.scales.float().T).sum(1)
+
+
+def row_bytes(groups: int) -> int:
+    """Return the distance in memory between two rounded rows of `groups` groups (see `kernels/decode/rows.py`)."""
+    return ((2 * GROUP + 8) * groups + 63) // 64 * 64
 
 
 def pack(matrices: list[Int8Matrix]) -> np.ndarray:

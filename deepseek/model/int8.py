@@ -1,5 +1,7 @@
 """Checkpoints whose matrices are 8-bit integers: `X.weight` lies there as `X.weight_int8` and `X.weight_scale`."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from deepseek.errors import CheckpointError
@@ -14,12 +16,12 @@ def is_large(name: str, tensor: Tensor) -> bool:
     return tensor.dim() >= 2 and tensor.numel() >= SMALLEST and tensor.shape[-1] % GROUP == 0 and ".router." not in name
 
 
-def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors with the large matrices rounded."""
+def rounded(tensors: dict[str, Tensor], done: Mapping[str, Int8Matrix]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors with the large matrices rounded, those that are not `done` to the nearest."""
     output = {}
     for name, tensor in tensors.items():
         if is_large(name, tensor):
-            matrix = quantize(tensor)
+            matrix = done[name] if name in done else quantize(tensor)
             output[name + VALUES], output[name + SCALES] = matrix.values, matrix.scales
         else:
             output[name] = tensor

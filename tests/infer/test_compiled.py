@@ -4,9 +4,15 @@ import copy
 
 import pytest
 import torch
+from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.infer.compiled import CompiledRunner, supports
+from deepseek.infer.engine import Engine
+from deepseek.infer.lookup import Lookup
+from deepseek.infer.request import Request
 from deepseek.infer.runner import Chunk
+from deepseek.infer.sampler import Sampling
+from deepseek.infer.scheduler import MAX_GUESSES
 from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
@@ -153,3 +159,40 @@ def test_others_in_the_batch_may_have_experts(model, runner):
 def test_what_it_cannot_compute_it_refuses(changes):
     with torch.device("meta"):
         assert not supports(DeepSeekModel(ModelConfig(**SHAPE | changes)))
+
+
+def test_guesses_change_no_token_and_no_probability(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    model = build(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    runner, pattern = CompiledRunner(model), (5, 9, 40, 3, 8) * 8
+    requests = [
+        Request(pattern, Sampling(60), ignore_end=True, logprobs=2),
+        Request((7,), Sampling(150, temperature=0.3, top_k=3, seed=1), ignore_end=True),
+        Request(pattern, Sampling(40, temperature=1.0, seed=2, frequency_penalty=0.5), prompt_logprobs=True),
+        Request(pattern, Sampling(60), stop_token_ids=tuple(range(0, len(tokenizer), 9))),
+    ]
+    written, steps = [], []
+    for most in (0, MAX_GUESSES):
+        monkeypatch.setattr("deepseek.infer.scheduler.MAX_GUESSES", most)
+        with Engine(model, tokenizer, runner) as engine:
+            generations = [list(engine.submit(request)) for request in requests]
+            written.append((generations, engine.stats().completion_tokens))
+            steps.append(engine.stats().steps)
+    assert written[0] == written[1]
+    assert steps[1] < 0.8 * steps[0] <= written[0][1]
+
+
+def test_guesses_are_what_followed_the_same_words():
+    lookup = Lookup([1, 2, 3, 4, 1, 2])
+    assert lookup.guess(2) == [3, 4]
+    lookup.judge(0)
+    assert lookup.guess(7) == [3]  # none was right: fewer next time
+    lookup.judge(1)
+    assert lookup.guess(7) == [3, 4, 1]
+    lookup.judge(3)
+    lookup.push(9)
+    assert lookup.guess(7) == []
+    for token in (1, 2):
+        lookup.push(token)
+    assert lookup.guess(7) == [9, 1, 2]  # what came last
+    assert lookup.guess(-1) == []

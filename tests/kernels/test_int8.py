@@ -7,7 +7,7 @@ from numba import njit
 
 from deepseek.infer.compiled_state import aligned
 from deepseek.kernels.decode.rows import multiply, round_group, row_bytes
-from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, pack, product_reference, quantize
+from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, LARGEST, pack, product_reference, quantize
 
 
 @njit
@@ -44,14 +44,16 @@ def problem(rows, width, outputs):
 def test_the_kernel_is_the_reference(rows, width, outputs):
     x, weight = problem(rows, width, outputs)
     matrix = quantize(weight)
-    torch.testing.assert_close(product(x, matrix), product_reference(x, matrix), rtol=1e-5, atol=1e-4)
+    step = float(x.abs().max()) / LARGEST  # a number half-way between two of them may go to either
+    torch.testing.assert_close(product(x, matrix), product_reference(x, matrix), rtol=1e-5, atol=step)
+    assert (product(x, matrix) - x @ matrix.float().T).norm() < 1e-4 * (x @ matrix.float().T).norm()
 
 
-def test_rounding_costs_less_than_two_percent_in_spite_of_a_large_channel():
+def test_rounding_costs_less_than_one_percent_in_spite_of_a_large_channel():
     x, weight = problem(16, 192, 64)
     matrix, exact = quantize(weight), x @ weight.T
     assert (matrix.float() - weight).norm() / weight.norm() < 0.01
-    assert (product_reference(x, matrix) - exact).norm() / exact.norm() < 0.02
+    assert (product_reference(x, matrix) - exact).norm() / exact.norm() < 0.01
     assert matrix.nbytes <= 0.27 * 4 * weight.numel()
 
 
@@ -66,3 +68,20 @@ def test_rounding_a_rounded_matrix_again_keeps_its_values():
     _, weight = problem(1, 128, 64)
     once = quantize(weight)
     assert (quantize(once.float()).float() - once.float()).abs().max() < 0.02 * weight.abs().max()
+
+
+def test_errors_are_made_up_for_where_inputs_go_together():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(150, 150, generator=generator) * torch.logspace(0, -2, 150)[:, None]
+    x, weight = torch.randn(2000, 150, generator=generator) @ mixing, torch.randn(40, 150, generator=generator)
+    nearest, suited = quantize(weight), quantize(weight, x[:1000].T @ x[:1000])
+    assert torch.equal(suited.scales, nearest.scales)
+    errors = [(x[1000:] @ (matrix.float() - weight).T).norm() for matrix in (nearest, suited)]
+    assert errors[1] < 0.5 * errors[0]
+    assert (suited.float() - weight).norm() < 0.05 * weight.norm()
+
+
+def test_inputs_that_say_nothing_round_to_the_nearest():
+    weight = problem(1, 128, 40)[1]
+    for gram in (torch.eye(128), torch.zeros(128, 128)):
+        assert torch.equal(quantize(weight, gram).values, quantize(weight).values)

@@ -3,12 +3,13 @@
 import numpy as np
 from numba import carray, njit
 
-from deepseek.kernels.decode.rows import round_group
+from deepseek.kernels.decode.rows import norm_row, round_group
 from deepseek.kernels.decode.state import PAGE
-from deepseek.kernels.decode.vector import arrive, bfloat16, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
-from deepseek.kernels.few_tokens import exp, pointer, share, thread_number
+from deepseek.kernels.decode.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
+from deepseek.kernels.few_tokens import exp, narrow, pointer, share, thread_number
 from deepseek.kernels.int8 import GROUP
 
+BFLOAT16 = np.uint16(0)  # what its bits are kept in
 QUERIES = 6  # most queries of a unit: with four vectors each they fill the registers
 
 
@@ -20,22 +21,11 @@ def plane(pages, chunk, page, layer, group, kind, groups, width):  # type: ignor
 
 # Numba's loops are turned into vectors only where an index is seen not to be negative: so loops run over whole slices.
 @njit(fastmath=True, error_model="numpy")
-def _norm(x, norm, eps):  # type: ignore[no-untyped-def]
-    """Norm a head's x `[K]` in place."""
-    total = np.float32(0)
-    for k in range(len(x)):
-        total += x[k] * x[k]
-    factor = np.float32(1) / np.sqrt(total / np.float32(len(x)) + eps)
-    for k in range(len(x)):
-        x[k] *= factor * norm[k]
-
-
-@njit(fastmath=True, error_model="numpy")
 def _rotate(first, second, cosine, sine, factor, left, right):  # type: ignore[no-untyped-def]
     """Rotate the halves of a head to its position, times `factor`, as bf16."""
     for k in range(len(first)):
         a, b, c, d = first[k], second[k], cosine[k], sine[k]
-        left[k], right[k] = bfloat16((a * c - b * d) * factor), bfloat16((b * c + a * d) * factor)
+        left[k], right[k] = narrow((a * c - b * d) * factor, BFLOAT16), narrow((b * c + a * d) * factor, BFLOAT16)
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -58,7 +48,7 @@ def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
     for part in range(len(x) // GROUP):
         row, own = values[part, slot // 2, :, slot % 2], x[part * GROUP : (part + 1) * GROUP]
         for k in range(len(own)):
-            row[k] = bfloat16(own[k])
+            row[k] = narrow(own[k], BFLOAT16)
 
 
 @njit(error_model="numpy")
@@ -78,7 +68,7 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
             _put_value(x, plane(batch.pages, chunk, page, layer, part - heads - groups, 1, groups, width), slot)
             continue
         if weights.head_norms.shape[2]:
-            _norm(x, weights.head_norms[layer, 0 if part < heads else 1], weights.eps[0])
+            norm_row(x, weights.head_norms[layer, 0 if part < heads else 1], weights.eps[0], x)
         cosine, sine = weights.cosine[position], weights.sine[position]
         if part < heads:
             out = work.queries[part // rest, r, part % rest]
@@ -90,20 +80,20 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _pairs(a, a_stride, b, n, c, c_stride, count):  # type: ignore[no-untyped-def]
-    """Add A B to C for `count` rows (see `vector.py`)."""
+def _pairs(a, a_stride, b, n, following, c, c_stride, count):  # type: ignore[no-untyped-def]
+    """Add A B to C for `count` rows; `following` is read soon (see `vector.py`)."""
     i = 0
     while i + 6 <= count:
-        pair_dot_6(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride)
+        pair_dot_6(a + i * a_stride, a_stride, b, n, following, c + i * c_stride, c_stride)
         i += 6
     if i + 3 <= count:
-        pair_dot_3(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride)
+        pair_dot_3(a + i * a_stride, a_stride, b, n, following, c + i * c_stride, c_stride)
         i += 3
     if i + 2 <= count:
-        pair_dot_2(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride)
+        pair_dot_2(a + i * a_stride, a_stride, b, n, following, c + i * c_stride, c_stride)
         i += 2
     if i < count:
-        pair_dot_1(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride)
+        pair_dot_1(a + i * a_stride, a_stride, b, n, following, c + i * c_stride, c_stride)
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -118,7 +108,7 @@ def _softmax(scores, shares):  # type: ignore[no-untyped-def]
         scores[s] = value
         total += value
     for s in range(len(scores)):
-        shares[s] = bfloat16(scores[s])
+        shares[s] = narrow(scores[s], BFLOAT16)
     return np.float32(1) / total
 
 
@@ -139,8 +129,10 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
     scores[:count, :span] = 0
     for page in range(low, pages):
         keys = plane(batch.pages, chunk, page, layer, group, 0, groups, width)
+        after = page + 1 if page + 1 < pages else low
+        following = plane(batch.pages, chunk, after, layer, group, int(after == low), groups, width)
         at = scores.ctypes.data + (page * PAGE - base) * 4
-        _pairs(queries, width * 2, keys, width // 2, at, scores.shape[1] * 4, count)
+        _pairs(queries, width * 2, keys, width // 2, following, at, scores.shape[1] * 4, count)
     factors = np.empty(QUERIES, np.float32)
     for i in range(count):
         end = past + (start + i) // rest
@@ -150,11 +142,12 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
     attended = np.zeros((QUERIES, width), np.float32)
     for page in range(low, pages):
         values = plane(batch.pages, chunk, page, layer, group, 1, groups, width)
+        following = plane(batch.pages, chunk, min(page + 1, pages - 1), layer, group, 1, groups, width) - values
         at, pairs = shares.ctypes.data + (page * PAGE - base) * 2, min(PAGE // 2, (ends - page * PAGE + 1) // 2)
         for part in range(width // GROUP):
             block = values + part * PAGE * GROUP * 2
             out = attended.ctypes.data + part * GROUP * 4
-            _pairs(at, shares.shape[1] * 2, block, pairs, out, width * 4, count)
+            _pairs(at, shares.shape[1] * 2, block, pairs, block + following, out, width * 4, count)
     for i in range(count):
         head, token = group * rest + (start + i) % rest, row + (start + i) // rest
         for k in range(width):

@@ -1,7 +1,8 @@
 """Rows of activations: rounding them, and their products with panels of weights.
 
-A rounded row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in int32 (see
-`kernels/int8.py`). Rows are given by a table of their addresses. What a row gets never depends on the rows beside it.
+A rounded row of G groups lies in memory as G times 64 high and 64 low bytes, G scales in fp32 and G corrections in
+int32 (see `kernels/int8.py`). Rows are given by a table of their addresses. What a row gets never depends on the rows
+beside it.
 """
 
 import platform
@@ -10,7 +11,7 @@ import sys
 import numpy as np
 from numba import carray, njit, types
 
-from deepseek.kernels import openmp
+from deepseek.kernels import int8, openmp
 from deepseek.kernels.decode.state import BLOCK
 from deepseek.kernels.decode.vector import (
     arrive,
@@ -30,6 +31,7 @@ _WAIT, _WAKE, _ALL = 0, 1, 1 << 30
 _syscall = openmp.external("syscall", types.int64(*[types.int64] * 7))
 _yield = openmp.external("sched_yield", types.int32())
 
+row_bytes = njit(int8.row_bytes)
 SPINS = 4000  # looks at the barrier before the core is given to whoever else wants it
 
 
@@ -58,16 +60,16 @@ def barrier(counter):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def floats(address, count):  # type: ignore[no-untyped-def]
+def floats(address, *shape):  # type: ignore[no-untyped-def]
     """Return the fp32 numbers at an address as an array."""
-    return carray(pointer(address), (count,), np.float32)
+    return carray(pointer(address), shape, np.float32)
 
 
 @njit(error_model="numpy")
 def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
     """Round the 64 numbers at address `x` into group `group` of the row at address `row`."""
-    scale = row + GROUP * groups + 4 * group
-    rotate_and_round(x, row + GROUP * group, scale, scale + 4 * groups)
+    scale = row + 2 * GROUP * groups + 4 * group
+    rotate_and_round(x, row + 2 * GROUP * group, scale, scale + 4 * groups)
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -168,9 +170,3 @@ def activate(panels, first, last, table, count, groups, inner, out):  # type: ig
                     _gate(product[r, :LANES], product[r, LANES:], own)
             for r in range(rows):
                 round_group(hidden[r].ctypes.data, out + (start + r) * row_bytes(inner), group, inner)
-
-
-@njit(error_model="numpy")
-def row_bytes(groups):  # type: ignore[no-untyped-def]
-    """Return the distance in memory between two rounded rows of `groups` groups."""
-    return (72 * groups + 63) // 64 * 64

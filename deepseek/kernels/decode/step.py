@@ -5,6 +5,8 @@ threads meet at a barrier; within a stage they share panels of weights, rows or 
 """
 
 from functools import cache
+from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from numba import carray, cfunc, njit, types
@@ -12,7 +14,7 @@ from numba import carray, cfunc, njit, types
 from deepseek.kernels import openmp
 from deepseek.kernels.decode.attention import attend, place_heads
 from deepseek.kernels.decode.experts import activate_experts, add_experts, score_row, weigh
-from deepseek.kernels.decode.rows import activate, add_projected, barrier, embed, norm_row, project, round_group
+from deepseek.kernels.decode.rows import activate, add_projected, barrier, embed, floats, norm_row, project, round_group
 from deepseek.kernels.decode.state import Batch, Sites, Weights, Work
 from deepseek.kernels.few_tokens import pointer, share, thread_number
 from deepseek.kernels.int8 import COLUMNS, GROUP
@@ -116,21 +118,16 @@ def _whole(address, *shape):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _real(address, *shape):  # type: ignore[no-untyped-def]
-    return carray(pointer(address), shape, np.float32)
-
-
-@njit(error_model="numpy")
 def _weights(a, positions):  # type: ignore[no-untyped-def]
     sizes = _whole(a[0], 8)
     layers, hidden, heads, groups, width = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
     projected = (heads + 2 * groups) * width
     return Weights(
         sizes, _whole(a[1], layers), _whole(a[2], layers), _whole(a[3], layers), _whole(a[4], layers),
-        _whole(a[5], 1), _whole(a[6], 1), _real(a[7], 2 * layers + 1, hidden),
-        _real(a[8], layers, 2, sizes[7]), _real(a[9], layers, projected), _real(a[10], layers, hidden),
-        _whole(a[11], layers), _real(a[12], positions, width // 2), _real(a[13], positions, width // 2),
-        _real(a[14], 1),
+        _whole(a[5], 1), _whole(a[6], 1), floats(a[7], 2 * layers + 1, hidden),
+        floats(a[8], layers, 2, sizes[7]), floats(a[9], layers, projected), floats(a[10], layers, hidden),
+        _whole(a[11], layers), floats(a[12], positions, width // 2), floats(a[13], positions, width // 2),
+        floats(a[14], 1),
     )  # fmt: skip
 
 
@@ -153,7 +150,7 @@ def _sites(a, plan, at, layers, hidden):  # type: ignore[no-untyped-def]
     ends = at + chunks + 1
     return Sites(
         _whole(a[17], layers + 1), _whole(a[18], sites), _whole(a[19], sites), _whole(a[20], sites),
-        _real(a[21], sites, 2, hidden + 1), _real(a[22], sites), plan[at:ends], plan[ends : ends + members],
+        floats(a[21], sites, 2, hidden + 1), floats(a[22], sites), plan[at:ends], plan[ends : ends + members],
         plan[ends + members : ends + members + chunks], plan[ends + members + chunks : ends + members + 2 * chunks],
     )  # fmt: skip
 
@@ -163,10 +160,10 @@ def _work(a, plan, sizes):  # type: ignore[no-untyped-def]
     rows, kept, sites, threads, span, room, layer_sites = plan[0], plan[3], plan[5], plan[7], plan[8], plan[9], plan[10]
     layers, hidden, heads, groups, width = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
     return Work(
-        _real(a[23], rows, hidden), _real(a[24], rows, (heads + 2 * groups) * width),
+        floats(a[23], rows, hidden), floats(a[24], rows, (heads + 2 * groups) * width),
         carray(pointer(a[25]), (groups, rows, heads // groups, width), np.uint16), _whole(a[26], 3, room),
-        _real(a[27], rows, layer_sites, 2), _real(a[28], rows, sites), _whole(a[29], sites),
-        _real(a[30], kept, sizes[6]), _real(a[31], threads, 6, span),
+        floats(a[27], rows, layer_sites, 2), floats(a[28], rows, sites), _whole(a[29], sites),
+        floats(a[30], kept, sizes[6]), floats(a[31], threads, 6, span),
         carray(pointer(a[32]), (threads, 6, span), np.uint16), _whole(a[33], threads, room),
         _whole(a[34], 8 * (layers + 1)),
     )  # fmt: skip
@@ -174,10 +171,15 @@ def _work(a, plan, sizes):  # type: ignore[no-untyped-def]
 
 @cache
 def address() -> int:
-    """Return the address of the compiled step, `void step(int64 *addresses)` (see `infer/compiled.py`)."""
+    """Return the address of the compiled step, `void step(int64 *addresses)` (see `infer/compiled.py`).
+
+    Numba keeps it on disk until this file changes; the sum over all kernels' sources makes it note the others too.
+    """
+    sources = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))))
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def step(data):  # type: ignore[no-untyped-def]
+        _ = sources  # in the key under which numba keeps it
         a = carray(data, 36)
         plan = _whole(a[15], a[16])
         weights = _weights(a, a[35])

@@ -7,16 +7,18 @@ both give the same bits.
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from deepseek.kernels.int8 import GROUP, GROUP_BYTES, LANES, TILES
+from deepseek.kernels.int8 import GROUP, GROUP_BYTES, LANES, LARGEST, TILES
 
 BYTE, SHORT, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 WORDS, FLOATS = ir.VectorType(WORD, LANES), ir.VectorType(FLOAT, LANES)
+AHEAD = 2 * GROUP_BYTES  # how far before they are read weights are brought near; a core alone waits for too few lines
 STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
 
 
@@ -42,6 +44,13 @@ class Emit:
 
     def store(self, value: Any, address: Any, align: int) -> None:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def prefetch(self, address: Any) -> None:
+        """Have a line of memory brought near, to be read soon."""
+        line = self.builder.inttoptr(address, BYTE.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [line.type, WORD, WORD, WORD])
+        name = self.builder.module.declare_intrinsic("llvm.prefetch", (line.type,), kind)
+        self.builder.call(name, [line, WORD(0), WORD(2), WORD(1)])
 
     def splat(self, value: Any, lanes: int = LANES) -> Any:
         """Return the vector whose lanes all hold `value`."""
@@ -114,9 +123,8 @@ def _scaled(emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any,
     for r, factor in enumerate(factors):
         own = emit.splat(factor)
         for tile in range(TILES):
-            whole = sums[0][r][tile]
-            for way in sums[1:]:
-                whole = emit.builder.add(whole, way[r][tile])
+            high, low = sums[0][r][tile], sums[1][r][tile]
+            whole = emit.builder.add(emit.builder.shl(high, ir.Constant(WORDS, [8] * LANES)), low)
             both = emit.builder.fmul(scales[tile], own)
             results.append(emit.fma(emit.builder.sitofp(whole, FLOATS), both, totals[r * TILES + tile]))
     return results
@@ -131,23 +139,23 @@ def _panel_dot(rows: int) -> Any:
             emit = Emit(context, builder)
             panel, table, groups, out = args
             row = [emit.load(groups.type, emit.address(table, 8 * r), 8) for r in range(rows)]
-            scales = [emit.address(base, builder.mul(groups, groups.type(GROUP))) for base in row]
+            scales = [emit.address(base, builder.mul(groups, groups.type(2 * GROUP))) for base in row]
             corrections = [emit.address(base, builder.mul(groups, groups.type(4))) for base in scales]
-            ways = 2 if rows == 1 else 1  # one row alone leaves too few sums to hide how long an instruction takes
 
             def one_group(g: Any, totals: list[Any]) -> list[Any]:
                 block = emit.address(panel, builder.mul(g, g.type(GROUP_BYTES)))
-                at, place = builder.mul(g, g.type(GROUP)), builder.mul(g, g.type(4))
+                at, place = builder.mul(g, g.type(2 * GROUP)), builder.mul(g, g.type(4))
+                zeros = ir.Constant(WORDS, [0] * LANES)
                 first = [emit.splat(emit.load(WORD, emit.address(base, place), 4)) for base in corrections]
-                sums = [[[first[r]] * TILES for r in range(rows)]]
-                sums += [[[ir.Constant(WORDS, [0] * LANES)] * TILES for _ in row] for _ in range(ways - 1)]
-                sums = [[list(tiles) for tiles in way] for way in sums]
+                sums = [[[start] * TILES for start in starts] for starts in ([zeros] * rows, first)]
                 for step in range(STEPS):
                     for tile in range(TILES):
-                        weights = emit.load(WORDS, emit.address(block, (step * TILES + tile) * 64), 64)
-                        for r in range(rows):
-                            bytes_ = emit.load(WORD, emit.address(emit.address(row[r], at), step * 4), 4)
-                            own = sums[step % ways][r]
+                        place_of = (step * TILES + tile) * 64
+                        emit.prefetch(emit.address(block, place_of + AHEAD))
+                        weights = emit.load(WORDS, emit.address(block, place_of), 64)
+                        for half, r in product(range(2), range(rows)):
+                            bytes_ = emit.load(WORD, emit.address(emit.address(row[r], at), half * GROUP + step * 4), 4)
+                            own = sums[half][r]
                             own[tile] = emit.add_products(own[tile], weights, emit.splat(bytes_))
                 factors = [emit.load(FLOAT, emit.address(base, place), 4) for base in scales]
                 return _scaled(emit, sums, factors, emit.address(block, TILES * STEPS * 64), totals)
@@ -167,13 +175,16 @@ panel_dot_1, panel_dot_2, panel_dot_4 = (_panel_dot(rows) for rows in (1, 2, 4))
 
 
 def _pair_dot(rows: int) -> Any:
-    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`."""
+    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`.
+
+    Meanwhile it has as much memory as B takes brought near from another address.
+    """
 
     @intrinsic
-    def pair_dot(_typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _c: Any, _c_stride: Any) -> Any:
+    def pair_dot(_typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _next: Any, _c: Any, _c_stride: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             emit = Emit(context, builder)
-            a, a_stride, b, n, c, c_stride = args
+            a, a_stride, b, n, following, c, c_stride = args
             vectors = 64 // LANES
             left = [emit.address(a, builder.mul(a_stride, n.type(r))) for r in range(rows)]
             out = [emit.address(c, builder.mul(c_stride, n.type(r))) for r in range(rows)]
@@ -182,6 +193,8 @@ def _pair_dot(rows: int) -> Any:
             def one_pair(i: Any, sums: list[Any]) -> list[Any]:
                 block, place = emit.address(b, builder.mul(i, n.type(256))), builder.mul(i, n.type(4))
                 right = [emit.load(WORDS, emit.address(block, 64 * v), 64) for v in range(vectors)]
+                for v in range(vectors):
+                    emit.prefetch(emit.address(following, builder.add(builder.mul(i, n.type(256)), n.type(64 * v))))
                 results = []
                 for r in range(rows):
                     pair = emit.splat(emit.load(WORD, emit.address(left[r], place), 4))
@@ -195,7 +208,7 @@ def _pair_dot(rows: int) -> Any:
             return context.get_dummy_value()
 
         whole = types.int64
-        return types.void(whole, whole, whole, whole, whole, whole), generate
+        return types.void(*[whole] * 7), generate
 
     return pair_dot
 
@@ -229,7 +242,8 @@ def rotate(_typing: Any, _x: Any) -> Any:
 
 @intrinsic
 def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correction: Any) -> Any:
-    """Write a group of 64 fp32 numbers, turned by the Hadamard matrix, as bytes with their scale and correction."""
+    """Write a group of 64 fp32 numbers, turned by the Hadamard matrix, as high and low bytes with their scale and
+    correction."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         emit = Emit(context, builder)
@@ -244,29 +258,20 @@ def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correctio
             fastmath=("nnan",),
         )
         largest = builder.select(builder.fcmp_ordered(">", largest, FLOAT(1e-30)), largest, FLOAT(1e-30))
-        inverse = emit.splat(builder.fdiv(FLOAT(127.0), largest), GROUP)
+        inverse = emit.splat(builder.fdiv(FLOAT(LARGEST), largest), GROUP)
         rounded = builder.fptosi(emit.call(f"llvm.rint.v{GROUP}f32", floats, builder.fmul(value, inverse)), words)
-        emit.store(builder.trunc(rounded, ir.VectorType(BYTE, GROUP)), args[1], 1)
+        up, eight = (ir.Constant(words, [number] * GROUP) for number in (128, 8))
+        bytes_ = ir.VectorType(BYTE, GROUP)
+        emit.store(builder.trunc(builder.ashr(builder.add(rounded, up), eight), bytes_), args[1], 1)
+        emit.store(builder.trunc(rounded, bytes_), emit.address(args[1], GROUP), 1)
         # The Hadamard matrix that keeps lengths is an eighth of the one of signs.
-        emit.store(builder.fmul(largest, FLOAT(1.0 / (127.0 * GROUP**0.5))), args[2], 4)
+        emit.store(builder.fmul(largest, FLOAT(1.0 / (LARGEST * GROUP**0.5))), args[2], 4)
         total = emit.call(f"llvm.vector.reduce.add.v{GROUP}i32", WORD, rounded)
         emit.store(builder.mul(total, WORD(-128)), args[3], 4)
         return context.get_dummy_value()
 
     whole = types.int64
     return types.void(whole, whole, whole, whole), generate
-
-
-@intrinsic
-def bfloat16(_typing: Any, _value: Any) -> Any:
-    """Return the bits of an fp32 number rounded to bf16, ties to even."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], WORD)
-        even = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
-        return builder.trunc(builder.lshr(builder.add(bits, builder.add(even, WORD(0x7FFF))), WORD(16)), SHORT)
-
-    return types.uint16(types.float32), generate
 
 
 @intrinsic
