@@ -49,7 +49,7 @@ class Sites:
 
     Attributes:
         count: number of places. most: largest number at one layer.
-        arrays: what the kernel reads (see `kernels/decode/state.py`).
+        arrays: what the kernel reads (see `kernels/decode/state.py`). addresses: where they lie.
         row_bytes: of the rounded hidden values of one row, for each place.
         members: for each roster its places.
     """
@@ -75,6 +75,7 @@ class Sites:
             ),
             np.array(decays, np.float32),
         )
+        self.addresses = [array.ctypes.data for array in self.arrays]
         self.row_bytes = [row_bytes(part.inner) for part in parts]
         self.members = {
             id(roster): [number[layer, id(module)] for layer, own in sorted(roster.owners.items()) for module in own]

@@ -50,10 +50,10 @@ class Scratch:
         said_NS = buffers["said"][: rows * sites.count].reshape(rows, sites.count)
         said_NS[:] = 0
         buffers["sync"][:] = 0
-        work = [array.ctypes.data for array in buffers.values()]
+        work = self._addresses
         step.run(
-            [*self.model.addresses, plan.ctypes.data, len(plan), *(array.ctypes.data for array in sites.arrays),
-             *work[:7], logits_RV.data_ptr(), *work[7:], self.model.positions]
+            [*self.model.addresses, plan.ctypes.data, len(plan), *sites.addresses, *work[:7], logits_RV.data_ptr(),
+             *work[7:], self.model.positions]
         )  # fmt: skip
         return logits_RV, said_NS
 
@@ -116,6 +116,7 @@ class Scratch:
             "own": np.zeros((threads, room), np.int64),
             "sync": aligned(64 * (model.layers + 1)).view(np.int64),
         }
+        self._addresses = [array.ctypes.data for array in self._buffers.values()]
 
 
 def _floats(count: int) -> np.ndarray:

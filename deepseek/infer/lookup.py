@@ -8,7 +8,6 @@ those that turn out wrong change nothing: the token after each of them is chosen
 from collections.abc import Iterable
 
 WORDS = 2  # tokens that must be the same
-FIRST = 3  # guesses at once in the beginning
 
 
 class Lookup:
@@ -21,7 +20,7 @@ class Lookup:
     def __init__(self, ids: Iterable[int]) -> None:
         self._ids: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
-        self._most = FIRST
+        self._most = 1
         self.guesses: list[int] = []
         for token in ids:
             self.push(token)

@@ -51,6 +51,8 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
     if not any(is_large(name, tensor) for name, tensor in tensors.items()):
         raise ConfigError(f"{base} has no matrix of at least 64 columns to round; use it as it is.")
     done = round_along(model, sample(model, ROWS, LENGTH))
+    if model.config.tie_word_embeddings and "lm_head.weight" in done:
+        done["embed_tokens.weight"] = done.pop("lm_head.weight")  # worth more to the head than it costs the embedding
     written = {name: tensor.contiguous() for name, tensor in rounded(tensors, done).items()}
     ids = torch.tensor([tokenizer(SENTENCE).input_ids])
     with atomic_folder(out) as folder:

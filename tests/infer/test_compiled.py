@@ -184,11 +184,12 @@ def test_guesses_change_no_token_and_no_probability(monkeypatch):
 
 def test_guesses_are_what_followed_the_same_words():
     lookup = Lookup([1, 2, 3, 4, 1, 2])
-    assert lookup.guess(2) == [3, 4]
-    lookup.judge(0)
-    assert lookup.guess(7) == [3]  # none was right: fewer next time
+    assert lookup.guess(7) == [3]
     lookup.judge(1)
-    assert lookup.guess(7) == [3, 4, 1]
+    assert lookup.guess(2) == [3, 4]
+    assert lookup.guess(7) == [3, 4, 1]  # one was right: more next time
+    lookup.judge(0)
+    assert lookup.guess(7) == [3]  # none was: fewer
     lookup.judge(3)
     lookup.push(9)
     assert lookup.guess(7) == []

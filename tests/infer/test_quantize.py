@@ -1,5 +1,7 @@
 """A model written with 8-bit weights loads as it is and says what the model says."""
 
+import copy
+
 import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
@@ -7,8 +9,9 @@ from tiny_tokenizer import tiny_tokenizer
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.infer.compiled import CompiledRunner
 from deepseek.infer.load import load
-from deepseek.infer.quantize import quantize_model
+from deepseek.infer.quantize import quantize_model, round_along, sample
 from deepseek.infer.runner import Chunk
+from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 
@@ -33,6 +36,8 @@ def test_it_is_small_loads_and_agrees(source, tmp_path):
     exact, small = load(source, dtype="float32").model, load(tmp_path / "int8", dtype="float32").model
     ids = torch.tensor([[5, 9, 40, 3, 8]])
     assert (exact(ids).logits - small(ids).logits).norm() < 0.03 * exact(ids).logits.norm()
+    torch.testing.assert_close(small.lm_head.weight, small.embed_tokens.weight)
+    assert not torch.equal(small.embed_tokens.int8.values, quantize(exact.embed_tokens.weight.detach()).values)
     logits = []
     for model in (small, load(tmp_path / "int8", dtype="bfloat16").model):  # the dtype does not touch the integers
         runner = CompiledRunner(model)
@@ -58,3 +63,25 @@ def test_a_checkpoint_without_its_scales_is_refused(source, tmp_path):
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="scales"):
         load(tmp_path / "int8")
+
+
+def test_rounding_suits_what_the_model_meets(source):
+    model = load(source, dtype="float32").model
+    before = torch.get_rng_state()
+    texts = sample(model, 16, 32)
+    assert texts.shape == (16, 32) and torch.equal(texts, sample(model, 16, 32))
+    assert torch.equal(torch.get_rng_state(), before)
+    done = round_along(model, texts)
+    assert set(done) == {
+        f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)
+    }
+    ids = sample(model, 20, 32)[16:]
+    exact, errors = model(ids).logits, []
+    for suited in (False, True):
+        twin = copy.deepcopy(model)
+        twin.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # not that of the embedding
+        for name, matrix in done.items():
+            layer = twin.get_submodule(name.removesuffix(".weight"))
+            layer.weight.data = (matrix if suited else quantize(layer.weight.detach())).float()
+        errors.append(float((twin(ids).logits - exact).norm()))
+    assert errors[1] < 0.8 * errors[0]

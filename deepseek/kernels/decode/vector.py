@@ -18,7 +18,6 @@ from deepseek.kernels.int8 import GROUP, GROUP_BYTES, LANES, LARGEST, TILES
 
 BYTE, SHORT, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 WORDS, FLOATS = ir.VectorType(WORD, LANES), ir.VectorType(FLOAT, LANES)
-AHEAD = 2 * GROUP_BYTES  # how far before they are read weights are brought near; a core alone waits for too few lines
 STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
 
 
@@ -44,13 +43,6 @@ class Emit:
 
     def store(self, value: Any, address: Any, align: int) -> None:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
-
-    def prefetch(self, address: Any) -> None:
-        """Have a line of memory brought near, to be read soon."""
-        line = self.builder.inttoptr(address, BYTE.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [line.type, WORD, WORD, WORD])
-        name = self.builder.module.declare_intrinsic("llvm.prefetch", (line.type,), kind)
-        self.builder.call(name, [line, WORD(0), WORD(2), WORD(1)])
 
     def splat(self, value: Any, lanes: int = LANES) -> Any:
         """Return the vector whose lanes all hold `value`."""
@@ -150,9 +142,7 @@ def _panel_dot(rows: int) -> Any:
                 sums = [[[start] * TILES for start in starts] for starts in ([zeros] * rows, first)]
                 for step in range(STEPS):
                     for tile in range(TILES):
-                        place_of = (step * TILES + tile) * 64
-                        emit.prefetch(emit.address(block, place_of + AHEAD))
-                        weights = emit.load(WORDS, emit.address(block, place_of), 64)
+                        weights = emit.load(WORDS, emit.address(block, (step * TILES + tile) * 64), 64)
                         for half, r in product(range(2), range(rows)):
                             bytes_ = emit.load(WORD, emit.address(emit.address(row[r], at), half * GROUP + step * 4), 4)
                             own = sums[half][r]
@@ -175,16 +165,13 @@ panel_dot_1, panel_dot_2, panel_dot_4 = (_panel_dot(rows) for rows in (1, 2, 4))
 
 
 def _pair_dot(rows: int) -> Any:
-    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`.
-
-    Meanwhile it has as much memory as B takes brought near from another address.
-    """
+    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`."""
 
     @intrinsic
-    def pair_dot(_typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _next: Any, _c: Any, _c_stride: Any) -> Any:
+    def pair_dot(_typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _c: Any, _c_stride: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             emit = Emit(context, builder)
-            a, a_stride, b, n, following, c, c_stride = args
+            a, a_stride, b, n, c, c_stride = args
             vectors = 64 // LANES
             left = [emit.address(a, builder.mul(a_stride, n.type(r))) for r in range(rows)]
             out = [emit.address(c, builder.mul(c_stride, n.type(r))) for r in range(rows)]
@@ -193,8 +180,6 @@ def _pair_dot(rows: int) -> Any:
             def one_pair(i: Any, sums: list[Any]) -> list[Any]:
                 block, place = emit.address(b, builder.mul(i, n.type(256))), builder.mul(i, n.type(4))
                 right = [emit.load(WORDS, emit.address(block, 64 * v), 64) for v in range(vectors)]
-                for v in range(vectors):
-                    emit.prefetch(emit.address(following, builder.add(builder.mul(i, n.type(256)), n.type(64 * v))))
                 results = []
                 for r in range(rows):
                     pair = emit.splat(emit.load(WORD, emit.address(left[r], place), 4))
@@ -208,7 +193,7 @@ def _pair_dot(rows: int) -> Any:
             return context.get_dummy_value()
 
         whole = types.int64
-        return types.void(*[whole] * 7), generate
+        return types.void(whole, whole, whole, whole, whole, whole), generate
 
     return pair_dot
 
