@@ -65,6 +65,7 @@ def test_a_checkpoint_without_its_scales_is_refused(source, tmp_path):
         load(tmp_path / "int8")
 
 
+@torch.no_grad()
 def test_rounding_suits_what_the_model_meets(source):
     model = load(source, dtype="float32").model
     torch.manual_seed(1)
