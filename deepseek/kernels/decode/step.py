@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from deepseek.kernels import openmp
+from deepseek.kernels import few_tokens, int8, openmp
 from deepseek.kernels.decode.attention import attend, place_heads
 from deepseek.kernels.decode.experts import activate_experts, add_experts, score_row, weigh
 from deepseek.kernels.decode.rows import activate, add_projected, barrier, embed, floats, norm_row, project, round_group
@@ -173,9 +173,10 @@ def _work(a, plan, sizes):  # type: ignore[no-untyped-def]
 def address() -> int:
     """Return the address of the compiled step, `void step(int64 *addresses)` (see `infer/compiled.py`).
 
-    Numba keeps it on disk until this file changes; the sum over all kernels' sources makes it note the others too.
+    Numba keeps it on disk until this file changes; the sum over what it is built from makes it note the others too.
     """
-    sources = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))))
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(few_tokens.__file__), Path(int8.__file__)]
+    sources = crc32(b"".join(path.read_bytes() for path in files))
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def step(data):  # type: ignore[no-untyped-def]
