@@ -1,12 +1,19 @@
 """Decoding and prefill of SmolLM2-135M on the CPU: ours with 8-bit weights, our eager engine, and rivals, in turn.
 
     python benchmarks/decode.py [--json FILE] [--rounds 3] [--threads 2] [--llama PYTHON]
+        [--openvino PYTHON] [--keep FOLDER]
 
 Every round gives each side its turn, in this process or in one that waits on a pipe, so that all meet the same machine;
 medians over the rounds are compared. A turn is a prefill of 512 tokens, then 64 tokens one by one behind them.
 
 llama.cpp runs in a Python of its own that has llama-cpp-python (`--llama`), on GGUF files at Q8_0 and bf16 that are
 written here from our weights; the time is that of `llama_decode` alone.
+
+OpenVINO runs in a Python that has optimum-intel (`--openvino`), which is how its users come to a model: keys and values
+kept inside, weights at 8 bits, everything else as OpenVINO chooses for this processor; the time is that of `infer`
+alone. It computes the logits of the whole prompt, which the others do not, so only its decoding is compared.
+
+Models in the rivals' formats are written to a temporary folder, or once and for all to that of `--keep`.
 """
 
 import argparse
@@ -116,12 +123,45 @@ for line in sys.stdin:
 """
 
 
-def llama(python: Path, model: Path, threads: int) -> Turn:
-    """A process with llama.cpp that takes a turn when a line comes."""
-    command = [str(python), "-c", LLAMA, str(model), str(threads), json.dumps(prompt()), str(STEPS)]
+OPENVINO = """
+import json, sys, time
+from pathlib import Path
+import numpy as np, openvino as ov
+path, threads, ids, steps = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+if not path.exists():
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+    int8 = OVWeightQuantizationConfig(bits=8)
+    model = OVModelForCausalLM.from_pretrained(sys.argv[5], export=True, compile=False, quantization_config=int8)
+    model.save_pretrained(path)
+model = ov.Core().read_model(path / "openvino_model.xml")
+settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+names = {name for one in model.inputs for name in one.names}
+def decode(tokens, past):
+    feeds = {
+        "input_ids": np.array([tokens]), "attention_mask": np.ones((1, past + len(tokens)), dtype=np.int64),
+        "position_ids": np.arange(past, past + len(tokens))[None], "beam_idx": np.zeros(1, dtype=np.int32),
+    }
+    feeds = {name: value for name, value in feeds.items() if name in names}
+    start = time.perf_counter()
+    request.infer(feeds, share_inputs=True, share_outputs=True)
+    return time.perf_counter() - start
+print("ready", flush=True)
+for line in sys.stdin:
+    request.reset_state()
+    decode(ids, 0)
+    times = sorted(decode([ids[i]], len(ids) + i) for i in range(steps))
+    print(json.dumps({"decode": 1 / times[len(times) // 2]}), flush=True)
+"""
+
+
+def rival(python: Path, source: str, model: Path, threads: int, base: Any = "") -> Turn:
+    """A process of another Python that runs `source` and takes a turn when a line comes."""
+    command = [str(python), "-c", source, str(model), str(threads), json.dumps(prompt()), str(STEPS), str(base)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
-    assert process.stdout.readline().strip() == "ready"
+    while (line := process.stdout.readline()).strip() != "ready":
+        assert line, "the rival's process has ended; see its messages above"
 
     def turn() -> dict[str, float]:
         print("go", file=process.stdin, flush=True)
@@ -187,16 +227,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llama", type=Path, help="Python that has llama-cpp-python")
+    parser.add_argument("--openvino", type=Path, help="Python that has optimum-intel with OpenVINO")
+    parser.add_argument("--keep", type=Path, help="folder for models in the rivals' formats")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, _ = deepseek.load(options.base)
     compiled = CompiledRunner(model)
     turns = {"ours int8": engine(compiled), "ours batch": batch(compiled), "ours eager": engine(TorchRunner(model))}
     turns["transformers bf16"] = transformers_bf16(str(model.experts.base_folder))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(exist_ok=True)
         for kind in ("Q8_0", "BF16") if options.llama else ():
-            write_gguf(model, Path(folder) / f"{kind}.gguf", kind)
-            turns[f"llama.cpp {kind}"] = llama(options.llama, Path(folder) / f"{kind}.gguf", options.threads)
+            if not (folder / f"{kind}.gguf").exists():
+                write_gguf(model, folder / f"{kind}.gguf", kind)
+            turns[f"llama.cpp {kind}"] = rival(options.llama, LLAMA, folder / f"{kind}.gguf", options.threads)
+        if options.openvino:
+            base, path = model.experts.base_folder, folder / "openvino"
+            turns["openvino int8"] = rival(options.openvino, OPENVINO, path, options.threads, base)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
         for turn in turns.values():
             turn()

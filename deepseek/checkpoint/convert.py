@@ -152,7 +152,7 @@ def convert_tensors(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any
     checkpoint is loaded into a config with experts, its feed-forward networks become the shared experts.
     """
     dense: set[int] = set(config.get("dense_layers") or ())
-    renamed = {_rename(name): tensor for name, tensor in tensors}
+    renamed = {our_name(name): tensor for name, tensor in tensors}
     stacked = _stack_experts(renamed)
     if config.get("num_experts") and not any(
         ".experts." in name or name.startswith("expert_pools.") for name in stacked
@@ -169,7 +169,7 @@ def restore_names(tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, T
     """
     found, left = {}, set(changed)
     for name, tensor in tensors:
-        ours = _rename(name)
+        ours = our_name(name)
         left.discard(ours)
         value = changed.get(ours, tensor).detach().cpu()
         same = torch.equal(tensor.to(value.dtype), value)
@@ -177,7 +177,8 @@ def restore_names(tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, T
     return None if left else found
 
 
-def _rename(name: str) -> str:
+def our_name(name: str) -> str:
+    """Return our name of a tensor that Hugging Face calls `name`."""
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name, count=1)
     return name

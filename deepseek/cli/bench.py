@@ -15,7 +15,9 @@ app = typer.Typer(add_completion=False)
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 """Measurements are no part of the wheel: what they compare with, and the text that they read, is not either."""
 
-ALIASES = {"attention": "attention_scaling", "positions": "position_length"}
+ALIASES = {
+    "attention": "attention_scaling", "positions": "position_length", "prefill": "decode", "serve": "engine_batch",
+}  # fmt: skip
 
 
 def measurements() -> dict[str, str]:

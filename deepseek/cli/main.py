@@ -28,6 +28,7 @@ COMMANDS = {
     "prefs": ("deepseek.cli.prefs", "The preference database: import, add, generate, search, stats, split, export."),
     "bench": ("deepseek.cli.bench", "Run a measurement: speed, memory, accuracy, rivals beside it."),
     "quantize": ("deepseek.cli.quantize", "Round a model's weights to 8 bits."),
+    "export": ("deepseek.cli.export", "Write a model for ONNX, OpenVINO, TensorRT or stock transformers."),
     "serve": ("deepseek.cli.serve", "Serve a model: OpenAI's routes, live experts, a web page."),
     "expert": ("deepseek.cli.expert", "Train, list, inspect, verify and sign expert packs."),
 }

@@ -42,6 +42,15 @@ def mix_experts_grouped(
     return out_SD[back_S].unflatten(0, ids_NA.shape).sum(1).to(x_ND.dtype)
 
 
+def mix_experts_everywhere(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
+) -> Tensor:
+    """The same with every expert at every token, in plain products: what a graph for other runtimes can hold."""
+    weights_NE = weights_NA.new_zeros(len(x_ND), len(down_EDF) + 1).scatter_add(1, ids_NA, weights_NA)[:, :-1]
+    gate, up = (x_ND @ gate_up_E2FD.mT).chunk(2, dim=-1)
+    return (((silu(gate) * up) @ down_EDF.mT) * weights_NE.T[..., None]).sum(0).to(x_ND.dtype)
+
+
 def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
     """Return each token's weighted sum of expert outputs by the fastest way on its device.
 
@@ -55,6 +64,8 @@ def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Te
     Returns:
         `[N, D]` in the dtype of x; differentiable in x, both projections and the weights.
     """
+    if torch.compiler.is_exporting():
+        return mix_experts_everywhere(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
     if x_ND.device.type != "cpu":
         return mix_experts_grouped(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
     return segments.mix_experts(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)

@@ -143,6 +143,9 @@ def combine(
     modules: Sequence[ExpertModule], layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, weights_BTM: Tensor
 ) -> Tensor:
     """Return `y + sum_m weight_m module_m(x)`, computing each module only at the tokens where its weight is not 0."""
+    if torch.compiler.is_exporting():  # a graph computes every module everywhere
+        added = [one(layer_idx, x_BTD) * weights_BTM[..., m, None] for m, one in enumerate(modules)]
+        return y_BTD + torch.stack(added).sum(0).to(y_BTD.dtype)
     weights_NM = weights_BTM.flatten(0, 1)
     x_ND, y_ND = x_BTD.flatten(0, 1), y_BTD.flatten(0, 1)
     for m, speaks in enumerate((weights_NM > 0).any(dim=0).tolist()):

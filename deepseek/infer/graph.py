@@ -1,0 +1,102 @@
+"""A model's forward pass as a pure function of tensors, made of the model's own blocks, for runtimes without Python."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.errors import ConfigError
+from deepseek.model.context import ForwardContext
+from deepseek.model.kv_cache import KVCache
+from deepseek.model.transformer import DeepSeekModel
+
+Step = Callable[[tuple[Tensor, ...], Any], tuple[Tensor, Any]]
+"""Runs what was exported: (ids, mask, positions) of new tokens and the past (None at first) -> logits and new past."""
+
+NEW = ("input_ids", "attention_mask", "position_ids")
+
+
+class Graph(nn.Module):
+    """Maps `input_ids` `[B, T]`, `attention_mask` `[B, S]`, `position_ids` `[B, T]` and the past to logits `[B, T, V]`.
+
+    The past is `past_key_values.0.key` and so on, `[B, G, S - T, K]`, as `optimum` names it; with plugged experts also
+    `past_gates.N`, the sums `[B, 3, M]` of layer N, zeros at the start. The present, to be handed in as the past next
+    time, comes out as `present.0.key` and `present_gates.N`.
+
+    Raises:
+        ConfigError: the model's attention or positions are none that a graph for any length can hold.
+    """
+
+    def __init__(self, model: DeepSeekModel) -> None:
+        super().__init__()
+        config = model.config
+        if config.attention != "full" or config.positional_encoding not in ("rope", "none"):
+            raise ConfigError(
+                f"attention={config.attention!r} with positional_encoding={config.positional_encoding!r} has no "
+                "exported form; only full attention with 'rope' or 'none' has. Use `deepseek serve` instead."
+            )
+        self.model, self.dtype, self.armed = model, model.dtype, model.experts.armed()
+        roster = self.armed.roster if self.armed else None
+        self.modules_armed = nn.ModuleList(roster.modules if roster else ())  # so that their weights are the graph's
+        self.gated = {layer: len(owners) for layer, owners in roster.owners.items()} if roster else {}
+        parts = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
+        self.inputs = [*NEW, *(f"past_key_values.{part}" for part in parts), *(f"past_gates.{at}" for at in self.gated)]
+        self.outputs = ["logits", *(f"present.{part}" for part in parts), *(f"present_gates.{at}" for at in self.gated)]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> list[Tensor]:
+        model, layers = self.model, self.model.config.num_hidden_layers
+        keys, values, gates = past[0 : 2 * layers : 2], past[1 : 2 * layers : 2], past[2 * layers :]
+        cache = KVCache(zip(keys, values, strict=True))
+        cache.gate_state = dict(zip(self.gated, gates, strict=True))
+        hidden_BTD = model.embed_tokens(input_ids)
+        ctx = ForwardContext(
+            positions=model.positions.prepare(position_ids, hidden_BTD.dtype),
+            position_ids_BT=position_ids,
+            past=keys[0].shape[2],
+            window=model.config.sliding_window,
+            real_BS=attention_mask.bool(),
+            cache=cache,
+            armed=self.armed,
+        )
+        logits_BTV = model.lm_head(model.norm(model.run_layers(hidden_BTD, 0, layers, ctx)))
+        present = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        return [logits_BTV, *present, *(cache.gate_state[layer] for layer in self.gated)]
+
+    def past(self, batch: int, length: int = 0) -> list[Tensor]:
+        """Return a past of `length` tokens, all zeros."""
+        config = self.model.config
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        states = [torch.zeros(shape, dtype=self.dtype) for _ in range(2 * config.num_hidden_layers)]
+        return [*states, *(torch.zeros(batch, 3, count) for count in self.gated.values())]
+
+    def example(self, batch: int, length: int, past: int) -> list[Tensor]:
+        """Return inputs of these sizes; no two are one tensor, which a trace would take for one input."""
+        new = (torch.ones(batch, size, dtype=torch.long) for size in (length, past + length, length))
+        return [*new, *self.past(batch, past)]
+
+    def write(self, path: Path) -> None:
+        """Write the graph as ONNX, free in batch, length and past; its weights beside it in `<path>.data`."""
+        new, whole = {0: "batch", 1: "length"}, {0: "batch", 1: "total"}
+        ids, mask, positions, *past = self.example(2, 3, 5)
+        states = [{0: "batch", 2: "past"} if state.dim() == 4 else {0: "batch"} for state in past]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own: names of equal axes, deprecated calls
+            torch.onnx.export(
+                self.eval(), (ids, mask, positions, past), path, dynamo=True, external_data=True, verbose=False,
+                input_names=self.inputs, output_names=self.outputs, dynamic_shapes=(new, whole, new, states),
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+            )  # fmt: skip
+
+
+def _stable_sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """Return ONNX's sorted values and indices along the last axis; of equals the first comes first, as it says."""
+    from onnxscript import opset18
+
+    assert stable and dim == -1
+    return opset18.TopK(values, opset18.Shape(values, start=-1), axis=dim, largest=int(descending))
