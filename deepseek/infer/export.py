@@ -147,7 +147,7 @@ def _execute(context: Any, graph: Graph, feeds: dict[str, Any]) -> list[Any]:
     """Run a TensorRT engine on the default stream."""
     held = []
     for name, array in feeds.items():
-        tensor = torch.from_numpy(array).to(GPU)
+        tensor = torch.from_numpy(array).to(GPU).contiguous()
         context.set_input_shape(name, tuple(tensor.shape))
         held.append(tensor if tensor.numel() else torch.empty(1, device=GPU))  # an empty past needs an address too
         context.set_tensor_address(name, held[-1].data_ptr())

@@ -64,7 +64,7 @@ class Graph(nn.Module):
             armed=self.armed,
         )
         logits_BTV = model.lm_head(model.norm(model.run_layers(hidden_BTD, 0, layers, ctx)))
-        present = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        present = [part for states in cache for part in states[:2]]
         return [logits_BTV, *present, *(cache.gate_state[layer] for layer in self.gated)]
 
     def past(self, batch: int, length: int = 0) -> list[Tensor]:

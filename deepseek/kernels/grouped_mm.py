@@ -46,7 +46,7 @@ def mix_experts_everywhere(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
     """The same with every expert at every token, in plain products: what a graph for other runtimes can hold."""
-    weights_NE = weights_NA.new_zeros(len(x_ND), len(down_EDF) + 1).scatter_add(1, ids_NA, weights_NA)[:, :-1]
+    weights_NE = weights_NA.new_zeros(x_ND.shape[0], len(down_EDF) + 1).scatter_add(1, ids_NA, weights_NA)[:, :-1]
     gate, up = (x_ND @ gate_up_E2FD.mT).chunk(2, dim=-1)
     return (((silu(gate) * up) @ down_EDF.mT) * weights_NE.T[..., None]).sum(0).to(x_ND.dtype)
 
