@@ -160,4 +160,6 @@ def visible(
     first_BT = torch.maximum(first_BT, real_BS.int().argmax(-1, keepdim=True))
     first_BT = torch.where(real_BS[:, past:], first_BT, slots_1T)
     runs_B = (torch.diff(real_BS.int(), dim=-1, prepend=torch.zeros_like(real_BS[:, :1], dtype=torch.int)) > 0).sum(-1)
+    if torch.compiler.is_exporting():  # a graph says the same whatever its inputs hold
+        return Visible(first_BT, real_BS)
     return Visible(first_BT, real_BS if bool((runs_B > 1).any()) else None)
