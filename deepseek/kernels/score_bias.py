@@ -53,7 +53,7 @@ class Visible:
     def mask(self, total: int) -> Tensor:
         """Return True `[B or 1, T, S]` where a query sees a key; the queries have the last T of `total` slots."""
         slots_S = torch.arange(total, device=self.first_BT.device)
-        own_T1 = slots_S[total - self.first_BT.shape[1] :, None]
+        own_T1 = torch.arange(total - self.first_BT.shape[1], total, device=self.first_BT.device)[:, None]
         seen_BTS = (slots_S <= own_T1) & (slots_S >= self.first_BT[..., None])
         return seen_BTS if self.real_BS is None else (seen_BTS & self.real_BS[:, None]) | (slots_S == own_T1)
 
