@@ -184,7 +184,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "onnx": Format(lambda model, folder, _: write_onnx(model, folder), {"float32": 1e-4}),
-    "openvino": Format(write_openvino, {"float16": 1e-2, "float32": 1e-4, "int8": 1e-1}),
+    "openvino": Format(write_openvino, {"float16": 1e-2, "float32": 1e-4, "int8": 2e-1}),
     "tensorrt": Format(lambda model, folder, _: write_tensorrt(model, folder), {"float16": 2e-2}),
     "hf": Format(
         lambda model, folder, _: write_stock(model, folder), {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5}
