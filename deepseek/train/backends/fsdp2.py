@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,10 @@ from deepseek.train.state import TrainingState, disk_full_explained
 
 B = TypeVar("B")
 
+CONNECT, WORK = timedelta(minutes=1), timedelta(minutes=30)
+"""How long processes wait for one another when they join, and later. After a restart gloo sometimes waits for a process
+that died; it has to give up soon, so that torchrun can try again."""
+
 
 @contextmanager
 def joined() -> Iterator["FSDP2"]:
@@ -34,7 +39,8 @@ def joined() -> Iterator["FSDP2"]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=CONNECT)
+    dist.distributed_c10d._set_pg_timeout(WORK)
     try:
         yield FSDP2(init_device_mesh(device, (dist.get_world_size(),)))
     finally:
