@@ -50,8 +50,8 @@ def test_routers_move_once_a_step_and_are_restored(whole: Path) -> None:
     tensors, _ = store.load_state(whole / "run" / "training" / "checkpoints" / "step-00000012")
     biases = {name: value for name, value in tensors.items() if name.endswith("balance.bias")}
     assert len(biases) == 2
-    for bias in biases.values():  # twelve steps of 1e-3, centred
-        assert 0 < bias.abs().max() <= 12 * 2e-3 + 1e-6
+    for bias in biases.values():  # twelve steps of at most 1e-2, centred
+        assert 0 < bias.abs().max() <= 12 * 2e-2 + 1e-6
 
 
 def test_stopped_and_called_again_ends_with_the_same_bits(
