@@ -16,7 +16,7 @@ from deepseek.kernels.decode.state import PAGE
 from deepseek.kernels.int8 import GROUP, row_bytes
 
 QUERIES = 6  # most queries of a unit of attention
-FEWEST = 2  # alone, a query leaves its vector units idle half of the time
+FEWEST = 3  # fewer leave vector units idle, and keys and values are read again by every unit
 UNITS = 4  # units for each thread that are enough to share attention evenly
 
 

@@ -80,20 +80,20 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _pairs(a, a_stride, b, n, c, c_stride, count):  # type: ignore[no-untyped-def]
+def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no-untyped-def]
     """Add A B to C for `count` rows (see `vector.py`)."""
     i = 0
     while i + 6 <= count:
-        pair_dot_6(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride)
+        pair_dot_6(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride, following)
         i += 6
     if i + 3 <= count:
-        pair_dot_3(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride)
+        pair_dot_3(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride, following)
         i += 3
     if i + 2 <= count:
-        pair_dot_2(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride)
+        pair_dot_2(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride, following)
         i += 2
     if i < count:
-        pair_dot_1(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride)
+        pair_dot_1(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride, following)
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -130,7 +130,9 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
     for page in range(low, pages):
         keys = plane(batch.pages, chunk, page, layer, group, 0, groups, width)
         at = scores.ctypes.data + (page * PAGE - base) * 4
-        _pairs(queries, width * 2, keys, width // 2, at, scores.shape[1] * 4, count)
+        more = page + 1 < pages
+        following = plane(batch.pages, chunk, page + 1 if more else low, layer, group, 0 if more else 1, groups, width)
+        _pairs(queries, width * 2, keys, width // 2, at, scores.shape[1] * 4, count, following)
     factors = np.empty(QUERIES, np.float32)
     for i in range(count):
         end = past + (start + i) // rest
@@ -140,11 +142,12 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
     attended = np.zeros((QUERIES, width), np.float32)
     for page in range(low, pages):
         values = plane(batch.pages, chunk, page, layer, group, 1, groups, width)
+        step = plane(batch.pages, chunk, min(page + 1, pages - 1), layer, group, 1, groups, width) - values
         at, pairs = shares.ctypes.data + (page * PAGE - base) * 2, min(PAGE // 2, (ends - page * PAGE + 1) // 2)
         for part in range(width // GROUP):
             block = values + part * PAGE * GROUP * 2
             out = attended.ctypes.data + part * GROUP * 4
-            _pairs(at, shares.shape[1] * 2, block, pairs, out, width * 4, count)
+            _pairs(at, shares.shape[1] * 2, block, pairs, out, width * 4, count, block + step)
     for i in range(count):
         head, token = group * rest + (start + i) % rest, row + (start + i) // rest
         for k in range(width):

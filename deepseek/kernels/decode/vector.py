@@ -41,6 +41,13 @@ class Emit:
     def load(self, kind: Any, address: Any, align: int) -> Any:
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
 
+    def prefetch(self, address: Any) -> None:
+        """Ask for a cache line, to be brought into the second level; there need not be memory at the address."""
+        place = self.builder.inttoptr(address, BYTE.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, WORD, WORD, WORD])
+        function = self.builder.module.declare_intrinsic("llvm.prefetch", (place.type,), kind)
+        self.builder.call(function, [place, WORD(0), WORD(2), WORD(1)])
+
     def store(self, value: Any, address: Any, align: int) -> None:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
 
@@ -165,21 +172,27 @@ panel_dot_1, panel_dot_2, panel_dot_4 = (_panel_dot(rows) for rows in (1, 2, 4))
 
 
 def _pair_dot(rows: int) -> Any:
-    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`."""
+    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`.
+
+    It asks for the memory of the next B meanwhile: pages lie too far apart for the processor to guess.
+    """
 
     @intrinsic
-    def pair_dot(_typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _c: Any, _c_stride: Any) -> Any:
+    def pair_dot(_typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _c: Any, _c_stride: Any, _next: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             emit = Emit(context, builder)
-            a, a_stride, b, n, c, c_stride = args
+            a, a_stride, b, n, c, c_stride, following = args
             vectors = 64 // LANES
             left = [emit.address(a, builder.mul(a_stride, n.type(r))) for r in range(rows)]
             out = [emit.address(c, builder.mul(c_stride, n.type(r))) for r in range(rows)]
             places = [emit.address(base, 64 * v) for base in out for v in range(vectors)]
 
             def one_pair(i: Any, sums: list[Any]) -> list[Any]:
-                block, place = emit.address(b, builder.mul(i, n.type(256))), builder.mul(i, n.type(4))
+                start, place = builder.mul(i, n.type(256)), builder.mul(i, n.type(4))
+                block, soon = emit.address(b, start), emit.address(following, start)
                 right = [emit.load(WORDS, emit.address(block, 64 * v), 64) for v in range(vectors)]
+                for v in range(vectors):
+                    emit.prefetch(emit.address(soon, 64 * v))
                 results = []
                 for r in range(rows):
                     pair = emit.splat(emit.load(WORD, emit.address(left[r], place), 4))
@@ -193,7 +206,7 @@ def _pair_dot(rows: int) -> Any:
             return context.get_dummy_value()
 
         whole = types.int64
-        return types.void(whole, whole, whole, whole, whole, whole), generate
+        return types.void(whole, whole, whole, whole, whole, whole, whole), generate
 
     return pair_dot
 
