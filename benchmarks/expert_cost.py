@@ -6,7 +6,8 @@ One engine with the compiled 8-bit runner. The three states take turns within ev
 machine: nothing plugged; `--plugged` experts plugged and the base asked for alone; one of them armed. The experts are
 random, of the usual width (512) at the last three layers, and their gates fire everywhere: what a real one costs on
 its own texts; elsewhere it costs its gates only, and one that never fires is measured too. A turn is one generation
-per stream; its pace is the median time between two steps' tokens. Ratios are medians of the rounds' ratios.
+per stream, without guessed tokens (`benchmarks/guesses.py` measures those), so that a step gives one; its pace is the
+median time between two of them. Ratios are medians of the rounds' ratios.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from engine_batch import prompt_ids
 from results import write
 
+from deepseek.infer import scheduler
 from deepseek.infer.compiled import CompiledRunner
 from deepseek.infer.engine import Engine
 from deepseek.infer.load import Loaded, load
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--plugged", type=int, default=16)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
+    scheduler.MAX_GUESSES = 0
     loaded = load(options.model)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, Engine(*loaded, CompiledRunner(loaded.model)) as engine:

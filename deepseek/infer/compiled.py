@@ -12,7 +12,7 @@ from deepseek.infer.compiled_state import CompiledState, PageShape
 from deepseek.infer.compiled_step import Scratch
 from deepseek.infer.runner import Chunk, RunnerOutput
 from deepseek.kernels import openmp
-from deepseek.kernels.decode.state import PAGE
+from deepseek.kernels.decode.state import PAGE, RECENT
 from deepseek.kernels.int8 import GROUP
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.transformer import DeepSeekModel
@@ -51,7 +51,7 @@ class CompiledRunner:
             self._experts.of(module)
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        return -(-length // PAGE) * self._shape.nbytes + 12 * _members(armed)
+        return -(-length // PAGE) * self._shape.nbytes + 12 * RECENT * _members(armed)
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> CompiledState:
         return CompiledState(self._shape, armed, _members(armed), capacity)

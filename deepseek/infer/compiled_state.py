@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepseek.infer.runner import Segment
-from deepseek.kernels.decode.state import PAGE
+from deepseek.kernels.decode.state import PAGE, RECENT
 from deepseek.kernels.int8 import GROUP
 from deepseek.model.experts.armed import ArmedExperts
 
@@ -58,7 +58,7 @@ class PageShape:
 class PageSegment:
     """Tokens `start` to `stop - 1` of a sequence. The pages are shared: what is written there once never changes.
 
-    pages: those that hold the tokens. sums: of the gates after the last one.
+    pages: those that hold the tokens. sums: `[members, 3]` of the gates after the last one.
     """
 
     shape: PageShape
@@ -73,11 +73,11 @@ class PageSegment:
 
 
 class CompiledState:
-    """Pages of one sequence, its experts, and the running sums `[members, 3]` of their gates."""
+    """Pages of one sequence, its experts, and the running sums `[RECENT, members, 3]` of their gates."""
 
     def __init__(self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int) -> None:
         self.shape, self.armed, self.capacity = shape, armed, capacity
-        self.sums = np.zeros((members, 3), np.float32)
+        self.sums = np.zeros((RECENT, members, 3), np.float32)  # after position p at p % RECENT
         self.pages: list[Page] = []
         self._length = 0
 
@@ -107,15 +107,14 @@ class CompiledState:
 
     @property
     def rewinds(self) -> bool:
-        """Only without experts: the sums of their gates hold no past."""
-        return self.armed is None
+        return True
 
     def rewind(self, length: int) -> None:
         self._length = length
 
     def segment(self, start: int) -> PageSegment:
         pages = self.pages[start // PAGE : -(-self._length // PAGE)]
-        return PageSegment(self.shape, tuple(pages), start, self._length, self.sums.copy())
+        return PageSegment(self.shape, tuple(pages), start, self._length, self._sums().copy())
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, PageSegment)
@@ -130,7 +129,12 @@ class CompiledState:
                 self.shape.copy_token(source, token % PAGE, self.pages[self._length // PAGE], self._length % PAGE)
                 step = 1
             self._length, token = self._length + step, token + step
-        self.sums = segment.sums.copy()
+        self._sums()[:] = segment.sums
+
+    def _sums(self) -> np.ndarray:
+        """The sums after the last token."""
+        own: np.ndarray = self.sums[(self._length - 1) % RECENT]
+        return own
 
     def close(self) -> None:
         self.pages = []

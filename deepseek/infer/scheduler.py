@@ -9,10 +9,11 @@ from deepseek.infer.prefix import PrefixCache
 from deepseek.infer.request import FinishReason
 from deepseek.infer.runner import Chunk, Runner
 from deepseek.infer.sampler import Logits
+from deepseek.kernels.decode.state import RECENT
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
-MAX_GUESSES = 7  # of all sequences together: with more rows a step takes longer (see `infer/lookup.py`)
+MAX_GUESSES = RECENT - 1  # of all sequences together: with more rows a step takes longer (see `infer/lookup.py`)
 CACHE_BYTES = 1 << 30
 
 

@@ -8,7 +8,10 @@ from deepseek.infer.compiled import CompiledRunner, supports
 from deepseek.infer.engine import Engine
 from deepseek.infer.load import load
 from deepseek.infer.request import Request
+from deepseek.infer.runner import Runner
 from deepseek.infer.sampler import Sampling
+from deepseek.infer.torch_runner import TorchRunner
+from deepseek.model.transformer import DeepSeekModel
 
 
 def start_engine(
@@ -27,7 +30,12 @@ def start_engine(
     Raises what `load` raises.
     """
     model, tokenizer = load(name, experts=experts)
-    engine = Engine(model, tokenizer, CompiledRunner(model) if int8 and supports(model) else None, **dials)
+    engine = Engine(model, tokenizer, quickest_runner(model) if int8 else None, **dials)
     for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
         pass
     return engine
+
+
+def quickest_runner(model: DeepSeekModel) -> Runner:
+    """Return the compiled runner, with 8-bit weights, where it computes `model`, else the one for every model."""
+    return CompiledRunner(model) if supports(model) else TorchRunner(model)

@@ -56,12 +56,16 @@ class LanguageTask:
         """Return the mean loss of one batch."""
         return LossOutput(self.module(batch), int((batch.labels != IGNORED_LABEL).sum()))
 
-    def balance(self) -> dict[str, float]:
-        """Let the routers act on what they counted in this step, once; return how uneven the load was."""
+    def balance(self, pace: float) -> dict[str, float]:
+        """Let the routers act on what they counted in this step, once; return how uneven the load was.
+
+        Args:
+            pace: see `update_routers`.
+        """
         if not self.routers:
             return {}
         load_LE = torch.stack([router.counts[:-1] for router in self.routers]).double()
-        update_routers(self.model)
+        update_routers(self.model, pace=pace)
         return {"max_violation": max_violation(self.backend.mean(load_LE))}
 
     @torch.no_grad()

@@ -88,12 +88,12 @@ class Hooks:
 
     Attributes:
         buffers: tensors beside the parameters that training changes, saved and restored with them.
-        stepped: called after every optimizer step; returns figures to record.
+        stepped: called after every optimizer step with its rate's share of the peak; returns figures to record.
         evaluated: called with the number of steps done after every evaluation.
     """
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    stepped: Callable[[], Mapping[str, float]] = dict
+    stepped: Callable[[float], Mapping[str, float]] = lambda _: {}
     evaluated: Callable[[int], object] = int
 
 
@@ -280,7 +280,7 @@ class _Run:
         self.optimizer.zero_grad()
         self.count(finite, taken, tokens)
         if taken:
-            extra = {**extra, **self.hooks.stepped()}
+            extra = {**extra, **self.hooks.stepped(rate / optim.learning_rate)}
             speed = tokens / (time.perf_counter() - started)
             self.write(
                 position.step - 1, loss=loss, learning_rate=rate, grad_norm=norm, tokens=position.tokens,

@@ -8,7 +8,7 @@ Breadth matters more than amount: a gate fires wrongly on the kinds of text that
 
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,15 @@ from deepseek.checkpoint.store import home, load_state, save_state
 from deepseek.data.document import Progress, silent, uniform
 from deepseek.data.loader import IGNORE, Batch
 from deepseek.errors import CheckpointError, DataError
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import ExpertChoice, Request
+from deepseek.infer.sampler import Sampling
+from deepseek.infer.start import quickest_runner
 from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.trunk import run_trunk
 
-VERSION = 2
+VERSION = 3
 ROW_LENGTH = 128
 """Tokens of one public row, each row out of another text."""
 
@@ -147,20 +151,19 @@ def installed_texts() -> list[Iterator[str]]:
 
 def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
     """Return ids `[R, ROW_LENGTH]` of documents that the model writes itself, the same ones at every call."""
-    end = document_end_id(tokenizer)
-    prompts = [[end, *ids] for ids in encode_plain(tokenizer, OPENINGS)] * SAMPLES_PER_OPENING
-    longest = max(map(len, prompts))
-    padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids in prompts])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    progress(0, 0, "public text")
-    with torch.random.fork_rng(devices=[]), model.experts.arming(None), torch.no_grad():
-        torch.manual_seed(0)
-        written = model.generate(
-            padded.to(model.device), attention_mask=mask.to(model.device), do_sample=True, temperature=1.0, top_p=1.0,
-            top_k=100, min_new_tokens=ROW_LENGTH, max_new_tokens=ROW_LENGTH, pad_token_id=end,
-        ).cpu()  # fmt: skip
-    starts = [longest - len(ids) + 1 for ids in prompts]  # without the document end that came before it
-    return torch.stack([row[start : start + ROW_LENGTH] for row, start in zip(written, starts, strict=True)])
+    end, rows = document_end_id(tokenizer), []
+    openings = encode_plain(tokenizer, OPENINGS) * SAMPLES_PER_OPENING
+    freely = Sampling(ROW_LENGTH, temperature=1.0, top_k=100, logit_bias={end: -100.0})
+    with Engine(model, tokenizer, quickest_runner(model)) as engine:
+        written = [
+            engine.submit(Request((end, *ids), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True))
+            for seed, ids in enumerate(openings)
+        ]
+        for done, (ids, events) in enumerate(zip(openings, written, strict=True)):
+            progress(done, len(openings), "public text")
+            rows.append([*ids, *(event.token_id for event in events)][:ROW_LENGTH])
+    whole = [row for row in rows if len(row) == ROW_LENGTH]  # none where the model's context is shorter
+    return torch.tensor(whole, dtype=torch.long).view(-1, ROW_LENGTH)
 
 
 def measure_public(model: Any, rows: Tensor, layers: Sequence[int], progress: Progress = silent) -> PublicStatistics:

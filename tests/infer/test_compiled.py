@@ -13,6 +13,7 @@ from deepseek.infer.request import Request
 from deepseek.infer.runner import Chunk
 from deepseek.infer.sampler import Sampling
 from deepseek.infer.scheduler import MAX_GUESSES
+from deepseek.kernels.decode.state import RECENT
 from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
@@ -161,9 +162,26 @@ def test_what_it_cannot_compute_it_refuses(changes):
         assert not supports(DeepSeekModel(ModelConfig(**SHAPE | changes)))
 
 
-def test_guesses_change_no_token_and_no_probability(monkeypatch):
+@pytest.mark.parametrize("right", range(1, RECENT))
+def test_what_was_taken_back_leaves_no_trace_in_gates(model, runner, right):
+    armed = ArmedExperts(Roster.gated(tuple(experts(model, 3)), 2, torch.device("cpu")))
+    whole, state = logits(runner, armed), runner.start(armed, 256)
+    runner.forward([Chunk(state, IDS[:41])])
+    runner.forward([Chunk(state, [*IDS[41 : 41 + right], *[3] * (RECENT - right)], "all")])
+    state.rewind(41 + right)
+    twin = runner.start(armed, 256)
+    twin.extend(state.segment(0))
+    for one in (state, twin):
+        assert torch.equal(runner.forward([Chunk(one, IDS[41 + right :], "all")]).logits_RV, whole[41 + right :])
+
+
+@pytest.mark.parametrize("count", [0, 2], ids=["base", "experts"])
+def test_guesses_change_no_token_and_no_probability(monkeypatch, count):
     tokenizer = tiny_tokenizer()
     model = build(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    if count:
+        armed = ArmedExperts(Roster.gated(tuple(experts(model, count)), 2, torch.device("cpu")))
+        monkeypatch.setattr(type(model.experts), "choose", lambda *_: armed)
     runner, pattern = CompiledRunner(model), (5, 9, 40, 3, 8) * 8
     requests = [
         Request(pattern, Sampling(60), ignore_end=True, logprobs=2),

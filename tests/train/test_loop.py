@@ -172,7 +172,7 @@ def test_a_spike_is_skipped_and_a_new_level_is_learned_from(tmp_path: Path) -> N
 def test_buffers_and_hooks_belong_to_the_run(tmp_path: Path) -> None:
     task, count, seen = Regression(), torch.zeros(1), []
 
-    def stepped() -> dict[str, float]:
+    def stepped(_: float) -> dict[str, float]:
         count.add_(1)
         return {"count": float(count)}
 

@@ -4,6 +4,7 @@ import numpy as np
 from numba import njit
 
 from deepseek.kernels.decode.rows import activate, add_projected, floats, row_bytes
+from deepseek.kernels.decode.state import RECENT
 from deepseek.kernels.few_tokens import share
 
 SHARPNESS = 16.0  # of `model/experts/gate.py`
@@ -45,24 +46,25 @@ def weigh(sites, batch, work, layer):  # type: ignore[no-untyped-def]
     first, last = share(len(batch.first) - 1)
     for chunk in range(first, last):
         start, end = own_members(sites, chunk, layer)
-        count, offset = end - start, start - sites.member_first[chunk]
+        count, place = end - start, start - sites.member_first[chunk]
         if count == 0:
             continue
-        sums = floats(sites.sums[chunk], 3 * (offset + count))[3 * offset :].reshape(count, 3)
+        recent = floats(sites.sums[chunk], RECENT, sites.member_first[chunk + 1] - sites.member_first[chunk], 3)
         detect, claims = np.empty(count, np.float32), np.empty(count, np.float32)
         for r in range(batch.first[chunk], batch.first[chunk + 1]):
+            position = batch.positions[r]
+            before, sums = recent[(position - 1) % RECENT, place:], recent[position % RECENT, place:]
             for j in range(count):
                 site = sites.members[start + j]
                 if sites.most[chunk] == 0:
                     work.said[r, site] = 1
-                elif batch.positions[r] > 0:
-                    for kind in range(2):
-                        score = work.scores[r, site - sites.first[layer], kind]
-                        sums[j, kind] = sums[j, kind] * sites.decay[site] + score
-                    sums[j, 2] = sums[j, 2] * sites.decay[site] + np.float32(1)
+                    continue
+                for kind in range(3):
+                    score = np.float32(1) if kind == 2 else work.scores[r, site - sites.first[layer], kind]
+                    sums[j, kind] = before[j, kind] * sites.decay[site] + score if position > 0 else np.float32(0)
                 detect[j] = sums[j, 0] / max(sums[j, 2], np.float32(1))
                 claims[j] = sums[j, 1] / max(sums[j, 2], np.float32(1))
-            if sites.most[chunk] and batch.positions[r] > 0:
+            if sites.most[chunk] and position > 0:
                 _arbitrate(sites.members[start:end], detect, claims, sites.most[chunk], work.said[r])
 
 

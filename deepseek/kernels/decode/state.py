@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 PAGE = 64  # tokens whose keys and values lie together
+RECENT = 8  # positions whose running sums of gates are kept, so that a step's last tokens can be taken back
 BLOCK = 64  # rows that a panel of weights is multiplied by before their results are used
 
 
@@ -56,8 +57,8 @@ class Sites(NamedTuple):
 
     first: first site of each layer `[L + 1]`. gate_up, down: addresses, and inner: groups of 64 hidden values `[S]`.
     gates: `[S, 2, D + 1]`, decay: `[S]`. members: sites of each chunk, from `member_first` `[C + 1]` on, in canonical
-    order. sums: address of each chunk's running sums `[members, 3]`. most: of modules at one token, 0 where all
-    are forced on `[C]`.
+    order. sums: address of each chunk's running sums `[RECENT, members, 3]`, those after position p at p % RECENT. most:
+    of modules at one token, 0 where all are forced on `[C]`.
     """
 
     first: Any

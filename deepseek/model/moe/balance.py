@@ -56,14 +56,14 @@ class Balance(nn.Module):
         self.counts.add_(torch.cat([dispatch.load_E(token_mask_N), tokens.reshape(1)]))
 
     @torch.no_grad()
-    def update(self, group: dist.ProcessGroup | None = None) -> None:
+    def update(self, group: dist.ProcessGroup | None = None, pace: float = 1.0) -> None:
         """Apply and clear the counts, summed over the ranks of `group` where torch.distributed is initialised."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts, group=group)
         load_E, tokens = self.counts[:-1].float(), self.counts[-1]
         seen = (tokens > 0).float()
         missing_E = 1 - load_E / load_E.mean().clamp(min=1)
-        self.bias += seen * self.rate * missing_E.clamp(-1, 1)
+        self.bias += seen * pace * self.rate * missing_E.clamp(-1, 1)
         self.bias -= self.bias.mean()
         if self.target is not None:
             self._steer(seen * (self.target - load_E.sum() / tokens.clamp(min=1)).clamp(-1, 1), seen)
@@ -92,11 +92,16 @@ class Balance(nn.Module):
         return self
 
 
-def update_routers(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Apply what the routers of `model` counted since the last call: call it once after every optimiser step."""
+def update_routers(model: nn.Module, group: dist.ProcessGroup | None = None, pace: float = 1.0) -> None:
+    """Apply what the routers of `model` counted since the last call: call it once after every optimiser step.
+
+    Args:
+        pace: share of `balance_rate` by which the biases move. The learning rate's share of its peak lets them come to
+            rest with the weights, where steps of one size go on overshooting.
+    """
     for module in model.modules():
         if isinstance(module, Balance):
-            module.update(group)
+            module.update(group, pace)
 
 
 def _recomputing() -> bool:
