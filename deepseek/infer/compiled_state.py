@@ -1,6 +1,5 @@
 """Keys and values of one sequence for the compiled runner, in pages of 64 tokens."""
 
-import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,16 +16,13 @@ Page = np.ndarray  # bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """Return zeroed memory `[nbytes]` that begins at a cache line; in huge pages, whose addresses are found sooner."""
-    if nbytes < HUGE:
-        memory = np.zeros(nbytes + 64, np.uint8)
-        start = -memory.ctypes.data % 64
-    else:
-        mapped = mmap.mmap(-1, nbytes + HUGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-        memory = np.frombuffer(mapped, np.uint8)
-        start = -memory.ctypes.data % HUGE
+    """Return zeroed memory `[nbytes]` that begins at a cache line.
+
+    NumPy asks Linux for huge pages, whose addresses are found sooner, so what is large begins at one.
+    """
+    unit = 64 if nbytes < HUGE else HUGE
+    memory = np.zeros(nbytes + unit, np.uint8)
+    start = -memory.ctypes.data % unit
     return memory[start : start + nbytes]
 
 

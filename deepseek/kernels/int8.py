@@ -3,8 +3,7 @@
 Numbers are rounded in groups of 64 along the input, weights and activations alike, after a Hadamard rotation of the
 group (QuaRot, arXiv:2404.00456): it spreads the few large activations that language models have over their group, and
 the product does not see it, because the matrix H is orthogonal and symmetric: (H w) . (H x) = w . x.
-A weight is q * s with q in -127..127 and s in bf16. An activation has 16 bits, in two bytes that are multiplied one
-after the other: reading weights takes longer than multiplying them. Its scale is found when it is rounded.
+A weight is q * s with q in -127..127 and s in bf16; an activation has its own scale, found when it is rounded.
 """
 
 import math
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP = 64
-LARGEST = 127 * 256  # of an activation
 DAMPING = 0.01  # of the mean square of inputs, added to every one: so much is not trusted to what was seen of them
 LANES, TILES = 16, 2
 COLUMNS = LANES * TILES  # outputs of one panel
@@ -110,16 +108,16 @@ def _compensated(weight_DF: Tensor, steps_DF: Tensor, gram_DD: Tensor) -> Tensor
 def product_reference(x_ND: Tensor, matrix: Int8Matrix) -> Tensor:
     """Return `x W^T`, `[N, F]` in fp32, with x rounded as the kernel rounds it."""
     groups_NGK = _grouped(x_ND)
-    scales_NG = groups_NGK.abs().amax(-1).clamp(min=1e-30) / LARGEST
-    rounded_NGK = (groups_NGK / scales_NG[..., None]).round().double()
-    weights_FGK = matrix.values.unflatten(-1, (-1, GROUP)).double()
-    sums_NGF = torch.einsum("ngk,fgk->ngf", rounded_NGK, weights_FGK).float()  # whole numbers below 2^31
+    scales_NG = groups_NGK.abs().amax(-1).clamp(min=1e-30) / 127
+    rounded_NGK = (groups_NGK / scales_NG[..., None]).round()
+    weights_FGK = matrix.values.unflatten(-1, (-1, GROUP)).float()
+    sums_NGF = torch.einsum("ngk,fgk->ngf", rounded_NGK, weights_FGK)  # exact: below 2^24
     return (sums_NGF * scales_NG[..., None] * matrix.scales.float().T).sum(1)
 
 
 def row_bytes(groups: int) -> int:
     """Return the distance in memory between two rounded rows of `groups` groups (see `kernels/decode/rows.py`)."""
-    return ((2 * GROUP + 8) * groups + 63) // 64 * 64
+    return ((GROUP + 8) * groups + 63) // 64 * 64
 
 
 def pack(matrices: list[Int8Matrix]) -> np.ndarray:

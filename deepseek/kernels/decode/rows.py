@@ -1,8 +1,7 @@
 """Rows of activations: rounding them, and their products with panels of weights.
 
-A rounded row of G groups lies in memory as G times 64 high and 64 low bytes, G scales in fp32 and G corrections in
-int32 (see `kernels/int8.py`). Rows are given by a table of their addresses. What a row gets never depends on the rows
-beside it.
+A rounded row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in int32 (see
+`kernels/int8.py`). Rows are given by a table of their addresses. What a row gets never depends on the rows beside it.
 """
 
 import platform
@@ -19,6 +18,7 @@ from deepseek.kernels.decode.vector import (
     panel_dot_1,
     panel_dot_2,
     panel_dot_4,
+    panel_dot_8,
     rotate,
     rotate_and_round,
 )
@@ -70,8 +70,8 @@ def floats(address, *shape):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
     """Round the 64 numbers at address `x` into group `group` of the row at address `row`."""
-    scale = row + 2 * GROUP * groups + 4 * group
-    rotate_and_round(x, row + 2 * GROUP * group, scale, scale + 4 * groups)
+    scale = row + GROUP * groups + 4 * group
+    rotate_and_round(x, row + GROUP * group, scale, scale + 4 * groups)
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -107,6 +107,9 @@ def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
 def multiply(panel, table, count, groups, out):  # type: ignore[no-untyped-def]
     """Multiply a panel by `count` rows; `out` is the address of fp32 `[count, 32]`."""
     row = 0
+    while row + 8 <= count:
+        panel_dot_8(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+        row += 8
     while row + 4 <= count:
         panel_dot_4(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
         row += 4

@@ -57,7 +57,7 @@ class Sites(NamedTuple):
 
     first: first site of each layer `[L + 1]`. gate_up, down: addresses, and inner: groups of 64 hidden values `[S]`.
     gates: `[S, 2, D + 1]`, decay: `[S]`. members: sites of each chunk, from `member_first` `[C + 1]` on, in canonical
-    order. sums: address of each chunk's running sums `[RECENT, members, 3]`, those after position p at p % RECENT. most:
+    order. sums: address of each chunk's running sums `[RECENT, members, 3]`, after position p at p % RECENT. most:
     of modules at one token, 0 where all are forced on `[C]`.
     """
 

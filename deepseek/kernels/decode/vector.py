@@ -7,14 +7,13 @@ both give the same bits.
 """
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from deepseek.kernels.int8 import GROUP, GROUP_BYTES, LANES, LARGEST, TILES
+from deepseek.kernels.int8 import GROUP, GROUP_BYTES, LANES, TILES
 
 BYTE, SHORT, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 WORDS, FLOATS = ir.VectorType(WORD, LANES), ir.VectorType(FLOAT, LANES)
@@ -122,10 +121,8 @@ def _scaled(emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any,
     for r, factor in enumerate(factors):
         own = emit.splat(factor)
         for tile in range(TILES):
-            high, low = sums[0][r][tile], sums[1][r][tile]
-            whole = emit.builder.add(emit.builder.shl(high, ir.Constant(WORDS, [8] * LANES)), low)
             both = emit.builder.fmul(scales[tile], own)
-            results.append(emit.fma(emit.builder.sitofp(whole, FLOATS), both, totals[r * TILES + tile]))
+            results.append(emit.fma(emit.builder.sitofp(sums[r][tile], FLOATS), both, totals[r * TILES + tile]))
     return results
 
 
@@ -138,21 +135,19 @@ def _panel_dot(rows: int) -> Any:
             emit = Emit(context, builder)
             panel, table, groups, out = args
             row = [emit.load(groups.type, emit.address(table, 8 * r), 8) for r in range(rows)]
-            scales = [emit.address(base, builder.mul(groups, groups.type(2 * GROUP))) for base in row]
+            scales = [emit.address(base, builder.mul(groups, groups.type(GROUP))) for base in row]
             corrections = [emit.address(base, builder.mul(groups, groups.type(4))) for base in scales]
 
             def one_group(g: Any, totals: list[Any]) -> list[Any]:
                 block = emit.address(panel, builder.mul(g, g.type(GROUP_BYTES)))
-                at, place = builder.mul(g, g.type(2 * GROUP)), builder.mul(g, g.type(4))
-                zeros = ir.Constant(WORDS, [0] * LANES)
+                at, place = builder.mul(g, g.type(GROUP)), builder.mul(g, g.type(4))
                 first = [emit.splat(emit.load(WORD, emit.address(base, place), 4)) for base in corrections]
-                sums = [[[start] * TILES for start in starts] for starts in ([zeros] * rows, first)]
+                sums = [[start] * TILES for start in first]
                 for step in range(STEPS):
                     for tile in range(TILES):
                         weights = emit.load(WORDS, emit.address(block, (step * TILES + tile) * 64), 64)
-                        for half, r in product(range(2), range(rows)):
-                            bytes_ = emit.load(WORD, emit.address(emit.address(row[r], at), half * GROUP + step * 4), 4)
-                            own = sums[half][r]
+                        for own, base in zip(sums, row, strict=True):
+                            bytes_ = emit.load(WORD, emit.address(emit.address(base, at), step * 4), 4)
                             own[tile] = emit.add_products(own[tile], weights, emit.splat(bytes_))
                 factors = [emit.load(FLOAT, emit.address(base, place), 4) for base in scales]
                 return _scaled(emit, sums, factors, emit.address(block, TILES * STEPS * 64), totals)
@@ -168,7 +163,7 @@ def _panel_dot(rows: int) -> Any:
     return panel_dot
 
 
-panel_dot_1, panel_dot_2, panel_dot_4 = (_panel_dot(rows) for rows in (1, 2, 4))
+panel_dot_1, panel_dot_2, panel_dot_4, panel_dot_8 = (_panel_dot(rows) for rows in (1, 2, 4, 8))
 
 
 def _pair_dot(rows: int) -> Any:
@@ -240,8 +235,7 @@ def rotate(_typing: Any, _x: Any) -> Any:
 
 @intrinsic
 def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correction: Any) -> Any:
-    """Write a group of 64 fp32 numbers, turned by the Hadamard matrix, as high and low bytes with their scale and
-    correction."""
+    """Write a group of 64 fp32 numbers, turned by the Hadamard matrix, as bytes with their scale and correction."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         emit = Emit(context, builder)
@@ -256,14 +250,11 @@ def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correctio
             fastmath=("nnan",),
         )
         largest = builder.select(builder.fcmp_ordered(">", largest, FLOAT(1e-30)), largest, FLOAT(1e-30))
-        inverse = emit.splat(builder.fdiv(FLOAT(LARGEST), largest), GROUP)
+        inverse = emit.splat(builder.fdiv(FLOAT(127.0), largest), GROUP)
         rounded = builder.fptosi(emit.call(f"llvm.rint.v{GROUP}f32", floats, builder.fmul(value, inverse)), words)
-        up, eight = (ir.Constant(words, [number] * GROUP) for number in (128, 8))
-        bytes_ = ir.VectorType(BYTE, GROUP)
-        emit.store(builder.trunc(builder.ashr(builder.add(rounded, up), eight), bytes_), args[1], 1)
-        emit.store(builder.trunc(rounded, bytes_), emit.address(args[1], GROUP), 1)
+        emit.store(builder.trunc(rounded, ir.VectorType(BYTE, GROUP)), args[1], 1)
         # The Hadamard matrix that keeps lengths is an eighth of the one of signs.
-        emit.store(builder.fmul(largest, FLOAT(1.0 / (LARGEST * GROUP**0.5))), args[2], 4)
+        emit.store(builder.fmul(largest, FLOAT(1.0 / (127.0 * GROUP**0.5))), args[2], 4)
         total = emit.call(f"llvm.vector.reduce.add.v{GROUP}i32", WORD, rounded)
         emit.store(builder.mul(total, WORD(-128)), args[3], 4)
         return context.get_dummy_value()
