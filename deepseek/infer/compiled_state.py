@@ -69,12 +69,16 @@ class PageSegment:
 
 
 class CompiledState:
-    """Pages of one sequence, its experts, and the running sums `[RECENT, members, 3]` of their gates."""
+    """Pages of one sequence, its experts, and the running sums `[RECENT, members, 3]` of their gates.
+
+    Attributes:
+        addresses: where the pages lie.
+    """
 
     def __init__(self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int) -> None:
         self.shape, self.armed, self.capacity = shape, armed, capacity
         self.sums = np.zeros((RECENT, members, 3), np.float32)  # after position p at p % RECENT
-        self.pages: list[Page] = []
+        self.pages, self.addresses = list[Page](), list[int]()
         self._length = 0
 
     @property
@@ -90,12 +94,7 @@ class CompiledState:
         missing = -(-(self._length + count) // PAGE) - len(self.pages)
         if missing > 0:
             rest = -(-self.capacity // PAGE) - len(self.pages)  # that it may ever need
-            self.pages += self.shape.new(max(missing, min(SLAB, rest)))
-
-    @property
-    def addresses(self) -> list[int]:
-        """Where the pages lie."""
-        return [page.ctypes.data for page in self.pages]
+            self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, rest))))
 
     def advance(self, count: int) -> None:
         """Take note that the step has written `count` tokens."""
@@ -118,7 +117,7 @@ class CompiledState:
         while token < segment.stop:
             source = segment.pages[token // PAGE - first]
             if token % PAGE == 0 and self._length % PAGE == 0 and token + PAGE <= segment.stop:
-                self.pages.insert(self._length // PAGE, source)
+                self._insert(self._length // PAGE, [source])
                 step = PAGE
             else:
                 self.reserve(1)
@@ -132,6 +131,9 @@ class CompiledState:
         own: np.ndarray = self.sums[(self._length - 1) % RECENT]
         return own
 
+    def _insert(self, place: int, pages: list[Page]) -> None:
+        self.pages[place:place] = pages
+        self.addresses[place:place] = [page.ctypes.data for page in pages]
+
     def close(self) -> None:
-        self.pages = []
-        self._length = 0
+        self.pages, self.addresses, self._length = [], [], 0

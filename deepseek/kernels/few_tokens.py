@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
 from deepseek.kernels import openmp
+from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 
 openmp.runtime()  # makes the runtime's symbols known before a kernel that names them is compiled or read from the cache
 _thread = openmp.external("omp_get_thread_num", types.int32())
 _threads = openmp.external("omp_get_num_threads", types.int32())
 barrier = openmp.external("GOMP_barrier", types.void())
-
-ELEMENT = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
 @intrinsic
@@ -220,24 +219,13 @@ def _run(x, gate_up, down, ids, slot_weights, y, proj, hidden):  # type: ignore[
     _combine(hidden, down, np.arange(ids.size), tokens, ends, y, first, last, out)
 
 
-def _kernel(element):  # type: ignore[no-untyped-def]
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        a = carray(data, 13)
-        n, d, f, e, k = a[8], a[9], a[10], a[11], a[12]
-        _run(
-            carray(pointer(a[0]), (n, d), np.float32), carray(pointer(a[1]), (e, 2 * f, d), element),
-            carray(pointer(a[2]), (e, d, f), element), carray(pointer(a[3]), (n, k), np.int64),
-            carray(pointer(a[4]), (n, k), np.float32), carray(pointer(a[5]), (n, d), np.float32),
-            carray(pointer(a[6]), (n * k, 2 * f), np.float32), carray(pointer(a[7]), (n * k, f), np.float32),
-        )  # fmt: skip
-
-    return kernel.address
-
-
 @cache
-def _address(dtype: torch.dtype) -> int:
-    return int(_kernel(ELEMENT[dtype]))
+def _kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        _run(*unpack(data, kinds))
+
+    return int(kernel.address)
 
 
 def forward(
@@ -248,9 +236,6 @@ def forward(
     x, the weights of the slots and `proj_SP` are fp32, the expert weights fp32 or bf16, all contiguous.
     """
     proj_SP = x_ND.new_empty(ids_NA.numel(), gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
-    (num_tokens, hidden_size), (num_experts, _, width) = x_ND.shape, down_EDF.shape
-    y_ND, hidden_SF = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), width)
-    tensors = (x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, proj_SP, hidden_SF)
-    sizes = [num_tokens, hidden_size, width, num_experts, ids_NA.shape[1]]
-    openmp.parallel(_address(gate_up_E2FD.dtype), [t.data_ptr() for t in tensors] + sizes)
+    y_ND, hidden_SF = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), down_EDF.shape[2])
+    launch(_kernel, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, proj_SP, hidden_SF)
     return y_ND

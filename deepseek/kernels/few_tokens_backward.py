@@ -4,11 +4,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import cfunc, njit
 from torch import Tensor
 
-from deepseek.kernels import few_tokens, openmp
-from deepseek.kernels.few_tokens import ELEMENT, barrier, pointer, share, sigmoid, sorted_slots, thread_number, widen
+from deepseek.kernels import few_tokens
+from deepseek.kernels.few_tokens import barrier, share, sigmoid, sorted_slots, thread_number, widen
+from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 
 
 @njit(fastmath=True)
@@ -121,26 +122,13 @@ def _run(  # type: ignore[no-untyped-def]
     _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, last)
 
 
-def _kernel(element):  # type: ignore[no-untyped-def]
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        a = carray(data, 19)
-        n, d, f, e, k, t, trained = a[12], a[13], a[14], a[15], a[16], a[17], a[18]
-        _run(
-            carray(pointer(a[0]), (n, d), np.float32), carray(pointer(a[1]), (n, d), np.float32),
-            carray(pointer(a[2]), (e, 2 * f, d), element), carray(pointer(a[3]), (e, d, f), element),
-            carray(pointer(a[4]), (n, k), np.int64), carray(pointer(a[5]), (n, k), np.float32),
-            carray(pointer(a[6]), (n * k, 2 * f), np.float32), carray(pointer(a[7]), (n * k, 2 * f), np.float32),
-            carray(pointer(a[8]), (n, d), np.float32), carray(pointer(a[9]), (trained, 2 * f, d), element),
-            carray(pointer(a[10]), (trained, d, f), element), carray(pointer(a[11]), (t, n * k), np.float32),
-        )  # fmt: skip
-
-    return kernel.address
-
-
 @cache
-def _address(dtype: torch.dtype) -> int:
-    return int(_kernel(ELEMENT[dtype]))
+def _kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        _run(*unpack(data, kinds))
+
+    return int(kernel.address)
 
 
 def untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -148,7 +136,7 @@ def untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
     The gradients of experts that no token went to then cost nothing; `torch.zeros` would write them all.
     """
-    return torch.from_numpy(np.zeros(shape, ELEMENT[dtype])).view(dtype)
+    return torch.from_numpy(np.zeros(shape, np.float32 if dtype == torch.float32 else np.uint16)).view(dtype)
 
 
 def backward(
@@ -156,24 +144,12 @@ def backward(
     proj_SP: Tensor, train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, gate_up and down (empty unless `train_experts`), and the slots' weights."""
-    (num_tokens, hidden_size), (num_experts, _, width) = x_ND.shape, down_EDF.shape
-    threads = torch.get_num_threads()
     grad_x, grad_proj = torch.empty_like(x_ND), torch.empty_like(proj_SP)
-    grad_weights = x_ND.new_zeros(threads, ids_NA.numel())
-    grads = [untouched_zeros(t.shape, t.dtype) if train_experts else t.new_empty(0) for t in (gate_up_E2FD, down_EDF)]
-    tensors = (
-        grad_ND,
-        x_ND,
-        gate_up_E2FD,
-        down_EDF,
-        ids_NA,
-        weights_NA,
-        proj_SP,
-        grad_proj,
-        grad_x,
-        *grads,
-        grad_weights,
-    )
-    sizes = [num_tokens, hidden_size, width, num_experts, ids_NA.shape[1], threads, num_experts if train_experts else 0]
-    openmp.parallel(_address(gate_up_E2FD.dtype), [t.data_ptr() for t in tensors] + sizes)
-    return grad_x, grads[0], grads[1], grad_weights.sum(0).view_as(weights_NA)
+    grad_weights = x_ND.new_zeros(torch.get_num_threads(), ids_NA.numel())
+    experts = (gate_up_E2FD, down_EDF)
+    grads = [untouched_zeros(t.shape, t.dtype) if train_experts else t.new_empty(0, *t.shape[1:]) for t in experts]
+    launch(
+        _kernel, grad_ND, x_ND, *experts, ids_NA, weights_NA, proj_SP, grad_proj, grad_x, *grads, grad_weights
+    )  # fmt: skip
+    grad_gate_up, grad_down = grads if train_experts else (grad.flatten() for grad in grads)
+    return grad_x, grad_gate_up, grad_down, grad_weights.sum(0).view_as(weights_NA)

@@ -66,6 +66,6 @@ def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Te
     """
     if torch.compiler.is_exporting():
         return mix_experts_everywhere(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
-    if x_ND.device.type != "cpu":
+    if x_ND.device.type != "cpu" or segments.is_slow(gate_up_E2FD, ids_NA):
         return mix_experts_grouped(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
     return segments.mix_experts(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)

@@ -28,6 +28,13 @@ def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Te
     return _forward(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, None)
 
 
+def is_slow(gate_up_E2FD: Tensor, ids_NA: Tensor) -> bool:
+    """Whether grouped products train these experts faster: where bf16 products are native, widening weights is not."""
+    native = gate_up_E2FD.dtype == torch.bfloat16 == _compute_dtype(torch.bfloat16)
+    trained = torch.is_grad_enabled() and gate_up_E2FD.requires_grad
+    return native and trained and ids_NA.shape[0] > 1 and _has_few_tokens(ids_NA, len(gate_up_E2FD))
+
+
 def _has_few_tokens(ids_NA: Tensor, num_experts: int) -> bool:
     return ids_NA.numel() <= FEW * num_experts
 
