@@ -1,14 +1,27 @@
 """What this processor is fast at."""
 
+import platform
 from functools import cache
+from pathlib import Path
 
 import torch
 
 
 @cache
 def has_fast_bfloat16() -> bool:
-    """Whether bf16 matrix products run on AMX or AVX-512 BF16 units; emulated, they are about 8x slower than fp32."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    """Whether bf16 matrix products are faster than fp32 ones; emulated, they are about 8x slower.
+
+    AMX makes them so, and so does AVX-512 BF16 where both vector ports have it (AMD); Intel's has one port of two, so that
+    its products run at 0.7 of the speed of fp32 (LOG.md, 2026-11-25).
+    """
+    one_port = "Intel" in _vendor()
+    return bool(torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not one_port))
+
+
+def _vendor() -> str:
+    """Return a text with the name of the processor's maker in it."""
+    listed = Path("/proc/cpuinfo")
+    return listed.read_text()[:256] if listed.is_file() else platform.processor()
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
