@@ -11,8 +11,8 @@ import torch
 def has_fast_bfloat16() -> bool:
     """Whether bf16 matrix products are faster than fp32 ones; emulated, they are about 8x slower.
 
-    AMX makes them so, and so does AVX-512 BF16 where both vector ports have it (AMD); Intel's has one port of two, so that
-    its products run at 0.7 of the speed of fp32 (LOG.md, 2026-11-25).
+    AMX makes them so, and so does AVX-512 BF16 where both vector ports have it (AMD); Intel has it on one of two, so
+    that its products run at 0.7 of the speed of fp32 (LOG.md, 2026-11-25).
     """
     one_port = "Intel" in _vendor()
     return bool(torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not one_port))
