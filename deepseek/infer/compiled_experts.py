@@ -9,6 +9,7 @@ import numpy as np
 
 from deepseek.infer.compiled_state import aligned
 from deepseek.kernels.int8 import GROUP, pack, quantize, row_bytes
+from deepseek.kernels.launch import placed
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
 
@@ -49,7 +50,7 @@ class Sites:
 
     Attributes:
         count: number of places. most: largest number at one layer.
-        arrays: what the kernel reads (see `kernels/decode/state.py`). addresses: where they lie.
+        places: of the arrays that the kernel reads (see `kernels/decode/state.py`).
         row_bytes: of the rounded hidden values of one row, for each place.
         members: for each roster its places.
     """
@@ -65,7 +66,7 @@ class Sites:
         of_layer = np.bincount([layer for (layer, _), _ in places], minlength=layers)[:layers]
         self.most = int(of_layer.max(initial=0))
         decays = [0.5 ** (1.0 / module.settings.half_life) for _, module in places]
-        self.arrays = (
+        self._arrays = (
             np.concatenate(([0], of_layer.cumsum())).astype(np.int64),
             np.array([part.gate_up.ctypes.data for part in parts], np.int64),
             np.array([part.down.ctypes.data for part in parts], np.int64),
@@ -75,7 +76,7 @@ class Sites:
             ),
             np.array(decays, np.float32),
         )
-        self.addresses = [array.ctypes.data for array in self.arrays]
+        self.places = placed(*self._arrays)
         self.row_bytes = [row_bytes(part.inner) for part in parts]
         self.members = {
             id(roster): [number[layer, id(module)] for layer, own in sorted(roster.owners.items()) for module in own]

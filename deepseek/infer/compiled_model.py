@@ -8,6 +8,7 @@ from torch import nn
 
 from deepseek.infer.compiled_experts import in_place
 from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize
+from deepseek.kernels.launch import placed
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.positions.rope import Rope
@@ -19,7 +20,7 @@ class PackedModel:
 
     Attributes:
         positions: for how many positions there are angles.
-        addresses: of the arrays, in the kernel's order.
+        places: of the arrays, in the kernel's order (see `kernels/launch.py`).
         nbytes: memory of the matrices.
     """
 
@@ -34,16 +35,15 @@ class PackedModel:
         if model.lm_head.weight is not model.embed_tokens.weight:
             packed.append(pack([matrix_of(model.lm_head)]))
         packed.append(pack([matrix_of(model.embed_tokens)]))
-        placed = in_place(*packed)
-        self.nbytes = sum(matrix.nbytes for matrix in placed)
-        addresses = [matrix.ctypes.data for matrix in placed]
-        normed = self.width if config.qk_norm == "head" else 0
-        sizes = [layers, self.hidden, self.heads, self.groups, self.width, self.inner, self.vocabulary, normed]
+        matrices = in_place(*packed)
+        self.nbytes = sum(matrix.nbytes for matrix in matrices)
+        addresses = [matrix.ctypes.data for matrix in matrices]
+        sizes = [layers, self.hidden, self.heads, self.groups, self.width, self.inner, self.vocabulary]
         whole = [sizes, *(addresses[kind : 4 * layers : 4] for kind in range(4)), addresses[4 * layers :][:1]]
-        self._placed, self._rope = placed, model.positions
+        self._matrices, self._rope = matrices, model.positions
         self._arrays = [*(np.array(part, np.int64) for part in (*whole, addresses[-1:])), *_small_arrays(model)]
         self._eps = np.array([config.rms_norm_eps], np.float32)
-        self.positions, self.addresses = 0, list[int]()
+        self.positions, self.places = 0, list[int]()
         self.reach(1024)
 
     def reach(self, positions: int) -> None:
@@ -54,7 +54,7 @@ class PackedModel:
         rotation: Any = self._rope.prepare(torch.arange(self.positions)[None], torch.float32)
         half = self.width // 2
         self._tables = [np.ascontiguousarray(table[0, 0, :, :half].numpy()) for table in (rotation.cos, rotation.sin)]
-        self.addresses = [array.ctypes.data for array in (*self._arrays, *self._tables, self._eps)]
+        self.places = placed(*self._arrays, *self._tables, self._eps)
 
 
 def matrix_of(layer: nn.Module) -> Int8Matrix:
@@ -93,7 +93,7 @@ def _small_arrays(model: DeepSeekModel) -> list[np.ndarray]:
     window = model.config.sliding_window or 0
     return [
         _floats(torch.stack([*norms, model.norm.weight])),
-        _floats(torch.stack([torch.stack(pair) for pair in heads]) if heads else torch.zeros(0)),
+        _floats(torch.stack([torch.stack(pair) for pair in heads]) if heads else torch.zeros(len(blocks), 2, 0)),
         _floats(torch.stack([torch.cat([_bias(part) for part in parts]) for parts in biases])),
         _floats(torch.stack([_bias(own.o_proj) for own in attentions])),
         np.array([window if own.windowed else 0 for own in attentions], np.int64),

@@ -1,7 +1,8 @@
 """The memory of the compiled step, and the plan of a batch that it is called with."""
 
+import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from deepseek.infer.runner import Chunk
 from deepseek.kernels.decode import step
 from deepseek.kernels.decode.state import PAGE
 from deepseek.kernels.int8 import GROUP, row_bytes
+from deepseek.kernels.launch import placed
 
 QUERIES = 6  # most queries of a unit of attention
 FEWEST = 3  # fewer leave vector units idle, and keys and values are read again by every unit
@@ -23,7 +25,7 @@ UNITS = 4  # units for each thread that are enough to share attention evenly
 class Scratch:
     """Memory that grows with the largest batch so far and is used by every step.
 
-    A buffer holds what its name says in `Work` (`kernels/decode/state.py`).
+    A buffer holds what its name says in `Work` (`kernels/decode/state.py`), in that order.
     """
 
     def __init__(self, model: PackedModel) -> None:
@@ -44,48 +46,51 @@ class Scratch:
         rows, threads = first[-1], torch.get_num_threads()
         self.model.reach(longest)
         self._grow(rows, -(-longest // PAGE) * PAGE, threads, sites)
-        plan = self._plan(chunks, states, first, kept, sites, threads)
-        logits_RV = torch.empty(len(kept), self.model.vocabulary)
-        buffers = self._buffers
-        said_NS = buffers["said"][: rows * sites.count].reshape(rows, sites.count)
+        logits_RV = np.empty((len(kept), self.model.vocabulary), np.float32)
+        said_NS = self._buffers["said"][:rows]
         said_NS[:] = 0
-        buffers["sync"][:] = 0
-        work = self._addresses
-        step.run(
-            [*self.model.addresses, plan.ctypes.data, len(plan), *sites.addresses, *work[:7], logits_RV.data_ptr(),
-             *work[7:], self.model.positions]
-        )  # fmt: skip
-        return logits_RV, said_NS
+        self._buffers["sync"][:] = 0
+        plan, places = self._plan(chunks, states, first, kept, sites, threads)
+        step.run([*self.model.places, *places, *placed(logits_RV), *sites.places, *self._places])
+        del plan  # not before the step has read it
+        return torch.from_numpy(logits_RV), said_NS
 
     def _plan(
         self, chunks: Sequence[Chunk], states: list[CompiledState], first: list[int], kept: list[int], sites: Sites,
         threads: int,
-    ) -> np.ndarray:  # fmt: skip
-        """Return the batch as one array of numbers (`_batch` and `_sites` in `kernels/decode/step.py` read it)."""
+    ) -> tuple[np.ndarray, list[int]]:  # fmt: skip
+        """Return the whole numbers of a batch (`Batch` in `kernels/decode/state.py`) in one array, and their places."""
         model, lengths = self.model, [len(chunk.ids) for chunk in chunks]
         rest, most = model.heads // model.groups, max(len(state.pages) for state in states)
         block = min(QUERIES, max(FEWEST, first[-1] * model.heads // (UNITS * threads)))
-        units = accumulate((model.groups * -(-length * rest // block) for length in lengths), initial=0)
+        units = (model.groups * -(-length * rest // block) for length in lengths)
         members = [[] if s.armed is None else sites.members[id(s.armed.roster)] for s in states]
         forced = [s.armed is not None and s.armed.roster.banks is None for s in states]
         rosters = [None if s.armed is None or not s.armed.roster.banks else s.armed.roster.banks for s in states]
         limits = [0 if banks is None else next(iter(banks.values())).max_experts for banks in rosters]
         assert all(limit or flag or not own for limit, flag, own in zip(limits, forced, members, strict=True))
-        header = [
-            first[-1], len(chunks), most, len(kept), block, sites.count, sum(map(len, members)), threads, self._span,
-            self._room, sites.most,
-        ]  # fmt: skip
-        numbers = header + [token for chunk in chunks for token in chunk.ids]
-        for state, length in zip(states, lengths, strict=True):
-            numbers += range(state.length, state.length + length)
-        for c, length in enumerate(lengths):
-            numbers += [c] * length
-        numbers += [*first, *units]
-        for state in states:
-            numbers += [*state.addresses, *[0] * (most - len(state.pages))]
-        numbers += [*kept, *accumulate(map(len, members), initial=0), *(site for own in members for site in own)]
-        numbers += [*(state.sums.ctypes.data for state in states), *limits]
-        return np.array(numbers, np.int64)
+        parts = {
+            "ids": [token for chunk in chunks for token in chunk.ids],
+            "positions": [
+                at for s, length in zip(states, lengths, strict=True) for at in range(s.length, s.length + length)
+            ],
+            "chunk": [number for number, length in enumerate(lengths) for _ in range(length)],
+            "first": first,
+            "pages": [address for s in states for address in (*s.addresses, *[0] * (most - len(s.pages)))],
+            "units": [*accumulate(units, initial=0)],
+            "block": [block],
+            "kept": kept,
+            "member_first": [*accumulate(map(len, members), initial=0)],
+            "members": [site for own in members for site in own],
+            "sums": [state.sums.ctypes.data for state in states],
+            "most": limits,
+        }
+        plan = np.array([*chain(*parts.values())], np.int64)
+        places, address = list[int](), plan.ctypes.data
+        for name, part in parts.items():
+            places += [address, *((len(chunks), most) if name == "pages" else (len(part),))]
+            address += 8 * len(part)
+        return plan, places
 
     def _grow(self, rows: int, span: int, threads: int, sites: Sites) -> None:
         """Have room for so many rows, attention over so many keys, and the experts of `sites`."""
@@ -104,23 +109,23 @@ class Scratch:
             memory.ctypes.data + stride * np.arange(room) for memory, stride in zip(self._rows, strides, strict=True)
         ]
         self._buffers = {
-            "stream": _floats(room * model.hidden),
-            "projected": _floats(room * (model.heads + 2 * model.groups) * model.width),
-            "queries": aligned(2 * room * model.heads * model.width),
+            "stream": _zeros(np.float32, room, model.hidden),
+            "projected": _zeros(np.float32, room, (model.heads + 2 * model.groups) * model.width),
+            "queries": _zeros(np.uint16, model.groups, room, model.heads // model.groups, model.width),
             "tables": np.array(tables, np.int64),
-            "scores": _floats(room * sites.most * 2),
-            "said": _floats(room * sites.count),
+            "scores": _zeros(np.float32, room, sites.most, 2),
+            "said": _zeros(np.float32, room, sites.count),
             "expert_rows": np.array([memory.ctypes.data for memory in self._expert_rows], np.int64),
-            "weighed": _floats(threads * QUERIES * self._span),
-            "shares": aligned(2 * threads * QUERIES * self._span),
+            "weighed": _zeros(np.float32, threads, QUERIES, self._span),
+            "shares": _zeros(np.uint16, threads, QUERIES, self._span),
             "own": np.zeros((threads, room), np.int64),
-            "sync": aligned(64 * (model.layers + 1)).view(np.int64),
+            "sync": _zeros(np.int64, 8 * (model.layers + 1)),
         }
-        self._addresses = [array.ctypes.data for array in self._buffers.values()]
+        self._places = placed(*self._buffers.values())
 
 
-def _floats(count: int) -> np.ndarray:
-    return aligned(4 * count).view(np.float32)
+def _zeros(dtype: type[np.number], *shape: int) -> np.ndarray:
+    return aligned(np.dtype(dtype).itemsize * math.prod(shape)).view(dtype).reshape(shape)
 
 
 def _state(chunk: Chunk) -> CompiledState:
