@@ -16,24 +16,22 @@ from deepseek.packs.pack import read_pack
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
 from deepseek.server.schema import ArmRequest, PlugRequest
-from deepseek.server.service import Service, service_of
+from deepseek.server.service import Service, TheService
 
 router = APIRouter()
 
 
 @router.get("/v1/experts")
-async def experts(request: HttpRequest) -> dict[str, Any]:
+async def experts(service: TheService) -> dict[str, Any]:
     """List what is plugged, and what lies in the experts folder beside it."""
-    service = service_of(request)
     plugged = [described(info) for info in service.engine.experts()]
     names = {info["name"] for info in plugged}
     return {"object": "list", "data": plugged, "available": sorted(packs(service).keys() - names)}
 
 
 @router.get("/v1/experts/{name}")
-async def inspect(name: str, request: HttpRequest) -> dict[str, Any]:
+async def inspect(name: str, service: TheService) -> dict[str, Any]:
     """Show the papers of an expert that is plugged or lies in the experts folder."""
-    service = service_of(request)
     plugged = {info.name: info for info in service.engine.experts()}
     if name in plugged:
         return {**described(plugged[name]), "manifest": service.engine.model.experts.manifest(name).model_dump()}
@@ -42,9 +40,8 @@ async def inspect(name: str, request: HttpRequest) -> dict[str, Any]:
 
 
 @router.post("/v1/experts", status_code=201, dependencies=[ADMIN])
-async def plug(body: PlugRequest, request: HttpRequest) -> dict[str, Any]:
+async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
     """Plug a pack of the experts folder; requests that start from now on may use it."""
-    service = service_of(request)
     if any(info.name == body.name for info in service.engine.experts()):
         raise ApiError(409, f"The expert {body.name} is plugged already; unplug it first.", param="name")
     return described(await asyncio.to_thread(service.engine.plug, pack_path(service, body.name)))
@@ -59,35 +56,32 @@ BINARY = {
 
 
 @router.post("/v1/experts/upload", status_code=201, dependencies=[ADMIN], openapi_extra=BINARY)
-async def upload(request: HttpRequest) -> dict[str, Any]:
+async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
     """Plug the pack that is the body of the request; it stays until it is unplugged or the server ends."""
-    engine = service_of(request).engine
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"upload{SUFFIX}"
         with path.open("wb") as file:
             async for piece in request.stream():
                 file.write(piece)
         try:
-            return described(await asyncio.to_thread(engine.plug, path))
+            return described(await asyncio.to_thread(service.engine.plug, path))
         except PackError as error:
             raise ApiError(400, str(error).replace(str(path), "upload"), code="invalid_pack") from None
 
 
 @router.delete("/v1/experts/{name}", dependencies=[ADMIN])
-async def unplug(name: str, request: HttpRequest) -> dict[str, Any]:
+async def unplug(name: str, service: TheService) -> dict[str, Any]:
     """Unplug an expert; requests under way keep it until they end."""
-    engine = service_of(request).engine
-    if all(info.name != name for info in engine.experts()):
+    if all(info.name != name for info in service.engine.experts()):
         raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
-    await asyncio.to_thread(engine.unplug, name)
+    await asyncio.to_thread(service.engine.unplug, name)
     return {"object": "expert", "name": name, "plugged": False}
 
 
 @router.post("/v1/experts/arm", dependencies=[ADMIN])
-async def arm(body: ArmRequest, request: HttpRequest) -> dict[str, Any]:
+async def arm(body: ArmRequest, service: TheService) -> dict[str, Any]:
     """Choose who may speak where a request does not choose: "auto" is everyone plugged, now and later."""
-    engine = service_of(request).engine
-    armed = await asyncio.to_thread(engine.arm, body.arm)
+    armed = await asyncio.to_thread(service.engine.arm, body.arm)
     return {"object": "list", "armed": list(armed)}
 
 

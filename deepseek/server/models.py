@@ -6,29 +6,28 @@ from array import array
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi import Request as HttpRequest
 
 from deepseek.infer.engine import Engine
 from deepseek.server.errors import ApiError
 from deepseek.server.prompt import PromptWriter
 from deepseek.server.replies import Embeddings, Model, Models, described
 from deepseek.server.schema import EmbeddingsRequest
-from deepseek.server.service import service_of
+from deepseek.server.service import TheService
 from deepseek.text.tokenizer import tokenizer_digest
 
 router = APIRouter()
 
 
 @router.get("/v1/models", responses=described(Models))
-async def models(request: HttpRequest) -> dict[str, Any]:
+async def models(service: TheService) -> dict[str, Any]:
     """List the base model as it is armed, alone, with each expert, and with all of them."""
-    return {"object": "list", "data": [card(name) for name in service_of(request).models()]}
+    return {"object": "list", "data": [card(name) for name in service.models()]}
 
 
 @router.get("/v1/models/{model}", responses=described(Model))
-async def model(model: str, request: HttpRequest) -> dict[str, Any]:
+async def model(model: str, service: TheService) -> dict[str, Any]:
     """Describe one model: the base, or the base with any set of plugged experts."""
-    service_of(request).named_experts(model)
+    service.named_experts(model)
     return card(model)
 
 
@@ -38,9 +37,8 @@ def card(name: str) -> dict[str, Any]:
 
 
 @router.post("/v1/embeddings", responses=described(Embeddings))
-async def embeddings(body: EmbeddingsRequest, request: HttpRequest) -> dict[str, Any]:
+async def embeddings(body: EmbeddingsRequest, service: TheService) -> dict[str, Any]:
     """Return a vector of length 1 for each text: the mean of the base model's last hidden states."""
-    service = service_of(request)
     if service.named_experts(body.model):
         raise ApiError(400, "Embeddings are made by the base alone; leave the experts out of model.", param="model")
     texts = body.input if isinstance(body.input, list) and not isinstance(body.input[0], int) else [body.input]
@@ -63,9 +61,8 @@ def packed(vector: list[float]) -> str:
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(request: HttpRequest) -> dict[str, Any]:
+async def tokenizer_info(service: TheService) -> dict[str, Any]:
     """Describe the tokenizer, as evaluation harnesses ask."""
-    service = service_of(request)
     tokenizer = service.engine.tokenizer
     return {
         "model": service.settings.model,

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Any
 
+from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from deepseek.checkpoint.store import home
@@ -159,7 +161,9 @@ def submit(engine: Engine, plan: Callable[[], Sequence[Request]]) -> list[Genera
     return generations
 
 
-def service_of(request: HttpRequest) -> Service:
-    """Return the service of the app that got `request`."""
-    service: Service = request.app.state.service
-    return service
+async def _service_of(request: HttpRequest) -> Any:
+    return request.app.state.service
+
+
+TheService = Annotated[Service, Depends(_service_of)]
+"""What a route names to be given the service of its app."""
