@@ -42,7 +42,7 @@ def rows(tokenizer: Any, texts: list[Path], count: int) -> list[list[int]]:
 
 
 def run(runner: Runner, ids: list[int]) -> Tensor:
-    logits: Tensor = runner.forward([Chunk(runner.start(None, len(ids)), ids, "all")]).logits_RV
+    logits: Tensor = runner.forward([Chunk(runner.start(None, len(ids)), ids, len(ids))]).logits_RV
     return logits.double().log_softmax(-1)
 
 

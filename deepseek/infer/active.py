@@ -9,7 +9,7 @@ from deepseek.errors import ConfigError
 from deepseek.infer.lookup import Lookup
 from deepseek.infer.prefix import block_keys
 from deepseek.infer.request import FinishReason, Request, TokenEvent, TokenLogprob, Usage
-from deepseek.infer.runner import Chunk, Keep, SequenceState
+from deepseek.infer.runner import Chunk, SequenceState
 from deepseek.infer.sampler import Logits, Sampler
 from deepseek.infer.vocabulary import TextStream, Vocabulary
 from deepseek.model.experts.armed import ArmedExperts
@@ -76,10 +76,11 @@ class ActiveSequence:
         assert self.state is not None
         if not self.prefilling:
             room = self.capacity - self.state.length - 2 if self.state.rewinds else 0
-            return Chunk(self.state, (self._token, *self._lookup.guess(min(guesses, room))), "all")
+            ids = (self._token, *self._lookup.guess(min(guesses, room)))
+            return Chunk(self.state, ids, len(ids))
         prompt, start = self.request.prompt_ids, self.state.length
         stop = min(len(prompt), (start // self.block + 1) * self.block)
-        keep: Keep = "all" if self.request.prompt_logprobs else "last" if stop == len(prompt) else "none"
+        keep = stop - start if self.request.prompt_logprobs else int(stop == len(prompt))
         return Chunk(self.state, prompt[start:stop], keep)
 
     def advance(self, logits_RV: Logits, experts: Sequence[str | None]) -> list[TokenEvent]:

@@ -3,10 +3,11 @@
 import threading
 from collections.abc import Sequence
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from deepseek.infer.compiled_experts import PackedExperts, Sites
+from deepseek.infer.compiled_experts import Packed, Sites, pack_module
 from deepseek.infer.compiled_model import PackedModel
 from deepseek.infer.compiled_state import CompiledState, PageShape
 from deepseek.infer.compiled_step import Scratch
@@ -15,6 +16,7 @@ from deepseek.kernels import openmp
 from deepseek.kernels.decode.state import PAGE, RECENT
 from deepseek.kernels.int8 import GROUP
 from deepseek.model.experts.armed import ArmedExperts, Roster
+from deepseek.model.experts.module import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
 
 
@@ -39,7 +41,7 @@ class CompiledRunner:
         config = model.config
         assert config.head_dim is not None and config.num_key_value_heads is not None
         self._shape = PageShape(config.num_hidden_layers * config.num_key_value_heads, config.head_dim)
-        self._experts = PackedExperts()
+        self._packed = WeakKeyDictionary[ExpertModule, Packed]()  # each expert that some sequence uses, rounded once
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
         self.weight_bytes = weights.nbytes  # read once in every step
@@ -48,7 +50,7 @@ class CompiledRunner:
 
     def prepare(self, armed: ArmedExperts | None) -> None:
         for module in armed.roster.modules if armed is not None else ():
-            self._experts.of(module)
+            self._packed_of(module)
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
         return -(-length // PAGE) * self._shape.nbytes + 12 * RECENT * _members(armed)
@@ -64,11 +66,17 @@ class CompiledRunner:
                 state.reserve(len(chunk.ids))
             sites = self._sites_of([s.armed.roster for s in states if s.armed is not None])  # type: ignore[attr-defined]
             first = [0, *accumulate(len(chunk.ids) for chunk in chunks)]
-            kept = [row for c, chunk in enumerate(chunks) for row in _kept(chunk, first[c], first[c + 1])]
+            kept = [row for chunk, end in zip(chunks, first[1:], strict=True) for row in range(end - chunk.keep, end)]
             logits_RV, said = self._work.step(chunks, first, kept, sites)
             for chunk, state in zip(chunks, states, strict=True):
                 state.advance(len(chunk.ids))  # type: ignore[attr-defined]
             return RunnerOutput(logits_RV, self._speakers(chunks, kept, sites, said))
+
+    def _packed_of(self, module: ExpertModule) -> Packed:
+        """Return an expert, rounded and packed. Any thread may ask."""
+        if module not in self._packed:
+            self._packed[module] = pack_module(module)
+        return self._packed[module]
 
     def _sites_of(self, rosters: list[Roster]) -> Sites:
         """Return the places of the experts of these rosters."""
@@ -78,7 +86,7 @@ class CompiledRunner:
             if len(self._sites) >= 16:
                 self._sites.clear()
             layers, hidden = len(self.model.layers), self.model.config.hidden_size
-            self._sites[key] = Sites(list(distinct.values()), self._experts, layers, hidden)
+            self._sites[key] = Sites(list(distinct.values()), self._packed_of, layers, hidden)
         return self._sites[key]
 
     def _speakers(
@@ -88,17 +96,11 @@ class CompiledRunner:
             return (None,) * len(kept)
         names: list[str | None] = []
         for chunk in chunks:
-            count = {"none": 0, "last": 1, "all": len(chunk.ids)}[chunk.keep]
-            rows, armed = kept[len(names) : len(names) + count], chunk.state.armed  # type: ignore[attr-defined]
-            names += [None] * count if armed is None or not rows else sites.speakers(armed.roster, said_NS[rows])
+            rows, armed = kept[len(names) : len(names) + chunk.keep], chunk.state.armed  # type: ignore[attr-defined]
+            names += [None] * chunk.keep if armed is None or not rows else sites.speakers(armed.roster, said_NS[rows])
         return tuple(names)
 
 
 def _members(armed: ArmedExperts | None) -> int:
     """Return the number of layers at which experts of a sequence have gates, over all experts."""
     return sum(len(own) for own in armed.roster.owners.values()) if armed is not None else 0
-
-
-def _kept(chunk: Chunk, first: int, end: int) -> range:
-    """Return the rows of a chunk that need logits."""
-    return range({"none": end, "last": end - 1, "all": first}[chunk.keep], end)

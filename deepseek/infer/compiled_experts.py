@@ -1,8 +1,6 @@
 """Plugged experts as the compiled step wants them: rounded, packed, and listed for the sequences of a batch."""
 
-import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +32,11 @@ def in_place(*arrays: np.ndarray) -> list[np.ndarray]:
     return copies
 
 
-def pack_module(module: ExpertModule) -> dict[int, PackedLayer]:
+Packed = dict[int, PackedLayer]
+"""The layers of an expert."""
+
+
+def pack_module(module: ExpertModule) -> Packed:
     """Round and pack every layer of an expert."""
     packed = {}
     for layer in module.layers:
@@ -55,12 +57,14 @@ class Sites:
         members: for each roster its places.
     """
 
-    def __init__(self, rosters: Sequence[Roster], packed: "PackedExperts", layers: int, hidden: int) -> None:
+    def __init__(
+        self, rosters: Sequence[Roster], packed: Callable[[ExpertModule], Packed], layers: int, hidden: int
+    ) -> None:
         self.rosters = tuple(rosters)  # keeps them alive, so that none of the same identity comes after it
         owners = [(layer, module) for roster in rosters for layer, own in roster.owners.items() for module in own]
         places = sorted({(layer, id(module)): module for layer, module in owners}.items(), key=lambda item: item[0])
         number = {key: i for i, (key, _) in enumerate(places)}
-        parts = [packed.of(module)[layer] for (layer, _), module in places]
+        parts = [packed(module)[layer] for (layer, _), module in places]
         self._parts = parts
         self.count = len(places)
         of_layer = np.bincount([layer for (layer, _), _ in places], minlength=layers)[:layers]
@@ -91,21 +95,3 @@ class Sites:
         means_RN = np.stack([own_RM[:, [name == other for other in names]].mean(1) for name in modules], 1)
         best_R = means_RN.argmax(1)
         return [modules[best] if means[best] > 0 else None for best, means in zip(best_R, means_RN, strict=True)]
-
-
-class PackedExperts:
-    """Every expert that some sequence uses, rounded once."""
-
-    def __init__(self) -> None:
-        self._packed: weakref.WeakKeyDictionary[ExpertModule, dict[int, PackedLayer]] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
-
-    def of(self, module: ExpertModule) -> dict[int, PackedLayer]:
-        """Return the packed layers of a module. Any thread may ask."""
-        with self._lock:
-            found = self._packed.get(module)
-        if found is None:
-            found = pack_module(module)
-            with self._lock:
-                self._packed[module] = found
-        return found

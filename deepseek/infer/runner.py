@@ -5,13 +5,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from deepseek.model.experts.armed import ArmedExperts
-
-Keep = Literal["last", "all", "none"]
 
 
 class Segment(Protocol):
@@ -70,12 +68,12 @@ class Chunk:
     Attributes:
         state: the tokens before them; the forward pass adds the new ones.
         ids: the new tokens, at least one; where the state rewinds, guesses may follow the token chosen last.
-        keep: which of them need logits: the last one, all, or (within a prompt) none.
+        keep: how many of them, the last ones, need logits; within a prompt none.
     """
 
     state: SequenceState
     ids: Sequence[int]
-    keep: Keep = "last"
+    keep: int = 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.infer.runner import Chunk, Keep, RunnerOutput, Segment
+from deepseek.infer.runner import Chunk, RunnerOutput, Segment
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.lsh import LshAttention
@@ -127,7 +127,8 @@ class TorchRunner:
         for chunk in chunks:
             assert isinstance(chunk.state, TorchState)
             ids = torch.tensor([chunk.ids], device=self.model.device)
-            output = self.model(ids, cache=chunk.state.cache, logits_to_keep=_to_keep(chunk.keep))
+            keep = chunk.keep or torch.tensor([], dtype=torch.long)  # the number 0 would mean all
+            output = self.model(ids, cache=chunk.state.cache, logits_to_keep=keep)
             rows.append(output.logits[0].float().cpu())
             experts += speakers(output, len(rows[-1]))
         return RunnerOutput(torch.cat(rows), tuple(experts))
@@ -140,10 +141,6 @@ def speakers(output: ModelOutput, count: int) -> list[str | None]:
     weights_TM: Tensor = output.experts.attribution()[0, -count:]
     names = output.experts.names
     return [names[int(row.argmax())] if bool((row > 0).any()) else None for row in weights_TM]
-
-
-def _to_keep(keep: Keep) -> int | Tensor:
-    return torch.tensor([], dtype=torch.long) if keep == "none" else {"last": 1, "all": 0}[keep]
 
 
 def _tensors(*parts: dict[int, Tensor]) -> list[Tensor]:
