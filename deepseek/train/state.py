@@ -48,17 +48,22 @@ class TrainingState:
 
 
 @contextmanager
-def disk_full_explained(folder: Path) -> Iterator[None]:
-    """Turn a lack of space while the checkpoint `folder` is written into one sentence."""
+def disk_full_explained(message: str) -> Iterator[None]:
+    """Turn a lack of space within the block into a `TrainError` with this message."""
     try:
         yield
     except Exception as error:
         if not _is_disk_full(error):
             raise
-        raise TrainError(
-            f"The disk of {folder.parent} is full, the checkpoint {folder.name} was not written; the one before is "
-            "intact, so free some space and run the same command."
-        ) from error
+        raise TrainError(message) from error
+
+
+def no_room_for(folder: Path) -> str:
+    """Return what to say where a checkpoint does not fit the disk."""
+    return (
+        f"The disk of {folder.parent} is full, the checkpoint {folder.name} was not written; the one before is intact, "
+        "so free some space and run the same command."
+    )
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
