@@ -106,11 +106,13 @@ def train_uncached(run: Path, folder: Path) -> Path:
     shutil.copytree(run / "corpus", folder / "corpus")
     stored = json.loads((run / "request.json").read_text())
     source = {name: Path(value) if name in PATHS and value else value for name, value in stored.pop("source").items()}
-    expert = ExpertRun(ExpertRequest(source=Source(**source), **stored), folder, ProgressBar())
+    expert = ExpertRun(
+        ExpertRequest(source=Source(**source), **stored), folder, folder / "pack.safetensors", ProgressBar()
+    )
     expert.cached_below = False
     texts = expert.texts(expert.corpus())
     plan = Plan(**json.loads((run / "plan.json").read_text())["plan"])
-    expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, held_out_rows=1), resume="")
+    expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, held_out_rows=1))
     return folder
 
 

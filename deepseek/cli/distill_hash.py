@@ -7,10 +7,7 @@ import typer
 
 from deepseek.cli.options import Base
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def distill_hash(
     base: Base = "smollm2-135m",
     data: Annotated[

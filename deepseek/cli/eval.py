@@ -7,10 +7,7 @@ import typer
 
 from deepseek.cli.options import Base, expert_packs
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command("eval")
 def evaluate(
     experts: Annotated[
         str,

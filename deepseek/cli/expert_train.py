@@ -1,8 +1,6 @@
 """`deepseek expert train`: from a pile of text to an expert pack."""
 
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,16 +37,11 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, estimate, change nothing.")] = False,
 ) -> None:
     """Train an expert on your text with the base frozen; interrupted, the same command goes on where it was."""
-    source = source_name(from_git, from_folder, from_jsonl, from_parquet)
+    options = locals() | {"name": name or source_name(from_git, from_folder, from_jsonl, from_parquet)}
     from deepseek.train.expert import train_expert
 
     fetch(base)  # with a progress bar, where the library would fetch it in silence
-    pack = train_expert(
-        base, name=name or source, from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
-        from_parquet=from_parquet, layers=layers, width=width, minutes=minutes, tokens=tokens, epochs=epochs,
-        split=split, held_out=held_out, licence=licence, domain=domain, seed=seed, out=out, run_folder=run_folder,
-        dry_run=dry_run, resume=shlex.join(["deepseek", *sys.argv[1:]]),
-    )  # fmt: skip
+    pack = train_expert(**options)
     if not dry_run:
         print(pack)
 

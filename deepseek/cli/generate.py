@@ -7,10 +7,7 @@ import typer
 
 from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temperature, TopP
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from, or '-' for standard input.")],
     base: Base = "smollm2-135m",

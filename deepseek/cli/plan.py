@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def plan(
     preset: Annotated[str, typer.Option(help="A preset of ModelConfig.")] = "deepseek-8b",
     config: Annotated[Path | None, typer.Option(help="A configuration of `deepseek pretrain` instead.")] = None,

@@ -16,14 +16,11 @@ if TYPE_CHECKING:
     from deepseek.infer.engine import Engine
     from deepseek.infer.load import Loaded
 
-app = typer.Typer(add_completion=False)
-
 PROMPT_TOKENS = 96
 ANSWER_TOKENS = 40
 EVALUATION_TOKENS = 4096
 
 
-@app.command()
 def run(
     from_git: Annotated[Path, typer.Option(help="The repository to learn from.")] = Path(),
     base: Base = "smollm2-135m",
@@ -82,7 +79,7 @@ def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, 
         console.print(
             f"Training the expert [bold]{name}[/] from the git history of {repository.resolve()}", soft_wrap=True
         )
-        train_expert(base, name=name, from_git=repository, minutes=minutes, resume="make run")
+        train_expert(base, name=name, from_git=repository, minutes=minutes)
     with start_engine(base, experts=[name]) as engine:
         if minutes is not None:
             _show_gain(Loaded(engine.model, engine.tokenizer), name, console)

@@ -30,7 +30,7 @@ def evaluate_stage(
     """Write the losses of a model with `experts` on `data` and on public text, and BLEU on `functions`, a code folder.
 
     The result goes to `result.json` in `run_folder`; where it is there already, nothing is done. What
-    recipes give to every stage and this one has no use for, its name and how to resume, is left alone.
+    recipes give to every stage and this one has no use for, its name, is left alone.
     """
     if (run_folder / "result.json").is_file():
         return

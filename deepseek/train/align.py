@@ -5,6 +5,7 @@ pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO 
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +22,16 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
 from deepseek.text.chat import encode_prompt
 from deepseek.text.tokenizer import encode_plain, load_tokenizer
+from deepseek.train.job import run_once
 from deepseek.train.judge import JUDGES, TextReward
 from deepseek.train.layers import parse_layers
-from deepseek.train.loop import Hooks, LoopConfig, check_config, train
+from deepseek.train.loop import Hooks, LoopConfig, train
 from deepseek.train.metrics import read_metrics
 from deepseek.train.optim import OptimConfig
 from deepseek.train.policy import Policy
 from deepseek.train.progress import ProgressBar
 from deepseek.train.reward import RewardModel, features_of
-from deepseek.train.rlpo import Learner, Reward, RLPOConfig, RLPOTask, RolloutBatches
+from deepseek.train.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
 from deepseek.train.rollout import generate
 
 Method = Literal["ppo", "dpo", "rloo"]
@@ -90,7 +92,6 @@ def align(
     run_folder: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
-    resume: str = "",
     dry_run: bool = False,
 ) -> Path:
     """Align a model with preferences and return the folder of the new one; interrupted, the same call goes on.
@@ -108,20 +109,18 @@ def align(
         base, str(Path(prefs).expanduser().resolve()), method, reward, layers, rollouts, rollout_size, learning_rate,
         new_tokens, temperature, target_kl, seed,
     )  # fmt: skip
-    run = AlignRun(
-        request, Path(run_folder) if run_folder else home() / "runs" / name,
-        Path(out) if out else home() / "models" / name, quiet,
-    )  # fmt: skip
-    return run.check() if dry_run else run.run(resume)
+    target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
+    with ProgressBar(quiet=quiet) as progress:
+        job = partial(AlignRun, request, out=target, progress=progress)
+        return run_once(job, folder, target, asdict(request), progress, dry_run)
 
 
 class AlignRun:
     """One request in its run folder."""
 
-    def __init__(self, request: AlignRequest, folder: Path, out: Path, quiet: bool) -> None:
-        self.request, self.folder, self.out = request, folder, out
-        self.progress = ProgressBar(quiet=quiet)
-        self.method: Callable[[AlignRun, str], dict[str, Any]] = pick(METHODS, request.method, "method")
+    def __init__(self, request: AlignRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
+        self.request, self.folder, self.out, self.progress = request, folder, out, progress
+        self.method: Callable[[AlignRun], dict[str, Any]] = pick(METHODS, request.method, "method")
         if not Path(request.prefs).is_file():
             raise DataError(f"{request.prefs} does not exist; `deepseek prefs import FILE` makes one.")
         database = PreferenceDatabase(request.prefs)
@@ -135,28 +134,20 @@ class AlignRun:
         self.base = resolve(request.base)
         self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
 
-    def check(self) -> Path:
+    def estimate(self) -> str:
         """Say what there is to do."""
-        steps = self.request.rollouts * self.request.rollout_size
-        self.progress.say(
+        answers = self.request.rollouts * self.request.rollout_size
+        return (
             f"{len(self.pairs)} pairs of {len(prompts_of(self.pairs))} prompts, {len(self.held_out)} held out; "
-            f"{steps:,} answers of at most {self.request.new_tokens} tokens"
+            f"{answers:,} answers of at most {self.request.new_tokens} tokens"
         )
-        return self.out
 
-    def run(self, resume: str) -> Path:
-        """Train and write the model, unless that is done."""
-        check_config(self.folder / "request.json", asdict(self.request))
-        with self.progress:
-            if (self.folder / "result.json").is_file() and (self.out / "config.json").is_file():
-                self.progress.say(f"{self.out} is finished")
-                return self.out
-            write_json(self.folder / "request.json", asdict(self.request))
-            result = self.method(self, resume)
-            write_json(self.folder / "result.json", {"model": str(self.out), **result})
-        return self.out
+    def run(self) -> dict[str, Any]:
+        """Train and write the model; return the figures of the run."""
+        write_json(self.folder / "request.json", asdict(self.request))
+        return {"model": str(self.out), **self.method(self)}
 
-    def ppo(self, resume: str) -> dict[str, Any]:
+    def ppo(self) -> dict[str, Any]:
         """Run RLPO on the loop and write the model."""
         request = self.request
         model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
@@ -168,21 +159,22 @@ class AlignRun:
         ends = tuple(Vocabulary(model, self.tokenizer).ends)
         prompts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.pairs)]
         asked = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.held_out)[:HELD_OUT_PROMPTS]]
-        batches = RolloutBatches(Learner(policy, reward, config, ends), prompts, request.rollout_size, request.seed)
 
         def evaluate() -> dict[str, float]:
             draw = torch.Generator(model.device).manual_seed(request.seed)
             answers = generate(model, asked, config.new_tokens, ends, draw, temperature=config.temperature)
             return {"held_out_score": float(reward(answers).mean())}
 
+        learner = Learner(policy, reward, config, ends, evaluate)
+        batches = RolloutBatches(learner, prompts, request.rollout_size, request.seed)
         steps = request.rollouts * batches.steps_a_rollout
         loop = LoopConfig(
             OptimConfig(learning_rate=request.learning_rate, final=0.2), steps=steps,
             evaluate_every=max(1, steps // 5), checkpoint_every=max(10, steps // 10), seed=request.seed,
         )  # fmt: skip
         result = train(
-            RLPOTask(batches.learner, evaluate), batches, loop, self.folder / "training", progress=self.progress,
-            resume=resume, hooks=Hooks(buffers=batches.buffers),
+            learner, batches, loop, self.folder / "training", progress=self.progress,
+            hooks=Hooks(buffers=batches.buffers),
         )  # fmt: skip
         with atomic_folder(self.out) as temporary:
             nn.Module.to(model, dtype).save_pretrained(temporary)
@@ -214,7 +206,7 @@ class AlignRun:
         )
         return features_of(model, layer, prompts, chosen), features_of(model, layer, prompts, rejected)
 
-    def by_trl(self, _resume: str) -> dict[str, Any]:
+    def by_trl(self) -> dict[str, Any]:
         """Let TRL train the checkpoint's Hugging Face twin and write it."""
         from deepseek.train.align_trl import align_by_trl
 

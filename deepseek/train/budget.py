@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from deepseek.data.loader import Batch
 from deepseek.errors import TrainError
+from deepseek.train.text_run import TextRequest
 
 T = TypeVar("T")
 
@@ -61,57 +62,31 @@ class Plan:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Dial:
-    """What the user asks for; one of `seconds` and `tokens` is given.
+def make_plan(request: TextRequest, seconds: float | None, speed: Speed, rows: int, held_out_rows: int) -> Plan:
+    """Return how many rows, passes and evaluations fit; raise `TrainError` if not a single step does.
 
-    Attributes:
-        seconds: time left for all of it.
-        tokens: distinct tokens to train on; 0 means all.
-        epochs: passes over them.
-        batch_rows: packed rows of a batch.
-        held_out_tokens: most tokens an evaluation covers.
+    Args:
+        request: how many tokens, or how many of each pass and evaluation.
+        seconds: time left for all of it; None: as long as the tokens of the request take.
+        rows, held_out_rows: packed rows there are to train on and to evaluate on.
     """
-
-    seconds: float | None
-    tokens: int | None
-    epochs: int
-    batch_rows: int
-    held_out_tokens: int
-
-
-@dataclass(frozen=True)
-class TextSize:
-    """Packed rows there are to train on and to evaluate on, and tokens in each."""
-
-    rows: int
-    held_out_rows: int
-    length: int
-
-
-def make_plan(dial: Dial, speed: Speed, text: TextSize) -> Plan:
-    """Return how many rows, passes and evaluations fit; raise `TrainError` if not a single step does."""
-    held_out = min(text.held_out_rows, max(1, dial.held_out_tokens // text.length))
-    evaluations = 2 if dial.seconds is None or dial.seconds <= LONG_RUN else 3
-    if dial.seconds is None:
-        rows = min(text.rows, -(-dial.tokens // text.length)) if dial.tokens else text.rows
-        steps = max(1, round(rows * dial.epochs / dial.batch_rows))
-        return Plan(rows, held_out, steps, evaluations, _seconds(rows, held_out, steps, evaluations, dial, speed))
+    length, batch_rows = request.row_length, request.batch_rows
+    held_out = min(held_out_rows, max(1, request.held_out_tokens // length))
+    evaluations = 2 if seconds is None or seconds <= LONG_RUN else 3
     per_held_out = speed.trunk + speed.evaluate * evaluations
-    held_out = max(1, min(held_out, int(EVALUATION_SHARE * dial.seconds / per_held_out)))
-    seconds = (1 - MARGIN) * dial.seconds - held_out * per_held_out
-    rows = max(min(int(seconds / (speed.trunk + dial.epochs * speed.step)), text.rows), 1)
-    passes = min((seconds - rows * speed.trunk) / speed.step, MAX_EPOCHS * rows)
-    steps = int(passes / dial.batch_rows)
+    if seconds is None:
+        rows = min(rows, -(-request.tokens // length)) if request.tokens else rows
+        steps = max(1, round(rows * request.epochs / batch_rows))
+    else:
+        held_out = max(1, min(held_out, int(EVALUATION_SHARE * seconds / per_held_out)))
+        left = (1 - MARGIN) * seconds - held_out * per_held_out
+        rows = max(min(int(left / (speed.trunk + request.epochs * speed.step)), rows), 1)
+        passes = min((left - rows * speed.trunk) / speed.step, MAX_EPOCHS * rows)
+        steps = int(passes / batch_rows)
     if steps < 1:
-        raise TrainError(f"{dial.seconds:.0f} seconds do not suffice for one training step here; give more minutes.")
-    return Plan(rows, held_out, steps, evaluations, _seconds(rows, held_out, steps, evaluations, dial, speed))
-
-
-def _seconds(rows: int, held_out: int, steps: int, evaluations: int, dial: Dial, speed: Speed) -> float:
-    """Return the estimated duration of a plan."""
-    trunk = (rows + held_out) * speed.trunk
-    return round(trunk + steps * dial.batch_rows * speed.step + held_out * evaluations * speed.evaluate, 1)
+        raise TrainError(f"{seconds:.0f} seconds do not suffice for one training step here; give more minutes.")
+    taken = rows * speed.trunk + steps * batch_rows * speed.step + held_out * per_held_out
+    return Plan(rows, held_out, steps, evaluations, round(taken, 1))
 
 
 def timed(action: Callable[[Batch], T], warm_up: Batch, batch: Batch) -> tuple[float, T]:

@@ -100,7 +100,7 @@ def distill_hashes(
                 prune(state, keep=1)
             progress(layer + 1, len(model.layers), "distil")
             if interrupt.asked:
-                raise KeyboardInterrupt(f"stopped after layer {layer}, nothing is lost; the same command goes on.")
+                raise KeyboardInterrupt(f"stopped after layer {layer}, nothing is lost; the same call goes on")
             if layer >= max(layers):
                 break
     return hashes

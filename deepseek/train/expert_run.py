@@ -4,6 +4,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,13 +13,14 @@ from deepseek.data import Batch, RowLoader
 from deepseek.errors import DataError, PackError
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.manifest import Metric, explain
-from deepseek.packs.pack import ExpertPack
-from deepseek.train.budget import Dial, Plan, Speed, TextSize, make_plan, timed
+from deepseek.packs.pack import ExpertPack, write_pack
+from deepseek.train.budget import Plan, Speed, make_plan, timed
 from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus
 from deepseek.train.expert_task import ExpertTask
 from deepseek.train.layers import parse_layers
 from deepseek.train.loop import TrainResult
+from deepseek.train.memory import peak_memory
 from deepseek.train.progress import ProgressBar
 from deepseek.train.public import public_statistics
 from deepseek.train.replay import Replay
@@ -54,15 +56,48 @@ class ExpertRequest(TextRequest):
 class ExpertRun(TextRun):
     """One request in its run folder: the base loaded and frozen, the module beside it."""
 
-    def __init__(self, request: ExpertRequest, folder: Path, progress: ProgressBar) -> None:
+    def __init__(self, request: ExpertRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
         super().__init__(request, folder, progress)
-        self.request = request
+        self.request, self.out = request, out
         self.model.requires_grad_(False)
         layers = parse_layers(request.layers, len(self.model.layers))
         self.first = layers[0]
         self.cached_below = self.first > 0
         self.module = ExpertModule.beside(self.model.layers, request.name, layers, request.width, seed=request.seed)
         self.check_papers()
+
+    def run(self) -> dict[str, Any]:
+        """Go through all stages to the pack; return the figures of the run."""
+        corpus = self.corpus()
+        texts = self.texts(corpus)
+        write_json(self.folder / "request.json", self.request.as_json())
+        plan = self.plan(texts)
+        result = self.train(texts, plan)
+        seconds = time.monotonic() - self.started  # of this call, as the minutes are counted: without the gates
+        self.progress.say("calibrating the gates")
+        gates = self.calibrate(texts, plan)
+        held_out = Metric(before=self.first_loss(), after=result.metrics["held_out_loss"])
+        write_pack(self.out, self.pack(held_out, (corpus.train.digest,), corpus.commit))
+        self.drop_trunk()
+        change = held_out.after / held_out.before - 1
+        self.progress.say(
+            f"held-out loss {held_out.before:.4f} -> {held_out.after:.4f} ({change:+.1%}), recall {gates.recall:.1%}, "
+            f"false positives {gates.false_positives:.1%}, peak memory {peak_memory() / 1e9:.1f} GB, {self.out}"
+        )
+        figures = {"plan": asdict(plan), "gates": asdict(gates), "peak_memory": peak_memory(), **held_out.model_dump()}
+        return {"pack": str(self.out), "seconds": seconds, **asdict(result.position), **figures}
+
+    def estimate(self) -> str:
+        """Measure what a run would take."""
+        texts = self.texts(self.corpus())
+        plan, request = self.plan_for(texts, self.measure(texts)), self.request
+        row_bytes = request.row_length * self.model.config.hidden_size
+        cache = (plan.rows * 2 + plan.held_out_rows * self.model.dtype.itemsize) * row_bytes if self.cached_below else 0
+        pack = sum(parameter.numel() * 2 for parameter in self.module.parameters())
+        return (
+            f"{plan.rows * request.row_length:,} tokens in {plan.steps} steps, about {plan.seconds / 60:.1f} minutes; "
+            f"memory {peak_memory() / 1e9:.1f} GB, trunk cache {cache / 1e6:,.0f} MB, pack {pack / 1e6:,.0f} MB"
+        )
 
     def check_papers(self) -> None:
         """Raise `PackError` now, not after hours of training, if the pack could not be made."""
@@ -101,9 +136,7 @@ class ExpertRun(TextRun):
         """Fit the work to the minutes that are left at this speed, or estimate the time of the tokens."""
         request = self.request
         left = None if request.minutes is None else request.minutes * 60 - (time.monotonic() - self.started)
-        dial = Dial(left, request.tokens, request.epochs, request.batch_rows, request.held_out_tokens)
-        size = TextSize(texts.train.num_rows, texts.held_out.num_rows, request.row_length)
-        return make_plan(dial, speed, size)
+        return make_plan(request, left, speed, texts.train.num_rows, texts.held_out.num_rows)
 
     def measure(self, texts: Texts) -> Speed:
         """Time one batch through trunk, training step and evaluation; gradients are thrown away."""
@@ -120,11 +153,11 @@ class ExpertRun(TextRun):
         evaluate, _ = timed(lambda rows: task.score(rows, stream(rows)), warm_up, batch)
         return Speed(seconds, step, evaluate)
 
-    def train(self, texts: Texts, plan: Plan, resume: str) -> TrainResult:
+    def train(self, texts: Texts, plan: Plan) -> TrainResult:
         """Fill the trunk cache and run the loop to its end."""
         texts = texts.first(plan.rows, plan.held_out_rows)
         task = self.task(texts.train, texts.held_out.batches(), self.streams(texts))
-        return self.loop(task, texts.train, plan.steps, resume, plan.evaluations)
+        return self.loop(task, texts.train, plan.steps, plan.evaluations)
 
     def calibrate(self, texts: Texts, plan: Plan) -> GateCalibration:
         """Solve the gates of the trained module from some of its own text and the base's public text."""

@@ -125,13 +125,13 @@ class TextRun:
         cache.fill(text, compute, self._request.batch_rows, lambda done, total: self.progress(done, total, what))
         return lambda batch: cache.read(batch.row_ids)
 
-    def loop(self, task: Task[Batch], text: RowLoader, steps: int, resume: str, evaluations: int = 2) -> TrainResult:
+    def loop(self, task: Task[Batch], text: RowLoader, steps: int, evaluations: int = 2) -> TrainResult:
         """Run the loop to its end; held-out text is scored at the start, at the end and evenly between."""
         config = LoopConfig(
             OptimConfig(learning_rate=self._request.learning_rate), steps=steps, seed=self._request.seed,
             evaluate_every=-(-steps // (evaluations - 1)), checkpoint_every=max(10, steps // 10),
         )  # fmt: skip
-        return train(task, text, config, self.folder / "training", progress=self.progress, resume=resume)
+        return train(task, text, config, self.folder / "training", progress=self.progress)
 
     def first_loss(self) -> float:
         """Return the held-out loss before the first step: that of the base."""
