@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deepseek.cli.expert_train import Source, source_name
+from deepseek.cli.expert import Source, source_name
 from deepseek.cli.pretrain import DryRun
 
 

@@ -32,7 +32,7 @@ def run(
     """
     from rich.console import Console
 
-    from deepseek.cli.expert_train import source_name
+    from deepseek.cli.expert import source_name
     from deepseek.cli.pull import fetch
     from deepseek.packs.library import installed
 
@@ -99,8 +99,7 @@ def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
 
 def _answer(engine: "Engine", name: str, console: "Console") -> None:
     """Complete the head of a held-out document without and with the expert."""
-    from deepseek.cli.palette import Palette
-    from deepseek.cli.speak import legend, speak
+    from deepseek.cli.speak import Palette, legend, speak
     from deepseek.evaluate.texts import held_out_opening
     from deepseek.infer.request import ExpertChoice, Request
     from deepseek.infer.sampler import Sampling

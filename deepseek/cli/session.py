@@ -6,8 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from deepseek.cli.options import arming
-from deepseek.cli.palette import Palette
-from deepseek.cli.speak import legend, speak
+from deepseek.cli.speak import Palette, legend, speak
 from deepseek.errors import UserError
 from deepseek.infer.engine import Engine
 from deepseek.infer.request import Request

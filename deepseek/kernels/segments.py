@@ -158,9 +158,9 @@ def _backward_compiled(
     grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor,
     proj_SP: Tensor, train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from deepseek.kernels import few_tokens_backward, many_tokens_backward
+    from deepseek.kernels import few_tokens_backward, many_tokens
 
-    kernel = few_tokens_backward if _has_few_tokens(ids_NA, len(down_EDF)) else many_tokens_backward
+    kernel = few_tokens_backward if _has_few_tokens(ids_NA, len(down_EDF)) else many_tokens
     grad, x, weights = (t.float().contiguous() for t in (grad_ND, x_ND, weights_NA))
     grad_x, grad_gate_up, grad_down, grad_weights = kernel.backward(
         grad, x, gate_up_E2FD, down_EDF, ids_NA.contiguous(), weights, proj_SP, train_experts

@@ -1,6 +1,7 @@
-"""What all routes share: the engine, the settings, and how a request's words become the engine's."""
+"""What all routes share: the engine, the settings, and how the words of a request become the engine's."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,13 +13,14 @@ from fastapi import Request as HttpRequest
 
 from deepseek.checkpoint.store import home
 from deepseek.infer.engine import Engine, Generation
-from deepseek.infer.request import ExpertChoice, Request
+from deepseek.infer.request import ExpertChoice, Grammar, Request
+from deepseek.infer.sampler import Sampling
 from deepseek.packs.library import experts_folder
 from deepseek.server.errors import ApiError
 from deepseek.server.job import Job
 from deepseek.server.metrics import Metrics
 from deepseek.server.prompt import PromptWriter
-from deepseek.server.schema import ExpertsField
+from deepseek.server.schema import ExpertsField, JsonSchema, SamplingFields
 
 SEPARATOR = "+"
 BASE_ALONE = "none"
@@ -167,3 +169,54 @@ async def _service_of(request: HttpRequest) -> Any:
 
 TheService = Annotated[Service, Depends(_service_of)]
 """What a route names to be given the service of its app."""
+
+
+DIALS = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "logit_bias",
+)  # fmt: skip
+
+
+def ask(
+    service: Service, body: SamplingFields, prompt_ids: Sequence[int], max_tokens: int | None, *, choice: int = 0,
+    schema: dict[str, Any] | None = None, logprobs: int | None = None, prompt_logprobs: bool = False,
+) -> Request:  # fmt: skip
+    """Return the engine's request for one answer.
+
+    Args:
+        max_tokens: None takes the server's limit; more than the context has room for is cut to it.
+        choice: which of several answers to one prompt; each draws from a seed of its own.
+        schema: JSON schema that the answer follows.
+        logprobs, prompt_logprobs: see `Request`.
+
+    Raises:
+        ApiError, UserError: with the cause and the mend.
+    """
+    room = service.writer.context - len(prompt_ids)
+    stop = getattr(body, "stop", None) or ()
+    return Request(
+        tuple(prompt_ids),
+        sampling(body, min(max_tokens or service.settings.answer_tokens, room), choice),
+        experts=service.experts(body.model, body.experts),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        grammar=None if schema is None else Grammar("json_schema", json.dumps(schema)),
+    )
+
+
+def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
+    """Return how the tokens of one answer are chosen; what the request leaves open is as OpenAI has it."""
+    given = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
+    if "seed" in given:
+        given["seed"] = (given["seed"] + choice) % (1 << 63)
+    if "logit_bias" in given:
+        given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
+    return Sampling(**{"temperature": 1.0, **given, "max_new_tokens": max_tokens})
+
+
+def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:
+    """Return the schema of an answer of this kind, None for free text. Raises `ApiError` if it is missing."""
+    if kind == "json_schema" and described.schema_ is None:
+        raise ApiError(400, "A format of type json_schema needs a schema.", param="json_schema.schema")
+    return {"text": None, "json_object": {"type": "object"}, "json_schema": described.schema_}[kind]

@@ -25,13 +25,13 @@ from deepseek.registry import nearest
 from deepseek.train.budget import timed
 from deepseek.train.corpus import Corpus, Source
 from deepseek.train.expert import TextPath, train_expert
-from deepseek.train.expert_task import ExpertTask
+from deepseek.train.expert_run import ExpertTask
 from deepseek.train.job import run_once
 from deepseek.train.language import LanguageTask
 from deepseek.train.loop import Task, TrainResult
 from deepseek.train.lora import add_lora
 from deepseek.train.losses import autocast, run_below
-from deepseek.train.memory import peak_memory
+from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
 from deepseek.train.text_run import TextRequest, TextRun, Texts
 from deepseek.train.trunk import Stream

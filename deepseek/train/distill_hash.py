@@ -29,7 +29,7 @@ from deepseek.train.attention_inputs import (
     recent_in_bucket,
     stream_layers,
 )
-from deepseek.train.interrupt import InterruptGuard
+from deepseek.train.progress import InterruptGuard
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
 """Maps queries `[H, N, K]` and distances `[N]` to the queries as a key that far behind sees them."""

@@ -1,31 +1,90 @@
-"""The stages of one expert training, each kept in the run folder once it is done."""
+"""One expert training: what the loop minimises, and the stages around it, each kept in the run folder when done."""
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.errors import DataError, PackError
+from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.manifest import Metric, explain
 from deepseek.packs.pack import ExpertPack, write_pack
 from deepseek.train.budget import Plan, Speed, make_plan, timed
 from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus
-from deepseek.train.expert_task import ExpertTask
 from deepseek.train.layers import parse_layers
-from deepseek.train.loop import TrainResult
-from deepseek.train.memory import peak_memory
+from deepseek.train.loop import LossOutput, TrainResult
+from deepseek.train.losses import autocast, mean_loss
+from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
 from deepseek.train.public import public_statistics
 from deepseek.train.replay import Replay
 from deepseek.train.text_run import TextRequest, TextRun, Texts
-from deepseek.train.trunk import Stream, run_trunk
+from deepseek.train.trunk import Stream, run_above, run_trunk
+
+
+class ExpertTask:
+    """The module forced on at every token; everything else of the model frozen.
+
+    Attributes:
+        parameters: those of the module.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        module: ExpertModule,
+        head: CandidateHead,
+        *,
+        stream: Stream,
+        held_out: Sequence[Batch],
+        held_out_stream: Stream,
+        replay: Replay | None = None,
+    ) -> None:
+        """Train `module` on what `stream` gives and some `replay`, scored by `head`; `held_out` is scored exactly."""
+        self.model, self.module, self.head, self.stream, self.replay = model, module, head, stream, replay
+        self.held_out, self.held_out_stream = held_out, held_out_stream
+        self.layer = module.layers[0]
+        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+
+    def loss(self, batch: Batch, step: int) -> LossOutput:
+        """Return the loss of one batch of packed rows and of the step's replay; `tokens` counts the batch's own."""
+        parts = [(batch, self.stream(batch))]
+        if self.replay is not None:
+            parts.append(self.replay.at(step))
+        hidden_ND = torch.cat([self.hidden(rows, stream_BTD).flatten(0, 1) for rows, stream_BTD in parts])
+        labels_N = torch.cat([rows.labels.flatten() for rows, _ in parts])
+        return LossOutput(self.head.loss(hidden_ND, labels_N, step), int((batch.labels != IGNORED_LABEL).sum()))
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the exact loss on held-out rows with the module on."""
+        return {"held_out_loss": mean_loss(self.held_out_losses()).loss}
+
+    def held_out_losses(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the losses and labels `[N]` of each held-out batch."""
+        for batch in self.held_out:
+            yield self.score(batch, self.held_out_stream(batch)), batch.labels.flatten()
+
+    @torch.no_grad()
+    def score(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
+        """Return the exact loss `[N]` of every token of a batch, 0 where ignored."""
+        hidden_ND = self.hidden(batch, stream_BTD).flatten(0, 1)
+        return token_losses(hidden_ND, self.model.lm_head.weight, batch.labels.flatten())
+
+    def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
+        """Return the normed last hidden states `[B, T, D]` with the module forced on."""
+        with self.model.experts.forced(self.module), autocast(self.model.device):
+            return run_above(self.model, self.layer, batch, stream_BTD.to(self.model.device, self.model.dtype))
+
 
 CALIBRATION_TOKENS = 40_000
 """Of the expert's own text, for its gates."""

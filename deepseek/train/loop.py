@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from deepseek.checkpoint import store
 from deepseek.errors import TrainError
 from deepseek.train.backends import SINGLE, Backend
-from deepseek.train.interrupt import InterruptGuard
 from deepseek.train.job import check_config
 from deepseek.train.losses import autocast
-from deepseek.train.metrics import MetricsLog
+from deepseek.train.metrics import MetricsLog, plot_losses
 from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
-from deepseek.train.plots import plot_losses
-from deepseek.train.progress import ProgressBar
+from deepseek.train.progress import InterruptGuard, ProgressBar
 from deepseek.train.state import TrainingState
 
 MAX_SKIPPED_IN_A_ROW = 10

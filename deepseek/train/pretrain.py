@@ -28,12 +28,11 @@ from deepseek.text.tokenizer import document_end_id, load_tokenizer
 from deepseek.text.train import train_tokenizer
 from deepseek.train.backends import Backend, current
 from deepseek.train.corpus import build_corpus, read_source
-from deepseek.train.curriculum import EASY_STEPS, easiest_first
 from deepseek.train.job import run_once
 from deepseek.train.language import LanguageTask
 from deepseek.train.loop import LoopConfig, TrainResult, train
-from deepseek.train.memory import peak_memory
-from deepseek.train.mix import Domain, MixedRows
+from deepseek.train.metrics import peak_memory
+from deepseek.train.mix import EASY_STEPS, Domain, MixedRows, easiest_first
 from deepseek.train.optim import OptimConfig
 from deepseek.train.progress import ProgressBar
 from deepseek.train.settings import Settings, TextSettings
@@ -61,7 +60,7 @@ class PretrainSettings(Settings):
         tokens: targets to train on in all.
         row_length, batch_rows, accumulate: tokens of a row, rows of a batch, batches of a step.
         learning_rate, final_learning_rate, warmup, weight_decay: AdamW with warm-up (a share of the steps) and cosine.
-        curriculum: whether the first steps take easy text (`train/curriculum.py`).
+        curriculum: whether the first steps take easy text (`train/mix.py`).
         held_out, held_out_tokens: share of the documents never trained on, and tokens of each domain to evaluate on.
         evaluate_every, checkpoint_every: steps.
         samples: prompts that the model continues after every evaluation.

@@ -10,9 +10,8 @@ from rich.console import Console
 from tiny_expert import save_expert
 
 from deepseek.cli.main import main
-from deepseek.cli.palette import Palette
 from deepseek.cli.session import ChatSession
-from deepseek.cli.speak import speak
+from deepseek.cli.speak import Palette, speak
 from deepseek.data import Document, TokenShards
 from deepseek.evaluate.texts import held_out_folder
 from deepseek.infer.engine import Engine

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint import store
-from deepseek.train.backends.backend import Backend
+from deepseek.train.backends import Backend
 from deepseek.train.state import TrainingState, disk_full_explained, no_room_for
 
 B = TypeVar("B")
