@@ -29,7 +29,7 @@ from deepseek.model.experts import ExpertModule
 from deepseek.packs.pack import read_pack
 from deepseek.train.budget import Plan
 from deepseek.train.corpus import Source
-from deepseek.train.expert_run import ExpertRequest, ExpertRun
+from deepseek.train.expert import ExpertRequest, ExpertRun
 from deepseek.train.losses import held_out_loss
 from deepseek.train.metrics import read_metrics
 from deepseek.train.progress import ProgressBar

@@ -29,7 +29,7 @@ def distill_hash(
 
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
-    from deepseek.data.long_texts import long_texts
+    from deepseek.data.encode import long_texts
     from deepseek.errors import ConfigError
     from deepseek.evaluate.texts import documents_at
     from deepseek.infer.load import load

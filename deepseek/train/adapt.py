@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek.checkpoint.convert import read_tensors, restore_names
 from deepseek.checkpoint.store import atomic_folder, home, write_json
@@ -24,12 +24,10 @@ from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.registry import nearest
 from deepseek.train.budget import timed
 from deepseek.train.corpus import Corpus, Source
-from deepseek.train.expert import TextPath, train_expert
-from deepseek.train.expert_run import ExpertTask
+from deepseek.train.expert import ExpertTask, TextPath, train_expert
 from deepseek.train.job import run_once
 from deepseek.train.language import LanguageTask
 from deepseek.train.loop import Task, TrainResult
-from deepseek.train.lora import add_lora
 from deepseek.train.losses import autocast, run_below
 from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
@@ -247,3 +245,39 @@ def stream_into(model: Any, layer: int, batch: Batch) -> Tensor:
     """Return the stream `[B, T, D]` that enters block `layer`."""
     with autocast(model.device):
         return run_below(model, layer, batch)[0]
+
+
+SHARE = 1e-3
+"""Most of the model's parameters that may train."""
+
+TARGETS = ("v_proj", "o_proj", "down_proj")
+"""Products that get an adapter: at so few parameters, reaching into every feed-forward network is worth more than a
+higher rank in the attention alone."""
+
+
+def add_lora(model: Any, share: float = SHARE) -> Any:
+    """Freeze `model`, put adapters into it and return the PEFT model around it; `merge_and_unload` merges them.
+
+    Raises `ConfigError` if even rank 1 exceeds the share.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    rank = largest_rank(model, share)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def largest_rank(model: nn.Module, share: float = SHARE) -> int:
+    """Return the largest rank at which adapters hold at most `share` of the parameters."""
+    targets = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS
+    ]
+    each = sum(module.in_features + module.out_features for module in targets)
+    budget = share * sum(parameter.numel() for parameter in model.parameters())
+    if not each or budget < each:
+        raise ConfigError(
+            f"LoRA of rank 1 has {each:,} parameters, more than {budget:,.0f}; use mode last-n or expert."
+        )
+    return int(budget // each)

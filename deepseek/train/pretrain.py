@@ -24,8 +24,7 @@ from deepseek.errors import DataError
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning import training_memory
-from deepseek.text.tokenizer import document_end_id, load_tokenizer
-from deepseek.text.train import train_tokenizer
+from deepseek.text.tokenizer import document_end_id, load_tokenizer, train_tokenizer
 from deepseek.train.backends import Backend, current
 from deepseek.train.corpus import build_corpus, read_source
 from deepseek.train.job import run_once
