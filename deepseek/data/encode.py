@@ -1,4 +1,4 @@
-"""One document to token ids: path header, fill-in-the-middle, conversation mask, end of document; texts of one length."""
+"""One document to token ids: path header, fill-in-the-middle, conversation mask, end; and texts of one length."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

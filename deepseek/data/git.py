@@ -77,7 +77,7 @@ def read_git(
     counts = skipped if skipped is not None else Skipped()
     history = walk_history(repository, commit)
     sources = [
-        tree_documents(commit, name, history.first_seen, counts) if files else (),
+        tree_documents(repository, commit, name, history.first_seen, counts) if files else (),
         commit_documents(history.commits, name, counts) if commits else (),
     ]
     return not_empty(
@@ -130,10 +130,10 @@ def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
 
 
 def tree_documents(
-    commit: pygit2.Commit, name: str, first_seen: dict[str, int], skipped: Skipped
+    repository: pygit2.Repository, commit: pygit2.Commit, name: str, first_seen: dict[str, int], skipped: Skipped
 ) -> Iterator[Document]:
     """Yield the text files at `commit`, sorted by path."""
-    for path, blob in tree_files(commit.tree, ""):
+    for path, blob in tree_files(repository, commit.tree):
         reason = reason_by_path(path) or ("too large" if blob.size > MAX_FILE_BYTES else None)
         if reason:
             skipped[reason] += 1
@@ -144,14 +144,13 @@ def tree_documents(
             yield document
 
 
-def tree_files(tree: pygit2.Tree, prefix: str) -> Iterator[tuple[str, pygit2.Blob]]:
+def tree_files(repository: pygit2.Repository, tree: pygit2.Tree) -> Iterator[tuple[str, pygit2.Blob]]:
     """Yield (path, blob) of all plain files below `tree`; links and submodules are no text."""
-    for entry in tree:
-        path = f"{prefix}{entry.name}"
-        if isinstance(entry, pygit2.Tree):
-            yield from tree_files(entry, f"{path}/")
-        elif isinstance(entry, pygit2.Blob) and entry.filemode != FileMode.LINK:
-            yield path, entry
+    index = pygit2.Index()
+    index.read_tree(tree)
+    for entry in index:
+        if entry.mode in (FileMode.BLOB, FileMode.BLOB_EXECUTABLE):
+            yield entry.path, repository[entry.id]
 
 
 def commit_documents(commits: Iterable[pygit2.Commit], name: str, skipped: Skipped) -> Iterator[Document]:

@@ -20,7 +20,7 @@ from deepseek.train.loop import LoopConfig, Task, TrainResult, train
 from deepseek.train.metrics import read_metrics
 from deepseek.train.optim import OptimConfig
 from deepseek.train.progress import ProgressBar
-from deepseek.train.trunk import Stream, TrunkCache, TrunkKey
+from deepseek.train.trunk import Stream, TrunkCache
 
 FREQUENT_TOKENS = 4096
 """The first ids of a byte-pair vocabulary are its most frequent ones; they join the candidates of the training loss."""
@@ -117,11 +117,9 @@ class TextRun:
             computed: how the streams are computed, in words that change when they would.
             dtype: of the cache.
         """
-        key = TrunkKey(
-            base=self.model.experts.base.weights, shards=text.shards.digest, layer=layer, length=text.length,
-            width=self.model.config.hidden_size, computed=computed, stored=str(dtype),
-        )  # fmt: skip
-        cache, what = TrunkCache(self.folder / "trunk" / name, key, text.row_ids, dtype), f"trunk ({name})"
+        base, width, what = self.model.experts.base.weights, self.model.config.hidden_size, f"trunk ({name})"
+        key = {"base": base, "shards": text.shards.digest, "layer": layer, "computed": computed}
+        cache = TrunkCache(self.folder / "trunk" / name, key, text.row_ids, text.length, width, dtype)
         cache.fill(text, compute, self._request.batch_rows, lambda done, total: self.progress(done, total, what))
         return lambda batch: cache.read(batch.row_ids)
 

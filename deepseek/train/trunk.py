@@ -7,8 +7,7 @@ the head. The first pass reads the cache too, so that every epoch sees the same 
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,40 +45,25 @@ def run_above(model: Any, layer: int, batch: Batch, stream_BTD: Tensor, stop: in
     return hidden_BTD if stop is not None else model.norm(hidden_BTD)
 
 
-@dataclass(frozen=True)
-class TrunkKey:
-    """What the cached numbers depend on.
-
-    Attributes:
-        base: fingerprint of the base model's weights.
-        shards: digest of the token shards.
-        layer: block after whose attention the stream was taken.
-        length, width: tokens of a row and width of the stream.
-        computed: dtype of the computation, stored: dtype on disk.
-    """
-
-    base: str
-    shards: str
-    layer: int
-    length: int
-    width: int
-    computed: str
-    stored: str
-
-
 class TrunkCache:
     """Streams `[T, D]` of packed rows on disk, in a folder of `rows.npy` (which), `hidden.bin` and `done.bin`.
 
     Filling can be interrupted at any moment: a row counts as done only after it has reached the disk.
     """
 
-    def __init__(self, folder: Path, key: TrunkKey, row_ids: NDArray[np.int64], dtype: torch.dtype) -> None:
-        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other rows are there."""
-        self.folder, self.dtype = folder, dtype
-        self.row_ids = row_ids
-        self.shape = (len(row_ids), key.length, key.width)
+    def __init__(
+        self, folder: Path, key: Mapping[str, Any], row_ids: NDArray[np.int64], length: int, width: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other rows are there.
+
+        Args:
+            key: what the numbers depend on, beside the rows and their form, as JSON values.
+            length, width: tokens of a row, and width of the stream.
+        """
+        self.folder, self.row_ids, self.dtype, self.shape = folder, row_ids, dtype, (len(row_ids), length, width)
         self._slots = {int(row): slot for slot, row in enumerate(row_ids)}
-        identity = {**asdict(key), "rows": row_ids.tolist()}
+        identity = {**key, "rows": row_ids.tolist(), "length": length, "width": width, "dtype": str(dtype)}
         if not self._holds(identity):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

@@ -126,7 +126,7 @@ def test_chat_plugs_arms_and_unplugs(
 def test_chat_survives_mistakes(line: str, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert converse(monkeypatch, base_folder, line, "/help") == 0
     shown = capsys.readouterr().out
-    assert "error: " in shown and "/unplug NAME" in shown
+    assert "error: " in shown and "/unplug" in shown and "Unplug the expert of this name" in shown
 
 
 class Interrupted(Console):
