@@ -23,7 +23,7 @@ from results import write
 from torch import Tensor
 
 import deepseek
-from deepseek.evaluate.texts import documents_at
+from deepseek.evaluate.quality import documents_at
 from deepseek.infer.compiled import CompiledRunner
 from deepseek.infer.quantize import quantize_model
 from deepseek.infer.runner import Chunk, Runner

@@ -22,8 +22,8 @@ from results import save
 
 from deepseek.data import RowLoader, TokenShards
 from deepseek.data.preferences import PreferenceDatabase
+from deepseek.evaluate.quality import public_documents
 from deepseek.evaluate.safety import helpfulness, safety
-from deepseek.evaluate.texts import public_documents
 from deepseek.infer.load import load
 from deepseek.train.align import align
 from deepseek.train.judge import JUDGES, generate_pairs

@@ -31,7 +31,7 @@ def distill_hash(
     from deepseek.checkpoint.hub import resolve
     from deepseek.data.encode import long_texts
     from deepseek.errors import ConfigError
-    from deepseek.evaluate.texts import documents_at
+    from deepseek.evaluate.quality import documents_at
     from deepseek.infer.load import load
     from deepseek.model.attention.hash import hash_file, save_hashes
     from deepseek.train.distill_hash import HashSettings, distill_hashes

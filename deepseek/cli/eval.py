@@ -24,8 +24,7 @@ def evaluate(
     from rich.console import Console
 
     from deepseek.cli.table import comparison_table
-    from deepseek.evaluate.quality import compare
-    from deepseek.evaluate.texts import collected, expert_texts
+    from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.infer.load import load
     from deepseek.packs.library import installed
     from deepseek.train.progress import ProgressBar

@@ -36,7 +36,7 @@ def attention(
     from deepseek.checkpoint.hub import resolve
     from deepseek.data.encode import long_texts
     from deepseek.evaluate.attention import attention_kept, best_keys, draw_recall, hashed_keys, local_keys
-    from deepseek.evaluate.texts import documents_at
+    from deepseek.evaluate.quality import documents_at
     from deepseek.infer.load import load
     from deepseek.kernels.lsh.intervals import Windows
     from deepseek.model.attention.hash import hash_file, load_hashes

@@ -88,8 +88,7 @@ def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, 
 
 def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
     from deepseek.cli.table import comparison_table
-    from deepseek.evaluate.quality import compare
-    from deepseek.evaluate.texts import collected, expert_texts
+    from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.train.progress import ProgressBar
 
     with collected(loaded.tokenizer, [], expert_texts([name], [name])) as texts, ProgressBar() as progress:
@@ -100,7 +99,7 @@ def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
 def _answer(engine: "Engine", name: str, console: "Console") -> None:
     """Complete the head of a held-out document without and with the expert."""
     from deepseek.cli.speak import Palette, legend, speak
-    from deepseek.evaluate.texts import held_out_opening
+    from deepseek.evaluate.quality import held_out_opening
     from deepseek.infer.request import ExpertChoice, Request
     from deepseek.infer.sampler import Sampling
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.data.document import Progress, silent
 from deepseek.data.functions import Function, parsed
 from deepseek.errors import DataError
+from deepseek.registry import package
 from deepseek.text.tokenizer import document_end_id, encode_plain
 
 PROMPT_TOKENS = 384
@@ -43,10 +44,7 @@ def score_bodies(
     """Let a model write the bodies of functions greedily and compare; raise `DataError` without functions."""
     if not functions:
         raise DataError("There are no documented functions to write; give Python code with docstrings.")
-    try:
-        from sacrebleu import corpus_bleu
-    except ImportError:
-        raise DataError("BLEU needs sacrebleu; install it with pip install 'deepseek-dmoe[eval]'.") from None
+    corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
     written = list(complete(model, tokenizer, [f.header for f in functions], max_tokens, progress))
     bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
     same = [" ".join(b.split()) == " ".join(f.body.split()) for f, b in zip(functions, bodies, strict=True)]

@@ -9,8 +9,7 @@ from deepseek.checkpoint.store import write_json
 from deepseek.data import read_folder
 from deepseek.data.functions import documented_functions
 from deepseek.evaluate.code import score_bodies
-from deepseek.evaluate.quality import compare
-from deepseek.evaluate.texts import collected
+from deepseek.evaluate.quality import collected, compare
 from deepseek.infer.load import load
 from deepseek.train.progress import ProgressBar
 

@@ -25,12 +25,12 @@ from deepseek.registry import nearest
 from deepseek.train.budget import timed
 from deepseek.train.corpus import Corpus, Source
 from deepseek.train.expert import ExpertTask, TextPath, train_expert
-from deepseek.train.job import run_once
 from deepseek.train.language import LanguageTask
 from deepseek.train.loop import Task, TrainResult
 from deepseek.train.losses import autocast, run_below
 from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
+from deepseek.train.runs import run_once
 from deepseek.train.text_run import TextRequest, TextRun, Texts
 from deepseek.train.trunk import Stream
 

@@ -22,7 +22,6 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
 from deepseek.text.chat import encode_prompt
 from deepseek.text.tokenizer import encode_plain, load_tokenizer
-from deepseek.train.job import run_once
 from deepseek.train.judge import JUDGES, TextReward
 from deepseek.train.layers import parse_layers
 from deepseek.train.loop import Hooks, LoopConfig, train
@@ -33,6 +32,7 @@ from deepseek.train.progress import ProgressBar
 from deepseek.train.reward import RewardModel, features_of
 from deepseek.train.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
 from deepseek.train.rollout import generate
+from deepseek.train.runs import run_once
 
 Method = Literal["ppo", "dpo", "rloo"]
 

@@ -30,7 +30,6 @@ from deepseek.packs.pack import ExpertPack, write_pack
 from deepseek.train.budget import Plan, Speed, make_plan, timed
 from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus, Source
-from deepseek.train.job import run_once
 from deepseek.train.layers import parse_layers
 from deepseek.train.loop import LossOutput, TrainResult
 from deepseek.train.losses import autocast, mean_loss
@@ -38,6 +37,7 @@ from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
 from deepseek.train.public import public_statistics
 from deepseek.train.replay import Replay
+from deepseek.train.runs import run_once
 from deepseek.train.text_run import TextRequest, TextRun, Texts
 from deepseek.train.trunk import Stream, run_above, run_trunk
 

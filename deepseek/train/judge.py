@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.document import Progress, silent
 from deepseek.data.preferences import Preference
-from deepseek.errors import DataError, TrainError
+from deepseek.errors import DataError
 from deepseek.infer.vocabulary import Vocabulary
+from deepseek.registry import package
 from deepseek.text.chat import Message, check_messages, encode_prompt
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.rollout import Responses, generate, given, mixed
@@ -35,12 +36,7 @@ def clean(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
 
     By alt-profanity-check, a linear classifier that its authors trained on comments labelled by people.
     """
-    try:
-        from profanity_check import predict_prob
-    except ImportError:
-        raise TrainError(
-            "This judge needs alt-profanity-check; install it with pip install alt-profanity-check."
-        ) from None
+    predict_prob = package("profanity_check", "alt-profanity-check").predict_prob
     return [1.0 - float(p) for p in predict_prob(list(answers))] if answers else []
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from deepseek.checkpoint import store
 from deepseek.errors import TrainError
 from deepseek.train.backends import SINGLE, Backend
-from deepseek.train.job import check_config
 from deepseek.train.losses import autocast
 from deepseek.train.metrics import MetricsLog, plot_losses
 from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
 from deepseek.train.progress import InterruptGuard, ProgressBar
+from deepseek.train.runs import check_config
 from deepseek.train.state import TrainingState
 
 MAX_SKIPPED_IN_A_ROW = 10

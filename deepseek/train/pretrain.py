@@ -27,13 +27,13 @@ from deepseek.planning import training_memory
 from deepseek.text.tokenizer import document_end_id, load_tokenizer, train_tokenizer
 from deepseek.train.backends import Backend, current
 from deepseek.train.corpus import build_corpus, read_source
-from deepseek.train.job import run_once
 from deepseek.train.language import LanguageTask
 from deepseek.train.loop import LoopConfig, TrainResult, train
 from deepseek.train.metrics import peak_memory
 from deepseek.train.mix import EASY_STEPS, Domain, MixedRows, easiest_first
 from deepseek.train.optim import OptimConfig
 from deepseek.train.progress import ProgressBar
+from deepseek.train.runs import run_once
 from deepseek.train.settings import Settings, TextSettings
 
 TOKENIZER_CHARACTERS = 20_000_000

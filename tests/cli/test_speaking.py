@@ -13,7 +13,7 @@ from deepseek.cli.main import main
 from deepseek.cli.session import ChatSession
 from deepseek.cli.speak import Palette, speak
 from deepseek.data import Document, TokenShards
-from deepseek.evaluate.texts import held_out_folder
+from deepseek.evaluate.quality import held_out_folder
 from deepseek.infer.engine import Engine
 from deepseek.infer.load import Loaded
 from deepseek.infer.request import Request
