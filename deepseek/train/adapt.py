@@ -184,10 +184,7 @@ class AdaptRun(TextRun):
         """Write the model, under the names and in the dtype of its family; return the figures of the run."""
         if self.request.mode == "lora":
             self.model = self.adapter.merge_and_unload()
-        state = self.model.state_dict()
-        tied = self.model.config.tie_word_embeddings
-        state = {name: value for name, value in state.items() if not (tied and name == "lm_head.weight")}
-        named = restore_names(read_tensors(self.base), state)
+        named = restore_names(read_tensors(self.base), self.model.own_tensors())
         with atomic_folder(self.out) as temporary:
             if named is None:
                 self.model.save_pretrained(temporary)

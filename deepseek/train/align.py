@@ -1,6 +1,10 @@
 """`deepseek.align`: from preferences to a model that answers as preferred.
 
 pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO by TRL) -> a model folder
+
+TRL, to compare RLPO with, gets the same pairs and the same budget. It puts a forward pass of its own into the Hugging
+Face model that it trains, so it trains the checkpoint's twin in `transformers`; the folder that it leaves is read by
+`DeepSeekModel` as any other of its family. It cannot be resumed.
 """
 
 from collections.abc import Callable
@@ -11,12 +15,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
+from deepseek.data.preference_files import record_of
 from deepseek.data.preferences import Preference, PreferenceDatabase
-from deepseek.errors import ConfigError, DataError
+from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.infer.vocabulary import Vocabulary
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
@@ -31,7 +36,7 @@ from deepseek.train.policy import Policy
 from deepseek.train.progress import ProgressBar
 from deepseek.train.reward import RewardModel, features_of
 from deepseek.train.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
-from deepseek.train.rollout import generate
+from deepseek.train.rollout import generate, given
 from deepseek.train.runs import run_once
 
 Method = Literal["ppo", "dpo", "rloo"]
@@ -41,6 +46,16 @@ FEWEST_PAIRS = 8
 
 HELD_OUT_PROMPTS = 32
 """Held-out prompts that are answered at each evaluation."""
+
+
+DPO_BETA, RLOO_BETA = 0.1, 0.05
+"""Strength of the pull to the reference in either method: TRL's default, and RLPO's first coefficient."""
+
+ANSWERS = 4
+"""Answers that RLOO samples to a prompt, each judged against the mean of the others."""
+
+MINIBATCH = 16
+"""Pairs or answers a step, as many as RLPO takes."""
 
 
 @dataclass(frozen=True)
@@ -207,15 +222,55 @@ class AlignRun:
         return features_of(model, layer, prompts, chosen), features_of(model, layer, prompts, rejected)
 
     def by_trl(self) -> dict[str, Any]:
-        """Let TRL train the checkpoint's Hugging Face twin and write it."""
-        from deepseek.train.align_trl import align_by_trl
+        """Let TRL train the checkpoint's Hugging Face twin, and write it; return the last figures that TRL logged.
 
-        reward = None
-        if self.request.method == "rloo":
+        The budget is RLPO's: as many optimizer steps on answers of the same length, and as many sampled answers.
+
+        Raises:
+            TrainError: TRL is not installed, or `transformers` has no model of this family.
+        """
+        try:
+            from datasets import Dataset
+            from trl.trainer.dpo_config import DPOConfig
+            from trl.trainer.dpo_trainer import DPOTrainer
+            from trl.trainer.rloo_config import RLOOConfig
+            from trl.trainer.rloo_trainer import RLOOTrainer
+        except ImportError:
+            raise TrainError("Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo.") from None
+        request, tokenizer = self.request, self.tokenizer
+        twin = twin_of(self.base, request.layers)
+        common: dict[str, Any] = {
+            "output_dir": str(self.folder / "trl"), "learning_rate": request.learning_rate, "seed": request.seed,
+            "per_device_train_batch_size": MINIBATCH, "max_steps": request.rollouts * request.rollout_size // MINIBATCH,
+            "save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True, "bf16": True,
+            "use_cpu": twin.device.type == "cpu", "gradient_checkpointing": False, "lr_scheduler_type": "cosine",
+        }  # fmt: skip
+        trainer: Any
+        if request.method == "dpo":
+            sides = ("prompt", "chosen", "rejected")
+            rows = Dataset.from_list([{side: record[side] for side in sides} for record in map(record_of, self.pairs)])
+            trainer = DPOTrainer(twin, args=DPOConfig(**common, beta=DPO_BETA), train_dataset=rows,
+                                 processing_class=tokenizer)  # fmt: skip
+        else:
             model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
-            first = parse_layers(self.request.layers, len(model.layers))[0]
-            reward = self.reward(model, first)[0]
-        return align_by_trl(self.request, self.base, self.tokenizer, self.pairs, reward, self.folder, self.out)
+            reward = self.reward(model, parse_layers(request.layers, len(model.layers))[0])[0]
+            asked = [[dict(message) for message in prompt] for prompt in prompts_of(self.pairs)]
+            rows = Dataset.from_list([{"prompt": prompt} for prompt in asked])
+
+            def score(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+                ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+                scores: list[float | None] = reward(given(model, ids, completion_ids)).tolist()
+                return scores
+
+            arguments = RLOOConfig(**common, beta=RLOO_BETA, num_generations=ANSWERS, temperature=request.temperature,
+                                   max_completion_length=request.new_tokens)  # fmt: skip
+            trainer = RLOOTrainer(twin, score, arguments, rows, processing_class=tokenizer)
+        trainer.train()
+        with atomic_folder(self.out) as temporary:
+            trainer.model.to(torch.bfloat16).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        logged = [record for record in trainer.state.log_history if "loss" in record]
+        return {"trl": logged[-1] if logged else {}}
 
 
 METHODS = {"ppo": AlignRun.ppo, "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
@@ -226,3 +281,16 @@ def prompts_of(pairs: list[Preference]) -> list[Any]:
     if not pairs:
         raise ConfigError("There are no pairs.")
     return list({repr(pair.prompt): pair.prompt for pair in pairs}.values())
+
+
+def twin_of(base: Path, layers: str) -> Any:
+    """Return the Hugging Face model of a checkpoint in fp32, frozen but for `layers`."""
+    try:
+        twin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+        blocks = twin.model.layers
+    except (ValueError, AttributeError):
+        raise TrainError(f"{base} is of no family that TRL can train; take --method ppo.") from None
+    twin.requires_grad_(False)
+    for index in parse_layers(layers, len(blocks)):
+        blocks[index].requires_grad_(True)
+    return twin

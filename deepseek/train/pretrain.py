@@ -249,9 +249,8 @@ class PretrainRun:
 
     def write(self, result: TrainResult) -> dict[str, Any] | None:
         """Write the model with its tokenizer; return the figures of the run."""
-        tied = self.model.all_tied_weights_keys  # gathered, they would no longer be known as one tensor
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
-        whole = {name: self.backend.whole(tensor) for name, tensor in state.items()}
+        # Gathered, tied ones would no longer be known as one tensor.
+        whole = {name: self.backend.whole(tensor) for name, tensor in self.model.own_tensors().items()}
         if not self.backend.main:
             return None
         with atomic_folder(self.out) as temporary:

@@ -1,12 +1,13 @@
 """Run folders: a job in its own, which is the one that was begun there, and what past runs say about themselves."""
 
-import html
 import json
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
+
+from jinja2 import Environment
 
 from deepseek.checkpoint.store import atomic_write, home, read_json, write_json
 from deepseek.errors import DataError, TrainError
@@ -102,29 +103,30 @@ def summary(folder: Path) -> dict[str, Any]:
     return {"state": "finished", **{k: v for k, v in figures.items() if isinstance(v, str | int | float)}}
 
 
+PAGE = Environment(autoescape=True).from_string(
+    """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>
+body{font:16px sans-serif;max-width:60rem;margin:2rem auto}td,th{text-align:left;padding:.2rem 1rem .2rem 0}
+img{max-width:100%}</style><h1>{{ title }}</h1>
+{% for name, values in sections.items() %}<h2>{{ name }}</h2><table>
+{% for key, value in values.items() %}<tr><th>{{ key }}</th><td>{{ spoken(value) }}</td></tr>{% endfor %}
+</table>{% endfor %}
+{% for plot in plots %}<img alt="{{ plot.parent.name }}" src="data:image/png;base64,{{ encoded(plot) }}">{% endfor %}
+</html>
+"""
+)
+
+
 def write_page(folder: Path, title: str, sections: dict[str, Any], plots: list[Path]) -> Path:
     """Write a page without scripts or links to elsewhere, `index.html` in `folder`: tables, then plots."""
-    tables = "".join(f"<h2>{html.escape(name)}</h2>{_table(values)}" for name, values in sections.items())
-    images = "".join(
-        f'<img alt="{html.escape(plot.parent.name)}" src="data:image/png;base64,'
-        f'{b64encode(plot.read_bytes()).decode()}">'
-        for plot in plots
-    )
     path = folder / "index.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
-            "body{font:16px sans-serif;max-width:60rem;margin:2rem auto}"
-            "td,th{text-align:left;padding:.2rem 1rem .2rem 0}"
-            f"img{{max-width:100%}}</style><h1>{html.escape(title)}</h1>{tables}{images}</html>\n",
-            encoding="utf-8",
-        )
+        text = PAGE.render(title=title, sections=sections, plots=plots, spoken=_spoken, encoded=_encoded)
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def _table(values: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(_spoken(v))}</td></tr>" for k, v in values.items())
-    return f"<table>{rows}</table>"
+def _encoded(plot: Path) -> str:
+    return b64encode(plot.read_bytes()).decode()
 
 
 def _spoken(value: Any) -> str:
