@@ -27,12 +27,12 @@ from deepseek.data import RowLoader, TokenShards
 from deepseek.infer.load import load
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.pack import read_pack
-from deepseek.train.budget import Plan
 from deepseek.train.corpus import Source
 from deepseek.train.expert import ExpertRequest, ExpertRun
 from deepseek.train.losses import held_out_loss
 from deepseek.train.metrics import read_metrics
 from deepseek.train.progress import ProgressBar
+from deepseek.train.text_run import Plan
 
 PATHS = ("git", "folder", "jsonl", "parquet")
 UNCACHED_STEPS = 8

@@ -150,7 +150,7 @@ def tree_files(repository: pygit2.Repository, tree: pygit2.Tree) -> Iterator[tup
     index.read_tree(tree)
     for entry in index:
         if entry.mode in (FileMode.BLOB, FileMode.BLOB_EXECUTABLE):
-            yield entry.path, repository[entry.id]
+            yield entry.path, repository[entry.id].peel(pygit2.Blob)
 
 
 def commit_documents(commits: Iterable[pygit2.Commit], name: str, skipped: Skipped) -> Iterator[Document]:

@@ -13,7 +13,7 @@ from deepseek.kernels.decode.state import RECENT
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
-MAX_GUESSES = RECENT - 1  # of all sequences together: with more rows a step takes longer (see `infer/lookup.py`)
+MAX_GUESSES = RECENT - 1  # of all sequences together: with more rows a step takes longer (see `infer/active.py`)
 CACHE_BYTES = 1 << 30
 
 

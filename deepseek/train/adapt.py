@@ -22,7 +22,6 @@ from deepseek.data import Batch
 from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.registry import nearest
-from deepseek.train.budget import timed
 from deepseek.train.corpus import Corpus, Source
 from deepseek.train.expert import ExpertTask, TextPath, train_expert
 from deepseek.train.language import LanguageTask
@@ -31,7 +30,7 @@ from deepseek.train.losses import autocast, run_below
 from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
 from deepseek.train.runs import run_once
-from deepseek.train.text_run import TextRequest, TextRun, Texts
+from deepseek.train.text_run import TextRequest, TextRun, Texts, timed
 from deepseek.train.trunk import Stream
 
 Mode = Literal["last-n", "lora", "full", "expert"]

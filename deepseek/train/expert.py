@@ -27,7 +27,6 @@ from deepseek.model.pretrained import read_config
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.manifest import Metric, explain
 from deepseek.packs.pack import ExpertPack, write_pack
-from deepseek.train.budget import Plan, Speed, make_plan, timed
 from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus, Source
 from deepseek.train.layers import parse_layers
@@ -38,7 +37,7 @@ from deepseek.train.progress import ProgressBar
 from deepseek.train.public import public_statistics
 from deepseek.train.replay import Replay
 from deepseek.train.runs import run_once
-from deepseek.train.text_run import TextRequest, TextRun, Texts
+from deepseek.train.text_run import Plan, Speed, TextRequest, TextRun, Texts, make_plan, timed
 from deepseek.train.trunk import Stream, run_above, run_trunk
 
 

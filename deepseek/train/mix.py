@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from deepseek.data.document import Document
 from deepseek.data.functions import parsed
-from deepseek.data.loader import Batch, RowLoader
-from deepseek.data.permutation import endless
+from deepseek.data.loader import Batch, RowLoader, endless
 from deepseek.errors import DataError
 
 EASY_STEPS = 0.2

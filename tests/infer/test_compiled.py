@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
+from deepseek.infer.active import Lookup
 from deepseek.infer.compiled import CompiledRunner, supports
 from deepseek.infer.engine import Engine
-from deepseek.infer.lookup import Lookup
 from deepseek.infer.request import Request
 from deepseek.infer.runner import Chunk
 from deepseek.infer.sampler import Sampling

@@ -5,9 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.errors import TrainError
-from deepseek.train.budget import EVALUATION_SHARE, MAX_EPOCHS, Plan, Speed, make_plan
 from deepseek.train.corpus import Source
-from deepseek.train.text_run import TextRequest
+from deepseek.train.text_run import EVALUATION_SHARE, MAX_EPOCHS, Plan, Speed, TextRequest, make_plan
 
 SPEEDS = st.builds(
     Speed, trunk=st.floats(0, 2), step=st.floats(0.01, 2), evaluate=st.floats(0.01, 1)
