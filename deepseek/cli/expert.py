@@ -2,15 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from deepseek.cli.pull import fetch
 from deepseek.errors import ConfigError
-
-if TYPE_CHECKING:
-    from deepseek.packs.manifest import Manifest
 
 app = typer.Typer(add_completion=False, help="Train, list, inspect, verify and sign expert packs.")
 
@@ -81,10 +78,12 @@ def list_experts() -> None:
         print(f"no experts in {experts_folder()}; train one with `deepseek expert train`")
     for name, path in packs.items():
         try:
-            what = _summary(read_pack(path).manifest)
+            manifest = read_pack(path).manifest
+            losses = [f"{what} {metric.before:.3f} -> {metric.after:.3f}" for what, metric in manifest.metrics.items()]
+            said = "  ".join([f"{len(manifest.layers)} layers", *losses, manifest.domain]).rstrip()
         except PackError as error:
-            what = str(error)
-        print(f"{name:24}  {path.stat().st_size / 1e6:6.1f} MB  {what}")
+            said = str(error)
+        print(f"{name:24}  {path.stat().st_size / 1e6:6.1f} MB  {said}")
 
 
 @app.command()
@@ -153,8 +152,3 @@ def source_name(*paths: Path | None) -> str:
     if source is None:
         raise ConfigError("no text to learn from; give --from-git, --from-folder, --from-jsonl or --from-parquet.")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().stem).strip("-._") or "expert"
-
-
-def _summary(manifest: "Manifest") -> str:
-    losses = [f"{name} {metric.before:.3f} -> {metric.after:.3f}" for name, metric in manifest.metrics.items()]
-    return "  ".join([f"{len(manifest.layers)} layers", *losses, manifest.domain]).rstrip()

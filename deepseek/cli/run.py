@@ -12,9 +12,7 @@ from deepseek.cli.options import Base
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from deepseek.evaluate.quality import Comparison
     from deepseek.infer.engine import Engine
-    from deepseek.infer.load import Loaded
 
 PROMPT_TOKENS = 96
 ANSWER_TOKENS = 40
@@ -71,7 +69,6 @@ def _serve(base: str, name: str, repository: Path, minutes: float | None, consol
 
 
 def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
-    from deepseek.infer.load import Loaded
     from deepseek.infer.start import start_engine
     from deepseek.train.expert import train_expert
 
@@ -82,18 +79,17 @@ def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, 
         train_expert(base, name=name, from_git=repository, minutes=minutes)
     with start_engine(base, experts=[name]) as engine:
         if minutes is not None:
-            _show_gain(Loaded(engine.model, engine.tokenizer), name, console)
+            _show_gain(engine, name, console)
         _answer(engine, name, console)
 
 
-def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
+def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
     from deepseek.cli.table import comparison_table
     from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.train.progress import ProgressBar
 
-    with collected(loaded.tokenizer, [], expert_texts([name], [name])) as texts, ProgressBar() as progress:
-        rows: list[Comparison] = list(compare(loaded.model, texts, EVALUATION_TOKENS, progress))
-    console.print(comparison_table(rows))
+    with collected(engine.tokenizer, [], expert_texts([name], [name])) as texts, ProgressBar() as progress:
+        console.print(comparison_table(compare(engine.model, texts, EVALUATION_TOKENS, progress)))
 
 
 def _answer(engine: "Engine", name: str, console: "Console") -> None:

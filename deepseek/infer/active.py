@@ -2,8 +2,8 @@
 
 Its next tokens are guessed from what followed the same words earlier in its text. A step reads all weights whether it
 computes one token or a few, so guesses that turn out right are nearly free, and those that turn out wrong change
-nothing: the token after each of them is chosen as it would have been without them (prompt lookup, a speculative decoding
-without a second model: arXiv:2302.01318, arXiv:2304.04487).
+nothing: the token after each of them is chosen as it would have been without them (prompt lookup, a speculative
+decoding without a second model: arXiv:2302.01318, arXiv:2304.04487).
 """
 
 from collections import Counter
