@@ -26,8 +26,7 @@ import deepseek
 from deepseek.evaluate.quality import documents_at
 from deepseek.infer.compiled import CompiledRunner
 from deepseek.infer.quantize import quantize_model
-from deepseek.infer.runner import Chunk, Runner
-from deepseek.infer.torch_runner import TorchRunner
+from deepseek.infer.runner import Chunk, Runner, TorchRunner
 from deepseek.model.kv_cache import KVCache
 
 ROW, OPENING, ANSWER = 512, 64, 64

@@ -25,9 +25,8 @@ from deepseek.infer.request import (
     TokenLogprob,
     Usage,
 )
-from deepseek.infer.runner import Runner
+from deepseek.infer.runner import Runner, TorchRunner
 from deepseek.infer.scheduler import CACHE_BYTES, MAX_RUNNING, PREFILL_CHUNK, Scheduler
-from deepseek.infer.torch_runner import TorchRunner
 from deepseek.infer.vocabulary import Vocabulary
 from deepseek.model.experts import ExpertInfo
 from deepseek.model.kv_cache import KVCache

@@ -6,7 +6,7 @@ Each stage is kept in the run folder once it is done.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -76,12 +76,8 @@ class ExpertTask:
 
     def evaluate(self) -> dict[str, float]:
         """Return the exact loss on held-out rows with the module on."""
-        return {"held_out_loss": mean_loss(self.held_out_losses()).loss}
-
-    def held_out_losses(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the losses and labels `[N]` of each held-out batch."""
-        for batch in self.held_out:
-            yield self.score(batch, self.held_out_stream(batch)), batch.labels.flatten()
+        parts = ((self.score(rows, self.held_out_stream(rows)), rows.labels.flatten()) for rows in self.held_out)
+        return {"held_out_loss": mean_loss(parts).loss}
 
     @torch.no_grad()
     def score(self, batch: Batch, stream_BTD: Tensor) -> Tensor:

@@ -22,10 +22,9 @@ from deepseek.errors import TrainError
 from deepseek.train.backends import SINGLE, Backend
 from deepseek.train.losses import autocast
 from deepseek.train.metrics import MetricsLog, plot_losses
-from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
+from deepseek.train.optim import OptimConfig, TrainingState, adamw, clip_gradients, learning_rate
 from deepseek.train.progress import InterruptGuard, ProgressBar
 from deepseek.train.runs import check_config
-from deepseek.train.state import TrainingState
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which the run has diverged and going on is of no use."""

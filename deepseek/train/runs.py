@@ -23,11 +23,9 @@ class Job(Protocol):
 
         `request.json` is written as soon as it is known that the request is possible.
         """
-        ...
 
     def estimate(self) -> str:
         """Check the request and say what it would take; what is written goes to the folder."""
-        ...
 
 
 def run_once(

@@ -16,11 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepseek.checkpoint.store import read_json, write_json
+from deepseek.checkpoint.store import disk_full_explained, read_json, write_json
 from deepseek.data.loader import Batch, RowLoader
 from deepseek.errors import CheckpointError
 from deepseek.train.losses import autocast, run_below
-from deepseek.train.state import disk_full_explained
 
 Stream = Callable[[Batch], Tensor]
 """Where the frozen stream `[B, T, D]` of a batch comes from: computed, or read from a cache."""

@@ -13,10 +13,9 @@ from deepseek.infer.active import activate
 from deepseek.infer.load import Loaded
 from deepseek.infer.prefix import PrefixCache, block_keys
 from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.runner import Chunk
+from deepseek.infer.runner import Chunk, TorchRunner, TorchState
 from deepseek.infer.sampler import Sampling
 from deepseek.infer.scheduler import Scheduler
-from deepseek.infer.torch_runner import TorchRunner, TorchState
 from deepseek.infer.vocabulary import Vocabulary
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deepseek.checkpoint import store
-from deepseek.train.state import TrainingState, disk_full_explained, no_room_for
+from deepseek.train.optim import TrainingState, no_room_for
 
 B = TypeVar("B")
 
@@ -58,7 +58,7 @@ class Backend:
 
     def save(self, folder: Path, state: TrainingState, meta: dict[str, Any]) -> None:
         """Write a checkpoint that is either whole or absent; raise `TrainError` if the disk is full."""
-        with disk_full_explained(no_room_for(folder)):
+        with store.disk_full_explained(no_room_for(folder)):
             store.save_state(folder, state.tensors(), meta)
 
     def load(self, folder: Path, state: TrainingState) -> dict[str, Any]:
