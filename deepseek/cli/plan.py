@@ -21,8 +21,8 @@ def plan(
     from rich.table import Table
 
     from deepseek.checkpoint.store import write_json
+    from deepseek.planning import deepspeed_config
     from deepseek.planning import plan as make
-    from deepseek.train.backends.deepspeed import deepspeed_config
     from deepseek.train.pretrain import PretrainSettings
 
     settings = PretrainSettings.read(config) if config else None

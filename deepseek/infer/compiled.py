@@ -38,7 +38,7 @@ class Scratch:
         self._buffers: dict[str, np.ndarray] = {}
 
     def step(
-        self, chunks: Sequence[Chunk], first: list[int], kept: list[int], sites: Sites
+        self, chunks: Sequence[Chunk], states: list[CompiledState], first: list[int], kept: list[int], sites: Sites
     ) -> tuple[Tensor, np.ndarray]:
         """Compute a batch; return the logits `[R, V]` and the experts' weights `[N, sites]`.
 
@@ -46,7 +46,6 @@ class Scratch:
             first: row of each chunk's first token, and the number of rows.
             kept: rows that need logits.
         """
-        states = [_state(chunk) for chunk in chunks]
         longest = max(state.length + len(chunk.ids) for state, chunk in zip(states, chunks, strict=True))
         rows, threads = first[-1], torch.get_num_threads()
         self.model.reach(longest)
@@ -156,12 +155,10 @@ class CompiledRunner:
 
     def __init__(self, model: DeepSeekModel) -> None:
         self.model = model
-        config = model.config
-        assert config.head_dim is not None and config.num_key_value_heads is not None
-        self._shape = PageShape(config.num_hidden_layers * config.num_key_value_heads, config.head_dim)
         self._packed = WeakKeyDictionary[ExpertModule, Packed]()  # each expert that some sequence uses, rounded once
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
+        self._shape = PageShape(weights.layers * weights.groups, weights.width)
         self.weight_bytes = weights.nbytes  # read once in every step
         self._work = Scratch(weights)
         self._lock = threading.Lock()
@@ -177,17 +174,16 @@ class CompiledRunner:
         return CompiledState(self._shape, armed, _members(armed), capacity)
 
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
-        states = [chunk.state for chunk in chunks]
+        states = [_state(chunk) for chunk in chunks]
         with self._lock:
             for chunk, state in zip(chunks, states, strict=True):
-                assert isinstance(state, CompiledState)
                 state.reserve(len(chunk.ids))
-            sites = self._sites_of([s.armed.roster for s in states if s.armed is not None])  # type: ignore[attr-defined]
+            sites = self._sites_of([state.armed.roster for state in states if state.armed is not None])
             first = [0, *accumulate(len(chunk.ids) for chunk in chunks)]
             kept = [row for chunk, end in zip(chunks, first[1:], strict=True) for row in range(end - chunk.keep, end)]
-            logits_RV, said = self._work.step(chunks, first, kept, sites)
+            logits_RV, said = self._work.step(chunks, states, first, kept, sites)
             for chunk, state in zip(chunks, states, strict=True):
-                state.advance(len(chunk.ids))  # type: ignore[attr-defined]
+                state.advance(len(chunk.ids))
             return RunnerOutput(logits_RV, self._speakers(chunks, kept, sites, said))
 
     def _packed_of(self, module: ExpertModule) -> Packed:
