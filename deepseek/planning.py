@@ -233,7 +233,6 @@ def _size(module: nn.Module) -> int:
 
 def _activations(config: ModelConfig, chosen: float) -> int:
     """Return the bytes that a token keeps: inputs of every product and norm (arXiv:2205.05198, without its dropout)."""
-    assert config.head_dim is not None and config.num_key_value_heads is not None
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     total = 0.0
     for layer in range(config.num_hidden_layers):
@@ -246,6 +245,5 @@ def _activations(config: ModelConfig, chosen: float) -> int:
 
 
 def _attention_flops(config: ModelConfig) -> float:
-    assert config.head_dim is not None
     width = config.num_attention_heads * config.head_dim
     return 6.0 * config.num_hidden_layers * width * config.max_position_embeddings  # half of 12: causal

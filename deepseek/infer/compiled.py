@@ -143,7 +143,7 @@ def supports(model: DeepSeekModel) -> bool:
     return (
         model.device.type == "cpu" and openmp.runtime() is not None
         and config.attention == "full" and config.positional_encoding == "rope" and config.num_experts == 0
-        and config.qk_norm in ("none", "head") and config.clip_qkv is None and (config.head_dim or 1) % GROUP == 0
+        and config.qk_norm in ("none", "head") and config.clip_qkv is None and config.head_dim % GROUP == 0
     )  # fmt: skip
 
 

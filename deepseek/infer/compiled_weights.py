@@ -114,7 +114,6 @@ class PackedModel:
 
     def __init__(self, model: DeepSeekModel) -> None:
         config, layers = model.config, len(model.layers)
-        assert config.head_dim is not None and config.num_key_value_heads is not None
         assert isinstance(model.positions, Rope)
         self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
         self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -201,7 +201,6 @@ class TorchRunner:
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
         config = self.model.config
         heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        assert groups is not None and width is not None
         token = 2 * groups * width * self.model.dtype.itemsize
         if config.positional_encoding == "dpe":
             token += 8 * heads  # key_bias, in fp64
