@@ -9,11 +9,10 @@ from fastapi.responses import Response
 
 from deepseek.infer.request import Request, TokenEvent, TokenLogprob
 from deepseek.server.errors import ApiError
-from deepseek.server.job import Job
 from deepseek.server.replies import ChatReply, described
 from deepseek.server.reply import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.schema import ChatRequest
-from deepseek.server.service import Service, TheService, ask, wanted_schema
+from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
 from deepseek.server.tools import Calling
 
 router = APIRouter()

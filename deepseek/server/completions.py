@@ -8,11 +8,10 @@ from fastapi.responses import Response
 
 from deepseek.infer.request import Request, TokenEvent, TokenLogprob
 from deepseek.server.errors import ApiError
-from deepseek.server.job import Job
 from deepseek.server.replies import CompletionReply, described
 from deepseek.server.reply import Chunks, Fields, Reply, finite
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
-from deepseek.server.service import Service, TheService, ask
+from deepseek.server.service import Job, Service, TheService, ask
 
 router = APIRouter()
 

@@ -8,12 +8,11 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from deepseek.infer.request import Request
-from deepseek.server.job import Job
 from deepseek.server.metrics import spoken
 from deepseek.server.replies import ResponseReply, described
 from deepseek.server.reply import Fields, Reply
 from deepseek.server.schema import ChatMessage, ResponsesRequest
-from deepseek.server.service import Service, TheService, ask, wanted_schema
+from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
 from deepseek.server.tools import Calling
 
 router = APIRouter()
