@@ -1,4 +1,4 @@
-"""What all routes share: the engine, the settings, what a request's words become for the engine, and what is under way."""
+"""What all routes share: the engine, the settings, what a request's words mean to the engine, and what is under way."""
 
 import asyncio
 import json
