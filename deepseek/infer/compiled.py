@@ -183,7 +183,7 @@ class CompiledRunner:
             kept = [row for chunk, end in zip(chunks, first[1:], strict=True) for row in range(end - chunk.keep, end)]
             logits_RV, said = self._work.step(chunks, states, first, kept, sites)
             for chunk, state in zip(chunks, states, strict=True):
-                state.advance(len(chunk.ids))
+                state.length += len(chunk.ids)
             return RunnerOutput(logits_RV, self._speakers(chunks, kept, sites, said))
 
     def _packed_of(self, module: ExpertModule) -> Packed:
