@@ -18,15 +18,7 @@ from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop import LossOutput
 from deepseek.train.optim import OptimConfig, adamw, clip_gradients
 from deepseek.train.policy import Policy
-from deepseek.train.ppo import (
-    KLController,
-    advantages,
-    masked_mean,
-    policy_loss,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+from deepseek.train.ppo import advantages, masked_mean, policy_loss, steered, token_rewards, value_loss, whiten
 from deepseek.train.rollout import Responses, empty_responses, generate
 
 Reward = Callable[[Responses], Tensor]
@@ -147,8 +139,7 @@ class Learner:
             "entropy": float(masked_mean(entropy_BT, mask_BT)),
         }  # fmt: skip
         if learn:
-            controller = KLController(beta, config.target_kl, config.kl_horizon).updated(kl, len(prompts))
-            self.scalars["beta"].fill_(controller.beta)
+            self.scalars["beta"].fill_(steered(beta, kl, len(prompts), config.target_kl, config.kl_horizon))
         self.check_entropy(metrics["entropy"])
         whitened_BT = whiten(advantages_BT, mask_BT)
         return Rollout(**responses.tensors(), logprobs_BT=old_BT, values_BT=values_BT, advantages_BT=whitened_BT,
