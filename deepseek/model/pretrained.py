@@ -14,8 +14,7 @@ from deepseek.errors import CheckpointError, ConfigError
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.config import ModelConfig
 from deepseek.model.int8 import keep_matrices, restored
-from deepseek.model.moe.layer import MoELayer
-from deepseek.model.moe.upcycle import init_upcycled
+from deepseek.model.moe.layer import MoELayer, init_upcycled
 from deepseek.registry import nearest
 
 if TYPE_CHECKING:

@@ -18,10 +18,9 @@ from deepseek.data import (
     read_records,
     split,
 )
-from deepseek.data.document import silent
+from deepseek.data.document import Rule, silent
 from deepseek.data.filters import Skipped
 from deepseek.data.git import find_commit, open_repository, read_git_by_time
-from deepseek.data.split import Rule
 from deepseek.errors import DataError
 
 

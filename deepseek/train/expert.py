@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.data import Batch, RowLoader
-from deepseek.data.split import Rule
+from deepseek.data.document import Rule
 from deepseek.errors import DataError, PackError
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
 from deepseek.model.experts import ExpertModule
