@@ -21,7 +21,7 @@ WORKER = """
 import json, sys
 from pathlib import Path
 import deepseek, deepseek.train.adapt
-from deepseek.train.memory import peak_memory
+from deepseek.train.metrics import peak_memory
 libraries = peak_memory()
 mode, source, folder, tokens = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 deepseek.adapt(name="x", from_folder=source, mode=mode, tokens=tokens, epochs=2, held_out=0.15, out=folder / "model",

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from deepseek.checkpoint.store import home
 from deepseek.data.filters import decode
-from deepseek.data.html import html_to_text
+from deepseek.data.source import html_to_text
 from deepseek.errors import DataError, UserError
 from deepseek.registry import pick
 

@@ -33,8 +33,7 @@ from results import write
 
 import deepseek
 from deepseek.infer.compiled import CompiledRunner
-from deepseek.infer.runner import Chunk
-from deepseek.infer.torch_runner import TorchRunner
+from deepseek.infer.runner import Chunk, TorchRunner
 
 PROMPT, STEPS, STREAMS = 512, 64, 16
 Turn = Callable[[], dict[str, float]]

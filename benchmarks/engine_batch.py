@@ -19,9 +19,8 @@ from results import write
 from deepseek.infer.engine import Engine
 from deepseek.infer.load import load
 from deepseek.infer.request import Request
-from deepseek.infer.runner import Chunk, Runner
+from deepseek.infer.runner import Chunk, Runner, TorchRunner
 from deepseek.infer.sampler import Sampling
-from deepseek.infer.torch_runner import TorchRunner
 from deepseek.model.transformer import DeepSeekModel
 
 

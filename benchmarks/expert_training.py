@@ -27,12 +27,12 @@ from deepseek.data import RowLoader, TokenShards
 from deepseek.infer.load import load
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.pack import read_pack
-from deepseek.train.budget import Plan
 from deepseek.train.corpus import Source
-from deepseek.train.expert_run import ExpertRequest, ExpertRun
+from deepseek.train.expert import ExpertRequest, ExpertRun
 from deepseek.train.losses import held_out_loss
 from deepseek.train.metrics import read_metrics
 from deepseek.train.progress import ProgressBar
+from deepseek.train.text_run import Plan
 
 PATHS = ("git", "folder", "jsonl", "parquet")
 UNCACHED_STEPS = 8
@@ -106,11 +106,13 @@ def train_uncached(run: Path, folder: Path) -> Path:
     shutil.copytree(run / "corpus", folder / "corpus")
     stored = json.loads((run / "request.json").read_text())
     source = {name: Path(value) if name in PATHS and value else value for name, value in stored.pop("source").items()}
-    expert = ExpertRun(ExpertRequest(source=Source(**source), **stored), folder, ProgressBar())
+    expert = ExpertRun(
+        ExpertRequest(source=Source(**source), **stored), folder, folder / "pack.safetensors", ProgressBar()
+    )
     expert.cached_below = False
     texts = expert.texts(expert.corpus())
     plan = Plan(**json.loads((run / "plan.json").read_text())["plan"])
-    expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, held_out_rows=1), resume="")
+    expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, held_out_rows=1))
     return folder
 
 

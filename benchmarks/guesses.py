@@ -16,7 +16,7 @@ from typing import Any
 from results import write
 
 import deepseek
-from deepseek.evaluate.texts import documents_at
+from deepseek.evaluate.quality import documents_at
 from deepseek.infer import scheduler
 from deepseek.infer.compiled import CompiledRunner
 from deepseek.infer.engine import Engine

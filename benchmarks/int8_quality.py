@@ -23,11 +23,10 @@ from results import write
 from torch import Tensor
 
 import deepseek
-from deepseek.evaluate.texts import documents_at
+from deepseek.evaluate.quality import documents_at
 from deepseek.infer.compiled import CompiledRunner
 from deepseek.infer.quantize import quantize_model
-from deepseek.infer.runner import Chunk, Runner
-from deepseek.infer.torch_runner import TorchRunner
+from deepseek.infer.runner import Chunk, Runner, TorchRunner
 from deepseek.model.kv_cache import KVCache
 
 ROW, OPENING, ANSWER = 512, 64, 64
@@ -42,7 +41,7 @@ def rows(tokenizer: Any, texts: list[Path], count: int) -> list[list[int]]:
 
 
 def run(runner: Runner, ids: list[int]) -> Tensor:
-    logits: Tensor = runner.forward([Chunk(runner.start(None, len(ids)), ids, "all")]).logits_RV
+    logits: Tensor = runner.forward([Chunk(runner.start(None, len(ids)), ids, len(ids))]).logits_RV
     return logits.double().log_softmax(-1)
 
 

@@ -14,7 +14,7 @@ from hash_recall import BASE, FIRST, PROBES, TEST, WINDOW, corpus, fitted
 from results import save
 
 import deepseek
-from deepseek.data.long_texts import long_texts
+from deepseek.data.encode import long_texts
 from deepseek.model.attention.hash import plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.train.distill_hash import HashSettings

@@ -25,7 +25,7 @@ import deepseek
 from deepseek.data import RowLoader, TokenShards, clean, read_folder
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.text.train import train_tokenizer
+from deepseek.text.tokenizer import train_tokenizer
 from deepseek.train.language import LanguageTask
 from deepseek.train.loop import LoopConfig, train
 from deepseek.train.metrics import read_metrics

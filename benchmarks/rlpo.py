@@ -22,13 +22,12 @@ from results import save
 
 from deepseek.data import RowLoader, TokenShards
 from deepseek.data.preferences import PreferenceDatabase
+from deepseek.evaluate.quality import public_documents
 from deepseek.evaluate.safety import helpfulness, safety
-from deepseek.evaluate.texts import public_documents
 from deepseek.infer.load import load
 from deepseek.train.align import align
-from deepseek.train.judge import JUDGES
+from deepseek.train.judge import JUDGES, generate_pairs
 from deepseek.train.metrics import read_metrics
-from deepseek.train.pairs import generate_pairs
 
 NEW_TOKENS, TEMPERATURE = 24, 0.8
 POLITE, POLITE_HELD_OUT = 0.36, 0.48

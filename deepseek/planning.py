@@ -190,6 +190,33 @@ def plan(
     return Plan(config, pick(DEVICES, device, "device"), gpus, tokens, tokens_per_gpu, recompute)
 
 
+def deepspeed_config(
+    *, gpus: int, rows_per_gpu: int, learning_rate: float, final_learning_rate: float, warmup_steps: int, steps: int,
+    weight_decay: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the `ds_config.json` of the same run for DeepSpeed: ZeRO-3, bf16, AdamW with warm-up and cosine."""
+    return {
+        "train_micro_batch_size_per_gpu": rows_per_gpu,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": rows_per_gpu * gpus,
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": learning_rate, "betas": [0.9, 0.95], "weight_decay": weight_decay},
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "warmup_num_steps": warmup_steps,
+                "total_num_steps": steps,
+                "cos_min_ratio": final_learning_rate / learning_rate,
+            },
+        },
+    }
+
+
 def training_memory(config: ModelConfig, tokens: int) -> float:
     """Return the bytes that training in one process takes with so many tokens a batch."""
     shape = Shape.of(config)
@@ -206,7 +233,6 @@ def _size(module: nn.Module) -> int:
 
 def _activations(config: ModelConfig, chosen: float) -> int:
     """Return the bytes that a token keeps: inputs of every product and norm (arXiv:2205.05198, without its dropout)."""
-    assert config.head_dim is not None and config.num_key_value_heads is not None
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     total = 0.0
     for layer in range(config.num_hidden_layers):
@@ -219,6 +245,5 @@ def _activations(config: ModelConfig, chosen: float) -> int:
 
 
 def _attention_flops(config: ModelConfig) -> float:
-    assert config.head_dim is not None
     width = config.num_attention_heads * config.head_dim
     return 6.0 * config.num_hidden_layers * width * config.max_position_embeddings  # half of 12: causal

@@ -1,8 +1,9 @@
-"""Look a name up in a literal table, or say which name was probably meant."""
+"""Look a name up in a literal table or among the installed packages, or say what is to be done."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, TypeVar
 
 from deepseek.errors import ConfigError
 
@@ -29,3 +30,11 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
         return table[name]
     except KeyError:
         raise ConfigError(f"{what} {name!r} is unknown; {nearest(name, table)}.") from None
+
+
+def package(name: str, install: str) -> Any:
+    """Return a package that not every installation has; raise `ConfigError` saying what to `install` for it."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise ConfigError(f"This needs {name}; install it with pip install {install}.") from None

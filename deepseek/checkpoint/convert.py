@@ -1,15 +1,18 @@
 """Checkpoints of Hugging Face families, in our names.
 
-Pure dictionaries in, pure dictionaries out: this module knows no model class. A new family is one row in `FAMILIES`.
+Pure dictionaries in, pure dictionaries out: this module knows no model class of ours. A new family is one row in
+`FAMILIES`; its defaults are those of its config class in `transformers`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from deepseek.checkpoint.fingerprint import each_tensor, weight_files
 from deepseek.errors import CheckpointError
@@ -40,83 +43,37 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 
 
-def _llama(raw: dict[str, Any]) -> dict[str, Any]:
-    if raw.get("mlp_bias"):
-        raise CheckpointError(
-            "Llama checkpoints with mlp_bias=true are not supported; use one without biases in the MLP."
-        )
-    bias = bool(raw.get("attention_bias"))
-    return {"attention_bias": bias, "attention_output_bias": bias}
-
-
-def _mistral(raw: dict[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": raw.get("sliding_window")}
-
-
-def _mixed_windows(raw: dict[str, Any]) -> dict[str, Any]:
-    """Qwen2 and Qwen3: some layers see a window, some everything."""
-    if not raw.get("use_sliding_window"):
-        return {}
-    layers = range(raw["num_hidden_layers"])
-    types = raw.get("layer_types") or [
-        "sliding_attention" if i >= raw.get("max_window_layers", 28) else "full_attention" for i in layers
-    ]
-    full = [i for i in layers if types[i] == "full_attention"]
-    return {"sliding_window": raw.get("sliding_window"), "full_attention_layers": full}
-
-
-def _qwen2(raw: dict[str, Any]) -> dict[str, Any]:
-    return {"attention_bias": True} | _mixed_windows(raw)
-
-
-def _qwen3(raw: dict[str, Any]) -> dict[str, Any]:
-    bias = bool(raw.get("attention_bias"))
-    return {"attention_bias": bias, "attention_output_bias": bias, "qk_norm": "head"} | _mixed_windows(raw)
-
-
-def _topk(count: int, width: int, k: int, renormalize: bool) -> dict[str, Any]:
-    return {
-        "num_experts": count, "expert_dim": width, "max_experts": k, "routing_strategy": "topk",
-        "router_score": "softmax", "router_renormalize": renormalize,
-    }  # fmt: skip
-
-
-def _mixtral(raw: dict[str, Any]) -> dict[str, Any]:
-    count = raw.get("num_local_experts", raw.get("num_experts", 8))
-    return _mistral(raw) | _topk(count, raw["intermediate_size"], raw["num_experts_per_tok"], True)
-
-
-def _qwen3_moe(raw: dict[str, Any]) -> dict[str, Any]:
-    count = raw.get("num_experts", raw.get("num_local_experts", 128))
-    step, skipped = raw.get("decoder_sparse_step", 1), set(raw.get("mlp_only_layers") or ())
-    layers = range(raw["num_hidden_layers"])
-    dense = [i for i in layers if i in skipped or (i + 1) % step]
-    renormalize = bool(raw.get("norm_topk_prob"))
-    experts = _topk(count, raw["moe_intermediate_size"], raw["num_experts_per_tok"], renormalize)
-    window = {"sliding_window": raw.get("sliding_window")} if raw.get("use_sliding_window") else {}
-    return _qwen3(raw | {"use_sliding_window": False}) | experts | window | {"dense_layers": dense}
-
-
-def _olmoe(raw: dict[str, Any]) -> dict[str, Any]:
-    bias = bool(raw.get("attention_bias"))
-    experts = _topk(
-        raw["num_experts"], raw["intermediate_size"], raw["num_experts_per_tok"], bool(raw.get("norm_topk_prob"))
-    )
-    return experts | {
-        "attention_bias": bias, "attention_output_bias": bias, "qk_norm": "width", "clip_qkv": raw.get("clip_qkv"),
-    }  # fmt: skip
-
-
-# What a Hugging Face model type means in our fields, beyond those that both name alike.
-FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "mixtral": _mixtral,
-    "olmoe": _olmoe,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "qwen3_moe": _qwen3_moe,
+# Families that load, and what each of them fixes in our fields without saying it in its config.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "mixtral": {},
+    "olmoe": {"qk_norm": "width"},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": "head"},
+    "qwen3_moe": {"qk_norm": "head"},
 }
+
+
+def _translated(theirs: Any) -> dict[str, Any]:
+    """Return in our fields what a Hugging Face config says; it knows what its family takes where nothing is given."""
+    said = {field.name: getattr(theirs, field.name) for field in fields(theirs)}
+    layers, types, bias = range(said["num_hidden_layers"]), said.get("layer_types"), bool(said.get("attention_bias"))
+    ours = {
+        "attention_bias": bias, "attention_output_bias": bias, "clip_qkv": said.get("clip_qkv"),
+        "sliding_window": said.get("sliding_window"),
+    }  # fmt: skip
+    if ours["sliding_window"] and types:
+        ours["full_attention_layers"] = [i for i in layers if types[i] == "full_attention"]
+    if count := said.get("num_experts") or said.get("num_local_experts"):
+        skipped, step = said.get("mlp_only_layers") or (), said.get("decoder_sparse_step", 1)
+        ours |= {
+            "num_experts": count, "expert_dim": said.get("moe_intermediate_size") or said["intermediate_size"],
+            "max_experts": said["num_experts_per_tok"], "routing_strategy": "topk", "router_score": "softmax",
+            "router_renormalize": bool(said.get("norm_topk_prob", True)),
+            "dense_layers": [i for i in layers if i in skipped or (i + 1) % step],
+        }  # fmt: skip
+    return ours
 
 
 def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
@@ -135,8 +92,10 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError("The checkpoint is quantised; use the unquantised folder of the same model.")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act={raw['hidden_act']!r} is not supported; only models with 'silu' load.")
+    if raw.get("mlp_bias"):
+        raise CheckpointError("Checkpoints with mlp_bias=true are not supported; use one without biases in the MLP.")
     common = {key: raw[key] for key in _COMMON_FIELDS if raw.get(key) is not None}
-    return common | FAMILIES[family](raw)
+    return common | _translated(CONFIG_MAPPING[family](**raw)) | FAMILIES[family]
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

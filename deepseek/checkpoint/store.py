@@ -5,6 +5,7 @@ Every writer works on a temporary neighbour, forces it to disk and renames it. A
 noticed when the state is read and an older whole state can take over.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, TrainError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +73,17 @@ def install(temporary: Path, path: Path) -> None:
     temporary.replace(path)
     shutil.rmtree(replaced, ignore_errors=True)
     _sync(path.parent)
+
+
+@contextmanager
+def disk_full_explained(message: str) -> Iterator[None]:
+    """Turn a lack of space within the block into a `TrainError` with this message."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise TrainError(message) from error
 
 
 def canonical_json(value: object) -> bytes:
@@ -181,3 +193,9 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether writing failed for lack of space; safetensors reports it by message alone."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)

@@ -1,19 +1,14 @@
 """`deepseek adapt`: fine-tune a model on your text."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from deepseek.cli.expert_train import Source, source_name
+from deepseek.cli.expert import Source, source_name
 from deepseek.cli.pretrain import DryRun
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def adapt(
     base: Annotated[str, typer.Argument(metavar="MODEL", help="A known name, a folder or a hub id.")] = "smollm2-135m",
     from_git: Source = None,
@@ -36,16 +31,11 @@ def adapt(
     dry_run: DryRun = False,
 ) -> None:
     """Adapt a model to your text; interrupted, the same command goes on where it was."""
-    source = source_name(from_git, from_folder, from_jsonl, from_parquet)
+    options = locals() | {"name": name or source_name(from_git, from_folder, from_jsonl, from_parquet)}
     from deepseek.cli.pull import fetch
     from deepseek.train.adapt import adapt as run
 
     fetch(base)
-    folder = run(
-        base, name=name or source, from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
-        from_parquet=from_parquet, mode=mode, last=last, tokens=tokens, epochs=epochs, learning_rate=learning_rate,
-        held_out=held_out, out=out, run_folder=run_folder, seed=seed, dry_run=dry_run,
-        resume=shlex.join(["deepseek", *sys.argv[1:]]),
-    )  # fmt: skip
+    folder = run(**options)
     if not dry_run:
         print(folder)

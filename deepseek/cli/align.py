@@ -1,16 +1,11 @@
 """`deepseek align`: make a model answer as preferred."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def align(
     base: Annotated[str, typer.Argument(metavar="MODEL", help="A known name, a folder or a hub id.")] = "smollm2-135m",
     prefs: Annotated[Path | None, typer.Option(help="The preference database; default: the library's own.")] = None,
@@ -32,16 +27,12 @@ def align(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, change nothing.")] = False,
 ) -> None:
     """Align a model with preferences; interrupted, the same command goes on where it was."""
+    options = locals()
     from deepseek.checkpoint.store import home
     from deepseek.cli.pull import fetch
     from deepseek.train.align import align as run
 
     fetch(base)
-    folder = run(
-        base, prefs=prefs or home() / "preferences.db", name=name, method=method, reward=reward, layers=layers,
-        rollouts=rollouts, rollout_size=rollout_size, learning_rate=learning_rate, new_tokens=new_tokens,
-        temperature=temperature, target_kl=target_kl, seed=seed, out=out, run_folder=run_folder, dry_run=dry_run,
-        resume=shlex.join(["deepseek", *sys.argv[1:]]),
-    )  # fmt: skip
+    folder = run(**options | {"prefs": prefs or home() / "preferences.db"})
     if not dry_run:
         print(folder)

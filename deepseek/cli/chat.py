@@ -1,13 +1,8 @@
 """`deepseek chat`: talk to a model in the terminal, and plug experts while it lives."""
 
-import typer
-
 from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temperature, TopP
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def chat(
     base: Base = "smollm2-135m",
     experts: Experts = "all",

@@ -7,10 +7,7 @@ import typer
 
 from deepseek.cli.options import Base
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def distill_hash(
     base: Base = "smollm2-135m",
     data: Annotated[
@@ -32,9 +29,9 @@ def distill_hash(
 
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
-    from deepseek.data.long_texts import long_texts
+    from deepseek.data.encode import long_texts
     from deepseek.errors import ConfigError
-    from deepseek.evaluate.texts import documents_at
+    from deepseek.evaluate.quality import documents_at
     from deepseek.infer.load import load
     from deepseek.model.attention.hash import hash_file, save_hashes
     from deepseek.train.distill_hash import HashSettings, distill_hashes

@@ -7,10 +7,7 @@ import typer
 
 from deepseek.cli.options import Base, expert_packs
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command("eval")
 def evaluate(
     experts: Annotated[
         str,
@@ -27,8 +24,7 @@ def evaluate(
     from rich.console import Console
 
     from deepseek.cli.table import comparison_table
-    from deepseek.evaluate.quality import compare
-    from deepseek.evaluate.texts import collected, expert_texts
+    from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.infer.load import load
     from deepseek.packs.library import installed
     from deepseek.train.progress import ProgressBar

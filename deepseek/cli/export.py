@@ -7,10 +7,7 @@ import typer
 
 from deepseek.cli.options import Experts, expert_packs
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Model: a known name, a folder or a hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],

@@ -7,10 +7,7 @@ import typer
 
 from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temperature, TopP
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from, or '-' for standard input.")],
     base: Base = "smollm2-135m",
@@ -26,8 +23,7 @@ def generate(
     """Print what the model writes after PROMPT, each token in the colour of the expert that spoke."""
     from rich.console import Console
 
-    from deepseek.cli.palette import Palette
-    from deepseek.cli.speak import legend, opened, speak
+    from deepseek.cli.speak import Palette, legend, opened, speak
     from deepseek.infer.request import Request
     from deepseek.infer.sampler import Sampling
     from deepseek.text.chat import encode_prompt

@@ -1,36 +1,40 @@
 """The command line: one table of commands, each imported only when it is called, and one place that ends in errors.
 
+A command is at `module:name` in this folder: a function, or a Typer application where it has commands of its own.
+
 Exit codes: 0 done, 1 a defect of ours, 2 a mistake that the message says how to mend, 130 interrupted.
 """
 
 import os
+import shlex
 import sys
 from importlib import import_module
+from typing import Any
 
 from deepseek import __version__
 from deepseek.errors import UserError
 
 COMMANDS = {
-    "run": ("deepseek.cli.run", "From nothing to a chat with an expert trained on a git history."),
-    "pull": ("deepseek.cli.pull", "Fetch a base model."),
-    "chat": ("deepseek.cli.chat", "Talk to a model in the terminal."),
-    "generate": ("deepseek.cli.generate", "Complete one prompt."),
-    "pretrain": ("deepseek.cli.pretrain", "Train a tokenizer and a model from scratch on several kinds of text."),
-    "adapt": ("deepseek.cli.adapt", "Fine-tune a model: its last layers, adapters, everything, or a module."),
-    "align": ("deepseek.cli.align", "Make a model answer as preferred: RLPO, or DPO and RLOO by TRL."),
-    "data": ("deepseek.cli.data", "Make training text: functions with their tests, checked problems."),
-    "train": ("deepseek.cli.train", "Run a recipe: several stages, one after the other, with a model card."),
-    "runs": ("deepseek.cli.runs", "List, show and compare training runs."),
-    "plan": ("deepseek.cli.plan", "What a training run would need on so many devices."),
-    "eval": ("deepseek.cli.eval", "Compare held-out loss before and after plugging experts."),
-    "distill-hash": ("deepseek.cli.distill_hash", "Fit the hashes of LSH attention to a model."),
-    "inspect": ("deepseek.cli.inspect", "Draw what the attention heads look at."),
-    "prefs": ("deepseek.cli.prefs", "The preference database: import, add, generate, search, stats, split, export."),
-    "bench": ("deepseek.cli.bench", "Run a measurement: speed, memory, accuracy, rivals beside it."),
-    "quantize": ("deepseek.cli.quantize", "Round a model's weights to 8 bits."),
-    "export": ("deepseek.cli.export", "Write a model for ONNX, OpenVINO, TensorRT or stock transformers."),
-    "serve": ("deepseek.cli.serve", "Serve a model: OpenAI's routes, live experts, a web page."),
-    "expert": ("deepseek.cli.expert", "Train, list, inspect, verify and sign expert packs."),
+    "run": ("run:run", "From nothing to a chat with an expert trained on a git history."),
+    "pull": ("pull:pull", "Fetch a base model."),
+    "chat": ("chat:chat", "Talk to a model in the terminal."),
+    "generate": ("generate:generate", "Complete one prompt."),
+    "pretrain": ("pretrain:pretrain", "Train a tokenizer and a model from scratch on several kinds of text."),
+    "adapt": ("adapt:adapt", "Fine-tune a model: its last layers, adapters, everything, or a module."),
+    "align": ("align:align", "Make a model answer as preferred: RLPO, or DPO and RLOO by TRL."),
+    "data": ("data:app", "Make training text: functions with their tests, checked problems."),
+    "train": ("train:train", "Run a recipe: several stages, one after the other, with a model card."),
+    "runs": ("runs:app", "List, show and compare training runs."),
+    "plan": ("plan:plan", "What a training run would need on so many devices."),
+    "eval": ("eval:evaluate", "Compare held-out loss before and after plugging experts."),
+    "distill-hash": ("distill_hash:distill_hash", "Fit the hashes of LSH attention to a model."),
+    "inspect": ("inspect:app", "Draw what the attention heads look at."),
+    "prefs": ("prefs:app", "The preference database: import, add, generate, search, stats, split, export."),
+    "bench": ("bench:app", "Run a measurement: speed, memory, accuracy, rivals beside it."),
+    "quantize": ("quantize:quantize", "Round a model's weights to 8 bits."),
+    "export": ("export:export", "Write a model for ONNX, OpenVINO, TensorRT or stock transformers."),
+    "serve": ("serve:app", "Serve a model: OpenAI's routes, live experts, a web page."),
+    "expert": ("expert:app", "Train, list, inspect, verify and sign expert packs."),
 }
 
 INTERRUPTED = 130
@@ -42,8 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = _run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt as stop:
-        status = _say(str(stop) or "interrupted", INTERRUPTED, debug)
+    except KeyboardInterrupt as stop:  # a long job says what it has kept
+        stopped = f"{stop}: {shlex.join(['deepseek', *arguments])}" if stop.args else "interrupted"
+        status = _say(stopped, INTERRUPTED, debug)
     except UserError as error:
         status = _say(f"error: {error}", 2, debug)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -65,8 +70,8 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] in ("--version", "-V"):
         print(f"deepseek {__version__}")
         return 0
-    module, _ = _command(arguments[0])
-    return _call(module, f"deepseek {arguments[0]}", arguments[1:])
+    place, _ = _command(arguments[0])
+    return _call(place, f"deepseek {arguments[0]}", arguments[1:])
 
 
 def _command(name: str) -> tuple[str, str]:
@@ -78,12 +83,12 @@ def _command(name: str) -> tuple[str, str]:
     raise UserError(f"unknown {what} {name!r}; {nearest(name, COMMANDS)}.")
 
 
-def _call(module: str, program: str, arguments: list[str]) -> int:
-    """Run the Typer application `app` of a command module; usage mistakes become `UserError`."""
+def _call(place: str, program: str, arguments: list[str]) -> int:
+    """Run the command at `place`; usage mistakes become `UserError`."""
     from typer.exceptions import Exit, TyperException
     from typer.main import get_command
 
-    command = get_command(import_module(module).app)
+    command = get_command(_application(place))
     try:
         # Not `command.main`, which would keep Ctrl-C and what it has to say from us.
         with command.make_context(program, arguments) as context:
@@ -95,6 +100,19 @@ def _call(module: str, program: str, arguments: list[str]) -> int:
         page = where.command_path if where else program
         raise UserError(f"{_sentence(error.format_message())}; see `{page} --help`.") from error
     return 0
+
+
+def _application(place: str) -> Any:
+    """Return the Typer application at `module:name`; a function that stands there is its only command."""
+    from typer import Typer
+
+    module, _, name = place.partition(":")
+    found = getattr(import_module(f"deepseek.cli.{module}"), name)
+    if isinstance(found, Typer):
+        return found
+    application = Typer(add_completion=False)
+    application.command()(found)
+    return application
 
 
 def _help() -> str:

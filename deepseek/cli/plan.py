@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def plan(
     preset: Annotated[str, typer.Option(help="A preset of ModelConfig.")] = "deepseek-8b",
     config: Annotated[Path | None, typer.Option(help="A configuration of `deepseek pretrain` instead.")] = None,
@@ -24,8 +21,8 @@ def plan(
     from rich.table import Table
 
     from deepseek.checkpoint.store import write_json
+    from deepseek.planning import deepspeed_config
     from deepseek.planning import plan as make
-    from deepseek.train.backends.deepspeed import deepspeed_config
     from deepseek.train.pretrain import PretrainSettings
 
     settings = PretrainSettings.read(config) if config else None

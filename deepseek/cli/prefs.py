@@ -74,8 +74,7 @@ def generate(
     from deepseek.data.source import records
     from deepseek.infer.load import load
     from deepseek.registry import pick
-    from deepseek.train.judge import JUDGES
-    from deepseek.train.pairs import generate_pairs, prompt_of
+    from deepseek.train.judge import JUDGES, generate_pairs, prompt_of
     from deepseek.train.progress import ProgressBar
 
     chosen = {name: pick(JUDGES, name, "judge") for name in names(judges)}

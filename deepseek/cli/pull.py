@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def pull(
     name: Annotated[
         str, typer.Argument(help="A known model (smollm2-135m) or a hub id (owner/name).")

@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Model: a known name, a folder or a hub id.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],

@@ -12,18 +12,13 @@ from deepseek.cli.options import Base
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from deepseek.evaluate.quality import Comparison
     from deepseek.infer.engine import Engine
-    from deepseek.infer.load import Loaded
-
-app = typer.Typer(add_completion=False)
 
 PROMPT_TOKENS = 96
 ANSWER_TOKENS = 40
 EVALUATION_TOKENS = 4096
 
 
-@app.command()
 def run(
     from_git: Annotated[Path, typer.Option(help="The repository to learn from.")] = Path(),
     base: Base = "smollm2-135m",
@@ -35,7 +30,7 @@ def run(
     """
     from rich.console import Console
 
-    from deepseek.cli.expert_train import source_name
+    from deepseek.cli.expert import source_name
     from deepseek.cli.pull import fetch
     from deepseek.packs.library import installed
 
@@ -74,7 +69,6 @@ def _serve(base: str, name: str, repository: Path, minutes: float | None, consol
 
 
 def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
-    from deepseek.infer.load import Loaded
     from deepseek.infer.start import start_engine
     from deepseek.train.expert import train_expert
 
@@ -82,29 +76,26 @@ def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, 
         console.print(
             f"Training the expert [bold]{name}[/] from the git history of {repository.resolve()}", soft_wrap=True
         )
-        train_expert(base, name=name, from_git=repository, minutes=minutes, resume="make run")
+        train_expert(base, name=name, from_git=repository, minutes=minutes)
     with start_engine(base, experts=[name]) as engine:
         if minutes is not None:
-            _show_gain(Loaded(engine.model, engine.tokenizer), name, console)
+            _show_gain(engine, name, console)
         _answer(engine, name, console)
 
 
-def _show_gain(loaded: "Loaded", name: str, console: "Console") -> None:
+def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
     from deepseek.cli.table import comparison_table
-    from deepseek.evaluate.quality import compare
-    from deepseek.evaluate.texts import collected, expert_texts
+    from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.train.progress import ProgressBar
 
-    with collected(loaded.tokenizer, [], expert_texts([name], [name])) as texts, ProgressBar() as progress:
-        rows: list[Comparison] = list(compare(loaded.model, texts, EVALUATION_TOKENS, progress))
-    console.print(comparison_table(rows))
+    with collected(engine.tokenizer, [], expert_texts([name], [name])) as texts, ProgressBar() as progress:
+        console.print(comparison_table(compare(engine.model, texts, EVALUATION_TOKENS, progress)))
 
 
 def _answer(engine: "Engine", name: str, console: "Console") -> None:
     """Complete the head of a held-out document without and with the expert."""
-    from deepseek.cli.palette import Palette
-    from deepseek.cli.speak import legend, speak
-    from deepseek.evaluate.texts import held_out_opening
+    from deepseek.cli.speak import Palette, legend, speak
+    from deepseek.evaluate.quality import held_out_opening
     from deepseek.infer.request import ExpertChoice, Request
     from deepseek.infer.sampler import Sampling
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from deepseek.cli.options import arming
-from deepseek.cli.palette import Palette
-from deepseek.cli.speak import legend, speak
+from deepseek.cli.speak import Palette, legend, speak
 from deepseek.errors import UserError
 from deepseek.infer.engine import Engine
 from deepseek.infer.request import Request
@@ -16,14 +15,6 @@ from deepseek.packs.library import find_pack
 from deepseek.registry import nearest
 from deepseek.text.chat import encode_prompt
 from deepseek.text.tokenizer import encode_plain
-
-HELP = """/experts         list the plugged experts
-/plug PACK       plug an expert: a pack file or the name of a trained one
-/unplug NAME     unplug it; the model is bit for bit what it was
-/arm NAMES       let only these speak (comma-separated), 'auto' or 'none'
-/raw TEXT        complete a text instead of answering it
-/reset           forget the conversation
-/quit            leave (so does Ctrl-D)"""
 
 
 class ChatSession:
@@ -80,6 +71,7 @@ class ChatSession:
         self.messages = [*asked, {"role": "assistant", "content": text}]
 
     def _raw(self, text: str) -> None:
+        """Complete the text that follows instead of answering it."""
         self._speak(encode_plain(self.engine.tokenizer, [text])[0])
 
     def _speak(self, ids: list[int]) -> str:
@@ -89,6 +81,7 @@ class ChatSession:
         return text
 
     def _list(self, _: str) -> None:
+        """List the plugged experts."""
         for info in self.engine.experts():
             state = "armed" if info.armed else "not armed"
             style = self.palette.style(info.name)
@@ -97,23 +90,30 @@ class ChatSession:
             self.console.print("[dim]no experts plugged; train one with `deepseek expert train`[/]")
 
     def _plug(self, argument: str) -> None:
+        """Plug an expert: a pack file or the name of a trained one."""
         info = self.engine.plug(find_pack(argument))
         self.console.print(f"plugged [{self.palette.style(info.name)}]{info.name}[/]")
 
     def _unplug(self, argument: str) -> None:
+        """Unplug the expert of this name; the model is bit for bit what it was."""
         self.engine.unplug(argument)
         self.console.print(f"unplugged {argument}")
 
     def _arm(self, argument: str) -> None:
+        """Let only these speak: names separated by commas, 'auto' or 'none'."""
         armed = self.engine.arm(arming(argument or "auto"))
         self.console.print(f"armed: {', '.join(armed) or 'none'}")
 
     def _reset(self, _: str) -> None:
+        """Forget the conversation."""
         self.messages = []
         self.console.print("[dim]forgotten[/]")
 
     def _quit(self, _: str) -> None:
+        """Leave; so does Ctrl-D."""
         self.open = False
 
     def _help(self, _: str) -> None:
-        self.console.print(HELP, markup=False)
+        """Show this list."""
+        for name, command in self.commands.items():
+            self.console.print(f"{name:10}{command.__doc__}", markup=False)

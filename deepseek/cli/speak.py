@@ -1,15 +1,31 @@
 """Print a generated text as it comes, each token in the colour of the expert that spoke."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
 
 from deepseek.cli.options import arming, expert_packs
-from deepseek.cli.palette import Palette
 from deepseek.infer.engine import Engine
 from deepseek.infer.request import Request
 from deepseek.infer.start import start_engine
+
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
+
+
+class Palette:
+    """Hands out one colour per expert; a name keeps its colour for the whole session. Text of the base has none."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._colours: dict[str, str] = {}
+        for name in names:
+            self.style(name)
+
+    def style(self, expert: str | None) -> str:
+        """Return the style in which a token of `expert` (None: the base alone) is printed."""
+        if expert is None:
+            return ""
+        return self._colours.setdefault(expert, COLOURS[len(self._colours) % len(COLOURS)])
 
 
 @contextmanager

@@ -1,19 +1,14 @@
 """`deepseek train`: a recipe of several stages."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def train(recipe: Annotated[Path, typer.Argument(help="YAML or TOML file; docs/pretraining.md shows one.")]) -> None:
     """Run the stages of a recipe in order; interrupted, the same command goes on where it was."""
     from deepseek.evaluate.stage import evaluate_stage
     from deepseek.train.recipe import train_recipe
 
-    print(train_recipe(recipe, {"eval": evaluate_stage}, resume=shlex.join(["deepseek", *sys.argv[1:]])))
+    print(train_recipe(recipe, {"eval": evaluate_stage}))

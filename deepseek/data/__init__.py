@@ -4,6 +4,7 @@ from deepseek.data.clean import CleanReport as CleanReport
 from deepseek.data.clean import clean as clean
 from deepseek.data.document import Document as Document
 from deepseek.data.document import Progress as Progress
+from deepseek.data.document import split as split
 from deepseek.data.encode import EncodeOptions as EncodeOptions
 from deepseek.data.git import read_git as read_git
 from deepseek.data.git import read_git_by_time as read_git_by_time
@@ -12,4 +13,3 @@ from deepseek.data.loader import RowLoader as RowLoader
 from deepseek.data.shards import TokenShards as TokenShards
 from deepseek.data.source import read_folder as read_folder
 from deepseek.data.source import read_records as read_records
-from deepseek.data.split import split as split

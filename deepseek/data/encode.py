@@ -1,13 +1,16 @@
-"""One document to token ids: path header, fill-in-the-middle, conversation mask, end of document."""
+"""One document to token ids: path header, fill-in-the-middle, conversation mask, end; and texts of one length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.document import Document, uniform
+from deepseek.errors import DataError
 from deepseek.text.chat import encode_chat
 from deepseek.text.tokenizer import document_end_id, document_start_ids, encode_plain
 
@@ -131,3 +134,31 @@ class DocumentEncoder:
         ids = np.array([*chat.ids, self.end], dtype=np.uint32)
         ids[~np.array([*chat.is_target, False])] |= CONTEXT_BIT
         return ids
+
+
+def long_texts(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int = 0
+) -> Tensor:
+    """Return `count` texts of `length` token ids, `[R, T]`, drawn by `seed` and the documents' names.
+
+    Each is the start of a document of at least that length while there are such; then shorter ones are joined.
+    Raises `DataError` if all the text is not enough.
+    """
+    encoder = DocumentEncoder(tokenizer, EncodeOptions())
+    texts: list[list[int]] = []
+    joined: list[int] = []
+    for document in sorted(documents, key=lambda one: uniform(f"long:{seed}:{one.name}")):
+        ids = (next(encoder.encode([document])) & ~CONTEXT_BIT).tolist()
+        if len(ids) >= length:
+            texts.append(ids[:length])
+        elif len(joined) < count * length:
+            joined += ids
+        if len(texts) == count:
+            break
+    while len(texts) < count and len(joined) >= length:
+        texts, joined = [*texts, joined[:length]], joined[length:]
+    if len(texts) < count:
+        raise DataError(
+            f"The text gives {len(texts)} pieces of {length} tokens, {count} are needed; add text or ask for less."
+        )
+    return torch.tensor(texts)

@@ -1,7 +1,6 @@
 """A git history as documents: files at a commit, and commits as message and diff."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
@@ -14,19 +13,6 @@ from deepseek.errors import DataError
 
 MAX_COMMIT_CHARACTERS = 32_000
 """Larger diffs are imports, renames and reformattings, not changes to learn from."""
-
-
-@dataclass(frozen=True)
-class History:
-    """What one walk over the first parents finds.
-
-    Attributes:
-        commits: the commits, newest first.
-        first_seen: seconds since 1970 at which each path was last added, for paths present at the newest commit.
-    """
-
-    commits: list[pygit2.Commit]
-    first_seen: dict[str, int]
 
 
 def open_repository(path: str | Path) -> pygit2.Repository:
@@ -75,10 +61,10 @@ def read_git(
     commit = find_commit(repository, revision)
     name = repository_name(repository)
     counts = skipped if skipped is not None else Skipped()
-    history = walk_history(repository, commit)
+    history, first_seen = walk_history(repository, commit)
     sources = [
-        tree_documents(commit, name, history.first_seen, counts) if files else (),
-        commit_documents(history.commits, name, counts) if commits else (),
+        tree_documents(repository, commit, name, first_seen, counts) if files else (),
+        commit_documents(history, name, counts) if commits else (),
     ]
     return not_empty(
         chain.from_iterable(sources),
@@ -96,7 +82,7 @@ def read_git_by_time(
     `held_out` of the commits. Raises `DataError` as `read_git` does, and where there is no cut to make.
     """
     repository = open_repository(path)
-    commits = walk_history(repository, find_commit(repository, revision)).commits
+    commits, _ = walk_history(repository, find_commit(repository, revision))
     if len(commits) < 2 or not 0 < held_out < 1:
         raise DataError(f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; split by file.")
     cut = commits[min(len(commits) - 1, max(1, round(len(commits) * held_out)))]
@@ -109,8 +95,8 @@ def read_git_by_time(
     )
 
 
-def walk_history(repository: pygit2.Repository, commit: pygit2.Commit) -> History:
-    """Walk back over the history of `commit`, newest first."""
+def walk_history(repository: pygit2.Repository, commit: pygit2.Commit) -> tuple[list[pygit2.Commit], dict[str, int]]:
+    """Return the commits up to `commit`, newest first, and when each path present there was last added, since 1970."""
     commits: list[pygit2.Commit] = []
     first_seen: dict[str, int] = {}
     for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
@@ -118,7 +104,7 @@ def walk_history(repository: pygit2.Repository, commit: pygit2.Commit) -> Histor
         for delta in diff_to_parent(each).deltas:
             if delta.status_char() == "A":
                 first_seen[delta.new_file.path] = each.commit_time  # older commits come later and win
-    return History(commits, first_seen)
+    return commits, first_seen
 
 
 def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
@@ -130,10 +116,10 @@ def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
 
 
 def tree_documents(
-    commit: pygit2.Commit, name: str, first_seen: dict[str, int], skipped: Skipped
+    repository: pygit2.Repository, commit: pygit2.Commit, name: str, first_seen: dict[str, int], skipped: Skipped
 ) -> Iterator[Document]:
     """Yield the text files at `commit`, sorted by path."""
-    for path, blob in tree_files(commit.tree, ""):
+    for path, blob in tree_files(repository, commit.tree):
         reason = reason_by_path(path) or ("too large" if blob.size > MAX_FILE_BYTES else None)
         if reason:
             skipped[reason] += 1
@@ -144,14 +130,13 @@ def tree_documents(
             yield document
 
 
-def tree_files(tree: pygit2.Tree, prefix: str) -> Iterator[tuple[str, pygit2.Blob]]:
+def tree_files(repository: pygit2.Repository, tree: pygit2.Tree) -> Iterator[tuple[str, pygit2.Blob]]:
     """Yield (path, blob) of all plain files below `tree`; links and submodules are no text."""
-    for entry in tree:
-        path = f"{prefix}{entry.name}"
-        if isinstance(entry, pygit2.Tree):
-            yield from tree_files(entry, f"{path}/")
-        elif isinstance(entry, pygit2.Blob) and entry.filemode != FileMode.LINK:
-            yield path, entry
+    index = pygit2.Index()
+    index.read_tree(tree)
+    for entry in index:
+        if entry.mode in (FileMode.BLOB, FileMode.BLOB_EXECUTABLE):
+            yield entry.path, repository[entry.id].peel(pygit2.Blob)
 
 
 def commit_documents(commits: Iterable[pygit2.Commit], name: str, skipped: Skipped) -> Iterator[Document]:

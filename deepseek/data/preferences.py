@@ -177,8 +177,7 @@ class PreferenceDatabase:
 
     def get(self, pair_id: int) -> Preference:
         """Return a pair; raise `DataError` if there is none of this id."""
-        with self._explained():
-            row = self._db.execute("SELECT * FROM shown WHERE id = ?", (pair_id,)).fetchone()
+        row = next(self._rows("SELECT * FROM shown WHERE id = ?", pair_id), None)
         if row is None:
             raise DataError(f"There is no preference {pair_id} in {self.path}; `deepseek prefs search` lists some.")
         return Preference.of(row)
@@ -217,22 +216,20 @@ class PreferenceDatabase:
 
     def history(self, pair_id: int) -> list[dict[str, Any]]:
         """Return what a pair was before each of its revisions, oldest first."""
-        with self._explained():
-            rows = self._db.execute("SELECT before FROM revisions WHERE pair = ? ORDER BY id", (pair_id,))
-            return [json.loads(before) for (before,) in rows]
+        rows = self._rows("SELECT before FROM revisions WHERE pair = ? ORDER BY id", pair_id)
+        return [json.loads(before) for (before,) in rows]
 
     def search(self, text: str, limit: int = 20) -> list[Preference]:
         """Return pairs that hold all words of `text` somewhere, newest first."""
         words = " ".join('"' + word.replace('"', '""') + '"' for word in text.split())
         if not words:
             return list(islice(self.pairs(), limit))
-        with self._explained():
-            rows = self._db.execute(
-                "SELECT * FROM shown WHERE id IN "
-                "(SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?) ORDER BY id DESC",
-                (words, limit),
-            )
-            return [Preference.of(row) for row in rows]
+        rows = self._rows(
+            "SELECT * FROM shown WHERE id IN "
+            "(SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?) ORDER BY id DESC",
+            words, limit,
+        )  # fmt: skip
+        return [Preference.of(row) for row in rows]
 
     def set_eval_share(self, share: float) -> None:
         """Hold this share of the prompts out for evaluation; raise `DataError` outside [0, 1)."""
@@ -245,18 +242,15 @@ class PreferenceDatabase:
         """Yield the pairs of a split (None: all) in the order of their ids."""
         share = self._one("SELECT value FROM settings WHERE name = 'eval_share'")
         low, high = {None: (0.0, 1.0), "train": (share, 1.0), "eval": (0.0, share)}[split]
-        with self._explained():
-            query = "SELECT * FROM shown WHERE lot >= ? AND lot < ? ORDER BY id"
-            for row in self._db.execute(query, (low, high)):
-                yield Preference.of(row)
+        rows = self._rows("SELECT * FROM shown WHERE lot >= ? AND lot < ? ORDER BY id", low, high)
+        yield from map(Preference.of, rows)
 
     def statistics(self) -> Statistics:
         """Count what is there."""
         share = self._one("SELECT value FROM settings WHERE name = 'eval_share'")
-        pairs, held = (
-            self._one("SELECT count(*) FROM pairs"),
-            self._one("SELECT count(*) FROM pairs WHERE lot < ?", share),
-        )
+        pairs = self._one("SELECT count(*) FROM pairs")
+        held = self._one("SELECT count(*) FROM pairs WHERE lot < ?", share)
+        labels = "SELECT value, count(*) FROM pairs, json_each(labels) GROUP BY 1 ORDER BY 2 DESC, 1"
         agreement = (
             "SELECT judge.key, avg(json_extract(judge.value, '$[0]') > json_extract(judge.value, '$[1]')) "
             "FROM pairs, json_each(scores) AS judge GROUP BY 1 ORDER BY 1"
@@ -265,9 +259,9 @@ class PreferenceDatabase:
             pairs=pairs,
             prompts=self._one("SELECT count(DISTINCT prompt) FROM pairs"),
             splits={"train": pairs - held, "eval": held},
-            sources=self._counts("SELECT source, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC, 1"),
-            labels=self._counts("SELECT value, count(*) FROM pairs, json_each(labels) GROUP BY 1 ORDER BY 2 DESC, 1"),
-            agreement=self._counts(agreement),
+            sources=dict(self._rows("SELECT source, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC, 1")),
+            labels=dict(self._rows(labels)),
+            agreement=dict(self._rows(agreement)),
             revisions=self._one("SELECT count(*) FROM revisions"),
         )
 
@@ -284,13 +278,12 @@ class PreferenceDatabase:
             for statement in SCHEMA:
                 self._db.execute(statement)
 
-    def _one(self, query: str, *values: Any) -> Any:
+    def _rows(self, query: str, *values: Any) -> Iterator[Any]:
         with self._explained():
-            return self._db.execute(query, values).fetchone()[0]
+            yield from self._db.execute(query, values)
 
-    def _counts(self, query: str) -> dict[str, Any]:
-        with self._explained():
-            return dict(self._db.execute(query).fetchall())
+    def _one(self, query: str, *values: Any) -> Any:
+        return next(self._rows(query, *values))[0]
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,17 +106,10 @@ def write_tokens(
     lengths: list[int] = []
     with open(folder / "tokens.bin", "wb") as file:
         for batch in batches(documents):
-            lengths += write_batch(batch, encoder, file)
+            for ids in encoder.encode(batch):
+                file.write(ids.astype("<u4").tobytes())
+                lengths.append(len(ids))
             progress(len(lengths), len(documents), "tokenise")
-    return lengths
-
-
-def write_batch(documents: list[Document], encoder: DocumentEncoder, file: BinaryIO) -> list[int]:
-    """Write the ids of a few documents; return their lengths."""
-    lengths = []
-    for ids in encoder.encode(documents):
-        file.write(ids.astype("<u4").tobytes())
-        lengths.append(len(ids))
     return lengths
 
 

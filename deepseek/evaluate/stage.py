@@ -9,8 +9,7 @@ from deepseek.checkpoint.store import write_json
 from deepseek.data import read_folder
 from deepseek.data.functions import documented_functions
 from deepseek.evaluate.code import score_bodies
-from deepseek.evaluate.quality import compare
-from deepseek.evaluate.texts import collected
+from deepseek.evaluate.quality import collected, compare
 from deepseek.infer.load import load
 from deepseek.train.progress import ProgressBar
 
@@ -30,7 +29,7 @@ def evaluate_stage(
     """Write the losses of a model with `experts` on `data` and on public text, and BLEU on `functions`, a code folder.
 
     The result goes to `result.json` in `run_folder`; where it is there already, nothing is done. What
-    recipes give to every stage and this one has no use for, its name and how to resume, is left alone.
+    recipes give to every stage and this one has no use for, its name, is left alone.
     """
     if (run_folder / "result.json").is_file():
         return

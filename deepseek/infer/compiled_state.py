@@ -72,18 +72,17 @@ class CompiledState:
     """Pages of one sequence, its experts, and the running sums `[RECENT, members, 3]` of their gates.
 
     Attributes:
+        length: number of tokens.
         addresses: where the pages lie.
     """
+
+    rewinds = True
 
     def __init__(self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int) -> None:
         self.shape, self.armed, self.capacity = shape, armed, capacity
         self.sums = np.zeros((RECENT, members, 3), np.float32)  # after position p at p % RECENT
         self.pages, self.addresses = list[Page](), list[int]()
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        return self._length
+        self.length = 0
 
     @property
     def nbytes(self) -> int:
@@ -91,44 +90,36 @@ class CompiledState:
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens."""
-        missing = -(-(self._length + count) // PAGE) - len(self.pages)
+        missing = -(-(self.length + count) // PAGE) - len(self.pages)
         if missing > 0:
             rest = -(-self.capacity // PAGE) - len(self.pages)  # that it may ever need
             self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, rest))))
 
-    def advance(self, count: int) -> None:
-        """Take note that the step has written `count` tokens."""
-        self._length += count
-
-    @property
-    def rewinds(self) -> bool:
-        return True
-
     def rewind(self, length: int) -> None:
-        self._length = length
+        self.length = length
 
     def segment(self, start: int) -> PageSegment:
-        pages = self.pages[start // PAGE : -(-self._length // PAGE)]
-        return PageSegment(self.shape, tuple(pages), start, self._length, self._sums().copy())
+        pages = self.pages[start // PAGE : -(-self.length // PAGE)]
+        return PageSegment(self.shape, tuple(pages), start, self.length, self._sums().copy())
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, PageSegment)
         token, first = segment.start, segment.start // PAGE
         while token < segment.stop:
             source = segment.pages[token // PAGE - first]
-            if token % PAGE == 0 and self._length % PAGE == 0 and token + PAGE <= segment.stop:
-                self._insert(self._length // PAGE, [source])
+            if token % PAGE == 0 and self.length % PAGE == 0 and token + PAGE <= segment.stop:
+                self._insert(self.length // PAGE, [source])
                 step = PAGE
             else:
                 self.reserve(1)
-                self.shape.copy_token(source, token % PAGE, self.pages[self._length // PAGE], self._length % PAGE)
+                self.shape.copy_token(source, token % PAGE, self.pages[self.length // PAGE], self.length % PAGE)
                 step = 1
-            self._length, token = self._length + step, token + step
+            self.length, token = self.length + step, token + step
         self._sums()[:] = segment.sums
 
     def _sums(self) -> np.ndarray:
         """The sums after the last token."""
-        own: np.ndarray = self.sums[(self._length - 1) % RECENT]
+        own: np.ndarray = self.sums[(self.length - 1) % RECENT]
         return own
 
     def _insert(self, place: int, pages: list[Page]) -> None:
@@ -136,4 +127,4 @@ class CompiledState:
         self.addresses[place:place] = [page.ctypes.data for page in pages]
 
     def close(self) -> None:
-        self.pages, self.addresses, self._length = [], [], 0
+        self.pages, self.addresses, self.length = [], [], 0

@@ -5,7 +5,6 @@ What was written is read back and run against the model before it gets its name.
 
 import logging
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +17,9 @@ from deepseek.infer.graph import Graph, Step
 from deepseek.infer.load import load
 from deepseek.infer.stock import write_stock
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.registry import pick
+from deepseek.registry import package, pick
 
+EXTRA = "'deepseek-dmoe[export]'"
 GPU = "cuda"
 SIZES = ((1, 1, 0), (1, 1, 512), (16, 512, 4096))
 """Least, usual and largest batch, new tokens and past that a TensorRT engine is built for."""
@@ -78,8 +78,8 @@ def difference(model: DeepSeekModel, step: Step) -> float:
 
 def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
     """Write `model.onnx` and `model.onnx.data`, which holds the weights."""
-    runtime, graph = _package("onnxruntime"), Graph(model)
-    _package("onnxscript")
+    runtime, graph = package("onnxruntime", EXTRA), Graph(model)
+    package("onnxscript", EXTRA)
     graph.write(folder / "model.onnx")
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     return _stateless(graph, lambda feeds: session.run(None, feeds))
@@ -87,11 +87,11 @@ def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
 
 def write_openvino(model: DeepSeekModel, folder: Path, dtype: str) -> Step:
     """Write `openvino_model.xml` and `.bin`, with weights in `dtype`."""
-    openvino, graph = _package("openvino"), Graph(model)
+    openvino, graph = package("openvino", EXTRA), Graph(model)
     graph.write(folder / "model.onnx")
     converted = openvino.convert_model(folder / "model.onnx")
     if dtype == "int8":
-        nncf = _package("nncf")
+        nncf = package("nncf", EXTRA)
         nncf.set_log_level(logging.ERROR)
         converted = nncf.compress_weights(converted)
     path = folder / "openvino_model.xml"
@@ -108,7 +108,7 @@ def write_tensorrt(model: DeepSeekModel, folder: Path) -> Step:
     """Write `model.plan`, an engine for the GPU of this machine, in the types of the model itself."""
     if GPU == "cuda" and not torch.cuda.is_available():
         raise ConfigError("A TensorRT engine is built on the GPU that will run it; this needs a GPU and tensorrt.")
-    trt, graph = _package("tensorrt"), Graph(model)
+    trt, graph = package("tensorrt", "tensorrt"), Graph(model)
     graph.write(folder / "model.onnx")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -159,15 +159,6 @@ def _execute(context: Any, graph: Graph, feeds: dict[str, Any]) -> list[Any]:
     if not context.execute_async_v3(0):
         raise CheckpointError("TensorRT cannot run the engine that it built; its log says why. Use --to onnx.")
     return [output.cpu().numpy() for output in outputs]
-
-
-def _package(name: str) -> Any:
-    """Return a package that only exporting needs."""
-    try:
-        return import_module(name)
-    except ImportError:
-        extra = "tensorrt" if name == "tensorrt" else "'deepseek-dmoe[export]'"
-        raise ConfigError(f"This format needs {name}; install it with pip install {extra}.") from None
 
 
 class Format(NamedTuple):

@@ -70,7 +70,6 @@ class Graph(nn.Module):
     def past(self, batch: int, length: int = 0) -> list[Tensor]:
         """Return a past of `length` tokens, all zeros."""
         config = self.model.config
-        assert config.num_key_value_heads is not None and config.head_dim is not None
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
         states = [torch.zeros(shape, dtype=self.dtype) for _ in range(2 * config.num_hidden_layers)]
         return [*states, *(torch.zeros(batch, 3, count) for count in self.gated.values())]

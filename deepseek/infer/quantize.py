@@ -47,7 +47,7 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
     model, tokenizer = load(base, dtype="float32")
     if any(hasattr(module, "int8") for module in model.modules()):
         raise ConfigError(f"{base} has 8-bit weights already; give the model that they were made from.")
-    tensors = _own_tensors(model)
+    tensors = model.own_tensors()
     if not any(is_large(name, tensor) for name, tensor in tensors.items()):
         raise ConfigError(f"{base} has no matrix of at least 64 columns to round; use it as it is.")
     done = round_along(model, sample(model, ROWS, LENGTH))
@@ -97,14 +97,6 @@ def round_along(model: DeepSeekModel, ids_BT: Tensor) -> dict[str, Int8Matrix]:
     for hook in hooks:
         hook.remove()
     return done
-
-
-def _own_tensors(model: DeepSeekModel) -> dict[str, Tensor]:
-    """Return the model's tensors, those that two names share once."""
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight")
-    return tensors
 
 
 def _divergence(model: DeepSeekModel, other: DeepSeekModel, ids: Tensor) -> float:

@@ -13,7 +13,7 @@ from deepseek.kernels.decode.state import RECENT
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
-MAX_GUESSES = RECENT - 1  # of all sequences together: with more rows a step takes longer (see `infer/lookup.py`)
+MAX_GUESSES = RECENT - 1  # of all sequences together: with more rows a step takes longer (see `infer/active.py`)
 CACHE_BYTES = 1 << 30
 
 
@@ -70,7 +70,7 @@ class Scheduler:
         self.steps += 1
         logits_RV, row = output.logits_RV.numpy(), 0
         for sequence, chunk in batch:
-            rows = slice(row, row := row + _rows(chunk))
+            rows = slice(row, row := row + chunk.keep)
             self._store(sequence)
             self._advance(sequence, logits_RV[rows], output.experts[rows])
 
@@ -146,7 +146,3 @@ class Scheduler:
         self.reserved -= self.need(sequence)
         sequence.state.close()
         sequence.state = None
-
-
-def _rows(chunk: Chunk) -> int:
-    return {"none": 0, "last": 1, "all": len(chunk.ids)}[chunk.keep]

@@ -8,9 +8,8 @@ from deepseek.infer.compiled import CompiledRunner, supports
 from deepseek.infer.engine import Engine
 from deepseek.infer.load import load
 from deepseek.infer.request import Request
-from deepseek.infer.runner import Runner
+from deepseek.infer.runner import Runner, TorchRunner
 from deepseek.infer.sampler import Sampling
-from deepseek.infer.torch_runner import TorchRunner
 from deepseek.model.transformer import DeepSeekModel
 
 

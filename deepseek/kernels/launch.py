@@ -17,6 +17,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
@@ -46,6 +47,11 @@ def launch(kernel: Callable[[str], int], *arguments: Tensor | int) -> None:
             kinds.append("n")
             numbers.append(argument)
     openmp.parallel(kernel(" ".join(kinds)), numbers)
+
+
+def placed(*arrays: np.ndarray) -> list[int]:
+    """Return address and shape of each array, as `unpack` reads them, for who calls a kernel without `launch`."""
+    return [number for array in arrays for number in (array.ctypes.data, *array.shape)]
 
 
 @intrinsic(prefer_literal=True)

@@ -1,9 +1,9 @@
-"""The experts of a mixture when each has many tokens, in one parallel region.
+"""The experts of a mixture when each has many tokens, forward and backward, each in one parallel region.
 
 The slots, sorted by expert, are cut into equal shares, one a thread; so threads finish together however uneven the
 experts' loads are. A thread takes its share piece by piece through gather, product, activation and product, all in its
 own cache, calling torch's BLAS on one thread. Calling torch's operators instead would start and join all threads at
-each of them.
+each of them. Backward, threads take whole experts, so that each weight gradient has one writer.
 """
 
 from functools import cache
@@ -14,7 +14,8 @@ from numba import cfunc, njit, types
 from torch import Tensor
 
 from deepseek.kernels import openmp
-from deepseek.kernels.few_tokens import barrier, share, sigmoid, sorted_slots, widen
+from deepseek.kernels.few_tokens import barrier, share, sigmoid, sorted_slots, thread_count, thread_number, widen
+from deepseek.kernels.few_tokens_backward import untouched_zeros
 from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 
 PIECE = 256  # rows that a thread takes at once: gathered rows and projections stay in a cache of a megabyte or two
@@ -124,3 +125,87 @@ def forward(
     kept_SP = x_ND.new_empty(0, gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
     launch(_kernel, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, kept_SP, out_SD)
     return y_ND
+
+
+@njit(fastmath=True)
+def _through_swiglu(weights, proj, hidden, grad_hidden, grad_proj, grad_weights):  # type: ignore[no-untyped-def]
+    """From the gradient of the unweighted hidden values to those of projections and weights; hidden is weighted."""
+    one, width = np.float32(1), hidden.shape[1]
+    for j in range(len(hidden)):
+        weight, total = weights[j], np.float32(0)
+        for f in range(width):
+            gate, up, grad = proj[j, f], proj[j, width + f], grad_hidden[j, f]
+            sig = sigmoid(gate)
+            silu = gate * sig
+            total += silu * up * grad
+            hidden[j, f] = weight * silu * up
+            grad_proj[j, width + f] = grad * weight * silu
+            grad_proj[j, f] = grad * weight * up * (sig + silu * (one - sig))
+        grad_weights[j] = total
+
+
+@njit
+def _experts(  # type: ignore[no-untyped-def]
+    grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate_up, grad_down, grad_weights
+):
+    """The experts whose middle slot lies in this thread's share of the slots."""
+    used, most, start = ends[len(ends) - 1], ends[0], 0
+    for e in range(1, len(ends)):
+        most = max(most, ends[e] - ends[e - 1])
+    grads, rows = np.empty((most, x.shape[1]), np.float32), np.empty((most, x.shape[1]), np.float32)
+    hidden, grad_hidden = np.empty((most, down.shape[2]), np.float32), np.empty((most, down.shape[2]), np.float32)
+    grad_proj = np.empty((most, gate_up.shape[1]), np.float32)
+    wide_up, wide_down = np.empty(gate_up.shape[1:], np.float32), np.empty(down.shape[1:], np.float32)
+    for e in range(len(ends)):
+        stop = ends[e]
+        n = stop - start
+        if n > 0 and (start + stop) * thread_count() // (2 * used) == thread_number():
+            for j in range(n):
+                grads[j], rows[j] = grad[tokens[start + j]], x[tokens[start + j]]
+            product(grads[:n], False, wide(down[e], wide_down), False, grad_hidden[:n])
+            _through_swiglu(
+                weights[start:stop], proj[start:stop], hidden[:n], grad_hidden, grad_proj, grad_weights[start:stop]
+            )
+            product(grad_proj[:n], False, wide(gate_up[e], wide_up), False, out[start:stop])
+            if len(grad_down):
+                product(grads[:n], True, hidden[:n], False, grad_down[e])
+                product(grad_proj[:n], True, rows[:n], False, grad_gate_up[e])
+        start = stop
+
+
+@njit
+def _run_backward(  # type: ignore[no-untyped-def]
+    grad, x, gate_up, down, ids, slot_weights, proj, out, grad_x, grad_gate_up, grad_down, grad_weights
+):
+    ends = np.empty(len(down), np.int64)
+    order, tokens, weights = sorted_slots(ids, slot_weights, ends)
+    sorted_grads = np.zeros(ids.size, np.float32)
+    _experts(grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate_up, grad_down, sorted_grads)
+    for s in range(ends[len(ends) - 1]):
+        if sorted_grads[s] != 0:
+            grad_weights[order[s]] = sorted_grads[s]
+    barrier()
+    combine(out, order, ends[len(ends) - 1], grad_x, ids.shape[1])
+
+
+@cache
+def _backward_kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        _run_backward(*unpack(data, kinds))
+
+    return int(kernel.address)
+
+
+def backward(
+    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor,
+    proj_SP: Tensor, train_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `few_tokens_backward.backward`."""
+    grad_x, out_SD = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
+    grad_weights = torch.zeros_like(weights_NA).flatten()
+    shapes = [t.shape if train_experts else torch.Size([0, *t.shape[1:]]) for t in (gate_up_E2FD, down_EDF)]
+    grads = [untouched_zeros(shape, torch.float32) for shape in shapes]
+    inputs = (grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP)
+    launch(_backward_kernel, *inputs, out_SD, grad_x, *grads, grad_weights)
+    return grad_x, grads[0].to(gate_up_E2FD.dtype), grads[1].to(down_EDF.dtype), grad_weights.view_as(weights_NA)

@@ -6,7 +6,6 @@ torch has loaded calls on its own threads.
 """
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ def runtime() -> ctypes.CDLL | None:
         if hasattr(library, "GOMP_parallel"):
             for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
                 llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+            library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            library.GOMP_parallel.restype = None
             return library
     return None
 
@@ -55,12 +56,4 @@ def parallel(address: int, arguments: list[int]) -> None:
     library = runtime()
     assert library is not None
     data = (ctypes.c_int64 * len(arguments))(*arguments)
-    _entry(library)(address, data, torch.get_num_threads(), 0)
-
-
-@cache
-def _entry(library: ctypes.CDLL) -> Callable[..., None]:
-    entry = library.GOMP_parallel
-    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    entry.restype = None
-    return entry
+    library.GOMP_parallel(address, data, torch.get_num_threads(), 0)

@@ -78,8 +78,8 @@ class ModelConfig(PreTrainedConfig):
     intermediate_size: int = 1536
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below, as the next one
+    head_dim: int = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02

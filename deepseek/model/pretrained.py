@@ -1,6 +1,5 @@
 """From a folder of weights to a model: read, convert, upcycle where asked."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,12 +9,12 @@ from transformers import GenerationConfig
 
 from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
 from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import read_json
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.config import ModelConfig
 from deepseek.model.int8 import keep_matrices, restored
-from deepseek.model.moe.layer import MoELayer
-from deepseek.model.moe.upcycle import init_upcycled
+from deepseek.model.moe.layer import MoELayer, init_upcycled
 from deepseek.registry import nearest
 
 if TYPE_CHECKING:
@@ -68,13 +67,7 @@ def load_pretrained(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the `ModelConfig` fields of the checkpoint in `folder`, whatever supported family it is of."""
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{folder}/config.json cannot be read ({error}); the folder holds no usable model."
-        ) from None
-    return convert_config(raw)
+    return convert_config(read_json(folder / "config.json"))
 
 
 def _single_device(device_map: Any) -> torch.device:
@@ -148,7 +141,12 @@ def _shared_from_dense(config: ModelConfig) -> ModelConfig:
 def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
     if model.config.tie_word_embeddings:
         tensors.setdefault("lm_head.weight", tensors.get("embed_tokens.weight", torch.empty(0)))
-    result = _try_load(model, tensors)
+    try:
+        result = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint's tensors do not fit its config.json: {str(error).splitlines()[-1].strip()}"
+        ) from None
     model.tie_weights()
     missing = sorted(name for name in result.missing_keys if ".balance." not in name)
     if missing or result.unexpected_keys:
@@ -158,15 +156,6 @@ def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
             "not match its config.json."
         )
     _materialise_buffers(model)
-
-
-def _try_load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> Any:
-    try:
-        return model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"The checkpoint's tensors do not fit its config.json: {str(error).splitlines()[-1].strip()}"
-        ) from None
 
 
 def _materialise_buffers(model: "DeepSeekModel") -> None:

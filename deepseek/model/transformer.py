@@ -154,6 +154,10 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         targets = input_ids[:, 1:, None]
         return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
 
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return the state, of tensors that have two names each under its first."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.all_tied_weights_keys}
+
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config.initializer_range)
 

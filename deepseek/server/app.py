@@ -16,14 +16,14 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from deepseek.infer.engine import Engine
-from deepseek.server import chat, completions, experts, models, preferences, responses, teach
+from deepseek.server import chat, completions, models, preferences, responses, teach
 from deepseek.server.errors import DOCUMENTED, install
 from deepseek.server.guard import Guard
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
 STATIC = Path(__file__).parent / "static"
-ROUTERS = (chat, completions, responses, models, experts, teach, preferences)
+ROUTERS = (chat, completions, responses, models, teach, preferences)
 
 
 def create_app(

@@ -5,26 +5,23 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 
 from fastapi import APIRouter
-from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from deepseek.infer.request import Request, TokenEvent, TokenLogprob
-from deepseek.server.ask import ask, wanted_schema
 from deepseek.server.errors import ApiError
-from deepseek.server.job import Job
 from deepseek.server.replies import ChatReply, described
 from deepseek.server.reply import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.schema import ChatRequest
-from deepseek.server.service import Service, service_of
+from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
 from deepseek.server.tools import Calling
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions", responses=described(ChatReply, streamed=True))
-async def chat(body: ChatRequest, request: HttpRequest) -> Response:
+async def chat(body: ChatRequest, service: TheService) -> Response:
     """Answer a conversation, at once or as server-sent events."""
-    service, calling = service_of(request), Calling.of(body)
+    calling = Calling.of(body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
     job = await service.start(lambda: plan(service, body, calling), body.n or 1)

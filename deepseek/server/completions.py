@@ -4,17 +4,14 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from fastapi import APIRouter
-from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from deepseek.infer.request import Request, TokenEvent, TokenLogprob
-from deepseek.server.ask import ask
 from deepseek.server.errors import ApiError
-from deepseek.server.job import Job
 from deepseek.server.replies import CompletionReply, described
 from deepseek.server.reply import Chunks, Fields, Reply, finite
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
-from deepseek.server.service import Service, service_of
+from deepseek.server.service import Job, Service, TheService, ask
 
 router = APIRouter()
 
@@ -26,9 +23,8 @@ DEFAULT_TOKENS = 16
 
 
 @router.post("/v1/completions", responses=described(CompletionReply, streamed=True))
-async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
+async def completions(body: CompletionRequest, service: TheService) -> Response:
     """Continue one or several texts, at once or as server-sent events."""
-    service = service_of(request)
     if len(prompts(body)) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"Prompts times n is more than {MAX_CHOICES}; send fewer at once.", param="n")
     job = await service.start(lambda: plan(service, body), body.n or 1)

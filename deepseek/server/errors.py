@@ -1,6 +1,7 @@
 """What a refused request gets: a status and `{"error": {"message", "type", "param", "code"}}`, whatever refused it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -66,43 +67,6 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """Return what a client is told of `error`; of a defect of ours, no more than its kind."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
-    if isinstance(error, EngineStoppedError):
-        return ApiError(503, "The server is shutting down; ask another one.", code="draining")
-    if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair, which JSON can say and UTF-8 cannot
-        return ApiError(400, "The request holds characters that are no Unicode text.", code="invalid_value")
-    if isinstance(error, UserError):
-        return ApiError(400, str(error), code="invalid_value")
-    return ApiError(500, f"The server failed ({type(error).__name__}); its log says more.", code="internal_error")
-
-
-def install(app: FastAPI) -> None:
-    """Let every error of `app` end in an `ErrorBody`."""
-
-    def known(_request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
-
-    def malformed(_request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return explained(error.errors()[0]).response()
-
-    def plain(_request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        response = ApiError(error.status_code, f"{printable(error.detail).capitalize()}.").response()
-        response.headers.update(error.headers or {})  # the methods that are allowed, after a 405
-        return response
-
-    for kind in (ApiError, UserError, UnicodeEncodeError, Exception):
-        app.add_exception_handler(kind, known)
-    app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(HTTPException, plain)
-
-
 def explained(mistake: dict[str, Any]) -> ApiError:
     """Return the refusal for one mistake that validation found, naming the field."""
     where = printable(".".join(str(part) for part in mistake["loc"][1:]))
@@ -113,3 +77,43 @@ def explained(mistake: dict[str, Any]) -> ApiError:
     else:
         message, code = f"The field {where or 'body'} is invalid: {printable(mistake['msg'])}.", "invalid_value"
     return ApiError(400, message, param=where or None, code=code)
+
+
+def refused(error: HTTPException) -> ApiError:
+    """Return what Starlette refuses in our form."""
+    refusal = ApiError(error.status_code, f"{printable(error.detail).capitalize()}.")
+    refusal.headers |= error.headers or {}  # the methods that are allowed, after a 405
+    return refusal
+
+
+TOLD: dict[type[Exception], Callable[[Any], ApiError]] = {
+    ApiError: lambda error: error,
+    QueueFullError: lambda error: ApiError(429, str(error), code="queue_full", retry_after=error.retry_after),
+    EngineStoppedError: lambda _: ApiError(503, "The server is shutting down; ask another one.", code="draining"),
+    UserError: lambda error: ApiError(400, str(error), code="invalid_value"),
+    RequestValidationError: lambda error: explained(error.errors()[0]),
+    HTTPException: refused,
+    # half of a surrogate pair, which JSON can say and UTF-8 cannot
+    UnicodeEncodeError: lambda _: ApiError(
+        400, "The request holds characters that are no Unicode text.", code="invalid_value"
+    ),
+    Exception: lambda error: ApiError(
+        500, f"The server failed ({type(error).__name__}); its log says more.", code="internal_error"
+    ),
+}
+"""What a client is told of an error, by the first kind that fits; of a defect of ours no more than its name."""
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Return what a client is told of `error`."""
+    return next(tell(error) for kind, tell in TOLD.items() if isinstance(error, kind))
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of `app` end in an `ErrorBody`."""
+
+    def told(_request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    for kind in TOLD:
+        app.add_exception_handler(kind, told)

@@ -1,34 +1,42 @@
-"""`/v1/models`, `/v1/embeddings`, `/tokenizer_info`: what is served, and what it makes of a text besides more text."""
+"""What is served: `/v1/models`, `/v1/embeddings`, `/tokenizer_info`, and `/v1/experts`, which come and go."""
 
 import asyncio
 import base64
+import tempfile
 from array import array
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 
+from deepseek.errors import PackError
 from deepseek.infer.engine import Engine
+from deepseek.model.experts import ExpertInfo
+from deepseek.packs.library import SUFFIX
+from deepseek.packs.pack import read_pack
 from deepseek.server.errors import ApiError
+from deepseek.server.guard import ADMIN
 from deepseek.server.prompt import PromptWriter
 from deepseek.server.replies import Embeddings, Model, Models, described
-from deepseek.server.schema import EmbeddingsRequest
-from deepseek.server.service import service_of
+from deepseek.server.schema import ArmRequest, EmbeddingsRequest, PlugRequest
+from deepseek.server.service import Service, TheService
 from deepseek.text.tokenizer import tokenizer_digest
 
 router = APIRouter()
 
 
 @router.get("/v1/models", responses=described(Models))
-async def models(request: HttpRequest) -> dict[str, Any]:
+async def models(service: TheService) -> dict[str, Any]:
     """List the base model as it is armed, alone, with each expert, and with all of them."""
-    return {"object": "list", "data": [card(name) for name in service_of(request).models()]}
+    return {"object": "list", "data": [card(name) for name in service.models()]}
 
 
 @router.get("/v1/models/{model}", responses=described(Model))
-async def model(model: str, request: HttpRequest) -> dict[str, Any]:
+async def model(model: str, service: TheService) -> dict[str, Any]:
     """Describe one model: the base, or the base with any set of plugged experts."""
-    service_of(request).named_experts(model)
+    service.named_experts(model)
     return card(model)
 
 
@@ -38,9 +46,8 @@ def card(name: str) -> dict[str, Any]:
 
 
 @router.post("/v1/embeddings", responses=described(Embeddings))
-async def embeddings(body: EmbeddingsRequest, request: HttpRequest) -> dict[str, Any]:
+async def embeddings(body: EmbeddingsRequest, service: TheService) -> dict[str, Any]:
     """Return a vector of length 1 for each text: the mean of the base model's last hidden states."""
-    service = service_of(request)
     if service.named_experts(body.model):
         raise ApiError(400, "Embeddings are made by the base alone; leave the experts out of model.", param="model")
     texts = body.input if isinstance(body.input, list) and not isinstance(body.input[0], int) else [body.input]
@@ -63,9 +70,8 @@ def packed(vector: list[float]) -> str:
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(request: HttpRequest) -> dict[str, Any]:
+async def tokenizer_info(service: TheService) -> dict[str, Any]:
     """Describe the tokenizer, as evaluation harnesses ask."""
-    service = service_of(request)
     tokenizer = service.engine.tokenizer
     return {
         "model": service.settings.model,
@@ -77,3 +83,85 @@ async def tokenizer_info(request: HttpRequest) -> dict[str, Any]:
         "chat_template": tokenizer.chat_template,
         "digest": tokenizer_digest(tokenizer),
     }
+
+
+@router.get("/v1/experts")
+async def experts(service: TheService) -> dict[str, Any]:
+    """List what is plugged, and what lies in the experts folder beside it."""
+    plugged = [plugged_expert(info) for info in service.engine.experts()]
+    names = {info["name"] for info in plugged}
+    return {"object": "list", "data": plugged, "available": sorted(packs(service).keys() - names)}
+
+
+@router.get("/v1/experts/{name}")
+async def inspect(name: str, service: TheService) -> dict[str, Any]:
+    """Show the papers of an expert that is plugged or lies in the experts folder."""
+    plugged = {info.name: info for info in service.engine.experts()}
+    if name in plugged:
+        return {**plugged_expert(plugged[name]), "manifest": service.engine.model.experts.manifest(name).model_dump()}
+    pack = await asyncio.to_thread(read_pack, pack_path(service, name))
+    return {"object": "expert", "name": name, "plugged": False, "manifest": pack.manifest.model_dump()}
+
+
+@router.post("/v1/experts", status_code=201, dependencies=[ADMIN])
+async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
+    """Plug a pack of the experts folder; requests that start from now on may use it."""
+    if any(info.name == body.name for info in service.engine.experts()):
+        raise ApiError(409, f"The expert {body.name} is plugged already; unplug it first.", param="name")
+    return plugged_expert(await asyncio.to_thread(service.engine.plug, pack_path(service, body.name)))
+
+
+BINARY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post("/v1/experts/upload", status_code=201, dependencies=[ADMIN], openapi_extra=BINARY)
+async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
+    """Plug the pack that is the body of the request; it stays until it is unplugged or the server ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"upload{SUFFIX}"
+        with path.open("wb") as file:
+            async for piece in request.stream():
+                file.write(piece)
+        try:
+            return plugged_expert(await asyncio.to_thread(service.engine.plug, path))
+        except PackError as error:
+            raise ApiError(400, str(error).replace(str(path), "upload"), code="invalid_pack") from None
+
+
+@router.delete("/v1/experts/{name}", dependencies=[ADMIN])
+async def unplug(name: str, service: TheService) -> dict[str, Any]:
+    """Unplug an expert; requests under way keep it until they end."""
+    if all(info.name != name for info in service.engine.experts()):
+        raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
+    await asyncio.to_thread(service.engine.unplug, name)
+    return {"object": "expert", "name": name, "plugged": False}
+
+
+@router.post("/v1/experts/arm", dependencies=[ADMIN])
+async def arm(body: ArmRequest, service: TheService) -> dict[str, Any]:
+    """Choose who may speak where a request does not choose: "auto" is everyone plugged, now and later."""
+    armed = await asyncio.to_thread(service.engine.arm, body.arm)
+    return {"object": "list", "armed": list(armed)}
+
+
+def plugged_expert(info: ExpertInfo) -> dict[str, Any]:
+    """Return a plugged expert as clients see it."""
+    return {"object": "expert", "plugged": True, **asdict(info)}
+
+
+def packs(service: Service) -> dict[str, Path]:
+    """Return the packs in the experts folder, name to file."""
+    return {path.stem: path for path in service.settings.experts_folder.glob(f"*{SUFFIX}")}
+
+
+def pack_path(service: Service, name: str) -> Path:
+    """Return the file of a pack, found in the folder's listing: no path is ever made of what a client sent."""
+    found = packs(service).get(name)
+    if found is None:
+        raise ApiError(404, f"There is no expert named {name!r:.80} in the experts folder.", param="name")
+    return found

@@ -6,13 +6,12 @@ from contextlib import closing
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Path, Query
-from fastapi import Request as HttpRequest
 
 from deepseek.data.preferences import REVIEWED, Preference, PreferenceDatabase
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
 from deepseek.server.schema import PreferenceRequest, ReviewRequest
-from deepseek.server.service import service_of
+from deepseek.server.service import Service, TheService
 from deepseek.server.tools import plain_messages
 
 router = APIRouter()
@@ -20,13 +19,13 @@ T = TypeVar("T")
 
 
 @router.get("/v1/preferences")
-async def next_pair(request: HttpRequest, after: Annotated[int, Query(ge=0, le=1 << 62)] = 0) -> dict[str, Any]:
+async def next_pair(service: TheService, after: Annotated[int, Query(ge=0, le=1 << 62)] = 0) -> dict[str, Any]:
     """Show the next pair after `after` that nobody has reviewed, in an order that does not tell which was preferred."""
-    return await with_database(request, lambda database: unreviewed(database, after))
+    return await with_database(service, lambda database: unreviewed(database, after))
 
 
 @router.post("/v1/preferences", status_code=201, dependencies=[ADMIN])
-async def record(body: PreferenceRequest, request: HttpRequest) -> dict[str, Any]:
+async def record(body: PreferenceRequest, service: TheService) -> dict[str, Any]:
     """Add a judged pair."""
     if body.chosen == body.rejected:
         raise ApiError(400, "The two answers are the same; there is nothing to prefer.", param="rejected")
@@ -34,13 +33,13 @@ async def record(body: PreferenceRequest, request: HttpRequest) -> dict[str, Any
         tuple(plain_messages(body.prompt)), body.chosen, body.rejected, body.reviewer, (REVIEWED,),
         {body.reviewer: (1.0, 0.0)},
     )  # fmt: skip
-    number = await with_database(request, lambda database: database.add(pair))
+    number = await with_database(service, lambda database: database.add(pair))
     return {"object": "preference", "id": number, "new": number is not None}
 
 
 @router.post("/v1/preferences/{number}", dependencies=[ADMIN])
 async def review(
-    number: Annotated[int, Path(ge=1, le=1 << 62)], body: ReviewRequest, request: HttpRequest
+    number: Annotated[int, Path(ge=1, le=1 << 62)], body: ReviewRequest, service: TheService
 ) -> dict[str, Any]:
     """Record which of two shown answers is better; what the pair was before stays in its history."""
 
@@ -54,13 +53,13 @@ async def review(
             scores={**scores, body.reviewer: (1.0, 0.0)},
         )  # fmt: skip
 
-    await with_database(request, judge)
+    await with_database(service, judge)
     return {"object": "preference", "id": number, "new": False}
 
 
-async def with_database(request: HttpRequest, work: Callable[[PreferenceDatabase], T]) -> T:
+async def with_database(service: Service, work: Callable[[PreferenceDatabase], T]) -> T:
     """Return what `work` gives, done in a thread with the open database."""
-    path = service_of(request).settings.preferences
+    path = service.settings.preferences
 
     def opened() -> T:
         with closing(PreferenceDatabase(path)) as database:

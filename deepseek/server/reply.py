@@ -12,10 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from deepseek.infer.request import TokenEvent, TokenLogprob, Usage
 from deepseek.server.errors import as_api_error
-from deepseek.server.job import Job
 from deepseek.server.metrics import spoken
 from deepseek.server.schema import GenerationFields
-from deepseek.server.service import Service
+from deepseek.server.service import Job, Service
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""

@@ -5,26 +5,22 @@ from collections.abc import AsyncIterator
 from secrets import token_hex
 
 from fastapi import APIRouter
-from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from deepseek.infer.request import Request
-from deepseek.server.ask import ask, wanted_schema
-from deepseek.server.job import Job
 from deepseek.server.metrics import spoken
 from deepseek.server.replies import ResponseReply, described
 from deepseek.server.reply import Fields, Reply
 from deepseek.server.schema import ChatMessage, ResponsesRequest
-from deepseek.server.service import Service, service_of
+from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
 from deepseek.server.tools import Calling
 
 router = APIRouter()
 
 
 @router.post("/v1/responses", responses=described(ResponseReply, streamed=True))
-async def responses(body: ResponsesRequest, request: HttpRequest) -> Response:
+async def responses(body: ResponsesRequest, service: TheService) -> Response:
     """Answer an input, at once or as server-sent events."""
-    service = service_of(request)
     job = await service.start(lambda: [plan(service, body)])
     events = ResponseEvents(body, job).events()
     return Reply(events, job=job, named=True, fold=None if body.stream else lambda told: told[-1]["response"])

@@ -1,22 +1,95 @@
-"""What all routes share: the engine, the settings, and how a request's words become the engine's."""
+"""What all routes share: the engine, the settings, what a request's words mean to the engine, and what is under way."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Annotated, Any
 
+from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from deepseek.checkpoint.store import home
 from deepseek.infer.engine import Engine, Generation
-from deepseek.infer.request import ExpertChoice, Request
+from deepseek.infer.request import ExpertChoice, Grammar, Request, TokenEvent, Usage
+from deepseek.infer.sampler import Sampling
 from deepseek.packs.library import experts_folder
 from deepseek.server.errors import ApiError
-from deepseek.server.job import Job
 from deepseek.server.metrics import Metrics
 from deepseek.server.prompt import PromptWriter
-from deepseek.server.schema import ExpertsField
+from deepseek.server.schema import ExpertsField, JsonSchema, SamplingFields
+
+
+class Job:
+    """Generations under way; `close` must be called, and ends what has not ended.
+
+    Args:
+        generations: in the order of the choices in the reply.
+        choices: how many of them, one after the other, share a prompt.
+        seconds: after which all of them are given up.
+    """
+
+    def __init__(self, generations: Sequence[Generation], choices: int, metrics: Metrics, seconds: float) -> None:
+        self.generations, self._choices, self._metrics = generations, choices, metrics
+        self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
+        for index, generation in enumerate(generations):
+            generation.subscribe(partial(self._take, index))
+        self._started, self._seconds, self._expired = time.perf_counter(), seconds, False
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Yield the events of all generations as they come, with the number of the choice.
+
+        Raises `ApiError` if one fails or takes too long.
+        """
+        left = len(self.generations)
+        first = True
+        while left:
+            index, event = await self._queue.get()
+            if first:
+                self._metrics.first_token.observe(time.perf_counter() - self._started)
+            first = False
+            self._check(event)
+            left -= event.finish_reason is not None
+            yield index, event
+
+    def usage(self) -> Usage:
+        """Return what all generations used together; a prompt that several share counts once."""
+        each = [generation.usage for generation in self.generations]
+        experts: Counter[str | None] = Counter()
+        for usage in each:
+            experts.update(usage.experts)
+        prompts = each[:: self._choices]
+        prompt, cached = (sum(getattr(u, name) for u in prompts) for name in ("prompt_tokens", "cached_tokens"))
+        return Usage(prompt, cached, sum(usage.completion_tokens for usage in each), experts)
+
+    def close(self) -> None:
+        """Cancel what still runs and count what was used."""
+        self._timer.cancel()
+        for generation in self.generations:
+            generation.cancel()
+        self._metrics.count(self.usage())
+
+    def _take(self, index: int, event: TokenEvent) -> None:
+        self._queue.put_nowait((index, event))
+
+    def _expire(self) -> None:
+        self._expired = True
+        for generation in self.generations:
+            generation.cancel()
+
+    def _check(self, event: TokenEvent) -> None:
+        if event.finish_reason == "error":
+            raise ApiError(500, f"The generation failed: {event.error}", code="internal_error")
+        if event.finish_reason == "cancelled":
+            if self._expired:
+                raise ApiError(504, f"The answer took longer than {self._seconds:g} s; ask for less.", code="timeout")
+            raise ApiError(503, "The server stopped this answer because it is shutting down.", code="draining")
+
 
 SEPARATOR = "+"
 BASE_ALONE = "none"
@@ -159,7 +232,60 @@ def submit(engine: Engine, plan: Callable[[], Sequence[Request]]) -> list[Genera
     return generations
 
 
-def service_of(request: HttpRequest) -> Service:
-    """Return the service of the app that got `request`."""
-    service: Service = request.app.state.service
-    return service
+async def _service_of(request: HttpRequest) -> Any:
+    return request.app.state.service
+
+
+TheService = Annotated[Service, Depends(_service_of)]
+"""What a route names to be given the service of its app."""
+
+
+DIALS = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "logit_bias",
+)  # fmt: skip
+
+
+def ask(
+    service: Service, body: SamplingFields, prompt_ids: Sequence[int], max_tokens: int | None, *, choice: int = 0,
+    schema: dict[str, Any] | None = None, logprobs: int | None = None, prompt_logprobs: bool = False,
+) -> Request:  # fmt: skip
+    """Return the engine's request for one answer.
+
+    Args:
+        max_tokens: None takes the server's limit; more than the context has room for is cut to it.
+        choice: which of several answers to one prompt; each draws from a seed of its own.
+        schema: JSON schema that the answer follows.
+        logprobs, prompt_logprobs: see `Request`.
+
+    Raises:
+        ApiError, UserError: with the cause and the mend.
+    """
+    room = service.writer.context - len(prompt_ids)
+    stop = getattr(body, "stop", None) or ()
+    return Request(
+        tuple(prompt_ids),
+        sampling(body, min(max_tokens or service.settings.answer_tokens, room), choice),
+        experts=service.experts(body.model, body.experts),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        grammar=None if schema is None else Grammar("json_schema", json.dumps(schema)),
+    )
+
+
+def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
+    """Return how the tokens of one answer are chosen; what the request leaves open is as OpenAI has it."""
+    given = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
+    if "seed" in given:
+        given["seed"] = (given["seed"] + choice) % (1 << 63)
+    if "logit_bias" in given:
+        given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
+    return Sampling(**{"temperature": 1.0, **given, "max_new_tokens": max_tokens})
+
+
+def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:
+    """Return the schema of an answer of this kind, None for free text. Raises `ApiError` if it is missing."""
+    if kind == "json_schema" and described.schema_ is None:
+        raise ApiError(400, "A format of type json_schema needs a schema.", param="json_schema.schema")
+    return {"text": None, "json_object": {"type": "object"}, "json_schema": described.schema_}[kind]

@@ -12,10 +12,10 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import psutil
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
@@ -155,29 +155,35 @@ class Teacher:
         await asyncio.to_thread(lesson.look)
 
 
+async def _teacher_of(request: HttpRequest) -> Any:
+    return request.app.state.teacher
+
+
+TheTeacher = Annotated[Teacher, Depends(_teacher_of)]
+
+
 @router.post("/v1/teach", status_code=202, dependencies=[ADMIN])
-async def teach(body: TeachRequest, request: HttpRequest) -> dict[str, Any]:
+async def teach(body: TeachRequest, teacher: TheTeacher) -> dict[str, Any]:
     """Begin to train an expert; `/v1/teach/events` tells how it goes."""
-    return told(await teacher_of(request).start(body))
+    return told(await teacher.start(body))
 
 
 @router.get("/v1/teach", dependencies=[ADMIN])
-async def lesson(request: HttpRequest) -> dict[str, Any]:
+async def lesson(teacher: TheTeacher) -> dict[str, Any]:
     """Tell how the latest lesson goes."""
-    return told(teacher_of(request).lesson)
+    return told(teacher.lesson)
 
 
 @router.delete("/v1/teach", dependencies=[ADMIN])
-async def stop(request: HttpRequest) -> dict[str, Any]:
+async def stop(teacher: TheTeacher) -> dict[str, Any]:
     """Stop the lesson under way."""
-    await teacher_of(request).stop()
-    return told(teacher_of(request).lesson)
+    await teacher.stop()
+    return told(teacher.lesson)
 
 
 @router.get("/v1/teach/events", dependencies=[ADMIN], responses=STREAMED)
-async def events(request: HttpRequest) -> Response:
+async def events(teacher: TheTeacher) -> Response:
     """Tell how the latest lesson goes as server-sent events, until it ends."""
-    teacher = teacher_of(request)
 
     async def changes() -> AsyncIterator[dict[str, Any]]:
         before: dict[str, Any] = {}
@@ -205,12 +211,6 @@ def command(base: str, wanted: TeachRequest, text: Path, pack: Path) -> list[str
 def told(lesson: Lesson | None) -> dict[str, Any]:
     """Return a lesson as clients see it."""
     return {"object": "lesson", **(asdict(lesson) if lesson else {"state": "none"})}
-
-
-def teacher_of(request: HttpRequest) -> Teacher:
-    """Return the teacher of the app that got `request`."""
-    teacher: Teacher = request.app.state.teacher
-    return teacher
 
 
 def leads_out(folder: Path, root: Path) -> bool:

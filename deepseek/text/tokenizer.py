@@ -1,15 +1,15 @@
-"""Tokenizers: always the Hugging Face fast kind, loaded from a model folder, never from remote code."""
+"""Tokenizers: always the Hugging Face fast kind, loaded from a model folder, never from remote code, or learned."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, ConfigError
 
 DOCUMENT_END = "<|endoftext|>"
 """What most open models saw between pre-training documents; their `eos_token` is often the end of a chat turn."""
@@ -66,3 +66,44 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return a sha256 over everything that decides which ids a text or a conversation gets."""
     parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, document_end_id(tokenizer))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+CONTROL = (DOCUMENT_END, "<|im_start|>", "<|im_end|>")
+"""The end of a document and ChatML's marks of a turn."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""How text is cut before merges are learned: GPT-4's pattern, with which runs of spaces and digits stay short."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer (arXiv:1508.07909) of `vocab_size` ids, learned from `texts`.
+
+    Raises `ConfigError` if the size has no room for all bytes and control tokens.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(CONTROL)
+    if vocab_size < least:
+        raise ConfigError(f"vocab_size={vocab_size} is too small; all bytes and control tokens take {least}.")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(CONTROL), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=DOCUMENT_END, pad_token=DOCUMENT_END, chat_template=CHAT_TEMPLATE
+    )

@@ -5,7 +5,6 @@ the untouched model.
 """
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek.checkpoint.convert import read_tensors, restore_names
 from deepseek.checkpoint.store import atomic_folder, home, write_json
@@ -23,17 +22,15 @@ from deepseek.data import Batch
 from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.registry import nearest
-from deepseek.train.budget import timed
 from deepseek.train.corpus import Corpus, Source
-from deepseek.train.expert import TextPath, train_expert
-from deepseek.train.expert_task import ExpertTask
+from deepseek.train.expert import ExpertTask, TextPath, train_expert
 from deepseek.train.language import LanguageTask
-from deepseek.train.loop import Task, TrainResult, check_config
-from deepseek.train.lora import add_lora
+from deepseek.train.loop import Task, TrainResult
 from deepseek.train.losses import autocast, run_below
-from deepseek.train.memory import peak_memory
+from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
-from deepseek.train.text_run import TextRequest, TextRun, Texts
+from deepseek.train.runs import run_once
+from deepseek.train.text_run import TextRequest, TextRun, Texts, timed
 from deepseek.train.trunk import Stream
 
 Mode = Literal["last-n", "lora", "full", "expert"]
@@ -80,7 +77,6 @@ def adapt(
     run_folder: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
-    resume: str = "",
     dry_run: bool = False,
 ) -> Path:
     """Adapt a model to text; return the folder of the new model (mode "expert": the pack). The same call resumes.
@@ -101,7 +97,7 @@ def adapt(
             base, name=name, from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
             from_parquet=from_parquet, layers=f"last:{last}", tokens=tokens, epochs=epochs, row_length=row_length,
             held_out=held_out, held_out_tokens=held_out_tokens, out=out, run_folder=run_folder, seed=seed, quiet=quiet,
-            resume=resume, dry_run=dry_run,
+            dry_run=dry_run,
         )  # fmt: skip
     if mode not in LEARNING_RATES:
         raise ConfigError(f"mode {mode!r} is unknown; {nearest(mode, [*LEARNING_RATES, 'expert'])}.")
@@ -110,14 +106,10 @@ def adapt(
         source=Source.at(from_git, from_folder, from_jsonl, from_parquet, held_out=held_out, seed=seed),
         learning_rate=learning_rate or LEARNING_RATES[mode], held_out_tokens=held_out_tokens, seed=seed,
     )  # fmt: skip
-    target = Path(out) if out else home() / "models" / name
+    target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
     with ProgressBar(quiet=quiet) as progress:
-        run = AdaptRun(request, Path(run_folder) if run_folder else home() / "runs" / name, target, progress)
-        if dry_run:
-            run.estimate()
-        else:
-            run.run(resume)
-    return target
+        job = partial(AdaptRun, request, out=target, progress=progress)
+        return run_once(job, folder, target, request.as_json(), progress, dry_run)
 
 
 class AdaptRun(TextRun):
@@ -133,38 +125,32 @@ class AdaptRun(TextRun):
                 "stays below."
             )
 
-    def run(self, resume: str) -> None:
-        """Train and write the model, unless that is done."""
-        check_config(self.folder / "request.json", self.request.as_json())
-        if (self.folder / "result.json").is_file() and (self.out / "config.json").is_file():
-            self.progress.say(f"{self.out} is finished")
-            return
+    def run(self) -> dict[str, Any]:
+        """Train and write the model; return the figures of the run."""
         texts = self.texts(self.corpus())
         write_json(self.folder / "request.json", self.request.as_json())
         task = TASKS[self.request.mode](self, texts)
         self.trained = sum(parameter.numel() for parameter in task.parameters.values())
         steps = max(1, len(texts.train.row_ids) * self.request.epochs // self.request.batch_rows)
-        self.write(self.loop(task, texts.train, steps, resume), texts.train.shards.digest)
+        return self.write(self.loop(task, texts.train, steps), texts.train.shards.digest)
 
-    def estimate(self) -> None:
-        """Check a request and say what it would take, from one step; nothing is left behind."""
+    def estimate(self) -> str:
+        """Say what a request would take, from one step."""
         request = self.request
-        with tempfile.TemporaryDirectory() as folder:
-            self.folder = Path(folder)
-            texts = self.texts(self.corpus())
-            rows = len(texts.train.row_ids)
-            few = texts.first(min(request.batch_rows, rows), 1)
-            started = time.perf_counter()
-            task = TASKS[request.mode](self, few)
-            trunk = (time.perf_counter() - started) / len(few.train.row_ids)
-            batch = few.train.rows(few.train.row_ids)
-            seconds, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), batch, batch)
-            trained = sum(parameter.numel() for parameter in task.parameters.values())
-            minutes = (trunk + seconds * request.epochs) * rows / 60
-            self.progress.say(
-                f"{rows * request.row_length:,} tokens, {request.epochs} times; {trained:,} parameters train, about "
-                f"{minutes:.1f} minutes, memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
-            )
+        texts = self.texts(self.corpus())
+        rows = len(texts.train.row_ids)
+        few = texts.first(min(request.batch_rows, rows), 1)
+        started = time.perf_counter()
+        task = TASKS[request.mode](self, few)
+        trunk = (time.perf_counter() - started) / len(few.train.row_ids)
+        batch = few.train.rows(few.train.row_ids)
+        seconds, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), batch, batch)
+        trained = sum(parameter.numel() for parameter in task.parameters.values())
+        minutes = (trunk + seconds * request.epochs) * rows / 60
+        return (
+            f"{rows * request.row_length:,} tokens, {request.epochs} times; {trained:,} parameters train, about "
+            f"{minutes:.1f} minutes, memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
+        )
 
     def texts(self, corpus: Corpus) -> Texts:
         """Return the packed rows of this run."""
@@ -193,14 +179,11 @@ class AdaptRun(TextRun):
         """Return the task of all parameters that require gradients."""
         return LanguageTask(self.model.train(), {"text": texts.held_out.batches()})
 
-    def write(self, result: TrainResult, digest: str) -> None:
-        """Write the model, under the names and in the dtype of its family, and the figures of the run."""
+    def write(self, result: TrainResult, digest: str) -> dict[str, Any]:
+        """Write the model, under the names and in the dtype of its family; return the figures of the run."""
         if self.request.mode == "lora":
             self.model = self.adapter.merge_and_unload()
-        state = self.model.state_dict()
-        tied = self.model.config.tie_word_embeddings
-        state = {name: value for name, value in state.items() if not (tied and name == "lm_head.weight")}
-        named = restore_names(read_tensors(self.base), state)
+        named = restore_names(read_tensors(self.base), self.model.own_tensors())
         with atomic_folder(self.out) as temporary:
             if named is None:
                 self.model.save_pretrained(temporary)
@@ -217,9 +200,9 @@ class AdaptRun(TextRun):
             "seconds": time.monotonic() - self.started,
         }  # fmt: skip
         self.drop_trunk()
-        record = {"stage": "adapt", "model": str(self.out), "figures": figures, "data": {"text": {"digest": digest}}}
-        write_json(self.folder / "result.json", record | {"base": self.request.base})
         self.progress.say(f"held-out loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%}), {self.out}")
+        record = {"stage": "adapt", "model": str(self.out), "figures": figures, "data": {"text": {"digest": digest}}}
+        return record | {"base": self.request.base}
 
 
 TASKS: dict[str, Callable[[AdaptRun, Texts], Task[Batch]]] = {
@@ -258,3 +241,39 @@ def stream_into(model: Any, layer: int, batch: Batch) -> Tensor:
     """Return the stream `[B, T, D]` that enters block `layer`."""
     with autocast(model.device):
         return run_below(model, layer, batch)[0]
+
+
+SHARE = 1e-3
+"""Most of the model's parameters that may train."""
+
+TARGETS = ("v_proj", "o_proj", "down_proj")
+"""Products that get an adapter: at so few parameters, reaching into every feed-forward network is worth more than a
+higher rank in the attention alone."""
+
+
+def add_lora(model: Any, share: float = SHARE) -> Any:
+    """Freeze `model`, put adapters into it and return the PEFT model around it; `merge_and_unload` merges them.
+
+    Raises `ConfigError` if even rank 1 exceeds the share.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    rank = largest_rank(model, share)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def largest_rank(model: nn.Module, share: float = SHARE) -> int:
+    """Return the largest rank at which adapters hold at most `share` of the parameters."""
+    targets = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS
+    ]
+    each = sum(module.in_features + module.out_features for module in targets)
+    budget = share * sum(parameter.numel() for parameter in model.parameters())
+    if not each or budget < each:
+        raise ConfigError(
+            f"LoRA of rank 1 has {each:,} parameters, more than {budget:,.0f}; use mode last-n or expert."
+        )
+    return int(budget // each)

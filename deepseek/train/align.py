@@ -1,21 +1,27 @@
 """`deepseek.align`: from preferences to a model that answers as preferred.
 
 pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO by TRL) -> a model folder
+
+TRL, to compare RLPO with, gets the same pairs and the same budget. It puts a forward pass of its own into the Hugging
+Face model that it trains, so it trains the checkpoint's twin in `transformers`; the folder that it leaves is read by
+`DeepSeekModel` as any other of its family. It cannot be resumed.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
+from deepseek.data.preference_files import record_of
 from deepseek.data.preferences import Preference, PreferenceDatabase
-from deepseek.errors import ConfigError, DataError
+from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.infer.vocabulary import Vocabulary
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
@@ -23,14 +29,15 @@ from deepseek.text.chat import encode_prompt
 from deepseek.text.tokenizer import encode_plain, load_tokenizer
 from deepseek.train.judge import JUDGES, TextReward
 from deepseek.train.layers import parse_layers
-from deepseek.train.loop import Hooks, LoopConfig, check_config, train
+from deepseek.train.loop import Hooks, LoopConfig, train
 from deepseek.train.metrics import read_metrics
 from deepseek.train.optim import OptimConfig
 from deepseek.train.policy import Policy
 from deepseek.train.progress import ProgressBar
 from deepseek.train.reward import RewardModel, features_of
-from deepseek.train.rlpo import Learner, Reward, RLPOConfig, RLPOTask, RolloutBatches
-from deepseek.train.rollout import generate
+from deepseek.train.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
+from deepseek.train.rollout import generate, given
+from deepseek.train.runs import run_once
 
 Method = Literal["ppo", "dpo", "rloo"]
 
@@ -39,6 +46,16 @@ FEWEST_PAIRS = 8
 
 HELD_OUT_PROMPTS = 32
 """Held-out prompts that are answered at each evaluation."""
+
+
+DPO_BETA, RLOO_BETA = 0.1, 0.05
+"""Strength of the pull to the reference in either method: TRL's default, and RLPO's first coefficient."""
+
+ANSWERS = 4
+"""Answers that RLOO samples to a prompt, each judged against the mean of the others."""
+
+MINIBATCH = 16
+"""Pairs or answers a step, as many as RLPO takes."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,6 @@ def align(
     run_folder: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
-    resume: str = "",
     dry_run: bool = False,
 ) -> Path:
     """Align a model with preferences and return the folder of the new one; interrupted, the same call goes on.
@@ -108,20 +124,18 @@ def align(
         base, str(Path(prefs).expanduser().resolve()), method, reward, layers, rollouts, rollout_size, learning_rate,
         new_tokens, temperature, target_kl, seed,
     )  # fmt: skip
-    run = AlignRun(
-        request, Path(run_folder) if run_folder else home() / "runs" / name,
-        Path(out) if out else home() / "models" / name, quiet,
-    )  # fmt: skip
-    return run.check() if dry_run else run.run(resume)
+    target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
+    with ProgressBar(quiet=quiet) as progress:
+        job = partial(AlignRun, request, out=target, progress=progress)
+        return run_once(job, folder, target, asdict(request), progress, dry_run)
 
 
 class AlignRun:
     """One request in its run folder."""
 
-    def __init__(self, request: AlignRequest, folder: Path, out: Path, quiet: bool) -> None:
-        self.request, self.folder, self.out = request, folder, out
-        self.progress = ProgressBar(quiet=quiet)
-        self.method: Callable[[AlignRun, str], dict[str, Any]] = pick(METHODS, request.method, "method")
+    def __init__(self, request: AlignRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
+        self.request, self.folder, self.out, self.progress = request, folder, out, progress
+        self.method: Callable[[AlignRun], dict[str, Any]] = pick(METHODS, request.method, "method")
         if not Path(request.prefs).is_file():
             raise DataError(f"{request.prefs} does not exist; `deepseek prefs import FILE` makes one.")
         database = PreferenceDatabase(request.prefs)
@@ -135,28 +149,20 @@ class AlignRun:
         self.base = resolve(request.base)
         self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
 
-    def check(self) -> Path:
+    def estimate(self) -> str:
         """Say what there is to do."""
-        steps = self.request.rollouts * self.request.rollout_size
-        self.progress.say(
+        answers = self.request.rollouts * self.request.rollout_size
+        return (
             f"{len(self.pairs)} pairs of {len(prompts_of(self.pairs))} prompts, {len(self.held_out)} held out; "
-            f"{steps:,} answers of at most {self.request.new_tokens} tokens"
+            f"{answers:,} answers of at most {self.request.new_tokens} tokens"
         )
-        return self.out
 
-    def run(self, resume: str) -> Path:
-        """Train and write the model, unless that is done."""
-        check_config(self.folder / "request.json", asdict(self.request))
-        with self.progress:
-            if (self.folder / "result.json").is_file() and (self.out / "config.json").is_file():
-                self.progress.say(f"{self.out} is finished")
-                return self.out
-            write_json(self.folder / "request.json", asdict(self.request))
-            result = self.method(self, resume)
-            write_json(self.folder / "result.json", {"model": str(self.out), **result})
-        return self.out
+    def run(self) -> dict[str, Any]:
+        """Train and write the model; return the figures of the run."""
+        write_json(self.folder / "request.json", asdict(self.request))
+        return {"model": str(self.out), **self.method(self)}
 
-    def ppo(self, resume: str) -> dict[str, Any]:
+    def ppo(self) -> dict[str, Any]:
         """Run RLPO on the loop and write the model."""
         request = self.request
         model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
@@ -168,21 +174,22 @@ class AlignRun:
         ends = tuple(Vocabulary(model, self.tokenizer).ends)
         prompts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.pairs)]
         asked = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.held_out)[:HELD_OUT_PROMPTS]]
-        batches = RolloutBatches(Learner(policy, reward, config, ends), prompts, request.rollout_size, request.seed)
 
         def evaluate() -> dict[str, float]:
             draw = torch.Generator(model.device).manual_seed(request.seed)
             answers = generate(model, asked, config.new_tokens, ends, draw, temperature=config.temperature)
             return {"held_out_score": float(reward(answers).mean())}
 
+        learner = Learner(policy, reward, config, ends, evaluate)
+        batches = RolloutBatches(learner, prompts, request.rollout_size, request.seed)
         steps = request.rollouts * batches.steps_a_rollout
         loop = LoopConfig(
             OptimConfig(learning_rate=request.learning_rate, final=0.2), steps=steps,
             evaluate_every=max(1, steps // 5), checkpoint_every=max(10, steps // 10), seed=request.seed,
         )  # fmt: skip
         result = train(
-            RLPOTask(batches.learner, evaluate), batches, loop, self.folder / "training", progress=self.progress,
-            resume=resume, hooks=Hooks(buffers=batches.buffers),
+            learner, batches, loop, self.folder / "training", progress=self.progress,
+            hooks=Hooks(buffers=batches.buffers),
         )  # fmt: skip
         with atomic_folder(self.out) as temporary:
             nn.Module.to(model, dtype).save_pretrained(temporary)
@@ -214,16 +221,56 @@ class AlignRun:
         )
         return features_of(model, layer, prompts, chosen), features_of(model, layer, prompts, rejected)
 
-    def by_trl(self, _resume: str) -> dict[str, Any]:
-        """Let TRL train the checkpoint's Hugging Face twin and write it."""
-        from deepseek.train.align_trl import align_by_trl
+    def by_trl(self) -> dict[str, Any]:
+        """Let TRL train the checkpoint's Hugging Face twin, and write it; return the last figures that TRL logged.
 
-        reward = None
-        if self.request.method == "rloo":
+        The budget is RLPO's: as many optimizer steps on answers of the same length, and as many sampled answers.
+
+        Raises:
+            TrainError: TRL is not installed, or `transformers` has no model of this family.
+        """
+        try:
+            from datasets import Dataset
+            from trl.trainer.dpo_config import DPOConfig
+            from trl.trainer.dpo_trainer import DPOTrainer
+            from trl.trainer.rloo_config import RLOOConfig
+            from trl.trainer.rloo_trainer import RLOOTrainer
+        except ImportError:
+            raise TrainError("Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo.") from None
+        request, tokenizer = self.request, self.tokenizer
+        twin = twin_of(self.base, request.layers)
+        common: dict[str, Any] = {
+            "output_dir": str(self.folder / "trl"), "learning_rate": request.learning_rate, "seed": request.seed,
+            "per_device_train_batch_size": MINIBATCH, "max_steps": request.rollouts * request.rollout_size // MINIBATCH,
+            "save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True, "bf16": True,
+            "use_cpu": twin.device.type == "cpu", "gradient_checkpointing": False, "lr_scheduler_type": "cosine",
+        }  # fmt: skip
+        trainer: Any
+        if request.method == "dpo":
+            sides = ("prompt", "chosen", "rejected")
+            rows = Dataset.from_list([{side: record[side] for side in sides} for record in map(record_of, self.pairs)])
+            trainer = DPOTrainer(twin, args=DPOConfig(**common, beta=DPO_BETA), train_dataset=rows,
+                                 processing_class=tokenizer)  # fmt: skip
+        else:
             model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
-            first = parse_layers(self.request.layers, len(model.layers))[0]
-            reward = self.reward(model, first)[0]
-        return align_by_trl(self.request, self.base, self.tokenizer, self.pairs, reward, self.folder, self.out)
+            reward = self.reward(model, parse_layers(request.layers, len(model.layers))[0])[0]
+            asked = [[dict(message) for message in prompt] for prompt in prompts_of(self.pairs)]
+            rows = Dataset.from_list([{"prompt": prompt} for prompt in asked])
+
+            def score(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+                ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+                scores: list[float | None] = reward(given(model, ids, completion_ids)).tolist()
+                return scores
+
+            arguments = RLOOConfig(**common, beta=RLOO_BETA, num_generations=ANSWERS, temperature=request.temperature,
+                                   max_completion_length=request.new_tokens)  # fmt: skip
+            trainer = RLOOTrainer(twin, score, arguments, rows, processing_class=tokenizer)
+        trainer.train()
+        with atomic_folder(self.out) as temporary:
+            trainer.model.to(torch.bfloat16).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        logged = [record for record in trainer.state.log_history if "loss" in record]
+        return {"trl": logged[-1] if logged else {}}
 
 
 METHODS = {"ppo": AlignRun.ppo, "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
@@ -234,3 +281,16 @@ def prompts_of(pairs: list[Preference]) -> list[Any]:
     if not pairs:
         raise ConfigError("There are no pairs.")
     return list({repr(pair.prompt): pair.prompt for pair in pairs}.values())
+
+
+def twin_of(base: Path, layers: str) -> Any:
+    """Return the Hugging Face model of a checkpoint in fp32, frozen but for `layers`."""
+    try:
+        twin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+        blocks = twin.model.layers
+    except (ValueError, AttributeError):
+        raise TrainError(f"{base} is of no family that TRL can train; take --method ppo.") from None
+    twin.requires_grad_(False)
+    for index in parse_layers(layers, len(blocks)):
+        blocks[index].requires_grad_(True)
+    return twin

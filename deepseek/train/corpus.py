@@ -18,10 +18,9 @@ from deepseek.data import (
     read_records,
     split,
 )
-from deepseek.data.document import silent
+from deepseek.data.document import Rule, silent
 from deepseek.data.filters import Skipped
 from deepseek.data.git import find_commit, open_repository, read_git_by_time
-from deepseek.data.split import Rule
 from deepseek.errors import DataError
 
 
@@ -83,7 +82,8 @@ def build_corpus(
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
         TokenShards.build(order(train), tokenizer, folder / "train", progress=progress)
         TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
-        write_json(notes, {"report": str(report), "commit": head_commit(source)})
+        commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
+        write_json(notes, {"report": str(report), "commit": commit})
     known = read_json(notes)
     return Corpus(TokenShards(folder / "train"), TokenShards(folder / "held-out"), known["report"], known["commit"])
 
@@ -114,8 +114,3 @@ def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
         yield from read_folder(source.folder, skipped)
     for file in filter(None, (source.jsonl, source.parquet)):
         yield from read_records(file)
-
-
-def head_commit(source: Source) -> str | None:
-    """Return the id of the newest commit of a git source."""
-    return str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None

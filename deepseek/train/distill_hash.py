@@ -29,7 +29,7 @@ from deepseek.train.attention_inputs import (
     recent_in_bucket,
     stream_layers,
 )
-from deepseek.train.interrupt import InterruptGuard
+from deepseek.train.progress import InterruptGuard
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
 """Maps queries `[H, N, K]` and distances `[N]` to the queries as a key that far behind sees them."""
@@ -100,7 +100,7 @@ def distill_hashes(
                 prune(state, keep=1)
             progress(layer + 1, len(model.layers), "distil")
             if interrupt.asked:
-                raise KeyboardInterrupt(f"stopped after layer {layer}, nothing is lost; the same command goes on.")
+                raise KeyboardInterrupt(f"stopped after layer {layer}, nothing is lost; the same call goes on")
             if layer >= max(layers):
                 break
     return hashes

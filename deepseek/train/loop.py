@@ -5,7 +5,6 @@ Calling `train` again with the same arguments continues after the newest checkpo
 that was never interrupted: weights, moments, random state and the place in the data are all restored.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -21,13 +20,11 @@ from torch import Tensor, nn
 from deepseek.checkpoint import store
 from deepseek.errors import TrainError
 from deepseek.train.backends import SINGLE, Backend
-from deepseek.train.interrupt import InterruptGuard
 from deepseek.train.losses import autocast
-from deepseek.train.metrics import MetricsLog
-from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
-from deepseek.train.plots import plot_losses
-from deepseek.train.progress import ProgressBar
-from deepseek.train.state import TrainingState
+from deepseek.train.metrics import MetricsLog, plot_losses
+from deepseek.train.optim import OptimConfig, TrainingState, adamw, clip_gradients, learning_rate
+from deepseek.train.progress import InterruptGuard, ProgressBar
+from deepseek.train.runs import check_config
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which the run has diverged and going on is of no use."""
@@ -171,7 +168,6 @@ def train(
     folder: Path,
     *,
     progress: ProgressBar,
-    resume: str = "",
     hooks: Hooks | None = None,
     backend: Backend = SINGLE,
 ) -> TrainResult:
@@ -179,7 +175,6 @@ def train(
 
     Args:
         folder: of the run.
-        resume: the command that continues the run, named when it is stopped.
         hooks: what the task adds to the loop.
         backend: one process or many, each of which takes its part of every batch and of every parameter.
 
@@ -191,30 +186,7 @@ def train(
     backend.barrier()
     if backend.main:
         store.write_json(folder / "config.json", asdict(config))
-    run = _Run(task, batches, config, folder, progress, hooks or Hooks(), backend)
-    return run.run(resume or "call again with the same arguments")
-
-
-def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Raise `TrainError` naming the first field in which a configuration differs from the one stored in `path`."""
-    if not path.is_file():
-        return
-    before, now = _leaves(store.read_json(path)), _leaves(json.loads(json.dumps(config)))
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    if changed:
-        name = changed[0]
-        raise TrainError(
-            f"{path.parent} holds a run with another {name} ({before.get(name)}, now {now.get(name)}); give the old "
-            "value to resume it, or another name to start a new run."
-        )
-
-
-def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested fields as `outer.inner`."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+    return _Run(task, batches, config, folder, progress, hooks or Hooks(), backend).run()
 
 
 @dataclass
@@ -238,7 +210,7 @@ class _Run:
         self.position = Position()
         self.saved_step = -1
 
-    def run(self, resume: str) -> TrainResult:
+    def run(self) -> TrainResult:
         self.restore()
         self.log = MetricsLog(self.folder, self.position.step) if self.backend.main else None
         figures: dict[str, float] = {}
@@ -251,8 +223,8 @@ class _Run:
                     if self.backend.any(interrupt.asked):
                         self.save()
                         raise KeyboardInterrupt(
-                            f"stopped after step {self.position.step} of {self.config.steps}, nothing is lost; "
-                            f"to go on: {resume}"
+                            f"stopped after step {self.position.step} of {self.config.steps}, nothing is lost; the "
+                            "same call goes on"
                         )
                     if self.position.step % self.config.checkpoint_every == 0:
                         self.save()

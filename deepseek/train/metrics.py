@@ -1,6 +1,8 @@
-"""Metrics of a run: one JSON object a line, and the same figures for TensorBoard."""
+"""Metrics of a run: one JSON object a line, the same figures for TensorBoard, and the loss curve as a picture."""
 
 import json
+import resource
+import sys
 from pathlib import Path
 
 from deepseek.checkpoint.store import atomic_write
@@ -47,3 +49,28 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return records
+
+
+def plot_losses(folder: Path) -> Path:
+    """Draw `metrics.jsonl` of a run folder as `loss.png` beside it: training loss and held-out loss over steps."""
+    from matplotlib.figure import Figure
+
+    records = read_metrics(folder / "metrics.jsonl")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    for name, style in (("loss", "-"), ("held_out_loss", "o-")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), markersize=4, linewidth=1)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    path = folder / "loss.png"
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path
+
+
+def peak_memory() -> int:
+    """Return the largest resident size so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes elsewhere

@@ -91,24 +91,13 @@ def value_loss(values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: T
     return 0.5 * masked_mean(worse_BT, mask_BT)
 
 
-@dataclass(frozen=True)
-class KLController:
-    """How dear it is to leave the reference: a coefficient that steers the KL of a response to `target`.
+def steered(beta: float, kl: float, responses: int, target: float | None, horizon: int = 10_000) -> float:
+    """Return the coefficient of the KL penalty after `responses` responses with a mean KL of `kl` nats.
 
-    (arXiv:1909.08593, eq. 3.) `horizon` is the number of responses over which an error is answered in full.
-
-    Attributes:
-        beta: the coefficient.
-        target: wanted KL in nats a response; None keeps `beta` as it is.
+    It says how dear it is to leave the reference, and steers the KL of a response to `target` (arXiv:1909.08593, eq.
+    3); None keeps it as it is. `horizon` is the number of responses over which an error is answered in full.
     """
-
-    beta: float
-    target: float | None = None
-    horizon: int = 10_000
-
-    def updated(self, kl: float, responses: int) -> "KLController":
-        """Return the controller after `responses` responses with a mean KL of `kl` nats."""
-        if self.target is None:
-            return self
-        error = min(0.2, max(-0.2, kl / self.target - 1.0))
-        return KLController(self.beta * (1.0 + error * responses / self.horizon), self.target, self.horizon)
+    if target is None:
+        return beta
+    error = min(0.2, max(-0.2, kl / target - 1.0))
+    return beta * (1.0 + error * responses / horizon)

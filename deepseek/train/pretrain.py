@@ -24,17 +24,16 @@ from deepseek.errors import DataError
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning import training_memory
-from deepseek.text.tokenizer import document_end_id, load_tokenizer
-from deepseek.text.train import train_tokenizer
+from deepseek.text.tokenizer import document_end_id, load_tokenizer, train_tokenizer
 from deepseek.train.backends import Backend, current
 from deepseek.train.corpus import build_corpus, read_source
-from deepseek.train.curriculum import EASY_STEPS, easiest_first
 from deepseek.train.language import LanguageTask
-from deepseek.train.loop import LoopConfig, TrainResult, check_config, train
-from deepseek.train.memory import peak_memory
-from deepseek.train.mix import Domain, MixedRows
+from deepseek.train.loop import LoopConfig, TrainResult, train
+from deepseek.train.metrics import peak_memory
+from deepseek.train.mix import EASY_STEPS, Domain, MixedRows, easiest_first
 from deepseek.train.optim import OptimConfig
 from deepseek.train.progress import ProgressBar
+from deepseek.train.runs import run_once
 from deepseek.train.settings import Settings, TextSettings
 
 TOKENIZER_CHARACTERS = 20_000_000
@@ -60,7 +59,7 @@ class PretrainSettings(Settings):
         tokens: targets to train on in all.
         row_length, batch_rows, accumulate: tokens of a row, rows of a batch, batches of a step.
         learning_rate, final_learning_rate, warmup, weight_decay: AdamW with warm-up (a share of the steps) and cosine.
-        curriculum: whether the first steps take easy text (`train/curriculum.py`).
+        curriculum: whether the first steps take easy text (`train/mix.py`).
         held_out, held_out_tokens: share of the documents never trained on, and tokens of each domain to evaluate on.
         evaluate_every, checkpoint_every: steps.
         samples: prompts that the model continues after every evaluation.
@@ -97,6 +96,10 @@ class PretrainSettings(Settings):
         """Optimizer steps that hold `tokens`."""
         return max(1, round(self.tokens / (self.row_length * self.batch_rows * self.accumulate)))
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what decides the result, as JSON values."""
+        return self.model_dump(mode="json", exclude={"out", "run_folder"})
+
     def model_config_for(self, vocab_size: int, end: int) -> ModelConfig:
         """Return the model's shape with this vocabulary, whose id `end` ends a document."""
         fields = {"max_position_embeddings": self.row_length, **self.model}
@@ -108,7 +111,6 @@ def pretrain(
     config: str | Path | Mapping[str, Any] | PretrainSettings,
     *,
     quiet: bool = False,
-    resume: str = "",
     dry_run: bool = False,
 ) -> Path:
     """Train a language model from scratch and return its folder; interrupted, the same call goes on.
@@ -118,7 +120,6 @@ def pretrain(
     Args:
         config: a YAML or TOML file, or its content; see `PretrainSettings`.
         quiet: show no progress.
-        resume: the command that continues the run, named when it is stopped.
         dry_run: check everything, estimate memory and time, and change nothing.
 
     Raises:
@@ -128,33 +129,44 @@ def pretrain(
     settings = PretrainSettings.read(config)
     out = settings.out or home() / "models" / settings.name
     with current() as backend, ProgressBar(quiet=quiet or not backend.main) as progress:
-        if dry_run:
-            progress.say(estimate(settings))
-            return out
-        run = PretrainRun(settings, settings.run_folder or home() / "runs" / settings.name, progress, backend)
-        if run.finished(out):
-            progress.say(f"{out} is finished")
-        else:
-            result = run.train(resume)
-            run.write(out, result)
-        return out
+        folder = settings.run_folder or home() / "runs" / settings.name
+        job = partial(PretrainRun, settings, out=out, progress=progress, backend=backend)
+        return run_once(job, folder, out, settings.as_json(), progress, dry_run)
 
 
 class PretrainRun:
     """One configuration in its run folder."""
 
-    def __init__(self, settings: PretrainSettings, folder: Path, progress: ProgressBar, backend: Backend) -> None:
-        self.settings, self.folder, self.progress, self.backend = settings, folder, progress, backend
+    def __init__(
+        self, settings: PretrainSettings, folder: Path, out: Path, progress: ProgressBar, backend: Backend
+    ) -> None:
+        self.settings, self.folder, self.out, self.progress, self.backend = settings, folder, out, progress, backend
         self.started = time.monotonic()
-        request = settings.model_dump(mode="json", exclude={"out", "run_folder"})
-        check_config(folder / "request.json", request)
-        if not backend.main:
-            backend.barrier()  # the main process reads, trains the tokenizer and writes shards; the others open them
+
+    def run(self) -> dict[str, Any] | None:
+        """Train and write the model; return the figures of the run in the main process."""
+        if not self.backend.main:
+            self.backend.barrier()  # the main process reads, trains the tokenizer and writes shards; others open them
         self.tokenizer = self.known_tokenizer()
-        self.domains = [self.domain(name, text) for name, text in settings.domains.items()]
-        if backend.main:
-            write_json(folder / "request.json", request)
-            backend.barrier()
+        self.domains = [self.domain(name, text) for name, text in self.settings.domains.items()]
+        if self.backend.main:
+            write_json(self.folder / "request.json", self.settings.as_json())
+            self.backend.barrier()
+        return self.write(self.train())
+
+    def estimate(self) -> str:
+        """Say what a run would take; one step is timed where the model fits the memory."""
+        settings = self.settings
+        for domain in settings.domains.values():
+            next(read_source(domain.source(settings.held_out, settings.seed), Skipped()))
+        size = settings.vocab_size if not settings.tokenizer else len(load_tokenizer(resolve(settings.tokenizer)))
+        config, steps = settings.model_config_for(size, 0), settings.steps
+        memory = training_memory(config, settings.batch_rows * settings.row_length)
+        words = f"{steps:,} steps of {settings.tokens // steps:,} tokens; memory {memory / 1e9:.1f} GB"
+        if memory > psutil.virtual_memory().available:
+            return f"{words}, more than this machine has free; see `deepseek plan`"
+        seconds = step_seconds(config, settings) * steps
+        return f"{words}, about {seconds / 60:.1f} minutes here, evaluation and reading not counted"
 
     def known_tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the tokenizer, trained on the mix the first time."""
@@ -183,13 +195,20 @@ class PretrainRun:
             raise DataError(f"The token shards in {shards.folder} are damaged; delete {shards.folder.parent}.")
         return RowLoader(shards, self.settings.batch_rows, self.settings.row_length, self.settings.seed)
 
-    def train(self, resume: str) -> TrainResult:
+    def train(self) -> TrainResult:
         """Run the loop to its end."""
         settings = self.settings
         self.model = build_model(settings, self.tokenizer)
         held_out = {domain.name: self.held_out_batches(domain.held_out) for domain in self.domains}
         self.task = LanguageTask(self.model, held_out, self.backend)
-        config = loop_config(settings)
+        optim = OptimConfig(
+            learning_rate=settings.learning_rate, warmup=settings.warmup, weight_decay=settings.weight_decay,
+            final=settings.final_learning_rate / settings.learning_rate,
+        )  # fmt: skip
+        config = LoopConfig(
+            optim, steps=settings.steps, accumulate=settings.accumulate, evaluate_every=settings.evaluate_every,
+            checkpoint_every=settings.checkpoint_every, seed=settings.seed,
+        )  # fmt: skip
         rows = settings.batch_rows * settings.accumulate
         easy = round(EASY_STEPS * config.steps) * rows if settings.curriculum else 0
         batches = MixedRows(self.domains, settings.batch_rows, easy, settings.seed)
@@ -197,7 +216,7 @@ class PretrainRun:
         alone = self.backend.world == 1
         hooks = replace(self.task.hooks, evaluated=self.write_samples) if alone else self.task.hooks
         return train(
-            self.task, batches, config, self.folder / "training", progress=self.progress, resume=resume, hooks=hooks,
+            self.task, batches, config, self.folder / "training", progress=self.progress, hooks=hooks,
             backend=self.backend,
         )  # fmt: skip
 
@@ -228,18 +247,13 @@ class PretrainRun:
         self.model.train()
         write_json(self.folder / "samples" / f"step-{step:08d}.json", texts)
 
-    def finished(self, out: Path) -> bool:
-        """Whether the result of this run is there."""
-        return (self.folder / "result.json").is_file() and (out / "config.json").is_file()
-
-    def write(self, out: Path, result: TrainResult) -> None:
-        """Write the model with its tokenizer to `out`, and the figures of the run."""
-        tied = self.model.all_tied_weights_keys  # gathered, they would no longer be known as one tensor
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
-        whole = {name: self.backend.whole(tensor) for name, tensor in state.items()}
+    def write(self, result: TrainResult) -> dict[str, Any] | None:
+        """Write the model with its tokenizer; return the figures of the run."""
+        # Gathered, tied ones would no longer be known as one tensor.
+        whole = {name: self.backend.whole(tensor) for name, tensor in self.model.own_tensors().items()}
         if not self.backend.main:
-            return
-        with atomic_folder(out) as temporary:
+            return None
+        with atomic_folder(self.out) as temporary:
             self.model.save_pretrained(temporary, state_dict=whole)
             self.tokenizer.save_pretrained(temporary)
         position = result.position
@@ -249,23 +263,11 @@ class PretrainRun:
             "parameters": sum(tensor.numel() for tensor in self.task.parameters.values()),
         }  # fmt: skip
         data = {d.name: {"digest": d.train.shards.digest, "tokens": d.train.shards.num_tokens} for d in self.domains}
-        record = {"stage": "pretrain", "model": str(out), "figures": figures, "data": data}
-        write_json(self.folder / "result.json", record | {"licence": self.settings.licence})
         self.progress.say(
-            f"held-out loss {result.metrics['held_out_loss']:.4f} after {position.tokens:,} tokens, {out}"
+            f"held-out loss {result.metrics['held_out_loss']:.4f} after {position.tokens:,} tokens, {self.out}"
         )
-
-
-def loop_config(settings: PretrainSettings) -> LoopConfig:
-    """Return how long and how often."""
-    optim = OptimConfig(
-        learning_rate=settings.learning_rate, warmup=settings.warmup, weight_decay=settings.weight_decay,
-        final=settings.final_learning_rate / settings.learning_rate,
-    )  # fmt: skip
-    return LoopConfig(
-        optim, steps=settings.steps, accumulate=settings.accumulate, evaluate_every=settings.evaluate_every,
-        checkpoint_every=settings.checkpoint_every, seed=settings.seed,
-    )  # fmt: skip
+        record = {"stage": "pretrain", "model": str(self.out), "figures": figures, "data": data}
+        return record | {"licence": self.settings.licence}
 
 
 def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> DeepSeekModel:
@@ -292,20 +294,6 @@ def cut(domain: DomainSettings, characters: int, settings: PretrainSettings) -> 
         characters -= len(document.text)
         if characters <= 0:
             return
-
-
-def estimate(settings: PretrainSettings) -> str:
-    """Check a configuration and say what its run would take; one step is timed where the model fits the memory."""
-    for domain in settings.domains.values():
-        next(read_source(domain.source(settings.held_out, settings.seed), Skipped()))
-    size = settings.vocab_size if not settings.tokenizer else len(load_tokenizer(resolve(settings.tokenizer)))
-    config, steps = settings.model_config_for(size, 0), settings.steps
-    memory = training_memory(config, settings.batch_rows * settings.row_length)
-    words = f"{steps:,} steps of {settings.tokens // steps:,} tokens; memory {memory / 1e9:.1f} GB"
-    if memory > psutil.virtual_memory().available:
-        return f"{words}, more than this machine has free; see `deepseek plan`"
-    seconds = step_seconds(config, settings) * steps
-    return f"{words}, about {seconds / 60:.1f} minutes here, evaluation and reading not counted"
 
 
 def step_seconds(config: ModelConfig, settings: PretrainSettings) -> float:

@@ -1,10 +1,12 @@
-"""Progress of long jobs: a bar on a terminal, a line every few seconds elsewhere."""
+"""Long jobs: their progress, as a bar on a terminal and a line every few seconds elsewhere, and Ctrl-C without loss."""
 
+import signal
 import sys
+import threading
 import time
 from datetime import timedelta
-from types import TracebackType
-from typing import Self, TextIO
+from types import FrameType
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,9 +35,7 @@ class ProgressBar:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def __call__(self, done: int, total: int, what: str, note: str = "") -> None:
@@ -61,3 +61,34 @@ class ProgressBar:
         left = f", {timedelta(seconds=seconds)} left" if seconds else ""
         share = f"{done}/{total} {done / total:4.0%}" if total else f"{done}"
         self.say(f"{self._what}: {share}{left}  {note}".rstrip())
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptGuard:
+    """Within the block, the first SIGINT or SIGTERM only sets `asked`; a second one interrupts at once.
+
+    Signal handlers belong to the main thread; elsewhere the guard does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)

@@ -60,7 +60,6 @@ def train_recipe(
     extra: Mapping[str, Stage] | None = None,
     *,
     quiet: bool = False,
-    resume: str = "",
 ) -> Path:
     """Run the stages of a recipe and return its run folder; the same call goes on after an interruption.
 
@@ -69,11 +68,10 @@ def train_recipe(
     """
     recipe = RecipeSettings.read(config)
     table = {**STAGES, **(extra or {})}
-    places = {"quiet": quiet, "resume": resume}
     for number, step in enumerate(recipe.stages, 1):  # all of them before the first runs for hours
         function = pick(table, step.stage, "stage")
         try:
-            signature(function).bind(**{"base": "", "name": "", "run_folder": "", **places, **step.with_})
+            signature(function).bind(**{"base": "", "name": "", "run_folder": "", "quiet": quiet, **step.with_})
         except TypeError as error:
             raise ConfigError(f"stage {number} ({step.stage}): {error}; correct its `with`.") from None
     folder = home() / "runs" / recipe.name
@@ -81,7 +79,7 @@ def train_recipe(
     for number, step in enumerate(recipe.stages, 1):
         name = step.name or f"{recipe.name}-{number}-{step.stage}"
         run = home() / "runs" / name
-        made = table[step.stage](**{"base": model, "name": name, "run_folder": run, **places, **step.with_})
+        made = table[step.stage](**{"base": model, "name": name, "run_folder": run, "quiet": quiet, **step.with_})
         model = str(made) if made is not None and Path(made).is_dir() else model
         results.append({"stage": step.stage, "run": str(run), "made": str(made or ""), **_result(run)})
     write_json(folder / "result.json", {"stage": "recipe", "model": model, "results": results})
@@ -89,9 +87,9 @@ def train_recipe(
     return folder
 
 
-def _pretrain(*, quiet: bool, resume: str, **settings: Any) -> Path:
+def _pretrain(*, quiet: bool, **settings: Any) -> Path:
     settings.pop("base")  # where the other stages begin; this one has none
-    return pretrain(settings, quiet=quiet, resume=resume)
+    return pretrain(settings, quiet=quiet)
 
 
 STAGES: dict[str, Stage] = {"pretrain": _pretrain, "adapt": adapt, "align": align, "expert": train_expert}

@@ -12,21 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.permutation import endless, mix
+from deepseek.data.loader import endless, mix
 from deepseek.errors import TrainError
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop import LossOutput
 from deepseek.train.optim import OptimConfig, adamw, clip_gradients
 from deepseek.train.policy import Policy
-from deepseek.train.ppo import (
-    KLController,
-    advantages,
-    masked_mean,
-    policy_loss,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+from deepseek.train.ppo import advantages, masked_mean, policy_loss, steered, token_rewards, value_loss, whiten
 from deepseek.train.rollout import Responses, empty_responses, generate
 
 Reward = Callable[[Responses], Tensor]
@@ -105,16 +97,22 @@ class Minibatch:
 
 
 class Learner:
-    """A policy, its reward, and what steers learning.
+    """A policy, its reward, and what steers learning: the task of the loop.
 
     Attributes:
+        parameters: those of the policy.
+        evaluate: returns whatever the caller measures between steps.
         scalars: the controller's beta, running moments of the scores, the first entropy, and whether the rollout is to
             be left: 0-dimensional fp64 tensors, changed in place so that a checkpoint can hold them.
     """
 
-    def __init__(self, policy: Policy, reward: Reward, config: RLPOConfig, ends: Sequence[int] = ()) -> None:
+    def __init__(
+        self, policy: Policy, reward: Reward, config: RLPOConfig, ends: Sequence[int] = (),
+        evaluate: Callable[[], dict[str, float]] = dict,
+    ) -> None:  # fmt: skip
         """Learn with `config`; the tokens `ends` end a response."""
         self.policy, self.reward, self.config, self.ends = policy, reward, config, tuple(ends)
+        self.parameters, self.evaluate = policy.parameters, evaluate
         start = {"beta": config.beta, "count": 0.0, "mean": 0.0, "squares": 0.0, "entropy": 0.0, "stop": 0.0}
         self.scalars = {name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()}
         self.streams: dict[int, Tensor] = {}
@@ -141,8 +139,7 @@ class Learner:
             "entropy": float(masked_mean(entropy_BT, mask_BT)),
         }  # fmt: skip
         if learn:
-            controller = KLController(beta, config.target_kl, config.kl_horizon).updated(kl, len(prompts))
-            self.scalars["beta"].fill_(controller.beta)
+            self.scalars["beta"].fill_(steered(beta, kl, len(prompts), config.target_kl, config.kl_horizon))
         self.check_entropy(metrics["entropy"])
         whitened_BT = whiten(advantages_BT, mask_BT)
         return Rollout(**responses.tensors(), logprobs_BT=old_BT, values_BT=values_BT, advantages_BT=whitened_BT,
@@ -160,7 +157,7 @@ class Learner:
         reference_BT = self.policy.reference_logprobs(responses, stream_BSD)
         return *vars(scored).values(), reference_BT, self.reward(responses).float()
 
-    def loss(self, batch: Minibatch) -> LossOutput:
+    def loss(self, batch: Minibatch, step: int) -> LossOutput:
         """Return the loss of one minibatch, and ask for a new rollout once the policy has left this one's."""
         config, rows = self.config, batch.rows
         responses = self.routed(rows)
@@ -266,22 +263,6 @@ class RolloutBatches:
         self.made, self.used = state["made"], state["used"]
 
 
-class RLPOTask:
-    """RLPO as the loop sees it; `evaluate` is whatever the caller measures between steps."""
-
-    def __init__(self, learner: Learner, evaluate: Callable[[], dict[str, float]]) -> None:
-        self.learner, self.figures = learner, evaluate
-        self.parameters = learner.policy.parameters
-
-    def loss(self, batch: Minibatch, step: int) -> LossOutput:
-        """Return the loss of one minibatch."""
-        return self.learner.loss(batch)
-
-    def evaluate(self) -> dict[str, float]:
-        """Return the caller's figures."""
-        return self.figures()
-
-
 class RLPOState:
     """What lasts from one `rlpo_update` of a model to the next: reference, values, optimizer, controller."""
 
@@ -292,7 +273,7 @@ class RLPOState:
         """Take `model`, from now on in fp32, as it is for the reference."""
         self.optim = optim or OptimConfig(learning_rate=1e-5)
         self.learner = Learner(Policy(model.float(), layers), reward_model, config or RLPOConfig(), ends)
-        self.optimizer = adamw(self.learner.policy.parameters, self.optim)
+        self.optimizer = adamw(self.learner.parameters, self.optim)
         self.generator = torch.Generator(model.device).manual_seed(seed)
         self.rollouts = 0
 
@@ -324,12 +305,12 @@ def rlpo_update(
     state.rollouts += 1
     learner.scalars["stop"].zero_()
     places = list(range(-(-len(prompts) // config.minibatch))) * config.epochs
-    for place in places:
+    for step, place in enumerate(places):
         rows = rollout.rows(place * config.minibatch, (place + 1) * config.minibatch)
-        output = learner.loss(Minibatch(rows, place, learn))
+        output = learner.loss(Minibatch(rows, place, learn), step)
         state.optimizer.zero_grad()
         output.loss.backward()
-        norm = clip_gradients(learner.policy.parameters.values(), state.optim.clip_norm)
+        norm = clip_gradients(learner.parameters.values(), state.optim.clip_norm)
         if norm < float("inf"):  # False for NaN too
             state.optimizer.step()
         metrics |= {**output.metrics, "loss": float(output.loss.detach()), "grad_norm": norm}

@@ -1,13 +1,79 @@
-"""What past runs say about themselves, and a page for each."""
+"""Run folders: a job in its own, which is the one that was begun there, and what past runs say about themselves."""
 
-import html
+import json
 from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
 
-from deepseek.checkpoint.store import atomic_write, home, read_json
-from deepseek.errors import DataError
+from jinja2 import Environment
+
+from deepseek.checkpoint.store import atomic_write, home, read_json, write_json
+from deepseek.errors import DataError, TrainError
 from deepseek.registry import nearest
+from deepseek.train.progress import ProgressBar
+
+
+class Job(Protocol):
+    """A request in a folder."""
+
+    def run(self) -> dict[str, Any] | None:
+        """Do it, and return the record to keep; None in a process that only helps.
+
+        `request.json` is written as soon as it is known that the request is possible.
+        """
+
+    def estimate(self) -> str:
+        """Check the request and say what it would take; what is written goes to the folder."""
+
+
+def run_once(
+    job: Callable[[Path], Job], folder: Path, made: Path, request: dict[str, Any], progress: ProgressBar, dry_run: bool
+) -> Path:
+    """Return `made` once `job` has made it in `folder`, at once if it did before; a `dry_run` only estimates.
+
+    Raises:
+        TrainError: the run in `folder` is of another request.
+        KeyboardInterrupt: after Ctrl-C, saying that the same call goes on.
+    """
+    if dry_run:
+        with TemporaryDirectory() as empty:
+            progress.say(job(Path(empty)).estimate())
+        return made
+    check_config(folder / "request.json", request)
+    if (folder / "result.json").is_file() and made.exists():
+        progress.say(f"{made} is finished")
+        return made
+    try:
+        record = job(folder).run()
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(*stop.args or ["stopped, what is done is kept; the same call goes on"]) from None
+    if record is not None:
+        write_json(folder / "result.json", record)
+    return made
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raise `TrainError` naming the first field in which a configuration differs from the one stored in `path`."""
+    if not path.is_file():
+        return
+    before, now = _leaves(read_json(path)), _leaves(json.loads(json.dumps(config)))
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        name = changed[0]
+        raise TrainError(
+            f"{path.parent} holds a run with another {name} ({before.get(name)}, now {now.get(name)}); give the old "
+            "value to resume it, or another name to start a new run."
+        )
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested fields as `outer.inner`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def all_runs() -> dict[str, Path]:
@@ -35,29 +101,30 @@ def summary(folder: Path) -> dict[str, Any]:
     return {"state": "finished", **{k: v for k, v in figures.items() if isinstance(v, str | int | float)}}
 
 
+PAGE = Environment(autoescape=True).from_string(
+    """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>
+body{font:16px sans-serif;max-width:60rem;margin:2rem auto}td,th{text-align:left;padding:.2rem 1rem .2rem 0}
+img{max-width:100%}</style><h1>{{ title }}</h1>
+{% for name, values in sections.items() %}<h2>{{ name }}</h2><table>
+{% for key, value in values.items() %}<tr><th>{{ key }}</th><td>{{ spoken(value) }}</td></tr>{% endfor %}
+</table>{% endfor %}
+{% for plot in plots %}<img alt="{{ plot.parent.name }}" src="data:image/png;base64,{{ encoded(plot) }}">{% endfor %}
+</html>
+"""
+)
+
+
 def write_page(folder: Path, title: str, sections: dict[str, Any], plots: list[Path]) -> Path:
     """Write a page without scripts or links to elsewhere, `index.html` in `folder`: tables, then plots."""
-    tables = "".join(f"<h2>{html.escape(name)}</h2>{_table(values)}" for name, values in sections.items())
-    images = "".join(
-        f'<img alt="{html.escape(plot.parent.name)}" src="data:image/png;base64,'
-        f'{b64encode(plot.read_bytes()).decode()}">'
-        for plot in plots
-    )
     path = folder / "index.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
-            "body{font:16px sans-serif;max-width:60rem;margin:2rem auto}"
-            "td,th{text-align:left;padding:.2rem 1rem .2rem 0}"
-            f"img{{max-width:100%}}</style><h1>{html.escape(title)}</h1>{tables}{images}</html>\n",
-            encoding="utf-8",
-        )
+        text = PAGE.render(title=title, sections=sections, plots=plots, spoken=_spoken, encoded=_encoded)
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def _table(values: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(_spoken(v))}</td></tr>" for k, v in values.items())
-    return f"<table>{rows}</table>"
+def _encoded(plot: Path) -> str:
+    return b64encode(plot.read_bytes()).decode()
 
 
 def _spoken(value: Any) -> str:

@@ -1,17 +1,22 @@
-"""What every training on a user's text shares: the request, the corpus, the cached trunk, the way into the loop."""
+"""What every training on a user's text shares: request and plan, the corpus, the cached trunk, the way into the loop.
+
+A plan (how many rows, how many passes) is made of minutes and of what is measured on this machine, once: it is kept in
+the run folder, so that a resumed run does exactly what the first call set out to do, however fast the machine is then.
+"""
 
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.data import Batch, RowLoader
+from deepseek.errors import TrainError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
@@ -20,7 +25,7 @@ from deepseek.train.loop import LoopConfig, Task, TrainResult, train
 from deepseek.train.metrics import read_metrics
 from deepseek.train.optim import OptimConfig
 from deepseek.train.progress import ProgressBar
-from deepseek.train.trunk import Stream, TrunkCache, TrunkKey
+from deepseek.train.trunk import Stream, TrunkCache
 
 FREQUENT_TOKENS = 4096
 """The first ids of a byte-pair vocabulary are its most frequent ones; they join the candidates of the training loss."""
@@ -117,21 +122,19 @@ class TextRun:
             computed: how the streams are computed, in words that change when they would.
             dtype: of the cache.
         """
-        key = TrunkKey(
-            base=self.model.experts.base.weights, shards=text.shards.digest, layer=layer, length=text.length,
-            width=self.model.config.hidden_size, computed=computed, stored=str(dtype),
-        )  # fmt: skip
-        cache, what = TrunkCache(self.folder / "trunk" / name, key, text.row_ids, dtype), f"trunk ({name})"
+        base, width, what = self.model.experts.base.weights, self.model.config.hidden_size, f"trunk ({name})"
+        key = {"base": base, "shards": text.shards.digest, "layer": layer, "computed": computed}
+        cache = TrunkCache(self.folder / "trunk" / name, key, text.row_ids, text.length, width, dtype)
         cache.fill(text, compute, self._request.batch_rows, lambda done, total: self.progress(done, total, what))
         return lambda batch: cache.read(batch.row_ids)
 
-    def loop(self, task: Task[Batch], text: RowLoader, steps: int, resume: str, evaluations: int = 2) -> TrainResult:
+    def loop(self, task: Task[Batch], text: RowLoader, steps: int, evaluations: int = 2) -> TrainResult:
         """Run the loop to its end; held-out text is scored at the start, at the end and evenly between."""
         config = LoopConfig(
             OptimConfig(learning_rate=self._request.learning_rate), steps=steps, seed=self._request.seed,
             evaluate_every=-(-steps // (evaluations - 1)), checkpoint_every=max(10, steps // 10),
         )  # fmt: skip
-        return train(task, text, config, self.folder / "training", progress=self.progress, resume=resume)
+        return train(task, text, config, self.folder / "training", progress=self.progress)
 
     def first_loss(self) -> float:
         """Return the held-out loss before the first step: that of the base."""
@@ -141,3 +144,87 @@ class TextRun:
     def drop_trunk(self) -> None:
         """Delete the trunk caches, by far the largest part of a run folder."""
         shutil.rmtree(self.folder / "trunk", ignore_errors=True)
+
+
+T = TypeVar("T")
+
+MARGIN = 0.05
+"""Share of the minutes left for what is not measured: checkpoints, plots, the pack."""
+
+EVALUATION_SHARE = 0.15
+"""Most of the time that held-out evaluation may take."""
+
+LONG_RUN = 900.0
+"""Seconds above which there is time for an evaluation between start and end."""
+
+MAX_EPOCHS = 8
+"""Passes after which repeating a small text only teaches it by heart."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that one packed row takes.
+
+    Attributes:
+        trunk: through the frozen layers below the expert, once a row; 0 where nothing is cached.
+        step: forward and backward through the layers above and the head, and the optimizer's part.
+        evaluate: forward through the layers above and the whole head.
+    """
+
+    trunk: float
+    step: float
+    evaluate: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do; stored as `plan.json`.
+
+    Attributes:
+        rows: distinct packed rows to train on.
+        held_out_rows: packed rows to evaluate on.
+        steps: optimizer steps.
+        evaluations: how often the held-out loss is measured, the start and the end included.
+        seconds: estimated duration from here.
+    """
+
+    rows: int
+    held_out_rows: int
+    steps: int
+    evaluations: int
+    seconds: float
+
+
+def make_plan(request: TextRequest, seconds: float | None, speed: Speed, rows: int, held_out_rows: int) -> Plan:
+    """Return how many rows, passes and evaluations fit; raise `TrainError` if not a single step does.
+
+    Args:
+        request: how many tokens, or how many of each pass and evaluation.
+        seconds: time left for all of it; None: as long as the tokens of the request take.
+        rows, held_out_rows: packed rows there are to train on and to evaluate on.
+    """
+    length, batch_rows = request.row_length, request.batch_rows
+    held_out = min(held_out_rows, max(1, request.held_out_tokens // length))
+    evaluations = 2 if seconds is None or seconds <= LONG_RUN else 3
+    per_held_out = speed.trunk + speed.evaluate * evaluations
+    if seconds is None:
+        rows = min(rows, -(-request.tokens // length)) if request.tokens else rows
+        steps = max(1, round(rows * request.epochs / batch_rows))
+    else:
+        held_out = max(1, min(held_out, int(EVALUATION_SHARE * seconds / per_held_out)))
+        left = (1 - MARGIN) * seconds - held_out * per_held_out
+        rows = max(min(int(left / (speed.trunk + request.epochs * speed.step)), rows), 1)
+        passes = min((left - rows * speed.trunk) / speed.step, MAX_EPOCHS * rows)
+        steps = int(passes / batch_rows)
+    if steps < 1:
+        raise TrainError(f"{seconds:.0f} seconds do not suffice for one training step here; give more minutes.")
+    taken = rows * speed.trunk + steps * batch_rows * speed.step + held_out * per_held_out
+    return Plan(rows, held_out, steps, evaluations, round(taken, 1))
+
+
+def timed(action: Callable[[Batch], T], warm_up: Batch, batch: Batch) -> tuple[float, T]:
+    """Return the seconds that `action` takes for each row of `batch`, after a call on `warm_up`, and its result."""
+    action(warm_up)
+    started = time.perf_counter()
+    result = action(batch)
+    return (time.perf_counter() - started) / len(batch.row_ids), result

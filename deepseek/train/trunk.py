@@ -5,11 +5,9 @@ is computed once per packed row, kept on disk, and read at every further pass: t
 the head. The first pass reads the cache too, so that every epoch sees the same numbers, and so does a resumed run.
 """
 
-import errno
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepseek.checkpoint.store import read_json, write_json
+from deepseek.checkpoint.store import disk_full_explained, read_json, write_json
 from deepseek.data.loader import Batch, RowLoader
-from deepseek.errors import CheckpointError, TrainError
+from deepseek.errors import CheckpointError
 from deepseek.train.losses import autocast, run_below
 
 Stream = Callable[[Batch], Tensor]
 """Where the frozen stream `[B, T, D]` of a batch comes from: computed, or read from a cache."""
-
-STORED: dict[torch.dtype, np.dtype[Any]] = {torch.bfloat16: np.dtype("<i2"), torch.float32: np.dtype("<i4")}
-"""Integers of the same size that stand for a dtype on disk; numpy has no bfloat16."""
 
 
 @torch.no_grad()
@@ -49,40 +44,25 @@ def run_above(model: Any, layer: int, batch: Batch, stream_BTD: Tensor, stop: in
     return hidden_BTD if stop is not None else model.norm(hidden_BTD)
 
 
-@dataclass(frozen=True)
-class TrunkKey:
-    """What the cached numbers depend on.
-
-    Attributes:
-        base: fingerprint of the base model's weights.
-        shards: digest of the token shards.
-        layer: block after whose attention the stream was taken.
-        length, width: tokens of a row and width of the stream.
-        computed: dtype of the computation, stored: dtype on disk.
-    """
-
-    base: str
-    shards: str
-    layer: int
-    length: int
-    width: int
-    computed: str
-    stored: str
-
-
 class TrunkCache:
     """Streams `[T, D]` of packed rows on disk, in a folder of `rows.npy` (which), `hidden.bin` and `done.bin`.
 
     Filling can be interrupted at any moment: a row counts as done only after it has reached the disk.
     """
 
-    def __init__(self, folder: Path, key: TrunkKey, row_ids: NDArray[np.int64], dtype: torch.dtype) -> None:
-        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other rows are there."""
-        self.folder, self.dtype = folder, dtype
-        self.row_ids = row_ids
-        self.shape = (len(row_ids), key.length, key.width)
+    def __init__(
+        self, folder: Path, key: Mapping[str, Any], row_ids: NDArray[np.int64], length: int, width: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other rows are there.
+
+        Args:
+            key: what the numbers depend on, beside the rows and their form, as JSON values.
+            length, width: tokens of a row, and width of the stream.
+        """
+        self.folder, self.row_ids, self.dtype, self.shape = folder, row_ids, dtype, (len(row_ids), length, width)
         self._slots = {int(row): slot for slot, row in enumerate(row_ids)}
-        identity = {**asdict(key), "rows": row_ids.tolist()}
+        identity = {**key, "rows": row_ids.tolist(), "length": length, "width": width, "dtype": str(dtype)}
         if not self._holds(identity):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -94,7 +74,7 @@ class TrunkCache:
     @property
     def num_bytes(self) -> int:
         """Size of the whole cache on disk."""
-        return int(np.prod(self.shape)) * STORED[self.dtype].itemsize
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def fill(
         self, loader: RowLoader, compute: Callable[[Batch], Tensor], rows: int, progress: Callable[[int, int], None]
@@ -107,16 +87,19 @@ class TrunkCache:
         for start in range(0, len(missing), rows):
             slots = missing[start : start + rows]
             stream_BTD = compute(loader.rows(self.row_ids[slots]))
-            try:
+            with disk_full_explained(
+                f"The disk of {self.folder} is full ({self.num_bytes / 1e6:,.0f} MB are needed for the trunk cache); "
+                "free some space and run the same command, or lower the number of tokens."
+            ):
                 self._write(slots, stream_BTD)
-            except OSError as error:
-                raise self._explained(error) from error
             progress(int(self.done.sum()), len(self.done))
 
     def read(self, row_ids: Tensor) -> Tensor:
         """Return the streams `[B, T, D]` of these rows in the cache's dtype."""
         slots = [self._slots[int(row)] for row in row_ids]
-        stored = np.memmap(self.folder / "hidden.bin", dtype=STORED[self.dtype], mode="r", shape=self.shape)
+        rows, length, width = self.shape
+        shape = (rows, length, width * self.dtype.itemsize)  # in bytes: numpy has no bfloat16
+        stored = np.memmap(self.folder / "hidden.bin", np.uint8, mode="r", shape=shape)
         return torch.from_numpy(stored[slots]).view(self.dtype)
 
     def _holds(self, identity: dict[str, Any]) -> bool:
@@ -128,22 +111,13 @@ class TrunkCache:
 
     def _write(self, slots: NDArray[np.intp], stream_BTD: Tensor) -> None:
         """Write rows, then mark them; plain writes, as a full disk under a memory map would kill the process."""
-        view = torch.int16 if self.dtype is torch.bfloat16 else torch.int32
-        rows = stream_BTD.to("cpu", self.dtype).contiguous().view(view).numpy()
+        rows = stream_BTD.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         with open(self.folder / "hidden.bin", "r+b") as file:
             for slot, row in zip(slots, rows, strict=True):
                 file.seek(int(slot) * row.nbytes)
-                file.write(row.astype(STORED[self.dtype], copy=False).tobytes())
+                file.write(row.tobytes())
             file.flush()
             os.fsync(file.fileno())
         self.done[slots] = True
         with open(self.folder / "done.bin", "r+b") as file:
             file.write(self.done.tobytes())
-
-    def _explained(self, error: OSError) -> Exception:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        return TrainError(
-            f"The disk of {self.folder} is full ({self.num_bytes / 1e6:,.0f} MB are needed for the trunk cache); free "
-            "some space and run the same command, or lower the number of tokens."
-        )

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek.checkpoint.fingerprint import fingerprint
-from deepseek.cli.expert_train import source_name
+from deepseek.cli.expert import source_name
 from deepseek.cli.main import main
 from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric

@@ -7,7 +7,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
 import typer
@@ -40,7 +40,7 @@ def install(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     module = ModuleType(FAKE)
     module.app = app  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, FAKE, module)
-    monkeypatch.setitem(COMMANDS, "fake", (FAKE, "Fails."))
+    monkeypatch.setitem(COMMANDS, "fake", ("fake:app", "Fails."))
 
 
 def test_help_is_quick() -> None:
@@ -117,9 +117,9 @@ def test_mistakes_exit_2_with_one_sentence(arguments: list[str], words: list[str
         (OSError(28, "No space left on device", "/data/x"), 2, "error: /data/x: No space left on device."),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
-            KeyboardInterrupt("stopped at step 7; run it again to go on"),
+            KeyboardInterrupt("stopped at step 7; the same call goes on"),
             130,
-            "stopped at step 7; run it again to go on",
+            "stopped at step 7; the same call goes on: deepseek fake",
         ),
         (RuntimeError("odd"), 1, "error: unexpected RuntimeError (odd); run it again with --debug for the traceback"),
     ],
@@ -148,7 +148,8 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     program = (
         "import sys, time, types, typer\nfrom deepseek.cli import main as m\napp = typer.Typer()\n"
         "@app.command()\ndef wait() -> None:\n    print('ready', flush=True)\n    time.sleep(60)\n"
-        f"sys.modules[{FAKE!r}] = types.SimpleNamespace(app=app)\nm.COMMANDS['wait'] = ({FAKE!r}, '')\nm.main(['wait'])"
+        f"sys.modules[{FAKE!r}] = types.SimpleNamespace(app=app)\nm.COMMANDS['wait'] = ('fake:app', '')\n"
+        "m.main(['wait'])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -168,7 +169,9 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert "Exception" not in result.stderr
 
 
-def test_every_command_is_a_typer_application() -> None:
-    for module, summary in COMMANDS.values():
-        assert isinstance(import_module(module).app, typer.Typer)
+def test_every_command_is_a_function_or_a_typer_application() -> None:
+    for place, summary in COMMANDS.values():
+        module, _, name = place.partition(":")
+        found = getattr(import_module(f"deepseek.cli.{module}"), name)
+        assert isinstance(found, FunctionType | typer.Typer)
         assert summary.endswith(".")

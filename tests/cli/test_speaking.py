@@ -10,11 +10,10 @@ from rich.console import Console
 from tiny_expert import save_expert
 
 from deepseek.cli.main import main
-from deepseek.cli.palette import Palette
 from deepseek.cli.session import ChatSession
-from deepseek.cli.speak import speak
+from deepseek.cli.speak import Palette, speak
 from deepseek.data import Document, TokenShards
-from deepseek.evaluate.texts import held_out_folder
+from deepseek.evaluate.quality import held_out_folder
 from deepseek.infer.engine import Engine
 from deepseek.infer.load import Loaded
 from deepseek.infer.request import Request
@@ -127,7 +126,7 @@ def test_chat_plugs_arms_and_unplugs(
 def test_chat_survives_mistakes(line: str, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert converse(monkeypatch, base_folder, line, "/help") == 0
     shown = capsys.readouterr().out
-    assert "error: " in shown and "/unplug NAME" in shown
+    assert "error: " in shown and "/unplug" in shown and "Unplug the expert of this name" in shown
 
 
 class Interrupted(Console):

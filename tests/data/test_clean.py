@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.data import Document, clean
+from deepseek.data.clean import THRESHOLD, jaccard, near_duplicates, shingle_hashes
 from deepseek.data.document import conversation
-from deepseek.data.duplicates import THRESHOLD, jaccard, near_duplicates, shingle_hashes
 from deepseek.data.secrets import redact
 from deepseek.errors import DataError
 

@@ -4,7 +4,7 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data.document import Document
-from deepseek.data.long_texts import long_texts
+from deepseek.data.encode import long_texts
 from deepseek.errors import DataError
 from deepseek.text.tokenizer import encode_plain
 

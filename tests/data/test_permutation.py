@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.data.permutation import permute
+from deepseek.data.loader import permute
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 100))

@@ -10,7 +10,7 @@ import pytest
 
 from deepseek.data import read_folder, read_records
 from deepseek.data.filters import Skipped, decode
-from deepseek.data.html import html_to_text
+from deepseek.data.source import html_to_text
 from deepseek.errors import DataError
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
+from deepseek.infer.active import Lookup
 from deepseek.infer.compiled import CompiledRunner, supports
 from deepseek.infer.engine import Engine
-from deepseek.infer.lookup import Lookup
 from deepseek.infer.request import Request
 from deepseek.infer.runner import Chunk
 from deepseek.infer.sampler import Sampling
@@ -64,7 +64,7 @@ def rounded(model: DeepSeekModel) -> DeepSeekModel:
 def logits(runner, armed=None, ids=IDS, pieces=(100,)):
     state, rows, start = runner.start(armed, 256), [], 0
     for size in pieces:
-        rows.append(runner.forward([Chunk(state, ids[start : start + size], "all")]).logits_RV)
+        rows.append(runner.forward([Chunk(state, ids[start : start + size], size)]).logits_RV)
         start += size
     return torch.cat(rows)
 
@@ -92,7 +92,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(runner):
     for i, state in enumerate(states[1:]):
         runner.forward([Chunk(state, IDS[i : i + 9 * i + 2])])
     for i in range(70):
-        extra = [Chunk(state, [i], "none") for state in states[1 : 1 + i % 5]]
+        extra = [Chunk(state, [i], 0) for state in states[1 : 1 + i % 5]]
         output = runner.forward([*extra, Chunk(states[0], [IDS[i]])])
         assert torch.equal(output.logits_RV[0], whole[i])
 
@@ -105,7 +105,7 @@ def test_a_stored_prefix_gives_the_same_bits(runner, cuts):
         state.extend(source.segment(start))
         start = cut
     runner.forward([Chunk(source, [1] * 20)])  # the source goes on and must not disturb who took its prefix
-    rest = runner.forward([Chunk(state, IDS[start:], "all")]).logits_RV
+    rest = runner.forward([Chunk(state, IDS[start:], 100 - start)]).logits_RV
     assert torch.equal(rest, logits(runner)[start:])
     assert state.nbytes <= runner.state_bytes(256, None)
 
@@ -138,7 +138,7 @@ def test_experts_speak_as_in_the_model(model, runner, count, most):
     silent = expected.experts.attribution()[0].sum(-1).cumsum(0) == 0
     assert torch.equal(got[silent], base[silent])
     state = runner.start(ArmedExperts(roster), 256)
-    named = runner.forward([Chunk(state, IDS, "all")]).experts
+    named = runner.forward([Chunk(state, IDS, 100)]).experts
     best = expected.experts.attribution()[0]
     names = [expected.experts.names[int(row.argmax())] if row.max() > 0 else None for row in best]
     assert sum(a == b for a, b in zip(named, names, strict=True)) >= 90
@@ -147,7 +147,7 @@ def test_experts_speak_as_in_the_model(model, runner, count, most):
 def test_others_in_the_batch_may_have_experts(model, runner):
     roster = Roster.gated(tuple(experts(model, 2)), 5, torch.device("cpu"))
     plain, armed = runner.start(None, 256), runner.start(ArmedExperts(roster), 256)
-    output = runner.forward([Chunk(armed, IDS, "all"), Chunk(plain, IDS, "all")])
+    output = runner.forward([Chunk(armed, IDS, 100), Chunk(plain, IDS, 100)])
     assert torch.equal(output.logits_RV[100:], logits(runner))
     assert torch.equal(output.logits_RV[:100], logits(runner, ArmedExperts(roster)))
     assert output.experts[100:] == (None,) * 100
@@ -167,12 +167,12 @@ def test_what_was_taken_back_leaves_no_trace_in_gates(model, runner, right):
     armed = ArmedExperts(Roster.gated(tuple(experts(model, 3)), 2, torch.device("cpu")))
     whole, state = logits(runner, armed), runner.start(armed, 256)
     runner.forward([Chunk(state, IDS[:41])])
-    runner.forward([Chunk(state, [*IDS[41 : 41 + right], *[3] * (RECENT - right)], "all")])
+    runner.forward([Chunk(state, [*IDS[41 : 41 + right], *[3] * (RECENT - right)], RECENT)])
     state.rewind(41 + right)
     twin = runner.start(armed, 256)
     twin.extend(state.segment(0))
     for one in (state, twin):
-        assert torch.equal(runner.forward([Chunk(one, IDS[41 + right :], "all")]).logits_RV, whole[41 + right :])
+        assert torch.equal(runner.forward([Chunk(one, IDS[41 + right :], 59 - right)]).logits_RV, whole[41 + right :])
 
 
 @pytest.mark.parametrize("count", [0, 2], ids=["base", "experts"])

@@ -13,10 +13,9 @@ from deepseek.infer.active import activate
 from deepseek.infer.load import Loaded
 from deepseek.infer.prefix import PrefixCache, block_keys
 from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.runner import Chunk
+from deepseek.infer.runner import Chunk, TorchRunner, TorchState
 from deepseek.infer.sampler import Sampling
 from deepseek.infer.scheduler import Scheduler
-from deepseek.infer.torch_runner import TorchRunner, TorchState
 from deepseek.infer.vocabulary import Vocabulary
 
 
@@ -60,7 +59,7 @@ def test_a_state_in_pieces_goes_on_as_the_whole_one(kind: str, tmp_path: Path) -
     runner = TorchRunner(loaded.model)
     whole, copied = (runner.start(loaded.model.experts.armed(), 40) for _ in range(2))
     for start in range(0, 24, 8):
-        runner.forward([Chunk(whole, range(start, start + 8), "none")])
+        runner.forward([Chunk(whole, range(start, start + 8), 0)])
         segment = whole.segment(start)
         copied.extend(segment)
         assert isinstance(copied, TorchState)

@@ -10,9 +10,9 @@ from deepseek.errors import PackError
 from deepseek.infer.compiled import CompiledRunner
 from deepseek.infer.load import load
 from deepseek.infer.request import Request
+from deepseek.infer.runner import TorchRunner
 from deepseek.infer.sampler import Sampling
 from deepseek.infer.start import start_engine
-from deepseek.infer.torch_runner import TorchRunner
 
 PROMPT = tuple(range(10, 41))
 

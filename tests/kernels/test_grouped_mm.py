@@ -14,7 +14,7 @@ SIZES = [(0, 4, 2), (1, 8, 2), (9, 32, 4), (200, 4, 2), (33, 3, 3)]
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
 def kernels(request, monkeypatch):
     """Run every test with compiled kernels, however small the problem, and with torch's operators."""
-    monkeypatch.setattr("deepseek.kernels.segments.SMALL", 0 if request.param == "compiled" else 1 << 60)
+    monkeypatch.setattr("deepseek.kernels.grouped_mm.SMALL", 0 if request.param == "compiled" else 1 << 60)
 
 
 def problem(tokens: int, experts: int, slots: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

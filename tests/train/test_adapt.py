@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deepseek
 from deepseek.errors import ConfigError
-from deepseek.train.lora import add_lora, largest_rank
+from deepseek.train.adapt import add_lora, largest_rank
 
 
 @pytest.fixture(scope="session")

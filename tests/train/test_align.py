@@ -11,8 +11,8 @@ from deepseek.infer.load import load
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train import judge
 from deepseek.train.align import align
+from deepseek.train.judge import generate_pairs, prompt_of
 from deepseek.train.metrics import read_metrics
-from deepseek.train.pairs import generate_pairs, prompt_of
 from deepseek.train.reward import RewardModel, features_of
 from deepseek.train.rollout import given
 

@@ -11,8 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data import Document, RowLoader, TokenShards
 from deepseek.errors import DataError
-from deepseek.train.curriculum import EASY_TEXT, easiest_first, malformed
-from deepseek.train.mix import Domain, MixedRows, Order
+from deepseek.train.mix import EASY_TEXT, Domain, MixedRows, Order, easiest_first, malformed
 
 LENGTH = 16
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.train.ppo import (
-    KLController,
     advantages,
     masked_mean,
     policy_loss,
+    steered,
     token_rewards,
     value_loss,
     whiten,
@@ -131,11 +131,10 @@ def test_whitened_values_have_mean_zero_and_variance_one() -> None:
 
 
 def test_the_controller_pulls_towards_its_target_and_by_no_more_than_a_fifth() -> None:
-    held = KLController(0.1, target=6.0, horizon=100)
-    assert held.updated(6.0, 50).beta == pytest.approx(0.1)
-    assert held.updated(600.0, 100).beta == pytest.approx(0.12)
-    assert held.updated(0.0, 100).beta == pytest.approx(0.08)
-    assert KLController(0.1).updated(99.0, 100).beta == 0.1
+    assert steered(0.1, 6.0, 50, target=6.0, horizon=100) == pytest.approx(0.1)
+    assert steered(0.1, 600.0, 100, target=6.0, horizon=100) == pytest.approx(0.12)
+    assert steered(0.1, 0.0, 100, target=6.0, horizon=100) == pytest.approx(0.08)
+    assert steered(0.1, 99.0, 100, target=None) == 0.1
 
 
 def test_a_bandit_is_solved() -> None:

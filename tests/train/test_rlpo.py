@@ -20,7 +20,6 @@ from deepseek.train.rlpo import (
     Minibatch,
     RLPOConfig,
     RLPOState,
-    RLPOTask,
     RolloutBatches,
     rlpo_update,
 )
@@ -84,7 +83,7 @@ def test_the_first_update_starts_at_a_ratio_of_exactly_one(changes: dict[str, ob
     assert metrics["kl"] == 0.0, "the policy is still its reference"
     for place in range(2):
         rows = rollout.rows(8 * place, 8 * place + 8)
-        assert trained.loss(Minibatch(rows, place, True)).metrics["ratio"] == 0.0
+        assert trained.loss(Minibatch(rows, place, True), 0).metrics["ratio"] == 0.0
 
 
 def drifted_ratio(replay: bool) -> float:
@@ -94,7 +93,7 @@ def drifted_ratio(replay: bool) -> float:
     for layer in trained.policy.model.layers:
         layer.feed_forward.router.balance.bias += torch.linspace(-0.5, 0.5, 16)
     trained.streams.clear()
-    return trained.loss(Minibatch(rollout.rows(0, 8), 0, True)).metrics["ratio"]
+    return trained.loss(Minibatch(rollout.rows(0, 8), 0, True), 0).metrics["ratio"]
 
 
 def test_without_replay_a_change_of_routing_moves_the_ratio() -> None:
@@ -141,7 +140,7 @@ def test_learning_values_never_changes_the_policy() -> None:
     batches = RolloutBatches(trained, prompts(), 16, seed=0)
     optimizer = torch.optim.AdamW(trained.policy.parameters.values(), lr=0.01, weight_decay=0.1)
     for _ in range(6):
-        trained.loss(batches.next()).loss.backward()
+        trained.loss(batches.next(), 0).loss.backward()
         optimizer.step()
     changed = {name for name, p in trained.policy.parameters.items() if not torch.equal(p, before[name])}
     assert changed == {"value_head.weight", "value_head.bias"}
@@ -151,7 +150,7 @@ def test_a_rollout_is_left_once_the_policy_has_moved() -> None:
     trained = learner(tiny(), kl_stop=-1.0, epochs=4)
     batches = RolloutBatches(trained, prompts(), 16, seed=0)
     for made in (1, 2, 3):
-        trained.loss(batches.next())
+        trained.loss(batches.next(), 0)
         assert (batches.made, batches.used) == (made, 1)
 
 
@@ -185,17 +184,17 @@ def run(folder: Path, stop_after: int = 0) -> None:
     trained = learner(tiny(**MOE), epochs=3, target_kl=1.0, beta=0.1, value_rollouts=1)
     batches = RolloutBatches(trained, prompts(40), 16, seed=3)
     config = LoopConfig(OptimConfig(learning_rate=2e-3), steps=14, evaluate_every=5, checkpoint_every=4)
-    task = RLPOTask(trained, lambda: {"held_out_loss": float(trained.scalars["mean"])})
+    trained.evaluate = lambda: {"held_out_loss": float(trained.scalars["mean"])}
     if stop_after:
-        original = task.loss
+        original = trained.loss
 
         def loss(batch: Minibatch, step: int) -> object:
             if step == stop_after:
                 raise KeyboardInterrupt
             return original(batch, step)
 
-        task.loss = loss  # type: ignore[method-assign]
-    train(task, batches, config, folder, progress=ProgressBar(quiet=True), hooks=Hooks(buffers=batches.buffers))
+        trained.loss = loss  # type: ignore[method-assign]
+    train(trained, batches, config, folder, progress=ProgressBar(quiet=True), hooks=Hooks(buffers=batches.buffers))
 
 
 def test_a_run_stopped_within_a_rollout_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ if __name__ == "__main__":
     folder, steps, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     with ProgressBar(quiet=True) as bar:
         try:
-            train(Regression(pause), Numbers(), config(steps), folder, progress=bar, resume="the same command")
+            train(Regression(pause), Numbers(), config(steps), folder, progress=bar)
         except KeyboardInterrupt as stop:
             print(stop)
             sys.exit(130)

@@ -11,13 +11,13 @@ SHARPNESS = 16.0  # of `model/experts/gate.py`
 
 
 @njit(error_model="numpy")
-def own_members(sites, chunk, layer):  # type: ignore[no-untyped-def]
+def own_members(batch, sites, chunk, layer):  # type: ignore[no-untyped-def]
     """Return the first member of a chunk at a layer and the one past its last."""
-    start, stop = sites.member_first[chunk], sites.member_first[chunk + 1]
-    while start < stop and sites.members[start] < sites.first[layer]:
+    start, stop = batch.member_first[chunk], batch.member_first[chunk + 1]
+    while start < stop and batch.members[start] < sites.first[layer]:
         start += 1
     end = start
-    while end < stop and sites.members[end] < sites.first[layer + 1]:
+    while end < stop and batch.members[end] < sites.first[layer + 1]:
         end += 1
     return start, end
 
@@ -31,32 +31,32 @@ def _affine(gate, x):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def score_row(sites, work, layer, chunk, r, x):  # type: ignore[no-untyped-def]
+def score_row(batch, sites, work, layer, r, x):  # type: ignore[no-untyped-def]
     """Score the gate input x of row r for the experts of its sequence."""
-    start, end = own_members(sites, chunk, layer)
+    start, end = own_members(batch, sites, batch.chunk[r], layer)
     for member in range(start, end):
-        site = sites.members[member]
+        site = batch.members[member]
         for kind in range(2):
             work.scores[r, site - sites.first[layer], kind] = _affine(sites.gates[site, kind], x)
 
 
 @njit(error_model="numpy")
-def weigh(sites, batch, work, layer):  # type: ignore[no-untyped-def]
+def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
     """Say how much each expert speaks at each row: running means, then arbitration. Chunks are shared by threads."""
     first, last = share(len(batch.first) - 1)
     for chunk in range(first, last):
-        start, end = own_members(sites, chunk, layer)
-        count, place = end - start, start - sites.member_first[chunk]
+        start, end = own_members(batch, sites, chunk, layer)
+        count, place = end - start, start - batch.member_first[chunk]
         if count == 0:
             continue
-        recent = floats(sites.sums[chunk], RECENT, sites.member_first[chunk + 1] - sites.member_first[chunk], 3)
+        recent = floats(batch.sums[chunk], RECENT, batch.member_first[chunk + 1] - batch.member_first[chunk], 3)
         detect, claims = np.empty(count, np.float32), np.empty(count, np.float32)
         for r in range(batch.first[chunk], batch.first[chunk + 1]):
             position = batch.positions[r]
             before, sums = recent[(position - 1) % RECENT, place:], recent[position % RECENT, place:]
             for j in range(count):
-                site = sites.members[start + j]
-                if sites.most[chunk] == 0:
+                site = batch.members[start + j]
+                if batch.most[chunk] == 0:
                     work.said[r, site] = 1
                     continue
                 for kind in range(3):
@@ -64,8 +64,8 @@ def weigh(sites, batch, work, layer):  # type: ignore[no-untyped-def]
                     sums[j, kind] = before[j, kind] * sites.decay[site] + score if position > 0 else np.float32(0)
                 detect[j] = sums[j, 0] / max(sums[j, 2], np.float32(1))
                 claims[j] = sums[j, 1] / max(sums[j, 2], np.float32(1))
-            if sites.most[chunk] and position > 0:
-                _arbitrate(sites.members[start:end], detect, claims, sites.most[chunk], work.said[r])
+            if batch.most[chunk] and position > 0:
+                _arbitrate(batch.members[start:end], detect, claims, batch.most[chunk], work.said[r])
 
 
 @njit(error_model="numpy")
@@ -98,7 +98,7 @@ def _arbitrate(members, detect, claims, most, said):  # type: ignore[no-untyped-
 def _speaking(work, site, table, own, places, factors):  # type: ignore[no-untyped-def]
     """List the rows at which a site speaks: their addresses from `table`, numbers and weights. Return how many."""
     count = 0
-    for r in range(len(work.said)):
+    for r in range(len(places)):
         if work.said[r, site] > 0:
             own[count], places[count], factors[count] = table[r], r, work.said[r, site]
             count += 1
@@ -106,9 +106,8 @@ def _speaking(work, site, table, own, places, factors):  # type: ignore[no-untyp
 
 
 @njit(error_model="numpy")
-def activate_experts(weights, sites, work, layer, thread):  # type: ignore[no-untyped-def]
+def activate_experts(weights, sites, work, layer, thread, rows):  # type: ignore[no-untyped-def]
     """Compute the hidden values of a layer's experts at the rows where they speak."""
-    rows = len(work.said)
     places, factors = np.empty(rows, np.int64), np.empty(rows, np.float32)
     own = work.own[thread]
     for site in range(sites.first[layer], sites.first[layer + 1]):
@@ -121,9 +120,8 @@ def activate_experts(weights, sites, work, layer, thread):  # type: ignore[no-un
 
 
 @njit(error_model="numpy")
-def add_experts(sites, work, layer, thread, first, last, zeros):  # type: ignore[no-untyped-def]
+def add_experts(sites, work, layer, thread, rows, first, last, zeros):  # type: ignore[no-untyped-def]
     """Add a layer's experts to panels `first` to `last - 1` of the stream."""
-    rows = len(work.said)
     places, factors = np.empty(rows, np.int64), np.empty(rows, np.float32)
     own = work.own[thread]
     for site in range(sites.first[layer], sites.first[layer + 1]):

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint import store
-from deepseek.train.backends.backend import Backend
-from deepseek.train.state import TrainingState, disk_full_explained
+from deepseek.train.backends import Backend
+from deepseek.train.optim import TrainingState, no_room_for
 
 B = TypeVar("B")
 
@@ -94,7 +94,7 @@ class FSDP2(Backend):
             temporary.mkdir(parents=True)
         self.barrier()
         tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
-        with disk_full_explained(folder):
+        with store.disk_full_explained(no_room_for(folder)):
             state_dict_saver.save(
                 tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             )

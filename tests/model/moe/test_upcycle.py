@@ -9,8 +9,7 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.moe.balance import update_routers
 from deepseek.model.moe.experts import Experts
-from deepseek.model.moe.layer import MoELayer
-from deepseek.model.moe.upcycle import init_upcycled
+from deepseek.model.moe.layer import MoELayer, init_upcycled
 
 CASES = {
     "the issue's": {"num_experts": 16, "expert_dim": 32},
