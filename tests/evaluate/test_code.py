@@ -1,4 +1,4 @@
-"""Generated bodies are cut and compared as they should be."""
+"""Generated bodies are cut, compared and run as they should be."""
 
 import pytest
 import torch
@@ -6,7 +6,33 @@ from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data.functions import Function
 from deepseek.errors import DataError
-from deepseek.evaluate.code import cut_body, score_bodies
+from deepseek.evaluate.code import cut_body, human_eval, passes, score_bodies
+
+PROBLEM = {
+    "prompt": 'def double(x):\n    """Twice x."""\n',
+    "test": "def check(f):\n    assert f(2) == 4\n    assert f(-1) == -2\n",
+    "entry_point": "double",
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "passed"),
+    [
+        ("    return 2 * x\n\ndef next():\n    syntax error (", True),
+        ("    return x ** 2\n", False),
+        ("    while True:\n        pass\n", False),
+    ],
+)
+def test_answers_pass_by_running_their_tests(answer: str, passed: bool) -> None:
+    assert passes(PROBLEM, answer) is passed
+
+
+def test_the_written_solutions_of_human_eval_pass() -> None:
+    problems = list(human_eval().values())
+    assert len(problems) == 164
+    for problem in problems[::40]:
+        assert passes(problem, problem["canonical_solution"]), problem["task_id"]
+        assert not passes(problem, "    return None\n"), problem["task_id"]
 
 
 def test_a_body_ends_where_its_indentation_does() -> None:

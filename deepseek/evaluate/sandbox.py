@@ -1,0 +1,90 @@
+"""Running code that a model wrote: another process with limits on time, memory and files, and without a network.
+
+A guard against mistakes, not a prison for an attacker: the process runs as this user and can read what this user can.
+"""
+
+import contextlib
+import functools
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+LARGEST_FILE = 1 << 24
+OUTPUT = 2_000
+"""Characters of output kept."""
+
+NO_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended: whether with exit code 0, whether its time was up, and the end of what it printed."""
+
+    passed: bool
+    timed_out: bool
+    output: str
+
+
+def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Outcome:
+    """Run Python source in an empty temporary folder, without the network where the system allows.
+
+    Args:
+        seconds: of processor and of wall time.
+        memory: bytes of address space.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.py"
+        path.write_text(source, encoding="utf-8", errors="replace")
+        process = subprocess.Popen(
+            [*_isolation(), sys.executable, "-I", "-B", str(path)],
+            cwd=folder,
+            env={"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=functools.partial(_limit, seconds, memory),  # noqa: PLW1509 - no thread holds a lock we need
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            timed_out = False
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            _kill_group(process)
+        if timed_out:
+            output, _ = process.communicate()
+    return Outcome(process.returncode == 0 and not timed_out, timed_out, output.decode(errors="replace")[-OUTPUT:])
+
+
+def _limit(seconds: float, memory: int) -> None:
+    """Set the limits, in the new process before it runs anything."""
+    whole = max(1, int(seconds + 0.999))
+    for kind, most in (
+        (resource.RLIMIT_CPU, whole),
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, LARGEST_FILE),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 64),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    """End the program and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+
+
+@functools.cache
+def _isolation() -> list[str]:
+    """Return the words that take the network from a command, or none where the system has no such thing."""
+    if shutil.which("unshare") is None:
+        return []
+    tried = subprocess.run([*NO_NETWORK, "true"], capture_output=True, check=False)
+    return NO_NETWORK if tried.returncode == 0 else []
