@@ -69,6 +69,7 @@ class Scratch:
         block = min(QUERIES, max(FEWEST, first[-1] * model.heads // (UNITS * threads)))
         units = (model.groups * -(-length * rest // block) for length in lengths)
         members = [[] if s.armed is None else sites.members[id(s.armed.roster)] for s in states]
+        gates = [[] if s.armed is None else sites.gates[id(s.armed.roster)] for s in states]
         forced = [s.armed is not None and s.armed.roster.banks is None for s in states]
         rosters = [None if s.armed is None or not s.armed.roster.banks else s.armed.roster.banks for s in states]
         limits = [0 if banks is None else next(iter(banks.values())).max_experts for banks in rosters]
@@ -86,6 +87,7 @@ class Scratch:
             "kept": kept,
             "member_first": [*accumulate(map(len, members), initial=0)],
             "members": [site for own in members for site in own],
+            "gates": [gate for own in gates for gate in own],
             "sums": [state.sums.ctypes.data for state in states],
             "most": limits,
         }

@@ -1,6 +1,7 @@
 """Weights as the compiled step wants them, rounded and packed: a model's, and plugged experts'."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +20,11 @@ from deepseek.model.transformer import DeepSeekModel
 
 
 class PackedLayer(NamedTuple):
-    """An expert at one layer: packed projections, groups of 64 hidden values, and its gate `[2, D + 1]`."""
+    """An expert at one layer: packed projections, and groups of 64 hidden values."""
 
     gate_up: np.ndarray
     down: np.ndarray
     inner: int
-    gate: np.ndarray
 
 
 def in_place(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -49,8 +49,17 @@ def pack_module(module: ExpertModule) -> Packed:
         part = module.at(layer)
         gate, up = (quantize(half) for half in part.gate_up_proj.detach().chunk(2))
         gate_up, down = in_place(pack([gate, up]), pack([quantize(part.down_proj.detach())]))
-        packed[layer] = PackedLayer(gate_up, down, -(-module.width // GROUP), module.gates[layer].float().numpy())
+        packed[layer] = PackedLayer(gate_up, down, -(-module.width // GROUP))
     return packed
+
+
+def _gates(roster: Roster, hidden: int) -> np.ndarray:
+    """Return the gates `[members, 2, D + 1]` of a roster, layer by layer; zeros where it is forced."""
+    if roster.banks is None:
+        return np.zeros((sum(map(len, roster.owners.values())), 2, hidden + 1), np.float32)
+    banks = [bank for _, bank in sorted(roster.banks.items())]
+    rows = [torch.cat([bank.weight, bank.bias[:, None]], 1).unflatten(0, (2, -1)).transpose(0, 1) for bank in banks]
+    return torch.cat(rows).cpu().numpy()
 
 
 class Sites:
@@ -61,6 +70,7 @@ class Sites:
         places: of the arrays that the kernel reads (see `kernels/decode/state.py`).
         row_bytes: of the rounded hidden values of one row, for each place.
         members: for each roster its places.
+        gates: for each roster the gates of those, as rows of the kernel's array: they depend on the other candidates.
     """
 
     def __init__(
@@ -81,9 +91,7 @@ class Sites:
             np.array([part.gate_up.ctypes.data for part in parts], np.int64),
             np.array([part.down.ctypes.data for part in parts], np.int64),
             np.array([part.inner for part in parts], np.int64),
-            np.ascontiguousarray(
-                np.stack([part.gate for part in parts]) if parts else np.zeros((0, 2, hidden + 1)), np.float32
-            ),
+            np.concatenate([np.zeros((0, 2, hidden + 1), np.float32), *(_gates(roster, hidden) for roster in rosters)]),
             np.array(decays, np.float32),
         )
         self.places = placed(*self._arrays)
@@ -91,6 +99,10 @@ class Sites:
         self.members = {
             id(roster): [number[layer, id(module)] for layer, own in sorted(roster.owners.items()) for module in own]
             for roster in rosters
+        }
+        ends = accumulate(len(own) for own in self.members.values())
+        self.gates = {
+            key: range(end - len(own), end) for (key, own), end in zip(self.members.items(), ends, strict=True)
         }
 
     def speakers(self, roster: Roster, said_RS: np.ndarray) -> list[str | None]:

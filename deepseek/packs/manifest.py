@@ -14,6 +14,9 @@ from deepseek.checkpoint.store import canonical_json, read_json
 from deepseek.errors import CheckpointError, PackError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOMENTS = 18
+"""Rows that say what a domain looks like at a layer: mean, variances, and 16 factors of the covariance. Sixteen tell
+domains apart as well as the whole matrix does (LOG.md, 2026-11-25)."""
 RESERVED_NAMES = frozenset({"all", "auto", "none"})  # words that `--experts` and `arm` give a meaning of their own
 
 
@@ -141,7 +144,8 @@ class Manifest(_Strict):
         for layer in self.layers:
             specs[f"ffn.{layer}.gate_up_proj"] = TensorSpec(dtype, (2 * self.width, hidden_size))
             specs[f"ffn.{layer}.down_proj"] = TensorSpec(dtype, (hidden_size, self.width))
-            specs[f"gate.{layer}"] = TensorSpec(torch.float32, (2, hidden_size + 1))
+            specs[f"gate.{layer}"] = TensorSpec(torch.float32, (hidden_size + 1,))
+            specs[f"moments.{layer}"] = TensorSpec(torch.float32, (MOMENTS, hidden_size))
         return specs
 
     def signed_part(self) -> bytes:

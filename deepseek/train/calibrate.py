@@ -1,17 +1,14 @@
 """The gates of an expert module in closed form: no gradient, and no other module is looked at.
 
 With A, s, n the sums of x~ x~^T, of x~ and the count over a text, x~ = [x; 1] a layer's gate input, i the module's own
-text and 0 the public one, row 0 of the gate at that layer *detects* by ridge regression on +1 and -1,
+text and 0 the public one, the gate at that layer *detects* by ridge regression on +1 and -1,
 
     w = (A_i/n_i + rho A_0/n_0 + lambda I)^-1 (s_i/n_i - rho s_0/n_0),
 
-shifted and scaled so that a share alpha of public scores is positive and the own text's median is 1. Row 1 *contrasts*:
-the linear discriminant of the own text against the public one with the base's covariance C_0, which all modules share,
-
-    v = C_0^-1 (mu_i - mu_0),   c = -(mu_i - mu_0)/2 . v - mu_0 . v,
-
-so that the difference of two modules' contrasts is the discriminant between their domains, though neither has seen the
-other. Scores are compared after the running mean (see `model/experts/gate.py`), so the sums are over running means.
+shifted and scaled so that a share alpha of public scores is positive and the own text's median is 1. Beside it goes
+what the own text looks like: its mean, and its covariance in 16 factors and the variances that they leave. By that,
+modules that are candidates together are told apart (`model/experts/gate.py`), though none has seen the other's text.
+Scores are compared after a running mean, so the sums are over running means.
 """
 
 import time
@@ -25,15 +22,14 @@ from torch import Tensor
 from deepseek.data.loader import Batch
 from deepseek.errors import TrainError
 from deepseek.model.experts import ExpertModule
-from deepseek.packs.manifest import GateSettings
+from deepseek.model.experts.gate import RIDGE
+from deepseek.packs.manifest import MOMENTS, GateSettings
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.public import PublicStatistics
 from deepseek.train.trunk import Stream
 
 ALPHA = 0.03
 RHO = 1.0
-RIDGE = 0.3
-"""lambda in units of the mean diagonal of the matrix."""
 
 FEWEST_TOKENS = 256
 
@@ -68,12 +64,12 @@ class OwnText:
 
 @dataclass(frozen=True)
 class LayerGate:
-    """A gate and its errors: `weight` and `contrast` `[D+1]`, detect = (weight . x~ - threshold) / scale."""
+    """A gate and its errors: detect = (weight . x~ - threshold) / scale, `weight` `[D+1]`; moments of the own text."""
 
     weight: Tensor
     threshold: float
     scale: float
-    contrast: Tensor
+    moments: Tensor
     recall: float
     false_positives: float
 
@@ -107,7 +103,7 @@ def calibrate(
     texts = own_text(model, module, own, held_out, streams)
     gates = {layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha) for layer in texts}
     for layer, gate in gates.items():
-        module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.contrast)
+        module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.moments)
     found = GateCalibration(
         recall=sum(gate.recall for gate in gates.values()) / len(gates),
         false_positives=sum(gate.false_positives for gate in gates.values()) / len(gates),
@@ -164,7 +160,7 @@ def solve_gate(own: OwnText, public: Moments, sample_RSD: Tensor, alpha: float) 
         weight=weight,
         threshold=threshold,
         scale=above if above > 0.0 else spread,
-        contrast=contrasting_row(own.moments, public),
+        moments=factored(own.moments),
         recall=float((own_N > threshold).float().mean()),
         false_positives=crossed(public_RS, alpha),
     )
@@ -177,13 +173,16 @@ def detecting_row(own: Moments, public: Moments) -> Tensor:
     return row
 
 
-def contrasting_row(own: Moments, public: Moments) -> Tensor:
-    """Return `[v; c]`, `[D+1]`, in double precision."""
-    centre = public.mean[:-1]
-    covariance = public.mean_second[:-1, :-1] - torch.outer(centre, centre)
-    shift = own.mean[:-1] - centre
-    direction = torch.linalg.solve(_ridged(covariance), shift)
-    return torch.cat([direction, (-(shift / 2 + centre) @ direction)[None]])
+def factored(own: Moments) -> Tensor:
+    """Return mean, left variances and factors `[MOMENTS, D]`: the covariance's largest eigenvectors, scaled."""
+    mean = own.mean[:-1]
+    covariance = own.mean_second[:-1, :-1] - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = min(MOMENTS - 2, len(values))
+    factors = torch.zeros(MOMENTS - 2, len(values), dtype=torch.float64)
+    factors[:kept] = (vectors[:, -kept:] * values[-kept:].clamp(min=0.0).sqrt()).mT
+    left = (covariance.diagonal() - factors.square().sum(0)).clamp(min=0.0)
+    return torch.cat([torch.stack([mean, left]), factors])
 
 
 def scores(x: Tensor, row: Tensor) -> Tensor:

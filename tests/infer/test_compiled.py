@@ -19,6 +19,7 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.manifest import MOMENTS
 
 SHAPE = {
     "vocab_size": 90, "hidden_size": 96, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -117,7 +118,7 @@ def experts(model, count: int) -> list[ExpertModule]:
         torch.manual_seed(seed)
         for layer in module.layers:
             torch.nn.init.normal_(module.at(layer).down_proj, std=0.3)
-            module.set_gate(layer, torch.randn(97) * 0.3, contrast=torch.randn(97) * 0.1)
+            module.set_gate(layer, torch.randn(97) * 0.3, moments=torch.randn(MOMENTS, 96) * 0.3)
         modules.append(module.requires_grad_(False))
     return modules
 

@@ -93,7 +93,7 @@ def test_noise_is_refused_and_nothing_else_happens(tmp_path, noise, header):
 def test_a_pack_that_could_not_be_read_is_not_written(tmp_path):
     pack = make_pack()
     with pytest.raises(PackError, match="does not match its digest"):
-        write_pack(tmp_path / "p", ExpertPack(pack.manifest, pack.tensors | {"gate.3": torch.zeros(2, 9)}))
+        write_pack(tmp_path / "p", ExpertPack(pack.manifest, pack.tensors | {"gate.3": torch.zeros(9)}))
     assert not (tmp_path / "p").exists()
 
 

@@ -12,16 +12,16 @@ from deepseek.checkpoint.store import home
 from deepseek.data import Batch
 from deepseek.errors import DataError, TrainError
 from deepseek.model.experts import ExpertModule
+from deepseek.model.experts.gate import RIDGE
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train import public as public_module
 from deepseek.train.calibrate import (
-    RIDGE,
     OwnText,
     calibrate,
-    contrasting_row,
     crossed,
     detecting_row,
+    factored,
     scores,
     solve_gate,
 )
@@ -83,17 +83,18 @@ def test_the_detecting_row_is_ridge_regression_on_plus_and_minus_one() -> None:
     assert gradient.abs().max() < 1e-6
 
 
-def test_the_contrast_of_two_modules_is_the_discriminant_between_them() -> None:
-    base, first, second = (moments_of(cloud(seed, shift)) for seed, shift in ((0, 0.0), (1, 2.0), (2, 2.0)))
-    difference = contrasting_row(first, base) - contrasting_row(second, base)
-    middle = (first.mean + second.mean) / 2
-    assert abs(float(difference @ middle)) < 1e-9  # undecided half-way between the two means
-    assert float(difference @ first.mean) > 0 > float(difference @ second.mean)
-
-
-def test_a_module_at_the_public_mean_has_no_contrast() -> None:
-    base = moments_of(cloud(0, 1.0))
-    assert contrasting_row(base, base).abs().max() == 0
+def test_factors_and_what_they_leave_make_up_the_covariance() -> None:
+    mixed = cloud(0, 1.0, width=30) @ torch.randn(30, 30, generator=torch.Generator().manual_seed(1))
+    mean, left, *factors = factored(moments_of(mixed))
+    covariance = torch.cov(mixed.double().T, correction=0)
+    found = left.diag() + torch.stack(factors).T @ torch.stack(factors)
+    assert torch.allclose(mean, mixed.double().mean(0), atol=1e-5)
+    assert torch.allclose(found.diagonal(), covariance.diagonal(), rtol=1e-4)
+    assert (found - covariance).norm() < 0.3 * covariance.norm()  # 16 of 30 directions, the largest
+    narrow = moments_of(cloud(0, 1.0))  # fewer directions than factors: all of it
+    rows = torch.stack(list(factored(narrow)[2:]))
+    whole = narrow.mean_second[:-1, :-1] - torch.outer(narrow.mean[:-1], narrow.mean[:-1])
+    assert torch.allclose(rows.T @ rows, whole, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.05])

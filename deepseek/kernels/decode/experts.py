@@ -37,7 +37,7 @@ def score_row(batch, sites, work, layer, r, x):  # type: ignore[no-untyped-def]
     for member in range(start, end):
         site = batch.members[member]
         for kind in range(2):
-            work.scores[r, site - sites.first[layer], kind] = _affine(sites.gates[site, kind], x)
+            work.scores[r, site - sites.first[layer], kind] = _affine(sites.gates[batch.gates[member], kind], x)
 
 
 @njit(error_model="numpy")

@@ -18,12 +18,15 @@ norms: `[2 L + 1, D]`. head_norms: of queries and keys `[L, 2, K or 0]`. qkv_bia
 windows: visible tokens of each layer `[L]`. cosine, sine: `[positions, K / 2]`. eps: `[1]`.
 """
 
-Batch = namedtuple("Batch", "ids positions chunk first pages units block kept member_first members sums most logits")
+Batch = namedtuple(
+    "Batch", "ids positions chunk first pages units block kept member_first members gates sums most logits"
+)
 """New tokens of C chunks, N rows in all.
 
 ids, positions, chunk: `[N]`. first: row of each chunk's first token `[C + 1]`. pages: their addresses `[C, pages]`.
 units: first unit of attention of each chunk `[C + 1]`; a unit is `block` queries of one group of heads.
-kept: rows that need logits `[R]`. members: sites of each chunk, from `member_first` `[C + 1]` on, in canonical order.
+kept: rows that need logits `[R]`. members: sites of each chunk, from `member_first` `[C + 1]` on, in canonical order;
+gates: their rows of `Sites.gates`, which also depend on the other members.
 sums: address of each chunk's running sums `[RECENT, members, 3]`, after position p at p % RECENT. most: of modules at
 one token, 0 where all are forced on `[C]`. logits: what the step finds, `[R, V]`.
 """
@@ -32,7 +35,7 @@ Sites = namedtuple("Sites", "first gate_up down inner gates decay")
 """Places of experts: a module at a layer, in the order of layers.
 
 first: first site of each layer `[L + 1]`. gate_up, down: addresses, and inner: groups of 64 hidden values `[S]`.
-gates: `[S, 2, D + 1]`, decay: `[S]`.
+gates: two rows for each member of each set of experts `[members, 2, D + 1]`. decay: `[S]`.
 """
 
 Work = namedtuple("Work", "stream projected queries tables scores said expert_rows weighed shares own sync")
@@ -48,7 +51,7 @@ sync: counter of the barrier, then the next unit of attention of each layer `[8 
 
 KINDS = (
     "l1 l1 l1 l1 l1 l1 l1 f2 f3 f2 f2 l1 f2 f2 f1 "  # Weights
-    "l1 l1 l1 l1 l2 l1 l1 l1 l1 l1 l1 l1 f2 "  # Batch
+    "l1 l1 l1 l1 l2 l1 l1 l1 l1 l1 l1 l1 l1 f2 "  # Batch
     "l1 l1 l1 l1 f3 f1 "  # Sites
     "f2 f2 b4 l2 f3 f2 l1 f3 b3 l2 l1"  # Work
 )

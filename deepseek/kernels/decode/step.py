@@ -126,7 +126,7 @@ def address() -> int:
     def step(data):  # type: ignore[no-untyped-def]
         _ = sources  # in the key under which numba keeps it
         a = launch.unpack(data, KINDS)
-        _run(Weights(*a[:15]), Batch(*a[15:28]), Sites(*a[28:34]), Work(*a[34:]))
+        _run(Weights(*a[:15]), Batch(*a[15:29]), Sites(*a[29:35]), Work(*a[35:]))
 
     return int(step.address)
 

@@ -58,12 +58,7 @@ class Roster:
     def gated(modules: tuple[ExpertModule, ...], max_experts: int, device: torch.device) -> "Roster":
         """Return the roster in which gates decide, at most `max_experts` modules a token."""
         owners = _owners(modules)
-        banks = {
-            layer: GateBank.stack(
-                [owner.gates[layer] for owner in own], [owner.settings.half_life for owner in own], max_experts, device
-            )
-            for layer, own in owners.items()
-        }
+        banks = {layer: _bank(own, layer, max_experts, device) for layer, own in owners.items()}
         return Roster(modules, owners, banks)
 
     @staticmethod
@@ -159,3 +154,8 @@ def combine(
 def _owners(modules: tuple[ExpertModule, ...]) -> dict[int, tuple[ExpertModule, ...]]:
     layers = sorted({layer for module in modules for layer in module.layers})
     return {layer: tuple(module for module in modules if layer in module.layers) for layer in layers}
+
+
+def _bank(own: tuple[ExpertModule, ...], layer: int, max_experts: int, device: torch.device) -> GateBank:
+    gates, moments = zip(*((module.gates[layer], module.moments[layer]) for module in own), strict=True)
+    return GateBank.stack(gates, moments, [module.settings.half_life for module in own], max_experts, device)

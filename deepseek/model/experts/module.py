@@ -9,7 +9,7 @@ from torch.nn.functional import linear, silu
 
 from deepseek.errors import ConfigError
 from deepseek.model.feed_forward import SwiGLU
-from deepseek.packs.manifest import DTYPES, BaseDescription, GateSettings, Manifest, Metric
+from deepseek.packs.manifest import DTYPES, MOMENTS, BaseDescription, GateSettings, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, check_finite
 
 DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
@@ -46,8 +46,9 @@ class ExpertModule(nn.Module):
 
     Attributes:
         ffn: the expert layers, keyed by layer index.
-        gates: layer -> `[2, D+1]` in fp32 (see `model/experts/gate.py`). They are computed, not trained, and so not
-            parameters; zeros, the start value, never fire.
+        gates: layer -> the detecting row `[D+1]` in fp32 (see `model/experts/gate.py`). It is computed, not trained,
+            and so no parameter; zeros, the start value, never fire.
+        moments: layer -> `[MOMENTS, D]` in fp32, what the module's own text looks like to its gate (`gate.contrasts`).
         settings: how the gates were calibrated, and their half-life.
         digest: of the content of the pack that it came from; "" for a module made in memory.
     """
@@ -59,7 +60,8 @@ class ExpertModule(nn.Module):
         self.hidden_size = hidden_size
         self.width = width
         self.ffn = nn.ModuleDict({str(layer): ExpertLayer(hidden_size, width) for layer in self.layers})
-        self.gates = {layer: torch.zeros(2, hidden_size + 1) for layer in self.layers}
+        self.gates = {layer: torch.zeros(hidden_size + 1) for layer in self.layers}
+        self.moments = {layer: torch.zeros(MOMENTS, hidden_size) for layer in self.layers}
         self.settings = GateSettings()
         self.digest = ""
 
@@ -95,13 +97,13 @@ class ExpertModule(nn.Module):
         return y
 
     def set_gate(
-        self, layer: int, weight: Tensor, threshold: float = 0.0, scale: float = 1.0, contrast: Tensor | None = None
+        self, layer: int, weight: Tensor, threshold: float = 0.0, scale: float = 1.0, moments: Tensor | None = None
     ) -> None:
-        """Set the gate of `layer`: detect = (weight . [x; 1] - threshold) / scale; contrast is `[D+1]` or zero."""
-        detect = weight.detach().float().cpu() / scale
-        detect[-1] -= threshold / scale
-        second = torch.zeros_like(detect) if contrast is None else contrast.detach().float().cpu()
-        self.gates[layer] = torch.stack([detect, second])
+        """Set the gate of `layer`: detect = (weight . [x; 1] - threshold) / scale; without `moments` they stay."""
+        self.gates[layer] = weight.detach().float().cpu() / scale
+        self.gates[layer][-1] -= threshold / scale
+        if moments is not None:
+            self.moments[layer] = moments.detach().float().cpu()
 
     def to_pack(
         self,
@@ -122,6 +124,7 @@ class ExpertModule(nn.Module):
         )  # fmt: skip
         tensors = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in self.state_dict().items()}
         tensors |= {f"gate.{layer}": gate.clone() for layer, gate in self.gates.items()}
+        tensors |= {f"moments.{layer}": moments.clone() for layer, moments in self.moments.items()}
         return ExpertPack.seal(manifest, tensors)
 
     @staticmethod
@@ -140,5 +143,6 @@ class ExpertModule(nn.Module):
             check_finite(tensors, "in the model's float16")
         module.load_state_dict(tensors, assign=True)
         module.gates = {layer: pack.tensors[f"gate.{layer}"] for layer in module.layers}
+        module.moments = {layer: pack.tensors[f"moments.{layer}"] for layer in module.layers}
         module.settings, module.digest = manifest.gate, manifest.digest
         return module.requires_grad_(False).eval()

@@ -6,7 +6,7 @@ import torch
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.packs.manifest import BaseDescription
+from deepseek.packs.manifest import MOMENTS, BaseDescription
 from deepseek.packs.pack import ExpertPack
 
 WIDTH, LAYERS = 32, 4
@@ -36,7 +36,7 @@ def new_module(name: str, layers: tuple[int, ...] = (1, 3), seed: int = 0, bias:
     module = ExpertModule(name, layers, WIDTH, 24)
     for layer in module.layers:
         torch.nn.init.normal_(module.at(layer).down_proj, std=0.3)
-        module.set_gate(layer, torch.randn(WIDTH + 1) / 4, threshold=-bias, contrast=torch.randn(WIDTH + 1) / 4)
+        module.set_gate(layer, torch.randn(WIDTH + 1) / 4, threshold=-bias, moments=torch.randn(MOMENTS, WIDTH) / 4)
     return module
 
 

@@ -344,5 +344,6 @@ def test_pack_round_trip_keeps_module_and_gates(make_module, base):
     for layer in module.layers:
         assert torch.equal(again(layer, x), module(layer, x))
         assert torch.equal(again.gates[layer], module.gates[layer])
+        assert torch.equal(again.moments[layer], module.moments[layer])
     assert again.settings.half_life == 7.0
     assert again.to_pack(base, "MIT", dtype=torch.float32).manifest == base_pack.manifest

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.model.experts.armed import combine
-from deepseek.model.experts.gate import SHARPNESS, GateBank, arbitrate, running_mean
+from deepseek.model.experts.gate import RIDGE, SHARPNESS, GateBank, arbitrate, contrasts, running_mean
+from deepseek.packs.manifest import MOMENTS
 
 seeds = st.integers(0, 10_000)
 
@@ -48,7 +49,7 @@ def test_running_mean_equals_the_recursion_however_it_is_cut(seed, length, cut, 
 
 
 def test_half_life_is_what_it_says():
-    bank = GateBank.stack([torch.zeros(2, 5)], [16.0], 5, torch.device("cpu"))
+    bank = GateBank.stack([torch.zeros(5)], [torch.zeros(MOMENTS, 4)], [16.0], 5, torch.device("cpu"))
     scores = torch.zeros(1, 4000, 1, 1)
     scores[:, :3000] = 1.0
     mean, _ = running_mean(scores, bank.decay)
@@ -105,8 +106,32 @@ def test_contrast_decides_between_neighbours():
     assert weights[0, 0, 0] > 0.99 * weights.sum()
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, modules=st.integers(1, 6))
+def test_contrasts_are_the_logarithms_of_gaussian_densities(seed, modules):
+    random = torch.Generator().manual_seed(seed)
+    moments = torch.randn(modules, MOMENTS, 5, generator=random)
+    moments[:, 1] = moments[:, 1].abs()
+    rows = contrasts(moments)
+    within = sum(m[1].diag() + m[2:].T @ m[2:] for m in moments.double()) / modules
+    within += RIDGE * within.diagonal().mean() * torch.eye(5)
+    x = torch.randn(5, generator=random).double()
+    score = rows[:, :-1].double() @ x + rows[:, -1]
+    # log-density of each Gaussian, up to what is common to all
+    density = torch.stack([-0.5 * (x - m[0]) @ torch.linalg.solve(within, x - m[0]) for m in moments.double()])
+    torch.testing.assert_close(score - score.mean(), density - density.mean(), atol=1e-3, rtol=1e-3)
+
+
+def test_contrasts_follow_the_set_and_not_its_order():
+    moments = torch.randn(4, MOMENTS, 7)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(contrasts(moments[order]), contrasts(moments)[order], atol=1e-4, rtol=1e-4)
+    assert contrasts(moments[:1]).abs().max() == 0  # nobody to be told from
+    assert contrasts(torch.full((2, MOMENTS, 7), 3e38)).isfinite().all()
+
+
 def test_scores_stay_fp32_under_autocast():
-    bank = GateBank.stack([torch.randn(2, 9), torch.randn(2, 9)], [8.0, 8.0], 5, torch.device("cpu"))
+    bank = GateBank.stack([*torch.randn(2, 9)], [*torch.randn(2, MOMENTS, 8)], [8.0, 8.0], 5, torch.device("cpu"))
     x = torch.randn(1, 4, 8)
     with torch.autocast("cpu", torch.bfloat16):
         inside = bank.scores(x)
@@ -132,6 +157,5 @@ def test_set_gate_folds_threshold_and_scale(make_module):
     module = make_module("m")
     weight, x = torch.randn(33), torch.randn(32)
     module.set_gate(1, weight, threshold=0.7, scale=3.0)
-    detect, contrast = module.gates[1] @ torch.cat([x, torch.ones(1)])
+    detect = module.gates[1] @ torch.cat([x, torch.ones(1)])
     torch.testing.assert_close(detect, (weight @ torch.cat([x, torch.ones(1)]) - 0.7) / 3.0)
-    assert contrast == 0
