@@ -42,6 +42,7 @@ class ModelConfig(PreTrainedConfig):
         full_attention_layers: layers that ignore `sliding_window` (Qwen2 and Qwen3 mix both kinds).
         attention: "full", or "lsh": each query looks at few keys, chosen by their hash (`model/attention/lsh.py`).
         lsh_num_buckets, lsh_probes: buckets of keys, and how many of them a query looks into.
+        lsh_rounds: independent hashes, each with its buckets and probes; a query looks at what any of them finds.
         lsh_bucket_window, lsh_local_window, lsh_sinks: most recent keys it looks at in each such bucket, most recent
             keys and first keys of its document it looks at whatever their bucket.
         lsh_exact_layers: layers that keep full attention; None = the first two, which look everywhere.
@@ -99,6 +100,7 @@ class ModelConfig(PreTrainedConfig):
     full_attention_layers: list[int] | None = None
     lsh_num_buckets: int = 64
     lsh_probes: int = 4
+    lsh_rounds: int = 1
     lsh_bucket_window: int = 96
     lsh_local_window: int = 128
     lsh_sinks: int = 4
@@ -244,15 +246,11 @@ def _validate_positions(config: ModelConfig) -> None:
         )
     if train_len is not None and not 0 < train_len <= longest:
         raise ConfigError(f"train_len={train_len} must be positive and at most max_position_embeddings={longest}.")
-    if config.attention != "full" and kind in ("alibi", "dpe"):
-        raise ConfigError(
-            f"attention={config.attention!r} contradicts positional_encoding={kind!r}, whose bias of scores only "
-            "'full' attention adds; use 'rope', 'learned' or 'none'."
-        )
 
 
 def _validate_lsh(config: ModelConfig) -> None:
-    for name, least in (("num_buckets", 1), ("probes", 1), ("bucket_window", 1), ("local_window", 1), ("sinks", 0)):
+    for name in ("num_buckets", "probes", "rounds", "bucket_window", "local_window", "sinks"):
+        least = 0 if name == "sinks" else 1
         value = getattr(config, f"lsh_{name}")
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"lsh_{name}={value!r} must be at least {least}.")
