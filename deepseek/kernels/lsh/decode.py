@@ -93,7 +93,7 @@ class BucketCache:
 
     def _first_finds(self, position_BGMN: Tensor, valid_BGMN: Tensor) -> Tensor:
         """Return which of a query's valid positions are the first of their kind."""
-        sorted_BGMN, order_BGMN = torch.where(valid_BGMN, position_BGMN, self.length).sort(-1, stable=True)
+        sorted_BGMN, order_BGMN = torch.where(valid_BGMN, position_BGMN, self.length).sort(dim=-1, stable=True)
         new_BGMN = sorted_BGMN.diff(dim=-1, prepend=sorted_BGMN.new_full((*sorted_BGMN.shape[:-1], 1), -1)) != 0
         return valid_BGMN & torch.empty_like(new_BGMN).scatter_(-1, order_BGMN, new_BGMN)
 

@@ -98,7 +98,7 @@ def find_intervals(
     starts, stops = (part[..., 1:].unflatten(-1, codes.shape[-2:]) for part in (start, stop))
     for j, sorted_BS in enumerate(sorted_BJS.unbind(1)):  # one by one, as the searches take eight bytes an interval
         own, r = slice(j // rounds * heads // groups, (j // rounds + 1) * heads // groups), j % rounds
-        near = _bucket_intervals(sorted_BS.contiguous(), codes[:, own, :, r], first_BS, windows)
+        near = _bucket_intervals(sorted_BS.contiguous(), codes[:, own, :, r].contiguous(), first_BS, windows)
         starts[:, own, :, r], stops[:, own, :, r] = (part + (1 + r) * total for part in near)
     start = torch.where(real_BS[:, None, new, None], start, stop)  # a padding query looks at nothing
     lists = codes + 1 + (windows.num_buckets + 1) * torch.arange(rounds, device=codes.device)[:, None]

@@ -46,7 +46,7 @@ def score(queries, laid, pairs, earlier, side, scores):  # type: ignore[no-untyp
     The first `earlier` intervals after the local one are those of earlier rounds; what they have found has the lowest
     score as well. The columns of `side` are the queries.
     """
-    (rows, starts, stops), key = pairs, laid[0]
+    (_, starts, stops), key = pairs, laid[0]
     base, count, width = starts[0], stops[-1] - starts[0], key.shape[1]
     multiply(
         key[base:].ctypes.data, width, 1, side.ctypes.data, COLUMNS, scores.ctypes.data, COLUMNS, count, COLUMNS, width

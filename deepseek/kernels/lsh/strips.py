@@ -180,7 +180,7 @@ def _call(
 
 def forward(inputs: Inputs, intervals: Intervals, windows: Windows, scale: float) -> tuple[Tensor, Tensor]:
     """See `tiles.forward`; in fp32 throughout."""
-    query, key, value, table, term = arrays = _inputs(inputs)
+    query, key, value, table, _ = arrays = _inputs(inputs)
     out, lse = torch.zeros_like(query), query.new_empty(query.shape[:3])
     # Any address will do for gradients, which are not touched.
     lanes = [part[None].expand(-(-query.shape[1] // CHUNK), *part.shape) for part in (key, value, lse[:, :0])]

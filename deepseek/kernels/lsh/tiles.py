@@ -50,17 +50,18 @@ def _passes(intervals: Intervals, windows: Windows) -> Iterator[Iterator[Tiles]]
         for r in range((i - 1) // a_round if i else 0):
             there = (intervals.place_BGRS[:, :, r] + offset_BG1 * places).flatten()
             found = [limits(1 + r * a_round + n) for n in range(a_round)]
-            tiles = (_leave_out(tile, there, found) for tile in tiles)
+            tiles = _leave_out(tiles, there, found)
         yield tiles
 
 
-def _leave_out(tile: Tiles, there_S: Tensor, found: list[tuple[Tensor, Tensor]]) -> Tiles:
-    """Return the tile without the keys whose places in an earlier round's part lie in a query's intervals there."""
-    mask_tmw, rows_tm1 = tile.mask_tmw, tile.rows_tm.clamp(max=len(found[0][0]) - 1)[..., None]
-    there_t1w = there_S[tile.keys_tw][:, None]
-    for start_N, stop_N in found:
-        mask_tmw = mask_tmw & ((there_t1w < start_N[rows_tm1]) | (there_t1w >= stop_N[rows_tm1]))
-    return replace(tile, mask_tmw=mask_tmw)
+def _leave_out(tiles: Iterator[Tiles], there_S: Tensor, found: list[tuple[Tensor, Tensor]]) -> Iterator[Tiles]:
+    """Yield the tiles without the keys whose places in an earlier round's part lie in a query's intervals there."""
+    for tile in tiles:
+        mask_tmw, rows_tm1 = tile.mask_tmw, tile.rows_tm.clamp(max=len(found[0][0]) - 1)[..., None]
+        there_t1w = there_S[tile.keys_tw][:, None]
+        for start_N, stop_N in found:
+            mask_tmw = mask_tmw & ((there_t1w < start_N[rows_tm1]) | (there_t1w >= stop_N[rows_tm1]))
+        yield replace(tile, mask_tmw=mask_tmw)
 
 
 def _tiles(start_N: Tensor, stop_N: Tensor, window: int, keys_P: Tensor) -> Iterator[Tiles]:
