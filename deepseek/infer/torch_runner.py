@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deepseek.infer.runner import Chunk, Keep, RunnerOutput, Segment
 from deepseek.kernels.lsh.decode import BucketCache
+from deepseek.kernels.lsh.far_field import BLOCK
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.lsh import LshAttention
 from deepseek.model.experts.armed import ArmedExperts
@@ -115,6 +116,8 @@ class TorchRunner:
                 windows = block.attention.windows
                 ring = (windows.num_buckets + 2) * (1 + max(windows.bucket, windows.sinks))
                 total += groups * windows.rounds * (2 * 4 * length + 8 * ring) + 8
+                if windows.far_field:
+                    total += (length // BLOCK + 1) * 8 * (groups * 2 * block.attention.head_dim + 1)
         return total
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> TorchState:

@@ -45,6 +45,7 @@ class ModelConfig(PreTrainedConfig):
         lsh_rounds: independent hashes, each with its buckets and probes; a query looks at what any of them finds.
         lsh_bucket_window, lsh_local_window, lsh_sinks: most recent keys it looks at in each such bucket, most recent
             keys and first keys of its document it looks at whatever their bucket.
+        lsh_far_field: whether a query looks at a few summaries of all other past keys, too.
         lsh_exact_layers: layers that keep full attention; None = the first two, which look everywhere.
         max_position_embeddings: longest context in tokens; `max_len` is another name for it.
         positional_encoding: "rope", "dpe" (rope and a learned bias of scores, see `model/positions/dynamic.py`),
@@ -104,6 +105,7 @@ class ModelConfig(PreTrainedConfig):
     lsh_bucket_window: int = 96
     lsh_local_window: int = 128
     lsh_sinks: int = 4
+    lsh_far_field: bool = False
     lsh_exact_layers: list[int] | None = None
 
     positional_encoding: str = "rope"
@@ -254,6 +256,11 @@ def _validate_lsh(config: ModelConfig) -> None:
         value = getattr(config, f"lsh_{name}")
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"lsh_{name}={value!r} must be at least {least}.")
+    if config.lsh_far_field and config.positional_encoding in ("alibi", "dpe"):
+        raise ConfigError(
+            f"lsh_far_field=True contradicts positional_encoding={config.positional_encoding!r}, as a summary of keys "
+            "has no bias; leave lsh_far_field out."
+        )
     if config.sliding_window is not None:
         raise ConfigError(
             f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window is lsh_local_window; "

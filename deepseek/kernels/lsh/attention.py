@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from deepseek.kernels import openmp
 from deepseek.kernels.lsh import tiles
 from deepseek.kernels.lsh.decode import BucketCache
+from deepseek.kernels.lsh.far_field import merge_far_field
 from deepseek.kernels.lsh.intervals import Windows, document_starts, find_intervals
 from deepseek.kernels.score_bias import ScoreBias
 
@@ -22,6 +23,7 @@ def lsh_attention(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BHTP: Tensor, key_codes_BJS: Tensor, *,
     num_buckets: int, bucket_window: int, local_window: int = 128, sinks: int = 4, scale: float | None = None,
     document_ids_BS: Tensor | None = None, key_mask_BS: Tensor | None = None, bias: ScoreBias | None = None,
+    far_field: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return causal softmax attention `[B, H, T, K]` over each query's candidates; zero where there are none.
 
@@ -39,28 +41,32 @@ def lsh_attention(
         scale: factor of the scores (default `K ** -0.5`).
         document_ids_BS: document of each token in packed rows, equal in runs.
         key_mask_BS: False at padding, which nobody sees and which sees nobody.
-        bias: what is added to the scores.
+        bias: what is added to the scores; not together with a far field.
+        far_field: whether to look at summaries of the rest, too (see `far_field.py`).
     """
     rounds = key_codes_BJS.shape[1] // key_BGSK.shape[1]
-    windows = Windows(local_window, sinks, bucket_window, num_buckets, rounds)
+    windows = Windows(local_window, sinks, bucket_window, num_buckets, rounds, far_field)
     first_BS = document_starts(document_ids_BS)
     buckets = BucketCache(windows)
     buckets.append(key_codes_BJS, key_mask_BS, first_BS)
-    codes = (query_codes_BHTP, buckets.codes_BJS, first_BS, windows)
-    return attend(query_BHTK, key_BGSK, value_BGSK, codes, scale, bias)
+    return attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets, first_BS, scale, bias)
 
 
 def attend(
-    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, codes: Codes, scale: float | None = None,
-    bias: ScoreBias | None = None,
+    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BHTP: Tensor, buckets: BucketCache,
+    first_BS: Tensor | None, scale: float | None = None, bias: ScoreBias | None = None,
 ) -> Tensor:  # fmt: skip
-    """Do what `lsh_attention` does; `codes` are the arguments of `intervals.find_intervals`."""
-    scale = query_BHTK.shape[-1] ** -0.5 if scale is None else scale
+    """Do what `lsh_attention` does, with all keys in `buckets`; `first_BS` as `intervals.document_starts` says."""
+    scale, windows = query_BHTK.shape[-1] ** -0.5 if scale is None else scale, buckets.windows
     query, added = query_BHTK, (None, None)
     if bias is not None:
         query, added = bias.scaled(query_BHTK), bias.terms(query_BHTK, key_BGSK.shape[2])
-    out: Tensor = _Attention.apply(query, key_BGSK, value_BGSK, *added, codes, scale)[0]
-    return out
+    codes = (query_codes_BHTP, buckets.codes_BJS, first_BS, windows)
+    out, lse = _Attention.apply(query, key_BGSK, value_BGSK, *added, codes, scale)
+    if buckets.sums is None:
+        return out
+    buckets.sums.append(key_BGSK, value_BGSK, buckets.real_BS)
+    return merge_far_field((out, lse), query * scale, buckets.sums, windows.local, first_BS, buckets.real_BS)
 
 
 def _kernels(query_BHTK: Tensor) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.kernels.distance import distance_buckets
+from deepseek.kernels.lsh.far_field import BLOCK, BlockSums
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.kernels.score_bias import ScoreBias
 
@@ -21,11 +22,13 @@ class BucketCache:
         codes_BJS: codes of the keys so far, int32; `num_buckets` at sinks in the first round, and `num_buckets + 1`,
             which nobody probes, at sinks in the others and at padding.
         seen_B: number of real tokens so far.
+        sums: those of the far field; None without one.
     """
 
     def __init__(self, windows: Windows) -> None:
         self.windows, self.length = windows, 0
         self.seen_B: Tensor | None = None
+        self.sums = BlockSums() if windows.far_field else None
         self._room_BJS: Tensor | None = None  # codes with room for more, so that a step does not copy them
         self._ring_BJCW: Tensor | None = None  # positions, C buckets and W places; built at the first single step
         self._count_BJC: Tensor | None = None  # keys that have entered each bucket so far
@@ -36,8 +39,13 @@ class BucketCache:
         return self._room_BJS[:, :, : self.length]
 
     @property
+    def real_BS(self) -> Tensor:
+        """False at padding."""
+        return self.codes_BJS[:, 0] != self.windows.num_buckets + 1
+
+    @property
     def nbytes(self) -> int:
-        parts = (self.seen_B, self._room_BJS, self._ring_BJCW, self._count_BJC)
+        parts = (self.seen_B, self._room_BJS, self._ring_BJCW, self._count_BJC, self.sums)
         return sum(part.nbytes for part in parts if part is not None)
 
     def append(self, key_codes_BJT: Tensor, real_BT: Tensor | None = None, first_BT: Tensor | None = None) -> None:
@@ -111,14 +119,22 @@ class BucketCache:
         scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(-2)  # five times as fast as keys times query
         scores_old = scores_old.masked_fill(~valid_BGNW.view_as(scores_old), lowest)
         near = slice(max(0, self.length - self.windows.local), self.length)
-        padding_B11S = (self.codes_BJS[:, :1, near] == self.windows.num_buckets + 1)[:, :, None]
+        padding_B11S = ~self.real_BS[:, None, None, near]
         scores_near = (query_BGMK @ key_BGSK[:, :, near].mT).masked_fill(padding_B11S, lowest)
         scores = torch.cat((scores_near, scores_old), -1)
         if bias is not None:
             scores = scores + self._added(bias, query_BH1K, near.start, position_BGNW.view_as(scores_old))
+        counts = [scores_near.shape[-1], scores.shape[-1]]
+        if self.sums is not None:
+            self.sums.append(key_BGSK, value_BGSK, self.real_BS)
+            blocks_N = torch.tensor([near.start // BLOCK], device=scores.device)
+            far_key, far_value, added_BNF, _ = self.sums.summaries(blocks_N, value_BGSK.dtype)
+            scores = torch.cat((scores, query_BGMK @ far_key[:, :, 0].mT + added_BNF[:, :, None]), -1)
         weights = scores.softmax(-1, dtype=torch.float32).to(value_BGSK.dtype)
-        weights_near, weights_old = weights.tensor_split([scores_near.shape[-1]], -1)
+        weights_near, weights_old, weights_far = weights.tensor_split(counts, -1)
         out_BGMK = weights_near @ value_BGSK[:, :, near] + (weights_old[..., None, :] @ old[1]).squeeze(-2)
+        if self.sums is not None:
+            out_BGMK = out_BGMK + weights_far @ far_value[:, :, 0]
         return out_BGMK.view_as(query_BH1K)
 
     def _added(self, bias: ScoreBias, query_BH1K: Tensor, first: int, position_BGMN: Tensor) -> Tensor:
@@ -127,7 +143,7 @@ class BucketCache:
         near_BGMS = torch.arange(first, self.length, device=position_BGMN.device).expand(batch, groups, shared, -1)
         position_BHN = torch.cat((near_BGMS, position_BGMN), -1).flatten(1, 2)
         table_BH1N, term_BHS = bias.terms(query_BH1K, self.length)
-        rank_BHS = (self.codes_BJS[:, :1] != self.windows.num_buckets + 1).cumsum(-1).expand_as(term_BHS)
+        rank_BHS = self.real_BS.cumsum(-1)[:, None].expand_as(term_BHS)
         bucket_BHN = distance_buckets(rank_BHS[..., -1:] - rank_BHS.gather(2, position_BHN))
         added_BHN = table_BH1N[:, :, 0].gather(2, bucket_BHN) + (term_BHS.gather(2, position_BHN) - term_BHS[..., -1:])
         return added_BHN.view(batch, groups, shared, -1)
@@ -137,11 +153,15 @@ class BucketCache:
         for name in ("seen_B", "_room_BJS", "_ring_BJCW", "_count_BJC"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else change(value))
+        if self.sums is not None:
+            self.sums.change_rows(change)
 
     def crop(self, length: int) -> None:
         """Forget all keys from `length` on."""
         self.length, self._ring_BJCW = length, None
-        self.seen_B = (self.codes_BJS[:, 0] != self.windows.num_buckets + 1).sum(-1)
+        self.seen_B = self.real_BS.sum(-1)
+        if self.sums is not None:
+            self.sums.crop(length)
 
     def _mark(self, key_codes_BJT: Tensor, ones_BT: Tensor, rank_BT: Tensor) -> Tensor:
         later_J = torch.arange(key_codes_BJT.shape[1], device=ones_BT.device) % self.windows.rounds > 0

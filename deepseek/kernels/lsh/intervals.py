@@ -18,7 +18,8 @@ from torch import Tensor, nn
 class Windows:
     """How much a query looks at: keys of the local window, sinks, and keys of each bucket that it probes.
 
-    `num_buckets` counts those of one round of hashing, of which there are `rounds`.
+    `num_buckets` counts those of one round of hashing, of which there are `rounds`. `far_field` adds summaries of the
+    rest (see `far_field.py`).
     """
 
     local: int
@@ -26,6 +27,7 @@ class Windows:
     bucket: int
     num_buckets: int
     rounds: int = 1
+    far_field: bool = False
 
     @property
     def num_lists(self) -> int:

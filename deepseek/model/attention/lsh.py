@@ -80,7 +80,8 @@ def random_hash(num_buckets: int, head_dim: int, rounds: int, seed: int) -> Hash
 def sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, num_buckets: int = 64, causal: bool = True, *, probes: int = 4,
     num_rounds: int = 1, bucket_window: int = 96, local_window: int = 128, sinks: int = 4, hash: Hash | None = None,  # noqa: A002
-    seed: int = 0, scale: float | None = None, document_ids: Tensor | None = None, key_mask: Tensor | None = None,
+    seed: int = 0, far_field: bool = False, scale: float | None = None, document_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return attention in which each query looks at few keys, chosen by their hash; shape and dtype of `query`.
 
@@ -92,9 +93,11 @@ def sparse_attention(
         query: `[batch, heads, seq, head_dim]`; `[batch, seq, head_dim]` and `[seq, head_dim]` count as one head.
         key, value: likewise; fewer heads are shared by equal groups of query heads. If they are longer than the
             queries, the queries are those of their last tokens.
-        causal: without it a query also looks at as many later keys; that path makes a dense mask and is slow.
+        causal: without it a query also looks at as many later keys, and at no summaries; that path makes a dense mask
+            and is slow.
         num_rounds: independent hashes of this kind, each with its buckets and probes.
         hash: names buckets; default `RandomHash` of `seed`, good enough for clustered keys only.
+        far_field: whether to look at summaries of all other past keys, too; then it is never exact attention.
         scale: factor of the scores (default `head_dim ** -0.5`).
         document_ids: document of each token `[batch, seq]` in packed rows; documents do not see each other.
         key_mask: False at padding `[batch, seq]`; its own outputs are zero.
@@ -111,7 +114,7 @@ def sparse_attention(
     if causal:
         out = kernel.lsh_attention(
             q, k, v, query_codes, key_codes, num_buckets=num_buckets, scale=scale, document_ids_BS=document_ids,
-            key_mask_BS=key_mask, **limits,
+            key_mask_BS=key_mask, far_field=far_field, **limits,
         )  # fmt: skip
     else:
         limits |= {"rounds": key_codes.shape[1] // k.shape[1]}
@@ -152,7 +155,7 @@ class LshAttention(FullAttention):
         self.exact = config.is_exact(layer_idx)
         self.windows = Windows(
             config.lsh_local_window, config.lsh_sinks, config.lsh_bucket_window, config.lsh_num_buckets,
-            config.lsh_rounds,
+            config.lsh_rounds, config.lsh_far_field,
         )  # fmt: skip
         self.probes = min(config.lsh_probes, config.lsh_num_buckets)
         if not self.exact:
@@ -175,8 +178,7 @@ class LshAttention(FullAttention):
             query_codes_BHTP = self.hash.query_codes(plain[0], self.probes)
         if length == 1:
             return buckets.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, bias=bias)
-        codes = (query_codes_BHTP, buckets.codes_BJS, first_BS, self.windows)
-        return kernel.attend(query_BHTK, key_BGSK, value_BGSK, codes, bias=bias)
+        return kernel.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets, first_BS, bias=bias)
 
     def _buckets(self, ctx: ForwardContext) -> BucketCache:
         if ctx.cache is None:

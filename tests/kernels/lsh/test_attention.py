@@ -1,6 +1,8 @@
 """Every way of computing LSH attention agrees with the dense mask, and nothing depends on what comes later."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from deepseek.kernels.distance import NUM_BUCKETS, distance_buckets
-from deepseek.kernels.lsh import tiles
+from deepseek.kernels.lsh import far_field, tiles
 from deepseek.kernels.lsh.attention import lsh_attention
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows, document_starts
@@ -294,3 +296,67 @@ def test_documents_are_runs_of_equal_ids():
     starts = document_starts(torch.tensor([[7, 7, 3, 3, 3, 7], [1, 1, 1, 1, 1, 1]]))
     assert starts is not None
     assert starts.tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
+
+
+def far_field_oracle(case: Problem, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention over candidates and summaries, written down query by query."""
+    mask, (length, total) = case.mask(), (query.shape[2], key.shape[2])
+    real = case.options.get("key_mask_BS", torch.ones(len(query), total, dtype=torch.bool))
+    starts = document_starts(case.options.get("document_ids_BS", torch.zeros(len(query), total)))
+    assert starts is not None
+    out = torch.zeros_like(query)
+    for b, h, t in product(range(len(query)), range(HEADS), range(length)):
+        i, g = total - length + t, h * GROUPS // HEADS
+        blocks = torch.tensor([max(0, i + 1 - case.options["local_window"]) // far_field.BLOCK])
+        keys, values = list(key[b, g][mask[b, h, t]]), list(value[b, g][mask[b, h, t]])
+        weights = [1.0] * len(keys)
+        for first, last in torch.stack(far_field.edges(blocks, int(blocks)), -1)[0].tolist():
+            block = slice(first * far_field.BLOCK, last * far_field.BLOCK)
+            if real[b, block].any() and real[b, i] and block.start >= starts[b, i]:
+                keys.append(key[b, g, block][real[b, block]].mean(0))
+                values.append(value[b, g, block][real[b, block]].mean(0))
+                weights.append(float(real[b, block].sum()))
+        if keys:
+            scores = torch.stack(keys) @ query[b, h, t] * WIDTH**-0.5 + torch.tensor(weights).log()
+            out[b, h, t] = scores.softmax(-1) @ torch.stack(values)
+    return out
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(far_field, "BLOCK", 4)
+    monkeypatch.setattr("deepseek.kernels.lsh.decode.BLOCK", 4)
+
+
+@pytest.mark.usefixtures("way", "small_blocks")
+@pytest.mark.parametrize(("length", "packed", "padded"), [(60, False, False), (60, True, True), (13, False, True)])
+def test_the_far_field_is_what_it_says(length, packed, padded):
+    case = problem(7, 60, length, packed=packed, padded=padded, far_field=True, sinks=0)
+    slow = Problem(**{name: getattr(case, name) for name in ("query", "key", "value", "query_codes", "key_codes")})
+    slow.options = {name: value for name, value in case.options.items() if name != "far_field"}
+    way = partial(far_field_oracle, slow)
+    assert_close(outcome(case.fast, case.inputs()), outcome(way, case.inputs(torch.float64)))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_far_field_is_causal_and_the_same_in_decoding():
+    case = problem(8, 80, 80, packed=False, padded=False, far_field=True)
+    whole = case.fast(case.query, case.key, case.value)
+    buckets, turned = BucketCache(replace(case.windows(), far_field=True)), False
+    for t in [*range(50), *range(40, 80)]:
+        one = slice(t, t + 1)
+        if t < buckets.length:
+            buckets.crop(t)
+            buckets.change_rows(lambda part: part.flip(0))
+            turned = True
+        parts = (
+            case.key_codes[:, :, one], case.query[:, :, one], case.key[:, :, : t + 1], case.value[:, :, : t + 1],
+            case.query_codes[:, :, one],
+        )  # fmt: skip
+        codes, *parts = (part.flip(0) for part in parts) if turned else parts
+        buckets.append(codes)
+        out = buckets.attend(*parts)
+        torch.testing.assert_close(out.flip(0) if turned else out, whole[:, :, one], atol=1e-5, rtol=1e-5)
+    for part in (case.query, case.key, case.value):
+        part[:, :, 50:] = torch.randn_like(part[:, :, 50:])
+    assert torch.equal(case.fast(case.query, case.key, case.value)[:, :, :50], whole[:, :, :50])
