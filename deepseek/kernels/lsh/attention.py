@@ -58,11 +58,10 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Do what `lsh_attention` does, with all keys in `buckets`; `first_BS` as `intervals.document_starts` says."""
     scale, windows = query_BHTK.shape[-1] ** -0.5 if scale is None else scale, buckets.windows
-    query, added = query_BHTK, (None, None)
-    if bias is not None:
-        query, added = bias.scaled(query_BHTK), bias.terms(query_BHTK, key_BGSK.shape[2])
-    codes = (query_codes_BHTP, buckets.codes_BJS, first_BS, windows)
-    out, lse = _Attention.apply(query, key_BGSK, value_BGSK, *added, codes, scale)
+    query = query_BHTK if bias is None else bias.scaled(query_BHTK)
+    table, term = (None, None) if bias is None else bias.terms(query_BHTK, key_BGSK.shape[2])
+    codes = (query_codes_BHTP.int(), buckets.codes_BJS, first_BS, windows)
+    out, lse = _Attention.apply(query, key_BGSK, value_BGSK, table, term, codes, scale)
     if buckets.sums is None:
         return out
     buckets.sums.append(key_BGSK, value_BGSK, buckets.real_BS)

@@ -46,8 +46,8 @@ class Intervals:
     Attributes:
         order_BGZ: which key lies at each of the Z = (1 + R)S places.
         start_BHTI, stop_BHTI: first place of an interval and the one past its last, int32; equal where it is empty.
-        lists_BHTI: which list (see `Windows.num_lists`) an interval belongs to, int32. Intervals of later queries in
-            the same list neither start nor stop earlier.
+        codes_BHTP: the buckets of all intervals but the local ones and those of sinks, int32. Intervals of later
+            queries in the same list (see `Windows.num_lists`) neither start nor stop earlier.
         place_BGRS: place of each key in the parts of all rounds but the last, int32.
         rank_BS: number of real tokens up to each token, int32; differences are distances.
     """
@@ -55,7 +55,7 @@ class Intervals:
     order_BGZ: Tensor
     start_BHTI: Tensor
     stop_BHTI: Tensor
-    lists_BHTI: Tensor
+    codes_BHTP: Tensor
     place_BGRS: Tensor
     rank_BS: Tensor
 
@@ -94,18 +94,16 @@ def find_intervals(
     local_start_BS = (so_far_BS - real_BS.long()).gather(1, lowest_BS)
 
     codes = query_codes_BHTP.int().unflatten(-1, (rounds, -1))
-    codes = nn.functional.pad(codes, (1, 0), value=windows.num_buckets)  # the sinks
-    start, stop = (codes.new_empty(batch, heads, length, 1 + codes[0, 0, 0].numel()) for _ in range(2))
+    start, stop = (codes.new_empty(batch, heads, length, 1 + rounds * (1 + codes.shape[-1])) for _ in range(2))
     start[..., 0], stop[..., 0] = local_start_BS[:, None, new], so_far_BS[:, None, new]
-    starts, stops = (part[..., 1:].unflatten(-1, codes.shape[-2:]) for part in (start, stop))
+    starts, stops = (part[..., 1:].unflatten(-1, (rounds, -1)) for part in (start, stop))
     for j, sorted_BS in enumerate(sorted_BJS.unbind(1)):  # one by one, as the searches take eight bytes an interval
         own, r = slice(j // rounds * heads // groups, (j // rounds + 1) * heads // groups), j % rounds
-        near = _bucket_intervals(sorted_BS.contiguous(), codes[:, own, :, r].contiguous(), first_BS, windows)
+        buckets = nn.functional.pad(codes[:, own, :, r], (1, 0), value=windows.num_buckets)
+        near = _bucket_intervals(sorted_BS.contiguous(), buckets, first_BS, windows)
         starts[:, own, :, r], stops[:, own, :, r] = (part + (1 + r) * total for part in near)
     start = torch.where(real_BS[:, None, new, None], start, stop)  # a padding query looks at nothing
-    lists = codes + 1 + (windows.num_buckets + 1) * torch.arange(rounds, device=codes.device)[:, None]
-    lists_BHTI = nn.functional.pad(lists.int().flatten(-2), (1, 0))
-    return Intervals(order_BGZ, start, stop, lists_BHTI, _places(order_BGZ, total), so_far_BS.int())
+    return Intervals(order_BGZ, start, stop, codes.flatten(-2), _places(order_BGZ, total), so_far_BS.int())
 
 
 def _bucket_intervals(

@@ -30,12 +30,13 @@ _backward, _forward, _divide = strip_backward.backward, strip_forward.forward, s
 
 
 @njit
-def _sorted(lists, start, stop, num_lists):  # type: ignore[no-untyped-def]
+def _sorted(codes, start, stop, rounds, num_lists):  # type: ignore[no-untyped-def]
     """Return query, start and stop of all intervals that are not empty, sorted by list, and the end of each list.
 
     The first list is the local one, the others are the buckets, the sinks last in their round.
     """
     heads, length, count = start.shape
+    looks, buckets = (count - 1) // rounds, (num_lists - 1) // rounds  # of a round, with those of sinks
     rows, starts, stops = np.empty(start.size, np.int32), np.empty(start.size, np.int32), np.empty(start.size, np.int32)
     ends = np.zeros(num_lists + 1, np.int64)
     for filling in (False, True):
@@ -43,7 +44,11 @@ def _sorted(lists, start, stop, num_lists):  # type: ignore[no-untyped-def]
             for r in range(heads):
                 for i in range(count):
                     if stop[r, t, i] > start[r, t, i]:
-                        c = lists[r, t, i]
+                        c = 0
+                        if i > 0:
+                            number, look = divmod(i - 1, looks)
+                            code = codes[r, t, i - number - 2] if look > 0 else buckets - 1
+                            c = 1 + number * buckets + code
                         if filling:
                             place = ends[c]
                             rows[place], starts[place], stops[place] = t * heads + r, start[r, t, i], stop[r, t, i]
@@ -67,16 +72,16 @@ def _store(keys, places, x):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _unit(queries, lists, sources, results, grads, buffers, num_lists, scale, backwards):  # type: ignore[no-untyped-def]
+def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, backwards):  # type: ignore[no-untyped-def]
     """All lists of one unit, forward or backward."""
     (key, value, rank, term, place, order), (out, lse) = sources, results
     laid, values, grads_laid, small = buffers
     (keys, ranks, terms, places), (grad_keys, grad_values, grad_terms) = laid, grads_laid
     grads_out, grads_in, (grad_key, grad_value, grad_term) = grads
     _, _, tables, _, starts_in, stops_in = queries
-    rows, starts, stops, ends = _sorted(lists, starts_in, stops_in, num_lists)
-    highest, sums = np.full(lse.size, LOWEST, np.float32), np.zeros(lse.size, np.float32)
     rounds, a_round = len(place) + 1, (starts_in.shape[2] - 1) // (len(place) + 1)
+    rows, starts, stops, ends = _sorted(codes, starts_in, stops_in, rounds, num_lists)
+    highest, sums = np.full(lse.size, LOWEST, np.float32), np.zeros(lse.size, np.float32)
     first = 0
     for c in range(num_lists):
         if ends[c] == first:
@@ -126,7 +131,7 @@ def _buffers(most, longest, own, width, rounds):  # type: ignore[no-untyped-def]
 
 @njit
 def _run(  # type: ignore[no-untyped-def]
-    q, key, value, table, term, out, lse, order, start, stop, lists, place, rank, grad, grad_lse, grad_q, grad_table,
+    q, key, value, table, term, out, lse, order, start, stop, codes, place, rank, grad, grad_lse, grad_q, grad_table,
     grad_key, grad_value, grad_term, scale, num_lists, longest, backwards,
 ):  # fmt: skip
     (batch, length, heads, width), groups, lanes, past = q.shape, key.shape[2], len(grad_key), key.shape[1] - q.shape[1]
@@ -144,7 +149,7 @@ def _run(  # type: ignore[no-untyped-def]
             queries = q[b, u, h], rank[b, slots], table[b, u, h], term[b, slots, h], start[b, h, u], stop[b, h, u]
             grads = (grad[b, u, h], grad_lse[b, u, h]), (grad_q[b, u, h], grad_table[b, u, h]), grads_keys
             results = out[b, u, h], lse[b, u, h]
-            _unit(queries, lists[b, h, u], sources, results, grads, buffers, num_lists, scale[0], backwards != 0)
+            _unit(queries, codes[b, h, u], sources, results, grads, buffers, num_lists, scale[0], backwards != 0)
 
 
 @cache
@@ -172,7 +177,7 @@ def _inputs(inputs: Inputs) -> list[Tensor]:
 def _call(
     arrays: list[Tensor], intervals: Intervals, grads: list[Tensor], windows: Windows, scale: float, backwards: bool
 ) -> None:
-    places = (intervals.order_BGZ, intervals.start_BHTI, intervals.stop_BHTI, intervals.lists_BHTI)
+    places = (intervals.order_BGZ, intervals.start_BHTI, intervals.stop_BHTI, intervals.codes_BHTP)
     parts = (part.contiguous() for part in (*places, intervals.place_BGRS, intervals.rank_BS))
     limits = (windows.num_lists, min(windows.longest(), arrays[1].shape[1]), int(backwards))
     launch(_kernel, *arrays, *parts, *grads, torch.tensor([scale]), *limits)
