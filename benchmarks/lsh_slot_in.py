@@ -2,7 +2,7 @@
 
     python benchmarks/hash_recall.py                  # fits the hashes
     python benchmarks/lsh_slot_in.py
-    python benchmarks/lsh_slot_in.py --probes 28 --window 96 --skip-random --tune 200
+    python benchmarks/lsh_slot_in.py --far-field --skip-random --tune 200
 
 The same texts and the same fresh tokens for every model; the change of the loss is paired, text by text.
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=1, help="of each corpus")
     parser.add_argument("--window", type=int, help="keys of a bucket looked at")
     parser.add_argument("--probes", type=int, default=PROBES, help="buckets a query looks into")
+    parser.add_argument("--far-field", action="store_true", help="look at summaries of the rest, too")
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="then train so many steps, 200 at most")
     parser.add_argument("--tune-length", type=int, default=4096, help="tokens of a step")
     parser.add_argument("--rate", type=float, default=3e-5, help="learning rate of tuning")
@@ -47,7 +48,7 @@ def main() -> None:
     full, tokenizer = deepseek.load(BASE, dtype="float32")
     config = ModelConfig(
         attention="lsh", lsh_num_buckets=HashSettings().num_buckets, lsh_probes=options.probes,
-        lsh_bucket_window=window, lsh_exact_layers=list(range(FIRST)),
+        lsh_bucket_window=window, lsh_exact_layers=list(range(FIRST)), lsh_far_field=options.far_field,
     )  # fmt: skip
     distilled, _ = deepseek.load(BASE, config=config, dtype="float32")
     plug_hashes(distilled, fitted(full, tokenizer, "distilled"))
@@ -68,7 +69,7 @@ def main() -> None:
     for pair, parts in changes.items():
         print(f"{pair:40}", "  ".join(f"{part} {parts[part]:+.2%}" for part in PARTS))
     name = "lsh_slot_in" if options.probes == PROBES else f"lsh_slot_in_{options.probes}_probes"
-    save(name + "_tuned" * bool(options.tune), {
+    save(name + "_far" * options.far_field + "_tuned" * bool(options.tune), {
         "length": options.length, "probes": options.probes, "bucket_window": window, "tune": options.tune,
         "tune_length": options.tune_length, "rate": options.rate, "losses": figures, "change": changes,
     })  # fmt: skip

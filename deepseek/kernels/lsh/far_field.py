@@ -3,7 +3,8 @@
 A row is cut into blocks of `BLOCK` slots. Of the blocks whose keys have all left the local window, a query sees the
 latest ones alone, earlier ones by twos, fours and so on, each as one key with the logarithm of its number of keys added
 to its score, which is what equal keys would weigh. Only what is complete counts, so nothing depends on later tokens.
-Candidates are not taken out of the means: they are few of a block's keys.
+Candidates are not taken out of the means, although a pair is looked at twice then: measured, that is nearer to exact
+attention than taking them out, perhaps because a mean key underrates its block.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 `deepseek.kernels.lsh` computes it; here is how hash, heads, documents, padding and the cache come together.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,10 @@ class HashRounds(nn.ModuleList):
     """Several hashes as one: a query looks at what any of them finds."""
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
-        return torch.stack([one.key_codes(key_BGSK) for one in self], 2).flatten(1, 2)
+        return torch.stack([one.key_codes(key_BGSK) for one in list[Any](self)], 2).flatten(1, 2)
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
-        return torch.cat([one.query_codes(query_BHTK, probes) for one in self], -1)
+        return torch.cat([one.query_codes(query_BHTK, probes) for one in list[Any](self)], -1)
 
 
 class RandomHash(nn.Module):
@@ -110,7 +110,7 @@ def sparse_attention(
     hasher = random_hash(num_buckets, q.shape[-1], num_rounds, seed) if hash is None else hash
     with torch.no_grad():
         query_codes, key_codes = hasher.query_codes(q, min(probes, num_buckets)), hasher.key_codes(k)
-    limits = {"bucket_window": bucket_window, "local_window": local_window, "sinks": sinks}
+    limits: dict[str, Any] = {"bucket_window": bucket_window, "local_window": local_window, "sinks": sinks}
     if causal:
         out = kernel.lsh_attention(
             q, k, v, query_codes, key_codes, num_buckets=num_buckets, scale=scale, document_ids_BS=document_ids,
