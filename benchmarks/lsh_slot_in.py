@@ -2,15 +2,20 @@
 
     python benchmarks/hash_recall.py                  # fits the hashes
     python benchmarks/lsh_slot_in.py
+    python benchmarks/lsh_slot_in.py --far-field --skip-random --tune 200
 
 The same texts and the same fresh tokens for every model; the change of the loss is paired, text by text.
+
+`--tune` trains the projections of attention in the LSH layers, hash and all other weights fixed, on texts of the
+corpora that the hashes were fitted on, one a step; none of them is scored. The exact model is tuned in the same way, on
+the same texts, as a control: against it the change is what LSH costs, against the exact model as it was, what is left.
 """
 
 import argparse
 from typing import Any
 
 import torch
-from hash_recall import BASE, FIRST, PROBES, TEST, WINDOW, corpus, fitted
+from hash_recall import BASE, FIRST, FIT, PROBES, TEST, WINDOW, corpus, fitted
 from results import save
 
 import deepseek
@@ -18,8 +23,13 @@ from deepseek.data.encode import long_texts
 from deepseek.model.attention.hash import plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.train.distill_hash import HashSettings
+from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
 
 PARTS = ("whole", "second half")
+PAIRS = (
+    ("random", "exact"), ("distilled", "exact"), ("exact, tuned", "exact"), ("distilled, tuned", "exact"),
+    ("distilled, tuned", "exact, tuned"),
+)  # fmt: skip
 
 
 def main() -> None:
@@ -28,35 +38,78 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=1, help="of each corpus")
     parser.add_argument("--window", type=int, help="keys of a bucket looked at")
     parser.add_argument("--probes", type=int, default=PROBES, help="buckets a query looks into")
+    parser.add_argument("--far-field", action="store_true", help="look at summaries of the rest, too")
+    parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="then train so many steps, 200 at most")
+    parser.add_argument("--tune-length", type=int, default=4096, help="tokens of a step")
+    parser.add_argument("--rate", type=float, default=3e-5, help="learning rate of tuning")
     parser.add_argument("--skip-random", action="store_true", help="measure the distilled hash only")
     options = parser.parse_args()
     window = options.window or WINDOW[options.length]
     full, tokenizer = deepseek.load(BASE, dtype="float32")
     config = ModelConfig(
         attention="lsh", lsh_num_buckets=HashSettings().num_buckets, lsh_probes=options.probes,
-        lsh_bucket_window=window, lsh_exact_layers=list(range(FIRST)),
+        lsh_bucket_window=window, lsh_exact_layers=list(range(FIRST)), lsh_far_field=options.far_field,
     )  # fmt: skip
     distilled, _ = deepseek.load(BASE, config=config, dtype="float32")
     plug_hashes(distilled, fitted(full, tokenizer, "distilled"))
     models = {"distilled": distilled}
     if not options.skip_random:
         models["random"] = deepseek.load(BASE, config=config, dtype="float32").model
-    rows = []
-    for name in TEST:
-        for ids_T in long_texts(corpus(name), tokenizer, options.texts, options.length, seed=1):
-            row: dict[str, Any] = {"corpus": name, "exact": losses(full, ids_T)}
-            row |= {kind: losses(model, ids_T) for kind, model in models.items()}
-            rows.append(row)
-            print(row, flush=True)
+    texts = [(name, long_texts(corpus(name), tokenizer, options.texts, options.length, seed=1)) for name in TEST]
+    figures = {kind: score(kind, model, texts) for kind, model in {"exact": full, **models}.items()}
+    if options.tune:
+        documents = [document for name in FIT for document in corpus(name)]
+        lessons_RT = long_texts(documents, tokenizer, options.tune, options.tune_length, seed=2)
+        for kind, model in (("exact", full), ("distilled", distilled)):
+            tune(kind, model, lessons_RT, options.rate)
+            figures[f"{kind}, tuned"] = score(f"{kind}, tuned", model, texts)
     changes = {
-        kind: {part: sum(r[kind][part] for r in rows) / sum(r["exact"][part] for r in rows) - 1 for part in PARTS}
-        for kind in models
+        f"{kind} against {base}": change(figures[kind], figures[base]) for kind, base in PAIRS if kind in figures
     }
-    for kind, change in changes.items():
-        print(f"{kind:10}", "  ".join(f"{part} {change[part]:+.2%}" for part in PARTS))
+    for pair, parts in changes.items():
+        print(f"{pair:40}", "  ".join(f"{part} {parts[part]:+.2%}" for part in PARTS))
     name = "lsh_slot_in" if options.probes == PROBES else f"lsh_slot_in_{options.probes}_probes"
-    save(name, {"length": options.length, "probes": options.probes, "bucket_window": window, "texts": rows,
-                "change": changes})  # fmt: skip
+    save(name + "_far" * options.far_field + "_tuned" * bool(options.tune), {
+        "length": options.length, "probes": options.probes, "bucket_window": window, "tune": options.tune,
+        "tune_length": options.tune_length, "rate": options.rate, "losses": figures, "change": changes,
+    })  # fmt: skip
+
+
+def change(mine: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, float]:
+    return {part: sum(row[part] for row in mine) / sum(row[part] for row in base) - 1 for part in PARTS}
+
+
+def score(kind: str, model: Any, texts: list[tuple[str, torch.Tensor]]) -> list[dict[str, Any]]:
+    """Return the losses of each text."""
+    rows = [{"corpus": name} | losses(model, ids_T) for name, ids_RT in texts for ids_T in ids_RT]
+    print(kind, rows, flush=True)
+    return rows
+
+
+def tune(kind: str, model: Any, lessons_RT: torch.Tensor, rate: float) -> None:
+    """Train the projections of attention in all layers but the first ones, a text a step."""
+    config, steps = OptimConfig(rate), len(lessons_RT)
+    model.requires_grad_(False)
+    trained = {
+        f"{layer}.{name}": parameter
+        for layer, block in enumerate(model.layers[FIRST:], FIRST)
+        for name, parameter in block.attention.named_parameters()
+    }
+    for parameter in trained.values():
+        parameter.requires_grad_()
+    model.train()
+    model.activation_checkpointing_enable()
+    optimizer = adamw(trained, config)
+    for step, ids_T in enumerate(lessons_RT):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, steps)
+        loss = model(ids_T[None], labels=ids_T[None], use_cache=False).loss
+        loss.backward()
+        clip_gradients(trained.values(), config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"{kind} step {step + 1}/{steps} loss {float(loss):.4f}", flush=True)
+    model.eval()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dmoe": {"num_experts": 4, "expert_dim": 16, "num_shared_experts": 1, "max_experts": 2},
     "lsh": {
         "attention": "lsh", "lsh_num_buckets": 6, "lsh_probes": 2, "lsh_bucket_window": 3, "lsh_local_window": 7,
-        "lsh_sinks": 2, "lsh_exact_layers": [0],
+        "lsh_sinks": 2, "lsh_exact_layers": [0], "lsh_rounds": 2,
     },
     "dpe": {"positional_encoding": "dpe", "train_len": 16},
 }  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepseek.kernels.lsh.decode import BucketCache
+from deepseek.kernels.lsh.far_field import BLOCK
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.lsh import LshAttention
 from deepseek.model.experts.armed import ArmedExperts
@@ -125,7 +126,7 @@ class TorchSegment:
     Attributes:
         keys, values: `[1, G, T, K]` of each layer.
         gates: the gates' sums `[1, 3, M]` after the last token.
-        codes: the keys' bucket codes `[1, G, T]` in LSH layers.
+        codes: the keys' bucket codes `[1, GR, T]` in LSH layers.
         key_bias: `[1, H, T]` in layers with dynamic positions.
     """
 
@@ -137,7 +138,7 @@ class TorchSegment:
 
     @property
     def nbytes(self) -> int:
-        codes = (codes_BGT for _, codes_BGT in self.codes.values())
+        codes = (codes_BJT for _, codes_BJT in self.codes.values())
         return sum(part.nbytes for part in (*self.keys, *self.values, *_tensors(self.gates, self.key_bias), *codes))
 
 
@@ -170,7 +171,7 @@ class TorchState:
             keys=tuple(layer.keys[:, :, start:].clone() for layer in layers),
             values=tuple(layer.values[:, :, start:].clone() for layer in layers),
             gates={layer: sums.clone() for layer, sums in cache.gate_state.items()},
-            codes={layer: (own.windows, own.codes_BGS[:, :, start:].long()) for layer, own in cache.buckets.items()},
+            codes={layer: (own.windows, own.codes_BJS[:, :, start:].long()) for layer, own in cache.buckets.items()},
             key_bias={layer: bias[..., start:].clone() for layer, bias in cache.key_bias.items()},
         )
 
@@ -214,7 +215,9 @@ class TorchRunner:
             if isinstance(block.attention, LshAttention) and not block.attention.exact:
                 windows = block.attention.windows
                 ring = (windows.num_buckets + 2) * (1 + max(windows.bucket, windows.sinks))
-                total += groups * (2 * 4 * length + 8 * ring) + 8
+                total += groups * windows.rounds * (2 * 4 * length + 8 * ring) + 8
+                if windows.far_field:
+                    total += (length // BLOCK + 1) * 8 * (groups * 2 * block.attention.head_dim + 1)
         return total
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> TorchState:

@@ -36,6 +36,17 @@ class ScoreBias:
     key_BHS: Tensor | None = None
     scale_BHT: Tensor | None = None
 
+    def scaled(self, query_BHTK: Tensor) -> Tensor:
+        """Return the queries times `scale_BHT`."""
+        return query_BHTK if self.scale_BHT is None else query_BHTK * self.scale_BHT[..., None].to(query_BHTK.dtype)
+
+    def terms(self, query_BHTK: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Return table `[B, H, T, 32]`, at least in fp32, and the terms `[B, H, S]` of `total` keys in fp64."""
+        (batch, heads, length, _), zero = query_BHTK.shape, query_BHTK.new_zeros(())
+        table = (zero if self.table_BHTN is None else self.table_BHTN).expand(batch, heads, length, NUM_BUCKETS)
+        table = table.to(torch.promote_types(query_BHTK.dtype, torch.float32))
+        return table, (zero if self.key_BHS is None else self.key_BHS).expand(batch, heads, total).double()
+
 
 @dataclass(frozen=True)
 class Visible:
@@ -79,8 +90,7 @@ def reference_attention(
 
 def scaled_query(query_BHTK: Tensor, bias: ScoreBias) -> Tensor:
     """Return the queries times `bias.scale_BHT` and over the root of K."""
-    factor = query_BHTK.shape[-1] ** -0.5
-    return query_BHTK * (factor if bias.scale_BHT is None else (bias.scale_BHT * factor)[..., None])
+    return bias.scaled(query_BHTK) * query_BHTK.shape[-1] ** -0.5
 
 
 def biased_attention(
@@ -92,13 +102,9 @@ def biased_attention(
     quick = query_BHTK.device.type == "cpu" and query_BHTK.dtype != torch.double and openmp.has_sgemm()
     if not quick or visible.real_BS is not None:
         return chunked_attention(*parts, bias, visible)
-    (batch, heads, length, _), total = query_BHTK.shape, key_BGSK.shape[2]
-    zero = query_BHTK.new_zeros(())
-    table_BHTN = (zero if bias.table_BHTN is None else bias.table_BHTN).expand(batch, heads, length, NUM_BUCKETS)
-    slope_BHS = (zero if bias.key_BHS is None else bias.key_BHS).expand(batch, heads, total)
     attended: Tensor = _Tiled.apply(
-        scaled_query(query_BHTK.float(), bias), key_BGSK.float(), value_BGSK.float(), table_BHTN.float(),
-        slope_BHS.double(), visible.first_BT.expand(batch, length),
+        scaled_query(query_BHTK.float(), bias), key_BGSK.float(), value_BGSK.float(),
+        *bias.terms(query_BHTK, key_BGSK.shape[2]), visible.first_BT.expand(len(query_BHTK), -1),
     )  # fmt: skip
     return attended.to(query_BHTK.dtype)
 

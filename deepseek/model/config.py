@@ -42,8 +42,10 @@ class ModelConfig(PreTrainedConfig):
         full_attention_layers: layers that ignore `sliding_window` (Qwen2 and Qwen3 mix both kinds).
         attention: "full", or "lsh": each query looks at few keys, chosen by their hash (`model/attention/lsh.py`).
         lsh_num_buckets, lsh_probes: buckets of keys, and how many of them a query looks into.
+        lsh_rounds: independent hashes, each with its buckets and probes; a query looks at what any of them finds.
         lsh_bucket_window, lsh_local_window, lsh_sinks: most recent keys it looks at in each such bucket, most recent
             keys and first keys of its document it looks at whatever their bucket.
+        lsh_far_field: whether a query looks at a few summaries of all other past keys, too.
         lsh_exact_layers: layers that keep full attention; None = the first two, which look everywhere.
         max_position_embeddings: longest context in tokens; `max_len` is another name for it.
         positional_encoding: "rope", "dpe" (rope and a learned bias of scores, see `model/positions/dynamic.py`),
@@ -99,9 +101,11 @@ class ModelConfig(PreTrainedConfig):
     full_attention_layers: list[int] | None = None
     lsh_num_buckets: int = 64
     lsh_probes: int = 4
+    lsh_rounds: int = 1
     lsh_bucket_window: int = 96
     lsh_local_window: int = 128
     lsh_sinks: int = 4
+    lsh_far_field: bool = False
     lsh_exact_layers: list[int] | None = None
 
     positional_encoding: str = "rope"
@@ -244,18 +248,19 @@ def _validate_positions(config: ModelConfig) -> None:
         )
     if train_len is not None and not 0 < train_len <= longest:
         raise ConfigError(f"train_len={train_len} must be positive and at most max_position_embeddings={longest}.")
-    if config.attention != "full" and kind in ("alibi", "dpe"):
-        raise ConfigError(
-            f"attention={config.attention!r} contradicts positional_encoding={kind!r}, whose bias of scores only "
-            "'full' attention adds; use 'rope', 'learned' or 'none'."
-        )
 
 
 def _validate_lsh(config: ModelConfig) -> None:
-    for name, least in (("num_buckets", 1), ("probes", 1), ("bucket_window", 1), ("local_window", 1), ("sinks", 0)):
+    for name in ("num_buckets", "probes", "rounds", "bucket_window", "local_window", "sinks"):
+        least = 0 if name == "sinks" else 1
         value = getattr(config, f"lsh_{name}")
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"lsh_{name}={value!r} must be at least {least}.")
+    if config.lsh_far_field and config.positional_encoding in ("alibi", "dpe"):
+        raise ConfigError(
+            f"lsh_far_field=True contradicts positional_encoding={config.positional_encoding!r}, as a summary of keys "
+            "has no bias; leave lsh_far_field out."
+        )
     if config.sliding_window is not None:
         raise ConfigError(
             f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window is lsh_local_window; "

@@ -101,7 +101,8 @@ def check_names(found: Collection[str], expected: Collection[str]) -> None:
 
 
 def _bad_length(prefix: bytes, length: int) -> str:
-    pickled = prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5" and prefix[2:3] >= b"("  # the least opcode; a length may begin alike
+    # A length may begin like a pickle, but no instruction of a pickle comes before "(".
+    pickled = prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5" and prefix[2:3] >= b"("
     if pickled or prefix.startswith(b"PK"):
         return "it is a zip or pickle archive under another name, which could run code; packs are safetensors files"
     if len(prefix) == 8 and length > MAX_HEADER:

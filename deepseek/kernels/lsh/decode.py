@@ -7,140 +7,192 @@ window, into its bucket's ring. The candidates are those of `attention.lsh_atten
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deepseek.kernels.distance import distance_buckets
+from deepseek.kernels.lsh.far_field import BLOCK, BlockSums
 from deepseek.kernels.lsh.intervals import Windows
+from deepseek.kernels.score_bias import ScoreBias
 
 
 class BucketCache:
-    """Buckets of the keys of one layer in the cache.
+    """Buckets of the keys of one layer in the cache, J = GR rows: the R rounds of a key head side by side.
 
     Attributes:
-        codes_BGS: codes of the keys so far, int32; `num_buckets` at sinks and `num_buckets + 1` at padding.
+        codes_BJS: codes of the keys so far, int32; `num_buckets` at sinks in the first round, and `num_buckets + 1`,
+            which nobody probes, at sinks in the others and at padding.
         seen_B: number of real tokens so far.
+        sums: those of the far field; None without one.
     """
 
     def __init__(self, windows: Windows) -> None:
         self.windows, self.length = windows, 0
         self.seen_B: Tensor | None = None
-        self._room_BGS: Tensor | None = None  # codes with room for more, so that a step does not copy them
-        self._ring_BGCW: Tensor | None = None  # positions, C buckets and W places; built at the first single step
-        self._count_BGC: Tensor | None = None  # keys that have entered each bucket so far
+        self.sums = BlockSums() if windows.far_field else None
+        self._room_BJS: Tensor | None = None  # codes with room for more, so that a step does not copy them
+        self._ring_BJCW: Tensor | None = None  # positions, C buckets and W places; built at the first single step
+        self._count_BJC: Tensor | None = None  # keys that have entered each bucket so far
 
     @property
-    def codes_BGS(self) -> Tensor:
-        assert self._room_BGS is not None
-        return self._room_BGS[:, :, : self.length]
+    def codes_BJS(self) -> Tensor:
+        assert self._room_BJS is not None
+        return self._room_BJS[:, :, : self.length]
+
+    @property
+    def real_BS(self) -> Tensor:
+        """False at padding."""
+        return self.codes_BJS[:, 0] != self.windows.num_buckets + 1
 
     @property
     def nbytes(self) -> int:
-        parts = (self.seen_B, self._room_BGS, self._ring_BGCW, self._count_BGC)
+        parts = (self.seen_B, self._room_BJS, self._ring_BJCW, self._count_BJC, self.sums)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def append(self, key_codes_BGT: Tensor, real_BT: Tensor | None = None, first_BT: Tensor | None = None) -> None:
+    def append(self, key_codes_BJT: Tensor, real_BT: Tensor | None = None, first_BT: Tensor | None = None) -> None:
         """Add new keys.
 
         Args:
             real_BT: False at padding.
             first_BT: index of the first token of each token's document; only if there are no keys yet.
         """
-        batch, groups, added = key_codes_BGT.shape
-        ones_BT = key_codes_BGT.new_ones(batch, added) if real_BT is None else real_BT.long()
+        batch, rows, added = key_codes_BJT.shape
+        ones_BT = key_codes_BJT.new_ones(batch, added) if real_BT is None else real_BT.long()
         seen_B1 = ones_BT.new_zeros(batch, 1) if self.seen_B is None else self.seen_B[:, None]
         rank_BT = seen_B1 + ones_BT.cumsum(1) - ones_BT
         self.seen_B = seen_B1[:, 0] + ones_BT.sum(1)
         if first_BT is not None:
             rank_BT = rank_BT - rank_BT.gather(1, first_BT)
         total = self.length + added
-        if self._room_BGS is None or total > self._room_BGS.shape[2]:
-            room = key_codes_BGT.new_empty(batch, groups, 2 * total, dtype=torch.int32)
-            if self._room_BGS is not None:
-                room[:, :, : self.length] = self.codes_BGS
-            self._room_BGS = room
-        self._room_BGS[:, :, self.length : total] = self._mark(key_codes_BGT, ones_BT, rank_BT)
+        if self._room_BJS is None or total > self._room_BJS.shape[2]:
+            room = key_codes_BJT.new_empty(batch, rows, 2 * total, dtype=torch.int32)
+            if self._room_BJS is not None:
+                room[:, :, : self.length] = self.codes_BJS
+            self._room_BJS = room
+        self._room_BJS[:, :, self.length : total] = self._mark(key_codes_BJT, ones_BT, rank_BT)
         self.length = total
-        if added == 1 and self._ring_BGCW is not None:
+        if added == 1 and self._ring_BJCW is not None:
             self._push(total - 1 - self.windows.local)
         else:
-            self._ring_BGCW = None
+            self._ring_BJCW = None
 
     def candidates(self, query_codes_BH1P: Tensor) -> tuple[Tensor, Tensor]:
         """Return the places of keys outside the local window that the newest query looks at, and which count.
 
         Both are `[B, G, N, W]` for N buckets, the sinks' first, of all the queries that share a key head.
         """
-        if self._ring_BGCW is None:
+        if self._ring_BJCW is None:
             self._build()
-        assert self._ring_BGCW is not None and self._count_BGC is not None
-        (batch, groups, _, places), sinks = self._ring_BGCW.shape, self.windows.num_buckets
-        bucket_BHN = torch.cat(
-            (query_codes_BH1P.new_full((*query_codes_BH1P.shape[:3], 1), sinks), query_codes_BH1P), -1
-        )
-        bucket_BGN = bucket_BHN.view(batch, groups, -1).long()
-        position_BGNW = self._ring_BGCW.gather(2, bucket_BGN[..., None].expand(-1, -1, -1, places))
-        count_BGN1 = self._count_BGC.gather(2, bucket_BGN)[..., None]
-        age_BGNW = (count_BGN1 - 1 - torch.arange(places, device=count_BGN1.device)) % places
-        limit_BGN = torch.where(bucket_BGN == sinks, self.windows.sinks, self.windows.bucket)
-        return position_BGNW, age_BGNW < torch.minimum(count_BGN1, limit_BGN[..., None])
+        assert self._ring_BJCW is not None and self._count_BJC is not None
+        (batch, rows, _, places), sinks, rounds = self._ring_BJCW.shape, self.windows.num_buckets, self.windows.rounds
+        groups = rows // rounds
+        codes_BGMRP = query_codes_BH1P.long().view(batch, groups, -1, rounds, query_codes_BH1P.shape[-1] // rounds)
+        bucket_BGMRN = nn.functional.pad(codes_BGMRP, (1, 0), value=sinks)
+        bucket_BJN = bucket_BGMRN.transpose(2, 3).reshape(batch, rows, -1)
+        position_BJNW = self._ring_BJCW.gather(2, bucket_BJN[..., None].expand(-1, -1, -1, places))
+        count_BJN1 = self._count_BJC.gather(2, bucket_BJN)[..., None]
+        age_BJNW = (count_BJN1 - 1 - torch.arange(places, device=count_BJN1.device)) % places
+        limit_BJN = torch.where(bucket_BJN == sinks, self.windows.sinks, self.windows.bucket)
+        valid_BJNW = age_BJNW < torch.minimum(count_BJN1, limit_BJN[..., None])
+        by_round = (batch, groups, rounds, *bucket_BGMRN.shape[2:3], -1, places)
+        position, valid = (part.view(by_round).transpose(2, 3) for part in (position_BJNW, valid_BJNW))
+        if rounds > 1:
+            valid = self._first_finds(position.flatten(3), valid.flatten(3)).view_as(valid)
+        return position.flatten(2, 4), valid.flatten(2, 4)
+
+    def _first_finds(self, position_BGMN: Tensor, valid_BGMN: Tensor) -> Tensor:
+        """Return which of a query's valid positions are the first of their kind."""
+        sorted_BGMN, order_BGMN = torch.where(valid_BGMN, position_BGMN, self.length).sort(dim=-1, stable=True)
+        new_BGMN = sorted_BGMN.diff(dim=-1, prepend=sorted_BGMN.new_full((*sorted_BGMN.shape[:-1], 1), -1)) != 0
+        return valid_BGMN & torch.empty_like(new_BGMN).scatter_(-1, order_BGMN, new_BGMN)
 
     def attend(
-        self, query_BH1K: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BH1P: Tensor, scale: float
-    ) -> Tensor:
+        self, query_BH1K: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BH1P: Tensor,
+        scale: float | None = None, bias: ScoreBias | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the attention `[B, H, 1, K]` of the newest token, whose key is the last one."""
-        query_BGRK = query_BH1K.view(*key_BGSK.shape[:2], -1, key_BGSK.shape[-1]) * scale
-        shared, lowest = query_BGRK.shape[2], torch.finfo(query_BH1K.dtype).min
+        scale = query_BH1K.shape[-1] ** -0.5 if scale is None else scale
+        query_BH1K = query_BH1K if bias is None else bias.scaled(query_BH1K)
+        query_BGMK = query_BH1K.view(*key_BGSK.shape[:2], -1, key_BGSK.shape[-1]) * scale
+        shared, lowest = query_BGMK.shape[2], torch.finfo(query_BH1K.dtype).min
         position_BGNW, valid_BGNW = self.candidates(query_codes_BH1P)
         old = [_rows(part, position_BGNW).unflatten(2, (shared, -1)) for part in (key_BGSK, value_BGSK)]
-        scores_old = (query_BGRK[..., None, :] @ old[0].mT).squeeze(-2)  # five times as fast as keys times query
+        scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(-2)  # five times as fast as keys times query
         scores_old = scores_old.masked_fill(~valid_BGNW.view_as(scores_old), lowest)
         near = slice(max(0, self.length - self.windows.local), self.length)
-        padding_BG1S = (self.codes_BGS[:, :, near] == self.windows.num_buckets + 1)[:, :, None]
-        scores_near = (query_BGRK @ key_BGSK[:, :, near].mT).masked_fill(padding_BG1S, lowest)
-        weights = torch.cat((scores_near, scores_old), -1).softmax(-1, dtype=torch.float32).to(value_BGSK.dtype)
-        weights_near, weights_old = weights.tensor_split([scores_near.shape[-1]], -1)
-        out_BGRK = weights_near @ value_BGSK[:, :, near] + (weights_old[..., None, :] @ old[1]).squeeze(-2)
-        return out_BGRK.view_as(query_BH1K)
+        padding_B11S = ~self.real_BS[:, None, None, near]
+        scores_near = (query_BGMK @ key_BGSK[:, :, near].mT).masked_fill(padding_B11S, lowest)
+        scores = torch.cat((scores_near, scores_old), -1)
+        if bias is not None:
+            scores = scores + self._added(bias, query_BH1K, near.start, position_BGNW.view_as(scores_old))
+        counts = [scores_near.shape[-1], scores.shape[-1]]
+        if self.sums is not None:
+            self.sums.append(key_BGSK, value_BGSK, self.real_BS)
+            blocks_N = torch.tensor([near.start // BLOCK], device=scores.device)
+            far_key, far_value, added_BNF, _ = self.sums.summaries(blocks_N, value_BGSK.dtype)
+            scores = torch.cat((scores, query_BGMK @ far_key[:, :, 0].mT + added_BNF[:, :, None]), -1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(value_BGSK.dtype)
+        weights_near, weights_old, weights_far = weights.tensor_split(counts, -1)
+        out_BGMK = weights_near @ value_BGSK[:, :, near] + (weights_old[..., None, :] @ old[1]).squeeze(-2)
+        if self.sums is not None:
+            out_BGMK = out_BGMK + weights_far @ far_value[:, :, 0]
+        return out_BGMK.view_as(query_BH1K)
+
+    def _added(self, bias: ScoreBias, query_BH1K: Tensor, first: int, position_BGMN: Tensor) -> Tensor:
+        """Return the bias `[B, G, M, N]` of the newest query's scores: with keys from `first` on, and at positions."""
+        batch, groups, shared, _ = position_BGMN.shape
+        near_BGMS = torch.arange(first, self.length, device=position_BGMN.device).expand(batch, groups, shared, -1)
+        position_BHN = torch.cat((near_BGMS, position_BGMN), -1).flatten(1, 2)
+        table_BH1N, term_BHS = bias.terms(query_BH1K, self.length)
+        rank_BHS = self.real_BS.cumsum(-1)[:, None].expand_as(term_BHS)
+        bucket_BHN = distance_buckets(rank_BHS[..., -1:] - rank_BHS.gather(2, position_BHN))
+        added_BHN = table_BH1N[:, :, 0].gather(2, bucket_BHN) + (term_BHS.gather(2, position_BHN) - term_BHS[..., -1:])
+        return added_BHN.view(batch, groups, shared, -1)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change`, which picks, repeats or reorders sequences along the first axis, to all that is kept."""
-        for name in ("seen_B", "_room_BGS", "_ring_BGCW", "_count_BGC"):
+        for name in ("seen_B", "_room_BJS", "_ring_BJCW", "_count_BJC"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else change(value))
+        if self.sums is not None:
+            self.sums.change_rows(change)
 
     def crop(self, length: int) -> None:
         """Forget all keys from `length` on."""
-        self.length, self._ring_BGCW = length, None
-        self.seen_B = (self.codes_BGS[:, 0] != self.windows.num_buckets + 1).sum(-1)
+        self.length, self._ring_BJCW = length, None
+        self.seen_B = self.real_BS.sum(-1)
+        if self.sums is not None:
+            self.sums.crop(length)
 
-    def _mark(self, key_codes_BGT: Tensor, ones_BT: Tensor, rank_BT: Tensor) -> Tensor:
-        sink_B1T, padding_B1T = (rank_BT < self.windows.sinks)[:, None], (ones_BT == 0)[:, None]
-        sinks_BGT = key_codes_BGT.masked_fill(sink_B1T, self.windows.num_buckets)
-        return sinks_BGT.masked_fill(padding_B1T, self.windows.num_buckets + 1)
+    def _mark(self, key_codes_BJT: Tensor, ones_BT: Tensor, rank_BT: Tensor) -> Tensor:
+        later_J = torch.arange(key_codes_BJT.shape[1], device=ones_BT.device) % self.windows.rounds > 0
+        sinks_J1 = self.windows.num_buckets + later_J.to(key_codes_BJT.dtype)[:, None]
+        sinks_BJT = torch.where((rank_BT < self.windows.sinks)[:, None], sinks_J1, key_codes_BJT)
+        return sinks_BJT.masked_fill((ones_BT == 0)[:, None], self.windows.num_buckets + 1)
 
     def _push(self, position: int) -> None:
         """Let the key at `position` enter its bucket."""
-        assert self._ring_BGCW is not None and self._count_BGC is not None
+        assert self._ring_BJCW is not None and self._count_BJC is not None
         if position >= 0:
-            bucket_BG1 = self.codes_BGS[:, :, position, None].long()
-            count_BG1 = self._count_BGC.gather(2, bucket_BG1)
-            place_BG1 = bucket_BG1 * self._ring_BGCW.shape[3] + count_BG1 % self._ring_BGCW.shape[3]
-            self._ring_BGCW.flatten(2).scatter_(2, place_BG1, position)
-            self._count_BGC.scatter_(2, bucket_BG1, count_BG1 + 1)
+            bucket_BJ1 = self.codes_BJS[:, :, position, None].long()
+            count_BJ1 = self._count_BJC.gather(2, bucket_BJ1)
+            place_BJ1 = bucket_BJ1 * self._ring_BJCW.shape[3] + count_BJ1 % self._ring_BJCW.shape[3]
+            self._ring_BJCW.flatten(2).scatter_(2, place_BJ1, position)
+            self._count_BJC.scatter_(2, bucket_BJ1, count_BJ1 + 1)
 
     def _build(self) -> None:
         """Fill the rings with all keys that have left the newest token's local window."""
         windows = self.windows
         buckets, places = windows.num_buckets + 2, max(windows.bucket, windows.sinks)
-        old_BGS = self.codes_BGS[:, :, : max(0, self.length - windows.local)].long()
-        sorted_BGS, order_BGS = old_BGS.sort(dim=-1, stable=True)
-        edges_BGC = torch.arange(buckets + 1, device=old_BGS.device).expand(*old_BGS.shape[:2], -1).contiguous()
-        first_BGC = torch.searchsorted(sorted_BGS.contiguous(), edges_BGC)
-        self._count_BGC = first_BGC.diff(dim=-1)
-        rank_BGS = torch.arange(old_BGS.shape[2], device=old_BGS.device) - first_BGC.gather(2, sorted_BGS)
-        recent_BGS = rank_BGS >= self._count_BGC.gather(2, sorted_BGS) - places
-        place_BGS = torch.where(recent_BGS, sorted_BGS * places + rank_BGS % places, buckets * places)
-        ring_BGN = old_BGS.new_zeros(*old_BGS.shape[:2], buckets * places + 1).scatter_(2, place_BGS, order_BGS)
-        self._ring_BGCW = ring_BGN[..., :-1].unflatten(2, (buckets, places)).contiguous()
+        old_BJS = self.codes_BJS[:, :, : max(0, self.length - windows.local)].long()
+        sorted_BJS, order_BJS = old_BJS.sort(dim=-1, stable=True)
+        edges_BJC = torch.arange(buckets + 1, device=old_BJS.device).expand(*old_BJS.shape[:2], -1).contiguous()
+        first_BJC = torch.searchsorted(sorted_BJS.contiguous(), edges_BJC)
+        self._count_BJC = first_BJC.diff(dim=-1)
+        rank_BJS = torch.arange(old_BJS.shape[2], device=old_BJS.device) - first_BJC.gather(2, sorted_BJS)
+        recent_BJS = rank_BJS >= self._count_BJC.gather(2, sorted_BJS) - places
+        place_BJS = torch.where(recent_BJS, sorted_BJS * places + rank_BJS % places, buckets * places)
+        ring_BJN = old_BJS.new_zeros(*old_BJS.shape[:2], buckets * places + 1).scatter_(2, place_BJS, order_BJS)
+        self._ring_BJCW = ring_BJN[..., :-1].unflatten(2, (buckets, places)).contiguous()
 
 
 def _rows(x_BGSK: Tensor, position_BGNW: Tensor) -> Tensor:

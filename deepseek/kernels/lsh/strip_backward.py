@@ -5,15 +5,15 @@ from numba import njit
 
 from deepseek.kernels.few_tokens import exp
 from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply, multiply_add
-from deepseek.kernels.lsh.strip_forward import EXACT, gather, score, strip_end
+from deepseek.kernels.lsh.strip_scores import EXACT, bucket, gather, score, strip_end
 
 
 @njit(fastmath=True)
-def _denominators(rows, grad, out, lse, lse_m, dots_m):  # type: ignore[no-untyped-def]
-    """Set for each query the logarithm of its denominator, and the product of its output with that one's gradient."""
+def _denominators(rows, grad, grad_lse, out, lse, lse_m, dots_m):  # type: ignore[no-untyped-def]
+    """Set for each query the logarithm of its denominator, and what all gradients of its weights have in common."""
     for m in range(len(rows)):
         t, h = rows[m] // out.shape[1], rows[m] % out.shape[1]
-        total = np.float32(0)
+        total = -grad_lse[t, h]
         for k in range(out.shape[2]):
             total += grad[t, h, k] * out[t, h, k]
         lse_m[m], dots_m[m] = lse[t, h], total
@@ -53,25 +53,41 @@ def _add_outer(left, count, x, rows, scale, part, target):  # type: ignore[no-un
 
 
 @njit
-def backward(q, keys, values, out, lse, pairs, scale, buffers, grad, grad_q, grad_keys, grad_values):  # type: ignore[no-untyped-def]
+def _add_bias_gradients(queries, laid, pairs, grads, grad_tables, grad_terms):  # type: ignore[no-untyped-def]
+    (_, ranks, tables, _, _, _), (_, key_ranks, _, _), (rows, starts, stops) = queries, laid, pairs
+    for m in range(len(rows)):
+        t, h = rows[m] // tables.shape[1], rows[m] % tables.shape[1]
+        rank, grad_table = ranks[t], grad_tables[t, h]
+        for j in range(starts[m], stops[m]):
+            grad = grads[j - starts[0], m]
+            grad_table[bucket(rank - key_ranks[j])] += grad
+            grad_terms[j, h] += grad
+
+
+@njit
+def backward(queries, laid, values, out, lse, pairs, earlier, scale, buffers, grads_out, grads_in, grads_laid):  # type: ignore[no-untyped-def]
     """Add to the gradients of queries, and of the keys and values of one list, what its intervals contribute."""
-    (rows, starts, stops), (side, part, weights, grads) = pairs, buffers
+    (rows, starts, stops), (side, part, weights, changes), (q, keys) = pairs, buffers, (queries[0], laid[0])
+    (grad, grad_lse), (grad_q, grad_tables), (grad_keys, grad_values, grad_terms) = grads_out, grads_in, grads_laid
     width, one, most = q.shape[2], np.float32(1), len(weights) - ROWS
     lse_m, dots_m = np.zeros(COLUMNS, np.float32), np.zeros(COLUMNS, np.float32)
     first = 0
     while first < len(rows):
         last = strip_end(first, starts, stops, most)
-        own, base, count = slice(first, last), starts[first], stops[last - 1] - starts[first]
-        mine, key, value = rows[own], keys[base:].ctypes.data, values[base:].ctypes.data
+        base, count = starts[first], stops[last - 1] - starts[first]
+        strip = rows[first:last], starts[first:last], stops[first:last]
+        mine, key, value = strip[0], keys[base:].ctypes.data, values[base:].ctypes.data
         gather(grad, mine, one, side)
-        multiply(value, width, 1, side.ctypes.data, COLUMNS, grads.ctypes.data, COLUMNS, count, COLUMNS, width)
+        multiply(value, width, 1, side.ctypes.data, COLUMNS, changes.ctypes.data, COLUMNS, count, COLUMNS, width)
         gather(q, mine, scale, side)
-        score(keys, side, starts[own], stops[own], weights)
-        _denominators(mine, grad, out, lse, lse_m, dots_m)
-        _through_softmax(weights[:count], grads[:count], lse_m, dots_m)
-        weights[count : count + ROWS], grads[count : count + ROWS] = 0, 0
-        multiply(grads.ctypes.data, 1, COLUMNS, key, width, part.ctypes.data, width, COLUMNS, width, count)
+        score(queries, laid, strip, earlier, side, weights)
+        _denominators(mine, grad, grad_lse, out, lse, lse_m, dots_m)
+        _through_softmax(weights[:count], changes[:count], lse_m, dots_m)
+        if grad_tables.shape[2] > 0:
+            _add_bias_gradients(queries, laid, strip, changes, grad_tables, grad_terms)
+        weights[count : count + ROWS], changes[count : count + ROWS] = 0, 0
+        multiply(changes.ctypes.data, 1, COLUMNS, key, width, part.ctypes.data, width, COLUMNS, width, count)
         _add_rows(mine, scale, part, grad_q)
-        _add_outer(grads, count, q, mine, scale, part, grad_keys[base:])
+        _add_outer(changes, count, q, mine, scale, part, grad_keys[base:])
         _add_outer(weights, count, grad, mine, one, part, grad_values[base:])
         first = last

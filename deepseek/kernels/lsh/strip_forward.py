@@ -5,43 +5,7 @@ from numba import njit
 
 from deepseek.kernels.few_tokens import exp
 from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply
-
-LOWEST = np.float32(-1e30)
-EXACT = {"contract", "nnan", "ninf", "nsz", "arcp"}  # fast arithmetic, but sums in the order that the code says
-
-
-@njit
-def strip_end(first, starts, stops, most):  # type: ignore[no-untyped-def]
-    """Return the end of the strip that begins with interval `first`: up to 16 intervals over at most `most` keys."""
-    last = first + 1
-    while last < min(first + COLUMNS, len(starts)) and stops[last] - starts[first] <= most:
-        last += 1
-    return last
-
-
-@njit
-def gather(x, rows, scale, side):  # type: ignore[no-untyped-def]
-    """Set the columns of `side` to rows of x `[T, H/G, K]`, counted over T and H/G, times `scale`."""
-    for m in range(len(rows)):
-        row = x[rows[m] // x.shape[1], rows[m] % x.shape[1]]
-        for k in range(len(row)):
-            side[k, m] = scale * row[k]
-
-
-@njit
-def score(key, side, starts, stops, scores):  # type: ignore[no-untyped-def]
-    """Set `scores[j, m]` to the score of the strip's key j for query m, the lowest outside its interval."""
-    base, count = starts[0], stops[-1] - starts[0]
-    width = key.shape[1]
-    multiply(
-        key[base:].ctypes.data, width, 1, side.ctypes.data, COLUMNS, scores.ctypes.data, COLUMNS, count, COLUMNS, width
-    )
-    for m in range(COLUMNS):
-        first, last = (starts[m] - base, stops[m] - base) if m < len(starts) else (count, count)
-        for j in range(first):
-            scores[j, m] = LOWEST
-        for j in range(last, count):
-            scores[j, m] = LOWEST
+from deepseek.kernels.lsh.strip_scores import EXACT, LOWEST, gather, score, strip_end
 
 
 @njit(fastmath=EXACT)
@@ -72,23 +36,24 @@ def _merge(rows, top, total, part, highest, sums, out):  # type: ignore[no-untyp
 
 
 @njit
-def forward(q, keys, values, out, pairs, scale, buffers, highest, sums):  # type: ignore[no-untyped-def]
+def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest, sums):  # type: ignore[no-untyped-def]
     """Add to outputs and their denominators what the queries see of one list of keys."""
-    (rows, starts, stops), (side, part, scores, _), width = pairs, buffers, q.shape[2]
+    (rows, starts, stops), (side, part, scores, _), width = pairs, buffers, values.shape[1]
     top, total = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
     first = 0
     while first < len(rows):
         last = strip_end(first, starts, stops, len(scores) - ROWS)
-        own, base, count = slice(first, last), starts[first], stops[last - 1] - starts[first]
-        gather(q, rows[own], scale, side)
-        score(keys, side, starts[own], stops[own], scores)
+        base, count = starts[first], stops[last - 1] - starts[first]
+        strip = rows[first:last], starts[first:last], stops[first:last]
+        gather(queries[0], strip[0], scale, side)
+        score(queries, laid, strip, earlier, side, scores)
         top[:] = LOWEST
         for m in range(last - first):
             top[m] = highest[rows[first + m]]
         _soften(scores[:count], top, total)
         value = values[base:].ctypes.data
         multiply(scores.ctypes.data, 1, COLUMNS, value, width, part.ctypes.data, width, COLUMNS, width, count)
-        _merge(rows[own], top, total, part, highest, sums, out)
+        _merge(strip[0], top, total, part, highest, sums, out)
         first = last
 
 

@@ -20,6 +20,8 @@ from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 from deepseek.kernels.lsh import strip_backward, strip_forward
 from deepseek.kernels.lsh.intervals import Intervals, Windows
 from deepseek.kernels.lsh.product import COLUMNS, ROWS
+from deepseek.kernels.lsh.strip_scores import LOWEST
+from deepseek.kernels.lsh.tiles import Inputs
 
 CHUNK = 512
 MOST_LANES = 4  # of gradients of keys and values, which each take as much memory as these
@@ -28,12 +30,13 @@ _backward, _forward, _divide = strip_backward.backward, strip_forward.forward, s
 
 
 @njit
-def _sorted(codes, start, stop, num_lists):  # type: ignore[no-untyped-def]
+def _sorted(codes, start, stop, rounds, num_lists):  # type: ignore[no-untyped-def]
     """Return query, start and stop of all intervals that are not empty, sorted by list, and the end of each list.
 
-    The first list is the local one, the others are the buckets, the sinks last.
+    The first list is the local one, the others are the buckets, the sinks last in their round.
     """
     heads, length, count = start.shape
+    looks, buckets = (count - 1) // rounds, (num_lists - 1) // rounds  # of a round, with those of sinks
     rows, starts, stops = np.empty(start.size, np.int32), np.empty(start.size, np.int32), np.empty(start.size, np.int32)
     ends = np.zeros(num_lists + 1, np.int64)
     for filling in (False, True):
@@ -41,7 +44,11 @@ def _sorted(codes, start, stop, num_lists):  # type: ignore[no-untyped-def]
             for r in range(heads):
                 for i in range(count):
                     if stop[r, t, i] > start[r, t, i]:
-                        c = codes[r, t, i - 2] + 1 if i > 1 else i * (num_lists - 1)
+                        c = 0
+                        if i > 0:
+                            number, look = divmod(i - 1, looks)
+                            code = codes[r, t, i - number - 2] if look > 0 else buckets - 1
+                            c = 1 + number * buckets + code
                         if filling:
                             place = ends[c]
                             rows[place], starts[place], stops[place] = t * heads + r, start[r, t, i], stop[r, t, i]
@@ -65,58 +72,84 @@ def _store(keys, places, x):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _unit(views, places, order, grads, buffers, num_lists, scale, backwards):  # type: ignore[no-untyped-def]
+def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, backwards):  # type: ignore[no-untyped-def]
     """All lists of one unit, forward or backward."""
-    (q, key, value, out, lse), (grad, grad_q, grad_key, grad_value) = views, grads
-    keys, values, grad_keys, grad_values, small = buffers
-    rows, starts, stops, ends = _sorted(places[0], places[1], places[2], num_lists)
-    highest, sums = np.full(lse.size, strip_forward.LOWEST, np.float32), np.zeros(lse.size, np.float32)
+    (key, value, rank, term, place, order), (out, lse) = sources, results
+    laid, values, grads_laid, small = buffers
+    (keys, ranks, terms, places), (grad_keys, grad_values, grad_terms) = laid, grads_laid
+    grads_out, grads_in, (grad_key, grad_value, grad_term) = grads
+    _, _, tables, _, starts_in, stops_in = queries
+    rounds, a_round = len(place) + 1, (starts_in.shape[2] - 1) // (len(place) + 1)
+    rows, starts, stops, ends = _sorted(codes, starts_in, stops_in, rounds, num_lists)
+    highest, sums = np.full(lse.size, LOWEST, np.float32), np.zeros(lse.size, np.float32)
     first = 0
     for c in range(num_lists):
         if ends[c] == first:
             continue
         own, base = slice(first, ends[c]), starts[first]
         pairs = rows[own], starts[own] - base, stops[own] - base
-        laid, first = order[base : stops[ends[c] - 1]], ends[c]
-        _load(key, laid, keys)
-        _load(value, laid, values)
+        which, first = order[base : stops[ends[c] - 1]], ends[c]
+        _load(key, which, keys)
+        _load(value, which, values)
+        if tables.shape[2] > 0:
+            _load(rank, which, ranks)
+            _load(term, which, terms)
+        earlier = max(c - 1, 0) * rounds // (num_lists - 1)  # rounds before that of this list
+        for r in range(earlier):
+            _load(place[r], which, places[r])
         if backwards:
-            grad_keys[: len(laid) + ROWS], grad_values[: len(laid) + ROWS] = 0, 0
-            _backward(q, keys, values, out, lse, pairs, scale, small, grad, grad_q, grad_keys, grad_values)
-            _store(grad_keys, laid, grad_key)
-            _store(grad_values, laid, grad_value)
+            for part in grads_laid:
+                part[: len(which) + ROWS] = 0
+            _backward(
+                queries, laid, values, out, lse, pairs, earlier * a_round, scale, small, grads_out, grads_in, grads_laid
+            )
+            _store(grad_keys, which, grad_key)
+            _store(grad_values, which, grad_value)
+            if tables.shape[2] > 0:
+                _store(grad_terms, which, grad_term)
         else:
-            _forward(q, keys, values, out, pairs, scale, small, highest, sums)
+            _forward(queries, laid, values, out, pairs, earlier * a_round, scale, small, highest, sums)
     if not backwards:
         _divide(out, lse, highest, sums)
 
 
 @njit
-def _run(  # type: ignore[no-untyped-def]
-    q, key, value, out, lse, order, codes, start, stop, grad, grad_q, grad_key, grad_value, scale, num_lists, longest,
-    backwards,
-):  # fmt: skip
-    (batch, length, heads, width), groups, lanes = q.shape, key.shape[2], len(grad_key)
-    own, chunks = heads // groups, (length + CHUNK - 1) // CHUNK
-    most, narrow = (CHUNK + longest + ROWS, width), (2 * longest + ROWS, COLUMNS)  # keys of a list, and of a strip
+def _buffers(most, longest, own, width, rounds):  # type: ignore[no-untyped-def]
+    """Room for the keys of a list, for their gradients, and for the small matrices of a strip."""
+    wide, narrow = (most, width), (2 * longest + ROWS, COLUMNS)
+    laid = (
+        np.zeros(wide, np.float32), np.empty(most, np.int32), np.empty((most, own), np.float64),
+        np.empty((rounds - 1, most), np.int32),
+    )  # fmt: skip
+    grads = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty((most, own), np.float32)
     small = (
         np.zeros((width, COLUMNS), np.float32), np.empty((COLUMNS, width), np.float32), np.empty(narrow, np.float32),
         np.empty(narrow, np.float32),
     )  # fmt: skip
-    buffers = (
-        np.zeros(most, np.float32), np.zeros(most, np.float32), np.empty(most, np.float32), np.empty(most, np.float32),
-        small,
-    )  # fmt: skip
+    return laid, np.zeros(wide, np.float32), grads, small
+
+
+@njit
+def _run(  # type: ignore[no-untyped-def]
+    q, key, value, table, term, out, lse, order, start, stop, codes, place, rank, grad, grad_lse, grad_q, grad_table,
+    grad_key, grad_value, grad_term, scale, num_lists, longest, backwards,
+):  # fmt: skip
+    (batch, length, heads, width), groups, lanes, past = q.shape, key.shape[2], len(grad_key), key.shape[1] - q.shape[1]
+    own, chunks = heads // groups, (length + CHUNK - 1) // CHUNK
+    buffers = _buffers(CHUNK + longest + ROWS, longest, own, width, place.shape[2] + 1)
     begin, end = share(batch * groups * lanes)
     for unit in range(begin, end):
         b, g, lane = unit // (groups * lanes), unit // lanes % groups, unit % lanes
         h = slice(g * own, (g + 1) * own)
+        sources = key[b, :, g], value[b, :, g], rank[b], term[b, :, h], place[b, g], order[b, g]
+        grads_keys = grad_key[lane, b, :, g], grad_value[lane, b, :, g], grad_term[lane, b, :, h]
         for chunk in range(lane * chunks // lanes, (lane + 1) * chunks // lanes):
             u = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, length))
-            views = q[b, u, h], key[b, :, g], value[b, :, g], out[b, u, h], lse[b, u, h]
-            spans = codes[b, h, u], start[b, h, u], stop[b, h, u]
-            mine = grad[b, u, h], grad_q[b, u, h], grad_key[lane, b, :, g], grad_value[lane, b, :, g]
-            _unit(views, spans, order[b, g], mine, buffers, num_lists, scale[0], backwards != 0)
+            slots = slice(past + u.start, past + u.stop)
+            queries = q[b, u, h], rank[b, slots], table[b, u, h], term[b, slots, h], start[b, h, u], stop[b, h, u]
+            grads = (grad[b, u, h], grad_lse[b, u, h]), (grad_q[b, u, h], grad_table[b, u, h]), grads_keys
+            results = out[b, u, h], lse[b, u, h]
+            _unit(queries, codes[b, h, u], sources, results, grads, buffers, num_lists, scale[0], backwards != 0)
 
 
 @cache
@@ -128,43 +161,53 @@ def _kernel(kinds: str) -> int:
     return int(kernel.address)
 
 
+def _by_token(part_BHT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return part_BHT.transpose(1, 2).to(dtype).contiguous()
+
+
+def _inputs(inputs: Inputs) -> list[Tensor]:
+    """Return query, key, value, table and term by token; without a bias a table of no columns and no terms."""
+    query, key, value, table, term = inputs
+    arrays = [_by_token(part) for part in (query, key, value)]
+    if table is None or term is None:
+        return [*arrays, arrays[0][..., :0], arrays[0].new_empty(len(query), 0, query.shape[1], dtype=torch.float64)]
+    return [*arrays, _by_token(table), _by_token(term, torch.float64)]
+
+
 def _call(
     arrays: list[Tensor], intervals: Intervals, grads: list[Tensor], windows: Windows, scale: float, backwards: bool
 ) -> None:
-    places = (intervals.order_BGZ, intervals.codes_BHTP, intervals.start_BHTI, intervals.stop_BHTI)
-    limits = (windows.num_buckets + 2, min(windows.longest(), arrays[1].shape[1]), int(backwards))
-    contiguous = (part.contiguous() for part in places)
-    launch(_kernel, *arrays, *contiguous, *grads, torch.tensor([scale]), *limits)
+    places = (intervals.order_BGZ, intervals.start_BHTI, intervals.stop_BHTI, intervals.codes_BHTP)
+    parts = (part.contiguous() for part in (*places, intervals.place_BGRS, intervals.rank_BS))
+    limits = (windows.num_lists, min(windows.longest(), arrays[1].shape[1]), int(backwards))
+    launch(_kernel, *arrays, *parts, *grads, torch.tensor([scale]), *limits)
 
 
-def _by_token(x_BHTK: Tensor) -> Tensor:
-    return x_BHTK.transpose(1, 2).float().contiguous()
-
-
-def forward(
-    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, intervals: Intervals, windows: Windows, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, intervals: Intervals, windows: Windows, scale: float) -> tuple[Tensor, Tensor]:
     """See `tiles.forward`; in fp32 throughout."""
-    query, key, value = (_by_token(part) for part in (query_BHTK, key_BGSK, value_BGSK))
+    query, key, value, table, _ = arrays = _inputs(inputs)
     out, lse = torch.zeros_like(query), query.new_empty(query.shape[:3])
-    lanes = key[None].expand(-(-query.shape[1] // CHUNK), *key.shape)  # any address will do for what is not touched
-    _call([query, key, value, out, lse], intervals, [query, query, lanes, lanes], windows, scale, False)
+    # Any address will do for gradients, which are not touched.
+    lanes = [part[None].expand(-(-query.shape[1] // CHUNK), *part.shape) for part in (key, value, lse[:, :0])]
+    _call([*arrays, out, lse], intervals, [query, lse, query, table, *lanes], windows, scale, False)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def backward(
-    grad_BHTK: Tensor, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, out_BHTK: Tensor, lse_BHT: Tensor,
-    intervals: Intervals, windows: Windows, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_BHTK: Tensor, grad_lse_BHT: Tensor, inputs: Inputs, out_BHTK: Tensor, lse_BHT: Tensor, intervals: Intervals,
+    windows: Windows, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """See `tiles.backward`; in fp32 throughout."""
-    arrays = [_by_token(part) for part in (query_BHTK, key_BGSK, value_BGSK, out_BHTK, lse_BHT)]
-    threads, heads = torch.get_num_threads(), key_BGSK.shape[0] * key_BGSK.shape[1]
-    lanes = min(threads // gcd(threads, heads), MOST_LANES, -(-query_BHTK.shape[2] // CHUNK))  # all equally busy
-    grad_keys = [untouched_zeros(torch.Size((lanes, *arrays[1].shape)), torch.float32) for _ in range(2)]
-    grad_query = torch.zeros_like(arrays[0])
-    _call(arrays, intervals, [_by_token(grad_BHTK), grad_query, *grad_keys], windows, scale, True)
+    arrays = _inputs(inputs)
+    query, key, value, table, term = arrays
+    threads, heads, length = torch.get_num_threads(), key.shape[0] * key.shape[2], query.shape[1]
+    lanes = min(threads // gcd(threads, heads), MOST_LANES, -(-length // CHUNK))  # all equally busy
+    summed = [untouched_zeros(torch.Size((lanes, *part.shape)), torch.float32) for part in (key, value, term)]
+    own = [torch.zeros_like(query), torch.zeros_like(table)]
+    given = [_by_token(part) for part in (out_BHTK, lse_BHT, grad_BHTK, grad_lse_BHT)]
+    _call([*arrays, *given[:2]], intervals, [*given[2:], *own, *summed], windows, scale, True)
     for lane in range(lanes - 1):
-        for part in grad_keys:
+        for part in summed:
             part[-1] += part[lane]
-    grad_key, grad_value = (part[-1].transpose(1, 2) for part in grad_keys)
-    return grad_query.transpose(1, 2), grad_key, grad_value
+    grads = (own[0], *(part[-1] for part in summed[:2]), own[1], summed[2][-1])
+    return tuple(part.transpose(1, 2) for part in grads)

@@ -6,15 +6,19 @@ their total does not, up to a known bound; what is left over is masked.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from deepseek.kernels.distance import distance_buckets
 from deepseek.kernels.lsh.intervals import Intervals, Windows
 
 QUERIES, SPAN = 64, 64
 SLAB = 1 << 24  # scores held at once
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Queries, keys, values, and table and terms of the bias (see `attention._Attention`) or None."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,34 @@ class Tiles:
 def _passes(intervals: Intervals, windows: Windows) -> Iterator[Iterator[Tiles]]:
     """The passes over all heads."""
     batch, groups, places = intervals.order_BGZ.shape
-    offset_BG1 = torch.arange(batch * groups, device=intervals.order_BGZ.device).view(batch, groups, 1) * places
-    keys = (intervals.order_BGZ + offset_BG1 // 2).flatten()
+    total = intervals.rank_BS.shape[1]
+    offset_BG1 = torch.arange(batch * groups, device=intervals.order_BGZ.device).view(batch, groups, 1)
+    keys = (intervals.order_BGZ + offset_BG1 * total).flatten()
+
+    def limits(i: int) -> tuple[Tensor, Tensor]:
+        parts = (part[..., i].reshape(batch, groups, -1) for part in (intervals.start_BHTI, intervals.stop_BHTI))
+        start, stop = ((part + offset_BG1 * places).flatten() for part in parts)
+        return start, stop
+
+    a_round = (intervals.start_BHTI.shape[-1] - 1) // windows.rounds
     for i in range(intervals.start_BHTI.shape[-1]):
-        start, stop = (
-            (part[..., i].reshape(batch, groups, -1) + offset_BG1).flatten()
-            for part in (intervals.start_BHTI, intervals.stop_BHTI)
-        )
-        window = (windows.local, windows.sinks)[i] if i < 2 else windows.bucket
-        yield _tiles(start, stop, min(window, places), keys)
+        window = windows.local if i == 0 else windows.bucket if (i - 1) % a_round else windows.sinks
+        tiles = _tiles(*limits(i), min(window, places), keys)
+        for r in range((i - 1) // a_round if i else 0):
+            there = (intervals.place_BGRS[:, :, r] + offset_BG1 * places).flatten()
+            found = [limits(1 + r * a_round + n) for n in range(a_round)]
+            tiles = _leave_out(tiles, there, found)
+        yield tiles
+
+
+def _leave_out(tiles: Iterator[Tiles], there_S: Tensor, found: list[tuple[Tensor, Tensor]]) -> Iterator[Tiles]:
+    """Yield the tiles without the keys whose places in an earlier round's part lie in a query's intervals there."""
+    for tile in tiles:
+        mask_tmw, rows_tm1 = tile.mask_tmw, tile.rows_tm.clamp(max=len(found[0][0]) - 1)[..., None]
+        there_t1w = there_S[tile.keys_tw][:, None]
+        for start_N, stop_N in found:
+            mask_tmw = mask_tmw & ((there_t1w < start_N[rows_tm1]) | (there_t1w >= stop_N[rows_tm1]))
+        yield replace(tile, mask_tmw=mask_tmw)
 
 
 def _tiles(start_N: Tensor, stop_N: Tensor, window: int, keys_P: Tensor) -> Iterator[Tiles]:
@@ -70,19 +93,51 @@ def _rows(x_BHT: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
 
 
-def forward(
-    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, intervals: Intervals, windows: Windows, scale: float
-) -> tuple[Tensor, Tensor]:
+class _Bias:
+    """What is added to the scores of tiles, and its gradients."""
+
+    def __init__(self, table_BHTN: Tensor, term_BHS: Tensor, rank_BS: Tensor) -> None:
+        (_, self.heads, self.length, _), self.total = table_BHTN.shape, term_BHS.shape[2]
+        self.rows, self.terms, self.ranks = _rows(table_BHTN, table_BHTN.dtype), term_BHS.flatten(), rank_BS.flatten()
+        self.grad_rows, self.grad_terms = torch.zeros_like(self.rows), torch.zeros_like(self.terms)
+
+    def _find(self, tile: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each pair's bucket of distance `[t, m, w]`, and where the terms of its key and its query are."""
+        row_tm1 = tile.rows_tm.clamp(max=len(self.rows) - 2)[..., None]
+        head_tm1, key_t1w = row_tm1 // self.length, tile.keys_tw[:, None] % self.total
+        own_tm1, text_tm1 = self.total - self.length + row_tm1 % self.length, head_tm1 // self.heads
+        distance_tmw = self.ranks[text_tm1 * self.total + own_tm1] - self.ranks[text_tm1 * self.total + key_t1w]
+        return distance_buckets(distance_tmw), head_tm1 * self.total + key_t1w, head_tm1 * self.total + own_tm1
+
+    def of(self, tile: Tiles) -> Tensor:
+        """Return the bias `[t, m, w]`."""
+        bucket_tmw, key_tmw, own_tm1 = self._find(tile)
+        return self.rows[tile.rows_tm].gather(-1, bucket_tmw) + (self.terms[key_tmw] - self.terms[own_tm1])
+
+    def collect(self, grad_tmw: Tensor, tile: Tiles) -> None:
+        """Add up gradients; that of nobody's scores is zero."""
+        bucket_tmw, key_tmw, _ = self._find(tile)
+        grad_tmN = grad_tmw.new_zeros(*tile.rows_tm.shape, self.rows.shape[1])
+        self.grad_rows[tile.rows_tm] += grad_tmN.scatter_add_(-1, bucket_tmw, grad_tmw)
+        self.grad_terms.index_add_(0, key_tmw.flatten(), grad_tmw.flatten().to(self.terms.dtype))
+
+
+def _bias(inputs: Inputs, intervals: Intervals) -> _Bias | None:
+    table, term = inputs[3:]
+    return None if table is None or term is None else _Bias(table, term, intervals.rank_BS)
+
+
+def forward(inputs: Inputs, intervals: Intervals, windows: Windows, scale: float) -> tuple[Tensor, Tensor]:
     """Return attention `[B, H, T, K]` and the logarithm of its denominator `[B, H, T]`, both at least in fp32."""
-    wide = torch.promote_types(query_BHTK.dtype, torch.float32)
+    query_BHTK, key_BGSK, value_BGSK, *_ = inputs
+    wide, bias = torch.promote_types(query_BHTK.dtype, torch.float32), _bias(inputs, intervals)
     query, key, value = _rows(query_BHTK, query_BHTK.dtype), key_BGSK.flatten(0, 2), value_BGSK.flatten(0, 2)
     lowest = torch.finfo(wide).min
     out, lse = torch.zeros_like(query, dtype=wide), query.new_full(query.shape[:1], lowest, dtype=wide)
     for tiles in _passes(intervals, windows):
         new_out, new_lse = torch.zeros_like(out), torch.full_like(lse, lowest)
         for tile in tiles:
-            scores = (query[tile.rows_tm] @ key[tile.keys_tw].mT).to(wide) * scale
-            scores = scores.masked_fill(~tile.mask_tmw, lowest)
+            scores = _scores(query, key, tile, scale, bias).masked_fill(~tile.mask_tmw, lowest)
             lse_tm = scores.logsumexp(-1).masked_fill(~tile.mask_tmw.any(-1), lowest)
             weights = (scores - lse_tm[..., None]).exp().masked_fill(~tile.mask_tmw, 0)
             new_out[tile.rows_tm] = (weights.to(value.dtype) @ value[tile.keys_tw]).to(wide)
@@ -93,25 +148,36 @@ def forward(
     return out[:-1].view(query_BHTK.shape), lse[:-1].view(query_BHTK.shape[:3])
 
 
+def _scores(query: Tensor, key: Tensor, tile: Tiles, scale: float, bias: _Bias | None) -> Tensor:
+    scores = (query[tile.rows_tm] @ key[tile.keys_tw].mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    return scores if bias is None else scores + bias.of(tile).to(scores.dtype)
+
+
 def backward(
-    grad_BHTK: Tensor, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, out_BHTK: Tensor, lse_BHT: Tensor,
-    intervals: Intervals, windows: Windows, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of queries `[B, H, T, K]`, keys and values `[B, G, S, K]`."""
-    dtype, wide = query_BHTK.dtype, torch.promote_types(query_BHTK.dtype, torch.float32)
+    grad_BHTK: Tensor, grad_lse_BHT: Tensor, inputs: Inputs, out_BHTK: Tensor, lse_BHT: Tensor, intervals: Intervals,
+    windows: Windows, scale: float,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of all inputs, of both parts of the bias only where there is one."""
+    query_BHTK, key_BGSK, value_BGSK, table, term = inputs
+    dtype, wide, bias = query_BHTK.dtype, out_BHTK.dtype, _bias(inputs, intervals)
     key, value = key_BGSK.flatten(0, 2), value_BGSK.flatten(0, 2)
     query, grad, lse = _rows(query_BHTK, dtype), _rows(grad_BHTK, dtype), _rows(lse_BHT, wide)[:, None]
-    dots = _rows((grad_BHTK.to(wide) * out_BHTK).sum(-1), wide)[:, None]
+    dots = _rows((grad_BHTK.to(wide) * out_BHTK).sum(-1) - grad_lse_BHT, wide)[:, None]
     grad_query = torch.zeros_like(query, dtype=wide)
     grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
     for tiles in _passes(intervals, windows):
         for tile in tiles:
             rows, keys = tile.rows_tm, tile.keys_tw
-            scores = (query[rows] @ key[keys].mT).to(wide) * scale
-            weights = (scores.masked_fill(~tile.mask_tmw, -torch.inf) - lse[rows]).exp()
-            grad_scores = weights * ((grad[rows] @ value[keys].mT).to(wide) - dots[rows]) * scale
-            weights, grad_scores = weights.to(dtype), grad_scores.to(dtype)
+            scores = _scores(query, key, tile, scale, bias).masked_fill(~tile.mask_tmw, -torch.inf)
+            weights = (scores - lse[rows]).exp()
+            grad_scores = weights * ((grad[rows] @ value[keys].mT).to(wide) - dots[rows])
+            if bias is not None:
+                bias.collect(grad_scores, tile)
+            weights, grad_scores = weights.to(dtype), (grad_scores * scale).to(dtype)
             grad_query[rows] += (grad_scores @ key[keys]).to(wide)  # a query has one row a pass; nobody's gets zeros
             grad_key.index_add_(0, keys.flatten(), (grad_scores.mT @ query[rows]).to(wide).flatten(0, 1))
             grad_value.index_add_(0, keys.flatten(), (weights.mT @ grad[rows]).to(wide).flatten(0, 1))
-    return grad_query[:-1].view(query_BHTK.shape), grad_key.view_as(key_BGSK), grad_value.view_as(value_BGSK)
+    grads = grad_query[:-1].view(query_BHTK.shape), grad_key.view_as(key_BGSK), grad_value.view_as(value_BGSK)
+    if bias is None or table is None or term is None:
+        return *grads, None, None
+    return *grads, bias.grad_rows[:-1].view_as(table), bias.grad_terms.view_as(term)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from deepseek.kernels.score_bias import biased_attention
+from deepseek.kernels.score_bias import ScoreBias, biased_attention
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 from deepseek.model.norm import RMSNorm
@@ -42,36 +42,28 @@ class FullAttention(nn.Module):
         if ctx.cache is not None:
             key, value = ctx.cache.update(key, value, self.layer_idx)
         bias = None if self.score_bias is None else self.score_bias(x_BTD, ctx, self.layer_idx)
-        if bias is None:
-            attended_BHTK = self.attend(query, key, value, (plain_query, plain_key), ctx)
-        else:
-            visible = ctx.window_visible if self.windowed else ctx.visible
-            attended_BHTK = biased_attention(query, key, value, bias, visible)
+        attended_BHTK = self.attend(query, key, value, (plain_query, plain_key), bias, ctx)
         output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
         return output
 
     def attend(
-        self,
-        query_BHTK: Tensor,
-        key_BGSK: Tensor,
-        value_BGSK: Tensor,
-        plain: tuple[Tensor, Tensor],
-        ctx: ForwardContext,
-    ) -> Tensor:
+        self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, plain: tuple[Tensor, Tensor],
+        bias: ScoreBias | None, ctx: ForwardContext,
+    ) -> Tensor:  # fmt: skip
         """Return the weighted values `[B, H, T, K]`.
 
         Args:
             key_BGSK, value_BGSK: those of past tokens, then of new ones.
             plain: new queries and keys before positions; a hash reads them, exact attention does not.
+            bias: what is added to the scores.
         """
+        if bias is not None:
+            visible = ctx.window_visible if self.windowed else ctx.visible
+            return biased_attention(query_BHTK, key_BGSK, value_BGSK, bias, visible)
         mask = ctx.window_mask_B1TS if self.windowed else ctx.mask_B1TS
+        causal = mask is None and query_BHTK.shape[2] > 1
         return scaled_dot_product_attention(
-            query_BHTK,
-            key_BGSK,
-            value_BGSK,
-            attn_mask=mask,
-            is_causal=mask is None and query_BHTK.shape[2] > 1,
-            enable_gqa=self.grouped,
+            query_BHTK, key_BGSK, value_BGSK, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
         )
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,9 +105,11 @@ def plug_hashes(model: Any, hashes: dict[int, LinearHash]) -> None:
     """Put the hashes into the LSH layers of a model.
 
     Raises:
-        ConfigError: a layer has no hash, or one for other heads or another number of buckets.
+        ConfigError: a layer has no hash, or one for other heads, another number of buckets or of rounds.
     """
     for layer, attention in _hashed_layers(model):
+        if attention.windows.rounds > 1:
+            raise ConfigError("A fitted hash has one round; set lsh_rounds=1, and more lsh_probes.")
         if layer not in hashes:
             raise ConfigError(f"The file has no hash for layer {layer}; name it in lsh_exact_layers or make it anew.")
         chosen = hashes[layer]

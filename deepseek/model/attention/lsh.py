@@ -3,7 +3,7 @@
 `deepseek.kernels.lsh` computes it; here is how hash, heads, documents, padding and the cache come together.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,18 @@ from deepseek.kernels.lsh import attention as kernel
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows, document_starts
 from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
+from deepseek.kernels.score_bias import ScoreBias
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 
 
 class Hash(Protocol):
-    """Names the bucket of each key and the likeliest buckets of each query, of one layer."""
+    """Names the bucket of each key and the likeliest buckets of each query, of one layer.
+
+    R rounds of hashing are R numbers for each key, those of a key head side by side `[B, GR, S]`, and `probes` numbers
+    of each round, one round after the other, for each query `[B, H, T, RP]` (see `HashRounds`).
+    """
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
         """Return a bucket number `[B, G, S]` for each key, which depends on that key alone."""
@@ -28,6 +33,16 @@ class Hash(Protocol):
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
         """Return `probes` different bucket numbers `[B, H, T, P]` for each query, the likeliest first."""
         ...
+
+
+class HashRounds(nn.ModuleList):
+    """Several hashes as one: a query looks at what any of them finds."""
+
+    def key_codes(self, key_BGSK: Tensor) -> Tensor:
+        return torch.stack([one.key_codes(key_BGSK) for one in list[Any](self)], 2).flatten(1, 2)
+
+    def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
+        return torch.cat([one.query_codes(query_BHTK, probes) for one in list[Any](self)], -1)
 
 
 class RandomHash(nn.Module):
@@ -56,10 +71,17 @@ class RandomHash(nn.Module):
         return x.float() @ self.directions_CK.float().mT
 
 
+def random_hash(num_buckets: int, head_dim: int, rounds: int, seed: int) -> Hash:
+    """Return `RandomHash`es of seeds far from each other, so that neighbouring layers share none."""
+    hashes = [RandomHash(num_buckets, head_dim, seed + 1000 * r) for r in range(rounds)]
+    return hashes[0] if rounds == 1 else HashRounds(hashes)
+
+
 def sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, num_buckets: int = 64, causal: bool = True, *, probes: int = 4,
-    bucket_window: int = 96, local_window: int = 128, sinks: int = 4, hash: Hash | None = None, seed: int = 0,  # noqa: A002
-    scale: float | None = None, document_ids: Tensor | None = None, key_mask: Tensor | None = None,
+    num_rounds: int = 1, bucket_window: int = 96, local_window: int = 128, sinks: int = 4, hash: Hash | None = None,  # noqa: A002
+    seed: int = 0, far_field: bool = False, scale: float | None = None, document_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return attention in which each query looks at few keys, chosen by their hash; shape and dtype of `query`.
 
@@ -71,8 +93,11 @@ def sparse_attention(
         query: `[batch, heads, seq, head_dim]`; `[batch, seq, head_dim]` and `[seq, head_dim]` count as one head.
         key, value: likewise; fewer heads are shared by equal groups of query heads. If they are longer than the
             queries, the queries are those of their last tokens.
-        causal: without it a query also looks at as many later keys; that path makes a dense mask and is slow.
+        causal: without it a query also looks at as many later keys, and at no summaries; that path makes a dense mask
+            and is slow.
+        num_rounds: independent hashes of this kind, each with its buckets and probes.
         hash: names buckets; default `RandomHash` of `seed`, good enough for clustered keys only.
+        far_field: whether to look at summaries of all other past keys, too; then it is never exact attention.
         scale: factor of the scores (default `head_dim ** -0.5`).
         document_ids: document of each token `[batch, seq]` in packed rows; documents do not see each other.
         key_mask: False at padding `[batch, seq]`; its own outputs are zero.
@@ -81,25 +106,23 @@ def sparse_attention(
         ConfigError: shapes or sizes contradict each other.
     """
     q, k, v = (_as_heads(part) for part in (query, key, value))
-    _check(q, k, v, causal, num_buckets, probes, min(bucket_window, local_window))
-    hasher: Hash = RandomHash(num_buckets, q.shape[-1], seed).to(q.device) if hash is None else hash
+    _check(q, k, v, causal, num_buckets, min(probes, num_rounds), min(bucket_window, local_window))
+    hasher = random_hash(num_buckets, q.shape[-1], num_rounds, seed) if hash is None else hash
     with torch.no_grad():
         query_codes, key_codes = hasher.query_codes(q, min(probes, num_buckets)), hasher.key_codes(k)
-    limits = {"bucket_window": bucket_window, "local_window": local_window, "sinks": sinks}
+    limits: dict[str, Any] = {"bucket_window": bucket_window, "local_window": local_window, "sinks": sinks}
     if causal:
         out = kernel.lsh_attention(
             q, k, v, query_codes, key_codes, num_buckets=num_buckets, scale=scale, document_ids_BS=document_ids,
-            key_mask_BS=key_mask, **limits,
+            key_mask_BS=key_mask, far_field=far_field, **limits,
         )  # fmt: skip
     else:
+        limits |= {"rounds": key_codes.shape[1] // k.shape[1]}
         rows = [None if part is None else part.flip(-1) for part in (document_ids, key_mask)]
         past = candidate_mask(query_codes, key_codes, document_ids_BS=document_ids, key_mask_BS=key_mask, **limits)
+        limits |= {"sinks": 0}
         future = candidate_mask(
-            query_codes.flip(2),
-            key_codes.flip(2),
-            document_ids_BS=rows[0],
-            key_mask_BS=rows[1],
-            **limits | {"sinks": 0},
+            query_codes.flip(2), key_codes.flip(2), document_ids_BS=rows[0], key_mask_BS=rows[1], **limits
         )
         out = masked_attention(q, k, v, past | future.flip(2, 3), scale)
     return out.reshape(query.shape)
@@ -118,7 +141,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, num_buckets: int, prob
     if q.shape[2] > k.shape[2] or (not causal and q.shape[2] != k.shape[2]):
         raise ConfigError(f"There must be a key for every query, and without causal=True no more keys: {shapes}.")
     if min(num_buckets, probes, window) < 1:
-        raise ConfigError("num_buckets, probes, bucket_window and local_window must be at least 1.")
+        raise ConfigError("num_buckets, probes, num_rounds, bucket_window and local_window must be at least 1.")
 
 
 class LshAttention(FullAttention):
@@ -131,37 +154,31 @@ class LshAttention(FullAttention):
         super().__init__(config, layer_idx)
         self.exact = config.is_exact(layer_idx)
         self.windows = Windows(
-            config.lsh_local_window, config.lsh_sinks, config.lsh_bucket_window, config.lsh_num_buckets
-        )
+            config.lsh_local_window, config.lsh_sinks, config.lsh_bucket_window, config.lsh_num_buckets,
+            config.lsh_rounds, config.lsh_far_field,
+        )  # fmt: skip
         self.probes = min(config.lsh_probes, config.lsh_num_buckets)
         if not self.exact:
-            self.hash: Hash = RandomHash(config.lsh_num_buckets, self.head_dim, seed=layer_idx)
+            self.hash = random_hash(config.lsh_num_buckets, self.head_dim, config.lsh_rounds, seed=layer_idx)
 
     def attend(
-        self,
-        query_BHTK: Tensor,
-        key_BGSK: Tensor,
-        value_BGSK: Tensor,
-        plain: tuple[Tensor, Tensor],
-        ctx: ForwardContext,
-    ) -> Tensor:
+        self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, plain: tuple[Tensor, Tensor],
+        bias: ScoreBias | None, ctx: ForwardContext,
+    ) -> Tensor:  # fmt: skip
         length, total = query_BHTK.shape[2], key_BGSK.shape[2]
         if self.exact or (ctx.cache is None and total <= self.windows.local):
-            return super().attend(query_BHTK, key_BGSK, value_BGSK, plain, ctx)
+            return super().attend(query_BHTK, key_BGSK, value_BGSK, plain, bias, ctx)
         with torch.no_grad():
             # Before positions: rotated keys would fall into buckets by place, not by content.
-            key_codes_BGT = self.hash.key_codes(plain[1])
             buckets = self._buckets(ctx)
             first_BS = document_starts(ctx.document_ids_BT)
-            buckets.append(key_codes_BGT, ctx.token_mask_BT, first_BS)
+            buckets.append(self.hash.key_codes(plain[1]), ctx.token_mask_BT, first_BS)
             if total <= self.windows.local:
-                return super().attend(query_BHTK, key_BGSK, value_BGSK, plain, ctx)
+                return super().attend(query_BHTK, key_BGSK, value_BGSK, plain, bias, ctx)
             query_codes_BHTP = self.hash.query_codes(plain[0], self.probes)
         if length == 1:
-            return buckets.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, self.head_dim**-0.5)
-        return kernel.attend(
-            query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets.codes_BGS, first_BS, self.windows
-        )
+            return buckets.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, bias=bias)
+        return kernel.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets, first_BS, bias=bias)
 
     def _buckets(self, ctx: ForwardContext) -> BucketCache:
         if ctx.cache is None:

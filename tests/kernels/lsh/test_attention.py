@@ -1,6 +1,8 @@
 """Every way of computing LSH attention agrees with the dense mask, and nothing depends on what comes later."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,11 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from deepseek.kernels.lsh import tiles
+from deepseek.kernels.distance import NUM_BUCKETS, distance_buckets
+from deepseek.kernels.lsh import far_field, tiles
 from deepseek.kernels.lsh.attention import lsh_attention
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows, document_starts
 from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
+from deepseek.kernels.score_bias import ScoreBias, Visible, reference_attention
 
 BUCKETS, HEADS, GROUPS, WIDTH = 6, 6, 2, 16
 
@@ -27,24 +31,51 @@ class Problem:
     query_codes: Tensor
     key_codes: Tensor
     options: dict[str, Any] = field(default_factory=dict)
+    bias: tuple[Tensor, ...] = ()
+
+    @property
+    def rounds(self) -> int:
+        return self.key_codes.shape[1] // self.key.shape[1]
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [part.detach().to(dtype).requires_grad_() for part in (self.query, self.key, self.value)]
+        """Queries, keys, values, and the table, terms (always fp64) and factors of the bias where there is one."""
+        parts = (self.query, self.key, self.value, *self.bias)
+        keeps = (part.dtype == torch.float64 for part in parts)
+        return [
+            part.detach().to(part.dtype if keep else dtype).requires_grad_()
+            for part, keep in zip(parts, keeps, strict=True)
+        ]
 
-    def fast(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return lsh_attention(query, key, value, self.query_codes, self.key_codes, num_buckets=BUCKETS, **self.options)
+    def fast(self, query: Tensor, key: Tensor, value: Tensor, *bias: Tensor) -> Tensor:
+        return lsh_attention(
+            query, key, value, self.query_codes, self.key_codes, num_buckets=BUCKETS,
+            bias=ScoreBias(*bias) if bias else None, **self.options,
+        )  # fmt: skip
 
-    def slow(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return masked_attention(query, key, value, self.mask())
+    def slow(self, query: Tensor, key: Tensor, value: Tensor, *bias: Tensor) -> Tensor:
+        if not bias:
+            return masked_attention(query, key, value, self.mask())
+        table, term, scale = (part.to(query.dtype) for part in bias)
+        length, total = query.shape[2], key.shape[2]
+        real = self.options.get("key_mask_BS", torch.ones(len(query), total, dtype=torch.bool))
+        rank = real.cumsum(-1)
+        bucket = distance_buckets(rank[:, -length:, None] - rank[:, None])[:, None].expand(-1, HEADS, -1, -1)
+        added = table.gather(-1, bucket) + term[:, :, None]
+        return masked_attention(query * scale[..., None], key, value, self.mask(), added_BHTS=added)
 
     def mask(self) -> Tensor:
-        return candidate_mask(self.query_codes, self.key_codes, **self.options)
+        return candidate_mask(self.query_codes, self.key_codes, rounds=self.rounds, **self.options)
 
     def windows(self) -> Windows:
-        return Windows(self.options["local_window"], self.options["sinks"], self.options["bucket_window"], BUCKETS)
+        return Windows(
+            self.options["local_window"], self.options["sinks"], self.options["bucket_window"], BUCKETS, self.rounds
+        )
 
 
-def problem(seed: int, total: int, length: int, packed: bool, padded: bool, **windows: int) -> Problem:
+def problem(
+    seed: int, total: int, length: int, packed: bool, padded: bool, rounds: int = 1, biased: bool = False,
+    **windows: int,
+) -> Problem:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     batch, probes = 2, 3
 
@@ -58,11 +89,15 @@ def problem(seed: int, total: int, length: int, packed: bool, padded: bool, **wi
         options["key_mask_BS"] = torch.rand(batch, total, generator=generator) < 0.8
     # Buckets of very different sizes, some empty, some never probed.
     popularity = torch.rand(BUCKETS, generator=generator) ** 3
-    key_codes = torch.multinomial(popularity, batch * GROUPS * total, True, generator=generator)
-    query_codes = (torch.rand(batch, HEADS, length, BUCKETS, generator=generator) + popularity).argsort(-1)
+    key_codes = torch.multinomial(popularity, batch * GROUPS * rounds * total, True, generator=generator)
+    query_codes = (torch.rand(batch, HEADS, length, rounds, BUCKETS, generator=generator) + popularity).argsort(-1)
+    parts = normal(HEADS, length), normal(GROUPS, total), normal(GROUPS, total)
+    terms = torch.rand(batch, HEADS, total, generator=generator, dtype=torch.float64).cumsum(-1)
+    table = torch.randn(batch, HEADS, length, NUM_BUCKETS, generator=generator)
+    bias = (table, terms, 1 + torch.rand(batch, HEADS, length, generator=generator))
     return Problem(
-        normal(HEADS, length), normal(GROUPS, total), normal(GROUPS, total), query_codes[..., :probes],
-        key_codes.view(batch, GROUPS, total), options,
+        *parts, query_codes[..., :probes].flatten(-2), key_codes.view(batch, -1, total), options,
+        bias if biased else (),
     )  # fmt: skip
 
 
@@ -73,7 +108,7 @@ def problems(most: int = 120) -> st.SearchStrategy[Problem]:
     windows = {"local_window": st.integers(1, 40), "sinks": st.integers(0, 5), "bucket_window": st.integers(1, 30)}
     return st.builds(
         build, seed=st.integers(0, 10**6), total=st.integers(1, most), part=st.sampled_from([1.0, 1.0, 0.4, 0.0]),
-        packed=st.booleans(), padded=st.booleans(), **windows,
+        packed=st.booleans(), padded=st.booleans(), rounds=st.integers(1, 3), biased=st.booleans(), **windows,
     )  # fmt: skip
 
 
@@ -113,41 +148,47 @@ def test_outputs_and_gradients_are_those_of_the_dense_mask():
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("length", [1100, 3])
 def test_units_of_work_meet_without_a_seam(length):
-    case = problem(0, 1100, length, packed=True, padded=True, local_window=40, bucket_window=30)
+    case = problem(0, 1100, length, packed=True, padded=True, rounds=2, biased=True, local_window=40, bucket_window=30)
     assert_close(outcome(case.fast, case.inputs()), outcome(case.slow, case.inputs(torch.float64)))
 
 
 @pytest.mark.usefixtures("way")
-def test_one_bucket_or_a_short_sequence_is_exact_attention():
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_bucket_or_a_short_sequence_is_exact_attention(biased):
     for windows in ({"bucket_window": 100}, {"local_window": 100}):
-        case = problem(1, 90, 90, packed=False, padded=False, **windows)
+        case = problem(1, 90, 90, packed=False, padded=False, biased=biased, **windows)
         case.query_codes, case.key_codes = torch.zeros_like(case.query_codes[..., :1]), torch.zeros_like(case.key_codes)
 
-        def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def exact(query: Tensor, key: Tensor, value: Tensor, *bias: Tensor) -> Tensor:
+            if bias:
+                visible = Visible(torch.zeros(1, 90, dtype=torch.long))
+                return reference_attention(query, key, value, ScoreBias(*bias), visible)
             return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
         assert_close(outcome(case.fast, case.inputs()), outcome(exact, case.inputs()))
 
 
 def test_gradients_match_finite_differences():
-    case = problem(2, 10, 8, packed=True, padded=True, local_window=3, bucket_window=2)
+    case = problem(2, 7, 5, packed=True, padded=True, rounds=2, biased=True, local_window=3, bucket_window=2)
     case.query, case.query_codes = case.query[:1, :2, :, :3], case.query_codes[:1, :2]
-    case.key, case.value, case.key_codes = case.key[:1, :1, :, :3], case.value[:1, :1, :, :3], case.key_codes[:1, :1]
+    case.key, case.value, case.key_codes = case.key[:1, :1, :, :3], case.value[:1, :1, :, :3], case.key_codes[:1, :2]
+    case.bias = tuple(part[:1, :2] for part in case.bias)
     case.options |= {name: part[:1] for name, part in case.options.items() if isinstance(part, Tensor)}
-    assert torch.autograd.gradcheck(case.fast, case.inputs(torch.float64))
+    assert torch.autograd.gradcheck(case.fast, case.inputs(torch.float64), fast_mode=True)
 
 
 @settings(max_examples=1000)
 @given(case=problems(), cut=st.floats(0, 1), seed=st.integers(0, 10**6))
 def test_nothing_depends_on_later_tokens_to_the_last_bit(case: Problem, cut: float, seed: int):
     total, length = case.key.shape[2], case.query.shape[2]
-    other = problem(seed, total, length, packed=False, padded=False)
+    other = problem(seed, total, length, packed=False, padded=False, rounds=case.rounds, biased=True)
     first = round(cut * length)
-    before = case.fast(case.query, case.key, case.value)
-    for name in ("query", "query_codes", "key", "value", "key_codes"):
-        mine, new = getattr(case, name), getattr(other, name)
+    before = case.fast(case.query, case.key, case.value, *case.bias)
+    names = ("query", "query_codes", "key", "value", "key_codes")
+    pairs = [(getattr(case, name), getattr(other, name)) for name in names]
+    for mine, new in [*pairs, *zip(case.bias, other.bias, strict=False)]:
         mine[:, :, mine.shape[2] - length + first :] = new[:, :, mine.shape[2] - length + first :]
-    after = case.fast(case.query, case.key, case.value)
+    after = case.fast(case.query, case.key, case.value, *case.bias)
     assert torch.equal(before[:, :, :first], after[:, :, :first])
 
 
@@ -156,7 +197,9 @@ def test_candidates_of_a_prefix_are_those_in_the_whole(case: Problem, cut: float
     missing = case.query.shape[2] - max(1, round(cut * case.query.shape[2]))
     total, length = case.key.shape[2] - missing, case.query.shape[2] - missing
     options = {name: part[:, :total] if isinstance(part, Tensor) else part for name, part in case.options.items()}
-    prefix = candidate_mask(case.query_codes[:, :, :length], case.key_codes[:, :, :total], **options)
+    prefix = candidate_mask(
+        case.query_codes[:, :, :length], case.key_codes[:, :, :total], rounds=case.rounds, **options
+    )
     assert torch.equal(prefix, case.mask()[:, :, :length, :total])
 
 
@@ -164,8 +207,8 @@ def test_candidates_of_a_prefix_are_those_in_the_whole(case: Problem, cut: float
 @given(case=problems(60), start=st.integers(0, 60))
 def test_decoding_looks_at_the_same_keys_and_computes_the_same(case: Problem, start: int):
     if "document_ids_BS" in case.options or case.query.shape[2] != case.key.shape[2]:
-        case = problem(start, 50, 50, packed=False, padded=True)
-    whole, mask = case.fast(case.query, case.key, case.value), case.mask()
+        case = problem(start, 50, 50, packed=False, padded=True, rounds=case.rounds, biased=bool(case.bias))
+    whole, mask = case.fast(case.query, case.key, case.value, *case.bias), case.mask()
     real = case.options.get("key_mask_BS", torch.ones(case.key_codes[:, 0].shape, dtype=torch.bool))
     buckets, total = BucketCache(case.windows()), case.key.shape[2]
     if 0 < start < total:
@@ -176,6 +219,10 @@ def test_decoding_looks_at_the_same_keys_and_computes_the_same(case: Problem, st
         position, valid = buckets.candidates(case.query_codes[:, :, one])
         found = torch.zeros(mask.shape[0], GROUPS, HEADS // GROUPS, total + 1, dtype=torch.bool)
         seen = torch.where(valid, position, total).unflatten(2, (HEADS // GROUPS, -1)).flatten(3)
+        assert all(
+            len(set(row)) == len(row)
+            for row in (seen + (seen == total) * torch.arange(seen.shape[-1])).flatten(0, 2).tolist()
+        )
         found = found.scatter_(3, seen, True).flatten(1, 2)[..., :total]
         found[..., max(0, t + 1 - buckets.windows.local) : t + 1] |= real[
             :, None, max(0, t + 1 - buckets.windows.local) : t + 1
@@ -183,13 +230,15 @@ def test_decoding_looks_at_the_same_keys_and_computes_the_same(case: Problem, st
         assert torch.equal(found[real[:, t]], mask[:, :, t][real[:, t]])
         out = buckets.attend(
             case.query[:, :, one], case.key[:, :, : t + 1], case.value[:, :, : t + 1], case.query_codes[:, :, one],
-            WIDTH**-0.5,
+            bias=ScoreBias(case.bias[0][:, :, one], case.bias[1][..., : t + 1], case.bias[2][..., one])
+            if case.bias
+            else None,
         )  # fmt: skip
         torch.testing.assert_close(out[real[:, t]], whole[:, :, one][real[:, t]], atol=1e-5, rtol=1e-5)
 
 
 def test_the_cache_of_buckets_follows_its_sequences():
-    case = problem(3, 60, 60, packed=False, padded=True)
+    case = problem(3, 60, 60, packed=False, padded=True, rounds=2)
     real, picked = case.options["key_mask_BS"], torch.tensor([1, 1, 0])
     buckets, expected = BucketCache(case.windows()), BucketCache(case.windows())
     buckets.append(case.key_codes[:, :, :50], real[:, :50])
@@ -212,7 +261,7 @@ def test_the_cache_of_buckets_follows_its_sequences():
 
 @pytest.mark.usefixtures("way")
 def test_padding_gives_zeros_and_gets_no_gradient():
-    case = problem(4, 50, 50, packed=False, padded=True)
+    case = problem(4, 50, 50, packed=False, padded=True, biased=True)
     idle = ~case.options["key_mask_BS"]
     case.key[idle[:, None].expand(-1, GROUPS, -1)] = 1e4
     out, *grads = outcome(case.fast, case.inputs())
@@ -223,7 +272,7 @@ def test_padding_gives_zeros_and_gets_no_gradient():
 
 @pytest.mark.usefixtures("way")
 def test_bfloat16_is_as_exact_as_bfloat16_can_be():
-    case = problem(5, 100, 100, packed=True, padded=True)
+    case = problem(5, 100, 100, packed=True, padded=True)  # without a bias, whose gradients are sums of many parts
     results = outcome(case.fast, case.inputs(torch.bfloat16))
     rounded = [part.detach().double().requires_grad_() for part in case.inputs(torch.bfloat16)]
     assert all(part.dtype == torch.bfloat16 for part in results)
@@ -232,7 +281,7 @@ def test_bfloat16_is_as_exact_as_bfloat16_can_be():
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_any_number_of_threads_computes_the_same(threads):
-    case = problem(6, 2100, 2100, packed=False, padded=False)
+    case = problem(6, 2100, 2100, packed=False, padded=False, biased=True)
     expected, before = outcome(case.fast, case.inputs()), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -247,3 +296,67 @@ def test_documents_are_runs_of_equal_ids():
     starts = document_starts(torch.tensor([[7, 7, 3, 3, 3, 7], [1, 1, 1, 1, 1, 1]]))
     assert starts is not None
     assert starts.tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
+
+
+def far_field_oracle(case: Problem, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention over candidates and summaries, written down query by query."""
+    mask, (length, total) = case.mask(), (query.shape[2], key.shape[2])
+    real = case.options.get("key_mask_BS", torch.ones(len(query), total, dtype=torch.bool))
+    starts = document_starts(case.options.get("document_ids_BS", torch.zeros(len(query), total)))
+    assert starts is not None
+    out = torch.zeros_like(query)
+    for b, h, t in product(range(len(query)), range(HEADS), range(length)):
+        i, g = total - length + t, h * GROUPS // HEADS
+        blocks = torch.tensor([max(0, i + 1 - case.options["local_window"]) // far_field.BLOCK])
+        keys, values = list(key[b, g][mask[b, h, t]]), list(value[b, g][mask[b, h, t]])
+        weights = [1.0] * len(keys)
+        for first, last in torch.stack(far_field.edges(blocks, int(blocks)), -1)[0].tolist():
+            block = slice(first * far_field.BLOCK, last * far_field.BLOCK)
+            if real[b, block].any() and real[b, i] and block.start >= starts[b, i]:
+                keys.append(key[b, g, block][real[b, block]].mean(0))
+                values.append(value[b, g, block][real[b, block]].mean(0))
+                weights.append(float(real[b, block].sum()))
+        if keys:
+            scores = torch.stack(keys) @ query[b, h, t] * WIDTH**-0.5 + torch.tensor(weights).log()
+            out[b, h, t] = scores.softmax(-1) @ torch.stack(values)
+    return out
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(far_field, "BLOCK", 4)
+    monkeypatch.setattr("deepseek.kernels.lsh.decode.BLOCK", 4)
+
+
+@pytest.mark.usefixtures("way", "small_blocks")
+@pytest.mark.parametrize(("length", "packed", "padded"), [(60, False, False), (60, True, True), (13, False, True)])
+def test_the_far_field_is_what_it_says(length, packed, padded):
+    case = problem(7, 60, length, packed=packed, padded=padded, far_field=True, sinks=0)
+    slow = Problem(**{name: getattr(case, name) for name in ("query", "key", "value", "query_codes", "key_codes")})
+    slow.options = {name: value for name, value in case.options.items() if name != "far_field"}
+    way = partial(far_field_oracle, slow)
+    assert_close(outcome(case.fast, case.inputs()), outcome(way, case.inputs(torch.float64)))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_far_field_is_causal_and_the_same_in_decoding():
+    case = problem(8, 80, 80, packed=False, padded=False, far_field=True)
+    whole = case.fast(case.query, case.key, case.value)
+    buckets, turned = BucketCache(replace(case.windows(), far_field=True)), False
+    for t in [*range(50), *range(40, 80)]:
+        one = slice(t, t + 1)
+        if t < buckets.length:
+            buckets.crop(t)
+            buckets.change_rows(lambda part: part.flip(0))
+            turned = True
+        parts = (
+            case.key_codes[:, :, one], case.query[:, :, one], case.key[:, :, : t + 1], case.value[:, :, : t + 1],
+            case.query_codes[:, :, one],
+        )  # fmt: skip
+        codes, *parts = (part.flip(0) for part in parts) if turned else parts
+        buckets.append(codes)
+        out = buckets.attend(*parts)
+        torch.testing.assert_close(out.flip(0) if turned else out, whole[:, :, one], atol=1e-5, rtol=1e-5)
+    for part in (case.query, case.key, case.value):
+        part[:, :, 50:] = torch.randn_like(part[:, :, 50:])
+    assert torch.equal(case.fast(case.query, case.key, case.value)[:, :, :50], whole[:, :, :50])

@@ -86,6 +86,7 @@ def test_a_model_takes_its_hashes_and_hashes_before_positions() -> None:
         ({"lsh_num_buckets": 9}, "set lsh_num_buckets=6"),
         ({"lsh_exact_layers": []}, "no hash for layer 0"),
         ({"attention": "full"}, 'attention="lsh"'),
+        ({"lsh_rounds": 2}, "one round"),
     ],
 )
 def test_a_hash_that_does_not_fit_the_model_is_refused(changes: dict[str, object], message: str) -> None:

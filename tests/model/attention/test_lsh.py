@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,10 +28,38 @@ def small_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(shape | changes))
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rounds": {"lsh_rounds": 2, "lsh_far_field": True},
+    "dpe": {"positional_encoding": "dpe", "lsh_rounds": 2},
+    "alibi": {"positional_encoding": "alibi"},
+}
+
+
+def small_model(kind: str) -> DeepSeekModel:
+    """Return a model whose biases of scores, if it has any, are about a nat."""
+    torch.manual_seed(0)
+    model = DeepSeekModel(small_config(**KINDS[kind])).eval()
+    for name, parameter in model.named_parameters():
+        if "score_bias" in name:
+            parameter.data.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
 @pytest.fixture(scope="module")
 def model() -> DeepSeekModel:
-    torch.manual_seed(0)
-    return DeepSeekModel(small_config()).eval()
+    return small_model("plain")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def each_model(request: pytest.FixtureRequest) -> DeepSeekModel:
+    return small_model(request.param)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("far_field", "decode"):
+        monkeypatch.setattr(f"deepseek.kernels.lsh.{module}.BLOCK", 4)
 
 
 def tensors(*shape: int, heads: int = 4, groups: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +82,7 @@ def test_looking_everywhere_is_exact_attention(causal: bool, windows: dict[str, 
 @pytest.mark.parametrize("causal", [True, False])
 def test_heads_and_batch_may_be_left_out(causal: bool) -> None:
     options: dict[str, Any] = {"num_buckets": 8, "causal": causal, "local_window": 10, "bucket_window": 5}
+    options["num_rounds"] = 2
     query, key, value = tensors(3, 80, 32, heads=1, groups=1)
     whole = sparse_attention(query, key, value, **options)
     assert whole.shape == query.shape
@@ -98,6 +127,7 @@ def test_any_hash_may_name_the_buckets() -> None:
         ({"causal": False, "query": (1, 4, 30, 16)}, "a key for every query"),
         ({"query": (1, 1, 4, 40, 16)}, "2, 3 or 4 dimensions, not 5"),
         ({"num_buckets": 0}, "must be at least 1"),
+        ({"num_rounds": 0}, "must be at least 1"),
     ],
     ids=str,
 )
@@ -109,9 +139,10 @@ def test_a_contradiction_is_a_clear_error(change: dict[str, Any], told: str) -> 
         sparse_attention(**given)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(1, 47), max_size=30), seed=st.integers(0, 1000))
-def test_cached_steps_equal_one_forward(model: DeepSeekModel, cuts: list[int], seed: int) -> None:
+def test_cached_steps_equal_one_forward(each_model: DeepSeekModel, cuts: list[int], seed: int) -> None:
+    model = each_model
     ids = torch.randint(0, 97, (2, 48), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones(2, 48, dtype=torch.long)
     mask[1, : seed % 12] = 0
@@ -127,7 +158,9 @@ def test_cached_steps_equal_one_forward(model: DeepSeekModel, cuts: list[int], s
 
 
 @torch.no_grad()
-def test_padding_and_packing_change_nothing(model: DeepSeekModel) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rounds"])  # blocks lie at fixed slots of a row
+def test_padding_and_packing_change_nothing(kind: str) -> None:
+    model = small_model(kind)
     ids = torch.randint(0, 97, (1, 60))
     padded = torch.cat((torch.zeros(1, 9, dtype=torch.long), ids), 1)
     mask = (torch.arange(69) >= 9).long()[None]
@@ -139,7 +172,8 @@ def test_padding_and_packing_change_nothing(model: DeepSeekModel) -> None:
 
 
 @torch.no_grad()
-def test_later_tokens_never_change_earlier_ones(model: DeepSeekModel) -> None:
+def test_later_tokens_never_change_earlier_ones(each_model: DeepSeekModel) -> None:
+    model = each_model
     ids = torch.randint(0, 97, (1, 60))
     changed = ids.clone()
     changed[:, 30:] = (changed[:, 30:] + 1) % 97
@@ -147,7 +181,8 @@ def test_later_tokens_never_change_earlier_ones(model: DeepSeekModel) -> None:
 
 
 @torch.no_grad()
-def test_generation_with_and_without_cache(model: DeepSeekModel) -> None:
+def test_generation_with_and_without_cache(each_model: DeepSeekModel) -> None:
+    model = each_model
     ids = torch.randint(0, 97, (2, 20))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -158,7 +193,8 @@ def test_generation_with_and_without_cache(model: DeepSeekModel) -> None:
 
 
 @torch.no_grad()
-def test_the_cache_can_be_cut_back_and_changed_row_by_row(model: DeepSeekModel) -> None:
+def test_the_cache_can_be_cut_back_and_changed_row_by_row(each_model: DeepSeekModel) -> None:
+    model = each_model
     ids = torch.randint(0, 97, (2, 30))
     cache, longer = KVCache(), torch.cat((ids, torch.randint(0, 97, (2, 3))), 1)
     model(longer, cache=cache)
@@ -172,9 +208,9 @@ def test_the_cache_can_be_cut_back_and_changed_row_by_row(model: DeepSeekModel) 
     )
 
 
-def test_every_weight_learns_and_checkpointing_changes_nothing() -> None:
-    torch.manual_seed(0)
-    model = DeepSeekModel(small_config()).train()
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_learns_and_checkpointing_changes_nothing(kind: str) -> None:
+    model = small_model(kind).train()
     ids = torch.randint(0, 97, (2, 40))
     model(ids, labels=ids).loss.backward()
     grads = {name: part.grad.clone() for name, part in model.named_parameters()}
@@ -198,6 +234,16 @@ def test_where_all_layers_are_exact_it_is_the_full_model(model: DeepSeekModel, t
     assert not torch.allclose(full(ids).logits, model(ids).logits, atol=1e-3)
 
 
+@torch.no_grad()
+def test_dynamic_positions_at_their_start_change_nothing(model: DeepSeekModel) -> None:
+    ids = torch.randint(0, 97, (2, 60))
+    dynamic = DeepSeekModel(small_config(positional_encoding="dpe")).eval()
+    dynamic.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(dynamic(ids).logits, model(ids).logits)
+    with torch.enable_grad():  # on the path that training takes
+        torch.testing.assert_close(dynamic(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
 def test_layers_are_exact_where_the_config_says_so() -> None:
     layers = DeepSeekModel(small_config(lsh_exact_layers=None)).layers
     assert [block.attention.exact for block in layers] == [True, True, False]
@@ -208,6 +254,8 @@ def test_layers_are_exact_where_the_config_says_so() -> None:
 def test_what_does_not_go_together_is_told(model: DeepSeekModel) -> None:
     with pytest.raises(ConfigError, match="sliding_window=8 contradicts attention='lsh'"):
         small_config(sliding_window=8)
+    with pytest.raises(ConfigError, match="lsh_rounds=0 must be at least 1"):
+        small_config(lsh_rounds=0)
     with pytest.raises(ConfigError, match="lsh_probes=0 must be at least 1"):
         small_config(lsh_probes=0)
     with pytest.raises(ConfigError, match=r"LSH attention needs deepseek.model.KVCache"):

@@ -187,7 +187,10 @@ def test_alibi_adds_its_slope_times_distance() -> None:
         ),
         ({"train_len": 64}, "only 'dpe' has one"),
         ({"positional_encoding": "dpe", "train_len": 512}, "max_position_embeddings=128"),
-        ({"positional_encoding": "dpe", "attention": "lsh"}, "attention='lsh' contradicts"),
+        (
+            {"positional_encoding": "dpe", "attention": "lsh", "lsh_far_field": True},
+            "lsh_far_field=True contradicts positional_encoding='dpe'",
+        ),
     ],
 )
 def test_contradictory_choices_are_refused(fields: dict[str, Any], told: str) -> None:
