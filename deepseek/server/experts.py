@@ -47,7 +47,7 @@ async def plug(body: PlugRequest, request: HttpRequest) -> dict[str, Any]:
     service = service_of(request)
     if any(info.name == body.name for info in service.engine.experts()):
         raise ApiError(409, f"The expert {body.name} is plugged already; unplug it first.", param="name")
-    return described(await asyncio.to_thread(service.engine.plug, pack_path(service, body.name)))
+    return described(await asyncio.to_thread(service.experts_owner.plug, pack_path(service, body.name)))
 
 
 BINARY = {
@@ -61,14 +61,14 @@ BINARY = {
 @router.post("/v1/experts/upload", status_code=201, dependencies=[ADMIN], openapi_extra=BINARY)
 async def upload(request: HttpRequest) -> dict[str, Any]:
     """Plug the pack that is the body of the request; it stays until it is unplugged or the server ends."""
-    engine = service_of(request).engine
+    owner = service_of(request).experts_owner
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"upload{SUFFIX}"
         with path.open("wb") as file:
             async for piece in request.stream():
                 file.write(piece)
         try:
-            return described(await asyncio.to_thread(engine.plug, path))
+            return described(await asyncio.to_thread(owner.plug, path))
         except PackError as error:
             raise ApiError(400, str(error).replace(str(path), "upload"), code="invalid_pack") from None
 
@@ -76,18 +76,17 @@ async def upload(request: HttpRequest) -> dict[str, Any]:
 @router.delete("/v1/experts/{name}", dependencies=[ADMIN])
 async def unplug(name: str, request: HttpRequest) -> dict[str, Any]:
     """Unplug an expert; requests under way keep it until they end."""
-    engine = service_of(request).engine
-    if all(info.name != name for info in engine.experts()):
+    service = service_of(request)
+    if all(info.name != name for info in service.engine.experts()):
         raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
-    await asyncio.to_thread(engine.unplug, name)
+    await asyncio.to_thread(service.experts_owner.unplug, name)
     return {"object": "expert", "name": name, "plugged": False}
 
 
 @router.post("/v1/experts/arm", dependencies=[ADMIN])
 async def arm(body: ArmRequest, request: HttpRequest) -> dict[str, Any]:
     """Choose who may speak where a request does not choose: "auto" is everyone plugged, now and later."""
-    engine = service_of(request).engine
-    armed = await asyncio.to_thread(engine.arm, body.arm)
+    armed = await asyncio.to_thread(service_of(request).experts_owner.arm, body.arm)
     return {"object": "list", "armed": list(armed)}
 
 

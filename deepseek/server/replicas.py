@@ -1,0 +1,109 @@
+"""Many replicas of the server on Ray Serve: each is our application with an engine of its own, behind Ray's proxy.
+
+What belongs to all of them, the experts, is the ledger's (`fleet.py`), an actor beside them. A replica that no longer
+knows what the others have ends itself, and Ray starts another one.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+
+from deepseek.errors import ConfigError
+from deepseek.infer.start import start_engine
+from deepseek.packs.library import find_pack
+from deepseek.packs.pack import read_pack
+from deepseek.server.app import create_app
+from deepseek.server.fleet import Fleet, Ledger
+from deepseek.server.service import Service, Settings
+from deepseek.train.cluster import connect
+
+APP = "deepseek"
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+PROXY_SECONDS = "60"
+"""In which Ray's proxy must have started; Ray's own 5 are too few where models are loaded beside it."""
+
+DRAIN_SECONDS = 600.0
+"""After which a shutdown no longer waits for answers under way."""
+
+
+def serve_replicas(
+    settings: Settings, port: int, replicas: int, cpus: float, *, experts: Iterable[str | Path],
+    dials: Mapping[str, Any], announce: Callable[[], None],
+) -> None:  # fmt: skip
+    """Serve with many replicas until SIGTERM or Ctrl-C; answers under way are finished first.
+
+    Args:
+        settings: of every replica. port: where Ray's proxy listens.
+        replicas, cpus: how many, and processors of each.
+        experts: see `serve`. dials: see `start_engine`.
+        announce: called once, when all replicas are ready.
+
+    Raises `ConfigError` if Ray is missing or too small, or says why a replica could not start; `PackError`.
+    """
+    if settings.teach_root is not None:
+        raise ConfigError("Lessons need a single server; leave --teach-root out, and plug what `expert train` makes.")
+    packs = [read_pack(find_pack(expert)) for expert in experts]
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", PROXY_SECONDS)
+    ray = connect("Serving with many replicas", "ray.serve")
+    try:
+        if replicas * cpus > (there := ray.cluster_resources().get("CPU", 0)):
+            raise ConfigError(
+                f"{replicas} x {cpus:g} processors are wanted, Ray has {there:g}; see --replicas, --cpus."
+            )
+        ledger = ray.remote(num_cpus=0, max_restarts=-1)(Ledger).remote(packs)
+        deployment = ray.serve.deployment(
+            ray.serve.ingress(builder(settings, dials, ledger))(), name=APP, num_replicas=replicas,
+            ray_actor_options={"num_cpus": cpus}, logging_config=QUIET, graceful_shutdown_timeout_s=DRAIN_SECONDS,
+            max_ongoing_requests=1 << 16,  # each replica has a queue of its own, and says itself when it is full
+        )  # fmt: skip
+        ray.serve.start(http_options={"host": settings.host, "port": port}, logging_config=QUIET)
+        ray.serve.run(deployment.bind(), name=APP, route_prefix="/", logging_config=QUIET)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        announce()
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        end = time.monotonic() + DRAIN_SECONDS
+        while any(one.active for one in call(ledger, "reports", True).values()) and time.monotonic() < end:
+            time.sleep(0.1)
+        ray.serve.delete(APP)
+    except (RuntimeError, TimeoutError) as error:
+        raise ConfigError(f"Ray could not start the replicas ({error}).") from None
+    finally:
+        ray.shutdown()
+
+
+def builder(settings: Settings, dials: Mapping[str, Any], ledger: Any) -> Callable[[], FastAPI]:
+    """Return what a replica calls to become the application; model and engine are made there, and never travel."""
+
+    def build() -> FastAPI:
+        import ray
+
+        app, here = create_app(None, settings), ray.get_runtime_context()
+        service: Service = app.state.service
+
+        def take(draining: bool) -> tuple[int, str]:
+            service.draining = draining
+            return service.active, service.metrics.text().decode()
+
+        engine = start_engine(settings.base, **dials)
+        fleet = Fleet(engine, partial(call, ledger), take, partial(os._exit, 1))
+        fleet.join(here.get_actor_id(), here.current_actor)
+        service.attach(engine, fleet)
+        return app
+
+    return build
+
+
+def call(ledger: Any, method: str, *arguments: Any) -> Any:
+    """Call a method of the ledger, which is an actor of Ray, and wait for what it returns."""
+    import ray
+
+    return ray.get(getattr(ledger, method).remote(*arguments))
