@@ -16,9 +16,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from deepseek.checkpoint.hub import resolve
 from deepseek.errors import ConfigError
 from deepseek.infer.start import start_engine
 from deepseek.packs.library import find_pack
+from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import read_pack
 from deepseek.server.app import create_app
 from deepseek.server.fleet import Fleet, Ledger
@@ -46,11 +48,12 @@ def serve_replicas(
         experts: see `serve`. dials: see `start_engine`.
         announce: called once, when all replicas are ready.
 
-    Raises `ConfigError` if Ray is missing or too small, or says why a replica could not start; `PackError`.
+    Raises `ConfigError` if Ray is missing, too small, or cannot start the replicas; else as `start_engine`.
     """
     if settings.teach_root is not None:
         raise ConfigError("Lessons need a single server; leave --teach-root out, and plug what `expert train` makes.")
-    packs = [read_pack(find_pack(expert)) for expert in experts]
+    base = BaseDescription.of(resolve(settings.base), settings.model)
+    packs = [read_pack(find_pack(expert), base=base) for expert in experts]
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", PROXY_SECONDS)
     ray = connect("Serving with many replicas", "ray.serve")
     try:
@@ -75,7 +78,7 @@ def serve_replicas(
             time.sleep(0.1)
         ray.serve.delete(APP)
     except (RuntimeError, TimeoutError) as error:
-        raise ConfigError(f"Ray could not start the replicas ({error}).") from None
+        raise ConfigError(f"Ray could not start the replicas ({' '.join(str(error).split())}).") from None
     finally:
         ray.shutdown()
 
