@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from fastapi import FastAPI
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.errors import ConfigError
-from deepseek.infer.start import start_engine
+from deepseek.infer.engine import Engine
 from deepseek.packs.library import find_pack
 from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import read_pack
 from deepseek.server.app import create_app
 from deepseek.server.fleet import Fleet, Ledger
+from deepseek.server.run import DRAIN_SECONDS
 from deepseek.server.service import Service, Settings
 from deepseek.train.cluster import connect
 
@@ -32,20 +33,17 @@ QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 PROXY_SECONDS = "60"
 """In which Ray's proxy must have started; Ray's own 5 are too few where models are loaded beside it."""
 
-DRAIN_SECONDS = 600.0
-"""After which a shutdown no longer waits for answers under way."""
-
 
 def serve_replicas(
     settings: Settings, port: int, replicas: int, cpus: float, *, experts: Iterable[str | Path],
-    dials: Mapping[str, Any], announce: Callable[[], None],
+    start: Callable[[], Engine], announce: Callable[[], None],
 ) -> None:  # fmt: skip
     """Serve with many replicas until SIGTERM or Ctrl-C; answers under way are finished first.
 
     Args:
         settings: of every replica. port: where Ray's proxy listens.
         replicas, cpus: how many, and processors of each.
-        experts: see `serve`. dials: see `start_engine`.
+        experts: see `serve`. start: makes the engine of a replica, there.
         announce: called once, when all replicas are ready.
 
     Raises `ConfigError` if Ray is missing, too small, or cannot start the replicas; else as `start_engine`.
@@ -63,11 +61,12 @@ def serve_replicas(
             )
         ledger = ray.remote(num_cpus=0, max_restarts=-1)(Ledger).remote(packs)
         deployment = ray.serve.deployment(
-            ray.serve.ingress(builder(settings, dials, ledger))(), name=APP, num_replicas=replicas,
+            ray.serve.ingress(builder(settings, start, ledger))(), name=APP, num_replicas=replicas,
             ray_actor_options={"num_cpus": cpus}, logging_config=QUIET, graceful_shutdown_timeout_s=DRAIN_SECONDS,
             max_ongoing_requests=1 << 16,  # each replica has a queue of its own, and says itself when it is full
         )  # fmt: skip
-        ray.serve.start(http_options={"host": settings.host, "port": port}, logging_config=QUIET)
+        with suppress(TimeoutError):  # in its 60 s the proxy has not come up; `run` looks again
+            ray.serve.start(http_options={"host": settings.host, "port": port}, logging_config=QUIET)
         ray.serve.run(deployment.bind(), name=APP, route_prefix="/", logging_config=QUIET)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         announce()
@@ -78,12 +77,12 @@ def serve_replicas(
             time.sleep(0.1)
         ray.serve.delete(APP)
     except (RuntimeError, TimeoutError) as error:
-        raise ConfigError(f"Ray could not start the replicas ({' '.join(str(error).split())}).") from None
+        raise ConfigError(f"Ray cannot serve the replicas ({' '.join(str(error).split())}).") from None
     finally:
         ray.shutdown()
 
 
-def builder(settings: Settings, dials: Mapping[str, Any], ledger: Any) -> Callable[[], FastAPI]:
+def builder(settings: Settings, start: Callable[[], Engine], ledger: Any) -> Callable[[], FastAPI]:
     """Return what a replica calls to become the application; model and engine are made there, and never travel."""
 
     def build() -> FastAPI:
@@ -96,9 +95,9 @@ def builder(settings: Settings, dials: Mapping[str, Any], ledger: Any) -> Callab
             service.draining = draining
             return service.active, service.metrics.text().decode()
 
-        engine = start_engine(settings.base, **dials)
+        engine = start()
         fleet = Fleet(engine, partial(call, ledger), take, partial(os._exit, 1))
-        fleet.join(here.get_actor_id(), here.current_actor)
+        fleet.join(str(here.get_actor_id()), here.current_actor)
         service.attach(engine, fleet)
         return app
 

@@ -57,20 +57,20 @@ def serve(
     """
     settings = replace(settings or Settings(), model=Path(model).name, base=str(model))
     listener = listen(settings)
-    url, dials = address(listener, settings.host), {
-        "int8": int8, "cache_bytes": int(cache_gib * (1 << 30)), "max_running": max_running, "max_waiting": max_waiting,
-    }  # fmt: skip
+    url, cache_bytes = address(listener, settings.host), int(cache_gib * (1 << 30))
+    start = partial(
+        start_engine, model, int8=int8, cache_bytes=cache_bytes, max_running=max_running, max_waiting=max_waiting
+    )
     if replicas is not None:
         from deepseek.server.replicas import serve_replicas
 
         with listener:
             port = listener.getsockname()[1]
-        serve_replicas(settings, port, replicas, cpus, experts=experts, dials=dials, announce=partial(announce, url))
+        serve_replicas(settings, port, replicas, cpus, experts=experts, start=start, announce=partial(announce, url))
         return
     app = create_app(None, settings, lesson)
-    make_engine = partial(start_engine, model, experts=experts, **dials)
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30)
-    server = DrainingServer(config, app.state.service, make_engine)
+    server = DrainingServer(config, app.state.service, partial(start, experts=experts))
     announce(url)
     server.run(sockets=[listener])
     server.close()
