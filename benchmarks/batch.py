@@ -1,12 +1,13 @@
 """Sixteen streams at once: our server through HTTP beside llama.cpp, tokens a second of all together.
 
-    python benchmarks/batch.py --llama PYTHON [--llama-path FOLDER] [--rounds 3] [--json FILE]
+    python benchmarks/batch.py [--llama PYTHON] [--llama-path FOLDER] [--rounds 3] [--json FILE] [--plot FILE]
 
 Each side answers prompts of 128 tokens by 64 tokens, greedily, on two threads, one stream and sixteen, in turn. Ours is
 `deepseek serve` with its usual settings (8-bit weights), asked through HTTP with streaming. llama.cpp (Q8_0) twice:
 `llama_decode` called with sixteen sequences in one batch, without server, tokenizer or sampling; and llama-cpp-python's
 own server, which holds a lock until a reply has ended and so answers one request at a time. That one is asked
-without streaming, which costs it nothing but the reply. `--llama-path` holds what llama-cpp-python's server needs and
+without streaming, which costs it nothing but the reply. Without `--llama`, this Python is taken if it has
+llama-cpp-python; else ours is measured alone. `--llama-path` holds what llama-cpp-python's server needs and
 the Python of `--llama` lacks. A pace counts the tokens while all streams speak; "whole" is all tokens over all the
 time, prompts included, which is all there is to say of a server that never has two streams speaking.
 """
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +29,7 @@ from urllib.parse import urlsplit
 
 import gguf
 import httpx
+from bars import draw, installed
 from decode import write_gguf
 from latency import Prompts, stream
 from results import write
@@ -77,37 +80,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--llama", type=Path, required=True, help="Python that has llama-cpp-python")
+    parser.add_argument(
+        "--llama", type=Path, default=installed("llama_cpp"), help="Python that has llama-cpp-python; default: this one"
+    )
     parser.add_argument("--llama-path", default="", help="further folders of packages for its server")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--plot", type=Path, default=Path("batch.png"), help="picture to draw")
     options = parser.parse_args()
     loaded = load(MODEL)
     prompts = Prompts(loaded.tokenizer)
-    with tempfile.TemporaryDirectory() as folder, served(MODEL) as server:
-        path = Path(folder) / "model.gguf"
-        write_gguf(loaded.model, path, "Q8_0", lambda out: add_vocabulary(out, loaded.tokenizer))
-        port = urlsplit(server.url).port
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        port = urlsplit(stack.enter_context(served(MODEL)).url).port
         assert port is not None
-        turns = {"ours": ours(port, prompts), "llama_decode": batched(options, path, prompts)}
-        with LlamaServer(options, path) as rival:
+        turns = {"ours": ours(port, prompts)}
+        if options.llama:
+            path = Path(folder) / "model.gguf"
+            write_gguf(loaded.model, path, "Q8_0", lambda out: add_vocabulary(out, loaded.tokenizer))
+            turns["llama_decode"] = batched(options, path, prompts)
+            rival = stack.enter_context(LlamaServer(options, path))
             turns["llama.cpp server"] = lambda: rival.turn(prompts)
-            found: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
-            for number in range(options.rounds + 1):
-                for name, turn in turns.items():
-                    paces = turn()
-                    print(number, name, paces, flush=True)
-                    found[name] += [paces] if number else []  # the first round warms
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
+        for number in range(options.rounds + 1):
+            for name, turn in turns.items():
+                paces = turn()
+                print(number, name, paces, flush=True)
+                found[name] += [paces] if number else []  # the first round warms
     rates = {name: {key: median(one[key] for one in own) for key in own[0]} for name, own in found.items()}
-    most, whole = rates["ours"]["16"], "16 whole"
-    ratios = {
-        "16 streams over one": most / rates["ours"]["1"],
-        "16 streams over llama_decode": most / rates["llama_decode"]["16"],
-        "16 streams over llama.cpp server": rates["ours"][whole] / rates["llama.cpp server"][whole],
-    }
+    own = rates["ours"]
+    ratios = {"16 streams over one": own["16"] / own["1"]}
+    for name, key in (("llama_decode", "16"), ("llama.cpp server", "16 whole")) if options.llama else ():
+        ratios[f"16 streams over {name}"] = own[key] / rates[name][key]
     figures = {"tokens_per_second": rates, "ratios": ratios, "rounds": found}
     print(json.dumps({key: value for key, value in figures.items() if key != "rounds"}, indent=1))
+    plot(rates, options.plot)
     if options.json:
         write(options.json, figures)
+
+
+def plot(rates: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw one stream and sixteen, while all speak and over the whole time."""
+    titles = {"while all streams speak": ("1", "16"), "prompts included": ("1 whole", "16 whole")}
+    panels = {
+        f"{title}, tokens/s": {
+            f"{name}, {key.split()[0]} stream{'s' if '6' in key else ''}": own[key]
+            for name, own in rates.items() for key in keys if key in own
+        }
+        for title, keys in titles.items()
+    }  # fmt: skip
+    draw(path, panels)
 
 
 def add_vocabulary(out: gguf.GGUFWriter, tokenizer: Any) -> None:

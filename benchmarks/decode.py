@@ -1,17 +1,18 @@
 """Decoding and prefill of SmolLM2-135M on the CPU: ours with 8-bit weights, our eager engine, and rivals, in turn.
 
     python benchmarks/decode.py [--json FILE] [--rounds 3] [--threads 2] [--llama PYTHON]
-        [--openvino PYTHON] [--keep FOLDER]
+        [--openvino PYTHON] [--keep FOLDER] [--plot FILE]
 
 Every round gives each side its turn, in this process or in one that waits on a pipe, so that all meet the same machine;
 medians over the rounds are compared. A turn is a prefill of 512 tokens, then 64 tokens one by one behind them.
 
-llama.cpp runs in a Python of its own that has llama-cpp-python (`--llama`), on GGUF files at Q8_0 and bf16 that are
-written here from our weights; the time is that of `llama_decode` alone.
+llama.cpp runs in a Python that has llama-cpp-python (`--llama`, or this one if it has it), on GGUF files at Q8_0 and
+bf16 that are written here from our weights; the time is that of `llama_decode` alone.
 
-OpenVINO runs in a Python that has optimum-intel (`--openvino`), which is how its users come to a model: keys and values
-kept inside, weights at 8 bits, everything else as OpenVINO chooses for this processor; the time is that of `infer`
-alone. It computes the logits of the whole prompt, which the others do not, so only its decoding is compared.
+OpenVINO runs in a Python that has optimum-intel (`--openvino`, or this one if it has it), which is how its users come
+to a model: keys and values kept inside, weights at 8 bits, everything else as OpenVINO chooses for this processor; the
+time is that of `infer` alone. It computes the logits of the whole prompt, which the others do not, so only its decoding
+is compared.
 
 Models in the rivals' formats are written to a temporary folder, or once and for all to that of `--keep`.
 """
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bars import draw, installed
 from results import write
 
 import deepseek
@@ -219,14 +221,25 @@ def write_gguf(model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any]
     out.close()
 
 
+def plot(rates: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw ours beside the rivals that were there."""
+    titles = {"decode": "decoding, tokens/s", "prefill": f"prefill of {PROMPT} tokens, tokens/s"}
+    draw(path, {title: {name: own[key] for name, own in rates.items() if key in own} for key, title in titles.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--llama", type=Path, help="Python that has llama-cpp-python")
-    parser.add_argument("--openvino", type=Path, help="Python that has optimum-intel with OpenVINO")
+    parser.add_argument(
+        "--llama", type=Path, default=installed("llama_cpp"), help="Python that has llama-cpp-python; default: this one"
+    )
+    parser.add_argument(
+        "--openvino", type=Path, default=installed("optimum"), help="Python that has optimum-intel; default: this one"
+    )
+    parser.add_argument("--plot", type=Path, default=Path("decode.png"), help="picture to draw")
     parser.add_argument("--keep", type=Path, help="folder for models in the rivals' formats")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -260,6 +273,7 @@ def main() -> None:
         "weight_gigabytes_per_second": ours["decode"] * compiled.weight_bytes / 1e9, "rounds": found,
     }  # fmt: skip
     print(json.dumps({key: figures[key] for key in ("tokens_per_second", "ratios")}, indent=1))
+    plot(rates, options.plot)
     if options.json:
         write(options.json, figures)
     sys.stdout.flush()

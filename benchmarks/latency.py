@@ -1,6 +1,6 @@
 """Latency of the server under four streams, and what HTTP costs a token.
 
-    python benchmarks/latency.py [--seconds 60] [--streams 4] [--rounds 10] [--json FILE]
+    python benchmarks/latency.py [--seconds 60] [--streams 4] [--rounds 10] [--json FILE] [--plot FILE]
 
 The server is a process of its own with its usual settings. Each stream asks for a new text as soon as it has the one
 before: a prompt of 128 tokens that no other one shares, answered by 32 to 96 tokens. Told are the time from the request
@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
+from bars import draw
 from results import write
 from served import WORDS, percentile, served
 from transformers import PreTrainedTokenizerFast
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--plot", type=Path, default=Path("latency.png"), help="picture to draw")
     options = parser.parse_args()
     loaded = load(MODEL)
     with served(MODEL) as server:
@@ -52,8 +54,18 @@ def main() -> None:
             for streams in (1, options.streams):
                 figures[f"http_{streams}_streams"] = overhead(engine, port, prompts, streams, options.rounds)
     print(json.dumps(figures, indent=1))
+    plot(figures, options.plot)
     if options.json:
         write(options.json, figures)
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Draw the shares of requests and of tokens that come within a time."""
+    panels = {}
+    for title, key in (("first token", "first_token_seconds"), ("between two tokens", "inter_token_seconds")):
+        bars = {f"ours, {100 * float(share):g} %": 1000 * seconds for share, seconds in figures[key].items()}
+        panels[f"{title}, ms, {figures['streams']} streams"] = bars
+    draw(path, panels)
 
 
 class Prompts:

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 """Measurements are no part of the wheel: what they compare with, and the text that they read, is not either."""
 
 ALIASES = {
-    "attention": "attention_scaling", "positions": "position_length", "prefill": "decode", "serve": "engine_batch",
+    "attention": "attention_scaling", "positions": "position_length", "prefill": "decode", "serve": "batch",
 }  # fmt: skip
 
 

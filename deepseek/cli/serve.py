@@ -28,6 +28,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue.")] = 64,
     int8: Int8 = True,
     cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values.")] = 1.0,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve with many replicas, on Ray Serve.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="How many, with --ray.")] = 2,
+    cpus: Annotated[float, typer.Option(min=0.01, help="Processors of each of them.")] = 1.0,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; keys also come from DEEPSEEK_API_KEY and DEEPSEEK_ADMIN_KEY."""
     from deepseek.packs.library import experts_folder as usual_folder
@@ -41,7 +44,7 @@ def serve(
     )  # fmt: skip
     run(
         model, experts=expert_packs(experts, model), settings=settings, cache_gib=cache_gib, max_running=max_running,
-        max_waiting=max_waiting, int8=int8,
+        max_waiting=max_waiting, int8=int8, replicas=replicas if ray else None, cpus=cpus,
     )  # fmt: skip
 
 

@@ -75,7 +75,9 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Tell figures in Prometheus' text form."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        fleet = service.fleet
+        text = service.metrics.text() if fleet is None else await asyncio.to_thread(fleet.metrics)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from secrets import token_urlsafe
 from urllib.parse import parse_qs
 
 from fastapi import Depends
@@ -25,6 +24,7 @@ COOKIE = "deepseek_session"
 OPEN_PATHS = {"/health"}
 GENERATING = {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
 UPLOAD_PATH = "/v1/experts/upload"
+ROLES = ("admin", "user")
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 BODY_SECONDS = 30.0
 """Time for a client to send a body; for an upload, to send its next piece."""
@@ -49,7 +49,7 @@ class Guard:
         self.app, self.service = app, service
         settings = service.settings
         self.keys = [*((key, "admin") for key in settings.admin_keys), *((key, "user") for key in settings.api_keys)]
-        self.sessions = [(token_urlsafe(32), role) for role in ("admin", "user")]
+        self.sessions = [(hmac.digest(settings.secret.encode(), role.encode(), "sha256").hex(), role) for role in ROLES]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -108,7 +108,7 @@ async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
     """Plug a pack of the experts folder; requests that start from now on may use it."""
     if any(info.name == body.name for info in service.engine.experts()):
         raise ApiError(409, f"The expert {body.name} is plugged already; unplug it first.", param="name")
-    return plugged_expert(await asyncio.to_thread(service.engine.plug, pack_path(service, body.name)))
+    return plugged_expert(await asyncio.to_thread(service.experts_owner.plug, pack_path(service, body.name)))
 
 
 BINARY = {
@@ -128,7 +128,7 @@ async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
             async for piece in request.stream():
                 file.write(piece)
         try:
-            return plugged_expert(await asyncio.to_thread(service.engine.plug, path))
+            return plugged_expert(await asyncio.to_thread(service.experts_owner.plug, path))
         except PackError as error:
             raise ApiError(400, str(error).replace(str(path), "upload"), code="invalid_pack") from None
 
@@ -138,14 +138,14 @@ async def unplug(name: str, service: TheService) -> dict[str, Any]:
     """Unplug an expert; requests under way keep it until they end."""
     if all(info.name != name for info in service.engine.experts()):
         raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
-    await asyncio.to_thread(service.engine.unplug, name)
+    await asyncio.to_thread(service.experts_owner.unplug, name)
     return {"object": "expert", "name": name, "plugged": False}
 
 
 @router.post("/v1/experts/arm", dependencies=[ADMIN])
 async def arm(body: ArmRequest, service: TheService) -> dict[str, Any]:
     """Choose who may speak where a request does not choose: "auto" is everyone plugged, now and later."""
-    armed = await asyncio.to_thread(service.engine.arm, body.arm)
+    armed = await asyncio.to_thread(service.experts_owner.arm, body.arm)
     return {"object": "list", "armed": list(armed)}
 
 

@@ -33,6 +33,8 @@ def serve(
     max_waiting: int = 64,
     int8: bool = True,
     lesson: TeachRequest | None = None,
+    replicas: int | None = None,
+    cpus: float = 1.0,
     announce: Callable[[str], None] = partial(print, flush=True),  # noqa: B008 - it keeps nothing
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C; answers under way are finished first.
@@ -45,6 +47,8 @@ def serve(
         max_running, max_waiting: most requests in a batch, and in the queue.
         int8: see `start_engine`.
         lesson: an expert to train from the start, beside serving; it is plugged when it is done.
+        replicas: how many engines share the work on Ray Serve, each in a process of its own; None: one, in this one.
+        cpus: processors of each replica.
         announce: told the address once, when it can be reached.
 
     Raises:
@@ -53,15 +57,21 @@ def serve(
     """
     settings = replace(settings or Settings(), model=Path(model).name, base=str(model))
     listener = listen(settings)
-    app = create_app(None, settings, lesson)
+    url, cache_bytes = address(listener, settings.host), int(cache_gib * (1 << 30))
+    start = partial(
+        start_engine, model, int8=int8, cache_bytes=cache_bytes, max_running=max_running, max_waiting=max_waiting
+    )
+    if replicas is not None:
+        from deepseek.server.replicas import serve_replicas
 
-    make_engine = partial(
-        start_engine, model, experts=experts, int8=int8, cache_bytes=int(cache_gib * (1 << 30)),
-        max_running=max_running, max_waiting=max_waiting,
-    )  # fmt: skip
+        with listener:
+            port = listener.getsockname()[1]
+        serve_replicas(settings, port, replicas, cpus, experts=experts, start=start, announce=partial(announce, url))
+        return
+    app = create_app(None, settings, lesson)
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30)
-    server = DrainingServer(config, app.state.service, make_engine)
-    announce(address(listener, settings.host))
+    server = DrainingServer(config, app.state.service, partial(start, experts=experts))
+    announce(url)
     server.run(sockets=[listener])
     server.close()
 

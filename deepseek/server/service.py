@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Annotated, Any
 
 from fastapi import Depends
@@ -19,6 +20,7 @@ from deepseek.infer.request import ExpertChoice, Grammar, Request, TokenEvent, U
 from deepseek.infer.sampler import Sampling
 from deepseek.packs.library import experts_folder
 from deepseek.server.errors import ApiError
+from deepseek.server.fleet import Fleet
 from deepseek.server.metrics import Metrics
 from deepseek.server.prompt import PromptWriter
 from deepseek.server.schema import ExpertsField, JsonSchema, SamplingFields
@@ -113,6 +115,7 @@ class Settings:
         max_body, max_upload: bytes of a request, and of an uploaded pack.
         request_seconds: after which an answer is given up.
         answer_tokens: most tokens of an answer that asks for no limit.
+        secret: that the page's sessions are made of; replicas of one server share it.
     """
 
     model: str = "smollm2-135m"
@@ -129,6 +132,7 @@ class Settings:
     max_upload: int = 1 << 30
     request_seconds: float = 600.0
     answer_tokens: int = 512
+    secret: str = field(default_factory=token_urlsafe, repr=False)
 
 
 class Service:
@@ -139,12 +143,14 @@ class Service:
         self.metrics = Metrics()
         self.draining = False
         self.active = 0  # requests under way
+        self.fleet: Fleet | None = None
         self._engine: Engine | None = None
         self._writer: PromptWriter | None = None
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
 
-    def attach(self, engine: Engine) -> None:
-        """Begin to serve with `engine`."""
+    def attach(self, engine: Engine, fleet: Fleet | None = None) -> None:
+        """Begin to serve with `engine`, as one of a fleet or alone."""
+        self.fleet = fleet
         self._writer = PromptWriter(engine.tokenizer, engine.model.config.max_position_embeddings)
         self.metrics.watch(engine)
         self._engine = engine
@@ -164,6 +170,11 @@ class Service:
         if self._engine is None:
             raise self.refusal or ApiError(503, "There is no engine.")
         return self._engine
+
+    @property
+    def experts_owner(self) -> Engine | Fleet:
+        """What plugs, unplugs and arms experts for the whole server."""
+        return self.fleet or self.engine
 
     @property
     def writer(self) -> PromptWriter:

@@ -147,7 +147,7 @@ class Teacher:
             async for line in process.stderr:
                 lesson.read(line.decode("utf-8", "replace").strip())
             if await process.wait() == 0 and lesson.state == "running":
-                await asyncio.to_thread(self.service.engine.plug, pack)
+                await asyncio.to_thread(self.service.experts_owner.plug, pack)
                 lesson.state = "plugged"
         except Exception as error:  # whatever is wrong with this lesson, the server goes on
             lesson.message = as_api_error(error).message

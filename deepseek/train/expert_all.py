@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from deepseek.errors import TrainError
+from deepseek.train.cluster import connect
 from deepseek.train.expert import train_expert
 from deepseek.train.settings import Settings
 
@@ -28,17 +28,10 @@ class ExpertsSettings(Settings):
 def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Path | Exception]]:
     """Yield (name, pack or what went wrong) as the trainings end; the same call goes on after an interruption.
 
-    Raises `TrainError` if Ray is missing.
+    Raises `ConfigError` if Ray is missing.
     """
     settings = ExpertsSettings.read(config)
-    try:
-        import ray
-    except ImportError:
-        raise TrainError(
-            "Training in parallel needs Ray; install it with pip install 'deepseek-dmoe[cluster]'."
-        ) from None
-    if not ray.is_initialized():  # its workers inherit this environment, and as many threads as processors
-        ray.init(include_dashboard=False, log_to_driver=False)
+    ray = connect("Training in parallel")
     task = ray.remote(num_cpus=settings.cpus, max_retries=3)(_train)
     names = {task.remote(settings.base, name, given): name for name, given in settings.experts.items()}
     left = list(names)

@@ -1,5 +1,9 @@
 """`deepseek bench` lists the measurements and hands their options on."""
 
+import sys
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 
 from deepseek.cli import bench
@@ -41,3 +45,24 @@ def test_without_a_checkout_it_says_what_is_needed(
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     assert run("attention") == 2
     assert "clone" in capsys.readouterr().err
+
+
+def test_comparisons_are_drawn_and_rivals_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bars = import_module("bars")
+    assert bars.installed("json") == Path(sys.executable)
+    assert bars.installed("no_such_rival") is None
+    figures = {"decoding": {"ours int8": 174.0, "theirs": 105.0}, "prefill": {"ours int8": 2043.0}}
+    bars.draw(tmp_path / "one.png", figures)
+    bars.draw(tmp_path / "two.png", {**figures, "prefill": {"theirs": 2043.0}})
+    first, second = ((tmp_path / name).read_bytes() for name in ("one.png", "two.png"))
+    assert first.startswith(b"\x89PNG")
+    assert first != second
+
+
+@pytest.mark.parametrize(("name", "script"), [("serve", "batch"), ("decode", "decode"), ("prefill", "decode")])
+def test_comparisons_with_rivals_have_short_names(name: str, script: str) -> None:
+    assert ALIASES.get(name, name) == script
+    source = (FOLDER / f"{script}.py").read_text()
+    assert "--plot" in source
+    assert "installed(" in source

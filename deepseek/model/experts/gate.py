@@ -42,7 +42,7 @@ class GateBank:
         device: torch.device,
     ) -> "GateBank":
         """Return the bank of modules with `gates` (each `[D+1]`), `moments` (see `contrasts`), half-lives in tokens."""
-        rows = torch.cat([torch.stack(gates).float(), contrasts(torch.stack(moments))]).to(device)
+        rows = torch.cat([torch.stack([*gates]).float(), contrasts(torch.stack([*moments]))]).to(device)
         decay = torch.tensor([0.5 ** (1.0 / half_life) for half_life in half_lives], device=device)
         return GateBank(rows[:, :-1].contiguous(), rows[:, -1].contiguous(), decay, max_experts)
 
