@@ -23,6 +23,7 @@ from deepseek.data.preference_files import record_of
 from deepseek.data.preferences import Preference, PreferenceDatabase
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.infer.vocabulary import Vocabulary
+from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
 from deepseek.text.chat import encode_prompt
@@ -267,7 +268,7 @@ class AlignRun:
             trainer = RLOOTrainer(twin, score, arguments, rows, processing_class=tokenizer)
         trainer.train()
         with atomic_folder(self.out) as temporary:
-            trainer.model.to(torch.bfloat16).save_pretrained(temporary)
+            trainer.model.to(fast_dtype(twin.device)).save_pretrained(temporary)  # as PPO keeps its model
             tokenizer.save_pretrained(temporary)
         logged = [record for record in trainer.state.log_history if "loss" in record]
         return {"trl": logged[-1] if logged else {}}
