@@ -53,8 +53,7 @@ def alone(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_of_which_one_dies_equal_one(alone: Path, domains: Path, tmp_path: Path) -> None:
-    # Three, as gloo sometimes cannot connect in the first: its addresses may be those of the processes that died.
-    launch(2, domains, tmp_path, "experts", "25", "die", restarts=3)
+    launch(2, domains, tmp_path, "experts", "25", "die", restarts=1)
     assert (tmp_path / "died").exists()
     assert_same_result(tmp_path, alone)
     parts = sorted((tmp_path / "run" / "training" / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))

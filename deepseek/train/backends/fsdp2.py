@@ -29,8 +29,7 @@ from deepseek.train.optim import TrainingState, no_room_for
 B = TypeVar("B")
 
 CONNECT, WORK = timedelta(minutes=1), timedelta(minutes=30)
-"""How long processes wait for one another when they join, and later. After a restart gloo sometimes waits for a process
-that died; it has to give up soon, so that torchrun can try again."""
+"""How long processes wait for one another when they join, and later."""
 
 
 @contextmanager
@@ -39,7 +38,11 @@ def joined() -> Iterator["FSDP2"]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=CONNECT)
+    # torchrun keeps one store over its restarts: under a prefix of its own no start finds addresses of those who died.
+    shared, rank, size = next(dist.rendezvous("env://", timeout=CONNECT))
+    own = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=CONNECT)
     dist.distributed_c10d._set_pg_timeout(WORK)
     try:
         yield FSDP2(init_device_mesh(device, (dist.get_world_size(),)))
