@@ -83,7 +83,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=home() / "base-and-gain", help="experts and texts are kept here")
     parser.add_argument("--tokens", type=int, default=100_000, help="distinct tokens each expert is trained on")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--check", type=int, default=16_384, help="tokens each text is scored on")
+    parser.add_argument("--check", type=int, default=16_384, help="held-out tokens of each training")
+    parser.add_argument("--score", type=int, help="tokens each text is scored on in the comparison; default: --check")
     parser.add_argument("--only", nargs="*", choices=EXPERTS, help="train these experts and stop")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/base_and_gain.json and .png")
     options = parser.parse_args()
@@ -111,7 +112,7 @@ def compare(options: argparse.Namespace) -> None:
     for name in EXPERTS:
         model.experts.plug(pack_path(options.work, name))
     modules = {name: ExpertModule.from_pack(read_pack(pack_path(options.work, name)), model.dtype) for name in EXPERTS}
-    rows = [score(model, modules, text, options.check) for text in texts(options)]
+    rows = [score(model, modules, text, options.score or options.check) for text in texts(options)]
     same_bits = len({order_digest(model, options, order) for order in orders()}) == 1
     summary = summarise(rows) | {"orders": ORDERS, "every_order_same_bits": same_bits}
     print_table(rows, summary)

@@ -14,9 +14,9 @@ from deepseek.checkpoint.store import canonical_json, read_json
 from deepseek.errors import CheckpointError, PackError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOMENTS = 18
-"""Rows that say what a domain looks like at a layer: mean, variances, and 16 factors of the covariance. Sixteen tell
-domains apart as well as the whole matrix does (LOG.md, 2026-11-25)."""
+MOMENTS = 10
+"""Rows that say what a domain looks like at a layer: mean, variances, and 8 factors of the covariance. Eight tell domains
+apart as well as the whole matrix does (LOG.md, 2026-11-25)."""
 RESERVED_NAMES = frozenset({"all", "auto", "none"})  # words that `--experts` and `arm` give a meaning of their own
 
 

@@ -6,7 +6,7 @@ text and 0 the public one, the gate at that layer *detects* by ridge regression 
     w = (A_i/n_i + rho A_0/n_0 + lambda I)^-1 (s_i/n_i - rho s_0/n_0),
 
 shifted and scaled so that a share alpha of public scores is positive and the own text's median is 1. Beside it goes
-what the own text looks like: its mean, and its covariance in 16 factors and the variances that they leave. By that,
+what the own text looks like: its mean, and its covariance in 8 factors and the variances that they leave. By that,
 modules that are candidates together are told apart (`model/experts/gate.py`), though none has seen the other's text.
 Scores are compared after a running mean, so the sums are over running means.
 """
