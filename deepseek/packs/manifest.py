@@ -15,8 +15,8 @@ from deepseek.errors import CheckpointError, PackError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOMENTS = 10
-"""Rows that say what a domain looks like at a layer: mean, variances, and 8 factors of the covariance. Eight tell domains
-apart as well as the whole matrix does (LOG.md, 2026-11-25)."""
+"""Rows that say what a domain looks like at a layer: mean, variances, and 8 factors of the covariance. More tell
+domains apart no better (LOG.md, 2026-11-25)."""
 RESERVED_NAMES = frozenset({"all", "auto", "none"})  # words that `--experts` and `arm` give a meaning of their own
 
 
