@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint import store
@@ -39,8 +41,8 @@ def joined() -> Iterator["FSDP2"]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # torchrun keeps one store over its restarts: under a prefix of its own no start finds addresses of those who died.
-    shared, rank, size = next(dist.rendezvous("env://", timeout=CONNECT))
-    own = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    shared, rank, size = next(rendezvous("env://", timeout=CONNECT))
+    own = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=CONNECT)
     dist.distributed_c10d._set_pg_timeout(WORK)
