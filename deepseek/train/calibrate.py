@@ -28,7 +28,7 @@ from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.public import PublicStatistics
 from deepseek.train.trunk import Stream
 
-ALPHA = 0.03
+ALPHA = 0.05
 RHO = 1.0
 
 FEWEST_TOKENS = 256

@@ -29,12 +29,12 @@ from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.trunk import run_trunk
 
-VERSION = 3
+VERSION = 4
 ROW_LENGTH = 128
 """Tokens of one public row, each row out of another text."""
 
-ROWS_PER_KIND = 40
-SAMPLES_PER_OPENING = 3
+ROWS_PER_KIND = 80
+SAMPLES_PER_OPENING = 10
 BATCH_ROWS = 6
 STRIDE = 4
 """One smoothed gate input in so many is kept to set thresholds by; neighbours say nearly the same."""
@@ -154,7 +154,7 @@ def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progr
     end, rows = document_end_id(tokenizer), []
     openings = encode_plain(tokenizer, OPENINGS) * SAMPLES_PER_OPENING
     freely = Sampling(ROW_LENGTH, temperature=1.0, top_k=100, logit_bias={end: -100.0})
-    with Engine(model, tokenizer, quickest_runner(model)) as engine:
+    with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(openings)) as engine:
         written = [
             engine.submit(Request((end, *ids), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True))
             for seed, ids in enumerate(openings)
