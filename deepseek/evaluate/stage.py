@@ -8,7 +8,7 @@ from pathlib import Path
 from deepseek.checkpoint.store import write_json
 from deepseek.data import read_folder
 from deepseek.data.functions import documented_functions
-from deepseek.evaluate.code import score_bodies
+from deepseek.evaluate.code import human_eval_problems, pass_at_1, score_bodies
 from deepseek.evaluate.quality import collected, compare
 from deepseek.infer.load import load
 from deepseek.train.progress import ProgressBar
@@ -22,11 +22,13 @@ def evaluate_stage(
     experts: Sequence[str] = (),
     functions: str | None = None,
     most_functions: int = 20,
+    human_eval: int = 0,
     tokens: int = 8192,
     quiet: bool = False,
     **_: object,
 ) -> None:
-    """Write the losses of a model with `experts` on `data` and on public text, and BLEU on `functions`, a code folder.
+    """Write the losses of a model with `experts` on `data` and on public text, and BLEU on `functions`, a code folder,
+    and pass@1 on the first `human_eval` problems of HumanEval.
 
     The result goes to `result.json` in `run_folder`; where it is there already, nothing is done. What
     recipes give to every stage and this one has no use for, its name, is left alone.
@@ -45,5 +47,8 @@ def evaluate_stage(
             chosen = documented_functions(read_folder(functions))[:most_functions]
             scores = score_bodies(model, tokenizer, chosen, progress=progress)
             figures |= {f"bodies.{key}": value for key, value in asdict(scores).items()}
+        if human_eval:
+            problems = list(human_eval_problems().values())[:human_eval]
+            figures["human_eval.pass_at_1"] = pass_at_1(model, tokenizer, problems, progress=progress)
     figures["seconds"] = time.monotonic() - started
     write_json(run_folder / "result.json", {"stage": "eval", "model": base, "figures": figures, "data": {}})

@@ -179,9 +179,11 @@ def test_eval_compares_every_text(base_folder: Path, pack: Path, tmp_path: Path,
     (tmp_path / "own").mkdir()
     for i in range(3):
         (tmp_path / "own" / f"{i}.txt").write_text(f"text number {i} of mine, long enough to count as a document " * 8)
-    code = run("eval", "always", "--base", base_folder, "--tokens", "512", "--data", tmp_path / "own")
+    code = run(
+        "eval", "always", "--base", base_folder, "--tokens", "512", "--data", tmp_path / "own", "--human-eval", "1"
+    )
     shown = capsys.readouterr().out
-    assert code == 0 and all(word in shown for word in ("always", "public", "change"))
+    assert code == 0 and all(word in shown for word in ("always", "public", "change", "pass@1 (1 problems)"))
 
 
 def test_eval_refuses_a_missing_text(base_folder: Path, pack: Path, capsys: Capture) -> None:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from tiny_tokenizer import tiny_tokenizer
+from tiny_model import tiny_model
 
 from deepseek.data.functions import Function
 from deepseek.errors import DataError
-from deepseek.evaluate.code import cut_body, human_eval, passes, score_bodies
+from deepseek.evaluate import code
+from deepseek.evaluate.code import complete, cut_body, human_eval_problems, pass_at_1, passes, score_bodies
+from deepseek.infer.engine import Engine
 
 PROBLEM = {
     "prompt": 'def double(x):\n    """Twice x."""\n',
@@ -28,7 +30,7 @@ def test_answers_pass_by_running_their_tests(answer: str, passed: bool) -> None:
 
 
 def test_the_written_solutions_of_human_eval_pass() -> None:
-    problems = list(human_eval().values())
+    problems = list(human_eval_problems().values())
     assert len(problems) == 164
     for problem in problems[::40]:
         assert passes(problem, problem["canonical_solution"]), problem["task_id"]
@@ -42,27 +44,37 @@ def test_a_body_ends_where_its_indentation_does() -> None:
     )
 
 
-class Parrot:
-    """Writes what it is told, token by token, after any prompt."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, ids: list[int]) -> None:
-        self.ids = ids
-
-    def generate(self, prompt: torch.Tensor, **_: object) -> torch.Tensor:
-        return torch.cat([prompt, torch.tensor([self.ids])], dim=1)
+def parrot(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
+    """Have answers written in place of a model's: no small model writes a right one."""
+    monkeypatch.setattr(code, "complete", lambda *_: iter(answers))
 
 
-def test_scores_of_a_perfect_and_of_a_useless_answer() -> None:
-    tokenizer = tiny_tokenizer()
+def test_scores_of_a_perfect_and_of_a_useless_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_model()
     body = "    total = a + b + c + d\n    return total * 2"
     function = Function("f", 'def f(a, b, c, d):\n    """Sum."""\n', body, (), "m.py")
-    perfect = score_bodies(
-        Parrot(tokenizer(body + "\nx = 1", add_special_tokens=False).input_ids), tokenizer, [function]
-    )
+    parrot(monkeypatch, body + "\nx = 1")
+    perfect = score_bodies(*loaded, [function])
     assert (perfect.bleu, perfect.exact, perfect.parses) == (pytest.approx(100), 1.0, 1.0)
-    useless = score_bodies(Parrot(tokenizer("    ((", add_special_tokens=False).input_ids), tokenizer, [function])
+    parrot(monkeypatch, "    ((")
+    useless = score_bodies(*loaded, [function])
     assert useless.bleu < 5 and (useless.exact, useless.parses) == (0.0, 0.0)
     with pytest.raises(DataError, match="no documented functions"):
-        score_bodies(Parrot([]), tokenizer, [])
+        score_bodies(*loaded, [])
+
+
+def test_pass_at_1_is_the_share_of_answers_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    parrot(monkeypatch, "    return 2 * x\n", "    return x\n")
+    assert pass_at_1(*tiny_model(), [PROBLEM, PROBLEM]) == 0.5
+
+
+def test_many_prompts_are_answered_as_transformers_generation_answers_each() -> None:
+    model, tokenizer = tiny_model()
+    prompts = [f"def f{n}(x):\n" for n in range(20)]
+    with Engine(model, tokenizer, max_waiting=20) as engine:
+        written = list(complete(engine, prompts, 8))
+    for prompt, text in zip(prompts, written, strict=True):
+        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+        whole = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+        said = tokenizer.decode(whole, skip_special_tokens=True)
+        assert said.replace("\ufffd", "") == text.replace("\ufffd", "")  # bytes of half a character at the ends
