@@ -42,10 +42,8 @@ def evaluate(
     known = expert_texts([*plugged, *(name for name in installed() if name not in plugged)], plugged)
     with collected(tokenizer, data or [], known) as texts, ProgressBar() as progress:
         rows = list(compare(model, texts, tokens, progress))
-        passed = [
-            pass_at_1(model, tokenizer, problems, progress=progress, experts=who)
-            for who in (ExpertChoice(()), ExpertChoice())[: 2 if problems else 0]
-        ]
+        both = (ExpertChoice(()), ExpertChoice()) if problems else ()
+        passed = [pass_at_1(model, tokenizer, problems, progress=progress, experts=who) for who in both]
     Console().print(comparison_table(rows))
     if problems:
         print("HumanEval pass@1 ({} problems): base {:.1%}, plugged {:.1%}".format(len(problems), *passed))

@@ -71,8 +71,7 @@ def complete(
     most = min(max_tokens, context // 2)
     greedy, kept = Sampling(most, temperature=0.0), min(PROMPT_TOKENS, context - most)
     running = [
-        engine.submit(Request(tuple(ids[-kept:]), greedy, experts))
-        for ids in encode_plain(engine.tokenizer, prompts)
+        engine.submit(Request(tuple(ids[-kept:]), greedy, experts)) for ids in encode_plain(engine.tokenizer, prompts)
     ]
     for done, events in enumerate(running):
         yield "".join(event.text for event in events)

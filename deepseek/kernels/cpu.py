@@ -7,6 +7,11 @@ from pathlib import Path
 import torch
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bf16 numbers itself."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
 @cache
 def has_fast_bfloat16() -> bool:
     """Whether bf16 matrix products are faster than fp32 ones; emulated, they are about 8x slower.
@@ -14,8 +19,7 @@ def has_fast_bfloat16() -> bool:
     AMX makes them so, and so does AVX-512 BF16 where both vector ports have it (AMD); Intel has it on one of two, so
     that its products run at 0.7 of the speed of fp32 (LOG.md, 2026-11-25).
     """
-    one_port = "Intel" in _vendor()
-    return bool(torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not one_port))
+    return torch.cpu._is_amx_tile_supported() or (has_bfloat16() and "Intel" not in _vendor())
 
 
 def _vendor() -> str:

@@ -13,31 +13,35 @@ from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 
 
 @njit(fastmath=True)
-def _add(scale, row, out):  # type: ignore[no-untyped-def]
-    for i in range(len(out)):
-        out[i] += scale * widen(row[i])
-
-
-@njit(fastmath=True)
 def _add4(a, b, c, d, p, q, r, s, out):  # type: ignore[no-untyped-def]
     for i in range(len(out)):
-        out[i] += a * p[i] + b * q[i] + c * r[i] + d * s[i]
+        out[i] += a * widen(p[i]) + b * widen(q[i]) + c * widen(r[i]) + d * widen(s[i])
 
 
 @njit(fastmath=True)
-def _outer(scales, vectors, rows, start, stop, row, out):  # type: ignore[no-untyped-def]
-    """Set the gradient `out` of one weight row to the sum over slots of `scales[s]` times `vectors[rows[s]]`."""
+def _rows_back(scales, s, k, rows, first, last, out):  # type: ignore[no-untyped-def]
+    """Add to `out` four weight rows from k on, columns first to last - 1, each times its scale for slot s."""
+    _add4(
+        scales[s, 0], scales[s, 1], scales[s, 2], scales[s, 3],
+        rows[k, first:last], rows[k + 1, first:last], rows[k + 2, first:last], rows[k + 3, first:last], out,
+    )  # fmt: skip
+
+
+@njit(fastmath=True)
+def _outer(scales, j, vectors, rows, span, columns, row, out):  # type: ignore[no-untyped-def]
+    """Set the gradient `out` of a weight row to the sum over slots s in `span` of `scales[s, j] * vectors[rows[s]]`.
+
+    Columns are cut here, row by row: a row of a cut matrix counts as strided, and loops over it are not vectorised.
+    """
+    (start, stop), (c, d), none = span, columns, np.float32(0)
     row[:] = 0
-    s = start
-    while s + 4 <= stop:
-        i, j, k, m = rows[s], rows[s + 1], rows[s + 2], rows[s + 3]
+    for s in range(start, stop, 4):  # the last time one to four are left; missing ones weigh nothing
+        t, u, v = min(s + 1, stop - 1), min(s + 2, stop - 1), min(s + 3, stop - 1)
         _add4(
-            scales[s], scales[s + 1], scales[s + 2], scales[s + 3], vectors[i], vectors[j], vectors[k], vectors[m], row
-        )
-        s += 4
-    while s < stop:
-        _add(scales[s], vectors[rows[s]], row)
-        s += 1
+            scales[s, j], scales[t, j] if t > s else none, scales[u, j] if u > t else none,
+            scales[v, j] if v > u else none, vectors[rows[s], c:d], vectors[rows[t], c:d], vectors[rows[u], c:d],
+            vectors[rows[v], c:d], row,
+        )  # fmt: skip
     for i in range(len(out)):
         out[i] = few_tokens.narrow(row[i], out[i])
 
@@ -72,19 +76,21 @@ def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, g
 @njit(fastmath=True)
 def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_weights, first, last):  # type: ignore[no-untyped-def]
     """Columns first to last - 1 of the hidden values: their gradients, and that of the down projection."""
-    slots, start = len(tokens), 0
-    hidden, grad_hidden = np.empty((slots, last - first), np.float32), np.empty((slots, last - first), np.float32)
-    row, scales, identity = np.empty(last - first, np.float32), np.empty(slots, np.float32), np.arange(slots)
+    slots, width, start = len(tokens), last - first, 0
+    hidden, grad_hidden = np.empty((slots, width), np.float32), np.empty((slots, width), np.float32)
+    row, scales, identity = np.empty(width, np.float32), np.empty((slots, 4), np.float32), np.arange(slots)
     for e in range(len(ends)):
         stop = ends[e]
         if stop > start:
             _activate(weights, proj, hidden, grad_hidden, start, stop, first)
-            for d in range(down.shape[1]):
+            for d in range(0, down.shape[1], 4):
                 for s in range(start, stop):
-                    scales[s] = grad[tokens[s], d]
-                    _add(scales[s], down[e, d, first:last], grad_hidden[s])
+                    scales[s] = grad[tokens[s], d : d + 4]
+                    _rows_back(scales, s, d, down[e], first, last, grad_hidden[s])
                 if len(grad_down):
-                    _outer(scales, hidden, identity, start, stop, row, grad_down[e, d, first:last])
+                    mine = grad_down[e]
+                    for j in range(4):
+                        _outer(scales, j, hidden, identity, (start, stop), (0, width), row, mine[d + j, first:last])
             _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, grad_weights)
         start = stop
 
@@ -92,17 +98,19 @@ def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_we
 @njit(fastmath=True)
 def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, last):  # type: ignore[no-untyped-def]
     """Columns first to last - 1 of x: their gradients, and that of the gate and up projections."""
-    row, scales, start = np.empty(last - first, np.float32), np.empty(len(tokens), np.float32), 0
+    row, scales, start = np.empty(last - first, np.float32), np.empty((len(tokens), 4), np.float32), 0
     grad_x[:, first:last] = 0
     for e in range(len(ends)):
         stop = ends[e]
         if stop > start:
-            for p in range(gate_up.shape[1]):
+            for p in range(0, gate_up.shape[1], 4):
                 for s in range(start, stop):
-                    scales[s] = grad_proj[s, p]
-                    _add(scales[s], gate_up[e, p, first:last], grad_x[tokens[s], first:last])
+                    scales[s] = grad_proj[s, p : p + 4]
+                    _rows_back(scales, s, p, gate_up[e], first, last, grad_x[tokens[s], first:last])
                 if len(grad_gate_up):
-                    _outer(scales, x[:, first:last], tokens, start, stop, row, grad_gate_up[e, p, first:last])
+                    mine = grad_gate_up[e]
+                    for j in range(4):
+                        _outer(scales, j, x, tokens, (start, stop), (first, last), row, mine[p + j, first:last])
         start = stop
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
 from deepseek.kernels import openmp
-from deepseek.kernels.cpu import fast_dtype
+from deepseek.kernels.cpu import fast_dtype, has_bfloat16
 
 
 def mix_experts_reference(
@@ -97,7 +97,7 @@ def mix_experts_sorted(
 
 def _is_slow(gate_up_E2FD: Tensor, ids_NA: Tensor) -> bool:
     """Whether grouped products train these experts faster: where bf16 products are native, widening weights is not."""
-    native = gate_up_E2FD.dtype == torch.bfloat16 == _compute_dtype(torch.bfloat16)
+    native = gate_up_E2FD.dtype == torch.bfloat16 and has_bfloat16()
     trained = torch.is_grad_enabled() and gate_up_E2FD.requires_grad
     return native and trained and ids_NA.shape[0] > 1 and _has_few_tokens(ids_NA, len(gate_up_E2FD))
 
@@ -111,7 +111,7 @@ def _has_kernel(ids_NA: Tensor, *weights: Tensor) -> bool:
     dtypes = (torch.float32, torch.bfloat16)
     if ids_NA.numel() == 0 or sum(t.numel() for t in weights) < SMALL:
         return False
-    if not all(t.dtype == weights[0].dtype in dtypes and t.is_contiguous() for t in weights):
+    if not all(t.dtype == weights[0].dtype in dtypes and t.is_contiguous() and t.shape[1] % 4 == 0 for t in weights):
         return False
     if _has_few_tokens(ids_NA, len(weights[0])):
         return openmp.runtime() is not None
@@ -227,7 +227,10 @@ def _backward_compiled(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from deepseek.kernels import few_tokens_backward, many_tokens
 
-    kernel = few_tokens_backward if _has_few_tokens(ids_NA, len(down_EDF)) else many_tokens
+    # Gradients of weights take more arithmetic than reading the weights takes time.
+    products = train_experts and len(ids_NA) > 1 and down_EDF.dtype == torch.float32 and openmp.has_sgemm()
+    few = _has_few_tokens(ids_NA, len(down_EDF)) and not products
+    kernel = few_tokens_backward if few else many_tokens
     grad, x, weights = (t.float().contiguous() for t in (grad_ND, x_ND, weights_NA))
     grad_x, grad_gate_up, grad_down, grad_weights = kernel.backward(
         grad, x, gate_up_E2FD, down_EDF, ids_NA.contiguous(), weights, proj_SP, train_experts

@@ -1,4 +1,4 @@
-"""Small matrix products in registers: 4 rows by 16 columns of fp32 at a time.
+"""Small matrix products in registers: 4 rows by 16 columns of fp32 at a time, 8 rows where vectors hold 16 numbers.
 
 A BLAS picks its order of summation by the size of the matrices, so a row's result would depend on how many other rows
 stand beside it: later tokens would change the last bits of earlier ones. Here every element is summed from the first
@@ -8,13 +8,16 @@ term to the last, whatever stands beside it; and at these sizes there is no pack
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-ROWS, COLUMNS = 4, 16
+LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+COLUMNS = 16
+ROWS = 8 * LANES // COLUMNS  # eight sums at a time keep both units for products busy
 FLOAT, INT = ir.FloatType(), ir.IntType(64)
-VECTOR = ir.VectorType(FLOAT, 8)
+VECTOR = ir.VectorType(FLOAT, LANES)
 
 
 def _load(builder: Any, address: Any, offset: Any, kind: Any = VECTOR) -> Any:
@@ -25,14 +28,14 @@ def _load(builder: Any, address: Any, offset: Any, kind: Any = VECTOR) -> Any:
 
 def _splat(builder: Any, number: Any) -> Any:
     single = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), number, ir.IntType(32)(0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(single, ir.Constant(VECTOR, ir.Undefined), zeros)
 
 
 def _step(builder: Any, k: Any, sums: list[Any], a: Any, row_a: Any, step_a: Any, b: Any, row_b: Any) -> list[Any]:
     """Add the products of column k of a with row k of b to the sums."""
     start = builder.mul(k, row_b)
-    rights = [_load(builder, b, builder.add(start, INT(8 * half))) for half in range(COLUMNS // 8)]
+    rights = [_load(builder, b, builder.add(start, INT(LANES * part))) for part in range(COLUMNS // LANES)]
     added = []
     for r in range(ROWS):
         place = builder.add(builder.mul(INT(r), row_a), builder.mul(k, step_a))
@@ -42,12 +45,16 @@ def _step(builder: Any, k: Any, sums: list[Any], a: Any, row_a: Any, step_a: Any
 
 
 def _tile(keep: bool) -> Callable[..., None]:
-    """The intrinsic that sets, or with `keep` increases, 4 x 16 elements of c by the product of a and b."""
+    """The intrinsic that sets, or with `keep` increases, ROWS x 16 elements of c by the product of a and b."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         a, row_a, step_a, b, row_b, c, row_c, depth = args
-        places = [builder.add(builder.mul(INT(i // 2), row_c), INT(8 * (i % 2))) for i in range(2 * ROWS)]
-        zero = ir.Constant(VECTOR, [0.0] * 8)
+        places = [
+            builder.add(builder.mul(INT(row), row_c), INT(column))
+            for row in range(ROWS)
+            for column in range(0, COLUMNS, LANES)
+        ]
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
         first = [_load(builder, c, place) if keep else zero for place in places]
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
@@ -78,7 +85,7 @@ def multiply(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # typ
     """Set c[i, j] to the sum over k of a[i, k] b[k, j].
 
     a, b and c are addresses; a[i, k] lies `i * row_a + k * step_a` floats from its start, rows of b and c are
-    contiguous. `rows` is rounded up to a multiple of 4, `columns` to one of 16: the memory must be there.
+    contiguous. `rows` is rounded up to a multiple of ROWS, `columns` to one of 16: the memory must be there.
     """
     for j in range(0, columns, COLUMNS):
         for i in range(0, rows, ROWS):

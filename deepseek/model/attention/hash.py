@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deepseek.checkpoint.store import atomic_write
 from deepseek.errors import CheckpointError, ConfigError
+from deepseek.kernels.lsh.attention import likeliest
 
 FORMAT = "deepseek-hash-1"
 PARTS = ("key_weight", "key_bias", "query_weight", "query_bias")
@@ -50,7 +51,7 @@ class LinearHash(nn.Module):
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
         """Return `probes` different buckets `[B, H, T, P]` for each query, the likeliest first."""
-        return (query_BHTK.float() @ self.query_weight + self.query_bias[:, None]).topk(probes).indices
+        return likeliest(query_BHTK.float() @ self.query_weight + self.query_bias[:, None], probes)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in PARTS}

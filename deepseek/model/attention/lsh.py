@@ -65,7 +65,7 @@ class RandomHash(nn.Module):
         return self._likeness(key_BGSK).argmax(-1)
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
-        return self._likeness(query_BHTK).topk(probes).indices
+        return kernel.likeliest(self._likeness(query_BHTK), probes)
 
     def _likeness(self, x: Tensor) -> Tensor:
         return x.float() @ self.directions_CK.float().mT

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
+from math import prod
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deepseek.kernels.distance import NUM_BUCKETS, distance_buckets
 from deepseek.kernels.lsh import far_field, tiles
-from deepseek.kernels.lsh.attention import lsh_attention
+from deepseek.kernels.lsh.attention import likeliest, lsh_attention
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows, document_starts
 from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
@@ -360,3 +361,10 @@ def test_the_far_field_is_causal_and_the_same_in_decoding():
     for part in (case.query, case.key, case.value):
         part[:, :, 50:] = torch.randn_like(part[:, :, 50:])
     assert torch.equal(case.fast(case.query, case.key, case.value)[:, :, :50], whole[:, :, :50])
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 4), (1, 1, 2, 256)])
+def test_the_likeliest_buckets_are_those_that_sorting_finds(shape: tuple[int, ...]) -> None:
+    scores = torch.stack([torch.randperm(shape[-1]).float() for _ in range(prod(shape[:-1]))]).view(shape)
+    for probes in (1, 4):
+        assert torch.equal(likeliest(scores - shape[-1], probes), scores.argsort(-1, descending=True)[..., :probes])

@@ -1,0 +1,47 @@
+"""The likeliest buckets of each query."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from numba import cfunc, njit
+from torch import Tensor
+
+from deepseek.kernels.few_tokens import share
+from deepseek.kernels.launch import ARGUMENTS, launch, unpack
+
+
+@njit
+def _run(scores, codes):  # type: ignore[no-untyped-def]
+    """Keep the best of each row in order while walking over it: most scores meet one comparison, with the last kept."""
+    probes = codes.shape[1]
+    best = np.empty(probes, np.float32)
+    first, last = share(len(scores))
+    for n in range(first, last):
+        best[:], codes[n] = -np.inf, 0
+        least = best[probes - 1]
+        for c in range(scores.shape[1]):
+            score = scores[n, c]
+            if score > least:
+                p = probes - 1
+                while p > 0 and score > best[p - 1]:
+                    best[p], codes[n, p] = best[p - 1], codes[n, p - 1]
+                    p -= 1
+                best[p], codes[n, p] = score, c
+                least = best[probes - 1]
+
+
+@cache
+def _kernel(kinds: str) -> int:
+    @cfunc(ARGUMENTS, cache=True)
+    def kernel(data):  # type: ignore[no-untyped-def]
+        _run(*unpack(data, kinds))
+
+    return int(kernel.address)
+
+
+def likeliest(scores: Tensor, probes: int) -> Tensor:
+    """See `attention.likeliest`, for fp32 on a processor."""
+    codes = torch.empty(*scores.shape[:-1], probes, dtype=torch.int64)
+    launch(_kernel, scores.contiguous().view(-1, scores.shape[-1]), codes.view(-1, probes))
+    return codes
