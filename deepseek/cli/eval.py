@@ -24,8 +24,6 @@ def evaluate(
 ) -> None:
     """Print the loss of the base and of the plugged set: on each expert's own held-out text, on that of other trained
     experts, on public prose and code, and on text of yours. Code that the model writes runs in a sandboxed process."""
-    from itertools import islice
-
     from rich.console import Console
 
     from deepseek.cli.table import comparison_table
@@ -36,7 +34,7 @@ def evaluate(
     from deepseek.packs.library import installed
     from deepseek.train.progress import ProgressBar
 
-    problems = list(islice(human_eval_problems().values(), human_eval)) if human_eval else []
+    problems = human_eval_problems(human_eval) if human_eval else []
     model, tokenizer = load(base, experts=expert_packs(experts, base))
     plugged = [info.name for info in model.experts.list()]
     known = expert_texts([*plugged, *(name for name in installed() if name not in plugged)], plugged)

