@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.document import Progress, silent
@@ -18,8 +17,7 @@ from deepseek.errors import DataError
 from deepseek.infer.vocabulary import Vocabulary
 from deepseek.registry import package
 from deepseek.text.chat import Message, check_messages, encode_prompt
-from deepseek.text.tokenizer import encode_plain
-from deepseek.train.rollout import Responses, generate, given, mixed
+from deepseek.train.rollout import Responses, generate
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Scores each answer to its prompt."""
@@ -52,22 +50,6 @@ def varied(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
 
 
 JUDGES: dict[str, Judge] = {"clean": clean, "willing": willing, "varied": varied}
-
-
-def likely(model: Any, tokenizer: PreTrainedTokenizerFast) -> Judge:
-    """Return a judge that gives the mean log-likelihood, in nats a token, of an answer after its prompt."""
-
-    @torch.no_grad()
-    def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        rows = given(model, encode_plain(tokenizer, prompts), encode_plain(tokenizer, answers))
-        length = rows.mask_BT.shape[1]
-        with mixed(model.device):
-            logits_BTV = model(rows.input_ids_BS, attention_mask=rows.real_BS, logits_to_keep=length + 1).logits
-        losses_BT = cross_entropy(logits_BTV[:, :-1].float().mT, rows.targets_BT, reduction="none") * rows.mask_BT
-        means: list[float] = (-losses_BT.sum(1) / rows.mask_BT.sum(1).clamp(min=1)).tolist()
-        return means
-
-    return judge
 
 
 class TextReward:

@@ -106,16 +106,6 @@ def test_judges_tell_good_from_bad() -> None:
     assert polite > 0.9 and rude < 0.1
 
 
-def test_the_likelihood_judge_is_the_models_own_mean(base: Path) -> None:
-    model, tokenizer = load(base, dtype="float32")
-    scores = judge.likely(model, tokenizer)(["alpha", "beta gamma"], [" beta", " delta epsilon zeta"])
-    prompt, answer = (
-        tokenizer(text, add_special_tokens=False).input_ids for text in ("beta gamma", " delta epsilon zeta")
-    )
-    expected = model.log_probs(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1 :].mean()
-    assert scores[1] == pytest.approx(float(expected), abs=0.02)
-
-
 def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
     small = {"rollouts": 6, "rollout_size": 16, "new_tokens": 6, "layers": "last:2", "learning_rate": 3e-3}
     return align(
