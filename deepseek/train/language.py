@@ -42,9 +42,17 @@ class LanguageTask:
         hooks: router state to save, and the routers' one update a step.
     """
 
-    def __init__(self, model: Any, held_out: Mapping[str, Sequence[Batch]], backend: Backend = SINGLE) -> None:
-        """Train `model`, spread by `backend`; `held_out` are batches to evaluate on, by domain."""
+    def __init__(
+        self,
+        model: Any,
+        held_out: Mapping[str, Sequence[Batch]],
+        backend: Backend = SINGLE,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Train `model`, spread by `backend`; `held_out` are batches by domain, `weights` their parts of the mix."""
         self.model, self.held_out, self.backend = model, held_out, backend
+        total = sum(weights.values()) if weights else len(held_out)
+        self.weights = {name: (weights[name] if weights else 1) / total for name in held_out}
         self.module = NextToken(model)
         backend.shard(self.module, [*model.layers, *model.expert_pools])
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -70,21 +78,27 @@ class LanguageTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the exact held-out loss of each domain and over all, and how evenly the experts are used there."""
+        """Return the exact held-out loss of each domain and of the mix, and how evenly the mix uses the experts.
+
+        The mix is that of training, whatever number of tokens each domain holds out: it is what the routers balance.
+        """
         self.model.eval()
         load_LE = torch.zeros(len(self.routers), self.model.config.num_experts, dtype=torch.float64)
-        sums = {name: self._sum(batches, load_LE) for name, batches in self.held_out.items()}
+        losses = {}
+        for name, batches in self.held_out.items():
+            domain_LE = torch.zeros_like(load_LE)
+            total, targets = self._sum(batches, domain_LE).tolist()
+            losses[name] = total / targets
+            load_LE += self.weights[name] / targets * self.backend.mean(domain_LE)
         self.model.train()
-        total = torch.stack(list(sums.values())).sum(0)
-        figures = {"held_out_loss": float(total[0] / total[1])}
-        figures |= {f"held_out_loss.{name}": float(pair[0] / pair[1]) for name, pair in sums.items()}
+        figures = {"held_out_loss": sum(self.weights[name] * loss for name, loss in losses.items())}
+        figures |= {f"held_out_loss.{name}": loss for name, loss in losses.items()}
         if self.routers:
-            load_LE = self.backend.mean(load_LE)
             figures |= {"held_out_max_violation": max_violation(load_LE), "idle_experts": float((load_LE == 0).sum())}
         return figures
 
     def _sum(self, batches: Sequence[Batch], load_LE: Tensor) -> Tensor:
-        """Return the mean over processes of (sum of losses, number of targets) in these batches."""
+        """Return the mean over processes of (sum of losses, number of targets); count the experts' calls."""
         pair = torch.zeros(2, dtype=torch.float64)
         for whole in batches:
             batch = self.backend.share(whole)

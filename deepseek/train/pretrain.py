@@ -200,7 +200,8 @@ class PretrainRun:
         settings = self.settings
         self.model = build_model(settings, self.tokenizer)
         held_out = {domain.name: self.held_out_batches(domain.held_out) for domain in self.domains}
-        self.task = LanguageTask(self.model, held_out, self.backend)
+        weights = {domain.name: domain.weight for domain in self.domains}
+        self.task = LanguageTask(self.model, held_out, self.backend, weights)
         optim = OptimConfig(
             learning_rate=settings.learning_rate, warmup=settings.warmup, weight_decay=settings.weight_decay,
             final=settings.final_learning_rate / settings.learning_rate,

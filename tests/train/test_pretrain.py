@@ -38,6 +38,9 @@ def test_the_run_folder_tells_the_run(whole: Path) -> None:
     assert {"held_out_loss.words", "held_out_loss.code", "held_out_max_violation", "idle_experts"} <= set(
         evaluations[0]
     )
+    last = evaluations[-1]
+    of_the_mix = (2 * last["held_out_loss.words"] + last["held_out_loss.code"]) / 3
+    assert last["held_out_loss"] == pytest.approx(of_the_mix)
     assert sum("max_violation" in record for record in records) == 12
     samples = json.loads((whole / "run" / "samples" / "step-00000012.json").read_text())
     assert samples[0].startswith("alpha")

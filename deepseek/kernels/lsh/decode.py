@@ -119,7 +119,7 @@ class BucketCache:
         scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(-2)  # five times as fast as keys times query
         scores_old = scores_old.masked_fill(~valid_BGNW.view_as(scores_old), lowest)
         near = slice(max(0, self.length - self.windows.local), self.length)
-        padding_B11S = ~self.real_BS[:, None, None, near]
+        padding_B11S = (self.codes_BJS[:, 0, near] == self.windows.num_buckets + 1)[:, None, None]
         scores_near = (query_BGMK @ key_BGSK[:, :, near].mT).masked_fill(padding_B11S, lowest)
         scores = torch.cat((scores_near, scores_old), -1)
         if bias is not None:
