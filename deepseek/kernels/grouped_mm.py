@@ -4,7 +4,8 @@
 Expert ids equal to E mark slots that take no part.
 
 On a processor slots are sorted by expert, with one matrix product per expert and projection, and an expert's rows are
-gathered and multiplied while they are in the cache. Where bf16 products are emulated, an expert's weights are widened to fp32 just before use.
+gathered and multiplied while they are in the cache. Where bf16 products are emulated, an expert's weights are widened
+to fp32 just before use.
 """
 
 from typing import Any
@@ -149,7 +150,7 @@ def _forward(
         if proj_SP is not None:
             proj_SP[start:stop] = proj
         gate, up = proj.chunk(2, dim=-1)
-        torch.mm(silu(gate).mul_(up), down_EDF[expert].to(dtype).T, out=out_SD[start:stop])
+        out_SD[start:stop] = silu(gate).mul_(up) @ down_EDF[expert].to(dtype).T
     return _combine(out_SD, order_S, segments, weights_NA).to(x_ND.dtype)
 
 
@@ -216,7 +217,7 @@ def _backward_op(
         grad_hidden = grad_out @ down_EDF[expert].to(dtype)
         hidden, grad_proj = _swiglu_backward(proj_SP[start:stop].to(dtype), grad_hidden, weight)
         grad_weight_S[start:stop] = (hidden * grad_hidden).sum(-1)
-        torch.mm(grad_proj, gate_up_E2FD[expert].to(dtype), out=grad_x_SD[start:stop])
+        grad_x_SD[start:stop] = grad_proj @ gate_up_E2FD[expert].to(dtype)
         if train_experts:
             grad_down[expert] = grad_out.T @ hidden.mul_(weight)
             grad_gate_up[expert] = grad_proj.T @ x[tokens]
