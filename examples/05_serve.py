@@ -32,8 +32,7 @@ with Engine(*deepseek.load("smollm2-135m")) as engine:
     thread.start()
     question = {"role": "user", "content": "What is the capital of France?"}
     answer = post(
-        "/v1/chat/completions",
-        {"model": "smollm2-135m", "messages": [question], "max_tokens": 24, "temperature": 0},
+        "/v1/chat/completions", {"model": "smollm2-135m", "messages": [question], "max_tokens": 24, "temperature": 0}
     )
     print(json.dumps(answer, indent=1))
     with urllib.request.urlopen(f"{url}/v1/models") as reply:

@@ -38,7 +38,7 @@ NAMES = {
 SPLIT_RULES = {
     "smollm": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
+    )
 }
 
 

@@ -53,7 +53,7 @@ KNOWN = {
             weights="967fa650eaa83f83a481d8f6003123cc8576f9453eebe737c1fe66c6ab2756a4",
             tokenizer="af8c93bbfbaf0cca6e6fc44da9f5e4bcde28a79246eac4bdbad06af43fb6e1f4",
         ),
-    ),
+    )
 }
 
 UNPUBLISHED = ("deepseek-nano", "deepseek-29m", "deepseek-1b", "deepseek-8b", "deepseek-175b")

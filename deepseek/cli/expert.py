@@ -120,8 +120,7 @@ def verify(
 
 @app.command()
 def sign(
-    pack: Pack,
-    key: Annotated[Path, typer.Option(help="A private key that `deepseek expert keygen` made.")],
+    pack: Pack, key: Annotated[Path, typer.Option(help="A private key that `deepseek expert keygen` made.")]
 ) -> None:
     """Sign a pack in place."""
     from deepseek.packs.library import find_pack

@@ -114,10 +114,7 @@ def derivative(draw: random.Random) -> Problem:
     """The slope of a cubic polynomial at a point."""
     a, b, c, x = draw.randint(2, 9), draw.randint(2, 9), draw.randint(2, 20), draw.randint(1, 6)
     slope = 3 * a * x * x + 2 * b * x + c
-    steps = (
-        f"f'(x) = {3 * a}x^2 + {2 * b}x + {c}.",
-        f"f'({x}) = {3 * a} * {x * x} + {2 * b} * {x} + {c} = {slope}.",
-    )
+    steps = (f"f'(x) = {3 * a}x^2 + {2 * b}x + {c}.", f"f'({x}) = {3 * a} * {x * x} + {2 * b} * {x} + {c} = {slope}.")
 
     def f(at: int) -> int:
         return a * at**3 + b * at**2 + c * at

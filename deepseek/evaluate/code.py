@@ -60,11 +60,7 @@ def score_bodies(
 
 
 def complete(
-    engine: Engine,
-    prompts: Sequence[str],
-    max_tokens: int,
-    progress: Progress = silent,
-    experts: ExpertChoice = ARMED,
+    engine: Engine, prompts: Sequence[str], max_tokens: int, progress: Progress = silent, experts: ExpertChoice = ARMED
 ) -> Iterator[str]:
     """Yield the likeliest continuation of each prompt, written in batches; a short context cuts both."""
     context = engine.model.config.max_position_embeddings

@@ -58,10 +58,7 @@ def adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.opt
         {"params": routers, "pace": ROUTER_PACE, "lr": rate * ROUTER_PACE},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
+        [group for group in groups if group["params"]], lr=rate, betas=config.betas, weight_decay=config.weight_decay
     )
 
 

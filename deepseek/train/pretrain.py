@@ -108,10 +108,7 @@ class PretrainSettings(Settings):
 
 
 def pretrain(
-    config: str | Path | Mapping[str, Any] | PretrainSettings,
-    *,
-    quiet: bool = False,
-    dry_run: bool = False,
+    config: str | Path | Mapping[str, Any] | PretrainSettings, *, quiet: bool = False, dry_run: bool = False
 ) -> Path:
     """Train a language model from scratch and return its folder; interrupted, the same call goes on.
 

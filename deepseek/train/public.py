@@ -74,10 +74,7 @@ class PublicStatistics:
 
 
 def public_statistics(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    layers: Sequence[int],
-    progress: Progress = silent,
+    model: Any, tokenizer: PreTrainedTokenizerFast, layers: Sequence[int], progress: Progress = silent
 ) -> PublicStatistics:
     """Return the statistics of `model` at `layers`, from the cache in the library's home if they are there."""
     root, name = _place(model)

@@ -56,10 +56,7 @@ class RecipeSettings(Settings):
 
 
 def train_recipe(
-    config: str | Path | Mapping[str, Any],
-    extra: Mapping[str, Stage] | None = None,
-    *,
-    quiet: bool = False,
+    config: str | Path | Mapping[str, Any], extra: Mapping[str, Stage] | None = None, *, quiet: bool = False
 ) -> Path:
     """Run the stages of a recipe and return its run folder; the same call goes on after an interruption.
 

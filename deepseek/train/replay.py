@@ -37,11 +37,7 @@ class Replay:
 
     @staticmethod
     def beside(
-        model: Any,
-        tokenizer: PreTrainedTokenizerFast,
-        first: int,
-        own_tokens: int,
-        progress: Progress = silent,
+        model: Any, tokenizer: PreTrainedTokenizerFast, first: int, own_tokens: int, progress: Progress = silent
     ) -> "Replay":
         """Return the replay of an expert whose first layer is `first` and whose steps have `own_tokens` of its own."""
         ids = training_rows(model, tokenizer, progress)

@@ -5,12 +5,7 @@ import torch
 from torch import Tensor
 
 from deepseek.kernels import cross_entropy
-from deepseek.kernels.cross_entropy import (
-    CandidateHead,
-    linear_cross_entropy,
-    reference_cross_entropy,
-    token_losses,
-)
+from deepseek.kernels.cross_entropy import CandidateHead, linear_cross_entropy, reference_cross_entropy, token_losses
 
 N, D, V = 50, 8, 97
 

@@ -16,15 +16,7 @@ from deepseek.model.experts.gate import RIDGE
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train import public as public_module
-from deepseek.train.calibrate import (
-    OwnText,
-    calibrate,
-    crossed,
-    detecting_row,
-    factored,
-    scores,
-    solve_gate,
-)
+from deepseek.train.calibrate import OwnText, calibrate, crossed, detecting_row, factored, scores, solve_gate
 from deepseek.train.gate_inputs import HALF_LIFE, GateInputs, Moments, blend, gate_inputs, smoothed
 from deepseek.train.public import ROW_LENGTH, installed_texts, measure_public, public_statistics, sampled_rows
 from deepseek.train.trunk import run_trunk

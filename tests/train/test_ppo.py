@@ -8,15 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.train.ppo import (
-    advantages,
-    masked_mean,
-    policy_loss,
-    steered,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+from deepseek.train.ppo import advantages, masked_mean, policy_loss, steered, token_rewards, value_loss, whiten
 
 
 def batch(seed: int, rows: int = 4, length: int = 7) -> tuple[Tensor, ...]:

@@ -15,14 +15,7 @@ from deepseek.train.metrics import read_metrics
 from deepseek.train.optim import OptimConfig
 from deepseek.train.policy import Policy
 from deepseek.train.progress import ProgressBar
-from deepseek.train.rlpo import (
-    Learner,
-    Minibatch,
-    RLPOConfig,
-    RLPOState,
-    RolloutBatches,
-    rlpo_update,
-)
+from deepseek.train.rlpo import Learner, Minibatch, RLPOConfig, RLPOState, RolloutBatches, rlpo_update
 from deepseek.train.rollout import Responses, generate
 
 VOCABULARY = 12

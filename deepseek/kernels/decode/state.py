@@ -7,8 +7,7 @@ RECENT = 8  # positions whose running sums of gates are kept, so that a step's l
 BLOCK = 64  # rows that a panel of weights is multiplied by before their results are used
 
 Weights = namedtuple(
-    "Weights",
-    "sizes qkv out gate_up down head embedding norms head_norms qkv_bias out_bias windows cosine sine eps",
+    "Weights", "sizes qkv out gate_up down head embedding norms head_norms qkv_bias out_bias windows cosine sine eps"
 )
 """A model. Addresses are of packed panels (see `kernels/int8.py`).
 

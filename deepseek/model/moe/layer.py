@@ -73,11 +73,7 @@ def init_upcycled(layer: MoELayer, generator: Generator) -> None:
     Experts and router start random and so different from each other; only `down_proj` is scaled to a whisper. Its own
     gradient does not depend on that scale: the first optimiser step of usual size gives the experts a voice.
     """
-    for weight, scale in (
-        (layer.pool.gate_up_proj, 1.0),
-        (layer.pool.down_proj, WHISPER),
-        (layer.router.weight, 1.0),
-    ):
+    for weight, scale in ((layer.pool.gate_up_proj, 1.0), (layer.pool.down_proj, WHISPER), (layer.router.weight, 1.0)):
         weight.copy_(_random(weight, generator) * scale)
 
 
