@@ -15,7 +15,6 @@ from numba import cfunc, njit
 from torch import Tensor
 
 from deepseek.kernels.few_tokens import share
-from deepseek.kernels.few_tokens_backward import untouched_zeros
 from deepseek.kernels.launch import ARGUMENTS, launch, unpack
 from deepseek.kernels.lsh import strip_backward, strip_forward
 from deepseek.kernels.lsh.intervals import Intervals, Windows
@@ -132,9 +131,10 @@ def _buffers(most, longest, own, width, rounds):  # type: ignore[no-untyped-def]
 @njit
 def _run(  # type: ignore[no-untyped-def]
     q, key, value, table, term, out, lse, order, start, stop, codes, place, rank, grad, grad_lse, grad_q, grad_table,
-    grad_key, grad_value, grad_term, scale, num_lists, longest, backwards,
+    grad_key, grad_value, grad_term, early_key, early_value, early_term, scale, num_lists, longest, backwards,
 ):  # fmt: skip
-    (batch, length, heads, width), groups, lanes, past = q.shape, key.shape[2], len(grad_key), key.shape[1] - q.shape[1]
+    (batch, length, heads, width), groups, past = q.shape, key.shape[2], key.shape[1] - q.shape[1]
+    lanes = 1 + len(early_key)
     own, chunks = heads // groups, (length + CHUNK - 1) // CHUNK
     buffers = _buffers(CHUNK + longest + ROWS, longest, own, width, place.shape[2] + 1)
     begin, end = share(batch * groups * lanes)
@@ -142,7 +142,9 @@ def _run(  # type: ignore[no-untyped-def]
         b, g, lane = unit // (groups * lanes), unit // lanes % groups, unit % lanes
         h = slice(g * own, (g + 1) * own)
         sources = key[b, :, g], value[b, :, g], rank[b], term[b, :, h], place[b, g], order[b, g]
-        grads_keys = grad_key[lane, b, :, g], grad_value[lane, b, :, g], grad_term[lane, b, :, h]
+        grads_keys = grad_key[b, :, g], grad_value[b, :, g], grad_term[b, :, h]
+        if lane < lanes - 1:
+            grads_keys = early_key[lane, b, :, g], early_value[lane, b, :, g], early_term[lane, b, :, h]
         for chunk in range(lane * chunks // lanes, (lane + 1) * chunks // lanes):
             u = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, length))
             slots = slice(past + u.start, past + u.stop)
@@ -188,8 +190,9 @@ def forward(inputs: Inputs, intervals: Intervals, windows: Windows, scale: float
     query, key, value, table, _ = arrays = _inputs(inputs)
     out, lse = torch.zeros_like(query), query.new_empty(query.shape[:3])
     # Any address will do for gradients, which are not touched.
-    lanes = [part[None].expand(-(-query.shape[1] // CHUNK), *part.shape) for part in (key, value, lse[:, :0])]
-    _call([*arrays, out, lse], intervals, [query, lse, query, table, *lanes], windows, scale, False)
+    kept = key, value, lse[:, :0]
+    lanes = [part[None].expand(-(-query.shape[1] // CHUNK) - 1, *part.shape) for part in kept]
+    _call([*arrays, out, lse], intervals, [query, lse, query, table, *kept, *lanes], windows, scale, False)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
@@ -201,13 +204,17 @@ def backward(
     arrays = _inputs(inputs)
     query, key, value, table, term = arrays
     threads, heads, length = torch.get_num_threads(), key.shape[0] * key.shape[2], query.shape[1]
-    lanes = min(threads // gcd(threads, heads), MOST_LANES, -(-length // CHUNK))  # all equally busy
-    summed = [untouched_zeros(torch.Size((lanes, *part.shape)), torch.float32) for part in (key, value, term)]
+    chunks = -(-length // CHUNK)
+    lanes = min(threads // gcd(threads, heads), MOST_LANES, chunks)  # all equally busy
+    early = key.shape[1] - length + (lanes - 1) * chunks // lanes * CHUNK  # keys that lanes before the last may see
+    kept = key, value, term
+    summed = [part.new_zeros(part.shape, dtype=torch.float32) for part in kept]
+    earlier = [part.new_zeros(lanes - 1, *part[:, :early].shape, dtype=torch.float32) for part in kept]
     own = [torch.zeros_like(query), torch.zeros_like(table)]
     given = [_by_token(part) for part in (out_BHTK, lse_BHT, grad_BHTK, grad_lse_BHT)]
-    _call([*arrays, *given[:2]], intervals, [*given[2:], *own, *summed], windows, scale, True)
-    for lane in range(lanes - 1):
-        for part in summed:
-            part[-1] += part[lane]
-    grads = (own[0], *(part[-1] for part in summed[:2]), own[1], summed[2][-1])
+    _call([*arrays, *given[:2]], intervals, [*given[2:], *own, *summed, *earlier], windows, scale, True)
+    for part, of_lanes in zip(summed, earlier, strict=True):
+        for of_lane in of_lanes:
+            part[:, :early] += of_lane
+    grads = own[0], *summed[:2], own[1], summed[2]
     return tuple(part.transpose(1, 2) for part in grads)
