@@ -56,7 +56,7 @@ class Sampling:
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
         _check(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
         _check(0.0 <= self.min_p < 1.0, "min_p", self.min_p, "at least 0 and below 1")
-        _check(self.repetition_penalty > 0.0, "repetition_penalty", self.repetition_penalty, "above 0")
+        _check(self.repetition_penalty >= 0.01, "repetition_penalty", self.repetition_penalty, "at least 0.01")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "between -2 and 2")
         for bias in self.logit_bias.values():

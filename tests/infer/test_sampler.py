@@ -88,6 +88,7 @@ def test_any_whole_number_is_a_seed(seed: int) -> None:
     [
         ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 1.0), ("max_new_tokens", 0),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 5e-324),  # a quotient would be infinite
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(field: str, value: float) -> None:
