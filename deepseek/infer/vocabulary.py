@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import llguidance
 import llguidance.hf
@@ -18,6 +19,9 @@ from deepseek.text.tokenizer import document_end_id
 
 WHITESPACE = r"\n?[ \t]{0,32}"
 """What may stand between the parts of a JSON text: room for pretty printing, none to go on with blanks for ever."""
+
+REAL_YEAR = r"^([1-9]|0[1-9]|00[1-9]|000[1-9])"
+"""How a date begins. The formats allow the year 0, which the date types of most languages cannot hold."""
 
 
 class Vocabulary:
@@ -56,8 +60,18 @@ def _compiled(grammar: Grammar) -> str:
         return llguidance.LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "lark":
         return llguidance.LLMatcher.grammar_from_lark(grammar.text)
-    schema = json.loads(grammar.text)
+    schema = _with_real_years(json.loads(grammar.text))
     return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+
+
+def _with_real_years(schema: Any) -> Any:
+    """Return a JSON schema whose dates, where they have no pattern of their own, begin with a year after 0."""
+    if isinstance(schema, list):
+        return [_with_real_years(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed = {key: value if key in ("const", "enum") else _with_real_years(value) for key, value in schema.items()}
+    return {"pattern": REAL_YEAR, **changed} if schema.get("format") in ("date", "date-time") else changed
 
 
 class Matcher:

@@ -13,7 +13,7 @@ from deepseek.errors import ConfigError
 from deepseek.infer.engine import Engine
 from deepseek.infer.request import Grammar, Request
 from deepseek.infer.sampler import Sampling
-from deepseek.infer.vocabulary import TextStream, begun
+from deepseek.infer.vocabulary import TextStream, Vocabulary, begun
 
 TOKENIZER = tiny_tokenizer()
 SCHEMAS = [
@@ -93,6 +93,19 @@ def test_finished_json_validates_at_temperature_1(engine: Engine, schema: dict[s
         jsonschema.validate(json.loads(text), schema)
     else:
         assert (events[-1].finish_reason, len(events)) == ("length", 60)
+
+
+def test_dates_have_a_year_that_date_types_can_hold() -> None:
+    vocabulary = Vocabulary(*tiny_model())
+
+    def fits(text: str, schema: object) -> bool:
+        matcher = vocabulary.matcher(Grammar("json_schema", json.dumps(schema)))
+        return all(matcher.allowed()[token] and not matcher.take(token) for token in TOKENIZER.encode(text)[:-1])
+
+    for kind, rest in (("date", "-01-02"), ("date-time", "-01-02T03:04:05Z")):
+        schema = {"anyOf": [{"type": "integer"}, {"type": "string", "format": kind}]}
+        assert fits(f'"0001{rest}"', schema) and not fits(f'"0000{rest}"', schema)
+    assert fits('{"format": "date"}', {"const": {"format": "date"}})
 
 
 @pytest.mark.parametrize(
