@@ -1,5 +1,6 @@
 """Training a whole language model, or a part of it, on packed rows: the task of pre-training and of adaptation."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,12 +69,13 @@ class LanguageTask:
         """Let the routers act on what they counted in this step, once; return how uneven the load was.
 
         Args:
-            pace: see `update_routers`.
+            pace: the learning rate's share of its peak. The biases move by its root: as slow as the weights they would
+                lag behind these for ever, at full speed they would follow the domains of the last few rows.
         """
         if not self.routers:
             return {}
         load_LE = torch.stack([router.counts[:-1] for router in self.routers]).double()
-        update_routers(self.model, pace=pace)
+        update_routers(self.model, pace=math.sqrt(pace))
         return {"max_violation": max_violation(self.backend.mean(load_LE))}
 
     @torch.no_grad()

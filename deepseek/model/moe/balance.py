@@ -96,8 +96,7 @@ def update_routers(model: nn.Module, group: dist.ProcessGroup | None = None, pac
     """Apply what the routers of `model` counted since the last call: call it once after every optimiser step.
 
     Args:
-        pace: share of `balance_rate` by which the biases move. The learning rate's share of its peak lets them come to
-            rest with the weights, where steps of one size go on overshooting.
+        pace: share of `balance_rate` by which the biases move, so that they can come to rest with the weights.
     """
     for module in model.modules():
         if isinstance(module, Balance):
