@@ -23,6 +23,7 @@ from deepseek.data.encode import long_texts
 from deepseek.model.attention.hash import plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.train.distill_hash import HashSettings
+from deepseek.train.losses import autocast
 from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
 
 PARTS = ("whole", "second half")
@@ -103,7 +104,8 @@ def tune(kind: str, model: Any, lessons_RT: torch.Tensor, rate: float) -> None:
     for step, ids_T in enumerate(lessons_RT):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps)
-        loss = model(ids_T[None], labels=ids_T[None], use_cache=False).loss
+        with autocast(model.device):
+            loss = model(ids_T[None], labels=ids_T[None], use_cache=False).loss
         loss.backward()
         clip_gradients(trained.values(), config.clip_norm)
         optimizer.step()
