@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--learn", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(*options.tokens, options.turns) < 1:
+        parser.error("--tokens and --turns must be at least 1")
     if options.peak:
         print(peak(options.peak, options.tokens[0], options.learn))
         return
