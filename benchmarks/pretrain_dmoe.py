@@ -39,7 +39,7 @@ SHAPE = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 16, "expert_dim": 128, "num_shared_experts": 1, "max_experts": 4,
            "candidate_experts": 4}  # fmt: skip
-STEPS, WARM_UP, ROWS, LENGTH = 15, 3, 8, 512
+STEPS, WARM_UP, ROWS, LENGTH, TURNS = 15, 3, 8, 512, 3
 SMALL = 2  # rows a step of the run from scratch: with so few tokens more steps are worth more than larger ones
 
 
@@ -83,13 +83,15 @@ def pretrained(corpora: Path, tokens: int, folder: Path) -> dict[str, Any]:
             "dmoe_tokens_per_second": median(speed)}  # fmt: skip
 
 
-def speeds(corpora: Path, folder: Path) -> dict[str, float]:
-    """Return the tokens per second of both loops on the same rows."""
+def speeds(corpora: Path, folder: Path) -> dict[str, Any]:
+    """Return the tokens per second of both loops on the same rows, medians of turns, and of their ratios."""
     documents, _ = clean(read_folder(corpora / "prose"))
     tokenizer = train_tokenizer((document.text for document in documents), 8192)
     loader = RowLoader(TokenShards.build(documents, tokenizer, folder / "speed"), ROWS, LENGTH)
-    figures = {"ours_tokens_per_second": ours(loader, folder), "trainer_tokens_per_second": theirs(loader, folder)}
-    return figures | {"speed_ratio": figures["ours_tokens_per_second"] / figures["trainer_tokens_per_second"]}
+    turns = [(ours(loader, folder / str(turn)), theirs(loader, folder)) for turn in range(TURNS)]
+    mine, others = zip(*turns, strict=True)
+    return {"ours_tokens_per_second": median(mine), "trainer_tokens_per_second": median(others),
+            "speed_ratio": median(a / b for a, b in turns), "speed_turns": turns}  # fmt: skip
 
 
 def ours(loader: RowLoader, folder: Path) -> float:
@@ -106,7 +108,7 @@ def ours(loader: RowLoader, folder: Path) -> float:
         return next_batch()
 
     loader.next = timed_next  # type: ignore[method-assign]
-    train(task, loader, steps, folder / "ours", progress=ProgressBar(quiet=True), hooks=task.hooks)
+    train(task, loader, steps, folder, progress=ProgressBar(quiet=True), hooks=task.hooks)
     loader.next = next_batch  # type: ignore[method-assign]
     return ROWS * LENGTH * (STEPS - 1 - WARM_UP) / (times[-1] - times[WARM_UP])
 
