@@ -5,8 +5,9 @@
 CORPORA holds one folder of text a domain (`benchmarks/corpora.py`). The first part is `deepseek.pretrain` with dynamic
 routing and pools shared by two layers: losses by domain, MaxVio and idle experts on held-out text. The second trains
 the same shape twice without sharing and with top-4 routing, which both libraries have: by our loop, and by `Trainer`
-with Qwen2-MoE in its fastest expert implementation; both in bf16 autocast, same rows, speed over all steps but the
-first three. The parts can be measured one by one; figures of the other part stay in the file.
+with Qwen2-MoE in its fastest expert implementation; both in bf16 autocast, same rows, in turn, speed over all steps but
+the first three, medians of three turns. The parts can be measured one by one; figures of the other part stay in the
+file.
 """
 
 import argparse

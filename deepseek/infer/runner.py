@@ -145,7 +145,7 @@ class TorchSegment:
 class TorchState:
     """The `KVCache` of one sequence and its experts."""
 
-    rewinds = False  # the bits of a token depend on those computed with it
+    rewinds = False  # the bits of a token depend on those computed with it, so nothing is guessed
 
     def __init__(self, armed: ArmedExperts | None) -> None:
         self.cache = KVCache()

@@ -32,7 +32,7 @@ class Sampling:
         top_k: only the k likeliest tokens (0 = all).
         top_p: only the likeliest tokens that together hold this probability.
         min_p: only tokens at least this fraction as likely as the likeliest.
-        repetition_penalty: divides the logits of tokens already seen (1 = off; arXiv:1909.05858).
+        repetition_penalty: divides the logits of tokens already seen (1 = off, at least 0.01; arXiv:1909.05858).
         presence_penalty: is taken off the logits of tokens that were generated already.
         frequency_penalty: likewise, once for each time that they were.
         logit_bias: token id -> what is added to its logit.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 
+@cache
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bf16 numbers itself."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -107,7 +107,7 @@ def _has_few_tokens(ids_NA: Tensor, num_experts: int) -> bool:
 
 
 def _has_kernel(ids_NA: Tensor, *weights: Tensor) -> bool:
-    """Whether a compiled kernel can take these weights and be faster than torch's own operators."""
+    """Whether a compiled kernel can take these weights, four rows at a time, and be faster than torch's operators."""
     dtypes = (torch.float32, torch.bfloat16)
     if ids_NA.numel() == 0 or sum(t.numel() for t in weights) < SMALL:
         return False
@@ -155,7 +155,7 @@ def _forward(
 
 
 def _combine(out_SD: Tensor, order_S: Tensor, segments: list[tuple[int, int, int]], weights_NA: Tensor) -> Tensor:
-    """Return each token's weighted sum of the rows of its slots, sorted by expert; idle slots, the last, are zeroed."""
+    """Return each token's weighted sum `[N, D]` of its slots' rows, which lie by expert, the idle ones last."""
     out_SD[segments[-1][2] if segments else 0 :] = 0
     back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
     # Adding an expert's rows to their tokens, `index_add_`, takes ten times as long as this product does.

@@ -70,9 +70,9 @@ def attend(
 
 @torch.no_grad()
 def likeliest(scores: Tensor, probes: int) -> Tensor:
-    """Return the indices `[..., probes]` of the largest scores `[..., C]`, largest first, as `torch.topk` does.
+    """Return the indices `[..., probes]`, int64, of the largest scores `[..., C]`, largest first, as `torch.topk` does.
 
-    The kernel takes 0.4 of its time for 4 of 64, and 0.8 for 14 of 64.
+    Scores are finite.
     """
     compiling = torch.compiler.is_compiling() or torch.compiler.is_exporting()
     if compiling or scores.device.type != "cpu" or scores.dtype != torch.float32 or openmp.runtime() is None:

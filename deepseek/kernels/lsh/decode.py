@@ -41,7 +41,10 @@ class BucketCache:
     @property
     def real_BS(self) -> Tensor:
         """False at padding."""
-        return self.codes_BJS[:, 0] != self.windows.num_buckets + 1
+        return self._real(slice(None))
+
+    def _real(self, places: slice) -> Tensor:
+        return self.codes_BJS[:, 0, places] != self.windows.num_buckets + 1
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +122,7 @@ class BucketCache:
         scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(-2)  # five times as fast as keys times query
         scores_old = scores_old.masked_fill(~valid_BGNW.view_as(scores_old), lowest)
         near = slice(max(0, self.length - self.windows.local), self.length)
-        padding_B11S = (self.codes_BJS[:, 0, near] == self.windows.num_buckets + 1)[:, None, None]
+        padding_B11S = ~self._real(near)[:, None, None]
         scores_near = (query_BGMK @ key_BGSK[:, :, near].mT).masked_fill(padding_B11S, lowest)
         scores = torch.cat((scores_near, scores_old), -1)
         if bias is not None:
