@@ -159,11 +159,17 @@ def pauses(base: str, plugs: int, streams: int) -> dict[str, Any]:
             engine.unplug(SPEAKS)
     del windows[: WARM_UP // 10], plug[: WARM_UP // 10]
     gaps = [(end, begin) for (_, end), (begin, _) in pairwise(computed)]
-    within = [max(e - b for b, e in gaps if e > start and b < stop) for start, stop in windows]
-    between = [max(e - b for b, e in gaps if e > before and b < after) for (_, before), (after, _) in pairwise(windows)]
+    within = longest(gaps, windows)
+    between = longest(gaps, [(before, after) for (_, before), (after, _) in pairwise(windows)])
     shares = {"median": 0.5, "p99": 0.99, "max": 1.0}
     told = {"pause_seconds": within, "pause_seconds_without_plug": between, "plug_seconds_base": plug}
     return {"pauses": plugs, **{k: {n: percentile(v, s) for n, s in shares.items()} for k, v in told.items()}}
+
+
+def longest(gaps: list[tuple[float, float]], windows: list[tuple[float, float]]) -> list[float]:
+    """Return the longest gap that reaches into each window, of the windows that are not within one step."""
+    lengths = ([e - b for b, e in gaps if e > start and b < stop] for start, stop in windows)
+    return [max(found) for found in lengths if found]
 
 
 def note_steps() -> list[tuple[float, float]]:

@@ -70,10 +70,7 @@ class Scratch:
         units = (model.groups * -(-length * rest // block) for length in lengths)
         members = [[] if s.armed is None else sites.members[id(s.armed.roster)] for s in states]
         gates = [[] if s.armed is None else sites.gates[id(s.armed.roster)] for s in states]
-        forced = [s.armed is not None and s.armed.roster.banks is None for s in states]
-        rosters = [None if s.armed is None or not s.armed.roster.banks else s.armed.roster.banks for s in states]
-        limits = [0 if banks is None else next(iter(banks.values())).max_experts for banks in rosters]
-        assert all(limit or flag or not own for limit, flag, own in zip(limits, forced, members, strict=True))
+        limits = [0 if s.armed is None else s.armed.roster.max_experts or 0 for s in states]  # 0 forces those there are
         parts = {
             "ids": [token for chunk in chunks for token in chunk.ids],
             "positions": [
@@ -165,9 +162,8 @@ class CompiledRunner:
         self._work = Scratch(weights)
         self._lock = threading.Lock()
 
-    def prepare(self, armed: ArmedExperts | None) -> None:
-        for module in armed.roster.modules if armed is not None else ():
-            self._packed_of(module)
+    def prepare(self, module: ExpertModule) -> None:
+        self._packed_of(module)
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
         return -(-length // PAGE) * self._shape.nbytes + 12 * RECENT * _members(armed)

@@ -16,6 +16,7 @@ from deepseek.kernels.lsh.far_field import BLOCK
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.lsh import LshAttention
 from deepseek.model.experts.armed import ArmedExperts
+from deepseek.model.experts.module import ExpertModule
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.output import ModelOutput
 from deepseek.model.transformer import DeepSeekModel
@@ -98,11 +99,10 @@ class Runner(Protocol):
     batch: that is what makes the same request give the same tokens whatever else runs.
     """
 
-    def prepare(self, armed: ArmedExperts | None) -> None:
-        """Do ahead what sequences with these experts will need (such as rounding weights).
+    def prepare(self, module: ExpertModule) -> None:
+        """Do ahead what sequences with this expert will need (such as rounding weights).
 
-        Called by the thread that plugs an expert, with that one alone, before a sequence can have it; another thread
-        may be in `forward`.
+        Called by the thread that plugs it, before a sequence can have it; another thread may be in `forward`.
         """
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
@@ -196,7 +196,7 @@ class TorchRunner:
     def __init__(self, model: DeepSeekModel) -> None:
         self.model = model
 
-    def prepare(self, armed: ArmedExperts | None) -> None:
+    def prepare(self, module: ExpertModule) -> None:
         """Nothing is left to do: `plug` puts experts on the model's device."""
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:

@@ -127,7 +127,7 @@ def experts(model, count: int) -> list[ExpertModule]:
 @torch.no_grad()
 def test_experts_speak_as_in_the_model(model, runner, count, most):
     modules = tuple(experts(model, max(count, 1)))
-    roster = Roster.gated(modules, most, torch.device("cpu")) if count else Roster.forced(modules[0])
+    roster = Roster(modules, most if count else None)
     twin = rounded(model)
     twin.experts.armed = lambda: ArmedExperts(roster)
     expected = twin(torch.tensor([IDS]))
@@ -146,7 +146,7 @@ def test_experts_speak_as_in_the_model(model, runner, count, most):
 
 
 def test_others_in_the_batch_may_have_experts(model, runner):
-    roster = Roster.gated(tuple(experts(model, 2)), 5, torch.device("cpu"))
+    roster = Roster(tuple(experts(model, 2)), 5)
     plain, armed = runner.start(None, 256), runner.start(ArmedExperts(roster), 256)
     output = runner.forward([Chunk(armed, IDS, 100), Chunk(plain, IDS, 100)])
     assert torch.equal(output.logits_RV[100:], logits(runner))
@@ -165,7 +165,7 @@ def test_what_it_cannot_compute_it_refuses(changes):
 
 @pytest.mark.parametrize("right", range(1, RECENT))
 def test_what_was_taken_back_leaves_no_trace_in_gates(model, runner, right):
-    armed = ArmedExperts(Roster.gated(tuple(experts(model, 3)), 2, torch.device("cpu")))
+    armed = ArmedExperts(Roster(tuple(experts(model, 3)), 2))
     whole, state = logits(runner, armed), runner.start(armed, 256)
     runner.forward([Chunk(state, IDS[:41])])
     runner.forward([Chunk(state, [*IDS[41 : 41 + right], *[3] * (RECENT - right)], RECENT)])
@@ -181,7 +181,7 @@ def test_guesses_change_no_token_and_no_probability(monkeypatch, count):
     tokenizer = tiny_tokenizer()
     model = build(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     if count:
-        armed = ArmedExperts(Roster.gated(tuple(experts(model, count)), 2, torch.device("cpu")))
+        armed = ArmedExperts(Roster(tuple(experts(model, count)), 2))
         monkeypatch.setattr(type(model.experts), "choose", lambda *_: armed)
     runner, pattern = CompiledRunner(model), (5, 9, 40, 3, 8) * 8
     requests = [

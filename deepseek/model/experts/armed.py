@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,25 +47,24 @@ class Roster:
 
     Attributes:
         modules: all candidates.
-        owners: layer -> the candidates with an expert layer there, in the same order.
-        banks: layer -> the gates of its owners; None forces every module on, with weight 1.
+        max_experts: most of them that one token is given to, as gates decide; None: all speak everywhere with weight 1.
     """
 
     modules: tuple[ExpertModule, ...]
-    owners: dict[int, tuple[ExpertModule, ...]]
-    banks: dict[int, GateBank] | None
+    max_experts: int | None
 
-    @staticmethod
-    def gated(modules: tuple[ExpertModule, ...], max_experts: int, device: torch.device) -> "Roster":
-        """Return the roster in which gates decide, at most `max_experts` modules a token."""
-        owners = _owners(modules)
-        banks = {layer: _bank(own, layer, max_experts, device) for layer, own in owners.items()}
-        return Roster(modules, owners, banks)
+    @cached_property
+    def owners(self) -> dict[int, tuple[ExpertModule, ...]]:
+        """Layer -> the candidates with an expert layer there, in the same order."""
+        layers = sorted({layer for module in self.modules for layer in module.layers})
+        return {layer: tuple(module for module in self.modules if layer in module.layers) for layer in layers}
 
-    @staticmethod
-    def forced(module: ExpertModule) -> "Roster":
-        """Return the roster of one module that is on everywhere."""
-        return Roster((module,), _owners((module,)), None)
+    @cached_property
+    def banks(self) -> dict[int, GateBank] | None:
+        """Layer -> the gates of its owners; None without gates. Made when first asked for: few sets are ever used."""
+        if self.max_experts is None:
+            return None
+        return {layer: _bank(own, layer, self.max_experts) for layer, own in self.owners.items()}
 
 
 class ArmedExperts:
@@ -77,6 +77,7 @@ class ArmedExperts:
 
     def __init__(self, roster: Roster, traces: Sequence[Trace] = ()) -> None:
         self._roster = roster
+        self._banks = roster.banks  # made in the thread that asks, not in an engine's
         self._traces = traces
         self._weights: dict[int, Tensor] = {}
 
@@ -101,22 +102,21 @@ class ArmedExperts:
         None if that cannot be said: a module is forced, or was made in memory.
         """
         digests = [module.digest for module in self._roster.modules]
-        if self._roster.banks is None or not all(digests):
+        if self._banks is None or not all(digests):
             return None
-        limits = {bank.max_experts for bank in self._roster.banks.values()}
-        return f"{sorted(limits)} {digests}"
+        return f"[{self._roster.max_experts}] {digests}"
 
     def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         """Return `y` plus what the modules add at this layer; tokens at which none fires keep their bits."""
         modules = self._roster.owners.get(layer_idx, ())
         if not modules:
             return y_BTD
-        if self._roster.banks is None:
+        if self._banks is None:
             weights_BTM = x_BTD.new_ones(*x_BTD.shape[:2], len(modules), dtype=torch.float32)
             for module in modules:
                 y_BTD = y_BTD + module(layer_idx, x_BTD).to(y_BTD.dtype)
         else:
-            weights_BTM = self._roster.banks[layer_idx].weights(layer_idx, x_BTD, ctx)
+            weights_BTM = self._banks[layer_idx].weights(layer_idx, x_BTD, ctx)
             y_BTD = combine(modules, layer_idx, x_BTD, y_BTD, weights_BTM)
         self._weights[layer_idx] = weights_BTM
         for trace in self._traces:
@@ -151,11 +151,7 @@ def combine(
     return y_ND.view_as(y_BTD)
 
 
-def _owners(modules: tuple[ExpertModule, ...]) -> dict[int, tuple[ExpertModule, ...]]:
-    layers = sorted({layer for module in modules for layer in module.layers})
-    return {layer: tuple(module for module in modules if layer in module.layers) for layer in layers}
-
-
-def _bank(own: tuple[ExpertModule, ...], layer: int, max_experts: int, device: torch.device) -> GateBank:
+def _bank(own: tuple[ExpertModule, ...], layer: int, max_experts: int) -> GateBank:
     gates, moments = zip(*((module.gates[layer], module.moments[layer]) for module in own), strict=True)
+    device = own[0].at(layer).down_proj.device
     return GateBank.stack(gates, moments, [module.settings.half_life for module in own], max_experts, device)

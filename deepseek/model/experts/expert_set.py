@@ -123,12 +123,12 @@ class ExpertSet:
         self._base = description
 
     def plug(
-        self, source: str | Path | ExpertPack, prepare: Callable[[ArmedExperts], object] | None = None
+        self, source: str | Path | ExpertPack, prepare: Callable[[ExpertModule], object] | None = None
     ) -> ExpertInfo:
         """Check a pack and plug its module in; it takes part from the next sequence on if arming is "auto".
 
         Args:
-            prepare: is given the module, alone, before it is plugged: for what must be done until it can speak.
+            prepare: is given the module before it is plugged: for what must be done until it can speak.
 
         Raises `PackError`, with nothing changed, if the pack is damaged, does not belong to this base, is refused by
         `policy`, or has the name of a module that is plugged already.
@@ -141,7 +141,7 @@ class ExpertSet:
         model = self._live_model()
         plugged = Plugged(ExpertModule.from_pack(pack, model.dtype, model.device), pack.manifest)
         if prepare is not None:
-            prepare(ArmedExperts(Roster.gated((plugged.module,), self.max_experts, model.device)))
+            prepare(plugged.module)
         with self._lock:
             if pack.manifest.name in self._state.names:
                 raise PackError(
@@ -194,7 +194,7 @@ class ExpertSet:
         For training and stand-alone evaluation; `module` need not be plugged. Gradients reach its parameters.
         """
         chosen = self._state.require(module).module if isinstance(module, str) else module
-        before, self._forced = self._forced, Roster.forced(chosen)
+        before, self._forced = self._forced, Roster((chosen,), None)
         try:
             yield chosen
         finally:
@@ -244,7 +244,7 @@ class ExpertSet:
             if len(state.rosters) >= ROSTERS:
                 state.rosters.clear()
             modules = tuple(one.module for one in state.plugged if one.module.name in names)
-            roster = Roster.gated(modules, most, self._live_model().device)
+            roster = Roster(modules, most)
             state.rosters[names, most] = roster
         return ArmedExperts(roster, self._traces)
 
@@ -271,9 +271,11 @@ class ExpertSet:
         """Make `plugged` and `arming` the state in one assignment, which is what makes plugging atomic."""
         state = _State(plugged, arming)
         modules = tuple(one.module for one in plugged if state.arms(one.manifest.name))
-        device = self._live_model().device
-        roster = Roster.gated(modules, self.max_experts, device) if modules else None
-        self._state = replace(state, roster=roster)
+        if modules:
+            roster = Roster(modules, self.max_experts)
+            names = tuple(sorted(module.name for module in modules))
+            state = replace(state, roster=roster, rosters={(names, self.max_experts): roster})
+        self._state = state
 
     def _info(self, one: Plugged) -> ExpertInfo:
         manifest = one.manifest

@@ -80,11 +80,16 @@ def contrasts(moments_MRD: Tensor) -> Tensor:
     """
     means_MD, variances_MD = moments_MRD[:, 0].float(), moments_MRD[:, 1].float().clamp(min=0.0)
     factors_FD = moments_MRD[:, 2:].float().flatten(0, 1)
-    within_DD = (factors_FD.mT @ factors_FD) / len(means_MD) + variances_MD.mean(0).diag()
-    within_DD.diagonal().add_(RIDGE * within_DD.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    own_D, factors_FD = variances_MD.mean(0), factors_FD * len(means_MD) ** -0.5
+    own_D = own_D + RIDGE * (own_D + factors_FD.square().sum(0)).mean() + torch.finfo(torch.float32).tiny
     centre_D = means_MD.mean(0)
     shift_MD = means_MD - centre_D
-    rows_MD = torch.linalg.solve(within_DD, shift_MD.mT).mT
+    if len(factors_FD) < len(own_D):  # few factors: the inverse goes by way of them (Woodbury, 1950)
+        scaled_FD, rows_MD = factors_FD / own_D, shift_MD / own_D
+        gram_FF = torch.eye(len(factors_FD), device=own_D.device) + scaled_FD @ factors_FD.mT
+        rows_MD = rows_MD - torch.linalg.solve(gram_FF, factors_FD @ rows_MD.mT).mT @ scaled_FD
+    else:
+        rows_MD = torch.linalg.solve(factors_FD.mT @ factors_FD + own_D.diag(), shift_MD.mT).mT
     constants_M1 = -((shift_MD / 2 + centre_D) * rows_MD).sum(1, keepdim=True)
     return torch.cat([rows_MD, constants_M1], dim=1).nan_to_num(0.0, 0.0, 0.0)  # a pack may hold any finite number
 

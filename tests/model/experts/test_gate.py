@@ -107,15 +107,16 @@ def test_contrast_decides_between_neighbours():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=seeds, modules=st.integers(1, 6))
-def test_contrasts_are_the_logarithms_of_gaussian_densities(seed, modules):
+@given(seed=seeds, modules=st.integers(1, 6), width=st.sampled_from([5, 60]))
+def test_contrasts_are_the_logarithms_of_gaussian_densities(seed, modules, width):
+    """For fewer factors than the model is wide, and for more."""
     random = torch.Generator().manual_seed(seed)
-    moments = torch.randn(modules, MOMENTS, 5, generator=random)
+    moments = torch.randn(modules, MOMENTS, width, generator=random)
     moments[:, 1] = moments[:, 1].abs()
     rows = contrasts(moments)
     within = sum(m[1].diag() + m[2:].T @ m[2:] for m in moments.double()) / modules
-    within += RIDGE * within.diagonal().mean() * torch.eye(5)
-    x = torch.randn(5, generator=random).double()
+    within += RIDGE * within.diagonal().mean() * torch.eye(width)
+    x = torch.randn(width, generator=random).double()
     score = rows[:, :-1].double() @ x + rows[:, -1]
     # log-density of each Gaussian, up to what is common to all
     density = torch.stack([-0.5 * (x - m[0]) @ torch.linalg.solve(within, x - m[0]) for m in moments.double()])
@@ -127,7 +128,8 @@ def test_contrasts_follow_the_set_and_not_its_order():
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(contrasts(moments[order]), contrasts(moments)[order], atol=1e-4, rtol=1e-4)
     assert contrasts(moments[:1]).abs().max() == 0  # nobody to be told from
-    assert contrasts(torch.full((2, MOMENTS, 7), 3e38)).isfinite().all()
+    for width in (7, 60):
+        assert contrasts(torch.full((2, MOMENTS, width), 3e38)).isfinite().all()
 
 
 def test_scores_stay_fp32_under_autocast():
