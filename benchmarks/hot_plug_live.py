@@ -14,6 +14,7 @@ planning, sampling and waiting for the interpreter are all in it. The same is to
 """
 
 import argparse
+import gc
 import sys
 import tempfile
 import threading
@@ -146,6 +147,8 @@ def pauses(base: str, plugs: int, streams: int) -> dict[str, Any]:
     windows, plug = [], []
     with tempfile.TemporaryDirectory() as folder, Engine(*loaded, CompiledRunner(loaded.model)) as engine:
         pack = save_usual(loaded, SPEAKS, Path(folder), 1)
+        gc.collect()
+        gc.freeze()  # as a server does
         alone = [ask_base(engine, number) for number in range(streams)]
         for number in range(plugs + WARM_UP // 10):
             alone = [one if is_under_way(one) else ask_base(engine, number) for one in alone]

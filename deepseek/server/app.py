@@ -4,6 +4,7 @@ request -> guard (host, origin, key, size, readiness) -> route -> ask -> engine 
 """
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ def create_app(
         if first is not None:
             first.cancel()
         await app.state.teacher.stop()
+        gc.unfreeze()  # see `Service.attach`
 
     app = FastAPI(title="deepseek", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, responses=DOCUMENTED)
     app.state.service, app.state.teacher = service, teach.Teacher(service)

@@ -1,6 +1,7 @@
 """What all routes share: the engine, the settings, what a request's words mean to the engine, and what is under way."""
 
 import asyncio
+import gc
 import json
 import time
 from collections import Counter
@@ -153,6 +154,8 @@ class Service:
         self.fleet = fleet
         self._writer = PromptWriter(engine.tokenizer, engine.model.config.max_position_embeddings)
         self.metrics.watch(engine)
+        gc.collect()
+        gc.freeze()  # a collection that goes over all that is loaded would hold up every stream for half a second
         self._engine = engine
 
     @property
