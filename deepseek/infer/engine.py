@@ -101,6 +101,8 @@ class Generation:
     def _deliver(self, event: TokenEvent) -> None:
         with self._arrived:
             self._put(event)
+            if event.finish_reason is not None:  # the last one: then nothing refers to itself, and all goes at once
+                self._put = self._sequence.deliver = self._events.append
             self._arrived.notify()
 
 
