@@ -4,8 +4,8 @@
 
 Each stage runs once undisturbed. Then it runs again and again in new folders, is killed (SIGKILL) after a random part
 of its time, checkpoint writing included, and started again until it has ended; its weights must equal those of the
-undisturbed run. For the full disk one write of a checkpoint fails with ENOSPC: the process must stop with a sentence,
-and the next start must end with the same weights.
+undisturbed run. For the full disk one of its writes of a checkpoint fails with ENOSPC: the process must stop with a
+sentence, and the next start must end with the same weights.
 """
 
 import argparse
@@ -53,6 +53,7 @@ try:
 except UserError as error:
     print(error)
     sys.exit(2)
+print(writes)
 """
 
 
@@ -73,10 +74,12 @@ def main() -> None:
         base = root / "pretrain" / "model"
         script = root / "worker.py"
         script.write_text(WORKER.format(tests=str(TESTS), base=str(base)))
-        expected, seconds = {}, {}
+        expected, seconds, writes = {}, {}, {}
         for stage in ("pretrain", *(s for s in stages if s != "pretrain")):
             started = time.monotonic()
-            assert run(script, stage, root / "texts", root / stage, 0).wait() == 0
+            process = run(script, stage, root / "texts", root / stage, 0)
+            writes[stage] = int(process.communicate()[0].split()[-1])
+            assert process.returncode == 0
             seconds[stage], expected[stage] = time.monotonic() - started, digest(root / stage / "model")
             if stage == "pretrain":
                 make_pairs(root / "texts" / "pairs.db", base)
@@ -85,7 +88,7 @@ def main() -> None:
             stage, folder = stages[number % len(stages)], root / f"run-{number}"
             number += 1
             if full < options.full and number % 4 == 0:
-                process = run(script, stage, root / "texts", folder, draw.randint(1, 20))
+                process = run(script, stage, root / "texts", folder, draw.randint(1, writes[stage]))
                 output, _ = process.communicate()
                 refused += process.returncode == 2 and "is full" in output
                 full += 1

@@ -1,7 +1,10 @@
 """What the engine writes is what the model would write, whatever else runs, comes, goes or is remembered."""
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from tiny_expert import save_expert
 from tiny_model import KINDS, tiny_model
 
 from deepseek.errors import ConfigError, PackError
-from deepseek.infer.engine import Engine
+from deepseek.infer.engine import Engine, Generation
 from deepseek.infer.load import Loaded
 from deepseek.infer.request import EngineStoppedError, ExpertChoice, QueueFullError, Request, TokenEvent
 from deepseek.infer.sampler import Sampling
@@ -61,6 +64,27 @@ def test_alone_and_in_a_batch_the_same_to_the_last_bit() -> None:
     ]
     with Engine(*tiny_model(), prefill_chunk=8) as engine:
         assert together(engine, requests) == [events for one in requests for events in together(engine, [one])]
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_finished_generation_needs_no_garbage_collection(awaited: bool) -> None:
+    """A server's memory must not grow by what collections that hardly ever come would free."""
+
+    async def events(generation: Generation) -> list[TokenEvent]:
+        return [event async for event in generation]
+
+    gc.disable()
+    try:
+        with Engine(*tiny_model()) as engine:
+            generation = engine.submit(LONG)
+            assert len(asyncio.run(events(generation)) if awaited else list(generation)) == 50
+            left, patience = weakref.ref(generation), time.monotonic() + 5
+            del generation
+            while left() is not None and time.monotonic() < patience:  # the engine's thread may still be about it
+                time.sleep(0.01)
+            assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_log_probabilities_are_those_of_the_model() -> None:

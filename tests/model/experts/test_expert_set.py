@@ -211,6 +211,7 @@ def test_arming_chooses_and_explains(model, make_pack, ids):
     assert model.experts.arm(["python"]) == ("python",)
     assert {info.name: info.armed for info in model.experts.list()} == {"python": True, "german": False}
     assert model(ids).experts.names == ("python",)
+    assert model.experts.choose("python").roster is model.experts.armed().roster  # whose gates are solved once
     only_python = logits_of(model, ids)
     model.experts.plug(make_pack("later", seed=9, bias=0.5))
     assert torch.equal(logits_of(model, ids), only_python)
