@@ -243,8 +243,9 @@ class AlignRun:
         common: dict[str, Any] = {
             "output_dir": str(self.folder / "trl"), "learning_rate": request.learning_rate, "seed": request.seed,
             "per_device_train_batch_size": MINIBATCH, "max_steps": request.rollouts * request.rollout_size // MINIBATCH,
-            "save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True, "bf16": True,
-            "use_cpu": twin.device.type == "cpu", "gradient_checkpointing": False, "lr_scheduler_type": "cosine",
+            "save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True,
+            "bf16": fast_dtype(twin.device) == torch.bfloat16, "use_cpu": twin.device.type == "cpu",
+            "gradient_checkpointing": False, "lr_scheduler_type": "cosine",
         }  # fmt: skip
         trainer: Any
         if request.method == "dpo":
