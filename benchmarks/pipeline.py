@@ -50,7 +50,7 @@ def main() -> None:
     for shared in ("models", "public", "fingerprints"):  # what earlier runs of the base left: weights, public text
         if (home() / shared).is_dir() and not (place / shared).exists():
             (place / shared).mkdir()
-            for entry in (home() / shared).iterdir():
+            for entry in (home() / shared).glob("[!.]*"):  # and not their locks
                 (place / shared / entry.name).symlink_to(entry)
     path = options.work / "recipe.yaml"
     paths = (p.resolve() for p in (options.code, options.prefs, options.git))

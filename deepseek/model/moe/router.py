@@ -190,30 +190,18 @@ SCORES = {"softmax": lambda logits: softmax(logits, dim=-1), "sigmoid": torch.si
 
 def _dynamic(config: Any) -> Router:
     return DynamicRouter(
-        config.num_experts,
-        config.hidden_size,
-        threshold=config.routing_threshold,
-        min_experts=config.min_experts,
-        max_experts=config.max_experts,
-        candidates=config.candidate_experts,
-        balance_rate=config.balance_rate,
-        target_experts=config.target_experts,
-        temperature=config.router_temperature,
-    )
+        config.num_experts, config.hidden_size, threshold=config.routing_threshold, min_experts=config.min_experts,
+        max_experts=config.max_experts, candidates=config.candidate_experts, balance_rate=config.balance_rate,
+        target_experts=config.target_experts, temperature=config.router_temperature,
+    )  # fmt: skip
 
 
 def _topk(config: Any) -> Router:
     return TopKRouter(
-        config.num_experts,
-        config.hidden_size,
-        top_k=config.max_experts,
-        score=config.router_score,
-        renormalize=config.router_renormalize,
-        groups=config.num_expert_groups,
-        max_groups=config.max_expert_groups,
-        scale=config.router_scale,
-        balance_rate=config.balance_rate,
-    )
+        config.num_experts, config.hidden_size, top_k=config.max_experts, score=config.router_score,
+        renormalize=config.router_renormalize, groups=config.num_expert_groups, max_groups=config.max_expert_groups,
+        scale=config.router_scale, balance_rate=config.balance_rate,
+    )  # fmt: skip
 
 
 def _dense(config: Any) -> Router:
