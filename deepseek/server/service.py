@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Annotated, Any
@@ -40,7 +40,7 @@ class Job:
         self.generations, self._choices, self._metrics = generations, choices, metrics
         self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         for index, generation in enumerate(generations):
-            generation.subscribe(lambda event, index=index: self._queue.put_nowait((index, event)))  # type: ignore[misc]
+            generation.subscribe(partial(self._take, index))
         self._started, self._seconds, self._expired = time.perf_counter(), seconds, False
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
 
@@ -76,6 +76,9 @@ class Job:
         for generation in self.generations:
             generation.cancel()
         self._metrics.count(self.usage())
+
+    def _take(self, index: int, event: TokenEvent) -> None:
+        self._queue.put_nowait((index, event))
 
     def _expire(self) -> None:
         self._expired = True
@@ -152,7 +155,7 @@ class Service:
         self._writer = PromptWriter(engine.tokenizer, engine.model.config.max_position_embeddings)
         self.metrics.watch(engine)
         gc.collect()
-        gc.freeze()  # a collection that goes over all that is loaded would hold up every stream for half a second
+        gc.freeze()  # a collection that goes over all that is loaded holds up every stream
         self._engine = engine
 
     @property
