@@ -34,20 +34,19 @@ bench: $(TOOLS)
 setup: $(TOOLS)
 
 # torch first, as a range, so that the build that pip's configuration offers is taken; then everything else, pinned and
-# hash-checked; then the project itself. pip compiles to bytecode on one core, so that comes last, on all of them.
+# hash-checked; then the project itself. Python compiles to bytecode what it imports; all there is would take a minute.
 $(READY): pyproject.toml requirements/run.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --no-compile "torch>=2.11"
 	$(PIP) install --quiet --no-compile --no-deps --require-hashes --requirement requirements/run.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # a few files are templates, no Python
 	@touch $@
 
 # What tests and benchmarks need on top: the other ends that the product is checked against.
 $(TOOLS): $(READY) requirements/dev.lock
 	$(PIP) install --quiet --no-compile --no-deps --require-hashes --requirement requirements/dev.lock
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # a few files are templates, no Python
 	@touch $@
 
 COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \

@@ -8,12 +8,12 @@ the keys' own terms are taken relative to the tile's last query first.
 from functools import cache
 
 import numpy as np
-from numba import cfunc, njit
+from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.distance import STARTS
 from deepseek.kernels.few_tokens import exp, thread_count, thread_number
-from deepseek.kernels.launch import ARGUMENTS, launch, unpack
+from deepseek.kernels.launch import compiled, launch, unpack
 from deepseek.kernels.many_tokens import product
 
 QUERIES, KEYS = 128, 256  # of a tile: scores and both factors stay in half a megabyte of cache
@@ -212,20 +212,12 @@ def _backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds
 
 @cache
 def _forward_kernel(kinds: str) -> int:
-    @cfunc(ARGUMENTS, cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        _forward(*unpack(data, kinds))
-
-    return int(kernel.address)
+    return compiled(lambda data: _forward(*unpack(data, kinds)))
 
 
 @cache
 def _backward_kernel(kinds: str) -> int:
-    @cfunc(ARGUMENTS, cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        _backward(*unpack(data, kinds))
-
-    return int(kernel.address)
+    return compiled(lambda data: _backward(*unpack(data, kinds)))
 
 
 def forward(

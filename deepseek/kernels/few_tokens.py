@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
 from deepseek.kernels import openmp
-from deepseek.kernels.launch import ARGUMENTS, launch, unpack
+from deepseek.kernels.launch import compiled, launch, unpack
 
 openmp.runtime()  # makes the runtime's symbols known before a kernel that names them is compiled or read from the cache
 _thread = openmp.external("omp_get_thread_num", types.int32())
@@ -221,11 +221,7 @@ def _run(x, gate_up, down, ids, slot_weights, y, proj, hidden):  # type: ignore[
 
 @cache
 def _kernel(kinds: str) -> int:
-    @cfunc(ARGUMENTS, cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        _run(*unpack(data, kinds))
-
-    return int(kernel.address)
+    return compiled(lambda data: _run(*unpack(data, kinds)))
 
 
 def forward(

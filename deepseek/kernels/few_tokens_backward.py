@@ -4,12 +4,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 from torch import Tensor
 
 from deepseek.kernels import few_tokens
 from deepseek.kernels.few_tokens import barrier, share, sigmoid, sorted_slots, thread_number, widen
-from deepseek.kernels.launch import ARGUMENTS, launch, unpack
+from deepseek.kernels.launch import compiled, launch, unpack
 
 
 @njit(fastmath=True)
@@ -132,11 +132,7 @@ def _run(  # type: ignore[no-untyped-def]
 
 @cache
 def _kernel(kinds: str) -> int:
-    @cfunc(ARGUMENTS, cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        _run(*unpack(data, kinds))
-
-    return int(kernel.address)
+    return compiled(lambda data: _run(*unpack(data, kinds)))
 
 
 def untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:

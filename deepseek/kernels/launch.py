@@ -6,11 +6,7 @@ code by the file that it comes from:
 
     @cache
     def _kernel(kinds: str) -> int:
-        @cfunc(ARGUMENTS, cache=True)
-        def kernel(data):
-            _run(*unpack(data, kinds))
-
-        return int(kernel.address)
+        return compiled(lambda data: _run(*unpack(data, kinds)))
 """
 
 from collections.abc import Callable
@@ -19,17 +15,45 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
+from llvmlite import binding, ir
+from numba import cfunc, types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 from torch import Tensor
 
 from deepseek.kernels import openmp
 
-ARGUMENTS = types.void(types.CPointer(types.int64))
 LETTERS = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b", torch.int32: "i", torch.int64: "l"}
 ELEMENTS = {"f": types.float32, "d": types.float64, "b": types.uint16, "i": types.int32, "l": types.int64}
+
+
+class _Closed(JITCodeLibrary):
+    """Compiled code that calls nothing but its own copies of other functions.
+
+    Otherwise the process that compiles a kernel runs copies that were optimized alone, and every later one, which loads
+    the kernel from disk, those inside it: with fast arithmetic their last bits differ.
+    """
+
+    def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if function.linkage == binding.Linkage.linkonce_odr:
+                function.linkage = binding.Linkage.internal
+        super()._optimize_final_module()
+
+
+class _KernelCompiler(Compiler):
+    def __init__(self, typing: Any, target: Any, _library: None, *rest: Any) -> None:
+        library = _Closed(target.codegen(), "kernel")
+        library.enable_object_caching()
+        super().__init__(typing, target, library, *rest)
+
+
+def compiled(kernel: Callable[[Any], None]) -> int:
+    """Compile a kernel, or load it from disk; return its address."""
+    signature = types.void(types.CPointer(types.int64))
+    return int(cfunc(signature, cache=True, pipeline_class=_KernelCompiler)(kernel).address)
 
 
 def launch(kernel: Callable[[str], int], *arguments: Tensor | int) -> None:

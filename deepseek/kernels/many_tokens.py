@@ -10,13 +10,13 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import cfunc, njit, types
+from numba import njit, types
 from torch import Tensor
 
 from deepseek.kernels import openmp
 from deepseek.kernels.few_tokens import barrier, share, sigmoid, sorted_slots, thread_count, thread_number, widen
 from deepseek.kernels.few_tokens_backward import untouched_zeros
-from deepseek.kernels.launch import ARGUMENTS, launch, unpack
+from deepseek.kernels.launch import compiled, launch, unpack
 
 PIECE = 256  # rows that a thread takes at once: gathered rows and projections stay in a cache of a megabyte or two
 
@@ -110,11 +110,7 @@ def _run(x, gate_up, down, ids, slot_weights, y, proj, out):  # type: ignore[no-
 
 @cache
 def _kernel(kinds: str) -> int:
-    @cfunc(ARGUMENTS, cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        _run(*unpack(data, kinds))
-
-    return int(kernel.address)
+    return compiled(lambda data: _run(*unpack(data, kinds)))
 
 
 def forward(
@@ -190,11 +186,7 @@ def _run_backward(  # type: ignore[no-untyped-def]
 
 @cache
 def _backward_kernel(kinds: str) -> int:
-    @cfunc(ARGUMENTS, cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        _run_backward(*unpack(data, kinds))
-
-    return int(kernel.address)
+    return compiled(lambda data: _run_backward(*unpack(data, kinds)))
 
 
 def backward(

@@ -73,10 +73,6 @@ class GateInputs:
     smooth_BTD: Tensor
     real_BT: Tensor
 
-    def rows(self, chosen: slice) -> "GateInputs":
-        """Return some of the rows."""
-        return GateInputs(self.x_BTD[chosen], self.smooth_BTD[chosen], self.real_BT[chosen])
-
 
 def blend(inputs: GateInputs) -> Moments:
     """Return moments of the smoothed inputs, with a share `TOKEN_SHARE` of those of single tokens.

@@ -27,7 +27,7 @@ from deepseek.infer.sampler import Sampling
 from deepseek.infer.start import quickest_runner
 from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
-from deepseek.train.trunk import run_trunk
+from deepseek.train.trunk import Stream, run_trunk
 
 VERSION = 4
 ROW_LENGTH = 128
@@ -81,7 +81,8 @@ def public_statistics(
     rows = _kept_rows(model, tokenizer, progress)
 
     def measured() -> dict[str, Tensor]:
-        found = measure_public(model, rows, layers, progress)
+        kept = public_streams(model, tokenizer, min(layers), progress)
+        found = measure_public(model, rows, layers, lambda batch: kept[batch.row_ids], progress)
         moments = {f"moments.{layer}": found.moments[layer].second.float() for layer in layers}
         return moments | {f"sample.{layer}": found.sample[layer].to(torch.bfloat16) for layer in layers}
 
@@ -163,16 +164,25 @@ def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progr
     return torch.tensor(whole, dtype=torch.long).view(-1, ROW_LENGTH)
 
 
-def measure_public(model: Any, rows: Tensor, layers: Sequence[int], progress: Progress = silent) -> PublicStatistics:
-    """Run `rows` `[R, T]` through the bare model; even rows give the moments and odd ones the sample."""
+def measure_public(
+    model: Any, rows: Tensor, layers: Sequence[int], stream: Stream | None = None, progress: Progress = silent
+) -> PublicStatistics:
+    """Run `rows` `[R, T]` through the bare model; even rows give the moments and odd ones the sample.
+
+    Args:
+        stream: where the stream of the even rows, numbered from 0, below `layers` comes from, if computed before.
+    """
     moments = {layer: Moments.none(model.config.hidden_size) for layer in layers}
     sample: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    halves = [public_batches(rows[start::2], BATCH_ROWS) for start in (0, 1)]
     with model.experts.arming(None):
-        for done, inputs in enumerate(gate_inputs(model, public_batches(rows, BATCH_ROWS), layers)):
+        for inputs in gate_inputs(model, halves[0], layers, stream):
             for layer, found in inputs.items():
-                moments[layer] += blend(found.rows(slice(0, None, 2)))
-                sample[layer].append(found.smooth_BTD[1::2, 1::STRIDE])
-            progress(min(len(rows), (done + 1) * BATCH_ROWS), len(rows), "public statistics")
+                moments[layer] += blend(found)
+        for done, inputs in enumerate(gate_inputs(model, halves[1], layers)):
+            for layer, found in inputs.items():
+                sample[layer].append(found.smooth_BTD[:, 1::STRIDE])
+            progress(min(len(rows), 2 * (done + 1) * BATCH_ROWS), len(rows), "public statistics")
     return PublicStatistics(moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel())
 
 

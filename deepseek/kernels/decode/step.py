@@ -9,7 +9,7 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-from numba import cfunc, njit
+from numba import njit
 
 from deepseek.kernels import few_tokens, int8, launch, openmp
 from deepseek.kernels.decode.attention import attend, place_heads
@@ -122,13 +122,12 @@ def address() -> int:
     ]
     sources = crc32(b"".join(path.read_bytes() for path in files))
 
-    @cfunc(launch.ARGUMENTS, cache=True)
     def step(data):  # type: ignore[no-untyped-def]
         _ = sources  # in the key under which numba keeps it
         a = launch.unpack(data, KINDS)
         _run(Weights(*a[:15]), Batch(*a[15:29]), Sites(*a[29:35]), Work(*a[35:]))
 
-    return int(step.address)
+    return launch.compiled(step)
 
 
 def run(places: list[int]) -> None:

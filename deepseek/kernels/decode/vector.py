@@ -7,6 +7,7 @@ both give the same bits.
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from llvmlite import ir
@@ -27,6 +28,7 @@ class Emit:
         self.builder = builder
         features = context.codegen().magic_tuple()[2]
         self.features = set(features.split(","))
+        self.sums_bytes = "+avx512vnni" in self.features  # in one instruction
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
         """Call an LLVM intrinsic."""
@@ -70,19 +72,20 @@ class Emit:
     def _shift(self, words: Any) -> Any:
         return self.builder.shl(words, ir.Constant(words.type, [16] * words.type.count))
 
-    def add_products(self, sums: Any, unsigned: Any, signed: Any) -> Any:
-        """Add to each of 16 sums the products of its four unsigned and four signed bytes."""
-        if "+avx512vnni" in self.features:
+    def add_products(self, sums: Any, signed: Any, unsigned: Any) -> Any:
+        """Add to each of 16 sums the products of its four signed and four unsigned bytes."""
+        if self.sums_bytes:
             return self.call("llvm.x86.avx512.vpdpbusd.512", WORDS, sums, unsigned, signed)
-        bytes_, shorts = ir.VectorType(BYTE, 4 * LANES), ir.VectorType(SHORT, 4 * LANES)
-        a = self.builder.zext(self.builder.bitcast(unsigned, bytes_), shorts)
-        b = self.builder.sext(self.builder.bitcast(signed, bytes_), shorts)
-        wide = ir.VectorType(WORD, 4 * LANES)
-        products = self.builder.mul(self.builder.sext(a, wide), self.builder.sext(b, wide))
-        even, odd = (self.shuffle(products, list(range(start, 4 * LANES, 2))) for start in (0, 1))
-        pairs = self.builder.add(even, odd)
-        even, odd = (self.shuffle(pairs, list(range(start, 2 * LANES, 2))) for start in (0, 1))
-        return self.builder.add(sums, self.builder.add(even, odd))
+        shorts, wide = ir.VectorType(SHORT, 2 * LANES), ir.VectorType(WORD, 2 * LANES)
+        eight, low = (ir.Constant(shorts, [number] * 2 * LANES) for number in (8, 255))
+        a, b = (self.builder.bitcast(side, shorts) for side in (unsigned, signed))
+        odd = self.builder.lshr(a, eight), self.builder.ashr(b, eight)
+        even = self.builder.and_(a, low), self.builder.ashr(self.builder.shl(b, eight), eight)
+        for left, right in (even, odd):  # products of 16-bit numbers added by twos: one instruction everywhere
+            products = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
+            first, second = (self.shuffle(products, list(range(start, 2 * LANES, 2))) for start in (0, 1))
+            sums = self.builder.add(sums, self.builder.add(first, second))
+        return sums
 
     def add_pairs(self, sums: Any, a: Any, b: Any) -> Any:
         """Add to each of 16 sums the products of its two bf16 numbers in `a` and in `b`, given as words."""
@@ -120,9 +123,9 @@ def _scaled(emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any,
     scales = [emit.widen(emit.load(shorts, emit.address(weight_scales, t * 32), 32)) for t in range(TILES)]
     for r, factor in enumerate(factors):
         own = emit.splat(factor)
-        for tile in range(TILES):
-            both = emit.builder.fmul(scales[tile], own)
-            results.append(emit.fma(emit.builder.sitofp(sums[r][tile], FLOATS), both, totals[r * TILES + tile]))
+        for place, scale in enumerate(scales, r * TILES):
+            both = emit.builder.fmul(scale, own)
+            results.append(emit.fma(emit.builder.sitofp(sums[place], FLOATS), both, totals[place]))
     return results
 
 
@@ -142,13 +145,21 @@ def _panel_dot(rows: int) -> Any:
                 block = emit.address(panel, builder.mul(g, g.type(GROUP_BYTES)))
                 at, place = builder.mul(g, g.type(GROUP)), builder.mul(g, g.type(4))
                 first = [emit.splat(emit.load(WORD, emit.address(base, place), 4)) for base in corrections]
-                sums = [[start] * TILES for start in first]
-                for step in range(STEPS):
-                    for tile in range(TILES):
-                        weights = emit.load(WORDS, emit.address(block, (step * TILES + tile) * 64), 64)
-                        for own, base in zip(sums, row, strict=True):
-                            bytes_ = emit.load(WORD, emit.address(emit.address(base, at), step * 4), 4)
-                            own[tile] = emit.add_products(own[tile], weights, emit.splat(bytes_))
+
+                def one_step(step: Any, sums: list[Any]) -> list[Any]:
+                    start = emit.address(block, builder.mul(step, g.type(TILES * 64)))
+                    offset = builder.add(at, builder.mul(step, g.type(4)))
+                    tiles = [emit.load(WORDS, emit.address(start, 64 * tile), 64) for tile in range(TILES)]
+                    own = [emit.splat(emit.load(WORD, emit.address(base, offset), 4)) for base in row]
+                    pairs = product(own, tiles)
+                    return [emit.add_products(sum_, *pair) for sum_, pair in zip(sums, pairs, strict=True)]
+
+                sums = [start for start in first for _ in range(TILES)]
+                if emit.sums_bytes:
+                    for step in range(STEPS):
+                        sums = one_step(g.type(step), sums)
+                else:  # unrolled, LLVM would have more numbers at a time than there are registers
+                    sums = loop(builder, g.type(STEPS), sums, one_step)
                 factors = [emit.load(FLOAT, emit.address(base, place), 4) for base in scales]
                 return _scaled(emit, sums, factors, emit.address(block, TILES * STEPS * 64), totals)
 

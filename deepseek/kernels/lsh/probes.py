@@ -4,11 +4,11 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.few_tokens import share
-from deepseek.kernels.launch import ARGUMENTS, launch, unpack
+from deepseek.kernels.launch import compiled, launch, unpack
 
 
 @njit
@@ -33,11 +33,7 @@ def _run(scores, codes):  # type: ignore[no-untyped-def]
 
 @cache
 def _kernel(kinds: str) -> int:
-    @cfunc(ARGUMENTS, cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        _run(*unpack(data, kinds))
-
-    return int(kernel.address)
+    return compiled(lambda data: _run(*unpack(data, kinds)))
 
 
 def likeliest(scores: Tensor, probes: int) -> Tensor:

@@ -11,11 +11,11 @@ from math import gcd
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.few_tokens import share
-from deepseek.kernels.launch import ARGUMENTS, launch, unpack
+from deepseek.kernels.launch import compiled, launch, unpack
 from deepseek.kernels.lsh import strip_backward, strip_forward
 from deepseek.kernels.lsh.intervals import Intervals, Windows
 from deepseek.kernels.lsh.product import COLUMNS, ROWS
@@ -156,11 +156,7 @@ def _run(  # type: ignore[no-untyped-def]
 
 @cache
 def _kernel(kinds: str) -> int:
-    @cfunc(ARGUMENTS, cache=True)
-    def kernel(data):  # type: ignore[no-untyped-def]
-        _run(*unpack(data, kinds))
-
-    return int(kernel.address)
+    return compiled(lambda data: _run(*unpack(data, kinds)))
 
 
 def _by_token(part_BHT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
