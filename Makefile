@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
+unexport PYTHONDONTWRITEBYTECODE
 
 # Not in the lock: torch, whose right build depends on the machine, and what only torch needs.
 UNLOCKED := torch triton mpmath networkx sympy cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cccl \
@@ -34,7 +35,7 @@ bench: $(TOOLS)
 setup: $(TOOLS)
 
 # torch first, as a range, so that the build that pip's configuration offers is taken; then everything else, pinned and
-# hash-checked; then the project itself. Python compiles to bytecode what it imports; all there is would take a minute.
+# hash-checked; then the project itself. Bytecode is made of what is imported: of all there is, it would take a minute.
 $(READY): pyproject.toml requirements/run.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,7 +47,6 @@ $(READY): pyproject.toml requirements/run.lock
 # What tests and benchmarks need on top: the other ends that the product is checked against.
 $(TOOLS): $(READY) requirements/dev.lock
 	$(PIP) install --quiet --no-compile --no-deps --require-hashes --requirement requirements/dev.lock
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # a few files are templates, no Python
 	@touch $@
 
 COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
