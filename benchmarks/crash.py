@@ -87,10 +87,12 @@ def main() -> None:
         while (kills < options.kills or full < options.full) and time.monotonic() < deadline:
             stage, folder = stages[number % len(stages)], root / f"run-{number}"
             number += 1
-            if full < options.full and number % 4 == 0:
+            if full < options.full and (number % 4 == 0 or not options.kills):
                 process = run(script, stage, root / "texts", folder, draw.randint(1, writes[stage]))
                 output, _ = process.communicate()
-                refused += process.returncode == 2 and "is full" in output
+                told = process.returncode == 2 and "is full" in output
+                refused += told
+                print(stage, "disk full:", "told" if told else f"NOT TOLD, code {process.returncode}", flush=True)
                 full += 1
             while time.monotonic() < deadline and kills < options.kills:
                 process = run(script, stage, root / "texts", folder, 0)

@@ -11,7 +11,7 @@ def align(
     prefs: Annotated[Path | None, typer.Option(help="The preference database; default: the library's own.")] = None,
     method: Annotated[Literal["ppo", "dpo", "rloo"], typer.Option(help="ppo: RLPO; others: by TRL.")] = "ppo",
     reward: Annotated[
-        str, typer.Option(help="model: fitted to the pairs; or a judge: clean, willing, varied.")
+        str, typer.Option(help="model (fitted to the pairs) or a judge: clean, willing, varied.")
     ] = "model",
     name: Annotated[str, typer.Option(help="Name of the new model.")] = "aligned",
     layers: Annotated[str, typer.Option(help="What is trained: last:N or all.")] = "last:6",

@@ -18,9 +18,7 @@ def evaluate(
         list[Path] | None, typer.Option(help="Further text: a folder, .jsonl or .parquet file; may be repeated.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of each text to evaluate on.")] = 8192,
-    human_eval: Annotated[
-        int, typer.Option(min=0, max=164, help="Problems of HumanEval to answer and run, with and without the experts.")
-    ] = 0,
+    human_eval: Annotated[int, typer.Option(min=0, max=164, help="Problems of HumanEval to answer and run.")] = 0,
 ) -> None:
     """Print the loss of the base and of the plugged set: on each expert's own held-out text, on that of other trained
     experts, on public prose and code, and on text of yours. Code that the model writes runs in a sandboxed process."""

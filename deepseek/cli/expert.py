@@ -99,9 +99,7 @@ def inspect(pack: Pack) -> None:
 def verify(
     pack: Pack,
     base: Annotated[str | None, typer.Option(help="Also check that the pack was made for this model.")] = None,
-    signature: Annotated[
-        Literal["any", "signed", "trusted"], typer.Option(help="What the pack's signature must be.")
-    ] = "any",
+    signature: Annotated[Literal["any", "signed", "trusted"], typer.Option(help="What its signature must be.")] = "any",
 ) -> None:
     """Check a pack: structure, digest, values, signature, and its base if one is given."""
     from deepseek.checkpoint.hub import resolve

@@ -6,7 +6,7 @@ import typer
 
 Base = Annotated[str, typer.Option(help="Base model: a known name, a folder or a hub id.")]
 Experts = Annotated[
-    str, typer.Option(help="Experts to plug: names or pack files, separated by commas; 'all' = every trained one.")
+    str, typer.Option(help="Experts to plug: names or packs, separated by commas; 'all' = all there are.")
 ]
 Arm = Annotated[str, typer.Option(help="Which of them may speak: 'auto', 'none', or names separated by commas.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")]

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from deepseek.cli.options import Base
+
 if TYPE_CHECKING:
     from deepseek.data.preferences import PreferenceDatabase
 
@@ -14,7 +16,7 @@ app = typer.Typer(
 )
 
 Database = Annotated[
-    Path | None, typer.Option("--database", help="The database file; default: preferences.db in the library's folder.")
+    Path | None, typer.Option("--database", help="The file; default: preferences.db in the library's home.")
 ]
 
 
@@ -57,12 +59,8 @@ def add(
 @app.command()
 def generate(
     file: Annotated[Path, typer.Argument(help="JSONL with a prompt a line: a text or a list of messages.")],
-    base: Annotated[
-        str, typer.Option(help="The model that answers: a known name, a folder or a hub id.")
-    ] = "smollm2-135m",
-    judges: Annotated[
-        str, typer.Option(help="Who scores the answers: clean, willing, varied.")
-    ] = "clean,willing,varied",
+    base: Base = "smollm2-135m",
+    judges: Annotated[str, typer.Option(help="Who judges: clean, willing, varied.")] = "clean,willing,varied",
     answers: Annotated[int, typer.Option(min=2, help="Answers to each prompt.")] = 4,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 32,
     temperature: Annotated[float, typer.Option(min=0.1, help="At which answers are sampled.")] = 0.8,

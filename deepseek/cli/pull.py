@@ -6,11 +6,7 @@ from typing import Annotated
 import typer
 
 
-def pull(
-    name: Annotated[
-        str, typer.Argument(help="A known model (smollm2-135m) or a hub id (owner/name).")
-    ] = "smollm2-135m",
-) -> None:
+def pull(name: Annotated[str, typer.Argument(help="A known name, or a hub id (owner/name).")] = "smollm2-135m") -> None:
     """Fetch a base model into the local cache; interrupted, the same command goes on where it was."""
     print(fetch(name))
 

@@ -49,9 +49,12 @@ def score_bodies(
     if not functions:
         raise DataError("There are no documented functions to write; give Python code with docstrings.")
     corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
+    # Indentation says that a body follows, one blank less than it has: tokens of words begin with one.
+    blanks = [f.body[: len(f.body) - len(f.body.lstrip())][:-1] for f in functions]
     with Engine(model, tokenizer, max_waiting=len(functions)) as engine:
-        written = list(complete(engine, [f.header for f in functions], max_tokens, progress))
-    bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
+        prompts = [f.header + blank for f, blank in zip(functions, blanks, strict=True)]
+        written = map(str.__add__, blanks, complete(engine, prompts, max_tokens, progress))
+        bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
     same = [" ".join(b.split()) == " ".join(f.body.split()) for f, b in zip(functions, bodies, strict=True)]
     parses = [parsed(dedent(f.header + body)) is not None for f, body in zip(functions, bodies, strict=True)]
     count = len(functions)

@@ -29,6 +29,7 @@ from deepseek.train.loop import Task, TrainResult
 from deepseek.train.losses import autocast, run_below
 from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
+from deepseek.train.public import remember_adapted
 from deepseek.train.runs import run_once
 from deepseek.train.text_run import TextRequest, TextRun, Texts, timed
 from deepseek.train.trunk import Stream
@@ -107,9 +108,7 @@ def adapt(
         learning_rate=learning_rate or LEARNING_RATES[mode], held_out_tokens=held_out_tokens, seed=seed,
     )  # fmt: skip
     target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
-    with ProgressBar(quiet=quiet) as progress:
-        job = partial(AdaptRun, request, out=target, progress=progress)
-        return run_once(job, folder, target, request.as_json(), progress, dry_run)
+    return run_once(AdaptRun, request, request.as_json(), target, folder, quiet, dry_run)
 
 
 class AdaptRun(TextRun):
@@ -132,7 +131,9 @@ class AdaptRun(TextRun):
         task = TASKS[self.request.mode](self, texts)
         self.trained = sum(parameter.numel() for parameter in task.parameters.values())
         steps = max(1, len(texts.train.row_ids) * self.request.epochs // self.request.batch_rows)
-        return self.write(self.loop(task, texts.train, steps), texts.train.shards.digest)
+        record = self.write(self.loop(task, texts.train, steps), texts.train.shards.digest)
+        remember_adapted(self.out, self.base, texts.train.shards)
+        return record
 
     def estimate(self) -> str:
         """Say what a request would take, from one step."""

@@ -9,7 +9,6 @@ Face model that it trains, so it trains the checkpoint's twin in `transformers`;
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from deepseek.train.metrics import read_metrics
 from deepseek.train.optim import OptimConfig
 from deepseek.train.policy import Policy
 from deepseek.train.progress import ProgressBar
+from deepseek.train.public import remember_adapted
 from deepseek.train.reward import RewardModel, features_of
 from deepseek.train.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
 from deepseek.train.rollout import generate, given
@@ -126,9 +126,7 @@ def align(
         new_tokens, temperature, target_kl, seed,
     )  # fmt: skip
     target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
-    with ProgressBar(quiet=quiet) as progress:
-        job = partial(AlignRun, request, out=target, progress=progress)
-        return run_once(job, folder, target, asdict(request), progress, dry_run)
+    return run_once(AlignRun, request, asdict(request), target, folder, quiet, dry_run)
 
 
 class AlignRun:
@@ -161,7 +159,9 @@ class AlignRun:
     def run(self) -> dict[str, Any]:
         """Train and write the model; return the figures of the run."""
         write_json(self.folder / "request.json", asdict(self.request))
-        return {"model": str(self.out), **self.method(self)}
+        figures = self.method(self)
+        remember_adapted(self.out, self.base)
+        return {"model": str(self.out), **figures}
 
     def ppo(self) -> dict[str, Any]:
         """Run RLPO on the loop and write the model."""

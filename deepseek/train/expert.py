@@ -338,9 +338,7 @@ def train_expert(
         held_out_tokens=held_out_tokens, licence=licence, domain=domain, seed=seed,
     )  # fmt: skip
     pack, folder = Path(out or experts_folder() / f"{name}{SUFFIX}"), Path(run_folder or home() / "runs" / name)
-    with ProgressBar(quiet=quiet) as progress:
-        job = partial(ExpertRun, request, out=pack, progress=progress)
-        return run_once(job, folder, pack, request.as_json(), progress, dry_run)
+    return run_once(ExpertRun, request, request.as_json(), pack, folder, quiet, dry_run)
 
 
 def _recipe(base: str, layers: str) -> Recipe:

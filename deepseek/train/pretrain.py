@@ -125,10 +125,10 @@ def pretrain(
     """
     settings = PretrainSettings.read(config)
     out = settings.out or home() / "models" / settings.name
-    with current() as backend, ProgressBar(quiet=quiet or not backend.main) as progress:
-        folder = settings.run_folder or home() / "runs" / settings.name
-        job = partial(PretrainRun, settings, out=out, progress=progress, backend=backend)
-        return run_once(job, folder, out, settings.as_json(), progress, dry_run)
+    folder = settings.run_folder or home() / "runs" / settings.name
+    with current() as backend:
+        job = partial(PretrainRun, backend=backend)
+        return run_once(job, settings, settings.as_json(), out, folder, quiet or not backend.main, dry_run)
 
 
 class PretrainRun:

@@ -13,12 +13,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.store import home, load_state, save_state
+from deepseek.data import TokenShards
 from deepseek.data.document import Progress, silent, uniform
+from deepseek.data.encode import CONTEXT_BIT
 from deepseek.data.loader import IGNORE, Batch
 from deepseek.errors import CheckpointError, DataError
 from deepseek.infer.engine import Engine
@@ -96,8 +100,8 @@ def public_statistics(
 
 
 def training_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
-    """Return the half of the rows `[R, ROW_LENGTH]` that no threshold is set by."""
-    return _kept_rows(model, tokenizer, progress)[0::2]
+    """Return the half of the rows `[R, ROW_LENGTH]` that no threshold is set by, and what the base was adapted to."""
+    return torch.cat([_kept_rows(model, tokenizer, progress)[0::2], _adapted_rows(model.experts.base.weights)])
 
 
 def public_streams(model: Any, tokenizer: PreTrainedTokenizerFast, first: int, progress: Progress = silent) -> Tensor:
@@ -111,6 +115,27 @@ def public_streams(model: Any, tokenizer: PreTrainedTokenizerFast, first: int, p
 
     root, name = _place(model)
     return _kept(root / f"stream-{first}-{name}", computed)["stream"]
+
+
+def remember_adapted(folder: Path, base: Path, shards: TokenShards | None = None) -> None:
+    """Keep rows of the texts that the model in `folder` was adapted to: those of `base`, which it was made of, and some
+    of `shards`. Experts beside it are trained to do no harm there either; their gates may know such text as their own.
+    """
+    rows = _adapted_rows(fingerprint(base).weights)
+    if shards is not None:
+        starts = np.linspace(0, max(0, shards.num_tokens - ROW_LENGTH), ROWS_PER_KIND, dtype=np.int64)
+        ids_RT = shards.ids_N[(starts[:, None] + np.arange(ROW_LENGTH)) % shards.num_tokens] & ~CONTEXT_BIT
+        rows = torch.cat([rows, torch.from_numpy(ids_RT.astype(np.int64))])
+    save_state(_adapted(fingerprint(folder).weights), {"ids": rows}, {})
+
+
+def _adapted(weights: str) -> Path:
+    return home() / "public" / weights[:32] / "adapted"
+
+
+def _adapted_rows(weights: str) -> Tensor:
+    kept = _adapted(weights)
+    return load_state(kept)[0]["ids"] if kept.is_dir() else torch.empty(0, ROW_LENGTH, dtype=torch.long)
 
 
 def public_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:

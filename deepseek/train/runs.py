@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from jinja2 import Environment
 
-from deepseek.checkpoint.store import atomic_write, home, read_json, write_json
+from deepseek.checkpoint.store import atomic_write, disk_full_explained, home, read_json, write_json
 from deepseek.errors import DataError, TrainError
 from deepseek.registry import nearest
 from deepseek.train.progress import ProgressBar
@@ -29,29 +29,35 @@ class Job(Protocol):
 
 
 def run_once(
-    job: Callable[[Path], Job], folder: Path, made: Path, request: dict[str, Any], progress: ProgressBar, dry_run: bool
+    job: Callable[..., Job], request: Any, stored: dict[str, Any], made: Path, folder: Path, quiet: bool, dry_run: bool
 ) -> Path:
     """Return `made` once `job` has made it in `folder`, at once if it did before; a `dry_run` only estimates.
+
+    Args:
+        job: takes the request, the folder, `out` (which is `made`) and `progress`.
+        stored: the request as JSON values.
 
     Raises:
         TrainError: the run in `folder` is of another request.
         KeyboardInterrupt: after Ctrl-C, saying that the same call goes on.
     """
-    if dry_run:
-        with TemporaryDirectory() as empty:
-            progress.say(job(Path(empty)).estimate())
+    with ProgressBar(quiet=quiet) as progress:
+        if dry_run:
+            with TemporaryDirectory() as empty:
+                progress.say(job(request, Path(empty), out=made, progress=progress).estimate())
+            return made
+        check_config(folder / "request.json", stored)
+        if (folder / "result.json").is_file() and made.exists():
+            progress.say(f"{made} is finished")
+            return made
+        try:
+            with disk_full_explained(f"The disk of {folder} is full; free some space and run the same command."):
+                record = job(request, folder, out=made, progress=progress).run()
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(*stop.args or ["stopped, what is done is kept; the same call goes on"]) from None
+        if record is not None:
+            write_json(folder / "result.json", record)
         return made
-    check_config(folder / "request.json", request)
-    if (folder / "result.json").is_file() and made.exists():
-        progress.say(f"{made} is finished")
-        return made
-    try:
-        record = job(folder).run()
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(*stop.args or ["stopped, what is done is kept; the same call goes on"]) from None
-    if record is not None:
-        write_json(folder / "result.json", record)
-    return made
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:

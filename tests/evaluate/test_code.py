@@ -53,10 +53,10 @@ def test_scores_of_a_perfect_and_of_a_useless_answer(monkeypatch: pytest.MonkeyP
     loaded = tiny_model()
     body = "    total = a + b + c + d\n    return total * 2"
     function = Function("f", 'def f(a, b, c, d):\n    """Sum."""\n', body, (), "m.py")
-    parrot(monkeypatch, body + "\nx = 1")
+    parrot(monkeypatch, body[3:] + "\nx = 1")  # the prompt ends with the indentation, but for one blank
     perfect = score_bodies(*loaded, [function])
     assert (perfect.bleu, perfect.exact, perfect.parses) == (pytest.approx(100), 1.0, 1.0)
-    parrot(monkeypatch, "    ((")
+    parrot(monkeypatch, " ((")
     useless = score_bodies(*loaded, [function])
     assert useless.bleu < 5 and (useless.exact, useless.parses) == (0.0, 0.0)
     with pytest.raises(DataError, match="no documented functions"):

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import deepseek
+from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.errors import ConfigError
+from deepseek.train import public
 from deepseek.train.adapt import add_lora, largest_rank
 
 
@@ -91,6 +93,20 @@ def test_the_rank_of_lora_stays_within_its_share(llama: Path) -> None:
         assert largest_rank(model, share) * each <= share * total < (largest_rank(model, share) + 1) * each
     with pytest.raises(ConfigError, match="LoRA of rank 1 has 832 parameters"):
         largest_rank(model, 1e-3)
+
+
+def test_experts_beside_an_adapted_model_also_replay_what_it_was_adapted_to(
+    llama: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(public, "_kept_rows", lambda *_: torch.zeros(4, public.ROW_LENGTH, dtype=torch.long))
+    once, _ = adapted(llama, text_folder, tmp_path / "once", epochs=1)
+    twice, _ = adapted(once, text_folder, tmp_path / "twice", epochs=1, learning_rate=1e-3)
+    model, tokenizer = deepseek.load(twice, dtype="float32")
+    own = [row for kept in (once, twice) for row in public._adapted_rows(fingerprint(kept).weights)]
+    assert [len(public._adapted_rows(fingerprint(kept).weights)) for kept in (llama, once, twice)] == [0, 80, 160]
+    assert "alpha" in tokenizer.decode(own[0])
+    assert torch.equal(public.training_rows(model, tokenizer)[2:], torch.stack(own[80:]))
+    assert torch.equal(torch.stack(own[80:160]), torch.stack(own[:80]))  # what the first one was adapted to
 
 
 def test_the_same_call_again_changes_nothing(llama: Path, text_folder: Path, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """From pairs to an aligned model: reward model, synthetic pairs, the stage, resumed or not."""
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepseek.data.preferences import Preference, PreferenceDatabase
-from deepseek.errors import ConfigError, DataError
+from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.infer.load import load
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train import judge
@@ -112,6 +113,18 @@ def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
         str(base), prefs=database, name="x", out=folder / "model", run_folder=folder / "run", quiet=True,
         **(small | changes),
     )  # fmt: skip
+
+
+def test_a_full_disk_is_named_where_no_checkpoint_is_written_yet(
+    base: Path, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(TrainError, match="is full; free some space"):
+        patched.setattr(RewardModel, "save", full)
+        run(base, database, tmp_path)
+    assert run(base, database, tmp_path).is_dir()
 
 
 def test_the_stage_raises_the_reward_and_leaves_a_model(base: Path, database: Path, tmp_path: Path) -> None:
