@@ -114,7 +114,7 @@ def public_streams(model: Any, tokenizer: PreTrainedTokenizerFast, first: int, p
         return {"stream": torch.cat(parts)}
 
     root, name = _place(model)
-    return _kept(root / f"stream-{first}-{name}", computed)["stream"]
+    return _kept(root / f"stream-{first}-{len(rows)}-{name}", computed)["stream"]
 
 
 def remember_adapted(folder: Path, base: Path, shards: TokenShards | None = None) -> None:

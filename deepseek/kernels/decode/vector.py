@@ -81,7 +81,7 @@ class Emit:
         a, b = (self.builder.bitcast(side, shorts) for side in (unsigned, signed))
         odd = self.builder.lshr(a, eight), self.builder.ashr(b, eight)
         even = self.builder.and_(a, low), self.builder.ashr(self.builder.shl(b, eight), eight)
-        for left, right in (even, odd):  # products of 16-bit numbers added by twos: one instruction everywhere
+        for left, right in (even, odd):  # products of 16-bit numbers added by twos: one instruction of x86
             products = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
             first, second = (self.shuffle(products, list(range(start, 2 * LANES, 2))) for start in (0, 1))
             sums = self.builder.add(sums, self.builder.add(first, second))
