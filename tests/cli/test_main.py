@@ -146,7 +146,8 @@ def test_debug_after_two_dashes_belongs_to_the_command(monkeypatch: pytest.Monke
 
 def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     program = (
-        "import sys, time, types, typer\nfrom deepseek.cli import main as m\napp = typer.Typer()\n"
+        "import signal, sys, time, types, typer\nfrom deepseek.cli import main as m\napp = typer.Typer()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests run in the background ignore it
         "@app.command()\ndef wait() -> None:\n    print('ready', flush=True)\n    time.sleep(60)\n"
         f"sys.modules[{FAKE!r}] = types.SimpleNamespace(app=app)\nm.COMMANDS['wait'] = ('fake:app', '')\n"
         "m.main(['wait'])"
