@@ -15,14 +15,13 @@ import argparse
 from typing import Any
 
 import torch
-from hash_recall import BASE, FIRST, FIT, PROBES, TEST, WINDOW, corpus, fitted
+from hash_recall import BASE, FIRST, FIT, PROBES, TEST, WINDOWS, corpus, fitted
 from results import save
 
 import deepseek
 from deepseek.data.encode import long_texts
 from deepseek.model.attention.hash import plug_hashes
 from deepseek.model.config import ModelConfig
-from deepseek.train.distill_hash import HashSettings
 from deepseek.train.losses import autocast
 from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
 
@@ -38,18 +37,22 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--texts", type=int, default=1, help="of each corpus")
     parser.add_argument("--window", type=int, help="keys of a bucket looked at")
-    parser.add_argument("--probes", type=int, default=PROBES, help="buckets a query looks into")
+    parser.add_argument("--local", type=int, help="nearest keys looked at")
+    parser.add_argument("--probes", type=int, help="buckets a query looks into")
     parser.add_argument("--far-field", action="store_true", help="look at summaries of the rest, too")
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="then train so many steps, 200 at most")
     parser.add_argument("--tune-length", type=int, default=4096, help="tokens of a step")
     parser.add_argument("--rate", type=float, default=3e-5, help="learning rate of tuning")
     parser.add_argument("--skip-random", action="store_true", help="measure the distilled hash only")
     options = parser.parse_args()
-    window = options.window or WINDOW[options.length]
+    given = WINDOWS[options.length]
+    looks = {
+        "lsh_probes": options.probes or PROBES[options.length], "lsh_bucket_window": options.window or given.bucket,
+        "lsh_local_window": options.local or given.local, "lsh_far_field": options.far_field,
+    }  # fmt: skip
     full, tokenizer = deepseek.load(BASE, dtype="float32")
     config = ModelConfig(
-        attention="lsh", lsh_num_buckets=HashSettings().num_buckets, lsh_probes=options.probes,
-        lsh_bucket_window=window, lsh_exact_layers=list(range(FIRST)), lsh_far_field=options.far_field,
+        attention="lsh", lsh_num_buckets=given.num_buckets, lsh_exact_layers=list(range(FIRST)), **looks
     )  # fmt: skip
     distilled, _ = deepseek.load(BASE, config=config, dtype="float32")
     plug_hashes(distilled, fitted(full, tokenizer, "distilled"))
@@ -69,10 +72,9 @@ def main() -> None:
     }
     for pair, parts in changes.items():
         print(f"{pair:40}", "  ".join(f"{part} {parts[part]:+.2%}" for part in PARTS))
-    name = "lsh_slot_in" if options.probes == PROBES else f"lsh_slot_in_{options.probes}_probes"
-    save(name + "_far" * options.far_field + "_tuned" * bool(options.tune), {
-        "length": options.length, "probes": options.probes, "bucket_window": window, "tune": options.tune,
-        "tune_length": options.tune_length, "rate": options.rate, "losses": figures, "change": changes,
+    save("lsh_slot_in" + "_far" * options.far_field + "_tuned" * bool(options.tune), {
+        "length": options.length, **looks, "tune": options.tune, "tune_length": options.tune_length,
+        "rate": options.rate, "losses": figures, "change": changes,
     })  # fmt: skip
 
 
