@@ -33,8 +33,8 @@ FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-c
 FIRST = 2  # the first two layers look everywhere and stay exact
 PROBES = {4096: 10, 8192: 14}
 WINDOWS = {4096: Windows(128, 4, 48, 64), 8192: Windows(128, 4, 80, 64)}
-"""What a query looks at, by length: no more than one eighth of the keys on average. Wider local windows find more of the
-attention, and the model then loses more (LOG.md): what is far is worth more than its share."""
+"""What a query looks at, by length: no more than one eighth of the keys on average. Wider local windows find more
+attention, yet the model loses more (LOG.md): what lies far is worth more than its share."""
 
 
 def main() -> None:
