@@ -23,8 +23,8 @@ def attention(
         list[Path] | None, typer.Option(help="Text: a folder, .jsonl or .parquet file; default: Python's own.")
     ] = None,
     length: Annotated[int, typer.Option(min=512, help="Tokens to look at.")] = 4096,
-    probes: Annotated[int, typer.Option(min=1, help="Buckets that a query looks into.")] = 14,
-    window: Annotated[int, typer.Option(min=1, help="Most recent keys of each.")] = 36,
+    probes: Annotated[int, typer.Option(min=1, help="Buckets that a query looks into.")] = 10,
+    window: Annotated[int, typer.Option(min=1, help="Most recent keys of each.")] = 48,
     hash_path: Annotated[Path | None, typer.Option("--hash", help="Hashes; default: those beside the model.")] = None,
 ) -> None:
     """Draw the share of attention that LSH attention keeps, by layer and head, and print its means."""
