@@ -72,7 +72,8 @@ def main() -> None:
     }
     for pair, parts in changes.items():
         print(f"{pair:40}", "  ".join(f"{part} {parts[part]:+.2%}" for part in PARTS))
-    save("lsh_slot_in" + "_far" * options.far_field + "_tuned" * bool(options.tune), {
+    name = "lsh_slot_in" + (f"_{options.probes}_probes" if options.probes else "")
+    save(name + "_far" * options.far_field + "_tuned" * bool(options.tune), {
         "length": options.length, **looks, "tune": options.tune, "tune_length": options.tune_length,
         "rate": options.rate, "losses": figures, "change": changes,
     })  # fmt: skip
