@@ -45,14 +45,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-5, help="learning rate of tuning")
     parser.add_argument("--skip-random", action="store_true", help="measure the distilled hash only")
     options = parser.parse_args()
-    given = WINDOWS[options.length]
+    windows = WINDOWS[options.length]
     looks = {
-        "lsh_probes": options.probes or PROBES[options.length], "lsh_bucket_window": options.window or given.bucket,
-        "lsh_local_window": options.local or given.local, "lsh_far_field": options.far_field,
+        "lsh_probes": options.probes or PROBES[options.length], "lsh_bucket_window": options.window or windows.bucket,
+        "lsh_local_window": options.local or windows.local, "lsh_far_field": options.far_field,
     }  # fmt: skip
     full, tokenizer = deepseek.load(BASE, dtype="float32")
     config = ModelConfig(
-        attention="lsh", lsh_num_buckets=given.num_buckets, lsh_exact_layers=list(range(FIRST)), **looks
+        attention="lsh", lsh_num_buckets=windows.num_buckets, lsh_exact_layers=list(range(FIRST)), **looks
     )  # fmt: skip
     distilled, _ = deepseek.load(BASE, config=config, dtype="float32")
     plug_hashes(distilled, fitted(full, tokenizer, "distilled"))
