@@ -1,9 +1,12 @@
 """The last three layers, LoRA and full fine-tuning on the same tokens of an unseen code base.
 
     python benchmarks/adapt.py FOLDER [--tokens 60000] [--functions 10] [--json benchmarks/results/adapt.json]
+    python benchmarks/adapt.py FOLDER --exercises --modes last-n --rate 2e-3 --tokens 0 --functions 48
 
 Each mode is a process of its own, so that its peak memory is its own; `working_memory` is what it needed beyond the
 imported libraries. BLEU is of greedily written bodies of documented functions in the held-out files, before and after.
+`--exercises` trains on the documented functions of the other files (as `deepseek data code` writes them) in place of
+the files row by row: what a model is asked is then what it practised.
 """
 
 import argparse
@@ -17,15 +20,16 @@ from typing import Any
 
 from results import write
 
+HELD_OUT = 0.15
+
 WORKER = """
 import json, sys
 from pathlib import Path
 import deepseek, deepseek.train.adapt
 from deepseek.train.metrics import peak_memory
 libraries = peak_memory()
-mode, source, folder, tokens = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-deepseek.adapt(name="x", from_folder=source, mode=mode, tokens=tokens, epochs=2, held_out=0.15, out=folder / "model",
-               run_folder=folder / "run")
+mode, source, folder, options = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+deepseek.adapt(name="x", mode=mode, epochs=2, out=folder / "model", run_folder=folder / "run", **source, **options)
 print(json.dumps({"libraries": libraries}))
 """
 
@@ -36,13 +40,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--functions", type=int, default=10, help="0: no BLEU")
     parser.add_argument("--modes", default="last-n,lora,full")
+    parser.add_argument("--rate", type=float, help="learning rate, in place of each mode's own")
+    parser.add_argument("--exercises", action="store_true", help="train on functions instead of files")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
+        source: dict[str, Any] = {"from_folder": str(options.folder), "held_out": HELD_OUT}
+        if options.exercises:
+            source = {"from_jsonl": str(write_exercises(options.folder, Path(name) / "exercises.jsonl"))}
+        training = json.dumps({"tokens": options.tokens, "learning_rate": options.rate})
         for mode in options.modes.split(","):
             folder = Path(name) / mode
-            command = [sys.executable, "-c", WORKER, mode, str(options.folder), str(folder), str(options.tokens)]
+            command = [sys.executable, "-c", WORKER, mode, json.dumps(source), str(folder), training]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads((folder / "run" / "result.json").read_text())["figures"]
             libraries = json.loads(done.stdout.splitlines()[-1])["libraries"]
@@ -54,18 +64,31 @@ def main() -> None:
                 figures.setdefault(mode, {})["bodies"] = bodies(model, options.folder, options.functions)
                 print(mode, figures[mode]["bodies"], flush=True)
     if options.json:
-        write(options.json, {"figures": figures})
+        write(options.json, {"exercises": options.exercises, "figures": figures})
+
+
+def functions_of(folder: Path) -> tuple[list[Any], list[Any]]:
+    """Return the documented functions of the files to train on and of those held out."""
+    from deepseek.data import clean, read_folder, split
+    from deepseek.data.functions import documented_functions
+
+    train, held_out = split(clean(read_folder(folder))[0], HELD_OUT)
+    return documented_functions(train), documented_functions(held_out)
+
+
+def write_exercises(folder: Path, path: Path) -> Path:
+    """Write the functions of the files to train on as `deepseek data code` does."""
+    lines = (json.dumps({"text": function.text}) for function in functions_of(folder)[0])
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
 
 
 def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
     """Return the scores of bodies written for functions of the files that no mode trained on."""
-    from deepseek.data import clean, read_folder, split
-    from deepseek.data.functions import documented_functions
     from deepseek.evaluate.code import score_bodies
     from deepseek.infer.load import load
 
-    _, held_out = split(clean(read_folder(folder))[0], 0.15)
-    functions = [f for f in documented_functions(held_out) if len(f.body) < 600 and len(f.header) < 1200]
+    functions = [f for f in functions_of(folder)[1] if len(f.body) < 600 and len(f.header) < 1200]
     return asdict(score_bodies(*load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=80))
 
 
