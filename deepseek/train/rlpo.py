@@ -38,8 +38,8 @@ class RLPOConfig:
         clip, value_clip: how far a probability ratio, and a value, may move from the rollout's.
         value_weight: of the value loss.
         value_rollouts: first rollouts in which only values are learnt.
-        beta: first coefficient of the KL penalty (nats of standardised reward a nat).
-        target_kl: KL to the reference that the coefficient is steered to, in nats a response; None leaves it alone.
+        beta: first and least coefficient of the KL penalty (nats of standardised reward a nat).
+        target_kl: KL to the reference above which the coefficient rises, in nats a response; None leaves it alone.
         kl_horizon: responses over which an error of the KL is answered in full.
         kl_stop: KL to the rollout's own policy, in nats a token, at which the rollout is left for a new one.
         entropy_floor: share of the first rollout's entropy below which the policy counts as collapsed.
@@ -58,7 +58,7 @@ class RLPOConfig:
     value_rollouts: int = 1
     beta: float = 0.05
     target_kl: float | None = 6.0
-    kl_horizon: int = 500
+    kl_horizon: int = 100
     kl_stop: float = 0.05
     entropy_floor: float = 0.2
     replay_routing: bool = True
@@ -121,7 +121,7 @@ class Learner:
         self, prompts: Sequence[Sequence[int]], generator: torch.Generator, learn: bool, width: int | None = None
     ) -> tuple[Rollout, dict[str, float]]:
         """Sample and score one response to each prompt; return what to learn from it and figures to record."""
-        config = self.config
+        config, target = self.config, self.config.target_kl
         responses = generate(
             self.policy.model, prompts, config.new_tokens, self.ends, generator, temperature=config.temperature,
             prompt_width=width,
@@ -139,7 +139,8 @@ class Learner:
             "entropy": float(masked_mean(entropy_BT, mask_BT)),
         }  # fmt: skip
         if learn:
-            self.scalars["beta"].fill_(steered(beta, kl, len(prompts), config.target_kl, config.kl_horizon))
+            # A KL below its budget needs no cheaper penalty: made so, it overshoots later.
+            self.scalars["beta"].fill_(max(config.beta, steered(beta, kl, len(prompts), target, config.kl_horizon)))
         self.check_entropy(metrics["entropy"])
         whitened_BT = whiten(advantages_BT, mask_BT)
         return Rollout(**responses.tensors(), logprobs_BT=old_BT, values_BT=values_BT, advantages_BT=whitened_BT,
