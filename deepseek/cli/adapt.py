@@ -23,7 +23,7 @@ def adapt(
     name: Annotated[str, typer.Option(help="Name of the new model; default: that of the source.")] = "",
     tokens: Annotated[int, typer.Option(min=0, help="Distinct tokens to train on; 0: all.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over them.")] = 2,
-    learning_rate: Annotated[float | None, typer.Option(help="The peak; default: by mode.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="The peak; default: by mode.")] = None,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the text to hold out.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of order and split.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the new model.")] = None,

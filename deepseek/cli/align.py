@@ -17,7 +17,7 @@ def align(
     layers: Annotated[str, typer.Option(help="What is trained: last:N or all.")] = "last:6",
     rollouts: Annotated[int, typer.Option(min=1, help="How often the model answers prompts and learns.")] = 40,
     rollout_size: Annotated[int, typer.Option(min=1, help="Prompts answered each time.")] = 48,
-    learning_rate: Annotated[float, typer.Option(help="The peak.")] = 5e-5,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="The peak.")] = 5e-5,
     new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 32,
     temperature: Annotated[float, typer.Option(min=0.1, help="At which answers are sampled.")] = 0.8,
     target_kl: Annotated[float, typer.Option(min=0.01, help="Distance to keep to the base, nats an answer.")] = 8.0,
