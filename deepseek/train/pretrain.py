@@ -59,7 +59,7 @@ class PretrainSettings(Settings):
         tokens: targets to train on in all.
         row_length, batch_rows, accumulate: tokens of a row, rows of a batch, batches of a step.
         learning_rate, final_learning_rate, warmup, weight_decay: AdamW with warm-up (a share of the steps) and cosine.
-        curriculum: whether the first steps take easy text (`train/mix.py`).
+        curriculum: whether the first steps take easy text (`train/mix.py`); saved no steps here (LOG.md, 2026-11-26).
         held_out, held_out_tokens: share of the documents never trained on, and tokens of each domain to evaluate on.
         evaluate_every, checkpoint_every: steps.
         samples: prompts that the model continues after every evaluation.
@@ -80,7 +80,7 @@ class PretrainSettings(Settings):
     final_learning_rate: float = Field(default=1e-5, ge=0)
     warmup: float = 0.05
     weight_decay: float = 0.1
-    curriculum: bool = True
+    curriculum: bool = False
     held_out: float = 0.05
     held_out_tokens: int = 8192
     evaluate_every: int = Field(default=100, gt=0)

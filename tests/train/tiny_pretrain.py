@@ -19,7 +19,7 @@ def settings(texts: Path, folder: Path, *, experts: bool = True, steps: int = 12
         "name": "tiny", "vocab_size": 300, "row_length": 32, "batch_rows": 4, "tokens": steps * 32 * 4,
         "domains": {"words": {"folder": str(texts / "words"), "weight": 2}, "code": {"folder": str(texts / "code")}},
         "model": {**TINY_MODEL, **(TINY_EXPERTS if experts else {})}, "evaluate_every": 5, "checkpoint_every": 3,
-        "held_out": 0.2, "held_out_tokens": 256, "samples": ["alpha"], "learning_rate": 3e-3,
+        "held_out": 0.2, "held_out_tokens": 256, "samples": ["alpha"], "learning_rate": 3e-3, "curriculum": True,
         "out": str(folder / "model"), "run_folder": str(folder / "run"), **changes,
     }  # fmt: skip
 
