@@ -1,4 +1,4 @@
-"""Fetch the real text that the benchmarks use: nine expert domains and two public sets, none of it committed.
+"""Fetch the real text of the benchmarks: eight expert domains, a new code base, two public sets, none of it committed.
 
     python benchmarks/corpora.py all            # or names: python benchmarks/corpora.py code-a german
     python benchmarks/corpora.py --list
@@ -71,7 +71,7 @@ COMMON_WORDS = {
 CORPORA: dict[str, tuple[Source, ...]] = {
     "code-a": (Wheel("scikit-learn==1.7.2", "sklearn/**/*.py"),),
     "code-b": (Wheel("sympy==1.14.0", "sympy/**/*.py"),),
-    "code-c": (Wheel("google-adk==2.13.0", "google/adk/**/*.py"),),  # first released after SmolLM2: no model saw it
+    "code-c": (Wheel("google-adk==2.13.0", "google/adk/**/*.py"),),  # first released in 2025, after SmolLM2
     "spanish": (
         Deb("debian-handbook", HANDBOOK.format("es-ES"), "es"),
         Deb("aptitude-doc-es", APTITUDE.format("es"), "es"),

@@ -156,6 +156,18 @@ def test_scores_are_standardised_by_all_that_were_seen() -> None:
     assert torch.allclose(last, expected.clamp(-5, 5), atol=1e-4)
 
 
+def test_the_penalty_rises_above_the_budget_and_never_falls_below_its_start() -> None:
+    trained, generator = learner(tiny(), target_kl=1.0, beta=0.1), torch.Generator().manual_seed(0)
+    for _ in range(3):
+        assert trained.collect(prompts(), generator, learn=True)[1]["kl"] < 1.0
+        assert float(trained.scalars["beta"]) == pytest.approx(0.1)
+    with torch.no_grad():
+        for parameter in trained.policy.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    assert trained.collect(prompts(), generator, learn=True)[1]["kl"] > 1.2
+    assert float(trained.scalars["beta"]) == pytest.approx(0.1 * (1 + 0.2 * 16 / 100))
+
+
 def test_a_collapsed_policy_is_reported() -> None:
     trained = learner(tiny())
     trained.check_entropy(2.0)
