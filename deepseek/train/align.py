@@ -20,7 +20,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data.preference_files import record_of
 from deepseek.data.preferences import Preference, PreferenceDatabase
-from deepseek.errors import ConfigError, DataError, TrainError
+from deepseek.errors import DataError, TrainError
 from deepseek.infer.vocabulary import Vocabulary
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.transformer import DeepSeekModel
@@ -280,8 +280,6 @@ METHODS = {"ppo": AlignRun.ppo, "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
 
 def prompts_of(pairs: list[Preference]) -> list[Any]:
     """Return the distinct prompts of pairs in their order."""
-    if not pairs:
-        raise ConfigError("There are no pairs.")
     return list({repr(pair.prompt): pair.prompt for pair in pairs}.values())
 
 

@@ -1,5 +1,6 @@
 """A name becomes a model folder: whole, checked, once; or one sentence says why not."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,14 @@ def test_a_local_folder_is_itself_if_it_is_a_model(converted: Path, tmp_path: Pa
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(CheckpointError, match="safetensors"):
         hub.resolve(tmp_path)
+
+
+def test_a_model_trained_here_is_found_by_its_name(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
+    shutil.copytree(converted, tmp_path / "models" / "house")
+    assert hub.resolve("house") == tmp_path / "models" / "house"
 
 
 def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
