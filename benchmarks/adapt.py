@@ -89,7 +89,7 @@ def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
     from deepseek.infer.load import load
 
     functions = [f for f in functions_of(folder)[1] if len(f.body) < 600 and len(f.header) < 1200]
-    return asdict(score_bodies(*load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=80))
+    return asdict(score_bodies(*load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=192))
 
 
 if __name__ == "__main__":
