@@ -1,7 +1,7 @@
 """The last three layers, LoRA and full fine-tuning on the same tokens of an unseen code base.
 
     python benchmarks/adapt.py FOLDER [--tokens 60000] [--functions 10] [--json benchmarks/results/adapt.json]
-    python benchmarks/adapt.py FOLDER --exercises --modes last-n --rate 2e-3 --tokens 0 --functions 48
+    python benchmarks/adapt.py FOLDER --exercises --modes last-n --rate 2e-3 --tokens 0 --epochs 1 --functions 400
 
 Each mode is a process of its own, so that its peak memory is its own; `working_memory` is what it needed beyond the
 imported libraries. BLEU is of greedily written bodies of documented functions in the held-out files, before and after.
@@ -29,7 +29,7 @@ import deepseek, deepseek.train.adapt
 from deepseek.train.metrics import peak_memory
 libraries = peak_memory()
 mode, source, folder, options = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
-deepseek.adapt(name="x", mode=mode, epochs=2, out=folder / "model", run_folder=folder / "run", **source, **options)
+deepseek.adapt(name="x", mode=mode, out=folder / "model", run_folder=folder / "run", **source, **options)
 print(json.dumps({"libraries": libraries}))
 """
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--functions", type=int, default=10, help="0: no BLEU")
     parser.add_argument("--modes", default="last-n,lora,full")
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, help="learning rate, in place of each mode's own")
     parser.add_argument("--exercises", action="store_true", help="train on functions instead of files")
     parser.add_argument("--json", type=Path)
@@ -49,7 +50,7 @@ def main() -> None:
         source: dict[str, Any] = {"from_folder": str(options.folder), "held_out": HELD_OUT}
         if options.exercises:
             source = {"from_jsonl": str(write_exercises(options.folder, Path(name) / "exercises.jsonl"))}
-        training = json.dumps({"tokens": options.tokens, "learning_rate": options.rate})
+        training = json.dumps({"tokens": options.tokens, "epochs": options.epochs, "learning_rate": options.rate})
         for mode in options.modes.split(","):
             folder = Path(name) / mode
             command = [sys.executable, "-c", WORKER, mode, json.dumps(source), str(folder), training]
@@ -89,7 +90,7 @@ def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
     from deepseek.infer.load import load
 
     functions = [f for f in functions_of(folder)[1] if len(f.body) < 600 and len(f.header) < 1200]
-    return asdict(score_bodies(*load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=192))
+    return asdict(score_bodies(*load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=80))
 
 
 if __name__ == "__main__":
