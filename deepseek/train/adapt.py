@@ -36,7 +36,7 @@ from deepseek.train.trunk import Stream
 
 Mode = Literal["last-n", "lora", "full", "expert"]
 
-LEARNING_RATES = {"last-n": 5e-4, "lora": 8e-3, "full": 2e-4}
+LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
 """Peaks; adapters of rank 1 take forty times that of full fine-tuning (LOG.md, 2026-11-26)."""
 
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
