@@ -1,4 +1,4 @@
-"""Sizes that keep the house readable: file, function and package budgets, printed with every run."""
+"""Sizes that keep the house readable: caps on files and functions, a ratchet, printed with every run."""
 
 import ast
 import tokenize
@@ -8,10 +8,8 @@ PACKAGE = Path(__file__).parent.parent / "deepseek"
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-PACKAGE_LINES = 16_000
-"""Of code. Docstrings and comments, which the house asks for with shapes, units, errors and sources, are not counted: a
-budget must not pay for leaving them out. The design asks for 12,000, which the package passed when engine, server and
-training stages came together (LOG.md, 2026-11-24). This is a ratchet: it may be lowered, never raised."""
+FMT_SKIPS = 105
+"""Most `# fmt: skip` in the package. This is a ratchet: it may be lowered, never raised."""
 
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
@@ -53,10 +51,13 @@ def above(sizes: dict[str, int], limit: int) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size > limit}
 
 
-def test_files_functions_and_package_stay_within_their_budgets() -> None:
+def test_files_and_functions_stay_within_their_caps() -> None:
     assert above(line_counts(), FILE_LINES) == {}
     assert above(function_lines(), FUNCTION_LINES) == {}
-    assert package_lines() < PACKAGE_LINES
+
+
+def test_dense_formatting_only_becomes_rarer() -> None:
+    assert sum(path.read_text().count("# fmt: skip") for path in PACKAGE.rglob("*.py")) <= FMT_SKIPS
 
 
 def test_only_lines_with_code_on_them_count(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def size_report() -> str:
     files, functions = line_counts(), sorted(function_lines().values())
     largest = max(files, key=files.__getitem__)
     return (
-        f"{package_lines()} of {PACKAGE_LINES} lines of code, {sum(files.values())} lines in all {len(files)} files, "
+        f"{package_lines()} lines of code, {sum(files.values())} lines in all {len(files)} files, "
         f"largest {largest} ({files[largest]}); "
         f"{len(functions)} functions, median {functions[len(functions) // 2]} lines, longest {functions[-1]}"
     )
