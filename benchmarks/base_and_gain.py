@@ -164,7 +164,7 @@ def losses_of(model: DeepSeekModel, batches: list[Batch], variants: dict[str, Va
 
 def above(model: DeepSeekModel, first: int, batch: Batch, stream_BTD: Tensor, armed: Any) -> Tensor:
     """Return the normed last hidden states `[B, T, D]` with `armed` taking part."""
-    ctx = model.context(stream_BTD, position_ids=batch.position_ids)
+    ctx = model.context(stream_BTD, position_ids=batch.position_ids, input_ids=batch.input_ids)
     ctx.armed = armed
     hidden_BTD = model.layers[first].transform(stream_BTD, ctx)
     return model.norm(model.run_layers(hidden_BTD, first + 1, len(model.layers), ctx))

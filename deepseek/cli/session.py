@@ -13,7 +13,7 @@ from deepseek.infer.request import Request
 from deepseek.infer.sampler import Sampling
 from deepseek.packs.library import find_pack
 from deepseek.registry import nearest
-from deepseek.text.chat import encode_prompt
+from deepseek.text.chat import encode_prompt, evidence_ids
 from deepseek.text.tokenizer import encode_plain
 
 
@@ -67,15 +67,17 @@ class ChatSession:
 
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
-        text = self._speak(encode_prompt(self.engine.tokenizer, asked))
+        tokenizer = self.engine.tokenizer
+        text = self._speak(encode_prompt(tokenizer, asked), evidence_ids(tokenizer, asked))
         self.messages = [*asked, {"role": "assistant", "content": text}]
 
     def _raw(self, text: str) -> None:
         """Complete the text that follows instead of answering it."""
         self._speak(encode_plain(self.engine.tokenizer, [text])[0])
 
-    def _speak(self, ids: list[int]) -> str:
-        text, shares = speak(self.engine, Request(tuple(ids), self.sampling), self.console, self.palette)
+    def _speak(self, ids: list[int], evidence: tuple[int, ...] | None = None) -> str:
+        request = Request(tuple(ids), self.sampling, evidence_ids=evidence)
+        text, shares = speak(self.engine, request, self.console, self.palette)
         if self.engine.experts():
             self.console.print(legend(shares, self.palette))
         return text

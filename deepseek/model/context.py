@@ -33,7 +33,10 @@ class ForwardContext:
         real_BS: False at padding, past and new; None when every token is real.
         document_ids_BT: which document of a packed row a token belongs to; None when rows hold one document each.
         cache: keys and values of past tokens, or None.
+        input_ids_BT: ids of the new tokens, of which experts judge whether they are relevant; None: embeddings were
+            given, and every armed expert counts as relevant.
         armed: plugged experts that take part, or None when not one is armed.
+        admitted_BTM: where each armed expert is relevant, computed at the first layer that asks.
         router_stats: one entry per mixture-of-experts layer, appended as the layers run.
         routing: layer -> experts chosen in an earlier pass over the same tokens, to be used again.
     """
@@ -45,7 +48,9 @@ class ForwardContext:
     real_BS: Tensor | None = None
     document_ids_BT: Tensor | None = None
     cache: KVCache | None = None
+    input_ids_BT: Tensor | None = None
     armed: Armed | None = None
+    admitted_BTM: Tensor | None = None
     router_stats: list[Any] = field(default_factory=list)
     routing: Mapping[int, Choice] = field(default_factory=dict)
 

@@ -15,13 +15,16 @@ class KVCache(DynamicCache):
 
     `gate_state[layer]` is `[B, 3, M]`: the sums of both gate scores of M modules and their common denominator (see
     `model/experts/gate.py`). `armed` is the set of experts that the sequence started with, so that plugging or
-    unplugging between two steps never changes a sequence in flight. `buckets[layer]` says which keys of an LSH layer
-    fall into which bucket. `key_bias[layer]` `[B, H, S]` is what dynamic positions add to the scores of each key.
+    unplugging between two steps never changes a sequence in flight. `relevance_state` is `[B, M]`, the evidence so far
+    that the text is about each expert's domain (see `model/experts/relevance.py`). `buckets[layer]` says which keys of
+    an LSH layer fall into which bucket. `key_bias[layer]` `[B, H, S]` is what dynamic positions add to the scores of
+    each key.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate_state: dict[int, Tensor] = {}
+        self.relevance_state: Tensor | None = None
         self.buckets: dict[int, BucketCache] = {}
         self.key_bias: dict[int, Tensor] = {}
         self.armed: Any = None
@@ -53,5 +56,9 @@ class KVCache(DynamicCache):
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.gate_state = {layer: change(state) for layer, state in self.gate_state.items()}
         self.key_bias = {layer: change(state) for layer, state in self.key_bias.items()}
+        if self.relevance_state is not None:
+            self.relevance_state = change(self.relevance_state)
+        if self.armed is not None:
+            self.armed = self.armed.with_rows(change)
         for buckets in self.buckets.values():
             buckets.change_rows(change)

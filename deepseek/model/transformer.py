@@ -97,7 +97,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         hidden_BTD = self._embed(input_ids, inputs_embeds)
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = KVCache()
-        ctx = self.context(hidden_BTD, attention_mask, position_ids, cache)
+        ctx = self.context(hidden_BTD, attention_mask, position_ids, cache, input_ids)
         hidden_BTD = self.positions.embed(hidden_BTD, ctx.position_ids_BT)
         hidden_states = [hidden_BTD]
         for block in self.layers:
@@ -120,6 +120,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        input_ids: Tensor | None = None,
     ) -> ForwardContext:
         """Build what all layers of one forward pass share (see `ForwardContext`)."""
         batch, length, _ = hidden_BTD.shape
@@ -136,6 +137,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             real_BS=real_BS,
             document_ids_BT=documents_BT,
             cache=cache,
+            input_ids_BT=input_ids,
             armed=self._armed(cache),
         )
 
@@ -167,6 +169,15 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         # Hugging Face would make a plain DynamicCache, which has no room for the gates' running sums.
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = KVCache()
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        # The prompt as a whole decides which experts may contribute; what is generated is no evidence.
+        cache = kwargs.get("cache")
+        if isinstance(cache, KVCache) and not cache.started and kwargs.get("inputs_embeds") is None:
+            cache.armed = self.experts.decided(input_ids, kwargs.get("attention_mask"))
+            cache.started = True
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return prepared
 
     def _pool_of(self, layer_idx: int) -> Experts | None:
         if not len(self.expert_pools):

@@ -95,6 +95,9 @@ class GateSettings(_Strict):
     ridge, rho: regularisation and weight of the public text in the closed form.
     tokens: tokens of the own domain that the statistics were taken from.
     false_positives, recall: shares of firing tokens measured on held-out public and own text.
+    relevance_threshold: evidence that a text must give before the expert is admitted, in nats of log-odds.
+    admitted_chats, admitted_own: shares of everyday conversations and of pieces of own text, both held out, that admit
+        the expert where it is the only one plugged.
     """
 
     half_life: Annotated[float, Field(gt=0, le=1e6)] = 64.0
@@ -104,6 +107,9 @@ class GateSettings(_Strict):
     tokens: Annotated[int, Field(ge=0)] | None = None
     false_positives: Rate | None = None
     recall: Rate | None = None
+    relevance_threshold: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0
+    admitted_chats: Rate | None = None
+    admitted_own: Rate | None = None
 
 
 class Signature(_Strict):
@@ -118,6 +124,7 @@ class Manifest(_Strict):
 
     width: width F of the feed-forward network at each of `layers`.
     data: SHA-256 digests of the training data. licence: SPDX expression. commit: of the repository learned from.
+    vocabulary: length of the table of relevance; 0: the pack has none.
     metrics: name of a held-out text -> loss before and after. digest, signature: see `packs/pack.py`.
     """
 
@@ -132,6 +139,7 @@ class Manifest(_Strict):
     data: tuple[Sha256, ...] = ()
     licence: Annotated[str, StringConstraints(max_length=200), AfterValidator(_licence)]
     commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")] | None = None
+    vocabulary: Annotated[int, Field(ge=0, le=1 << 21)] = 0
     metrics: dict[Text, Metric] = {}
     profile: Text | None = None
     digest: Sha256 | Literal[""] = ""
@@ -146,6 +154,8 @@ class Manifest(_Strict):
             specs[f"ffn.{layer}.down_proj"] = TensorSpec(dtype, (hidden_size, self.width))
             specs[f"gate.{layer}"] = TensorSpec(torch.float32, (hidden_size + 1,))
             specs[f"moments.{layer}"] = TensorSpec(torch.float32, (MOMENTS, hidden_size))
+        if self.vocabulary:
+            specs["relevance"] = TensorSpec(torch.float16, (self.vocabulary,))
         return specs
 
     def signed_part(self) -> bytes:

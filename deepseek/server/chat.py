@@ -36,8 +36,10 @@ def plan(service: Service, body: ChatRequest, calling: Calling) -> list[Request]
         schema = wanted_schema(body.response_format.type, body.response_format.json_schema)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     ids, limit = service.writer.chat(body.messages, calling), body.max_completion_tokens or body.max_tokens
+    evidence = service.writer.evidence(body.messages)
     return [
-        ask(service, body, ids, limit, choice=choice, schema=schema, logprobs=logprobs) for choice in range(body.n or 1)
+        ask(service, body, ids, limit, choice=choice, schema=schema, logprobs=logprobs, evidence=evidence)
+        for choice in range(body.n or 1)
     ]
 
 

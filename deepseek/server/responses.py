@@ -31,7 +31,8 @@ def plan(service: Service, body: ResponsesRequest) -> Request:
     said = [ChatMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     told = [] if body.instructions is None else [ChatMessage(role="system", content=body.instructions)]
     schema = wanted_schema(body.text.format.type, body.text.format)
-    return ask(service, body, service.writer.chat([*told, *said], Calling()), body.max_output_tokens, schema=schema)
+    ids, evidence = service.writer.chat([*told, *said], Calling()), service.writer.evidence(said)
+    return ask(service, body, ids, body.max_output_tokens, schema=schema, evidence=evidence)
 
 
 class ResponseEvents:

@@ -26,6 +26,7 @@ from deepseek.model.experts.gate import RIDGE
 from deepseek.packs.manifest import MOMENTS, GateSettings
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.public import PublicStatistics
+from deepseek.train.relevance import Background, fit_relevance
 from deepseek.train.trunk import Stream
 
 ALPHA = 0.05
@@ -43,12 +44,15 @@ class GateCalibration:
         false_positives: the same of public tokens.
         tokens: own tokens that the gates were fitted on.
         seconds: how long it took.
+        admitted_chats, admitted_own: errors of the table of words (see `RelevanceTable`); None without a background.
     """
 
     recall: float
     false_positives: float
     tokens: int
     seconds: float
+    admitted_chats: float | None = None
+    admitted_own: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ def calibrate(
     public: PublicStatistics,
     alpha: float = ALPHA,
     streams: tuple[Stream | None, Stream | None] = (None, None),
+    words: Background | None = None,
+    own_ids_N: Tensor | None = None,
 ) -> GateCalibration:
     """Set the gates and settings of `module`, a trained expert beside the frozen `model`.
 
@@ -91,6 +97,8 @@ def calibrate(
         public: of the same model, at least at the module's layers.
         alpha: share of public tokens at which the module may fire.
         streams: where the streams of `own` and of `held_out` below the module come from, if computed before.
+        words: what the domain is told from by its words; None: every text counts as relevant to the module.
+        own_ids_N: tokens `[N]` to learn the domain's words from, the more the better; None: those of `own`.
 
     Raises:
         TrainError: too little text, or an `alpha` outside (0, 0.5).
@@ -100,21 +108,36 @@ def calibrate(
         raise TrainError(f"alpha is the share of public tokens that may fire, between 0 and 0.5; got {alpha}.")
     public.require(module.layers)
     started = time.monotonic()
+    own, held_out = list(own), list(held_out)
     texts = own_text(model, module, own, held_out, streams)
     gates = {layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha) for layer in texts}
     for layer, gate in gates.items():
         module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.moments)
+    relevance = None
+    if words is not None:
+        own_ids_N = tokens_of(own) if own_ids_N is None else own_ids_N
+        relevance = fit_relevance(own_ids_N, tokens_of(held_out), words, model.config.vocab_size)
+        module.relevance = relevance.table_V
     found = GateCalibration(
         recall=sum(gate.recall for gate in gates.values()) / len(gates),
         false_positives=sum(gate.false_positives for gate in gates.values()) / len(gates),
         tokens=int(texts[module.layers[0]].moments.count),
         seconds=time.monotonic() - started,
+        admitted_chats=None if relevance is None else relevance.admitted_chats,
+        admitted_own=None if relevance is None else relevance.admitted_own,
     )
     module.settings = GateSettings(
         half_life=HALF_LIFE, alpha=alpha, ridge=RIDGE, rho=RHO, tokens=found.tokens,
         false_positives=found.false_positives, recall=found.recall,
     )  # fmt: skip
+    if relevance is not None:
+        module.settings = module.settings.model_copy(update=relevance.figures())
     return found
+
+
+def tokens_of(batches: Iterable[Batch]) -> Tensor:
+    """Return the ids `[N]` of packed rows, one after another."""
+    return torch.cat([batch.input_ids.flatten() for batch in batches])
 
 
 def own_text(

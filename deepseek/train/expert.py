@@ -20,6 +20,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.data.document import Rule
+from deepseek.data.encode import CONTEXT_BIT
 from deepseek.errors import DataError, PackError
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
 from deepseek.model.experts import ExpertModule
@@ -27,6 +28,7 @@ from deepseek.model.pretrained import read_config
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.manifest import Metric, explain
 from deepseek.packs.pack import ExpertPack, write_pack
+from deepseek.train.background import background
 from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus, Source
 from deepseek.train.layers import parse_layers
@@ -93,6 +95,9 @@ class ExpertTask:
 
 CALIBRATION_TOKENS = 40_000
 """Of the expert's own text, for its gates."""
+
+RELEVANCE_TOKENS = 1_000_000
+"""Of the expert's own text, for its table of words, which needs no model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,9 +232,13 @@ class ExpertRun(TextRun):
         """Solve the gates of the trained module from some of its own text and the base's public text."""
         public = public_statistics(self.model, self.tokenizer, self.module.layers, progress=self.progress)
         streams = self.streams(texts.first(plan.rows, plan.held_out_rows))
+        words = background(self.model, self.tokenizer, self.progress)
+        own_ids_N = torch.from_numpy(texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT)
         texts = texts.first(min(plan.rows, max(1, CALIBRATION_TOKENS // texts.train.length)), plan.held_out_rows)
         own, held_out = texts.train.batches(), texts.held_out.batches()
-        return calibrate(self.model, self.module, own, held_out, public, streams=streams)
+        return calibrate(
+            self.model, self.module, own, held_out, public, streams=streams, words=words, own_ids_N=own_ids_N
+        )
 
     def streams(self, texts: Texts) -> tuple[Stream, Stream]:
         """Return where the streams of the rows to train on and to evaluate on come from; nothing is below layer 0."""

@@ -28,8 +28,9 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def run_below(model: Any, layer: int, batch: Batch) -> tuple[Tensor, Any]:
     """Return the stream `[B, T, D]` of packed rows that enters block `layer`, and the context of the pass."""
-    hidden_BTD = model.embed_tokens(batch.input_ids.to(model.device))
-    ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device))
+    input_ids_BT = batch.input_ids.to(model.device)
+    hidden_BTD = model.embed_tokens(input_ids_BT)
+    ctx = model.context(hidden_BTD, position_ids=batch.position_ids.to(model.device), input_ids=input_ids_BT)
     return model.run_layers(hidden_BTD, 0, layer, ctx), ctx
 
 

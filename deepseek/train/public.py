@@ -3,7 +3,8 @@
 A gate tells its own domain from everything else, and "everything else" must be there on any machine, offline. Half of
 it is text that the base samples from itself, which is the prose, the conversations and the code that it was trained
 on; the other half are source files and package descriptions of the Python installation, one of each kind per package.
-Breadth matters more than amount: a gate fires wrongly on the kinds of text that are missing here.
+Conversations are a part of it (`conversations.py`). Breadth matters more than amount: a gate fires wrongly on the kinds
+of text that are missing here.
 """
 
 import sysconfig
@@ -30,10 +31,11 @@ from deepseek.infer.request import ExpertChoice, Request
 from deepseek.infer.sampler import Sampling
 from deepseek.infer.start import quickest_runner
 from deepseek.text.tokenizer import document_end_id, encode_plain
+from deepseek.train.conversations import conversation_rows
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.trunk import Stream, run_trunk
 
-VERSION = 4
+VERSION = 5
 ROW_LENGTH = 128
 """Tokens of one public row, each row out of another text."""
 
@@ -54,6 +56,9 @@ OPENINGS = (
     "Dear", "The government", "How to", "## Introduction\n\n", "Question:", "When I", "Most people",
 )  # fmt: skip
 """How sampled documents begin, so that every seed covers stories, reports, letters, instructions and so on."""
+
+SAMPLED_ROWS = len(OPENINGS) * SAMPLES_PER_OPENING
+"""Rows of documents that the base writes itself, the last ones of all."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def public_statistics(
     model: Any, tokenizer: PreTrainedTokenizerFast, layers: Sequence[int], progress: Progress = silent
 ) -> PublicStatistics:
     """Return the statistics of `model` at `layers`, from the cache in the library's home if they are there."""
-    root, name = _place(model)
-    rows = _kept_rows(model, tokenizer, progress)
+    root, name = place(model)
+    rows = kept_rows(model, tokenizer, progress)
 
     def measured() -> dict[str, Tensor]:
         kept = public_streams(model, tokenizer, min(layers), progress)
@@ -91,7 +96,7 @@ def public_statistics(
         return moments | {f"sample.{layer}": found.sample[layer].to(torch.bfloat16) for layer in layers}
 
     digest = sha256(str(sorted(layers)).encode()).hexdigest()[:16]
-    stored = _kept(root / f"layers-{digest}-{HALF_LIFE:g}-{name}", measured)
+    stored = kept(root / f"layers-{digest}-{HALF_LIFE:g}-{name}", measured)
     return PublicStatistics(
         {layer: Moments(stored[f"moments.{layer}"].double()) for layer in layers},
         {layer: stored[f"sample.{layer}"].float() for layer in layers},
@@ -101,7 +106,7 @@ def public_statistics(
 
 def training_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
     """Return the half of the rows `[R, ROW_LENGTH]` that no threshold is set by, and what the base was adapted to."""
-    return torch.cat([_kept_rows(model, tokenizer, progress)[0::2], _adapted_rows(model.experts.base.weights)])
+    return torch.cat([kept_rows(model, tokenizer, progress)[0::2], _adapted_rows(model.experts.base.weights)])
 
 
 def public_streams(model: Any, tokenizer: PreTrainedTokenizerFast, first: int, progress: Progress = silent) -> Tensor:
@@ -113,8 +118,8 @@ def public_streams(model: Any, tokenizer: PreTrainedTokenizerFast, first: int, p
             parts = [run_trunk(model, first, batch).cpu() for batch in public_batches(rows, BATCH_ROWS)]
         return {"stream": torch.cat(parts)}
 
-    root, name = _place(model)
-    return _kept(root / f"stream-{first}-{len(rows)}-{name}", computed)["stream"]
+    root, name = place(model)
+    return kept(root / f"stream-{first}-{len(rows)}-{name}", computed)["stream"]
 
 
 def remember_adapted(folder: Path, base: Path, shards: TokenShards | None = None) -> None:
@@ -141,7 +146,8 @@ def _adapted_rows(weights: str) -> Tensor:
 def public_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
     """Return token ids `[R, ROW_LENGTH]`, every row the beginning of another text."""
     installed = [torch.tensor(cut_rows(tokenizer, texts, ROWS_PER_KIND)) for texts in installed_texts()]
-    return torch.cat([*installed, sampled_rows(model, tokenizer, progress)])
+    conversations = conversation_rows(model, tokenizer, ROW_LENGTH, progress)
+    return torch.cat([*installed, conversations, sampled_rows(model, tokenizer, progress)])
 
 
 def cut_rows(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int) -> list[list[int]]:
@@ -220,18 +226,18 @@ def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
         yield Batch(ids, labels, positions, torch.arange(start, start + len(ids)))
 
 
-def _place(model: Any) -> tuple[Path, str]:
+def place(model: Any) -> tuple[Path, str]:
     """Return the folder of what is kept for a base, and the part of a name that says how it was made."""
     name = f"built-in-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
     return home() / "public" / model.experts.base.weights[:32], name
 
 
-def _kept_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Tensor:
-    root, name = _place(model)
-    return _kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, progress)})["ids"]
+def kept_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Tensor:
+    root, name = place(model)
+    return kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, progress)})["ids"]
 
 
-def _kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors kept in `folder`; compute and keep them if they are not there or damaged."""
     if folder.is_dir():
         try:

@@ -38,7 +38,8 @@ def run_above(model: Any, layer: int, batch: Batch, stream_BTD: Tensor, stop: in
     """Return the stream `[B, T, D]` before block `stop` (None: the normed last hidden states) from what `run_trunk`
     returned; experts take part as armed.
     """
-    ctx = model.context(stream_BTD, position_ids=batch.position_ids.to(model.device))
+    position_ids_BT = batch.position_ids.to(model.device)
+    ctx = model.context(stream_BTD, position_ids=position_ids_BT, input_ids=batch.input_ids.to(model.device))
     hidden_BTD = model.layers[layer].transform(stream_BTD, ctx)
     hidden_BTD = model.run_layers(hidden_BTD, layer + 1, len(model.layers) if stop is None else stop, ctx)
     return hidden_BTD if stop is not None else model.norm(hidden_BTD)

@@ -98,7 +98,7 @@ def test_the_rank_of_lora_stays_within_its_share(llama: Path) -> None:
 def test_experts_beside_an_adapted_model_also_replay_what_it_was_adapted_to(
     llama: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(public, "_kept_rows", lambda *_: torch.zeros(4, public.ROW_LENGTH, dtype=torch.long))
+    monkeypatch.setattr(public, "kept_rows", lambda *_: torch.zeros(4, public.ROW_LENGTH, dtype=torch.long))
     once, _ = adapted(llama, text_folder, tmp_path / "once", epochs=1)
     twice, _ = adapted(once, text_folder, tmp_path / "twice", epochs=1, learning_rate=1e-3)
     model, tokenizer = deepseek.load(twice, dtype="float32")

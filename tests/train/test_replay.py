@@ -16,8 +16,8 @@ from deepseek.train.trunk import run_trunk
 @pytest.fixture
 def replay(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Replay:
     rows = torch.randint(0, 300, (24, public.ROW_LENGTH), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(public, "_kept_rows", lambda *_: rows)
-    monkeypatch.setattr(public, "_kept", lambda _, compute: compute())
+    monkeypatch.setattr(public, "kept_rows", lambda *_: rows)
+    monkeypatch.setattr(public, "kept", lambda _, compute: compute())
     model = DeepSeekModel.from_pretrained(tiny_base, dtype="float32").requires_grad_(False)
     return Replay.beside(model, load_tokenizer(tiny_base), 2, own_tokens=2048)
 

@@ -1,6 +1,6 @@
 """The plugged experts that take part in one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from deepseek.model.context import ForwardContext
 from deepseek.model.experts.gate import GateBank
 from deepseek.model.experts.module import ExpertModule
+from deepseek.model.experts.relevance import RelevanceBank
 
 
 @dataclass
@@ -66,6 +67,20 @@ class Roster:
             return None
         return {layer: _bank(own, layer, self.max_experts) for layer, own in self.owners.items()}
 
+    @cached_property
+    def relevance(self) -> RelevanceBank | None:
+        """The candidates' tables of relevance; None if they have none, or are forced and not asked."""
+        if self.max_experts is None:
+            return None
+        device = next(self.modules[0].parameters()).device
+        return RelevanceBank.stack(self.modules, device)
+
+    @cached_property
+    def columns(self) -> dict[int, list[int]]:
+        """Layer -> the places of its owners among all candidates."""
+        places = {module: place for place, module in enumerate(self.modules)}
+        return {layer: [places[module] for module in own] for layer, own in self.owners.items()}
+
 
 class ArmedExperts:
     """The experts of one sequence: taken when it starts and kept until it ends, whatever is plugged meanwhile.
@@ -73,17 +88,26 @@ class ArmedExperts:
     Args:
         roster: the candidates.
         traces: recordings under way, shared with the `ExpertSet`.
+        decided_BM: which candidates each row admits, where its text has been judged as a whole (B = 1: every row the
+            same ones); None: each token is judged by the tokens up to it.
     """
 
-    def __init__(self, roster: Roster, traces: Sequence[Trace] = ()) -> None:
+    def __init__(self, roster: Roster, traces: Sequence[Trace] = (), decided_BM: Tensor | None = None) -> None:
         self._roster = roster
         self._banks = roster.banks  # made in the thread that asks, not in an engine's
         self._traces = traces
+        self._decided_BM = decided_BM
         self._weights: dict[int, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ArmedExperts":
-        # A copied cache speaks with the same experts; their weights are not copied with it.
-        return ArmedExperts(self._roster, self._traces)
+        # A copied cache goes on with the same experts; their weights are not copied with it.
+        return ArmedExperts(self._roster, self._traces, self._decided_BM)
+
+    def with_rows(self, change: Callable[[Tensor], Tensor]) -> "ArmedExperts":
+        """Return the experts of a cache whose rows are changed by `change`, which maps what has a row each."""
+        if self._decided_BM is None or len(self._decided_BM) == 1:
+            return self
+        return ArmedExperts(self._roster, self._traces, change(self._decided_BM))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,11 +141,29 @@ class ArmedExperts:
                 y_BTD = y_BTD + module(layer_idx, x_BTD).to(y_BTD.dtype)
         else:
             weights_BTM = self._banks[layer_idx].weights(layer_idx, x_BTD, ctx)
+            admitted_BTM = self._admitted(ctx)
+            if admitted_BTM is not None:
+                weights_BTM = weights_BTM * admitted_BTM[..., self._roster.columns[layer_idx]]
             y_BTD = combine(modules, layer_idx, x_BTD, y_BTD, weights_BTM)
         self._weights[layer_idx] = weights_BTM
         for trace in self._traces:
             trace.add(modules, layer_idx, weights_BTM)
         return y_BTD
+
+    def _admitted(self, ctx: ForwardContext) -> Tensor | None:
+        """Return where each candidate is relevant, `[B or 1, T or 1, M]`; None: everywhere."""
+        if self._decided_BM is not None:
+            return self._decided_BM[:, None]
+        bank = self._roster.relevance
+        if bank is None or ctx.input_ids_BT is None:
+            return None
+        if ctx.admitted_BTM is None:
+            state_BM = ctx.cache.relevance_state if ctx.cache is not None else None
+            evidence_BTM, state_BM = bank.accumulate(ctx.input_ids_BT, state_BM, ctx.token_mask_BT, ctx.document_ids_BT)
+            if ctx.cache is not None:
+                ctx.cache.relevance_state = state_BM
+            ctx.admitted_BTM = evidence_BTM > bank.threshold_M
+        return ctx.admitted_BTM
 
     def attribution(self) -> Tensor:
         """Return the weights `[B, T, M]` of the latest forward pass, averaged over each module's layers.

@@ -2,11 +2,14 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
@@ -215,38 +218,76 @@ class ExpertSet:
         roster = self._forced or self._current().roster
         return None if roster is None else ArmedExperts(roster, self._traces)
 
+    def decided(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ArmedExperts | None:
+        """Return the experts for sequences that begin with these prompts, each prompt judged as a whole.
+
+        Args:
+            input_ids: prompts `[B, T]`.
+            attention_mask: 0 at padding, `[B, T]`.
+        """
+        armed = self.armed()
+        if armed is None or armed.roster.relevance is None:
+            return armed
+        counted_BT = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
+        decided_BM = armed.roster.relevance.decide(input_ids, counted_BT)
+        if not bool(decided_BM.any()):
+            return None
+        return ArmedExperts(armed.roster, self._traces, decided_BM)
+
+    def relevance(self, ids: Sequence[int]) -> dict[str, float]:
+        """Return by how many nats a text is above the threshold of each armed expert; above 0 it is admitted.
+
+        Args:
+            ids: tokens of the text.
+        """
+        armed = self.armed()
+        bank = armed.roster.relevance if armed is not None else None
+        if armed is None or bank is None:
+            return {}
+        _, evidence_BM = bank.accumulate(torch.tensor([list(ids)], device=bank.table_MV.device))
+        above_M = evidence_BM[0] - bank.threshold_M
+        return dict(zip(armed.names, above_M.tolist(), strict=True))
+
     def choose(
-        self, arm: str | Iterable[str] | None = AUTO, deny: Iterable[str] = (), max_experts: int | None = None
+        self,
+        arm: str | Iterable[str] | None = AUTO,
+        deny: Iterable[str] = (),
+        max_experts: int | None = None,
+        evidence: Sequence[int] | None = None,
     ) -> ArmedExperts | None:
         """Return the experts for one sequence with a choice of its own, or None if there is no candidate.
 
         Args:
-            arm: "auto" for those armed now; else one name, several, or None.
+            arm: "auto" for those armed now; else one name, several, or None. Experts that are named are admitted:
+                whoever names them knows that the text is about their domain.
             deny: names that are no candidates, whatever `arm` says; they need not be plugged.
             max_experts: most modules that one token is given to; None takes the set's own limit.
+            evidence: tokens that say what the sequence is about; with "auto", only experts to whose domains they
+                belong take part, until the sequence ends. None: each token is judged by those before it.
 
         Raises `PackError` if a name in `arm` is not plugged, `ConfigError` if `max_experts` is below 1.
         """
         wanted, denied, state = _arming(arm), set(deny), self._current()
         if max_experts is not None and max_experts < 1:
             raise ConfigError(f"max_experts={max_experts} is out of range; it must be at least 1.")
-        if wanted == AUTO and max_experts is None and denied.isdisjoint(state.names):
+        if self._forced is not None and wanted == AUTO:
             return self.armed()
         for name in wanted if wanted != AUTO else ():
             state.require(name)
         chooser = state if wanted == AUTO else replace(state, arming=wanted)
         names = tuple(name for name in state.names if chooser.arms(name) and name not in denied)
-        if not names:
-            return None
         most = max_experts or self.max_experts
-        roster = state.rosters.get((names, most))
+        roster = _roster(state, names, most)
+        if roster is None or (wanted == AUTO and evidence is None):
+            return None if roster is None else ArmedExperts(roster, self._traces)
+        if wanted == AUTO and roster.relevance is not None:
+            ids_BT = torch.tensor([list(evidence or ())], dtype=torch.long, device=roster.relevance.table_MV.device)
+            decided_M = roster.relevance.decide(ids_BT)[0].tolist()
+            admitted = [module.name for module, yes in zip(roster.modules, decided_M, strict=True) if yes]
+            roster = _roster(state, tuple(sorted(admitted)), most)
         if roster is None:
-            if len(state.rosters) >= ROSTERS:
-                state.rosters.clear()
-            modules = tuple(one.module for one in state.plugged if one.module.name in names)
-            roster = Roster(modules, most)
-            state.rosters[names, most] = roster
-        return ArmedExperts(roster, self._traces)
+            return None
+        return ArmedExperts(roster, self._traces, torch.ones(1, len(roster.modules), dtype=torch.bool))
 
     def list(self) -> tuple[ExpertInfo, ...]:
         """Return what is plugged, sorted by name."""
@@ -292,6 +333,20 @@ class ExpertSet:
         if model is None:
             raise PackError("The model of this expert set is gone; keep a reference to it.")
         return model
+
+
+def _roster(state: _State, names: tuple[str, ...], max_experts: int) -> Roster | None:
+    """Return the roster of the modules `names`, sorted, which is made once; None without any."""
+    if not names:
+        return None
+    roster = state.rosters.get((names, max_experts))
+    if roster is None:
+        if len(state.rosters) >= ROSTERS:
+            state.rosters.clear()
+        modules = tuple(one.module for one in state.plugged if one.module.name in names)
+        roster = Roster(modules, max_experts)
+        state.rosters[names, max_experts] = roster
+    return roster
 
 
 def _arming(names: str | Iterable[str] | None) -> tuple[str, ...] | str:

@@ -49,7 +49,9 @@ class ExpertModule(nn.Module):
         gates: layer -> the detecting row `[D+1]` in fp32 (see `model/experts/gate.py`). It is computed, not trained,
             and so no parameter; zeros, the start value, never fire.
         moments: layer -> `[MOMENTS, D]` in fp32, what the module's own text looks like to its gate (`gate.contrasts`).
-        settings: how the gates were calibrated, and their half-life.
+        relevance: log-odds `[V]` of each token for the module's domain (see `model/experts/relevance.py`); None: there
+            is no such table, and every text counts as relevant.
+        settings: how gates and relevance were calibrated.
         digest: of the content of the pack that it came from; "" for a module made in memory.
     """
 
@@ -62,6 +64,7 @@ class ExpertModule(nn.Module):
         self.ffn = nn.ModuleDict({str(layer): ExpertLayer(hidden_size, width) for layer in self.layers})
         self.gates = {layer: torch.zeros(hidden_size + 1) for layer in self.layers}
         self.moments = {layer: torch.zeros(MOMENTS, hidden_size) for layer in self.layers}
+        self.relevance: Tensor | None = None
         self.settings = GateSettings()
         self.digest = ""
 
@@ -120,11 +123,13 @@ class ExpertModule(nn.Module):
         manifest = Manifest(
             name=self.name, domain=domain, base=base, layers=self.layers, width=self.width,
             dtype=DTYPE_NAMES[dtype], gate=self.settings, data=tuple(data), licence=licence, commit=commit,
-            metrics=metrics or {},
+            metrics=metrics or {}, vocabulary=0 if self.relevance is None else len(self.relevance),
         )  # fmt: skip
         tensors = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in self.state_dict().items()}
         tensors |= {f"gate.{layer}": gate.clone() for layer, gate in self.gates.items()}
         tensors |= {f"moments.{layer}": moments.clone() for layer, moments in self.moments.items()}
+        if self.relevance is not None:
+            tensors["relevance"] = self.relevance.half()
         return ExpertPack.seal(manifest, tensors)
 
     @staticmethod
@@ -144,5 +149,7 @@ class ExpertModule(nn.Module):
         module.load_state_dict(tensors, assign=True)
         module.gates = {layer: pack.tensors[f"gate.{layer}"] for layer in module.layers}
         module.moments = {layer: pack.tensors[f"moments.{layer}"] for layer in module.layers}
-        module.settings, module.digest = manifest.gate, manifest.digest
+        module.relevance = pack.tensors.get("relevance")
+        module.settings = manifest.gate
+        module.digest = manifest.digest
         return module.requires_grad_(False).eval()

@@ -1,0 +1,95 @@
+"""Conversations as public text: everyday messages that the base answers, and conversations that it invents.
+
+They are rows like the other public text (`public.py`), so that experts replay them and gates are solved against them.
+Each row is what a chat gives the model: the template with its system prompt, what the user says, the base's own reply.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.data.document import Progress, silent
+from deepseek.data.everyday import Conversation, everyday_conversations
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import ExpertChoice, Request
+from deepseek.infer.sampler import Sampling
+from deepseek.infer.start import quickest_runner
+from deepseek.text.chat import encode_prompt, encode_rendered, render
+from deepseek.text.tokenizer import document_end_id, encode_plain
+
+PAIR_STRIDE = 8
+"""One pair of neighbouring everyday conversations in so many becomes two rows."""
+
+INVENTED = 32
+"""Rows of conversations whose first message the base writes, too."""
+
+PLACEHOLDER = "placeholder"
+
+
+def conversation_halves() -> tuple[list[Conversation], list[Conversation]]:
+    """Return the everyday conversations to fit on, and those to set thresholds by; both of every language."""
+    conversations = everyday_conversations()
+    return list(conversations[0::2]), list(conversations[1::2])
+
+
+def conversation_rows(
+    model: Any, tokenizer: PreTrainedTokenizerFast, length: int, progress: Progress = silent
+) -> Tensor:
+    """Return ids `[R, length]`; even rows come from conversations to fit on, odd ones from those for thresholds."""
+    fitted, reserved = conversation_halves()
+    openings = []
+    for place in range(0, len(reserved), PAIR_STRIDE):
+        openings += [opening(tokenizer, fitted[place].turns[0]), opening(tokenizer, reserved[place].turns[0])]
+    openings += [open_turn(tokenizer)] * INVENTED
+    freely = Sampling(length, temperature=0.8, top_k=50)
+    rows = []
+    with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(openings)) as engine:
+        requests = [
+            Request(tuple(ids[:length]), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True)
+            for seed, ids in enumerate(openings)
+        ]
+        generations = [engine.submit(request) for request in requests]
+        for done, generation in enumerate(generations):
+            progress(done, len(generations), "conversations")
+            rows.append([*generation.request.prompt_ids, *(event.token_id for event in generation)][:length])
+    whole = [row for row in rows if len(row) == length]  # none where the model's context is shorter
+    return torch.tensor(whole, dtype=torch.long).view(-1, length)
+
+
+def opening(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:
+    """Return the ids after which the model answers a first message; plain text where it has no chat template."""
+    if tokenizer.chat_template is None:
+        return [document_end_id(tokenizer), *encode_plain(tokenizer, [f"{message}\n"])[0]]
+    return encode_prompt(tokenizer, [{"role": "user", "content": message}])
+
+
+def open_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids after which the model writes what a user says."""
+    if tokenizer.chat_template is None:
+        return [document_end_id(tokenizer)]
+    text = render(tokenizer, [{"role": "user", "content": PLACEHOLDER}])
+    return encode_rendered(tokenizer, text[: text.index(PLACEHOLDER)])
+
+
+@torch.no_grad()
+def expected_frequencies(
+    model: Any, tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation], progress: Progress = silent
+) -> dict[str, Tensor]:
+    """Return, for each language, the frequencies `[V]` of tokens that the base expects in what users say.
+
+    It is the mean of the base's next-token distributions over the messages, so it knows far more words than they hold.
+    """
+    end, sums = document_end_id(tokenizer), dict[str, Tensor]()
+    with model.experts.arming(None):
+        for done, conversation in enumerate(conversations):
+            ids = [end, *encode_plain(tokenizer, ["\n".join(conversation.turns)])[0]]
+            ids = ids[: model.config.max_position_embeddings]
+            logits_TV = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+            expected_V = logits_TV.float().softmax(-1).sum(0).cpu()
+            sums[conversation.language] = sums.get(conversation.language, 0.0) + expected_V
+            progress(done + 1, len(conversations), "expected words")
+    return {language: total_V / total_V.sum() for language, total_V in sums.items()}
