@@ -24,7 +24,7 @@ from deepseek.infer.request import ExpertChoice, Request
 from deepseek.infer.sampler import Sampling
 from deepseek.infer.start import start_engine
 from deepseek.packs.library import find_pack
-from deepseek.text.chat import encode_prompt, evidence_ids
+from deepseek.text.chat import encode_prompt, user_ids
 
 TOKENS = 32
 AT_ONCE = 64
@@ -96,8 +96,8 @@ def replies(engine: Engine, asked: Sequence[list[dict[str, str]]], choice: Exper
         generations = []
         for messages in asked[start : start + AT_ONCE]:
             ids = encode_prompt(engine.tokenizer, messages)
-            evidence = evidence_ids(engine.tokenizer, messages)
-            request = Request(tuple(ids), Sampling(TOKENS), choice, evidence_ids=evidence)
+            spoken = user_ids(engine.tokenizer, messages)
+            request = Request(tuple(ids), Sampling(TOKENS), choice, user_ids=spoken)
             generations.append(engine.submit(request))
         for generation in generations:
             events = list(generation)

@@ -26,7 +26,7 @@ def generate(
     from deepseek.cli.speak import Palette, legend, opened, speak
     from deepseek.infer.request import Request
     from deepseek.infer.sampler import Sampling
-    from deepseek.text.chat import encode_prompt, evidence_ids
+    from deepseek.text.chat import encode_prompt, user_ids
     from deepseek.text.tokenizer import encode_plain
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -34,8 +34,8 @@ def generate(
     with opened(base, experts, arm, int8) as engine:
         asked = [{"role": "user", "content": text}]
         ids = encode_prompt(engine.tokenizer, asked) if chat else encode_plain(engine.tokenizer, [text])[0]
-        evidence = evidence_ids(engine.tokenizer, asked) if chat else None
+        spoken_ids = user_ids(engine.tokenizer, asked) if chat else None
         palette = Palette(info.name for info in engine.experts())
-        _, shares = speak(engine, Request(tuple(ids), sampling, evidence_ids=evidence), Console(), palette)
+        _, shares = speak(engine, Request(tuple(ids), sampling, user_ids=spoken_ids), Console(), palette)
         if engine.experts():
             Console(stderr=True).print(legend(shares, palette))

@@ -13,7 +13,7 @@ from deepseek.infer.request import Request
 from deepseek.infer.sampler import Sampling
 from deepseek.packs.library import find_pack
 from deepseek.registry import nearest
-from deepseek.text.chat import encode_prompt, evidence_ids
+from deepseek.text.chat import encode_prompt, user_ids
 from deepseek.text.tokenizer import encode_plain
 
 
@@ -68,15 +68,15 @@ class ChatSession:
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
         tokenizer = self.engine.tokenizer
-        text = self._speak(encode_prompt(tokenizer, asked), evidence_ids(tokenizer, asked))
+        text = self._speak(encode_prompt(tokenizer, asked), user_ids(tokenizer, asked))
         self.messages = [*asked, {"role": "assistant", "content": text}]
 
     def _raw(self, text: str) -> None:
         """Complete the text that follows instead of answering it."""
         self._speak(encode_plain(self.engine.tokenizer, [text])[0])
 
-    def _speak(self, ids: list[int], evidence: tuple[int, ...] | None = None) -> str:
-        request = Request(tuple(ids), self.sampling, evidence_ids=evidence)
+    def _speak(self, ids: list[int], user_ids: tuple[int, ...] | None = None) -> str:
+        request = Request(tuple(ids), self.sampling, user_ids=user_ids)
         text, shares = speak(self.engine, request, self.console, self.palette)
         if self.engine.experts():
             self.console.print(legend(shares, self.palette))

@@ -193,8 +193,9 @@ def activate(request: Request, model: DeepSeekModel, vocabulary: Vocabulary, blo
     if min(ids) < 0 or max(ids) >= vocabulary.size:
         raise ConfigError(f"Token ids are 0 to {vocabulary.size - 1}; another one is in the prompt or in logit_bias.")
     choice = request.experts
-    evidence = request.prompt_ids if request.evidence_ids is None else request.evidence_ids
-    armed = model.experts.choose(choice.arm, choice.deny, choice.max_experts, evidence)
+    armed = model.experts.choose(
+        choice.arm, choice.deny, choice.max_experts, user_ids=request.user_ids, document=request.prompt_ids
+    )
     capacity = min(given + request.sampling.max_new_tokens, context)
     return ActiveSequence(request, armed, vocabulary, capacity, block)
 

@@ -60,8 +60,8 @@ class Request:
         prompt_ids: its tokens, at least one.
         sampling: how the next ones are chosen, and how many at most.
         experts: which plugged experts may speak.
-        evidence_ids: tokens that tell what the request is about, such as the user's own words in a conversation; they
-            decide which experts "auto" admits. None: the whole prompt.
+        user_ids: what the user says in a conversation, without the template: these tokens decide which experts "auto"
+            admits. None: the prompt is a document to be continued, and any expert may that it does not rule out.
         stop: texts that end the generation; they are not part of it.
         stop_token_ids: tokens that end it, beside the model's own end tokens.
         ignore_end: go on past the model's end tokens; for measurements.
@@ -77,7 +77,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: Sampling = Sampling()  # noqa: RUF009 - it is frozen
     experts: ExpertChoice = ExpertChoice()
-    evidence_ids: tuple[int, ...] | None = None
+    user_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_end: bool = False

@@ -15,9 +15,9 @@ class KVCache(DynamicCache):
 
     `gate_state[layer]` is `[B, 3, M]`: the sums of both gate scores of M modules and their common denominator (see
     `model/experts/gate.py`). `armed` is the set of experts that the sequence started with, so that plugging or
-    unplugging between two steps never changes a sequence in flight. `relevance_state` is `[B, M]`, the evidence so far
-    that the text is about each expert's domain (see `model/experts/relevance.py`). `buckets[layer]` says which keys of
-    an LSH layer fall into which bucket. `key_bias[layer]` `[B, H, S]` is what dynamic positions add to the scores of
+    unplugging between two steps never changes a sequence in flight. `relevance_state` is `[B, M+1]`, the evidence so
+    far that the text is about each expert's domain (see `model/experts/relevance.py`). `buckets[layer]` says which keys
+    of an LSH layer fall into which bucket. `key_bias[layer]` `[B, H, S]` is what dynamic positions add to the scores of
     each key.
     """
 

@@ -95,9 +95,9 @@ class GateSettings(_Strict):
     ridge, rho: regularisation and weight of the public text in the closed form.
     tokens: tokens of the own domain that the statistics were taken from.
     false_positives, recall: shares of firing tokens measured on held-out public and own text.
-    relevance_threshold: evidence that a text must give before the expert is admitted, in nats of log-odds.
-    admitted_chats, admitted_own: shares of everyday conversations and of pieces of own text, both held out, that admit
-        the expert where it is the only one plugged.
+    relevance_threshold, relevance_offset: see `model/experts/relevance.py`, in nats.
+    admitted_chats: share of everyday conversations, held out, that admit the expert where it is the only one plugged.
+    admitted_own: share of pieces of held-out own text that do not rule it out.
     """
 
     half_life: Annotated[float, Field(gt=0, le=1e6)] = 64.0
@@ -108,6 +108,7 @@ class GateSettings(_Strict):
     false_positives: Rate | None = None
     recall: Rate | None = None
     relevance_threshold: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0
+    relevance_offset: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0
     admitted_chats: Rate | None = None
     admitted_own: Rate | None = None
 

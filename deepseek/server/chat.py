@@ -36,9 +36,9 @@ def plan(service: Service, body: ChatRequest, calling: Calling) -> list[Request]
         schema = wanted_schema(body.response_format.type, body.response_format.json_schema)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     ids, limit = service.writer.chat(body.messages, calling), body.max_completion_tokens or body.max_tokens
-    evidence = service.writer.evidence(body.messages)
+    user_ids = service.writer.user_ids(body.messages)
     return [
-        ask(service, body, ids, limit, choice=choice, schema=schema, logprobs=logprobs, evidence=evidence)
+        ask(service, body, ids, limit, choice=choice, schema=schema, logprobs=logprobs, user_ids=user_ids)
         for choice in range(body.n or 1)
     ]
 

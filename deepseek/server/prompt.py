@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
-from deepseek.text.chat import encode_rendered, evidence_ids, render
+from deepseek.text.chat import encode_rendered, render, user_ids
 
 TEMPLATE_SECONDS = 2.0
 """Most time that a chat template may take; a plain one takes a millisecond."""
@@ -47,9 +47,9 @@ class PromptWriter:
         self.check_size(len(text.encode()))
         return self.check(encode_rendered(self.tokenizer, text))
 
-    def evidence(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Return the ids of what tells what a conversation is about (see `text.chat.evidence_ids`)."""
-        return evidence_ids(self.tokenizer, [{"role": m.role, "content": m.text} for m in messages])
+    def user_ids(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Return the ids of what tells what a conversation is about (see `text.chat.user_ids`)."""
+        return user_ids(self.tokenizer, [{"role": m.role, "content": m.text} for m in messages])
 
     def text(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the ids of a plain prompt, which may be ids already; an empty text starts from nothing."""

@@ -31,8 +31,9 @@ def plan(service: Service, body: ResponsesRequest) -> Request:
     said = [ChatMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     told = [] if body.instructions is None else [ChatMessage(role="system", content=body.instructions)]
     schema = wanted_schema(body.text.format.type, body.text.format)
-    ids, evidence = service.writer.chat([*told, *said], Calling()), service.writer.evidence(said)
-    return ask(service, body, ids, body.max_output_tokens, schema=schema, evidence=evidence)
+    ids = service.writer.chat([*told, *said], Calling())
+    user_ids = service.writer.user_ids(said)
+    return ask(service, body, ids, body.max_output_tokens, schema=schema, user_ids=user_ids)
 
 
 class ResponseEvents:

@@ -263,7 +263,7 @@ DIALS = (
 def ask(
     service: Service, body: SamplingFields, prompt_ids: Sequence[int], max_tokens: int | None, *, choice: int = 0,
     schema: dict[str, Any] | None = None, logprobs: int | None = None, prompt_logprobs: bool = False,
-    evidence: tuple[int, ...] | None = None,
+    user_ids: tuple[int, ...] | None = None,
 ) -> Request:  # fmt: skip
     """Return the engine's request for one answer.
 
@@ -272,7 +272,7 @@ def ask(
         choice: which of several answers to one prompt; each draws from a seed of its own.
         schema: JSON schema that the answer follows.
         logprobs, prompt_logprobs: see `Request`.
-        evidence: its `evidence_ids`.
+        user_ids: its `user_ids`.
 
     Raises:
         ApiError, UserError: with the cause and the mend.
@@ -283,7 +283,7 @@ def ask(
         tuple(prompt_ids),
         sampling(body, min(max_tokens or service.settings.answer_tokens, room), choice),
         experts=service.experts(body.model, body.experts),
-        evidence_ids=evidence,
+        user_ids=user_ids,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -14,7 +14,7 @@ from deepseek.text.tokenizer import encode_plain
 Message = Mapping[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": text}`; templates that know tools read further fields."""
 
-EVIDENCE_ROLES = ("user", "tool")
+USER_ROLES = ("user", "tool")
 
 FIRST_STAND_IN = 0x10F000
 """Start of a private-use range; see `render`."""
@@ -98,12 +98,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message
     return encode_rendered(tokenizer, render(tokenizer, messages, open_turn=True))
 
 
-def evidence_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> tuple[int, ...]:
+def user_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> tuple[int, ...]:
     """Return the ids of what tells what a conversation is about: the words of its user, and what tools returned.
 
     Neither the template, nor what the system says to every user, nor what a model wrote is evidence.
     """
-    texts = [str(message["content"]) for message in messages if message["role"] in EVIDENCE_ROLES]
+    texts = [str(message["content"]) for message in messages if message["role"] in USER_ROLES]
     return tuple(encode_plain(tokenizer, ["\n".join(texts)])[0])
 
 

@@ -18,7 +18,7 @@ from deepseek.data.everyday import Conversation
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.conversations import conversation_halves, expected_frequencies
 from deepseek.train.public import SAMPLED_ROWS, kept, kept_rows, place
-from deepseek.train.relevance import Background, TokenGroup
+from deepseek.train.relevance import Background
 
 FILES = 800
 """Source files, of all installed packages alike."""
@@ -32,35 +32,33 @@ def background(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progres
     """Return the background of a base, from the cache in the library's home if it is there."""
     rows = kept_rows(model, tokenizer, progress)
     root, name = place(model)
-    stored = kept(root / f"background-{name}", lambda: _measured(model, tokenizer, rows, progress))
-    names = sorted({key.split(".", 1)[1] for key in stored if key.startswith("ids.")})
-    groups = [
-        TokenGroup(kind, tuple(stored[f"ids.{kind}"].split(stored[f"lengths.{kind}"].tolist()))) for kind in names
-    ]
-    chats = next(group for group in groups if group.name == "thresholds")
-    fitted = tuple(group for group in groups if group is not chats)
-    return Background(fitted, stored["expected"].float(), chats.documents)
+    stored = kept(root / f"words-{name}", lambda: _measured(model, tokenizer, rows, progress))
+    chats = stored["chats"].long().split(stored["lengths"].tolist())
+    return Background(stored["counts"].float(), chats)
 
 
 def _measured(model: Any, tokenizer: PreTrainedTokenizerFast, rows_RT: Tensor, progress: Progress) -> dict[str, Tensor]:
     fitted, reserved = conversation_halves()
-    documents = {
-        "installed rows": list(rows_RT[:-SAMPLED_ROWS]),
-        "sampled rows": list(rows_RT[-SAMPLED_ROWS:]),
-        "source": _encoded(tokenizer, installed_source()),
-        "descriptions": _encoded(tokenizer, descriptions()),
-        "thresholds": _messages(tokenizer, reserved),
-    }
-    for language in sorted({conversation.language for conversation in fitted}):
-        own = [conversation for conversation in fitted if conversation.language == language]
-        documents[f"chats in {language}"] = _messages(tokenizer, own)
+    kinds = [
+        list(rows_RT[:-SAMPLED_ROWS]),
+        list(rows_RT[-SAMPLED_ROWS:]),
+        _encoded(tokenizer, installed_source()),
+        _encoded(tokenizer, descriptions()),
+    ]
+    size = model.config.vocab_size
+    counts = [torch.cat(documents).bincount(minlength=size).float() for documents in kinds if documents]
     expected = expected_frequencies(model, tokenizer, fitted, progress)
-    stored = {"expected": torch.stack([expected[language] for language in sorted(expected)])}
-    for kind, texts in documents.items():
-        if texts:
-            stored[f"ids.{kind}"] = torch.cat(texts).int()
-            stored[f"lengths.{kind}"] = torch.tensor([len(ids) for ids in texts])
-    return stored
+    for language, frequency_V in expected.items():
+        own = [conversation for conversation in fitted if conversation.language == language]
+        seen_V = torch.cat(_messages(tokenizer, own)).bincount(minlength=size).float()
+        # What the base expects counts as much as what was seen: of few messages it knows the other words.
+        counts.append(seen_V + seen_V.sum() * frequency_V)
+    chats = _messages(tokenizer, reserved)
+    return {
+        "counts": torch.stack(counts),
+        "chats": torch.cat(chats).int(),
+        "lengths": torch.tensor([len(ids) for ids in chats]),
+    }
 
 
 def _messages(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation]) -> list[Tensor]:

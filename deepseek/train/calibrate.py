@@ -12,7 +12,7 @@ Scores are compared after a running mean, so the sums are over running means.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from deepseek.data.loader import Batch
 from deepseek.errors import TrainError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.gate import RIDGE
+from deepseek.model.experts.relevance import Relevance
 from deepseek.packs.manifest import MOMENTS, GateSettings
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.public import PublicStatistics
@@ -44,7 +45,7 @@ class GateCalibration:
         false_positives: the same of public tokens.
         tokens: own tokens that the gates were fitted on.
         seconds: how long it took.
-        admitted_chats, admitted_own: errors of the table of words (see `RelevanceTable`); None without a background.
+        admitted_chats, admitted_own: errors of the table of words (see `RelevanceFit`); None without a background.
     """
 
     recall: float
@@ -87,7 +88,7 @@ def calibrate(
     alpha: float = ALPHA,
     streams: tuple[Stream | None, Stream | None] = (None, None),
     words: Background | None = None,
-    own_ids_N: Tensor | None = None,
+    own_kinds: Sequence[Tensor] = (),
 ) -> GateCalibration:
     """Set the gates and settings of `module`, a trained expert beside the frozen `model`.
 
@@ -98,7 +99,8 @@ def calibrate(
         alpha: share of public tokens at which the module may fire.
         streams: where the streams of `own` and of `held_out` below the module come from, if computed before.
         words: what the domain is told from by its words; None: every text counts as relevant to the module.
-        own_ids_N: tokens `[N]` to learn the domain's words from, the more the better; None: those of `own`.
+        own_kinds: tokens `[N]` of each kind of own text to learn the domain's words from, the more the better; none:
+            those of `own`.
 
     Raises:
         TrainError: too little text, or an `alpha` outside (0, 0.5).
@@ -113,26 +115,35 @@ def calibrate(
     gates = {layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha) for layer in texts}
     for layer, gate in gates.items():
         module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.moments)
-    relevance = None
-    if words is not None:
-        own_ids_N = tokens_of(own) if own_ids_N is None else own_ids_N
-        relevance = fit_relevance(own_ids_N, tokens_of(held_out), words, model.config.vocab_size)
-        module.relevance = relevance.table_V
+    fit = None if words is None else fit_relevance(own_kinds or (tokens_of(own),), tokens_of(held_out), words)
     found = GateCalibration(
         recall=sum(gate.recall for gate in gates.values()) / len(gates),
         false_positives=sum(gate.false_positives for gate in gates.values()) / len(gates),
         tokens=int(texts[module.layers[0]].moments.count),
         seconds=time.monotonic() - started,
-        admitted_chats=None if relevance is None else relevance.admitted_chats,
-        admitted_own=None if relevance is None else relevance.admitted_own,
+        admitted_chats=None if fit is None else fit.admitted_chats,
+        admitted_own=None if fit is None else fit.admitted_own,
     )
-    module.settings = GateSettings(
-        half_life=HALF_LIFE, alpha=alpha, ridge=RIDGE, rho=RHO, tokens=found.tokens,
-        false_positives=found.false_positives, recall=found.recall,
-    )  # fmt: skip
-    if relevance is not None:
-        module.settings = module.settings.model_copy(update=relevance.figures())
+    module.relevance = None if fit is None else fit.relevance
+    module.settings = settings_of(found, alpha, module.relevance)
     return found
+
+
+def settings_of(found: GateCalibration, alpha: float, relevance: Relevance | None) -> GateSettings:
+    """Return what the pack says about its gates and its table of words."""
+    return GateSettings(
+        half_life=HALF_LIFE,
+        alpha=alpha,
+        ridge=RIDGE,
+        rho=RHO,
+        tokens=found.tokens,
+        false_positives=found.false_positives,
+        recall=found.recall,
+        relevance_threshold=0.0 if relevance is None else relevance.threshold,
+        relevance_offset=0.0 if relevance is None else relevance.offset,
+        admitted_chats=found.admitted_chats,
+        admitted_own=found.admitted_own,
+    )
 
 
 def tokens_of(batches: Iterable[Batch]) -> Tensor:

@@ -233,11 +233,11 @@ class ExpertRun(TextRun):
         public = public_statistics(self.model, self.tokenizer, self.module.layers, progress=self.progress)
         streams = self.streams(texts.first(plan.rows, plan.held_out_rows))
         words = background(self.model, self.tokenizer, self.progress)
-        own_ids_N = torch.from_numpy(texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT)
+        own_ids_N = torch.from_numpy(texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
         texts = texts.first(min(plan.rows, max(1, CALIBRATION_TOKENS // texts.train.length)), plan.held_out_rows)
         own, held_out = texts.train.batches(), texts.held_out.batches()
         return calibrate(
-            self.model, self.module, own, held_out, public, streams=streams, words=words, own_ids_N=own_ids_N
+            self.model, self.module, own, held_out, public, streams=streams, words=words, own_kinds=[own_ids_N]
         )
 
     def streams(self, texts: Texts) -> tuple[Stream, Stream]:

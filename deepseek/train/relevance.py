@@ -1,11 +1,14 @@
-"""The table of relevance of an expert: log-odds of each token for its domain, by logistic regression on bags of tokens.
+"""The table of relevance of an expert, in closed form: which words speak for its domain, and how loudly.
 
-Positive examples are pieces of the expert's own text, negative ones pieces of public text of many kinds (conversations
-in fifteen languages, prose, source code). The kinds are weighted by how badly they are told apart (group
-distributionally robust optimisation, arXiv:1911.08731), so that a kind of which there is little counts as much as a
-common one. Of small kinds there is also the base's own expectation, the mean of its next-token distributions over them,
-from which bags are drawn: sixty questions in a language hold few of its words, what a language model expects there
-holds nearly all.
+A token's evidence is the log-ratio of its frequency in the expert's own text to its largest frequency in any kind of
+public text (conversations in fifteen languages, prose, source code, descriptions):
+
+    table[v] = log max_k p_own,k(v) - log max_g p_public,g(v),   cut to [-LEAST, MOST]
+
+Summed over a text, that is at most its log-likelihood ratio against each kind, so that a domain must be likelier than
+all of them: a German manual's expert is not asked because a text is German. It is cross-entropy difference as for the
+selection of training text (Moore and Lewis, 2010) with a robust background. A word that is in neither is no evidence for
+a domain, and the more of the domain has been read, the more it is evidence against.
 """
 
 from collections.abc import Sequence
@@ -14,47 +17,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepseek.model.experts.relevance import table_evidence
+from deepseek.model.experts.relevance import Relevance, text_evidence
 
-STEPS = 800
-BATCH = 128
-"""Positive and negative examples of a step, as many of each."""
+PRIOR_TOKENS = 200.0
+"""Tokens that the prior counts for in each frequency (a Dirichlet prior)."""
 
-RATE = 0.1
-LENGTHS = (4, 96)
-"""Tokens of an example, drawn with even odds for every order of magnitude."""
+LEAST, MOST = 1.0, 8.0
+"""Most that one token says against a domain and for it, in nats. Everyday words are poor evidence against: a question
+about a domain is made of them but for a name or two."""
 
-PRIOR = -3.0
-"""Log-odds before any evidence: at a threshold of 0, three nats are needed to outweigh it."""
+THRESHOLD = 4.0
+"""Evidence that a conversation must give to admit the only expert plugged, in nats."""
 
-GROUP_RATE = 0.05
-GROUP_FLOOR = 0.5
-"""Share of the negative examples that is drawn evenly over the kinds, whatever their losses."""
-
-MAX_EVIDENCE = 4.0
-"""Most that one token may say, in nats, so that no single word admits an expert."""
-
-FEWEST_EVIDENCE = 5.0
-"""Threshold below which none is set, in nats."""
-
-CHATS_ADMITTED = 0.002
-"""Share of the held-out conversations that a threshold lets pass."""
-
-PIECE = 32
+PIECE = 64
 """Tokens of the pieces by which recall is measured."""
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """Public text of one kind.
-
-    Attributes:
-        name: of the kind.
-        documents: token ids `[N]` of each document.
-    """
-
-    name: str
-    documents: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -62,128 +38,59 @@ class Background:
     """Everything that an expert's domain is told from.
 
     Attributes:
-        groups: public text by kind.
-        expected_GV: for further kinds, the frequencies of tokens that the base expects, each row of sum 1.
-        chats: conversations by which thresholds are set, none of them among `groups`: ids of what users say.
+        counts_GV: tokens of each kind of public text, seen or expected.
+        chats: what users say in everyday conversations that are not counted, to measure errors by: ids of each.
     """
 
-    groups: tuple[TokenGroup, ...]
-    expected_GV: Tensor
+    counts_GV: Tensor
     chats: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class RelevanceTable:
-    """A table and its errors on text that it was not fitted to.
+class RelevanceFit:
+    """A table and its errors on text that it has not seen.
 
     Attributes:
-        table_V: log-odds of each token.
-        threshold: evidence above which a text counts as relevant.
-        admitted_chats: share of held-out conversations above it.
-        admitted_own: share of pieces of `PIECE` tokens of held-out own text above it.
+        relevance: the table and its thresholds.
+        admitted_chats: share of everyday conversations that admit the expert.
+        admitted_own: share of pieces of `PIECE` tokens of held-out own text that do not rule it out.
     """
 
-    table_V: Tensor
-    threshold: float
+    relevance: Relevance
     admitted_chats: float
     admitted_own: float
 
-    def figures(self) -> dict[str, float]:
-        """Return everything but the table, named as in `packs.manifest.GateSettings`."""
-        return {
-            "relevance_threshold": self.threshold,
-            "admitted_chats": self.admitted_chats,
-            "admitted_own": self.admitted_own,
-        }
 
-
-def fit_relevance(
-    own_N: Tensor, held_out_N: Tensor, background: Background, vocabulary: int, seed: int = 0
-) -> RelevanceTable:
+def fit_relevance(own: Sequence[Tensor], held_out_N: Tensor, background: Background) -> RelevanceFit:
     """Return the table of a domain.
 
     Args:
-        own_N: tokens of the domain `[N]`, the more the better; a few thousand are enough.
+        own: token ids `[N]` of each kind of own text (documents, questions about them); the more the better.
         held_out_N: tokens of the same domain that are not among them.
         background: what the domain is told from.
-        vocabulary: number of different tokens V.
-        seed: of the sampling.
     """
-    table_V = _fit(own_N, background, vocabulary, seed).clamp(-MAX_EVIDENCE, MAX_EVIDENCE).half().float()
-    chats = torch.tensor([table_evidence(table_V, ids_N) for ids_N in background.chats])
-    threshold = max(FEWEST_EVIDENCE, float(torch.quantile(chats, 1.0 - CHATS_ADMITTED)))
+    counts_GV = background.counts_GV.double()
+    prior_V = (counts_GV / counts_GV.sum(1, keepdim=True)).mean(0)
+    prior_V = (prior_V + 1e-3 / len(prior_V)) / (1.0 + 1e-3)
+    public_V = _frequencies(counts_GV, prior_V).amax(0)
+    own_KV = torch.stack([ids_N.bincount(minlength=len(prior_V)).double() for ids_N in own if len(ids_N)])
+    ratio_V = (_frequencies(own_KV, prior_V).amax(0) / public_V).log()
+    table_V = ratio_V.clamp(-LEAST, MOST).half().float()
+    means_G = (counts_GV @ table_V.double()) / counts_GV.sum(1)
+    own_mean = float(table_V[held_out_N].double().mean())
+    # Half-way between the own text and the kind of public text that resembles it most.
+    offset = -(own_mean + float(means_G.max())) / 2.0
+    relevance = Relevance(table_V, THRESHOLD, offset)
+    chats = [text_evidence(relevance, ids_N) > THRESHOLD for ids_N in background.chats]
     pieces = held_out_N[: len(held_out_N) // PIECE * PIECE].view(-1, PIECE)
-    own = torch.tensor([table_evidence(table_V, piece) for piece in pieces])
-    return RelevanceTable(
-        table_V, threshold, float((chats > threshold).float().mean()), float((own > threshold).float().mean())
-    )
+    own_text = [relevance.keeps(piece) for piece in pieces]
+    return RelevanceFit(relevance, _share(chats), _share(own_text))
 
 
-def _fit(own_N: Tensor, background: Background, vocabulary: int, seed: int) -> Tensor:
-    """Return the weights of the logistic regression, by Adagrad (Duchi et al., 2011) from zero."""
-    generator = torch.Generator().manual_seed(seed)
-    own = _Pieces((own_N,))
-    kinds: list[_Pieces | _Bags] = [_Pieces(group.documents) for group in background.groups]
-    kinds += [_Bags(row_V) for row_V in background.expected_GV]
-    table_V = torch.zeros(vocabulary)
-    squares_V = torch.full((vocabulary,), 1e-8)
-    hardness_K = torch.zeros(len(kinds))
-    for _ in range(STEPS):
-        share_K = GROUP_FLOOR / len(kinds) + (1.0 - GROUP_FLOOR) * hardness_K.softmax(0)
-        drawn_K = torch.multinomial(share_K, BATCH, replacement=True, generator=generator).bincount(
-            minlength=len(kinds)
-        )
-        examples = [own.draw(BATCH, generator)]
-        examples += [kind.draw(count, generator) for kind, count in zip(kinds, drawn_K.tolist(), strict=True) if count]
-        ids_N = torch.cat([ids for ids, _ in examples])
-        lengths_E = torch.cat([lengths for _, lengths in examples])
-        example_N = torch.repeat_interleave(torch.arange(len(lengths_E)), lengths_E)
-        logits_E = torch.zeros(len(lengths_E)).index_add(0, example_N, table_V[ids_N]) + PRIOR
-        is_own_E = torch.arange(len(lengths_E)) < BATCH
-        error_E = (logits_E.sigmoid() - is_own_E.float()) / BATCH
-        gradient_V = torch.zeros(vocabulary).index_add(0, ids_N, error_E[example_N])
-        squares_V += gradient_V.square()
-        table_V -= RATE * gradient_V / squares_V.sqrt()
-        losses = torch.nn.functional.softplus(logits_E[BATCH:]).split(drawn_K[drawn_K > 0].tolist())
-        hardness_K[drawn_K > 0] += GROUP_RATE * torch.stack([loss.mean() for loss in losses])
-    return table_V
+def _frequencies(counts: Tensor, prior_V: Tensor) -> Tensor:
+    """Return frequencies `[..., V]` with the prior mixed in."""
+    return (counts + PRIOR_TOKENS * prior_V) / (counts.sum(-1, keepdim=True) + PRIOR_TOKENS)
 
 
-class _Pieces:
-    """Documents out of which pieces of random length are cut; longer documents give more of them."""
-
-    def __init__(self, documents: Sequence[Tensor]) -> None:
-        self.ids_N = torch.cat([*documents]).long()
-        self.lengths_D = torch.tensor([len(document) for document in documents])
-        self.starts_D = self.lengths_D.cumsum(0) - self.lengths_D
-        self.weights_D = self.lengths_D.float()
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the ids of `count` pieces, one after another, and their lengths."""
-        document_E = torch.multinomial(self.weights_D, count, replacement=True, generator=generator)
-        lengths_E = torch.minimum(_lengths(count, generator), self.lengths_D[document_E])
-        slack_E = self.lengths_D[document_E] - lengths_E + 1
-        starts_E = self.starts_D[document_E] + (torch.rand(count, generator=generator) * slack_E).long()
-        before_E = lengths_E.cumsum(0) - lengths_E
-        places_N = torch.arange(int(lengths_E.sum())) + torch.repeat_interleave(starts_E - before_E, lengths_E)
-        return self.ids_N[places_N], lengths_E
-
-
-class _Bags:
-    """Bags of tokens drawn independently with given frequencies."""
-
-    def __init__(self, frequency_V: Tensor) -> None:
-        self.cumulative_V = frequency_V.double().cumsum(0)
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the ids of `count` bags, one after another, and their sizes."""
-        lengths_E = _lengths(count, generator)
-        draws_N = torch.rand(int(lengths_E.sum()), generator=generator, dtype=torch.float64) * self.cumulative_V[-1]
-        ids_N = torch.searchsorted(self.cumulative_V, draws_N).clamp(max=len(self.cumulative_V) - 1)
-        return ids_N, lengths_E
-
-
-def _lengths(count: int, generator: torch.Generator) -> Tensor:
-    """Return `count` lengths between `LENGTHS`, even on a logarithmic scale."""
-    shortest, longest = LENGTHS
-    return (shortest * (longest / shortest) ** torch.rand(count, generator=generator)).long()
+def _share(outcomes: Sequence[bool]) -> float:
+    return sum(outcomes) / max(1, len(outcomes))

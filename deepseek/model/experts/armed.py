@@ -159,10 +159,10 @@ class ArmedExperts:
             return None
         if ctx.admitted_BTM is None:
             state_BM = ctx.cache.relevance_state if ctx.cache is not None else None
-            evidence_BTM, state_BM = bank.accumulate(ctx.input_ids_BT, state_BM, ctx.token_mask_BT, ctx.document_ids_BT)
+            sums_BTM, state_BM = bank.accumulate(ctx.input_ids_BT, state_BM, ctx.token_mask_BT, ctx.document_ids_BT)
             if ctx.cache is not None:
                 ctx.cache.relevance_state = state_BM
-            ctx.admitted_BTM = evidence_BTM > bank.threshold_M
+            ctx.admitted_BTM = bank.kept(sums_BTM)
         return ctx.admitted_BTM
 
     def attribution(self) -> Tensor:

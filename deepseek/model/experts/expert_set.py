@@ -219,7 +219,7 @@ class ExpertSet:
         return None if roster is None else ArmedExperts(roster, self._traces)
 
     def decided(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ArmedExperts | None:
-        """Return the experts for sequences that begin with these prompts, each prompt judged as a whole.
+        """Return the experts for sequences that begin with these prompts, each judged as a document, as a whole.
 
         Args:
             input_ids: prompts `[B, T]`.
@@ -229,31 +229,31 @@ class ExpertSet:
         if armed is None or armed.roster.relevance is None:
             return armed
         counted_BT = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
-        decided_BM = armed.roster.relevance.decide(input_ids, counted_BT)
+        decided_BM = armed.roster.relevance.document_keeps(input_ids, counted_BT)
         if not bool(decided_BM.any()):
             return None
         return ArmedExperts(armed.roster, self._traces, decided_BM)
 
     def relevance(self, ids: Sequence[int]) -> dict[str, float]:
-        """Return by how many nats a text is above the threshold of each armed expert; above 0 it is admitted.
+        """Return by how many nats what a user says is above the threshold of each armed expert; above 0 it is admitted.
 
         Args:
-            ids: tokens of the text.
+            ids: tokens of what the user says.
         """
         armed = self.armed()
         bank = armed.roster.relevance if armed is not None else None
         if armed is None or bank is None:
             return {}
-        _, evidence_BM = bank.accumulate(torch.tensor([list(ids)], device=bank.table_MV.device))
-        above_M = evidence_BM[0] - bank.threshold_M
-        return dict(zip(armed.names, above_M.tolist(), strict=True))
+        above_BM = bank.above_threshold(torch.tensor([list(ids)], dtype=torch.long, device=bank.table_MV.device))
+        return dict(zip(armed.names, above_BM[0].tolist(), strict=True))
 
     def choose(
         self,
         arm: str | Iterable[str] | None = AUTO,
         deny: Iterable[str] = (),
         max_experts: int | None = None,
-        evidence: Sequence[int] | None = None,
+        user_ids: Sequence[int] | None = None,
+        document: Sequence[int] | None = None,
     ) -> ArmedExperts | None:
         """Return the experts for one sequence with a choice of its own, or None if there is no candidate.
 
@@ -262,8 +262,10 @@ class ExpertSet:
                 whoever names them knows that the text is about their domain.
             deny: names that are no candidates, whatever `arm` says; they need not be plugged.
             max_experts: most modules that one token is given to; None takes the set's own limit.
-            evidence: tokens that say what the sequence is about; with "auto", only experts to whose domains they
-                belong take part, until the sequence ends. None: each token is judged by those before it.
+            user_ids: tokens of what the user of a conversation says; with "auto", only experts that they ask for take
+                part, until the sequence ends.
+            document: tokens of a text that is to be continued, in place of `user_ids`; with "auto", experts that they
+                rule out take no part. With neither, each token is judged by those before it.
 
         Raises `PackError` if a name in `arm` is not plugged, `ConfigError` if `max_experts` is below 1.
         """
@@ -278,13 +280,10 @@ class ExpertSet:
         names = tuple(name for name in state.names if chooser.arms(name) and name not in denied)
         most = max_experts or self.max_experts
         roster = _roster(state, names, most)
-        if roster is None or (wanted == AUTO and evidence is None):
+        if roster is None or (wanted == AUTO and user_ids is None and document is None):
             return None if roster is None else ArmedExperts(roster, self._traces)
         if wanted == AUTO and roster.relevance is not None:
-            ids_BT = torch.tensor([list(evidence or ())], dtype=torch.long, device=roster.relevance.table_MV.device)
-            decided_M = roster.relevance.decide(ids_BT)[0].tolist()
-            admitted = [module.name for module, yes in zip(roster.modules, decided_M, strict=True) if yes]
-            roster = _roster(state, tuple(sorted(admitted)), most)
+            roster = _roster(state, _admitted(roster, user_ids, document), most)
         if roster is None:
             return None
         return ArmedExperts(roster, self._traces, torch.ones(1, len(roster.modules), dtype=torch.bool))
@@ -333,6 +332,17 @@ class ExpertSet:
         if model is None:
             raise PackError("The model of this expert set is gone; keep a reference to it.")
         return model
+
+
+def _admitted(roster: Roster, user_ids: Sequence[int] | None, document: Sequence[int] | None) -> tuple[str, ...]:
+    """Return the names, sorted, of the modules that a conversation asks for or a document does not rule out."""
+    bank = roster.relevance
+    assert bank is not None
+    ids = document if user_ids is None else user_ids
+    ids_BT = torch.tensor([list(ids or ())], dtype=torch.long, device=bank.table_MV.device)
+    admitted_BM = bank.document_keeps(ids_BT) if user_ids is None else bank.above_threshold(ids_BT) > 0
+    names = [module.name for module, yes in zip(roster.modules, admitted_BM[0].tolist(), strict=True) if yes]
+    return tuple(sorted(names))
 
 
 def _roster(state: _State, names: tuple[str, ...], max_experts: int) -> Roster | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from deepseek.errors import ConfigError
+from deepseek.model.experts.relevance import Relevance
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.packs.manifest import DTYPES, MOMENTS, BaseDescription, GateSettings, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, check_finite
@@ -49,8 +50,8 @@ class ExpertModule(nn.Module):
         gates: layer -> the detecting row `[D+1]` in fp32 (see `model/experts/gate.py`). It is computed, not trained,
             and so no parameter; zeros, the start value, never fire.
         moments: layer -> `[MOMENTS, D]` in fp32, what the module's own text looks like to its gate (`gate.contrasts`).
-        relevance: log-odds `[V]` of each token for the module's domain (see `model/experts/relevance.py`); None: there
-            is no such table, and every text counts as relevant.
+        relevance: what the words of a text say about the module's domain (see `model/experts/relevance.py`); None:
+            nothing is known, and every text counts as relevant.
         settings: how gates and relevance were calibrated.
         digest: of the content of the pack that it came from; "" for a module made in memory.
     """
@@ -64,7 +65,7 @@ class ExpertModule(nn.Module):
         self.ffn = nn.ModuleDict({str(layer): ExpertLayer(hidden_size, width) for layer in self.layers})
         self.gates = {layer: torch.zeros(hidden_size + 1) for layer in self.layers}
         self.moments = {layer: torch.zeros(MOMENTS, hidden_size) for layer in self.layers}
-        self.relevance: Tensor | None = None
+        self.relevance: Relevance | None = None
         self.settings = GateSettings()
         self.digest = ""
 
@@ -123,13 +124,13 @@ class ExpertModule(nn.Module):
         manifest = Manifest(
             name=self.name, domain=domain, base=base, layers=self.layers, width=self.width,
             dtype=DTYPE_NAMES[dtype], gate=self.settings, data=tuple(data), licence=licence, commit=commit,
-            metrics=metrics or {}, vocabulary=0 if self.relevance is None else len(self.relevance),
+            metrics=metrics or {}, vocabulary=0 if self.relevance is None else len(self.relevance.table_V),
         )  # fmt: skip
         tensors = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in self.state_dict().items()}
         tensors |= {f"gate.{layer}": gate.clone() for layer, gate in self.gates.items()}
         tensors |= {f"moments.{layer}": moments.clone() for layer, moments in self.moments.items()}
         if self.relevance is not None:
-            tensors["relevance"] = self.relevance.half()
+            tensors["relevance"] = self.relevance.table_V.half()
         return ExpertPack.seal(manifest, tensors)
 
     @staticmethod
@@ -149,7 +150,10 @@ class ExpertModule(nn.Module):
         module.load_state_dict(tensors, assign=True)
         module.gates = {layer: pack.tensors[f"gate.{layer}"] for layer in module.layers}
         module.moments = {layer: pack.tensors[f"moments.{layer}"] for layer in module.layers}
-        module.relevance = pack.tensors.get("relevance")
         module.settings = manifest.gate
+        if "relevance" in pack.tensors:
+            gate = manifest.gate
+            table_V = pack.tensors["relevance"].float()
+            module.relevance = Relevance(table_V, gate.relevance_threshold, gate.relevance_offset)
         module.digest = manifest.digest
         return module.requires_grad_(False).eval()

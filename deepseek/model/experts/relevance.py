@@ -2,53 +2,89 @@
 
 A gate reads hidden states. It recognises its domain after few tokens, and it also fires on kinds of text that its
 public set lacks. Relevance is the opposite, evidence from the words alone: a table gives each token's log-odds for the
-expert's domain against everything else. A word seen in neither says nothing, and so does text of an unknown kind. An
-expert may contribute only where enough evidence has come together, as in a sequential probability ratio test (Wald,
-1945); within that, its gates decide token by token.
+expert's domain against everything else (`train/relevance.py`), and words of an unknown kind are never evidence for it.
+
+A conversation must ask for an expert: what its user says, as a whole, must give more evidence than a threshold. A
+document must only not rule it out, as far as it has been read: where it does, no gate opens; elsewhere the gates decide
+token by token. Evidence adds up as in a sequential probability ratio test (Wald, 1945), with a half-life, so that a
+text may change its subject.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from deepseek.model.experts.module import ExpertModule
 from deepseek.model.experts.scan import scan
 
+if TYPE_CHECKING:
+    from deepseek.model.experts.module import ExpertModule
+
 HALF_LIFE = 64.0
-"""Tokens after which evidence counts half, so that a text may change its subject."""
+"""Tokens after which evidence counts half."""
 
 DECAY = 0.5 ** (1.0 / HALF_LIFE)
+
+RULED_OUT = -5.0
+"""Evidence of a document, offset included, below which an expert is ruled out, in nats."""
+
+NEVER = 1e9
+"""An offset that no evidence outweighs."""
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What the words of a text say about one expert's domain.
+
+    Attributes:
+        table_V: evidence of each token of the vocabulary, in nats.
+        threshold: evidence that a conversation must give where this is the only candidate, in nats.
+        offset: what each token of a document adds, so that own text has evidence above 0 and other text below, in nats.
+    """
+
+    table_V: Tensor
+    threshold: float
+    offset: float
+
+    def keeps(self, ids_N: Tensor) -> bool:
+        """Return whether a document that begins with the tokens `[N]` does not rule the expert out."""
+        shifted = Relevance(self.table_V + self.offset, self.threshold, 0.0)
+        return text_evidence(shifted, ids_N) > RULED_OUT
 
 
 @dataclass(frozen=True)
 class RelevanceBank:
-    """The tables of all candidate modules.
+    """The relevance of all candidate modules.
 
     Attributes:
-        table_MV: log-odds of each token of the vocabulary, zeros for modules that have no table.
-        threshold_M: evidence above which a module is admitted; minus infinity for modules without a table. It contains
-            log M, the price of asking M modules: the odds that one of them is relevant are shared among them.
+        table_MV: zeros for modules that have no table.
+        threshold_M: evidence above which a conversation admits a module; minus infinity for modules without a table. It
+            contains log M, the price of asking M modules: the odds that one of them is relevant are shared among them.
+        offset_M: `NEVER` for modules without a table, which no document rules out.
     """
 
     table_MV: Tensor
     threshold_M: Tensor
+    offset_M: Tensor
 
     @staticmethod
-    def stack(modules: Sequence[ExpertModule], device: torch.device) -> "RelevanceBank | None":
+    def stack(modules: "Sequence[ExpertModule]", device: torch.device) -> "RelevanceBank | None":
         """Return the bank of `modules` in their order, or None if not one of them has a table."""
-        sizes = [len(module.relevance) for module in modules if module.relevance is not None]
-        if not sizes:
+        known = [module.relevance for module in modules]
+        size = max((len(one.table_V) for one in known if one is not None), default=0)
+        if size == 0:
             return None
-        tables = []
-        thresholds = []
-        for module in modules:
-            known = module.relevance is not None
-            tables.append(module.relevance.float() if module.relevance is not None else torch.zeros(sizes[0]))
-            thresholds.append(module.settings.relevance_threshold + log(len(modules)) if known else -torch.inf)
-        return RelevanceBank(torch.stack(tables).to(device), torch.tensor(thresholds, device=device))
+        tables = [torch.zeros(size) if one is None else one.table_V.float() for one in known]
+        thresholds = [-torch.inf if one is None else one.threshold + log(len(modules)) for one in known]
+        offsets = [NEVER if one is None else one.offset for one in known]
+        return RelevanceBank(
+            torch.stack(tables).to(device),
+            torch.tensor(thresholds, device=device),
+            torch.tensor(offsets, device=device),
+        )
 
     def evidence(self, ids_BT: Tensor) -> Tensor:
         """Return each token's own evidence `[B, T, M]`; ids beyond the tables say nothing."""
@@ -63,18 +99,22 @@ class RelevanceBank:
         counted_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the evidence so far at every token, s_t = DECAY s_{t-1} + evidence_t, and that after the last one.
+        """Return the sums so far at every token, s_t = DECAY s_{t-1} + term_t, and those after the last one.
 
         Args:
             ids_BT: token ids `[B, T]`.
-            state_BM: evidence before these tokens; None: none.
+            state_BM: sums before these tokens `[B, M+1]`; None: none.
             counted_BT: False at padding, which neither counts nor ages what came before; None: all are real.
             document_ids_BT: of packed rows; a new document starts from nothing.
 
         Returns:
-            Evidence `[B, T, M]` and `[B, M]`.
+            Sums of evidence `[B, T, M+1]`, of which the last column counts the tokens, and `[B, M+1]`.
         """
-        terms = self.evidence(ids_BT)[:, :, None]
+        if ids_BT.shape[1] == 0:
+            none_BM = self.table_MV.new_zeros(len(ids_BT), len(self.table_MV) + 1) if state_BM is None else state_BM
+            return none_BM[:, None][:, :0], none_BM
+        evidence_BTM = self.evidence(ids_BT)
+        terms = torch.cat([evidence_BTM, torch.ones_like(evidence_BTM[..., :1])], dim=-1)[:, :, None]
         keep = torch.full_like(terms, DECAY)
         if counted_BT is not None:
             counted = counted_BT[:, :, None, None]
@@ -89,13 +129,22 @@ class RelevanceBank:
         sums_BTM = scan(keep, terms)[:, :, 0]
         return sums_BTM, sums_BTM[:, -1]
 
-    def decide(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
-        """Return which modules `[B, M]` a text as a whole admits."""
-        _, evidence_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
-        return evidence_BM > self.threshold_M
+    def kept(self, sums_BTM: Tensor) -> Tensor:
+        """Return which modules `[B, T, M]` a document does not rule out, given its sums `[B, T, M+1]`."""
+        return sums_BTM[..., :-1] + self.offset_M * sums_BTM[..., -1:] > RULED_OUT
+
+    def above_threshold(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
+        """Return by how much a conversation is above each module's threshold, in nats, `[B, M]`."""
+        _, sums_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
+        return sums_BM[:, :-1] - self.threshold_M
+
+    def document_keeps(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
+        """Return which modules `[B, M]` a document as a whole does not rule out."""
+        _, sums_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
+        return self.kept(sums_BM[:, None])[:, 0]
 
 
-def table_evidence(table_V: Tensor, ids_N: Tensor) -> float:
-    """Return the evidence of one table after the tokens `[N]` of a text."""
+def text_evidence(relevance: Relevance, ids_N: Tensor) -> float:
+    """Return the evidence after the tokens `[N]` of a text, in nats."""
     ages_N = torch.arange(len(ids_N) - 1, -1, -1, dtype=torch.float64)
-    return float((table_V[ids_N].double() * DECAY**ages_N).sum())
+    return float((relevance.table_V[ids_N].double() * DECAY**ages_N).sum())

@@ -1,0 +1,180 @@
+"""Relevance: evidence adds up causally, in pieces as at once, and decides who may contribute."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_expert import save_expert
+from tiny_model import tiny_model
+
+from deepseek.infer.engine import Engine
+from deepseek.infer.load import Loaded
+from deepseek.infer.request import ExpertChoice, Request
+from deepseek.infer.sampler import Sampling
+from deepseek.model.experts import ExpertModule
+from deepseek.model.experts.relevance import DECAY, Relevance, RelevanceBank, text_evidence
+from deepseek.model.kv_cache import KVCache
+from deepseek.packs.pack import read_pack, write_pack
+
+ABOUT, BESIDE = 40, 41
+"""A token that is evidence for the expert, and one that is evidence against it."""
+
+
+def module_with(vocabulary: int, seed: int = 0, threshold: float = 1.0) -> ExpertModule:
+    module = ExpertModule(f"m{seed}", [0], 8, 4)
+    table_V = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
+    module.relevance = Relevance(table_V, threshold, 0.25)
+    return module
+
+
+@given(st.lists(st.integers(0, 49), min_size=1, max_size=40), st.data())
+def test_pieces_give_the_evidence_of_the_whole(ids: list[int], data: st.DataObject) -> None:
+    bank = RelevanceBank.stack([module_with(50, 0), module_with(50, 1)], torch.device("cpu"))
+    assert bank is not None
+    cut = data.draw(st.integers(0, len(ids)))
+    whole_TM = bank.accumulate(torch.tensor([ids]))[0][0]
+    state_BM = None
+    parts = []
+    for piece in (ids[:cut], ids[cut:]):
+        if piece:
+            evidence_BTM, state_BM = bank.accumulate(torch.tensor([piece]), state_BM)
+            parts.append(evidence_BTM[0])
+    torch.testing.assert_close(torch.cat(parts), whole_TM)
+    evidence = tokens = 0.0
+    relevance = Relevance(bank.table_MV[0], 0.0, 0.25)
+    for place, token in enumerate(ids):
+        evidence = DECAY * evidence + float(bank.table_MV[0, token])
+        tokens = DECAY * tokens + 1.0
+        assert float(whole_TM[place, 0]) == pytest.approx(evidence, abs=1e-4)
+        assert float(whole_TM[place, -1]) == pytest.approx(tokens, abs=1e-4)
+        kept = bank.kept(whole_TM[None])[0, place, 0]
+        assert bool(kept) == relevance.keeps(torch.tensor(ids[: place + 1]))
+    assert text_evidence(relevance, torch.tensor(ids)) == pytest.approx(evidence, abs=1e-4)
+
+
+@given(st.lists(st.integers(0, 49), min_size=1, max_size=20), st.integers(0, 8))
+def test_padding_is_no_evidence_and_documents_do_not_mix(ids: list[int], padding: int) -> None:
+    bank = RelevanceBank.stack([module_with(50)], torch.device("cpu"))
+    assert bank is not None
+    alone_TM = bank.accumulate(torch.tensor([ids]))[0][0]
+    padded = torch.tensor([[7] * padding + ids])
+    counted = torch.arange(padded.shape[1])[None] >= padding
+    torch.testing.assert_close(bank.accumulate(padded, counted_BT=counted)[0][0, padding:], alone_TM)
+    documents = torch.tensor([[0] * padding + [1] * len(ids)])
+    torch.testing.assert_close(bank.accumulate(padded, document_ids_BT=documents)[0][0, padding:], alone_TM)
+
+
+def test_more_candidates_need_more_evidence() -> None:
+    one = RelevanceBank.stack([module_with(50)], torch.device("cpu"))
+    eight = RelevanceBank.stack([module_with(50, seed) for seed in range(8)], torch.device("cpu"))
+    assert one is not None and eight is not None
+    assert float(eight.threshold_M[0] - one.threshold_M[0]) == pytest.approx(torch.tensor(8.0).log().item())
+
+
+def test_modules_without_a_table_are_always_admitted() -> None:
+    plain = ExpertModule("plain", [0], 8, 4)
+    assert RelevanceBank.stack([plain], torch.device("cpu")) is None
+    bank = RelevanceBank.stack([plain, module_with(50, threshold=99.0)], torch.device("cpu"))
+    assert bank is not None
+    for ids in ([1, 2, 3], [60, 1 << 30], []):
+        ids_BT = torch.tensor([ids], dtype=torch.long)
+        assert (bank.above_threshold(ids_BT) > 0).tolist() == [[True, False]]
+        assert bool(bank.document_keeps(ids_BT)[0, 0])
+
+
+def expert_about(loaded: Loaded, folder: Path, name: str = "code") -> Path:
+    """Write a pack whose gates fire everywhere; two tokens `ABOUT` ask for it, and `BESIDE` rules it out."""
+    path = save_expert(loaded, name, folder)
+    module = ExpertModule.from_pack(read_pack(path))
+    table_V = torch.zeros(loaded.model.config.vocab_size)
+    table_V[ABOUT] = 2.0
+    table_V[BESIDE] = -8.0
+    module.relevance = Relevance(table_V, 3.5, 0.0)
+    module.settings = module.settings.model_copy(update={"relevance_threshold": 3.5})
+    write_pack(path, module.to_pack(loaded.model.experts.base, "Apache-2.0"))
+    return path
+
+
+IRRELEVANT = (5, 17, BESIDE, ABOUT, 33, 12)
+RELEVANT = (5, ABOUT, 80, ABOUT, 33, 12)
+
+
+def test_the_table_comes_back_from_the_pack(tmp_path: Path) -> None:
+    loaded = tiny_model()
+    path = expert_about(loaded, tmp_path)
+    module = ExpertModule.from_pack(read_pack(path))
+    assert module.relevance is not None
+    assert float(module.relevance.table_V[ABOUT]) == 2.0
+    assert module.relevance.threshold == 3.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_a_document_rules_an_expert_out_it_has_the_bits_of_the_base(tmp_path: Path, dtype: torch.dtype) -> None:
+    loaded = tiny_model()
+    model = loaded.model.to(dtype)
+    ids = torch.tensor([[BESIDE, *IRRELEVANT]])
+    before = model(ids).logits
+    model.experts.plug(expert_about(loaded, tmp_path))
+    assert torch.equal(model(ids).logits, before)
+    changing = torch.tensor([[BESIDE, 5, ABOUT, ABOUT, 80]])
+    with model.experts.arming(None):
+        base = model(changing).logits
+    after = model(changing).logits
+    assert torch.equal(after[:, :3], base[:, :3])
+    assert not torch.equal(after[:, 3:], base[:, 3:])
+
+
+def test_decoding_with_a_cache_is_one_pass_over_the_text(tmp_path: Path) -> None:
+    loaded = tiny_model()
+    loaded.model.experts.plug(expert_about(loaded, tmp_path))
+    ids = torch.tensor([[*RELEVANT, 9, ABOUT, 7]])
+    whole = loaded.model(ids, use_cache=False).logits
+    cache = KVCache()
+    parts = [loaded.model(ids[:, start : start + 2], cache=cache).logits for start in range(0, ids.shape[1], 2)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
+    branch = copy.deepcopy(cache)
+    branch.batch_repeat_interleave(2)
+    assert branch.relevance_state is not None and branch.relevance_state.shape == (2, 2)
+
+
+def test_generate_decides_by_the_prompt_of_each_row(tmp_path: Path) -> None:
+    loaded = tiny_model()
+    model = loaded.model
+    prompts = torch.tensor([RELEVANT, IRRELEVANT])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    base = model.generate(prompts, **options)
+    model.experts.plug(expert_about(loaded, tmp_path))
+    with_expert = model.generate(prompts, **options)
+    assert not torch.equal(with_expert[0], base[0])
+    assert torch.equal(with_expert[1], base[1])
+    beams = model.generate(prompts, num_beams=2, num_return_sequences=2, **options)
+    assert beams.shape[0] == 4
+
+
+def test_the_engine_asks_the_words_of_the_request(tmp_path: Path) -> None:
+    loaded = tiny_model()
+
+    def tokens(request: Request) -> list[int | None]:
+        return [event.token_id for event in engine.submit(request)]
+
+    with Engine(loaded.model, loaded.tokenizer) as engine:
+        sampling = Sampling(8)
+        base = tokens(Request(RELEVANT, sampling, ignore_end=True))
+        engine.plug(expert_about(loaded, tmp_path))
+        admitted = tokens(Request(RELEVANT, sampling, ignore_end=True))
+        assert admitted != base
+        assert tokens(Request(RELEVANT, sampling, user_ids=(), ignore_end=True)) == base
+        named = ExpertChoice(("code",))
+        assert tokens(Request(RELEVANT, sampling, named, user_ids=(), ignore_end=True)) == admitted
+        other = tokens(Request(IRRELEVANT, sampling, user_ids=(ABOUT, ABOUT), ignore_end=True))
+        assert other != tokens(Request(IRRELEVANT, sampling, ExpertChoice(()), ignore_end=True))
+
+
+def test_how_far_a_text_is_from_the_threshold_can_be_asked(tmp_path: Path) -> None:
+    loaded = tiny_model()
+    assert loaded.model.experts.relevance(RELEVANT) == {}
+    loaded.model.experts.plug(expert_about(loaded, tmp_path))
+    assert loaded.model.experts.relevance(RELEVANT)["code"] > 0 > loaded.model.experts.relevance(IRRELEVANT)["code"]
