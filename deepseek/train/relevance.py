@@ -7,8 +7,8 @@ public text (conversations in fifteen languages, prose, source code, description
 
 Summed over a text, that is at most its log-likelihood ratio against each kind, so that a domain must be likelier than
 all of them: a German manual's expert is not asked because a text is German. It is cross-entropy difference as for the
-selection of training text (Moore and Lewis, 2010) with a robust background. A word that is in neither is no evidence for
-a domain, and the more of the domain has been read, the more it is evidence against.
+selection of training text (Moore and Lewis, 2010) with a robust background. A word that is in neither is no evidence
+for a domain, and the more of the domain has been read, the more it is evidence against.
 """
 
 from collections.abc import Sequence
