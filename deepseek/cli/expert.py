@@ -1,6 +1,7 @@
 """`deepseek expert`: train, list, inspect, verify and sign expert packs."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -80,7 +81,7 @@ def list_experts() -> None:
         try:
             manifest = read_pack(path).manifest
             losses = [f"{what} {metric.before:.3f} -> {metric.after:.3f}" for what, metric in manifest.metrics.items()]
-            said = "  ".join([f"{len(manifest.layers)} layers", *losses, manifest.domain]).rstrip()
+            said = "  ".join([f"{len(manifest.layers)} layers", manifest.verdict, *losses, manifest.domain]).rstrip()
         except PackError as error:
             said = str(error)
         print(f"{name:24}  {path.stat().st_size / 1e6:6.1f} MB  {said}")
@@ -88,11 +89,14 @@ def list_experts() -> None:
 
 @app.command()
 def inspect(pack: Pack) -> None:
-    """Print the manifest of a pack as JSON, after checking the pack."""
+    """Print the manifest of a pack as JSON, after checking the pack, and its verdict on standard error."""
     from deepseek.packs.library import find_pack
     from deepseek.packs.pack import read_pack
 
-    print(read_pack(find_pack(pack)).manifest.model_dump_json(indent=2))
+    manifest = read_pack(find_pack(pack)).manifest
+    print(manifest.model_dump_json(indent=2))
+    armed = "" if manifest.helps else "; it is armed only where it is named"
+    print(f"{manifest.name}: {manifest.verdict}{armed}", file=sys.stderr)
 
 
 @app.command()

@@ -1,0 +1,168 @@
+"""How much text, how many passes and how many evaluations: from the amount of text, the minutes and the measured speed.
+
+A plan is made once and kept in the run folder, so that a resumed run does exactly what the first call set out to do,
+however fast the machine is then.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from deepseek.data import Batch
+from deepseek.errors import TrainError
+
+T = TypeVar("T")
+
+MARGIN = 0.05
+"""Share of the minutes left for what is not measured: checkpoints, plots, the pack."""
+
+EVALUATION_SHARE = 0.15
+"""Most of the time that the reported figures, before and after, may take."""
+
+VALIDATION_ROWS = 0.3
+"""Validation rows scored for each row trained on. Scoring one costs a third of a step: about a tenth of the time."""
+
+FEWEST_EVALUATIONS = 16
+"""Of a run that chooses its best state."""
+
+EVALUATIONS_A_PASS = 4
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that one packed row takes.
+
+    Attributes:
+        trunk: through the frozen layers below the expert, once a row; 0 where nothing is cached.
+        step: forward and backward through the layers above and the head, and the optimizer's part.
+        evaluate: forward through the layers above and the whole head.
+    """
+
+    trunk: float
+    step: float
+    evaluate: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows there are to train on, to choose the best state by, and to report on."""
+
+    train: int
+    validation: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do; stored as `plan.json`.
+
+    Attributes:
+        rows: distinct packed rows to train on.
+        validation_rows: packed rows that the best state is chosen by.
+        held_out_rows: packed rows to report on.
+        steps: optimizer steps.
+        evaluations: how often validation rows are scored, the start and the end included.
+        seconds: estimated duration from here.
+        limit: what ended the plan: the "text", the "time", or the "tokens" asked for.
+    """
+
+    rows: int
+    validation_rows: int
+    held_out_rows: int
+    steps: int
+    evaluations: int
+    seconds: float
+    limit: Literal["text", "time", "tokens"] = "text"
+
+
+def passes_for(tokens: int) -> float:
+    """Return how many passes over a text of this many tokens are worth planning.
+
+    What is learned from a text falls with every pass, what is learned by heart rises. A run that finds its best state
+    earlier ends there (see `loop.py`), so the figure only has to be right within a factor of two. Measured, see LOG.md.
+    """
+    return min(MOST_PASSES, max(FEWEST_PASSES, PASSES_AT_100K - math.log2(max(1, tokens) / 100_000)))
+
+
+MOST_PASSES = 4.0
+FEWEST_PASSES = 2.0
+PASSES_AT_100K = 3.0
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much a request wants.
+
+    Attributes:
+        tokens: distinct tokens to train on; 0 or None: all there are.
+        epochs: passes over them; None: as many as the text is worth.
+        shortest: passes that a text is to get at least where the minutes do not suffice for all of it.
+        row_length, batch_rows: tokens of a packed row, rows of a batch.
+        held_out_tokens: most tokens that are reported on, and most that the best state is chosen by.
+    """
+
+    tokens: int | None
+    epochs: int | None
+    shortest: float
+    row_length: int
+    batch_rows: int
+    held_out_tokens: int
+
+    def passes(self, rows: int) -> float:
+        """Return the passes over this many rows."""
+        return float(self.epochs) if self.epochs else passes_for(rows * self.row_length)
+
+
+def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: Rows) -> Plan:
+    """Return how many rows, passes and evaluations fit; raise `TrainError` if not a single step does.
+
+    Text that is used up in fewer minutes than there are ends the run early: further passes would not help it.
+
+    Args:
+        seconds: time left for all of it; None: as long as the tokens of the request take.
+        rows: packed rows there are.
+    """
+    most = max(1, amount.held_out_tokens // amount.row_length)
+    held_out = min(rows.held_out, most)
+    reported = speed.trunk + 2 * speed.evaluate
+    evaluations = max(FEWEST_EVALUATIONS, math.ceil(EVALUATIONS_A_PASS * amount.passes(rows.train)))
+    step = speed.step + VALIDATION_ROWS * (speed.evaluate + speed.trunk / evaluations)
+    train = rows.train
+    limit: Literal["text", "time", "tokens"] = "text"
+    if amount.tokens and -(-amount.tokens // amount.row_length) < train:
+        train = -(-amount.tokens // amount.row_length)
+        limit = "tokens"
+    row_steps = train * amount.passes(train)
+    if seconds is not None:
+        held_out = max(1, min(held_out, int(EVALUATION_SHARE * seconds / reported)))
+        first_row = speed.trunk + evaluations * speed.evaluate  # one validation row is scored, however short the run
+        left = (1 - MARGIN) * seconds - held_out * reported - first_row
+        if train * speed.trunk + row_steps * step > left:
+            limit = "time"
+            passes = min(amount.shortest, amount.passes(train))
+            train = max(1, min(train, int(left / (speed.trunk + passes * step))))
+            row_steps = min((left - train * speed.trunk) / step, train * amount.passes(train))
+    steps = round(row_steps / amount.batch_rows) if seconds is None else int(row_steps / amount.batch_rows)
+    if steps < 1 and seconds is not None and limit == "time":
+        raise TrainError(f"{seconds:.0f} seconds do not suffice for one training step here; give more minutes.")
+    steps = max(1, steps)
+    evaluations = min(evaluations, steps + 1)
+    wanted = int(VALIDATION_ROWS * steps * amount.batch_rows / evaluations)
+    validation = max(1, min(rows.validation, most, wanted))
+    taken = (
+        train * speed.trunk
+        + steps * amount.batch_rows * speed.step
+        + held_out * reported
+        + validation * (speed.trunk + evaluations * speed.evaluate)
+    )
+    return Plan(train, validation, held_out, steps, evaluations, round(taken, 1), limit)
+
+
+def timed(action: Callable[[Batch], T], warm_up: Batch, batch: Batch) -> tuple[float, T]:
+    """Return the seconds that `action` takes for each row of `batch`, after a call on `warm_up`, and its result."""
+    action(warm_up)
+    started = time.perf_counter()
+    result = action(batch)
+    return (time.perf_counter() - started) / len(batch.row_ids), result
