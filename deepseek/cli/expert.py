@@ -28,7 +28,7 @@ def train(
     width: Annotated[int | None, typer.Option(min=1, help="Width of the expert; default: by layers.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Training time; default: 5.")] = None,
     tokens: Annotated[int | None, typer.Option(min=0, help="Train on this many tokens instead; 0: all.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the text; default: by layers.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the text; default: by its amount.")] = None,
     split: Annotated[
         Literal["file", "directory", "time"],
         typer.Option(help="How to hold text out; time: train on the past, test on what came later."),

@@ -119,8 +119,8 @@ class TextRun:
         request = self._request
         if corpus.validation is None or min(corpus.validation.num_tokens, corpus.held_out.num_tokens) < FEWEST_HELD_OUT:
             raise DataError(
-                f"Of the text that is held out, at least {FEWEST_HELD_OUT} tokens are needed to choose the best state and "
-                "as many to report on; give more text."
+                f"Of the text that is held out, at least {FEWEST_HELD_OUT} tokens are needed to choose the best state, "
+                "and as many to report on; give more text."
             )
         parts = (
             RowLoader(shards, request.batch_rows, request.row_length, request.seed)
