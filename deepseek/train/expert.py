@@ -194,14 +194,14 @@ class ExpertRun(TextRun):
 
     def texts(self, corpus: Corpus) -> Texts:
         """Return the packed rows of a corpus; raise `DataError` if they are too few to ever make an expert of."""
-        texts = super().texts(corpus)
-        held_out = texts.held_out.shards.num_tokens + texts.validation.shards.num_tokens
+        validation = corpus.validation.num_tokens if corpus.validation else 0
+        held_out = corpus.held_out.num_tokens + validation
         if min(corpus.train.num_tokens, held_out) < FEWEST_TOKENS:
             raise DataError(
                 f"There are {corpus.train.num_tokens} tokens to train on and {held_out} held out; at least "
                 f"{FEWEST_TOKENS} of each are needed, so give more text."
             )
-        return texts
+        return super().texts(corpus)
 
     def plan(self, texts: Texts) -> Plan:
         """Return the plan of this run, measuring and storing it the first time."""
