@@ -57,11 +57,13 @@ def train_all(
 ) -> None:
     """Train many experts side by side as Ray tasks, and print each pack as it comes."""
     from deepseek.errors import TrainError
+    from deepseek.packs.pack import read_pack
     from deepseek.train.expert_all import train_all as run
 
     failed = []
     for expert, result in run(experts):
-        print(f"{expert}: {result}", flush=True)
+        verdict = "" if isinstance(result, Exception) else f" ({read_pack(result).manifest.verdict})"
+        print(f"{expert}: {result}{verdict}", flush=True)
         failed += [expert] if isinstance(result, Exception) else []
     if failed:
         raise TrainError(f"Of the experts {', '.join(failed)} failed; mend them and run the same command.")

@@ -25,10 +25,10 @@ VALIDATION_ROWS = 0.2
 """Validation rows scored for each row trained on. The whole head makes scoring a row nearly as dear as training on one:
 with the trunk below both, this is a tenth of the time at most."""
 
-FEWEST_EVALUATIONS = 16
-"""Of a run that chooses its best state."""
-
 EVALUATIONS_A_PASS = 4
+
+FEWEST_EVALUATIONS, MOST_EVALUATIONS = 16, 33
+"""Of a run, whatever its passes."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,17 @@ class Plan:
 def passes_for(tokens: int) -> float:
     """Return how many passes over a text of this many tokens are worth planning.
 
-    What is learned from a text falls with every pass, what is learned by heart rises. A run that finds its best state
-    earlier ends there (see `loop.py`), so the figure only has to be right within a factor of two. Measured, see LOG.md.
+    A small text needs passes to get its steps at all; of a large one, what is still learned falls with every pass and
+    what is learned by heart rises. A run that is at its best earlier ends there (see `loop.py`): a pass too many costs
+    time, a pass too few costs gain. Measured, see LOG.md.
     """
-    return min(MOST_PASSES, max(FEWEST_PASSES, PASSES_AT_100K - math.log2(max(1, tokens) / 100_000)))
+    return min(MOST_PASSES, max(FEWEST_PASSES, TOKENS_OF_A_RUN / max(1, tokens)))
 
 
-MOST_PASSES = 4.0
-FEWEST_PASSES = 2.0
-PASSES_AT_100K = 3.0
+TOKENS_OF_A_RUN = 200_000
+"""Tokens that a run should see, all passes together."""
+
+FEWEST_PASSES, MOST_PASSES = 3.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,7 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: Rows) -
     most = max(1, amount.held_out_tokens // amount.row_length)
     held_out = min(rows.held_out, most)
     reported = speed.trunk + 2 * speed.evaluate
-    evaluations = max(FEWEST_EVALUATIONS, math.ceil(EVALUATIONS_A_PASS * amount.passes(rows.train)))
-    step = speed.step + VALIDATION_ROWS * (speed.evaluate + speed.trunk / evaluations)
+    step = speed.step + VALIDATION_ROWS * (speed.evaluate + speed.trunk / FEWEST_EVALUATIONS)
     train = rows.train
     limit: Literal["text", "time", "tokens"] = "text"
     if amount.tokens and -(-amount.tokens // amount.row_length) < train:
@@ -138,7 +139,7 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: Rows) -
     row_steps = train * amount.passes(train)
     if seconds is not None:
         held_out = max(1, min(held_out, int(EVALUATION_SHARE * seconds / reported)))
-        first_row = speed.trunk + evaluations * speed.evaluate  # one validation row is scored, however short the run
+        first_row = speed.trunk + MOST_EVALUATIONS * speed.evaluate  # one row is scored, however short the run
         left = (1 - MARGIN) * seconds - held_out * reported - first_row
         if train * speed.trunk + row_steps * step > left:
             limit = "time"
@@ -149,7 +150,8 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: Rows) -
     if steps < 1 and seconds is not None and limit == "time":
         raise TrainError(f"{seconds:.0f} seconds do not suffice for one training step here; give more minutes.")
     steps = max(1, steps)
-    evaluations = min(evaluations, steps + 1)
+    evaluations = math.ceil(EVALUATIONS_A_PASS * steps * amount.batch_rows / train)
+    evaluations = min(max(FEWEST_EVALUATIONS, evaluations), MOST_EVALUATIONS, steps + 1)
     wanted = int(VALIDATION_ROWS * steps * amount.batch_rows / evaluations)
     validation = max(1, min(rows.validation, most, wanted))
     taken = (
