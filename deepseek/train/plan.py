@@ -91,7 +91,7 @@ def passes_for(tokens: int) -> float:
 TOKENS_OF_A_RUN = 200_000
 """Tokens that a run should see, all passes together."""
 
-FEWEST_PASSES, MOST_PASSES = 3.0, 8.0
+FEWEST_PASSES, MOST_PASSES = 3.0, 5.0
 
 
 @dataclass(frozen=True)
