@@ -27,6 +27,9 @@ with the trunk below both, this is a tenth of the time at most."""
 
 EVALUATIONS_A_PASS = 4
 
+FEWEST_VALIDATION_ROWS = 4
+"""Where there is time for them: one row alone says little."""
+
 FEWEST_EVALUATIONS, MOST_EVALUATIONS = 16, 33
 """Of a run, whatever its passes."""
 
@@ -154,12 +157,12 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: Rows) -
     evaluations = min(max(FEWEST_EVALUATIONS, evaluations), MOST_EVALUATIONS, steps + 1)
     wanted = int(VALIDATION_ROWS * steps * amount.batch_rows / evaluations)
     validation = max(1, min(rows.validation, most, wanted))
-    taken = (
-        train * speed.trunk
-        + steps * amount.batch_rows * speed.step
-        + held_out * reported
-        + validation * (speed.trunk + evaluations * speed.evaluate)
-    )
+    scored = max(1e-9, speed.trunk + evaluations * speed.evaluate)
+    taken = train * speed.trunk + steps * amount.batch_rows * speed.step + held_out * reported + validation * scored
+    spare = FEWEST_VALIDATION_ROWS if seconds is None else int(max(0.0, (1 - MARGIN) * seconds - taken) / scored)
+    few = max(0, min(FEWEST_VALIDATION_ROWS, rows.validation, most) - validation)
+    validation += min(few, spare)
+    taken += min(few, spare) * scored
     return Plan(train, validation, held_out, steps, evaluations, round(taken, 1), limit)
 
 

@@ -52,7 +52,7 @@ def test_a_plan_fits_its_minutes(speed: Speed, seconds: float, rows: int, epochs
 def test_choosing_the_best_state_costs_little(speed: Speed, seconds: float, rows: int) -> None:
     plan = plan_of(speed, seconds, rows)
     scored = plan.validation_rows * plan.evaluations
-    assert scored <= VALIDATION_ROWS * plan.steps * 4 or plan.validation_rows == 1
+    assert scored <= VALIDATION_ROWS * plan.steps * 4 or plan.validation_rows <= 4
     assert plan.evaluations >= min(16, plan.steps + 1)
     assert plan.evaluations >= min(4 * plan.steps * 4 / plan.rows, 33, plan.steps + 1)
 
