@@ -31,8 +31,8 @@ from deepseek.train.corpus import Source
 from deepseek.train.expert import ExpertRequest, ExpertRun
 from deepseek.train.losses import held_out_loss
 from deepseek.train.metrics import read_metrics
+from deepseek.train.plan import Plan
 from deepseek.train.progress import ProgressBar
-from deepseek.train.text_run import Plan
 
 PATHS = ("git", "folder", "jsonl", "parquet")
 UNCACHED_STEPS = 8
@@ -112,7 +112,7 @@ def train_uncached(run: Path, folder: Path) -> Path:
     expert.cached_below = False
     texts = expert.texts(expert.corpus())
     plan = Plan(**json.loads((run / "plan.json").read_text())["plan"])
-    expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, held_out_rows=1))
+    expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, validation_rows=1, held_out_rows=1))
     return folder
 
 

@@ -169,10 +169,27 @@ def prune(root: str | Path, keep: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def prune_before(root: str | Path, step: int) -> None:
+    """Delete the state folders under `root` that are older than the newest one before `step`."""
+    before = [folder for folder in _states(Path(root)) if _step(folder) < step]
+    for folder in before[1:]:
+        shutil.rmtree(folder)
+
+
+def oldest_step(root: str | Path) -> int:
+    """Return the step of the oldest state folder under `root`, 0 if there is none."""
+    folders = _states(Path(root))
+    return _step(folders[-1]) if folders else 0
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 def _states(root: Path) -> list[Path]:
     """Return the state folders under `root`, newest first."""
     folders = root.iterdir() if root.is_dir() else ()
-    return sorted((f for f in folders if STATE_NAME.fullmatch(f.name)), key=lambda f: int(f.name[5:]), reverse=True)
+    return sorted((f for f in folders if STATE_NAME.fullmatch(f.name)), key=_step, reverse=True)
 
 
 def _state_digest(folder: Path, meta: dict[str, Any]) -> str:

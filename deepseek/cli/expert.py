@@ -1,6 +1,7 @@
 """`deepseek expert`: train, list, inspect, verify and sign expert packs."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,7 +28,7 @@ def train(
     width: Annotated[int | None, typer.Option(min=1, help="Width of the expert; default: by layers.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="Training time; default: 5.")] = None,
     tokens: Annotated[int | None, typer.Option(min=0, help="Train on this many tokens instead; 0: all.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the text; default: by layers.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the text; default: by its amount.")] = None,
     split: Annotated[
         Literal["file", "directory", "time"],
         typer.Option(help="How to hold text out; time: train on the past, test on what came later."),
@@ -56,11 +57,13 @@ def train_all(
 ) -> None:
     """Train many experts side by side as Ray tasks, and print each pack as it comes."""
     from deepseek.errors import TrainError
+    from deepseek.packs.pack import read_pack
     from deepseek.train.expert_all import train_all as run
 
     failed = []
     for expert, result in run(experts):
-        print(f"{expert}: {result}", flush=True)
+        verdict = "" if isinstance(result, Exception) else f" ({read_pack(result).manifest.verdict})"
+        print(f"{expert}: {result}{verdict}", flush=True)
         failed += [expert] if isinstance(result, Exception) else []
     if failed:
         raise TrainError(f"Of the experts {', '.join(failed)} failed; mend them and run the same command.")
@@ -80,7 +83,7 @@ def list_experts() -> None:
         try:
             manifest = read_pack(path).manifest
             losses = [f"{what} {metric.before:.3f} -> {metric.after:.3f}" for what, metric in manifest.metrics.items()]
-            said = "  ".join([f"{len(manifest.layers)} layers", *losses, manifest.domain]).rstrip()
+            said = "  ".join([f"{len(manifest.layers)} layers", manifest.verdict, *losses, manifest.domain]).rstrip()
         except PackError as error:
             said = str(error)
         print(f"{name:24}  {path.stat().st_size / 1e6:6.1f} MB  {said}")
@@ -88,11 +91,14 @@ def list_experts() -> None:
 
 @app.command()
 def inspect(pack: Pack) -> None:
-    """Print the manifest of a pack as JSON, after checking the pack."""
+    """Print the manifest of a pack as JSON, after checking the pack, and its verdict on standard error."""
     from deepseek.packs.library import find_pack
     from deepseek.packs.pack import read_pack
 
-    print(read_pack(find_pack(pack)).manifest.model_dump_json(indent=2))
+    manifest = read_pack(find_pack(pack)).manifest
+    print(manifest.model_dump_json(indent=2))
+    armed = "" if manifest.helps else "; it is armed only where it is named"
+    print(f"{manifest.name}: {manifest.verdict}{armed}", file=sys.stderr)
 
 
 @app.command()

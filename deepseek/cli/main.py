@@ -37,6 +37,10 @@ COMMANDS = {
     "expert": ("expert:app", "Train, list, inspect, verify and sign expert packs."),
 }
 
+TRAINS = frozenset({"adapt", "align", "expert", "pretrain", "train"})
+"""Commands whose parallel parts are long: their threads sleep while they wait for one another. Threads that spin, as is
+right for a decoder's many short parts, keep a core busy for nothing when another process has taken theirs."""
+
 INTERRUPTED = 130
 
 
@@ -71,6 +75,8 @@ def _run(arguments: list[str]) -> int:
         print(f"deepseek {__version__}")
         return 0
     place, _ = _command(arguments[0])
+    if arguments[0] in TRAINS:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when PyTorch is loaded, which is later
     return _call(place, f"deepseek {arguments[0]}", arguments[1:])
 
 

@@ -85,7 +85,7 @@ class ChatSession:
     def _list(self, _: str) -> None:
         """List the plugged experts."""
         for info in self.engine.experts():
-            state = "armed" if info.armed else "not armed"
+            state = f"{'armed' if info.armed else 'not armed'}, {info.verdict}"
             style = self.palette.style(info.name)
             self.console.print(f"[{style}]{info.name}[/]  {state}, {info.num_bytes / 1e6:.0f} MB  {info.domain}")
         if not self.engine.experts():
@@ -94,7 +94,8 @@ class ChatSession:
     def _plug(self, argument: str) -> None:
         """Plug an expert: a pack file or the name of a trained one."""
         info = self.engine.plug(find_pack(argument))
-        self.console.print(f"plugged [{self.palette.style(info.name)}]{info.name}[/]")
+        armed = "" if info.armed else "; not armed, `/arm` it by name to hear it"
+        self.console.print(f"plugged [{self.palette.style(info.name)}]{info.name}[/], {info.verdict}{armed}")
 
     def _unplug(self, argument: str) -> None:
         """Unplug the expert of this name; the model is bit for bit what it was."""

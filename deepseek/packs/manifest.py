@@ -17,6 +17,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MOMENTS = 10
 """Rows that say what a domain looks like at a layer: mean, variances, and 8 factors of the covariance. More tell
 domains apart no better (LOG.md, 2026-11-25)."""
+HELD_OUT = "held-out"
+"""Name of the metric that tells better from worse: the loss on text that training neither saw nor was stopped by."""
+LEAST_GAIN = 0.0005
+"""Share by which a loss must fall to count as lower: what would be written as 0.0 % is no gain."""
 RESERVED_NAMES = frozenset({"all", "auto", "none"})  # words that `--experts` and `arm` give a meaning of their own
 
 
@@ -86,6 +90,18 @@ class Metric(_Strict):
     before: float
     after: float
 
+    @property
+    def gain(self) -> float:
+        """Share by which the figure is lower with the expert, negative where it is higher."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """What to tell a person: better or worse, and by how much."""
+        if abs(self.gain) < LEAST_GAIN:
+            return "no better than the base"
+        return f"{'better' if self.gain > 0 else 'worse'} by {abs(self.gain):.1%}".replace("%", " %")
+
 
 class GateSettings(_Strict):
     """How the gates decide, and how they were calibrated (see docs/experts.md).
@@ -145,6 +161,18 @@ class Manifest(_Strict):
     profile: Text | None = None
     digest: Sha256 | Literal[""] = ""
     signature: Signature | None = None
+
+    @property
+    def verdict(self) -> str:
+        """What the held-out loss says of the expert, in words."""
+        metric = self.metrics.get(HELD_OUT)
+        return metric.verdict if metric else "not measured"
+
+    @property
+    def helps(self) -> bool:
+        """Whether to arm the expert where it is not named: not if it was measured to be no better than the base."""
+        metric = self.metrics.get(HELD_OUT)
+        return metric is None or metric.gain >= LEAST_GAIN
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Return the tensors that a pack with this manifest holds, no more and no fewer."""

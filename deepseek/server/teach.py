@@ -52,6 +52,8 @@ class Lesson:
         stage, done, total: what is being done, and how far it is (total 0: unknown).
         message: the latest line that the training wrote; where it failed, why.
         losses: training loss, as [step, value]. held_out: the same on held-out text.
+        verdict: once plugged, whether the expert is better or worse than the base, and by how much.
+        armed: whether it speaks from now on; one that is no better than the base must be named to.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Lesson:
     message: str = ""
     losses: list[tuple[float, float]] = field(default_factory=list)
     held_out: list[tuple[float, float]] = field(default_factory=list)
+    verdict: str = ""
+    armed: bool = False
 
     def read(self, line: str) -> None:
         """Take in a line of the training's output."""
@@ -147,7 +151,9 @@ class Teacher:
             async for line in process.stderr:
                 lesson.read(line.decode("utf-8", "replace").strip())
             if await process.wait() == 0 and lesson.state == "running":
-                await asyncio.to_thread(self.service.experts_owner.plug, pack)
+                plugged = await asyncio.to_thread(self.service.experts_owner.plug, pack)
+                lesson.verdict = plugged.verdict
+                lesson.armed = plugged.armed
                 lesson.state = "plugged"
         except Exception as error:  # whatever is wrong with this lesson, the server goes on
             lesson.message = as_api_error(error).message

@@ -22,16 +22,18 @@ from deepseek.data import Batch
 from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.registry import nearest
-from deepseek.train.corpus import Corpus, Source
+from deepseek.train.corpus import Source
 from deepseek.train.expert import ExpertTask, TextPath, train_expert
 from deepseek.train.language import LanguageTask
-from deepseek.train.loop import Task, TrainResult
+from deepseek.train.loop import Task
 from deepseek.train.losses import autocast, run_below
 from deepseek.train.metrics import peak_memory
+from deepseek.train.outcome import Outcome
+from deepseek.train.plan import Amount, Plan, Rows, Speed, make_plan, timed
 from deepseek.train.progress import ProgressBar
 from deepseek.train.public import remember_adapted
 from deepseek.train.runs import run_once
-from deepseek.train.text_run import TextRequest, TextRun, Texts, timed
+from deepseek.train.text_run import TextRequest, TextRun, Texts
 from deepseek.train.trunk import Stream
 
 Mode = Literal["last-n", "lora", "full", "expert"]
@@ -53,6 +55,7 @@ class AdaptRequest(TextRequest):
     """
 
     tokens: int
+    epochs: int
     mode: str
     last: int
 
@@ -128,10 +131,11 @@ class AdaptRun(TextRun):
         """Train and write the model; return the figures of the run."""
         texts = self.texts(self.corpus())
         write_json(self.folder / "request.json", self.request.as_json())
-        task = TASKS[self.request.mode](self, texts)
+        plan = self.plan(texts)
+        texts = texts.planned(plan)
+        task, test = TASKS[self.request.mode](self, texts)
         self.trained = sum(parameter.numel() for parameter in task.parameters.values())
-        steps = max(1, len(texts.train.row_ids) * self.request.epochs // self.request.batch_rows)
-        record = self.write(self.loop(task, texts.train, steps), texts.train.shards.digest)
+        record = self.write(self.loop(task, texts.train, plan, test), texts.train.shards.digest)
         remember_adapted(self.out, self.base, texts.train.shards)
         return record
 
@@ -139,10 +143,10 @@ class AdaptRun(TextRun):
         """Say what a request would take, from one step."""
         request = self.request
         texts = self.texts(self.corpus())
-        rows = len(texts.train.row_ids)
-        few = texts.first(min(request.batch_rows, rows), 1)
+        rows = self.plan(texts).rows
+        few = texts.first(min(request.batch_rows, rows), 1, 1)
         started = time.perf_counter()
-        task = TASKS[request.mode](self, few)
+        task, _ = TASKS[request.mode](self, few)
         trunk = (time.perf_counter() - started) / len(few.train.row_ids)
         batch = few.train.rows(few.train.row_ids)
         seconds, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), batch, batch)
@@ -153,34 +157,44 @@ class AdaptRun(TextRun):
             f"{minutes:.1f} minutes, memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
         )
 
-    def texts(self, corpus: Corpus) -> Texts:
-        """Return the packed rows of this run."""
-        texts, request = super().texts(corpus), self.request
-        rows = min(texts.train.num_rows, request.tokens // request.row_length or texts.train.num_rows)
-        return texts.first(rows, min(texts.held_out.num_rows, max(1, request.held_out_tokens // request.row_length)))
+    def plan(self, texts: Texts) -> Plan:
+        """Return what this run will do; as no time is set, none has to be measured."""
+        request = self.request
+        rows = Rows(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
+        amount = Amount(
+            request.tokens,
+            request.epochs,
+            request.epochs,
+            request.row_length,
+            request.batch_rows,
+            request.held_out_tokens,
+        )
+        return make_plan(amount, None, Speed(0.0, 0.0, 0.0), rows)
 
-    def last_layers(self, texts: Texts) -> "LastLayersTask":
+    def last_layers(self, texts: Texts) -> "TaskAndTest":
         """Return the task of the last layers, what lies below them computed once a row."""
         self.model.requires_grad_(False)
         compute, computed = partial(stream_into, self.model, self.first), f"input, {self.model.dtype}"
         streams = [
             self.cached(name, text, self.first, compute, computed)
-            for name, text in (("train", texts.train), ("held-out", texts.held_out))
+            for name, text in (("train", texts.train), ("validation", texts.validation), ("held-out", texts.held_out))
         ]
-        head, held_out = self.head(texts.train), texts.held_out.batches()
-        return LastLayersTask(self.model, self.first, head, streams[0], held_out, streams[1])
+        head, validation = self.head(texts.train), texts.validation.batches()
+        task = LastLayersTask(self.model, self.first, head, streams[0], validation, streams[1])
+        return task, partial(task.loss_on, texts.held_out.batches(), streams[2])
 
-    def adapters(self, texts: Texts) -> LanguageTask:
+    def adapters(self, texts: Texts) -> "TaskAndTest":
         """Return the task of low-rank adapters."""
         torch.manual_seed(self.request.seed)
         self.adapter = add_lora(self.model)
         return self.whole(texts)
 
-    def whole(self, texts: Texts) -> LanguageTask:
+    def whole(self, texts: Texts) -> "TaskAndTest":
         """Return the task of all parameters that require gradients."""
-        return LanguageTask(self.model.train(), {"text": texts.held_out.batches()})
+        task = LanguageTask(self.model.train(), {"text": texts.validation.batches()})
+        return task, partial(task.loss_on, texts.held_out.batches())
 
-    def write(self, result: TrainResult, digest: str) -> dict[str, Any]:
+    def write(self, outcome: Outcome, digest: str) -> dict[str, Any]:
         """Write the model, under the names and in the dtype of its family; return the figures of the run."""
         if self.request.mode == "lora":
             self.model = self.adapter.merge_and_unload()
@@ -194,19 +208,30 @@ class AdaptRun(TextRun):
                 for path in (path for pattern in COPIED for path in self.base.glob(pattern)):
                     if not path.name.endswith(".index.json"):
                         shutil.copyfile(path, temporary / path.name)
-        before, after, position = self.first_loss(), result.metrics["held_out_loss"], result.position
+        position = outcome.result.position
         figures = {
-            "held_out_loss_before": before, "held_out_loss": after, "steps": position.step, "tokens": position.tokens,
-            "skipped": position.skipped, "trained_parameters": self.trained, "peak_memory": peak_memory(),
+            "held_out_loss_before": outcome.reported.before,
+            "held_out_loss": outcome.reported.after,
+            "verdict": outcome.reported.verdict,
+            "story": outcome.story,
+            "steps": position.step,
+            "best_step": position.best_step,
+            "tokens": position.tokens,
+            "skipped": position.skipped,
+            "trained_parameters": self.trained,
+            "peak_memory": peak_memory(),
             "seconds": time.monotonic() - self.started,
-        }  # fmt: skip
+        }
         self.drop_trunk()
-        self.progress.say(f"held-out loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%}), {self.out}")
+        self.progress.say(f"the adapted model is {outcome}, {self.out}")
         record = {"stage": "adapt", "model": str(self.out), "figures": figures, "data": {"text": {"digest": digest}}}
         return record | {"base": self.request.base}
 
 
-TASKS: dict[str, Callable[[AdaptRun, Texts], Task[Batch]]] = {
+TaskAndTest = tuple[Task[Batch], Callable[[], float]]
+"""What is trained, and what returns its exact loss on the rows that are reported."""
+
+TASKS: dict[str, Callable[[AdaptRun, Texts], TaskAndTest]] = {
     "last-n": AdaptRun.last_layers,
     "lora": AdaptRun.adapters,
     "full": AdaptRun.whole,

@@ -204,7 +204,9 @@ class AlignRun:
             return TextReward(self.tokenizer, pick(JUDGES, self.request.reward, "reward")), {}
         kept = self.folder / "reward"
         if not kept.is_dir():
-            RewardModel.fit(model, layer, *self.features(model, layer, self.pairs)).save(kept)
+            number = {repr(prompt): index for index, prompt in enumerate(prompts_of(self.pairs))}
+            prompts = [number[repr(pair.prompt)] for pair in self.pairs]
+            RewardModel.choose(model, layer, *self.features(model, layer, self.pairs), prompts).save(kept)
         fitted = RewardModel.load(model, kept)
         quality = fitted.quality(*self.features(model, layer, self.held_out))
         self.progress.say(

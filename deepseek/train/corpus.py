@@ -21,6 +21,7 @@ from deepseek.data import (
 from deepseek.data.document import Rule, silent
 from deepseek.data.filters import Skipped
 from deepseek.data.git import find_commit, open_repository, read_git_by_time
+from deepseek.data.halves import halve
 from deepseek.errors import DataError
 
 
@@ -52,10 +53,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token shards to train on and to evaluate on, what cleaning did, and the commit learned from (None: no git)."""
+    """Token shards of one run.
+
+    Attributes:
+        train: to train on.
+        held_out: to report on.
+        validation: held out as well, to choose by where to stop; None if the run does not.
+        report: what cleaning did.
+        commit: what was learned from, None if it is no git repository.
+    """
 
     train: TokenShards
     held_out: TokenShards
+    validation: TokenShards | None
     report: str
     commit: str | None
 
@@ -66,11 +76,13 @@ def build_corpus(
     folder: Path,
     progress: Progress = silent,
     order: Callable[[list[Document]], list[Document]] = list,
+    validation: bool = False,
 ) -> Corpus:
     """Return the corpus in `folder`, built from `source` unless it is there already.
 
     What is there stays as it is even if the source has changed since, so that a resumed run sees the same text.
-    `order` puts the documents to train on in the order in which they are to lie in the shards.
+    `order` puts the documents to train on in the order in which they are to lie in the shards. With `validation`, half
+    of the held-out text goes there (see `halve`).
     """
     notes = folder / "corpus.json"
     if not notes.is_file():
@@ -81,11 +93,20 @@ def build_corpus(
             documents, report = clean(read_source(source, skipped), skipped, progress)
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
         TokenShards.build(order(train), tokenizer, folder / "train", progress=progress)
+        if validation:
+            chosen, held_out = halve(held_out, source.by, source.seed)
+            TokenShards.build(chosen, tokenizer, folder / "validation", progress=progress)
         TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
         commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
         write_json(notes, {"report": str(report), "commit": commit})
     known = read_json(notes)
-    return Corpus(TokenShards(folder / "train"), TokenShards(folder / "held-out"), known["report"], known["commit"])
+    return Corpus(
+        TokenShards(folder / "train"),
+        TokenShards(folder / "held-out"),
+        TokenShards(folder / "validation") if validation else None,
+        known["report"],
+        known["commit"],
+    )
 
 
 def past_and_future(

@@ -26,20 +26,22 @@ from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_l
 from deepseek.model.experts import ExpertModule
 from deepseek.model.pretrained import read_config
 from deepseek.packs.library import SUFFIX, experts_folder
-from deepseek.packs.manifest import Metric, explain
+from deepseek.packs.manifest import HELD_OUT, Metric, explain
 from deepseek.packs.pack import ExpertPack, write_pack
 from deepseek.train.background import background
 from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus, Source
 from deepseek.train.layers import parse_layers
-from deepseek.train.loop import LossOutput, TrainResult
+from deepseek.train.loop import LossOutput
 from deepseek.train.losses import autocast, mean_loss
 from deepseek.train.metrics import peak_memory
+from deepseek.train.outcome import Outcome
+from deepseek.train.plan import Amount, Plan, Rows, Speed, make_plan, timed
 from deepseek.train.progress import ProgressBar
 from deepseek.train.public import public_statistics
 from deepseek.train.replay import Replay
 from deepseek.train.runs import run_once
-from deepseek.train.text_run import Plan, Speed, TextRequest, TextRun, Texts, make_plan, timed
+from deepseek.train.text_run import TextRequest, TextRun, Texts
 from deepseek.train.trunk import Stream, run_above, run_trunk
 
 
@@ -78,8 +80,12 @@ class ExpertTask:
 
     def evaluate(self) -> dict[str, float]:
         """Return the exact loss on held-out rows with the module on."""
-        parts = ((self.score(rows, self.held_out_stream(rows)), rows.labels.flatten()) for rows in self.held_out)
-        return {"held_out_loss": mean_loss(parts).loss}
+        return {"held_out_loss": self.loss_on(self.held_out, self.held_out_stream)}
+
+    def loss_on(self, batches: Sequence[Batch], stream: Stream) -> float:
+        """Return the exact mean loss on batches with the module on."""
+        parts = ((self.score(rows, stream(rows)), rows.labels.flatten()) for rows in batches)
+        return mean_loss(parts).loss
 
     @torch.no_grad()
     def score(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
@@ -95,6 +101,9 @@ class ExpertTask:
 
 CALIBRATION_TOKENS = 40_000
 """Of the expert's own text, for its gates."""
+
+UNSEEN_TOKENS = 16_384
+"""Most tokens of the validation text that gates are scaled and checked by."""
 
 RELEVANCE_TOKENS = 1_000_000
 """Of the expert's own text, for its table of words, which needs no model."""
@@ -141,27 +150,35 @@ class ExpertRun(TextRun):
         texts = self.texts(corpus)
         write_json(self.folder / "request.json", self.request.as_json())
         plan = self.plan(texts)
-        result = self.train(texts, plan)
+        outcome = self.train(texts, plan)
         seconds = time.monotonic() - self.started  # of this call, as the minutes are counted: without the gates
         self.progress.say("calibrating the gates")
         gates = self.calibrate(texts, plan)
-        held_out = Metric(before=self.first_loss(), after=result.metrics["held_out_loss"])
-        write_pack(self.out, self.pack(held_out, (corpus.train.digest,), corpus.commit))
+        write_pack(self.out, self.pack(outcome.reported, (corpus.train.digest,), corpus.commit))
         self.drop_trunk()
-        change = held_out.after / held_out.before - 1
         self.progress.say(
-            f"held-out loss {held_out.before:.4f} -> {held_out.after:.4f} ({change:+.1%}), recall {gates.recall:.1%}, "
+            f"{self.request.name} is {outcome}; recall {gates.recall:.1%}, "
             f"false positives {gates.false_positives:.1%}, peak memory {peak_memory() / 1e9:.1f} GB, {self.out}"
         )
-        figures = {"plan": asdict(plan), "gates": asdict(gates), "peak_memory": peak_memory(), **held_out.model_dump()}
-        return {"pack": str(self.out), "seconds": seconds, **asdict(result.position), **figures}
+        return {
+            "pack": str(self.out),
+            "verdict": outcome.reported.verdict,
+            "story": outcome.story,
+            "seconds": seconds,
+            **asdict(outcome.result.position),
+            "plan": asdict(plan),
+            "gates": asdict(gates),
+            "peak_memory": peak_memory(),
+            **outcome.reported.model_dump(),
+        }
 
     def estimate(self) -> str:
         """Measure what a run would take."""
         texts = self.texts(self.corpus())
         plan, request = self.plan_for(texts, self.measure(texts)), self.request
         row_bytes = request.row_length * self.model.config.hidden_size
-        cache = (plan.rows * 2 + plan.held_out_rows * self.model.dtype.itemsize) * row_bytes if self.cached_below else 0
+        scored = (plan.held_out_rows + plan.validation_rows) * self.model.dtype.itemsize
+        cache = (plan.rows * 2 + scored) * row_bytes if self.cached_below else 0
         pack = sum(parameter.numel() * 2 for parameter in self.module.parameters())
         return (
             f"{plan.rows * request.row_length:,} tokens in {plan.steps} steps, about {plan.seconds / 60:.1f} minutes; "
@@ -178,18 +195,19 @@ class ExpertRun(TextRun):
     def pack(self, held_out: Metric, data: tuple[str, ...], commit: str | None) -> ExpertPack:
         """Return the module as a pack."""
         base, request = self.model.experts.base, self.request
-        metrics = {"held-out": held_out}
+        metrics = {HELD_OUT: held_out}
         return self.module.to_pack(
             base, request.licence, domain=request.domain, data=data, commit=commit, metrics=metrics
         )
 
     def texts(self, corpus: Corpus) -> Texts:
         """Return the packed rows of a corpus; raise `DataError` if they are too few to ever make an expert of."""
-        shortest = min(corpus.train.num_tokens, corpus.held_out.num_tokens)
-        if shortest < FEWEST_TOKENS:
+        validation = corpus.validation.num_tokens if corpus.validation else 0
+        held_out = corpus.held_out.num_tokens + validation
+        if min(corpus.train.num_tokens, held_out) < FEWEST_TOKENS:
             raise DataError(
-                f"There are {corpus.train.num_tokens} tokens to train on and {corpus.held_out.num_tokens} held out; at "
-                f"least {FEWEST_TOKENS} of each are needed, so give more text."
+                f"There are {corpus.train.num_tokens} tokens to train on and {held_out} held out; at least "
+                f"{FEWEST_TOKENS} of each are needed, so give more text."
             )
         return super().texts(corpus)
 
@@ -205,7 +223,17 @@ class ExpertRun(TextRun):
         """Fit the work to the minutes that are left at this speed, or estimate the time of the tokens."""
         request = self.request
         left = None if request.minutes is None else request.minutes * 60 - (time.monotonic() - self.started)
-        return make_plan(request, left, speed, texts.train.num_rows, texts.held_out.num_rows)
+        amount = Amount(
+            request.tokens,
+            request.epochs,
+            _recipe(self.first).shortest,
+            request.row_length,
+            request.batch_rows,
+            request.held_out_tokens,
+        )
+        return make_plan(
+            amount, left, speed, Rows(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
+        )
 
     def measure(self, texts: Texts) -> Speed:
         """Time one batch through trunk, training step and evaluation; gradients are thrown away."""
@@ -222,33 +250,54 @@ class ExpertRun(TextRun):
         evaluate, _ = timed(lambda rows: task.score(rows, stream(rows)), warm_up, batch)
         return Speed(seconds, step, evaluate)
 
-    def train(self, texts: Texts, plan: Plan) -> TrainResult:
-        """Fill the trunk cache and run the loop to its end."""
-        texts = texts.first(plan.rows, plan.held_out_rows)
-        task = self.task(texts.train, texts.held_out.batches(), self.streams(texts))
-        return self.loop(task, texts.train, plan.steps, plan.evaluations)
+    def train(self, texts: Texts, plan: Plan) -> Outcome:
+        """Fill the trunk caches and run the loop to its end."""
+        texts = texts.planned(plan)
+        train, held_out = self.streams(texts)
+        validation = self.exact_stream("validation", texts.validation)
+        task = self.task(texts.train, texts.validation.batches(), (train, validation))
+        return self.loop(task, texts.train, plan, partial(task.loss_on, texts.held_out.batches(), held_out))
 
     def calibrate(self, texts: Texts, plan: Plan) -> GateCalibration:
         """Solve the gates of the trained module from some of its own text and the base's public text."""
         public = public_statistics(self.model, self.tokenizer, self.module.layers, progress=self.progress)
-        streams = self.streams(texts.first(plan.rows, plan.held_out_rows))
         words = background(self.model, self.tokenizer, self.progress)
         own_ids_N = torch.from_numpy(texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
-        texts = texts.first(min(plan.rows, max(1, CALIBRATION_TOKENS // texts.train.length)), plan.held_out_rows)
-        own, held_out = texts.train.batches(), texts.held_out.batches()
+        unseen = texts.validation.first(UNSEEN_TOKENS // texts.validation.length).batches()
+        if texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS:  # then all that is held out checks the gates
+            unseen += texts.held_out.batches()
+        texts = texts.planned(plan)
+        train, _ = self.streams(texts)
+        computed = partial(run_trunk, self.model, self.first)
+        rows = min(plan.rows, max(1, CALIBRATION_TOKENS // texts.train.length))
         return calibrate(
-            self.model, self.module, own, held_out, public, streams=streams, words=words, own_kinds=[own_ids_N]
+            self.model,
+            self.module,
+            texts.train.first(rows).batches(),
+            unseen,
+            public,
+            streams=(train, computed),
+            words=words,
+            own_kinds=[own_ids_N],
         )
 
     def streams(self, texts: Texts) -> tuple[Stream, Stream]:
-        """Return where the streams of the rows to train on and to evaluate on come from; nothing is below layer 0."""
-        compute, dtype = partial(run_trunk, self.model, self.first), self.model.dtype
+        """Return where the streams of the rows to train on and to report on come from."""
         if not self.cached_below:
+            compute = partial(run_trunk, self.model, self.first)  # nothing is below layer 0
             return compute, compute
-        return (
-            self.cached("train", texts.train, self.first, compute, str(dtype)),
-            self.cached("held-out", texts.held_out, self.first, compute, str(dtype), dtype),
-        )
+        return self.cached_stream("train", texts.train, torch.bfloat16), self.exact_stream("held-out", texts.held_out)
+
+    def exact_stream(self, name: str, text: RowLoader) -> Stream:
+        """Return where the streams of rows to score come from, in the model's own dtype."""
+        if not self.cached_below:
+            return partial(run_trunk, self.model, self.first)
+        return self.cached_stream(name, text, self.model.dtype)
+
+    def cached_stream(self, name: str, text: RowLoader, dtype: torch.dtype) -> Stream:
+        """Return where the cached streams of rows come from."""
+        compute = partial(run_trunk, self.model, self.first)
+        return self.cached(name, text, self.first, compute, str(self.model.dtype), dtype)
 
     def task(self, text: RowLoader, held_out: list[Batch], streams: tuple[Stream, Stream]) -> ExpertTask:
         """Return the task, its head restricted to what occurs as a label in the rows to train on."""
@@ -276,21 +325,21 @@ class Recipe:
 
     Attributes:
         width: of the expert's feed-forward networks.
-        epochs: passes over the text.
+        shortest: passes over as much text as the minutes suffice for, where they do not suffice for all of it.
         batch_rows: rows a step; small, as steps are what is scarce.
         learning_rate: the peak.
     """
 
     width: int
-    epochs: int
+    shortest: float
     batch_rows: int
     learning_rate: float
 
 
-CACHED = Recipe(width=512, epochs=3, batch_rows=4, learning_rate=4e-3)
+CACHED = Recipe(width=512, shortest=3, batch_rows=4, learning_rate=4e-3)
 """With a trunk cache: further passes are cheap."""
 
-WHOLE = Recipe(width=256, epochs=1, batch_rows=2, learning_rate=3e-3)
+WHOLE = Recipe(width=256, shortest=1, batch_rows=2, learning_rate=3e-3)
 """Experts from layer 0 on: every pass costs the same, so new text at each."""
 
 TextPath = str | Path | None
@@ -338,11 +387,12 @@ def train_expert(
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
     source = Source.at(from_git, from_folder, from_jsonl, from_parquet, held_out=held_out, by=split, seed=seed)
-    recipe = _recipe(base, layers)
+    num_layers = read_config(resolve(base))["num_hidden_layers"]
+    recipe = _recipe(parse_layers(layers, num_layers)[0])
     request = ExpertRequest(
         base=base, name=name, source=source, layers=layers,
         width=width or recipe.width, minutes=DEFAULT_MINUTES if minutes is None and tokens is None else minutes,
-        tokens=tokens, epochs=epochs or recipe.epochs, row_length=row_length,
+        tokens=tokens, epochs=epochs, row_length=row_length,
         batch_rows=batch_rows or recipe.batch_rows, learning_rate=learning_rate or recipe.learning_rate,
         held_out_tokens=held_out_tokens, licence=licence, domain=domain, seed=seed,
     )  # fmt: skip
@@ -350,7 +400,6 @@ def train_expert(
     return run_once(ExpertRun, request, request.as_json(), pack, folder, quiet, dry_run)
 
 
-def _recipe(base: str, layers: str) -> Recipe:
-    """Return the recipe for these layers of a base model."""
-    num_layers = read_config(resolve(base))["num_hidden_layers"]
-    return CACHED if parse_layers(layers, num_layers)[0] > 0 else WHOLE
+def _recipe(first: int) -> Recipe:
+    """Return the recipe for experts whose first layer this is."""
+    return CACHED if first > 0 else WHOLE

@@ -99,6 +99,15 @@ class LanguageTask:
             figures |= {"held_out_max_violation": max_violation(load_LE), "idle_experts": float((load_LE == 0).sum())}
         return figures
 
+    @torch.no_grad()
+    def loss_on(self, batches: Sequence[Batch]) -> float:
+        """Return the exact mean loss on batches."""
+        self.model.eval()
+        load_LE = torch.zeros(len(self.routers), self.model.config.num_experts, dtype=torch.float64)
+        total, targets = self._sum(batches, load_LE).tolist()
+        self.model.train()
+        return float(total / targets)
+
     def _sum(self, batches: Sequence[Batch], load_LE: Tensor) -> Tensor:
         """Return the mean over processes of (sum of losses, number of targets); count the experts' calls."""
         pair = torch.zeros(2, dtype=torch.float64)

@@ -3,6 +3,10 @@
 A run lives in a folder: `config.json` (resolved), `metrics.jsonl`, `loss.png`, `tensorboard/` and `checkpoints/`.
 Calling `train` again with the same arguments continues after the newest checkpoint and ends with the same bits as a run
 that was never interrupted: weights, moments, random state and the place in the data are all restored.
+
+A run may keep its best state (`LoopConfig.keep_best`): the weights at its lowest held-out figure lie in `best/` and are
+those of the task when `train` returns, whatever came after. Where the figure no longer falls, the run goes back to them
+once, lets the rate fall to its end over a few more steps, and stops.
 """
 
 import math
@@ -11,7 +15,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,21 +25,16 @@ from deepseek.errors import TrainError
 from deepseek.train.backends import SINGLE, Backend
 from deepseek.train.losses import autocast
 from deepseek.train.metrics import MetricsLog, plot_losses
-from deepseek.train.optim import OptimConfig, TrainingState, adamw, clip_gradients, learning_rate
+from deepseek.train.optim import OptimConfig, TrainingState, Weights, adamw, clip_gradients, cooling_rate, learning_rate
+from deepseek.train.position import Position
 from deepseek.train.progress import InterruptGuard, ProgressBar
 from deepseek.train.runs import check_config
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps in a row after which the run has diverged and going on is of no use."""
 
-SPIKE_WINDOW = 64
-"""Losses of past steps that a new one is compared with."""
-
-SPIKE_SIGMAS = 6.0
-"""Standard deviations above their mean at which a loss is a spike: its step is skipped."""
-
-MAX_SPIKES_IN_A_ROW = 3
-"""A loss that stays up is no spike but a new level, harder text for one, and is then learned from."""
+PLOT_SECONDS = 20.0
+"""Time between two plots; drawing one takes as long as some steps."""
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
@@ -106,6 +104,10 @@ class LoopConfig:
         checkpoint_every: steps between checkpoints.
         keep: checkpoints kept.
         seed: of PyTorch's random numbers.
+        keep_best: figure of the evaluations at whose lowest value the weights are kept and given back at the end; ""
+            ends with the last ones.
+        patience: evaluations in a row without a lower figure after which the run cools down, then ends; 0: never.
+        cooldown: steps of that cool-down, as a share of those that led to the best state.
     """
 
     optim: OptimConfig
@@ -115,47 +117,14 @@ class LoopConfig:
     checkpoint_every: int = 100
     keep: int = 2
     seed: int = 0
-
-
-@dataclass
-class Position:
-    """Where a run stands.
-
-    Attributes:
-        step: steps done.
-        skipped: those among them that moved nothing, for non-finite values or a spike of the loss.
-        skipped_in_a_row: latest steps skipped for non-finite values.
-        spikes_in_a_row: latest steps skipped for a spike.
-        tokens: targets seen.
-        recent: latest losses, which tell a spike from the usual noise.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    spikes_in_a_row: int = 0
-    tokens: int = 0
-    recent: list[float] = field(default_factory=list)
-
-    def is_spike(self, loss: float) -> bool:
-        """Whether `loss` lies far above the recent ones; a level that stays is accepted and the window begun anew."""
-        spike = False
-        if len(self.recent) == SPIKE_WINDOW:
-            mean = fmean(self.recent)
-            # Nearly constant losses have no noise to measure by: a hundredth of their size is the least that counts.
-            spike = loss > mean + SPIKE_SIGMAS * max(pstdev(self.recent), 0.01 * abs(mean))
-        if spike and self.spikes_in_a_row == MAX_SPIKES_IN_A_ROW:
-            self.recent.clear()
-            spike = False
-        self.spikes_in_a_row = self.spikes_in_a_row + 1 if spike else 0
-        if not spike:
-            self.recent = [*self.recent, loss][-SPIKE_WINDOW:]
-        return spike
+    keep_best: str = ""
+    patience: int = 0
+    cooldown: float = 0.25
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended, and its last evaluation."""
+    """Where a run ended, and its last evaluation; where the best state is kept, the figure of that one."""
 
     position: Position
     metrics: dict[str, float]
@@ -171,7 +140,7 @@ def train(
     hooks: Hooks | None = None,
     backend: Backend = SINGLE,
 ) -> TrainResult:
-    """Train `task` to the end of `config.steps`, from the newest checkpoint in `folder` if there is one.
+    """Train `task` to the end of `config.steps`, or until it is at its best, from the newest checkpoint in `folder`.
 
     Args:
         folder: of the run.
@@ -203,44 +172,93 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.checkpoints = self.folder / "checkpoints"
+        self.best = self.folder / "best"
         self.parameters = self.task.parameters
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = adamw(self.parameters, self.config.optim)
         self.state = TrainingState(self.parameters, self.hooks.buffers, self.optimizer)
+        self.weights = Weights(self.parameters, self.hooks.buffers)
         self.position = Position()
         self.saved_step = -1
+        self.plotted = -math.inf
 
     def run(self) -> TrainResult:
         self.restore()
-        self.log = MetricsLog(self.folder, self.position.step) if self.backend.main else None
+        position = self.position
+        first_record = position.step + self.is_evaluated  # a resumed run writes again what comes after
+        self.log = MetricsLog(self.folder, first_record) if self.backend.main else None
         figures: dict[str, float] = {}
         try:
             with InterruptGuard() as interrupt:
-                while self.position.step < self.config.steps:
-                    if self.position.step % self.config.evaluate_every == 0:
+                while position.step < self.last_step:
+                    if position.step % self.config.evaluate_every == 0:
                         figures = self.evaluate()
+                        if self.is_settled():
+                            break
                     self.step()
                     if self.backend.any(interrupt.asked):
                         self.save()
                         raise KeyboardInterrupt(
-                            f"stopped after step {self.position.step} of {self.config.steps}, nothing is lost; the "
-                            "same call goes on"
+                            f"stopped after step {position.step} of {self.last_step}, nothing is lost; the same call "
+                            "goes on"
                         )
-                    if self.position.step % self.config.checkpoint_every == 0:
+                    if position.step % self.config.checkpoint_every == 0:
                         self.save()
-                figures = self.evaluate()
+                figures = self.evaluate() or figures
                 self.save()
+                if position.best is not None:
+                    self.load_best()
+                    figures = {self.config.keep_best: position.best}
         finally:
             if self.log is not None:
                 with suppress(OSError):  # a full disk has been reported; the plot must not hide it
                     self.log.close()
                     plot_losses(self.folder)
-        return TrainResult(self.position, figures)
+        return TrainResult(position, figures)
+
+    @property
+    def last_step(self) -> int:
+        """Steps after which the run ends, as things stand."""
+        return self.position.cooling[1] if self.position.cooling else self.config.steps
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether this step's evaluation is done and counts among those that the best state was chosen from."""
+        return bool(self.config.keep_best) and self.position.evaluated == self.position.step
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        optim, position = self.config.optim, self.position
+        if not position.cooling:
+            return learning_rate(optim, position.step, self.config.steps)
+        first, last = position.cooling
+        return cooling_rate(optim, position.step, first, last, learning_rate(optim, first, self.config.steps))
+
+    def is_settled(self) -> bool:
+        """Whether to end here, as the figure no longer falls; the first time, begin to cool down from the best state.
+
+        At a high rate the figure stops falling long before the text is used up; with a falling one, the same state
+        still gains. A run that was never better than at its start has nothing to cool down from.
+        """
+        position, config = self.position, self.config
+        if position.cooling or not config.patience or position.stale < config.patience:
+            return False
+        steps = round(config.cooldown * position.best_step)
+        if steps == 0:
+            return True
+        self.load_best()
+        position.cooling = [position.step, min(config.steps, position.step + steps)]
+        self.progress.say(
+            f"{config.keep_best.replace('_', ' ')} was lowest after step {position.best_step} of {config.steps}; going "
+            f"back there to end with {position.cooling[1] - position.step} steps at a falling rate"
+        )
+        return False
 
     def step(self) -> None:
         """Make one optimizer step, or skip it if loss or gradient is not finite or the loss is a spike."""
         started, position, optim = time.perf_counter(), self.position, self.config.optim
-        rate = learning_rate(optim, position.step, self.config.steps)
+        rate = self.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["pace"]
         loss, tokens, extra = self.backward()
@@ -259,7 +277,7 @@ class _Run:
                 tokens_per_second=speed, **extra,
             )  # fmt: skip
             note = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
-            self.progress(position.step, self.config.steps, "train", note)
+            self.progress(position.step, self.last_step, "train", note)
 
     def backward(self) -> tuple[float, int, Mapping[str, float]]:
         """Accumulate the gradients of one step's batches; return its mean loss, its targets and further figures."""
@@ -290,13 +308,20 @@ class _Run:
             )
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate and record the figures."""
+        """Evaluate, record the figures and keep the best state; {} where this step was evaluated before."""
+        if self.is_evaluated:
+            return {}
+        position, wanted = self.position, self.config.keep_best
         figures = self.task.evaluate()
+        position.evaluated = position.step
         if figures:
-            self.write(self.position.step, **figures)
-            if self.backend.main:
-                plot_losses(self.folder)
-        self.hooks.evaluated(self.position.step)
+            self.write(position.step, **figures)
+        if wanted in figures and position.is_best(figures[wanted]):
+            self.backend.save(self.best / f"step-{position.step:08d}", self.weights, {})
+        if figures and self.backend.main and time.monotonic() > self.plotted + PLOT_SECONDS:
+            plot_losses(self.folder)
+            self.plotted = time.monotonic()
+        self.hooks.evaluated(position.step)
         return figures
 
     def write(self, step: int, **figures: float) -> None:
@@ -315,6 +340,11 @@ class _Run:
         self.saved_step = position.step
         if self.backend.main:
             store.prune(self.checkpoints, self.config.keep)
+            store.prune_before(self.best, store.oldest_step(self.checkpoints))
+
+    def load_best(self) -> None:
+        """Put the best weights back."""
+        self.backend.load(self.best / f"step-{self.position.best_step:08d}", self.weights)
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, or seed a fresh run."""

@@ -52,7 +52,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def plot_losses(folder: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder as `loss.png` beside it: training loss and held-out loss over steps."""
+    """Draw `metrics.jsonl` of a run folder as `loss.png` beside it: training and held-out loss, the best one marked."""
     from matplotlib.figure import Figure
 
     records = read_metrics(folder / "metrics.jsonl")
@@ -62,6 +62,9 @@ def plot_losses(folder: Path) -> Path:
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), markersize=4, linewidth=1)
+            if name == "held_out_loss" and len(points) > 2:
+                step, lowest = min(points, key=lambda point: point[1])
+                axes.plot(step, lowest, "*", label=f"best, after step {step:,}", markersize=12, color="tab:green")
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
     path = folder / "loss.png"

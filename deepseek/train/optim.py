@@ -46,6 +46,13 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.learning_rate * (config.final + (1 - config.final) * cosine)
 
 
+def cooling_rate(config: OptimConfig, step: int, first: int, last: int, peak: float) -> float:
+    """Return the rate of step `step` of a cool-down over steps [first, last): half a cosine from `peak` to the end."""
+    progress = (step - first) / max(1, last - first - 1)
+    final = config.learning_rate * config.final
+    return final + (max(peak, final) - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
 def adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """Return the optimizer of named parameters, its state keyed in their order."""
     routers = [parameter for name, parameter in parameters.items() if name.endswith(ROUTER)]
@@ -97,26 +104,22 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> float:
 
 
 @dataclass(frozen=True)
-class TrainingState:
-    """What training changes.
+class Weights:
+    """What a trained model consists of.
 
     Attributes:
         parameters: by name.
         buffers: further tensors, by name.
-        optimizer: of the parameters.
     """
 
     parameters: dict[str, nn.Parameter]
     buffers: Mapping[str, Tensor]
-    optimizer: torch.optim.AdamW
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all of it, PyTorch's random states among them, under one flat naming."""
+        """Return all of it under one flat naming."""
         return {
             **{f"parameter.{name}": parameter for name, parameter in self.parameters.items()},
             **{f"buffer.{name}": value for name, value in self.buffers.items()},
-            **{f"optimizer.{name}": v for name, v in optimizer_tensors(self.optimizer, self.parameters).items()},
-            **{f"random.{device}": state for device, state in _random_states().items()},
         }
 
     @torch.no_grad()
@@ -126,6 +129,29 @@ class TrainingState:
             parameter.copy_(tensors[f"parameter.{name}"])
         for name, value in self.buffers.items():
             value.copy_(tensors[f"buffer.{name}"])
+
+
+@dataclass(frozen=True)
+class TrainingState(Weights):
+    """What training changes.
+
+    Attributes:
+        optimizer: of the parameters.
+    """
+
+    optimizer: torch.optim.AdamW
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it, PyTorch's random states among them, under one flat naming."""
+        return {
+            **super().tensors(),
+            **{f"optimizer.{name}": v for name, v in optimizer_tensors(self.optimizer, self.parameters).items()},
+            **{f"random.{device}": state for device, state in _random_states().items()},
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put what `tensors` returned back where it was."""
+        super().restore(tensors)
         load_optimizer_tensors(self.optimizer, self.parameters, _below(tensors, "optimizer."))
         _restore_random(_below(tensors, "random."))
 

@@ -13,8 +13,12 @@ from deepseek.checkpoint import store
 from deepseek.train.policy import below
 from deepseek.train.rollout import Responses, given
 
-RIDGE = 1e-3
-"""Penalty on squared weights of standardised features; without one, separable pairs would drive them to infinity."""
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Penalties on squared weights of standardised features to choose from; without one, separable pairs would drive them
+to infinity."""
+
+FOLD = 4
+"""Of as many prompts, the pairs of one choose the penalty."""
 
 BINS = 10
 """Bins of equal width in which calibration is measured."""
@@ -54,7 +58,25 @@ class RewardModel:
         return features(self.base, self.layer, responses) @ self.weight_D
 
     @classmethod
-    def fit(cls, base: Any, layer: int, chosen_PD: Tensor, rejected_PD: Tensor) -> "RewardModel":
+    def choose(
+        cls, base: Any, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, prompts: Sequence[int]
+    ) -> "RewardModel":
+        """Return the model of all pairs, with the penalty that predicts best what it was not fitted to.
+
+        Args:
+            prompts: index of the prompt of each pair; the pairs of a prompt are not torn apart.
+        """
+        held_P = torch.tensor([prompt % FOLD == 0 for prompt in prompts])
+        if held_P.all() or not held_P.any():
+            return cls.fit(base, layer, chosen_PD, rejected_PD)
+        losses = {}
+        for ridge in RIDGES:
+            fitted = cls.fit(base, layer, chosen_PD[~held_P], rejected_PD[~held_P], ridge)
+            losses[ridge] = fitted.quality(chosen_PD[held_P], rejected_PD[held_P]).loss
+        return cls.fit(base, layer, chosen_PD, rejected_PD, min(losses, key=lambda ridge: losses[ridge]))
+
+    @classmethod
+    def fit(cls, base: Any, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, ridge: float = 1e-3) -> "RewardModel":
         """Return the model under which the preferences, given as features of P pairs, are likeliest."""
         difference_PD = (chosen_PD - rejected_PD).double()
         scale_D = difference_PD.square().mean(0).sqrt().clamp(min=1e-6)
@@ -64,7 +86,7 @@ class RewardModel:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = softplus(-(standard_PD @ weight_D)).mean() + RIDGE * weight_D.square().sum()
+            loss = softplus(-(standard_PD @ weight_D)).mean() + ridge * weight_D.square().sum()
             loss.backward()
             return loss
 

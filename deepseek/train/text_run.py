@@ -1,7 +1,7 @@
-"""What every training on a user's text shares: request and plan, the corpus, the cached trunk, the way into the loop.
+"""What every training on a user's text shares: the request, the corpus, the cached trunk, the way into the loop.
 
-A plan (how many rows, how many passes) is made of minutes and of what is measured on this machine, once: it is kept in
-the run folder, so that a resumed run does exactly what the first call set out to do, however fast the machine is then.
+Held-out text has two parts. By the validation part the loop chooses the state that is kept; the other part has decided
+nothing, and is scored exactly before the first step and after the last one: these are the figures that are reported.
 """
 
 import shutil
@@ -9,21 +9,24 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch, RowLoader
-from deepseek.errors import TrainError
+from deepseek.errors import DataError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.manifest import Metric
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.corpus import Corpus, Source, build_corpus
-from deepseek.train.loop import LoopConfig, Task, TrainResult, train
-from deepseek.train.metrics import read_metrics
+from deepseek.train.loop import LoopConfig, Task, train
 from deepseek.train.optim import OptimConfig
+from deepseek.train.outcome import Outcome, tell
+from deepseek.train.plan import Plan
 from deepseek.train.progress import ProgressBar
 from deepseek.train.trunk import Stream, TrunkCache
 
@@ -32,6 +35,12 @@ FREQUENT_TOKENS = 4096
 
 SAMPLED_TOKENS = 1024
 """Further ids drawn at every step to estimate the rest of the partition function."""
+
+FEWEST_HELD_OUT = 32
+"""Tokens of validation text, and of the text that is reported on, below which nothing can be told."""
+
+PATIENCE = 4
+"""Evaluations in a row without a lower loss after which a run goes back to its best state: about a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +51,17 @@ class TextRequest:
         base: name, folder or hub id of the base model.
         source: the text.
         tokens: distinct tokens to train on; 0 means all there are.
-        epochs: passes over them.
+        epochs: passes over them; None: as many as the text is worth.
         row_length, batch_rows: tokens of a packed row, rows of a batch.
         learning_rate: the peak.
-        held_out_tokens: most tokens that an evaluation covers.
+        held_out_tokens: most tokens that are reported on, and most that the best state is chosen by.
         seed: of initial values, row order and sampling.
     """
 
     base: str
     source: Source
     tokens: int | None
-    epochs: int
+    epochs: int | None
     row_length: int
     batch_rows: int
     learning_rate: float
@@ -67,14 +76,20 @@ class TextRequest:
 
 @dataclass(frozen=True)
 class Texts:
-    """Packed rows to train on and to evaluate on."""
+    """Packed rows to train on, to report on, and to choose the best state by."""
 
     train: RowLoader
     held_out: RowLoader
+    validation: RowLoader
 
-    def first(self, rows: int, held_out_rows: int) -> "Texts":
+    def first(self, rows: int, held_out_rows: int, validation_rows: int) -> "Texts":
         """Return some of the rows, the same ones at every call."""
-        return Texts(self.train.first(rows), self.held_out.first(held_out_rows))
+        validation = self.validation.first(validation_rows)
+        return Texts(self.train.first(rows), self.held_out.first(held_out_rows), validation)
+
+    def planned(self, plan: Plan) -> "Texts":
+        """Return the rows of a plan."""
+        return self.first(plan.rows, plan.held_out_rows, plan.validation_rows)
 
 
 class TextRun:
@@ -94,14 +109,24 @@ class TextRun:
 
     def corpus(self) -> Corpus:
         """Return the token shards, reading the source only the first time."""
-        corpus = build_corpus(self._request.source, self.tokenizer, self.folder / "corpus", self.progress)
+        folder = self.folder / "corpus"
+        corpus = build_corpus(self._request.source, self.tokenizer, folder, self.progress, validation=True)
         self.progress.say(corpus.report)
         return corpus
 
     def texts(self, corpus: Corpus) -> Texts:
-        """Return the packed rows of a corpus."""
-        rows, length, seed = self._request.batch_rows, self._request.row_length, self._request.seed
-        return Texts(RowLoader(corpus.train, rows, length, seed), RowLoader(corpus.held_out, rows, length, seed))
+        """Return the packed rows of a corpus; raise `DataError` if one of its parts has none."""
+        request = self._request
+        if corpus.validation is None or min(corpus.validation.num_tokens, corpus.held_out.num_tokens) < FEWEST_HELD_OUT:
+            raise DataError(
+                f"Of the text that is held out, at least {FEWEST_HELD_OUT} tokens are needed to choose the best state, "
+                "and as many to report on; give more text."
+            )
+        parts = (
+            RowLoader(shards, request.batch_rows, request.row_length, request.seed)
+            for shards in (corpus.train, corpus.held_out, corpus.validation)
+        )
+        return Texts(*parts)
 
     def head(self, text: RowLoader, *further: Tensor) -> CandidateHead:
         """Return the head restricted to what occurs as a label in the rows of `text` or among `further` labels."""
@@ -128,103 +153,31 @@ class TextRun:
         cache.fill(text, compute, self._request.batch_rows, lambda done, total: self.progress(done, total, what))
         return lambda batch: cache.read(batch.row_ids)
 
-    def loop(self, task: Task[Batch], text: RowLoader, steps: int, evaluations: int = 2) -> TrainResult:
-        """Run the loop to its end; held-out text is scored at the start, at the end and evenly between."""
-        config = LoopConfig(
-            OptimConfig(learning_rate=self._request.learning_rate), steps=steps, seed=self._request.seed,
-            evaluate_every=-(-steps // (evaluations - 1)), checkpoint_every=max(10, steps // 10),
-        )  # fmt: skip
-        return train(task, text, config, self.folder / "training", progress=self.progress)
+    def loop(self, task: Task[Batch], text: RowLoader, plan: Plan, test: Callable[[], float]) -> Outcome:
+        """Run the loop until the task is at its best on validation rows.
 
-    def first_loss(self) -> float:
-        """Return the held-out loss before the first step: that of the base."""
-        records = read_metrics(self.folder / "training" / "metrics.jsonl")
-        return next(record["held_out_loss"] for record in records if "held_out_loss" in record)
+        Args:
+            test: returns the exact loss on the rows that are reported; called before and after.
+        """
+        path = self.folder / "base.json"
+        if not path.is_file():
+            self.progress.say("scoring the base")
+            write_json(path, {"loss": test()})
+        steps = plan.steps
+        config = LoopConfig(
+            OptimConfig(learning_rate=self._request.learning_rate),
+            steps=steps,
+            seed=self._request.seed,
+            evaluate_every=max(1, steps // (plan.evaluations - 1)),
+            checkpoint_every=max(10, steps // 10),
+            keep_best="held_out_loss",
+            patience=PATIENCE,
+        )
+        result = train(task, text, config, self.folder / "training", progress=self.progress)
+        reported = Metric(before=read_json(path)["loss"], after=test())
+        steps_a_pass = len(text.row_ids) / text.batch_rows
+        return Outcome(result, reported, tell(result.position, steps, steps_a_pass, plan.limit))
 
     def drop_trunk(self) -> None:
         """Delete the trunk caches, by far the largest part of a run folder."""
         shutil.rmtree(self.folder / "trunk", ignore_errors=True)
-
-
-T = TypeVar("T")
-
-MARGIN = 0.05
-"""Share of the minutes left for what is not measured: checkpoints, plots, the pack."""
-
-EVALUATION_SHARE = 0.15
-"""Most of the time that held-out evaluation may take."""
-
-LONG_RUN = 900.0
-"""Seconds above which there is time for an evaluation between start and end."""
-
-MAX_EPOCHS = 8
-"""Passes after which repeating a small text only teaches it by heart."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds that one packed row takes.
-
-    Attributes:
-        trunk: through the frozen layers below the expert, once a row; 0 where nothing is cached.
-        step: forward and backward through the layers above and the head, and the optimizer's part.
-        evaluate: forward through the layers above and the whole head.
-    """
-
-    trunk: float
-    step: float
-    evaluate: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do; stored as `plan.json`.
-
-    Attributes:
-        rows: distinct packed rows to train on.
-        held_out_rows: packed rows to evaluate on.
-        steps: optimizer steps.
-        evaluations: how often the held-out loss is measured, the start and the end included.
-        seconds: estimated duration from here.
-    """
-
-    rows: int
-    held_out_rows: int
-    steps: int
-    evaluations: int
-    seconds: float
-
-
-def make_plan(request: TextRequest, seconds: float | None, speed: Speed, rows: int, held_out_rows: int) -> Plan:
-    """Return how many rows, passes and evaluations fit; raise `TrainError` if not a single step does.
-
-    Args:
-        request: how many tokens, or how many of each pass and evaluation.
-        seconds: time left for all of it; None: as long as the tokens of the request take.
-        rows, held_out_rows: packed rows there are to train on and to evaluate on.
-    """
-    length, batch_rows = request.row_length, request.batch_rows
-    held_out = min(held_out_rows, max(1, request.held_out_tokens // length))
-    evaluations = 2 if seconds is None or seconds <= LONG_RUN else 3
-    per_held_out = speed.trunk + speed.evaluate * evaluations
-    if seconds is None:
-        rows = min(rows, -(-request.tokens // length)) if request.tokens else rows
-        steps = max(1, round(rows * request.epochs / batch_rows))
-    else:
-        held_out = max(1, min(held_out, int(EVALUATION_SHARE * seconds / per_held_out)))
-        left = (1 - MARGIN) * seconds - held_out * per_held_out
-        rows = max(min(int(left / (speed.trunk + request.epochs * speed.step)), rows), 1)
-        passes = min((left - rows * speed.trunk) / speed.step, MAX_EPOCHS * rows)
-        steps = int(passes / batch_rows)
-    if steps < 1:
-        raise TrainError(f"{seconds:.0f} seconds do not suffice for one training step here; give more minutes.")
-    taken = rows * speed.trunk + steps * batch_rows * speed.step + held_out * per_held_out
-    return Plan(rows, held_out, steps, evaluations, round(taken, 1))
-
-
-def timed(action: Callable[[Batch], T], warm_up: Batch, batch: Batch) -> tuple[float, T]:
-    """Return the seconds that `action` takes for each row of `batch`, after a call on `warm_up`, and its result."""
-    action(warm_up)
-    started = time.perf_counter()
-    result = action(batch)
-    return (time.perf_counter() - started) / len(batch.row_ids), result

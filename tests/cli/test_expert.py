@@ -62,7 +62,7 @@ def test_list_shows_experts_and_names_the_damaged(pack: Path, capsys: Capture) -
     assert status == 0
     poems, spoilt = out.splitlines()
     assert poems.startswith("poems")
-    assert "3.500 -> 2.250" in poems
+    assert "3.500 -> 2.250" in poems and "better by 35.7 %" in poems
     assert "refused" in spoilt
 
 

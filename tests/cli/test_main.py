@@ -176,3 +176,17 @@ def test_every_command_is_a_function_or_a_typer_application() -> None:
         found = getattr(import_module(f"deepseek.cli.{module}"), name)
         assert isinstance(found, FunctionType | typer.Typer)
         assert summary.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("command", "before", "after"), [("expert", None, "PASSIVE"), ("expert", "ACTIVE", "ACTIVE"), ("runs", None, None)]
+)
+def test_commands_that_train_let_waiting_threads_sleep(
+    command: str, before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert os.environ.get("OMP_WAIT_POLICY") == after

@@ -303,6 +303,7 @@ def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
     assert names == ["lecture"]
     assert told[-1]["losses"]
     assert told[-1]["held_out"]
+    assert told[-1]["armed"] == told[-1]["verdict"].startswith("better") and told[-1]["verdict"]
 
 
 def first_state(server: Live) -> dict[str, Any]:

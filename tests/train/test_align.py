@@ -14,7 +14,7 @@ from deepseek.train import judge
 from deepseek.train.align import align
 from deepseek.train.judge import generate_pairs, prompt_of
 from deepseek.train.metrics import read_metrics
-from deepseek.train.reward import RewardModel, features_of
+from deepseek.train.reward import RIDGES, RewardModel, features_of
 from deepseek.train.rollout import given
 
 CHATML = (
@@ -60,6 +60,24 @@ def test_a_separable_preference_is_learnt_and_stated_with_the_right_certainty() 
     ideal = RewardModel(None, 0, direction * 0.5).quality(best[3000:], worst[3000:])
     assert quality.pairs == 1000 and quality.accuracy > ideal.accuracy - 0.02
     assert quality.calibration_error < 0.06 and quality.loss < ideal.loss + 0.02
+
+
+def test_the_penalty_is_chosen_on_prompts_that_were_not_fitted_to() -> None:
+    """Few noisy pairs of many features: the smallest penalty would learn them by heart."""
+    draw = torch.Generator().manual_seed(0)
+    direction = torch.randn(64, generator=draw)
+    chosen, rejected = torch.randn(2, 1100, 64, generator=draw)
+    prefers = torch.rand(1100, generator=draw) < torch.sigmoid((chosen - rejected) @ direction * 0.2)
+    best, worst = torch.where(prefers[:, None], chosen, rejected), torch.where(prefers[:, None], rejected, chosen)
+    prompts = [pair // 2 for pair in range(100)]
+    picked = RewardModel.choose(None, 0, best[:100], worst[:100], prompts)
+    losses = [
+        RewardModel.fit(None, 0, best[:100], worst[:100], ridge).quality(best[100:], worst[100:]).loss
+        for ridge in RIDGES
+    ]
+    assert picked.quality(best[100:], worst[100:]).loss < min(losses) + 0.05 < losses[0] - 0.1
+    alone = RewardModel.choose(None, 0, best[:100], worst[:100], [0] * 100)
+    assert torch.equal(alone.weight_D, RewardModel.fit(None, 0, best[:100], worst[:100]).weight_D)
 
 
 def test_features_do_not_depend_on_padding_or_on_the_batch(base: Path) -> None:

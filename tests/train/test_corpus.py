@@ -44,3 +44,18 @@ def test_the_past_knows_nothing_of_the_future(repository: Path, tmp_path: Path) 
 def test_time_needs_git_alone(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="git repository alone"):
         build_corpus(Source(git=repository, folder=tmp_path, by="time"), tiny_tokenizer(), tmp_path / "corpus")
+
+
+def test_by_time_what_stops_a_run_is_older_than_what_is_reported(repository: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    source = Source(git=repository, by="time", held_out=0.5)
+    corpus = build_corpus(source, tokenizer, tmp_path / "corpus", validation=True)
+    assert corpus.validation is not None
+    past, middle, last = (
+        tokenizer.decode([int(i) & 0x7FFFFFFF for i in shards.ids_N])
+        for shards in (corpus.train, corpus.validation, corpus.held_out)
+    )
+    assert "SECRET_OF_THE_FUTURE" in last and "SECRET_OF_THE_FUTURE" not in middle + past
+    assert "function_9" in last and "function_9" not in middle + past
+    newest = [max(number for number in range(10) if f"function_{number}" in text) for text in (past, middle, last)]
+    assert newest == sorted(set(newest))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deepseek.checkpoint.store import read_json
+from deepseek.data import TokenShards
 from deepseek.errors import ConfigError, DataError, TrainError, UserError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
@@ -42,7 +43,7 @@ def test_the_expert_learns_its_text_and_the_pack_says_so(tiny_base: Path, text_f
 def test_reported_losses_are_those_of_base_and_plugged_model(
     tiny_base: Path, text_folder: Path, tmp_path: Path
 ) -> None:
-    from deepseek.data import RowLoader, TokenShards
+    from deepseek.data import RowLoader
     from deepseek.model.experts import ExpertModule
     from deepseek.train.losses import held_out_loss
 
@@ -80,6 +81,27 @@ def test_killed_twice_and_called_again_gives_the_same_pack(tiny_base: Path, text
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert run(tiny_base, text_folder, folder).read_bytes() == whole
+
+
+def test_what_stops_a_run_is_not_what_is_reported(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    run(tiny_base, text_folder, tmp_path, epochs=1)
+    documents = {}
+    for part in ("train", "validation", "held-out"):
+        shards = TokenShards(tmp_path / "run" / "corpus" / part)
+        bounds = zip(shards.offsets[:-1].tolist(), shards.offsets[1:].tolist(), strict=True)
+        documents[part] = {tuple(shards.ids_N[first:last].tolist()) for first, last in bounds}
+    assert all(documents.values())
+    assert not documents["validation"] & documents["held-out"]
+    assert not documents["train"] & (documents["validation"] | documents["held-out"])
+
+
+def test_a_base_that_cannot_gain_gets_an_expert_that_changes_nothing(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    pack = read_pack(run(tiny_base, text_folder, tmp_path, learning_rate=1e-9, epochs=1))
+    metric = pack.manifest.metrics["held-out"]
+    assert metric.after <= metric.before and not pack.manifest.helps
+    assert pack.manifest.verdict == "no better than the base"
 
 
 def test_a_finished_run_is_not_done_again(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:

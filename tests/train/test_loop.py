@@ -17,6 +17,7 @@ from deepseek.errors import TrainError
 from deepseek.train import loop
 from deepseek.train.loop import TrainResult, train
 from deepseek.train.metrics import read_metrics
+from deepseek.train.position import MAX_SPIKES_IN_A_ROW
 from deepseek.train.progress import ProgressBar
 
 STEPS = 24
@@ -165,7 +166,7 @@ def test_a_spike_is_skipped_and_a_new_level_is_learned_from(tmp_path: Path) -> N
     spike = run(tmp_path / "spike", 100, Jump({90: 1e3}))
     assert spike.position.skipped == 1
     level = run(tmp_path / "level", 100, Jump(dict.fromkeys(range(80, 100), 1e3)))
-    assert level.position.skipped == loop.MAX_SPIKES_IN_A_ROW
+    assert level.position.skipped == MAX_SPIKES_IN_A_ROW
     assert run(tmp_path / "usual", 100).position.skipped == 0
 
 

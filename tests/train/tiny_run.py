@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,22 @@ class Regression:
         return {"held_out_loss": loss}
 
 
-def config(steps: int) -> LoopConfig:
+class Overfitting(Regression):
+    """The same, scored by a sum that is learnt on the way to the one that is trained on."""
+
+    def evaluate(self) -> dict[str, float]:
+        with torch.no_grad():
+            return {"held_out_loss": float((self.parameters["3.bias"] - 0.45).abs().sum()) + 1.0}
+
+    def loss(self, batch: Tensor, step: int) -> LossOutput:
+        return LossOutput((self.net(batch)[:, 0] - 3.0).square().mean(), len(batch))
+
+
+def config(steps: int, **changes: Any) -> LoopConfig:
     return LoopConfig(
-        OptimConfig(learning_rate=0.05), steps=steps, accumulate=2, evaluate_every=7, checkpoint_every=5, seed=4
-    )
+        OptimConfig(learning_rate=0.05), steps=steps, accumulate=2,
+        **{"evaluate_every": 7, "checkpoint_every": 5, "seed": 4, **changes},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -46,13 +46,14 @@ class ExpertInfo:
     signer: str | None
     num_bytes: int
     armed: bool
+    verdict: str
 
 
 @dataclass(frozen=True)
 class _State:
     """Everything that plugging and arming change, replaced as a whole so that a reader sees all of it or nothing.
 
-    plugged: sorted by content digest. arming: names, or "auto" for all. roster: the candidates, None without any.
+    plugged: sorted by content digest. arming: names, or "auto" for all that help. roster: candidates, None without any.
     rosters: those of sequences with a choice of their own, by their names and most experts a token, made when asked.
     """
 
@@ -66,8 +67,8 @@ class _State:
         return tuple(sorted(one.manifest.name for one in self.plugged))
 
     def arms(self, name: str) -> bool:
-        """Whether the module `name` is a candidate."""
-        return self.arming == AUTO or name in self.arming
+        """Whether the module `name` is a candidate; one that was measured to help nothing must be named."""
+        return self.require(name).manifest.helps if self.arming == AUTO else name in self.arming
 
     def require(self, name: str) -> Plugged:
         """Return the module `name`; raise `PackError` if it is not plugged."""
@@ -130,6 +131,8 @@ class ExpertSet:
     ) -> ExpertInfo:
         """Check a pack and plug its module in; it takes part from the next sequence on if arming is "auto".
 
+        With "auto", a module whose papers say that it is no better than the base is plugged and not armed.
+
         Args:
             prepare: is given the module before it is plugged: for what must be done until it can speak.
 
@@ -166,7 +169,7 @@ class ExpertSet:
             self._install(rest, arming)
 
     def arm(self, names: str | Iterable[str] | None = AUTO) -> tuple[str, ...]:
-        """Choose the candidates: "auto" (every plugged module, also later ones), one name, several, or None.
+        """Choose the candidates: "auto" (every plugged module that helps, also later ones), one name, several, or None.
 
         Candidates speak at the tokens that their gates recognise. Without any, nothing of them is read. Returns the
         candidates' names; raises `PackError` if one is not plugged.
@@ -324,7 +327,7 @@ class ExpertSet:
             licence=manifest.licence, digest=manifest.digest,
             signer=manifest.signature.public_key if manifest.signature else None,
             num_bytes=sum(parameter.nbytes for parameter in one.module.parameters()),
-            armed=self._state.arms(manifest.name),
+            armed=self._state.arms(manifest.name), verdict=manifest.verdict,
         )  # fmt: skip
 
     def _live_model(self) -> Any:

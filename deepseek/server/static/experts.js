@@ -26,7 +26,9 @@ function row(info, admin) {
   toggle.setAttribute("role", "switch");
   toggle.setAttribute("aria-label", `${info.name} may speak`);
   toggle.addEventListener("change", () => (toggle.checked ? silenced.delete(info.name) : silenced.add(info.name)));
-  const about = [info.domain, `${info.layers.length} layers`, `${(info.num_bytes / 1e6).toFixed(1)} MB`, info.licence];
+  const silent = info.armed ? "" : "not armed";
+  const size = `${(info.num_bytes / 1e6).toFixed(1)} MB`;
+  const about = [info.domain, info.verdict, silent, `${info.layers.length} layers`, size, info.licence];
   return element(
     "li", {},
     element("span", { className: `dot ${colour(info.name)}` }),

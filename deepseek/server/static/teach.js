@@ -45,7 +45,10 @@ function show(lesson) {
   byId("lesson-stop").hidden = !running;
   byId("lesson-stage").textContent = `${lesson.name}: ${TITLES[lesson.state] || lesson.stage}`;
   byId("lesson-count").textContent = running && lesson.total ? `${lesson.done} of ${lesson.total}` : "";
-  byId("lesson-message").textContent = lesson.message;
+  const silent = lesson.armed ? "" : " It is plugged but not armed: name it to let it speak.";
+  byId("lesson-message").textContent = lesson.verdict
+    ? `The expert is ${lesson.verdict} on text it was not trained on.${silent}`
+    : lesson.message;
   const bar = byId("lesson-progress");
   if (running && !lesson.total) bar.removeAttribute("value");
   else [bar.max, bar.value] = running ? [lesson.total, lesson.done] : [1, lesson.state === "plugged" ? 1 : 0];

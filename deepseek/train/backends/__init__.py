@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deepseek.checkpoint import store
-from deepseek.train.optim import TrainingState, no_room_for
+from deepseek.train.optim import Weights, no_room_for
 
 B = TypeVar("B")
 
@@ -56,12 +56,12 @@ class Backend:
         """Return a parameter of which this process holds a part, complete."""
         return tensor
 
-    def save(self, folder: Path, state: TrainingState, meta: dict[str, Any]) -> None:
+    def save(self, folder: Path, state: Weights, meta: dict[str, Any]) -> None:
         """Write a checkpoint that is either whole or absent; raise `TrainError` if the disk is full."""
         with store.disk_full_explained(no_room_for(folder)):
             store.save_state(folder, state.tensors(), meta)
 
-    def load(self, folder: Path, state: TrainingState) -> dict[str, Any]:
+    def load(self, folder: Path, state: Weights) -> dict[str, Any]:
         """Restore a checkpoint, whatever the number of processes that wrote it, and return its meta."""
         tensors, meta = store.load_state(folder)
         state.restore(tensors)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint import store
 from deepseek.train.backends import Backend
-from deepseek.train.optim import TrainingState, no_room_for
+from deepseek.train.optim import TrainingState, Weights, no_room_for
 
 B = TypeVar("B")
 
@@ -91,7 +91,7 @@ class FSDP2(Backend):
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
-    def save(self, folder: Path, state: TrainingState, meta: dict[str, Any]) -> None:
+    def save(self, folder: Path, state: Weights, meta: dict[str, Any]) -> None:
         """Write one file a process into a hidden folder, then give it its name."""
         temporary = folder.with_name(f".{folder.name}.parts.tmp")
         if self.main:
@@ -107,12 +107,14 @@ class FSDP2(Backend):
                 store.seal_state(temporary, folder, meta)
         self.barrier()
 
-    def load(self, folder: Path, state: TrainingState) -> dict[str, Any]:
-        for parameter in state.parameters.values():  # moments to read into, laid out as their parameters
-            state.optimizer.state[parameter] = {
-                "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }  # fmt: skip
+    def load(self, folder: Path, state: Weights) -> dict[str, Any]:
+        if isinstance(state, TrainingState):
+            for parameter in state.parameters.values():  # moments to read into, laid out as their parameters
+                state.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
         tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
         state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
         state.restore(tensors)

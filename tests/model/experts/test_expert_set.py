@@ -16,7 +16,8 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.packs.pack import write_pack
+from deepseek.packs.manifest import Metric
+from deepseek.packs.pack import ExpertPack, write_pack
 
 
 def logits_of(model, ids, **kwargs):
@@ -348,3 +349,33 @@ def test_pack_round_trip_keeps_module_and_gates(make_module, base):
         assert torch.equal(again.moments[layer], module.moments[layer])
     assert again.settings.half_life == 7.0
     assert again.to_pack(base, "MIT", dtype=torch.float32).manifest == base_pack.manifest
+
+
+def measured(pack, after):
+    """Return the pack with a held-out loss of 2.0 before and `after` after it."""
+    manifest = pack.manifest.model_copy(update={"metrics": {"held-out": Metric(before=2.0, after=after)}})
+    return ExpertPack.seal(manifest, pack.tensors)
+
+
+@pytest.mark.parametrize("after", [2.0, 2.3])
+def test_an_expert_that_is_no_better_speaks_only_where_it_is_named(model, make_pack, ids, after):
+    before = logits_of(model, ids)
+    info = model.experts.plug(measured(make_pack(bias=0.5), after))
+    assert not info.armed
+    assert info.verdict == ("worse by 15.0 %" if after > 2.0 else "no better than the base")
+    assert torch.equal(before, logits_of(model, ids))
+    assert model.experts.choose() is None and model.experts.choose("code") is not None
+    assert model.experts.arm("code") == ("code",)
+    assert not torch.equal(before, logits_of(model, ids))
+    assert model.experts.arm("auto") == ()
+
+
+def test_a_better_or_unmeasured_expert_is_armed_by_itself(model, make_pack):
+    better = model.experts.plug(measured(make_pack("better"), 1.9))
+    unmeasured = model.experts.plug(make_pack("unmeasured", seed=1))
+    worse = model.experts.plug(measured(make_pack("worse", seed=2), 2.1))
+    assert (better.verdict, better.armed) == ("better by 5.0 %", True)
+    assert (unmeasured.verdict, unmeasured.armed) == ("not measured", True)
+    assert not worse.armed and model.experts.arm("auto") == ("better", "unmeasured")
+    chosen = model.experts.choose(deny=["better"])
+    assert chosen is not None and chosen.names == ("unmeasured",)
