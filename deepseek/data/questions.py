@@ -6,8 +6,9 @@ Nothing is invented: answers are docstrings, signatures, values, paths, commit m
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from deepseek.data.code_facts import code_facts
@@ -86,38 +87,35 @@ def _lot(document: Document, fact: Fact) -> float:
     return uniform(f"question:{document.name}:{fact.kind}:{fact.what}:{fact.argument}")
 
 
-def questions_of(document: Document, ambiguous: Collection[str] = ()) -> list[Question]:
-    """Return the questions that a document answers; the same document gives the same ones.
-
-    Names in `ambiguous` are defined in several places: questions about them say the file, and where they are is not
-    asked. A question that gives its own answer away is left out.
-    """
-    questions = []
-    for fact in facts_of(document):
-        vague = fact.what in ambiguous
-        if vague and (fact.kind == "location" or not fact.place):
-            continue
-        asked = ask(fact, precise=vague)
-        again = ask(fact, reserved=True, precise=vague)
-        if not is_right(asked, fact.check) and not is_right(again, fact.check):
-            questions.append(Question(asked, again, fact.answer, fact.kind, fact.check, document.name))
-    return questions
+def questions_of(document: Document) -> list[Question]:
+    """Return the questions that a document answers; the same document gives the same ones."""
+    return all_questions([document])
 
 
 def all_questions(documents: Iterable[Document]) -> list[Question]:
-    """Return the questions of several documents, those that two of them would answer differently made precise."""
-    known = list(documents)
-    places = Counter(fact.what for document in known for fact in _placed(document))
-    ambiguous = {what for what, count in places.items() if count > 1}
-    return [question for document in known for question in questions_of(document, ambiguous)]
+    """Return the questions that documents answer, in their order.
+
+    Questions about a name that several places define say the file, and where it is is not asked. A question that gives
+    its own answer away is left out.
+    """
+    stated = {document.name: facts_of(document) for document in documents}
+    places = Counter(what for facts in stated.values() for what in {fact.what for fact in facts})
+    return list(
+        chain.from_iterable(
+            questions_about([fact for fact in facts if fact.place or places[fact.what] == 1], name, places)
+            for name, facts in stated.items()
+        )
+    )
 
 
-def _placed(document: Document) -> Iterator[Fact]:
-    """Yield one fact for each thing that a document is about."""
-    seen: dict[str, Fact] = {}
-    for fact in facts_of(document):
-        seen.setdefault(fact.what, fact)
-    yield from seen.values()
+def questions_about(facts: Iterable[Fact], source: str, places: Mapping[str, int]) -> Iterator[Question]:
+    """Yield a question for each fact of one document; those about what is in several `places` say in which."""
+    for fact in facts:
+        vague = places[fact.what] > 1
+        asked = ask(fact, precise=vague)
+        again = ask(fact, reserved=True, precise=vague)
+        if not is_right(asked, fact.check) and not is_right(again, fact.check):
+            yield Question(asked, again, fact.answer, fact.kind, fact.check, source)
 
 
 def conversations(questions: Sequence[Question], turns: int = TURNS) -> Iterator[Document]:

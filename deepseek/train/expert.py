@@ -35,6 +35,7 @@ from deepseek.train.losses import autocast, mean_loss
 from deepseek.train.metrics import peak_memory
 from deepseek.train.progress import ProgressBar
 from deepseek.train.public import public_statistics
+from deepseek.train.question_mix import QUESTIONS
 from deepseek.train.replay import Replay
 from deepseek.train.runs import run_once
 from deepseek.train.text_run import Plan, Speed, TextRequest, TextRun, Texts, make_plan, timed
@@ -308,6 +309,7 @@ def train_expert(
     batch_rows: int | None = None,
     learning_rate: float | None = None,
     held_out_tokens: int = 8192,
+    questions: float | None = None,
     licence: str = "LicenseRef-Unknown",
     domain: str = "",
     seed: int = 0,
@@ -328,7 +330,9 @@ def train_expert(
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
-    source = Source.at(from_git, from_folder, from_jsonl, from_parquet, held_out=held_out, by=split, seed=seed)
+    paths = from_git, from_folder, from_jsonl, from_parquet
+    share = QUESTIONS if questions is None else questions
+    source = Source.at(*paths, held_out=held_out, by=split, seed=seed, questions=share)
     recipe = _recipe(base, layers)
     request = ExpertRequest(
         base=base, name=name, source=source, layers=layers,
