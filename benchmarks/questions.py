@@ -8,6 +8,8 @@ was trained on, the question was not) and `held out` (neither; no weights can kn
 another run of the same source, for an expert that was trained without any. A right answer states all of the question's
 check (`deepseek.data.facts.is_right`); answers are greedy, 64 tokens at most.
 
+Twenty everyday questions are asked as well: `replies_changed` counts those that an arm answers unlike the first.
+
 `expert` is armed and speaks where its gate fires, `always` at every token. `retrieval` puts passages of the training
 documents before the question for the base, `both` for the armed expert; they are left out where `deepseek.retrieval` is
 missing.
@@ -19,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from results import save, write
@@ -41,6 +44,30 @@ ARMS = ("base", "expert", "always", "retrieval", "both")
 MAX_TOKENS = 64
 PASSAGES = 3
 PASSAGE_TOKENS = 700
+
+EVERYDAY = (
+    "What is the capital of France?",
+    "How long should I boil an egg?",
+    "Write a short poem about the sea.",
+    "Why is the sky blue?",
+    "Give me three tips for a job interview.",
+    "What is the difference between weather and climate?",
+    "Recommend a book about the history of Rome.",
+    "How do I get rid of a headache?",
+    "Translate 'good morning' into Spanish.",
+    "What can I cook with rice and tomatoes?",
+    "Explain photosynthesis to a child.",
+    "Who wrote Romeo and Juliet?",
+    "How many legs does a spider have?",
+    "Plan a weekend in Berlin for me.",
+    "What should I give my sister for her birthday?",
+    "How does a bicycle stay upright?",
+    "Was ist der Unterschied zwischen Tee und Kaffee?",
+    "¿Cuál es el río más largo de América del Sur?",
+    "Quels sont les ingrédients d'une ratatouille ?",
+    "Tell me a joke about cats.",
+)
+"""Questions that no source here answers; what an expert changes in these replies is harm."""
 
 Retriever = Callable[[str], str]
 """Returns the prompt of a question: passages and the question itself."""
@@ -69,13 +96,18 @@ def main() -> None:
     sets = question_sets(options.questions or options.run / "corpus" / "questions.jsonl", options.each)
     arms = options.arms.split(",")
     retriever = training_retriever(options.run) if {"retrieval", "both"} & {*arms} else None
-    figures: dict[str, dict[str, object]] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    sets["everyday"] = [Question(text, text, "", "everyday", (), "") for text in EVERYDAY]
+    replies: list[str] = []
     with start_engine(options.base, max_waiting=10_000) as engine:
         for arm in arms:
             if arm in ("retrieval", "both") and retriever is None:
                 continue
             found = answers_of(engine, sets, options.pack, arm, retriever)
             figures[arm] = {name: summary(sets[name], answers) for name, answers in found.items()}
+            everyday = [answer.text for answer in found["everyday"]]
+            replies = replies or everyday  # the first arm's, which should be the base
+            figures[arm]["replies_changed"] = sum(map(str.__ne__, everyday, replies))
             print(arm, json.dumps(figures[arm], ensure_ascii=False), flush=True)
     result = json.loads((options.run / "result.json").read_text())
     held_out = {"held_out_before": round(result["before"], 4), "held_out_after": round(result["after"], 4)}
@@ -128,7 +160,7 @@ def ask(engine: Engine, questions: Sequence[Question], retriever: Retriever | No
     answers = []
     for question, generation in zip(questions, running, strict=True):
         text = "".join(event.text for event in generation)
-        usage = generation.usage()
+        usage = generation.usage
         own = sum(count for name, count in usage.experts.items() if name is not None)
         answers.append(Answer(text, is_right(text, question.check), usage.completion_tokens, own))
     return answers

@@ -41,8 +41,8 @@ def code_facts(document: Document) -> Iterator[Fact]:
         yield from comment_facts(document.text, place)
         return
     overview = ast.get_docstring(tree)
-    if overview and shortened(overview.split("\n\n")[0]):
-        paragraph = overview.split("\n\n")[0]
+    paragraph = opening(overview or "")
+    if shortened(paragraph):
         yield Fact("module", f"`{place}`", shortened(paragraph), (first_sentence(paragraph),))
     yield from constant_facts(tree, place)
     for definition in definitions(tree):
@@ -74,7 +74,7 @@ def definition_facts(definition: Definition, place: str) -> Iterator[Fact]:
     node = definition.node
     what = f"`{definition.name}`"
     docstring = ast.get_docstring(node) or ""
-    paragraph = docstring.split("\n\n")[0]
+    paragraph = opening(docstring)
     if shortened(paragraph):
         yield Fact("purpose", what, shortened(paragraph), (first_sentence(paragraph),), place)
     if "." not in definition.name:  # a method is where its class is
@@ -192,6 +192,14 @@ def listed(names: Sequence[str]) -> str:
     """Return names as a person lists them."""
     quoted = [f"`{name}`" for name in names]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+
+
+OPENING_END = re.compile(r"\n\s*\n|\n\s*(?:[A-Z][a-z]+:\s*(?:\n|$)|:\w+|>>>|[-*] )")
+
+
+def opening(docstring: str) -> str:
+    """Return the first paragraph of a docstring, which ends at a blank line, section, list or example."""
+    return OPENING_END.split(docstring, maxsplit=1)[0]
 
 
 SECTION = re.compile(r"^\s*(?:Args|Arguments|Parameters|Attributes|Fields):\s*$")

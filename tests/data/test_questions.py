@@ -39,7 +39,10 @@ class Stack(Base):
         raise EmptyError("empty")
 
 def push(item, where="top"):
-    """Put `item` on it."""
+    """Put `item` on it.
+    Args:
+        where: which end.
+    """
 '''
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -67,6 +70,7 @@ def test_what_python_states_is_asked_for() -> None:
     assert "counted from the top." in {q.answer for q in found["argument"]}
     assert {q.check for q in found["location"]} == {("src/stack.py",)}
     assert {q.answer for q in found["constant"]} == {"`LIMIT` is `1000`."}
+    assert "Put `item` on it." in purposes and "which end." in {q.answer for q in found["argument"]}
     assert found["module"][0].answer == "Stacks. More than one."
     assert "`push(item, where='top')`" in {q.answer for q in found["signature"]}
 
