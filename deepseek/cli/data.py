@@ -1,4 +1,4 @@
-"""`deepseek data`: training text made from code, and problems made from nothing."""
+"""`deepseek data`: training text made from code, questions about a source, and problems made from nothing."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +9,7 @@ import typer
 app = typer.Typer(add_completion=False, help="Make training text, as JSONL for --from-jsonl.")
 
 Out = Annotated[Path, typer.Argument(help="JSONL file to write.")]
+Source = Annotated[Path | None, typer.Option(rich_help_panel="Text (at least one)")]
 
 
 @app.command()
@@ -22,6 +23,33 @@ def code(folder: Annotated[Path, typer.Argument(help="Python files.")], out: Out
     if not functions:
         raise DataError(f"{folder} holds no documented Python functions; give other code, or train on it as it is.")
     _write(out, ({"text": function.text} for function in functions))
+
+
+@app.command()
+def questions(
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    from_git: Source = None,
+    from_folder: Source = None,
+    from_jsonl: Source = None,
+    from_parquet: Source = None,
+) -> None:
+    """Questions that a source answers in its own words, each with what a right answer states."""
+    from deepseek.data import clean
+    from deepseek.data.filters import Skipped
+    from deepseek.data.questions import all_questions
+    from deepseek.errors import DataError
+    from deepseek.train.corpus import Source as TextSource
+    from deepseek.train.corpus import read_source
+
+    source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
+    skipped = Skipped()
+    documents, _ = clean(read_source(source, skipped), skipped)
+    asked = all_questions(documents)
+    if not asked:
+        raise DataError(
+            f"Nothing is documented in {len(documents)} documents; give code with docstrings or texts with headings."
+        )
+    _write(out, (question.record() for question in asked))
 
 
 @app.command()

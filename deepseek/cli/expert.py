@@ -34,6 +34,9 @@ def train(
         typer.Option(help="How to hold text out; time: train on the past, test on what came later."),
     ] = "file",
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the text to hold out.")] = 0.1,
+    questions: Annotated[
+        float | None, typer.Option(min=0, max=0.9, help="Share of questions about the text, made from it; 0: none.")
+    ] = None,
     licence: Annotated[str, typer.Option(help="SPDX expression for the pack.")] = "LicenseRef-Unknown",
     domain: Annotated[str, typer.Option(help="What the expert knows, in a few words.")] = "",
     seed: Annotated[int, typer.Option(help="Of initial values, order and split.")] = 0,

@@ -23,7 +23,8 @@ from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.registry import nearest
 from deepseek.train.corpus import Source
-from deepseek.train.expert import ExpertTask, TextPath, train_expert
+from deepseek.train.expert import TextPath, train_expert
+from deepseek.train.expert_task import ExpertTask
 from deepseek.train.language import LanguageTask
 from deepseek.train.loop import Task
 from deepseek.train.losses import autocast, run_below

@@ -23,6 +23,7 @@ from deepseek.data.filters import Skipped
 from deepseek.data.git import find_commit, open_repository, read_git_by_time
 from deepseek.data.halves import halve
 from deepseek.errors import DataError
+from deepseek.train.question_mix import mix_questions
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Source:
         held_out: share of the documents that is never trained on.
         by: how they are chosen: "file", "directory" or "time" (train on the past, test on what came later).
         seed: of that choice.
+        questions: share of the training tokens that are questions about the training documents; 0: none.
     """
 
     git: Path | None = None
@@ -43,12 +45,15 @@ class Source:
     held_out: float = 0.1
     by: Rule = "file"
     seed: int = 0
+    questions: float = 0.0
 
     @classmethod
-    def at(cls, *paths: str | Path | None, held_out: float, by: Rule = "file", seed: int) -> "Source":
+    def at(
+        cls, *paths: str | Path | None, held_out: float, by: Rule = "file", seed: int, questions: float = 0.0
+    ) -> "Source":
         """Return the source of the four `paths`, in the order of the fields, wherever a later call is made from."""
         git, folder, jsonl, parquet = (Path(path).expanduser().resolve() if path else None for path in paths)
-        return cls(git, folder, jsonl, parquet, held_out, by, seed)
+        return cls(git, folder, jsonl, parquet, held_out, by, seed, questions)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ def build_corpus(
         else:
             documents, report = clean(read_source(source, skipped), skipped, progress)
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
+        train = mix_questions(train, held_out, tokenizer, source.questions, folder / "questions.jsonl")
         TokenShards.build(order(train), tokenizer, folder / "train", progress=progress)
         if validation:
             chosen, held_out = halve(held_out, source.by, source.seed)

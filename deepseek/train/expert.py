@@ -6,7 +6,6 @@ Each stage is kept in the run folder once it is done.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_json, write_json
@@ -22,82 +20,27 @@ from deepseek.data import Batch, RowLoader
 from deepseek.data.document import Rule
 from deepseek.data.encode import CONTEXT_BIT
 from deepseek.errors import DataError, PackError
-from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
 from deepseek.model.experts import ExpertModule
 from deepseek.model.pretrained import read_config
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.manifest import HELD_OUT, Metric, explain
 from deepseek.packs.pack import ExpertPack, write_pack
+from deepseek.text.tokenizer import encode_plain
 from deepseek.train.background import background
 from deepseek.train.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.corpus import Corpus, Source
+from deepseek.train.expert_task import ExpertTask
 from deepseek.train.layers import parse_layers
-from deepseek.train.loop import LossOutput
-from deepseek.train.losses import autocast, mean_loss
 from deepseek.train.metrics import peak_memory
 from deepseek.train.outcome import Outcome
 from deepseek.train.plan import Amount, Plan, Rows, Speed, make_plan, timed
 from deepseek.train.progress import ProgressBar
 from deepseek.train.public import public_statistics
+from deepseek.train.question_mix import QUESTIONS, asked_about
 from deepseek.train.replay import Replay
 from deepseek.train.runs import run_once
 from deepseek.train.text_run import TextRequest, TextRun, Texts
-from deepseek.train.trunk import Stream, run_above, run_trunk
-
-
-class ExpertTask:
-    """The module forced on at every token; everything else of the model frozen.
-
-    Attributes:
-        parameters: those of the module.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        module: ExpertModule,
-        head: CandidateHead,
-        *,
-        stream: Stream,
-        held_out: Sequence[Batch],
-        held_out_stream: Stream,
-        replay: Replay | None = None,
-    ) -> None:
-        """Train `module` on what `stream` gives and some `replay`, scored by `head`; `held_out` is scored exactly."""
-        self.model, self.module, self.head, self.stream, self.replay = model, module, head, stream, replay
-        self.held_out, self.held_out_stream = held_out, held_out_stream
-        self.layer = module.layers[0]
-        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
-
-    def loss(self, batch: Batch, step: int) -> LossOutput:
-        """Return the loss of one batch of packed rows and of the step's replay; `tokens` counts the batch's own."""
-        parts = [(batch, self.stream(batch))]
-        if self.replay is not None:
-            parts.append(self.replay.at(step))
-        hidden_ND = torch.cat([self.hidden(rows, stream_BTD).flatten(0, 1) for rows, stream_BTD in parts])
-        labels_N = torch.cat([rows.labels.flatten() for rows, _ in parts])
-        return LossOutput(self.head.loss(hidden_ND, labels_N, step), int((batch.labels != IGNORED_LABEL).sum()))
-
-    def evaluate(self) -> dict[str, float]:
-        """Return the exact loss on held-out rows with the module on."""
-        return {"held_out_loss": self.loss_on(self.held_out, self.held_out_stream)}
-
-    def loss_on(self, batches: Sequence[Batch], stream: Stream) -> float:
-        """Return the exact mean loss on batches with the module on."""
-        parts = ((self.score(rows, stream(rows)), rows.labels.flatten()) for rows in batches)
-        return mean_loss(parts).loss
-
-    @torch.no_grad()
-    def score(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
-        """Return the exact loss `[N]` of every token of a batch, 0 where ignored."""
-        hidden_ND = self.hidden(batch, stream_BTD).flatten(0, 1)
-        return token_losses(hidden_ND, self.model.lm_head.weight, batch.labels.flatten())
-
-    def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
-        """Return the normed last hidden states `[B, T, D]` with the module forced on."""
-        with self.model.experts.forced(self.module), autocast(self.model.device):
-            return run_above(self.model, self.layer, batch, stream_BTD.to(self.model.device, self.model.dtype))
-
+from deepseek.train.trunk import Stream, run_trunk
 
 CALIBRATION_TOKENS = 40_000
 """Of the expert's own text, for its gates."""
@@ -263,6 +206,8 @@ class ExpertRun(TextRun):
         public = public_statistics(self.model, self.tokenizer, self.module.layers, progress=self.progress)
         words = background(self.model, self.tokenizer, self.progress)
         own_ids_N = torch.from_numpy(texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
+        questions = encode_plain(self.tokenizer, asked_about(self.folder / "corpus" / "questions.jsonl"))
+        asked_N = torch.tensor([token for ids in questions for token in ids], dtype=torch.long)
         unseen = texts.validation.first(UNSEEN_TOKENS // texts.validation.length).batches()
         if texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS:  # then all that is held out checks the gates
             unseen += texts.held_out.batches()
@@ -278,7 +223,7 @@ class ExpertRun(TextRun):
             public,
             streams=(train, computed),
             words=words,
-            own_kinds=[own_ids_N],
+            own_kinds=[own_ids_N, asked_N],
         )
 
     def streams(self, texts: Texts) -> tuple[Stream, Stream]:
@@ -366,6 +311,7 @@ def train_expert(
     batch_rows: int | None = None,
     learning_rate: float | None = None,
     held_out_tokens: int = 8192,
+    questions: float | None = None,
     licence: str = "LicenseRef-Unknown",
     domain: str = "",
     seed: int = 0,
@@ -386,7 +332,9 @@ def train_expert(
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
-    source = Source.at(from_git, from_folder, from_jsonl, from_parquet, held_out=held_out, by=split, seed=seed)
+    paths = from_git, from_folder, from_jsonl, from_parquet
+    share = QUESTIONS if questions is None else questions
+    source = Source.at(*paths, held_out=held_out, by=split, seed=seed, questions=share)
     num_layers = read_config(resolve(base))["num_hidden_layers"]
     recipe = _recipe(parse_layers(layers, num_layers)[0])
     request = ExpertRequest(

@@ -1,0 +1,112 @@
+"""Questions about the training documents as further documents, so that an expert answers in a chat what it has read.
+
+Made after the split: training documents give what is trained on, held-out ones only what is asked afterwards.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.checkpoint.store import atomic_write
+from deepseek.data import Document, EncodeOptions
+from deepseek.data.document import uniform
+from deepseek.data.encode import DocumentEncoder
+from deepseek.data.questions import Question, all_questions, conversations
+from deepseek.errors import DataError
+
+QUESTIONS = 0.0
+"""Default share of an expert's training tokens: none. At a fifth an expert learns the form of the answers and not what
+they say, and its gate fires on every conversation (LOG.md, 2026-11-26)."""
+
+SAMPLE = 1 << 20
+"""Characters by which the tokens of all documents are estimated."""
+
+
+@dataclass(frozen=True)
+class QuestionMix:
+    """What is trained on, and which questions are part of it.
+
+    Attributes:
+        documents: each training document, followed by conversations about it.
+        asked, unasked: questions about them that fit into the share, and the others.
+    """
+
+    documents: list[Document]
+    asked: list[Question]
+    unasked: list[Question]
+
+
+def mix_questions(
+    train: list[Document], held_out: Sequence[Document], tokenizer: PreTrainedTokenizerFast, share: float, notes: Path
+) -> list[Document]:
+    """Return the training documents with questions, and write to `notes` all questions and what became of them.
+
+    Without a share, or a chat template to ask in, the documents stay as they are.
+    """
+    if share == 0 or tokenizer.chat_template is None:
+        mix = QuestionMix(train, [], all_questions(train))
+    else:
+        mix = with_questions(train, tokenizer, share)
+    sets = {"asked": mix.asked, "unasked": mix.unasked, "held out": all_questions(held_out)}
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(notes) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for name, questions in sets.items():
+            for question in questions:
+                file.write(json.dumps({"set": name, **question.record()}, ensure_ascii=False) + "\n")
+    return mix.documents
+
+
+def asked_about(notes: Path) -> list[str]:
+    """Return the questions about training documents that `mix_questions` wrote to `notes`; none if it did not."""
+    if not notes.is_file():
+        return []
+    records = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
+    return [record["messages"][0]["content"] for record in records if record["set"] != "held out"]
+
+
+def with_questions(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, share: float) -> QuestionMix:
+    """Return the documents with as many conversations about them as make up `share` of all tokens, drawn by hash.
+
+    Raises `DataError` for a share outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise DataError(f"The share of questions must be at least 0 and below 1; it is {share}.")
+    encoder = DocumentEncoder(tokenizer, EncodeOptions())
+    budget = share / (1 - share) * estimated_tokens(documents, encoder)
+    questions = all_questions(documents)
+    shuffled = sorted(questions, key=lambda question: (question.source, uniform(f"mix:{question.question}")))
+    about = {question.question: question for question in questions}
+    talks: dict[str, list[Document]] = defaultdict(list)
+    asked: set[str] = set()
+    for talk in sorted(conversations(shuffled), key=lambda talk: uniform(f"mix:{talk.name}")):
+        messages = talk.messages()
+        budget -= len(encoder.messages(talk))
+        if budget < 0:
+            break
+        asked |= {message["content"] for message in messages[::2]}
+        talks[about[messages[0]["content"]].source].append(talk)
+    mixed = []
+    for document in documents:
+        mixed += [document, *talks[document.name]]
+    return QuestionMix(
+        mixed,
+        [question for question in questions if question.question in asked],
+        [question for question in questions if question.question not in asked],
+    )
+
+
+def estimated_tokens(documents: Iterable[Document], encoder: DocumentEncoder) -> float:
+    """Return about how many tokens documents have, from those of some of them."""
+    drawn = sorted(documents, key=lambda document: uniform(f"sample:{document.name}"))
+    sample: list[Document] = []
+    for document in drawn:
+        if sum(len(one.text) for one in sample) > SAMPLE:
+            break
+        sample.append(document)
+    tokens = sum(len(ids) for ids in encoder.encode(sample))
+    characters = sum(len(document.text) for document in sample)
+    return tokens * sum(len(document.text) for document in drawn) / max(1, characters)
