@@ -33,8 +33,8 @@ class Dials:
         reply_tokens: that a model may write for one line.
     """
 
-    text_tokens: int = 384
-    retrieved_tokens: int = 512
+    text_tokens: int = 256
+    retrieved_tokens: int = 384
     passages: int = 4
     reply_tokens: int = 64
 
