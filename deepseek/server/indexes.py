@@ -28,11 +28,13 @@ class Indexes:
         """Return the index of an expert, None if there is none; raise `DataError` if it is damaged."""
         folder = index_folder(name, self._folder)
         with self._lock:
+            if folder not in self._folder.glob("*.index"):  # a listing, so that no name becomes a path
+                self._stored.pop(name, None)
+                return None
             try:
                 changed = (folder / "meta.json").stat().st_mtime_ns
             except OSError:
-                self._stored.pop(name, None)
-                return None
+                changed = 0
             stored = self._stored.get(name)
             if stored is None or stored.changed != changed:
                 stored = self._stored[name] = Stored(Index.load(folder), changed)
