@@ -104,14 +104,14 @@ class Against:
     """
 
     def __init__(self, name: str, count: int = 200, seed: int = 0, dials: Dials | None = None) -> None:
-        self.name, self.run, self.dials, self.seed = name, find_run(name), dials or Dials(), seed
+        self.run, self.dials, self.seed = find_run(name), dials or Dials(), seed
         self.folder = self.run / "against"
         if not (self.run / "result.json").is_file():
             raise DataError(f"The run {name!r} is not finished; let `deepseek expert train` end first.")
         self.request, self.record = read_json(self.run / "request.json"), read_json(self.run / "result.json")
         if "pack" not in self.record:
             raise DataError(f"The run {name!r} made no expert; name one that `deepseek expert train` made.")
-        self.base = str(self.request["base"])
+        self.name, self.base = str(self.request["name"]), str(self.request["base"])
         self.tokenizer = load_tokenizer(resolve(self.base))
         self.held_out = TokenShards(self.run / "corpus" / "held-out")
         documents = list(decode_documents(self.held_out, self.tokenizer))

@@ -21,11 +21,14 @@ def index_expert(name: str) -> Path:
     Raises `DataError` if there is no such run, or no text in it.
     """
     run = find_run(name)
-    request = run / "request.json"
-    if not request.is_file():
+    path = run / "request.json"
+    if not path.is_file():
         raise DataError(f"The run {run} has not read its text yet; let `deepseek expert train` go on first.")
-    expert_index(name, run, load_tokenizer(resolve(read_json(request)["base"])))
-    return index_folder(name)
+    request = read_json(path)
+    if "name" not in request:
+        raise DataError(f"The run {run} trains no expert; name one that `deepseek expert train` trains.")
+    expert_index(request["name"], run, load_tokenizer(resolve(request["base"])))
+    return index_folder(request["name"])
 
 
 def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> Index:

@@ -112,6 +112,8 @@ def test_runs_that_made_no_expert_are_refused(trained: Path) -> None:
     (run / "result.json").write_text('{"stage": "adapt"}')
     with pytest.raises(DataError, match="made no expert"):
         Against("half")
+    with pytest.raises(DataError, match="trains no expert"):
+        expert_index.index_expert("half")
 
 
 def test_rows_come_in_the_order_of_the_table() -> None:
