@@ -2,10 +2,10 @@
 
     python benchmarks/against.py folder:~/src/click git:. [--against rag,lora,full] [--tokens 40000] [--cases 200]
 
-A source is `folder:PATH`, `git:PATH` (the last tenth of the commits is held out) or `jsonl:PATH`; its expert is
-trained where it is not there yet, under the name of the path's last part, and everything resumes. Text is sized by
-tokens, so that another machine learns the same; LoRA and full fine-tuning take as long as the expert did. `pooled` has
-the cases of all sources together.
+A source is `folder:PATH`, `git:PATH` (the last tenth of the commits is held out) or `jsonl:PATH`, with `NAME=` before
+it for another name than the path's last part; its expert is trained where it is not there yet, and everything resumes.
+Text is sized by tokens, so that another machine learns the same; LoRA and full fine-tuning take as long as the expert
+did. `pooled` has the cases of all sources together.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from deepseek.evaluate.verdict import compared, draw, verdicts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", metavar="KIND:PATH")
+    parser.add_argument("sources", nargs="+", metavar="[NAME=]KIND:PATH")
     parser.add_argument("--against", default="rag,lora,full")
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--layers", default="last:3")
@@ -45,9 +45,10 @@ def main() -> None:
 
 def one_source(source: str, options: argparse.Namespace) -> Result:
     """Train the expert of a source unless it is there, and compare it with its rivals."""
-    kind, place = source.split(":", 1)
+    title, _, described_text = source.rpartition("=")
+    kind, place = described_text.split(":", 1)
     path = Path(place).expanduser().resolve()
-    name = source_name(path)
+    name = title or source_name(path)
     text: dict[str, Any] = {f"from_{kind}": path, "split": "time" if kind == "git" else "file"}
     deepseek.train_expert(name=name, layers=options.layers, tokens=options.tokens, **text)
     result = Against(name, options.cases).compare(options.against.split(","))
