@@ -19,6 +19,7 @@ FLOORS = {
     "data": 3,
     "planning": 3,
     "infer": 4,
+    "retrieval": 4,
     "train": 5,
     "evaluate": 6,
     "server": 6,

@@ -1,4 +1,4 @@
-"""`deepseek eval`: compare held-out loss before and after plugging experts."""
+"""`deepseek eval`: compare held-out loss before and after plugging experts, or an expert with its rivals."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +19,22 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of each text to evaluate on.")] = 8192,
     human_eval: Annotated[int, typer.Option(min=0, max=164, help="Problems of HumanEval to answer and run.")] = 0,
+    against: Annotated[
+        str, typer.Option(help="Compare one expert with: rag (retrieval), lora, full; separated by commas.")
+    ] = "",
+    cases: Annotated[int, typer.Option(min=1, help="With --against: lines of held-out text to write.")] = 200,
 ) -> None:
     """Print the loss of the base and of the plugged set: on each expert's own held-out text, on that of other trained
-    experts, on public prose and code, and on text of yours. Code that the model writes runs in a sandboxed process."""
+    experts, on public prose and code, and on text of yours. Code that the model writes runs in a sandboxed process.
+
+    With --against: how well the base, retrieval, the expert, both, LoRA and full fine-tuning write lines of the text
+    that the expert's run held out, the last two trained as long as the expert. The same command goes on where it was.
+    """
+    if against:
+        from deepseek.cli.against import print_against
+
+        print_against(experts, against, cases)
+        return
     from rich.console import Console
 
     from deepseek.cli.table import comparison_table

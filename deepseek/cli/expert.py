@@ -72,6 +72,16 @@ def train_all(
         raise TrainError(f"Of the experts {', '.join(failed)} failed; mend them and run the same command.")
 
 
+@app.command()
+def index(name: Annotated[str, typer.Argument(help="Name of a trained expert.")]) -> None:
+    """Build the retrieval index of the text that an expert was trained on, beside its pack, for `retrieve` in requests.
+
+    What the run held out is never in it."""
+    from deepseek.train.expert_index import index_expert
+
+    print(index_expert(name))
+
+
 @app.command("list")
 def list_experts() -> None:
     """List the trained experts of this user."""

@@ -81,7 +81,8 @@ class ActiveSequence:
         self.cancelled = False
         self.finish_reason: FinishReason | None = None
         self.deliver: Callable[[TokenEvent], None] = lambda _: None
-        self.prompt_logprobs: list[TokenLogprob | None] = [None] if request.prompt_logprobs else []
+        unscored = request.scored_from if request.prompt_logprobs else 0
+        self.prompt_logprobs: list[TokenLogprob | None] = [None] * unscored
         self.cached_tokens, self._spoken = 0, Counter[str | None]()
         self._sampler = Sampler(request.sampling, request.prompt_ids)
         self._text = TextStream(vocabulary.tokenizer, request.stop)
@@ -98,7 +99,7 @@ class ActiveSequence:
     @property
     def reusable(self) -> Sequence[bytes]:
         """Keys of the blocks that need not be computed: not the last token, whose logits are wanted."""
-        wanted = 1 if self.request.prompt_logprobs else len(self.request.prompt_ids)
+        wanted = self.request.scored_from if self.request.prompt_logprobs else len(self.request.prompt_ids)
         return self.keys[: (wanted - 1) // self.block]
 
     @property
@@ -119,7 +120,9 @@ class ActiveSequence:
             return Chunk(self.state, ids, len(ids))
         prompt, start = self.request.prompt_ids, self.state.length
         stop = min(len(prompt), (start // self.block + 1) * self.block)
-        keep = stop - start if self.request.prompt_logprobs else int(stop == len(prompt))
+        keep = int(stop == len(prompt))
+        if self.request.prompt_logprobs:
+            keep = max(keep, min(stop - start, stop - self.request.scored_from + 1))
         return Chunk(self.state, prompt[start:stop], keep)
 
     def advance(self, logits_RV: Logits, experts: Sequence[str | None]) -> list[TokenEvent]:

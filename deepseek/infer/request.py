@@ -68,10 +68,11 @@ class Request:
         logprobs: how many of the likeliest tokens to tell at each place (0: only the chosen one's log probability);
             None tells nothing.
         prompt_logprobs: tell the same of each prompt token.
+        scored_from: first prompt token of which it is told; what comes before may come out of the prefix cache.
         grammar: what the text must look like; None leaves it free.
 
     Raises:
-        ConfigError: the prompt is empty, `logprobs` is out of range, or a stop text is empty.
+        ConfigError: the prompt is empty, `logprobs` or `scored_from` is out of range, or a stop text is empty.
     """
 
     prompt_ids: tuple[int, ...]
@@ -83,6 +84,7 @@ class Request:
     ignore_end: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    scored_from: int = 1
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class Request:
             raise ConfigError("The prompt has 0 tokens, but at least 1 is needed; give some text.")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise ConfigError(f"logprobs={self.logprobs} is out of range; it must be between 0 and {MAX_LOGPROBS}.")
+        if not 1 <= self.scored_from <= len(self.prompt_ids):
+            raise ConfigError(f"scored_from={self.scored_from} is no place after the first prompt token.")
         if not all(self.stop):
             raise ConfigError("A stop text is empty; leave it out.")
 

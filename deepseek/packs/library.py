@@ -14,6 +14,11 @@ def experts_folder() -> Path:
     return home() / "experts"
 
 
+def index_folder(name: str, folder: Path | None = None) -> Path:
+    """Return where the retrieval index of an expert lies: beside its pack, in `folder` or that of trained experts."""
+    return (folder or experts_folder()) / f"{name}.index"
+
+
 def installed() -> dict[str, Path]:
     """Return the trained experts, name to file, sorted by name."""
     return {path.stem: path for path in sorted(experts_folder().glob(f"*{SUFFIX}"))}

@@ -8,9 +8,11 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from deepseek.infer.request import Request, TokenEvent, TokenLogprob
+from deepseek.retrieval.passages import Passage
 from deepseek.server.errors import ApiError
 from deepseek.server.replies import ChatReply, described
 from deepseek.server.reply import Chunks, Fields, Reply, chat_logprobs
+from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import ChatRequest
 from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
 from deepseek.server.tools import Calling
@@ -24,19 +26,28 @@ async def chat(body: ChatRequest, service: TheService) -> Response:
     calling = Calling.of(body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-    job = await service.start(lambda: plan(service, body, calling), body.n or 1)
+    found: list[Passage] = []
+    job = await service.start(lambda: plan(service, body, calling, found), body.n or 1)
     told = ChatChunks(service, body, job, calling)
+    told.retrieved = described_passages(found) if body.retrieve else None
     return Reply(told.chunks(), job=job, fold=None if body.stream else told.fold)
 
 
-def plan(service: Service, body: ChatRequest, calling: Calling) -> list[Request]:
-    """Return the engine's requests, one for each choice."""
+def plan(service: Service, body: ChatRequest, calling: Calling, found: list[Passage]) -> list[Request]:
+    """Return the engine's requests, one for each choice; passages put into the prompt are appended to `found`."""
     schema = calling.schema()
     if schema is None and body.response_format is not None:
         schema = wanted_schema(body.response_format.type, body.response_format.json_schema)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    ids, limit = service.writer.chat(body.messages, calling), body.max_completion_tokens or body.max_tokens
-    user_ids = service.writer.user_ids(body.messages)
+    limit = body.max_completion_tokens or body.max_tokens
+    ids = service.writer.chat(body.messages, calling)
+    retrieval = Retrieval.of(service, body)
+    if retrieval is not None:
+        room = service.writer.context - len(ids) - (limit or service.settings.answer_tokens)
+        messages, passages = retrieval.in_chat(body.messages, service, room)
+        found += passages
+        ids = service.writer.chat(messages, calling)
+    user_ids = service.writer.user_ids(body.messages)  # not the passages
     return [
         ask(service, body, ids, limit, choice=choice, schema=schema, logprobs=logprobs, user_ids=user_ids)
         for choice in range(body.n or 1)

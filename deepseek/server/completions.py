@@ -7,9 +7,11 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from deepseek.infer.request import Request, TokenEvent, TokenLogprob
+from deepseek.retrieval.passages import Passage
 from deepseek.server.errors import ApiError
 from deepseek.server.replies import CompletionReply, described
 from deepseek.server.reply import Chunks, Fields, Reply, finite
+from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
 from deepseek.server.service import Job, Service, TheService, ask
 
@@ -27,8 +29,14 @@ async def completions(body: CompletionRequest, service: TheService) -> Response:
     """Continue one or several texts, at once or as server-sent events."""
     if len(prompts(body)) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"Prompts times n is more than {MAX_CHOICES}; send fewer at once.", param="n")
-    job = await service.start(lambda: plan(service, body), body.n or 1)
+    if body.retrieve and body.echo:
+        raise ApiError(
+            400, "echo repeats the prompt as it was sent, which retrieve changes; leave one out.", param="echo"
+        )
+    found: list[Passage] = []
+    job = await service.start(lambda: plan(service, body, found), body.n or 1)
     told = CompletionChunks(service, body, job)
+    told.retrieved = described_passages(found) if body.retrieve else None
     return Reply(told.chunks(), job=job, fold=None if body.stream else told.fold)
 
 
@@ -38,15 +46,25 @@ def prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
     return [body.prompt] if one else body.prompt  # type: ignore[list-item,return-value]
 
 
-def plan(service: Service, body: CompletionRequest) -> list[Request]:
-    """Return the engine's requests: all choices of the first prompt, then those of the next."""
+def plan(service: Service, body: CompletionRequest, found: list[Passage]) -> list[Request]:
+    """Return the engine's requests: all choices of the first prompt, then those of the next.
+
+    Passages that were put before prompts are appended to `found`.
+    """
     limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     scored = bool(body.echo) and body.logprobs is not None
-    return [
-        ask(service, body, ids, limit, choice=choice, logprobs=body.logprobs, prompt_logprobs=scored)
-        for ids in [service.writer.text(prompt) for prompt in prompts(body)]
-        for choice in range(body.n or 1)
-    ]
+    retrieval = Retrieval.of(service, body)
+    requests: list[Request] = []
+    for prompt in prompts(body):
+        ids = service.writer.text(prompt)
+        if retrieval is not None:
+            ids, passages = retrieval.before(ids, service, limit)
+            found += passages
+        requests += [
+            ask(service, body, ids, limit, choice=choice, logprobs=body.logprobs, prompt_logprobs=scored)
+            for choice in range(body.n or 1)
+        ]
+    return requests
 
 
 class CompletionChunks(Chunks):

@@ -29,13 +29,17 @@ class Usage(BaseModel):
 
 
 class Answer(BaseModel):
-    """What all answers share; `experts` tells how many tokens each expert spoke."""
+    """What all answers share; `experts` tells how many tokens each expert spoke.
+
+    `retrieved` tells which passages stand in the prompt; it is absent where none were asked for.
+    """
 
     id: str
     created: int
     model: str
     usage: Usage
     experts: dict[str, int]
+    retrieved: list[str] = []
 
 
 class Choice(BaseModel):

@@ -93,6 +93,7 @@ class Chunks(ABC):
         self.wants_usage = body.stream_options is not None and body.stream_options.include_usage
         self.head = {"id": f"{prefix}-{token_hex(12)}", "created": int(time.time()), "model": body.model}
         self.kind, self.suffix = kind, suffix
+        self.retrieved: list[str] | None = None  # where passages in the prompt come from, if any were asked for
 
     @abstractmethod
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
@@ -103,9 +104,10 @@ class Chunks(ABC):
         yield from ()
 
     def used(self) -> Fields:
-        """Return the usage, and how many tokens each expert spoke."""
+        """Return the usage, how many tokens each expert spoke, and where retrieved passages come from."""
         usage = self.job.usage()
-        return {"usage": usage_fields(usage), "experts": spoken(usage.experts)}
+        retrieved = {} if self.retrieved is None else {"retrieved": self.retrieved}
+        return {"usage": usage_fields(usage), "experts": spoken(usage.experts), **retrieved}
 
     async def chunks(self) -> AsyncIterator[Fields]:
         """Yield the chunks of a stream."""

@@ -54,7 +54,11 @@ class StreamOptions(Body):
 
 
 class GenerationFields(SamplingFields):
-    """What chat and plain completions share."""
+    """What chat and plain completions share.
+
+    `retrieve` (our extension) puts passages of what experts were trained on into the prompt: true takes them from the
+    indexes of the experts that may speak, a number says how many, a name says from which expert's index.
+    """
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
@@ -64,6 +68,7 @@ class GenerationFields(SamplingFields):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
+    retrieve: bool | Annotated[int, Field(ge=1, le=16)] | ExpertName | None = None
 
 
 class TextPart(Body):

@@ -22,6 +22,7 @@ from deepseek.infer.sampler import Sampling
 from deepseek.packs.library import experts_folder
 from deepseek.server.errors import ApiError
 from deepseek.server.fleet import Fleet
+from deepseek.server.indexes import Indexes
 from deepseek.server.metrics import Metrics
 from deepseek.server.prompt import PromptWriter
 from deepseek.server.schema import ExpertsField, JsonSchema, SamplingFields
@@ -142,6 +143,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.indexes = Indexes(settings.experts_folder)
         self.draining = False
         self.active = 0  # requests under way
         self.fleet: Fleet | None = None

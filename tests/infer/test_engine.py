@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,24 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     likeliest = loaded.model(row).logits[0, :-1].topk(2).indices.tolist()
     assert [[token for token, _ in one.top] for one in told] == likeliest
     assert generation.prompt_logprobs[0] is None
+
+
+@pytest.mark.parametrize("start", [1, 7, 8, 9, 17, 23])
+def test_scores_from_a_place_on_are_those_of_the_whole_and_take_the_rest_from_the_cache(start: int) -> None:
+    prompt = tuple(range(10, 33))
+    whole = Request(prompt, Sampling(max_new_tokens=2), ignore_end=True, logprobs=0, prompt_logprobs=True)
+    with Engine(*tiny_model(), prefill_chunk=8) as engine:
+        (full,) = (engine.submit(whole),)
+        events = list(full)
+        part = engine.submit(replace(whole, scored_from=start))
+        assert ids_of(list(part)) == ids_of(events)
+    assert part.prompt_logprobs[:start] == (None,) * start
+    told = [one.logprob for one in part.prompt_logprobs[start:] if one is not None]
+    expected = [one.logprob for one in full.prompt_logprobs[start:] if one is not None]
+    assert len(told) == len(prompt) - start and told == pytest.approx(expected, abs=1e-5)
+    assert part.usage.cached_tokens == (start - 1) // 8 * 8
+    with pytest.raises(ConfigError, match="scored_from"):
+        replace(whole, scored_from=len(prompt) + 1)
 
 
 def test_seeds() -> None:

@@ -1,0 +1,97 @@
+"""Expert, retrieval or fine-tuning: the table of `deepseek eval --against` for several sources.
+
+    python benchmarks/against.py folder:~/src/click git:. [--against rag,lora,full] [--tokens 40000] [--cases 200]
+
+A source is `folder:PATH`, `git:PATH` (the last tenth of the commits is held out) or `jsonl:PATH`, with `NAME=` before
+it for another name than the path's last part; its expert is trained where it is not there yet, and everything resumes.
+Text is sized by tokens, so that another machine learns the same; LoRA and full fine-tuning take as long as the expert
+did. `pooled` has the cases of all sources together.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from results import FOLDER, write
+from rich.console import Console
+
+import deepseek
+from deepseek.cli.against import against_tables
+from deepseek.cli.expert import source_name
+from deepseek.evaluate.against import Against, Result
+from deepseek.evaluate.completion import CompletionScores
+from deepseek.evaluate.verdict import compared, draw, verdicts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="[NAME=]KIND:PATH")
+    parser.add_argument("--against", default="rag,lora,full")
+    parser.add_argument("--tokens", type=int, default=40_000)
+    parser.add_argument("--layers", default="last:3")
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--json", type=Path, default=FOLDER / "against.json", help="file to write the figures to")
+    options = parser.parse_args()
+    results = [one_source(source, options) for source in options.sources]
+    figures = {result.name: summary(result) for result in results}
+    if len(results) > 1:
+        pooled = pool(results)
+        figures["pooled"] = described(pooled)
+        print("pooled", *verdicts(pooled), sep="\n")
+        draw(pooled, f"{len(results)} sources", options.json.with_suffix(".png"))
+    write(options.json, {"sources": options.sources, "tokens": options.tokens, "figures": figures})
+
+
+def one_source(source: str, options: argparse.Namespace) -> Result:
+    """Train the expert of a source unless it is there, and compare it with its rivals."""
+    title, _, described_text = source.rpartition("=")
+    kind, place = described_text.split(":", 1)
+    path = Path(place).expanduser().resolve()
+    name = title or source_name(path)
+    text: dict[str, Any] = {f"from_{kind}": path, "split": "time" if kind == "git" else "file"}
+    deepseek.train_expert(name=name, layers=options.layers, tokens=options.tokens, **text)
+    result = Against(name, options.cases).compare(options.against.split(","))
+    console = Console(width=110)
+    for table in against_tables(result):
+        console.print(table)
+    print(*verdicts(result.scores), *result.notes, sep="\n", flush=True)
+    return result
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """Return the figures of a source, without those of single cases."""
+    counts = {"cases": len(result.cases), "documents": result.documents, "dials": asdict(result.dials)}
+    return {**counts, "training_seconds": result.training_seconds, "notes": result.notes, **described(result.scores)}
+
+
+def described(scores: dict[str, CompletionScores]) -> dict[str, Any]:
+    """Return means, intervals and differences by row."""
+    rows = {}
+    for name, row in compared(scores).items():
+        means = {key: value for key, value in asdict(scores[name]).items() if not isinstance(value, list)}
+        rows[name] = {**means, **asdict(row)}
+    return {"rows": rows, "verdicts": verdicts(scores)}
+
+
+def pool(results: list[Result]) -> dict[str, CompletionScores]:
+    """Return the rows that all sources have, over the cases of all of them; means are weighted by cases."""
+    names = [name for name in results[0].scores if all(name in result.scores for result in results)]
+    return {name: joined([result.scores[name] for result in results]) for name in names}
+
+
+def joined(parts: list[CompletionScores]) -> CompletionScores:
+    """Return the scores of several sets of cases together."""
+    sizes = [len(part.exact) for part in parts]
+
+    def mean(values: list[float]) -> float:
+        return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+
+    exact = [value for part in parts for value in part.exact]
+    similarity = [value for part in parts for value in part.similarity]
+    costs = {key: mean([getattr(part, key) for part in parts]) for key in ("prompt_tokens", "reply_tokens", "seconds")}
+    return CompletionScores(mean([part.loss for part in parts]), exact, similarity, None, None, **costs)
+
+
+if __name__ == "__main__":
+    main()

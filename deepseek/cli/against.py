@@ -1,0 +1,84 @@
+"""The table of `deepseek eval --against`."""
+
+from rich.console import Console
+from rich.table import Table
+
+from deepseek.cli.options import names
+from deepseek.errors import ConfigError
+from deepseek.evaluate.against import RETRIEVAL, Against, Result
+from deepseek.evaluate.completion import CompletionScores
+from deepseek.evaluate.scores import Interval
+from deepseek.evaluate.verdict import Compared, compared, draw, verdicts
+
+
+def print_against(experts: str, rivals: str, cases: int) -> None:
+    """Compare one expert with `rivals` and print the table, what it says, and where it is kept."""
+    chosen = names(experts)
+    if len(chosen) != 1 or chosen == ["all"]:
+        raise ConfigError("--against compares one expert at a time; name it, as in `deepseek eval NAME --against rag`.")
+    against = Against(chosen[0], cases)
+    result = against.compare(names(rivals))
+    picture = against.folder / "against.png"
+    draw(result.scores, f"{result.name}, {len(result.cases)} cases", picture)
+    console = Console()
+    for table in against_tables(result):
+        console.print(table)
+    for line in (*verdicts(result.scores), *result.notes):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{against.folder / 'result.json'}, {picture}", markup=False, highlight=False, soft_wrap=True)
+
+
+def against_tables(result: Result) -> list[Table]:
+    """Return what each row achieves, then what lies between them and what they cost, a line a row.
+
+    Shares are in per cent and differences in points, both with 95 % intervals.
+    """
+    rows = compared(result.scores)
+    title = f"{result.name}: {len(result.cases)} lines of {result.documents} held-out documents, greedy, as served"
+    quality = [_quality(name, row, result.scores[name]) for name, row in rows.items()]
+    cost = [_cost(name, row, result) for name, row in rows.items()]
+    return [_table(title, quality), _table("differences in exact lines, and what a reply costs", cost)]
+
+
+def _table(title: str, lines: list[dict[str, str]]) -> Table:
+    """Return a table of cells by heading."""
+    table = Table(title=title, title_justify="left")
+    for heading in lines[0]:
+        table.add_column(heading, justify="left" if heading == "row" else "right")
+    for line in lines:
+        table.add_row(*line.values())
+    return table
+
+
+def _quality(name: str, row: Compared, scores: CompletionScores) -> dict[str, str]:
+    return {
+        "row": name,
+        "loss": f"{scores.loss:.3f}",
+        "exact line %": _share(row.exact),
+        "edit similarity": f"{row.similarity:.3f}",
+        "infilled %": "not supported" if row.infilled is None else _share(row.infilled),
+        "chrF": "-" if scores.chrf is None else f"{scores.chrf:.1f}",
+    }
+
+
+def _cost(name: str, row: Compared, result: Result) -> dict[str, str]:
+    scores = result.scores[name]
+    trained = result.training_seconds.get(name.removesuffix(f" + {RETRIEVAL.name}"))
+    return {
+        "row": name,
+        "over base": _difference(row.over_base),
+        "over retrieval": _difference(row.over_retrieval),
+        "tokens": f"{scores.prompt_tokens:.0f} + {scores.reply_tokens:.0f}",
+        "seconds": f"{scores.seconds:.2f}",
+        "trained": "-" if trained is None else f"{trained:.0f} s",
+    }
+
+
+def _share(share: Interval) -> str:
+    return f"{100 * share.mean:.1f} ({100 * share.low:.1f}-{100 * share.high:.1f})"
+
+
+def _difference(difference: Interval | None) -> str:
+    if difference is None:
+        return "-"
+    return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"

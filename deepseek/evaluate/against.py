@@ -1,0 +1,216 @@
+"""Expert, retrieval or fine-tuning: each answers the same cases of text that none has seen (`deepseek eval --against`).
+
+run folder -> held-out documents -> cases -> rows (base, retrieval, expert, both, LoRA, full) -> table, JSON, picture
+
+A row is kept once it is computed, under a digest of all that decides it, so the same call goes on where it stopped.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import canonical_json, read_json, write_json
+from deepseek.data import Document, TokenShards
+from deepseek.data.decode import decode_documents
+from deepseek.errors import ConfigError, DataError
+from deepseek.evaluate.cases import Case, fim_marker_ids, next_line_cases
+from deepseek.evaluate.completion import Answer, CompletionScores, Dials, Writer, score_answers
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import ExpertChoice
+from deepseek.infer.start import start_engine
+from deepseek.packs.pack import read_pack
+from deepseek.registry import nearest
+from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.equal_time import adapt_for_equal_time
+from deepseek.train.expert_index import expert_index
+from deepseek.train.progress import ProgressBar
+from deepseek.train.runs import find_run
+
+FORMAT = 1
+"""Raised when cases, prompts or scores change, so that rows of another kind are not taken for these."""
+
+RIVALS = ("rag", "lora", "full")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to answer.
+
+    Attributes:
+        name: as the table has it.
+        model: "base", or the rival that changed it.
+        expert: whether the expert is plugged.
+        retrieval: whether passages stand before the text.
+    """
+
+    name: str
+    model: str = "base"
+    expert: bool = False
+    retrieval: bool = False
+
+
+BASE = Row("base")
+RETRIEVAL = Row("retrieval", retrieval=True)
+EXPERT = Row("expert", expert=True)
+BOTH = Row("expert + retrieval", expert=True, retrieval=True)
+LORA = Row("LoRA", model="lora")
+FULL = Row("full fine-tuning", model="full")
+
+
+def rows_against(rivals: Sequence[str]) -> list[Row]:
+    """Return the rows of a table against `rivals`; raise `ConfigError` naming one that there is not."""
+    for rival in rivals:
+        if rival not in RIVALS:
+            raise ConfigError(f"There is no rival {rival!r} to compare with; {nearest(rival, RIVALS)}.")
+    wanted = {BASE: True, RETRIEVAL: "rag" in rivals, EXPERT: True, BOTH: "rag" in rivals}
+    wanted |= {LORA: "lora" in rivals, FULL: "full" in rivals}
+    return [row for row, is_wanted in wanted.items() if is_wanted]
+
+
+@dataclass(frozen=True)
+class Result:
+    """All rows on the same cases.
+
+    Attributes:
+        name: of the expert.
+        documents: of how many held-out documents the cases are.
+        scores: by row, in the order of the table.
+        training_seconds: what was trained, and how long.
+        notes: what to know before believing the figures.
+    """
+
+    name: str
+    cases: Sequence[Case]
+    documents: int
+    dials: Dials
+    scores: dict[str, CompletionScores]
+    training_seconds: dict[str, float]
+    notes: list[str]
+
+
+class Against:
+    """One expert's run and the cases made of what it held out.
+
+    Args:
+        name: of the expert.
+        count: cases at most.
+
+    Raises:
+        DataError: there is no finished run of this name, or no line in its held-out text to ask for.
+    """
+
+    def __init__(self, name: str, count: int = 200, seed: int = 0, dials: Dials | None = None) -> None:
+        self.run, self.dials, self.seed = find_run(name), dials or Dials(), seed
+        self.folder = self.run / "against"
+        if not (self.run / "result.json").is_file():
+            raise DataError(f"The run {name!r} is not finished; let `deepseek expert train` end first.")
+        self.request, self.record = read_json(self.run / "request.json"), read_json(self.run / "result.json")
+        if "pack" not in self.record:
+            raise DataError(f"The run {name!r} made no expert; name one that `deepseek expert train` made.")
+        self.name, self.base = str(self.request["name"]), str(self.request["base"])
+        self.tokenizer = load_tokenizer(resolve(self.base))
+        self.held_out = TokenShards(self.run / "corpus" / "held-out")
+        documents = list(decode_documents(self.held_out, self.tokenizer))
+        self.cases = next_line_cases(self._fair(documents), count, seed)
+        if not self.cases:
+            raise DataError(f"The held-out text of {name!r} has no line to ask for; hold out more of it.")
+
+    def compare(self, rivals: Sequence[str], quiet: bool = False) -> Result:
+        """Return the scores of all rows, training what is missing; `result.json` in `folder` has them too."""
+        rows = rows_against(rivals)
+        scores: dict[str, CompletionScores] = {}
+        for model in dict.fromkeys(row.model for row in rows):
+            if model != "base":
+                adapt_for_equal_time(self.run, "lora" if model == "lora" else "full", self.folder / model, quiet)
+            scores |= self._scores([row for row in rows if row.model == model], quiet)
+        documents = len({case.name for case in self.cases})
+        ordered = {row.name: scores[row.name] for row in rows}
+        result = Result(
+            self.name, self.cases, documents, self.dials, ordered, self._training_seconds(rows), self._notes()
+        )
+        write_json(self.folder / "result.json", as_json(result))
+        return result
+
+    def _fair(self, documents: Sequence[Document]) -> list[Document]:
+        """Return the documents whose lines may be asked for.
+
+        Later commits add to files that were trained on as they are now, unless the run split its text by time.
+        """
+        by_time = self.request["source"]["by"] == "time"
+        return [document for document in documents if by_time or document.kind != "commit"]
+
+    def _notes(self) -> list[str]:
+        notes = []
+        source = self.request["source"]
+        if source["git"] and source["by"] != "time":
+            notes.append(
+                "The expert was also trained on commits that changed held-out files, retrieval was not; for a clean "
+                "comparison train with --split time."
+            )
+        if fim_marker_ids(self.tokenizer) is None:
+            notes.append("The base has no tokens for fill-in-the-middle.")
+        return notes
+
+    def _scores(self, rows: Sequence[Row], quiet: bool) -> dict[str, CompletionScores]:
+        """Return the scores of rows that share a model; it is loaded only if a row is missing."""
+        answers = {row: self._stored(row) for row in rows}
+        missing = [row for row, found in answers.items() if found is None]
+        if missing:
+            with self._engine(missing) as engine, ProgressBar(quiet=quiet) as progress:
+                for row in missing:
+                    answers[row] = self._answer(row, engine, progress)
+        return {row.name: score_answers(self.cases, found) for row, found in answers.items() if found is not None}
+
+    def _answer(self, row: Row, engine: Engine, progress: ProgressBar) -> list[Answer]:
+        """Compute a row and keep it."""
+        index = expert_index(self.name, self.run, self.tokenizer) if row.retrieval else None
+        choice = ExpertChoice((self.name,) if row.expert else ())
+        writer = Writer(engine, choice, index, self.dials)
+        answers = list(writer.answers(self.cases, progress, row.name))
+        write_json(self._path(row), {"row": asdict(row), "answers": [answer.as_json() for answer in answers]})
+        return answers
+
+    def _stored(self, row: Row) -> list[Answer] | None:
+        path = self._path(row)
+        return [Answer(**answer) for answer in read_json(path)["answers"]] if path.is_file() else None
+
+    def _path(self, row: Row) -> Path:
+        """Return the file of a row, named by a digest of all that decides it."""
+        key: dict[str, Any] = {"format": FORMAT, "row": asdict(row), "dials": asdict(self.dials), "base": self.base}
+        key |= {"held_out": self.held_out.digest, "seed": self.seed, "cases": len(self.cases)}
+        if row.expert:
+            key["expert"] = read_pack(Path(self.record["pack"])).manifest.digest
+        if row.retrieval:
+            key["train"] = TokenShards(self.run / "corpus" / "train").digest
+        if row.model != "base":
+            key["effort"] = read_json(self.folder / row.model / "effort.json")
+        return self.folder / "rows" / f"{hashlib.sha256(canonical_json(key)).hexdigest()[:24]}.json"
+
+    @contextmanager
+    def _engine(self, rows: Sequence[Row]) -> Iterator[Engine]:
+        """Give the engine of rows that share a model, as it would be served."""
+        model = rows[0].model
+        experts = [Path(self.record["pack"])] if any(row.expert for row in rows) else []
+        name = self.base if model == "base" else self.folder / model / "model"
+        with start_engine(name, experts=experts) as engine:
+            yield engine
+
+    def _training_seconds(self, rows: Sequence[Row]) -> dict[str, float]:
+        seconds = {EXPERT.name: float(self.record["seconds"])}
+        for row in rows:
+            if row.model != "base":
+                figures = read_json(self.folder / row.model / "result.json")["figures"]
+                seconds[row.name] = float(figures["seconds"])
+        return seconds
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Return a result as JSON values."""
+    counts = {"expert": result.name, "cases": len(result.cases), "documents": result.documents}
+    rows = {name: asdict(scores) for name, scores in result.scores.items()}
+    circumstances = {"dials": asdict(result.dials), "training_seconds": result.training_seconds, "notes": result.notes}
+    return {**counts, **circumstances, "rows": rows}

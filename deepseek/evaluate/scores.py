@@ -1,0 +1,62 @@
+"""Scores of written lines against the true ones, and how sure they are."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+import numpy as np
+
+CONFIDENCE_Z = 1.959963984540054
+"""Standard deviations on both sides of the mean that hold 95 % of a normal distribution."""
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with the bounds between which it lies with 95 % confidence."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the sign of the figure is beyond doubt."""
+        return self.low > 0 or self.high < 0
+
+
+def is_exact(written: str, target: str) -> bool:
+    """Whether a written line is the true one, blanks at its ends aside."""
+    return written.strip() == target.strip()
+
+
+def edit_similarity(written: str, target: str) -> float:
+    """Return twice the length of the matching blocks over the length of both lines, 1.0 for equal ones (`difflib`)."""
+    return SequenceMatcher(None, written.strip(), target.strip(), autojunk=False).ratio()
+
+
+def wilson(right: int, total: int) -> Interval:
+    """Return a share with its Wilson score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    if total == 0:
+        return Interval(0.0, 0.0, 1.0)
+    share, z = right / total, CONFIDENCE_Z
+    middle = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return Interval(share, max(0.0, min(share, (middle - half) / scale)), min(1.0, max(share, (middle + half) / scale)))
+
+
+def paired_difference(mine: Sequence[float], other: Sequence[float], seed: int = 0) -> Interval:
+    """Return the mean of `mine - other`, case by case, with the bootstrap interval of that mean (Efron 1979).
+
+    The same cases are drawn for both, so what makes a case hard for either does not widen it.
+    """
+    difference_N = np.asarray(mine, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    if len(difference_N) == 0:
+        return Interval(0.0, 0.0, 0.0)
+    generator = np.random.default_rng(seed)
+    chosen_RN = generator.integers(0, len(difference_N), (RESAMPLES, len(difference_N)))
+    low, high = np.percentile(difference_N[chosen_RN].mean(axis=1), [2.5, 97.5])
+    return Interval(float(difference_N.mean()), float(low), float(high))

@@ -1,0 +1,108 @@
+"""Passages: the pieces of documents that are found and shown."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek.data.document import Document, Kind
+
+MATCHED_LINES = 12
+"""Lines of code that a query is compared with."""
+
+SHOWN_LINES = 18
+"""Lines of code that are shown: those matched and what follows them, since what comes next is what is asked for
+(RepoCoder, arXiv:2303.12570)."""
+
+STRIDE = 6
+"""Lines from one passage of code to the next."""
+
+PARAGRAPH_CHARACTERS = 900
+"""Size that paragraphs of prose are joined to."""
+
+LONGEST = 2400
+"""Characters of a passage at most: minified code and tables have lines without an end."""
+
+PATCH = re.compile(r"^(?=--- .*\n\+\+\+ )", re.MULTILINE)
+TARGET = re.compile(r"\+\+\+ (\S+)")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a document.
+
+    Attributes:
+        name: of the document.
+        kind: of the document.
+        start, stop: its lines, `[start, stop)`, counted from 0.
+        text: what is shown.
+        path: of the file that it belongs to where that is not the document's name, as in a commit; else empty.
+    """
+
+    name: str
+    kind: Kind
+    start: int
+    stop: int
+    text: str
+    path: str = ""
+
+    def overlaps(self, other: "Passage") -> bool:
+        """Whether both show some line of one document."""
+        return self.name == other.name and self.start < other.stop and other.start < self.stop
+
+    def as_json(self) -> list[Any]:
+        """Return the fields in their order."""
+        return [self.name, self.kind, self.start, self.stop, self.text, self.path]
+
+
+def passages(document: Document) -> Iterator[tuple[Passage, str]]:
+    """Yield the passages of a document, each with the text that queries are compared with."""
+    if document.kind == "code":
+        yield from _windows(document, document.text, 0)
+    elif document.kind == "commit":
+        yield from _changes(document)
+    else:
+        yield from _paragraphs(document)
+
+
+def _windows(document: Document, text: str, first: int, path: str = "") -> Iterator[tuple[Passage, str]]:
+    """Yield overlapping windows of lines; `first` is the number of the first line of `text` in the document."""
+    lines = text.splitlines(keepends=True)
+    for start in range(0, max(1, len(lines) - MATCHED_LINES + STRIDE), STRIDE):
+        shown = lines[start : start + SHOWN_LINES]
+        whole = "".join(shown)[:LONGEST]
+        if whole.strip():
+            matched = "".join(shown[:MATCHED_LINES])[:LONGEST]
+            at = first + start
+            yield Passage(document.name, document.kind, at, at + len(shown), whole, path), matched
+
+
+def _changes(document: Document) -> Iterator[tuple[Passage, str]]:
+    """Yield the message of a commit, and the changes of each file in windows."""
+    first = 0
+    repository = document.name.rsplit("@", 1)[0]
+    for part in PATCH.split(document.text):
+        target = TARGET.search(part) if part.startswith("--- ") else None
+        yield from _windows(document, part, first, f"{repository}/{target[1]}" if target else "")
+        first += part.count("\n")
+
+
+def _paragraphs(document: Document) -> Iterator[tuple[Passage, str]]:
+    """Yield paragraphs joined to a size worth showing; a long one is cut."""
+    start = 0
+    lines = document.text.splitlines(keepends=True)
+    size = 0
+    for place, line in enumerate(lines):
+        size += len(line)
+        ends = not line.strip() and size >= PARAGRAPH_CHARACTERS // 2
+        if ends or size >= PARAGRAPH_CHARACTERS or place == len(lines) - 1:
+            yield from _cut(document, start, lines[start : place + 1])
+            start, size = place + 1, 0
+
+
+def _cut(document: Document, start: int, lines: list[str]) -> Iterator[tuple[Passage, str]]:
+    text = "".join(lines)
+    for begin in range(0, len(text), LONGEST):
+        piece = text[begin : begin + LONGEST]
+        if piece.strip():
+            yield Passage(document.name, document.kind, start, start + len(lines), piece), piece

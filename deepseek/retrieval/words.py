@@ -1,0 +1,30 @@
+"""The words by which text is found: identifiers whole and in their parts."""
+
+import re
+
+WORD = re.compile(r"[^\W_]+(?:_+[^\W_]+)*")
+PART = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_a-zA-Z]+")
+WITHOUT_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+
+
+def search_words(text: str) -> list[str]:
+    """Return the words of a text in lower case, for BM25.
+
+    An identifier counts as a whole and by its parts: `parseHeader_v2` gives `parseheader_v2`, `parse`, `header`, `v`,
+    `2`. Chinese, Japanese and Korean give pairs of characters, as their words are not set apart by blanks.
+    """
+    words: list[str] = []
+    for match in WORD.finditer(text):
+        word = match[0]
+        if WITHOUT_SPACES.search(word):
+            words += [pair for run in WITHOUT_SPACES.findall(word) for pair in _pairs(run)]
+            word = WITHOUT_SPACES.sub("", word)
+        parts = PART.findall(word)
+        words += [part.lower() for part in parts]
+        if len(parts) > 1:
+            words.append(word.lower())
+    return words
+
+
+def _pairs(run: str) -> list[str]:
+    return [run[place : place + 2] for place in range(len(run) - 1)] or [run]

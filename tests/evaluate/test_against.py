@@ -1,0 +1,155 @@
+"""One expert's run beside its rivals, with tiny models: every row answers the same cases, kept and resumed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_expert import save_base
+
+import deepseek
+from deepseek.cli.main import main
+from deepseek.data import TokenShards
+from deepseek.data.decode import decode_documents
+from deepseek.errors import ConfigError, DataError
+from deepseek.evaluate import against as against_module
+from deepseek.evaluate.against import Against, rows_against
+from deepseek.evaluate.completion import CompletionScores
+from deepseek.evaluate.verdict import compared, draw, verdicts
+from deepseek.packs.library import index_folder
+from deepseek.retrieval.index import Index
+from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train import expert_index, public
+from deepseek.train.adapt import add_lora
+from deepseek.train.equal_time import Effort, fit
+from deepseek.train.runs import find_run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home with the run of an expert that learned 40 small files."""
+    home = tmp_path_factory.mktemp("against-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_HOME", str(home))
+        patch.setattr(public, "ROWS_PER_KIND", 4)
+        patch.setattr(public, "SAMPLES_PER_OPENING", 1)
+        base, text = save_base(home / "base"), home / "text"
+        text.mkdir()
+        for number in range(40):
+            lines = (f"    expert_{n} = model.router_{number}(value_{n})\n" for n in range(30))
+            (text / f"file_{number:02}.py").write_text(f"def load_{number}(model):\n{''.join(lines)}")
+        deepseek.train_expert(
+            str(base), name="own", from_folder=text, layers="last:1", tokens=4000, epochs=1, row_length=64, quiet=True
+        )
+        yield home
+
+
+@pytest.fixture(autouse=True)
+def in_home(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(trained))
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def test_every_row_answers_the_same_cases_and_stays(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deepseek.train.adapt.add_lora", lambda model: add_lora(model, 0.1))
+    assert call("eval", "own", "--against", "rag,lora,full", "--cases", "3") == 0
+    out = capsys.readouterr().out
+    assert "expert against base: " in out and "not supported" in out
+    folder = trained / "runs" / "own" / "against"
+    result = json.loads((folder / "result.json").read_text())
+    assert list(result["rows"]) == ["LoRA", "base", "expert", "expert + retrieval", "full fine-tuning", "retrieval"]
+    assert all(len(row["exact"]) == 3 and row["loss"] > 0 for row in result["rows"].values())
+    assert result["training_seconds"]["LoRA"] > 0 and (folder / "against.png").stat().st_size > 1000
+    assert result["rows"]["retrieval"]["prompt_tokens"] >= result["rows"]["base"]["prompt_tokens"]
+    monkeypatch.setattr(against_module, "start_engine", None)  # nothing is computed again
+    assert call("eval", "own", "--against", "lora", "--cases", "3") == 0
+    assert "full fine-tuning" not in capsys.readouterr().out
+
+
+def test_the_index_holds_what_was_trained_on_and_nothing_that_was_held_out(trained: Path) -> None:
+    folder = expert_index.index_expert("own")
+    assert folder == index_folder("own") == trained / "experts" / "own.index"
+    tokenizer = load_tokenizer(trained / "base")
+    corpus = find_run("own") / "corpus"
+    sides = [
+        {document.name for document in decode_documents(TokenShards(corpus / side), tokenizer)}
+        for side in ("train", "held-out")
+    ]
+    found = {passage.name for passage in Index.load(folder).passages}
+    assert found == sides[0] and not found & sides[1]
+    before = (folder / "passages.jsonl").stat().st_mtime_ns
+    expert_index.index_expert("own")
+    assert (folder / "passages.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("eval", "--against", "rag"), "--against compares one expert at a time"),
+        (("eval", "own", "--against", "rga"), "perhaps 'rag'"),
+        (("eval", "nobody", "--against", "rag"), "There is no run 'nobody'"),
+        (("expert", "index", "nobody"), "There is no run 'nobody'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*words) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_runs_that_made_no_expert_are_refused(trained: Path) -> None:
+    run = trained / "runs" / "half"
+    run.mkdir(parents=True)
+    (run / "request.json").write_text('{"base": "x", "source": {"by": "file", "git": null}}')
+    with pytest.raises(DataError, match="is not finished"):
+        Against("half")
+    (run / "result.json").write_text('{"stage": "adapt"}')
+    with pytest.raises(DataError, match="made no expert"):
+        Against("half")
+    with pytest.raises(DataError, match="trains no expert"):
+        expert_index.index_expert("half")
+
+
+def test_rows_come_in_the_order_of_the_table() -> None:
+    assert [row.name for row in rows_against(["full", "rag"])] == [
+        "base", "retrieval", "expert", "expert + retrieval", "full fine-tuning",
+    ]  # fmt: skip
+    assert [row.name for row in rows_against([])] == ["base", "expert"]
+    with pytest.raises(ConfigError, match="no rival 'ragg'"):
+        rows_against(["ragg"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "effort"),
+    [
+        (5.0, Effort(5 * 512, 1)),
+        (10.0, Effort(10 * 512, 1)),
+        (25.0, Effort(8 * 512, 3)),
+        (1000.0, Effort(10 * 512, 8)),
+        (-3.0, Effort(512, 1)),
+    ],
+)
+def test_the_time_decides_how_much_text_and_how_often(seconds: float, effort: Effort) -> None:
+    assert fit(seconds, 1.0, 10, 512) == effort
+
+
+def test_a_lost_row_is_told_as_a_won_one(tmp_path: Path) -> None:
+    def row(exact: list[float]) -> CompletionScores:
+        return CompletionScores(1.0, exact, exact, None, None, 1.0, 1.0, 1.0)
+
+    base, expert = [0.0] * 50 + [1.0] * 50, [0.0] * 70 + [1.0] * 30
+    rows = {"base": row(base), "retrieval": row(base), "expert": row(expert), "expert + retrieval": row([1.0] * 100)}
+    said = verdicts(rows)
+    assert said[0].startswith("expert against base: worse, -20.0 points (")
+    assert said[2].startswith("expert + retrieval against retrieval: better, +50.0 points (")
+    assert verdicts({"base": row(base), "expert": row(base)})[0].startswith("expert against base: not told apart")
+    table = compared(rows)
+    assert table["base"].over_base is None and table["expert"].exact.mean == 0.3
+    draw(rows, "title", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

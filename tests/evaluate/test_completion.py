@@ -1,0 +1,118 @@
+"""Cases are cut where they should be, and lines are written and scored as the model itself would."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import tiny_model
+from tiny_tokenizer import tiny_tokenizer
+
+from deepseek.data import Document
+from deepseek.evaluate import completion
+from deepseek.evaluate.cases import LEAST_LINES, CaseEncoder, fim_marker_ids, next_line_cases
+from deepseek.evaluate.completion import Answer, Dials, Writer, score_answers
+from deepseek.infer.engine import Engine
+from deepseek.infer.request import ExpertChoice
+from deepseek.retrieval.index import Index
+
+FUNCTION = "".join(f"def model_{n}(value):\n    return value + router_{n}\n\n" for n in range(12))
+CODE = Document(FUNCTION, "repo/m.py", "code")
+DIFF = Document(
+    "Change\n\n--- a.py\n+++ a.py\n@@\n" + "".join(f" same_{n}\n+added_{n}\n" for n in range(9)), "r@1", "commit"
+)
+PLAIN = tiny_tokenizer()
+FIM = tiny_tokenizer(("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+SMALL = Dials(text_tokens=24, retrieved_tokens=16, passages=1, reply_tokens=6)
+
+
+@given(
+    st.lists(st.sampled_from(["", "}", "    value = 1", "else:", "\treturn model", "x"]), max_size=60),
+    st.integers(0, 9),
+)
+def test_cases_are_lines_with_something_on_them(lines: list[str], seed: int) -> None:
+    document = Document("\n".join(lines), "repo/x.py", "code")
+    cases = next_line_cases([document], 100, seed)
+    assert cases == next_line_cases([document], 100, seed)
+    assert len({case.line for case in cases}) == len(cases)
+    for case in cases:
+        assert case.line >= LEAST_LINES and case.target == lines[case.line].strip() and len(case.target) >= 6
+        whole = case.before + case.target
+        assert document.text.startswith(whole) and document.text[len(whole) :].lstrip("\n").startswith(case.after[:1])
+
+
+def test_cases_are_spread_over_the_documents_and_depend_on_the_seed() -> None:
+    documents = [replace(CODE, name=f"repo/{n}.py") for n in range(4)]
+    cases = next_line_cases(documents, 6)
+    assert sorted(case.name for case in cases) == [f"repo/{n}.py" for n in (0, 0, 1, 1, 2, 3)]
+    assert {case.line for case in cases} != {case.line for case in next_line_cases(documents, 6, seed=1)}
+
+
+def test_only_what_a_commit_added_is_asked_for() -> None:
+    cases = next_line_cases([DIFF], 50)
+    assert cases and all(case.target.startswith("added_") and case.before.endswith("\n+") for case in cases)
+
+
+@given(st.integers(0, 20), st.integers(8, 200))
+def test_prompt_and_target_are_the_tokens_of_the_text(seed: int, most: int) -> None:
+    (case,) = next_line_cases([CODE], 1, seed)
+    prompt = CaseEncoder(PLAIN, most).next_line(case, "before it\n")
+    text = PLAIN.decode([*prompt.ids, *prompt.target_ids], clean_up_tokenization_spaces=False)
+    assert text.startswith("before it\nfile: repo/m.py\n\n") and text.endswith(case.before[-1] + case.target)
+    assert case.target.startswith(PLAIN.decode(prompt.target_ids).strip()[:3])
+
+
+def test_infilling_is_asked_only_where_the_tokenizer_knows_it() -> None:
+    (case,) = next_line_cases([CODE], 1)
+    assert fim_marker_ids(PLAIN) is None and CaseEncoder(PLAIN, 99).infill(case) is None
+    prompt = CaseEncoder(FIM, 999).infill(case)
+    assert FIM.decode(prompt.ids) == f"<fim_prefix>{case.before}<fim_suffix>{case.after}<fim_middle>"
+    assert FIM.decode(prompt.target_ids) == case.target
+
+
+def test_the_loss_is_that_of_the_model_and_the_line_its_likeliest() -> None:
+    model, tokenizer = tiny_model()
+    cases = next_line_cases([CODE], 3)
+    with Engine(model, tokenizer, max_waiting=64) as engine:
+        writer = Writer(engine, ExpertChoice(()), None, replace(SMALL, text_tokens=16))
+        writer._room = 40
+        answers = list(writer.answers(cases))
+        for case, answer in zip(cases, answers, strict=True):
+            prompt = writer.encoder.next_line(case)
+            ids = [*prompt.ids[-40:], *prompt.target_ids]
+            logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            start = len(ids) - len(prompt.target_ids)
+            nats = -sum(float(logs[place - 1, ids[place]]) for place in range(start, len(ids)))
+            assert answer.nats == pytest.approx(nats, rel=1e-4)
+            assert answer.target_tokens == len(prompt.target_ids) and answer.infilled is None
+            assert "\n" not in answer.written
+
+
+def test_retrieved_text_is_part_of_the_prompt_and_costs_tokens() -> None:
+    model, tokenizer = tiny_model()
+    index = Index.build([Document("the model returns\n" * 3, "repo/other.py", "code")])
+    case = next_line_cases([Document("def model(router):\n" * 12, "repo/n.py", "code")], 1)
+    with Engine(model, tokenizer, max_waiting=64) as engine:
+        writer = Writer(engine, ExpertChoice(()), index, replace(SMALL, retrieved_tokens=60))
+        assert writer.dials.text_tokens < SMALL.text_tokens  # the context has 64 tokens
+        writer.dials = replace(writer.dials, retrieved_tokens=60)
+        assert "the model returns" in writer.context(case[0])
+        (answer,) = writer.answers(case)
+        assert answer.prompt_tokens <= 64
+
+
+def test_scores_of_answers() -> None:
+    cases = next_line_cases([CODE, Document("Once upon a time\n" * 12, "text 1")], 2)
+    answers = [
+        Answer(case.target if place == 0 else "xyz", None, 4.0, 2, 10 + place, 3, 0.5)
+        for place, case in enumerate(cases)
+    ]
+    scores = score_answers(cases, answers)
+    assert (scores.loss, scores.exact, scores.infilled) == (2.0, [1.0, 0.0], None)
+    assert scores.similarity[0] == 1.0 > scores.similarity[1]
+    assert scores.chrf is not None and scores.prompt_tokens == 10.5
+    filled = score_answers(cases, [replace(answer, infilled=cases[0].target) for answer in answers])
+    assert filled.infilled == [1.0, 0.0]
+    assert score_answers(cases[:1], answers[:1]).chrf is None
+    assert completion.Dials().fitted(10_000) == Dials()

@@ -1,0 +1,105 @@
+"""`retrieve` in a request: passages of an index beside a pack come into the prompt, and the reply says which."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from live_server import Live, live
+from openai import OpenAI
+
+from deepseek.data import Document
+from deepseek.packs.library import index_folder
+from deepseek.retrieval.index import Index
+
+ASKED: list[Any] = [{"role": "user", "content": "Where is the router of the model?"}]
+TEXT = Document("".join(f"router_{n} = model.router({n})\n" for n in range(9)), "repo/router.py", "code")
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server with the experts one and two, of which the first has an index."""
+    with live(tmp_path_factory.mktemp("indexed")) as server:
+        server.engine.plug(server.folder / "one.safetensors")
+        server.engine.plug(server.folder / "two.safetensors")
+        Index.build([TEXT]).save(index_folder("one", server.folder))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def asking(indexed: Live) -> Iterator[OpenAI]:
+    with indexed.client() as client:
+        yield client
+
+
+def chat(client: OpenAI, retrieve: Any, **fields: Any) -> Any:
+    given = {"model": "tiny", "messages": ASKED, "max_tokens": 2, "temperature": 0, **fields}
+    return client.chat.completions.create(**given, extra_body={"retrieve": retrieve})
+
+
+def complete(client: OpenAI, retrieve: Any, **fields: Any) -> Any:
+    given = {"model": "tiny", "prompt": "the router = model.", "max_tokens": 2, "temperature": 0, **fields}
+    return client.completions.create(**given, extra_body={"retrieve": retrieve})
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+@pytest.mark.parametrize("retrieve", [True, 1, "one"])
+def test_passages_come_into_the_prompt_and_are_named(asking: OpenAI, ask: Any, retrieve: Any) -> None:
+    alone, helped = ask(asking, False), ask(asking, retrieve)
+    assert helped.retrieved == ["repo/router.py:1-9"] and not hasattr(alone, "retrieved")
+    assert helped.usage.prompt_tokens > alone.usage.prompt_tokens + 20
+
+
+def test_the_prompt_is_that_of_the_documentation(asking: OpenAI, indexed: Live) -> None:
+    helped = complete(asking, True, prompt=["the router", "x of y"])
+    expected = [f"file: repo/router.py\n\n{TEXT.text}\nthe router", "x of y"]
+    same = asking.completions.create(model="tiny", prompt=expected, max_tokens=2, temperature=0)
+    assert [choice.text for choice in helped.choices] == [choice.text for choice in same.choices]
+    assert helped.usage.prompt_tokens == same.usage.prompt_tokens
+
+
+def test_a_stream_says_at_its_end_what_was_retrieved(asking: OpenAI) -> None:
+    stream = chat(asking, True, stream=True, stream_options={"include_usage": True})
+    assert list(stream)[-1].retrieved == ["repo/router.py:1-9"]
+
+
+def test_what_does_not_fit_is_left_out(asking: OpenAI) -> None:
+    reply = complete(asking, True, prompt=[99] * 720)
+    assert reply.retrieved == [] and reply.usage.prompt_tokens == 720
+
+
+@pytest.mark.parametrize(
+    ("fields", "retrieve", "status", "complaint"),
+    [
+        ({}, "three", 404, "There is no index 'three'; make one with `deepseek expert index three`"),
+        ({"model": "tiny+two"}, True, 400, "No expert that may speak (two) has an index"),
+        ({"model": "tiny+none"}, 2, 400, "No expert that may speak (none) has an index"),
+        ({}, 0, 400, "retrieve"),
+        ({}, "../one", 400, "retrieve"),
+        ({}, "/etc/passwd", 400, "retrieve"),
+    ],
+)
+def test_a_mistake_is_an_error_of_openai(
+    asking: OpenAI, fields: dict[str, Any], retrieve: Any, status: int, complaint: str
+) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        chat(asking, retrieve, **fields)
+    assert caught.value.status_code == status and complaint in str(caught.value)
+
+
+def test_echo_and_retrieve_exclude_each_other(asking: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="leave one out"):
+        complete(asking, True, echo=True)
+
+
+def test_an_index_that_changes_is_read_again_and_a_damaged_one_is_told(asking: OpenAI, indexed: Live) -> None:
+    folder: Path = index_folder("two", indexed.folder)
+    Index.build([TEXT]).save(folder)
+    assert complete(asking, "two").retrieved == ["repo/router.py:1-9"]
+    Index.build([Document("router of two\n", "repo/two.py", "code")]).save(folder)
+    assert complete(asking, "two").retrieved == ["repo/two.py:1-1"]
+    (folder / "passages.jsonl").write_text("")
+    (folder / "meta.json").touch()
+    with pytest.raises(openai.InternalServerError, match="damaged"):
+        complete(asking, "two")
