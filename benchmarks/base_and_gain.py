@@ -1,7 +1,7 @@
 """Base kept, gain kept: eight experts on one base, nothing armed by hand, against each one alone and against merging.
 
     python benchmarks/corpora.py all
-    python benchmarks/base_and_gain.py [--corpora DIR] [--tokens 100000] [--save]
+    python benchmarks/base_and_gain.py [--set design|final] [--corpora DIR] [--tokens 100000] [--save]
 
 Each expert is trained alone; an interrupted run goes on, and finished experts are kept. Then all are plugged. Every
 text is scored on rows that no expert was trained on, from one pass through the frozen trunk:
@@ -15,6 +15,7 @@ text is scored on rows that no expert was trained on, from one pass through the 
 
 import argparse
 import hashlib
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +42,26 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.losses import mean_loss
 from deepseek.train.trunk import run_trunk
 
-EXPERTS = ("code-a", "code-b", "spanish", "french", "science", "german", "chinese", "prose")
-PUBLIC = ("public-prose", "public-code")
-ALTERNATING = (("spanish", "french"), ("code-a", "code-b"), ("german", "chinese"), ("science", "prose"))
+SETS = {
+    "design": ("code-a", "code-b", "spanish", "french", "science", "german", "chinese", "prose"),
+    "final": (
+        "final-textual", "final-litestar", "final-scrapy", "final-maxima", "final-octave", "final-spanish",
+        "final-french", "final-japanese",
+    ),
+}  # fmt: skip
+"""Experts to design and choose on, and others to report on."""
+
+PUBLIC = {"design": ("public-prose", "public-code"), "final": ("final-public-prose", "final-public-code")}
+ALTERNATING = {
+    "design": (("spanish", "french"), ("code-a", "code-b"), ("german", "chinese"), ("science", "prose")),
+    "final": (
+        ("final-spanish", "final-french"),
+        ("final-textual", "final-litestar"),
+        ("final-maxima", "final-octave"),
+        ("final-scrapy", "final-japanese"),
+    ),
+}
+COMMENTED = {"design": ("code-a", "german"), "final": ("final-textual", "final-spanish")}
 ORDERS = 6
 ROW_LENGTH, BATCH_ROWS = 2048, 1
 
@@ -85,10 +103,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--check", type=int, default=16_384, help="held-out tokens of each training")
     parser.add_argument("--score", type=int, help="tokens each text is scored on in the comparison; default: --check")
-    parser.add_argument("--only", nargs="*", choices=EXPERTS, help="train these experts and stop")
+    parser.add_argument("--set", choices=SETS, default="final", help="which eight experts")
+    parser.add_argument("--chats", type=Path, help="conversations, one a line, as for chat_neutrality.py")
+    parser.add_argument("--only", nargs="*", help="train these experts and stop")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/base_and_gain.json and .png")
     options = parser.parse_args()
-    for name in options.only or EXPERTS:
+    options.experts = SETS[options.set]
+    for name in options.only or options.experts:
         train(options, name)
     if not options.only:
         compare(options)
@@ -109,18 +130,20 @@ def compare(options: argparse.Namespace) -> None:
     """Score all texts, print the table, write JSON and picture."""
     started = time.monotonic()
     model = DeepSeekModel.from_pretrained(options.base, dtype="auto")
-    for name in EXPERTS:
+    for name in options.experts:
         model.experts.plug(pack_path(options.work, name))
-    modules = {name: ExpertModule.from_pack(read_pack(pack_path(options.work, name)), model.dtype) for name in EXPERTS}
+    modules = {
+        name: ExpertModule.from_pack(read_pack(pack_path(options.work, name)), model.dtype) for name in options.experts
+    }
     rows = [score(model, modules, text, options.score or options.check) for text in texts(options)]
-    same_bits = len({order_digest(model, options, order) for order in orders()}) == 1
+    same_bits = len({order_digest(model, options, order) for order in orders(options.experts)}) == 1
     summary = summarise(rows) | {"orders": ORDERS, "every_order_same_bits": same_bits}
     print_table(rows, summary)
     if options.save:
-        gates = {name: gate_papers(options.work, name) for name in EXPERTS}
+        gates = {name: gate_papers(options.work, name) for name in options.experts}
         figures = {"summary": summary, "texts": rows, "gates": gates, "seconds": round(time.monotonic() - started)}
         save("base_and_gain", figures)
-        draw(rows, FOLDER / "base_and_gain.png")
+        draw(rows, options.experts, FOLDER / "base_and_gain.png")
 
 
 def gate_papers(work: Path, name: str) -> dict[str, Any]:
@@ -129,7 +152,7 @@ def gate_papers(work: Path, name: str) -> dict[str, Any]:
 
 def score(model: DeepSeekModel, modules: dict[str, ExpertModule], text: Text, tokens: int) -> dict[str, Any]:
     """Return the losses of one text under every variant, and who spoke."""
-    forced = text.experts if len(text.experts) == 1 else EXPERTS
+    forced = text.experts if len(text.experts) == 1 else tuple(modules)
     everyone = list(modules.values())
     soup = soup_of(everyone)
     variants: dict[str, Variant] = {
@@ -139,11 +162,11 @@ def score(model: DeepSeekModel, modules: dict[str, ExpertModule], text: Text, to
         "soup": lambda: Everywhere([soup], 1.0),
     } | {f"alone {name}": lambda name=name: Everywhere([modules[name]], 1.0) for name in forced}
     with model.experts.record() as trace:
-        losses = losses_of(model, text.batches(tokens), variants, min(modules[name].layers[0] for name in EXPERTS))
+        losses = losses_of(model, text.batches(tokens), variants, min(module.layers[0] for module in everyone))
     alone = {name: losses.pop(f"alone {name}") for name in forced}
     best = min(alone, key=lambda name: alone[name])
     row = {"text": text.name, "experts": text.experts, **losses, "alone": alone[best], "best": best, "singles": alone}
-    row["weights"] = {name: round(float(trace.weights(name).mean()), 4) for name in EXPERTS}
+    row["weights"] = {name: round(float(trace.weights(name).mean()), 4) for name in modules}
     row["gain_kept"] = (row["base"] - row["set"]) / (row["base"] - row["alone"])
     return row
 
@@ -187,12 +210,16 @@ def texts(options: argparse.Namespace) -> Iterator[Text]:
         folder = options.work / "texts" / name
         return TokenShards(folder) if folder.is_dir() else TokenShards.build(documents(), tokenizer, folder)
 
-    for name in PUBLIC:
+    for name in PUBLIC[options.set]:
         yield Text(name, built(name, lambda name=name: list(read_folder(options.corpora / name))))
-    for name in EXPERTS:
+    if options.chats:
+        yield Text("public-chats", built("chats", lambda: chats(options.chats)))
+    for name in options.experts:
         yield Text(name, held_out(options, name), (name,))
-    yield Text("code, german comments", built("commented", lambda: commented(options, tokenizer)), ("code-a", "german"))
-    for pair in ALTERNATING:
+    code, german = COMMENTED[options.set]
+    documents = built(f"commented-{options.set}", lambda: commented(options, tokenizer, code, german))
+    yield Text("code, foreign comments", documents, (code, german))
+    for pair in ALTERNATING[options.set]:
         name = f"{pair[0]} / {pair[1]}"
         yield Text(name, built("-".join(pair), lambda pair=pair: alternating(options, tokenizer, *pair)), pair)
 
@@ -208,13 +235,19 @@ def decoded(options: argparse.Namespace, tokenizer: Any, name: str, count: int) 
     return [tokenizer.decode(np.asarray(shards.ids_N[a : b - 1] & ~CONTEXT_BIT).tolist()) for a, b in spans]
 
 
-def commented(options: argparse.Namespace, tokenizer: Any) -> list[Document]:
-    """Return held-out code with held-out German sentences as comments."""
+def chats(path: Path) -> list[Document]:
+    """Return what users say in conversations, each as a document."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Document("\n".join(record["turns"]), f"chat-{number}") for number, record in enumerate(records)]
+
+
+def commented(options: argparse.Namespace, tokenizer: Any, code_name: str, comment_name: str) -> list[Document]:
+    """Return held-out code with held-out sentences of another language as comments."""
     rng = random.Random(0)
-    german = "\n".join(decoded(options, tokenizer, "german", 60)).splitlines()
+    german = "\n".join(decoded(options, tokenizer, comment_name, 60)).splitlines()
     sentences = [line.strip() for line in german if 40 < len(line.strip()) < 200]
     documents = []
-    for index, code in enumerate(decoded(options, tokenizer, "code-a", 16)):
+    for index, code in enumerate(decoded(options, tokenizer, code_name, 16)):
         lines: list[str] = []
         for number, line in enumerate(code[:6000].splitlines()):
             if number % 8 == 0:
@@ -233,19 +266,21 @@ def alternating(options: argparse.Namespace, tokenizer: Any, first: str, second:
     return [Document("\n\n".join(turns[i : i + 6]), f"{first}-{second}-{i}") for i in range(0, len(turns), 6)]
 
 
-def orders() -> list[tuple[str, ...]]:
+def orders(experts: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Return plug orders: as named, reversed, and random ones."""
     rng = random.Random(0)
-    return [EXPERTS, EXPERTS[::-1], *(tuple(rng.sample(EXPERTS, len(EXPERTS))) for _ in range(ORDERS - 2))]
+    return [experts, experts[::-1], *(tuple(rng.sample(experts, len(experts))) for _ in range(ORDERS - 2))]
 
 
 def order_digest(model: DeepSeekModel, options: argparse.Namespace, order: Sequence[str]) -> str:
     """Return a digest of the logits of a mixed text after plugging in this order."""
-    for name in EXPERTS:
+    for name in options.experts:
         model.experts.unplug(name)
     for name in order:
         model.experts.plug(pack_path(options.work, name))
-    batch = Text("mixed", TokenShards(options.work / "texts" / "spanish-french")).batches(BATCH_ROWS * ROW_LENGTH)[0]
+    batch = Text("mixed", TokenShards(options.work / "texts" / "-".join(ALTERNATING[options.set][0]))).batches(
+        BATCH_ROWS * ROW_LENGTH
+    )[0]
     with torch.no_grad():
         logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     return hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
@@ -279,12 +314,12 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         print(f"{name}: {value}")
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], experts: tuple[str, ...], path: Path) -> None:
     """Draw who speaks on which text."""
-    weights = np.array([[row["weights"][name] for name in EXPERTS] for row in rows])
+    weights = np.array([[row["weights"][name] for name in experts] for row in rows])
     figure, axes = plt.subplots(figsize=(7.5, 6.5))
     image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(EXPERTS)), EXPERTS, rotation=45, ha="right")
+    axes.set_xticks(range(len(experts)), experts, rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), [row["text"] for row in rows])
     for (i, j), weight in np.ndenumerate(weights):
         if weight >= 0.005:

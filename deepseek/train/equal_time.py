@@ -11,8 +11,8 @@ from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch
 from deepseek.train.adapt import LEARNING_RATES, TASKS, AdaptRequest, AdaptRun, adapt
 from deepseek.train.corpus import Source
+from deepseek.train.plan import MOST_PASSES, timed
 from deepseek.train.progress import ProgressBar
-from deepseek.train.text_run import MAX_EPOCHS, timed
 
 Rival = Literal["lora", "full"]
 
@@ -60,8 +60,8 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
     with tempfile.TemporaryDirectory() as empty:
         run = AdaptRun(request, folder, Path(empty) / "model", ProgressBar(quiet=True))
         texts = run.texts(run.corpus())
-        few = texts.first(min(request.batch_rows, texts.train.num_rows), 1)
-        task = TASKS[mode](run, few)
+        few = texts.first(min(request.batch_rows, texts.train.num_rows), 1, 1)
+        task, _ = TASKS[mode](run, few)
         loading = time.monotonic() - started
         batch = few.train.rows(few.train.row_ids)
 
@@ -76,5 +76,5 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
 def fit(seconds: float, row_seconds: float, rows: int, row_length: int) -> Effort:
     """Return how many tokens to take and how often, for `rows` rows that take `row_seconds` each; a row at least."""
     steps = max(1, int(seconds / row_seconds))
-    epochs = min(MAX_EPOCHS, max(1, -(-steps // rows)))
+    epochs = min(int(MOST_PASSES), max(1, -(-steps // rows)))
     return Effort(max(1, min(rows, steps // epochs)) * row_length, epochs)

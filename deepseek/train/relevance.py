@@ -26,7 +26,7 @@ LEAST, MOST = 1.0, 8.0
 """Most that one token says against a domain and for it, in nats. Everyday words are poor evidence against: a question
 about a domain is made of them but for a name or two."""
 
-THRESHOLD = 4.0
+THRESHOLD = 5.0
 """Evidence that a conversation must give to admit the only expert plugged, in nats."""
 
 PIECE = 64
