@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from deepseek.infer.engine import Engine
 
-PROMPT_TOKENS = 96
-ANSWER_TOKENS = 40
+SHOWN_LINES = 8
+"""Of the text before the line that is asked for."""
+
 EVALUATION_TOKENS = 4096
 
 
@@ -26,7 +27,7 @@ def run(
 ) -> None:
     """Fetch the base and serve it with its web page; an expert trains from a git history meanwhile, if there is none.
 
-    Without a terminal, train first, show what the expert gained, complete one prompt with and without it, and end.
+    Without a terminal, train first, show what the expert gained and one line that shows it, and end.
     """
     from rich.console import Console
 
@@ -93,17 +94,24 @@ def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
 
 
 def _answer(engine: "Engine", name: str, console: "Console") -> None:
-    """Complete the head of a held-out document without and with the expert."""
-    from deepseek.cli.speak import Palette, legend, speak
-    from deepseek.evaluate.quality import held_out_opening
-    from deepseek.infer.request import ExpertChoice, Request
-    from deepseek.infer.sampler import Sampling
+    """Write a held-out line again without and with the expert: the one at which it gains most."""
+    from deepseek.evaluate.showcase import showcase
+    from deepseek.train.progress import ProgressBar
 
-    prompt = tuple(held_out_opening(name, PROMPT_TOKENS))
-    palette = Palette([name])
-    console.rule("the prompt, a text that the expert has not seen")
-    console.print(engine.tokenizer.decode(list(prompt)), markup=False, highlight=False, soft_wrap=True)
-    for title, names in (("without the expert", ()), (f"with the expert {name}", (name,))):
-        console.rule(title)
-        _, shares = speak(engine, Request(prompt, Sampling(ANSWER_TOKENS), ExpertChoice(names)), console, palette)
-        console.print(legend(shares, palette))
+    with ProgressBar() as progress:
+        shown = showcase(engine, name, progress=progress)
+    case = shown.case
+    lines = case.before.splitlines()
+    console.rule(f"{case.name}, which the expert has not seen")
+    console.print("\n".join(lines[-SHOWN_LINES:]), markup=False, highlight=False, soft_wrap=True)
+    console.rule("its next line")
+    rows = [("as it is", case.target), ("the base", shown.before.written), (f"with {name}", shown.after.written)]
+    for title, line in rows:
+        console.print(f"{title:>16}  {line.strip()}", markup=False, highlight=False, soft_wrap=True)
+    gain = shown.before.nats - shown.after.nats
+    console.print(
+        f"Chosen by rule: of {shown.compared} held-out lines the one at which the expert gains most "
+        f"({gain:.1f} nats). `deepseek eval {name} --against rag` says what it is worth on average.",
+        style="dim",
+        soft_wrap=True,
+    )

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.checkpoint.store import home
 from deepseek.data import Batch, Document, Progress, RowLoader, TokenShards, clean, read_folder, read_records
 from deepseek.data.document import silent
-from deepseek.data.encode import CONTEXT_BIT
 from deepseek.errors import DataError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.losses import held_out_loss
@@ -97,16 +96,6 @@ def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutTe
         for name in names
         if held_out_folder(name).is_dir()
     ]
-
-
-def held_out_opening(expert: str, tokens: int) -> list[int]:
-    """Return the ids that open the first held-out document of an expert that is at least twice as long."""
-    shards = TokenShards(held_out_folder(expert))
-    lengths = shards.offsets[1:] - shards.offsets[:-1]
-    first = next((d for d, length in enumerate(lengths.tolist()) if length >= 2 * tokens), int(lengths.argmax()))
-    opening = shards.ids_N[shards.offsets[first] : shards.offsets[first + 1]][:tokens]
-    ids: list[int] = (opening & ~CONTEXT_BIT).tolist()
-    return ids
 
 
 def public_documents() -> dict[str, list[Document]]:

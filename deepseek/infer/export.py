@@ -67,7 +67,9 @@ def difference(model: DeepSeekModel, step: Step) -> float:
         ids = torch.randint(model.config.vocab_size, (batch, 24), generator=torch.Generator().manual_seed(batch))
         mask = torch.ones_like(ids)
         mask[0, :padding] = 0
-        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        # A graph is given no words to judge: its experts are those armed at export, and their gates decide.
+        embedded = model.embed_tokens(ids)
+        expected = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
         positions, past, found = (mask.cumsum(1) - 1).clamp(min=0), None, []
         for start, stop in ((0, 14), (14, 22), (22, 23), (23, 24)):
             logits, past = step((ids[:, start:stop], mask[:, :stop], positions[:, start:stop]), past)

@@ -145,7 +145,7 @@ class Manifest(_Strict):
     metrics: name of a held-out text -> loss before and after. digest, signature: see `packs/pack.py`.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: Name
     domain: Text = ""
     base: BaseDescription
@@ -194,7 +194,9 @@ class Manifest(_Strict):
 
 def parse_manifest(text: str) -> Manifest:
     """Return the manifest written in `text`; raises `PackError` with one sentence about the first mistake."""
-    parse_json(text)  # repeated keys and other liberties that the next line would let pass
+    fields = parse_json(text)  # it also refuses repeated keys and other liberties that the next line would let pass
+    if isinstance(fields, dict) and fields.get("format") == 1:
+        raise PackError("it is of format 1, whose gates do not know conversations; train the expert again")
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

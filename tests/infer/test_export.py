@@ -32,7 +32,7 @@ from deepseek.infer.load import load
 from deepseek.infer.stock import stock_config
 from deepseek.kernels.grouped_mm import mix_experts_everywhere, mix_experts_reference
 from deepseek.model.config import ModelConfig
-from deepseek.model.experts.gate import scan, scan_at_once
+from deepseek.model.experts.scan import scan, scan_at_once
 from deepseek.model.transformer import DeepSeekModel
 
 
