@@ -182,7 +182,7 @@ def test_guesses_change_no_token_and_no_probability(monkeypatch, count):
     model = build(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     if count:
         armed = ArmedExperts(Roster(tuple(experts(model, count)), 2))
-        monkeypatch.setattr(type(model.experts), "choose", lambda *_: armed)
+        monkeypatch.setattr(type(model.experts), "choose", lambda *_, **__: armed)
     runner, pattern = CompiledRunner(model), (5, 9, 40, 3, 8) * 8
     requests = [
         Request(pattern, Sampling(60), ignore_end=True, logprobs=2),
