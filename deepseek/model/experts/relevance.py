@@ -28,7 +28,7 @@ HALF_LIFE = 64.0
 
 DECAY = 0.5 ** (1.0 / HALF_LIFE)
 
-RULED_OUT = -5.0
+RULED_OUT = -15.0
 """Evidence of a document, offset included, below which an expert is ruled out, in nats."""
 
 NEVER = 1e9
