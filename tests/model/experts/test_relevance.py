@@ -91,7 +91,7 @@ def expert_about(loaded: Loaded, folder: Path, name: str = "code") -> Path:
     module = ExpertModule.from_pack(read_pack(path))
     table_V = torch.zeros(loaded.model.config.vocab_size)
     table_V[ABOUT] = 2.0
-    table_V[BESIDE] = -20.0
+    table_V[BESIDE] = -18.0
     module.relevance = Relevance(table_V, 3.5, 0.0)
     module.settings = module.settings.model_copy(update={"relevance_threshold": 3.5})
     write_pack(path, module.to_pack(loaded.model.experts.base, "Apache-2.0"))
