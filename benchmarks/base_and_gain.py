@@ -104,11 +104,12 @@ def main() -> None:
     parser.add_argument("--check", type=int, default=16_384, help="held-out tokens of each training")
     parser.add_argument("--score", type=int, help="tokens each text is scored on in the comparison; default: --check")
     parser.add_argument("--set", choices=SETS, default="final", help="which eight experts")
+    parser.add_argument("--experts", nargs="+", help="trained experts to compare in place of the set's eight")
     parser.add_argument("--chats", type=Path, help="conversations, one a line, as for chat_neutrality.py")
     parser.add_argument("--only", nargs="*", help="train these experts and stop")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/base_and_gain.json and .png")
     options = parser.parse_args()
-    options.experts = SETS[options.set]
+    options.experts = tuple(options.experts or SETS[options.set])
     for name in options.only or options.experts:
         train(options, name)
     if not options.only:
@@ -136,8 +137,10 @@ def compare(options: argparse.Namespace) -> None:
         name: ExpertModule.from_pack(read_pack(pack_path(options.work, name)), model.dtype) for name in options.experts
     }
     rows = [score(model, modules, text, options.score or options.check) for text in texts(options)]
-    same_bits = len({order_digest(model, options, order) for order in orders(options.experts)}) == 1
-    summary = summarise(rows) | {"orders": ORDERS, "every_order_same_bits": same_bits}
+    summary = summarise(rows)
+    if options.experts == SETS[options.set]:
+        same_bits = len({order_digest(model, options, order) for order in orders(options.experts)}) == 1
+        summary |= {"orders": ORDERS, "every_order_same_bits": same_bits}
     print_table(rows, summary)
     if options.save:
         gates = {name: gate_papers(options.work, name) for name in options.experts}
@@ -216,6 +219,8 @@ def texts(options: argparse.Namespace) -> Iterator[Text]:
         yield Text("public-chats", built("chats", lambda: chats(options.chats)))
     for name in options.experts:
         yield Text(name, held_out(options, name), (name,))
+    if options.experts != SETS[options.set]:  # mixed texts need the whole set
+        return
     code, german = COMMENTED[options.set]
     documents = built(f"commented-{options.set}", lambda: commented(options, tokenizer, code, german))
     yield Text("code, foreign comments", documents, (code, german))

@@ -39,7 +39,12 @@ def conversation_halves() -> tuple[list[Conversation], list[Conversation]]:
 def conversation_rows(
     model: Any, tokenizer: PreTrainedTokenizerFast, length: int, progress: Progress = silent
 ) -> Tensor:
-    """Return ids `[R, length]`; even rows come from conversations to fit on, odd ones from those for thresholds."""
+    """Return ids `[R, length]`; even rows come from conversations to fit on, odd ones from those for thresholds.
+
+    There are none where the model's context is no longer than a row.
+    """
+    if model.config.max_position_embeddings <= length:
+        return torch.empty(0, length, dtype=torch.long)
     fitted, reserved = conversation_halves()
     openings = []
     for place in range(0, len(reserved), PAIR_STRIDE):
@@ -56,8 +61,7 @@ def conversation_rows(
         for done, generation in enumerate(generations):
             progress(done, len(generations), "conversations")
             rows.append([*generation.request.prompt_ids, *(event.token_id for event in generation)][:length])
-    whole = [row for row in rows if len(row) == length]  # none where the model's context is shorter
-    return torch.tensor(whole, dtype=torch.long).view(-1, length)
+    return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
 
 def opening(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:
