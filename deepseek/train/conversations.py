@@ -4,7 +4,7 @@ They are rows like the other public text (`public.py`), so that experts replay t
 Each row is what a chat gives the model: the template with its system prompt, what the user says, the base's own reply.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +79,10 @@ def open_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return encode_rendered(tokenizer, text[: text.index(PLACEHOLDER)])
 
 
+PACKED_TOKENS = 512
+"""Tokens of messages that one forward pass reads side by side."""
+
+
 @torch.no_grad()
 def expected_frequencies(
     model: Any, tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation], progress: Progress = silent
@@ -87,13 +91,37 @@ def expected_frequencies(
 
     It is the mean of the base's next-token distributions over the messages, so it knows far more words than they hold.
     """
-    end, sums = document_end_id(tokenizer), dict[str, Tensor]()
+    longest = min(PACKED_TOKENS, model.config.max_position_embeddings)
+    end = document_end_id(tokenizer)
+    texts = encode_plain(tokenizer, ["\n".join(conversation.turns) for conversation in conversations])
+    messages = [[end, *ids][:longest] for ids in texts]
+    languages = [conversation.language for conversation in conversations]
+    sums: dict[str, Tensor] = {}
     with model.experts.arming(None):
-        for done, conversation in enumerate(conversations):
-            ids = [end, *encode_plain(tokenizer, ["\n".join(conversation.turns)])[0]]
-            ids = ids[: model.config.max_position_embeddings]
-            logits_TV = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-            expected_V = logits_TV.float().softmax(-1).sum(0).cpu()
-            sums[conversation.language] = sums.get(conversation.language, 0.0) + expected_V
-            progress(done + 1, len(conversations), "expected words")
+        for start, stop in _packed([len(ids) for ids in messages], longest):
+            # Positions restart with every message, so that none sees the one before it.
+            ids = [token for message in messages[start:stop] for token in message]
+            positions = [place for message in messages[start:stop] for place in range(len(message))]
+            logits_TV = model(
+                torch.tensor([ids], device=model.device),
+                position_ids=torch.tensor([positions], device=model.device),
+                use_cache=False,
+            ).logits[0]
+            expected_TV = logits_TV.float().softmax(-1).cpu()
+            parts = expected_TV.split([len(message) for message in messages[start:stop]])
+            for language, part_TV in zip(languages[start:stop], parts, strict=True):
+                sums[language] = sums.get(language, 0.0) + part_TV.sum(0)
+            progress(stop, len(messages), "expected words")
     return {language: total_V / total_V.sum() for language, total_V in sums.items()}
+
+
+def _packed(lengths: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, past the last) of neighbouring messages that fit into one row of `longest` tokens."""
+    start, used = 0, 0
+    for place, length in enumerate(lengths):
+        if used + length > longest:
+            yield start, place
+            start, used = place, 0
+        used += length
+    if used:
+        yield start, len(lengths)

@@ -131,7 +131,7 @@ def test_rows_come_in_the_order_of_the_table() -> None:
         (5.0, Effort(5 * 512, 1)),
         (10.0, Effort(10 * 512, 1)),
         (25.0, Effort(8 * 512, 3)),
-        (1000.0, Effort(10 * 512, 8)),
+        (1000.0, Effort(10 * 512, 5)),
         (-3.0, Effort(512, 1)),
     ],
 )
