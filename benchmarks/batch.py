@@ -35,7 +35,7 @@ from latency import Prompts, stream
 from results import write
 from served import served
 
-from deepseek.infer.load import load
+from deepseek.engine.load import load
 
 MODEL, STREAMS, PROMPT, TOKENS = "smollm2-135m", 16, 128, 64
 Turn = Callable[[], dict[str, float]]

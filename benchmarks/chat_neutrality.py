@@ -19,10 +19,10 @@ from typing import Any
 
 from results import save
 
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
-from deepseek.infer.start import start_engine
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.start import start_engine
 from deepseek.packs.library import find_pack
 from deepseek.text.chat import encode_prompt, user_ids
 

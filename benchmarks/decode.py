@@ -34,8 +34,9 @@ from bars import draw, installed
 from results import write
 
 import deepseek
-from deepseek.infer.compiled import CompiledRunner
-from deepseek.infer.runner import Chunk, TorchRunner
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.engine.torch_runner import TorchRunner
+from deepseek.runner import Chunk
 
 PROMPT, STEPS, STREAMS = 512, 64, 16
 Turn = Callable[[], dict[str, float]]

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from results import write
 
-from deepseek.infer.engine import Engine
-from deepseek.infer.load import load
-from deepseek.infer.request import Request
-from deepseek.infer.runner import Chunk, Runner, TorchRunner
-from deepseek.infer.sampler import Sampling
+from deepseek.engine.engine import Engine
+from deepseek.engine.load import load
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.torch_runner import TorchRunner
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.runner import Chunk, Runner
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
 def make_runner(name: str, model: DeepSeekModel) -> Runner:
     if name == "torch":
         return TorchRunner(model)
-    from deepseek.infer.compiled import CompiledRunner
+    from deepseek.compiled.runner import CompiledRunner
 
     return CompiledRunner(model)
 

@@ -23,12 +23,12 @@ import torch
 from engine_batch import prompt_ids
 from results import write
 
-from deepseek.infer import scheduler
-from deepseek.infer.compiled import CompiledRunner
-from deepseek.infer.engine import Engine
-from deepseek.infer.load import Loaded, load
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.engine import scheduler
+from deepseek.engine.engine import Engine
+from deepseek.engine.load import Loaded, load
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.pack import write_pack
 

@@ -24,7 +24,7 @@ from typing import Any
 from results import write
 
 from deepseek.data import RowLoader, TokenShards
-from deepseek.infer.load import load
+from deepseek.engine.load import load
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.pack import read_pack
 from deepseek.train.corpus import Source

@@ -16,12 +16,12 @@ from typing import Any
 from results import write
 
 import deepseek
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.engine import scheduler
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
 from deepseek.evaluate.quality import documents_at
-from deepseek.infer import scheduler
-from deepseek.infer.compiled import CompiledRunner
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import Request
-from deepseek.infer.sampler import Sampling
 
 OPENING, ANSWER, MOST = 256, 128, scheduler.MAX_GUESSES
 

@@ -34,12 +34,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from live_server import Live, live
 from tiny_expert import save_expert
 
-from deepseek.infer.compiled import CompiledRunner
-from deepseek.infer.engine import Engine, Generation
-from deepseek.infer.load import load
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
-from deepseek.kernels.decode import step
+from deepseek.compiled import step
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.engine.engine import Engine
+from deepseek.engine.generation import Generation
+from deepseek.engine.load import load
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
 
 CONTENTS = 5
 WARM_UP = 50

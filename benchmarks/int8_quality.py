@@ -23,11 +23,12 @@ from results import write
 from torch import Tensor
 
 import deepseek
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.engine.torch_runner import TorchRunner
 from deepseek.evaluate.quality import documents_at
-from deepseek.infer.compiled import CompiledRunner
-from deepseek.infer.quantize import quantize_model
-from deepseek.infer.runner import Chunk, Runner, TorchRunner
+from deepseek.export.quantize import quantize_model
 from deepseek.model.kv_cache import KVCache
+from deepseek.runner import Chunk, Runner
 
 ROW, OPENING, ANSWER = 512, 64, 64
 

@@ -25,11 +25,11 @@ from results import write
 from served import WORDS, percentile, served
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.infer.compiled import CompiledRunner
-from deepseek.infer.engine import Engine
-from deepseek.infer.load import load
-from deepseek.infer.request import Request
-from deepseek.infer.sampler import Sampling
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.engine.engine import Engine
+from deepseek.engine.load import load
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
 
 PROMPT, TOKENS = 128, 64
 TOGETHER = 2.0  # seconds until all streams have begun

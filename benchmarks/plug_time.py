@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from results import write
 
-from deepseek.infer.load import load
+from deepseek.engine.load import load
 from deepseek.model.experts import ExpertModule
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.transformer import DeepSeekModel

@@ -32,10 +32,10 @@ from deepseek.data.document import uniform
 from deepseek.data.facts import is_right
 from deepseek.data.filters import Skipped
 from deepseek.data.questions import Question
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
-from deepseek.infer.start import start_engine
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.start import start_engine
 from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.text.chat import encode_prompt
 from deepseek.train.corpus import Source, read_source

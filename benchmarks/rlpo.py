@@ -24,9 +24,9 @@ from results import save
 
 from deepseek.data import RowLoader, TokenShards
 from deepseek.data.preferences import PreferenceDatabase
+from deepseek.engine.load import load
 from deepseek.evaluate.quality import public_documents
 from deepseek.evaluate.safety import helpfulness, safety
-from deepseek.infer.load import load
 from deepseek.train.align import align
 from deepseek.train.judge import JUDGES, generate_pairs
 from deepseek.train.metrics import read_metrics

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deepseek.infer.load import load as load
+    from deepseek.engine.load import load as load
     from deepseek.model.attention.lsh import sparse_attention as sparse_attention
     from deepseek.model.config import ModelConfig as ModelConfig
     from deepseek.model.moe.router import DynamicRouter as DynamicRouter
@@ -41,7 +41,7 @@ _HOMES = {
     "ModelConfig": "deepseek.model.config",
     "adapt": "deepseek.train.adapt",
     "align": "deepseek.train.align",
-    "load": "deepseek.infer.load",
+    "load": "deepseek.engine.load",
     "plan": "deepseek.planning",
     "pretrain": "deepseek.train.pretrain",
     "rlpo_update": "deepseek.train.rlpo",

@@ -4,9 +4,9 @@ python examples/01_text.py
 """
 
 import deepseek
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import Request
-from deepseek.infer.sampler import Sampling
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
 from deepseek.text.chat import encode_prompt
 
 model, tokenizer = deepseek.load("smollm2-135m")

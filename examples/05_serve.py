@@ -10,7 +10,7 @@ import urllib.request
 import uvicorn
 
 import deepseek
-from deepseek.infer.engine import Engine
+from deepseek.engine.engine import Engine
 from deepseek.server.app import create_app
 from deepseek.server.run import address, listen
 from deepseek.server.service import Settings

@@ -15,8 +15,8 @@ from openai import OpenAI
 from tiny_expert import save_expert
 from tiny_tokenizer import tiny_tokenizer
 
-from deepseek.infer.engine import Engine
-from deepseek.infer.load import load
+from deepseek.engine.engine import Engine
+from deepseek.engine.load import load
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.server.app import create_app

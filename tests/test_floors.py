@@ -18,12 +18,15 @@ FLOORS = {
     "model": 2,
     "data": 3,
     "planning": 3,
-    "infer": 4,
+    "runner": 3,
+    "compiled": 4,
     "retrieval": 4,
-    "train": 5,
-    "evaluate": 6,
-    "server": 6,
-    "cli": 7,
+    "engine": 5,
+    "export": 6,
+    "train": 6,
+    "evaluate": 7,
+    "server": 7,
+    "cli": 8,
 }
 
 NEIGHBOURS = {("registry", "errors"), ("kernels", "errors"), ("packs", "checkpoint")}

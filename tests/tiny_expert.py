@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
-from deepseek.infer.load import Loaded
+from deepseek.engine.load import Loaded
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel

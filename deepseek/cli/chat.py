@@ -18,7 +18,7 @@ def chat(
 
     from deepseek.cli.session import ChatSession
     from deepseek.cli.speak import opened
-    from deepseek.infer.sampler import Sampling
+    from deepseek.engine.sampler import Sampling
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with opened(base, experts, arm, int8) as engine:

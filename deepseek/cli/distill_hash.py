@@ -30,9 +30,9 @@ def distill_hash(
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
     from deepseek.data.encode import long_texts
+    from deepseek.engine.load import load
     from deepseek.errors import ConfigError
     from deepseek.evaluate.quality import documents_at
-    from deepseek.infer.load import load
     from deepseek.model.attention.hash import hash_file, save_hashes
     from deepseek.train.distill_hash import HashSettings, distill_hashes
     from deepseek.train.progress import ProgressBar

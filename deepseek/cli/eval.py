@@ -38,10 +38,10 @@ def evaluate(
     from rich.console import Console
 
     from deepseek.cli.table import comparison_table
+    from deepseek.engine.load import load
+    from deepseek.engine.request import ExpertChoice
     from deepseek.evaluate.code import human_eval_problems, pass_at_1
     from deepseek.evaluate.quality import collected, compare, expert_texts
-    from deepseek.infer.load import load
-    from deepseek.infer.request import ExpertChoice
     from deepseek.packs.library import installed
     from deepseek.train.progress import ProgressBar
 

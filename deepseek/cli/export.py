@@ -16,7 +16,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="Of the weights, such as int8 for openvino; default: the format's.")] = "",
 ) -> None:
     """Write a model in another runtime's format, run what was written, and compare its logits with the model's own."""
-    from deepseek.infer.export import export_model
+    from deepseek.export.export import export_model
 
     found = export_model(model, out, to, dtype=dtype or None, experts=expert_packs(experts, model))
     print(f"{out}: logits differ from the model's own by {found:.1e} of the largest at most")

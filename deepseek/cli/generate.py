@@ -24,8 +24,8 @@ def generate(
     from rich.console import Console
 
     from deepseek.cli.speak import Palette, legend, opened, speak
-    from deepseek.infer.request import Request
-    from deepseek.infer.sampler import Sampling
+    from deepseek.engine.request import Request
+    from deepseek.engine.sampler import Sampling
     from deepseek.text.chat import encode_prompt, user_ids
     from deepseek.text.tokenizer import encode_plain
 

@@ -70,7 +70,7 @@ def generate(
     """Let a model answer prompts several times and judges choose the better and the worse answer."""
     from deepseek.cli.options import names
     from deepseek.data.source import records
-    from deepseek.infer.load import load
+    from deepseek.engine.load import load
     from deepseek.registry import pick
     from deepseek.train.judge import JUDGES, generate_pairs, prompt_of
     from deepseek.train.progress import ProgressBar

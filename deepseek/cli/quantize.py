@@ -11,7 +11,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
 ) -> None:
     """Round the matrices of a model to 8 bits, check the result against the model, and write it."""
-    from deepseek.infer.quantize import quantize_model
+    from deepseek.export.quantize import quantize_model
 
     result = quantize_model(model, out)
     print(

@@ -12,7 +12,7 @@ from deepseek.cli.options import Base
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from deepseek.infer.engine import Engine
+    from deepseek.engine.engine import Engine
 
 SHOWN_LINES = 8
 """Of the text before the line that is asked for."""
@@ -70,7 +70,7 @@ def _serve(base: str, name: str, repository: Path, minutes: float | None, consol
 
 
 def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
-    from deepseek.infer.start import start_engine
+    from deepseek.engine.start import start_engine
     from deepseek.train.expert import train_expert
 
     if minutes is not None:

@@ -7,10 +7,10 @@ from rich.console import Console
 
 from deepseek.cli.options import arming
 from deepseek.cli.speak import Palette, legend, speak
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
 from deepseek.errors import UserError
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import Request
-from deepseek.infer.sampler import Sampling
 from deepseek.packs.library import find_pack
 from deepseek.registry import nearest
 from deepseek.text.chat import encode_prompt, user_ids

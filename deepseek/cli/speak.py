@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from deepseek.cli.options import arming, expert_packs
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import Request
-from deepseek.infer.start import start_engine
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import Request
+from deepseek.engine.start import start_engine
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
 

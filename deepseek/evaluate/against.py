@@ -16,12 +16,12 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import canonical_json, read_json, write_json
 from deepseek.data import Document, TokenShards
 from deepseek.data.decode import decode_documents
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice
+from deepseek.engine.start import start_engine
 from deepseek.errors import ConfigError, DataError
 from deepseek.evaluate.cases import Case, fim_marker_ids, next_line_cases
 from deepseek.evaluate.completion import Answer, CompletionScores, Dials, Writer, score_answers
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import ExpertChoice
-from deepseek.infer.start import start_engine
 from deepseek.packs.pack import read_pack
 from deepseek.registry import nearest
 from deepseek.text.tokenizer import load_tokenizer

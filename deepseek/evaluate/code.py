@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.document import Progress, silent
 from deepseek.data.functions import Function, parsed
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.start import quickest_runner
 from deepseek.errors import DataError
 from deepseek.evaluate.sandbox import run_program
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
-from deepseek.infer.start import quickest_runner
 from deepseek.registry import package
 from deepseek.text.tokenizer import encode_plain
 

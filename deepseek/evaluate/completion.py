@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deepseek.data.document import Progress, silent
+from deepseek.engine.engine import Engine
+from deepseek.engine.generation import Generation
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError
 from deepseek.evaluate.cases import Case, CaseEncoder, Prompt
 from deepseek.evaluate.scores import edit_similarity, is_exact
-from deepseek.infer.engine import Engine, Generation
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
 from deepseek.retrieval.index import Index
 from deepseek.retrieval.prompt import before_text, query_of
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.loader import Batch
-from deepseek.infer.vocabulary import Vocabulary
+from deepseek.engine.vocabulary import Vocabulary
 from deepseek.kernels.cross_entropy import IGNORED_LABEL
 from deepseek.text.chat import Message, encode_prompt
 from deepseek.train.judge import Judge, clean

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from deepseek.data import Progress, TokenShards
 from deepseek.data.decode import decode_documents
 from deepseek.data.document import silent
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice
 from deepseek.errors import DataError
 from deepseek.evaluate.cases import Case, next_line_cases
 from deepseek.evaluate.completion import Answer, Dials, Writer
 from deepseek.evaluate.quality import held_out_folder
 from deepseek.evaluate.scores import is_exact
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import ExpertChoice
 
 CASES = 48
 """Lines that are compared."""

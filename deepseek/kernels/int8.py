@@ -116,7 +116,7 @@ def product_reference(x_ND: Tensor, matrix: Int8Matrix) -> Tensor:
 
 
 def row_bytes(groups: int) -> int:
-    """Return the distance in memory between two rounded rows of `groups` groups (see `kernels/decode/rows.py`)."""
+    """Return the distance in memory between two rounded rows of `groups` groups (see `compiled/rows.py`)."""
     return ((GROUP + 8) * groups + 63) // 64 * 64
 
 

@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from deepseek.infer.engine import Engine
+from deepseek.engine.engine import Engine
 from deepseek.server import chat, completions, models, preferences, responses, teach
 from deepseek.server.errors import DOCUMENTED, install
 from deepseek.server.guard import Guard

@@ -7,7 +7,7 @@ from secrets import token_hex
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deepseek.infer.request import Request, TokenEvent, TokenLogprob
+from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.errors import ApiError
 from deepseek.server.replies import ChatReply, described

@@ -6,7 +6,7 @@ from itertools import accumulate
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deepseek.infer.request import Request, TokenEvent, TokenLogprob
+from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.errors import ApiError
 from deepseek.server.replies import CompletionReply, described

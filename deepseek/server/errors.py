@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from deepseek.engine.request import EngineStoppedError, QueueFullError
 from deepseek.errors import UserError
-from deepseek.infer.request import EngineStoppedError, QueueFullError
 from deepseek.packs.manifest import printable
 
 TYPES = {

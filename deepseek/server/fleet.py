@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from deepseek.engine.engine import Engine
 from deepseek.errors import PackError
-from deepseek.infer.engine import Engine
 from deepseek.model.experts import ExpertInfo
 from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.server.errors import ApiError, as_api_error

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import Usage
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import Usage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 600)
 

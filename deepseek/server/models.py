@@ -11,8 +11,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 
+from deepseek.engine.engine import Engine
 from deepseek.errors import PackError
-from deepseek.infer.engine import Engine
 from deepseek.model.experts import ExpertInfo
 from deepseek.packs.library import SUFFIX
 from deepseek.packs.pack import read_pack

@@ -17,8 +17,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from deepseek.checkpoint.hub import resolve
+from deepseek.engine.engine import Engine
 from deepseek.errors import ConfigError
-from deepseek.infer.engine import Engine
 from deepseek.packs.library import find_pack
 from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import read_pack

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deepseek.infer.request import TokenEvent, TokenLogprob, Usage
+from deepseek.engine.request import TokenEvent, TokenLogprob, Usage
 from deepseek.server.errors import as_api_error
 from deepseek.server.metrics import spoken
 from deepseek.server.schema import GenerationFields

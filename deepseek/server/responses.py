@@ -7,7 +7,7 @@ from secrets import token_hex
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deepseek.infer.request import Request
+from deepseek.engine.request import Request
 from deepseek.server.metrics import spoken
 from deepseek.server.replies import ResponseReply, described
 from deepseek.server.reply import Fields, Reply

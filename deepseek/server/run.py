@@ -11,9 +11,9 @@ from types import FrameType
 
 import uvicorn
 
+from deepseek.engine.engine import Engine
+from deepseek.engine.start import start_engine
 from deepseek.errors import ConfigError
-from deepseek.infer.engine import Engine
-from deepseek.infer.start import start_engine
 from deepseek.server.app import create_app
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings

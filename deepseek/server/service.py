@@ -16,9 +16,10 @@ from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from deepseek.checkpoint.store import home
-from deepseek.infer.engine import Engine, Generation
-from deepseek.infer.request import ExpertChoice, Grammar, Request, TokenEvent, Usage
-from deepseek.infer.sampler import Sampling
+from deepseek.engine.engine import Engine
+from deepseek.engine.generation import Generation
+from deepseek.engine.request import ExpertChoice, Grammar, Request, TokenEvent, Usage
+from deepseek.engine.sampler import Sampling
 from deepseek.packs.library import experts_folder
 from deepseek.server.errors import ApiError
 from deepseek.server.fleet import Fleet

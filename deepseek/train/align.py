@@ -20,8 +20,8 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data.preference_files import record_of
 from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError, TrainError
-from deepseek.infer.vocabulary import Vocabulary
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick

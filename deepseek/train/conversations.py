@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.document import Progress, silent
 from deepseek.data.everyday import Conversation, everyday_conversations
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
-from deepseek.infer.start import quickest_runner
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.start import quickest_runner
 from deepseek.text.chat import encode_prompt, encode_rendered, render
 from deepseek.text.tokenizer import document_end_id, encode_plain
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.document import Progress, silent
 from deepseek.data.preferences import Preference
+from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError
-from deepseek.infer.vocabulary import Vocabulary
 from deepseek.registry import package
 from deepseek.text.chat import Message, check_messages, encode_prompt
 from deepseek.train.rollout import Responses, generate

@@ -25,11 +25,11 @@ from deepseek.data import TokenShards
 from deepseek.data.document import Progress, silent, uniform
 from deepseek.data.encode import CONTEXT_BIT
 from deepseek.data.loader import IGNORE, Batch
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.start import quickest_runner
 from deepseek.errors import CheckpointError, DataError
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
-from deepseek.infer.start import quickest_runner
 from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.conversations import conversation_rows
 from deepseek.train.gate_inputs import HALF_LIFE, Moments, blend, gate_inputs

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_expert import save_base
 
-from deepseek.infer.load import Loaded, load
+from deepseek.engine.load import Loaded, load
 
 
 @pytest.fixture(scope="session")

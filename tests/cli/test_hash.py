@@ -8,7 +8,7 @@ import torch
 
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.cli.main import main
-from deepseek.infer.load import load
+from deepseek.engine.load import load
 from deepseek.model.attention.hash import LinearHash, hash_file, load_hashes, save_hashes
 from deepseek.model.attention.lsh import RandomHash
 from deepseek.model.config import ModelConfig

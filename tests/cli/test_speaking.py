@@ -13,13 +13,13 @@ from deepseek.cli.main import main
 from deepseek.cli.session import ChatSession
 from deepseek.cli.speak import Palette, speak
 from deepseek.data import Document, TokenShards
+from deepseek.engine.engine import Engine
+from deepseek.engine.load import Loaded
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.scheduler import Scheduler
+from deepseek.engine.start import start_engine
 from deepseek.evaluate.quality import held_out_folder
-from deepseek.infer.engine import Engine
-from deepseek.infer.load import Loaded
-from deepseek.infer.request import Request
-from deepseek.infer.sampler import Sampling
-from deepseek.infer.scheduler import Scheduler
-from deepseek.infer.start import start_engine
 from deepseek.packs.library import experts_folder
 from deepseek.text.chat import encode_prompt
 

@@ -52,4 +52,4 @@ def test_every_language_has_follow_ups_and_few_computer_topics() -> None:
 def test_the_wheel_holds_the_file(tmp_path: Path) -> None:
     (path,) = WheelBuilder(str(PACKAGE.parent)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(path) as wheel:
-        assert wheel.read("deepseek/data/everyday.jsonl") == FILE.read_bytes()
+        assert wheel.read("deepseek/data/builders/everyday.jsonl") == FILE.read_bytes()

@@ -5,10 +5,10 @@ import torch
 from tiny_model import tiny_model
 
 from deepseek.data.functions import Function
+from deepseek.engine.engine import Engine
 from deepseek.errors import DataError
 from deepseek.evaluate import code
 from deepseek.evaluate.code import complete, cut_body, human_eval_problems, pass_at_1, passes, score_bodies
-from deepseek.infer.engine import Engine
 
 PROBLEM = {
     "prompt": 'def double(x):\n    """Twice x."""\n',

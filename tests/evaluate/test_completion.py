@@ -10,11 +10,11 @@ from tiny_model import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data import Document
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import ExpertChoice
 from deepseek.evaluate import completion
 from deepseek.evaluate.cases import LEAST_LINES, CaseEncoder, fim_marker_ids, next_line_cases
 from deepseek.evaluate.completion import Answer, Dials, Writer, score_answers
-from deepseek.infer.engine import Engine
-from deepseek.infer.request import ExpertChoice
 from deepseek.retrieval.index import Index
 
 FUNCTION = "".join(f"def model_{n}(value):\n    return value + router_{n}\n\n" for n in range(12))

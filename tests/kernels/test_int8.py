@@ -5,8 +5,8 @@ import pytest
 import torch
 from numba import njit
 
-from deepseek.infer.compiled_state import aligned
-from deepseek.kernels.decode.rows import multiply, round_group, row_bytes
+from deepseek.compiled.rows import multiply, round_group, row_bytes
+from deepseek.compiled.state import aligned
 from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, pack, product_reference, quantize
 
 

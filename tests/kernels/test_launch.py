@@ -7,7 +7,7 @@ KERNEL = """
 import numpy as np
 from numba import njit
 from deepseek.kernels.launch import compiled, launch, unpack
-from deepseek.kernels.decode.rows import norm_row
+from deepseek.compiled.rows import norm_row
 
 @njit(error_model="numpy")
 def run(x, weight, out):

@@ -12,9 +12,9 @@ import pytest
 from live_server import save_model
 from tiny_expert import save_base, save_expert
 
+from deepseek.engine.engine import Engine
+from deepseek.engine.load import load
 from deepseek.errors import PackError
-from deepseek.infer.engine import Engine
-from deepseek.infer.load import load
 from deepseek.model.experts import ExpertInfo
 from deepseek.packs.pack import read_pack
 from deepseek.server import fleet as fleet_module

@@ -10,8 +10,8 @@ import pytest
 from live_server import CONTEXT, Live
 from openai import OpenAI
 
-from deepseek.infer.request import Request
-from deepseek.infer.sampler import Sampling
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
 
 ASKED: list[Any] = [{"role": "user", "content": "the expert of the model"}]
 TOOL: dict[str, Any] = {

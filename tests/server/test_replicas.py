@@ -18,7 +18,7 @@ from live_server import save_model
 from tiny_expert import save_expert
 
 from deepseek.cli.main import main
-from deepseek.infer.load import load
+from deepseek.engine.load import load
 
 USER, ADMIN = "user-key", "admin-key"
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4}

@@ -19,8 +19,8 @@ from live_server import Live, live, save_model
 from tiny_expert import save_expert
 
 from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.engine.load import load
 from deepseek.errors import ConfigError
-from deepseek.infer.load import load
 from deepseek.server.errors import ApiError
 from deepseek.server.prompt import time_limit
 from deepseek.server.run import listen

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.engine.load import load
 from deepseek.errors import ConfigError, DataError, TrainError
-from deepseek.infer.load import load
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train import judge
 from deepseek.train.align import align

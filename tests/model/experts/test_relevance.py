@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tiny_expert import save_expert
 from tiny_model import tiny_model
 
-from deepseek.infer.engine import Engine
-from deepseek.infer.load import Loaded
-from deepseek.infer.request import ExpertChoice, Request
-from deepseek.infer.sampler import Sampling
+from deepseek.engine.engine import Engine
+from deepseek.engine.load import Loaded
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.relevance import DECAY, Relevance, RelevanceBank, text_evidence
 from deepseek.model.kv_cache import KVCache

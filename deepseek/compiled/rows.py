@@ -1,0 +1,177 @@
+"""Rows of activations: rounding them, and their products with panels of weights.
+
+A rounded row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in int32 (see
+`kernels/int8.py`). Rows are given by a table of their addresses. What a row gets never depends on the rows beside it.
+"""
+
+import platform
+import sys
+
+import numpy as np
+from numba import carray, njit, types
+
+from deepseek.compiled.abi import BLOCK
+from deepseek.compiled.vector import (
+    arrive,
+    look,
+    panel_dot_1,
+    panel_dot_2,
+    panel_dot_4,
+    panel_dot_8,
+    rotate,
+    rotate_and_round,
+)
+from deepseek.kernels import int8, openmp
+from deepseek.kernels.few_tokens import pointer, sigmoid, thread_count
+from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, LANES
+
+# Linux's call for sleeping until a number in memory changes; elsewhere the thread only yields.
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
+_WAIT, _WAKE, _ALL = 0, 1, 1 << 30
+_syscall = openmp.external("syscall", types.int64(*[types.int64] * 7))
+_yield = openmp.external("sched_yield", types.int32())
+
+row_bytes = njit(int8.row_bytes)
+# Looks at the barrier, about 40 microseconds, before the core is given to whoever else wants it. Less than two threads
+# drift apart within a stage costs more than it saves: who slept comes late to the next barrier, where the other sleeps.
+SPINS = 40_000
+
+
+@njit(error_model="numpy")
+def barrier(counter):  # type: ignore[no-untyped-def]
+    """Wait until every thread has called this; `counter` is the address of two numbers, at first 0.
+
+    The first counts arrivals, the second those that sleep. Waiting is short where cores are free, so a thread looks for
+    a while before it sleeps.
+    """
+    threads, sleepers = thread_count(), counter + 8
+    before = arrive(counter, 1)
+    goal = (before // threads + 1) * threads
+    if before + 1 == goal and look(sleepers) > 0:
+        arrive(sleepers, -look(sleepers))
+        _syscall(_FUTEX, counter, _WAKE, _ALL, 0, 0, 0)
+    spins, seen = 0, look(counter)
+    while seen < goal:
+        spins += 1
+        if spins > SPINS and _FUTEX:
+            arrive(sleepers, 1)
+            _syscall(_FUTEX, counter, _WAIT, seen, 0, 0, 0)  # returns at once if the number is not `seen` any more
+        elif spins > SPINS:
+            _yield()
+        seen = look(counter)
+
+
+@njit(error_model="numpy")
+def floats(address, *shape):  # type: ignore[no-untyped-def]
+    """Return the fp32 numbers at an address as an array."""
+    return carray(pointer(address), shape, np.float32)
+
+
+@njit(error_model="numpy")
+def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
+    """Round the 64 numbers at address `x` into group `group` of the row at address `row`."""
+    scale = row + GROUP * groups + 4 * group
+    rotate_and_round(x, row + GROUP * group, scale, scale + 4 * groups)
+
+
+@njit(fastmath=True, error_model="numpy")
+def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
+    """Set `out` to the normed x (see `model/norm.py`)."""
+    total = np.float32(0)
+    for d in range(len(weight)):
+        total += x[d] * x[d]
+    factor = np.float32(1) / np.sqrt(total / np.float32(len(weight)) + eps)
+    for d in range(len(weight)):
+        out[d] = x[d] * factor * weight[d]
+
+
+@njit(error_model="numpy")
+def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
+    """Set `out` to the row of a packed matrix that belongs to `token`."""
+    tile, lane = token % COLUMNS // LANES, token % LANES
+    turned = np.empty(GROUP, np.float32)
+    for g in range(groups):
+        block = table + (token // COLUMNS * groups + g) * GROUP_BYTES
+        values = carray(pointer(block), (GROUP // 4, 2, LANES, 4), np.uint8)
+        scale = np.uint32(carray(pointer(block + COLUMNS * GROUP), (2, LANES), np.uint16)[tile, lane]) << np.uint32(16)
+        for i in range(GROUP):
+            turned[i] = np.float32(values[i // 4, tile, lane, i % 4]) - np.float32(128)
+        rotate(turned.ctypes.data)
+        factor = np.array([scale], np.uint32).view(np.float32)[0]
+        own = out[g * GROUP : (g + 1) * GROUP]
+        for i in range(len(own)):
+            own[i] = turned[i] * factor
+
+
+@njit(error_model="numpy")
+def multiply(panel, table, count, groups, out):  # type: ignore[no-untyped-def]
+    """Multiply a panel by `count` rows; `out` is the address of fp32 `[count, 32]`."""
+    row = 0
+    while row + 8 <= count:
+        panel_dot_8(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+        row += 8
+    while row + 4 <= count:
+        panel_dot_4(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+        row += 4
+    if row + 2 <= count:
+        panel_dot_2(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+        row += 2
+    if row < count:
+        panel_dot_1(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+
+
+@njit(error_model="numpy")
+def project(panels, first, last, table, count, groups, out):  # type: ignore[no-untyped-def]
+    """Set the columns of `out` `[count, F]` that panels `first` to `last - 1` give."""
+    product = np.empty((BLOCK, COLUMNS), np.float32)
+    for panel in range(first, last):
+        columns = min(COLUMNS, out.shape[1] - panel * COLUMNS)
+        for start in range(0, count, BLOCK):
+            rows = min(BLOCK, count - start)
+            multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
+            for r in range(rows):
+                out[start + r, panel * COLUMNS : panel * COLUMNS + columns] = product[r, :columns]
+
+
+@njit(error_model="numpy")
+def _add(own, product, bias, factor):  # type: ignore[no-untyped-def]
+    for c in range(len(own)):
+        own[c] += factor * (product[c] + bias[c])
+
+
+@njit(error_model="numpy")
+def add_projected(panels, first, last, table, places, factors, groups, bias, stream):  # type: ignore[no-untyped-def]
+    """Add to `stream[places[i]]` the product of row i, and `bias`, times `factors[i]`, in columns as in `project`."""
+    product = np.empty((BLOCK, COLUMNS), np.float32)
+    for panel in range(first, last):
+        columns = min(COLUMNS, stream.shape[1] - panel * COLUMNS)
+        for start in range(0, len(places), BLOCK):
+            rows = min(BLOCK, len(places) - start)
+            multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
+            for r in range(rows):
+                own = stream[places[start + r], panel * COLUMNS : panel * COLUMNS + columns]
+                _add(own, product[r], bias[panel * COLUMNS : panel * COLUMNS + columns], factors[start + r])
+
+
+@njit(fastmath=True, error_model="numpy")
+def _gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
+    for f in range(len(hidden)):
+        hidden[f] = gates[f] * sigmoid(gates[f]) * ups[f]
+
+
+@njit(error_model="numpy")
+def activate(panels, first, last, table, count, groups, inner, out):  # type: ignore[no-untyped-def]
+    """Round groups `first` to `last - 1` of the hidden values of `count` rows of `inner` groups, from `out` on."""
+    product, hidden = np.empty((BLOCK, COLUMNS), np.float32), np.empty((BLOCK, GROUP), np.float32)
+    quarters = GROUP // LANES
+    for group in range(first, last):
+        for start in range(0, count, BLOCK):
+            rows = min(BLOCK, count - start)
+            for quarter in range(quarters):
+                panel = panels + (quarters * group + quarter) * groups * GROUP_BYTES
+                multiply(panel, table + 8 * start, rows, groups, product.ctypes.data)
+                for r in range(rows):
+                    own = hidden[r, quarter * LANES : (quarter + 1) * LANES]
+                    _gate(product[r, :LANES], product[r, LANES:], own)
+            for r in range(rows):
+                round_group(hidden[r].ctypes.data, out + (start + r) * row_bytes(inner), group, inner)

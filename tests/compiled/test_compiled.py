@@ -1,0 +1,218 @@
+"""The compiled runner against the model itself: logits, batches, pieces of prompts, stored prefixes, experts."""
+
+import copy
+
+import pytest
+import torch
+from tiny_tokenizer import tiny_tokenizer
+
+from deepseek.compiled.abi import RECENT
+from deepseek.compiled.runner import CompiledRunner, supports
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.scheduler import MAX_GUESSES
+from deepseek.engine.sequence import Lookup
+from deepseek.kernels.int8 import quantize
+from deepseek.model.config import ModelConfig
+from deepseek.model.experts import ExpertModule
+from deepseek.model.experts.armed import ArmedExperts, Roster
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.manifest import MOMENTS
+from deepseek.runner import Chunk
+
+SHAPE = {
+    "vocab_size": 90, "hidden_size": 96, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "initializer_range": 0.1,
+}  # fmt: skip
+KINDS = {
+    "llama": {},
+    "mistral": {"sliding_window": 70, "tie_word_embeddings": False},
+    "qwen2": {"attention_bias": True, "sliding_window": 30, "full_attention_layers": [0, 2]},
+    "qwen3": {"qk_norm": "head", "head_dim": 128, "attention_output_bias": True},
+}
+IDS = [(7 * i * i + 3 * i) % 90 for i in range(100)]
+
+
+def build(**changes) -> DeepSeekModel:
+    torch.manual_seed(0)
+    model = DeepSeekModel(ModelConfig(**SHAPE | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith((".bias", "norm.weight")):
+            torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepSeekModel:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def runner(model) -> CompiledRunner:
+    return CompiledRunner(model)
+
+
+def rounded(model: DeepSeekModel) -> DeepSeekModel:
+    """The model with the weights that the runner computes with."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.weight.data = quantize(module.weight.data).float()
+    return twin
+
+
+def logits(runner, armed=None, ids=IDS, pieces=(100,)):
+    state, rows, start = runner.start(armed, 256), [], 0
+    for size in pieces:
+        rows.append(runner.forward([Chunk(state, ids[start : start + size], size)]).logits_RV)
+        start += size
+    return torch.cat(rows)
+
+
+def distance(a, b) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_logits_are_those_of_the_model_with_rounded_weights(kind):
+    model = build(**KINDS[kind])
+    assert supports(model)
+    assert distance(logits(CompiledRunner(model)), rounded(model)(torch.tensor([IDS])).logits[0]) < 0.03
+
+
+def test_pieces_of_a_prompt_give_the_bits_of_the_whole(runner):
+    whole = logits(runner)
+    assert torch.equal(logits(runner, pieces=(1, 2, 61, 3, 33)), whole)
+    assert torch.equal(logits(runner, pieces=(1,) * 100), whole)
+
+
+def test_a_sequence_has_the_same_bits_in_any_batch(runner):
+    whole, states = logits(runner), [runner.start(None, 256) for _ in range(5)]
+    for i, state in enumerate(states[1:]):
+        runner.forward([Chunk(state, IDS[i : i + 9 * i + 2])])
+    for i in range(70):
+        extra = [Chunk(state, [i], 0) for state in states[1 : 1 + i % 5]]
+        output = runner.forward([*extra, Chunk(states[0], [IDS[i]])])
+        assert torch.equal(output.logits_RV[0], whole[i])
+
+
+@pytest.mark.parametrize("cuts", [(64,), (64, 96), (10, 20, 50), (40, 90)])
+def test_a_stored_prefix_gives_the_same_bits(runner, cuts):
+    source, state, start = runner.start(None, 256), runner.start(None, 256), 0
+    for cut in cuts:
+        runner.forward([Chunk(source, IDS[start:cut])])
+        state.extend(source.segment(start))
+        start = cut
+    runner.forward([Chunk(source, [1] * 20)])  # the source goes on and must not disturb who took its prefix
+    rest = runner.forward([Chunk(state, IDS[start:], 100 - start)]).logits_RV
+    assert torch.equal(rest, logits(runner)[start:])
+    assert state.nbytes <= runner.state_bytes(256, None)
+
+
+def experts(model, count: int) -> list[ExpertModule]:
+    modules = []
+    for seed in range(count):
+        module = ExpertModule.beside(model.layers, f"e{seed}", [1, 2][seed % 2 :], 80, seed=seed)
+        torch.manual_seed(seed)
+        for layer in module.layers:
+            torch.nn.init.normal_(module.at(layer).down_proj, std=0.3)
+            module.set_gate(layer, torch.randn(97) * 0.3, moments=torch.randn(MOMENTS, 96) * 0.3)
+        modules.append(module.requires_grad_(False))
+    return modules
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 5), (3, 2), (0, 0)], ids=["one", "three, two at a token", "forced"])
+@torch.no_grad()
+def test_experts_speak_as_in_the_model(model, runner, count, most):
+    modules = tuple(experts(model, max(count, 1)))
+    roster = Roster(modules, most if count else None)
+    twin = rounded(model)
+    twin.experts.armed = lambda: ArmedExperts(roster)
+    expected = twin(torch.tensor([IDS]))
+    got = logits(runner, ArmedExperts(roster))
+    base = logits(runner)
+    assert distance(base, expected.logits[0]) > 0.1
+    assert distance(got, expected.logits[0]) < 0.05
+    assert torch.equal(logits(runner, ArmedExperts(roster), pieces=(30, 1, 69)), got)
+    silent = expected.experts.attribution()[0].sum(-1).cumsum(0) == 0
+    assert torch.equal(got[silent], base[silent])
+    state = runner.start(ArmedExperts(roster), 256)
+    named = runner.forward([Chunk(state, IDS, 100)]).experts
+    best = expected.experts.attribution()[0]
+    names = [expected.experts.names[int(row.argmax())] if row.max() > 0 else None for row in best]
+    assert sum(a == b for a, b in zip(named, names, strict=True)) >= 90
+
+
+def test_others_in_the_batch_may_have_experts(model, runner):
+    roster = Roster(tuple(experts(model, 2)), 5)
+    plain, armed = runner.start(None, 256), runner.start(ArmedExperts(roster), 256)
+    output = runner.forward([Chunk(armed, IDS, 100), Chunk(plain, IDS, 100)])
+    assert torch.equal(output.logits_RV[100:], logits(runner))
+    assert torch.equal(output.logits_RV[:100], logits(runner, ArmedExperts(roster)))
+    assert output.experts[100:] == (None,) * 100
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"positional_encoding": "alibi"}, {"attention": "lsh"}, {"head_dim": 32}, {"num_experts": 8, "expert_dim": 32}],
+)
+def test_what_it_cannot_compute_it_refuses(changes):
+    with torch.device("meta"):
+        assert not supports(DeepSeekModel(ModelConfig(**SHAPE | changes)))
+
+
+@pytest.mark.parametrize("right", range(1, RECENT))
+def test_what_was_taken_back_leaves_no_trace_in_gates(model, runner, right):
+    armed = ArmedExperts(Roster(tuple(experts(model, 3)), 2))
+    whole, state = logits(runner, armed), runner.start(armed, 256)
+    runner.forward([Chunk(state, IDS[:41])])
+    runner.forward([Chunk(state, [*IDS[41 : 41 + right], *[3] * (RECENT - right)], RECENT)])
+    state.rewind(41 + right)
+    twin = runner.start(armed, 256)
+    twin.extend(state.segment(0))
+    for one in (state, twin):
+        assert torch.equal(runner.forward([Chunk(one, IDS[41 + right :], 59 - right)]).logits_RV, whole[41 + right :])
+
+
+@pytest.mark.parametrize("count", [0, 2], ids=["base", "experts"])
+def test_guesses_change_no_token_and_no_probability(monkeypatch, count):
+    tokenizer = tiny_tokenizer()
+    model = build(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    if count:
+        armed = ArmedExperts(Roster(tuple(experts(model, count)), 2))
+        monkeypatch.setattr(type(model.experts), "choose", lambda *_, **__: armed)
+    runner, pattern = CompiledRunner(model), (5, 9, 40, 3, 8) * 8
+    requests = [
+        Request(pattern, Sampling(60), ignore_end=True, logprobs=2),
+        Request((7,), Sampling(150, temperature=0.3, top_k=3, seed=1), ignore_end=True),
+        Request(pattern, Sampling(40, temperature=1.0, seed=2, frequency_penalty=0.5), prompt_logprobs=True),
+        Request(pattern, Sampling(60), stop_token_ids=tuple(range(0, len(tokenizer), 9))),
+    ]
+    written, steps = [], []
+    for most in (0, MAX_GUESSES):
+        monkeypatch.setattr("deepseek.engine.scheduler.MAX_GUESSES", most)
+        with Engine(model, tokenizer, runner) as engine:
+            generations = [list(engine.submit(request)) for request in requests]
+            written.append((generations, engine.stats().completion_tokens))
+            steps.append(engine.stats().steps)
+    assert written[0] == written[1]
+    assert steps[1] < 0.8 * steps[0] <= written[0][1]
+
+
+def test_guesses_are_what_followed_the_same_words():
+    lookup = Lookup([1, 2, 3, 4, 1, 2])
+    assert lookup.guess(7) == [3]
+    lookup.judge(1)
+    assert lookup.guess(2) == [3, 4]
+    assert lookup.guess(7) == [3, 4, 1]  # one was right: more next time
+    lookup.judge(0)
+    assert lookup.guess(7) == [3]  # none was: fewer
+    lookup.judge(3)
+    lookup.push(9)
+    assert lookup.guess(7) == []
+    for token in (1, 2):
+        lookup.push(token)
+    assert lookup.guess(7) == [9, 1, 2]  # what came last
+    assert lookup.guess(-1) == []

@@ -1,0 +1,140 @@
+"""Text streams hold back what might become a stop text; grammars hold what they promise."""
+
+import json
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import tiny_model
+from tiny_tokenizer import tiny_tokenizer
+
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import Grammar, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.vocabulary import TextStream, Vocabulary, begun
+from deepseek.errors import ConfigError
+
+TOKENIZER = tiny_tokenizer()
+SCHEMAS = [
+    {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"type": "boolean"}},
+     "required": ["a", "b"], "additionalProperties": False},
+    {"type": "array", "items": {"enum": ["x", "yy", None, 3]}, "minItems": 1, "maxItems": 3},
+    {"type": "object", "properties": {"who": {"type": "string", "maxLength": 5}, "in": {"$ref": "#/$defs/n"}},
+     "required": ["who", "in"], "additionalProperties": False,
+     "$defs": {"n": {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"],
+                     "additionalProperties": False}}},
+    {"anyOf": [{"type": "null"}, {"type": "string", "pattern": "^[ab]{1,4}$"}]},
+]  # fmt: skip
+
+
+def read(ids: list[int], stop: list[str]) -> tuple[list[str], bool]:
+    """Return the pieces of text up to a stop text, and whether one came."""
+    stream, pieces = TextStream(TOKENIZER, stop), []
+    for token in ids:
+        text, stopped = stream.push(token)
+        pieces.append(text)
+        if stopped:
+            return pieces, True
+    return [*pieces, stream.flush()], False
+
+
+@given(
+    ids=st.lists(st.sampled_from(TOKENIZER.encode("abab the expert é 漢字 aabb")), max_size=30),
+    stop=st.lists(st.text("abe the漢é", min_size=1, max_size=4), max_size=3),
+)
+def test_text_ends_before_the_first_stop_text(ids: list[int], stop: list[str]) -> None:
+    pieces, stopped = read(ids, stop)
+    unstopped, _ = read(ids, [])
+    whole = "".join(unstopped)
+    places = [whole.find(mark) for mark in stop if mark in whole]
+    assert stopped == bool(places)
+    if not stopped:
+        assert "".join(pieces) == whole
+        return
+    # The text is cut where a stop text begins, and the tokens read up to there hold no other whole one.
+    text = "".join(pieces)
+    assert whole.startswith(text)
+    assert any(whole[len(text) :].startswith(mark) for mark in stop)
+    assert not any(mark in text for mark in stop)
+
+
+@given(text=st.text("ab", max_size=8), stop=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3))
+def test_only_the_beginning_of_a_stop_text_is_held_back(text: str, stop: list[str]) -> None:
+    ends = [n for n in range(1, len(text) + 1) for mark in stop if mark.startswith(text[-n:]) and len(mark) > n]
+    assert begun(text, stop) == max(ends, default=0)
+
+
+@given(st.text(max_size=20))
+def test_characters_come_whole(text: str) -> None:
+    pieces, _ = read(TOKENIZER.encode(text), [])
+    assert "".join(pieces) == text
+
+
+def test_a_stop_text_may_span_tokens_and_ends_the_generation() -> None:
+    with Engine(*tiny_model()) as engine:
+        request = Request((5, 17, 80), Sampling(max_new_tokens=30, temperature=2.0, seed=5), ignore_end=True)
+        whole = "".join(event.text for event in engine.submit(request))
+        place = next(n for n in range(4, len(whole) - 6) if whole.find(whole[n : n + 3]) == n)
+        stop = whole[place : place + 3]
+        stopped = Request(request.prompt_ids, request.sampling, stop=(stop,), ignore_end=True)
+        events = list(engine.submit(stopped))
+    assert "".join(event.text for event in events) == whole[:place]
+    assert events[-1].finish_reason == "stop"
+
+
+@settings(max_examples=8)
+@given(schema=st.sampled_from(SCHEMAS), seed=st.integers(0, 1000))
+def test_finished_json_validates_at_temperature_1(engine: Engine, schema: dict[str, object], seed: int) -> None:
+    sampling = Sampling(max_new_tokens=60, temperature=1.0, seed=seed)
+    events = list(engine.submit(Request((5, 17, 80), sampling, grammar=Grammar("json_schema", json.dumps(schema)))))
+    text = "".join(event.text for event in events)
+    if events[-1].finish_reason == "stop":
+        jsonschema.validate(json.loads(text), schema)
+    else:
+        assert (events[-1].finish_reason, len(events)) == ("length", 60)
+
+
+def test_dates_have_a_year_that_date_types_can_hold() -> None:
+    vocabulary = Vocabulary(*tiny_model())
+
+    def fits(text: str, schema: object) -> bool:
+        matcher = vocabulary.matcher(Grammar("json_schema", json.dumps(schema)))
+        return all(matcher.allowed()[token] and not matcher.take(token) for token in TOKENIZER.encode(text)[:-1])
+
+    for kind, rest in (("date", "-01-02"), ("date-time", "-01-02T03:04:05Z")):
+        schema = {"anyOf": [{"type": "integer"}, {"type": "string", "format": kind}]}
+        assert fits(f'"0001{rest}"', schema) and not fits(f'"0000{rest}"', schema)
+    assert fits('{"format": "date"}', {"const": {"format": "date"}})
+
+
+@pytest.mark.parametrize(
+    ("grammar", "texts"),
+    [
+        (Grammar("regex", "(ab|c){2}x"), {"ababx", "abcx", "cabx", "ccx"}),
+        (Grammar("lark", 'start: "yes" | "no"'), {"yes", "no"}),
+        (Grammar("json_schema", '{"enum": [7]}'), {"7"}),
+    ],
+)
+def test_grammars_bind(engine: Engine, grammar: Grammar, texts: set[str]) -> None:
+    for seed in range(5):
+        events = list(engine.submit(Request((9,), Sampling(temperature=1.0, seed=seed), grammar=grammar)))
+        assert "".join(event.text for event in events) in texts
+        assert events[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("json_schema", "{"), Grammar("json_schema", "7"), Grammar("json_schema", '{"type": 5}'),
+        Grammar("regex", "(a"), Grammar("lark", "start: x"),
+    ],
+)  # fmt: skip
+def test_a_grammar_that_does_not_compile_is_refused(engine: Engine, grammar: Grammar) -> None:
+    with pytest.raises(ConfigError, match=f"The {grammar.kind} "):
+        engine.submit(Request((9,), grammar=grammar))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(*tiny_model())

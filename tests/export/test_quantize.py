@@ -1,0 +1,91 @@
+"""A model written with 8-bit weights loads as it is and says what the model says."""
+
+import copy
+
+import pytest
+import torch
+from tiny_tokenizer import tiny_tokenizer
+
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.engine.load import load
+from deepseek.errors import CheckpointError, ConfigError
+from deepseek.export.quantize import quantize_model, round_along, sample
+from deepseek.kernels.int8 import quantize
+from deepseek.model.config import ModelConfig
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.runner import Chunk
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("source"), tiny_tokenizer()
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
+        head_dim=64, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    DeepSeekModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_it_is_small_loads_and_agrees(source, tmp_path):
+    result = quantize_model(source, tmp_path / "int8")
+    assert result.ratio < 0.27
+    assert result.divergence < 1e-3
+    exact, small = load(source, dtype="float32").model, load(tmp_path / "int8", dtype="float32").model
+    ids = torch.tensor([[5, 9, 40, 3, 8]])
+    assert (exact(ids).logits - small(ids).logits).norm() < 0.03 * exact(ids).logits.norm()
+    torch.testing.assert_close(small.lm_head.weight, small.embed_tokens.weight)
+    assert not torch.equal(small.embed_tokens.int8.values, quantize(exact.embed_tokens.weight.detach()).values)
+    logits = []
+    for model in (small, load(tmp_path / "int8", dtype="bfloat16").model):  # the dtype does not touch the integers
+        runner = CompiledRunner(model)
+        logits.append(runner.forward([Chunk(runner.start(None, 8), ids[0].tolist(), ids.shape[1])]).logits_RV)
+    assert torch.equal(*logits)
+
+
+def test_mistakes_are_told(source, tmp_path):
+    with pytest.raises(ConfigError, match="exists already"):
+        quantize_model(source, tmp_path)
+    quantize_model(source, tmp_path / "int8")
+    with pytest.raises(ConfigError, match="8-bit weights already"):
+        quantize_model(tmp_path / "int8", tmp_path / "again")
+
+
+def test_a_checkpoint_without_its_scales_is_refused(source, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    quantize_model(source, tmp_path / "int8")
+    path = tmp_path / "int8" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["embed_tokens.weight_scale"]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="scales"):
+        load(tmp_path / "int8")
+
+
+@torch.no_grad()
+def test_rounding_suits_what_the_model_meets(source):
+    model = load(source, dtype="float32").model
+    torch.manual_seed(1)
+    words = model.embed_tokens.weight.data
+    words.copy_(torch.randn(len(words), 8) @ torch.randn(8, words.shape[1]) * 0.1)  # few directions, as in real models
+    before = torch.get_rng_state()
+    texts = sample(model, 16, 32)
+    assert texts.shape == (16, 32) and torch.equal(texts, sample(model, 16, 32))
+    assert torch.equal(torch.get_rng_state(), before)
+    done = round_along(model, texts)
+    assert set(done) == {
+        f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)
+    }
+    ids = sample(model, 20, 32)[16:]
+    exact, errors = model(ids).logits, []
+    for suited in (False, True):
+        twin = copy.deepcopy(model)
+        twin.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # not that of the embedding
+        for name, matrix in done.items():
+            layer = twin.get_submodule(name.removesuffix(".weight"))
+            layer.weight.data = (matrix if suited else quantize(layer.weight.detach())).float()
+        errors.append(float((twin(ids).logits - exact).norm()))
+    assert errors[1] < 0.8 * errors[0]
