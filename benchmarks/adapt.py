@@ -25,8 +25,8 @@ HELD_OUT = 0.15
 WORKER = """
 import json, sys
 from pathlib import Path
-import deepseek, deepseek.train.adapt
-from deepseek.train.metrics import peak_memory
+import deepseek, deepseek.train.jobs.adapt
+from deepseek.train.loop.metrics import peak_memory
 libraries = peak_memory()
 mode, source, folder, options = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 deepseek.adapt(name="x", mode=mode, out=folder / "model", run_folder=folder / "run", **source, **options)

@@ -39,8 +39,8 @@ from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.losses import mean_loss
-from deepseek.train.trunk import run_trunk
+from deepseek.train.loop.losses import mean_loss
+from deepseek.train.text.trunk_cache import run_trunk
 
 SETS = {
     "design": ("code-a", "code-b", "spanish", "french", "science", "german", "chinese", "prose"),

@@ -27,7 +27,7 @@ WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from train.tiny_pretrain import settings
+from train.loop.tiny_pretrain import settings
 import deepseek
 from deepseek.checkpoint import store
 from deepseek.errors import UserError

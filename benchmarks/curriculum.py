@@ -17,7 +17,7 @@ import numpy as np
 from results import write
 
 import deepseek
-from deepseek.train.metrics import read_metrics
+from deepseek.train.loop.metrics import read_metrics
 
 DOMAINS = {"public-code": 1, "prose": 1, "science": 1}
 MODEL = {

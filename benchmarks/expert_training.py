@@ -27,12 +27,12 @@ from deepseek.data import RowLoader, TokenShards
 from deepseek.engine.load import load
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.pack import read_pack
-from deepseek.train.corpus import Source
-from deepseek.train.expert import ExpertRequest, ExpertRun
-from deepseek.train.losses import held_out_loss
-from deepseek.train.metrics import read_metrics
-from deepseek.train.plan import Plan
-from deepseek.train.progress import ProgressBar
+from deepseek.train.jobs.expert import ExpertRequest, ExpertRun
+from deepseek.train.jobs.plan import Plan
+from deepseek.train.loop.losses import held_out_loss
+from deepseek.train.loop.metrics import read_metrics
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.text.corpus import Source
 
 PATHS = ("git", "folder", "jsonl", "parquet")
 UNCACHED_STEPS = 8

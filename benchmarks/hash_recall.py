@@ -25,8 +25,8 @@ from deepseek.evaluate.quality import documents_at
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.hash import LinearHash, load_hashes, save_hashes
 from deepseek.model.attention.lsh import RandomHash
-from deepseek.train.distill_hash import HashSettings, distill_hashes
-from deepseek.train.progress import ProgressBar
+from deepseek.train.hash.distill import HashSettings, distill_hashes
+from deepseek.train.loop.progress import ProgressBar
 
 BASE = "smollm2-135m"
 FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-code")

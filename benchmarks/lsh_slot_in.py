@@ -27,8 +27,8 @@ import deepseek
 from deepseek.data.encode import long_texts
 from deepseek.model.attention.hash import plug_hashes
 from deepseek.model.config import ModelConfig
-from deepseek.train.losses import autocast
-from deepseek.train.optim import OptimConfig, adamw, clip_gradients, learning_rate
+from deepseek.train.loop.losses import autocast
+from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients, learning_rate
 
 PARTS = ("whole", "second half")
 

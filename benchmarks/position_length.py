@@ -30,9 +30,9 @@ from deepseek import DeepSeekModel, ModelConfig
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, write_json
 from deepseek.text.tokenizer import encode_plain, load_tokenizer
-from deepseek.train.loop import LoopConfig, LossOutput, train
-from deepseek.train.optim import OptimConfig
-from deepseek.train.progress import ProgressBar
+from deepseek.train.loop.loop import LoopConfig, LossOutput, train
+from deepseek.train.loop.optim import OptimConfig
+from deepseek.train.loop.progress import ProgressBar
 
 SHORT, LONG = 1024, 4096
 BIN = 256  # neighbouring positions that are averaged

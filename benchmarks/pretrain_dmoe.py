@@ -27,11 +27,11 @@ from deepseek.data import RowLoader, TokenShards, clean, read_folder
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import train_tokenizer
-from deepseek.train.language import LanguageTask
-from deepseek.train.loop import LoopConfig, train
-from deepseek.train.metrics import read_metrics
-from deepseek.train.optim import OptimConfig
-from deepseek.train.progress import ProgressBar
+from deepseek.train.jobs.language import LanguageTask
+from deepseek.train.loop.loop import LoopConfig, train
+from deepseek.train.loop.metrics import read_metrics
+from deepseek.train.loop.optim import OptimConfig
+from deepseek.train.loop.progress import ProgressBar
 
 DOMAINS = {"public-code": 2, "prose": 2, "science": 2, "german": 1, "french": 1, "spanish": 1}
 SHAPE = {

@@ -38,7 +38,7 @@ from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
 from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.text.chat import encode_prompt
-from deepseek.train.corpus import Source, read_source
+from deepseek.train.text.corpus import Source, read_source
 
 SETS = ("asked", "unasked", "held out")
 ARMS = ("base", "expert", "always", "retrieval", "both")

@@ -27,9 +27,9 @@ from deepseek.data.preferences import PreferenceDatabase
 from deepseek.engine.load import load
 from deepseek.evaluate.quality import public_documents
 from deepseek.evaluate.safety import helpfulness, safety
-from deepseek.train.align import align
-from deepseek.train.judge import JUDGES, generate_pairs
-from deepseek.train.metrics import read_metrics
+from deepseek.train.jobs.align import align
+from deepseek.train.loop.metrics import read_metrics
+from deepseek.train.rl.judge import JUDGES, generate_pairs
 
 NEW_TOKENS, TEMPERATURE = 24, 0.8
 POLITE, POLITE_HELD_OUT = 0.2, 0.46

@@ -28,26 +28,26 @@ if TYPE_CHECKING:
     from deepseek.model.transformer import DeepSeekModel as DeepSeekModel
     from deepseek.planning import plan as plan
     from deepseek.server.run import serve as serve
-    from deepseek.train.adapt import adapt as adapt
-    from deepseek.train.align import align as align
-    from deepseek.train.expert import train_expert as train_expert
-    from deepseek.train.pretrain import pretrain as pretrain
-    from deepseek.train.rlpo import rlpo_update as rlpo_update
+    from deepseek.train.jobs.adapt import adapt as adapt
+    from deepseek.train.jobs.align import align as align
+    from deepseek.train.jobs.expert import train_expert as train_expert
+    from deepseek.train.jobs.pretrain import pretrain as pretrain
+    from deepseek.train.rl.rlpo import rlpo_update as rlpo_update
 
 _HOMES = {
     "DeepSeekModel": "deepseek.model.transformer",
     "DynamicPositionalEncoding": "deepseek.model.positions.learned",
     "DynamicRouter": "deepseek.model.moe.router",
     "ModelConfig": "deepseek.model.config",
-    "adapt": "deepseek.train.adapt",
-    "align": "deepseek.train.align",
+    "adapt": "deepseek.train.jobs.adapt",
+    "align": "deepseek.train.jobs.align",
     "load": "deepseek.engine.load",
     "plan": "deepseek.planning",
-    "pretrain": "deepseek.train.pretrain",
-    "rlpo_update": "deepseek.train.rlpo",
+    "pretrain": "deepseek.train.jobs.pretrain",
+    "rlpo_update": "deepseek.train.rl.rlpo",
     "serve": "deepseek.server.run",
     "sparse_attention": "deepseek.model.attention.lsh",
-    "train_expert": "deepseek.train.expert",
+    "train_expert": "deepseek.train.jobs.expert",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

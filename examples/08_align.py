@@ -3,9 +3,9 @@
 import torch
 
 from deepseek import DeepSeekModel, ModelConfig, rlpo_update
-from deepseek.train.optim import OptimConfig
-from deepseek.train.rlpo import RLPOConfig, RLPOState
-from deepseek.train.rollout import Responses
+from deepseek.train.loop.optim import OptimConfig
+from deepseek.train.rl.rlpo import RLPOConfig, RLPOState
+from deepseek.train.rl.rollout import Responses
 
 torch.manual_seed(0)
 model = DeepSeekModel(

@@ -72,7 +72,7 @@ def test_a_file_imports_only_lower_floors(room: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "source", "wrong"),
     [
-        ("model", "def f():\n    from deepseek.train.loop import fit", ["train"]),
+        ("model", "def f():\n    from deepseek.train.loop.loop import fit", ["train"]),
         ("text", "from deepseek.checkpoint import hub", ["checkpoint"]),
         ("train", "import deepseek.evaluate.quality as q", ["evaluate"]),
         ("model", "from deepseek import load", [""]),

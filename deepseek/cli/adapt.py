@@ -33,7 +33,7 @@ def adapt(
     """Adapt a model to your text; interrupted, the same command goes on where it was."""
     options = locals() | {"name": name or source_name(from_git, from_folder, from_jsonl, from_parquet)}
     from deepseek.cli.pull import fetch
-    from deepseek.train.adapt import adapt as run
+    from deepseek.train.jobs.adapt import adapt as run
 
     fetch(base)
     folder = run(**options)

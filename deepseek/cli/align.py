@@ -30,7 +30,7 @@ def align(
     options = locals()
     from deepseek.checkpoint.store import home
     from deepseek.cli.pull import fetch
-    from deepseek.train.align import align as run
+    from deepseek.train.jobs.align import align as run
 
     fetch(base)
     folder = run(**options | {"prefs": prefs or home() / "preferences.db"})

@@ -38,8 +38,8 @@ def questions(
     from deepseek.data.filters import Skipped
     from deepseek.data.questions import all_questions
     from deepseek.errors import DataError
-    from deepseek.train.corpus import Source as TextSource
-    from deepseek.train.corpus import read_source
+    from deepseek.train.text.corpus import Source as TextSource
+    from deepseek.train.text.corpus import read_source
 
     source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
     skipped = Skipped()

@@ -34,8 +34,8 @@ def distill_hash(
     from deepseek.errors import ConfigError
     from deepseek.evaluate.quality import documents_at
     from deepseek.model.attention.hash import hash_file, save_hashes
-    from deepseek.train.distill_hash import HashSettings, distill_hashes
-    from deepseek.train.progress import ProgressBar
+    from deepseek.train.hash.distill import HashSettings, distill_hashes
+    from deepseek.train.loop.progress import ProgressBar
 
     folder = resolve(base)
     model, tokenizer = load(base, dtype="float32")

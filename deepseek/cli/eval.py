@@ -43,7 +43,7 @@ def evaluate(
     from deepseek.evaluate.code import human_eval_problems, pass_at_1
     from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.packs.library import installed
-    from deepseek.train.progress import ProgressBar
+    from deepseek.train.loop.progress import ProgressBar
 
     problems = human_eval_problems(human_eval) if human_eval else []
     model, tokenizer = load(base, experts=expert_packs(experts, base))

@@ -46,7 +46,7 @@ def train(
 ) -> None:
     """Train an expert on your text with the base frozen; interrupted, the same command goes on where it was."""
     options = locals() | {"name": name or source_name(from_git, from_folder, from_jsonl, from_parquet)}
-    from deepseek.train.expert import train_expert
+    from deepseek.train.jobs.expert import train_expert
 
     fetch(base)  # with a progress bar, where the library would fetch it in silence
     pack = train_expert(**options)
@@ -61,7 +61,7 @@ def train_all(
     """Train many experts side by side as Ray tasks, and print each pack as it comes."""
     from deepseek.errors import TrainError
     from deepseek.packs.pack import read_pack
-    from deepseek.train.expert_all import train_all as run
+    from deepseek.train.jobs.many import train_all as run
 
     failed = []
     for expert, result in run(experts):
@@ -77,7 +77,7 @@ def index(name: Annotated[str, typer.Argument(help="Name of a trained expert.")]
     """Build the retrieval index of the text that an expert was trained on, beside its pack, for `retrieve` in requests.
 
     What the run held out is never in it."""
-    from deepseek.train.expert_index import index_expert
+    from deepseek.train.jobs.expert_index import index_expert
 
     print(index_expert(name))
 

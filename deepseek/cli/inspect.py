@@ -38,7 +38,7 @@ def attention(
     from deepseek.evaluate.quality import documents_at
     from deepseek.kernels.lsh.intervals import Windows
     from deepseek.model.attention.hash import hash_file, load_hashes
-    from deepseek.train.progress import ProgressBar
+    from deepseek.train.loop.progress import ProgressBar
 
     folder = resolve(base)
     hashes = load_hashes(hash_path or hash_file(folder), fingerprint(folder).weights)

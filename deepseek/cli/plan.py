@@ -23,7 +23,7 @@ def plan(
     from deepseek.checkpoint.store import write_json
     from deepseek.planning import deepspeed_config
     from deepseek.planning import plan as make
-    from deepseek.train.pretrain import PretrainSettings
+    from deepseek.train.jobs.pretrain import PretrainSettings
 
     settings = PretrainSettings.read(config) if config else None
     model = settings.model_config_for(settings.vocab_size, 0) if settings else preset

@@ -31,7 +31,7 @@ def import_file(
     If a line is no pair, those before it stay; mend it and import the file again.
     """
     from deepseek.data.preference_files import read_preferences
-    from deepseek.train.progress import ProgressBar
+    from deepseek.train.loop.progress import ProgressBar
 
     with opened(database) as store, ProgressBar() as bar:
         added = store.add_all(read_preferences(file, source), bar)
@@ -72,8 +72,8 @@ def generate(
     from deepseek.data.source import records
     from deepseek.engine.load import load
     from deepseek.registry import pick
-    from deepseek.train.judge import JUDGES, generate_pairs, prompt_of
-    from deepseek.train.progress import ProgressBar
+    from deepseek.train.loop.progress import ProgressBar
+    from deepseek.train.rl.judge import JUDGES, generate_pairs, prompt_of
 
     chosen = {name: pick(JUDGES, name, "judge") for name in names(judges)}
     prompts = [prompt_of(record, f"{file.name} line {number}") for number, record in records(file)]

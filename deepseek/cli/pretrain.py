@@ -14,7 +14,7 @@ def pretrain(config: Config, dry_run: DryRun = False) -> None:
 
     Under `torchrun --nproc-per-node N -m deepseek pretrain ...` N processes share parameters, gradients and moments.
     """
-    from deepseek.train.pretrain import pretrain as run
+    from deepseek.train.jobs.pretrain import pretrain as run
 
     folder = run(config, dry_run=dry_run)
     if not dry_run:

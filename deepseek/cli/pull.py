@@ -14,7 +14,7 @@ def pull(name: Annotated[str, typer.Argument(help="A known name, or a hub id (ow
 def fetch(name: str) -> Path:
     """Return the folder of a model, showing progress on standard error if it has to be fetched first."""
     from deepseek.checkpoint.hub import resolve
-    from deepseek.train.progress import ProgressBar
+    from deepseek.train.loop.progress import ProgressBar
 
     with ProgressBar() as progress:
         return resolve(name, progress)

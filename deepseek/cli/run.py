@@ -71,7 +71,7 @@ def _serve(base: str, name: str, repository: Path, minutes: float | None, consol
 
 def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
     from deepseek.engine.start import start_engine
-    from deepseek.train.expert import train_expert
+    from deepseek.train.jobs.expert import train_expert
 
     if minutes is not None:
         console.print(
@@ -87,7 +87,7 @@ def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, 
 def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
     from deepseek.cli.table import comparison_table
     from deepseek.evaluate.quality import collected, compare, expert_texts
-    from deepseek.train.progress import ProgressBar
+    from deepseek.train.loop.progress import ProgressBar
 
     with collected(engine.tokenizer, [], expert_texts([name], [name])) as texts, ProgressBar() as progress:
         console.print(comparison_table(compare(engine.model, texts, EVALUATION_TOKENS, progress)))
@@ -96,7 +96,7 @@ def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
 def _answer(engine: "Engine", name: str, console: "Console") -> None:
     """Write a held-out line again without and with the expert: the one at which it gains most."""
     from deepseek.evaluate.showcase import showcase
-    from deepseek.train.progress import ProgressBar
+    from deepseek.train.loop.progress import ProgressBar
 
     with ProgressBar() as progress:
         shown = showcase(engine, name, progress=progress)

@@ -12,7 +12,7 @@ Name = Annotated[str, typer.Argument(help="Name or folder of a run.")]
 @app.command("list")
 def list_runs() -> None:
     """List the runs of this user."""
-    from deepseek.train.runs import all_runs, summary
+    from deepseek.train.loop.runs import all_runs, summary
 
     for name, folder in all_runs().items():
         known = summary(folder)
@@ -23,7 +23,7 @@ def list_runs() -> None:
 @app.command()
 def show(name: Name) -> None:
     """Print what a run says about itself."""
-    from deepseek.train.runs import find_run, summary
+    from deepseek.train.loop.runs import find_run, summary
 
     folder = find_run(name)
     print(folder)
@@ -37,7 +37,7 @@ def compare(first: Name, second: Name) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from deepseek.train.runs import find_run, summary
+    from deepseek.train.loop.runs import find_run, summary
 
     left, right = summary(find_run(first)), summary(find_run(second))
     table = Table("", first, second)

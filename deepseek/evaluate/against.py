@@ -25,10 +25,10 @@ from deepseek.evaluate.completion import Answer, CompletionScores, Dials, Writer
 from deepseek.packs.pack import read_pack
 from deepseek.registry import nearest
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.equal_time import adapt_for_equal_time
-from deepseek.train.expert_index import expert_index
-from deepseek.train.progress import ProgressBar
-from deepseek.train.runs import find_run
+from deepseek.train.jobs.equal_time import adapt_for_equal_time
+from deepseek.train.jobs.expert_index import expert_index
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.runs import find_run
 
 FORMAT = 1
 """Raised when cases, prompts or scores change, so that rows of another kind are not taken for these."""

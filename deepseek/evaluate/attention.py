@@ -11,7 +11,13 @@ from torch import Tensor
 from deepseek.checkpoint.store import atomic_write
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.lsh import Hash
-from deepseek.train.attention_inputs import HeadInputs, attention_scores, near_keys, recent_in_bucket, stream_layers
+from deepseek.train.hash.attention_inputs import (
+    HeadInputs,
+    attention_scores,
+    near_keys,
+    recent_in_bucket,
+    stream_layers,
+)
 
 Choose = Callable[[int, HeadInputs, Tensor, Tensor], Tensor]
 """(layer, inputs, positions `[N]`, scores `[H, N, S]`) to True `[H, N, S]` at the keys that are looked at."""

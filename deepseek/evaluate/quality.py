@@ -15,7 +15,7 @@ from deepseek.data import Batch, Document, Progress, RowLoader, TokenShards, cle
 from deepseek.data.document import silent
 from deepseek.errors import DataError
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.train.losses import held_out_loss
+from deepseek.train.loop.losses import held_out_loss
 
 ROW_LENGTH = 512
 BATCH_ROWS = 4

@@ -12,9 +12,9 @@ from deepseek.data.loader import Batch
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.kernels.cross_entropy import IGNORED_LABEL
 from deepseek.text.chat import Message, encode_prompt
-from deepseek.train.judge import Judge, clean
-from deepseek.train.losses import autocast
-from deepseek.train.rollout import generate
+from deepseek.train.loop.losses import autocast
+from deepseek.train.rl.judge import Judge, clean
+from deepseek.train.rl.rollout import generate
 
 ROWS = 32
 """Answers sampled at once."""

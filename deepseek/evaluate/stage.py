@@ -11,7 +11,7 @@ from deepseek.data.functions import documented_functions
 from deepseek.engine.load import load
 from deepseek.evaluate.code import human_eval_problems, pass_at_1, score_bodies
 from deepseek.evaluate.quality import collected, compare
-from deepseek.train.progress import ProgressBar
+from deepseek.train.loop.progress import ProgressBar
 
 
 def evaluate_stage(

@@ -26,7 +26,7 @@ from deepseek.server.app import create_app
 from deepseek.server.fleet import Fleet, Ledger
 from deepseek.server.run import DRAIN_SECONDS
 from deepseek.server.service import Service, Settings
-from deepseek.train.cluster import connect
+from deepseek.train.jobs.cluster import connect
 
 APP = "deepseek"
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}

@@ -27,7 +27,7 @@ from deepseek.server.replies import STREAMED
 from deepseek.server.reply import Reply
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service
-from deepseek.train.metrics import read_metrics
+from deepseek.train.loop.metrics import read_metrics
 
 router = APIRouter()
 

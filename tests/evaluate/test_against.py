@@ -19,10 +19,11 @@ from deepseek.evaluate.verdict import compared, draw, verdicts
 from deepseek.packs.library import index_folder
 from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train import expert_index, public
-from deepseek.train.adapt import add_lora
-from deepseek.train.equal_time import Effort, fit
-from deepseek.train.runs import find_run
+from deepseek.train.gates import public_text
+from deepseek.train.jobs import expert_index
+from deepseek.train.jobs.adapt import add_lora
+from deepseek.train.jobs.equal_time import Effort, fit
+from deepseek.train.loop.runs import find_run
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("against-home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEEPSEEK_HOME", str(home))
-        patch.setattr(public, "ROWS_PER_KIND", 4)
-        patch.setattr(public, "SAMPLES_PER_OPENING", 1)
+        patch.setattr(public_text, "ROWS_PER_KIND", 4)
+        patch.setattr(public_text, "SAMPLES_PER_OPENING", 1)
         base, text = save_base(home / "base"), home / "text"
         text.mkdir()
         for number in range(40):
@@ -58,7 +59,7 @@ def call(*arguments: str) -> int:
 def test_every_row_answers_the_same_cases_and_stays(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("deepseek.train.adapt.add_lora", lambda model: add_lora(model, 0.1))
+    monkeypatch.setattr("deepseek.train.jobs.adapt.add_lora", lambda model: add_lora(model, 0.1))
     assert call("eval", "own", "--against", "rag,lora,full", "--cases", "3") == 0
     out = capsys.readouterr().out
     assert "expert against base: " in out and "not supported" in out

@@ -73,4 +73,4 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in fp32 also where the processor has units for bf16, for what is compared to the last digits."""
-    monkeypatch.setattr("deepseek.train.losses.fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("deepseek.train.loop.losses.fast_dtype", lambda _: torch.float32)

@@ -2,7 +2,8 @@
 
 A gate reads hidden states. It recognises its domain after few tokens, and it also fires on kinds of text that its
 public set lacks. Relevance is the opposite, evidence from the words alone: a table gives each token's log-odds for the
-expert's domain against everything else (`train/relevance.py`), and words of an unknown kind are never evidence for it.
+expert's domain against everything else (`train/gates/relevance.py`), and words of an unknown kind are never
+evidence for it.
 
 A conversation must ask for an expert: what its user says, as a whole, must give more evidence than a threshold. A
 document must only not rule it out, as far as it has been read: where it does, no gate opens; elsewhere the gates decide

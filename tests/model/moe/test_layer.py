@@ -11,7 +11,7 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.moe.balance import update_routers
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.layer import MoELayer
-from deepseek.train.optim import OptimConfig, adamw
+from deepseek.train.loop.optim import OptimConfig, adamw
 
 
 def config(**changes):

@@ -1,0 +1,129 @@
+"""What a gate sees: the gate inputs of chosen layers, their running mean, and their second moments."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.data.loader import Batch
+from deepseek.model.context import document_ids
+from deepseek.model.experts.gate import running_mean
+from deepseek.train.loop.losses import autocast
+from deepseek.train.text.trunk_cache import Stream, run_above, run_trunk
+
+HALF_LIFE = 16.0
+"""Tokens after which a past score counts half. Longer is steadier within a text, shorter follows a change sooner."""
+
+TOKEN_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over gate inputs x~ = [x; 1].
+
+    Attributes:
+        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision; its last column is `sum x~`, its corner the count.
+    """
+
+    second: Tensor
+
+    @property
+    def count(self) -> float:
+        """Number of gate inputs."""
+        return float(self.second[-1, -1])
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of x~, `[D+1]`."""
+        return self.second[:, -1] / self.count
+
+    @property
+    def mean_second(self) -> Tensor:
+        """Mean of `x~ x~^T`."""
+        return self.second / self.count
+
+    @staticmethod
+    def none(hidden_size: int) -> "Moments":
+        """Return the moments of no input of width D."""
+        return Moments(torch.zeros(hidden_size + 1, hidden_size + 1, dtype=torch.float64))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.second + other.second)
+
+    @staticmethod
+    def of(x_BTD: Tensor, keep_BT: Tensor) -> "Moments":
+        """Return the moments of the inputs `[B, T, D]` where `keep_BT`."""
+        x_ND = torch.cat([x_BTD[keep_BT], x_BTD.new_ones(int(keep_BT.sum()), 1)], dim=1)
+        return Moments((x_ND.mT @ x_ND).double())
+
+
+@dataclass(frozen=True)
+class GateInputs:
+    """Gate inputs of one layer on packed rows.
+
+    Attributes:
+        x_BTD: as they are. smooth_BTD: their running mean, of which a gate's smoothed score is an affine function.
+        real_BT: where a token has one before it in its document; the first one of a document tells nothing.
+    """
+
+    x_BTD: Tensor
+    smooth_BTD: Tensor
+    real_BT: Tensor
+
+
+def blend(inputs: GateInputs) -> Moments:
+    """Return moments of the smoothed inputs, with a share `TOKEN_SHARE` of those of single tokens.
+
+    The gate decides on smoothed scores, so their spread is what separates domains best; but neighbouring means are
+    alike, and the moments of single tokens steady the estimate.
+    """
+    single, smooth = (Moments.of(x_BTD, inputs.real_BT) for x_BTD in (inputs.x_BTD, inputs.smooth_BTD))
+    return Moments(TOKEN_SHARE * single.second + (1.0 - TOKEN_SHARE) * smooth.second)
+
+
+def gate_inputs(
+    model: Any, batches: Iterable[Batch], layers: Sequence[int], stream: Stream | None = None
+) -> Iterator[dict[int, GateInputs]]:
+    """Yield, for each batch, the gate inputs at `layers`; experts take part as they are armed or forced.
+
+    Args:
+        stream: where the stream below the first of `layers` comes from if it has been computed before.
+    """
+    first = min(layers)
+    with _recorded(model, layers) as recorded:
+        for batch in batches:
+            with torch.no_grad(), autocast(model.device):
+                stream_BTD = run_trunk(model, first, batch) if stream is None else stream(batch)
+                run_above(model, first, batch, stream_BTD.to(model.device, model.dtype), max(layers) + 1)
+            yield {layer: smoothed(recorded[layer], batch.position_ids) for layer in layers}
+
+
+def smoothed(x_BTD: Tensor, position_ids_BT: Tensor) -> GateInputs:
+    """Return the inputs and their causal running mean within each document."""
+    x_BTD = x_BTD.float().cpu()
+    decay_D = torch.full((x_BTD.shape[-1],), 0.5 ** (1.0 / HALF_LIFE))
+    means_BTRD, _ = running_mean(
+        x_BTD[:, :, None], decay_D, counted_BT=position_ids_BT > 0, document_ids_BT=document_ids(position_ids_BT)
+    )
+    return GateInputs(x_BTD, means_BTRD[:, :, 0], position_ids_BT > 0)
+
+
+@contextmanager
+def _recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Give a dictionary that every forward pass fills with the gate inputs of `layers`."""
+    recorded: dict[int, Tensor] = {}
+
+    def recorder(layer: int) -> Any:
+        def record(_: nn.Module, __: Any, x_BTD: Tensor) -> None:
+            recorded[layer] = x_BTD
+
+        return record
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            norm = model.layers[layer].feed_forward_norm
+            hooks.callback(norm.register_forward_hook(recorder(layer)).remove)
+        yield recorded

@@ -1,0 +1,230 @@
+"""Fits the hashes of LSH attention to a frozen model's own attention; no gradient step through the model.
+
+Calibration groups keys: k-means per key/value head in the metric of the queries, M = E[q q^T] over queries rotated by
+random distances and weighted by the attention that they pay far away, so that a bucket's keys get like scores. A query
+probes by its score with the bucket's centre, plus the logarithm of the bucket's size.
+
+Distillation then learns what to probe: with the buckets fixed, the attention that a query pays to each bucket is known,
+and the cross-entropy between it and softmax(W q + b) is convex in each head's W and b. L-BFGS solves it, from the
+calibrated start, in seconds and without a learning rate.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek.checkpoint.store import latest_state, load_state, prune, save_state
+from deepseek.errors import TrainError
+from deepseek.kernels.lsh.intervals import Windows
+from deepseek.model.attention.hash import LinearHash, from_named_tensors, named_tensors
+from deepseek.train.hash.attention_inputs import (
+    HeadInputs,
+    attention_scores,
+    bucket_mass,
+    near_keys,
+    recent_in_bucket,
+    stream_layers,
+)
+from deepseek.train.loop.progress import InterruptGuard
+
+Rotate = Callable[[Tensor, Tensor], Tensor]
+"""Maps queries `[H, N, K]` and distances `[N]` to the queries as a key that far behind sees them."""
+
+DISTANCES = 8
+"""Random distances at which each sampled query enters the metric."""
+
+LARGEST_SAMPLE = 16_384
+"""Keys of a head that k-means sees; more change nothing that can be measured."""
+
+
+@dataclass(frozen=True)
+class HashSettings:
+    """What decides a hash, beside model and text.
+
+    Attributes:
+        num_buckets: of every key/value head; independent of the text's length.
+        bucket_window, local_window, sinks: those of the attention that will use it.
+        queries: positions of each text whose attention is looked at.
+        rounds: of k-means.
+        solver_steps: iterations of L-BFGS; 0 leaves the calibrated hash.
+        ridge: pull towards the calibrated map, in nats per squared unit of a weight on normed queries.
+        seed: of every draw.
+    """
+
+    num_buckets: int = 64
+    bucket_window: int = 40
+    local_window: int = 128
+    sinks: int = 4
+    queries: int = 512
+    rounds: int = 12
+    solver_steps: int = 40
+    ridge: float = 1e-4
+    seed: int = 0
+
+    @property
+    def windows(self) -> Windows:
+        return Windows(self.local_window, self.sinks, self.bucket_window, self.num_buckets)
+
+
+def distill_hashes(
+    model: Any, ids_RT: Tensor, settings: HashSettings, layers: Sequence[int], state: Path, *, identity: str = "",
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> dict[int, LinearHash]:  # fmt: skip
+    """Return a hash for each of `layers`, fitted to the model's attention on R texts of T tokens.
+
+    Args:
+        model: with full attention.
+        state: folder in which finished layers are kept; calling again goes on after them.
+        identity: names model and texts, so that a state of others is not taken up.
+
+    Raises:
+        TrainError: the texts are too short to have anything beyond the local window.
+        KeyboardInterrupt: after Ctrl-C, with the finished layers kept.
+    """
+    if ids_RT.shape[1] < 4 * settings.local_window:
+        raise TrainError(
+            f"Texts of {ids_RT.shape[1]} tokens teach nothing about far keys; give at least "
+            f"{4 * settings.local_window}, four times the local window."
+        )
+    meta = {"settings": asdict(settings), "identity": identity}
+    hashes = _finished(state, meta)
+    with InterruptGuard() as interrupt:
+        for layer, texts in stream_layers(model, ids_RT):
+            if layer in layers and layer not in hashes:
+                hashes[layer] = fit_hash(texts, settings, _rotation(model))
+                save_state(state / f"step-{len(hashes):08d}", named_tensors(hashes), meta)
+                prune(state, keep=1)
+            progress(layer + 1, len(model.layers), "distil")
+            if interrupt.asked:
+                raise KeyboardInterrupt(f"stopped after layer {layer}, nothing is lost; the same call goes on")
+            if layer >= max(layers):
+                break
+    return hashes
+
+
+def _finished(state: Path, meta: dict[str, Any]) -> dict[int, LinearHash]:
+    newest = latest_state(state)
+    if newest is None:
+        return {}
+    tensors, found = load_state(newest)
+    return from_named_tensors(tensors) if found == meta else {}
+
+
+def _rotation(model: Any) -> Rotate:
+    def rotate(query_HNK: Tensor, distance_N: Tensor) -> Tensor:
+        positions = model.positions.prepare(distance_N[None].to(model.device), torch.float32)
+        rotated: Tensor = positions(query_HNK[None], query_HNK[None])[0][0]
+        return rotated
+
+    return rotate
+
+
+def fit_hash(texts: Sequence[HeadInputs], settings: HashSettings, rotate: Rotate) -> LinearHash:
+    """Return the hash of one layer: calibrated, then, unless `solver_steps` is 0, distilled."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    at = [_positions(text, settings, generator) for text in texts]
+    weights = [attention_scores(text, at_N).softmax(-1) for text, at_N in zip(texts, at, strict=True)]
+    metric_GKK = _metric(texts, at, weights, settings, rotate, generator)
+    calibrated = _calibrate(texts, metric_GKK, settings, generator)
+    if not settings.solver_steps:
+        return calibrated
+    mass = []
+    for text, at_N, weights_HNS in zip(texts, at, weights, strict=True):
+        codes_GS = calibrated.key_codes(text.plain_key_GTK[None])[0]
+        found_HNC = bucket_mass(weights_HNS, codes_GS, recent_in_bucket(codes_GS, at_N, settings.windows))
+        mass.append(torch.nn.functional.pad(found_HNC, (0, settings.num_buckets - found_HNC.shape[-1])))
+    query_HNK = torch.cat([text.plain_query_HTK[:, at_N] for text, at_N in zip(texts, at, strict=True)], 1)
+    return distill_queries(calibrated, query_HNK, torch.cat(mass, 1), settings)
+
+
+def _positions(text: HeadInputs, settings: HashSettings, generator: torch.Generator) -> Tensor:
+    """Draw positions that have far keys."""
+    length, first = text.key_GTK.shape[1], 2 * settings.local_window
+    return torch.randperm(length - first, generator=generator)[: settings.queries].sort().values + first
+
+
+def _metric(
+    texts: Sequence[HeadInputs], at: Sequence[Tensor], weights: Sequence[Tensor], settings: HashSettings,
+    rotate: Rotate, generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Return `E[q q^T]` `[G, K, K]` of the far-looking queries of each key/value head, seen from random distances."""
+    total: Tensor | int = 0
+    for text, at_N, weights_HNS in zip(texts, at, weights, strict=True):
+        groups, length = text.key_GTK.shape[:2]
+        far_HN = (weights_HNS * ~near_keys(at_N, length, settings.windows)).sum(-1)
+        for _ in range(DISTANCES):
+            reach_N = torch.rand(len(at_N), generator=generator) * (at_N - settings.local_window)
+            seen_HNK = rotate(text.plain_query_HTK[:, at_N], reach_N.long() + settings.local_window)
+            second_HKK = (seen_HNK * far_HN[..., None]).mT @ seen_HNK
+            total = total + second_HKK.unflatten(0, (groups, -1)).sum(1)
+    assert isinstance(total, Tensor)
+    return total / total.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp(min=1e-30)
+
+
+def _calibrate(
+    texts: Sequence[HeadInputs], metric_GKK: Tensor, settings: HashSettings, generator: torch.Generator
+) -> LinearHash:
+    """Return buckets by k-means in the metric, probed by the score with their centre and the log of their size."""
+    heads, width = texts[0].plain_query_HTK.shape[0], texts[0].plain_query_HTK.shape[-1]
+    key_GNK = torch.cat([text.plain_key_GTK for text in texts], 1)
+    key_GNK = key_GNK[:, torch.randperm(key_GNK.shape[1], generator=generator)[:LARGEST_SAMPLE]]
+    mean_G1K = key_GNK.mean(1, keepdim=True)
+    values_GK, vectors_GKK = torch.linalg.eigh(metric_GKK + 1e-4 * torch.eye(width))
+    root_GKK = vectors_GKK * values_GK.sqrt()[:, None] @ vectors_GKK.mT
+    found = [kmeans(x_NK, settings.num_buckets, settings.rounds) for x_NK in (key_GNK - mean_G1K) @ root_GKK]
+    centre_GCK, size_GC = (torch.stack(part) for part in zip(*found, strict=True))
+    key_weight_GKC = root_GKK @ centre_GCK.mT
+    # |x - c|^2 is least where x.c - |c|^2 / 2 is greatest.
+    key_bias_GC = -0.5 * centre_GCK.square().sum(-1) - (mean_G1K @ key_weight_GKC)[:, 0]
+    query_weight_GKC = torch.linalg.solve(root_GKK, centre_GCK.mT) * width**-0.5
+    share = heads // len(key_GNK)
+    query_bias_HC = size_GC.clamp(min=1).log().repeat_interleave(share, 0)
+    return LinearHash(key_weight_GKC, key_bias_GC, query_weight_GKC.repeat_interleave(share, 0), query_bias_HC)
+
+
+def kmeans(x_NK: Tensor, clusters: int, rounds: int) -> tuple[Tensor, Tensor]:
+    """Return centres `[C, K]` and sizes `[C]` after Lloyd's iterations from the first rows, which come shuffled.
+
+    A centre that loses all its points takes a point again; with fewer points than clusters the rest stay at points.
+    """
+    centre_CK = x_NK[torch.arange(clusters) % len(x_NK)].clone()
+    size_C = x_NK.new_zeros(clusters)
+    for number in range(rounds):
+        nearest_N = (x_NK @ centre_CK.T - 0.5 * centre_CK.square().sum(-1)).argmax(-1)
+        size_C = torch.bincount(nearest_N, minlength=clusters).float()
+        sum_CK = torch.zeros_like(centre_CK).index_add_(0, nearest_N, x_NK)
+        again_CK = x_NK[(torch.arange(clusters) + (number + 1) * clusters) % len(x_NK)]
+        centre_CK = torch.where(size_C[:, None] > 0, sum_CK / size_C[:, None].clamp(min=1), again_CK)
+    return centre_CK, size_C
+
+
+def distill_queries(start: LinearHash, query_HNK: Tensor, mass_HNC: Tensor, settings: HashSettings) -> LinearHash:
+    """Return `start` with query maps that predict where attention goes.
+
+    Args:
+        query_HNK: queries before positions.
+        mass_HNC: attention that each pays to the reachable keys of each bucket; its sum is the query's weight.
+    """
+    norm_H11 = query_HNK.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
+    query_HNK, total = query_HNK / norm_H11, mass_HNC.sum().clamp(min=1e-6)
+    first_HKC = start.query_weight * norm_H11
+    weight_HKC, bias_HC = (part.clone().requires_grad_() for part in (first_HKC, start.query_bias))
+    solver = torch.optim.LBFGS(
+        [weight_HKC, bias_HC], max_iter=settings.solver_steps, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        logits_HNC = query_HNK @ weight_HKC + bias_HC[:, None]
+        entropy = -(mass_HNC * logits_HNC.log_softmax(-1)).sum() / total
+        loss = entropy + settings.ridge * (weight_HKC - first_HKC).square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(closure)
+    return LinearHash(start.key_weight, start.key_bias, weight_HKC / norm_H11, bias_HC)

@@ -1,0 +1,306 @@
+"""`deepseek.adapt`: an existing model and a pile of text become a better model of that text.
+
+Four ways, by what trains: the last layers on a cached trunk, low-rank adapters, everything, or an expert module beside
+the untouched model.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deepseek.checkpoint.convert import read_tensors, restore_names
+from deepseek.checkpoint.store import atomic_folder, home, write_json
+from deepseek.data import Batch
+from deepseek.errors import ConfigError
+from deepseek.kernels.cross_entropy import CandidateHead
+from deepseek.registry import nearest
+from deepseek.train.gates.public_text import remember_adapted
+from deepseek.train.jobs.expert import TextPath, train_expert
+from deepseek.train.jobs.expert_task import ExpertTask
+from deepseek.train.jobs.language import LanguageTask
+from deepseek.train.jobs.outcome import Outcome
+from deepseek.train.jobs.plan import Amount, Plan, Rows, Speed, make_plan, timed
+from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts
+from deepseek.train.loop.loop import Task
+from deepseek.train.loop.losses import autocast, run_below
+from deepseek.train.loop.metrics import peak_memory
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.runs import run_once
+from deepseek.train.text.corpus import Source
+from deepseek.train.text.trunk_cache import Stream
+
+Mode = Literal["last-n", "lora", "full", "expert"]
+
+LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
+"""Peaks; adapters of rank 1 take forty times that of full fine-tuning (LOG.md, 2026-11-26)."""
+
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+"""Files of a base that its adapted copy keeps: config, tokenizer, chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptRequest(TextRequest):
+    """What to train.
+
+    Attributes:
+        mode: "last-n", "lora" or "full".
+        last: layers that mode "last-n" trains.
+    """
+
+    tokens: int
+    epochs: int
+    mode: str
+    last: int
+
+
+def adapt(
+    base: str = "smollm2-135m",
+    *,
+    name: str,
+    from_git: TextPath = None,
+    from_folder: TextPath = None,
+    from_jsonl: TextPath = None,
+    from_parquet: TextPath = None,
+    mode: Mode = "last-n",
+    last: int = 3,
+    tokens: int = 0,
+    epochs: int = 2,
+    row_length: int = 512,
+    batch_rows: int = 4,
+    learning_rate: float | None = None,
+    held_out: float = 0.1,
+    held_out_tokens: int = 8192,
+    out: str | Path | None = None,
+    run_folder: str | Path | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """Adapt a model to text; return the folder of the new model (mode "expert": the pack). The same call resumes.
+
+    Args:
+        mode: "last-n" trains the last layers on a cached trunk, "lora" adapters of at most 0.1 % of the parameters,
+            which are merged at the end, "full" everything; "expert" trains a module (`deepseek.train_expert`).
+        learning_rate: None takes that of `LEARNING_RATES`.
+        out, run_folder: by default `models/<name>` and `runs/<name>` in the library's home.
+        Others: see `AdaptRequest`.
+
+    Raises:
+        DataError, TrainError, ConfigError, HubError: with the cause and the mend.
+        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+    """
+    if mode == "expert":
+        return train_expert(
+            base, name=name, from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
+            from_parquet=from_parquet, layers=f"last:{last}", tokens=tokens, epochs=epochs, row_length=row_length,
+            held_out=held_out, held_out_tokens=held_out_tokens, out=out, run_folder=run_folder, seed=seed, quiet=quiet,
+            dry_run=dry_run,
+        )  # fmt: skip
+    if mode not in LEARNING_RATES:
+        raise ConfigError(f"mode {mode!r} is unknown; {nearest(mode, [*LEARNING_RATES, 'expert'])}.")
+    request = AdaptRequest(
+        base=base, mode=mode, last=last, tokens=tokens, epochs=epochs, row_length=row_length, batch_rows=batch_rows,
+        source=Source.at(from_git, from_folder, from_jsonl, from_parquet, held_out=held_out, seed=seed),
+        learning_rate=learning_rate or LEARNING_RATES[mode], held_out_tokens=held_out_tokens, seed=seed,
+    )  # fmt: skip
+    target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
+    return run_once(AdaptRun, request, request.as_json(), target, folder, quiet, dry_run)
+
+
+class AdaptRun(TextRun):
+    """One request in its run folder."""
+
+    def __init__(self, request: AdaptRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
+        super().__init__(request, folder, progress, "float32" if request.mode == "full" else "auto")
+        self.request, self.out = request, out
+        self.first = len(self.model.layers) - request.last
+        if request.mode == "last-n" and not 0 < self.first < len(self.model.layers):
+            raise ConfigError(
+                f"last={request.last} is impossible; the model has {len(self.model.layers)} layers, and one at least "
+                "stays below."
+            )
+
+    def run(self) -> dict[str, Any]:
+        """Train and write the model; return the figures of the run."""
+        texts = self.texts(self.corpus())
+        write_json(self.folder / "request.json", self.request.as_json())
+        plan = self.plan(texts)
+        texts = texts.planned(plan)
+        task, test = TASKS[self.request.mode](self, texts)
+        self.trained = sum(parameter.numel() for parameter in task.parameters.values())
+        record = self.write(self.loop(task, texts.train, plan, test), texts.train.shards.digest)
+        remember_adapted(self.out, self.base, texts.train.shards)
+        return record
+
+    def estimate(self) -> str:
+        """Say what a request would take, from one step."""
+        request = self.request
+        texts = self.texts(self.corpus())
+        rows = self.plan(texts).rows
+        few = texts.first(min(request.batch_rows, rows), 1, 1)
+        started = time.perf_counter()
+        task, _ = TASKS[request.mode](self, few)
+        trunk = (time.perf_counter() - started) / len(few.train.row_ids)
+        batch = few.train.rows(few.train.row_ids)
+        seconds, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), batch, batch)
+        trained = sum(parameter.numel() for parameter in task.parameters.values())
+        minutes = (trunk + seconds * request.epochs) * rows / 60
+        return (
+            f"{rows * request.row_length:,} tokens, {request.epochs} times; {trained:,} parameters train, about "
+            f"{minutes:.1f} minutes, memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
+        )
+
+    def plan(self, texts: Texts) -> Plan:
+        """Return what this run will do; as no time is set, none has to be measured."""
+        request = self.request
+        rows = Rows(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
+        amount = Amount(
+            request.tokens,
+            request.epochs,
+            request.epochs,
+            request.row_length,
+            request.batch_rows,
+            request.held_out_tokens,
+        )
+        return make_plan(amount, None, Speed(0.0, 0.0, 0.0), rows)
+
+    def last_layers(self, texts: Texts) -> "TaskAndTest":
+        """Return the task of the last layers, what lies below them computed once a row."""
+        self.model.requires_grad_(False)
+        compute, computed = partial(stream_into, self.model, self.first), f"input, {self.model.dtype}"
+        streams = [
+            self.cached(name, text, self.first, compute, computed)
+            for name, text in (("train", texts.train), ("validation", texts.validation), ("held-out", texts.held_out))
+        ]
+        head, validation = self.head(texts.train), texts.validation.batches()
+        task = LastLayersTask(self.model, self.first, head, streams[0], validation, streams[1])
+        return task, partial(task.loss_on, texts.held_out.batches(), streams[2])
+
+    def adapters(self, texts: Texts) -> "TaskAndTest":
+        """Return the task of low-rank adapters."""
+        torch.manual_seed(self.request.seed)
+        self.adapter = add_lora(self.model)
+        return self.whole(texts)
+
+    def whole(self, texts: Texts) -> "TaskAndTest":
+        """Return the task of all parameters that require gradients."""
+        task = LanguageTask(self.model.train(), {"text": texts.validation.batches()})
+        return task, partial(task.loss_on, texts.held_out.batches())
+
+    def write(self, outcome: Outcome, digest: str) -> dict[str, Any]:
+        """Write the model, under the names and in the dtype of its family; return the figures of the run."""
+        if self.request.mode == "lora":
+            self.model = self.adapter.merge_and_unload()
+        named = restore_names(read_tensors(self.base), self.model.own_tensors())
+        with atomic_folder(self.out) as temporary:
+            if named is None:
+                self.model.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+            else:
+                save_file(named, temporary / "model.safetensors", {"format": "pt"})
+                for path in (path for pattern in COPIED for path in self.base.glob(pattern)):
+                    if not path.name.endswith(".index.json"):
+                        shutil.copyfile(path, temporary / path.name)
+        position = outcome.result.position
+        figures = {
+            "held_out_loss_before": outcome.reported.before,
+            "held_out_loss": outcome.reported.after,
+            "verdict": outcome.reported.verdict,
+            "story": outcome.story,
+            "steps": position.step,
+            "best_step": position.best_step,
+            "tokens": position.tokens,
+            "skipped": position.skipped,
+            "trained_parameters": self.trained,
+            "peak_memory": peak_memory(),
+            "seconds": time.monotonic() - self.started,
+        }
+        self.drop_trunk()
+        self.progress.say(f"the adapted model is {outcome}, {self.out}")
+        record = {"stage": "adapt", "model": str(self.out), "figures": figures, "data": {"text": {"digest": digest}}}
+        return record | {"base": self.request.base}
+
+
+TaskAndTest = tuple[Task[Batch], Callable[[], float]]
+"""What is trained, and what returns its exact loss on the rows that are reported."""
+
+TASKS: dict[str, Callable[[AdaptRun, Texts], TaskAndTest]] = {
+    "last-n": AdaptRun.last_layers,
+    "lora": AdaptRun.adapters,
+    "full": AdaptRun.whole,
+}
+
+
+class LastLayersTask(ExpertTask):
+    """The last blocks and the final norm, in fp32, on cached inputs of the first of them; all else frozen."""
+
+    def __init__(
+        self, model: Any, first: int, head: CandidateHead, stream: Stream, held_out: Sequence[Batch],
+        held_out_stream: Stream,
+    ) -> None:  # fmt: skip
+        self.model, self.layer, self.head, self.stream, self.replay = model, first, head, stream, None
+        self.held_out, self.held_out_stream = held_out, held_out_stream
+        trained = {f"layers.{index}": block for index, block in enumerate(model.layers) if index >= first}
+        self.parameters = {}
+        for prefix, module in (trained | {"norm": model.norm}).items():
+            module.float().requires_grad_(True)
+            self.parameters |= {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()}
+
+    def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
+        """Return the normed last hidden states `[B, T, D]`."""
+        model = self.model
+        stream_BTD = stream_BTD.to(model.device).float()
+        with autocast(model.device):
+            ctx = model.context(stream_BTD, position_ids=batch.position_ids.to(model.device))
+            return model.norm(model.run_layers(stream_BTD, self.layer, len(model.layers), ctx))
+
+
+@torch.no_grad()
+def stream_into(model: Any, layer: int, batch: Batch) -> Tensor:
+    """Return the stream `[B, T, D]` that enters block `layer`."""
+    with autocast(model.device):
+        return run_below(model, layer, batch)[0]
+
+
+SHARE = 1e-3
+"""Most of the model's parameters that may train."""
+
+TARGETS = ("v_proj", "o_proj", "down_proj")
+"""Products that get an adapter: at so few parameters, reaching into every feed-forward network is worth more than a
+higher rank in the attention alone."""
+
+
+def add_lora(model: Any, share: float = SHARE) -> Any:
+    """Freeze `model`, put adapters into it and return the PEFT model around it; `merge_and_unload` merges them.
+
+    Raises `ConfigError` if even rank 1 exceeds the share.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    rank = largest_rank(model, share)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def largest_rank(model: nn.Module, share: float = SHARE) -> int:
+    """Return the largest rank at which adapters hold at most `share` of the parameters."""
+    targets = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS
+    ]
+    each = sum(module.in_features + module.out_features for module in targets)
+    budget = share * sum(parameter.numel() for parameter in model.parameters())
+    if not each or budget < each:
+        raise ConfigError(
+            f"LoRA of rank 1 has {each:,} parameters, more than {budget:,.0f}; use mode last-n or expert."
+        )
+    return int(budget // each)

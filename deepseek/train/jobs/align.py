@@ -1,0 +1,298 @@
+"""`deepseek.align`: from preferences to a model that answers as preferred.
+
+pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO by TRL) -> a model folder
+
+TRL, to compare RLPO with, gets the same pairs and the same budget. It puts a forward pass of its own into the Hugging
+Face model that it trains, so it trains the checkpoint's twin in `transformers`; the folder that it leaves is read by
+`DeepSeekModel` as any other of its family. It cannot be resumed.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import atomic_folder, home, write_json
+from deepseek.data.preference_files import record_of
+from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.engine.vocabulary import Vocabulary
+from deepseek.errors import DataError, TrainError
+from deepseek.kernels.cpu import fast_dtype
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.registry import pick
+from deepseek.text.chat import encode_prompt
+from deepseek.text.tokenizer import encode_plain, load_tokenizer
+from deepseek.train.gates.public_text import remember_adapted
+from deepseek.train.loop.layers import parse_layers
+from deepseek.train.loop.loop import Hooks, LoopConfig, train
+from deepseek.train.loop.metrics import read_metrics
+from deepseek.train.loop.optim import OptimConfig
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.runs import run_once
+from deepseek.train.rl.judge import JUDGES, TextReward
+from deepseek.train.rl.policy import Policy
+from deepseek.train.rl.reward import RewardModel, features_of
+from deepseek.train.rl.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
+from deepseek.train.rl.rollout import generate, given
+
+Method = Literal["ppo", "dpo", "rloo"]
+
+FEWEST_PAIRS = 8
+"""Pairs below which no reward can be learnt."""
+
+HELD_OUT_PROMPTS = 32
+"""Held-out prompts that are answered at each evaluation."""
+
+
+DPO_BETA, RLOO_BETA = 0.1, 0.05
+"""Strength of the pull to the reference in either method: TRL's default, and RLPO's first coefficient."""
+
+ANSWERS = 4
+"""Answers that RLOO samples to a prompt, each judged against the mean of the others."""
+
+MINIBATCH = 16
+"""Pairs or answers a step, as many as RLPO takes."""
+
+
+@dataclass(frozen=True)
+class AlignRequest:
+    """What to align; stored as `request.json`.
+
+    Attributes:
+        base: name, folder or hub id.
+        prefs: the preference database.
+        method: "ppo" (RLPO, ours), "dpo" or "rloo" (by TRL).
+        reward: "model" fits one to the pairs; a judge's name takes that judge.
+        layers: what is trained, "last:N" or "all"; the reward model reads what enters the first of them.
+        rollouts, rollout_size: how often, and to how many prompts, the policy answers.
+        learning_rate: the peak.
+        new_tokens, temperature: of the answers.
+        target_kl: to the untouched base, in nats an answer.
+        seed: of order and sampling.
+    """
+
+    base: str
+    prefs: str
+    method: str
+    reward: str
+    layers: str
+    rollouts: int
+    rollout_size: int
+    learning_rate: float
+    new_tokens: int
+    temperature: float
+    target_kl: float
+    seed: int
+
+
+def align(
+    base: str = "smollm2-135m",
+    *,
+    prefs: str | Path,
+    name: str,
+    method: Method = "ppo",
+    reward: str = "model",
+    layers: str = "last:6",
+    rollouts: int = 40,
+    rollout_size: int = 48,
+    learning_rate: float = 5e-5,
+    new_tokens: int = 32,
+    temperature: float = 0.8,
+    target_kl: float = 8.0,
+    out: str | Path | None = None,
+    run_folder: str | Path | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """Align a model with preferences and return the folder of the new one; interrupted, the same call goes on.
+
+    Args:
+        out, run_folder: by default `models/<name>` and `runs/<name>` in the library's home.
+        dry_run: check everything, say how much there is to do, change nothing.
+        Others: see `AlignRequest`.
+
+    Raises:
+        DataError, TrainError, ConfigError, HubError: with the cause and the mend.
+        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+    """
+    request = AlignRequest(
+        base, str(Path(prefs).expanduser().resolve()), method, reward, layers, rollouts, rollout_size, learning_rate,
+        new_tokens, temperature, target_kl, seed,
+    )  # fmt: skip
+    target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
+    return run_once(AlignRun, request, asdict(request), target, folder, quiet, dry_run)
+
+
+class AlignRun:
+    """One request in its run folder."""
+
+    def __init__(self, request: AlignRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
+        self.request, self.folder, self.out, self.progress = request, folder, out, progress
+        self.method: Callable[[AlignRun], dict[str, Any]] = pick(METHODS, request.method, "method")
+        if not Path(request.prefs).is_file():
+            raise DataError(f"{request.prefs} does not exist; `deepseek prefs import FILE` makes one.")
+        database = PreferenceDatabase(request.prefs)
+        self.pairs, self.held_out = (list(database.pairs(split)) for split in ("train", "eval"))
+        database.close()
+        if min(len(self.pairs), len(self.held_out)) < FEWEST_PAIRS:
+            raise DataError(
+                f"There are {len(self.pairs)} pairs to learn from and {len(self.held_out)} held out; at least "
+                f"{FEWEST_PAIRS} of each are needed, so import more or hold out another share."
+            )
+        self.base = resolve(request.base)
+        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
+
+    def estimate(self) -> str:
+        """Say what there is to do."""
+        answers = self.request.rollouts * self.request.rollout_size
+        return (
+            f"{len(self.pairs)} pairs of {len(prompts_of(self.pairs))} prompts, {len(self.held_out)} held out; "
+            f"{answers:,} answers of at most {self.request.new_tokens} tokens"
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Train and write the model; return the figures of the run."""
+        write_json(self.folder / "request.json", asdict(self.request))
+        figures = self.method(self)
+        remember_adapted(self.out, self.base)
+        return {"model": str(self.out), **figures}
+
+    def ppo(self) -> dict[str, Any]:
+        """Run RLPO on the loop and write the model."""
+        request = self.request
+        model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
+        dtype = model.dtype
+        first = parse_layers(request.layers, len(model.layers))[0]
+        reward, quality = self.reward(model, first)
+        config = RLPOConfig(new_tokens=request.new_tokens, temperature=request.temperature, target_kl=request.target_kl)
+        policy = Policy(model, request.layers, request.temperature)
+        ends = tuple(Vocabulary(model, self.tokenizer).ends)
+        prompts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.pairs)]
+        asked = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.held_out)[:HELD_OUT_PROMPTS]]
+
+        def evaluate() -> dict[str, float]:
+            draw = torch.Generator(model.device).manual_seed(request.seed)
+            answers = generate(model, asked, config.new_tokens, ends, draw, temperature=config.temperature)
+            return {"held_out_score": float(reward(answers).mean())}
+
+        learner = Learner(policy, reward, config, ends, evaluate)
+        batches = RolloutBatches(learner, prompts, request.rollout_size, request.seed)
+        steps = request.rollouts * batches.steps_a_rollout
+        loop = LoopConfig(
+            OptimConfig(learning_rate=request.learning_rate, final=0.2), steps=steps,
+            evaluate_every=max(1, steps // 5), checkpoint_every=max(10, steps // 10), seed=request.seed,
+        )  # fmt: skip
+        result = train(
+            learner, batches, loop, self.folder / "training", progress=self.progress,
+            hooks=Hooks(buffers=batches.buffers),
+        )  # fmt: skip
+        with atomic_folder(self.out) as temporary:
+            nn.Module.to(model, dtype).save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+        records = [record for record in read_metrics(self.folder / "training" / "metrics.jsonl") if "kl" in record]
+        return {"reward_model": quality, "kl": records[-1]["kl"], "held_out_score": result.metrics["held_out_score"]}
+
+    def reward(self, model: DeepSeekModel, layer: int) -> tuple[Reward, dict[str, Any]]:
+        """Return the reward that is asked for, and how good a fitted one is on the held-out pairs."""
+        if self.request.reward != "model":
+            return TextReward(self.tokenizer, pick(JUDGES, self.request.reward, "reward")), {}
+        kept = self.folder / "reward"
+        if not kept.is_dir():
+            number = {repr(prompt): index for index, prompt in enumerate(prompts_of(self.pairs))}
+            prompts = [number[repr(pair.prompt)] for pair in self.pairs]
+            RewardModel.choose(model, layer, *self.features(model, layer, self.pairs), prompts).save(kept)
+        fitted = RewardModel.load(model, kept)
+        quality = fitted.quality(*self.features(model, layer, self.held_out))
+        self.progress.say(
+            f"reward model: {quality.accuracy:.1%} of {quality.pairs} held-out pairs right, calibration error "
+            f"{quality.calibration_error:.3f}"
+        )
+        return fitted, asdict(quality)
+
+    def features(self, model: DeepSeekModel, layer: int, pairs: list[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features of the chosen and of the rejected answers."""
+        prompts = [encode_prompt(self.tokenizer, pair.prompt) for pair in pairs]
+        chosen, rejected = (
+            [ids[: self.request.new_tokens] for ids in encode_plain(self.tokenizer, texts)]
+            for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+        )
+        return features_of(model, layer, prompts, chosen), features_of(model, layer, prompts, rejected)
+
+    def by_trl(self) -> dict[str, Any]:
+        """Let TRL train the checkpoint's Hugging Face twin, and write it; return the last figures that TRL logged.
+
+        The budget is RLPO's: as many optimizer steps on answers of the same length, and as many sampled answers.
+
+        Raises:
+            TrainError: TRL is not installed, or `transformers` has no model of this family.
+        """
+        try:
+            from datasets import Dataset
+            from trl.trainer.dpo_config import DPOConfig
+            from trl.trainer.dpo_trainer import DPOTrainer
+            from trl.trainer.rloo_config import RLOOConfig
+            from trl.trainer.rloo_trainer import RLOOTrainer
+        except ImportError:
+            raise TrainError("Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo.") from None
+        request, tokenizer = self.request, self.tokenizer
+        twin = twin_of(self.base, request.layers)
+        common: dict[str, Any] = {
+            "output_dir": str(self.folder / "trl"), "learning_rate": request.learning_rate, "seed": request.seed,
+            "per_device_train_batch_size": MINIBATCH, "max_steps": request.rollouts * request.rollout_size // MINIBATCH,
+            "save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True,
+            "bf16": fast_dtype(twin.device) == torch.bfloat16, "use_cpu": twin.device.type == "cpu",
+            "gradient_checkpointing": False, "lr_scheduler_type": "cosine",
+        }  # fmt: skip
+        trainer: Any
+        if request.method == "dpo":
+            sides = ("prompt", "chosen", "rejected")
+            rows = Dataset.from_list([{side: record[side] for side in sides} for record in map(record_of, self.pairs)])
+            trainer = DPOTrainer(twin, args=DPOConfig(**common, beta=DPO_BETA), train_dataset=rows,
+                                 processing_class=tokenizer)  # fmt: skip
+        else:
+            model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
+            reward = self.reward(model, parse_layers(request.layers, len(model.layers))[0])[0]
+            asked = [[dict(message) for message in prompt] for prompt in prompts_of(self.pairs)]
+            rows = Dataset.from_list([{"prompt": prompt} for prompt in asked])
+
+            def score(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+                ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+                scores: list[float | None] = reward(given(model, ids, completion_ids)).tolist()
+                return scores
+
+            arguments = RLOOConfig(**common, beta=RLOO_BETA, num_generations=ANSWERS, temperature=request.temperature,
+                                   max_completion_length=request.new_tokens)  # fmt: skip
+            trainer = RLOOTrainer(twin, score, arguments, rows, processing_class=tokenizer)
+        trainer.train()
+        with atomic_folder(self.out) as temporary:
+            trainer.model.to(fast_dtype(twin.device)).save_pretrained(temporary)  # as PPO keeps its model
+            tokenizer.save_pretrained(temporary)
+        logged = [record for record in trainer.state.log_history if "loss" in record]
+        return {"trl": logged[-1] if logged else {}}
+
+
+METHODS = {"ppo": AlignRun.ppo, "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
+
+
+def prompts_of(pairs: list[Preference]) -> list[Any]:
+    """Return the distinct prompts of pairs in their order."""
+    return list({repr(pair.prompt): pair.prompt for pair in pairs}.values())
+
+
+def twin_of(base: Path, layers: str) -> Any:
+    """Return the Hugging Face model of a checkpoint in fp32, frozen but for `layers`."""
+    try:
+        twin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+        blocks = twin.model.layers
+    except (ValueError, AttributeError):
+        raise TrainError(f"{base} is of no family that TRL can train; take --method ppo.") from None
+    twin.requires_grad_(False)
+    for index in parse_layers(layers, len(blocks)):
+        blocks[index].requires_grad_(True)
+    return twin

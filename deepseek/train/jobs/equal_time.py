@@ -1,0 +1,80 @@
+"""LoRA and full fine-tuning on the text of an expert's run, for as long as the expert took."""
+
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deepseek.checkpoint.store import read_json, write_json
+from deepseek.data import Batch
+from deepseek.train.jobs.adapt import LEARNING_RATES, TASKS, AdaptRequest, AdaptRun, adapt
+from deepseek.train.jobs.plan import MOST_PASSES, timed
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.text.corpus import Source
+
+Rival = Literal["lora", "full"]
+
+EVALUATION_COST = 1 / 3
+"""Of a row's training step: a forward pass without a backward one."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much text fits into the time: so many tokens, so often."""
+
+    tokens: int
+    epochs: int
+
+
+def adapt_for_equal_time(run: Path, mode: Rival, folder: Path, quiet: bool = False) -> Path:
+    """Return the model made by `mode` on the training text of an expert's run in the seconds that the run records.
+
+    Args:
+        run: run folder of a finished expert.
+        folder: of this run; the model goes to `model` in it. The same call resumes.
+    """
+    request = read_json(run / "request.json")
+    shared = {name: request[name] for name in ("base", "row_length", "held_out_tokens", "seed")}
+    if not (folder / "corpus").is_dir():
+        shutil.copytree(run / "corpus", folder / "corpus", dirs_exist_ok=True)
+    plan = folder / "effort.json"
+    if not plan.is_file():
+        seconds = read_json(run / "result.json")["seconds"]
+        write_json(plan, asdict(measure(mode, folder, seconds, shared)))
+    effort = Effort(**read_json(plan))
+    source = request["source"]
+    text = {f"from_{kind}": source[kind] for kind in ("git", "folder", "jsonl", "parquet")}
+    text["held_out"] = source["held_out"]
+    options = {**asdict(effort), **shared, **text}
+    return adapt(name=run.name, mode=mode, quiet=quiet, out=folder / "model", run_folder=folder, **options)
+
+
+def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -> Effort:
+    """Time a step of `mode` on the corpus in `folder` and return what fits into `seconds`, loading included."""
+    started = time.monotonic()
+    rate = LEARNING_RATES[mode]
+    once: dict[str, Any] = {"last": 0, "tokens": 0, "epochs": 1, "batch_rows": 4}
+    request = AdaptRequest(mode=mode, source=Source(), learning_rate=rate, **once, **shared)
+    with tempfile.TemporaryDirectory() as empty:
+        run = AdaptRun(request, folder, Path(empty) / "model", ProgressBar(quiet=True))
+        texts = run.texts(run.corpus())
+        few = texts.first(min(request.batch_rows, texts.train.num_rows), 1, 1)
+        task, _ = TASKS[mode](run, few)
+        loading = time.monotonic() - started
+        batch = few.train.rows(few.train.row_ids)
+
+        def step(rows: Batch) -> None:
+            task.loss(rows, 0).loss.backward()
+
+        row_seconds, _ = timed(step, batch, batch)
+    evaluations = 2 * len(texts.held_out.row_ids) * row_seconds * EVALUATION_COST
+    return fit(seconds - loading - evaluations, row_seconds, texts.train.num_rows, request.row_length)
+
+
+def fit(seconds: float, row_seconds: float, rows: int, row_length: int) -> Effort:
+    """Return how many tokens to take and how often, for `rows` rows that take `row_seconds` each; a row at least."""
+    steps = max(1, int(seconds / row_seconds))
+    epochs = min(int(MOST_PASSES), max(1, -(-steps // rows)))
+    return Effort(max(1, min(rows, steps // epochs)) * row_length, epochs)

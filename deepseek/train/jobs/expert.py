@@ -1,0 +1,353 @@
+"""`deepseek.train_expert`: from a pile of text to an expert pack, the base untouched.
+
+documents -> clean -> split -> token shards -> plan -> trunk cache -> train -> calibrate the gates -> pack
+
+Each stage is kept in the run folder once it is done.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import home, read_json, write_json
+from deepseek.data import Batch, RowLoader
+from deepseek.data.document import Rule
+from deepseek.data.encode import CONTEXT_BIT
+from deepseek.errors import DataError, PackError
+from deepseek.model.experts import ExpertModule
+from deepseek.model.pretrained import read_config
+from deepseek.packs.library import SUFFIX, experts_folder
+from deepseek.packs.manifest import HELD_OUT, Metric, explain
+from deepseek.packs.pack import ExpertPack, write_pack
+from deepseek.text.tokenizer import encode_plain
+from deepseek.train.gates.background import background
+from deepseek.train.gates.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
+from deepseek.train.gates.public_text import public_statistics
+from deepseek.train.gates.replay import Replay
+from deepseek.train.jobs.expert_task import ExpertTask
+from deepseek.train.jobs.outcome import Outcome
+from deepseek.train.jobs.plan import Amount, Plan, Rows, Speed, make_plan, timed
+from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts
+from deepseek.train.loop.layers import parse_layers
+from deepseek.train.loop.metrics import peak_memory
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.runs import run_once
+from deepseek.train.text.corpus import Corpus, Source
+from deepseek.train.text.question_mix import QUESTIONS, asked_about
+from deepseek.train.text.trunk_cache import Stream, run_trunk
+
+CALIBRATION_TOKENS = 40_000
+"""Of the expert's own text, for its gates."""
+
+UNSEEN_TOKENS = 16_384
+"""Most tokens of the validation text that gates are scaled and checked by."""
+
+RELEVANCE_TOKENS = 1_000_000
+"""Of the expert's own text, for its table of words, which needs no model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRequest(TextRequest):
+    """What to train.
+
+    Attributes:
+        name: of the expert.
+        layers: `last:3` (fast), `all` (strong), `last:N`, or indices such as `0-9,20`.
+        width: width of the expert's feed-forward network at each layer.
+        minutes: time for trunk, training and evaluation, turned into a number of tokens by a measurement; or None, and
+            `tokens` counts.
+        licence: SPDX expression of the pack.
+        domain: a few words on what the expert knows.
+    """
+
+    name: str
+    layers: str
+    width: int
+    minutes: float | None
+    licence: str
+    domain: str
+
+
+class ExpertRun(TextRun):
+    """One request in its run folder: the base loaded and frozen, the module beside it."""
+
+    def __init__(self, request: ExpertRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
+        super().__init__(request, folder, progress)
+        self.request, self.out = request, out
+        self.model.requires_grad_(False)
+        layers = parse_layers(request.layers, len(self.model.layers))
+        self.first = layers[0]
+        self.cached_below = self.first > 0
+        self.module = ExpertModule.beside(self.model.layers, request.name, layers, request.width, seed=request.seed)
+        self.check_papers()
+
+    def run(self) -> dict[str, Any]:
+        """Go through all stages to the pack; return the figures of the run."""
+        corpus = self.corpus()
+        texts = self.texts(corpus)
+        write_json(self.folder / "request.json", self.request.as_json())
+        plan = self.plan(texts)
+        outcome = self.train(texts, plan)
+        seconds = time.monotonic() - self.started  # of this call, as the minutes are counted: without the gates
+        self.progress.say("calibrating the gates")
+        gates = self.calibrate(texts, plan)
+        write_pack(self.out, self.pack(outcome.reported, (corpus.train.digest,), corpus.commit))
+        self.drop_trunk()
+        self.progress.say(
+            f"{self.request.name} is {outcome}; recall {gates.recall:.1%}, "
+            f"false positives {gates.false_positives:.1%}, peak memory {peak_memory() / 1e9:.1f} GB, {self.out}"
+        )
+        return {
+            "pack": str(self.out),
+            "verdict": outcome.reported.verdict,
+            "story": outcome.story,
+            "seconds": seconds,
+            **asdict(outcome.result.position),
+            "plan": asdict(plan),
+            "gates": asdict(gates),
+            "peak_memory": peak_memory(),
+            **outcome.reported.model_dump(),
+        }
+
+    def estimate(self) -> str:
+        """Measure what a run would take."""
+        texts = self.texts(self.corpus())
+        plan, request = self.plan_for(texts, self.measure(texts)), self.request
+        row_bytes = request.row_length * self.model.config.hidden_size
+        scored = (plan.held_out_rows + plan.validation_rows) * self.model.dtype.itemsize
+        cache = (plan.rows * 2 + scored) * row_bytes if self.cached_below else 0
+        pack = sum(parameter.numel() * 2 for parameter in self.module.parameters())
+        return (
+            f"{plan.rows * request.row_length:,} tokens in {plan.steps} steps, about {plan.seconds / 60:.1f} minutes; "
+            f"memory {peak_memory() / 1e9:.1f} GB, trunk cache {cache / 1e6:,.0f} MB, pack {pack / 1e6:,.0f} MB"
+        )
+
+    def check_papers(self) -> None:
+        """Raise `PackError` now, not after hours of training, if the pack could not be made."""
+        try:
+            self.pack(Metric(before=0.0, after=0.0), data=(), commit=None)
+        except ValidationError as error:
+            raise PackError(f"The expert's papers are invalid, {explain(error)}.") from None
+
+    def pack(self, held_out: Metric, data: tuple[str, ...], commit: str | None) -> ExpertPack:
+        """Return the module as a pack."""
+        base, request = self.model.experts.base, self.request
+        metrics = {HELD_OUT: held_out}
+        return self.module.to_pack(
+            base, request.licence, domain=request.domain, data=data, commit=commit, metrics=metrics
+        )
+
+    def texts(self, corpus: Corpus) -> Texts:
+        """Return the packed rows of a corpus; raise `DataError` if they are too few to ever make an expert of."""
+        validation = corpus.validation.num_tokens if corpus.validation else 0
+        held_out = corpus.held_out.num_tokens + validation
+        if min(corpus.train.num_tokens, held_out) < FEWEST_TOKENS:
+            raise DataError(
+                f"There are {corpus.train.num_tokens} tokens to train on and {held_out} held out; at least "
+                f"{FEWEST_TOKENS} of each are needed, so give more text."
+            )
+        return super().texts(corpus)
+
+    def plan(self, texts: Texts) -> Plan:
+        """Return the plan of this run, measuring and storing it the first time."""
+        path = self.folder / "plan.json"
+        if not path.is_file():
+            speed = self.measure(texts)
+            write_json(path, {"plan": asdict(self.plan_for(texts, speed)), "speed": asdict(speed)})
+        return Plan(**read_json(path)["plan"])
+
+    def plan_for(self, texts: Texts, speed: Speed) -> Plan:
+        """Fit the work to the minutes that are left at this speed, or estimate the time of the tokens."""
+        request = self.request
+        left = None if request.minutes is None else request.minutes * 60 - (time.monotonic() - self.started)
+        amount = Amount(
+            request.tokens,
+            request.epochs,
+            _recipe(self.first).shortest,
+            request.row_length,
+            request.batch_rows,
+            request.held_out_tokens,
+        )
+        return make_plan(
+            amount, left, speed, Rows(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
+        )
+
+    def measure(self, texts: Texts) -> Speed:
+        """Time one batch through trunk, training step and evaluation; gradients are thrown away."""
+        text = texts.train.first(self.request.batch_rows)
+        warm_up, batch = text.rows(text.row_ids[:1]), text.rows(text.row_ids)
+        stream: Stream = partial(run_trunk, self.model, self.first)
+        seconds = 0.0
+        if self.cached_below:
+            seconds, kept_BTD = timed(stream, warm_up, batch)
+            stream = lambda rows: kept_BTD[: len(rows.row_ids)]  # noqa: E731
+        task = self.task(text, [], (stream, stream))
+        step, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), warm_up, batch)
+        self.module.zero_grad()
+        evaluate, _ = timed(lambda rows: task.score(rows, stream(rows)), warm_up, batch)
+        return Speed(seconds, step, evaluate)
+
+    def train(self, texts: Texts, plan: Plan) -> Outcome:
+        """Fill the trunk caches and run the loop to its end."""
+        texts = texts.planned(plan)
+        train, held_out = self.streams(texts)
+        validation = self.exact_stream("validation", texts.validation)
+        task = self.task(texts.train, texts.validation.batches(), (train, validation))
+        return self.loop(task, texts.train, plan, partial(task.loss_on, texts.held_out.batches(), held_out))
+
+    def calibrate(self, texts: Texts, plan: Plan) -> GateCalibration:
+        """Solve the gates of the trained module from some of its own text and the base's public text."""
+        public = public_statistics(self.model, self.tokenizer, self.module.layers, progress=self.progress)
+        words = background(self.model, self.tokenizer, self.progress)
+        own_ids_N = torch.from_numpy(texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
+        questions = encode_plain(self.tokenizer, asked_about(self.folder / "corpus" / "questions.jsonl"))
+        asked_N = torch.tensor([token for ids in questions for token in ids], dtype=torch.long)
+        unseen = texts.validation.first(UNSEEN_TOKENS // texts.validation.length).batches()
+        if texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS:  # then all that is held out checks the gates
+            unseen += texts.held_out.batches()
+        texts = texts.planned(plan)
+        train, _ = self.streams(texts)
+        computed = partial(run_trunk, self.model, self.first)
+        rows = min(plan.rows, max(1, CALIBRATION_TOKENS // texts.train.length))
+        return calibrate(
+            self.model,
+            self.module,
+            texts.train.first(rows).batches(),
+            unseen,
+            public,
+            streams=(train, computed),
+            words=words,
+            own_kinds=[own_ids_N, asked_N],
+        )
+
+    def streams(self, texts: Texts) -> tuple[Stream, Stream]:
+        """Return where the streams of the rows to train on and to report on come from."""
+        if not self.cached_below:
+            compute = partial(run_trunk, self.model, self.first)  # nothing is below layer 0
+            return compute, compute
+        return self.cached_stream("train", texts.train, torch.bfloat16), self.exact_stream("held-out", texts.held_out)
+
+    def exact_stream(self, name: str, text: RowLoader) -> Stream:
+        """Return where the streams of rows to score come from, in the model's own dtype."""
+        if not self.cached_below:
+            return partial(run_trunk, self.model, self.first)
+        return self.cached_stream(name, text, self.model.dtype)
+
+    def cached_stream(self, name: str, text: RowLoader, dtype: torch.dtype) -> Stream:
+        """Return where the cached streams of rows come from."""
+        compute = partial(run_trunk, self.model, self.first)
+        return self.cached(name, text, self.first, compute, str(self.model.dtype), dtype)
+
+    def task(self, text: RowLoader, held_out: list[Batch], streams: tuple[Stream, Stream]) -> ExpertTask:
+        """Return the task, its head restricted to what occurs as a label in the rows to train on."""
+        return ExpertTask(
+            self.model, self.module, self.head(text, self.replay.rows.labels.flatten()), stream=streams[0],
+            held_out=held_out, held_out_stream=streams[1], replay=self.replay,
+        )  # fmt: skip
+
+    @cached_property
+    def replay(self) -> Replay:
+        """Public text to train on beside the expert's own; making it, once a base, is not counted in the minutes."""
+        before = time.monotonic()
+        tokens = self.request.batch_rows * self.request.row_length
+        replay = Replay.beside(self.model, self.tokenizer, self.first, tokens, self.progress)
+        self.started += time.monotonic() - before
+        return replay
+
+
+DEFAULT_MINUTES = 5.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Dials that a user need not know; measured, see LOG.md.
+
+    Attributes:
+        width: of the expert's feed-forward networks.
+        shortest: passes over as much text as the minutes suffice for, where they do not suffice for all of it.
+        batch_rows: rows a step; small, as steps are what is scarce.
+        learning_rate: the peak.
+    """
+
+    width: int
+    shortest: float
+    batch_rows: int
+    learning_rate: float
+
+
+CACHED = Recipe(width=512, shortest=3, batch_rows=4, learning_rate=4e-3)
+"""With a trunk cache: further passes are cheap."""
+
+WHOLE = Recipe(width=256, shortest=1, batch_rows=2, learning_rate=3e-3)
+"""Experts from layer 0 on: every pass costs the same, so new text at each."""
+
+TextPath = str | Path | None
+
+
+def train_expert(
+    base: str = "smollm2-135m",
+    *,
+    name: str,
+    from_git: TextPath = None,
+    from_folder: TextPath = None,
+    from_jsonl: TextPath = None,
+    from_parquet: TextPath = None,
+    layers: str = "last:3",
+    width: int | None = None,
+    minutes: float | None = None,
+    tokens: int | None = None,
+    epochs: int | None = None,
+    out: str | Path | None = None,
+    run_folder: str | Path | None = None,
+    held_out: float = 0.1,
+    split: Rule = "file",
+    row_length: int = 512,
+    batch_rows: int | None = None,
+    learning_rate: float | None = None,
+    held_out_tokens: int = 8192,
+    questions: float | None = None,
+    licence: str = "LicenseRef-Unknown",
+    domain: str = "",
+    seed: int = 0,
+    quiet: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """Train an expert module on text and return the path of its pack; interrupted, the same call goes on.
+
+    Args:
+        out: path of the pack; default `<name>.safetensors` in the folder of trained experts.
+        run_folder: default `runs/<name>` in the library's home.
+        quiet: show no progress.
+        dry_run: check everything, show what the run would take, and change nothing.
+        Others: see `ExpertRequest`, `Source` and `Recipe`, which says what is taken where None is given; without
+            `minutes` and `tokens`, five minutes.
+
+    Raises:
+        DataError, TrainError, ConfigError, HubError: with the cause and the mend.
+        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+    """
+    paths = from_git, from_folder, from_jsonl, from_parquet
+    share = QUESTIONS if questions is None else questions
+    source = Source.at(*paths, held_out=held_out, by=split, seed=seed, questions=share)
+    num_layers = read_config(resolve(base))["num_hidden_layers"]
+    recipe = _recipe(parse_layers(layers, num_layers)[0])
+    request = ExpertRequest(
+        base=base, name=name, source=source, layers=layers,
+        width=width or recipe.width, minutes=DEFAULT_MINUTES if minutes is None and tokens is None else minutes,
+        tokens=tokens, epochs=epochs, row_length=row_length,
+        batch_rows=batch_rows or recipe.batch_rows, learning_rate=learning_rate or recipe.learning_rate,
+        held_out_tokens=held_out_tokens, licence=licence, domain=domain, seed=seed,
+    )  # fmt: skip
+    pack, folder = Path(out or experts_folder() / f"{name}{SUFFIX}"), Path(run_folder or home() / "runs" / name)
+    return run_once(ExpertRun, request, request.as_json(), pack, folder, quiet, dry_run)
+
+
+def _recipe(first: int) -> Recipe:
+    """Return the recipe for experts whose first layer this is."""
+    return CACHED if first > 0 else WHOLE

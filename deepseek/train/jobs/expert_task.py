@@ -1,0 +1,69 @@
+"""What the loop is given to train an expert module: its loss on own text and replay, its score on held-out text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.data import Batch
+from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
+from deepseek.model.experts import ExpertModule
+from deepseek.train.gates.replay import Replay
+from deepseek.train.loop.loop import LossOutput
+from deepseek.train.loop.losses import autocast, mean_loss
+from deepseek.train.text.trunk_cache import Stream, run_above
+
+
+class ExpertTask:
+    """The module forced on at every token; everything else of the model frozen.
+
+    Attributes:
+        parameters: those of the module.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        module: ExpertModule,
+        head: CandidateHead,
+        *,
+        stream: Stream,
+        held_out: Sequence[Batch],
+        held_out_stream: Stream,
+        replay: Replay | None = None,
+    ) -> None:
+        """Train `module` on what `stream` gives and some `replay`, scored by `head`; `held_out` is scored exactly."""
+        self.model, self.module, self.head, self.stream, self.replay = model, module, head, stream, replay
+        self.held_out, self.held_out_stream = held_out, held_out_stream
+        self.layer = module.layers[0]
+        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+
+    def loss(self, batch: Batch, step: int) -> LossOutput:
+        """Return the loss of one batch of packed rows and of the step's replay; `tokens` counts the batch's own."""
+        parts = [(batch, self.stream(batch))]
+        if self.replay is not None:
+            parts.append(self.replay.at(step))
+        hidden_ND = torch.cat([self.hidden(rows, stream_BTD).flatten(0, 1) for rows, stream_BTD in parts])
+        labels_N = torch.cat([rows.labels.flatten() for rows, _ in parts])
+        return LossOutput(self.head.loss(hidden_ND, labels_N, step), int((batch.labels != IGNORED_LABEL).sum()))
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the exact loss on held-out rows with the module on."""
+        return {"held_out_loss": self.loss_on(self.held_out, self.held_out_stream)}
+
+    def loss_on(self, batches: Sequence[Batch], stream: Stream) -> float:
+        """Return the exact mean loss on batches with the module on."""
+        parts = ((self.score(rows, stream(rows)), rows.labels.flatten()) for rows in batches)
+        return mean_loss(parts).loss
+
+    @torch.no_grad()
+    def score(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
+        """Return the exact loss `[N]` of every token of a batch, 0 where ignored."""
+        hidden_ND = self.hidden(batch, stream_BTD).flatten(0, 1)
+        return token_losses(hidden_ND, self.model.lm_head.weight, batch.labels.flatten())
+
+    def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
+        """Return the normed last hidden states `[B, T, D]` with the module forced on."""
+        with self.model.experts.forced(self.module), autocast(self.model.device):
+            return run_above(self.model, self.layer, batch, stream_BTD.to(self.model.device, self.model.dtype))

@@ -1,0 +1,125 @@
+"""Training a whole language model, or a part of it, on packed rows: the task of pre-training and of adaptation."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.data.loader import Batch
+from deepseek.kernels.cross_entropy import IGNORED_LABEL, linear_cross_entropy, token_losses
+from deepseek.model.moe.balance import Balance, update_routers
+from deepseek.train.loop.backends import SINGLE, Backend
+from deepseek.train.loop.loop import Hooks, LossOutput
+from deepseek.train.loop.losses import autocast, run_below
+
+
+class NextToken(nn.Module):
+    """A model and its loss as one module, whose forward pass a distributed engine can gather parameters for."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, load_LE: Tensor | None = None) -> Tensor:
+        """Return the mean loss of a batch; or, given `load_LE` to add expert calls to, every token's `[N]`, exactly."""
+        model = self.model
+        hidden_BTD, ctx = run_below(model, len(model.layers), batch)
+        hidden_BTD = model.norm(hidden_BTD)
+        labels_N = batch.labels.flatten().to(model.device)
+        if load_LE is None:
+            return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_N)
+        for layer, stats in enumerate(ctx.router_stats):
+            load_LE[layer] += stats.dispatch.load_E()
+        return token_losses(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_N)
+
+
+class LanguageTask:
+    """Next-token prediction with all parameters of a model that require gradients.
+
+    Attributes:
+        parameters: these, by name.
+        hooks: router state to save, and the routers' one update a step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        held_out: Mapping[str, Sequence[Batch]],
+        backend: Backend = SINGLE,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Train `model`, spread by `backend`; `held_out` are batches by domain, `weights` their parts of the mix."""
+        self.model, self.held_out, self.backend = model, held_out, backend
+        total = sum(weights.values()) if weights else len(held_out)
+        self.weights = {name: (weights[name] if weights else 1) / total for name in held_out}
+        self.module = NextToken(model)
+        backend.shard(self.module, [*model.layers, *model.expert_pools])
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.routers = [module for module in model.modules() if isinstance(module, Balance)]
+        buffers = {name: value for name, value in model.named_buffers() if ".balance." in name}
+        self.hooks = Hooks(buffers=buffers, stepped=self.balance)
+
+    def loss(self, batch: Batch, step: int) -> LossOutput:
+        """Return the mean loss of one batch."""
+        return LossOutput(self.module(batch), int((batch.labels != IGNORED_LABEL).sum()))
+
+    def balance(self, pace: float) -> dict[str, float]:
+        """Let the routers act on what they counted in this step, once; return how uneven the load was.
+
+        Args:
+            pace: the learning rate's share of its peak. The biases move by its root: as slow as the weights they would
+                lag behind these for ever, at full speed they would follow the domains of the last few rows.
+        """
+        if not self.routers:
+            return {}
+        load_LE = torch.stack([router.counts[:-1] for router in self.routers]).double()
+        update_routers(self.model, pace=math.sqrt(pace))
+        return {"max_violation": max_violation(self.backend.mean(load_LE))}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return the exact held-out loss of each domain and of the mix, and how evenly the mix uses the experts.
+
+        The mix is that of training, whatever number of tokens each domain holds out: it is what the routers balance.
+        """
+        self.model.eval()
+        load_LE = torch.zeros(len(self.routers), self.model.config.num_experts, dtype=torch.float64)
+        losses = {}
+        for name, batches in self.held_out.items():
+            domain_LE = torch.zeros_like(load_LE)
+            total, targets = self._sum(batches, domain_LE).tolist()
+            losses[name] = total / targets
+            load_LE += self.weights[name] / targets * self.backend.mean(domain_LE)
+        self.model.train()
+        figures = {"held_out_loss": sum(self.weights[name] * loss for name, loss in losses.items())}
+        figures |= {f"held_out_loss.{name}": loss for name, loss in losses.items()}
+        if self.routers:
+            figures |= {"held_out_max_violation": max_violation(load_LE), "idle_experts": float((load_LE == 0).sum())}
+        return figures
+
+    @torch.no_grad()
+    def loss_on(self, batches: Sequence[Batch]) -> float:
+        """Return the exact mean loss on batches."""
+        self.model.eval()
+        load_LE = torch.zeros(len(self.routers), self.model.config.num_experts, dtype=torch.float64)
+        total, targets = self._sum(batches, load_LE).tolist()
+        self.model.train()
+        return float(total / targets)
+
+    def _sum(self, batches: Sequence[Batch], load_LE: Tensor) -> Tensor:
+        """Return the mean over processes of (sum of losses, number of targets); count the experts' calls."""
+        pair = torch.zeros(2, dtype=torch.float64)
+        for whole in batches:
+            batch = self.backend.share(whole)
+            with autocast(self.model.device):
+                losses_N = self.module(batch, load_LE)
+            pair += torch.stack([losses_N.double().sum().cpu(), (batch.labels != IGNORED_LABEL).sum()])
+        return self.backend.mean(pair)
+
+
+def max_violation(load_LE: Tensor) -> float:
+    """Return by what share the busiest expert exceeds the mean load, averaged over layers: MaxVio, arXiv:2408.15664."""
+    mean_L = load_LE.mean(-1).clamp(min=1e-9)
+    return float((load_LE.amax(-1) / mean_L - 1).mean())

@@ -1,0 +1,309 @@
+"""`deepseek.pretrain`: from several piles of text to a tokenizer and a language model, both from scratch.
+
+texts -> tokenizer -> token shards, easy documents first -> mix -> model -> loop -> a model folder
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from pydantic import Field
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import atomic_folder, home, write_json
+from deepseek.data import Batch, RowLoader, TokenShards
+from deepseek.data.filters import Skipped
+from deepseek.errors import DataError
+from deepseek.model.config import ModelConfig
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.planning import training_memory
+from deepseek.text.tokenizer import document_end_id, load_tokenizer, train_tokenizer
+from deepseek.train.jobs.language import LanguageTask
+from deepseek.train.jobs.settings import Settings, TextSettings
+from deepseek.train.loop.backends import Backend, current
+from deepseek.train.loop.loop import LoopConfig, TrainResult, train
+from deepseek.train.loop.metrics import peak_memory
+from deepseek.train.loop.optim import OptimConfig
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.runs import run_once
+from deepseek.train.text.corpus import build_corpus, read_source
+from deepseek.train.text.mix import EASY_STEPS, Domain, MixedRows, easiest_first
+
+TOKENIZER_CHARACTERS = 20_000_000
+"""Text that merges are learned from; more hardly changes them."""
+
+SAMPLE_TOKENS = 48
+
+
+class DomainSettings(TextSettings):
+    """One kind of text and its share of the mix, relative to the others'."""
+
+    weight: float = Field(default=1.0, gt=0)
+
+
+class PretrainSettings(Settings):
+    """What `deepseek pretrain` reads.
+
+    Attributes:
+        name: of the model and of its run folder.
+        domains: texts by name, with weights.
+        tokenizer: model or folder whose tokenizer to take; by default one of `vocab_size` is trained on the mix.
+        model: `preset` and fields of `ModelConfig`.
+        tokens: targets to train on in all.
+        row_length, batch_rows, accumulate: tokens of a row, rows of a batch, batches of a step.
+        learning_rate, final_learning_rate, warmup, weight_decay: AdamW with warm-up (a share of the steps) and cosine.
+        curriculum: whether the first steps take easy text (`train/text/mix.py`); saves steps in some seeds only.
+        held_out, held_out_tokens: share of the documents never trained on, and tokens of each domain to evaluate on.
+        evaluate_every, checkpoint_every: steps.
+        samples: prompts that the model continues after every evaluation.
+        licence: SPDX expression of the model.
+        out, run_folder: by default `models/<name>` and `runs/<name>` in the library's home.
+    """
+
+    name: str
+    domains: dict[str, DomainSettings] = Field(min_length=1)
+    vocab_size: int = 8192
+    tokenizer: str | None = None
+    model: dict[str, Any] = Field(default_factory=lambda: {"preset": "deepseek-nano"})
+    tokens: int = Field(gt=0)
+    row_length: int = Field(default=512, gt=1)
+    batch_rows: int = Field(default=8, gt=0)
+    accumulate: int = Field(default=1, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    final_learning_rate: float = Field(default=1e-5, ge=0)
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    curriculum: bool = False
+    held_out: float = 0.05
+    held_out_tokens: int = 8192
+    evaluate_every: int = Field(default=100, gt=0)
+    checkpoint_every: int = Field(default=100, gt=0)
+    samples: tuple[str, ...] = ("The ", "def ")
+    licence: str = "LicenseRef-Unknown"
+    seed: int = 0
+    out: Path | None = None
+    run_folder: Path | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that hold `tokens`."""
+        return max(1, round(self.tokens / (self.row_length * self.batch_rows * self.accumulate)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what decides the result, as JSON values."""
+        return self.model_dump(mode="json", exclude={"out", "run_folder"})
+
+    def model_config_for(self, vocab_size: int, end: int) -> ModelConfig:
+        """Return the model's shape with this vocabulary, whose id `end` ends a document."""
+        fields = {"max_position_embeddings": self.row_length, **self.model}
+        preset, fields = fields.pop("preset", None), {**fields, "vocab_size": vocab_size, "eos_token_id": end}
+        return ModelConfig.preset(preset, **fields) if preset else ModelConfig(**fields)
+
+
+def pretrain(
+    config: str | Path | Mapping[str, Any] | PretrainSettings, *, quiet: bool = False, dry_run: bool = False
+) -> Path:
+    """Train a language model from scratch and return its folder; interrupted, the same call goes on.
+
+    Under `torchrun` the parameters, gradients and moments are spread over the processes (FSDP2).
+
+    Args:
+        config: a YAML or TOML file, or its content; see `PretrainSettings`.
+        quiet: show no progress.
+        dry_run: check everything, estimate memory and time, and change nothing.
+
+    Raises:
+        ConfigError, DataError, TrainError: with the cause and the mend.
+        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+    """
+    settings = PretrainSettings.read(config)
+    out = settings.out or home() / "models" / settings.name
+    folder = settings.run_folder or home() / "runs" / settings.name
+    with current() as backend:
+        job = partial(PretrainRun, backend=backend)
+        return run_once(job, settings, settings.as_json(), out, folder, quiet or not backend.main, dry_run)
+
+
+class PretrainRun:
+    """One configuration in its run folder."""
+
+    def __init__(
+        self, settings: PretrainSettings, folder: Path, out: Path, progress: ProgressBar, backend: Backend
+    ) -> None:
+        self.settings, self.folder, self.out, self.progress, self.backend = settings, folder, out, progress, backend
+        self.started = time.monotonic()
+
+    def run(self) -> dict[str, Any] | None:
+        """Train and write the model; return the figures of the run in the main process."""
+        if not self.backend.main:
+            self.backend.barrier()  # the main process reads, trains the tokenizer and writes shards; others open them
+        self.tokenizer = self.known_tokenizer()
+        self.domains = [self.domain(name, text) for name, text in self.settings.domains.items()]
+        if self.backend.main:
+            write_json(self.folder / "request.json", self.settings.as_json())
+            self.backend.barrier()
+        return self.write(self.train())
+
+    def estimate(self) -> str:
+        """Say what a run would take; one step is timed where the model fits the memory."""
+        settings = self.settings
+        for domain in settings.domains.values():
+            next(read_source(domain.source(settings.held_out, settings.seed), Skipped()))
+        size = settings.vocab_size if not settings.tokenizer else len(load_tokenizer(resolve(settings.tokenizer)))
+        config, steps = settings.model_config_for(size, 0), settings.steps
+        memory = training_memory(config, settings.batch_rows * settings.row_length)
+        words = f"{steps:,} steps of {settings.tokens // steps:,} tokens; memory {memory / 1e9:.1f} GB"
+        if memory > psutil.virtual_memory().available:
+            return f"{words}, more than this machine has free; see `deepseek plan`"
+        seconds = step_seconds(config, settings) * steps
+        return f"{words}, about {seconds / 60:.1f} minutes here, evaluation and reading not counted"
+
+    def known_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Return the tokenizer, trained on the mix the first time."""
+        if self.settings.tokenizer:
+            return load_tokenizer(resolve(self.settings.tokenizer))
+        folder = self.folder / "tokenizer"
+        if not folder.is_dir():
+            self.progress.say("training the tokenizer")
+            tokenizer = train_tokenizer(mixed_texts(self.settings), self.settings.vocab_size)
+            with atomic_folder(folder) as temporary:
+                tokenizer.save_pretrained(temporary)
+        return load_tokenizer(folder)
+
+    def domain(self, name: str, text: DomainSettings) -> Domain:
+        """Return the packed rows of one domain; raise `DataError` if its shards are damaged."""
+        settings = self.settings
+        source = text.source(settings.held_out, settings.seed)
+        corpus = build_corpus(source, self.tokenizer, self.folder / "corpus" / name, self.progress, easiest_first)
+        self.progress.say(f"{name}: {corpus.report}")
+        loaders = [self.loader(shards) for shards in (corpus.train, corpus.held_out)]
+        return Domain(name, loaders[0], loaders[1], text.weight)
+
+    def loader(self, shards: TokenShards) -> RowLoader:
+        """Return the packed rows of token shards, after checking these."""
+        if not shards.is_intact():
+            raise DataError(f"The token shards in {shards.folder} are damaged; delete {shards.folder.parent}.")
+        return RowLoader(shards, self.settings.batch_rows, self.settings.row_length, self.settings.seed)
+
+    def train(self) -> TrainResult:
+        """Run the loop to its end."""
+        settings = self.settings
+        self.model = build_model(settings, self.tokenizer)
+        held_out = {domain.name: self.held_out_batches(domain.held_out) for domain in self.domains}
+        weights = {domain.name: domain.weight for domain in self.domains}
+        self.task = LanguageTask(self.model, held_out, self.backend, weights)
+        optim = OptimConfig(
+            learning_rate=settings.learning_rate, warmup=settings.warmup, weight_decay=settings.weight_decay,
+            final=settings.final_learning_rate / settings.learning_rate,
+        )  # fmt: skip
+        config = LoopConfig(
+            optim, steps=settings.steps, accumulate=settings.accumulate, evaluate_every=settings.evaluate_every,
+            checkpoint_every=settings.checkpoint_every, seed=settings.seed,
+        )  # fmt: skip
+        rows = settings.batch_rows * settings.accumulate
+        easy = round(EASY_STEPS * config.steps) * rows if settings.curriculum else 0
+        batches = MixedRows(self.domains, settings.batch_rows, easy, settings.seed)
+        # A model that is spread out can only run as a whole, and `generate` runs its parts.
+        alone = self.backend.world == 1
+        hooks = replace(self.task.hooks, evaluated=self.write_samples) if alone else self.task.hooks
+        return train(
+            self.task, batches, config, self.folder / "training", progress=self.progress, hooks=hooks,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def held_out_batches(self, loader: RowLoader) -> list[Batch]:
+        """Return a domain's rows to evaluate on, whole batches where there are enough."""
+        size = self.settings.batch_rows
+        rows = min(loader.num_rows, max(size, self.settings.held_out_tokens // loader.length))
+        return loader.first(max(rows // size * size, min(rows, size))).batches()
+
+    @torch.no_grad()
+    def write_samples(self, step: int) -> None:
+        """Write how the model continues the sample prompts; training's random numbers are left alone."""
+        texts = []
+        self.model.eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            for prompt in self.settings.samples:
+                ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+                room = self.model.config.max_position_embeddings - ids.shape[1]
+                written = self.model.generate(
+                    ids,
+                    max_new_tokens=max(1, min(SAMPLE_TOKENS, room)),
+                    do_sample=True,
+                    temperature=0.8,
+                    pad_token_id=0,
+                )
+                texts.append(self.tokenizer.decode(written[0]))
+        self.model.train()
+        write_json(self.folder / "samples" / f"step-{step:08d}.json", texts)
+
+    def write(self, result: TrainResult) -> dict[str, Any] | None:
+        """Write the model with its tokenizer; return the figures of the run."""
+        # Gathered, tied ones would no longer be known as one tensor.
+        whole = {name: self.backend.whole(tensor) for name, tensor in self.model.own_tensors().items()}
+        if not self.backend.main:
+            return None
+        with atomic_folder(self.out) as temporary:
+            self.model.save_pretrained(temporary, state_dict=whole)
+            self.tokenizer.save_pretrained(temporary)
+        position = result.position
+        figures = {
+            **result.metrics, "steps": position.step, "skipped": position.skipped, "tokens": position.tokens,
+            "seconds": time.monotonic() - self.started, "peak_memory": peak_memory(),
+            "parameters": sum(tensor.numel() for tensor in self.task.parameters.values()),
+        }  # fmt: skip
+        data = {d.name: {"digest": d.train.shards.digest, "tokens": d.train.shards.num_tokens} for d in self.domains}
+        self.progress.say(
+            f"held-out loss {result.metrics['held_out_loss']:.4f} after {position.tokens:,} tokens, {self.out}"
+        )
+        record = {"stage": "pretrain", "model": str(self.out), "figures": figures, "data": data}
+        return record | {"licence": self.settings.licence}
+
+
+def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> DeepSeekModel:
+    """Return the model with its first weights, which the seed decides."""
+    torch.manual_seed(settings.seed)
+    return DeepSeekModel(settings.model_config_for(len(tokenizer), document_end_id(tokenizer))).float().train()
+
+
+def mixed_texts(settings: PretrainSettings) -> Iterator[str]:
+    """Yield text of the domains in turn, of each as much as its weight asks for."""
+    total = sum(domain.weight for domain in settings.domains.values())
+    parts = [
+        cut(domain, round(TOKENIZER_CHARACTERS * domain.weight / total), settings)
+        for domain in settings.domains.values()
+    ]
+    for texts in zip_longest(*parts):
+        yield from (text for text in texts if text)
+
+
+def cut(domain: DomainSettings, characters: int, settings: PretrainSettings) -> Iterator[str]:
+    """Yield texts of one domain until they hold `characters`."""
+    for document in read_source(domain.source(settings.held_out, settings.seed), Skipped()):
+        yield document.text
+        characters -= len(document.text)
+        if characters <= 0:
+            return
+
+
+def step_seconds(config: ModelConfig, settings: PretrainSettings) -> float:
+    """Return the seconds of one optimizer step here, measured on random tokens."""
+    task = LanguageTask(DeepSeekModel(config).float().train(), {})
+    batch = partial(_random_batch, config.vocab_size, settings.row_length)
+    task.loss(batch(1), 0).loss.backward()  # the first pass compiles and allocates
+    started = time.perf_counter()
+    task.loss(batch(settings.batch_rows), 0).loss.backward()
+    return (time.perf_counter() - started) * settings.accumulate
+
+
+def _random_batch(vocab_size: int, length: int, rows: int) -> Batch:
+    ids = torch.randint(vocab_size, (rows, length))
+    return Batch(ids, ids.roll(-1, 1), torch.arange(length).repeat(rows, 1), torch.arange(rows))

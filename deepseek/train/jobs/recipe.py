@@ -1,0 +1,131 @@
+"""`deepseek train`: a recipe runs stages in order; each goes on where it was, and what is finished is not done again.
+
+stages -> their results -> a model card beside the last model, and a page of the whole run
+"""
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from deepseek.checkpoint.store import atomic_write, home, read_json, write_json
+from deepseek.errors import ConfigError
+from deepseek.registry import pick
+from deepseek.train.jobs.adapt import adapt
+from deepseek.train.jobs.align import align
+from deepseek.train.jobs.expert import train_expert
+from deepseek.train.jobs.pretrain import pretrain
+from deepseek.train.jobs.settings import Settings
+from deepseek.train.loop.runs import write_page
+
+Stage = Callable[..., Any]
+"""Takes the fields of its stage as keyword arguments and returns the path of what it made, if anything."""
+
+
+class StageSettings(Settings):
+    """One stage: what it does, its name, and the arguments of the function behind it.
+
+    Attributes:
+        stage: pretrain, adapt, align, expert or eval.
+        name: of its run folder; default: recipe, number and stage.
+        with_: arguments of the function of that stage (`with` in the file). `base`, or for `eval` the model, is what
+            the stage before made, unless it is given.
+    """
+
+    stage: str
+    name: str | None = None
+    with_: dict[str, Any] = Field(default_factory=dict, alias="with")
+
+
+class RecipeSettings(Settings):
+    """What `deepseek train` reads.
+
+    Attributes:
+        name: of the run folder and in the card.
+        base: model that the first stage starts from, if it does not start from scratch.
+        licence: SPDX expression of the results.
+        stages: in order.
+    """
+
+    name: str
+    base: str = "smollm2-135m"
+    licence: str = "LicenseRef-Unknown"
+    stages: list[StageSettings] = Field(min_length=1)
+
+
+def train_recipe(
+    config: str | Path | Mapping[str, Any], extra: Mapping[str, Stage] | None = None, *, quiet: bool = False
+) -> Path:
+    """Run the stages of a recipe and return its run folder; the same call goes on after an interruption.
+
+    Args:
+        extra: functions of further stages; those that live on higher floors come from the command line.
+    """
+    recipe = RecipeSettings.read(config)
+    table = {**STAGES, **(extra or {})}
+    for number, step in enumerate(recipe.stages, 1):  # all of them before the first runs for hours
+        function = pick(table, step.stage, "stage")
+        try:
+            signature(function).bind(**{"base": "", "name": "", "run_folder": "", "quiet": quiet, **step.with_})
+        except TypeError as error:
+            raise ConfigError(f"stage {number} ({step.stage}): {error}; correct its `with`.") from None
+    folder = home() / "runs" / recipe.name
+    model, results = recipe.base, []
+    for number, step in enumerate(recipe.stages, 1):
+        name = step.name or f"{recipe.name}-{number}-{step.stage}"
+        run = home() / "runs" / name
+        made = table[step.stage](**{"base": model, "name": name, "run_folder": run, "quiet": quiet, **step.with_})
+        model = str(made) if made is not None and Path(made).is_dir() else model
+        results.append({"stage": step.stage, "run": str(run), "made": str(made or ""), **_result(run)})
+    write_json(folder / "result.json", {"stage": "recipe", "model": model, "results": results})
+    _report(recipe, folder, results, model)
+    return folder
+
+
+def _pretrain(*, quiet: bool, **settings: Any) -> Path:
+    settings.pop("base")  # where the other stages begin; this one has none
+    return pretrain(settings, quiet=quiet)
+
+
+STAGES: dict[str, Stage] = {"pretrain": _pretrain, "adapt": adapt, "align": align, "expert": train_expert}
+
+
+def _result(run: Path) -> dict[str, Any]:
+    """Return data and figures of a stage's run, as it left them."""
+    if not (run / "result.json").is_file():
+        return {"figures": {}, "data": {}}
+    result = read_json(run / "result.json")
+    figures = result.get("figures") or {k: v for k, v in result.items() if isinstance(v, int | float)}
+    return {"figures": figures, "data": result.get("data", {})}
+
+
+def _report(recipe: RecipeSettings, folder: Path, results: list[dict[str, Any]], model: str) -> None:
+    """Write the page of the run, and a model card into the run folder and beside the last model."""
+    plots = [plot for result in results for plot in sorted(Path(result["run"]).glob("*/loss.png"))]
+    sections = {f"{number}. {result['stage']}": result["figures"] for number, result in enumerate(results, 1)}
+    write_page(folder, recipe.name, sections, plots)
+    card = model_card(recipe, results)
+    places = [folder, *({Path(model)} if Path(model).is_dir() and Path(model) != Path(recipe.base) else ())]
+    for place in places:
+        with atomic_write(place / "README.md") as temporary:
+            temporary.write_text(card, encoding="utf-8")
+        for plot in plots:
+            with atomic_write(place / f"loss-{plot.parent.parent.name}.png") as temporary:
+                temporary.write_bytes(plot.read_bytes())
+
+
+def model_card(recipe: RecipeSettings, results: list[dict[str, Any]]) -> str:
+    """Return a model card as the Hugging Face hub has them: licence and base in front, then data, figures and plots."""
+    lines = ["---", f"license: {recipe.licence}", f"base_model: {recipe.base}", "library_name: transformers", "---"]
+    lines += [f"# {recipe.name}", "", f"Made by `deepseek train` in {len(results)} stages."]
+    for number, result in enumerate(results, 1):
+        lines += ["", f"## {number}. {result['stage']}", f"Result: `{Path(result['made']).name}`", ""]
+        lines += [
+            f"- {name}: {value:.4g}" for name, value in result["figures"].items() if isinstance(value, int | float)
+        ]
+        lines += [f"- data {name}: sha256 `{entry['digest']}`" for name, entry in result["data"].items()]
+        if any(Path(result["run"]).glob("*/loss.png")):
+            lines.append(f"\n![loss](loss-{Path(result['run']).name}.png)")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,69 @@
+"""Configuration files, YAML or TOML, as frozen objects; a misspelt key is one sentence that names the right one."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from deepseek.errors import ConfigError
+from deepseek.packs.manifest import explain
+from deepseek.registry import nearest
+from deepseek.train.text.corpus import Source
+
+
+class Settings(BaseModel):
+    """Fields of a configuration file; subclasses list them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        """Refuse a key that no field has, naming the nearest field."""
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        for key in values if isinstance(values, Mapping) else ():
+            if key not in names:
+                raise ValueError(f"{key!r} is no field here; {nearest(str(key), names)}")
+        return values
+
+    @classmethod
+    def read(cls, given: str | Path | Mapping[str, Any] | Self) -> Self:
+        """Return the settings of a file, of a mapping, or as they are; `ConfigError` says what is wrong with them."""
+        if isinstance(given, cls):
+            return given
+        where = f"{given}: " if isinstance(given, str | Path) else ""
+        try:
+            return cls.model_validate(_load(Path(given)) if isinstance(given, str | Path) else given)
+        except ValidationError as error:
+            raise ConfigError(f"{where}{explain(error)}.") from None
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class TextSettings(Settings):
+    """Where text comes from: any of a folder, a git history, JSONL and Parquet files."""
+
+    folder: Path | None = None
+    git: Path | None = None
+    jsonl: Path | None = None
+    parquet: Path | None = None
+
+    def source(self, held_out: float, seed: int) -> Source:
+        """Return the source that these settings name."""
+        return Source.at(self.git, self.folder, self.jsonl, self.parquet, held_out=held_out, seed=seed)
+
+
+def _load(path: Path) -> Any:
+    """Return the content of a YAML or TOML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give a YAML or TOML file.") from None
+    except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        cause = " ".join(str(error).split())
+        raise ConfigError(f"{path} is neither YAML nor TOML ({cause}); correct it there.") from None

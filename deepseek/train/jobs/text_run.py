@@ -1,0 +1,183 @@
+"""What every training on a user's text shares: the request, the corpus, the cached trunk, the way into the loop.
+
+Held-out text has two parts. By the validation part the loop chooses the state that is kept; the other part has decided
+nothing, and is scored exactly before the first step and after the last one: these are the figures that are reported.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import read_json, write_json
+from deepseek.data import Batch, RowLoader
+from deepseek.errors import DataError
+from deepseek.kernels.cross_entropy import CandidateHead
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.manifest import Metric
+from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.jobs.outcome import Outcome, tell
+from deepseek.train.jobs.plan import Plan
+from deepseek.train.loop.loop import LoopConfig, Task, train
+from deepseek.train.loop.optim import OptimConfig
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.text.corpus import Corpus, Source, build_corpus
+from deepseek.train.text.trunk_cache import Stream, TrunkCache
+
+FREQUENT_TOKENS = 4096
+"""The first ids of a byte-pair vocabulary are its most frequent ones; they join the candidates of the training loss."""
+
+SAMPLED_TOKENS = 1024
+"""Further ids drawn at every step to estimate the rest of the partition function."""
+
+FEWEST_HELD_OUT = 32
+"""Tokens of validation text, and of the text that is reported on, below which nothing can be told."""
+
+PATIENCE = 4
+"""Evaluations in a row without a lower loss after which a run goes back to its best state: about a pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """What to train on; stored as `request.json`.
+
+    Attributes:
+        base: name, folder or hub id of the base model.
+        source: the text.
+        tokens: distinct tokens to train on; 0 means all there are.
+        epochs: passes over them; None: as many as the text is worth.
+        row_length, batch_rows: tokens of a packed row, rows of a batch.
+        learning_rate: the peak.
+        held_out_tokens: most tokens that are reported on, and most that the best state is chosen by.
+        seed: of initial values, row order and sampling.
+    """
+
+    base: str
+    source: Source
+    tokens: int | None
+    epochs: int | None
+    row_length: int
+    batch_rows: int
+    learning_rate: float
+    held_out_tokens: int
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, those of the source among the others."""
+        fields = asdict(self)
+        return {**fields, "source": {key: str(v) if isinstance(v, Path) else v for key, v in fields["source"].items()}}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Packed rows to train on, to report on, and to choose the best state by."""
+
+    train: RowLoader
+    held_out: RowLoader
+    validation: RowLoader
+
+    def first(self, rows: int, held_out_rows: int, validation_rows: int) -> "Texts":
+        """Return some of the rows, the same ones at every call."""
+        validation = self.validation.first(validation_rows)
+        return Texts(self.train.first(rows), self.held_out.first(held_out_rows), validation)
+
+    def planned(self, plan: Plan) -> "Texts":
+        """Return the rows of a plan."""
+        return self.first(plan.rows, plan.held_out_rows, plan.validation_rows)
+
+
+class TextRun:
+    """One request in its run folder, and the model that it is about.
+
+    Attributes:
+        started: when, by the monotonic clock.
+    """
+
+    def __init__(self, request: TextRequest, folder: Path, progress: ProgressBar, dtype: str = "auto") -> None:
+        """Load the base model in `dtype`."""
+        self.folder, self.progress, self.started = folder, progress, time.monotonic()
+        self.base = resolve(request.base)
+        self.model = DeepSeekModel.from_pretrained(self.base, dtype=dtype)
+        self.tokenizer = load_tokenizer(self.base)
+        self._request = request
+
+    def corpus(self) -> Corpus:
+        """Return the token shards, reading the source only the first time."""
+        folder = self.folder / "corpus"
+        corpus = build_corpus(self._request.source, self.tokenizer, folder, self.progress, validation=True)
+        self.progress.say(corpus.report)
+        return corpus
+
+    def texts(self, corpus: Corpus) -> Texts:
+        """Return the packed rows of a corpus; raise `DataError` if one of its parts has none."""
+        request = self._request
+        if corpus.validation is None or min(corpus.validation.num_tokens, corpus.held_out.num_tokens) < FEWEST_HELD_OUT:
+            raise DataError(
+                f"Of the text that is held out, at least {FEWEST_HELD_OUT} tokens are needed to choose the best state, "
+                "and as many to report on; give more text."
+            )
+        parts = (
+            RowLoader(shards, request.batch_rows, request.row_length, request.seed)
+            for shards in (corpus.train, corpus.held_out, corpus.validation)
+        )
+        return Texts(*parts)
+
+    def head(self, text: RowLoader, *further: Tensor) -> CandidateHead:
+        """Return the head restricted to what occurs as a label in the rows of `text` or among `further` labels."""
+        labels = torch.cat([*(text.rows([row]).labels.flatten().unique() for row in text.row_ids.tolist()), *further])
+        frequent = torch.arange(min(FREQUENT_TOKENS, self.model.config.vocab_size))
+        candidates = torch.cat([labels[labels >= 0], frequent]).unique()
+        return CandidateHead(self.model.lm_head.weight, candidates, SAMPLED_TOKENS, self._request.seed)
+
+    def cached(
+        self, name: str, text: RowLoader, layer: int, compute: Callable[[Batch], Tensor], computed: str,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Stream:  # fmt: skip
+        """Return where the streams that enter the trained part come from: a cache, filled by `compute`.
+
+        Args:
+            name: of the cache.
+            layer: first block of the trained part.
+            computed: how the streams are computed, in words that change when they would.
+            dtype: of the cache.
+        """
+        base, width, what = self.model.experts.base.weights, self.model.config.hidden_size, f"trunk ({name})"
+        key = {"base": base, "shards": text.shards.digest, "layer": layer, "computed": computed}
+        cache = TrunkCache(self.folder / "trunk" / name, key, text.row_ids, text.length, width, dtype)
+        cache.fill(text, compute, self._request.batch_rows, lambda done, total: self.progress(done, total, what))
+        return lambda batch: cache.read(batch.row_ids)
+
+    def loop(self, task: Task[Batch], text: RowLoader, plan: Plan, test: Callable[[], float]) -> Outcome:
+        """Run the loop until the task is at its best on validation rows.
+
+        Args:
+            test: returns the exact loss on the rows that are reported; called before and after.
+        """
+        path = self.folder / "base.json"
+        if not path.is_file():
+            self.progress.say("scoring the base")
+            write_json(path, {"loss": test()})
+        steps = plan.steps
+        config = LoopConfig(
+            OptimConfig(learning_rate=self._request.learning_rate),
+            steps=steps,
+            seed=self._request.seed,
+            evaluate_every=max(1, steps // (plan.evaluations - 1)),
+            checkpoint_every=max(10, steps // 10),
+            keep_best="held_out_loss",
+            patience=PATIENCE,
+        )
+        result = train(task, text, config, self.folder / "training", progress=self.progress)
+        reported = Metric(before=read_json(path)["loss"], after=test())
+        steps_a_pass = len(text.row_ids) / text.batch_rows
+        return Outcome(result, reported, tell(result.position, steps, steps_a_pass, plan.limit))
+
+    def drop_trunk(self) -> None:
+        """Delete the trunk caches, by far the largest part of a run folder."""
+        shutil.rmtree(self.folder / "trunk", ignore_errors=True)

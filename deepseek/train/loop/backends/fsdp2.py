@@ -1,0 +1,126 @@
+"""Many processes that each hold a part of every parameter, gradient and moment: FSDP2 (ZeRO-3) under `torchrun`.
+
+Checkpoints are written by PyTorch's distributed checkpointing as safetensors, one file a process and nothing pickled,
+and read back by any number of processes. They appear under their name only when all parts are on disk.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from deepseek.checkpoint import store
+from deepseek.train.loop.backends import Backend
+from deepseek.train.loop.optim import TrainingState, Weights, no_room_for
+
+B = TypeVar("B")
+
+CONNECT, WORK = timedelta(minutes=1), timedelta(minutes=30)
+"""How long processes wait for one another when they join, and later."""
+
+
+@contextmanager
+def joined() -> Iterator["FSDP2"]:
+    """Join the processes that `torchrun` started, and leave them at the end."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # torchrun keeps one store over its restarts: under a prefix of its own no start finds addresses of those who died.
+    shared, rank, size = next(rendezvous("env://", timeout=CONNECT))
+    own = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=CONNECT)
+    dist.distributed_c10d._set_pg_timeout(WORK)
+    try:
+        yield FSDP2(init_device_mesh(device, (dist.get_world_size(),)))
+    finally:
+        dist.destroy_process_group()
+
+
+class FSDP2(Backend):
+    """The backend of one of the processes of `mesh`."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.world, self.rank = mesh.size(), mesh.get_rank()
+        self.main = self.rank == 0
+
+    def shard(self, module: nn.Module, parts: list[nn.Module]) -> None:
+        """Spread `module`; each of `parts`, a block or a pool of experts that blocks share, is gathered by itself."""
+        on_cpu = self.mesh.device_type == "cpu"
+        policy = MixedPrecisionPolicy() if on_cpu else MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        for part in [*parts, module]:
+            fully_shard(part, mesh=self.mesh, mp_policy=policy)
+        for part in module.modules():
+            if isinstance(part, FSDPModule) and on_cpu:
+                part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
+
+    def share(self, batch: B) -> B:
+        """Return every W-th row, from the own rank on, of a dataclass of tensors."""
+        rows = slice(self.rank, None, self.world)
+        return type(batch)(*(getattr(batch, field.name)[rows] for field in fields(batch)))  # type: ignore[arg-type]
+
+    def weigh(self, tokens: int) -> tuple[float, int]:
+        total = int(self._sum(torch.tensor(float(tokens), dtype=torch.float64)))
+        return tokens * self.world / max(1, total), total
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self._sum(values.clone()) / self.world
+
+    def any(self, flag: bool) -> bool:
+        return bool(self._sum(torch.tensor(float(flag))) > 0)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+    def save(self, folder: Path, state: Weights, meta: dict[str, Any]) -> None:
+        """Write one file a process into a hidden folder, then give it its name."""
+        temporary = folder.with_name(f".{folder.name}.parts.tmp")
+        if self.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.barrier()
+        tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
+        with store.disk_full_explained(no_room_for(folder)):
+            state_dict_saver.save(
+                tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            )
+            if self.main:
+                store.seal_state(temporary, folder, meta)
+        self.barrier()
+
+    def load(self, folder: Path, state: Weights) -> dict[str, Any]:
+        if isinstance(state, TrainingState):
+            for parameter in state.parameters.values():  # moments to read into, laid out as their parameters
+                state.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
+        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+        state.restore(tensors)
+        return store.state_meta(folder)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        values = values.to(self.mesh.device_type)
+        dist.all_reduce(values, group=self.mesh.get_group())
+        return values.cpu()

@@ -1,0 +1,137 @@
+"""Run folders: a job in its own, which is the one that was begun there, and what past runs say about themselves."""
+
+import json
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+from jinja2 import Environment
+
+from deepseek.checkpoint.store import atomic_write, disk_full_explained, home, read_json, write_json
+from deepseek.errors import DataError, TrainError
+from deepseek.registry import nearest
+from deepseek.train.loop.progress import ProgressBar
+
+
+class Job(Protocol):
+    """A request in a folder."""
+
+    def run(self) -> dict[str, Any] | None:
+        """Do it, and return the record to keep; None in a process that only helps.
+
+        `request.json` is written as soon as it is known that the request is possible.
+        """
+
+    def estimate(self) -> str:
+        """Check the request and say what it would take; what is written goes to the folder."""
+
+
+def run_once(
+    job: Callable[..., Job], request: Any, stored: dict[str, Any], made: Path, folder: Path, quiet: bool, dry_run: bool
+) -> Path:
+    """Return `made` once `job` has made it in `folder`, at once if it did before; a `dry_run` only estimates.
+
+    Args:
+        job: takes the request, the folder, `out` (which is `made`) and `progress`.
+        stored: the request as JSON values.
+
+    Raises:
+        TrainError: the run in `folder` is of another request.
+        KeyboardInterrupt: after Ctrl-C, saying that the same call goes on.
+    """
+    with ProgressBar(quiet=quiet) as progress:
+        if dry_run:
+            with TemporaryDirectory() as empty:
+                progress.say(job(request, Path(empty), out=made, progress=progress).estimate())
+            return made
+        check_config(folder / "request.json", stored)
+        if (folder / "result.json").is_file() and made.exists():
+            progress.say(f"{made} is finished")
+            return made
+        try:
+            with disk_full_explained(f"The disk of {folder} is full; free some space and run the same command."):
+                record = job(request, folder, out=made, progress=progress).run()
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(*stop.args or ["stopped, what is done is kept; the same call goes on"]) from None
+        if record is not None:
+            write_json(folder / "result.json", record)
+        return made
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raise `TrainError` naming the first field in which a configuration differs from the one stored in `path`."""
+    if not path.is_file():
+        return
+    before, now = _leaves(read_json(path)), _leaves(json.loads(json.dumps(config)))
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        name = changed[0]
+        raise TrainError(
+            f"{path.parent} holds a run with another {name} ({before.get(name)}, now {now.get(name)}); give the old "
+            "value to resume it, or another name to start a new run."
+        )
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested fields as `outer.inner`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def all_runs() -> dict[str, Path]:
+    """Return the run folders in the library's home, by name."""
+    root = home() / "runs"
+    return {path.name: path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
+
+
+def find_run(name: str) -> Path:
+    """Return the folder of a run, by name or path; raise `DataError` if there is none."""
+    if Path(name).is_dir():
+        return Path(name)
+    runs = all_runs()
+    if name not in runs:
+        raise DataError(f"There is no run {name!r}; {nearest(name, runs) if runs else 'none has been started'}.")
+    return runs[name]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Return stage, state and figures of a run as one flat table."""
+    if not (folder / "result.json").is_file():
+        return {"state": "unfinished"}
+    result = read_json(folder / "result.json")
+    figures = {**result, **result.get("figures", {})}
+    return {"state": "finished", **{k: v for k, v in figures.items() if isinstance(v, str | int | float)}}
+
+
+PAGE = Environment(autoescape=True).from_string(
+    """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>
+body{font:16px sans-serif;max-width:60rem;margin:2rem auto}td,th{text-align:left;padding:.2rem 1rem .2rem 0}
+img{max-width:100%}</style><h1>{{ title }}</h1>
+{% for name, values in sections.items() %}<h2>{{ name }}</h2><table>
+{% for key, value in values.items() %}<tr><th>{{ key }}</th><td>{{ spoken(value) }}</td></tr>{% endfor %}
+</table>{% endfor %}
+{% for plot in plots %}<img alt="{{ plot.parent.name }}" src="data:image/png;base64,{{ encoded(plot) }}">{% endfor %}
+</html>
+"""
+)
+
+
+def write_page(folder: Path, title: str, sections: dict[str, Any], plots: list[Path]) -> Path:
+    """Write a page without scripts or links to elsewhere, `index.html` in `folder`: tables, then plots."""
+    path = folder / "index.html"
+    with atomic_write(path) as temporary:
+        text = PAGE.render(title=title, sections=sections, plots=plots, spoken=_spoken, encoded=_encoded)
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _encoded(plot: Path) -> str:
+    return b64encode(plot.read_bytes()).decode()
+
+
+def _spoken(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

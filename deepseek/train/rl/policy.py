@@ -1,0 +1,143 @@
+"""A language model as a policy: what is trained of it, its frozen reference, and the value of a state."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from deepseek.errors import ConfigError
+from deepseek.model.moe.stats import Choice
+from deepseek.train.loop.layers import parse_layers
+from deepseek.train.rl.rollout import Responses, mixed
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the policy thinks of each response token, all `[B, T]` and 0 at padding.
+
+    Attributes:
+        logprobs_BT: log-probability of the token taken.
+        values_BT: reward that is expected from here on, before the token is taken.
+        entropy_BT: of the distribution that it was taken from, in nats.
+    """
+
+    logprobs_BT: Tensor
+    values_BT: Tensor
+    entropy_BT: Tensor
+
+
+class Policy:
+    """A model of which the last layers are trained.
+
+    The trunk below them, the embeddings and the head are frozen and shared with the reference, a frozen copy of the
+    trained layers as they were at the start. The value of a state is read off the policy's last hidden state by a
+    linear head through which no gradient reaches the policy, so that learning values never changes what is said.
+
+    Attributes:
+        parameters: what is trained, in fp32: layers, last norm and value head.
+        first: first layer that is trained.
+    """
+
+    def __init__(self, model: Any, layers: str = "all", temperature: float = 1.0) -> None:
+        """Freeze `model` but for `layers` ("all" or "last:N").
+
+        Raises:
+            ConfigError: no such layers, or they share their experts with a layer below them.
+        """
+        self.model, self.temperature = model.eval().requires_grad_(False), temperature
+        chosen = parse_layers(layers, len(model.layers))
+        self.first = chosen[0]
+        if chosen != tuple(range(self.first, len(model.layers))):
+            raise ConfigError(f"layers={layers!r} is no end of the model; write all or last:N.")
+        self.value_head = nn.Linear(model.config.hidden_size, 1, device=model.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        trained = trained_prefixes(model, self.first)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            if name.startswith(trained):
+                parameter.data = parameter.data.float()  # steps are too small for bf16
+                self.parameters[name] = parameter.requires_grad_(True)
+        self.reference = copy.deepcopy(self.upper()).requires_grad_(False)
+        self.parameters |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
+
+    def upper(self) -> nn.ModuleList:
+        """Return the trained layers and the last norm."""
+        return nn.ModuleList([*self.model.layers[self.first :], self.model.norm])
+
+    @torch.no_grad()
+    def trunk(self, responses: Responses) -> Tensor:
+        """Return the stream `[B, S - 1, D]` that enters the first trained layer, the same at every call."""
+        ids_BS, real_BS = responses.input_ids_BS[:, :-1], responses.real_BS[:, :-1]
+        return below(self.model, self.first, ids_BS, real_BS, responses.routing(self.model))
+
+    def score(self, responses: Responses, stream_BSD: Tensor) -> Scored:
+        """Return what the policy thinks of responses whose trunk is `stream_BSD`; differentiable where grad is on."""
+        hidden_BTD = self.above(self.upper(), responses, stream_BSD)
+        values_BT = self.value_head(hidden_BTD.detach().float())[..., 0]
+        logprobs_BT, entropy_BT = self.logprobs(hidden_BTD, responses)
+        return Scored(logprobs_BT, torch.where(responses.mask_BT > 0, values_BT, 0.0), entropy_BT)
+
+    @torch.no_grad()
+    def reference_logprobs(self, responses: Responses, stream_BSD: Tensor) -> Tensor:
+        """Return the log-probabilities `[B, T]` under the reference."""
+        return self.logprobs(self.above(self.reference, responses, stream_BSD), responses)[0]
+
+    def above(self, upper: nn.ModuleList, responses: Responses, stream_BSD: Tensor) -> Tensor:
+        """Return the normed hidden states `[B, T, D]` that the response tokens are predicted from."""
+        *blocks, norm = upper
+        ctx = self.context(responses, stream_BSD)
+        with mixed(self.model.device):
+            for block in blocks:
+                stream_BSD = block(stream_BSD, ctx)
+            hidden_BTD: Tensor = norm(stream_BSD[:, -responses.mask_BT.shape[1] :])
+        return hidden_BTD
+
+    def logprobs(self, hidden_BTD: Tensor, responses: Responses) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of the tokens taken and entropies, `[B, T]` each.
+
+        In fp32: a logit of 20 has a step of 0.125 in bf16, as large as what clipping allows.
+        """
+        real_BT = responses.mask_BT > 0
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            logits_NV = linear(hidden_BTD[real_BT].float(), self.model.lm_head.weight.float())
+            log_p_NV = (logits_NV / self.temperature).log_softmax(-1)
+        taken_N = log_p_NV.gather(1, responses.targets_BT[real_BT][:, None])[:, 0]
+        with torch.no_grad():
+            entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1)
+        zeros_BT = torch.zeros_like(responses.mask_BT)
+        return zeros_BT.masked_scatter(real_BT, taken_N), zeros_BT.masked_scatter(real_BT, entropy_N)
+
+    def context(self, responses: Responses, hidden_BSD: Tensor) -> Any:
+        """Build the context of a pass over all tokens but the last, routed as they were when they were sampled."""
+        ctx = self.model.context(hidden_BSD, attention_mask=responses.real_BS[:, :-1])
+        ctx.routing = responses.routing(self.model)
+        return ctx
+
+
+@torch.no_grad()
+def below(model: Any, layer: int, ids_BS: Tensor, real_BS: Tensor, routing: Mapping[int, Choice]) -> Tensor:
+    """Return the stream `[B, S, D]` that enters block `layer`, with tokens routed as `routing` says or else anew."""
+    with mixed(model.device):
+        hidden_BSD = model.embed_tokens(ids_BS)
+        ctx = model.context(hidden_BSD, attention_mask=real_BS)
+        ctx.routing = routing
+        below_BSD: Tensor = model.run_layers(hidden_BSD, 0, layer, ctx)
+    return below_BSD
+
+
+def trained_prefixes(model: Any, first: int) -> tuple[str, ...]:
+    """Return what the names of the parameters begin with that belong to layers from `first` on."""
+    layers = [f"layers.{index}." for index in range(first, len(model.layers))]
+    sharing = model.config.expert_sharing if len(model.expert_pools) else 1
+    if first % sharing:
+        raise ConfigError(
+            f"Layer {first} shares its experts with layers below it, which stay frozen; begin at a multiple of "
+            f"{sharing} or take all layers."
+        )
+    pools = [f"expert_pools.{index}." for index in range(first // sharing, len(model.expert_pools))]
+    return (*layers, *pools, "norm.")

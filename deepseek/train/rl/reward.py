@@ -1,0 +1,130 @@
+"""A reward model from pairs: Bradley and Terry's model (1952) on what a frozen base already knows of an answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from deepseek.checkpoint import store
+from deepseek.train.rl.policy import below
+from deepseek.train.rl.rollout import Responses, given
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Penalties on squared weights of standardised features to choose from; without one, separable pairs would drive them
+to infinity."""
+
+FOLD = 4
+"""Of as many prompts, the pairs of one choose the penalty."""
+
+BINS = 10
+"""Bins of equal width in which calibration is measured."""
+
+
+@dataclass(frozen=True)
+class RewardQuality:
+    """How well a reward model predicts which answer is preferred.
+
+    Attributes:
+        pairs: how many it was asked for.
+        accuracy: share in which the preferred answer scores higher.
+        loss: mean -log P(preferred), in nats; a coin has 0.693.
+        calibration_error: mean distance, over bins of the stated probability that the answer taken to be better is,
+            between that probability and how often it is right.
+    """
+
+    pairs: int
+    accuracy: float
+    loss: float
+    calibration_error: float
+
+
+class RewardModel:
+    """`r(answer) = w . f(answer)`, with f the mean over the answer's tokens of the stream entering a layer of the base.
+
+    P(a is preferred to b) = sigmoid(r(a) - r(b)). The layers below that one must not change while the model is used;
+    a policy that trains later layers may share them.
+    """
+
+    def __init__(self, base: Any, layer: int, weight_D: Tensor) -> None:
+        """Read the stream that enters block `layer` of `base`."""
+        self.base, self.layer, self.weight_D = base, layer, weight_D
+
+    def __call__(self, responses: Responses) -> Tensor:
+        """Return the rewards `[B]`."""
+        return features(self.base, self.layer, responses) @ self.weight_D
+
+    @classmethod
+    def choose(
+        cls, base: Any, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, prompts: Sequence[int]
+    ) -> "RewardModel":
+        """Return the model of all pairs, with the penalty that predicts best what it was not fitted to.
+
+        Args:
+            prompts: index of the prompt of each pair; the pairs of a prompt are not torn apart.
+        """
+        held_P = torch.tensor([prompt % FOLD == 0 for prompt in prompts])
+        if held_P.all() or not held_P.any():
+            return cls.fit(base, layer, chosen_PD, rejected_PD)
+        losses = {}
+        for ridge in RIDGES:
+            fitted = cls.fit(base, layer, chosen_PD[~held_P], rejected_PD[~held_P], ridge)
+            losses[ridge] = fitted.quality(chosen_PD[held_P], rejected_PD[held_P]).loss
+        return cls.fit(base, layer, chosen_PD, rejected_PD, min(losses, key=lambda ridge: losses[ridge]))
+
+    @classmethod
+    def fit(cls, base: Any, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, ridge: float = 1e-3) -> "RewardModel":
+        """Return the model under which the preferences, given as features of P pairs, are likeliest."""
+        difference_PD = (chosen_PD - rejected_PD).double()
+        scale_D = difference_PD.square().mean(0).sqrt().clamp(min=1e-6)
+        standard_PD = difference_PD / scale_D
+        weight_D = torch.zeros_like(scale_D, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight_D], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = softplus(-(standard_PD @ weight_D)).mean() + ridge * weight_D.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return cls(base, layer, (weight_D.detach() / scale_D).float())
+
+    def quality(self, chosen_PD: Tensor, rejected_PD: Tensor) -> RewardQuality:
+        """Return how well held-out preferences are predicted."""
+        margin_P = (chosen_PD - rejected_PD) @ self.weight_D
+        stated_P, right_P = torch.sigmoid(margin_P.abs()), (margin_P > 0).float()
+        bin_P = (stated_P * BINS).long().clamp(max=BINS - 1)
+        gaps = [(stated_P - right_P)[bin_P == b].sum().abs() for b in range(BINS)]
+        pairs = len(margin_P)
+        error = float(sum(gaps, torch.zeros(()))) / pairs
+        return RewardQuality(pairs, float(right_P.mean()), float(-logsigmoid(margin_P).mean()), error)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights as a state folder."""
+        store.save_state(folder, {"weight": self.weight_D}, {"layer": self.layer})
+
+    @classmethod
+    def load(cls, base: Any, folder: Path) -> "RewardModel":
+        """Read what `save` wrote."""
+        tensors, meta = store.load_state(folder)
+        return cls(base, meta["layer"], tensors["weight"].to(base.device))
+
+
+def features(base: Any, layer: int, responses: Responses) -> Tensor:
+    """Return the features `[B, D]` of responses: streams at their tokens, each of root mean square 1, averaged."""
+    stream_BSD = below(base, layer, responses.input_ids_BS, responses.real_BS, {}).float()
+    stream_BTD = stream_BSD[:, -responses.mask_BT.shape[1] :]
+    unit_BTD = stream_BTD * torch.rsqrt(stream_BTD.square().mean(-1, keepdim=True) + 1e-6)
+    return (unit_BTD * responses.mask_BT[..., None]).sum(1) / responses.mask_BT.sum(1, keepdim=True).clamp(min=1.0)
+
+
+def features_of(
+    base: Any, layer: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: int = 32
+) -> Tensor:
+    """Return the features `[N, D]` of given answers, `rows` at a time."""
+    parts = range(0, len(prompts), rows)
+    return torch.cat([features(base, layer, given(base, prompts[i : i + rows], answers[i : i + rows])) for i in parts])

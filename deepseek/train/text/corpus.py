@@ -1,0 +1,143 @@
+"""From a source of text to the token shards of one run: read, clean, split, tokenise; done once a run folder."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.checkpoint.store import read_json, write_json
+from deepseek.data import (
+    CleanReport,
+    Document,
+    Progress,
+    TokenShards,
+    clean,
+    read_folder,
+    read_git,
+    read_records,
+    split,
+)
+from deepseek.data.document import Rule, silent
+from deepseek.data.filters import Skipped
+from deepseek.data.git import find_commit, open_repository, read_git_by_time
+from deepseek.data.halves import halve
+from deepseek.errors import DataError
+from deepseek.train.text.question_mix import mix_questions
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from: any of a git history, a folder, a JSONL or Parquet file, and how to hold some of it out.
+
+    Attributes:
+        git, folder, jsonl, parquet: paths; at least one.
+        held_out: share of the documents that is never trained on.
+        by: how they are chosen: "file", "directory" or "time" (train on the past, test on what came later).
+        seed: of that choice.
+        questions: share of the training tokens that are questions about the training documents; 0: none.
+    """
+
+    git: Path | None = None
+    folder: Path | None = None
+    jsonl: Path | None = None
+    parquet: Path | None = None
+    held_out: float = 0.1
+    by: Rule = "file"
+    seed: int = 0
+    questions: float = 0.0
+
+    @classmethod
+    def at(
+        cls, *paths: str | Path | None, held_out: float, by: Rule = "file", seed: int, questions: float = 0.0
+    ) -> "Source":
+        """Return the source of the four `paths`, in the order of the fields, wherever a later call is made from."""
+        git, folder, jsonl, parquet = (Path(path).expanduser().resolve() if path else None for path in paths)
+        return cls(git, folder, jsonl, parquet, held_out, by, seed, questions)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token shards of one run.
+
+    Attributes:
+        train: to train on.
+        held_out: to report on.
+        validation: held out as well, to choose by where to stop; None if the run does not.
+        report: what cleaning did.
+        commit: what was learned from, None if it is no git repository.
+    """
+
+    train: TokenShards
+    held_out: TokenShards
+    validation: TokenShards | None
+    report: str
+    commit: str | None
+
+
+def build_corpus(
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    progress: Progress = silent,
+    order: Callable[[list[Document]], list[Document]] = list,
+    validation: bool = False,
+) -> Corpus:
+    """Return the corpus in `folder`, built from `source` unless it is there already.
+
+    What is there stays as it is even if the source has changed since, so that a resumed run sees the same text.
+    `order` puts the documents to train on in the order in which they are to lie in the shards. With `validation`, half
+    of the held-out text goes there (see `halve`).
+    """
+    notes = folder / "corpus.json"
+    if not notes.is_file():
+        skipped = Skipped()
+        if source.git and source.by == "time":
+            train, held_out, report = past_and_future(source, skipped, progress)
+        else:
+            documents, report = clean(read_source(source, skipped), skipped, progress)
+            train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
+        train = mix_questions(train, held_out, tokenizer, source.questions, folder / "questions.jsonl")
+        TokenShards.build(order(train), tokenizer, folder / "train", progress=progress)
+        if validation:
+            chosen, held_out = halve(held_out, source.by, source.seed)
+            TokenShards.build(chosen, tokenizer, folder / "validation", progress=progress)
+        TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
+        commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
+        write_json(notes, {"report": str(report), "commit": commit})
+    known = read_json(notes)
+    return Corpus(
+        TokenShards(folder / "train"),
+        TokenShards(folder / "held-out"),
+        TokenShards(folder / "validation") if validation else None,
+        known["report"],
+        known["commit"],
+    )
+
+
+def past_and_future(
+    source: Source, skipped: Skipped, progress: Progress
+) -> tuple[list[Document], list[Document], CleanReport]:
+    """Return a repository as it was before its last commits and what these brought, cleaned together.
+
+    Together, because what repeats the past is no test. Raises `DataError` if the source has other parts as well.
+    """
+    if source.git is None or any((source.folder, source.jsonl, source.parquet)):
+        raise DataError("Splitting by time needs a git repository alone; split by file, or leave the other texts out.")
+    past, future = read_git_by_time(source.git, source.held_out, skipped=skipped)
+    documents, report = clean([*past, *future], skipped, progress)
+    later = {document.name for document in future}
+    train = [document for document in documents if document.name not in later]
+    return train, [document for document in documents if document.name in later], report
+
+
+def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
+    """Yield the documents of every part of a source; raise `DataError` if it names none."""
+    if not any((source.git, source.folder, source.jsonl, source.parquet)):
+        raise DataError("No text is given; name a git repository, a folder, a JSONL or a Parquet file.")
+    if source.git:
+        yield from read_git(source.git, skipped=skipped)
+    if source.folder:
+        yield from read_folder(source.folder, skipped)
+    for file in filter(None, (source.jsonl, source.parquet)):
+        yield from read_records(file)

@@ -1,0 +1,124 @@
+"""The frozen trunk under an expert, computed once.
+
+An expert module whose first layer is L changes nothing before the feed-forward part of block L. What enters that part
+is computed once per packed row, kept on disk, and read at every further pass: training then costs the layers above and
+the head. The first pass reads the cache too, so that every epoch sees the same numbers, and so does a resumed run.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepseek.checkpoint.store import disk_full_explained, read_json, write_json
+from deepseek.data.loader import Batch, RowLoader
+from deepseek.errors import CheckpointError
+from deepseek.train.loop.losses import autocast, run_below
+
+Stream = Callable[[Batch], Tensor]
+"""Where the frozen stream `[B, T, D]` of a batch comes from: computed, or read from a cache."""
+
+
+@torch.no_grad()
+def run_trunk(model: Any, layer: int, batch: Batch) -> Tensor:
+    """Return the stream `[B, T, D]` after the attention of block `layer`, before any expert there has a say."""
+    with autocast(model.device):
+        hidden_BTD, ctx = run_below(model, layer, batch)
+        stream_BTD: Tensor = model.layers[layer].attend(hidden_BTD, ctx)
+    return stream_BTD
+
+
+def run_above(model: Any, layer: int, batch: Batch, stream_BTD: Tensor, stop: int | None = None) -> Tensor:
+    """Return the stream `[B, T, D]` before block `stop` (None: the normed last hidden states) from what `run_trunk`
+    returned; experts take part as armed.
+    """
+    position_ids_BT = batch.position_ids.to(model.device)
+    ctx = model.context(stream_BTD, position_ids=position_ids_BT, input_ids=batch.input_ids.to(model.device))
+    hidden_BTD = model.layers[layer].transform(stream_BTD, ctx)
+    hidden_BTD = model.run_layers(hidden_BTD, layer + 1, len(model.layers) if stop is None else stop, ctx)
+    return hidden_BTD if stop is not None else model.norm(hidden_BTD)
+
+
+class TrunkCache:
+    """Streams `[T, D]` of packed rows on disk, in a folder of `rows.npy` (which), `hidden.bin` and `done.bin`.
+
+    Filling can be interrupted at any moment: a row counts as done only after it has reached the disk.
+    """
+
+    def __init__(
+        self, folder: Path, key: Mapping[str, Any], row_ids: NDArray[np.int64], length: int, width: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other rows are there.
+
+        Args:
+            key: what the numbers depend on, beside the rows and their form, as JSON values.
+            length, width: tokens of a row, and width of the stream.
+        """
+        self.folder, self.row_ids, self.dtype, self.shape = folder, row_ids, dtype, (len(row_ids), length, width)
+        self._slots = {int(row): slot for slot, row in enumerate(row_ids)}
+        identity = {**key, "rows": row_ids.tolist(), "length": length, "width": width, "dtype": str(dtype)}
+        if not self._holds(identity):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            (folder / "hidden.bin").touch()
+            (folder / "done.bin").write_bytes(bytes(len(row_ids)))
+            write_json(folder / "key.json", identity)
+        self.done = np.fromfile(folder / "done.bin", dtype=np.bool_)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole cache on disk."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def fill(
+        self, loader: RowLoader, compute: Callable[[Batch], Tensor], rows: int, progress: Callable[[int, int], None]
+    ) -> None:
+        """Compute the rows that are missing, `rows` at a time, with `compute` (batch -> `[B, T, D]`).
+
+        Raises `TrainError` if the disk is full; what was written stays good.
+        """
+        missing = np.flatnonzero(~self.done)
+        for start in range(0, len(missing), rows):
+            slots = missing[start : start + rows]
+            stream_BTD = compute(loader.rows(self.row_ids[slots]))
+            with disk_full_explained(
+                f"The disk of {self.folder} is full ({self.num_bytes / 1e6:,.0f} MB are needed for the trunk cache); "
+                "free some space and run the same command, or lower the number of tokens."
+            ):
+                self._write(slots, stream_BTD)
+            progress(int(self.done.sum()), len(self.done))
+
+    def read(self, row_ids: Tensor) -> Tensor:
+        """Return the streams `[B, T, D]` of these rows in the cache's dtype."""
+        slots = [self._slots[int(row)] for row in row_ids]
+        rows, length, width = self.shape
+        shape = (rows, length, width * self.dtype.itemsize)  # in bytes: numpy has no bfloat16
+        stored = np.memmap(self.folder / "hidden.bin", np.uint8, mode="r", shape=shape)
+        return torch.from_numpy(stored[slots]).view(self.dtype)
+
+    def _holds(self, identity: dict[str, Any]) -> bool:
+        try:
+            same = read_json(self.folder / "key.json") == identity
+        except CheckpointError:
+            return False
+        return same and (self.folder / "done.bin").stat().st_size == self.shape[0]
+
+    def _write(self, slots: NDArray[np.intp], stream_BTD: Tensor) -> None:
+        """Write rows, then mark them; plain writes, as a full disk under a memory map would kill the process."""
+        rows = stream_BTD.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        with open(self.folder / "hidden.bin", "r+b") as file:
+            for slot, row in zip(slots, rows, strict=True):
+                file.seek(int(slot) * row.nbytes)
+                file.write(row.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[slots] = True
+        with open(self.folder / "done.bin", "r+b") as file:
+            file.write(self.done.tobytes())

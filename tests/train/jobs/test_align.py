@@ -1,0 +1,193 @@
+"""From pairs to an aligned model: reward model, synthetic pairs, the stage, resumed or not."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.engine.load import load
+from deepseek.errors import ConfigError, DataError, TrainError
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.train.jobs.align import align
+from deepseek.train.loop.metrics import read_metrics
+from deepseek.train.rl import judge
+from deepseek.train.rl.judge import generate_pairs, prompt_of
+from deepseek.train.rl.reward import RIDGES, RewardModel, features_of
+from deepseek.train.rl.rollout import given
+
+CHATML = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with a chat template."""
+    folder = tmp_path_factory.mktemp("chat-base")
+    model, tokenizer = load(tiny_base)
+    tokenizer.chat_template = CHATML
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs in which the answer about `alpha` is preferred to the one about `omicron`."""
+    path = tmp_path_factory.mktemp("prefs") / "pairs.db"
+    store = PreferenceDatabase(path)
+    names = ("beta", "gamma", "delta", "zeta", "eta", "theta", "iota", "kappa")
+    for number in range(120):
+        ask = ({"role": "user", "content": f"{names[number % 8]} {names[number // 8 % 8]} {number}"},)
+        store.add(Preference(ask, f"alpha alpha {names[number % 7]}", f"omicron omicron {names[number % 5]}"))
+    store.set_eval_share(0.3)
+    store.close()
+    return path
+
+
+def test_a_separable_preference_is_learnt_and_stated_with_the_right_certainty() -> None:
+    draw = torch.Generator().manual_seed(0)
+    direction = torch.randn(16, generator=draw)
+    chosen, rejected = torch.randn(2, 4000, 16, generator=draw)
+    prefers = torch.rand(4000, generator=draw) < torch.sigmoid((chosen - rejected) @ direction * 0.5)
+    best, worst = torch.where(prefers[:, None], chosen, rejected), torch.where(prefers[:, None], rejected, chosen)
+    fitted = RewardModel.fit(None, 0, best[:3000], worst[:3000])
+    assert torch.nn.functional.cosine_similarity(fitted.weight_D, direction, dim=0) > 0.98
+    quality = fitted.quality(best[3000:], worst[3000:])
+    ideal = RewardModel(None, 0, direction * 0.5).quality(best[3000:], worst[3000:])
+    assert quality.pairs == 1000 and quality.accuracy > ideal.accuracy - 0.02
+    assert quality.calibration_error < 0.06 and quality.loss < ideal.loss + 0.02
+
+
+def test_the_penalty_is_chosen_on_prompts_that_were_not_fitted_to() -> None:
+    """Few noisy pairs of many features: the smallest penalty would learn them by heart."""
+    draw = torch.Generator().manual_seed(0)
+    direction = torch.randn(64, generator=draw)
+    chosen, rejected = torch.randn(2, 1100, 64, generator=draw)
+    prefers = torch.rand(1100, generator=draw) < torch.sigmoid((chosen - rejected) @ direction * 0.2)
+    best, worst = torch.where(prefers[:, None], chosen, rejected), torch.where(prefers[:, None], rejected, chosen)
+    prompts = [pair // 2 for pair in range(100)]
+    picked = RewardModel.choose(None, 0, best[:100], worst[:100], prompts)
+    losses = [
+        RewardModel.fit(None, 0, best[:100], worst[:100], ridge).quality(best[100:], worst[100:]).loss
+        for ridge in RIDGES
+    ]
+    assert picked.quality(best[100:], worst[100:]).loss < min(losses) + 0.05 < losses[0] - 0.1
+    alone = RewardModel.choose(None, 0, best[:100], worst[:100], [0] * 100)
+    assert torch.equal(alone.weight_D, RewardModel.fit(None, 0, best[:100], worst[:100]).weight_D)
+
+
+def test_features_do_not_depend_on_padding_or_on_the_batch(base: Path) -> None:
+    model, _ = load(base, dtype="float32")
+    prompts, answers = [[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], [17]]
+    together = features_of(model, 2, prompts, answers)
+    alone = torch.cat([features_of(model, 2, [p], [a]) for p, a in zip(prompts, answers, strict=True)])
+    assert torch.allclose(together, alone, atol=0.02), "bf16 rounding apart"
+    assert given(model, prompts, answers).answers() == answers
+
+
+def test_the_reward_model_is_kept(base: Path, tmp_path: Path) -> None:
+    model, _ = load(base)
+    fitted = RewardModel(model, 2, torch.randn(32))
+    fitted.save(tmp_path / "reward")
+    again = RewardModel.load(model, tmp_path / "reward")
+    assert again.layer == 2 and torch.equal(again.weight_D, fitted.weight_D)
+
+
+def test_the_best_answer_meets_the_worst_and_both_scores_are_kept(base: Path) -> None:
+    model, tokenizer = load(base)
+    prompts = [({"role": "user", "content": name},) for name in ("alpha", "beta", "gamma")]
+    judges = {"long": lambda asked, texts: [len(text) / 10 for text in texts], "varied": judge.varied}
+    pairs = list(generate_pairs(model, tokenizer, prompts, judges, answers=5, new_tokens=8, source="test", seed=1))
+    assert [pair.prompt for pair in pairs] == prompts
+    for pair in pairs:
+        assert pair.scores["long"] == (len(pair.chosen) / 10, len(pair.rejected) / 10)
+        totals = [sum(scores[side] for scores in pair.scores.values()) for side in (0, 1)]
+        assert totals[0] >= totals[1] + 0.1
+
+
+def test_prompts_are_read_from_records() -> None:
+    assert prompt_of({"prompt": "Hello"}, "line 1") == [{"role": "user", "content": "Hello"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert prompt_of({"prompt": turns}, "line 1") == turns
+    with pytest.raises(DataError, match="line 7 has no prompt"):
+        prompt_of({"text": "Hello"}, "line 7")
+
+
+def test_judges_tell_good_from_bad() -> None:
+    asked = ["?"] * 2
+    assert judge.willing(asked, ["Paris is the capital.", "I'm sorry, but I can't help with that."]) == [1.0, 0.0]
+    assert judge.varied(asked, ["one two three four", "a b c a b c a b c"]) == [1.0, pytest.approx(3 / 7)]
+    polite, rude = judge.clean(asked, ["Have a lovely day.", "You stupid idiot, shut the hell up."])
+    assert polite > 0.9 and rude < 0.1
+
+
+def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
+    small = {"rollouts": 6, "rollout_size": 16, "new_tokens": 6, "layers": "last:2", "learning_rate": 3e-3}
+    return align(
+        str(base), prefs=database, name="x", out=folder / "model", run_folder=folder / "run", quiet=True,
+        **(small | changes),
+    )  # fmt: skip
+
+
+def test_a_full_disk_is_named_where_no_checkpoint_is_written_yet(
+    base: Path, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(TrainError, match="is full; free some space"):
+        patched.setattr(RewardModel, "save", full)
+        run(base, database, tmp_path)
+    assert run(base, database, tmp_path).is_dir()
+
+
+def test_the_stage_raises_the_reward_and_leaves_a_model(base: Path, database: Path, tmp_path: Path) -> None:
+    folder = run(base, database, tmp_path, rollouts=20, target_kl=20.0)
+    records = read_metrics(tmp_path / "run" / "training" / "metrics.jsonl")
+    scores = [record["held_out_score"] for record in records if "held_out_score" in record]
+    assert scores[-1] > scores[0]
+    aligned, before = load(folder).model.state_dict(), load(base).model.state_dict()
+    changed = {name for name in before if not torch.equal(aligned[name], before[name])}
+    assert changed and all(name.startswith(("layers.2", "layers.3", "norm")) for name in changed)
+    assert run(base, database, tmp_path, rollouts=20, target_kl=20.0) == folder, "a finished run is not repeated"
+
+
+def test_errors_name_the_mend(base: Path, tmp_path: Path, database: Path) -> None:
+    with pytest.raises(DataError, match="prefs import"):
+        run(base, tmp_path / "none.db", tmp_path)
+    PreferenceDatabase(tmp_path / "empty.db").close()
+    with pytest.raises(DataError, match="0 pairs to learn from"):
+        run(base, tmp_path / "empty.db", tmp_path)
+    with pytest.raises(ConfigError, match="method 'pro' is unknown; perhaps 'ppo'"):
+        run(base, database, tmp_path, method="pro")
+    with pytest.raises(ConfigError, match="perhaps 'clean'"):
+        run(base, database, tmp_path, reward="claen")
+
+
+@pytest.mark.parametrize("method", ["dpo", "rloo"])
+def test_trl_trains_the_twin_of_a_checkpoint(database: Path, base: Path, tmp_path: Path, method: str) -> None:
+    twin = hugging_face_twin(base, tmp_path / "twin")
+    folder = run(twin, database, tmp_path, method=method, rollouts=2, rollout_size=16)
+    aligned, before = (DeepSeekModel.from_pretrained(f).state_dict() for f in (folder, twin))
+    changed = {name for name in before if not torch.equal(aligned[name], before[name])}
+    assert changed and all(name.startswith(("layers.2", "layers.3")) for name in changed)
+
+
+def hugging_face_twin(base: Path, folder: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tokenizer = load(base)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    return folder

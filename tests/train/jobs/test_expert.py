@@ -1,0 +1,167 @@
+"""One call from text to pack: learns, keeps the base, resumes to the same bytes, says what is wrong."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek.checkpoint.store import read_json
+from deepseek.data import TokenShards
+from deepseek.errors import ConfigError, DataError, TrainError, UserError
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.pack import read_pack
+from deepseek.train.jobs.expert import train_expert
+from deepseek.train.loop.layers import parse_layers
+
+DIALS: dict[str, Any] = {
+    "name": "words", "layers": "last:2", "width": 24, "tokens": 3000, "epochs": 6, "row_length": 32, "batch_rows": 4,
+    "learning_rate": 1e-2, "held_out_tokens": 400, "quiet": True,
+}  # fmt: skip
+
+
+def run(base: Path, text: Path, folder: Path, **dials: Any) -> Path:
+    return train_expert(
+        str(base), from_folder=text, out=folder / "words.safetensors", run_folder=folder / "run", **{**DIALS, **dials}
+    )
+
+
+def test_the_expert_learns_its_text_and_the_pack_says_so(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    pack = read_pack(run(tiny_base, text_folder, tmp_path))
+    metric = pack.manifest.metrics["held-out"]
+    assert metric.after < 0.95 * metric.before
+    assert pack.manifest.layers == (2, 3) and pack.manifest.width == 24
+    result = read_json(tmp_path / "run" / "result.json")
+    assert result["after"] == metric.after and result["peak_memory"] > 1 << 20
+    assert not (tmp_path / "run" / "trunk").exists(), "the trunk cache is deleted at the end"
+
+
+def test_reported_losses_are_those_of_base_and_plugged_model(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    from deepseek.data import RowLoader
+    from deepseek.model.experts import ExpertModule
+    from deepseek.train.loop.losses import held_out_loss
+
+    pack = read_pack(run(tiny_base, text_folder, tmp_path))
+    model = DeepSeekModel.from_pretrained(tiny_base)
+    loader = RowLoader(TokenShards(tmp_path / "run" / "corpus" / "held-out"), 4, 32, seed=0)
+    rows = loader.order(0, read_json(tmp_path / "run" / "plan.json")["plan"]["held_out_rows"])
+    metric = pack.manifest.metrics["held-out"]
+    assert held_out_loss(model, [loader.rows(rows)]).loss == pytest.approx(metric.before, abs=1e-5)
+    with model.experts.forced(ExpertModule.from_pack(pack, torch.float32)):
+        assert held_out_loss(model, [loader.rows(rows)]).loss == pytest.approx(metric.after, abs=5e-3)
+
+
+@pytest.mark.parametrize("layers", ["all", "0,2"])
+def test_without_a_frozen_trunk_nothing_is_cached(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, layers: str
+) -> None:
+    pack = read_pack(run(tiny_base, text_folder, tmp_path, layers=layers, epochs=1, tokens=1000))
+    assert pack.manifest.layers == ((0, 1, 2, 3) if layers == "all" else (0, 2))
+    assert pack.manifest.metrics["held-out"].after < pack.manifest.metrics["held-out"].before
+
+
+def test_killed_twice_and_called_again_gives_the_same_pack(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    whole = run(tiny_base, text_folder, tmp_path / "whole").read_bytes()
+    folder = tmp_path / "killed"
+    script = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from train.jobs.test_expert import run; "
+        "run(*map(pathlib.Path, sys.argv[2:5]))"
+    )
+    arguments = [str(Path(__file__).parents[2]), str(tiny_base), str(text_folder), str(folder)]
+    for mark in ("trunk/train/done.bin", "training/checkpoints/step-*"):
+        process = subprocess.Popen([sys.executable, "-c", script, *arguments])
+        while process.poll() is None and not list((folder / "run").glob(mark)):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert run(tiny_base, text_folder, folder).read_bytes() == whole
+
+
+def test_what_stops_a_run_is_not_what_is_reported(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    run(tiny_base, text_folder, tmp_path, epochs=1)
+    documents = {}
+    for part in ("train", "validation", "held-out"):
+        shards = TokenShards(tmp_path / "run" / "corpus" / part)
+        bounds = zip(shards.offsets[:-1].tolist(), shards.offsets[1:].tolist(), strict=True)
+        documents[part] = {tuple(shards.ids_N[first:last].tolist()) for first, last in bounds}
+    assert all(documents.values())
+    assert not documents["validation"] & documents["held-out"]
+    assert not documents["train"] & (documents["validation"] | documents["held-out"])
+
+
+def test_a_base_that_cannot_gain_gets_an_expert_that_changes_nothing(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    pack = read_pack(run(tiny_base, text_folder, tmp_path, learning_rate=1e-9, epochs=1))
+    metric = pack.manifest.metrics["held-out"]
+    assert metric.after <= metric.before and not pack.manifest.helps
+    assert pack.manifest.verdict == "no better than the base"
+
+
+def test_a_finished_run_is_not_done_again(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    pack = run(tiny_base, text_folder, tmp_path, epochs=1)
+    before = pack.stat().st_mtime_ns
+    assert run(tiny_base, text_folder, tmp_path, epochs=1).stat().st_mtime_ns == before
+
+
+def test_dry_run_measures_and_changes_nothing(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_base, text_folder, tmp_path, dry_run=True, quiet=False)
+    assert "steps, about" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dials", "error", "words"),
+    [
+        ({"layers": "last:9"}, ConfigError, "the model has 4 layers"),
+        ({"layers": "top"}, ConfigError, "write all, last:3"),
+        ({"name": "no/slash"}, UserError, "name"),
+        ({"licence": "my own"}, UserError, "licence"),
+        ({"tokens": None, "minutes": 1e-5}, TrainError, "give more minutes"),
+    ],
+)
+def test_bad_dials_are_one_sentence(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, dials: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        run(tiny_base, text_folder, tmp_path, **dials)
+
+
+def test_a_refused_call_leaves_the_name_free(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No text is given"):
+        train_expert(str(tiny_base), run_folder=tmp_path / "run", **DIALS)
+    with pytest.raises(DataError, match="does not exist"):
+        run(tiny_base, tmp_path / "nowhere", tmp_path)
+    assert run(tiny_base, text_folder, tmp_path, epochs=1).is_file()
+
+
+def test_too_little_text_is_refused_before_training(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for file in sorted(text_folder.iterdir())[:3]:
+        (few / file.name).write_text(file.read_text()[:200])
+    with pytest.raises(DataError, match="at least 256 of each"):
+        run(tiny_base, few, tmp_path)
+
+
+def test_another_setting_in_the_same_run_folder_is_refused(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    run(tiny_base, text_folder, tmp_path, epochs=1)
+    with pytest.raises(TrainError, match=r"another learning_rate \(0.01, now 0.02\)"):
+        run(tiny_base, text_folder, tmp_path, epochs=1, learning_rate=0.02)
+
+
+def test_layer_lists() -> None:
+    assert parse_layers("all", 4) == (0, 1, 2, 3)
+    assert parse_layers("last:3", 30) == (27, 28, 29)
+    assert parse_layers("0-2, 7,7", 8) == (0, 1, 2, 7)
+    for wrong in ("last:0", "5-3", "8", "", "a-b"):
+        with pytest.raises(ConfigError):
+            parse_layers(wrong, 8)

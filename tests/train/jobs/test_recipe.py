@@ -1,0 +1,65 @@
+"""Recipes: stages in order, each finished once, a card and a page at the end; runs can be looked at."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train.loop.tiny_pretrain import settings
+
+from deepseek.checkpoint.store import home, write_json
+from deepseek.errors import ConfigError, DataError
+from deepseek.evaluate.stage import evaluate_stage
+from deepseek.train.jobs.recipe import train_recipe
+from deepseek.train.loop.runs import find_run, summary
+
+
+def recipe(domains: Path, folder: Path) -> dict[str, Any]:
+    """From scratch, then adapted to the words."""
+    given = settings(domains, folder, steps=3)
+    for key in ("name", "out", "run_folder"):
+        del given[key]
+    out = {"out": str(folder / "adapted")}
+    adapt = {"from_folder": str(domains / "words"), "last": 1, "epochs": 1, "row_length": 32, **out}
+    stages = [{"stage": "pretrain", "with": given}, {"stage": "adapt", "with": adapt}]
+    return {"name": "two-stages", "licence": "Apache-2.0", "stages": stages}
+
+
+def test_a_recipe_runs_its_stages_and_writes_a_card(domains: Path, tmp_path: Path) -> None:
+    folder = train_recipe(recipe(domains, tmp_path), quiet=True)
+    card = (tmp_path / "adapted" / "README.md").read_text()
+    result = json.loads((folder / "result.json").read_text())
+    assert [stage["stage"] for stage in result["results"]] == ["pretrain", "adapt"]
+    assert result["model"] == str(tmp_path / "adapted")
+    digest = result["results"][1]["data"]["text"]["digest"]
+    assert "license: Apache-2.0" in card and digest in card and "held_out_loss: " in card
+    assert (tmp_path / "adapted" / "loss-two-stages-2-adapt.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "<script" not in page
+    before = (tmp_path / "adapted" / "model.safetensors").stat().st_mtime_ns
+    train_recipe(recipe(domains, tmp_path), quiet=True)
+    assert (tmp_path / "adapted" / "model.safetensors").stat().st_mtime_ns == before
+    assert summary(find_run("two-stages-2-adapt"))["state"] == "finished"
+
+
+def test_mistakes_are_found_before_anything_runs(domains: Path, tmp_path: Path) -> None:
+    wrong = recipe(domains, tmp_path)
+    wrong["stages"][1]["stage"] = "adept"
+    with pytest.raises(ConfigError, match="stage 'adept' is unknown; perhaps 'adapt'"):
+        train_recipe(wrong, quiet=True)
+    assert not (tmp_path / "adapted").exists()
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'epoch'"):
+        train_recipe({"name": "x", "base": "nowhere", "stages": [{"stage": "adapt", "with": {"epoch": 1}}]}, quiet=True)
+
+
+def test_evaluation_is_a_stage_of_its_own(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+    evaluate_stage(str(tiny_base), run_folder=tmp_path, data=[str(text_folder)], tokens=512, quiet=True)
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert figures[f"loss.{text_folder}"] > 0 and "loss.public code" in figures
+
+
+def test_runs_are_found_by_name() -> None:
+    write_json(home() / "runs" / "done" / "result.json", {"figures": {"held_out_loss": 1.5}})
+    assert summary(find_run("done")) == {"state": "finished", "held_out_loss": 1.5}
+    with pytest.raises(DataError, match="no run 'dome'; perhaps 'done'"):
+        find_run("dome")

@@ -1,0 +1,98 @@
+"""Several processes equal one, survive the death of one, and pass checkpoints on to another number of processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from deepseek.model.config import ModelConfig
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.train.jobs.language import LanguageTask
+from deepseek.train.loop.backends.fsdp2 import FSDP2
+from deepseek.train.loop.metrics import read_metrics
+
+SCRIPT = str(Path(__file__).with_name("tiny_pretrain.py"))
+STEPS = 50
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.2"]
+
+
+def launch(processes: int, texts: Path, folder: Path, kind: str, *end: str, restarts: int = 0) -> None:
+    """Run the script in so many processes, by torchrun unless it is 0."""
+    start = [*TORCHRUN, "--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+    command = [*(start if processes else [sys.executable]), SCRIPT, str(texts), str(folder), kind, str(STEPS), *end]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same_result(folder: Path, other: Path) -> None:
+    """Weights and losses agree to 1e-6."""
+    weights, others = (load_file(f / "model" / "model.safetensors") for f in (folder, other))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert (tensor - others[name]).abs().max() <= 1e-6, name
+    logs = [
+        [record["loss"] for record in read_metrics(f / "run" / "training" / "metrics.jsonl") if "loss" in record]
+        for f in (folder, other)
+    ]
+    assert len(logs[0]) == STEPS and logs[0] == pytest.approx(logs[1], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    launch(0, domains, folder, "experts")
+    return folder
+
+
+def test_two_processes_of_which_one_dies_equal_one(alone: Path, domains: Path, tmp_path: Path) -> None:
+    launch(2, domains, tmp_path, "experts", "25", "die", restarts=1)
+    assert (tmp_path / "died").exists()
+    assert_same_result(tmp_path, alone)
+    parts = sorted((tmp_path / "run" / "training" / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
+    sizes = [part.stat().st_size for part in parts]
+    assert len(parts) == 2 and max(sizes) <= 0.55 * sum(sizes)
+    held = [float((folder / f"held-{rank}").read_text()) for folder, rank in ((alone, 0), (tmp_path, 0), (tmp_path, 1))]
+    assert held[0] == 1.0 and max(held[1:]) <= 0.55, "of parameters, gradients and moments"
+
+
+@pytest.mark.slow
+def test_checkpoints_go_from_two_processes_to_one_and_back(alone: Path, domains: Path, tmp_path: Path) -> None:
+    for processes, end in ((2, ("13", "stop")), (1, ("28", "stop")), (2, ())):
+        launch(processes, domains, tmp_path, "experts", *end)
+    assert_same_result(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_dense_model_in_two_processes_equals_one(domains: Path, tmp_path: Path) -> None:
+    for processes in (0, 2):
+        launch(processes, domains, tmp_path / str(processes), "dense")
+    assert_same_result(tmp_path / "0", tmp_path / "2")
+
+
+@pytest.mark.parametrize("rank", [0, 1, 100, 255])
+def test_each_of_256_processes_holds_exactly_its_part(rank: int) -> None:
+    config = ModelConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_experts=8, expert_dim=32, num_shared_experts=1, expert_sharing=2,
+    )  # fmt: skip
+    model = DeepSeekModel(config)
+    sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=256)
+    try:
+        task = LanguageTask(model, {}, FSDP2(init_device_mesh("cpu", (256,))))
+        held = {name: parameter.to_local().shape for name, parameter in task.parameters.items()}
+    finally:
+        dist.destroy_process_group()
+    for name, whole in sizes.items():
+        rows = -(-whole[0] // 256)
+        mine = max(0, min(rows, whole[0] - rank * rows))
+        assert held[name].numel() == mine * whole[1:].numel(), name
+    assert any(name.startswith("expert_pools.0") for name in sizes) and torch.Size([0]) != sizes

@@ -1,0 +1,219 @@
+"""RLPO learns small tasks from scratch; replayed routing makes the first update start at a ratio of exactly 1."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek.checkpoint import store
+from deepseek.errors import ConfigError, TrainError
+from deepseek.model.config import ModelConfig
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.train.loop.loop import Hooks, LoopConfig, train
+from deepseek.train.loop.metrics import read_metrics
+from deepseek.train.loop.optim import OptimConfig
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.rl.policy import Policy
+from deepseek.train.rl.rlpo import Learner, Minibatch, RLPOConfig, RLPOState, RolloutBatches, rlpo_update
+from deepseek.train.rl.rollout import Responses, generate
+
+VOCABULARY = 12
+MOE = {"num_experts": 16, "expert_dim": 8, "routing_strategy": "dynamic"}
+
+
+def tiny(seed: int = 0, **changes: object) -> DeepSeekModel:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return DeepSeekModel(
+        ModelConfig(vocab_size=VOCABULARY, initializer_range=0.2, max_position_embeddings=64, **(sizes | changes))
+    ).eval()
+
+
+def share_of_sevens(responses: Responses) -> Tensor:
+    return (responses.mask_BT * (responses.targets_BT == 7)).sum(1)
+
+
+def prompts(count: int = 16) -> list[list[int]]:
+    return torch.randint(2, VOCABULARY, (count, 2), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def learner(model: DeepSeekModel, layers: str = "all", **changes: object) -> Learner:
+    config = RLPOConfig(**({"new_tokens": 5, "minibatch": 8, "value_rollouts": 0} | changes))
+    return Learner(Policy(model, layers), share_of_sevens, config, ends=(1,))
+
+
+def test_a_bandit_is_solved() -> None:
+    """One token, one answer that pays: it ends up nearly certain."""
+    config = RLPOConfig(new_tokens=1, minibatch=32, epochs=4, beta=0.0, target_kl=None, kl_stop=1.0, entropy_floor=0.0)
+    state = RLPOState(tiny(), share_of_sevens, config, optim=OptimConfig(learning_rate=3e-3))
+    batch = {"prompts": [[3, 4]] * 64}
+    scores = [rlpo_update(state.learner.policy.model, share_of_sevens, batch, state=state)["score"] for _ in range(25)]
+    assert scores[0] < 0.5 and scores[-1] > 0.95
+
+
+def test_copying_is_learnt_from_reward_alone() -> None:
+    """The answer to two tokens is these two tokens."""
+
+    def copied(responses: Responses) -> Tensor:
+        return (responses.targets_BT == responses.input_ids_BS[:, :2]).float().mean(1)
+
+    config = RLPOConfig(new_tokens=2, minibatch=64, epochs=4, beta=0.0, target_kl=None, kl_stop=0.2, entropy_floor=0.0)
+    state = RLPOState(tiny(), copied, config, optim=OptimConfig(learning_rate=5e-3))
+    draw = torch.Generator().manual_seed(0)
+    scores = []
+    for _ in range(20):
+        batch = {"prompts": torch.randint(2, 8, (128, 2), generator=draw)}
+        scores.append(rlpo_update(state.learner.policy.model, copied, batch, state=state)["score"])
+    assert scores[0] < 0.3 and sum(scores[-5:]) / 5 > 0.85, scores[::4]
+
+
+@pytest.mark.parametrize("layers", ["all", "last:1"])
+@pytest.mark.parametrize("changes", [{}, MOE, MOE | {"routing_strategy": "topk", "max_experts": 2}])
+def test_the_first_update_starts_at_a_ratio_of_exactly_one(changes: dict[str, object], layers: str) -> None:
+    trained = learner(tiny(**changes), layers)
+    rollout, metrics = trained.collect(prompts(), torch.Generator().manual_seed(1), learn=True)
+    assert metrics["kl"] == 0.0, "the policy is still its reference"
+    for place in range(2):
+        rows = rollout.rows(8 * place, 8 * place + 8)
+        assert trained.loss(Minibatch(rows, place, True), 0).metrics["ratio"] == 0.0
+
+
+def drifted_ratio(replay: bool) -> float:
+    """Return how far ratios are from 1 before any update if the routers' biases move after the rollout."""
+    trained = learner(tiny(**MOE), replay_routing=replay)
+    rollout, _ = trained.collect(prompts(), torch.Generator().manual_seed(1), learn=True)
+    for layer in trained.policy.model.layers:
+        layer.feed_forward.router.balance.bias += torch.linspace(-0.5, 0.5, 16)
+    trained.streams.clear()
+    return trained.loss(Minibatch(rollout.rows(0, 8), 0, True), 0).metrics["ratio"]
+
+
+def test_without_replay_a_change_of_routing_moves_the_ratio() -> None:
+    assert drifted_ratio(replay=True) == 0.0
+    assert drifted_ratio(replay=False) > 0.0
+
+
+def test_the_recorded_experts_are_those_of_a_whole_pass() -> None:
+    """What was written down token by token is what the router chooses over the whole sequence."""
+    model = tiny(**MOE).float()
+    responses = generate(model, [[2, 3, 4], [5]], 6, (), torch.Generator().manual_seed(0))
+    real = responses.real_BS[:, :-1]
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        output = model(responses.input_ids_BS[:, :-1], attention_mask=real)
+    for place, stats in enumerate(output.router_stats):
+        choice = stats.dispatch.choice
+        same = (choice.ids_NC.view(*real.shape, -1) == responses.choices_BLSC[:, place])[real]
+        assert same.float().mean() > 0.95, "bf16 may swap neighbours"
+
+
+def test_responses_end_at_an_end_token_and_do_not_depend_on_padding() -> None:
+    model, prompt = tiny(), [3, 4, 5]
+    ends = (1, 2, 6)
+    alone = generate(model, [prompt], 12, ends, torch.Generator().manual_seed(3))
+    padded = generate(model, [prompt], 12, ends, torch.Generator().manual_seed(3), prompt_width=9)
+    assert alone.answers() == padded.answers() and padded.prompts() == [prompt]
+    many = generate(model, [prompt] * 200, 12, ends, torch.Generator().manual_seed(4))
+    for answer in many.answers():
+        assert len(answer) == 12 or answer[-1] in ends
+        assert not set(answer[:-1]) & set(ends)
+
+
+def test_sampling_follows_the_distribution() -> None:
+    model = tiny()
+    expected = torch.softmax(model(torch.tensor([[3, 4]])).logits[0, -1].detach() / 0.7, -1)
+    sampled = generate(model, [[3, 4]] * 4000, 1, (), torch.Generator().manual_seed(0), temperature=0.7)
+    share = torch.bincount(sampled.targets_BT[:, 0], minlength=VOCABULARY) / 4000
+    assert (share - expected).abs().max() < 0.03
+
+
+def test_learning_values_never_changes_the_policy() -> None:
+    trained = learner(tiny(), value_rollouts=10)
+    before = {name: p.detach().clone() for name, p in trained.policy.parameters.items()}
+    batches = RolloutBatches(trained, prompts(), 16, seed=0)
+    optimizer = torch.optim.AdamW(trained.policy.parameters.values(), lr=0.01, weight_decay=0.1)
+    for _ in range(6):
+        trained.loss(batches.next(), 0).loss.backward()
+        optimizer.step()
+    changed = {name for name, p in trained.policy.parameters.items() if not torch.equal(p, before[name])}
+    assert changed == {"value_head.weight", "value_head.bias"}
+
+
+def test_a_rollout_is_left_once_the_policy_has_moved() -> None:
+    trained = learner(tiny(), kl_stop=-1.0, epochs=4)
+    batches = RolloutBatches(trained, prompts(), 16, seed=0)
+    for made in (1, 2, 3):
+        trained.loss(batches.next(), 0)
+        assert (batches.made, batches.used) == (made, 1)
+
+
+def test_scores_are_standardised_by_all_that_were_seen() -> None:
+    trained, scores = learner(tiny()), torch.randn(3, 20) * 4 + 9
+    for part in scores:
+        last = trained.standardised(part)
+    every = scores.flatten()
+    expected = (scores[-1] - every.mean()) / every.std(correction=0)
+    assert torch.allclose(last, expected.clamp(-5, 5), atol=1e-4)
+
+
+def test_the_penalty_rises_above_the_budget_and_never_falls_below_its_start() -> None:
+    trained, generator = learner(tiny(), target_kl=1.0, beta=0.1), torch.Generator().manual_seed(0)
+    for _ in range(3):
+        assert trained.collect(prompts(), generator, learn=True)[1]["kl"] < 1.0
+        assert float(trained.scalars["beta"]) == pytest.approx(0.1)
+    with torch.no_grad():
+        for parameter in trained.policy.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    assert trained.collect(prompts(), generator, learn=True)[1]["kl"] > 1.2
+    assert float(trained.scalars["beta"]) == pytest.approx(0.1 * (1 + 0.2 * 16 / 100))
+
+
+def test_a_collapsed_policy_is_reported() -> None:
+    trained = learner(tiny())
+    trained.check_entropy(2.0)
+    trained.check_entropy(0.5)
+    with pytest.raises(TrainError, match=r"entropy fell from 2\.00 to 0\.30"):
+        trained.check_entropy(0.3)
+
+
+def test_layers_that_share_experts_with_the_trunk_are_refused() -> None:
+    shared = MOE | {"expert_sharing": 2, "num_hidden_layers": 4}
+    with pytest.raises(ConfigError, match="multiple of 2"):
+        Policy(tiny(**shared), "last:1")
+    policy = Policy(tiny(**shared), "last:2")
+    assert {name.split(".")[1] for name in policy.parameters if name.startswith("expert_pools")} == {"1"}
+
+
+def run(folder: Path, stop_after: int = 0) -> None:
+    """Train 14 steps on the loop, or be interrupted in the middle of a rollout."""
+    trained = learner(tiny(**MOE), epochs=3, target_kl=1.0, beta=0.1, value_rollouts=1)
+    batches = RolloutBatches(trained, prompts(40), 16, seed=3)
+    config = LoopConfig(OptimConfig(learning_rate=2e-3), steps=14, evaluate_every=5, checkpoint_every=4)
+    trained.evaluate = lambda: {"held_out_loss": float(trained.scalars["mean"])}
+    if stop_after:
+        original = trained.loss
+
+        def loss(batch: Minibatch, step: int) -> object:
+            if step == stop_after:
+                raise KeyboardInterrupt
+            return original(batch, step)
+
+        trained.loss = loss  # type: ignore[method-assign]
+    train(trained, batches, config, folder, progress=ProgressBar(quiet=True), hooks=Hooks(buffers=batches.buffers))
+
+
+def test_a_run_stopped_within_a_rollout_ends_with_the_same_bits(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop_after=9)
+    run(tmp_path / "cut")
+    (tensors, meta), (others, other_meta) = (
+        store.load_state(tmp_path / name / "checkpoints" / "step-00000014") for name in ("whole", "cut")
+    )
+    assert meta == other_meta and tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    records = [
+        [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / n / "metrics.jsonl")]
+        for n in ("whole", "cut")
+    ]
+    assert records[0] == records[1] and any("score" in record for record in records[0])
