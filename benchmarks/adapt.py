@@ -71,7 +71,7 @@ def main() -> None:
 def functions_of(folder: Path) -> tuple[list[Any], list[Any]]:
     """Return the documented functions of the files to train on and of those held out."""
     from deepseek.data import clean, read_folder, split
-    from deepseek.data.functions import documented_functions
+    from deepseek.data.builders.functions import documented_functions
 
     train, held_out = split(clean(read_folder(folder))[0], HELD_OUT)
     return documented_functions(train), documented_functions(held_out)

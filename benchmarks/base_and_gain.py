@@ -33,7 +33,7 @@ import deepseek
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home
 from deepseek.data import Batch, Document, RowLoader, TokenShards, read_folder
-from deepseek.data.encode import CONTEXT_BIT
+from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.kernels.cross_entropy import token_losses
 from deepseek.model.experts import ExpertModule
 from deepseek.model.transformer import DeepSeekModel

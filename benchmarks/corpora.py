@@ -23,8 +23,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from deepseek.checkpoint.store import home
-from deepseek.data.filters import decode
-from deepseek.data.source import html_to_text
+from deepseek.data.text.filters import decode
+from deepseek.data.text.source import html_to_text
 from deepseek.errors import DataError, UserError
 from deepseek.registry import pick
 

@@ -135,7 +135,7 @@ def make_texts(root: Path) -> None:
 
 def make_pairs(path: Path, base: Path) -> None:
     """Write preferences for one word over another, and give the tokenizer of `base` the template that asks need."""
-    from deepseek.data.preferences import Preference, PreferenceDatabase
+    from deepseek.data.preferences.database import Preference, PreferenceDatabase
     from deepseek.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(base)

@@ -19,7 +19,7 @@ import deepseek
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home
-from deepseek.data.encode import long_texts
+from deepseek.data.text.encode import long_texts
 from deepseek.evaluate.attention import Choose, attention_kept, best_keys, draw_recall, hashed_keys, local_keys
 from deepseek.evaluate.quality import documents_at
 from deepseek.kernels.lsh.intervals import Windows

@@ -24,7 +24,7 @@ from hash_recall import BASE, FIRST, FIT, PROBES, TEST, WINDOWS, corpus, fitted
 from results import save
 
 import deepseek
-from deepseek.data.encode import long_texts
+from deepseek.data.text.encode import long_texts
 from deepseek.model.attention.hash import plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.train.loop.losses import autocast

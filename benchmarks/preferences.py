@@ -19,7 +19,7 @@ from statistics import median
 
 from results import save
 
-from deepseek.data.preferences import PreferenceDatabase
+from deepseek.data.preferences.database import PreferenceDatabase
 
 QUERIES = ("the", "the of and", "iterator", "exception handler", "metaclass", "nowhere to be found", "")
 

@@ -6,8 +6,8 @@ RUN is the folder of a run of `deepseek expert train --questions SHARE`, PACK it
 questions was trained on as it is asked here: `asked` (training asked the same in other words), `unasked` (the source
 was trained on, the question was not) and `held out` (neither; no weights can know it). `--questions` takes the sets of
 another run of the same source, for an expert that was trained without any. A right answer states all of the question's
-check (`deepseek.data.facts.is_right`); answers are greedy, 64 tokens at most. Where a run took fewer tokens than its
-text has (`--tokens`), only that part of `asked` was really seen.
+check (`deepseek.data.builders.facts.is_right`); answers are greedy, 64 tokens at most. Where a run
+took fewer tokens than its text has (`--tokens`), only that part of `asked` was really seen.
 
 Twenty everyday questions are asked as well: `replies_changed` counts those that an arm answers unlike the first.
 
@@ -28,10 +28,10 @@ import torch
 from results import save, write
 
 from deepseek.data import clean, split
-from deepseek.data.document import uniform
-from deepseek.data.facts import is_right
-from deepseek.data.filters import Skipped
-from deepseek.data.questions import Question
+from deepseek.data.builders.facts import is_right
+from deepseek.data.builders.questions import Question
+from deepseek.data.text.document import uniform
+from deepseek.data.text.filters import Skipped
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling

@@ -23,7 +23,7 @@ import rude_prompts
 from results import save
 
 from deepseek.data import RowLoader, TokenShards
-from deepseek.data.preferences import PreferenceDatabase
+from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.engine.load import load
 from deepseek.evaluate.quality import public_documents
 from deepseek.evaluate.safety import helpfulness, safety

@@ -16,7 +16,7 @@ Source = Annotated[Path | None, typer.Option(rich_help_panel="Text (at least one
 def code(folder: Annotated[Path, typer.Argument(help="Python files.")], out: Out) -> None:
     """Documented functions of a folder, each with the tests that call it."""
     from deepseek.data import clean, read_folder
-    from deepseek.data.functions import documented_functions
+    from deepseek.data.builders.functions import documented_functions
     from deepseek.errors import DataError
 
     functions = documented_functions(clean(read_folder(folder))[0])
@@ -35,8 +35,8 @@ def questions(
 ) -> None:
     """Questions that a source answers in its own words, each with what a right answer states."""
     from deepseek.data import clean
-    from deepseek.data.filters import Skipped
-    from deepseek.data.questions import all_questions
+    from deepseek.data.builders.questions import all_questions
+    from deepseek.data.text.filters import Skipped
     from deepseek.errors import DataError
     from deepseek.train.text.corpus import Source as TextSource
     from deepseek.train.text.corpus import read_source
@@ -59,7 +59,7 @@ def mathematics(
     seed: Annotated[int, typer.Option(help="Same seed, same problems.")] = 0,
 ) -> None:
     """Problems with worked answers, each checked by another computation."""
-    from deepseek.data.mathematics import problems
+    from deepseek.data.builders.mathematics import problems
 
     _write(out, ({"messages": problem.messages()} for problem in problems(count, seed)))
 

@@ -29,7 +29,7 @@ def distill_hash(
 
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
-    from deepseek.data.encode import long_texts
+    from deepseek.data.text.encode import long_texts
     from deepseek.engine.load import load
     from deepseek.errors import ConfigError
     from deepseek.evaluate.quality import documents_at

@@ -32,7 +32,7 @@ def attention(
 
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
-    from deepseek.data.encode import long_texts
+    from deepseek.data.text.encode import long_texts
     from deepseek.engine.load import load
     from deepseek.evaluate.attention import attention_kept, best_keys, draw_recall, hashed_keys, local_keys
     from deepseek.evaluate.quality import documents_at

@@ -9,7 +9,7 @@ import typer
 from deepseek.cli.options import Base
 
 if TYPE_CHECKING:
-    from deepseek.data.preferences import PreferenceDatabase
+    from deepseek.data.preferences.database import PreferenceDatabase
 
 app = typer.Typer(
     add_completion=False, help="The preference database: import, add, generate, search, stats, split, export."
@@ -30,7 +30,7 @@ def import_file(
 
     If a line is no pair, those before it stay; mend it and import the file again.
     """
-    from deepseek.data.preference_files import read_preferences
+    from deepseek.data.preferences.files import read_preferences
     from deepseek.train.loop.progress import ProgressBar
 
     with opened(database) as store, ProgressBar() as bar:
@@ -48,7 +48,7 @@ def add(
     database: Database = None,
 ) -> None:
     """Add one pair."""
-    from deepseek.data.preference_files import preference
+    from deepseek.data.preferences.files import preference
 
     record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "labels": label or []}
     with opened(database) as store:
@@ -69,7 +69,7 @@ def generate(
 ) -> None:
     """Let a model answer prompts several times and judges choose the better and the worse answer."""
     from deepseek.cli.options import names
-    from deepseek.data.source import records
+    from deepseek.data.text.source import records
     from deepseek.engine.load import load
     from deepseek.registry import pick
     from deepseek.train.loop.progress import ProgressBar
@@ -136,7 +136,7 @@ def export(
     database: Database = None,
 ) -> None:
     """Write pairs in TRL's conversational form."""
-    from deepseek.data.preference_files import write_preferences
+    from deepseek.data.preferences.files import write_preferences
 
     with opened(database) as store:
         print(f"{write_preferences(store, file, split):,} pairs in {file}")
@@ -145,6 +145,6 @@ def export(
 def opened(path: Path | None) -> "closing[PreferenceDatabase]":
     """Give the open database, to be closed after the block."""
     from deepseek.checkpoint.store import home
-    from deepseek.data.preferences import PreferenceDatabase
+    from deepseek.data.preferences.database import PreferenceDatabase
 
     return closing(PreferenceDatabase(path or home() / "preferences.db"))

@@ -15,7 +15,7 @@ from typing import Any
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import canonical_json, read_json, write_json
 from deepseek.data import Document, TokenShards
-from deepseek.data.decode import decode_documents
+from deepseek.data.text.decode import decode_documents
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.engine.start import start_engine

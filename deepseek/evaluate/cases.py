@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Document, Kind, uniform
-from deepseek.data.encode import FIM_TOKENS, header
+from deepseek.data.text.document import Document, Kind, uniform
+from deepseek.data.text.encode import FIM_TOKENS, header
 from deepseek.text.tokenizer import document_start_ids, plain_encoder
 
 LEAST_LINES = 10

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Progress, silent
-from deepseek.data.functions import Function, parsed
+from deepseek.data.builders.functions import Function, parsed
+from deepseek.data.text.document import Progress, silent
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling

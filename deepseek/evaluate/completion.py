@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepseek.data.document import Progress, silent
+from deepseek.data.text.document import Progress, silent
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import ExpertChoice, Request

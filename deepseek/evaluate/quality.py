@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import home
 from deepseek.data import Batch, Document, Progress, RowLoader, TokenShards, clean, read_folder, read_records
-from deepseek.data.document import silent
+from deepseek.data.text.document import silent
 from deepseek.errors import DataError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.losses import held_out_loss

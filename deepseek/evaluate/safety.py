@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.loader import Batch
+from deepseek.data.text.loader import Batch
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.kernels.cross_entropy import IGNORED_LABEL
 from deepseek.text.chat import Message, encode_prompt

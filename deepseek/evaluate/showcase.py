@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepseek.data import Progress, TokenShards
-from deepseek.data.decode import decode_documents
-from deepseek.data.document import silent
+from deepseek.data.text.decode import decode_documents
+from deepseek.data.text.document import silent
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.errors import DataError

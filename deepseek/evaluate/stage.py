@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deepseek.checkpoint.store import write_json
 from deepseek.data import read_folder
-from deepseek.data.functions import documented_functions
+from deepseek.data.builders.functions import documented_functions
 from deepseek.engine.load import load
 from deepseek.evaluate.code import human_eval_problems, pass_at_1, score_bodies
 from deepseek.evaluate.quality import collected, compare

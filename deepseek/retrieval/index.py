@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from deepseek.checkpoint.store import atomic_folder, read_json, write_json
-from deepseek.data.document import Document
+from deepseek.data.text.document import Document
 from deepseek.errors import CheckpointError, DataError
 from deepseek.retrieval.passages import Passage, passages
 from deepseek.retrieval.words import search_words

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek.data.document import Document, Kind
+from deepseek.data.text.document import Document, Kind
 
 MATCHED_LINES = 12
 """Lines of code that a query is compared with."""

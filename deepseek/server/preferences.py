@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Path, Query
 
-from deepseek.data.preferences import REVIEWED, Preference, PreferenceDatabase
+from deepseek.data.preferences.database import REVIEWED, Preference, PreferenceDatabase
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
 from deepseek.server.schema import PreferenceRequest, ReviewRequest

@@ -10,7 +10,7 @@ from tiny_expert import save_base
 import deepseek
 from deepseek.cli.main import main
 from deepseek.data import TokenShards
-from deepseek.data.decode import decode_documents
+from deepseek.data.text.decode import decode_documents
 from deepseek.errors import ConfigError, DataError
 from deepseek.evaluate import against as against_module
 from deepseek.evaluate.against import Against, rows_against

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import tiny_model
 
-from deepseek.data.functions import Function
+from deepseek.data.builders.functions import Function
 from deepseek.engine.engine import Engine
 from deepseek.errors import DataError
 from deepseek.evaluate import code

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
-from deepseek.data.loader import Batch
+from deepseek.data.text.loader import Batch
 from deepseek.evaluate.safety import PassRate, helpfulness, safety
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from live_server import Live, live
 
-from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.server.service import Settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

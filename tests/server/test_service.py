@@ -18,7 +18,7 @@ import pytest
 from live_server import Live, live, save_model
 from tiny_expert import save_expert
 
-from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError
 from deepseek.server.errors import ApiError

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Progress, silent, uniform
-from deepseek.data.everyday import Conversation
+from deepseek.data.builders.everyday import Conversation
+from deepseek.data.text.document import Progress, silent, uniform
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.gates.conversations import conversation_halves, expected_frequencies
 from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, place

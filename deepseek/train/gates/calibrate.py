@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.data.loader import Batch
+from deepseek.data.text.loader import Batch
 from deepseek.errors import TrainError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.gate import RIDGE

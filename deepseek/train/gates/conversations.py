@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Progress, silent
-from deepseek.data.everyday import Conversation, everyday_conversations
+from deepseek.data.builders.everyday import Conversation, everyday_conversations
+from deepseek.data.text.document import Progress, silent
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek.data.loader import Batch
+from deepseek.data.text.loader import Batch
 from deepseek.model.context import document_ids
 from deepseek.model.experts.gate import running_mean
 from deepseek.train.loop.losses import autocast

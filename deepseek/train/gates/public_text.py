@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.store import home, load_state, save_state
 from deepseek.data import TokenShards
-from deepseek.data.document import Progress, silent, uniform
-from deepseek.data.encode import CONTEXT_BIT
-from deepseek.data.loader import IGNORE, Batch
+from deepseek.data.text.document import Progress, silent, uniform
+from deepseek.data.text.encode import CONTEXT_BIT
+from deepseek.data.text.loader import IGNORE, Batch
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling

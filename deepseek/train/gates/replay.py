@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Progress, silent
-from deepseek.data.loader import Batch
+from deepseek.data.text.document import Progress, silent
+from deepseek.data.text.loader import Batch
 from deepseek.train.gates.public_text import public_batches, public_streams, training_rows
 
 SHARE = 0.2

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
-from deepseek.data.preference_files import record_of
-from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.data.preferences.database import Preference, PreferenceDatabase
+from deepseek.data.preferences.files import record_of
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError, TrainError
 from deepseek.kernels.cpu import fast_dtype

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.data import Batch, RowLoader
-from deepseek.data.document import Rule
-from deepseek.data.encode import CONTEXT_BIT
+from deepseek.data.text.document import Rule
+from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.errors import DataError, PackError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.pretrained import read_config

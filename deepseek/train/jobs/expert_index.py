@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_json
 from deepseek.data import TokenShards
-from deepseek.data.decode import decode_documents
+from deepseek.data.text.decode import decode_documents
 from deepseek.errors import DataError
 from deepseek.packs.library import index_folder
 from deepseek.retrieval.index import Index

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek.data.loader import Batch
+from deepseek.data.text.loader import Batch
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, linear_cross_entropy, token_losses
 from deepseek.model.moe.balance import Balance, update_routers
 from deepseek.train.loop.backends import SINGLE, Backend

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch, RowLoader, TokenShards
-from deepseek.data.filters import Skipped
+from deepseek.data.text.filters import Skipped
 from deepseek.errors import DataError
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.data.loader import Batch
+from deepseek.data.text.loader import Batch
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, token_losses
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.document import Progress, silent
-from deepseek.data.preferences import Preference
+from deepseek.data.preferences.database import Preference
+from deepseek.data.text.document import Progress, silent
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError
 from deepseek.registry import package

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.loader import endless, mix
+from deepseek.data.text.loader import endless, mix
 from deepseek.errors import TrainError
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop.loop import LossOutput

@@ -18,10 +18,10 @@ from deepseek.data import (
     read_records,
     split,
 )
-from deepseek.data.document import Rule, silent
-from deepseek.data.filters import Skipped
-from deepseek.data.git import find_commit, open_repository, read_git_by_time
-from deepseek.data.halves import halve
+from deepseek.data.text.document import Rule, silent
+from deepseek.data.text.filters import Skipped
+from deepseek.data.text.git import find_commit, open_repository, read_git_by_time
+from deepseek.data.text.halves import halve
 from deepseek.errors import DataError
 from deepseek.train.text.question_mix import mix_questions
 

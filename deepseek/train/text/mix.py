@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepseek.data.document import Document
-from deepseek.data.functions import parsed
-from deepseek.data.loader import Batch, RowLoader, endless
+from deepseek.data.builders.functions import parsed
+from deepseek.data.text.document import Document
+from deepseek.data.text.loader import Batch, RowLoader, endless
 from deepseek.errors import DataError
 
 EASY_STEPS = 0.2

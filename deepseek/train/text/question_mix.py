@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import atomic_write
 from deepseek.data import Document, EncodeOptions
-from deepseek.data.document import uniform
-from deepseek.data.encode import DocumentEncoder
-from deepseek.data.questions import Question, all_questions, conversations
+from deepseek.data.builders.questions import Question, all_questions, conversations
+from deepseek.data.text.document import uniform
+from deepseek.data.text.encode import DocumentEncoder
 from deepseek.errors import DataError
 
 QUESTIONS = 0.0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek.checkpoint.store import disk_full_explained, read_json, write_json
-from deepseek.data.loader import Batch, RowLoader
+from deepseek.data.text.loader import Batch, RowLoader
 from deepseek.errors import CheckpointError
 from deepseek.train.loop.losses import autocast, run_below
 

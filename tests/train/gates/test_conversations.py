@@ -3,7 +3,7 @@
 import torch
 from tiny_model import tiny_model
 
-from deepseek.data.everyday import Conversation
+from deepseek.data.builders.everyday import Conversation
 from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.gates.conversations import conversation_halves, conversation_rows, expected_frequencies, opening
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek.data.loader import IGNORE
+from deepseek.data.text.loader import IGNORE
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek.data.preferences import Preference, PreferenceDatabase
+from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.model.transformer import DeepSeekModel

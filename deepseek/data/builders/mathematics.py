@@ -1,0 +1,128 @@
+"""Problems with worked answers: generated, each step written, each answer checked by another computation."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd
+
+from deepseek.data.text.document import Document, conversation
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, the steps of its answer, the answer, and whether a second computation agrees."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+    checked: bool
+
+    def document(self, name: str) -> Document:
+        """Return the problem as a conversation."""
+        solution = "\n".join([*self.steps, f"The answer is {self.answer}."])
+        messages = [{"role": "user", "content": self.question}, {"role": "assistant", "content": solution}]
+        return conversation(messages, name, name)
+
+
+def problems(count: int, seed: int = 0) -> Iterator[Document]:
+    """Yield `count` different problems of all kinds in turn; raise `ArithmeticError` if a check fails."""
+    draw, seen = random.Random(seed), set[str]()  # noqa: S311 - exercises, not secrets
+    while len(seen) < count:
+        problem = KINDS[len(seen) % len(KINDS)](draw)
+        if not problem.checked:
+            raise ArithmeticError(f"{problem.question} {problem.answer} fails its check")
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem.document(f"mathematics:{seed}:{len(seen)}")
+
+
+def linear_equation(draw: random.Random) -> Problem:
+    """a x + b = c over the integers."""
+    a, x, b = draw.randint(2, 30), draw.randint(-60, 60), draw.randint(1, 200)
+    c = a * x + b
+    steps = (f"Subtract {b} from both sides: {a}x = {c} - {b} = {c - b}.", f"Divide by {a}: x = {c - b}/{a} = {x}.")
+    return Problem(f"Solve for x: {a}x + {b} = {c}.", steps, f"x = {x}", Fraction(c - b, a) == x)
+
+
+def long_multiplication(draw: random.Random) -> Problem:
+    """A product, digit by digit."""
+    a, b = draw.randint(12, 999), draw.randint(12, 99)
+    tens, ones = divmod(b, 10)
+    parts = a * tens * 10, a * ones
+    steps = (
+        f"{a} * {b} = {a} * {tens * 10} + {a} * {ones}.",
+        f"{a} * {tens * 10} = {parts[0]} and {a} * {ones} = {parts[1]}.",
+        f"{parts[0]} + {parts[1]} = {sum(parts)}.",
+    )
+    return Problem(f"What is {a} times {b}?", steps, str(sum(parts)), sum(parts) == a * b)
+
+
+def fraction_sum(draw: random.Random) -> Problem:
+    """The sum of two fractions, reduced."""
+    a, c = draw.randint(1, 20), draw.randint(1, 20)
+    b, d = draw.randint(2, 20), draw.randint(2, 20)
+    common = b * d // gcd(b, d)
+    top = a * (common // b) + c * (common // d)
+    shared = gcd(top, common)
+    total = Fraction(a, b) + Fraction(c, d)
+    steps = (
+        f"The common denominator of {b} and {d} is {common}.",
+        f"{a}/{b} = {a * (common // b)}/{common} and {c}/{d} = {c * (common // d)}/{common}.",
+        f"Their sum is {top}/{common}; divided by {shared}, {top // shared}/{common // shared}.",
+    )
+    checked = (top // shared, common // shared) == (total.numerator, total.denominator)
+    return Problem(f"Add {a}/{b} and {c}/{d}, and reduce the result.", steps, str(total), checked)
+
+
+def percentage(draw: random.Random) -> Problem:
+    """A price after a discount."""
+    price, percent = draw.randint(2, 150) * 20, draw.randint(1, 19) * 5
+    off = price * percent // 100
+    steps = (f"{percent} % of {price} is {price} * {percent} / 100 = {off}.", f"{price} - {off} = {price - off}.")
+    checked = Fraction(price) * (1 - Fraction(percent, 100)) == price - off
+    question = f"A machine costs {price} euros. What does it cost after a discount of {percent} %?"
+    return Problem(question, steps, f"{price - off} euros", checked)
+
+
+def greatest_divisor(draw: random.Random) -> Problem:
+    """Euclid's algorithm."""
+    shared = draw.randint(2, 40)
+    a, b = shared * draw.randint(5, 60), shared * draw.randint(2, 50)
+    question, steps = f"What is the greatest common divisor of {a} and {b}?", []
+    x, y = a, b
+    while y:
+        steps.append(f"{x} = {x // y} * {y} + {x % y}.")
+        x, y = y, x % y
+    return Problem(question, (*steps, f"The last remainder that is not 0 is {x}."), str(x), x == gcd(a, b))
+
+
+def arithmetic_series(draw: random.Random) -> Problem:
+    """The sum of an arithmetic series."""
+    first, step, count = draw.randint(1, 50), draw.randint(2, 15), draw.randint(5, 40)
+    last = first + (count - 1) * step
+    total = count * (first + last) // 2
+    steps = (
+        f"The last of the {count} terms is {first} + {count - 1} * {step} = {last}.",
+        f"The sum is {count} * ({first} + {last}) / 2 = {total}.",
+    )
+    question = f"A sequence begins with {first} and grows by {step}. What is the sum of its first {count} terms?"
+    return Problem(question, steps, str(total), total == sum(range(first, last + 1, step)))
+
+
+def derivative(draw: random.Random) -> Problem:
+    """The slope of a cubic polynomial at a point."""
+    a, b, c, x = draw.randint(2, 9), draw.randint(2, 9), draw.randint(2, 20), draw.randint(1, 6)
+    slope = 3 * a * x * x + 2 * b * x + c
+    steps = (f"f'(x) = {3 * a}x^2 + {2 * b}x + {c}.", f"f'({x}) = {3 * a} * {x * x} + {2 * b} * {x} + {c} = {slope}.")
+
+    def f(at: int) -> int:
+        return a * at**3 + b * at**2 + c * at
+
+    checked = Fraction(f(x + 1) - f(x - 1), 2) - a == slope  # a central difference of a cubic is off by its a
+    return Problem(f"f(x) = {a}x^3 + {b}x^2 + {c}x. What is f'({x})?", steps, str(slope), checked)
+
+
+KINDS: tuple[Callable[[random.Random], Problem], ...] = (
+    linear_equation, long_multiplication, fraction_sum, percentage, greatest_divisor, arithmetic_series, derivative,
+)  # fmt: skip

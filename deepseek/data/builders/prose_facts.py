@@ -1,0 +1,171 @@
+"""What prose and commits state: headings with what follows them, definitions, lists; changes and their places."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from deepseek.data.builders.facts import Fact, first_sentence, sentences, shortened, tokens_of
+from deepseek.data.builders.phrasings import language_of
+from deepseek.data.text.document import Document
+
+MARKED = re.compile(r"^(?:#{1,6}|={1,6})\s+(.+?)\s*[#=]*$")
+UNDERLINE = re.compile(r"^([=\-~^\"'*+#])\1{2,}\s*$")
+ITEM = re.compile(r"^\s{0,3}(?:[-*+•]|\d{1,2}[.)])\s+(\S.*)$")
+CODE_LINE = re.compile(r"^(?:```|~~~|\s{4}|\t|\.\. |\||>>>|[<{\[])")
+
+LONGEST_HEADING = 70
+"""Characters."""
+
+SHORTEST_PARAGRAPH = 40
+"""Characters of a paragraph that says something."""
+
+LONGEST_NAME = 4
+"""Words of something that is defined."""
+
+MOST_ITEMS = 6
+LONGEST_ITEM = 80
+"""Characters of an item of a list to know."""
+
+A_NAME = r"[^\W\d_][^.,;:!?()\n]{1,40}?"
+DEFINITIONS = {
+    "en": re.compile(rf"^(?:An?\s+|The\s+)?({A_NAME})\s+(?:is|are)\s+(?:an?|the)\s+\w"),
+    "de": re.compile(rf"^(?:Ein|Eine|Der|Die|Das)?\s*({A_NAME})\s+ist\s+(?:ein|eine|der|die|das)\s+\w"),
+    "fr": re.compile(rf"^(?:(?:Une?|Le|La)\s+|L')?({A_NAME})\s+est\s+(?:une?|la|le)\s+\w"),
+    "es": re.compile(rf"^(?:Una?\s+|El\s+|La\s+)?({A_NAME})\s+es\s+(?:una?|el|la)\s+\w"),
+    "it": re.compile(rf"^(?:(?:Una?|Il|Lo|La)\s+|L')?({A_NAME})\s+è\s+(?:una?|uno|il|la|lo)\s+\w"),
+    "pt": re.compile(rf"^(?:Uma?\s+|O\s+|A\s+)?({A_NAME})\s+é\s+(?:uma?|o|a)\s+\w"),
+    "zh": re.compile(r"^([\w]{2,12}?)是(?:一|指|由|用)"),
+    "ja": re.compile(r"^([\w・]{2,16}?)(?:とは|は).{4,}(?:です|である|ます)。"),
+}
+POINTERS = re.compile(
+    r"^(?:this|that|then|all|each|both|if|when|it|he|she|there|here|which|what|these|those|dies|es|das|ce|cela|il|elle|esto|este|esta|questo|"
+    r"isto|este|这|那|它|これ|それ|あれ)\b",
+    re.IGNORECASE,
+)
+"""Words that only point at something said before: no subject of a definition."""
+
+
+def prose_facts(document: Document) -> Iterator[Fact]:
+    """Yield what the sections of a text state."""
+    for heading, blocks in sections(document.text):
+        paragraph = first_paragraph(blocks)
+        language = language_of(" ".join([heading, *blocks]))
+        if heading and is_statement(paragraph):
+            yield Fact("section", heading, shortened(paragraph), (first_sentence(paragraph),), language=language)
+        items = first_items(blocks)
+        if heading and 2 <= len(items) <= MOST_ITEMS:
+            answer = "\n".join(f"- {item}" for item in items)
+            check = tuple(" ".join(first_sentence(item).split()[:6]) for item in items)
+            yield Fact("items", heading, answer, check, language=language)
+        for block in blocks:
+            yield from definition_facts(block, language)
+
+
+def definition_facts(block: str, language: str) -> Iterator[Fact]:
+    """Yield the sentences of a paragraph that say what something is."""
+    pattern = DEFINITIONS.get(language)
+    if pattern is None or not is_paragraph(block):
+        return
+    for sentence in sentences(block):
+        found = pattern.match(sentence)
+        named = found is not None and len(found[1].split()) <= LONGEST_NAME and not POINTERS.match(found[1])
+        if found and named and shortened(sentence):
+            yield Fact("definition", found[1].strip(), sentence, (sentence,), language=language)
+
+
+def sections(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (heading, blocks of lines under it); a heading is marked, underlined, or a short line alone."""
+    heading = ""
+    blocks: list[str] = []
+    for block in re.split(r"\n[ \t]*\n", text):
+        found, rest = heading_of(block.strip("\n"))
+        if found:
+            if blocks:
+                yield heading, blocks
+            heading = found
+            blocks = []
+        if rest.strip():
+            blocks.append(rest)
+    if blocks:
+        yield heading, blocks
+
+
+def heading_of(block: str) -> tuple[str, str]:
+    """Return the heading that a block of lines begins with, "" if none, and the other lines."""
+    lines = block.split("\n")
+    marked = MARKED.match(lines[0])
+    if marked and len(marked[1]) <= LONGEST_HEADING:
+        return plain(marked[1]), "\n".join(lines[1:])
+    if len(lines) > 1 and UNDERLINE.match(lines[1]) and 0 < len(lines[0].strip()) <= LONGEST_HEADING:
+        return plain(lines[0]), "\n".join(lines[2:])
+    alone = len(lines) == 1 and not ITEM.match(block) and not CODE_LINE.match(block)
+    if alone and 2 < len(block.strip()) <= LONGEST_HEADING and block.strip()[-1] not in ".,;:!?。！？":
+        return plain(block), ""
+    return "", block
+
+
+def plain(text: str) -> str:
+    """Return a line without links and emphasis."""
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("**", "").rstrip("#¶ ").strip()
+
+
+def first_paragraph(blocks: Sequence[str]) -> str:
+    """Return the first block if it is a paragraph, else ""; what comes later is not about the heading alone."""
+    return blocks[0] if blocks and is_paragraph(blocks[0]) else ""
+
+
+def is_statement(paragraph: str) -> bool:
+    """Return whether a paragraph says something by itself; one that ends in a colon only leads to what follows."""
+    return len(paragraph) >= SHORTEST_PARAGRAPH and shortened(paragraph)[-1:] not in ("", ":", "：")
+
+
+def is_paragraph(block: str) -> bool:
+    """Return whether a block is running text: no list, table, code, or markup."""
+    lines = block.split("\n")
+    return not any(ITEM.match(line) or CODE_LINE.match(line) or UNDERLINE.match(line) for line in lines)
+
+
+def first_items(blocks: Sequence[str]) -> list[str]:
+    """Return the items of a list that stands first under a heading, or right after one paragraph; else none."""
+    for block in blocks[:2]:
+        items = [match[1].strip() for line in block.split("\n") if (match := ITEM.match(line))]
+        if len(items) > 1:
+            short = all(len(item) <= LONGEST_ITEM and tokens_of(item) for item in items)
+            return items if short and len(items) == len(block.strip("\n").split("\n")) else []
+    return []
+
+
+MOST_FILES = 6
+"""Files or functions of a commit in one answer."""
+
+LONGEST_SUBJECT = 120
+"""Characters of a commit's first line by which somebody could ask for it."""
+
+ADDED = re.compile(r"^\+\s*(?:async\s+)?(?:def|function|func|fn)\s+([A-Za-z_]\w*)", re.MULTILINE)
+
+
+def commit_facts(document: Document) -> Iterator[Fact]:
+    """Yield what a commit's message says of it, the files that it touched, and the functions that it added."""
+    message, _, changes = document.text.partition("\n\n--- ")
+    subject, _, body = message.partition("\n")
+    changes = f"--- {changes}"
+    if not subject.strip() or len(subject) > LONGEST_SUBJECT:
+        return
+    what = f'"{subject.strip()}"'
+    paragraph = body.strip().split("\n\n")[0]
+    if is_statement(paragraph):
+        yield Fact("commit", what, shortened(paragraph), (first_sentence(paragraph),))
+    files = touched_files(changes)
+    if 0 < len(files) <= MOST_FILES:
+        answer = "\n".join(f"- `{file}`" for file in files)
+        yield Fact("commit files", what, answer, tuple(file.rsplit("/", 1)[-1] for file in files))
+    functions = list(dict.fromkeys(name for name in ADDED.findall(changes) if not name.startswith(("_", "test"))))
+    if 0 < len(functions) <= MOST_FILES:
+        answer = "\n".join(f"- `{name}`" for name in functions)
+        yield Fact("commit functions", what, answer, tuple(functions))
+
+
+def touched_files(changes: str) -> list[str]:
+    """Return the paths of a diff, of deleted files the old ones."""
+    pairs = re.findall(r"^--- (\S.*)\n\+\+\+ (\S.*)$", changes, re.MULTILINE)
+    paths = [old if new == "/dev/null" else new for old, new in pairs]
+    return list(dict.fromkeys(path for path in paths if path != "/dev/null"))

@@ -1,0 +1,67 @@
+"""Held-out text in two parts: by one a training chooses where to stop, the other decides nothing and is reported."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import PurePosixPath
+
+from deepseek.data.text.document import Document, Rule, uniform
+
+SMALLEST_PART = 0.25
+"""Share of the text that each part must hold; where whole documents give less, each document is cut in two."""
+
+
+def halve(documents: Sequence[Document], by: Rule = "file", seed: int = 0) -> tuple[list[Document], list[Document]]:
+    """Return (validation, test), each about half of the text of held-out documents, with no text in common.
+
+    - `file`: whole documents, in an order drawn from name and seed.
+    - `directory`: whole directories, so that neighbours stay together.
+    - `time`: the test part is the later one.
+
+    Of a few documents of unequal size there may be no fair halves: each is then cut in the middle, at the end of a line
+    or of a message, and its first part goes to validation.
+    """
+
+    def key(document: Document) -> tuple[float, str]:
+        if by == "time":
+            return float(document.time), ""
+        name = str(PurePosixPath(document.name).parent) if by == "directory" else document.name
+        return uniform(f"validation:{seed}:{name}"), name
+
+    groups = [list(group) for _, group in groupby(sorted(documents, key=key), key)]
+    sizes = [sum(len(document.text) for document in group) for group in groups]
+    total = sum(sizes)
+    cuts = range(1, len(groups))
+    first = min(cuts, key=lambda cut: abs(2 * sum(sizes[:cut]) - total), default=0)
+    if first == 0 or not SMALLEST_PART * total <= sum(sizes[:first]) <= (1 - SMALLEST_PART) * total:
+        return cut_each(documents)
+    validation = [document for group in groups[:first] for document in group]
+    test = [document for group in groups[first:] for document in group]
+    return validation, test
+
+
+def cut_each(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Return the first halves and the second halves of documents; what cannot be cut is a second half."""
+    firsts = []
+    seconds = []
+    for document in documents:
+        first, second = cut_text(document)
+        if first:
+            firsts.append(replace(document, text=first))
+        seconds.append(replace(document, text=second))
+    return firsts, seconds
+
+
+def cut_text(document: Document) -> tuple[str, str]:
+    """Return the text of a document in two parts, the first one empty where it has no place to cut."""
+    text = document.text
+    if document.kind == "messages":
+        messages = json.loads(text)
+        middle = len(messages) // 2
+        if middle == 0:
+            return "", text
+        return json.dumps(messages[:middle]), json.dumps(messages[middle:])
+    middle = len(text) // 2
+    cut = text.rfind("\n", 0, middle) + 1 or text.rfind(" ", 0, middle) + 1 or middle
+    return text[:cut], text[cut:]

@@ -1,0 +1,181 @@
+"""Rows of fixed length from token shards, in a random order that resumes exactly from a few integers.
+
+The order of n items needs no memory: it is a keyed Feistel network with cycle walking.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepseek.data.text.encode import CONTEXT_BIT
+from deepseek.data.text.shards import TokenShards
+from deepseek.errors import DataError
+
+ROUNDS = 6
+"""Four rounds are pseudo-random in theory (Luby and Rackoff 1988); two more cover the short halves of a small n."""
+
+GOLDEN = 0x9E3779B97F4A7C15
+MASK_64 = (1 << 64) - 1
+
+
+def mix(value: int) -> int:
+    """Return a well-mixed 64-bit number (splitmix64's finaliser, Steele et al. 2014)."""
+    value = (value + GOLDEN) & MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return value ^ (value >> 31)
+
+
+def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return where each of `positions` (all in [0, size)) goes in the order of `epoch`; a bijection of [0, size)."""
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    keys = [mix(mix(mix(seed & MASK_64) ^ epoch) + index) for index in range(ROUNDS)]
+    values = feistel(positions.astype(np.uint64), half, keys)
+    outside = values >= size
+    while outside.any():  # at most a few turns: the network's domain is below four times `size`
+        values[outside] = feistel(values[outside], half, keys)
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def endless(start: int, stop: int, size: int, seed: int) -> NDArray[np.int64]:
+    """Return the items at places [start, stop) of an endless sequence: epoch after epoch, each of `size` items once."""
+    epochs, within = np.divmod(np.arange(start, stop, dtype=np.int64), size)
+    parts = [permute(within[epochs == epoch], size, seed, int(epoch)) for epoch in np.unique(epochs)]
+    return np.concatenate([within[:0], *parts])
+
+
+def feistel(values: NDArray[np.uint64], half: int, keys: list[int]) -> NDArray[np.uint64]:
+    """Return a bijection of [0, 4**half) applied to `values`."""
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (scramble(right ^ np.uint64(key)) & mask)
+    return (left << shift) | right
+
+
+def scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return well-mixed numbers; products wrap on purpose."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))
+
+
+IGNORE = -100
+"""Label that the loss leaves out, as PyTorch's cross-entropy does."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens, all int64.
+
+    Attributes:
+        input_ids: `[B, T]`.
+        labels: `[B, T]`, the target of position t (already shifted), `IGNORE` where there is none.
+        position_ids: `[B, T]`, from 0 in each document and again at the start of a row.
+        row_ids: `[B]`, which packed rows these are.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    row_ids: Tensor
+
+
+class RowLoader:
+    """Batches of `rows` rows of `length` tokens; every row once per epoch, in an order drawn from seed and epoch.
+
+    Row i holds tokens `[i * length, (i + 1) * length)` of the shards. A document cut by a row boundary starts again
+    at position 0 in the next row; the label of a row's last token is the document's next token, so no target is lost:
+    each token that follows another in its document is a target exactly once per epoch. Batches are always full; one
+    may hold the last rows of an epoch and the first of the next.
+
+    Attributes:
+        num_rows: rows that the shards hold.
+        cursor: rows handed out since the first epoch.
+    """
+
+    def __init__(
+        self, shards: TokenShards, rows: int, length: int, seed: int = 0, chosen: NDArray[np.int64] | None = None
+    ) -> None:
+        """Load all rows of `shards`, or those `chosen`."""
+        if rows < 1 or length < 1:
+            raise DataError(f"Rows ({rows}) and length ({length}) of a batch must be at least 1.")
+        self.shards, self.batch_rows, self.length, self.seed, self.chosen = shards, rows, length, seed, chosen
+        self.num_rows = max(1, -(-(shards.num_tokens - 1) // length))  # a last token alone predicts nothing
+        self.cursor = 0
+
+    @property
+    def row_ids(self) -> NDArray[np.int64]:
+        """The rows that are loaded, in the order of the shards or as they were chosen."""
+        return np.arange(self.num_rows) if self.chosen is None else self.chosen
+
+    def first(self, rows: int) -> "RowLoader":
+        """Return a loader of the first `rows` rows of the first epoch alone."""
+        return RowLoader(self.shards, self.batch_rows, self.length, self.seed, self.order(0, rows))
+
+    def next(self) -> Batch:
+        """Return the next batch and move on."""
+        batch = self.rows(self.order(self.cursor, self.cursor + self.batch_rows))
+        self.cursor += self.batch_rows
+        return batch
+
+    def order(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the row ids at places [start, stop) of the endless sequence of epochs."""
+        if self.chosen is None:
+            return endless(start, stop, self.num_rows, self.seed)
+        return self.chosen[endless(start, stop, len(self.chosen), self.seed)]
+
+    def batches(self) -> list[Batch]:
+        """Return every row once, in the order of `row_ids`; the last batch is perhaps smaller."""
+        ids, size = self.row_ids, self.batch_rows
+        return [self.rows(ids[start : start + size]) for start in range(0, len(ids), size)]
+
+    def rows(self, row_ids: int | NDArray[np.int64] | list[int]) -> Batch:
+        """Return these packed rows as a batch; an integer gives a batch of one row."""
+        indices = np.atleast_1d(np.asarray(row_ids, dtype=np.int64))
+        if ((indices < 0) | (indices >= self.num_rows)).any():
+            raise DataError(f"Row ids must lie in [0, {self.num_rows}); got {indices.tolist()}.")
+        parts = [self.row(int(index)) for index in indices]
+        ids, labels, positions = (torch.from_numpy(np.stack(column)) for column in zip(*parts, strict=True))
+        return Batch(ids, labels, positions, torch.from_numpy(indices.copy()))
+
+    def row(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return ids, labels and positions `[T]` of one row, padded with id 0 as a document of its own."""
+        length, first = self.length, index * self.length
+        stored = np.zeros(length + 1, dtype=np.uint32)
+        found = self.shards.ids_N[first : first + length + 1]
+        stored[: len(found)] = found
+        starts = self.starts(first, length)
+        places = np.arange(length)
+        positions = places - np.maximum.accumulate(np.where(starts[:length], places, 0))
+        targets = stored[1:]
+        labels = np.where(starts[1:] | (targets & CONTEXT_BIT != 0), IGNORE, targets.astype(np.int64))
+        labels[max(0, len(found) - 1) :] = IGNORE
+        return (stored[:length] & ~CONTEXT_BIT).astype(np.int64), labels, positions
+
+    def starts(self, first: int, length: int) -> NDArray[np.bool_]:
+        """Return `[length + 1]`, whether a document (or the padding after the last) begins at each place."""
+        offsets = self.shards.offsets
+        low, high = np.searchsorted(offsets, [first, first + length + 1])
+        starts = np.zeros(length + 1, dtype=np.bool_)
+        starts[offsets[low:high].astype(np.int64) - first] = True
+        return starts
+
+    def state(self) -> dict[str, int]:
+        """Return what `load` needs to go on from here."""
+        identity = int(self.shards.digest[:15], 16)
+        state = {"cursor": self.cursor, "seed": self.seed, "length": self.length, "shards": identity}
+        return state if self.chosen is None else {**state, "chosen": len(self.chosen)}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken; raise `DataError` if the text, seed or row length is another."""
+        mine = self.state()
+        for name in ("seed", "length", "shards"):
+            if state.get(name) != mine[name]:
+                what = "tokens" if name == "shards" else name
+                raise DataError(f"The run was started with other {what}; restore them or start a new run folder.")
+        self.cursor = state["cursor"]

@@ -1,0 +1,154 @@
+"""Token shards: documents tokenised once into memory-mapped files.
+
+A folder holds `tokens.bin` (uint32 ids, `CONTEXT_BIT` on what is no target), `offsets.bin` (uint64, where each
+document begins, and the end) and `meta.json` (what it was built from, and a digest of both files).
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.checkpoint.store import atomic_folder, read_json, write_json
+from deepseek.data.text.document import Document, Progress, silent
+from deepseek.data.text.encode import DocumentEncoder, EncodeOptions
+from deepseek.errors import CheckpointError, DataError
+from deepseek.text.tokenizer import tokenizer_digest
+
+FORMAT = 1
+BATCH_CHARACTERS = 1 << 21
+"""Text tokenised between two writes; bounds memory whatever the size of the corpus."""
+
+
+class TokenShards:
+    """Memory-mapped token ids of a corpus.
+
+    Attributes:
+        ids_N: uint32, ids of all documents one after another.
+        offsets: uint64 `[num_documents + 1]`, document d is `ids_N[offsets[d]:offsets[d + 1]]`.
+        digest: sha256 over ids and offsets, what a trunk cache or an expert pack refers to.
+        source: sha256 over documents, tokenizer and options, what decides whether to rebuild.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a folder that `build` wrote; raise `DataError` if it is missing, incomplete or of another format."""
+        self.folder = Path(folder)
+        try:
+            meta = read_json(self.folder / "meta.json")
+        except CheckpointError as error:
+            raise DataError(f"{folder} holds no token shards; build them from documents first.") from error
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise DataError(f"The token shards in {folder} are of another version; delete the folder to rebuild them.")
+        self.digest: str = meta["digest"]
+        self.source: str = meta["source"]
+        self.ids_N = map_file(self.folder / "tokens.bin", np.uint32, meta["tokens"])
+        self.offsets = map_file(self.folder / "offsets.bin", np.uint64, meta["documents"] + 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of ids, document ends included."""
+        return len(self.ids_N)
+
+    def is_intact(self) -> bool:
+        """Whether the files still have the digest they were written with; reads them once."""
+        return content_digest(self.folder) == self.digest
+
+    @classmethod
+    def build(
+        cls,
+        documents: Collection[Document],
+        tokenizer: PreTrainedTokenizerFast,
+        folder: str | Path,
+        options: EncodeOptions | None = None,
+        progress: Progress = silent,
+    ) -> "TokenShards":
+        """Tokenise `documents` into `folder`, or open what is there if it was built from the same and is intact.
+
+        Raises `DataError` if there are no documents or `folder` holds something else.
+        """
+        options = options or EncodeOptions()
+        if not documents:
+            raise DataError("There are no documents to tokenise; check the source and what it skipped.")
+        source = source_digest(documents, tokenizer, options)
+        existing = open_existing(Path(folder))
+        if existing is not None and existing.source == source and existing.is_intact():
+            return existing
+        with atomic_folder(folder) as temporary:
+            lengths = write_tokens(documents, DocumentEncoder(tokenizer, options), temporary, progress)
+            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype("<u8")
+            offsets.tofile(temporary / "offsets.bin")
+            meta = {"format": FORMAT, "source": source, "digest": content_digest(temporary)}
+            write_json(temporary / "meta.json", {**meta, "documents": len(lengths), "tokens": int(offsets[-1])})
+        return cls(folder)
+
+
+def open_existing(folder: Path) -> TokenShards | None:
+    """Return the shards in `folder`, None if they are absent or unusable; never let another folder be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / "meta.json").is_file() or not (folder / "tokens.bin").is_file():
+        raise DataError(f"{folder} holds other files than token shards; choose an empty or new folder.")
+    try:
+        return TokenShards(folder)
+    except DataError:
+        return None
+
+
+def write_tokens(
+    documents: Collection[Document], encoder: DocumentEncoder, folder: Path, progress: Progress
+) -> list[int]:
+    """Append the ids of all documents to `tokens.bin`; return the length of each document."""
+    lengths: list[int] = []
+    with open(folder / "tokens.bin", "wb") as file:
+        for batch in batches(documents):
+            for ids in encoder.encode(batch):
+                file.write(ids.astype("<u4").tobytes())
+                lengths.append(len(ids))
+            progress(len(lengths), len(documents), "tokenise")
+    return lengths
+
+
+def batches(documents: Collection[Document]) -> Iterator[list[Document]]:
+    """Group documents until a batch holds about `BATCH_CHARACTERS`."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def source_digest(documents: Collection[Document], tokenizer: PreTrainedTokenizerFast, options: EncodeOptions) -> str:
+    """Return a sha256 over all that decides the ids, so that a change of any rebuilds them."""
+    digest = hashlib.sha256(json.dumps([FORMAT, tokenizer_digest(tokenizer), asdict(options)]).encode())
+    for document in documents:
+        for field in (document.kind, document.name, document.text):
+            data = field.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def content_digest(folder: Path) -> str:
+    """Return a sha256 over ids and offsets as they lie on disk."""
+    digest = hashlib.sha256()
+    for name in ("tokens.bin", "offsets.bin"):
+        with open(folder / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def map_file(path: Path, dtype: type[np.uint32] | type[np.uint64], length: int) -> NDArray[np.unsignedinteger]:
+    """Return a read-only view of a file of `length` numbers; raise `DataError` if its size is another."""
+    expected = length * np.dtype(dtype).itemsize
+    if not path.is_file() or path.stat().st_size != expected:
+        raise DataError(f"{path} is missing or cut short; delete {path.parent} to rebuild it.")
+    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", shape=(length,))

@@ -1,0 +1,30 @@
+"""Problems: all kinds, all different, every check passed, and a wrong one would be caught."""
+
+import random
+
+import pytest
+
+from deepseek.data.builders import mathematics
+from deepseek.data.builders.mathematics import KINDS, Problem, problems
+
+
+def test_problems_are_different_and_the_same_for_a_seed() -> None:
+    made = list(problems(700, seed=3))
+    assert len({document.text for document in made}) == 700
+    assert made == list(problems(700, seed=3)) != list(problems(700, seed=4))
+    question, answer = made[0].messages()
+    assert question["role"] == "user" and answer["content"].splitlines()[-1].startswith("The answer is x = ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_passes_its_check(kind: "mathematics.Callable[[random.Random], Problem]") -> None:
+    for seed in range(200):
+        problem = kind(random.Random(seed))
+        assert problem.checked, problem
+        assert problem.answer.removeprefix("x = ").removesuffix(" euros") in problem.steps[-1]
+
+
+def test_a_wrong_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "KINDS", (lambda draw: Problem("1 + 1?", (), "3", False),))
+    with pytest.raises(ArithmeticError, match="fails its check"):
+        next(problems(1))

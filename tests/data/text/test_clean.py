@@ -1,0 +1,138 @@
+"""Cleaning: secrets, duplicates, and counts that add up."""
+
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek.data import Document, clean
+from deepseek.data.text.clean import THRESHOLD, jaccard, near_duplicates, shingle_hashes
+from deepseek.data.text.document import conversation
+from deepseek.data.text.secrets import redact
+from deepseek.errors import DataError
+
+BODY = "MIIEpAIBAAKCAQEA7bq\nq83vEjRWeJq83vEjRWeJ\n"
+SECRETS = {
+    "AKIA" + "IOSFODNN7EXAMPL3": "aws-key",
+    "ghp_" + "a1B2" * 9: "github-token",
+    "github_pat_" + "a1B2" * 8: "github-token",
+    "glpat-" + "a1B2" * 5: "gitlab-token",
+    "AIza" + "a1B2c" * 7: "google-key",
+    "sk-ant-" + "a1B2" * 8: "anthropic-key",
+    "sk-proj-" + "a1B2" * 8: "openai-key",
+    "hf_" + "aBcD" * 9: "huggingface-token",
+    "xoxb-" + "123456789012-abcdefghij": "slack-token",
+    "sk_live_" + "a1B2c3" * 4: "stripe-key",
+    "-----BEGIN RSA PRIVATE KEY-----\n" + BODY + "-----END RSA PRIVATE KEY-----": "private-key",
+    "-----BEGIN OPENSSH PRIVATE KEY-----\n" + BODY: "private-key",
+}
+ASSIGNMENTS = [
+    "db_password = 'hunter2hunter2hunter2'",
+    "postgres://app:s3cr3tvalue@db/x",
+    "//registry.example.org/:_authToken=npm_a1B2c3",
+]
+ORDINARY = """
+def f(password, token=None):
+    key = hashlib.sha256(data).hexdigest()  # e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855
+    password = getpass.getpass("password: ")
+    secret = "short1"
+    api_key = "{settings.api_key_for_tests}"
+    url = "https://example.org/a:b@c"; commit = "0f79eca5a7e3b9c1d2e4f60718293a4b5c6d7e8f"
+"""
+
+
+@pytest.mark.parametrize(("secret", "kind"), SECRETS.items(), ids=lambda value: str(value)[:12])
+def test_a_secret_leaves_only_its_kind(secret: str, kind: str) -> None:
+    text, found = redact(f'before = "{secret}"\nafter = 1\n')
+    assert f"<REDACTED:{kind}>" in text
+    assert secret not in text
+    assert BODY not in text
+    assert text.startswith('before = "')
+    assert text.endswith("after = 1\n")
+    assert found[kind] == 1
+
+
+def test_only_the_secret_part_of_an_assignment_goes() -> None:
+    source = "db_password = 'hunter2hunter2hunter2'\nurl = 'postgres://app:s3cr3tvalue@db/x'\n"
+    assert redact(source)[0] == "db_password = '<REDACTED:password>'\nurl = 'postgres://app:<REDACTED:password>@db/x'\n"
+
+
+def test_ordinary_code_stays_as_it_is() -> None:
+    assert redact(ORDINARY) == (ORDINARY, {})
+
+
+@given(st.lists(st.sampled_from([*SECRETS, *ASSIGNMENTS, ORDINARY, "x = '", "'"]), max_size=6).map("\n".join))
+def test_redacting_twice_changes_nothing(text: str) -> None:
+    once, _ = redact(text)
+    assert redact(once) == (once, {})
+
+
+def test_a_private_key_in_a_diff_and_across_messages() -> None:
+    diff = "+-----BEGIN EC PRIVATE KEY-----\n+MIIEpAIB\n+q83vEjRW\n+-----END EC PRIVATE KEY-----\n+x = 1\n"
+    assert redact(diff)[0] == "+<REDACTED:private-key>\n+x = 1\n"
+    ask = {"role": "user", "content": "-----BEGIN PRIVATE KEY-----\nMIIE"}
+    answer = {"role": "assistant", "content": "text -----END PRIVATE KEY-----"}
+    documents, report = clean([conversation([ask, answer], "d", "d")])
+    assert documents[0].messages() == [{**ask, "content": "<REDACTED:private-key>"}, answer]
+    assert report.changes == {"private-key redacted": 1}
+
+
+def words(count: int, seed: int) -> str:
+    draw = random.Random(seed)
+    return " ".join(f"w{draw.randrange(5000)}" for _ in range(count))
+
+
+@given(st.integers(20, 200), st.integers(0, 99), st.floats(0, 1))
+def test_no_document_below_the_threshold_is_dropped(length: int, seed: int, changed: float) -> None:
+    left = words(length, seed)
+    tokens = left.split()
+    tokens[: int(changed * length)] = words(int(changed * length), seed + 100).split()
+    right = " ".join(tokens)
+    similarity = jaccard(shingle_hashes(left), shingle_hashes(right))
+    assert near_duplicates([left, right]) <= ({1} if similarity >= THRESHOLD else set())
+
+
+def test_copies_with_small_edits_are_found_and_the_first_is_kept() -> None:
+    texts = []
+    for seed in range(100):
+        original = words(300, seed)
+        texts += [original, original.replace(" w1", " W1", 1) + " the end", words(300, seed + 500)]
+    dropped = near_duplicates(texts)
+    assert dropped <= set(range(1, 300, 3))
+    assert len(dropped) >= 99  # a sketch may miss a pair now and then, near the threshold
+
+
+def test_counts_add_up_and_order_stays() -> None:
+    base = words(300, 1)
+    documents = [
+        Document("  ", "blank"),
+        Document(base, "a"),
+        Document(base + "\n", "copy"),
+        Document(base + " more", "near"),
+        Document("password = 'abc123abc123abc123'", "secret", "code"),
+        Document(words(50, 2), "b"),
+    ]
+    kept, report = clean(documents)
+    assert [document.name for document in kept] == ["a", "secret", "b"]
+    assert (report.read, report.kept) == (6, 3)
+    assert report.changes == {
+        "exact duplicates": 1, "near duplicates": 1, "password redacted": 1, "skipped as empty": 1,
+    }  # fmt: skip
+    assert report.characters == sum(len(document.text) for document in kept)
+    assert "3 documents" in str(report)
+    assert "1 password redacted" in str(report)
+
+
+def test_nothing_left_is_an_error() -> None:
+    with pytest.raises(DataError, match="Nothing is left of 2"):
+        clean([Document("", "a"), Document("\n", "b")])
+
+
+def test_thousands_of_documents_take_seconds() -> None:
+    documents = [Document(words(200, seed), f"d{seed}") for seed in range(2000)]
+    begin = time.process_time()
+    kept, _ = clean(documents)
+    assert len(kept) == 2000
+    assert time.process_time() - begin < 10

@@ -1,0 +1,63 @@
+"""Held-out text in two parts that have nothing in common."""
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek.data.text.document import Document
+from deepseek.data.text.halves import SMALLEST_PART, halve
+
+LINES = st.lists(st.integers(0, 10**9).map("line {}\n".format), min_size=1, max_size=40, unique=True)
+DOCUMENTS = st.lists(LINES, min_size=1, max_size=12).map(
+    lambda texts: [
+        Document("".join(f"{number} {line}" for line in lines), f"folder-{number % 3}/{number}.txt", time=number + 1)
+        for number, lines in enumerate(texts)
+    ]
+)
+
+
+def words_of(documents: list[Document]) -> list[str]:
+    return sorted(word for document in documents for word in document.text.split())
+
+
+@given(DOCUMENTS, st.sampled_from(["file", "directory", "time"]), st.integers(0, 3))
+def test_every_word_is_in_one_part_alone(documents: list[Document], by: str, seed: int) -> None:
+    validation, test = halve(documents, by, seed)  # type: ignore[arg-type]
+    assert sorted([*words_of(validation), *words_of(test)]) == words_of(documents)
+    assert test, "there is always something to report on"
+
+
+@given(DOCUMENTS, st.sampled_from(["file", "directory", "time"]))
+def test_neither_part_is_small_where_text_can_be_cut(documents: list[Document], by: str) -> None:
+    validation, test = halve(documents, by)  # type: ignore[arg-type]
+    sizes = [sum(len(document.text) for document in part) for part in (validation, test)]
+    longest_line = max(len(line) for document in documents for line in document.text.splitlines(keepends=True))
+    assert min(sizes) >= SMALLEST_PART * sum(sizes) - len(documents) * longest_line
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=8, max_size=30, unique=True))
+def test_by_time_the_test_part_is_the_later_one(times: list[int]) -> None:
+    documents = [Document("text of one size", f"{time}", time=time) for time in times]
+    validation, test = halve(documents, "time")
+    assert max(document.time for document in validation) < min(document.time for document in test)
+
+
+def test_directories_stay_together() -> None:
+    documents = [Document("some text", f"folder-{index % 6}/{index}") for index in range(60)]
+    validation, test = halve(documents, "directory")
+    folders = [{document.name.split("/")[0] for document in part} for part in (validation, test)]
+    assert folders[0] and folders[1] and not folders[0] & folders[1]
+
+
+def test_a_file_keeps_its_part_at_every_call() -> None:
+    documents = [Document(f"text {index}", f"{index}") for index in range(30)]
+    assert halve(documents) == halve(list(reversed(documents)))
+
+
+def test_one_conversation_is_cut_between_messages() -> None:
+    messages = [{"role": "user", "content": f"{index}\nmore"} for index in range(5)]
+    validation, test = halve([Document(json.dumps(messages), "chat", "messages")])
+    assert json.loads(validation[0].text) + json.loads(test[0].text) == messages
+    alone = Document(json.dumps(messages[:1]), "chat", "messages")
+    assert halve([alone]) == ([], [alone])

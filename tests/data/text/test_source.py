@@ -1,0 +1,139 @@
+"""Folders, JSONL, Parquet and HTML: what is read, and the sentence for each mistake."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deepseek.data import read_folder, read_records
+from deepseek.data.text.filters import Skipped, decode
+from deepseek.data.text.source import html_to_text
+from deepseek.errors import DataError
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_a_folder_gives_its_texts_sorted_and_counts_the_rest(tmp_path: Path) -> None:
+    root = tmp_path / "shelf"
+    (root / "sub").mkdir(parents=True)
+    (root / "node_modules").mkdir()
+    (root / "node_modules" / "x.js").write_text("vendored")
+    (root / "sub" / "b.md").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    (root / "a.py").write_text("a = 1\n")
+    (root / "photo.jpg").write_bytes(b"\xff\xd8")
+    (root / "page.html").write_text("<head><title>t</title></head><p>Hello <b>you</b>")
+    os.symlink(root, root / "loop")
+    os.mkfifo(root / "pipe.txt")
+    skipped = Skipped()
+    found = list(read_folder(root, skipped))
+    assert [(d.name, d.kind, d.text) for d in found] == [
+        ("shelf/a.py", "code", "a = 1\n"),
+        ("shelf/page.html", "text", "Hello you\n"),
+        ("shelf/sub/b.md", "text", "one\ntwo"),
+    ]
+    assert skipped == {"binary or data": 1, "not a file": 1}
+    assert [d.name for d in read_folder(root / "a.py")] == ["shelf/a.py"]
+
+
+def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_folder(tmp_path / "missing")
+    (tmp_path / "a.png").write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"no usable text files \(1 binary or data\)"):
+        list(read_folder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("grüß".encode(), "grüß"),
+        ("grüß".encode("utf-16"), "grüß"),
+        ("grüß".encode("latin-1"), None),
+        (b"a\0b", None),
+        (b"a\r\nb\rc", "a\nb\nc"),
+    ],
+)
+def test_only_unicode_text_is_decoded(data: bytes, text: str | None) -> None:
+    assert decode(data) == text
+
+
+def test_jsonl_knows_text_messages_and_preferences(tmp_path: Path) -> None:
+    ask, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    path = write_lines(
+        tmp_path / "d.jsonl",
+        {"text": "plain", "time": 5},
+        {"messages": [ask, {**answer, "extra": 1}]},
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        {"prompt": [ask], "chosen": [answer], "rejected": []},
+        {"prompt": [ask], "chosen": [ask, answer]},
+    )
+    documents = list(read_records(path))
+    assert (documents[0].text, documents[0].name, documents[0].time) == ("plain", "d.jsonl:1", 5)
+    assert [document.messages() for document in documents[1:]] == [[ask, answer]] * 4
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ('{"txt": "x"}', "line 2 has no `text`.*but txt"),
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is a list"),
+        ('{"text": 3}', "line 2 has no `text`"),
+        ('{"messages": ["hi"]}', "line 2: message 1 needs"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1 needs"),
+        ('{"prompt": 3, "chosen": "x"}', "line 2: message 1 needs"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, cause: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(f'{{"text": "good"}}\n{line}\n')
+    with pytest.raises(DataError, match=cause):
+        list(read_records(path))
+
+
+def test_files_that_are_no_jsonl_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "ü"}'.encode("latin-1"))
+    for name, cause in [("empty.jsonl", "is empty"), ("latin.jsonl", "not UTF-8"), ("gone.jsonl", "does not exist")]:
+        with pytest.raises(DataError, match=cause):
+            list(read_records(tmp_path / name))
+
+
+def test_parquet_gives_what_jsonl_gives(tmp_path: Path) -> None:
+    records = [{"text": f"text {number}", "time": number} for number in range(2500)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "d.parquet")
+    rows = list(read_records(tmp_path / "d.parquet"))
+    lines = list(read_records(write_lines(tmp_path / "d.jsonl", *records)))
+    assert [(d.text, d.time) for d in rows] == [(d.text, d.time) for d in lines]
+    assert rows[2499].name == "d.parquet:2500"
+
+
+def test_files_that_are_no_parquet_are_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 but not really")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "other.parquet")
+    cases = [
+        ("bad", "cannot be read"),
+        ("gone", "does not exist"),
+        ("none", "is empty"),
+        ("other", "line 1 has no `text`"),
+    ]
+    for name, cause in cases:
+        with pytest.raises(DataError, match=cause):
+            list(read_records(tmp_path / f"{name}.parquet"))
+
+
+def test_html_keeps_reading_order_and_drops_furniture() -> None:
+    page = """<html><head><script>var x = "<p>no</p>";</script><title>no</title><body><nav>menu</nav>
+    <h1>Title</h1><p>One   &amp; <i>two</i>
+    three<ul><li>a<li>b</ul><pre>def f():
+        return  1
+    </pre></nav><table><tr><td>x</td><td>y</td></table><footer>no"""
+    expected = "Title\n\nOne & two three\n\n- a\n- b\n\ndef f():\n        return  1\n\n  x  y\n"
+    assert "\n".join(line.rstrip() for line in html_to_text(page).splitlines()) + "\n" == expected
