@@ -54,4 +54,4 @@ KINDS = (
     "l1 l1 l1 l1 f3 f1 "  # Sites
     "f2 f2 b4 l2 f3 f2 l1 f3 b3 l2 l1"  # Work
 )
-"""Of all their arrays, as `kernels/launch.py` names them."""
+"""Of all their arrays, as `kernels/numba/launch.py` names them."""

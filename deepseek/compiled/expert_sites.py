@@ -5,7 +5,7 @@ from numba import njit
 
 from deepseek.compiled.abi import RECENT
 from deepseek.compiled.rows import activate, add_projected, floats, row_bytes
-from deepseek.kernels.few_tokens import share
+from deepseek.kernels.numba.primitives import share
 
 SHARPNESS = 16.0  # of `model/experts/gate.py`
 

@@ -6,8 +6,8 @@ from numba import carray, njit
 from deepseek.compiled.abi import PAGE
 from deepseek.compiled.rows import norm_row, round_group
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
-from deepseek.kernels.few_tokens import exp, narrow, pointer, share, thread_number
 from deepseek.kernels.int8 import GROUP
+from deepseek.kernels.numba.primitives import exp, narrow, pointer, share, thread_number
 
 BFLOAT16 = np.uint16(0)  # what its bits are kept in
 QUERIES = 6  # most queries of a unit: with four vectors each they fill the registers

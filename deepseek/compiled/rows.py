@@ -21,9 +21,10 @@ from deepseek.compiled.vector import (
     rotate,
     rotate_and_round,
 )
-from deepseek.kernels import int8, openmp
-from deepseek.kernels.few_tokens import pointer, sigmoid, thread_count
+from deepseek.kernels import int8
 from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, LANES
+from deepseek.kernels.numba import openmp
+from deepseek.kernels.numba.primitives import pointer, sigmoid, thread_count
 
 # Linux's call for sleeping until a number in memory changes; elsewhere the thread only yields.
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0

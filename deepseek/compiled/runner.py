@@ -14,9 +14,9 @@ from deepseek.compiled import step
 from deepseek.compiled.abi import PAGE, RECENT
 from deepseek.compiled.state import CompiledState, PageShape, aligned
 from deepseek.compiled.weights import Packed, PackedModel, Sites, pack_module
-from deepseek.kernels import openmp
 from deepseek.kernels.int8 import GROUP, row_bytes
-from deepseek.kernels.launch import placed
+from deepseek.kernels.numba import openmp
+from deepseek.kernels.numba.launch import placed
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.transformer import DeepSeekModel

@@ -16,9 +16,10 @@ from deepseek.compiled.abi import KINDS, Batch, Sites, Weights, Work
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
 from deepseek.compiled.paged_attention import attend, place_heads
 from deepseek.compiled.rows import activate, add_projected, barrier, embed, norm_row, project, round_group
-from deepseek.kernels import few_tokens, int8, launch, openmp
-from deepseek.kernels.few_tokens import share, thread_number
+from deepseek.kernels import int8
 from deepseek.kernels.int8 import COLUMNS, GROUP
+from deepseek.kernels.numba import launch, openmp, primitives
+from deepseek.kernels.numba.primitives import share, thread_number
 
 
 @njit(error_model="numpy")
@@ -117,7 +118,7 @@ def address() -> int:
 
     Numba keeps it on disk until this file changes; the sum over what it is built from makes it note the others too.
     """
-    rooms = (abi, expert_sites, paged_attention, rows, vector, few_tokens, int8, launch)
+    rooms = (abi, expert_sites, paged_attention, rows, vector, primitives, int8, launch)
     files = [Path(__file__), *(Path(str(room.__file__)) for room in rooms)]
     sources = crc32(b"".join(path.read_bytes() for path in files))
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from deepseek.compiled.state import aligned
 from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize, row_bytes
-from deepseek.kernels.launch import placed
+from deepseek.kernels.numba.launch import placed
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
@@ -120,7 +120,7 @@ class PackedModel:
 
     Attributes:
         positions: for how many positions there are angles.
-        places: of the arrays, in the kernel's order (see `kernels/launch.py`).
+        places: of the arrays, in the kernel's order (see `kernels/numba/launch.py`).
         nbytes: memory of the matrices.
     """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError
-from deepseek.kernels.score_bias import Visible
+from deepseek.kernels.bias.score_bias import Visible
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import Choice
 from deepseek.model.positions import PreparedPositions

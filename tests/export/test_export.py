@@ -30,7 +30,7 @@ from deepseek.export import export
 from deepseek.export.export import FORMATS, difference, export_model
 from deepseek.export.graph import Graph
 from deepseek.export.stock import stock_config
-from deepseek.kernels.grouped_mm import mix_experts_everywhere, mix_experts_reference
+from deepseek.kernels.moe.grouped_mm import mix_experts_everywhere, mix_experts_reference
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts.scan import scan, scan_at_once
 from deepseek.model.transformer import DeepSeekModel

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepseek.kernels import openmp
+from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.kernels.lsh import tiles
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.far_field import merge_far_field
 from deepseek.kernels.lsh.intervals import Windows, document_starts, find_intervals
-from deepseek.kernels.score_bias import ScoreBias
+from deepseek.kernels.numba import openmp
 
 Codes = tuple[Tensor, Tensor, Tensor | None, Windows]  # the arguments of `find_intervals`
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deepseek.kernels.distance import distance_buckets
+from deepseek.kernels.bias.distance import distance_buckets
+from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.kernels.lsh.far_field import BLOCK, BlockSums
 from deepseek.kernels.lsh.intervals import Windows
-from deepseek.kernels.score_bias import ScoreBias
 
 
 class BucketCache:

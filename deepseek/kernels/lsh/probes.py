@@ -7,8 +7,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from deepseek.kernels.few_tokens import share
-from deepseek.kernels.launch import compiled, launch, unpack
+from deepseek.kernels.numba.launch import compiled, launch, unpack
+from deepseek.kernels.numba.primitives import share
 
 
 @njit

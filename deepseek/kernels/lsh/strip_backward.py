@@ -3,9 +3,9 @@
 import numpy as np
 from numba import njit
 
-from deepseek.kernels.few_tokens import exp
 from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply, multiply_add
 from deepseek.kernels.lsh.strip_scores import EXACT, bucket, gather, score, strip_end
+from deepseek.kernels.numba.primitives import exp
 
 
 @njit(fastmath=True)

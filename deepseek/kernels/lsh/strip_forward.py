@@ -3,9 +3,9 @@
 import numpy as np
 from numba import njit
 
-from deepseek.kernels.few_tokens import exp
 from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply
 from deepseek.kernels.lsh.strip_scores import EXACT, LOWEST, gather, score, strip_end
+from deepseek.kernels.numba.primitives import exp
 
 
 @njit(fastmath=EXACT)

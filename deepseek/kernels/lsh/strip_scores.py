@@ -8,7 +8,7 @@
 import numpy as np
 from numba import njit
 
-from deepseek.kernels.distance import STARTS
+from deepseek.kernels.bias.distance import STARTS
 from deepseek.kernels.lsh.product import COLUMNS, multiply
 
 LOWEST = np.float32(-1e30)

@@ -14,13 +14,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from deepseek.kernels.few_tokens import share
-from deepseek.kernels.launch import compiled, launch, unpack
 from deepseek.kernels.lsh import strip_backward, strip_forward
 from deepseek.kernels.lsh.intervals import Intervals, Windows
 from deepseek.kernels.lsh.product import COLUMNS, ROWS
 from deepseek.kernels.lsh.strip_scores import LOWEST
 from deepseek.kernels.lsh.tiles import Inputs
+from deepseek.kernels.numba.launch import compiled, launch, unpack
+from deepseek.kernels.numba.primitives import share
 
 CHUNK = 512
 MOST_LANES = 4  # of gradients of keys and values, which each take as much memory as these

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepseek.kernels.distance import distance_buckets
+from deepseek.kernels.bias.distance import distance_buckets
 from deepseek.kernels.lsh.intervals import Intervals, Windows
 
 QUERIES, SPAN = 64, 64

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from deepseek.kernels.score_bias import ScoreBias, biased_attention
+from deepseek.kernels.bias.score_bias import ScoreBias, biased_attention
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 from deepseek.model.norm import RMSNorm

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.errors import ConfigError
+from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.kernels.lsh import attention as kernel
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows, document_starts
 from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
-from deepseek.kernels.score_bias import ScoreBias
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext

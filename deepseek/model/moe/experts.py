@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from deepseek.kernels.grouped_mm import mix_experts
+from deepseek.kernels.moe.grouped_mm import mix_experts
 
 
 class Experts(nn.Module):

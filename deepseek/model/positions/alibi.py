@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from deepseek.kernels.score_bias import ScoreBias
+from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.model.config import ModelConfig
 
 if TYPE_CHECKING:

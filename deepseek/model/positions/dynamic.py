@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, softplus
 
 from deepseek.errors import ConfigError
-from deepseek.kernels.distance import NUM_BUCKETS, distance_buckets
-from deepseek.kernels.score_bias import ScoreBias
+from deepseek.kernels.bias.distance import NUM_BUCKETS, distance_buckets
+from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.model.config import ModelConfig
 from deepseek.model.positions.alibi import slopes
 

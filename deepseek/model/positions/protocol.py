@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from deepseek.kernels.score_bias import ScoreBias
+from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.model.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from deepseek.kernels.distance import NUM_BUCKETS, distance_buckets
+from deepseek.kernels.bias.distance import NUM_BUCKETS, distance_buckets
+from deepseek.kernels.bias.score_bias import ScoreBias, Visible, reference_attention
 from deepseek.kernels.lsh import far_field, tiles
 from deepseek.kernels.lsh.attention import likeliest, lsh_attention
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows, document_starts
 from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
-from deepseek.kernels.score_bias import ScoreBias, Visible, reference_attention
 
 BUCKETS, HEADS, GROUPS, WIDTH = 6, 6, 2, 16
 
@@ -124,7 +124,7 @@ def outcome(way: Any, inputs: list[Tensor]) -> list[Tensor]:
 def way(request, monkeypatch):
     """Run a test with the compiled kernels, and with torch's operators as on a machine without numba."""
     if request.param == "tiles":
-        monkeypatch.setattr("deepseek.kernels.openmp.runtime", lambda: None)
+        monkeypatch.setattr("deepseek.kernels.numba.openmp.runtime", lambda: None)
         monkeypatch.setattr(tiles, "SPAN", 16)
         monkeypatch.setattr(tiles, "QUERIES", 8)
         monkeypatch.setattr(tiles, "SLAB", 1 << 12)

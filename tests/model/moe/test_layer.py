@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from deepseek.kernels.grouped_mm import mix_experts_reference
+from deepseek.kernels.moe.grouped_mm import mix_experts_reference
 from deepseek.model.config import ModelConfig
 from deepseek.model.moe.balance import update_routers
 from deepseek.model.moe.experts import Experts

@@ -10,7 +10,7 @@ from torch import nn
 
 from deepseek import DeepSeekModel, DynamicPositionalEncoding, ModelConfig
 from deepseek.errors import ConfigError
-from deepseek.kernels.distance import NUM_BUCKETS
+from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.positions import POSITIONS
 from deepseek.model.positions.alibi import slopes

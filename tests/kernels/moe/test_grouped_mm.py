@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.kernels.grouped_mm import mix_experts, mix_experts_grouped, mix_experts_reference
+from deepseek.kernels.moe.grouped_mm import mix_experts, mix_experts_grouped, mix_experts_reference
 
 D, F = 24, 16
 # (tokens, experts, slots a token): none, one, fewer slots than experts, many tokens an expert, all experts.
@@ -14,7 +14,7 @@ SIZES = [(0, 4, 2), (1, 8, 2), (9, 32, 4), (200, 4, 2), (33, 3, 3)]
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
 def kernels(request, monkeypatch):
     """Run every test with compiled kernels, however small the problem, and with torch's operators."""
-    monkeypatch.setattr("deepseek.kernels.grouped_mm.SMALL", 0 if request.param == "compiled" else 1 << 60)
+    monkeypatch.setattr("deepseek.kernels.moe.grouped_mm.SMALL", 0 if request.param == "compiled" else 1 << 60)
 
 
 def problem(tokens: int, experts: int, slots: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -76,7 +76,7 @@ def test_bfloat16_gradients_are_those_of_the_reference(size):
 def test_machines_without_numba_or_mkl_compute_the_same(monkeypatch):
     inputs = problem(9, 32, 4)
     expected = outcome(mix_experts, inputs)
-    monkeypatch.setattr("deepseek.kernels.openmp.runtime", lambda: None)
+    monkeypatch.setattr("deepseek.kernels.numba.openmp.runtime", lambda: None)
     for a, b in zip(outcome(mix_experts, inputs), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
-from deepseek.kernels import openmp
 from deepseek.kernels.cpu import fast_dtype, has_bfloat16
+from deepseek.kernels.numba import openmp
 
 
 def mix_experts_reference(
@@ -165,7 +165,7 @@ def _combine(out_SD: Tensor, order_S: Tensor, segments: list[tuple[int, int, int
 def _forward_compiled(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
 ) -> Tensor:
-    from deepseek.kernels import few_tokens, many_tokens  # they import numba, which nothing else needs
+    from deepseek.kernels.moe import few_tokens, many_tokens  # they import numba, which nothing else needs
 
     kernel = few_tokens if _has_few_tokens(ids_NA, len(down_EDF)) else many_tokens
     x, ids, weights = x_ND.float().contiguous(), ids_NA.contiguous(), weights_NA.float().contiguous()
@@ -230,7 +230,7 @@ def _backward_compiled(
     grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor,
     proj_SP: Tensor, train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from deepseek.kernels import few_tokens_backward, many_tokens
+    from deepseek.kernels.moe import few_tokens_backward, many_tokens
 
     # Gradients of weights take more arithmetic than reading the weights takes time.
     products = train_experts and len(ids_NA) > 1 and down_EDF.dtype == torch.float32 and openmp.has_sgemm()

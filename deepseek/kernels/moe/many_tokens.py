@@ -10,36 +10,16 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import njit
 from torch import Tensor
 
-from deepseek.kernels import openmp
-from deepseek.kernels.few_tokens import barrier, share, sigmoid, sorted_slots, thread_count, thread_number, widen
-from deepseek.kernels.few_tokens_backward import untouched_zeros
-from deepseek.kernels.launch import compiled, launch, unpack
+from deepseek.kernels.moe.few_tokens import sorted_slots
+from deepseek.kernels.moe.few_tokens_backward import untouched_zeros
+from deepseek.kernels.numba.launch import compiled, launch, unpack
+from deepseek.kernels.numba.matrix_product import product
+from deepseek.kernels.numba.primitives import barrier, share, sigmoid, thread_count, thread_number, widen
 
 PIECE = 256  # rows that a thread takes at once: gathered rows and projections stay in a cache of a megabyte or two
-
-openmp.has_sgemm()
-_sgemm = openmp.external("sgemm_", types.void(*[types.voidptr] * 13))
-
-
-@njit
-def product(a, transpose_a, b, transpose_b, out, kept=0):  # type: ignore[no-untyped-def]
-    """Set out `[n, m]` to `kept` times itself plus the matrix product of a and b, either transposed if so said.
-
-    The elements of a row lie side by side. BLAS thinks column by column: to it, the transpose of `out` is the product
-    of b and a in their transposes.
-    """
-    depth = a.shape[0] if transpose_a else a.shape[1]
-    strides = (b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4)
-    sizes = np.array([out.shape[1], out.shape[0], depth, strides[0], strides[1], strides[2]], np.int32)
-    kinds = np.array([84 if transpose_b else 78, 84 if transpose_a else 78], np.uint8)  # the letters T and N
-    scales = np.array([1, kept], np.float32)
-    _sgemm(
-        kinds.ctypes, kinds[1:].ctypes, sizes.ctypes, sizes[1:].ctypes, sizes[2:].ctypes, scales.ctypes, b.ctypes,
-        sizes[3:].ctypes, a.ctypes, sizes[4:].ctypes, scales[1:].ctypes, out.ctypes, sizes[5:].ctypes,
-    )  # fmt: skip
 
 
 @njit

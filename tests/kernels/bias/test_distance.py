@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from deepseek.kernels.distance import EXACT, NUM_BUCKETS, STARTS, distance_buckets
+from deepseek.kernels.bias.distance import EXACT, NUM_BUCKETS, STARTS, distance_buckets
 
 
 def test_near_distances_have_a_bucket_each_and_far_ones_share() -> None:

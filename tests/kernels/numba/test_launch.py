@@ -6,7 +6,7 @@ from pathlib import Path
 KERNEL = """
 import numpy as np
 from numba import njit
-from deepseek.kernels.launch import compiled, launch, unpack
+from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.compiled.rows import norm_row
 
 @njit(error_model="numpy")

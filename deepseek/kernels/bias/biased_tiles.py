@@ -11,10 +11,10 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from deepseek.kernels.distance import STARTS
-from deepseek.kernels.few_tokens import exp, thread_count, thread_number
-from deepseek.kernels.launch import compiled, launch, unpack
-from deepseek.kernels.many_tokens import product
+from deepseek.kernels.bias.distance import STARTS
+from deepseek.kernels.numba.launch import compiled, launch, unpack
+from deepseek.kernels.numba.matrix_product import product
+from deepseek.kernels.numba.primitives import exp, thread_count, thread_number
 
 QUERIES, KEYS = 128, 256  # of a tile: scores and both factors stay in half a megabyte of cache
 

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 from torch import Tensor
 
-from deepseek.kernels import openmp
+from deepseek.kernels.numba import openmp
 
 LETTERS = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b", torch.int32: "i", torch.int64: "l"}
 ELEMENTS = {"f": types.float32, "d": types.float64, "b": types.uint16, "i": types.int32, "l": types.int64}

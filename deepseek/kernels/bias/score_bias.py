@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from deepseek.kernels import openmp
-from deepseek.kernels.distance import NUM_BUCKETS, distance_buckets
+from deepseek.kernels.bias.distance import NUM_BUCKETS, distance_buckets
+from deepseek.kernels.numba import openmp
 
 CHUNK = 128
 """Queries whose scores the chunked path holds at once."""
@@ -140,7 +140,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        from deepseek.kernels import biased_tiles
+        from deepseek.kernels.bias import biased_tiles
 
         inputs = tuple(part.contiguous() for part in inputs)
         out_BHTK, lse_BHT = biased_tiles.forward(*inputs)
@@ -150,6 +150,6 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor | None, ...]:
-        from deepseek.kernels import biased_tiles
+        from deepseek.kernels.bias import biased_tiles
 
         return (*biased_tiles.backward(*ctx.saved_tensors, grad_BHTK.contiguous()), None)

@@ -7,9 +7,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from deepseek.kernels import few_tokens
-from deepseek.kernels.few_tokens import barrier, share, sigmoid, sorted_slots, thread_number, widen
-from deepseek.kernels.launch import compiled, launch, unpack
+from deepseek.kernels.moe.few_tokens import sorted_slots
+from deepseek.kernels.numba.launch import compiled, launch, unpack
+from deepseek.kernels.numba.primitives import barrier, narrow, share, sigmoid, thread_number, widen
 
 
 @njit(fastmath=True)
@@ -43,7 +43,7 @@ def _outer(scales, j, vectors, rows, span, columns, row, out):  # type: ignore[n
             vectors[rows[v], c:d], row,
         )  # fmt: skip
     for i in range(len(out)):
-        out[i] = few_tokens.narrow(row[i], out[i])
+        out[i] = narrow(row[i], out[i])
 
 
 @njit(fastmath=True)

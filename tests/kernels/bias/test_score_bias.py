@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.kernels.distance import NUM_BUCKETS
-from deepseek.kernels.score_bias import ScoreBias, Visible, biased_attention, chunked_attention, reference_attention
+from deepseek.kernels.bias.distance import NUM_BUCKETS
+from deepseek.kernels.bias.score_bias import (
+    ScoreBias,
+    Visible,
+    biased_attention,
+    chunked_attention,
+    reference_attention,
+)
 
 
 def problem(
@@ -143,8 +149,8 @@ def test_bf16_is_close() -> None:
 
 MEASURE = """
 import resource, torch
-from deepseek.kernels import score_bias
-from deepseek.kernels.score_bias import ScoreBias, Visible, {path}
+from deepseek.kernels.bias import score_bias
+from deepseek.kernels.bias.score_bias import ScoreBias, Visible, {path}
 
 def run(length):
     parts = [torch.randn(1, 1, length, width, requires_grad=True) for width in (16, 16, 16, 32)]

@@ -1,0 +1,99 @@
+"""What kernels are made of: threads and their shares, bf16 numbers, addresses, the exponential."""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from deepseek.kernels.numba import openmp
+
+openmp.runtime()  # makes the runtime's symbols known before a kernel that names them is compiled or read from the cache
+_thread = openmp.external("omp_get_thread_num", types.int32())
+_threads = openmp.external("omp_get_num_threads", types.int32())
+barrier = openmp.external("GOMP_barrier", types.void())
+
+
+@intrinsic
+def pointer(_typing: Any, _address: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def widen(_typing: Any, value: Any) -> Any:
+    """A weight as fp32: itself, or the bf16 number whose bits an uint16 holds."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if value != types.uint16:
+            return args[0]
+        bits = builder.zext(args[0], context.get_value_type(types.uint32))
+        return builder.bitcast(builder.shl(bits, bits.type(16)), context.get_value_type(types.float32))
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def narrow(_typing: Any, _value: Any, like: Any) -> Any:
+    """An fp32 number as what `like` is: itself, or the bits of the nearest bf16 number (ties to even)."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if like != types.uint16:
+            return args[0]
+        bits = builder.bitcast(args[0], context.get_value_type(types.uint32))
+        odd = builder.and_(builder.lshr(bits, bits.type(16)), bits.type(1))
+        rounded = builder.add(bits, builder.add(odd, bits.type(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, bits.type(16)), context.get_value_type(types.uint16))
+
+    return like(types.float32, like), generate
+
+
+@intrinsic
+def _power_of_two(_typing: Any, _exponent: Any) -> Any:
+    """2 to the power of an int32, as fp32."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = builder.shl(builder.add(args[0], args[0].type(127)), args[0].type(23))
+        return builder.bitcast(bits, context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+@njit(fastmath=True, inline="always")
+def exp(x):  # type: ignore[no-untyped-def]
+    """Exponential to 2e-7, of numbers between -87 and 87: Cephes' expf, which unlike libm's is vectorised in a loop."""
+    t = min(max(x, np.float32(-87.0)), np.float32(87.0))
+    n = np.floor(t * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = t - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    return (p * r * r + r + np.float32(1)) * _power_of_two(np.int32(n))
+
+
+@njit(fastmath=True, inline="always")
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """Logistic function to 2e-7."""
+    return np.float32(1) / (np.float32(1) + exp(-x))
+
+
+@njit
+def thread_number():  # type: ignore[no-untyped-def]
+    return np.int64(_thread())
+
+
+@njit
+def thread_count():  # type: ignore[no-untyped-def]
+    return np.int64(_threads())
+
+
+@njit
+def share(columns):  # type: ignore[no-untyped-def]
+    """Return the columns, first and past the last, that this thread works on."""
+    thread, threads = thread_number(), thread_count()
+    return columns * thread // threads, columns * (thread + 1) // threads
