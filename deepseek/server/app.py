@@ -17,14 +17,14 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from deepseek.engine.engine import Engine
-from deepseek.server import chat, completions, models, preferences, responses, teach
 from deepseek.server.errors import DOCUMENTED, install
 from deepseek.server.guard import Guard
+from deepseek.server.routes import chat_completions, completions, models, preferences, responses, teach
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
 STATIC = Path(__file__).parent / "static"
-ROUTERS = (chat, completions, responses, models, teach, preferences)
+ROUTERS = (chat_completions, completions, responses, models, teach, preferences)
 
 
 def create_app(

@@ -18,8 +18,8 @@ from deepseek.packs.library import SUFFIX
 from deepseek.packs.pack import read_pack
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
+from deepseek.server.openapi import Embeddings, Model, Models, described
 from deepseek.server.prompt import PromptWriter
-from deepseek.server.replies import Embeddings, Model, Models, described
 from deepseek.server.schema import ArmRequest, EmbeddingsRequest, PlugRequest
 from deepseek.server.service import Service, TheService
 from deepseek.text.tokenizer import tokenizer_digest

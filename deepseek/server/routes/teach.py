@@ -23,10 +23,10 @@ from deepseek.checkpoint.store import home
 from deepseek.packs.library import SUFFIX
 from deepseek.server.errors import ApiError, as_api_error
 from deepseek.server.guard import ADMIN
-from deepseek.server.replies import STREAMED
-from deepseek.server.reply import Reply
+from deepseek.server.openapi import STREAMED
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service
+from deepseek.server.stream import Reply
 from deepseek.train.loop.metrics import read_metrics
 
 router = APIRouter()

@@ -9,11 +9,11 @@ from fastapi.responses import Response
 from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.errors import ApiError
-from deepseek.server.replies import CompletionReply, described
-from deepseek.server.reply import Chunks, Fields, Reply, finite
+from deepseek.server.openapi import CompletionReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
 from deepseek.server.service import Job, Service, TheService, ask
+from deepseek.server.stream import Chunks, Fields, Reply, finite
 
 router = APIRouter()
 

@@ -10,11 +10,11 @@ from fastapi.responses import Response
 from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.errors import ApiError
-from deepseek.server.replies import ChatReply, described
-from deepseek.server.reply import Chunks, Fields, Reply, chat_logprobs
+from deepseek.server.openapi import ChatReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import ChatRequest
 from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
+from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.tools import Calling
 
 router = APIRouter()

@@ -9,10 +9,10 @@ from fastapi.responses import Response
 
 from deepseek.engine.request import Request
 from deepseek.server.metrics import spoken
-from deepseek.server.replies import ResponseReply, described
-from deepseek.server.reply import Fields, Reply
+from deepseek.server.openapi import ResponseReply, described
 from deepseek.server.schema import ChatMessage, ResponsesRequest
 from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
+from deepseek.server.stream import Fields, Reply
 from deepseek.server.tools import Calling
 
 router = APIRouter()
