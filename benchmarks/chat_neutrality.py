@@ -24,7 +24,7 @@ from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
 from deepseek.packs.library import find_pack
-from deepseek.text.chat import encode_prompt, user_ids
+from deepseek.text.chat_template import encode_prompt, user_ids
 
 TOKENS = 32
 AT_ONCE = 64

@@ -37,7 +37,7 @@ from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
 from deepseek.packs.pack import ExpertPack, read_pack
-from deepseek.text.chat import encode_prompt
+from deepseek.text.chat_template import encode_prompt
 from deepseek.train.text.corpus import Source, read_source
 
 SETS = ("asked", "unasked", "held out")

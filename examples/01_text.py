@@ -7,7 +7,7 @@ import deepseek
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
-from deepseek.text.chat import encode_prompt
+from deepseek.text.chat_template import encode_prompt
 
 model, tokenizer = deepseek.load("smollm2-135m")
 

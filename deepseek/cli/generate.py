@@ -26,7 +26,7 @@ def generate(
     from deepseek.cli.speak import Palette, legend, opened, speak
     from deepseek.engine.request import Request
     from deepseek.engine.sampler import Sampling
-    from deepseek.text.chat import encode_prompt, user_ids
+    from deepseek.text.chat_template import encode_prompt, user_ids
     from deepseek.text.tokenizer import encode_plain
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -13,7 +13,7 @@ from deepseek.engine.sampler import Sampling
 from deepseek.errors import UserError
 from deepseek.packs.library import find_pack
 from deepseek.registry import nearest
-from deepseek.text.chat import encode_prompt, user_ids
+from deepseek.text.chat_template import encode_prompt, user_ids
 from deepseek.text.tokenizer import encode_plain
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.data.text.loader import Batch
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.kernels.cross_entropy import IGNORED_LABEL
-from deepseek.text.chat import Message, encode_prompt
+from deepseek.text.chat_template import Message, encode_prompt
 from deepseek.train.loop.losses import autocast
 from deepseek.train.rl.judge import Judge, clean
 from deepseek.train.rl.rollout import generate

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
-from deepseek.text.chat import encode_rendered, render, user_ids
+from deepseek.text.chat_template import encode_rendered, render, user_ids
 
 TEMPLATE_SECONDS = 2.0
 """Most time that a chat template may take; a plain one takes a millisecond."""

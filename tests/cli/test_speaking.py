@@ -21,7 +21,7 @@ from deepseek.engine.scheduler import Scheduler
 from deepseek.engine.start import start_engine
 from deepseek.evaluate.quality import held_out_folder
 from deepseek.packs.library import experts_folder
-from deepseek.text.chat import encode_prompt
+from deepseek.text.chat_template import encode_prompt
 
 Capture = pytest.CaptureFixture[str]
 

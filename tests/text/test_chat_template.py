@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CONTROL, tiny_tokenizer
 
 from deepseek.errors import DataError
-from deepseek.text.chat import encode_chat, encode_prompt
+from deepseek.text.chat_template import encode_chat, encode_prompt
 from deepseek.text.tokenizer import encode_plain
 
 TOKENIZER = tiny_tokenizer()

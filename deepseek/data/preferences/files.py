@@ -9,7 +9,7 @@ from deepseek.checkpoint.store import atomic_write
 from deepseek.data.preferences.database import Preference, PreferenceDatabase, Split
 from deepseek.data.text.source import preferred, records
 from deepseek.errors import DataError
-from deepseek.text.chat import check_messages
+from deepseek.text.chat_template import check_messages
 
 Message = dict[str, str]
 

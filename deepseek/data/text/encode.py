@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.document import Document, uniform
 from deepseek.errors import DataError
-from deepseek.text.chat import encode_chat
+from deepseek.text.chat_template import encode_chat
 from deepseek.text.tokenizer import document_end_id, document_start_ids, encode_plain
 
 CONTEXT_BIT = np.uint32(1 << 31)

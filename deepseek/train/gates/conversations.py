@@ -18,7 +18,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import quickest_runner
-from deepseek.text.chat import encode_prompt, encode_rendered, render
+from deepseek.text.chat_template import encode_prompt, encode_rendered, render
 from deepseek.text.tokenizer import document_end_id, encode_plain
 
 PAIR_STRIDE = 8

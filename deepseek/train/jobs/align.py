@@ -25,7 +25,7 @@ from deepseek.errors import DataError, TrainError
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
-from deepseek.text.chat import encode_prompt
+from deepseek.text.chat_template import encode_prompt
 from deepseek.text.tokenizer import encode_plain, load_tokenizer
 from deepseek.train.gates.public_text import remember_adapted
 from deepseek.train.loop.layers import parse_layers

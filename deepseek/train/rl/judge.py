@@ -16,7 +16,7 @@ from deepseek.data.text.document import Progress, silent
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError
 from deepseek.registry import package
-from deepseek.text.chat import Message, check_messages, encode_prompt
+from deepseek.text.chat_template import Message, check_messages, encode_prompt
 from deepseek.train.rl.rollout import Responses, generate
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[float]]

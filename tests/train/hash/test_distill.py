@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import TrainError
-from deepseek.evaluate.attention import attention_kept, best_keys, hashed_keys, local_keys
+from deepseek.evaluate.attention_recall import attention_kept, best_keys, hashed_keys, local_keys
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.kernels.lsh.reference import candidate_mask
 from deepseek.model.attention.hash import LinearHash
