@@ -28,7 +28,7 @@ from deepseek.engine.load import load
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.pack import read_pack
 from deepseek.train.jobs.expert import ExpertRequest, ExpertRun
-from deepseek.train.jobs.plan import Plan
+from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.progress import ProgressBar
@@ -111,7 +111,7 @@ def train_uncached(run: Path, folder: Path) -> Path:
     )
     expert.cached_below = False
     texts = expert.texts(expert.corpus())
-    plan = Plan(**json.loads((run / "plan.json").read_text())["plan"])
+    plan = TrainingPlan(**json.loads((run / "plan.json").read_text())["plan"])
     expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, validation_rows=1, held_out_rows=1))
     return folder
 

@@ -2,6 +2,7 @@
 
 import ast
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "deepseek"
@@ -70,6 +71,12 @@ def test_only_lines_with_code_on_them_count(tmp_path: Path) -> None:
 
 def test_file_names_say_what_is_inside() -> None:
     assert not {path.stem for path in PACKAGE.rglob("*")} & FORBIDDEN_NAMES
+
+
+def test_no_class_name_stands_for_two_things() -> None:
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
 
 
 def size_report() -> str:

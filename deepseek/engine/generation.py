@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from deepseek.engine.request import TokenEvent, TokenLogprob, Usage
+from deepseek.engine.request import TokenEvent, TokenLogprob, TokenUsage
 from deepseek.engine.sequence import ActiveSequence
 
 
@@ -62,7 +62,7 @@ class Generation:
         self._sequence.cancelled = True
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> TokenUsage:
         """What it has used so far."""
         return self._sequence.usage
 

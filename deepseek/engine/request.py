@@ -135,7 +135,7 @@ class TokenEvent:
 
 
 @dataclass(frozen=True)
-class Usage:
+class TokenUsage:
     """What a generation has used so far.
 
     Attributes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from deepseek.engine.prefix import block_keys
-from deepseek.engine.request import FinishReason, Request, TokenEvent, TokenLogprob, Usage
+from deepseek.engine.request import FinishReason, Request, TokenEvent, TokenLogprob, TokenUsage
 from deepseek.engine.sampler import Logits, Sampler
 from deepseek.engine.vocabulary import TextStream, Vocabulary
 from deepseek.errors import ConfigError
@@ -91,10 +91,10 @@ class ActiveSequence:
         self._lookup = Lookup(request.prompt_ids)
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> TokenUsage:
         """What it has used so far."""
         spoken = dict(self._spoken)
-        return Usage(len(self.request.prompt_ids), self.cached_tokens, sum(spoken.values()), spoken)
+        return TokenUsage(len(self.request.prompt_ids), self.cached_tokens, sum(spoken.values()), spoken)
 
     @property
     def reusable(self) -> Sequence[bytes]:

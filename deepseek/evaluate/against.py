@@ -21,7 +21,7 @@ from deepseek.engine.request import ExpertChoice
 from deepseek.engine.start import start_engine
 from deepseek.errors import ConfigError, DataError
 from deepseek.evaluate.cases import Case, fim_marker_ids, next_line_cases
-from deepseek.evaluate.completion import Answer, CompletionScores, Dials, Writer, score_answers
+from deepseek.evaluate.completion import Completion, CompletionScores, Dials, Writer, score_answers
 from deepseek.packs.pack import read_pack
 from deepseek.registry import nearest
 from deepseek.text.tokenizer import load_tokenizer
@@ -165,7 +165,7 @@ class Against:
                     answers[row] = self._answer(row, engine, progress)
         return {row.name: score_answers(self.cases, found) for row, found in answers.items() if found is not None}
 
-    def _answer(self, row: Row, engine: Engine, progress: ProgressBar) -> list[Answer]:
+    def _answer(self, row: Row, engine: Engine, progress: ProgressBar) -> list[Completion]:
         """Compute a row and keep it."""
         index = expert_index(self.name, self.run, self.tokenizer) if row.retrieval else None
         choice = ExpertChoice((self.name,) if row.expert else ())
@@ -174,9 +174,9 @@ class Against:
         write_json(self._path(row), {"row": asdict(row), "answers": [answer.as_json() for answer in answers]})
         return answers
 
-    def _stored(self, row: Row) -> list[Answer] | None:
+    def _stored(self, row: Row) -> list[Completion] | None:
         path = self._path(row)
-        return [Answer(**answer) for answer in read_json(path)["answers"]] if path.is_file() else None
+        return [Completion(**answer) for answer in read_json(path)["answers"]] if path.is_file() else None
 
     def _path(self, row: Row) -> Path:
         """Return the file of a row, named by a digest of all that decides it."""

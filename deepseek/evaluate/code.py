@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.builders.functions import Function, parsed
+from deepseek.data.builders.functions import DocumentedFunction, parsed
 from deepseek.data.text.document import Progress, silent
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
@@ -42,7 +42,7 @@ class BodyScores:
 def score_bodies(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
-    functions: Sequence[Function],
+    functions: Sequence[DocumentedFunction],
     max_tokens: int = 96,
     progress: Progress = silent,
 ) -> BodyScores:

@@ -51,7 +51,7 @@ class Dials:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """What a model made of one case.
 
     Attributes:
@@ -90,7 +90,9 @@ class Writer:
         self.encoder = CaseEncoder(engine.tokenizer, self.dials.text_tokens)
         self._room = max(1, engine.model.config.max_position_embeddings - self.dials.reply_tokens - TARGET_TOKENS)
 
-    def answers(self, cases: Sequence[Case], progress: Progress = silent, what: str = "writing") -> Iterator[Answer]:
+    def answers(
+        self, cases: Sequence[Case], progress: Progress = silent, what: str = "writing"
+    ) -> Iterator[Completion]:
         """Yield the answer to each case."""
         for start in range(0, len(cases), BATCH):
             progress(start, len(cases), what)
@@ -106,7 +108,7 @@ class Writer:
         )
         return before_text(found)
 
-    def _batch(self, cases: Sequence[Case]) -> list[Answer]:
+    def _batch(self, cases: Sequence[Case]) -> list[Completion]:
         """Return the answers to a few cases, written side by side, then scored on what is still cached."""
         started = time.perf_counter()
         contexts = [self.context(case) for case in cases]
@@ -121,7 +123,7 @@ class Writer:
         for text, generation, score, infill in zip(written, running, scored, filling, strict=True):
             nats = [-one.logprob for one in _all_scored(score) if one is not None]
             answers.append(
-                Answer(
+                Completion(
                     written=text,
                     infilled=None if infill is None else first_line(infill),
                     nats=sum(nats),
@@ -186,7 +188,7 @@ class CompletionScores:
     seconds: float
 
 
-def score_answers(cases: Sequence[Case], answers: Sequence[Answer]) -> CompletionScores:
+def score_answers(cases: Sequence[Case], answers: Sequence[Completion]) -> CompletionScores:
     """Return the scores of answers to cases, at least one of them."""
     count = len(cases)
     pairs = list(zip(cases, answers, strict=True))

@@ -22,7 +22,7 @@ NO_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """How a program ended: whether with exit code 0, whether its time was up, and the end of what it printed."""
 
     passed: bool
@@ -30,7 +30,7 @@ class Outcome:
     output: str
 
 
-def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Outcome:
+def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> ProgramResult:
     """Run Python source in an empty temporary folder, without the network where the system allows.
 
     Args:
@@ -59,7 +59,9 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Out
             _kill_group(process)
         if timed_out:
             output, _ = process.communicate()
-    return Outcome(process.returncode == 0 and not timed_out, timed_out, output.decode(errors="replace")[-OUTPUT:])
+    return ProgramResult(
+        process.returncode == 0 and not timed_out, timed_out, output.decode(errors="replace")[-OUTPUT:]
+    )
 
 
 def _limit(seconds: float, memory: int) -> None:

@@ -10,7 +10,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.errors import DataError
 from deepseek.evaluate.cases import Case, next_line_cases
-from deepseek.evaluate.completion import Answer, Dials, Writer
+from deepseek.evaluate.completion import Completion, Dials, Writer
 from deepseek.evaluate.quality import held_out_folder
 from deepseek.evaluate.scores import is_exact
 
@@ -29,8 +29,8 @@ class Showcase:
     """
 
     case: Case
-    before: Answer
-    after: Answer
+    before: Completion
+    after: Completion
     compared: int
 
 
@@ -62,7 +62,7 @@ def showcase(
     return Showcase(lines[place], before[place], after[place], len(lines))
 
 
-def largest_gain(cases: Sequence[Case], before: Sequence[Answer], after: Sequence[Answer]) -> int:
+def largest_gain(cases: Sequence[Case], before: Sequence[Completion], after: Sequence[Completion]) -> int:
     """Return the place of the case that shows most (see `showcase`)."""
 
     def rank(place: int) -> tuple[bool, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepseek.errors import ConfigError
 from deepseek.kernels.bias.score_bias import Visible
 from deepseek.model.kv_cache import KVCache
-from deepseek.model.moe.stats import Choice
+from deepseek.model.moe.stats import RoutingDecision
 from deepseek.model.positions import PreparedPositions
 
 
@@ -52,7 +52,7 @@ class ForwardContext:
     armed: Armed | None = None
     admitted_BTM: Tensor | None = None
     router_stats: list[Any] = field(default_factory=list)
-    routing: Mapping[int, Choice] = field(default_factory=dict)
+    routing: Mapping[int, RoutingDecision] = field(default_factory=dict)
 
     @property
     def length(self) -> int:

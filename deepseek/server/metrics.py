@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from deepseek.engine.engine import Engine
-from deepseek.engine.request import Usage
+from deepseek.engine.request import TokenUsage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 600)
 
@@ -44,7 +44,7 @@ class Metrics:
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
 
-    def count(self, usage: Usage) -> None:
+    def count(self, usage: TokenUsage) -> None:
         """Add what a job used."""
         for kind in ("prompt", "cached", "completion"):
             self.tokens.labels(kind).inc(getattr(usage, f"{kind}_tokens"))

@@ -18,7 +18,7 @@ from fastapi import Request as HttpRequest
 from deepseek.checkpoint.store import home
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
-from deepseek.engine.request import ExpertChoice, Grammar, Request, TokenEvent, Usage
+from deepseek.engine.request import ExpertChoice, Grammar, Request, TokenEvent, TokenUsage
 from deepseek.engine.sampler import Sampling
 from deepseek.packs.library import experts_folder
 from deepseek.server.errors import ApiError
@@ -29,7 +29,7 @@ from deepseek.server.prompt import PromptWriter
 from deepseek.server.schema import ExpertsField, JsonSchema, SamplingFields
 
 
-class Job:
+class GenerationJob:
     """Generations under way; `close` must be called, and ends what has not ended.
 
     Args:
@@ -62,7 +62,7 @@ class Job:
             left -= event.finish_reason is not None
             yield index, event
 
-    def usage(self) -> Usage:
+    def usage(self) -> TokenUsage:
         """Return what all generations used together; a prompt that several share counts once."""
         each = [generation.usage for generation in self.generations]
         experts: Counter[str | None] = Counter()
@@ -70,7 +70,7 @@ class Job:
             experts.update(usage.experts)
         prompts = each[:: self._choices]
         prompt, cached = (sum(getattr(u, name) for u in prompts) for name in ("prompt_tokens", "cached_tokens"))
-        return Usage(prompt, cached, sum(usage.completion_tokens for usage in each), experts)
+        return TokenUsage(prompt, cached, sum(usage.completion_tokens for usage in each), experts)
 
     def close(self) -> None:
         """Cancel what still runs and count what was used."""
@@ -188,14 +188,14 @@ class Service:
         assert self._writer is not None
         return self._writer
 
-    async def start(self, plan: Callable[[], Sequence[Request]], choices: int = 1) -> Job:
+    async def start(self, plan: Callable[[], Sequence[Request]], choices: int = 1) -> GenerationJob:
         """Submit the requests that `plan` makes, all or none, away from the event loop.
 
         Args:
             choices: how many of them, one after the other, share a prompt.
         """
         generations = await asyncio.to_thread(submit, self.engine, plan)
-        return Job(generations, choices, self.metrics, self.settings.request_seconds)
+        return GenerationJob(generations, choices, self.metrics, self.settings.request_seconds)
 
     def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:
         """Return who may speak under a model name such as `smollm2-135m+code+zh` and the field `experts`.

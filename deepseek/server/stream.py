@@ -10,11 +10,11 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deepseek.engine.request import TokenEvent, TokenLogprob, Usage
+from deepseek.engine.request import TokenEvent, TokenLogprob, TokenUsage
 from deepseek.server.errors import as_api_error
 from deepseek.server.metrics import spoken
 from deepseek.server.schema import GenerationFields
-from deepseek.server.service import Job, Service
+from deepseek.server.service import GenerationJob, Service
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
@@ -33,7 +33,7 @@ class Reply(StreamingResponse):
     """
 
     def __init__(
-        self, chunks: AsyncIterator[Fields], *, job: Job | None = None, named: bool = False,
+        self, chunks: AsyncIterator[Fields], *, job: GenerationJob | None = None, named: bool = False,
         fold: Callable[[list[Fields]], Fields] | None = None,
     ) -> None:  # fmt: skip
         lines = self._lines(chunks, named) if fold is None else self._folded(chunks, fold)
@@ -88,7 +88,9 @@ class Chunks(ABC):
         prefix: of ids.
     """
 
-    def __init__(self, service: Service, body: GenerationFields, job: Job, kind: str, prefix: str, suffix: str) -> None:
+    def __init__(
+        self, service: Service, body: GenerationFields, job: GenerationJob, kind: str, prefix: str, suffix: str
+    ) -> None:
         self.service, self.job = service, job
         self.wants_usage = body.stream_options is not None and body.stream_options.include_usage
         self.head = {"id": f"{prefix}-{token_hex(12)}", "created": int(time.time()), "model": body.model}
@@ -148,7 +150,7 @@ def joined(before: Any, more: Any) -> Any:
     return before if more is None else more
 
 
-def usage_fields(usage: Usage) -> Fields:
+def usage_fields(usage: TokenUsage) -> Fields:
     """Return `usage` as OpenAI names it."""
     total = usage.prompt_tokens + usage.completion_tokens
     counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import tiny_model
 
-from deepseek.data.builders.functions import Function
+from deepseek.data.builders.functions import DocumentedFunction
 from deepseek.engine.engine import Engine
 from deepseek.errors import DataError
 from deepseek.evaluate import code
@@ -52,7 +52,7 @@ def parrot(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
 def test_scores_of_a_perfect_and_of_a_useless_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny_model()
     body = "    total = a + b + c + d\n    return total * 2"
-    function = Function("f", 'def f(a, b, c, d):\n    """Sum."""\n', body, (), "m.py")
+    function = DocumentedFunction("f", 'def f(a, b, c, d):\n    """Sum."""\n', body, (), "m.py")
     parrot(monkeypatch, body[3:] + "\nx = 1")  # the prompt ends with the indentation, but for one blank
     perfect = score_bodies(*loaded, [function])
     assert (perfect.bleu, perfect.exact, perfect.parses) == (pytest.approx(100), 1.0, 1.0)

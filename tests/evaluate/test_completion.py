@@ -14,7 +14,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.evaluate import completion
 from deepseek.evaluate.cases import LEAST_LINES, CaseEncoder, fim_marker_ids, next_line_cases
-from deepseek.evaluate.completion import Answer, Dials, Writer, score_answers
+from deepseek.evaluate.completion import Completion, Dials, Writer, score_answers
 from deepseek.retrieval.index import Index
 
 FUNCTION = "".join(f"def model_{n}(value):\n    return value + router_{n}\n\n" for n in range(12))
@@ -105,7 +105,7 @@ def test_retrieved_text_is_part_of_the_prompt_and_costs_tokens() -> None:
 def test_scores_of_answers() -> None:
     cases = next_line_cases([CODE, Document("Once upon a time\n" * 12, "text 1")], 2)
     answers = [
-        Answer(case.target if place == 0 else "xyz", None, 4.0, 2, 10 + place, 3, 0.5)
+        Completion(case.target if place == 0 else "xyz", None, 4.0, 2, 10 + place, 3, 0.5)
         for place, case in enumerate(cases)
     ]
     scores = score_answers(cases, answers)

@@ -4,12 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.evaluate.cases import Case
-from deepseek.evaluate.completion import Answer
+from deepseek.evaluate.completion import Completion
 from deepseek.evaluate.showcase import largest_gain
 
 
-def answer(written: str, nats: float) -> Answer:
-    return Answer(written, None, nats, 4, 10, 4, 0.1)
+def answer(written: str, nats: float) -> Completion:
+    return Completion(written, None, nats, 4, 10, 4, 0.1)
 
 
 def case(number: int) -> Case:

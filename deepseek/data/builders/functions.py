@@ -9,7 +9,7 @@ from deepseek.data.text.document import Document
 
 
 @dataclass(frozen=True)
-class Function:
+class DocumentedFunction:
     """A documented Python function.
 
     Attributes:
@@ -32,7 +32,7 @@ class Function:
         return "\n\n\n".join([self.header + self.body, *self.tests]) + "\n"
 
 
-def documented_functions(documents: Iterable[Document], shortest: int = 2) -> list[Function]:
+def documented_functions(documents: Iterable[Document], shortest: int = 2) -> list[DocumentedFunction]:
     """Return the documented functions of Python documents whose bodies have at least `shortest` lines.
 
     A test is a function `test_...` anywhere in the documents that calls the function by name; a name that several
@@ -49,7 +49,7 @@ def documented_functions(documents: Iterable[Document], shortest: int = 2) -> li
                     if names[name] == 1:
                         tests[name].append(_lines(document.text, _first(node), node.end_lineno or 0))
     return [
-        Function(node.name, *halves, tuple(dict.fromkeys(tests[node.name])), document.name)
+        DocumentedFunction(node.name, *halves, tuple(dict.fromkeys(tests[node.name])), document.name)
         for document, tree in trees
         for node in _functions(tree)
         if not node.name.startswith("test") and (halves := _halves(document.text, node, shortest))

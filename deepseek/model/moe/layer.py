@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.router import build_router
-from deepseek.model.moe.stats import Choice, Dispatch, RouterStats
+from deepseek.model.moe.stats import Dispatch, RouterStats, RoutingDecision
 
 
 class RoutingContext(Protocol):
@@ -17,7 +17,7 @@ class RoutingContext(Protocol):
 
     token_mask_BT: Tensor | None
     router_stats: list[Any]
-    routing: Mapping[int, Choice]
+    routing: Mapping[int, RoutingDecision]
 
 
 class MoELayer(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn.functional import linear, softmax
 
 from deepseek.errors import ConfigError
 from deepseek.model.moe.balance import Balance
-from deepseek.model.moe.stats import Choice, Dispatch
+from deepseek.model.moe.stats import Dispatch, RoutingDecision
 from deepseek.registry import pick
 
 
@@ -42,7 +42,7 @@ class Router(nn.Module, ABC):
         """Return softmax weights over all experts, fp32 `[..., E]`, for x `[..., D]`."""
         return softmax(self.logits(x) / self.balance.temperature, dim=-1)
 
-    def route(self, x: Tensor, choice: Choice | None = None) -> Dispatch:
+    def route(self, x: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         """Return the experts and weights of every token of x `[..., D]`, with N the product of its leading sizes.
 
         A `choice` made before is kept: only the weights follow the logits.
@@ -51,7 +51,7 @@ class Router(nn.Module, ABC):
             return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
 
     @abstractmethod
-    def choose(self, logits_NE: Tensor, choice: Choice | None = None) -> Dispatch:
+    def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         """Return the dispatch that the logits lead to, with the experts of `choice` if one is given."""
 
 
@@ -96,7 +96,7 @@ class DynamicRouter(Router):
         if not 0 < threshold <= 1:
             raise ConfigError(f"threshold={threshold} must lie in (0, 1].")
 
-    def choose(self, logits_NE: Tensor, choice: Choice | None = None) -> Dispatch:
+    def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         ids_NC, logits_NC = self._candidates(logits_NE, choice)
         q_NC = softmax(logits_NC / self.balance.temperature, dim=-1)
         active_N = None if choice is None else choice.active_N
@@ -106,7 +106,7 @@ class DynamicRouter(Router):
         kept_NA = torch.arange(self.max_experts, device=q_NA.device) < active_N[:, None]
         return Dispatch(ids_NC[:, : self.max_experts], q_NA.where(kept_NA, 0.0), active_N, logits_NE, ids_NC)
 
-    def _candidates(self, logits_NE: Tensor, choice: Choice | None) -> tuple[Tensor, Tensor]:
+    def _candidates(self, logits_NE: Tensor, choice: RoutingDecision | None) -> tuple[Tensor, Tensor]:
         """Return the candidates `[N, C]` and their logits, sorted downwards or as `choice` has them."""
         if choice is not None:
             return choice.ids_NC, logits_NE.gather(1, choice.ids_NC)
@@ -159,7 +159,7 @@ class TopKRouter(Router):
         if not 1 <= top_k <= num_experts // groups * max_groups:
             raise ConfigError(f"top_k={top_k} must lie between 1 and the number of experts that the groups allow.")
 
-    def choose(self, logits_NE: Tensor, choice: Choice | None = None) -> Dispatch:
+    def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         scores_NE = self.score(logits_NE)
         ids_NA = self._best(scores_NE.detach()) if choice is None else choice.ids_NC
         weights_NA = scores_NE.gather(1, ids_NA)

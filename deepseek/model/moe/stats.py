@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Choice:
+class RoutingDecision:
     """Which experts were chosen, without what they weigh: enough to route the same tokens the same way again.
 
     Attributes:
@@ -38,9 +38,9 @@ class Dispatch:
     candidates_NC: Tensor | None = None
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> RoutingDecision:
         """What to hand to the router to have it choose the same experts again."""
-        return Choice(self.ids_NA if self.candidates_NC is None else self.candidates_NC, self.active_N)
+        return RoutingDecision(self.ids_NA if self.candidates_NC is None else self.candidates_NC, self.active_N)
 
     @property
     def ids(self) -> Tensor:

@@ -13,7 +13,7 @@ from deepseek.server.errors import ApiError
 from deepseek.server.openapi import ChatReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import ChatRequest
-from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
+from deepseek.server.service import GenerationJob, Service, TheService, ask, wanted_schema
 from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.tools import Calling
 
@@ -72,7 +72,7 @@ class Told:
 class ChatChunks(Chunks):
     """The chunks of a chat. A text that may be a call is held back until it is known what it is."""
 
-    def __init__(self, service: Service, body: ChatRequest, job: Job, calling: Calling) -> None:
+    def __init__(self, service: Service, body: ChatRequest, job: GenerationJob, calling: Calling) -> None:
         super().__init__(service, body, job, "chat.completion", "chatcmpl", ".chunk")
         self.calling = calling
         self.told = [Told() for _ in job.generations]

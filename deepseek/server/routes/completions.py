@@ -12,7 +12,7 @@ from deepseek.server.errors import ApiError
 from deepseek.server.openapi import CompletionReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
-from deepseek.server.service import Job, Service, TheService, ask
+from deepseek.server.service import GenerationJob, Service, TheService, ask
 from deepseek.server.stream import Chunks, Fields, Reply, finite
 
 router = APIRouter()
@@ -70,7 +70,7 @@ def plan(service: Service, body: CompletionRequest, found: list[Passage]) -> lis
 class CompletionChunks(Chunks):
     """The chunks of plain completions."""
 
-    def __init__(self, service: Service, body: CompletionRequest, job: Job) -> None:
+    def __init__(self, service: Service, body: CompletionRequest, job: GenerationJob) -> None:
         super().__init__(service, body, job, "text_completion", "cmpl", "")
         self.body = body
         self.silent = body.max_tokens == 0  # the engine makes one token where only the prompt is of interest

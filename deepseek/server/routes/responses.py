@@ -11,7 +11,7 @@ from deepseek.engine.request import Request
 from deepseek.server.metrics import spoken
 from deepseek.server.openapi import ResponseReply, described
 from deepseek.server.schema import ChatMessage, ResponsesRequest
-from deepseek.server.service import Job, Service, TheService, ask, wanted_schema
+from deepseek.server.service import GenerationJob, Service, TheService, ask, wanted_schema
 from deepseek.server.stream import Fields, Reply
 from deepseek.server.tools import Calling
 
@@ -39,7 +39,7 @@ def plan(service: Service, body: ResponsesRequest) -> Request:
 class ResponseEvents:
     """The events of one response; the last one holds the whole of it."""
 
-    def __init__(self, body: ResponsesRequest, job: Job) -> None:
+    def __init__(self, body: ResponsesRequest, job: GenerationJob) -> None:
         self.body, self.job = body, job
         self.id, self.message, self.created = f"resp_{token_hex(12)}", f"msg_{token_hex(12)}", int(time.time())
 

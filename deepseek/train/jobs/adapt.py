@@ -27,7 +27,7 @@ from deepseek.train.jobs.expert import TextPath, train_expert
 from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.language import LanguageTask
 from deepseek.train.jobs.outcome import Outcome
-from deepseek.train.jobs.plan import Amount, Plan, Rows, Speed, make_plan, timed
+from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts
 from deepseek.train.loop.loop import Task
 from deepseek.train.loop.losses import autocast, run_below
@@ -158,10 +158,10 @@ class AdaptRun(TextRun):
             f"{minutes:.1f} minutes, memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
         )
 
-    def plan(self, texts: Texts) -> Plan:
+    def plan(self, texts: Texts) -> TrainingPlan:
         """Return what this run will do; as no time is set, none has to be measured."""
         request = self.request
-        rows = Rows(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
+        rows = RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
         amount = Amount(
             request.tokens,
             request.epochs,

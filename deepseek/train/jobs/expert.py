@@ -32,7 +32,7 @@ from deepseek.train.gates.public_text import public_statistics
 from deepseek.train.gates.replay import Replay
 from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.outcome import Outcome
-from deepseek.train.jobs.plan import Amount, Plan, Rows, Speed, make_plan, timed
+from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.loop.metrics import peak_memory
@@ -154,15 +154,15 @@ class ExpertRun(TextRun):
             )
         return super().texts(corpus)
 
-    def plan(self, texts: Texts) -> Plan:
+    def plan(self, texts: Texts) -> TrainingPlan:
         """Return the plan of this run, measuring and storing it the first time."""
         path = self.folder / "plan.json"
         if not path.is_file():
             speed = self.measure(texts)
             write_json(path, {"plan": asdict(self.plan_for(texts, speed)), "speed": asdict(speed)})
-        return Plan(**read_json(path)["plan"])
+        return TrainingPlan(**read_json(path)["plan"])
 
-    def plan_for(self, texts: Texts, speed: Speed) -> Plan:
+    def plan_for(self, texts: Texts, speed: Speed) -> TrainingPlan:
         """Fit the work to the minutes that are left at this speed, or estimate the time of the tokens."""
         request = self.request
         left = None if request.minutes is None else request.minutes * 60 - (time.monotonic() - self.started)
@@ -175,7 +175,7 @@ class ExpertRun(TextRun):
             request.held_out_tokens,
         )
         return make_plan(
-            amount, left, speed, Rows(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
+            amount, left, speed, RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
         )
 
     def measure(self, texts: Texts) -> Speed:
@@ -193,7 +193,7 @@ class ExpertRun(TextRun):
         evaluate, _ = timed(lambda rows: task.score(rows, stream(rows)), warm_up, batch)
         return Speed(seconds, step, evaluate)
 
-    def train(self, texts: Texts, plan: Plan) -> Outcome:
+    def train(self, texts: Texts, plan: TrainingPlan) -> Outcome:
         """Fill the trunk caches and run the loop to its end."""
         texts = texts.planned(plan)
         train, held_out = self.streams(texts)
@@ -201,7 +201,7 @@ class ExpertRun(TextRun):
         task = self.task(texts.train, texts.validation.batches(), (train, validation))
         return self.loop(task, texts.train, plan, partial(task.loss_on, texts.held_out.batches(), held_out))
 
-    def calibrate(self, texts: Texts, plan: Plan) -> GateCalibration:
+    def calibrate(self, texts: Texts, plan: TrainingPlan) -> GateCalibration:
         """Solve the gates of the trained module from some of its own text and the base's public text."""
         public = public_statistics(self.model, self.tokenizer, self.module.layers, progress=self.progress)
         words = background(self.model, self.tokenizer, self.progress)

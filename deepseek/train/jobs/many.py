@@ -8,10 +8,10 @@ from pydantic import Field
 
 from deepseek.train.jobs.cluster import connect
 from deepseek.train.jobs.expert import train_expert
-from deepseek.train.jobs.settings import Settings
+from deepseek.train.jobs.settings import JobSettings
 
 
-class ExpertsSettings(Settings):
+class ExpertsSettings(JobSettings):
     """What `deepseek expert train-all` reads.
 
     Attributes:

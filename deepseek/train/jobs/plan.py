@@ -50,7 +50,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowCounts:
     """Packed rows there are to train on, to choose the best state by, and to report on."""
 
     train: int
@@ -59,7 +59,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a run will do; stored as `plan.json`.
 
     Attributes:
@@ -121,7 +121,7 @@ class Amount:
         return float(self.epochs) if self.epochs else passes_for(rows * self.row_length)
 
 
-def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: Rows) -> Plan:
+def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: RowCounts) -> TrainingPlan:
     """Return how many rows, passes and evaluations fit; raise `TrainError` if not a single step does.
 
     Text that is used up in fewer minutes than there are ends the run early: further passes would not help it.
@@ -163,7 +163,7 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: Rows) -
     few = max(0, min(FEWEST_VALIDATION_ROWS, rows.validation, most) - validation)
     validation += min(few, spare)
     taken += min(few, spare) * scored
-    return Plan(train, validation, held_out, steps, evaluations, round(taken, 1), limit)
+    return TrainingPlan(train, validation, held_out, steps, evaluations, round(taken, 1), limit)
 
 
 def timed(action: Callable[[Batch], T], warm_up: Batch, batch: Batch) -> tuple[float, T]:

@@ -26,7 +26,7 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning import training_memory
 from deepseek.text.tokenizer import document_end_id, load_tokenizer, train_tokenizer
 from deepseek.train.jobs.language import LanguageTask
-from deepseek.train.jobs.settings import Settings, TextSettings
+from deepseek.train.jobs.settings import JobSettings, TextSettings
 from deepseek.train.loop.backends import Backend, current
 from deepseek.train.loop.loop import LoopConfig, TrainResult, train
 from deepseek.train.loop.metrics import peak_memory
@@ -48,7 +48,7 @@ class DomainSettings(TextSettings):
     weight: float = Field(default=1.0, gt=0)
 
 
-class PretrainSettings(Settings):
+class PretrainSettings(JobSettings):
     """What `deepseek pretrain` reads.
 
     Attributes:

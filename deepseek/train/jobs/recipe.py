@@ -17,14 +17,14 @@ from deepseek.train.jobs.adapt import adapt
 from deepseek.train.jobs.align import align
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.pretrain import pretrain
-from deepseek.train.jobs.settings import Settings
+from deepseek.train.jobs.settings import JobSettings
 from deepseek.train.loop.runs import write_page
 
 Stage = Callable[..., Any]
 """Takes the fields of its stage as keyword arguments and returns the path of what it made, if anything."""
 
 
-class StageSettings(Settings):
+class StageSettings(JobSettings):
     """One stage: what it does, its name, and the arguments of the function behind it.
 
     Attributes:
@@ -39,7 +39,7 @@ class StageSettings(Settings):
     with_: dict[str, Any] = Field(default_factory=dict, alias="with")
 
 
-class RecipeSettings(Settings):
+class RecipeSettings(JobSettings):
     """What `deepseek train` reads.
 
     Attributes:

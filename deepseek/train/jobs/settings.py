@@ -14,7 +14,7 @@ from deepseek.registry import nearest
 from deepseek.train.text.corpus import Source
 
 
-class Settings(BaseModel):
+class JobSettings(BaseModel):
     """Fields of a configuration file; subclasses list them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,10 +41,10 @@ class Settings(BaseModel):
             raise ConfigError(f"{where}{explain(error)}.") from None
 
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=JobSettings)
 
 
-class TextSettings(Settings):
+class TextSettings(JobSettings):
     """Where text comes from: any of a folder, a git history, JSONL and Parquet files."""
 
     folder: Path | None = None

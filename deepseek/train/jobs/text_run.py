@@ -23,7 +23,7 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import Metric
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.outcome import Outcome, tell
-from deepseek.train.jobs.plan import Plan
+from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.loop.loop import LoopConfig, Task, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
@@ -87,7 +87,7 @@ class Texts:
         validation = self.validation.first(validation_rows)
         return Texts(self.train.first(rows), self.held_out.first(held_out_rows), validation)
 
-    def planned(self, plan: Plan) -> "Texts":
+    def planned(self, plan: TrainingPlan) -> "Texts":
         """Return the rows of a plan."""
         return self.first(plan.rows, plan.held_out_rows, plan.validation_rows)
 
@@ -153,7 +153,7 @@ class TextRun:
         cache.fill(text, compute, self._request.batch_rows, lambda done, total: self.progress(done, total, what))
         return lambda batch: cache.read(batch.row_ids)
 
-    def loop(self, task: Task[Batch], text: RowLoader, plan: Plan, test: Callable[[], float]) -> Outcome:
+    def loop(self, task: Task[Batch], text: RowLoader, plan: TrainingPlan, test: Callable[[], float]) -> Outcome:
         """Run the loop until the task is at its best on validation rows.
 
         Args:

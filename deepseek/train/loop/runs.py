@@ -15,7 +15,7 @@ from deepseek.registry import nearest
 from deepseek.train.loop.progress import ProgressBar
 
 
-class Job(Protocol):
+class RunJob(Protocol):
     """A request in a folder."""
 
     def run(self) -> dict[str, Any] | None:
@@ -29,7 +29,13 @@ class Job(Protocol):
 
 
 def run_once(
-    job: Callable[..., Job], request: Any, stored: dict[str, Any], made: Path, folder: Path, quiet: bool, dry_run: bool
+    job: Callable[..., RunJob],
+    request: Any,
+    stored: dict[str, Any],
+    made: Path,
+    folder: Path,
+    quiet: bool,
+    dry_run: bool,
 ) -> Path:
     """Return `made` once `job` has made it in `folder`, at once if it did before; a `dry_run` only estimates.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from deepseek.errors import ConfigError
-from deepseek.model.moe.stats import Choice
+from deepseek.model.moe.stats import RoutingDecision
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.rl.rollout import Responses, mixed
 
@@ -120,7 +120,7 @@ class Policy:
 
 
 @torch.no_grad()
-def below(model: Any, layer: int, ids_BS: Tensor, real_BS: Tensor, routing: Mapping[int, Choice]) -> Tensor:
+def below(model: Any, layer: int, ids_BS: Tensor, real_BS: Tensor, routing: Mapping[int, RoutingDecision]) -> Tensor:
     """Return the stream `[B, S, D]` that enters block `layer`, with tokens routed as `routing` says or else anew."""
     with mixed(model.device):
         hidden_BSD = model.embed_tokens(ids_BS)

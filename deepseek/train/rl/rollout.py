@@ -10,11 +10,11 @@ from torch import Tensor
 from deepseek.errors import ConfigError
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.kv_cache import KVCache
-from deepseek.model.moe.stats import Choice
+from deepseek.model.moe.stats import RoutingDecision
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowTensors:
     """Tensors whose first axis is the same B rows."""
 
     def rows(self, start: int, stop: int) -> Self:
@@ -27,7 +27,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Responses(Rows):
+class Responses(RowTensors):
     """Prompts, padded on the left to P columns, and the T columns of their responses; S = P + T.
 
     Attributes:
@@ -35,7 +35,7 @@ class Responses(Rows):
         real_BS: False at padding.
         mask_BT: 1.0 at the tokens of a response, the one that ends it among them.
         choices_BLSC: experts that each token but the last was sent to, in the L mixture-of-experts layers, as
-            `Choice.ids_NC` names them `[B, L, S - 1, C]`; empty for a dense model.
+            `RoutingDecision.ids_NC` names them `[B, L, S - 1, C]`; empty for a dense model.
         active_BLS: how many of them were in use `[B, L, S - 1]`.
     """
 
@@ -50,7 +50,7 @@ class Responses(Rows):
         """Ids of the responses."""
         return self.input_ids_BS[:, -self.mask_BT.shape[1] :]
 
-    def routing(self, model: Any) -> dict[int, Choice]:
+    def routing(self, model: Any) -> dict[int, RoutingDecision]:
         """Return what a pass over all tokens but the last takes to send each to the same experts again.
 
         Nothing where no choices were kept: the experts are then chosen anew.
@@ -58,7 +58,7 @@ class Responses(Rows):
         if not self.choices_BLSC.shape[1]:
             return {}
         return {
-            layer: Choice(self.choices_BLSC[:, place].flatten(0, 1), self.active_BLS[:, place].flatten())
+            layer: RoutingDecision(self.choices_BLSC[:, place].flatten(0, 1), self.active_BLS[:, place].flatten())
             for place, layer in enumerate(sparse_layers(model))
         }
 
@@ -157,7 +157,7 @@ def generate(
     return responses
 
 
-def record(responses: Responses, place: int, choice: Choice, start: int, stop: int) -> None:
+def record(responses: Responses, place: int, choice: RoutingDecision, start: int, stop: int) -> None:
     """Write down which experts one layer sent the tokens of columns `start` to `stop - 1` to."""
     shape = (len(responses.real_BS), stop - start, -1)
     responses.choices_BLSC[:, place, start:stop] = choice.ids_NC.view(shape)

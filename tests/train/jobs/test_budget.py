@@ -11,9 +11,9 @@ from deepseek.train.jobs.plan import (
     MOST_PASSES,
     VALIDATION_ROWS,
     Amount,
-    Plan,
-    Rows,
+    RowCounts,
     Speed,
+    TrainingPlan,
     make_plan,
     passes_for,
 )
@@ -29,9 +29,9 @@ SPEEDS = st.builds(
 def plan_of(
     speed: Speed, seconds: float | None, rows: int, tokens: int | None = None, epochs: int | None = None,
     held_out_rows: int = 500,
-) -> Plan:  # fmt: skip
+) -> TrainingPlan:  # fmt: skip
     amount = Amount(tokens, epochs, shortest=3, row_length=512, batch_rows=4, held_out_tokens=8192)
-    return make_plan(amount, seconds, speed, Rows(rows, held_out_rows, held_out_rows))
+    return make_plan(amount, seconds, speed, RowCounts(rows, held_out_rows, held_out_rows))
 
 
 @given(SPEEDS, st.floats(200, 20_000), st.integers(4, 10_000), st.none() | st.integers(1, 5))
