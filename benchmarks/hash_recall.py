@@ -34,7 +34,7 @@ FIRST = 2  # the first two layers look everywhere and stay exact
 PROBES = {4096: 10, 8192: 14}
 WINDOWS = {4096: Windows(128, 4, 48, 64), 8192: Windows(128, 4, 80, 64)}
 """What a query looks at, by length: no more than one eighth of the keys on average. Wider local windows find more
-attention, yet the model loses more (LOG.md): what lies far is worth more than its share."""
+attention, yet the model loses more (docs/log/attention.md, 2026-11-26): what lies far is worth more than its share."""
 
 
 def main() -> None:

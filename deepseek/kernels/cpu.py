@@ -18,7 +18,7 @@ def has_fast_bfloat16() -> bool:
     """Whether bf16 matrix products are faster than fp32 ones; emulated, they are about 8x slower.
 
     AMX makes them so, and so does AVX-512 BF16 where both vector ports have it (AMD); Intel has it on one of two, so
-    that its products run at 0.7 of the speed of fp32 (LOG.md, 2026-11-25).
+    that its products run at 0.7 of the speed of fp32 (docs/log/kernels.md, 2026-11-25).
     """
     return torch.cpu._is_amx_tile_supported() or (has_bfloat16() and "Intel" not in _vendor())
 

@@ -16,7 +16,7 @@ from deepseek.errors import CheckpointError, PackError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOMENTS = 10
 """Rows that say what a domain looks like at a layer: mean, variances, and 8 factors of the covariance. More tell
-domains apart no better (LOG.md, 2026-11-25)."""
+domains apart no better (docs/log/gates.md, 2026-11-25)."""
 HELD_OUT = "held-out"
 """Name of the metric that tells better from worse: the loss on text that training neither saw nor was stopped by."""
 LEAST_GAIN = 0.0005

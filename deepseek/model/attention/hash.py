@@ -1,7 +1,8 @@
 """Hashes fitted to a model: which keys lie together, and which buckets a query should look into.
 
 A hash reads queries and keys *before* positions are applied. A rotated key points elsewhere at every place of a text,
-so that buckets of rotated keys are places, not contents; LOG.md has the figures. C is the number of buckets.
+so that buckets of rotated keys are places, not contents; docs/log/attention.md has the figures. C is the number of
+buckets.
 """
 
 from collections.abc import Iterator

@@ -73,7 +73,8 @@ def contrasts(moments_MRD: Tensor) -> Tensor:
 
     With mu_i and C_i mean and covariance of module i's own text, mu and C their means over the modules,
     v_i = (C + lambda I)^-1 (mu_i - mu) and the constant is -((mu_i + mu) / 2) . v_i (Fisher, 1936; equal priors). The
-    covariance of public text in place of C finds the right one at 91 % of tokens, this at 96 % (LOG.md, 2026-11-25).
+    covariance of public text in place of C finds the right one at 91 % of tokens, this at 96 %
+    (docs/log/gates.md, 2026-11-25).
 
     Args:
         moments_MRD: for each module its mean, the variances that its factors leave, and factors f with

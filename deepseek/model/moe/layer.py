@@ -62,8 +62,8 @@ class MoELayer(nn.Module):
 
 WHISPER = 1e-14
 """Scale of a new expert's output. It is lost in the rounding of the fp32 sum, so the model's logits keep their bits,
-yet it is not zero, so the router has a gradient from the first step. Nothing larger will do: at 1e-9 a few last bits
-of the residual stream flip, and 30 layers of SmolLM2 amplify them to 6e-5 in the logits (LOG.md, 2026-11-24)."""
+yet it is not zero, so the router has a gradient from the first step. Nothing larger will do: at 1e-9 a few last bits of
+the residual stream flip, and 30 layers of SmolLM2 amplify them to 6e-5 in the logits (docs/log/moe.md, 2026-11-24)."""
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from deepseek.train.text.trunk_cache import Stream
 Mode = Literal["last-n", "lora", "full", "expert"]
 
 LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
-"""Peaks; adapters of rank 1 take forty times that of full fine-tuning (LOG.md, 2026-11-26)."""
+"""Peaks; adapters of rank 1 take forty times that of full fine-tuning (docs/log/adaptation.md, 2026-11-26)."""
 
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 """Files of a base that its adapted copy keeps: config, tokenizer, chat template."""

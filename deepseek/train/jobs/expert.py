@@ -266,7 +266,7 @@ DEFAULT_MINUTES = 5.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """Dials that a user need not know; measured, see LOG.md.
+    """Dials that a user need not know; measured, see docs/log/experts.md.
 
     Attributes:
         width: of the expert's feed-forward networks.

@@ -86,7 +86,7 @@ def passes_for(tokens: int) -> float:
 
     A small text needs passes to get its steps at all; of a large one, what is still learned falls with every pass and
     what is learned by heart rises. A run that is at its best earlier ends there (see `loop.py`): a pass too many costs
-    time, a pass too few costs gain. Measured, see LOG.md.
+    time, a pass too few costs gain. Measured, see docs/log/experts.md.
     """
     return min(MOST_PASSES, max(FEWEST_PASSES, TOKENS_OF_A_RUN / max(1, tokens)))
 

@@ -59,7 +59,8 @@ class PretrainSettings(JobSettings):
         tokens: targets to train on in all.
         row_length, batch_rows, accumulate: tokens of a row, rows of a batch, batches of a step.
         learning_rate, final_learning_rate, warmup, weight_decay: AdamW with warm-up (a share of the steps) and cosine.
-        curriculum: whether the first steps take easy text (`train/text/mix.py`); saves steps in some seeds only.
+        curriculum: whether the first steps take easy text (`train/text/mix.py`); saves steps in some seeds only
+            (docs/log/pretraining.md).
         held_out, held_out_tokens: share of the documents never trained on, and tokens of each domain to evaluate on.
         evaluate_every, checkpoint_every: steps.
         samples: prompts that the model continues after every evaluation.

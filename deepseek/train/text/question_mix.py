@@ -20,7 +20,7 @@ from deepseek.errors import DataError
 
 QUESTIONS = 0.0
 """Default share of an expert's training tokens: none. At a fifth an expert learns the form of the answers and not what
-they say, and its gate fires on every conversation (LOG.md, 2026-11-26)."""
+they say, and its gate fires on every conversation (docs/log/questions.md, 2026-11-26)."""
 
 SAMPLE = 1 << 20
 """Characters by which the tokens of all documents are estimated."""
