@@ -6,9 +6,9 @@ the closed form (docs/gates.md) folded in, and depends on the module and the bas
 log-likelihood by which modules that fire on the same token share it. It is the linear discriminant between the domains
 of all candidates, so it depends on the set of them, and not on the order in which they were plugged.
 
-In a document the evidence of its words (`experts/relevance.py`) is added to both. It is a log-likelihood ratio already,
-so the contrast takes it as it is, and the detection in units of `NATS`. There no gate counts for more than the median of
-its domain, so that `NATS` against an expert silence it whatever its gate makes of a kind of text that it never met.
+In a document the evidence of its words (`experts/relevance.py`) is added to both. It is a log-likelihood ratio, so the
+contrast takes it as it is, and the detection in units of `NATS`. There no gate counts for more than the median of its
+domain, so that `NATS` against an expert silence it whatever its gate makes of a kind of text that it never met.
 """
 
 from collections.abc import Sequence
