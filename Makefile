@@ -15,7 +15,7 @@ UNLOCKED := torch triton mpmath networkx sympy cuda-bindings cuda-pathfinder cud
 	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \
 	nvidia-nvtx
 
-.PHONY: run test check bench setup lock clean
+.PHONY: run test check bench house setup lock clean
 
 run: $(READY)
 	@$(BIN)/deepseek run
@@ -31,6 +31,10 @@ check: $(TOOLS)
 
 bench: $(TOOLS)
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+# The rooms of the package as a table and a picture in the docs.
+house: $(TOOLS)
+	$(BIN)/python benchmarks/house.py
 
 setup: $(TOOLS)
 
