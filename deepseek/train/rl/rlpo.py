@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.loader import endless, mix
 from deepseek.errors import TrainError
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop.loop import LossOutput
 from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients
@@ -269,7 +270,7 @@ class RLPOState:
     """What lasts from one `rlpo_update` of a model to the next: reference, values, optimizer, controller, guards."""
 
     def __init__(
-        self, model: Any, reward_model: Reward, config: RLPOConfig | None = None, *, layers: str = "all",
+        self, model: DeepSeekModel, reward_model: Reward, config: RLPOConfig | None = None, *, layers: str = "all",
         optim: OptimConfig | None = None, ends: Sequence[int] = (), seed: int = 0,
     ) -> None:  # fmt: skip
         """Take `model`, from now on in fp32, as it is for the reference."""
@@ -282,7 +283,7 @@ class RLPOState:
 
 
 def rlpo_update(
-    model: Any,
+    model: DeepSeekModel,
     reward_model: Reward,
     data_batch: Mapping[str, Any],
     *,
