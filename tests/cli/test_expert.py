@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek.checkpoint.fingerprint import fingerprint
-from deepseek.cli.expert import source_name
 from deepseek.cli.main import main
 from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, write_pack
+from deepseek.train.jobs.arguments import source_name
 
 Capture = pytest.CaptureFixture[str]
 
