@@ -18,10 +18,10 @@ from rich.console import Console
 
 import deepseek
 from deepseek.cli.against import against_tables
-from deepseek.cli.expert import source_name
 from deepseek.evaluate.against import Against, Result
 from deepseek.evaluate.completion import CompletionScores
 from deepseek.evaluate.verdict import compared, draw, verdicts
+from deepseek.train.jobs.arguments import source_name
 
 
 def main() -> None:

@@ -32,7 +32,6 @@ from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.loop.losses import held_out_loss
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.text.corpus import Source
 
 PATHS = ("git", "folder", "jsonl", "parquet")
 UNCACHED_STEPS = 8
@@ -105,10 +104,11 @@ def train_uncached(run: Path, folder: Path) -> Path:
     """Train `UNCACHED_STEPS` steps of the run's request again, the trunk computed anew at each; return the folder."""
     shutil.copytree(run / "corpus", folder / "corpus")
     stored = json.loads((run / "request.json").read_text())
-    source = {name: Path(value) if name in PATHS and value else value for name, value in stored.pop("source").items()}
-    expert = ExpertRun(
-        ExpertRequest(source=Source(**source), **stored), folder, folder / "pack.safetensors", ProgressBar()
-    )
+    source = stored.pop("source")
+    paths = {f"from_{kind}": source[kind] for kind in PATHS}
+    text = {"held_out": source["held_out"], "split": source["by"], "questions": source["questions"]}
+    request = ExpertRequest(**stored, **paths, **text)
+    expert = ExpertRun(request, folder, folder / "pack.safetensors", ProgressBar())
     expert.cached_below = False
     texts = expert.texts(expert.corpus())
     plan = TrainingPlan(**json.loads((run / "plan.json").read_text())["plan"])

@@ -17,11 +17,11 @@ from results import write
 
 import deepseek
 from deepseek.compiled.runner import CompiledRunner
+from deepseek.data.text.public import documents_at
 from deepseek.engine import scheduler
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
-from deepseek.evaluate.quality import documents_at
 
 OPENING, ANSWER, MOST = 256, 128, scheduler.MAX_GUESSES
 

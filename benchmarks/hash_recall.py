@@ -20,8 +20,8 @@ from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home
 from deepseek.data.text.encode import long_texts
+from deepseek.data.text.public import documents_at
 from deepseek.evaluate.attention_recall import Choose, attention_kept, best_keys, draw_recall, hashed_keys, local_keys
-from deepseek.evaluate.quality import documents_at
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.hash import LinearHash, load_hashes, save_hashes
 from deepseek.model.attention.lsh import RandomHash

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import deepseek
 from deepseek.compiled.runner import CompiledRunner
+from deepseek.data.text.public import documents_at
 from deepseek.engine.torch_runner import TorchRunner
-from deepseek.evaluate.quality import documents_at
 from deepseek.export.quantize import quantize_model
 from deepseek.model.kv_cache import KVCache
 from deepseek.runner import Chunk, Runner

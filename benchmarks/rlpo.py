@@ -24,8 +24,8 @@ from results import save
 
 from deepseek.data import RowLoader, TokenShards
 from deepseek.data.preferences.database import PreferenceDatabase
+from deepseek.data.text.public import public_documents
 from deepseek.engine.load import load
-from deepseek.evaluate.quality import public_documents
 from deepseek.evaluate.safety import helpfulness, safety
 from deepseek.train.jobs.align import align
 from deepseek.train.loop.metrics import read_metrics

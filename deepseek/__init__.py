@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from deepseek.server.run import serve as serve
     from deepseek.train.jobs.adapt import adapt as adapt
     from deepseek.train.jobs.align import align as align
+    from deepseek.train.jobs.distill_hash import distill_hash as distill_hash
     from deepseek.train.jobs.expert import train_expert as train_expert
     from deepseek.train.jobs.pretrain import pretrain as pretrain
     from deepseek.train.rl.rlpo import rlpo_update as rlpo_update
@@ -41,6 +42,7 @@ _HOMES = {
     "ModelConfig": "deepseek.model.config",
     "adapt": "deepseek.train.jobs.adapt",
     "align": "deepseek.train.jobs.align",
+    "distill_hash": "deepseek.train.jobs.distill_hash",
     "load": "deepseek.engine.load",
     "plan": "deepseek.planning",
     "pretrain": "deepseek.train.jobs.pretrain",

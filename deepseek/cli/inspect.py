@@ -33,9 +33,9 @@ def attention(
     from deepseek.checkpoint.fingerprint import fingerprint
     from deepseek.checkpoint.hub import resolve
     from deepseek.data.text.encode import long_texts
+    from deepseek.data.text.public import documents_at
     from deepseek.engine.load import load
     from deepseek.evaluate.attention_recall import attention_kept, best_keys, draw_recall, hashed_keys, local_keys
-    from deepseek.evaluate.quality import documents_at
     from deepseek.kernels.lsh.intervals import Windows
     from deepseek.model.attention.hash import hash_file, load_hashes
     from deepseek.train.loop.progress import ProgressBar

@@ -23,9 +23,9 @@ def plan(
     from deepseek.checkpoint.store import write_json
     from deepseek.planning import deepspeed_config
     from deepseek.planning import plan as make
-    from deepseek.train.jobs.pretrain import PretrainSettings
+    from deepseek.train.jobs.arguments import PretrainArguments
 
-    settings = PretrainSettings.read(config) if config else None
+    settings = PretrainArguments.read(config) if config else None
     model = settings.model_config_for(settings.vocab_size, 0) if settings else preset
     wanted = tokens or (settings.tokens if settings else 300e9)
     made = make(model, gpus, device=device, tokens=wanted, rows_per_gpu=rows_per_gpu, recompute=recompute)

@@ -31,9 +31,9 @@ def run(
     """
     from rich.console import Console
 
-    from deepseek.cli.expert import source_name
     from deepseek.cli.pull import fetch
     from deepseek.packs.library import installed
+    from deepseek.train.jobs.arguments import source_name
 
     console = Console()
     fetch(base)
@@ -57,7 +57,9 @@ def _serve(base: str, name: str, repository: Path, minutes: float | None, consol
     with socket.socket() as probe:
         if probe.connect_ex((settings.host, settings.port)) == 0:
             settings = replace(settings, port=0)
-    lesson = None if minutes is None else TeachRequest(name=name, kind="git", minutes=minutes)
+    lesson = None
+    if minutes is not None:
+        lesson = TeachRequest.model_validate({"name": name, "kind": "git", "minutes": minutes})
 
     def announce(address: str) -> None:
         console.print(f"Serving {base} at [bold]{address}[/] (open it in a browser; Ctrl-C ends)", soft_wrap=True)

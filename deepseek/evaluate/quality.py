@@ -1,7 +1,5 @@
 """Held-out loss of a model before and after experts are plugged in, and where the texts come from."""
 
-import pydoc_data.topics
-import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +9,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.store import home
-from deepseek.data import Batch, Document, Progress, RowLoader, TokenShards, clean, read_folder, read_records
+from deepseek.data import Batch, Progress, RowLoader, TokenShards
 from deepseek.data.text.document import silent
-from deepseek.errors import DataError
+from deepseek.data.text.public import public_documents, read_documents
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.losses import held_out_loss
 
@@ -98,40 +96,15 @@ def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutTe
     ]
 
 
-def public_documents() -> dict[str, list[Document]]:
-    """Return ordinary English prose and ordinary code that are on every machine: Python's own pages and library."""
-    topics = pydoc_data.topics.topics
-    prose = [Document(text, f"topics/{name}") for name, text in sorted(topics.items()) if len(text) > 2000]
-    library = Path(sysconfig.get_path("stdlib"))
-    code = [
-        Document(path.read_text(encoding="utf-8", errors="replace"), path.name, "code")
-        for path in sorted(library.glob("*.py"))
-    ]
-    return {"public prose": prose, "public code": code}
-
-
-def documents_at(paths: Sequence[Path]) -> list[Document]:
-    """Return the cleaned documents at `paths`, or where there are none those that every machine has."""
-    if not paths:
-        return [document for documents in public_documents().values() for document in documents]
-    return [document for path in paths for document in _read(path)]
-
-
 @contextmanager
 def collected(
     tokenizer: PreTrainedTokenizerFast, paths: Sequence[Path], experts: list[HeldOutText]
 ) -> Iterator[list[HeldOutText]]:
     """Give the experts' texts, the public ones and those at `paths`, tokenised in a folder that is then deleted."""
-    sources = {str(path): list(_read(path)) for path in paths} | public_documents()
+    sources = {str(path): list(read_documents(path)) for path in paths} | public_documents()
     with tempfile.TemporaryDirectory(prefix="deepseek-eval-") as folder:
         built = [
             HeldOutText(name, TokenShards.build(documents, tokenizer, Path(folder) / str(number)))
             for number, (name, documents) in enumerate(sources.items())
         ]
         yield experts + built
-
-
-def _read(path: Path) -> Iterator[Document]:
-    if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{path} is neither a folder nor a .jsonl or .parquet file; put text files into a folder.")
-    yield from clean(read_folder(path) if path.is_dir() else read_records(path))[0]

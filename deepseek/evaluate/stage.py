@@ -1,54 +1,89 @@
 """Evaluation as a stage of a recipe: held-out loss of texts, and function bodies written for code."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from deepseek.checkpoint.store import write_json
+from pydantic import Field
+from pydantic.dataclasses import dataclass as declaration
+
+from deepseek.checkpoint.store import home, write_json
 from deepseek.data import read_folder
 from deepseek.data.builders.functions import documented_functions
 from deepseek.engine.load import load
 from deepseek.evaluate.code import human_eval_problems, pass_at_1, score_bodies
 from deepseek.evaluate.quality import collected, compare
+from deepseek.train.jobs.declaration import DECLARED, Declaration, job
+from deepseek.train.jobs.recipe import Stage
 from deepseek.train.loop.progress import ProgressBar
 
 
-def evaluate_stage(
-    base: str,
-    *,
-    run_folder: Path,
-    data: Sequence[str] = (),
-    experts: Sequence[str] = (),
-    functions: str | None = None,
-    most_functions: int = 20,
-    human_eval: int = 0,
-    tokens: int = 8192,
-    quiet: bool = False,
-    **_: object,
-) -> None:
-    """Write the losses of a model with `experts` on `data` and on public text, and BLEU on `functions`, a code folder,
-    and pass@1 on the first `human_eval` problems of HumanEval.
+@declaration(kw_only=True, frozen=True, config=DECLARED)
+class EvaluationArguments(Declaration):
+    """Evaluation"""
 
-    The result goes to `result.json` in `run_folder`; where it is there already, nothing is done. What
-    recipes give to every stage and this one has no use for, its name, is left alone.
+    base: str = Field(default="smollm2-135m", kw_only=False)
+    """Model to evaluate: a known name, a folder or a hub id"""
+
+    name: str = "evaluation"
+    """Name of the run folder"""
+
+    data: tuple[str | Path, ...] = ()
+    """Texts to evaluate on beside public ones: folders, JSONL or Parquet files; default: none"""
+
+    experts: tuple[str, ...] = ()
+    """Experts to plug: names or packs; default: none"""
+
+    functions: str | Path | None = None
+    """Folder of code whose functions are written again and scored by BLEU; default: none"""
+
+    most_functions: int = Field(default=20, ge=1)
+    """Most functions of it"""
+
+    human_eval: int = Field(default=0, ge=0)
+    """Problems of HumanEval, the first ones, to score by pass@1"""
+
+    tokens: int = Field(default=8192, ge=1)
+    """Most tokens of each text"""
+
+    run_folder: str | Path | None = None
+    """Folder of the result; default: `runs/<name>` in the library's home"""
+
+    quiet: bool = False
+    """Show no progress"""
+
+
+@job(EvaluationArguments)
+def evaluate_stage(arguments: EvaluationArguments) -> None:
+    """Write the losses of a model on texts, and what its code is worth, to `result.json` in the run folder.
+
+    Where the result is there already, nothing is done.
+
+    Raises:
+        DataError, ConfigError, HubError: with the cause and the mend.
     """
-    if (run_folder / "result.json").is_file():
+    folder = Path(arguments.run_folder or home() / "runs" / arguments.name)
+    if (folder / "result.json").is_file():
         return
     started = time.monotonic()
     figures: dict[str, float] = {}
-    model, tokenizer = load(base, experts=experts)
-    with ProgressBar(quiet=quiet) as progress:
-        with collected(tokenizer, [Path(path) for path in data], []) as texts:
-            for row in compare(model, texts, tokens, progress):
+    model, tokenizer = load(arguments.base, experts=arguments.experts)
+    with ProgressBar(quiet=arguments.quiet) as progress:
+        with collected(tokenizer, [Path(path) for path in arguments.data], []) as texts:
+            for row in compare(model, texts, arguments.tokens, progress):
                 figures |= {f"loss.{row.text}": row.before}
-                figures |= {f"loss_with_experts.{row.text}": row.after} if experts else {}
-        if functions:
-            chosen = documented_functions(read_folder(functions))[:most_functions]
+                figures |= {f"loss_with_experts.{row.text}": row.after} if arguments.experts else {}
+        if arguments.functions:
+            chosen = documented_functions(read_folder(arguments.functions))[: arguments.most_functions]
             scores = score_bodies(model, tokenizer, chosen, progress=progress)
             figures |= {f"bodies.{key}": value for key, value in asdict(scores).items()}
-        if human_eval:
-            problems = human_eval_problems(human_eval)
+        if arguments.human_eval:
+            problems = human_eval_problems(arguments.human_eval)
             figures["human_eval.pass_at_1"] = pass_at_1(model, tokenizer, problems, progress=progress)
     figures["seconds"] = time.monotonic() - started
-    write_json(run_folder / "result.json", {"stage": "eval", "model": base, "figures": figures, "data": {}})
+    record = {"stage": "eval", "model": arguments.base, "figures": figures, "data": {}}
+    write_json(folder / "result.json", record)
+
+
+STAGE = Stage(EvaluationArguments, evaluate_stage)
+"""Stage `eval` of a recipe."""

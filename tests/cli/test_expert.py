@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek.checkpoint.fingerprint import fingerprint
-from deepseek.cli.expert import source_name
 from deepseek.cli.main import main
 from deepseek.cli.options import expert_packs
 from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
+from deepseek.train.jobs.arguments import source_name
 
 Capture = pytest.CaptureFixture[str]
 

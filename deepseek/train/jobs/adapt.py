@@ -7,12 +7,12 @@ the untouched model.
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass as declaration
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,9 +23,10 @@ from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.passes import resume
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.registry import nearest
 from deepseek.train.gates.public_text import remember_adapted
-from deepseek.train.jobs.expert import TextPath, train_expert
+from deepseek.train.jobs.arguments import AdaptArguments
+from deepseek.train.jobs.declaration import DECLARED, job
+from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.language import LanguageTask
 from deepseek.train.jobs.outcome import Outcome
@@ -37,85 +38,41 @@ from deepseek.train.loop.metrics import peak_memory
 from deepseek.train.loop.packed import begin_rows
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import run_once
-from deepseek.train.text.corpus import Source
 from deepseek.train.text.trunk_cache import Stream
-
-Mode = Literal["last-n", "lora", "full", "expert"]
 
 LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
 """Peaks; adapters of rank 1 take forty times that of full fine-tuning (docs/log/adaptation.md, 2026-11-26)."""
+
+BATCH_ROWS = 4
 
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 """Files of a base that its adapted copy keeps: config, tokenizer, chat template."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptRequest(TextRequest):
-    """What to train.
-
-    Attributes:
-        mode: "last-n", "lora" or "full".
-        last: layers that mode "last-n" trains.
-    """
-
-    tokens: int
-    epochs: int
-    mode: str
-    last: int
+@declaration(kw_only=True, frozen=True, config=DECLARED)
+class AdaptRequest(TextRequest, AdaptArguments):
+    """The arguments of an adaptation with nothing left open; stored as `request.json`."""
 
 
-def adapt(
-    base: str = "smollm2-135m",
-    *,
-    name: str,
-    from_git: TextPath = None,
-    from_folder: TextPath = None,
-    from_jsonl: TextPath = None,
-    from_parquet: TextPath = None,
-    mode: Mode = "last-n",
-    last: int = 3,
-    tokens: int = 0,
-    epochs: int = 2,
-    row_length: int = 512,
-    batch_rows: int = 4,
-    learning_rate: float | None = None,
-    held_out: float = 0.1,
-    held_out_tokens: int = 8192,
-    out: str | Path | None = None,
-    run_folder: str | Path | None = None,
-    seed: int = 0,
-    quiet: bool = False,
-    dry_run: bool = False,
-) -> Path:
+@job(AdaptArguments)
+def adapt(arguments: AdaptArguments) -> Path:
     """Adapt a model to text; return the folder of the new model (mode "expert": the pack). The same call resumes.
-
-    Args:
-        mode: "last-n" trains the last layers on a cached trunk, "lora" adapters of at most 0.1 % of the parameters,
-            which are merged at the end, "full" everything; "expert" trains a module (`deepseek.train_expert`).
-        learning_rate: None takes that of `LEARNING_RATES`.
-        out, run_folder: by default `models/<name>` and `runs/<name>` in the library's home.
-        Others: see `AdaptRequest`.
 
     Raises:
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
-    if mode == "expert":
-        return train_expert(
-            base, name=name, from_git=from_git, from_folder=from_folder, from_jsonl=from_jsonl,
-            from_parquet=from_parquet, layers=f"last:{last}", tokens=tokens, epochs=epochs, row_length=row_length,
-            held_out=held_out, held_out_tokens=held_out_tokens, out=out, run_folder=run_folder, seed=seed, quiet=quiet,
-            dry_run=dry_run,
-        )  # fmt: skip
-    if mode not in LEARNING_RATES:
-        raise ConfigError(f"mode {mode!r} is unknown; {nearest(mode, [*LEARNING_RATES, 'expert'])}.")
-    request = AdaptRequest(
-        base=base, mode=mode, last=last, tokens=tokens, epochs=epochs, row_length=row_length, batch_rows=batch_rows,
-        source=Source.at(from_git, from_folder, from_jsonl, from_parquet, held_out=held_out, seed=seed),
-        learning_rate=learning_rate or LEARNING_RATES[mode], held_out_tokens=held_out_tokens, seed=seed,
-    )  # fmt: skip
-    target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
-    return run_once(AdaptRun, request, request.as_json(), target, folder, quiet, dry_run)
+    if arguments.mode == "expert":
+        return train_expert(**vars(arguments.for_expert()))
+    resolved = {
+        "name": arguments.named(),
+        "batch_rows": arguments.batch_rows or BATCH_ROWS,
+        "learning_rate": arguments.learning_rate or LEARNING_RATES[arguments.mode],
+    }
+    request = AdaptRequest(**{**vars(arguments), **resolved})
+    target = Path(arguments.out or home() / "models" / request.name)
+    folder = Path(arguments.run_folder or home() / "runs" / request.name)
+    return run_once(AdaptRun, request, request.as_json(), target, folder, arguments.quiet, arguments.dry_run)
 
 
 class AdaptRun(TextRun):

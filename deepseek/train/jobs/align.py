@@ -8,11 +8,12 @@ Face model that it trains, so it trains the checkpoint's twin in `transformers`;
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass as declaration
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -28,6 +29,8 @@ from deepseek.registry import pick
 from deepseek.text.chat_template import encode_prompt
 from deepseek.text.tokenizer import encode_plain, load_tokenizer
 from deepseek.train.gates.public_text import remember_adapted
+from deepseek.train.jobs.arguments import AlignArguments
+from deepseek.train.jobs.declaration import DECLARED, job
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.loop.loop import Hooks, LoopConfig, train
 from deepseek.train.loop.metrics import read_metrics
@@ -39,8 +42,6 @@ from deepseek.train.rl.policy import Policy
 from deepseek.train.rl.reward import RewardModel, features_of
 from deepseek.train.rl.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
 from deepseek.train.rl.rollout import generate, given
-
-Method = Literal["ppo", "dpo", "rloo"]
 
 FEWEST_PAIRS = 8
 """Pairs below which no reward can be learnt."""
@@ -59,74 +60,26 @@ MINIBATCH = 16
 """Pairs or answers a step, as many as RLPO takes."""
 
 
-@dataclass(frozen=True)
-class AlignRequest:
-    """What to align; stored as `request.json`.
+@declaration(kw_only=True, frozen=True, config=DECLARED)
+class AlignRequest(AlignArguments):
+    """The arguments of an alignment with nothing left open; stored as `request.json`."""
 
-    Attributes:
-        base: name, folder or hub id.
-        prefs: the preference database.
-        method: "ppo" (RLPO, ours), "dpo" or "rloo" (by TRL).
-        reward: "model" fits one to the pairs; a judge's name takes that judge.
-        layers: what is trained, "last:N" or "all"; the reward model reads what enters the first of them.
-        rollouts, rollout_size: how often, and to how many prompts, the policy answers.
-        learning_rate: the peak.
-        new_tokens, temperature: of the answers.
-        target_kl: to the untouched base, in nats an answer.
-        seed: of order and sampling.
-    """
-
-    base: str
     prefs: str
-    method: str
-    reward: str
-    layers: str
-    rollouts: int
-    rollout_size: int
-    learning_rate: float
-    new_tokens: int
-    temperature: float
-    target_kl: float
-    seed: int
 
 
-def align(
-    base: str = "smollm2-135m",
-    *,
-    prefs: str | Path,
-    name: str,
-    method: Method = "ppo",
-    reward: str = "model",
-    layers: str = "last:6",
-    rollouts: int = 40,
-    rollout_size: int = 48,
-    learning_rate: float = 5e-5,
-    new_tokens: int = 32,
-    temperature: float = 0.8,
-    target_kl: float = 8.0,
-    out: str | Path | None = None,
-    run_folder: str | Path | None = None,
-    seed: int = 0,
-    quiet: bool = False,
-    dry_run: bool = False,
-) -> Path:
+@job(AlignArguments)
+def align(arguments: AlignArguments) -> Path:
     """Align a model with preferences and return the folder of the new one; interrupted, the same call goes on.
-
-    Args:
-        out, run_folder: by default `models/<name>` and `runs/<name>` in the library's home.
-        dry_run: check everything, say how much there is to do, change nothing.
-        Others: see `AlignRequest`.
 
     Raises:
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
-    request = AlignRequest(
-        base, str(Path(prefs).expanduser().resolve()), method, reward, layers, rollouts, rollout_size, learning_rate,
-        new_tokens, temperature, target_kl, seed,
-    )  # fmt: skip
-    target, folder = Path(out or home() / "models" / name), Path(run_folder or home() / "runs" / name)
-    return run_once(AlignRun, request, asdict(request), target, folder, quiet, dry_run)
+    prefs = Path(arguments.prefs or home() / "preferences.db").expanduser().resolve()
+    request = AlignRequest(**{**vars(arguments), "prefs": str(prefs)})
+    target = Path(arguments.out or home() / "models" / request.name)
+    folder = Path(arguments.run_folder or home() / "runs" / request.name)
+    return run_once(AlignRun, request, request.as_json(), target, folder, arguments.quiet, arguments.dry_run)
 
 
 class AlignRun:
@@ -158,7 +111,7 @@ class AlignRun:
 
     def run(self) -> dict[str, Any]:
         """Train and write the model; return the figures of the run."""
-        write_json(self.folder / "request.json", asdict(self.request))
+        write_json(self.folder / "request.json", self.request.as_json())
         figures = self.method(self)
         remember_adapted(self.out, self.base)
         return {"model": str(self.out), **figures}

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch
-from deepseek.train.jobs.adapt import LEARNING_RATES, TASKS, AdaptRequest, AdaptRun, adapt
+from deepseek.train.jobs.adapt import BATCH_ROWS, LEARNING_RATES, TASKS, AdaptRequest, AdaptRun, adapt
 from deepseek.train.jobs.plan import MOST_PASSES, timed
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.text.corpus import Source
 
 Rival = Literal["lora", "full"]
 
@@ -55,8 +54,7 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
     """Time a step of `mode` on the corpus in `folder` and return what fits into `seconds`, loading included."""
     started = time.monotonic()
     rate = LEARNING_RATES[mode]
-    once: dict[str, Any] = {"last": 0, "tokens": 0, "epochs": 1, "batch_rows": 4}
-    request = AdaptRequest(mode=mode, source=Source(), learning_rate=rate, **once, **shared)
+    request = AdaptRequest(mode=mode, learning_rate=rate, epochs=1, batch_rows=BATCH_ROWS, **shared)
     with tempfile.TemporaryDirectory() as empty:
         run = AdaptRun(request, folder, Path(empty) / "model", ProgressBar(quiet=True))
         texts = run.texts(run.corpus())

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from pydantic.dataclasses import dataclass as declaration
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.data import Batch, RowLoader
-from deepseek.data.text.document import Rule
 from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.errors import DataError, PackError
 from deepseek.model.experts import ExpertModule
@@ -30,6 +30,8 @@ from deepseek.train.gates.background import background
 from deepseek.train.gates.calibrate import FEWEST_TOKENS, GateCalibration, calibrate
 from deepseek.train.gates.public_text import public_statistics
 from deepseek.train.gates.replay import Replay
+from deepseek.train.jobs.arguments import ExpertArguments
+from deepseek.train.jobs.declaration import DECLARED, job
 from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
@@ -38,8 +40,8 @@ from deepseek.train.loop.layers import parse_layers
 from deepseek.train.loop.metrics import peak_memory
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import run_once
-from deepseek.train.text.corpus import Corpus, Source
-from deepseek.train.text.question_mix import QUESTIONS, asked_about
+from deepseek.train.text.corpus import Corpus
+from deepseek.train.text.question_mix import asked_about
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
 CALIBRATION_TOKENS = 40_000
@@ -52,26 +54,11 @@ RELEVANCE_TOKENS = 1_000_000
 """Of the expert's own text, for its table of words, which needs no model."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertRequest(TextRequest):
-    """What to train.
+@declaration(kw_only=True, frozen=True, config=DECLARED)
+class ExpertRequest(TextRequest, ExpertArguments):
+    """The arguments of an expert with nothing left open; stored as `request.json`."""
 
-    Attributes:
-        name: of the expert.
-        layers: `last:3` (fast), `all` (strong), `last:N`, or indices such as `0-9,20`.
-        width: width of the expert's feed-forward network at each layer.
-        minutes: time for trunk, training and evaluation, turned into a number of tokens by a measurement; or None, and
-            `tokens` counts.
-        licence: SPDX expression of the pack.
-        domain: a few words on what the expert knows.
-    """
-
-    name: str
-    layers: str
     width: int
-    minutes: float | None
-    licence: str
-    domain: str
 
 
 class ExpertRun(TextRun):
@@ -287,65 +274,36 @@ CACHED = Recipe(width=512, shortest=3, batch_rows=4, learning_rate=4e-3)
 WHOLE = Recipe(width=256, shortest=1, batch_rows=2, learning_rate=3e-3)
 """Experts from layer 0 on: every pass costs the same, so new text at each."""
 
-TextPath = str | Path | None
 
-
-def train_expert(
-    base: str = "smollm2-135m",
-    *,
-    name: str,
-    from_git: TextPath = None,
-    from_folder: TextPath = None,
-    from_jsonl: TextPath = None,
-    from_parquet: TextPath = None,
-    layers: str = "last:3",
-    width: int | None = None,
-    minutes: float | None = None,
-    tokens: int | None = None,
-    epochs: int | None = None,
-    out: str | Path | None = None,
-    run_folder: str | Path | None = None,
-    held_out: float = 0.1,
-    split: Rule = "file",
-    row_length: int = 512,
-    batch_rows: int | None = None,
-    learning_rate: float | None = None,
-    held_out_tokens: int = 8192,
-    questions: float | None = None,
-    licence: str = "LicenseRef-Unknown",
-    domain: str = "",
-    seed: int = 0,
-    quiet: bool = False,
-    dry_run: bool = False,
-) -> Path:
+@job(ExpertArguments)
+def train_expert(arguments: ExpertArguments) -> Path:
     """Train an expert module on text and return the path of its pack; interrupted, the same call goes on.
-
-    Args:
-        out: path of the pack; default `<name>.safetensors` in the folder of trained experts.
-        run_folder: default `runs/<name>` in the library's home.
-        quiet: show no progress.
-        dry_run: check everything, show what the run would take, and change nothing.
-        Others: see `ExpertRequest`, `Source` and `Recipe`, which says what is taken where None is given; without
-            `minutes` and `tokens`, five minutes.
 
     Raises:
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
-    paths = from_git, from_folder, from_jsonl, from_parquet
-    share = QUESTIONS if questions is None else questions
-    source = Source.at(*paths, held_out=held_out, by=split, seed=seed, questions=share)
-    num_layers = read_config(resolve(base))["num_hidden_layers"]
-    recipe = _recipe(parse_layers(layers, num_layers)[0])
-    request = ExpertRequest(
-        base=base, name=name, source=source, layers=layers,
-        width=width or recipe.width, minutes=DEFAULT_MINUTES if minutes is None and tokens is None else minutes,
-        tokens=tokens, epochs=epochs, row_length=row_length,
-        batch_rows=batch_rows or recipe.batch_rows, learning_rate=learning_rate or recipe.learning_rate,
-        held_out_tokens=held_out_tokens, licence=licence, domain=domain, seed=seed,
-    )  # fmt: skip
-    pack, folder = Path(out or experts_folder() / f"{name}{SUFFIX}"), Path(run_folder or home() / "runs" / name)
-    return run_once(ExpertRun, request, request.as_json(), pack, folder, quiet, dry_run)
+    request = expert_request(arguments)
+    pack = Path(arguments.out or experts_folder() / f"{request.name}{SUFFIX}")
+    folder = Path(arguments.run_folder or home() / "runs" / request.name)
+    return run_once(ExpertRun, request, request.as_json(), pack, folder, arguments.quiet, arguments.dry_run)
+
+
+def expert_request(arguments: ExpertArguments) -> ExpertRequest:
+    """Return the arguments with what suits the layers, and five minutes, where nothing is given."""
+    num_layers = read_config(resolve(arguments.base))["num_hidden_layers"]
+    recipe = _recipe(parse_layers(arguments.layers, num_layers)[0])
+    minutes = arguments.minutes
+    if minutes is None and arguments.tokens is None:
+        minutes = DEFAULT_MINUTES
+    resolved = {
+        "name": arguments.named(),
+        "width": arguments.width or recipe.width,
+        "minutes": minutes,
+        "batch_rows": arguments.batch_rows or recipe.batch_rows,
+        "learning_rate": arguments.learning_rate or recipe.learning_rate,
+    }
+    return ExpertRequest(**{**vars(arguments), **resolved})
 
 
 def _recipe(first: int) -> Recipe:

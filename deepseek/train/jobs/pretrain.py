@@ -4,7 +4,7 @@ texts -> tokenizer -> token shards, easy documents first -> mix -> model -> loop
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.hub import resolve
@@ -25,8 +24,10 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning import training_memory
 from deepseek.text.tokenizer import document_end_id, load_tokenizer, train_tokenizer
+from deepseek.train.jobs.arguments import PretrainArguments
+from deepseek.train.jobs.declaration import job
 from deepseek.train.jobs.language import LanguageTask
-from deepseek.train.jobs.settings import JobSettings, TextSettings
+from deepseek.train.jobs.settings import DomainSettings
 from deepseek.train.loop.backends import Backend, current
 from deepseek.train.loop.loop import LoopConfig, TrainResult, train
 from deepseek.train.loop.metrics import peak_memory
@@ -42,101 +43,29 @@ TOKENIZER_CHARACTERS = 20_000_000
 SAMPLE_TOKENS = 48
 
 
-class DomainSettings(TextSettings):
-    """One kind of text and its share of the mix, relative to the others'."""
-
-    weight: float = Field(default=1.0, gt=0)
-
-
-class PretrainSettings(JobSettings):
-    """What `deepseek pretrain` reads.
-
-    Attributes:
-        name: of the model and of its run folder.
-        domains: texts by name, with weights.
-        tokenizer: model or folder whose tokenizer to take; by default one of `vocab_size` is trained on the mix.
-        model: `preset` and fields of `ModelConfig`.
-        tokens: targets to train on in all.
-        row_length, batch_rows, accumulate: tokens of a row, rows of a batch, batches of a step.
-        learning_rate, final_learning_rate, warmup, weight_decay: AdamW with warm-up (a share of the steps) and cosine.
-        curriculum: whether the first steps take easy text (`train/text/mix.py`); saves steps in some seeds only
-            (docs/log/pretraining.md).
-        held_out, held_out_tokens: share of the documents never trained on, and tokens of each domain to evaluate on.
-        evaluate_every, checkpoint_every: steps.
-        samples: prompts that the model continues after every evaluation.
-        licence: SPDX expression of the model.
-        out, run_folder: by default `models/<name>` and `runs/<name>` in the library's home.
-    """
-
-    name: str
-    domains: dict[str, DomainSettings] = Field(min_length=1)
-    vocab_size: int = 8192
-    tokenizer: str | None = None
-    model: dict[str, Any] = Field(default_factory=lambda: {"preset": "deepseek-nano"})
-    tokens: int = Field(gt=0)
-    row_length: int = Field(default=512, gt=1)
-    batch_rows: int = Field(default=8, gt=0)
-    accumulate: int = Field(default=1, gt=0)
-    learning_rate: float = Field(default=3e-4, gt=0)
-    final_learning_rate: float = Field(default=1e-5, ge=0)
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    curriculum: bool = False
-    held_out: float = 0.05
-    held_out_tokens: int = 8192
-    evaluate_every: int = Field(default=100, gt=0)
-    checkpoint_every: int = Field(default=100, gt=0)
-    samples: tuple[str, ...] = ("The ", "def ")
-    licence: str = "LicenseRef-Unknown"
-    seed: int = 0
-    out: Path | None = None
-    run_folder: Path | None = None
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps that hold `tokens`."""
-        return max(1, round(self.tokens / (self.row_length * self.batch_rows * self.accumulate)))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what decides the result, as JSON values."""
-        return self.model_dump(mode="json", exclude={"out", "run_folder"})
-
-    def model_config_for(self, vocab_size: int, end: int) -> ModelConfig:
-        """Return the model's shape with this vocabulary, whose id `end` ends a document."""
-        fields = {"max_position_embeddings": self.row_length, **self.model}
-        preset, fields = fields.pop("preset", None), {**fields, "vocab_size": vocab_size, "eos_token_id": end}
-        return ModelConfig.preset(preset, **fields) if preset else ModelConfig(**fields)
-
-
-def pretrain(
-    config: str | Path | Mapping[str, Any] | PretrainSettings, *, quiet: bool = False, dry_run: bool = False
-) -> Path:
+@job(PretrainArguments)
+def pretrain(arguments: PretrainArguments) -> Path:
     """Train a language model from scratch and return its folder; interrupted, the same call goes on.
 
     Under `torchrun` the parameters, gradients and moments are spread over the processes (FSDP2).
-
-    Args:
-        config: a YAML or TOML file, or its content; see `PretrainSettings`.
-        quiet: show no progress.
-        dry_run: check everything, estimate memory and time, and change nothing.
 
     Raises:
         ConfigError, DataError, TrainError: with the cause and the mend.
         KeyboardInterrupt: after Ctrl-C; its message says how to go on.
     """
-    settings = PretrainSettings.read(config)
-    out = settings.out or home() / "models" / settings.name
-    folder = settings.run_folder or home() / "runs" / settings.name
+    out = Path(arguments.out or home() / "models" / arguments.name)
+    folder = Path(arguments.run_folder or home() / "runs" / arguments.name)
     with current() as backend:
-        job = partial(PretrainRun, backend=backend)
-        return run_once(job, settings, settings.as_json(), out, folder, quiet or not backend.main, dry_run)
+        run = partial(PretrainRun, backend=backend)
+        quiet = arguments.quiet or not backend.main
+        return run_once(run, arguments, arguments.as_json(), out, folder, quiet, arguments.dry_run)
 
 
 class PretrainRun:
     """One configuration in its run folder."""
 
     def __init__(
-        self, settings: PretrainSettings, folder: Path, out: Path, progress: ProgressBar, backend: Backend
+        self, settings: PretrainArguments, folder: Path, out: Path, progress: ProgressBar, backend: Backend
     ) -> None:
         self.settings, self.folder, self.out, self.progress, self.backend = settings, folder, out, progress, backend
         self.started = time.monotonic()
@@ -269,13 +198,13 @@ class PretrainRun:
         return record | {"licence": self.settings.licence}
 
 
-def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> DeepSeekModel:
+def build_model(settings: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> DeepSeekModel:
     """Return the model with its first weights, which the seed decides."""
     torch.manual_seed(settings.seed)
     return DeepSeekModel(settings.model_config_for(len(tokenizer), document_end_id(tokenizer))).float().train()
 
 
-def mixed_texts(settings: PretrainSettings) -> Iterator[str]:
+def mixed_texts(settings: PretrainArguments) -> Iterator[str]:
     """Yield text of the domains in turn, of each as much as its weight asks for."""
     total = sum(domain.weight for domain in settings.domains.values())
     parts = [
@@ -286,7 +215,7 @@ def mixed_texts(settings: PretrainSettings) -> Iterator[str]:
         yield from (text for text in texts if text)
 
 
-def cut(domain: DomainSettings, characters: int, settings: PretrainSettings) -> Iterator[str]:
+def cut(domain: DomainSettings, characters: int, settings: PretrainArguments) -> Iterator[str]:
     """Yield texts of one domain until they hold `characters`."""
     for document in read_source(domain.source(settings.held_out, settings.seed), Skipped()):
         yield document.text
@@ -295,7 +224,7 @@ def cut(domain: DomainSettings, characters: int, settings: PretrainSettings) -> 
             return
 
 
-def step_seconds(config: ModelConfig, settings: PretrainSettings) -> float:
+def step_seconds(config: ModelConfig, settings: PretrainArguments) -> float:
     """Return the seconds of one optimizer step here, measured on random tokens."""
     task = LanguageTask(DeepSeekModel(config).float().train(), {})
     batch = partial(_random_batch, config.vocab_size, settings.row_length)

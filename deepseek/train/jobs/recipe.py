@@ -4,7 +4,7 @@ stages -> their results -> a model card beside the last model, and a page of the
 """
 
 from collections.abc import Callable, Mapping
-from inspect import signature
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,25 @@ from deepseek.errors import ConfigError
 from deepseek.registry import pick
 from deepseek.train.jobs.adapt import adapt
 from deepseek.train.jobs.align import align
+from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments, PretrainArguments
+from deepseek.train.jobs.declaration import Declaration, selected
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.pretrain import pretrain
 from deepseek.train.jobs.settings import JobSettings
 from deepseek.train.loop.runs import write_page
 
-Stage = Callable[..., Any]
-"""Takes the fields of its stage as keyword arguments and returns the path of what it made, if anything."""
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of a recipe takes, and the function that does it.
+
+    Attributes:
+        arguments: the declaration of the arguments that `with` may hold.
+        run: takes them and returns the path of what it made, if anything.
+    """
+
+    arguments: type[Declaration]
+    run: Callable[..., Path | None]
 
 
 class StageSettings(JobSettings):
@@ -30,7 +42,7 @@ class StageSettings(JobSettings):
     Attributes:
         stage: pretrain, adapt, align, expert or eval.
         name: of its run folder; default: recipe, number and stage.
-        with_: arguments of the function of that stage (`with` in the file). `base`, or for `eval` the model, is what
+        with_: arguments of that stage (`with` in the file), as `arguments.py` declares them. `base` is the model that
             the stage before made, unless it is given.
     """
 
@@ -61,35 +73,44 @@ def train_recipe(
     """Run the stages of a recipe and return its run folder; the same call goes on after an interruption.
 
     Args:
-        extra: functions of further stages; those that live on higher floors come from the command line.
+        extra: further stages; those that live on higher floors come from the command line.
     """
     recipe = RecipeSettings.read(config)
     table = {**STAGES, **(extra or {})}
     for number, step in enumerate(recipe.stages, 1):  # all of them before the first runs for hours
-        function = pick(table, step.stage, "stage")
+        stage = pick(table, step.stage, "stage")
         try:
-            signature(function).bind(**{"base": "", "name": "", "run_folder": "", "quiet": quiet, **step.with_})
-        except TypeError as error:
-            raise ConfigError(f"stage {number} ({step.stage}): {error}; correct its `with`.") from None
+            stage.arguments.read(**given_to(stage, recipe, number, recipe.base, quiet))
+        except ConfigError as error:
+            raise ConfigError(f"stage {number} ({step.stage}): {error}") from None
     folder = home() / "runs" / recipe.name
     model, results = recipe.base, []
     for number, step in enumerate(recipe.stages, 1):
-        name = step.name or f"{recipe.name}-{number}-{step.stage}"
-        run = home() / "runs" / name
-        made = table[step.stage](**{"base": model, "name": name, "run_folder": run, "quiet": quiet, **step.with_})
+        stage = table[step.stage]
+        given = given_to(stage, recipe, number, model, quiet)
+        made = stage.run(**given)
         model = str(made) if made is not None and Path(made).is_dir() else model
+        run = Path(given["run_folder"])
         results.append({"stage": step.stage, "run": str(run), "made": str(made or ""), **_result(run)})
     write_json(folder / "result.json", {"stage": "recipe", "model": model, "results": results})
     _report(recipe, folder, results, model)
     return folder
 
 
-def _pretrain(*, quiet: bool, **settings: Any) -> Path:
-    settings.pop("base")  # where the other stages begin; this one has none
-    return pretrain(settings, quiet=quiet)
+def given_to(stage: Stage, recipe: RecipeSettings, number: int, model: str, quiet: bool) -> dict[str, Any]:
+    """Return the arguments of a stage by name: what its `with` says, and what every recipe gives."""
+    step = recipe.stages[number - 1]
+    name = step.name or f"{recipe.name}-{number}-{step.stage}"
+    shared = {"base": model, "name": name, "run_folder": home() / "runs" / name, "quiet": quiet}
+    return {**selected(shared, stage.arguments), **step.with_}
 
 
-STAGES: dict[str, Stage] = {"pretrain": _pretrain, "adapt": adapt, "align": align, "expert": train_expert}
+STAGES = {
+    "pretrain": Stage(PretrainArguments, pretrain),
+    "adapt": Stage(AdaptArguments, adapt),
+    "align": Stage(AlignArguments, align),
+    "expert": Stage(ExpertArguments, train_expert),
+}
 
 
 def _result(run: Path) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepseek.errors import ConfigError
-from deepseek.packs.manifest import explain
-from deepseek.registry import nearest
-from deepseek.train.text.corpus import Source
+from deepseek.train.jobs.declaration import unknown
+
+if TYPE_CHECKING:
+    from deepseek.train.text.corpus import Source
 
 
 class JobSettings(BaseModel):
@@ -26,7 +27,7 @@ class JobSettings(BaseModel):
         names = {field.alias or name for name, field in cls.model_fields.items()}
         for key in values if isinstance(values, Mapping) else ():
             if key not in names:
-                raise ValueError(f"{key!r} is no field here; {nearest(str(key), names)}")
+                raise ValueError(unknown(str(key), names))
         return values
 
     @classmethod
@@ -36,12 +37,11 @@ class JobSettings(BaseModel):
             return given
         where = f"{given}: " if isinstance(given, str | Path) else ""
         try:
-            return cls.model_validate(_load(Path(given)) if isinstance(given, str | Path) else given)
+            return cls.model_validate(read_file(Path(given)) if isinstance(given, str | Path) else given)
         except ValidationError as error:
+            from deepseek.packs.manifest import explain
+
             raise ConfigError(f"{where}{explain(error)}.") from None
-
-
-S = TypeVar("S", bound=JobSettings)
 
 
 class TextSettings(JobSettings):
@@ -52,18 +52,29 @@ class TextSettings(JobSettings):
     jsonl: Path | None = None
     parquet: Path | None = None
 
-    def source(self, held_out: float, seed: int) -> Source:
+    def source(self, held_out: float, seed: int) -> "Source":
         """Return the source that these settings name."""
+        from deepseek.train.text.corpus import Source
+
         return Source.at(self.git, self.folder, self.jsonl, self.parquet, held_out=held_out, seed=seed)
 
 
-def _load(path: Path) -> Any:
-    """Return the content of a YAML or TOML file."""
+class DomainSettings(TextSettings):
+    """One kind of text and its share of the mix, relative to the others'."""
+
+    weight: float = Field(default=1.0, gt=0)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML or TOML file; `ConfigError` says what is wrong with it."""
     try:
         text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give a YAML or TOML file.") from None
     except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         cause = " ".join(str(error).split())
         raise ConfigError(f"{path} is neither YAML nor TOML ({cause}); correct it there.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} has no fields; write them as `name: value`.")
+    return content

@@ -7,11 +7,11 @@ nothing, and is scored exactly before the first step and after the last one: the
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass as declaration
 from torch import Tensor
 
 from deepseek.checkpoint.hub import resolve
@@ -22,12 +22,14 @@ from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import Metric
 from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.jobs.arguments import TextArguments
+from deepseek.train.jobs.declaration import DECLARED
 from deepseek.train.jobs.outcome import Outcome, tell
 from deepseek.train.jobs.plan import TrainingPlan
 from deepseek.train.loop.loop import LoopConfig, Task, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.text.corpus import Corpus, Source, build_corpus
+from deepseek.train.text.corpus import Corpus, build_corpus
 from deepseek.train.text.trunk_cache import Stream, TrunkCache
 
 FREQUENT_TOKENS = 4096
@@ -43,35 +45,12 @@ PATIENCE = 4
 """Evaluations in a row without a lower loss after which a run goes back to its best state: about a pass."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextRequest:
-    """What to train on; stored as `request.json`.
+@declaration(kw_only=True, frozen=True, config=DECLARED)
+class TextRequest(TextArguments):
+    """The arguments of a training on text with nothing left open; stored as `request.json`."""
 
-    Attributes:
-        base: name, folder or hub id of the base model.
-        source: the text.
-        tokens: distinct tokens to train on; 0 means all there are.
-        epochs: passes over them; None: as many as the text is worth.
-        row_length, batch_rows: tokens of a packed row, rows of a batch.
-        learning_rate: the peak.
-        held_out_tokens: most tokens that are reported on, and most that the best state is chosen by.
-        seed: of initial values, row order and sampling.
-    """
-
-    base: str
-    source: Source
-    tokens: int | None
-    epochs: int | None
-    row_length: int
     batch_rows: int
     learning_rate: float
-    held_out_tokens: int
-    seed: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values, those of the source among the others."""
-        fields = asdict(self)
-        return {**fields, "source": {key: str(v) if isinstance(v, Path) else v for key, v in fields["source"].items()}}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from train.loop.tiny_pretrain import settings
 import deepseek
 from deepseek.checkpoint import store
 from deepseek.errors import ConfigError, DataError, TrainError
-from deepseek.train.jobs.pretrain import PretrainSettings
+from deepseek.train.jobs.arguments import PretrainArguments
 from deepseek.train.loop import loop
 from deepseek.train.loop.metrics import read_metrics
 
@@ -81,16 +81,16 @@ def test_a_misspelt_key_is_one_sentence_with_the_right_name(tmp_path: Path) -> N
     path = tmp_path / "run.yaml"
     path.write_text("name: x\ntokens: 1000\nlearning_rat: 1\ndomains: {a: {folder: .}}\n")
     with pytest.raises(ConfigError, match=r"run.yaml: .*'learning_rat' is no field here; perhaps 'learning_rate'"):
-        PretrainSettings.read(path)
+        PretrainArguments.read(path)
     path = tmp_path / "run.toml"
     path.write_text('name = "x"\ntokens = 1000\n[domains.a]\nfolde = "."\n')
     with pytest.raises(ConfigError, match=r"domains\.a: 'folde' is no field here; perhaps 'folder'"):
-        PretrainSettings.read(path)
+        PretrainArguments.read(path)
     with pytest.raises(ConfigError, match="tokens: "):
-        PretrainSettings.read({"name": "x", "tokens": "many", "domains": {"a": {"folder": "."}}})
+        PretrainArguments.read({"name": "x", "tokens": "many", "domains": {"a": {"folder": "."}}})
     path.write_text("name = = 3")
     with pytest.raises(ConfigError, match="neither YAML nor TOML"):
-        PretrainSettings.read(path)
+        PretrainArguments.read(path)
 
 
 def test_a_damaged_shard_is_named_before_training_goes_on(whole: Path, domains: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_mistakes_are_found_before_anything_runs(domains: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="stage 'adept' is unknown; perhaps 'adapt'"):
         train_recipe(wrong, quiet=True)
     assert not (tmp_path / "adapted").exists()
-    with pytest.raises(ConfigError, match="unexpected keyword argument 'epoch'"):
+    with pytest.raises(ConfigError, match=r"stage 1 \(adapt\): 'epoch' is no field here; perhaps 'epochs'"):
         train_recipe({"name": "x", "base": "nowhere", "stages": [{"stage": "adapt", "with": {"epoch": 1}}]}, quiet=True)
 
 

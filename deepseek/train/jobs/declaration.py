@@ -1,0 +1,190 @@
+"""How a job's arguments are declared once: the class, its checks, and the words that describe each argument.
+
+A job has one pydantic dataclass in `arguments.py`. A field there is an argument: its name, type, range, default and
+docstring. From the class come the Python function (`job`), the command line (`cli/job_command.py`), the keys of a
+recipe (`read`), the request of `/v1/teach` and the reference page (`reference.py`).
+
+Nothing heavy is imported here, so that `--help` is quick.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from inspect import cleandoc, get_annotations, signature
+from types import UnionType
+from typing import Any, ClassVar, Literal, ParamSpec, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from deepseek.errors import ConfigError
+from deepseek.registry import nearest
+
+DECLARED = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+"""Of every declaration: no unknown key, a docstring under each field, defaults checked like values."""
+
+
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+"""Bounds of `Field` and how they are said."""
+
+
+class Declaration:
+    """What all declarations can do; see `arguments.py` for how one is written."""
+
+    unstored: ClassVar[frozenset[str]] = frozenset({"out", "run_folder", "quiet", "dry_run"})
+    """Arguments that do not decide the result, so that a run can go on with others."""
+
+    @classmethod
+    def read(cls, **given: Any) -> Self:
+        """Return the arguments that are given by name, checked; `ConfigError` names a wrong one and what to do."""
+        try:
+            arguments = cls(**given)
+        except ValidationError as error:
+            raise ConfigError(f"{explain(error.errors()[0], cls)}.") from None
+        arguments.check()
+        return arguments
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what no argument shows alone."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what decides the result, as JSON values: `request.json` of the run."""
+        values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return {name: value for name, value in values.items() if name not in self.unstored}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One field of a declaration.
+
+    Attributes:
+        name: as it is in Python and in recipes.
+        declared: what pydantic knows about it: description, default, range, examples.
+        kind: its type without `None`: a class, a `Literal`, or a generic type such as `tuple[str, ...]`.
+        owner: the class that declares it, whose docstring titles a group of arguments.
+    """
+
+    name: str
+    declared: FieldInfo
+    kind: Any
+    owner: type[Declaration]
+
+    @property
+    def default(self) -> Any:
+        """The value where none is given."""
+        return self.declared.get_default(call_default_factory=True)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a `Literal`, else nothing."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def limits(self) -> str:
+        """The range in words, empty where there is none; that a count is not negative goes without saying."""
+        words = []
+        for bound in self.declared.metadata:
+            for name, phrase in LIMITS.items():
+                limit = getattr(bound, name, None)
+                if limit is not None and (name, limit) != ("ge", 0):
+                    words.append(f"{phrase} {limit:g}")
+        return ", ".join(words)
+
+    @property
+    def about(self) -> str:
+        """What it is, its range and its default, as `--help`, docstrings and the reference page show it."""
+        description = " ".join((self.declared.description or "").split())
+        text, _, default = description.partition("; default: ")
+        if not default and not isinstance(self.default, bool) and "no default" not in text:
+            default = str(self.default)
+        return "; ".join(filter(None, [text, self.limits, default and f"default: {default}"])) + "."
+
+
+def arguments_of(declaration: type[Declaration]) -> dict[str, Argument]:
+    """Return the arguments of a job by name: its own first, then those that it shares with others."""
+    found: dict[str, Argument] = {}
+    for owner in declaration.__mro__:
+        # Pydantic reads docstrings in the class that declares a field; classes below inherit it without.
+        fields: dict[str, FieldInfo] = owner.__dict__.get("__pydantic_fields__", {})
+        for name in get_annotations(owner):
+            if name in fields and name not in found:
+                found[name] = Argument(name, fields[name], _kind(fields[name].annotation), owner)
+    return found
+
+
+P = ParamSpec("P")
+D = TypeVar("D", bound=Declaration)
+R = TypeVar("R")
+
+
+def job(declaration: Callable[P, D]) -> Callable[[Callable[[D], R]], Callable[P, R]]:
+    """Turn a function of checked arguments into one that is called with the arguments themselves.
+
+    Signature and docstring of the function are those of the declaration, for editors, type checkers and `help`.
+    """
+    declared = cast(type[D], declaration)
+    public = signature(declaration)
+
+    def decorate(run: Callable[[D], R]) -> Callable[P, R]:
+        @wraps(run)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            by_position = public.bind_partial(*args).arguments
+            return run(declared.read(**by_position, **kwargs))
+
+        returns = get_type_hints(run)["return"]
+        call.__signature__ = public.replace(return_annotation=returns)  # type: ignore[attr-defined]
+        call.__doc__ = documented(run.__doc__ or "", declared)
+        return call
+
+    return decorate
+
+
+def documented(text: str, declaration: type[Declaration]) -> str:
+    """Return a docstring with an `Args` section made of the declaration, before its `Raises`."""
+    summary, raises, errors = cleandoc(text).partition("\n\nRaises:")
+    lines = [f"    {argument.name}: {argument.about}" for argument in arguments_of(declaration).values()]
+    return "\n".join([summary, "", "Args:", *lines]) + raises + errors
+
+
+def explain(error: Any, declaration: type[Declaration]) -> str:
+    """Return a mistake in arguments in one line: the argument, what is wrong with it, and what is right.
+
+    Args:
+        error: one of pydantic's `ValidationError.errors()`.
+        declaration: of the arguments.
+    """
+    where = ".".join(str(part) for part in error["loc"])
+    value = error["input"]
+    argument = arguments_of(declaration).get(where)
+    if error["type"] == "unexpected_keyword_argument":
+        return unknown(where, arguments_of(declaration))
+    if argument is not None and value == argument.default:
+        return f"{where} is missing; give it"
+    if error["type"] == "literal_error" and argument is not None:
+        return f"{where} {value!r} is unknown; {nearest(str(value), argument.choices)}"
+    if error["type"] == "string_pattern_mismatch" and argument is not None and argument.declared.examples:
+        return f"{where}={value!r} is not understood; write {_listed(argument.declared.examples)}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, not {value!r}" if message.startswith("Input should") else f"{where}: {message}"
+
+
+def unknown(key: str, names: Iterable[str]) -> str:
+    """Return what is said of a key that no field has."""
+    return f"{key!r} is no field here; {nearest(key, names)}"
+
+
+def selected(values: Mapping[str, Any], declaration: type[Declaration]) -> dict[str, Any]:
+    """Return those of the values that a declaration has an argument for."""
+    names = arguments_of(declaration)
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _kind(annotation: Any) -> Any:
+    """Return `int` for `int | None`, and the more telling `Path` for `str | Path | None`."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    return [kind for kind in get_args(annotation) if kind is not type(None)][-1]
+
+
+def _listed(words: list[Any]) -> str:
+    return ", ".join(map(str, words[:-1])) + f", or {words[-1]}"

@@ -1,0 +1,56 @@
+"""`deepseek.distill_hash`: from a model and some text to the hashes of its LSH attention; the model stays as it is.
+
+texts -> attention inputs, layer by layer -> k-means and L-BFGS -> one file beside the model
+"""
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.checkpoint.hub import resolve
+from deepseek.data.text.encode import long_texts
+from deepseek.data.text.public import documents_at
+from deepseek.engine.load import load
+from deepseek.errors import ConfigError
+from deepseek.model.attention.hash import hash_file, save_hashes
+from deepseek.train.hash.distill import HashSettings, distill_hashes
+from deepseek.train.jobs.arguments import DistillHashArguments
+from deepseek.train.jobs.declaration import job
+from deepseek.train.loop.progress import ProgressBar
+
+
+@job(DistillHashArguments)
+def distill_hash(arguments: DistillHashArguments) -> Path:
+    """Learn which keys a frozen model's heads look for; return the file of hashes. The same call resumes.
+
+    Raises:
+        ConfigError, DataError, TrainError, HubError: with the cause and the mend.
+        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+    """
+    folder = resolve(arguments.base)
+    model, tokenizer = load(arguments.base, dtype="float32")
+    layers = range(arguments.exact, len(model.layers))
+    if not layers:
+        raise ConfigError(
+            f"exact={arguments.exact} leaves none of the {len(model.layers)} layers to LSH; give a lower number."
+        )
+    path = Path(arguments.out or hash_file(folder))
+    documents = documents_at([Path(place) for place in arguments.data])
+    ids_RT = long_texts(documents, tokenizer, arguments.texts, arguments.length, arguments.seed)
+    weights = fingerprint(folder).weights
+    identity = f"{weights} {hashlib.sha256(ids_RT.numpy().tobytes()).hexdigest()}"
+    state = path.with_name(f"{path.name}.layers")
+    settings = hash_settings(arguments)
+    with ProgressBar(quiet=arguments.quiet) as progress:
+        hashes = distill_hashes(model, ids_RT, settings, layers, state, identity=identity, progress=progress)
+    save_hashes(path, hashes, weights)
+    shutil.rmtree(state)
+    return path
+
+
+def hash_settings(arguments: DistillHashArguments) -> HashSettings:
+    """Return what decides the hashes, beside model and text."""
+    settings = HashSettings(num_buckets=arguments.buckets, bucket_window=arguments.window, seed=arguments.seed)
+    return replace(settings, solver_steps=0) if arguments.calibrate_only else settings

@@ -1,0 +1,90 @@
+"""The reference page of all arguments, `docs/reference/arguments.md`, written from their declarations.
+
+`python -m deepseek.train.jobs.reference docs/reference/arguments.md` writes it anew.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from deepseek.train.jobs.arguments import (
+    AdaptArguments,
+    AlignArguments,
+    DistillHashArguments,
+    ExpertArguments,
+    PretrainArguments,
+)
+from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
+
+
+@dataclass(frozen=True)
+class PublicJob:
+    """A training job as users see it.
+
+    Attributes:
+        function: its name in `deepseek`.
+        command: its words on the command line.
+        stage: its name in a recipe, None where it is no stage.
+        arguments: their declaration.
+    """
+
+    function: str
+    command: str
+    stage: str | None
+    arguments: type[Declaration]
+
+
+JOBS = (
+    PublicJob("train_expert", "expert train", "expert", ExpertArguments),
+    PublicJob("adapt", "adapt", "adapt", AdaptArguments),
+    PublicJob("align", "align", "align", AlignArguments),
+    PublicJob("pretrain", "pretrain", "pretrain", PretrainArguments),
+    PublicJob("distill_hash", "distill-hash", None, DistillHashArguments),
+)
+
+TOP = """# Arguments of the training jobs
+
+An argument has one name everywhere: `learning_rate` in Python and in recipes is `--learning-rate` on the command line.
+The first one of each function may be given by position. A wrong value or a misspelt name stops the job before anything
+is loaded.
+
+This page is written by `python -m deepseek.train.jobs.reference docs/reference/arguments.md`; do not edit it.
+"""
+
+
+def page() -> str:
+    """Return the page, one section a job and one table a group of arguments."""
+    return "\n".join([TOP, *(section(job) for job in JOBS)])
+
+
+def section(job: PublicJob) -> str:
+    """Return what the page says of one job."""
+    stage = f", stage `{job.stage}` of a recipe" if job.stage else ""
+    lines = [f"## {job.command}", "", f"`deepseek.{job.function}`, `deepseek {job.command}`{stage}.", ""]
+    owner: type[Declaration] | None = None
+    for argument in arguments_of(job.arguments).values():
+        if argument.owner is not owner:
+            lines += [] if owner is None else [""]
+            lines += [f"| {argument.owner.__doc__} | type | |", "|---|---|---|"]
+            owner = argument.owner
+        lines.append(f"| `{argument.name}` | {shown_kind(argument)} | {argument.about.replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
+
+
+def shown_kind(argument: Argument) -> str:
+    """Return the type of an argument as the page shows it."""
+    if argument.choices:
+        return ", ".join(f"`{choice}`" for choice in argument.choices)
+    if get_origin(argument.kind) is tuple:
+        return f"several {_word(get_args(argument.kind)[0])}"
+    return _word(argument.kind)
+
+
+def _word(kind: Any) -> str:
+    words = {bool: "yes or no", dict: "mapping", float: "number", int: "whole number", str: "text"}
+    return words.get(get_origin(kind) or kind, "path")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

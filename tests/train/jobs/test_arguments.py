@@ -1,0 +1,275 @@
+"""Every argument of every job reaches it from Python, command line and recipe; the cases are the declarations' own."""
+
+import inspect
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args, get_origin
+
+import pytest
+import torch
+
+import deepseek
+from deepseek.cli import job_command
+from deepseek.cli.main import main
+from deepseek.errors import ConfigError
+from deepseek.train.jobs import adapt, align, arguments, distill_hash, expert, pretrain
+from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
+from deepseek.train.jobs.recipe import STAGES, train_recipe
+from deepseek.train.jobs.reference import JOBS, PublicJob, page
+
+MODEL_BY_POSITION = {"adapt", "align"}
+"""Commands whose model has no option name."""
+
+TO_BEGIN: dict[str, dict[str, Any]] = {
+    "train_expert": {"name": "x", "run_folder": "/x", "from_git": "/git"},
+    "adapt": {"name": "x", "run_folder": "/x", "from_git": "/git"},
+    "align": {"name": "x", "run_folder": "/x"},
+    "pretrain": {"name": "x", "run_folder": "/x", "tokens": 1000, "domains": {"a": {"folder": "/a"}}},
+    "distill_hash": {},
+}
+"""What each job is given beside the argument in question."""
+
+Record = list[str]
+
+
+def the_job(function: str) -> PublicJob:
+    return next(job for job in JOBS if job.function == function)
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
+    """Receives what jobs are about to do, instead of their doing it."""
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
+    seen: Record = []
+
+    def instead(result: Any) -> Callable[..., Any]:
+        def call(*given: object, **named: object) -> Any:
+            seen.append(f"{given} {named}")
+            return result
+
+        return call
+
+    def run_once(run: object, request: object, *rest: object) -> Path:
+        seen.append(str(rest))  # the stored request, what is made, the folder, quiet, dry_run
+        return Path("made")
+
+    def progress_bar(quiet: bool) -> AbstractContextManager[str]:
+        seen.append(f"quiet={quiet}")
+        return nullcontext("progress")
+
+    for module in (adapt, align, expert, pretrain):
+        monkeypatch.setattr(module, "run_once", run_once)
+    monkeypatch.setattr(expert, "resolve", Path)
+    monkeypatch.setattr(expert, "read_config", lambda _: {"num_hidden_layers": 30})
+    monkeypatch.setattr(job_command, "fetch", lambda _: None)
+    for name, result in {
+        "resolve": tmp_path / "base",
+        "load": (SimpleNamespace(layers=range(30)), None),
+        "documents_at": [],
+        "long_texts": torch.zeros(1, dtype=torch.long),
+        "fingerprint": SimpleNamespace(weights=""),
+        "distill_hashes": {},
+        "save_hashes": None,
+    }.items():
+        monkeypatch.setattr(distill_hash, name, instead(result))
+    monkeypatch.setattr(distill_hash, "ProgressBar", progress_bar)
+    monkeypatch.setattr(distill_hash, "shutil", SimpleNamespace(rmtree=lambda _: None))
+    return seen
+
+
+def by_python(job: PublicJob, given: dict[str, Any]) -> None:
+    getattr(deepseek, job.function)(**given)
+
+
+def by_command(job: PublicJob, given: dict[str, Any]) -> None:
+    words = job.command.split()
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "base" and job.command in MODEL_BY_POSITION:
+            words.append(value)
+        elif isinstance(value, bool):
+            words += [option] if value else []
+        elif isinstance(value, tuple):
+            words += [f"{option}={part}" for part in value]
+        else:
+            words.append(f"{option}={json.dumps(value) if isinstance(value, dict) else value}")
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+
+
+def by_recipe(job: PublicJob, given: dict[str, Any]) -> None:
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    train_recipe({"name": "recipe", "stages": [{"stage": job.stage, "with": values}]})
+
+
+def another_value(argument: Argument) -> Any:
+    """Return a value of an argument that is not its default."""
+    fitting = [value for value in (*(argument.declared.examples or ()), *argument.choices) if value != argument.default]
+    if fitting:
+        return fitting[0]
+    if get_origin(argument.kind) is tuple:
+        return (f"/one/{argument.name}", f"/two/{argument.name}")
+    if argument.kind in (int, float):
+        return (argument.default or 6) + 1 if argument.kind is int else (argument.default or 0.5) / 2
+    return {bool: True, str: f"another-{argument.name}", Path: f"/another/{argument.name}"}[argument.kind]
+
+
+def cases() -> list[Any]:
+    """Return a job and one of its arguments each, but for `config`, which is not an argument but a place of others."""
+    pairs = [(job, argument) for job in JOBS for argument in arguments_of(job.arguments).values()]
+    return [pytest.param(*pair, id=f"{pair[0].function}-{pair[1].name}") for pair in pairs if pair[1].name != "config"]
+
+
+@pytest.mark.parametrize(("job", "argument"), cases())
+def test_an_argument_reaches_its_job(job: PublicJob, argument: Argument, record: Record) -> None:
+    given = TO_BEGIN[job.function]
+    by_python(job, given)
+    without = record.copy()
+    changed = {**given, argument.name: another_value(argument)}
+    record.clear()
+    by_python(job, changed)
+    with_it = record.copy()
+    assert with_it != without
+    for way in (by_command, *([by_recipe] if job.stage else [])):
+        record.clear()
+        way(job, changed)
+        assert record == with_it, way.__name__
+
+
+@pytest.mark.parametrize("name", sorted(arguments_of(arguments.AdaptArguments).keys() - {"mode"}))
+def test_an_argument_of_adapt_reaches_the_expert_of_mode_expert(name: str, record: Record) -> None:
+    given = {**TO_BEGIN["adapt"], "mode": "expert"}
+    by_python(the_job("adapt"), given)
+    without = record.copy()
+    for way in (by_python, by_command):
+        record.clear()
+        way(the_job("adapt"), {**given, name: another_value(arguments_of(arguments.AdaptArguments)[name])})
+        assert record != without, f"{name} is dropped {way.__name__}"
+
+
+def test_mode_expert_keeps_learning_rate_and_batch_rows(record: Record) -> None:
+    """Both were dropped in silence once."""
+    options = ("--mode", "expert", "--from-git", "/git", "--learning-rate", "0.0123", "--batch-rows", "17")
+    with pytest.raises(SystemExit):
+        main(["adapt", *options])
+    assert "'learning_rate': 0.0123" in record[0] and "'batch_rows': 17" in record[0]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.function)
+def test_a_function_shows_its_arguments(job: PublicJob) -> None:
+    function = getattr(deepseek, job.function)
+    assert inspect.signature(function).parameters.keys() == arguments_of(job.arguments).keys()
+    assert inspect.signature(function).return_annotation is Path
+    for argument in arguments_of(job.arguments).values():
+        assert f"    {argument.name}: {argument.about}\n" in function.__doc__
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.function)
+def test_help_lists_every_option(job: PublicJob, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*job.command.split(), "--help"])
+    shown = capsys.readouterr().out
+    for name in arguments_of(job.arguments):
+        assert f"--{name.replace('_', '-')}" in shown or (name == "base" and "MODEL" in shown)
+
+
+@pytest.mark.parametrize(("job", "argument"), cases())
+def test_an_argument_is_described_with_its_default(job: PublicJob, argument: Argument) -> None:
+    description = argument.declared.description or ""
+    assert len(description) > 5 and not description.endswith(".")
+    named = "default" in argument.about or isinstance(argument.default, bool)
+    assert named, f"the docstring of {argument.name} must say what is taken by default"
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.function)
+def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
+    job: PublicJob, record: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {**TO_BEGIN[job.function], "sead": 1}
+    for way in (by_python, *([by_recipe] if job.stage else [])):
+        with pytest.raises(ConfigError, match="'sead' is no field here; perhaps 'seed' is meant"):
+            way(job, wrong)
+    with pytest.raises(SystemExit) as stop:
+        main([*job.command.split(), "--sead", "1"])
+    assert stop.value.code == 2
+    assert "--seed" in capsys.readouterr().err
+    assert record == []
+
+
+@pytest.mark.parametrize(
+    ("declaration", "given", "message"),
+    [
+        (arguments.AdaptArguments, {"name": "x", "mode": "lorra"}, "mode 'lorra' is unknown; perhaps 'lora' is meant"),
+        (arguments.ExpertArguments, {"name": "x", "width": 0}, "width: Input should be greater than or equal to 1"),
+        (arguments.ExpertArguments, {"name": "x", "layers": "top"}, "layers='top' is not understood; write all, last"),
+        (arguments.ExpertArguments, {}, "no text to learn from; give from_git"),
+        (arguments.PretrainArguments, {"name": "x", "domains": {"a": {}}}, "tokens is missing; give it"),
+        (arguments.PretrainArguments, {"name": "x", "tokens": 5}, "domains is missing; give it"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_sentence(declaration: type[Declaration], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        declaration.read(**given)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_arguments_beside_a_configuration_win(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({**TO_BEGIN["pretrain"], "batch_rows": 3, "seed": 5}))
+    by_python(the_job("pretrain"), {"config": path, "seed": 6})
+    by_command(the_job("pretrain"), {"config": path, "seed": 6})
+    assert "'batch_rows': 3" in record[0] and "'seed': 6" in record[0]
+    assert record[0] == record[1]
+
+
+TEXT_KEYS = "base source tokens epochs row_length batch_rows learning_rate held_out_tokens seed"
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "keys"),
+    [
+        ("train_expert", expert, f"{TEXT_KEYS} name layers width minutes licence domain"),
+        ("adapt", adapt, f"{TEXT_KEYS} mode last"),
+        (
+            "align",
+            align,
+            "base prefs method reward layers rollouts rollout_size learning_rate new_tokens temperature target_kl seed",
+        ),
+    ],
+)
+def test_the_stored_request_has_the_keys_that_runs_were_started_with(
+    function: str, module: ModuleType, keys: str, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that an older version started goes on only if its `request.json` says the same."""
+    stored: dict[str, Any] = {}
+    monkeypatch.setattr(module, "run_once", lambda _, request, values, *rest: stored.update(values))
+    by_python(the_job(function), TO_BEGIN[function])
+    assert stored.keys() == set(keys.split())
+    if "source" in stored:
+        assert stored["source"].keys() == {"git", "folder", "jsonl", "parquet", "held_out", "by", "seed", "questions"}
+
+
+def test_every_stage_and_declaration_is_in_the_table_of_jobs() -> None:
+    assert {job.stage: job.arguments for job in JOBS if job.stage} == {
+        name: stage.arguments for name, stage in STAGES.items()
+    }
+    declared = [one for one in vars(arguments).values() if isinstance(one, type) and issubclass(one, Declaration)]
+    groups = {base for one in declared for base in one.__bases__}
+    assert {job.arguments for job in JOBS} == set(declared) - groups
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    path = Path(__file__).parents[3] / "docs" / "reference" / "arguments.md"
+    command = "python -m deepseek.train.jobs.reference docs/reference/arguments.md"
+    assert path.read_text(encoding="utf-8") == page(), f"write it anew: {command}"
+
+
+def test_the_type_of_each_argument_can_be_an_option() -> None:
+    for job in JOBS:
+        for argument in arguments_of(job.arguments).values():
+            found = job_command.annotation(argument, job.arguments, positional=False)
+            assert get_args(found)[1].help == argument.about
