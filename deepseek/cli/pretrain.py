@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-Config = Annotated[Path, typer.Option("--config", help="YAML or TOML file; docs/pretraining.md lists its fields.")]
+Config = Annotated[
+    Path, typer.Option("--config", help="YAML or TOML file; docs/how-to/pretraining.md lists its fields.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, estimate, change nothing.")]
 
 
