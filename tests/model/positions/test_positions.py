@@ -214,3 +214,9 @@ def test_additive_form() -> None:
     assert all(parameter.grad.any() for parameter in dpe.parameters())
     with pytest.raises(ConfigError, match="d_model=7"):
         DynamicPositionalEncoding(7)
+
+
+@pytest.mark.parametrize("positions", [[0, -1], [0.0, 1.0], [True, False]])
+def test_the_additive_form_refuses_what_is_no_position(positions):
+    with pytest.raises(ConfigError, match="pos_ids"):
+        DynamicPositionalEncoding(8)(torch.zeros(1, 2, 8), torch.tensor(positions))
