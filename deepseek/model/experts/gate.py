@@ -2,7 +2,7 @@
 
 A module scores a layer's gate input x by two affine functions, rows of D+1 numbers whose last is the constant term. The
 first *detects*: it is positive where the module's domain is recognised and 1 at its median, with threshold and scale of
-the closed form (docs/gates.md) folded in, and depends on the module and the base alone. The second *contrasts*: a
+the closed form (docs/concepts/gates.md) folded in, and depends on the module and the base alone. The second *contrasts*: a
 log-likelihood by which modules that fire on the same token share it. It is the linear discriminant between the domains
 of all candidates, so it depends on the set of them, and not on the order in which they were plugged.
 
