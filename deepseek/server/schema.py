@@ -1,8 +1,12 @@
 """What clients send: OpenAI's fields as far as they mean something here; any other one is refused by name."""
 
-from typing import Annotated, Any, Literal
+from copy import copy
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
+
+from deepseek.train.jobs.arguments import ExpertArguments
+from deepseek.train.jobs.declaration import arguments_of
 
 MAX_CHOICES = 16
 
@@ -217,15 +221,30 @@ class ArmRequest(Body):
     arm: list[ExpertName] | Literal["auto"]
 
 
-class TeachRequest(Body):
+class TeachText(Body):
     """`POST /v1/teach`: an expert to train on text below the server's teach root."""
 
     name: ExpertName
     kind: Literal["folder", "git"]
     path: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")] = "."
-    minutes: Annotated[float, Field(ge=0.1, le=1440)] | None = None
-    tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
-    layers: Annotated[str, StringConstraints(pattern=r"^(all|last:[0-9]{1,3})$")] = "last:3"
+
+
+TAUGHT = (
+    "minutes", "layers", "width", "tokens", "epochs", "split", "questions", "held_out", "held_out_tokens", "row_length",
+    "batch_rows", "learning_rate", "licence", "domain", "seed",
+)  # fmt: skip
+"""Arguments of `deepseek.train_expert` that a client may set: none that names a file, the base or what is printed."""
+
+if TYPE_CHECKING:
+    TeachRequest = TeachText
+else:
+    declared = {name: arguments_of(ExpertArguments)[name].declared for name in TAUGHT}
+    TeachRequest = create_model(
+        "TeachRequest",
+        __base__=TeachText,
+        __doc__=TeachText.__doc__,
+        **{name: (field.annotation, copy(field)) for name, field in declared.items()},
+    )
 
 
 class PreferenceRequest(Body):

@@ -12,6 +12,7 @@ import pytest
 from live_server import Live, live
 
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
+from deepseek.packs.pack import read_pack
 from deepseek.server.service import Settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -130,11 +131,14 @@ def test_an_expert_is_taught_from_the_page(page: "playwright.Page", served: Live
     page.locator("#lesson-name").fill("notes")
     page.locator("#lesson-path").fill("notes")
     page.locator("#lesson-minutes").fill("0.1")
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("width").fill("32")
     page.get_by_role("button", name="Teach", exact=True).click()
     playwright.expect(page.locator("#lesson-stage")).to_contain_text("notes")
     playwright.expect(page.locator("#lesson-stage")).to_contain_text("Plugged", timeout=240_000)
     playwright.expect(page.locator("#plugged .name")).to_have_text("notes")
     assert page.locator("#curve polyline.train").get_attribute("points")
+    assert read_pack(served.service.settings.experts_folder / "notes.safetensors").manifest.width == 32
     keep(page, "teach")
     page.get_by_role("button", name="Unplug notes").click()
 

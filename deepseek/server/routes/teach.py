@@ -231,8 +231,9 @@ async def events(teacher: TheTeacher) -> Response:
 
 def command(base: str, wanted: TeachRequest, text: Path, pack: Path) -> list[str]:
     """Return the arguments of Python for a training."""
-    options = {"base": base, f"from-{wanted.kind}": text, "out": pack, **wanted.model_dump(exclude={"kind", "path"})}
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    chosen = wanted.model_dump(exclude={"kind", "path"}, exclude_defaults=True)
+    options = {"base": base, f"from-{wanted.kind}": text, "out": pack, **chosen}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     return ["-m", "deepseek", "expert", "train", *given]
 
 

@@ -1,9 +1,10 @@
 // The teach form, and how a training goes: stage, progress, loss curve.
 
-import { byId, events, json, notice } from "/static/api.js";
+import { byId, element, events, json, notice } from "/static/api.js";
 import { refresh } from "/static/experts.js";
 
 const SVG = "http://www.w3.org/2000/svg";
+const IN_THE_PAGE = ["name", "kind", "path", "minutes", "layers"]; // arguments with a place of their own in the form
 const TITLES = { running: "", stopped: "Stopped", failed: "Failed", plugged: "Plugged" };
 
 export async function setUp(me) {
@@ -11,6 +12,7 @@ export async function setUp(me) {
   byId("teach-off").hidden = allowed;
   byId("lesson").hidden = !allowed;
   if (!allowed) return;
+  await addArguments();
   byId("lesson").addEventListener("submit", start);
   byId("lesson-stop").addEventListener("click", () => json("DELETE", "/v1/teach").catch((error) => notice(error.message)));
   const lesson = await json("GET", "/v1/teach");
@@ -18,11 +20,36 @@ export async function setUp(me) {
   else if (lesson.state !== "none") show(lesson);
 }
 
+// One input for each further argument that the server declares for a training.
+async function addArguments() {
+  const { components } = await json("GET", "/openapi.json");
+  const declared = Object.entries(components.schemas.TeachRequest.properties);
+  const further = declared.filter(([name]) => !IN_THE_PAGE.includes(name));
+  byId("lesson-arguments").append(...further.map(([name, field]) => labelled(name, field)));
+}
+
+function labelled(name, field) {
+  const type = field.anyOf?.find((one) => one.type !== "null") ?? field;
+  const number = type.type === "number" || type.type === "integer";
+  const input = type.enum
+    ? element("select", {}, ...type.enum.map((value) => element("option", { value, textContent: value })))
+    : element("input", { type: number ? "number" : "text", placeholder: field.default ?? "", autocomplete: "off" });
+  if (number) Object.assign(input, { step: type.type === "integer" ? 1 : "any", min: type.minimum ?? "", max: type.maximum ?? "" });
+  input.name = name;
+  return element("label", { title: field.description }, `${name.replaceAll("_", " ")} `, input);
+}
+
+function furtherArguments() {
+  const filled = [...byId("lesson-arguments").querySelectorAll("[name]")].filter((input) => input.value !== "");
+  return Object.fromEntries(filled.map((input) => [input.name, input.type === "number" ? Number(input.value) : input.value]));
+}
+
 async function start(event) {
   event.preventDefault();
   const value = (id) => byId(`lesson-${id}`).value;
   const body = {
     name: value("name"), kind: value("kind"), path: value("path"), minutes: Number(value("minutes")), layers: value("layers"),
+    ...furtherArguments(),
   };
   try {
     await json("POST", "/v1/teach", body);

@@ -1,0 +1,58 @@
+"""What a client may set of a training is what `train_expert` declares, and all of it reaches the command."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deepseek.server.app import create_app
+from deepseek.server.routes.teach import command
+from deepseek.server.schema import TAUGHT, TeachRequest
+from deepseek.train.jobs.arguments import ExpertArguments
+from deepseek.train.jobs.declaration import arguments_of
+
+TEXT = {"name": "x", "kind": "folder"}
+
+
+def another_value(name: str) -> Any:
+    argument = arguments_of(ExpertArguments)[name]
+    fitting = [value for value in (*(argument.declared.examples or ()), *argument.choices) if value != argument.default]
+    values = {int: (argument.default if isinstance(argument.default, int) else 6) + 1, float: 0.25, str: "words"}
+    return fitting[0] if fitting else values[argument.kind]
+
+
+def words(**given: Any) -> list[str]:
+    return command("base", TeachRequest.model_validate({**TEXT, **given}), Path("/text"), Path("/x.safetensors"))
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_an_argument_reaches_the_command(name: str) -> None:
+    value = another_value(name)
+    assert f"--{name.replace('_', '-')}={value}" in words(**{name: value})
+
+
+def test_defaults_are_left_to_the_declaration() -> None:
+    given = ["--base=base", "--from-folder=/text", "--out=/x.safetensors", "--name=x"]
+    assert words() == ["-m", "deepseek", "expert", "train", *given]
+
+
+@pytest.mark.parametrize("name", sorted(arguments_of(ExpertArguments).keys() - {*TAUGHT, "name"}))
+def test_what_names_files_or_the_base_is_the_server_s(name: str) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        words(**{name: "/etc"})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"layers": "top"}, {"width": 0}, {"width": "3"}, {"domain": "a\0b"}, {"split": "no"}]
+)
+def test_a_wrong_value_is_refused_before_anything_starts(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        words(**wrong)
+
+
+def test_the_form_finds_the_arguments_in_the_description_of_the_api() -> None:
+    """`teach.js` makes an input of each."""
+    schema = create_app().openapi()["components"]["schemas"]["TeachRequest"]["properties"]
+    assert schema.keys() == {"name", "kind", "path", *TAUGHT}
+    assert all(schema[name]["description"] for name in TAUGHT)
