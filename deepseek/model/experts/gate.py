@@ -2,9 +2,10 @@
 
 A module scores a layer's gate input x by two affine functions, rows of D+1 numbers whose last is the constant term. The
 first *detects*: it is positive where the module's domain is recognised and 1 at its median, with threshold and scale of
-the closed form (docs/concepts/gates.md) folded in, and depends on the module and the base alone. The second *contrasts*: a
-log-likelihood by which modules that fire on the same token share it. It is the linear discriminant between the domains
-of all candidates, so it depends on the set of them, and not on the order in which they were plugged.
+the closed form (docs/concepts/gates.md) folded in, and depends on the module and the base alone. The second
+*contrasts*: a log-likelihood by which modules that fire on the same token share it. It is the linear discriminant
+between the domains of all candidates, so it depends on the set of them, and not on the order in which they were
+plugged.
 
 In a document the evidence of its words (`experts/relevance.py`) is added to both. It is a log-likelihood ratio, so the
 contrast takes it as it is, and the detection in units of `NATS`. There no gate counts for more than the median of its
