@@ -15,7 +15,7 @@ UNLOCKED := torch triton mpmath networkx sympy cuda-bindings cuda-pathfinder cud
 	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \
 	nvidia-nvtx
 
-.PHONY: run test check bench setup lock clean
+.PHONY: run test check docs bench house setup lock clean
 
 run: $(READY)
 	@$(BIN)/deepseek run
@@ -28,9 +28,18 @@ check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	$(MAKE) docs
+
+# The site, into build/site; a broken link, anchor or docstring is an error.
+docs: $(TOOLS)
+	$(BIN)/python -m mkdocs build --quiet
 
 bench: $(TOOLS)
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+# The rooms of the package as a table and a picture in the docs.
+house: $(TOOLS)
+	$(BIN)/python benchmarks/house.py
 
 setup: $(TOOLS)
 
@@ -44,7 +53,7 @@ $(READY): pyproject.toml requirements/run.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# What tests and benchmarks need on top: the other ends that the product is checked against.
+# What tests, benchmarks and pages need on top, such as the other ends that the product is checked against.
 $(TOOLS): $(READY) requirements/dev.lock
 	$(PIP) install --quiet --no-compile --no-deps --require-hashes --requirement requirements/dev.lock
 	@touch $@
@@ -53,7 +62,7 @@ COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock" $(addprefix --no-emit-package ,$(UNLOCKED))
 
 lock:
-	$(COMPILE) --extra dev --output-file requirements/dev.lock
+	$(COMPILE) --extra dev --extra docs --output-file requirements/dev.lock
 	$(COMPILE) --extra build --constraints requirements/dev.lock --output-file requirements/run.lock
 
 clean:

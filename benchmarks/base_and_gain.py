@@ -40,6 +40,7 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.loop.losses import mean_loss
+from deepseek.train.loop.packed import resume_rows
 from deepseek.train.text.trunk_cache import run_trunk
 
 SETS = {
@@ -190,10 +191,9 @@ def losses_of(model: DeepSeekModel, batches: list[Batch], variants: dict[str, Va
 
 def above(model: DeepSeekModel, first: int, batch: Batch, stream_BTD: Tensor, armed: Any) -> Tensor:
     """Return the normed last hidden states `[B, T, D]` with `armed` taking part."""
-    ctx = model.context(stream_BTD, position_ids=batch.position_ids, input_ids=batch.input_ids)
-    ctx.armed = armed
-    hidden_BTD = model.layers[first].transform(stream_BTD, ctx)
-    return model.norm(model.run_layers(hidden_BTD, first + 1, len(model.layers), ctx))
+    step = resume_rows(model, batch, stream_BTD, first)
+    step.ctx.armed = armed
+    return step.finish()
 
 
 def soup_of(modules: Sequence[ExpertModule]) -> ExpertModule:

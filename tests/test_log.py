@@ -112,7 +112,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 def test_what_refers_to_the_log_finds_it() -> None:
     """A docstring's "(docs/log/gates.md, 2026-11-25)" names a page, and a day on which that page has an entry."""
     sources = [path for folder in ("deepseek", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
-    for path in {*sources, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")} - {Path(__file__)}:
+    for path in {*sources, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")} - {Path(__file__)}:
         for name, date in re.findall(r"\blog/([\w-]+\.md)\)?(?:,\s+(\d{4}-\d\d-\d\d))?", path.read_text()):
             assert (LOG / name).is_file(), (path, name)
             assert not date or date in {entry.date for entry in entries(LOG / name)}, (path, name, date)

@@ -65,9 +65,9 @@ def list_experts() -> None:
             manifest = read_pack(path).manifest
             losses = [f"{what} {metric.before:.3f} -> {metric.after:.3f}" for what, metric in manifest.metrics.items()]
             said = "  ".join([f"{len(manifest.layers)} layers", manifest.verdict, *losses, manifest.domain]).rstrip()
-        except PackError as error:
+        except (PackError, OSError) as error:
             said = str(error)
-        print(f"{name:24}  {path.stat().st_size / 1e6:6.1f} MB  {said}")
+        print(f"{name:24}  {path.lstat().st_size / 1e6:6.1f} MB  {said}")
 
 
 @app.command()

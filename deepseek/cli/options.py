@@ -1,5 +1,7 @@
 """Options that several commands share."""
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,11 +28,21 @@ def arming(text: str) -> str | list[str] | None:
     return {"auto": "auto", "none": None}.get(text.strip(), names(text))
 
 
-def expert_packs(text: str, base: str) -> list[str]:
-    """Return the packs that `--experts` names; "all" means every trained expert of this base."""
-    if text.strip() != "all":
-        return names(text)
-    from deepseek.packs.library import installed
-    from deepseek.packs.pack import read_pack
+def expert_packs(text: str, base: str, folder: Path | None = None) -> list[Path | str]:
+    """Return the packs that `--experts` names; "all" means every expert of this base in `folder`.
 
-    return [name for name, path in installed().items() if read_pack(path).manifest.base.name == base]
+    One that cannot be read is reported and left out, so that a damaged file does not take the others with it.
+
+    Args:
+        text: the option's value.
+        base: name of the base model.
+        folder: where "all" looks; None takes that of trained experts.
+    """
+    if text.strip() != "all":
+        return list(names(text))
+    from deepseek.packs.library import packs_for
+
+    found, problems = packs_for(base, folder)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    return list(found.values()) if folder else list(found)

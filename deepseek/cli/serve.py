@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from deepseek.cli.options import Experts, Int8, expert_packs, names
+from deepseek.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
 
-KeyFile = Annotated[Path | None, typer.Option(help="File with one key a line.")]
+KeyFile = Annotated[Path | None, typer.Option(help="File with one key a line; lines that begin with # are comments.")]
 
 
 @app.command()
@@ -37,18 +38,45 @@ def serve(
     from deepseek.server.run import serve as run
     from deepseek.server.service import Settings
 
+    for option, folder in (("--experts-folder", experts_folder), ("--teach-root", teach_root)):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{option} {folder} is not a folder; make it, or name one that exists.")
     settings = Settings(
-        host=host, port=port, hosts=frozenset(names(allow_host)), api_keys=_keys(api_key_file, "DEEPSEEK_API_KEY"),
-        admin_keys=_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY"), teach_root=teach_root,
+        host=host,
+        port=port,
+        hosts=frozenset(names(allow_host)),
+        api_keys=_keys(api_key_file, "DEEPSEEK_API_KEY", "--api-key-file"),
+        admin_keys=_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY", "--admin-key-file"),
+        teach_root=teach_root,
         experts_folder=experts_folder or usual_folder(),
-    )  # fmt: skip
+    )
     run(
-        model, experts=expert_packs(experts, model), settings=settings, cache_gib=cache_gib, max_running=max_running,
-        max_waiting=max_waiting, int8=int8, replicas=replicas if ray else None, cpus=cpus,
-    )  # fmt: skip
+        model,
+        experts=expert_packs(experts, model, experts_folder),
+        settings=settings,
+        cache_gib=cache_gib,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        int8=int8,
+        replicas=replicas if ray else None,
+        cpus=cpus,
+    )
 
 
-def _keys(file: Path | None, variable: str) -> frozenset[str]:
-    """Return the keys in a file and in an environment variable."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file else []
-    return frozenset(key for line in [*lines, os.environ.get(variable, "")] if (key := line.strip()))
+def _keys(file: Path | None, variable: str, option: str) -> frozenset[str]:
+    """Return the keys in a file, one a line, comments aside, and in an environment variable.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no key. To go on without keys would let everybody in.
+    """
+    keys = {os.environ.get(variable, "").strip()} - {""}
+    if file is None:
+        return frozenset(keys)
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {file} cannot be read ({error}); give a text file with one key a line.") from None
+    found = {line for line in lines if line and not line.startswith("#")}
+    if not found:
+        raise ConfigError(f"{option} {file} holds no key; write one key a line into it, or leave the option out.")
+    return frozenset(keys | found)

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 
-def train(recipe: Annotated[Path, typer.Argument(help="YAML or TOML file; docs/pretraining.md shows one.")]) -> None:
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML or TOML file; docs/how-to/pretraining.md shows one.")],
+) -> None:
     """Run the stages of a recipe in order; interrupted, the same command goes on where it was."""
     from deepseek.evaluate.stage import STAGE
     from deepseek.train.jobs.recipe import train_recipe

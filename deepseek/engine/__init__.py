@@ -1,0 +1,1 @@
+"""The inference engine: requests are scheduled into ragged batches, one forward pass a step."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from deepseek.checkpoint.store import atomic_write
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.lsh import Hash
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.hash.attention_inputs import (
     HeadInputs,
     attention_scores,
@@ -74,7 +74,7 @@ def hashed_keys(windows: Windows, probes: int, hashes: Mapping[int, Hash], posit
 
 @torch.no_grad()
 def attention_kept(
-    model: Any, ids_RT: Tensor, ways: Mapping[str, Choose], queries: int = 64, first_layer: int = 0
+    model: DeepSeekModel, ids_RT: Tensor, ways: Mapping[str, Choose], queries: int = 64, first_layer: int = 0
 ) -> Iterator[tuple[int, dict[str, Kept]]]:
     """Yield, for each layer from `first_layer` on, what each way of choosing keys keeps.
 

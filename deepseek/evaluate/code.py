@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import dedent
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +14,7 @@ from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import quickest_runner
 from deepseek.errors import DataError
 from deepseek.evaluate.sandbox import run_program
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import package
 from deepseek.text.tokenizer import encode_plain
 
@@ -40,7 +40,7 @@ class BodyScores:
 
 
 def score_bodies(
-    model: Any,
+    model: DeepSeekModel,
     tokenizer: PreTrainedTokenizerFast,
     functions: Sequence[DocumentedFunction],
     max_tokens: int = 96,
@@ -100,7 +100,7 @@ def human_eval_problems(count: int = 164) -> list[dict[str, str]]:
 
 
 def pass_at_1(
-    model: Any,
+    model: DeepSeekModel,
     tokenizer: PreTrainedTokenizerFast,
     problems: Iterable[Mapping[str, str]],
     max_tokens: int = 192,

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.data.text.loader import Batch
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.kernels.cross_entropy import IGNORED_LABEL
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import Message, encode_prompt
 from deepseek.train.loop.losses import autocast
 from deepseek.train.rl.judge import Judge, clean
@@ -53,7 +53,7 @@ class PassRate:
 
 
 def safety(
-    model: Any,
+    model: DeepSeekModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Sequence[Message]],
     *,
@@ -93,7 +93,7 @@ class Helpfulness:
 
 
 @torch.no_grad()
-def helpfulness(model: Any, batches: Iterable[Batch]) -> Helpfulness:
+def helpfulness(model: DeepSeekModel, batches: Iterable[Batch]) -> Helpfulness:
     """Return how well the model predicts packed rows of held-out text."""
     right, loss, tokens = 0, 0.0, 0
     for batch in batches:

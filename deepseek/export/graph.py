@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deepseek.errors import ConfigError
 from deepseek.model.context import ForwardContext
 from deepseek.model.kv_cache import KVCache
+from deepseek.model.passes import ForwardPass
 from deepseek.model.transformer import DeepSeekModel
 
 Step = Callable[[tuple[Tensor, ...], Any], tuple[Tensor, Any]]
@@ -63,7 +64,7 @@ class Graph(nn.Module):
             cache=cache,
             armed=self.armed,
         )
-        logits_BTV = model.lm_head(model.norm(model.run_layers(hidden_BTD, 0, layers, ctx)))
+        logits_BTV = ForwardPass(model, hidden_BTD, ctx).logits()
         present = [part for states in cache for part in states[:2]]
         return [logits_BTV, *present, *(cache.gate_state[layer] for layer in self.gated)]
 

@@ -1,0 +1,1 @@
+"""Kernels by subject, each with a slow reference."""

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deepseek.model.attention import ATTENTION
+from deepseek.model.attention.full import AttentionInputs
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 from deepseek.model.feed_forward import SwiGLU
@@ -37,8 +38,17 @@ class Block(GradientCheckpointingLayer):
 
     def transform(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         """Return the stream `[B, T, D]` after this block's feed-forward part and the experts plugged beside it."""
-        x_BTD = self.feed_forward_norm(hidden_BTD)
+        x_BTD = self.gate_input(hidden_BTD)
         y_BTD: Tensor = self.feed_forward(x_BTD, ctx) if self.sparse else self.feed_forward(x_BTD)
         if ctx.armed is not None:
             y_BTD = ctx.armed.apply(self.layer_idx, x_BTD, y_BTD, ctx)
         return hidden_BTD + y_BTD
+
+    def attention_inputs(self, hidden_BTD: Tensor, ctx: ForwardContext) -> AttentionInputs:
+        """Return the queries, keys and values of this block's attention on the stream `[B, T, D]` that enters it."""
+        return self.attention.inputs(self.attention_norm(hidden_BTD), ctx)
+
+    def gate_input(self, hidden_BTD: Tensor) -> Tensor:
+        """Return what the feed-forward part, the experts and their gates read of the stream `[B, T, D]`."""
+        normed_BTD: Tensor = self.feed_forward_norm(hidden_BTD)
+        return normed_BTD

@@ -36,7 +36,7 @@ class ForwardContext:
         input_ids_BT: ids of the new tokens, of which experts judge whether they are relevant; None: embeddings were
             given, and every armed expert counts as relevant.
         armed: plugged experts that take part, or None when not one is armed.
-        admitted_BTM: where each armed expert is relevant, computed at the first layer that asks.
+        words_BTM: evidence of the words so far for each armed expert, computed at the first layer that asks.
         router_stats: one entry per mixture-of-experts layer, appended as the layers run.
         routing: layer -> experts chosen in an earlier pass over the same tokens, to be used again.
     """
@@ -50,7 +50,7 @@ class ForwardContext:
     cache: KVCache | None = None
     input_ids_BT: Tensor | None = None
     armed: Armed | None = None
-    admitted_BTM: Tensor | None = None
+    words_BTM: Tensor | None = None
     router_stats: list[Any] = field(default_factory=list)
     routing: Mapping[int, RoutingDecision] = field(default_factory=dict)
 

@@ -7,17 +7,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
-from deepseek.errors import ConfigError
-from deepseek.model import context as ctx_of
 from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
-from deepseek.model.context import ForwardContext
 from deepseek.model.experts import ExpertSet
 from deepseek.model.init import init_module
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.experts import Experts
+from deepseek.model.moe.layer import MoELayer
 from deepseek.model.norm import RMSNorm
 from deepseek.model.output import ModelOutput
+from deepseek.model.passes import begin
 from deepseek.model.positions import POSITIONS
 from deepseek.model.pretrained import load_pretrained
 from deepseek.registry import pick
@@ -94,60 +93,28 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             labels: targets `[B, T]`, shifted inside as Hugging Face does; -100 is ignored.
         """
         cache = cache if cache is not None else past_key_values
-        hidden_BTD = self._embed(input_ids, inputs_embeds)
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = KVCache()
-        ctx = self.context(hidden_BTD, attention_mask, position_ids, cache, input_ids)
-        hidden_BTD = self.positions.embed(hidden_BTD, ctx.position_ids_BT)
-        hidden_states = [hidden_BTD]
-        for block in self.layers:
-            hidden_states.append(block(hidden_states[-1] if output_hidden_states else hidden_states.pop(), ctx))
-        hidden_BTD = self.norm(hidden_states[-1])
+        step = begin(
+            self,
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+        )
+        hidden_states = [step.run_to(layer) for layer in range(len(self.layers) if output_hidden_states else 0)]
+        hidden_BTD = step.finish()
         logits = self.lm_head(_keep(hidden_BTD, logits_to_keep))
         output = ModelOutput(
             loss=None if labels is None else next_token_loss(logits, labels),
             logits=logits,
             cache=cache,
-            hidden_states=(*hidden_states[:-1], hidden_BTD) if output_hidden_states else None,
-            router_stats=ctx.router_stats or None,
-            experts=ctx.armed,
+            hidden_states=(*hidden_states, hidden_BTD) if output_hidden_states else None,
+            router_stats=step.ctx.router_stats or None,
+            experts=step.ctx.armed,
         )
         return output.to_tuple() if return_dict is False else output
-
-    def context(
-        self,
-        hidden_BTD: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        input_ids: Tensor | None = None,
-    ) -> ForwardContext:
-        """Build what all layers of one forward pass share (see `ForwardContext`)."""
-        batch, length, _ = hidden_BTD.shape
-        past, device = ctx_of.past_length(cache), hidden_BTD.device
-        real_BS = ctx_of.real_tokens(attention_mask, past + length)
-        positions_BT = ctx_of.resolve_positions(batch, length, past, attention_mask, position_ids, device)
-        packed = position_ids is not None and past == 0 and real_BS is None
-        documents_BT = ctx_of.document_ids(positions_BT) if packed else None
-        return ForwardContext(
-            positions=self.positions.prepare(positions_BT, hidden_BTD.dtype),
-            position_ids_BT=positions_BT,
-            past=past,
-            window=self.config.sliding_window,
-            real_BS=real_BS,
-            document_ids_BT=documents_BT,
-            cache=cache,
-            input_ids_BT=input_ids,
-            armed=self._armed(cache),
-        )
-
-    def run_layers(self, hidden_BTD: Tensor, start: int, stop: int, ctx: ForwardContext) -> Tensor:
-        """Run blocks `start` to `stop - 1` on the stream `[B, T, D]`, which for the first block are the embeddings."""
-        if start == 0:
-            hidden_BTD = self.positions.embed(hidden_BTD, ctx.position_ids_BT)
-        for block in self.layers[start:stop]:
-            hidden_BTD = block(hidden_BTD, ctx)
-        return hidden_BTD
 
     @torch.no_grad()
     def log_probs(self, input_ids: Tensor) -> Tensor:
@@ -155,6 +122,19 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         logits = self(input_ids, use_cache=False).logits[:, :-1].float()
         targets = input_ids[:, 1:, None]
         return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Indices of the mixture-of-experts layers."""
+        return [layer for layer in range(len(self.layers)) if self.config.is_sparse(layer)]
+
+    def routing_width(self) -> int:
+        """Return how many experts a `RoutingDecision` names for each token, 0 for a dense model."""
+        for module in self.modules():
+            if isinstance(module, MoELayer):
+                logits_NE = torch.zeros(1, module.router.num_experts, device=self.device)
+                return module.router.choose(logits_NE).choice.ids_NC.shape[1]
+        return 0
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Return the state, of tensors that have two names each under its first."""
@@ -185,23 +165,6 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         pool = self.expert_pools[layer_idx // self.config.expert_sharing]
         assert isinstance(pool, Experts)
         return pool
-
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ConfigError("Exactly one of input_ids and inputs_embeds must be given.")
-        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-    def _armed(self, cache: KVCache | None) -> Any:
-        """Return the experts that take part: those the sequence in `cache` started with, else those armed now."""
-        if cache is None:
-            return self.experts.armed()
-        if not isinstance(cache, KVCache):
-            if self.experts.armed() is not None:
-                raise ConfigError("Armed experts need deepseek.model.KVCache as cache; leave `cache` out or disarm.")
-            return None
-        if not cache.started:
-            cache.armed, cache.started = self.experts.armed(), True
-        return cache.armed
 
 
 def build_pools(config: ModelConfig) -> list[Experts]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from deepseek.checkpoint.store import home
 from deepseek.errors import PackError
+from deepseek.packs.pack import read_pack
 from deepseek.registry import nearest
 
 SUFFIX = ".safetensors"
@@ -19,9 +20,29 @@ def index_folder(name: str, folder: Path | None = None) -> Path:
     return (folder or experts_folder()) / f"{name}.index"
 
 
-def installed() -> dict[str, Path]:
-    """Return the trained experts, name to file, sorted by name."""
-    return {path.stem: path for path in sorted(experts_folder().glob(f"*{SUFFIX}"))}
+def installed(folder: Path | None = None) -> dict[str, Path]:
+    """Return the packs in `folder`, or in that of trained experts, name to file, sorted by name."""
+    return {path.stem: path for path in sorted((folder or experts_folder()).glob(f"*{SUFFIX}"))}
+
+
+def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], list[str]]:
+    """Return the packs in a folder that were trained beside `base`, name to file, and what is wrong with unusable ones.
+
+    Args:
+        base: name of the base model.
+        folder: None takes that of trained experts.
+    """
+    fitting: dict[str, Path] = {}
+    problems: list[str] = []
+    for name, path in installed(folder).items():
+        try:
+            manifest = read_pack(path).manifest
+        except (PackError, OSError) as error:
+            problems.append(f"{path.name} is left out: {error}")
+            continue
+        if manifest.base.name == base:
+            fitting[name] = path
+    return fitting, problems
 
 
 def find_pack(name_or_path: str | Path) -> Path:

@@ -104,7 +104,7 @@ class Metric(_Strict):
 
 
 class GateSettings(_Strict):
-    """How the gates decide, and how they were calibrated (see docs/experts.md).
+    """How the gates decide, and how they were calibrated (see docs/concepts/experts.md).
 
     half_life: tokens after which a past score counts half in the running mean of scores.
     alpha: share of public tokens that the threshold lets fire by design.

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.cli.main import main
+from deepseek.cli.options import expert_packs
 from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric
-from deepseek.packs.pack import ExpertPack, write_pack
+from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.train.jobs.arguments import source_name
 
 Capture = pytest.CaptureFixture[str]
@@ -64,6 +65,28 @@ def test_list_shows_experts_and_names_the_damaged(pack: Path, capsys: Capture) -
     assert poems.startswith("poems")
     assert "3.500 -> 2.250" in poems and "better by 35.7 %" in poems
     assert "refused" in spoilt
+
+
+def test_a_dangling_link_stops_no_list(pack: Path, capsys: Capture) -> None:
+    pack.with_name("gone.safetensors").symlink_to(pack.with_name("nowhere"))
+    status, out, _ = run(capsys, "list")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["gone", "poems"]
+
+
+def test_all_means_the_readable_experts_of_a_folder(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.safetensors").write_bytes(pack.read_bytes())
+    (other / "spoilt.safetensors").write_bytes(pack.read_bytes()[:-1])
+    (other / "gone.safetensors").symlink_to(other / "nowhere")
+    base = read_pack(pack).manifest.base.name
+    assert expert_packs("all", base, other) == [other / "mine.safetensors"]
+    warned = capsys.readouterr().err
+    assert "spoilt.safetensors is left out" in warned
+    assert "gone.safetensors is left out" in warned
+    assert expert_packs("all", base) == ["poems"]
+    assert expert_packs("all", "another-base") == []
 
 
 def test_an_empty_list_says_how_to_begin(capsys: Capture) -> None:

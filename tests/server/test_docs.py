@@ -1,4 +1,4 @@
-"""What `docs/serving.md` tells to type works, typed at a live server."""
+"""What `docs/how-to/serving.md` tells to type works, typed at a live server."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from live_server import Live
 
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "serving.md"
 NAMES = {"http://127.0.0.1:8000": "{url}", "smollm2-135m": "tiny", "code": "one"}
 """What stands for what on the page."""
 

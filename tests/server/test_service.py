@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pygit2
 import pytest
 from live_server import Live, live, save_model
 from tiny_expert import save_expert
@@ -200,6 +202,61 @@ def test_text_outside_the_teach_root_is_refused(keyed: Live, path: str) -> None:
         assert http.post("/v1/teach", json={"name": "x", "kind": "folder", "path": path}).status_code == 400
 
 
+def repository_with(folder: Path, change: Callable[[Path], object]) -> Path:
+    """Return a new repository, its `.git` changed."""
+    pygit2.init_repository(folder)
+    change(folder / ".git")
+    return folder
+
+
+def moved_to(elsewhere: Path, leave: Callable[[Path, Path], object]) -> Callable[[Path], object]:
+    """Return a change that moves `.git` to `elsewhere` and leaves something in its place."""
+
+    def change(own: Path) -> None:
+        own.rename(elsewhere)
+        leave(own, elsewhere)
+
+    return change
+
+
+def test_no_repository_is_read_that_lies_partly_outside_the_teach_root(keyed: Live, tmp_path: Path) -> None:
+    """Neither above, nor by a `.git` file, a link, a shared folder, alternates, or links among its objects."""
+    root = keyed.service.settings.teach_root
+    assert root is not None
+    outside = tmp_path / "outside"
+    pygit2.init_repository(outside)
+    changes: dict[str, Callable[[Path], object]] = {
+        "file": moved_to(tmp_path / "a", lambda own, there: own.write_text(f"gitdir: {there}\n")),
+        "link": moved_to(tmp_path / "b", lambda own, there: own.symlink_to(there)),
+        "shared": lambda own: (own / "commondir").write_text(f"{outside / '.git'}\n"),
+        "alternates": lambda own: (own / "objects" / "info" / "alternates").write_text(f"{outside}/.git/objects\n"),
+        "object": lambda own: (own / "objects" / "aa").symlink_to(outside / ".git" / "objects"),
+        "refs": lambda own: (own / "refs" / "heads" / "main").symlink_to("/etc/passwd"),
+    }
+    for name, change in changes.items():
+        repository_with(root / f"repository-{name}", change)
+    pygit2.init_repository(root / "sound")
+    (root / "sound" / "below").mkdir()
+    with keyed.http(ADMIN) as http:
+        for path in [*(f"repository-{name}" for name in changes), "sound/below", "notes", "missing"]:
+            told = http.post("/v1/teach", json={"name": "x", "kind": "git", "path": path})
+            assert told.status_code == 400, path
+            assert str(tmp_path) not in told.text
+        assert http.post("/v1/teach", json={"name": "x", "kind": "git", "path": "sound"}).status_code == 202
+        http.delete("/v1/teach")
+
+
+def test_of_many_lessons_asked_for_at_once_one_begins(keyed: Live) -> None:
+    def ask(number: int) -> int:
+        with keyed.http(ADMIN) as http:
+            return http.post("/v1/teach", json={"name": f"n{number}", "kind": "folder", "path": "notes"}).status_code
+
+    with ThreadPoolExecutor(12) as pool:
+        assert sorted(pool.map(ask, range(12))) == [202] + [409] * 11
+    with keyed.http(ADMIN) as http:
+        assert http.delete("/v1/teach").json()["state"] in ("stopped", "failed")
+
+
 def test_preferences_are_reviewed_and_recorded(keyed: Live) -> None:
     path = keyed.service.settings.preferences
     database = PreferenceDatabase(path)
@@ -317,6 +374,7 @@ def first_state(server: Live) -> dict[str, Any]:
 
 
 def test_a_server_begins_with_a_lesson(served_folder: Path, tmp_path: Path) -> None:
+    pygit2.init_repository(tmp_path)
     (tmp_path / "out").symlink_to("/")  # a working tree may hold links; only what is committed is read
     lesson = TeachRequest(name="history", kind="git")
     with live(served_folder, Settings(teach_root=tmp_path), lesson) as server:

@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import pygit2
-from pygit2.enums import DiffOption, FileMode, SortMode
+from pygit2.enums import DiffOption, FileMode, RepositoryOpenFlag, SortMode
 
 from deepseek.data.text.document import Document, not_empty
 from deepseek.data.text.filters import MAX_FILE_BYTES, Skipped, describe, file_document, reason_by_path
@@ -13,6 +13,9 @@ from deepseek.errors import DataError
 
 MAX_COMMIT_CHARACTERS = 32_000
 """Larger diffs are imports, renames and reformattings, not changes to learn from."""
+
+MAX_STORES = 16
+"""Folders that one repository may be spread over."""
 
 
 def open_repository(path: str | Path) -> pygit2.Repository:
@@ -23,6 +26,39 @@ def open_repository(path: str | Path) -> pygit2.Repository:
     if found is None:
         raise DataError(f"{path} is not inside a git repository; give a clone, or read it as a folder.")
     return pygit2.Repository(found)
+
+
+def repository_stores(path: Path) -> list[Path]:
+    """Return every folder that reading the repository at `path` reads, links resolved.
+
+    These are its own folder (a `.git` file or link leads to it), the one that it shares with other work trees, and the
+    object stores of both with their alternates. Unlike `open_repository` this looks nowhere above `path`.
+
+    Raises:
+        DataError: `path` itself is no repository, or alternates refer to each other endlessly.
+    """
+    try:
+        repository = pygit2.Repository(str(path), RepositoryOpenFlag.NO_SEARCH)
+    except (pygit2.GitError, KeyError, ValueError):
+        raise DataError(f"{path} is not a git repository itself; name the folder that holds its .git.") from None
+    own = Path(repository.path).resolve()
+    stores = [own]
+    shared = own / "commondir"
+    if shared.is_file():
+        stores.append((own / shared.read_text(encoding="utf-8", errors="surrogateescape").strip()).resolve())
+    waiting = [(store / "objects").resolve() for store in stores]
+    while waiting:
+        objects = waiting.pop()
+        if objects in stores:
+            continue
+        if len(stores) > MAX_STORES:
+            raise DataError(f"{path} has more than {MAX_STORES} object stores; repack it into one.")
+        stores.append(objects)
+        alternates = objects / "info" / "alternates"
+        if alternates.is_file():
+            lines = alternates.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            waiting += [(objects / line).resolve() for line in lines if line and not line.startswith("#")]
+    return stores
 
 
 def repository_name(repository: pygit2.Repository) -> str:

@@ -1,12 +1,7 @@
 """How tokens look at each other. One protocol, one table; a new kind is one file and one row."""
 
-from collections.abc import Callable
-
-from torch import nn
-
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.attention.lsh import LshAttention
-from deepseek.model.config import ModelConfig
 
 # Each is a module of (config, layer_idx) that maps (x [B, T, D], ForwardContext) to [B, T, D].
-ATTENTION: dict[str, Callable[[ModelConfig, int], nn.Module]] = {"full": FullAttention, "lsh": LshAttention}
+ATTENTION: dict[str, type[FullAttention]] = {"full": FullAttention, "lsh": LshAttention}

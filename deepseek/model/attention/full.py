@@ -1,5 +1,7 @@
 """Exact attention over all visible keys."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -8,6 +10,23 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 from deepseek.model.norm import RMSNorm
 from deepseek.model.positions import POSITIONS
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the heads of one layer work on, of the new tokens.
+
+    Attributes:
+        plain_query_BHTK, plain_key_BGTK: before positions are applied, which is what a hash reads.
+        query_BHTK, key_BGTK: after that.
+        value_BGTK: values.
+    """
+
+    plain_query_BHTK: Tensor
+    plain_key_BGTK: Tensor
+    query_BHTK: Tensor
+    key_BGTK: Tensor
+    value_BGTK: Tensor
 
 
 class FullAttention(nn.Module):
@@ -37,12 +56,13 @@ class FullAttention(nn.Module):
         self.score_bias = None if source is None else source(config)
 
     def forward(self, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
-        plain_query, plain_key, value = self._project(x_BTD)
-        query, key = ctx.positions(plain_query, plain_key)
+        inputs = self.inputs(x_BTD, ctx)
+        key, value = inputs.key_BGTK, inputs.value_BGTK
         if ctx.cache is not None:
             key, value = ctx.cache.update(key, value, self.layer_idx)
         bias = None if self.score_bias is None else self.score_bias(x_BTD, ctx, self.layer_idx)
-        attended_BHTK = self.attend(query, key, value, (plain_query, plain_key), bias, ctx)
+        plain = (inputs.plain_query_BHTK, inputs.plain_key_BGTK)
+        attended_BHTK = self.attend(inputs.query_BHTK, key, value, plain, bias, ctx)
         output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
         return output
 
@@ -66,8 +86,8 @@ class FullAttention(nn.Module):
             query_BHTK, key_BGSK, value_BGSK, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
         )
 
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries `[B, H, T, K]` and keys and values `[B, G, T, K]`."""
+    def inputs(self, x_BTD: Tensor, ctx: ForwardContext) -> AttentionInputs:
+        """Return what the heads work on, for normed inputs `[B, T, D]`."""
         query, key, value = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if self.normed and not self.norm_heads:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -76,4 +96,4 @@ class FullAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
         if self.norm_heads:
             query, key = self.q_norm(query), self.k_norm(key)
-        return query, key, value
+        return AttentionInputs(query, key, *ctx.positions(query, key), value)

@@ -103,7 +103,7 @@ def load_hashes(path: Path, base: str) -> dict[int, LinearHash]:
     return hashes
 
 
-def plug_hashes(model: Any, hashes: dict[int, LinearHash]) -> None:
+def plug_hashes(model: nn.Module, hashes: dict[int, LinearHash]) -> None:
     """Put the hashes into the LSH layers of a model.
 
     Raises:
@@ -124,8 +124,10 @@ def plug_hashes(model: Any, hashes: dict[int, LinearHash]) -> None:
         attention.hash = chosen.to(attention.q_proj.weight.device)
 
 
-def _hashed_layers(model: Any) -> Iterator[tuple[int, Any]]:
+def _hashed_layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
     found = [module for module in model.modules() if hasattr(module, "hash") and hasattr(module, "windows")]
     if not found:
         raise ConfigError('The model has no LSH layer; load it with ModelConfig(attention="lsh").')
-    yield from ((module.layer_idx, module) for module in found)
+    for module in found:
+        attention: Any = module
+        yield attention.layer_idx, attention

@@ -140,30 +140,33 @@ class ArmedExperts:
             for module in modules:
                 y_BTD = y_BTD + module(layer_idx, x_BTD).to(y_BTD.dtype)
         else:
-            weights_BTM = self._banks[layer_idx].weights(layer_idx, x_BTD, ctx)
-            admitted_BTM = self._admitted(ctx)
-            if admitted_BTM is not None:
-                weights_BTM = weights_BTM * admitted_BTM[..., self._roster.columns[layer_idx]]
+            columns = self._roster.columns[layer_idx]
+            words_BTM = self._words(ctx)
+            weights_BTM = self._banks[layer_idx].weights(
+                layer_idx,
+                x_BTD,
+                ctx,
+                words_BTM=None if words_BTM is None else words_BTM[..., columns],
+                admitted_BM=None if self._decided_BM is None else self._decided_BM[:, columns],
+            )
             y_BTD = combine(modules, layer_idx, x_BTD, y_BTD, weights_BTM)
         self._weights[layer_idx] = weights_BTM
         for trace in self._traces:
             trace.add(modules, layer_idx, weights_BTM)
         return y_BTD
 
-    def _admitted(self, ctx: ForwardContext) -> Tensor | None:
-        """Return where each candidate is relevant, `[B or 1, T or 1, M]`; None: everywhere."""
-        if self._decided_BM is not None:
-            return self._decided_BM[:, None]
+    def _words(self, ctx: ForwardContext) -> Tensor | None:
+        """Return the evidence of a document's words so far for each candidate `[B, T, M]`; None: they do not count."""
         bank = self._roster.relevance
-        if bank is None or ctx.input_ids_BT is None:
+        if self._decided_BM is not None or bank is None or ctx.input_ids_BT is None:
             return None
-        if ctx.admitted_BTM is None:
+        if ctx.words_BTM is None:
             state_BM = ctx.cache.relevance_state if ctx.cache is not None else None
             sums_BTM, state_BM = bank.accumulate(ctx.input_ids_BT, state_BM, ctx.token_mask_BT, ctx.document_ids_BT)
             if ctx.cache is not None:
                 ctx.cache.relevance_state = state_BM
-            ctx.admitted_BTM = bank.kept(sums_BTM)
-        return ctx.admitted_BTM
+            ctx.words_BTM = bank.of_document(sums_BTM)
+        return ctx.words_BTM
 
     def attribution(self) -> Tensor:
         """Return the weights `[B, T, M]` of the latest forward pass, averaged over each module's layers.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
@@ -90,7 +91,7 @@ class ExpertSet:
         max_experts: most modules that one token is given to.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = weakref.ref(model)  # a plain reference would keep a dropped model alive until the next collection
         self._lock = threading.RLock()
         self._state = _State()
@@ -102,7 +103,8 @@ class ExpertSet:
         self.max_experts = 5
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertSet":
-        copied = ExpertSet(memo.get(id(self._model()), self._model()))
+        model = self._live_model()
+        copied = ExpertSet(memo.get(id(model), model))
         copied.policy, copied.base_folder, copied._base = self.policy, self.base_folder, self._base
         copied.max_experts, copied._state = self.max_experts, self._state
         return copied
@@ -119,7 +121,7 @@ class ExpertSet:
                     "This model was not loaded from a folder, so no expert pack can be matched to it; save it with "
                     "save_pretrained and load it with from_pretrained, or set model.experts.base."
                 )
-            self._base = BaseDescription.of(self.base_folder, Path(self._live_model().config.name_or_path).name)
+            self._base = BaseDescription.of(self.base_folder, Path(str(self._live_model().config.name_or_path)).name)
         return self._base
 
     @base.setter
@@ -330,7 +332,7 @@ class ExpertSet:
             armed=self._state.arms(manifest.name), verdict=manifest.verdict,
         )  # fmt: skip
 
-    def _live_model(self) -> Any:
+    def _live_model(self) -> PreTrainedModel:
         model = self._model()
         if model is None:
             raise PackError("The model of this expert set is gone; keep a reference to it.")

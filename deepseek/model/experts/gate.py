@@ -2,9 +2,14 @@
 
 A module scores a layer's gate input x by two affine functions, rows of D+1 numbers whose last is the constant term. The
 first *detects*: it is positive where the module's domain is recognised and 1 at its median, with threshold and scale of
-the closed form (docs/gates.md) folded in, and depends on the module and the base alone. The second *contrasts*: a
-log-likelihood by which modules that fire on the same token share it. It is the linear discriminant between the domains
-of all candidates, so it depends on the set of them, and not on the order in which they were plugged.
+the closed form (docs/concepts/gates.md) folded in, and depends on the module and the base alone. The second
+*contrasts*: a log-likelihood by which modules that fire on the same token share it. It is the linear discriminant
+between the domains of all candidates, so it depends on the set of them, and not on the order in which they were
+plugged.
+
+In a document the evidence of its words (`experts/relevance.py`) is added to both. It is a log-likelihood ratio, so the
+contrast takes it as it is, and the detection in units of `NATS`. There no gate counts for more than the median of its
+domain, so that `NATS` against an expert silence it whatever its gate makes of a kind of text that it never met.
 """
 
 from collections.abc import Sequence
@@ -18,6 +23,9 @@ from deepseek.model.context import ForwardContext
 from deepseek.model.experts.scan import scan
 
 SHARPNESS = 16.0  # steepness of the detection score's sigmoid: at a fifth of the median score a token is let in at 0.96
+NATS = 15.0
+"""Evidence of words that weighs as much as the median detection score of a domain, in nats (docs/log/gates.md)."""
+
 RIDGE = 0.3
 """What is added to the diagonal of a covariance, in units of its mean."""
 
@@ -48,8 +56,18 @@ class GateBank:
         return GateBank(rows[:, :-1].contiguous(), rows[:, -1].contiguous(), decay, max_experts)
 
     @torch.no_grad()
-    def weights(self, layer_idx: int, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
-        """Return the modules' weights `[B, T, M]` in fp32, and carry the running sums on in `ctx.cache`."""
+    def weights(
+        self, layer_idx: int, x_BTD: Tensor, ctx: ForwardContext, words_BTM: Tensor | None, admitted_BM: Tensor | None
+    ) -> Tensor:
+        """Return the modules' weights `[B, T, M]` in fp32, and carry the running sums on in `ctx.cache`.
+
+        Args:
+            layer_idx: of the layer whose modules these are.
+            x_BTD: its gate input.
+            ctx: of the forward pass.
+            words_BTM: evidence of the words so far, in nats; None: hidden states decide alone.
+            admitted_BM: which modules take part at all, B = 1: every row has the same ones; None: all.
+        """
         scores_BTRM = self.scores(x_BTD)
         state = ctx.cache.gate_state.get(layer_idx) if ctx.cache is not None else None
         counted_BT = ctx.position_ids_BT > 0
@@ -58,7 +76,13 @@ class GateBank:
         means_BTRM, state = running_mean(scores_BTRM, self.decay, state, counted_BT, ctx.document_ids_BT)
         if ctx.cache is not None:
             ctx.cache.gate_state[layer_idx] = state
-        weights_BTM = arbitrate(means_BTRM[:, :, 0], means_BTRM[:, :, 1], self.max_experts)
+        detect_BTM, contrast_BTM = means_BTRM.unbind(2)
+        if words_BTM is not None:
+            detect_BTM = detect_BTM.clamp(max=1.0) + words_BTM / NATS
+            contrast_BTM = contrast_BTM + words_BTM
+        if admitted_BM is not None:
+            detect_BTM = detect_BTM.where(admitted_BM[:, None], -1.0)
+        weights_BTM = arbitrate(detect_BTM, contrast_BTM, self.max_experts)
         return weights_BTM * counted_BT[..., None]
 
     def scores(self, x_BTD: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ public set lacks. Relevance is the opposite, evidence from the words alone: a ta
 expert's domain against everything else (`train/gates/relevance.py`), and words of an unknown kind are never
 evidence for it.
 
-A conversation must ask for an expert: what its user says, as a whole, must give more evidence than a threshold. A
-document must only not rule it out, as far as it has been read: where it does, no gate opens; elsewhere the gates decide
-token by token. Evidence adds up as in a sequential probability ratio test (Wald, 1945), with a half-life, so that a
-text may change its subject.
+A conversation must ask for an expert: what its user says, as a whole, must give more evidence than a threshold. In a
+document, the evidence of what has been read is added to the gates' scores, token by token (`experts/gate.py`). Evidence
+adds up as in a sequential probability ratio test (Wald, 1945), with a half-life, so that a text may change its subject.
 """
 
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deepseek.model.experts.gate import NATS
 from deepseek.model.experts.scan import scan
 
 if TYPE_CHECKING:
@@ -29,11 +29,8 @@ HALF_LIFE = 64.0
 
 DECAY = 0.5 ** (1.0 / HALF_LIFE)
 
-RULED_OUT = -15.0
-"""Evidence of a document, offset included, below which an expert is ruled out, in nats."""
-
-NEVER = 1e9
-"""An offset that no evidence outweighs."""
+RULED_OUT = -NATS
+"""Evidence of a prompt, offset included, below which an expert takes no part in what follows it, in nats."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class RelevanceBank:
         table_MV: zeros for modules that have no table.
         threshold_M: evidence above which a conversation admits a module; minus infinity for modules without a table. It
             contains log M, the price of asking M modules: the odds that one of them is relevant are shared among them.
-        offset_M: `NEVER` for modules without a table, which no document rules out.
+        offset_M: 0 for modules without a table, of which no document says anything.
     """
 
     table_MV: Tensor
@@ -80,7 +77,7 @@ class RelevanceBank:
             return None
         tables = [torch.zeros(size) if one is None else one.table_V.float() for one in known]
         thresholds = [-torch.inf if one is None else one.threshold + log(len(modules)) for one in known]
-        offsets = [NEVER if one is None else one.offset for one in known]
+        offsets = [0.0 if one is None else one.offset for one in known]
         return RelevanceBank(
             torch.stack(tables).to(device),
             torch.tensor(thresholds, device=device),
@@ -130,9 +127,9 @@ class RelevanceBank:
         sums_BTM = scan(keep, terms)[:, :, 0]
         return sums_BTM, sums_BTM[:, -1]
 
-    def kept(self, sums_BTM: Tensor) -> Tensor:
-        """Return which modules `[B, T, M]` a document does not rule out, given its sums `[B, T, M+1]`."""
-        return sums_BTM[..., :-1] + self.offset_M * sums_BTM[..., -1:] > RULED_OUT
+    def of_document(self, sums_BTM: Tensor) -> Tensor:
+        """Return the evidence of a document for each module `[B, T, M]`, in nats, given its sums `[B, T, M+1]`."""
+        return sums_BTM[..., :-1] + self.offset_M * sums_BTM[..., -1:]
 
     def above_threshold(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return by how much a conversation is above each module's threshold, in nats, `[B, M]`."""
@@ -142,7 +139,7 @@ class RelevanceBank:
     def document_keeps(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return which modules `[B, M]` a document as a whole does not rule out."""
         _, sums_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
-        return self.kept(sums_BM[:, None])[:, 0]
+        return self.of_document(sums_BM) > RULED_OUT
 
 
 def text_evidence(relevance: Relevance, ids_N: Tensor) -> float:

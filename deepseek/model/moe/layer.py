@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from deepseek.model.config import ModelConfig
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.router import build_router
@@ -29,7 +30,7 @@ class MoELayer(nn.Module):
         pool: experts shared with other layers and registered by the model; None gives the layer its own.
     """
 
-    def __init__(self, config: Any, layer_idx: int, pool: Experts | None = None) -> None:
+    def __init__(self, config: ModelConfig, layer_idx: int, pool: Experts | None = None) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.router = build_router(config)

@@ -1,13 +1,13 @@
 """Which experts a token goes to, and with what weight."""
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softmax
 
 from deepseek.errors import ConfigError
+from deepseek.model.config import ModelConfig
 from deepseek.model.moe.balance import Balance
 from deepseek.model.moe.stats import Dispatch, RoutingDecision
 from deepseek.registry import pick
@@ -188,7 +188,7 @@ class TopKRouter(Router):
 SCORES = {"softmax": lambda logits: softmax(logits, dim=-1), "sigmoid": torch.sigmoid}
 
 
-def _dynamic(config: Any) -> Router:
+def _dynamic(config: ModelConfig) -> Router:
     return DynamicRouter(
         config.num_experts, config.hidden_size, threshold=config.routing_threshold, min_experts=config.min_experts,
         max_experts=config.max_experts, candidates=config.candidate_experts, balance_rate=config.balance_rate,
@@ -196,7 +196,7 @@ def _dynamic(config: Any) -> Router:
     )  # fmt: skip
 
 
-def _topk(config: Any) -> Router:
+def _topk(config: ModelConfig) -> Router:
     return TopKRouter(
         config.num_experts, config.hidden_size, top_k=config.max_experts, score=config.router_score,
         renormalize=config.router_renormalize, groups=config.num_expert_groups, max_groups=config.max_expert_groups,
@@ -204,7 +204,7 @@ def _topk(config: Any) -> Router:
     )  # fmt: skip
 
 
-def _dense(config: Any) -> Router:
+def _dense(config: ModelConfig) -> Router:
     """Every expert for every token, weighted by the full softmax: the upper bound that sparse routing is held to."""
     return TopKRouter(config.num_experts, config.hidden_size, top_k=config.num_experts, balance_rate=0.0)
 
@@ -212,6 +212,6 @@ def _dense(config: Any) -> Router:
 ROUTING = {"dense": _dense, "dynamic": _dynamic, "topk": _topk}
 
 
-def build_router(config: Any) -> Router:
+def build_router(config: ModelConfig) -> Router:
     """Return the router that `config.routing_strategy` names."""
     return pick(ROUTING, config.routing_strategy, "routing_strategy")(config)

@@ -53,7 +53,19 @@ class DynamicPositionalEncoding(nn.Module):
         nn.init.zeros_(self.gate.weight)
 
     def forward(self, x: Tensor, pos_ids: Tensor) -> Tensor:
-        """Return `[batch, seq, d_model]` for x of that shape and positions `[batch, seq]` or `[seq]`, from 0."""
+        """Return x with its positions added.
+
+        Args:
+            x: embeddings `[batch, seq, d_model]`.
+            pos_ids: integer positions `[batch, seq]` or `[seq]`, from 0 on.
+
+        Raises:
+            ConfigError: a position is negative, boolean or no integer.
+        """
+        if pos_ids.is_floating_point() or pos_ids.is_complex() or pos_ids.dtype == torch.bool:
+            raise ConfigError(f"pos_ids are of dtype {pos_ids.dtype}; give integer positions, from 0 on.")
+        if pos_ids.numel() and int(pos_ids.min()) < 0:
+            raise ConfigError(f"pos_ids hold {int(pos_ids.min())}; positions count from 0 on.")
         added = sinusoids(pos_ids, x.shape[-1]).to(x.dtype) + self.positions[pos_ids.clamp(max=len(self.positions) - 1)]
         return x + (1 + self.gate(x).tanh()) * added
 

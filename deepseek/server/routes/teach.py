@@ -20,6 +20,8 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from deepseek.checkpoint.store import home
+from deepseek.data.text.git import repository_stores
+from deepseek.errors import DataError
 from deepseek.packs.library import SUFFIX
 from deepseek.server.errors import ApiError, as_api_error
 from deepseek.server.guard import ADMIN
@@ -35,6 +37,8 @@ State = Literal["running", "stopped", "failed", "plugged"]
 
 LINE = re.compile(r"(?P<stage>[^:]{1,60}): (?P<done>\d+)(?:/(?P<total>\d+))?\b")
 """How `ProgressBar` writes where there is no terminal."""
+
+OUT_OF_BOUNDS = "path must name something below the server's teach root, and so must all that it links to."
 
 LOOK_SECONDS = 0.5
 NICENESS = 5
@@ -88,15 +92,22 @@ class Teacher:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.lesson: Lesson | None = None
+        self._busy = asyncio.Lock()
         self._process: Process | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, wanted: TeachRequest) -> Lesson:
         """Begin a lesson. Raises `ApiError` if one is under way, the name is taken, or the text is out of bounds."""
-        text = self.text(wanted.path, follows_links=wanted.kind == "folder")
-        pack = self.service.settings.experts_folder / f"{wanted.name}{SUFFIX}"
-        if self._task is not None and not self._task.done():
+        # Nothing is awaited between the question and the claim, so that of two requests one is refused.
+        if self._busy.locked() or (self._task is not None and not self._task.done()):
             raise ApiError(409, "An expert is being taught already; wait for it or stop it.", code="busy")
+        async with self._busy:
+            return await self._start(wanted)
+
+    async def _start(self, wanted: TeachRequest) -> Lesson:
+        """Check what is wanted and start the training."""
+        text = await asyncio.to_thread(self.text, wanted.path, is_repository=wanted.kind == "git")
+        pack = self.service.settings.experts_folder / f"{wanted.name}{SUFFIX}"
         if pack.exists() or any(info.name == wanted.name for info in self.service.engine.experts()):
             raise ApiError(409, f"There is an expert named {wanted.name} already; choose another name.", param="name")
         self.lesson = Lesson(wanted.name)
@@ -116,11 +127,11 @@ class Teacher:
         except ApiError as error:
             self.lesson = Lesson(wanted.name, state="failed", message=error.message)
 
-    def text(self, path: str, *, follows_links: bool) -> Path:
-        """Return the folder or repository that a client names, which must lie below the teach root, links resolved.
+    def text(self, path: str, *, is_repository: bool) -> Path:
+        """Return the folder or repository that a client names.
 
-        Args:
-            follows_links: whether links in it are read, as in a folder; of a repository only what is committed is.
+        It must lie below the teach root, links resolved, and so must everything that reading it reads: what links in a
+        folder point to, and the folders that a repository is spread over.
         """
         root = self.service.settings.teach_root
         if root is None:
@@ -130,12 +141,23 @@ class Teacher:
             text = (root / path).resolve()
         except (OSError, RuntimeError):  # a loop of links
             text = root.parent
-        if not text.is_relative_to(root) or not text.exists() or (follows_links and leads_out(text, root)):
-            raise ApiError(400, "path must name something below the server's teach root.", param="path")
+        if not text.is_relative_to(root) or not text.exists():
+            raise ApiError(400, OUT_OF_BOUNDS, param="path")
+        try:
+            read = repository_stores(text) if is_repository else [text]
+        except DataError:
+            raise ApiError(400, "path must name a git repository's own folder.", param="path") from None
+        if any(not folder.is_relative_to(root) or leads_out(folder, root) for folder in read):
+            raise ApiError(400, OUT_OF_BOUNDS, param="path")
         return text
 
     async def stop(self) -> None:
         """Stop the lesson under way, if there is one; what is done is kept, and the same request goes on."""
+        async with self._busy:  # one that is just being started is stopped as well
+            await self._stop()
+
+    async def _stop(self) -> None:
+        """Stop the training that was started."""
         if self._task is None or self._task.done() or self._process is None:
             return
         if self.lesson is not None:
@@ -221,6 +243,14 @@ def told(lesson: Lesson | None) -> dict[str, Any]:
 
 
 def leads_out(folder: Path, root: Path) -> bool:
-    """Whether a link below `folder` points to something that is not below `root`."""
-    links = (path for path in folder.rglob("*") if path.is_symlink())
-    return any(not path.resolve().is_relative_to(root) for path in links)
+    """Whether a link below `folder` points to something that is not below `root`, or to itself."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            continue
+        try:
+            inside = path.resolve().is_relative_to(root)
+        except (OSError, RuntimeError):
+            inside = False
+        if not inside:
+            return True
+    return False

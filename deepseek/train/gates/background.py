@@ -7,7 +7,6 @@ Python installation by the hundred, besides the rows of public text and everyday
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.builders.everyday import Conversation
 from deepseek.data.text.document import Progress, silent, uniform
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.gates.conversations import conversation_halves, expected_frequencies
 from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, place
@@ -28,7 +28,7 @@ CHARACTERS = 3000
 """Of one file, from its middle."""
 
 
-def background(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Background:
+def background(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Background:
     """Return the background of a base, from the cache in the library's home if it is there."""
     rows = kept_rows(model, tokenizer, progress)
     root, name = place(model)
@@ -37,7 +37,9 @@ def background(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progres
     return Background(stored["counts"].float(), chats)
 
 
-def _measured(model: Any, tokenizer: PreTrainedTokenizerFast, rows_RT: Tensor, progress: Progress) -> dict[str, Tensor]:
+def _measured(
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, rows_RT: Tensor, progress: Progress
+) -> dict[str, Tensor]:
     fitted, reserved = conversation_halves()
     kinds = [
         list(rows_RT[:-SAMPLED_ROWS]),

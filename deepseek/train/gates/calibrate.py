@@ -14,7 +14,6 @@ Scores are compared after a running mean, so the sums are over running means.
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from deepseek.errors import TrainError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.gate import RIDGE
 from deepseek.model.experts.relevance import Relevance
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import MOMENTS, GateSettings
 from deepseek.train.gates.inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.gates.public_text import PublicStatistics
@@ -80,7 +80,7 @@ class LayerGate:
 
 
 def calibrate(
-    model: Any,
+    model: DeepSeekModel,
     module: ExpertModule,
     own: Iterable[Batch],
     held_out: Iterable[Batch],
@@ -152,7 +152,7 @@ def tokens_of(batches: Iterable[Batch]) -> Tensor:
 
 
 def own_text(
-    model: Any,
+    model: DeepSeekModel,
     module: ExpertModule,
     own: Iterable[Batch],
     held_out: Iterable[Batch],

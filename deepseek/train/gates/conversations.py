@@ -6,7 +6,6 @@ Each row is what a chat gives the model: the template with its system prompt, wh
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import quickest_runner
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import encode_prompt, encode_rendered, render
 from deepseek.text.tokenizer import document_end_id, encode_plain
 
@@ -37,7 +37,7 @@ def conversation_halves() -> tuple[list[Conversation], list[Conversation]]:
 
 
 def conversation_rows(
-    model: Any, tokenizer: PreTrainedTokenizerFast, length: int, progress: Progress = silent
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, length: int, progress: Progress = silent
 ) -> Tensor:
     """Return ids `[R, length]`; even rows come from conversations to fit on, odd ones from those for thresholds.
 
@@ -85,7 +85,10 @@ PACKED_TOKENS = 512
 
 @torch.no_grad()
 def expected_frequencies(
-    model: Any, tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation], progress: Progress = silent
+    model: DeepSeekModel,
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: Sequence[Conversation],
+    progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Return, for each language, the frequencies `[V]` of tokens that the base expects in what users say.
 

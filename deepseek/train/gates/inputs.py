@@ -1,18 +1,18 @@
 """What a gate sees: the gate inputs of chosen layers, their running mean, and their second moments."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepseek.data.text.loader import Batch
 from deepseek.model.context import document_ids
 from deepseek.model.experts.gate import running_mean
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.losses import autocast
-from deepseek.train.text.trunk_cache import Stream, run_above, run_trunk
+from deepseek.train.loop.packed import resume_rows
+from deepseek.train.text.trunk_cache import Stream, run_trunk
 
 HALF_LIFE = 16.0
 """Tokens after which a past score counts half. Longer is steadier within a text, shorter follows a change sooner."""
@@ -85,20 +85,23 @@ def blend(inputs: GateInputs) -> Moments:
 
 
 def gate_inputs(
-    model: Any, batches: Iterable[Batch], layers: Sequence[int], stream: Stream | None = None
+    model: DeepSeekModel, batches: Iterable[Batch], layers: Sequence[int], stream: Stream | None = None
 ) -> Iterator[dict[int, GateInputs]]:
     """Yield, for each batch, the gate inputs at `layers`; experts take part as they are armed or forced.
 
     Args:
         stream: where the stream below the first of `layers` comes from if it has been computed before.
     """
-    first = min(layers)
-    with _recorded(model, layers) as recorded:
-        for batch in batches:
-            with torch.no_grad(), autocast(model.device):
-                stream_BTD = run_trunk(model, first, batch) if stream is None else stream(batch)
-                run_above(model, first, batch, stream_BTD.to(model.device, model.dtype), max(layers) + 1)
-            yield {layer: smoothed(recorded[layer], batch.position_ids) for layer in layers}
+    for batch in batches:
+        with torch.no_grad(), autocast(model.device):
+            stream_BTD = run_trunk(model, min(layers), batch) if stream is None else stream(batch)
+            step = resume_rows(model, batch, stream_BTD.to(model.device, model.dtype), min(layers))
+            recorded = {}
+            for layer in sorted(layers):
+                if layer > step.layer:
+                    step.run_to(layer)
+                recorded[layer] = step.gate_input()
+        yield {layer: smoothed(recorded[layer], batch.position_ids) for layer in layers}
 
 
 def smoothed(x_BTD: Tensor, position_ids_BT: Tensor) -> GateInputs:
@@ -109,21 +112,3 @@ def smoothed(x_BTD: Tensor, position_ids_BT: Tensor) -> GateInputs:
         x_BTD[:, :, None], decay_D, counted_BT=position_ids_BT > 0, document_ids_BT=document_ids(position_ids_BT)
     )
     return GateInputs(x_BTD, means_BTRD[:, :, 0], position_ids_BT > 0)
-
-
-@contextmanager
-def _recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Give a dictionary that every forward pass fills with the gate inputs of `layers`."""
-    recorded: dict[int, Tensor] = {}
-
-    def recorder(layer: int) -> Any:
-        def record(_: nn.Module, __: Any, x_BTD: Tensor) -> None:
-            recorded[layer] = x_BTD
-
-        return record
-
-    with ExitStack() as hooks:
-        for layer in layers:
-            norm = model.layers[layer].feed_forward_norm
-            hooks.callback(norm.register_forward_hook(recorder(layer)).remove)
-        yield recorded

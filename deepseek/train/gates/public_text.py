@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import quickest_runner
 from deepseek.errors import CheckpointError, DataError
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.gates.conversations import conversation_rows
 from deepseek.train.gates.inputs import HALF_LIFE, Moments, blend, gate_inputs
@@ -83,7 +83,7 @@ class PublicStatistics:
 
 
 def public_statistics(
-    model: Any, tokenizer: PreTrainedTokenizerFast, layers: Sequence[int], progress: Progress = silent
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, layers: Sequence[int], progress: Progress = silent
 ) -> PublicStatistics:
     """Return the statistics of `model` at `layers`, from the cache in the library's home if they are there."""
     root, name = place(model)
@@ -104,12 +104,14 @@ def public_statistics(
     )
 
 
-def training_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
+def training_rows(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
     """Return the half of the rows `[R, ROW_LENGTH]` that no threshold is set by, and what the base was adapted to."""
     return torch.cat([kept_rows(model, tokenizer, progress)[0::2], _adapted_rows(model.experts.base.weights)])
 
 
-def public_streams(model: Any, tokenizer: PreTrainedTokenizerFast, first: int, progress: Progress = silent) -> Tensor:
+def public_streams(
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, first: int, progress: Progress = silent
+) -> Tensor:
     """Return the stream `[R, ROW_LENGTH, D]` of `training_rows` below the experts of block `first`."""
     rows = training_rows(model, tokenizer, progress)
 
@@ -143,7 +145,7 @@ def _adapted_rows(weights: str) -> Tensor:
     return load_state(kept)[0]["ids"] if kept.is_dir() else torch.empty(0, ROW_LENGTH, dtype=torch.long)
 
 
-def public_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
+def public_rows(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
     """Return token ids `[R, ROW_LENGTH]`, every row the beginning of another text."""
     installed = [torch.tensor(cut_rows(tokenizer, texts, ROWS_PER_KIND)) for texts in installed_texts()]
     conversations = conversation_rows(model, tokenizer, ROW_LENGTH, progress)
@@ -178,7 +180,7 @@ def installed_texts() -> list[Iterator[str]]:
     return [_middles(sorted(files.values(), key=_lot)) for files in found]
 
 
-def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
+def sampled_rows(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
     """Return ids `[R, ROW_LENGTH]` of documents that the model writes itself, the same ones at every call."""
     end, rows = document_end_id(tokenizer), []
     openings = encode_plain(tokenizer, OPENINGS) * SAMPLES_PER_OPENING
@@ -196,7 +198,7 @@ def sampled_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progr
 
 
 def measure_public(
-    model: Any, rows: Tensor, layers: Sequence[int], stream: Stream | None = None, progress: Progress = silent
+    model: DeepSeekModel, rows: Tensor, layers: Sequence[int], stream: Stream | None = None, progress: Progress = silent
 ) -> PublicStatistics:
     """Run `rows` `[R, T]` through the bare model; even rows give the moments and odd ones the sample.
 
@@ -226,13 +228,13 @@ def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
         yield Batch(ids, labels, positions, torch.arange(start, start + len(ids)))
 
 
-def place(model: Any) -> tuple[Path, str]:
+def place(model: DeepSeekModel) -> tuple[Path, str]:
     """Return the folder of what is kept for a base, and the part of a name that says how it was made."""
     name = f"built-in-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
     return home() / "public" / model.experts.base.weights[:32], name
 
 
-def kept_rows(model: Any, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Tensor:
+def kept_rows(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Tensor:
     root, name = place(model)
     return kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, progress)})["ids"]
 

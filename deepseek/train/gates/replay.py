@@ -7,7 +7,6 @@ it does not belong; replay makes it do little harm where the gate errs.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.document import Progress, silent
 from deepseek.data.text.loader import Batch
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.gates.public_text import public_batches, public_streams, training_rows
 
 SHARE = 0.2
@@ -37,7 +37,11 @@ class Replay:
 
     @staticmethod
     def beside(
-        model: Any, tokenizer: PreTrainedTokenizerFast, first: int, own_tokens: int, progress: Progress = silent
+        model: DeepSeekModel,
+        tokenizer: PreTrainedTokenizerFast,
+        first: int,
+        own_tokens: int,
+        progress: Progress = silent,
     ) -> "Replay":
         """Return the replay of an expert whose first layer is `first` and whose steps have `own_tokens` of its own."""
         ids = training_rows(model, tokenizer, progress)

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepseek.kernels.lsh.intervals import Windows
+from deepseek.model.attention.full import AttentionInputs
+from deepseek.model.passes import begin
+from deepseek.model.transformer import DeepSeekModel
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,21 @@ class HeadInputs:
 
 
 @torch.no_grad()
-def stream_layers(model: Any, ids_RT: Tensor) -> Iterator[tuple[int, list[HeadInputs]]]:
+def stream_layers(model: DeepSeekModel, ids_RT: Tensor) -> Iterator[tuple[int, list[HeadInputs]]]:
     """Yield each layer's number and its inputs on R texts of T tokens.
 
     The texts go through the layers together, so that one layer's inputs are in memory at a time and each block runs
     once. `model` has full attention.
     """
-    hidden = [model.embed_tokens(ids[None].to(model.device)) for ids in ids_RT]
-    ctx = model.context(hidden[0])
-    for layer, block in enumerate(model.layers):
-        yield layer, [_inputs(block, one_1TD, ctx) for one_1TD in hidden]
-        if layer + 1 < len(model.layers):
-            hidden = [block(one_1TD, ctx) for one_1TD in hidden]
+    steps = [begin(model, ids_T[None].to(model.device)) for ids_T in ids_RT]
+    for layer in range(len(model.layers)):
+        for step in steps:
+            step.run_to(layer)
+        yield layer, [_of_one_text(step.attention_inputs()) for step in steps]
 
 
-def _inputs(block: Any, hidden_1TD: Tensor, ctx: Any) -> HeadInputs:
-    query, key, value = block.attention._project(block.attention_norm(hidden_1TD))
-    parts = (query, key, *ctx.positions(query, key), value)
+def _of_one_text(inputs: AttentionInputs) -> HeadInputs:
+    parts = (inputs.plain_query_BHTK, inputs.plain_key_BGTK, inputs.query_BHTK, inputs.key_BGTK, inputs.value_BGTK)
     return HeadInputs(*(part[0].float() for part in parts))
 
 

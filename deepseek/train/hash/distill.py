@@ -21,6 +21,7 @@ from deepseek.checkpoint.store import latest_state, load_state, prune, save_stat
 from deepseek.errors import TrainError
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.hash import LinearHash, from_named_tensors, named_tensors
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.hash.attention_inputs import (
     HeadInputs,
     attention_scores,
@@ -71,9 +72,15 @@ class HashSettings:
 
 
 def distill_hashes(
-    model: Any, ids_RT: Tensor, settings: HashSettings, layers: Sequence[int], state: Path, *, identity: str = "",
+    model: DeepSeekModel,
+    ids_RT: Tensor,
+    settings: HashSettings,
+    layers: Sequence[int],
+    state: Path,
+    *,
+    identity: str = "",
     progress: Callable[[int, int, str], None] = lambda *_: None,
-) -> dict[int, LinearHash]:  # fmt: skip
+) -> dict[int, LinearHash]:
     """Return a hash for each of `layers`, fitted to the model's attention on R texts of T tokens.
 
     Args:
@@ -114,7 +121,7 @@ def _finished(state: Path, meta: dict[str, Any]) -> dict[int, LinearHash]:
     return from_named_tensors(tensors) if found == meta else {}
 
 
-def _rotation(model: Any) -> Rotate:
+def _rotation(model: DeepSeekModel) -> Rotate:
     def rotate(query_HNK: Tensor, distance_N: Tensor) -> Tensor:
         positions = model.positions.prepare(distance_N[None].to(model.device), torch.float32)
         rotated: Tensor = positions(query_HNK[None], query_HNK[None])[0][0]

@@ -21,6 +21,8 @@ from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch
 from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
+from deepseek.model.passes import resume
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.gates.public_text import remember_adapted
 from deepseek.train.jobs.arguments import AdaptArguments
 from deepseek.train.jobs.declaration import DECLARED, job
@@ -31,8 +33,9 @@ from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts
 from deepseek.train.loop.loop import Task
-from deepseek.train.loop.losses import autocast, run_below
+from deepseek.train.loop.losses import autocast
 from deepseek.train.loop.metrics import peak_memory
+from deepseek.train.loop.packed import begin_rows
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import run_once
 from deepseek.train.text.trunk_cache import Stream
@@ -200,7 +203,7 @@ class LastLayersTask(ExpertTask):
     """The last blocks and the final norm, in fp32, on cached inputs of the first of them; all else frozen."""
 
     def __init__(
-        self, model: Any, first: int, head: CandidateHead, stream: Stream, held_out: Sequence[Batch],
+        self, model: DeepSeekModel, first: int, head: CandidateHead, stream: Stream, held_out: Sequence[Batch],
         held_out_stream: Stream,
     ) -> None:  # fmt: skip
         self.model, self.layer, self.head, self.stream, self.replay = model, first, head, stream, None
@@ -216,15 +219,15 @@ class LastLayersTask(ExpertTask):
         model = self.model
         stream_BTD = stream_BTD.to(model.device).float()
         with autocast(model.device):
-            ctx = model.context(stream_BTD, position_ids=batch.position_ids.to(model.device))
-            return model.norm(model.run_layers(stream_BTD, self.layer, len(model.layers), ctx))
+            position_ids_BT = batch.position_ids.to(model.device)
+            return resume(model, stream_BTD, self.layer, position_ids=position_ids_BT).finish()
 
 
 @torch.no_grad()
-def stream_into(model: Any, layer: int, batch: Batch) -> Tensor:
+def stream_into(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
     """Return the stream `[B, T, D]` that enters block `layer`."""
     with autocast(model.device):
-        return run_below(model, layer, batch)[0]
+        return begin_rows(model, batch).run_to(layer)
 
 
 SHARE = 1e-3
@@ -235,7 +238,7 @@ TARGETS = ("v_proj", "o_proj", "down_proj")
 higher rank in the attention alone."""
 
 
-def add_lora(model: Any, share: float = SHARE) -> Any:
+def add_lora(model: DeepSeekModel, share: float = SHARE) -> Any:
     """Freeze `model`, put adapters into it and return the PEFT model around it; `merge_and_unload` merges them.
 
     Raises `ConfigError` if even rank 1 exceeds the share.

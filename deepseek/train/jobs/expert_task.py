@@ -1,7 +1,6 @@
 """What the loop is given to train an expert module: its loss on own text and replay, its score on held-out text."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +8,12 @@ from torch import Tensor, nn
 from deepseek.data import Batch
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
 from deepseek.model.experts import ExpertModule
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.gates.replay import Replay
 from deepseek.train.loop.loop import LossOutput
 from deepseek.train.loop.losses import autocast, mean_loss
-from deepseek.train.text.trunk_cache import Stream, run_above
+from deepseek.train.loop.packed import resume_rows
+from deepseek.train.text.trunk_cache import Stream
 
 
 class ExpertTask:
@@ -24,7 +25,7 @@ class ExpertTask:
 
     def __init__(
         self,
-        model: Any,
+        model: DeepSeekModel,
         module: ExpertModule,
         head: CandidateHead,
         *,
@@ -66,4 +67,5 @@ class ExpertTask:
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
         """Return the normed last hidden states `[B, T, D]` with the module forced on."""
         with self.model.experts.forced(self.module), autocast(self.model.device):
-            return run_above(self.model, self.layer, batch, stream_BTD.to(self.model.device, self.model.dtype))
+            stream_BTD = stream_BTD.to(self.model.device, self.model.dtype)
+            return resume_rows(self.model, batch, stream_BTD, self.layer).finish()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +9,29 @@ from torch import Tensor, nn
 from deepseek.data.text.loader import Batch
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, linear_cross_entropy, token_losses
 from deepseek.model.moe.balance import Balance, update_routers
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.backends import SINGLE, Backend
 from deepseek.train.loop.loop import Hooks, LossOutput
-from deepseek.train.loop.losses import autocast, run_below
+from deepseek.train.loop.losses import autocast
+from deepseek.train.loop.packed import begin_rows
 
 
 class NextToken(nn.Module):
     """A model and its loss as one module, whose forward pass a distributed engine can gather parameters for."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: DeepSeekModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch, load_LE: Tensor | None = None) -> Tensor:
         """Return the mean loss of a batch; or, given `load_LE` to add expert calls to, every token's `[N]`, exactly."""
         model = self.model
-        hidden_BTD, ctx = run_below(model, len(model.layers), batch)
-        hidden_BTD = model.norm(hidden_BTD)
+        step = begin_rows(model, batch)
+        hidden_BTD = step.finish()
         labels_N = batch.labels.flatten().to(model.device)
         if load_LE is None:
             return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_N)
-        for layer, stats in enumerate(ctx.router_stats):
+        for layer, stats in enumerate(step.ctx.router_stats):
             load_LE[layer] += stats.dispatch.load_E()
         return token_losses(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_N)
 
@@ -45,7 +46,7 @@ class LanguageTask:
 
     def __init__(
         self,
-        model: Any,
+        model: DeepSeekModel,
         held_out: Mapping[str, Sequence[Batch]],
         backend: Backend = SINGLE,
         weights: Mapping[str, float] | None = None,

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.checkpoint import store
-from deepseek.errors import TrainError
 from deepseek.train.loop.backends import SINGLE, Backend
 from deepseek.train.loop.losses import autocast
 from deepseek.train.loop.metrics import MetricsLog, plot_losses
@@ -37,9 +36,6 @@ from deepseek.train.loop.optim import (
 from deepseek.train.loop.position import Position
 from deepseek.train.loop.progress import InterruptGuard, ProgressBar
 from deepseek.train.loop.runs import check_config
-
-MAX_SKIPPED_IN_A_ROW = 10
-"""Non-finite steps in a row after which the run has diverged and going on is of no use."""
 
 PLOT_SECONDS = 20.0
 """Time between two plots; drawing one takes as long as some steps."""
@@ -271,12 +267,14 @@ class _Run:
             group["lr"] = rate * group["pace"]
         loss, tokens, extra = self.backward()
         norm = clip_gradients(self.parameters.values(), optim.clip_norm)
-        finite = math.isfinite(loss) and norm < float("inf")  # False for NaN too
-        taken = finite and not position.is_spike(loss)
+        taken = position.takes(loss, norm)
+        position.tokens += tokens
         if taken:
             self.optimizer.step()
+        else:
+            self.write(position.step - 1, skipped=position.skipped)
         self.optimizer.zero_grad()
-        self.count(finite, taken, tokens)
+        position.check_divergence(optim.learning_rate)
         if taken:
             extra = {**extra, **self.hooks.stepped(rate / optim.learning_rate)}
             speed = tokens / (time.perf_counter() - started)
@@ -299,21 +297,6 @@ class _Run:
             losses.append(output.loss.detach() * weight)
             tokens += seen
         return float(self.backend.mean(torch.stack(losses)).mean()), tokens, output.metrics
-
-    def count(self, finite: bool, taken: bool, tokens: int) -> None:
-        """Move on; give up where nothing but non-finite values comes."""
-        position = self.position
-        position.step += 1
-        position.tokens += tokens
-        position.skipped += not taken
-        position.skipped_in_a_row = 0 if finite else position.skipped_in_a_row + 1
-        if not taken:
-            self.write(position.step - 1, skipped=position.skipped)
-        if position.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainError(
-                f"The last {MAX_SKIPPED_IN_A_ROW} steps had a loss or gradient that is not finite; start a new run "
-                f"with a lower learning rate than {self.config.optim.learning_rate}."
-            )
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate, record the figures and keep the best state; {} where this step was evaluated before."""

@@ -1,7 +1,13 @@
-"""Where a run of the loop stands: what decides how it goes on, beside weights, moments and the place in the data."""
+"""Where a run of the loop stands: what decides how it goes on, beside weights, moments and the place in the data.
 
+Steps made outside the loop (`rlpo_update`) are guarded by the same rules.
+"""
+
+import math
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
+
+from deepseek.errors import TrainError
 
 SPIKE_WINDOW = 64
 """Losses of past steps that a new one is compared with."""
@@ -11,6 +17,10 @@ SPIKE_SIGMAS = 6.0
 
 MAX_SPIKES_IN_A_ROW = 3
 """A loss that stays up is no spike but a new level, harder text for one, and is then learned from."""
+
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Non-finite steps in a row after which the run has diverged and going on is of no use."""
 
 
 @dataclass
@@ -42,6 +52,23 @@ class Position:
     best_step: int = 0
     stale: int = 0
     cooling: list[int] = field(default_factory=list)
+
+    def takes(self, loss: float, grad_norm: float) -> bool:
+        """Count a step; return whether to apply it: loss and gradient are finite, and the loss is no spike."""
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        taken = finite and not self.is_spike(loss)
+        self.step += 1
+        self.skipped += not taken
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        return taken
+
+    def check_divergence(self, learning_rate: float) -> None:
+        """Raise `TrainError` where nothing but non-finite values comes; `learning_rate` is named in the message."""
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainError(
+                f"The last {MAX_SKIPPED_IN_A_ROW} steps had a loss or gradient that is not finite; start a new run "
+                f"with a lower learning rate than {learning_rate}."
+            )
 
     def is_spike(self, loss: float) -> bool:
         """Whether `loss` lies far above the recent ones; a level that stays is accepted and the window begun anew."""

@@ -15,6 +15,7 @@ from deepseek.data.preferences.database import Preference
 from deepseek.data.text.document import Progress, silent
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import package
 from deepseek.text.chat_template import Message, check_messages, encode_prompt
 from deepseek.train.rl.rollout import Responses, generate
@@ -76,7 +77,7 @@ ROWS = 32
 
 
 def generate_pairs(
-    model: Any,
+    model: DeepSeekModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Sequence[Message]],
     judges: Mapping[str, Judge],

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,8 @@ from torch.nn.functional import linear
 
 from deepseek.errors import ConfigError
 from deepseek.model.moe.stats import RoutingDecision
+from deepseek.model.passes import UpperLayers, begin, resume
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.rl.rollout import Responses, mixed
 
@@ -42,7 +43,7 @@ class Policy:
         first: first layer that is trained.
     """
 
-    def __init__(self, model: Any, layers: str = "all", temperature: float = 1.0) -> None:
+    def __init__(self, model: DeepSeekModel, layers: str = "all", temperature: float = 1.0) -> None:
         """Freeze `model` but for `layers` ("all" or "last:N").
 
         Raises:
@@ -61,13 +62,14 @@ class Policy:
         for name, parameter in model.named_parameters():
             if name.startswith(trained):
                 parameter.data = parameter.data.float()  # steps are too small for bf16
-                self.parameters[name] = parameter.requires_grad_(True)
+                parameter.requires_grad_(True)
+                self.parameters[name] = parameter
         self.reference = copy.deepcopy(self.upper()).requires_grad_(False)
         self.parameters |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
 
-    def upper(self) -> nn.ModuleList:
+    def upper(self) -> UpperLayers:
         """Return the trained layers and the last norm."""
-        return nn.ModuleList([*self.model.layers[self.first :], self.model.norm])
+        return UpperLayers(self.model, self.first)
 
     @torch.no_grad()
     def trunk(self, responses: Responses) -> Tensor:
@@ -87,15 +89,19 @@ class Policy:
         """Return the log-probabilities `[B, T]` under the reference."""
         return self.logprobs(self.above(self.reference, responses, stream_BSD), responses)[0]
 
-    def above(self, upper: nn.ModuleList, responses: Responses, stream_BSD: Tensor) -> Tensor:
+    def above(self, upper: UpperLayers, responses: Responses, stream_BSD: Tensor) -> Tensor:
         """Return the normed hidden states `[B, T, D]` that the response tokens are predicted from."""
-        *blocks, norm = upper
-        ctx = self.context(responses, stream_BSD)
         with mixed(self.model.device):
-            for block in blocks:
-                stream_BSD = block(stream_BSD, ctx)
-            hidden_BTD: Tensor = norm(stream_BSD[:, -responses.mask_BT.shape[1] :])
-        return hidden_BTD
+            step = resume(
+                self.model,
+                stream_BSD,
+                self.first,
+                input_ids=responses.input_ids_BS[:, :-1],
+                attention_mask=responses.real_BS[:, :-1],
+                routing=responses.routing(self.model),
+                upper=upper,
+            )
+            return step.finish(last=responses.mask_BT.shape[1])
 
     def logprobs(self, hidden_BTD: Tensor, responses: Responses) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of the tokens taken and entropies, `[B, T]` each.
@@ -112,25 +118,17 @@ class Policy:
         zeros_BT = torch.zeros_like(responses.mask_BT)
         return zeros_BT.masked_scatter(real_BT, taken_N), zeros_BT.masked_scatter(real_BT, entropy_N)
 
-    def context(self, responses: Responses, hidden_BSD: Tensor) -> Any:
-        """Build the context of a pass over all tokens but the last, routed as they were when they were sampled."""
-        ctx = self.model.context(hidden_BSD, attention_mask=responses.real_BS[:, :-1])
-        ctx.routing = responses.routing(self.model)
-        return ctx
-
 
 @torch.no_grad()
-def below(model: Any, layer: int, ids_BS: Tensor, real_BS: Tensor, routing: Mapping[int, RoutingDecision]) -> Tensor:
+def below(
+    model: DeepSeekModel, layer: int, ids_BS: Tensor, real_BS: Tensor, routing: Mapping[int, RoutingDecision]
+) -> Tensor:
     """Return the stream `[B, S, D]` that enters block `layer`, with tokens routed as `routing` says or else anew."""
     with mixed(model.device):
-        hidden_BSD = model.embed_tokens(ids_BS)
-        ctx = model.context(hidden_BSD, attention_mask=real_BS)
-        ctx.routing = routing
-        below_BSD: Tensor = model.run_layers(hidden_BSD, 0, layer, ctx)
-    return below_BSD
+        return begin(model, ids_BS, attention_mask=real_BS, routing=routing).run_to(layer)
 
 
-def trained_prefixes(model: Any, first: int) -> tuple[str, ...]:
+def trained_prefixes(model: DeepSeekModel, first: int) -> tuple[str, ...]:
     """Return what the names of the parameters begin with that belong to layers from `first` on."""
     layers = [f"layers.{index}." for index in range(first, len(model.layers))]
     sharing = model.config.expert_sharing if len(model.expert_pools) else 1

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from deepseek.checkpoint import store
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.rl.policy import below
 from deepseek.train.rl.rollout import Responses, given
 
@@ -49,7 +49,7 @@ class RewardModel:
     a policy that trains later layers may share them.
     """
 
-    def __init__(self, base: Any, layer: int, weight_D: Tensor) -> None:
+    def __init__(self, base: DeepSeekModel, layer: int, weight_D: Tensor) -> None:
         """Read the stream that enters block `layer` of `base`."""
         self.base, self.layer, self.weight_D = base, layer, weight_D
 
@@ -59,7 +59,7 @@ class RewardModel:
 
     @classmethod
     def choose(
-        cls, base: Any, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, prompts: Sequence[int]
+        cls, base: DeepSeekModel, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, prompts: Sequence[int]
     ) -> "RewardModel":
         """Return the model of all pairs, with the penalty that predicts best what it was not fitted to.
 
@@ -76,7 +76,9 @@ class RewardModel:
         return cls.fit(base, layer, chosen_PD, rejected_PD, min(losses, key=lambda ridge: losses[ridge]))
 
     @classmethod
-    def fit(cls, base: Any, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, ridge: float = 1e-3) -> "RewardModel":
+    def fit(
+        cls, base: DeepSeekModel, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, ridge: float = 1e-3
+    ) -> "RewardModel":
         """Return the model under which the preferences, given as features of P pairs, are likeliest."""
         difference_PD = (chosen_PD - rejected_PD).double()
         scale_D = difference_PD.square().mean(0).sqrt().clamp(min=1e-6)
@@ -108,13 +110,13 @@ class RewardModel:
         store.save_state(folder, {"weight": self.weight_D}, {"layer": self.layer})
 
     @classmethod
-    def load(cls, base: Any, folder: Path) -> "RewardModel":
+    def load(cls, base: DeepSeekModel, folder: Path) -> "RewardModel":
         """Read what `save` wrote."""
         tensors, meta = store.load_state(folder)
         return cls(base, meta["layer"], tensors["weight"].to(base.device))
 
 
-def features(base: Any, layer: int, responses: Responses) -> Tensor:
+def features(base: DeepSeekModel, layer: int, responses: Responses) -> Tensor:
     """Return the features `[B, D]` of responses: streams at their tokens, each of root mean square 1, averaged."""
     stream_BSD = below(base, layer, responses.input_ids_BS, responses.real_BS, {}).float()
     stream_BTD = stream_BSD[:, -responses.mask_BT.shape[1] :]
@@ -123,7 +125,7 @@ def features(base: Any, layer: int, responses: Responses) -> Tensor:
 
 
 def features_of(
-    base: Any, layer: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: int = 32
+    base: DeepSeekModel, layer: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: int = 32
 ) -> Tensor:
     """Return the features `[N, D]` of given answers, `rows` at a time."""
     parts = range(0, len(prompts), rows)

@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.loader import endless, mix
 from deepseek.errors import TrainError
+from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop.loop import LossOutput
 from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients
+from deepseek.train.loop.position import Position
 from deepseek.train.rl.policy import Policy
 from deepseek.train.rl.ppo import advantages, masked_mean, policy_loss, steered, token_rewards, value_loss, whiten
 from deepseek.train.rl.rollout import Responses, empty_responses, generate
@@ -265,10 +267,10 @@ class RolloutBatches:
 
 
 class RLPOState:
-    """What lasts from one `rlpo_update` of a model to the next: reference, values, optimizer, controller."""
+    """What lasts from one `rlpo_update` of a model to the next: reference, values, optimizer, controller, guards."""
 
     def __init__(
-        self, model: Any, reward_model: Reward, config: RLPOConfig | None = None, *, layers: str = "all",
+        self, model: DeepSeekModel, reward_model: Reward, config: RLPOConfig | None = None, *, layers: str = "all",
         optim: OptimConfig | None = None, ends: Sequence[int] = (), seed: int = 0,
     ) -> None:  # fmt: skip
         """Take `model`, from now on in fp32, as it is for the reference."""
@@ -276,11 +278,12 @@ class RLPOState:
         self.learner = Learner(Policy(model.float(), layers), reward_model, config or RLPOConfig(), ends)
         self.optimizer = adamw(self.learner.parameters, self.optim)
         self.generator = torch.Generator(model.device).manual_seed(seed)
+        self.position = Position()
         self.rollouts = 0
 
 
 def rlpo_update(
-    model: Any,
+    model: DeepSeekModel,
     reward_model: Reward,
     data_batch: Mapping[str, Any],
     *,
@@ -296,7 +299,11 @@ def rlpo_update(
             None makes a first step with default ones.
 
     Returns:
-        `score` (before the update), `kl` to the reference in nats a response, `entropy`, `beta`, `loss` and others.
+        `score` (before the update), `kl` to the reference in nats a response, `entropy`, `beta`, `loss`, `skipped`
+        (optimizer steps left out so far, as by the loop: for non-finite values or a spike of the loss) and others.
+
+    Raises:
+        TrainError: the policy has collapsed, or ten steps in a row had values that are not finite.
     """
     state = state or RLPOState(model, reward_model)
     learner, config = state.learner, state.learner.config
@@ -312,9 +319,11 @@ def rlpo_update(
         state.optimizer.zero_grad()
         output.loss.backward()
         norm = clip_gradients(learner.parameters.values(), state.optim.clip_norm)
-        if norm < float("inf"):  # False for NaN too
+        loss = float(output.loss.detach())
+        if state.position.takes(loss, norm):
             state.optimizer.step()
-        metrics |= {**output.metrics, "loss": float(output.loss.detach()), "grad_norm": norm}
+        state.position.check_divergence(state.optim.learning_rate)
+        metrics |= {**output.metrics, "loss": loss, "grad_norm": norm, "skipped": state.position.skipped}
         if learner.scalars["stop"]:
             break
     return metrics

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from deepseek.errors import ConfigError
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import RoutingDecision
+from deepseek.model.transformer import DeepSeekModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Responses(RowTensors):
         """Ids of the responses."""
         return self.input_ids_BS[:, -self.mask_BT.shape[1] :]
 
-    def routing(self, model: Any) -> dict[int, RoutingDecision]:
+    def routing(self, model: DeepSeekModel) -> dict[int, RoutingDecision]:
         """Return what a pass over all tokens but the last takes to send each to the same experts again.
 
         Nothing where no choices were kept: the experts are then chosen anew.
@@ -59,7 +60,7 @@ class Responses(RowTensors):
             return {}
         return {
             layer: RoutingDecision(self.choices_BLSC[:, place].flatten(0, 1), self.active_BLS[:, place].flatten())
-            for place, layer in enumerate(sparse_layers(model))
+            for place, layer in enumerate(model.sparse_layers)
         }
 
     def answers(self) -> list[list[int]]:
@@ -73,18 +74,12 @@ class Responses(RowTensors):
         return [ids[real].tolist() for ids, real in pairs]
 
 
-def sparse_layers(model: Any) -> list[int]:
-    """Return the indices of the mixture-of-experts layers."""
-    return [index for index, block in enumerate(model.layers) if block.sparse]
-
-
-def empty_responses(model: Any, rows: int, prompt_width: int, new_tokens: int) -> Responses:
+def empty_responses(model: DeepSeekModel, rows: int, prompt_width: int, new_tokens: int) -> Responses:
     """Return padding alone, in the shapes that `generate` fills."""
-    width, layers, device = prompt_width + new_tokens, sparse_layers(model), model.device
-    candidates = 0
-    if layers:
-        router = model.layers[layers[0]].feed_forward.router
-        candidates = router.choose(torch.zeros(1, router.num_experts, device=device)).choice.ids_NC.shape[1]
+    width = prompt_width + new_tokens
+    layers = model.sparse_layers
+    device = model.device
+    candidates = model.routing_width()
     # Padding goes to experts 0, 1, ...: a token is never sent to the same one twice.
     choices = torch.arange(candidates, device=device).expand(rows, len(layers), width - 1, candidates).clone()
     return Responses(
@@ -96,7 +91,7 @@ def empty_responses(model: Any, rows: int, prompt_width: int, new_tokens: int) -
     )
 
 
-def given(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Responses:
+def given(model: DeepSeekModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Responses:
     """Return responses that were not sampled, without a routing.
 
     Raises:
@@ -114,7 +109,7 @@ def given(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequen
 
 
 def generate(
-    model: Any,
+    model: DeepSeekModel,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     ends: Iterable[int],

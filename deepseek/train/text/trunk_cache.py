@@ -19,30 +19,27 @@ from torch import Tensor
 from deepseek.checkpoint.store import disk_full_explained, read_json, write_json
 from deepseek.data.text.loader import Batch, RowLoader
 from deepseek.errors import CheckpointError
-from deepseek.train.loop.losses import autocast, run_below
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.train.loop.losses import autocast
+from deepseek.train.loop.packed import begin_rows
 
 Stream = Callable[[Batch], Tensor]
 """Where the frozen stream `[B, T, D]` of a batch comes from: computed, or read from a cache."""
 
 
 @torch.no_grad()
-def run_trunk(model: Any, layer: int, batch: Batch) -> Tensor:
-    """Return the stream `[B, T, D]` after the attention of block `layer`, before any expert there has a say."""
-    with autocast(model.device):
-        hidden_BTD, ctx = run_below(model, layer, batch)
-        stream_BTD: Tensor = model.layers[layer].attend(hidden_BTD, ctx)
-    return stream_BTD
+def run_trunk(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
+    """Return the residual stream `[B, T, D]` after the attention of `layer`, which no expert there has changed.
 
-
-def run_above(model: Any, layer: int, batch: Batch, stream_BTD: Tensor, stop: int | None = None) -> Tensor:
-    """Return the stream `[B, T, D]` before block `stop` (None: the normed last hidden states) from what `run_trunk`
-    returned; experts take part as armed.
+    Args:
+        model: the model to run, in the precision that is fastest on its device.
+        layer: the first layer that an expert is plugged beside.
+        batch: packed rows of T tokens.
     """
-    position_ids_BT = batch.position_ids.to(model.device)
-    ctx = model.context(stream_BTD, position_ids=position_ids_BT, input_ids=batch.input_ids.to(model.device))
-    hidden_BTD = model.layers[layer].transform(stream_BTD, ctx)
-    hidden_BTD = model.run_layers(hidden_BTD, layer + 1, len(model.layers) if stop is None else stop, ctx)
-    return hidden_BTD if stop is not None else model.norm(hidden_BTD)
+    with autocast(model.device):
+        step = begin_rows(model, batch)
+        step.run_to(layer)
+        return step.attend()
 
 
 class TrunkCache:

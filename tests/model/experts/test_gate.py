@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek.model.context import ForwardContext
 from deepseek.model.experts.armed import combine
-from deepseek.model.experts.gate import RIDGE, SHARPNESS, GateBank, arbitrate, contrasts, running_mean
+from deepseek.model.experts.gate import NATS, RIDGE, SHARPNESS, GateBank, arbitrate, contrasts, running_mean
 from deepseek.packs.manifest import MOMENTS
 
 seeds = st.integers(0, 10_000)
@@ -121,6 +122,49 @@ def test_contrasts_are_the_logarithms_of_gaussian_densities(seed, modules, width
     # log-density of each Gaussian, up to what is common to all
     density = torch.stack([-0.5 * (x - m[0]) @ torch.linalg.solve(within, x - m[0]) for m in moments.double()])
     torch.testing.assert_close(score - score.mean(), density - density.mean(), atol=1e-3, rtol=1e-3)
+
+
+def spoken(gates, words_BTM, admitted_BM=None):
+    """Weights at two tokens of unit score 1 for each module of a bank without contrasts."""
+    bank = GateBank.stack(gates, [torch.zeros(MOMENTS, 4)] * len(gates), [16.0] * len(gates), 5, torch.device("cpu"))
+    x_BTD = torch.zeros(1, 3, 4)
+    ctx = ForwardContext(None, torch.arange(3)[None])
+    return bank.weights(0, x_BTD, ctx, words_BTM, admitted_BM)[0, -1]
+
+
+def constant_gate(score):
+    """A gate that detects with the same score everywhere."""
+    return torch.tensor([0.0, 0.0, 0.0, 0.0, score])
+
+
+@settings(max_examples=100, deadline=None)
+@given(score=st.floats(-9.0, 9.0), lower=st.floats(-90.0, 90.0), higher=st.floats(-90.0, 90.0))
+def test_more_evidence_never_lowers_a_weight(score, lower, higher):
+    lower, higher = sorted((lower, higher))
+    gates = [constant_gate(score), constant_gate(0.5)]
+    weights = [spoken(gates, torch.tensor([nats, 0.0]).expand(1, 3, 2))[0] for nats in (lower, higher)]
+    assert weights[0] <= weights[1] + 1e-6
+
+
+@settings(max_examples=50, deadline=None)
+@given(score=st.floats(-9.0, 9.0), nats=st.floats(0.0, 90.0))
+def test_enough_evidence_against_silences_any_gate(score, nats):
+    assert spoken([constant_gate(score)], torch.full((1, 3, 1), -NATS - nats)) == 0.0
+
+
+def test_evidence_divides_a_token_among_those_who_fire():
+    gates = [constant_gate(1.0), constant_gate(1.0)]
+    even = spoken(gates, torch.zeros(1, 3, 2))
+    torch.testing.assert_close(even, torch.tensor([0.5, 0.5]))
+    first = spoken(gates, torch.tensor([6.0, 0.0]).expand(1, 3, 2))
+    assert first[0] > 0.99
+
+
+def test_who_is_not_admitted_claims_nothing():
+    gates = [constant_gate(1.0), constant_gate(1.0)]
+    weights = spoken(gates, None, torch.tensor([[True, False]]))
+    assert weights[0] > 0.99
+    assert weights[1] == 0.0
 
 
 def test_contrasts_follow_the_set_and_not_its_order():

@@ -15,7 +15,7 @@ from deepseek.engine.load import Loaded
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.model.experts import ExpertModule
-from deepseek.model.experts.relevance import DECAY, Relevance, RelevanceBank, text_evidence
+from deepseek.model.experts.relevance import DECAY, RULED_OUT, Relevance, RelevanceBank, text_evidence
 from deepseek.model.kv_cache import KVCache
 from deepseek.packs.pack import read_pack, write_pack
 
@@ -50,8 +50,8 @@ def test_pieces_give_the_evidence_of_the_whole(ids: list[int], data: st.DataObje
         tokens = DECAY * tokens + 1.0
         assert float(whole_TM[place, 0]) == pytest.approx(evidence, abs=1e-4)
         assert float(whole_TM[place, -1]) == pytest.approx(tokens, abs=1e-4)
-        kept = bank.kept(whole_TM[None])[0, place, 0]
-        assert bool(kept) == relevance.keeps(torch.tensor(ids[: place + 1]))
+        document = bank.of_document(whole_TM[None])[0, place, 0]
+        assert bool(document > RULED_OUT) == relevance.keeps(torch.tensor(ids[: place + 1]))
     assert text_evidence(relevance, torch.tensor(ids)) == pytest.approx(evidence, abs=1e-4)
 
 

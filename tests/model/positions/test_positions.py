@@ -12,6 +12,7 @@ from deepseek import DeepSeekModel, DynamicPositionalEncoding, ModelConfig
 from deepseek.errors import ConfigError
 from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.model.kv_cache import KVCache
+from deepseek.model.passes import begin
 from deepseek.model.positions import POSITIONS
 from deepseek.model.positions.alibi import slopes
 
@@ -164,13 +165,18 @@ def test_alibi_slopes_are_those_of_the_paper() -> None:
 def test_alibi_adds_its_slope_times_distance() -> None:
     model, ids = small_model("alibi", num_hidden_layers=1), ids_of(1, 20)
     attention, x = model.layers[0].attention, torch.randn(1, 20, 32)
-    query, key, value = attention._project(x)
-    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    ctx = begin(model, ids).ctx
+    inputs = attention.inputs(x, ctx)
+    query, key, value = (
+        inputs.query_BHTK,
+        inputs.key_BGTK.repeat_interleave(2, 1),
+        inputs.value_BGTK.repeat_interleave(2, 1),
+    )
     distance = torch.arange(20) - torch.arange(20)[:, None]
     scores = query @ key.mT / 8**0.5 + torch.tensor(slopes(4))[:, None, None] * distance
     weights = scores.masked_fill(distance > 0, -torch.inf).softmax(-1)
     expected = attention.o_proj((weights @ value).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, model.context(model.embed_tokens(ids))), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attention(x, ctx), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -214,3 +220,9 @@ def test_additive_form() -> None:
     assert all(parameter.grad.any() for parameter in dpe.parameters())
     with pytest.raises(ConfigError, match="d_model=7"):
         DynamicPositionalEncoding(7)
+
+
+@pytest.mark.parametrize("positions", [[0, -1], [0.0, 1.0], [True, False]])
+def test_the_additive_form_refuses_what_is_no_position(positions):
+    with pytest.raises(ConfigError, match="pos_ids"):
+        DynamicPositionalEncoding(8)(torch.zeros(1, 2, 8), torch.tensor(positions))

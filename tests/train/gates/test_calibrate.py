@@ -13,6 +13,7 @@ from deepseek.data import Batch
 from deepseek.errors import DataError, TrainError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.gate import RIDGE
+from deepseek.model.passes import resume
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text as public_module
@@ -142,10 +143,8 @@ def test_gate_inputs_are_what_the_experts_see(model: DeepSeekModel) -> None:
     batch = next(rows(0, 8, seed=0))
     inputs = next(gate_inputs(model, [batch], LAYERS))
     hidden = model(batch.input_ids, position_ids=batch.position_ids, output_hidden_states=True).hidden_states
-    ctx = model.context(hidden[3], position_ids=batch.position_ids)
-    block = model.layers[3]
-    assert torch.allclose(inputs[3].x_BTD, block.feed_forward_norm(block.attend(hidden[3], ctx)), atol=1e-5)
-    assert not block.feed_forward_norm._forward_hooks
+    step = resume(model, hidden[3], 3, position_ids=batch.position_ids)
+    assert torch.allclose(inputs[3].x_BTD, step.gate_input(), atol=1e-5)
 
 
 def test_a_calibrated_module_fires_on_its_own_text_and_nowhere_else(

@@ -52,6 +52,21 @@ def test_a_bandit_is_solved() -> None:
     assert scores[0] < 0.5 and scores[-1] > 0.95
 
 
+def test_an_update_that_is_not_finite_moves_nothing_and_ten_in_a_row_end_it() -> None:
+    """The same guards as in the loop."""
+
+    def broken(responses: Responses) -> Tensor:
+        return torch.full((len(responses.targets_BT),), float("nan"))
+
+    state = RLPOState(tiny(), broken, RLPOConfig(new_tokens=2, minibatch=4, epochs=1, value_rollouts=0))
+    before = {name: one.detach().clone() for name, one in state.learner.parameters.items()}
+    metrics = rlpo_update(state.learner.policy.model, broken, {"prompts": [[3, 4]] * 8}, state=state)
+    assert metrics["skipped"] == 2
+    assert all(torch.equal(before[name], one) for name, one in state.learner.parameters.items())
+    with pytest.raises(TrainError, match="not finite"):
+        rlpo_update(state.learner.policy.model, broken, {"prompts": [[3, 4]] * 32}, state=state)
+
+
 def test_copying_is_learnt_from_reward_alone() -> None:
     """The answer to two tokens is these two tokens."""
 

@@ -13,7 +13,8 @@ from deepseek.data import Batch, Document, RowLoader, TokenShards
 from deepseek.errors import TrainError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
-from deepseek.train.text.trunk_cache import TrunkCache, run_above, run_trunk
+from deepseek.train.loop.packed import resume_rows
+from deepseek.train.text.trunk_cache import TrunkCache, run_trunk
 
 LAYER, LENGTH, WIDTH = 2, 16, 32
 KEY = {"base": "b", "shards": "s", "layer": LAYER, "computed": "torch.float32"}
@@ -43,7 +44,7 @@ def nothing(_done: int, _total: int) -> None: ...
 def test_trunk_and_the_rest_are_the_model(model: DeepSeekModel, loader: RowLoader, layer: int) -> None:
     batch = loader.rows([0, 3])
     whole = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-    split = model.lm_head(run_above(model, layer, batch, run_trunk(model, layer, batch)))
+    split = resume_rows(model, batch, run_trunk(model, layer, batch), layer).logits()
     assert (batch.position_ids == 0).sum() > 2, "rows should hold several documents"
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
 

@@ -1,0 +1,164 @@
+"""The house as a table and a picture: rooms, floors, lines, and who imports whom, measured from the imports.
+
+    make house    # or: python benchmarks/house.py; writes the table into its page, and the picture beside it
+
+A room is a package directly below `deepseek/` (or a file there). Its floor is one above the highest room that it
+imports, so the table cannot say anything else than the code does. `tests/test_floors.py` holds the floors that are
+allowed.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "deepseek"
+BEGIN, END = "<!-- house: begin -->", "<!-- house: end -->"
+
+
+@dataclass
+class Room:
+    """One room.
+
+    Attributes:
+        files, lines: how many it has.
+        imports: other rooms that it imports, at module level or within functions.
+        floor: 0 for a room that imports none.
+        purpose: first sentence of its docstring.
+    """
+
+    files: int = 0
+    lines: int = 0
+    imports: set[str] = field(default_factory=set)
+    floor: int = 0
+    purpose: str = ""
+
+
+def main() -> None:
+    page = house_page()
+    found = rooms()
+    page.write_text(with_table(page.read_text(encoding="utf-8"), table(found)), encoding="utf-8")
+    draw(found, page.with_name("house.svg"))
+
+
+def rooms() -> dict[str, Room]:
+    """Return every room with its floor."""
+    found: dict[str, Room] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name.startswith("__"):
+            continue
+        source = path.read_text(encoding="utf-8")
+        room = found.setdefault(name, Room())
+        room.files += 1
+        room.lines += source.count("\n")
+        room.imports |= set(imported_rooms(source)) - {name}
+        if path in (PACKAGE / name / "__init__.py", PACKAGE / f"{name}.py"):
+            room.purpose = purpose(source)
+    for room in found.values():
+        room.imports &= set(found)
+    for name in TopologicalSorter({name: room.imports for name, room in found.items()}).static_order():
+        found[name].floor = 1 + max((found[other].floor for other in found[name].imports), default=-1)
+    return found
+
+
+def imported_rooms(source: str) -> Iterator[str]:
+    """Yield the rooms that a file imports."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "deepseek" and len(parts) > 1:
+                yield parts[1]
+
+
+def purpose(source: str) -> str:
+    """Return the first sentence of a file's docstring."""
+    text = ast.get_docstring(ast.parse(source)) or ""
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
+def table(found: dict[str, Room]) -> str:
+    """Return the rooms as a Markdown table, the highest floor first."""
+    lines = ["| floor | room | what it holds | files | lines | imports |", "|---|---|---|---|---|---|"]
+    for name, room in ordered(found):
+        others = ", ".join(sorted(room.imports)) or "-"
+        lines.append(f"| {room.floor} | `{name}` | {room.purpose} | {room.files} | {room.lines:,} | {others} |")
+    arrows = sum(len(room.imports) for room in found.values())
+    size = sum(room.lines for room in found.values())
+    summary = f"{len(found)} rooms, {size:,} lines, {arrows} arrows between rooms, no cycle."
+    return "\n".join([*lines, "", summary])
+
+
+def beyond(found: dict[str, Room], names: set[str]) -> set[str]:
+    """Return the rooms that `names` import, directly or by way of others."""
+    reached: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        new = found[waiting.pop()].imports - reached
+        reached |= new
+        waiting += new
+    return reached
+
+
+def ordered(found: dict[str, Room]) -> list[tuple[str, Room]]:
+    """Return the rooms from the highest floor down."""
+    return sorted(found.items(), key=lambda item: (-item[1].floor, item[0]))
+
+
+def with_table(text: str, rows: str) -> str:
+    """Return a page with the table between its marks."""
+    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:start]}\n{rows}\n{text[stop:]}"
+
+
+def house_page() -> Path:
+    """Return the page with the marks."""
+    pages = [page for page in sorted((ROOT / "docs").rglob("*.md")) if BEGIN in page.read_text(encoding="utf-8")]
+    if len(pages) != 1:
+        sys.exit(f"{len(pages)} pages below docs/ have the mark {BEGIN}; there must be one.")
+    return pages[0]
+
+
+def draw(found: dict[str, Room], path: Path) -> None:
+    """Draw the floors: rooms as wide as their lines, arrows to what they import and no lower room imports for them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "house"  # the same picture, the same bytes
+    floors = sorted({room.floor for room in found.values()})
+    figure, axes = plt.subplots(figsize=(7, 0.9 * len(floors) + 0.6))
+    centres: dict[str, tuple[float, float]] = {}
+    for floor in floors:
+        names = [name for name, room in sorted(found.items()) if room.floor == floor]
+        widths = {name: 6 + found[name].lines ** 0.5 / 3 for name in names}
+        left = -(sum(widths.values()) + 3 * (len(names) - 1)) / 2
+        for name in names:
+            box = plt.Rectangle((left, floor), widths[name], 0.55, facecolor="#dbe8f5", edgecolor="#2b5c8a", zorder=3)
+            axes.add_patch(box)
+            label = f"{name}\n{found[name].lines:,}"
+            axes.text(left + widths[name] / 2, floor + 0.27, label, ha="center", va="center", fontsize=8, zorder=4)
+            centres[name] = (left + widths[name] / 2, floor)
+            left += widths[name] + 3
+    for name, room in found.items():
+        for other in room.imports - beyond(found, room.imports):
+            start, stop = centres[name], (centres[other][0], centres[other][1] + 0.55)
+            axes.annotate("", stop, start, arrowprops={"arrowstyle": "->", "color": "#9aa7b3", "lw": 0.6}, zorder=1)
+    axes.set_xlim(-32, 32)
+    axes.set_ylim(-0.2, floors[-1] + 0.8)
+    axes.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The pieces of a forward pass make up the whole, bit for bit, and nobody outside `model/` reaches into a layer."""
+
+import ast
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import KINDS, tiny_model
+from torch import Tensor, nn
+
+from deepseek.errors import ConfigError
+from deepseek.model.config import ModelConfig
+from deepseek.model.experts import ExpertModule
+from deepseek.model.kv_cache import KVCache
+from deepseek.model.passes import ForwardPass, UpperLayers, begin, resume
+from deepseek.model.presets import PRESETS
+from deepseek.model.transformer import DeepSeekModel
+
+ROOT = Path(__file__).parent.parent.parent
+LAYERS = 3
+LSH = {name: value for name, value in KINDS["lsh"].items() if name.startswith("lsh_")}
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+FEW_EXPERTS = {
+    "num_experts": 4, "expert_dim": 16, "shared_expert_dim": None, "max_experts": 2, "min_experts": 1,
+    "candidate_experts": 4, "num_expert_groups": 1, "max_expert_groups": 1, "target_experts": None, "dense_layers": [0],
+}  # fmt: skip
+
+
+def built(name: str, attention: str = "full", positions: str = "rope") -> DeepSeekModel:
+    """Return the preset `name` with the sizes of a tiny model and random weights, biases of scores included."""
+    preset = PRESETS[name]
+    fields: dict[str, Any] = preset | SMALL | (FEW_EXPERTS if preset.get("num_experts") else {})
+    fields |= {"attention": attention, "positional_encoding": positions}
+    if attention == "lsh":
+        fields |= LSH
+    if positions == "dpe":
+        fields["train_len"] = 16
+    torch.manual_seed(0)
+    model = DeepSeekModel(ModelConfig(**fields)).eval().requires_grad_(False)
+    for parameter_name, parameter in model.named_parameters():
+        if "score_bias" in parameter_name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def expert(model: DeepSeekModel) -> ExpertModule:
+    module = ExpertModule.beside(model.layers, "noisy", (1, 2), 16, seed=1)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(2))
+    return module.requires_grad_(False)
+
+
+def ids_of(rows: int, length: int) -> Tensor:
+    return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def in_pieces(model: DeepSeekModel, ids_BT: Tensor, **kwargs: Any) -> Tensor:
+    """Return the logits of a pass that stops at every place where a pass can stop."""
+    step = begin(model, ids_BT, **kwargs)
+    for layer in range(LAYERS):
+        step.run_to(layer)
+        if kwargs.get("cache") is None or layer != 1:  # one layer as a whole block
+            step.attend()
+            step.gate_input()
+    return step.logits()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("attention", "positions"),
+    [("full", kind) for kind in ("alibi", "dpe", "learned", "none", "rope")] + [("lsh", "rope"), ("lsh", "dpe")],
+)
+@torch.no_grad()
+def test_the_pieces_are_the_whole(name: str, attention: str, positions: str) -> None:
+    model = built(name, attention, positions)
+    ids = ids_of(2, 24)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    documents = torch.cat((torch.arange(15), torch.arange(9)))[None].expand(2, -1)
+    for kwargs in ({}, {"attention_mask": mask}, {"position_ids": documents}):
+        whole = model(ids, use_cache=False, **kwargs).logits
+        assert torch.equal(in_pieces(model, ids, **kwargs), whole), kwargs
+    own, other = KVCache(), KVCache()
+    for start, stop in ((0, 14), (14, 22), (22, 23), (23, 24)):
+        whole = model(ids[:, start:stop], cache=other).logits
+        assert torch.equal(in_pieces(model, ids[:, start:stop], cache=own), whole), (start, stop)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_pieces_are_the_whole_with_an_expert(kind: str) -> None:
+    model = tiny_model(kind).model
+    ids = ids_of(2, 20) % model.config.vocab_size
+    bare = model(ids, use_cache=False).logits
+    if kind == "dmoe":
+        module = ExpertModule("noisy", (1, 2), 32, 16)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(2))
+    else:
+        module = expert(model)
+    with model.experts.forced(module):
+        whole = model(ids, use_cache=False).logits
+        assert torch.equal(in_pieces(model, ids), whole) and not torch.equal(whole, bare)
+        step = begin(model, ids)
+        step.run_to(1)
+        trunk = step.attend().clone()
+        assert torch.equal(resume(model, trunk, 1, attended=True, input_ids=ids).logits(), whole)
+    step = begin(model, ids)
+    step.run_to(1)
+    assert torch.equal(step.attend(), trunk), "an expert has a part in the attention below it"
+    assert torch.equal(resume(model, trunk, 1, attended=True).logits(), bare)
+
+
+@torch.no_grad()
+def test_a_pass_goes_on_from_a_stream_through_other_upper_layers() -> None:
+    model = tiny_model().model
+    ids = ids_of(2, 20) % model.config.vocab_size
+    whole = begin(model, ids).finish()
+    stream = begin(model, ids).run_to(1)
+    upper = copy.deepcopy(UpperLayers(model, 1))
+    assert torch.equal(resume(model, stream, 1, upper=upper).finish(last=4), whole[:, -4:])
+    upper.norm.weight.mul_(2.0)
+    assert torch.equal(resume(model, stream, 1, upper=upper).finish(), 2 * whole)
+    assert torch.equal(resume(model, stream, 1).finish(), whole), "the model's own layers have changed"
+    with pytest.raises(ConfigError, match="begin at 1"):
+        resume(model, stream, 0, upper=upper)
+
+
+@torch.no_grad()
+def test_attention_inputs_are_those_of_the_layer() -> None:
+    model = tiny_model().model
+    ids = ids_of(1, 9) % model.config.vocab_size
+    cache = KVCache()
+    model(ids, cache=cache)
+    step = begin(model, ids)
+    for layer in range(LAYERS):
+        step.run_to(layer)
+        inputs = step.attention_inputs()
+        assert torch.equal(inputs.key_BGTK, cache.layers[layer].keys)  # type: ignore[arg-type]
+        assert torch.equal(inputs.value_BGTK, cache.layers[layer].values)  # type: ignore[arg-type]
+        assert not torch.equal(inputs.plain_query_BHTK, inputs.query_BHTK)
+        assert step.layer == layer and not step.attended
+
+
+def test_a_pass_says_where_it_stands_and_cannot_go_back() -> None:
+    model = tiny_model().model
+    step = begin(model, ids_of(1, 4))
+    step.run_to(1)
+    step.attend()
+    for move in (lambda: step.run_to(1), step.attend, step.attention_inputs, lambda: step.run_to(LAYERS + 1)):
+        with pytest.raises(ConfigError, match="after the attention of layer 1 of 3 layers"):
+            move()
+    step.finish()
+    for move in (lambda: step.run_to(2), step.gate_input):
+        with pytest.raises(ConfigError, match="before layer 3 of 3 layers"):
+            move()
+    with pytest.raises(ConfigError, match="Exactly one"):
+        begin(model)
+    with pytest.raises(ConfigError, match="Exactly one"):
+        begin(model, ids_of(1, 4), inputs_embeds=torch.zeros(1, 4, 32))
+
+
+INSIDES = {
+    "_project", "attend", "attention", "attention_norm", "feed_forward", "feed_forward_norm", "gate_input",
+    "input_layernorm", "mlp", "post_attention_layernorm", "run_layers", "self_attn", "transform",
+}  # fmt: skip
+"""Names of what a layer is made of, here and in the field."""
+
+STEPS = {"attend", "gate_input"}
+"""Methods that a `ForwardPass` has, too: `step.attend()` is the way to do it."""
+
+READERS = {
+    "benchmarks/lsh_slot_in.py": {"attention"},  # trains the projections of attention by themselves
+    "benchmarks/parity.py": {"feed_forward"},  # reports the gradients of routers
+    "deepseek/engine/torch_runner.py": {"attention"},  # asks LSH layers what their buckets occupy
+    "deepseek/compiled/weights.py": {"attention", "attention_norm", "feed_forward", "feed_forward_norm"},  # packs them
+}
+"""Files that read a layer's weights and run none of it. The table may only become shorter."""
+
+
+def insides_used(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line and name of every attribute in `source` that belongs to a layer."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Attribute) or node.attr not in INSIDES:
+            continue
+        owner = ast.unparse(node.value)
+        # `config.attention` is the name of a kind; a kernel's `buckets.attend` is no layer's.
+        if owner.split(".")[-1] == "config" or (node.attr in STEPS and owner in ("step", "buckets")):
+            continue
+        yield node.lineno, node.attr
+
+
+def outside_files() -> list[Path]:
+    package = [path for path in (ROOT / "deepseek").rglob("*.py") if "model" not in path.relative_to(ROOT).parts[1:2]]
+    return [*package, *(ROOT / "benchmarks").glob("*.py")]
+
+
+def test_nobody_outside_the_model_reaches_into_a_layer() -> None:
+    found: dict[str, set[str]] = {}
+    for path in outside_files():
+        for line, name in insides_used(path.read_text()):
+            place = path.relative_to(ROOT).as_posix()
+            assert name in READERS.get(place, set()), f"{place}:{line} uses .{name} of a layer; use model/passes.py"
+            found.setdefault(place, set()).add(name)
+    assert found == READERS, "an exception is no longer needed: take it off the table"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("model.layers[3].attention(x, ctx)", ["attention"]),
+        ("block.attend(x, ctx)", ["attend"]),
+        ("for block in model.layers:\n    y = block.feed_forward_norm(x)", ["feed_forward_norm"]),
+        ("twin.model.layers[0].self_attn._project(x)", ["_project", "self_attn"]),
+        ("step.attend()\nconfig.attention\nself.model.config.attention\nbuckets.attend(q)", []),
+    ],
+)
+def test_the_ratchet_sees(source: str, names: list[str]) -> None:
+    assert sorted(name for _, name in insides_used(source)) == names
+
+
+def test_a_pass_is_made_by_begin_and_resume_alone() -> None:
+    """All but the exported graph, whose context must not depend on what its inputs hold."""
+    makers = set()
+    for path in outside_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (ForwardPass.__name__, "ForwardContext"):
+                makers.add(path.relative_to(ROOT).as_posix())
+    assert makers == {"deepseek/export/graph.py"}
