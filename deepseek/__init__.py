@@ -1,4 +1,5 @@
-"""Language models made of expert modules: each trained alone, plugged into a live model, gone when unplugged.
+"""Language models made of expert modules: each trained alone, plugged into a live model, gone when
+unplugged.
 
 The flow, from a name to an answer:
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from deepseek.model.attention.lsh import sparse_attention as sparse_attention
     from deepseek.model.config import ModelConfig as ModelConfig
     from deepseek.model.moe.router import DynamicRouter as DynamicRouter
-    from deepseek.model.positions.learned import DynamicPositionalEncoding as DynamicPositionalEncoding
+    from deepseek.model.positions.learned import (
+        DynamicPositionalEncoding as DynamicPositionalEncoding,
+    )
     from deepseek.model.transformer import DeepSeekModel as DeepSeekModel
     from deepseek.planning import plan as plan
     from deepseek.server.run import serve as serve
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from deepseek.train.jobs.distill_hash import distill_hash as distill_hash
     from deepseek.train.jobs.expert import train_expert as train_expert
     from deepseek.train.jobs.pretrain import pretrain as pretrain
-    from deepseek.train.rl.rlpo import rlpo_update as rlpo_update
+    from deepseek.train.rl.update import rlpo_update as rlpo_update
 
 _HOMES = {
     "DeepSeekModel": "deepseek.model.transformer",
@@ -46,7 +49,7 @@ _HOMES = {
     "load": "deepseek.engine.load",
     "plan": "deepseek.planning",
     "pretrain": "deepseek.train.jobs.pretrain",
-    "rlpo_update": "deepseek.train.rl.rlpo",
+    "rlpo_update": "deepseek.train.rl.update",
     "serve": "deepseek.server.run",
     "sparse_attention": "deepseek.model.attention.lsh",
     "train_expert": "deepseek.train.jobs.expert",

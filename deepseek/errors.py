@@ -1,7 +1,8 @@
 """Errors that a user can act on.
 
-Every message is one sentence that names the cause and the mend. The command line prints it and exits with code 2; a
-library user catches `UserError` (a `ValueError`, as such mistakes are elsewhere in the Python world).
+Every message is one sentence that names the cause and the mend. The command line prints it and
+exits with code 2; a library user catches `UserError` (a `ValueError`, as such mistakes are
+elsewhere in the Python world).
 """
 
 

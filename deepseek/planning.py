@@ -1,8 +1,10 @@
-"""What a training run needs: memory, time, communication, and how it scales. Arithmetic only, nothing is allocated.
+"""What a training run needs: memory, time, communication, and how it scales. Arithmetic only,
+nothing is allocated.
 
-Memory is that of mixed precision under ZeRO-3 semantics (arXiv:1910.02054): 16 bytes a parameter for weights, gradients
-and two moments in fp32, spread over N processes; the unit being computed is gathered whole. Each step gathers the
-weights twice and reduces the gradients once. (Not `plan.py`, as `deepseek.plan` is the function.)
+Memory is that of mixed precision under ZeRO-3 semantics (arXiv:1910.02054): 16 bytes a parameter
+for weights, gradients and two moments in fp32, spread over N processes; the unit being computed is
+gathered whole. Each step gathers the weights twice and reduces the gradients once. (Not `plan.py`,
+as `deepseek.plan` is the function.)
 """
 
 from collections.abc import Mapping
@@ -57,8 +59,10 @@ class Shape:
 
     Attributes:
         parameters: in all.
-        active: those that take part in one token; of routed experts, as many as `target_experts` or `max_experts`.
-        largest_unit: parameters gathered at once: a block, a shared pool, or what lies outside of both.
+        active: those that take part in one token; of routed experts, as many as `target_experts` or
+            `max_experts`.
+        largest_unit: parameters gathered at once: a block, a shared pool, or what lies outside of
+            both.
         activations: bytes that one token keeps for the backward pass, in bf16.
         attention_flops: of one token's scores and values at full length, forward and backward.
     """
@@ -81,9 +85,13 @@ class Shape:
         routed = sum(_size(module) for module in model.modules() if isinstance(module, Experts))
         chosen = config.target_experts or config.max_experts
         expert = 3 * config.hidden_size * config.expert_dim
-        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # a row is looked up
+        embedding = (
+            0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        )  # a row is looked up
         active = total - embedding - routed + int(calls * chosen * expert)
-        return Shape(total, active, max(units), _activations(config, chosen), _attention_flops(config))
+        return Shape(
+            total, active, max(units), _activations(config, chosen), _attention_flops(config)
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class Scale:
     """A run on `gpus` devices, each with its own `tokens` a step.
 
     Attributes:
-        gathered, reduced: bytes that each device receives for weights and sends for gradients in a step.
+        gathered, reduced: bytes that each device receives for weights and sends for gradients in a
+            step.
         memory: bytes on each device.
         seconds: of a step.
         efficiency: speed per device relative to one that never waits.
@@ -112,7 +121,8 @@ class Plan:
     Attributes:
         tokens: to train on in all.
         tokens_per_gpu: of a step.
-        recompute: whether blocks are computed again in the backward pass, so that only their inputs are kept.
+        recompute: whether blocks are computed again in the backward pass, so that only their inputs
+            are kept.
     """
 
     config: ModelConfig
@@ -129,9 +139,13 @@ class Plan:
 
     def at(self, gpus: int) -> Scale:
         """Return memory, traffic and time on so many devices."""
-        shape, device = self.shape, self.device
+        shape = self.shape
+        device = self.device
         away = (gpus - 1) / gpus
-        gathered, reduced = 2 * shape.parameters * 2 * away, shape.parameters * 4 * away  # bf16 twice, fp32 once
+        gathered, reduced = (
+            2 * shape.parameters * 2 * away,
+            shape.parameters * 4 * away,
+        )  # bf16 twice, fp32 once
         computing = self.flops_per_token * self.tokens_per_gpu / (device.flops * device.utilisation)
         link = device.node_link if gpus <= NODE else device.link
         moving = (gathered + reduced) / link
@@ -141,12 +155,18 @@ class Plan:
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward, and the forward pass again under recomputation (arXiv:2001.08361, section 2.1)."""
-        return (self.shape.active * 6 + self.shape.attention_flops) * (4 / 3 if self.recompute else 1)
+        """Forward and backward, and the forward pass again under recomputation (arXiv:2001.08361,
+        section 2.1).
+        """
+        return (self.shape.active * 6 + self.shape.attention_flops) * (
+            4 / 3 if self.recompute else 1
+        )
 
     @property
     def working_bytes(self) -> float:
-        """What a device needs beside its part of the state: two gathered units, gradients of one, activations."""
+        """What a device needs beside its part of the state: two gathered units, gradients of one,
+        activations.
+        """
         kept: float = self.shape.activations * self.tokens_per_gpu
         layers = self.config.num_hidden_layers
         if self.recompute:
@@ -191,10 +211,18 @@ def plan(
 
 
 def deepspeed_config(
-    *, gpus: int, rows_per_gpu: int, learning_rate: float, final_learning_rate: float, warmup_steps: int, steps: int,
+    *,
+    gpus: int,
+    rows_per_gpu: int,
+    learning_rate: float,
+    final_learning_rate: float,
+    warmup_steps: int,
+    steps: int,
     weight_decay: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the `ds_config.json` of the same run for DeepSpeed: ZeRO-3, bf16, AdamW with warm-up and cosine."""
+) -> dict[str, Any]:
+    """Return the `ds_config.json` of the same run for DeepSpeed: ZeRO-3, bf16, AdamW with warm-up
+    and cosine.
+    """
     return {
         "train_micro_batch_size_per_gpu": rows_per_gpu,
         "gradient_accumulation_steps": 1,
@@ -232,13 +260,17 @@ def _size(module: nn.Module) -> int:
 
 
 def _activations(config: ModelConfig, chosen: float) -> int:
-    """Return the bytes that a token keeps: inputs of every product and norm (arXiv:2205.05198, without its dropout)."""
+    """Return the bytes that a token keeps: inputs of every product and norm (arXiv:2205.05198,
+    without its dropout).
+    """
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     total = 0.0
     for layer in range(config.num_hidden_layers):
         sparse = config.is_sparse(layer)
         width: float = (
-            (config.shared_expert_dim or 0) + chosen * config.expert_dim if sparse else config.intermediate_size
+            (config.shared_expert_dim or 0) + chosen * config.expert_dim
+            if sparse
+            else config.intermediate_size
         )
         total += 2 * (6 * config.hidden_size + heads + 4 * width)
     return round(total)
@@ -246,4 +278,6 @@ def _activations(config: ModelConfig, chosen: float) -> int:
 
 def _attention_flops(config: ModelConfig) -> float:
     width = config.num_attention_heads * config.head_dim
-    return 6.0 * config.num_hidden_layers * width * config.max_position_embeddings  # half of 12: causal
+    return (
+        6.0 * config.num_hidden_layers * width * config.max_position_embeddings
+    )  # half of 12: causal

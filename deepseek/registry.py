@@ -15,7 +15,9 @@ LISTED = 12
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the likeliest meaning of `name` among `names`, with the whole list where that is short."""
+    """Return the likeliest meaning of `name` among `names`, with the whole list where that is
+    short.
+    """
     known = sorted(names)
     close = get_close_matches(name, known, n=1, cutoff=0.4)
     if not close:
@@ -25,7 +27,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """Return `table[name]`; raise `ConfigError` naming `what`, the bad value and the nearest valid one."""
+    """Return `table[name]`; raise `ConfigError` naming `what`, the bad value and the nearest valid
+    one.
+    """
     try:
         return table[name]
     except KeyError:
@@ -33,7 +37,9 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def package(name: str, install: str) -> Any:
-    """Return a package that not every installation has; raise `ConfigError` saying what to `install` for it."""
+    """Return a package that not every installation has; raise `ConfigError` saying what to
+    `install` for it.
+    """
     try:
         return import_module(name)
     except ImportError:

@@ -4,8 +4,9 @@ import torch
 
 from deepseek import DeepSeekModel, ModelConfig, rlpo_update
 from deepseek.train.loop.optim import OptimConfig
-from deepseek.train.rl.rlpo import RLPOConfig, RLPOState
+from deepseek.train.rl.rlpo import RLPOConfig
 from deepseek.train.rl.rollout import Responses
+from deepseek.train.rl.update import RLPOState
 
 torch.manual_seed(0)
 model = DeepSeekModel(

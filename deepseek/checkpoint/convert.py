@@ -1,7 +1,7 @@
 """Checkpoints of Hugging Face families, in our names.
 
-Pure dictionaries in, pure dictionaries out: this module knows no model class of ours. A new family is one row in
-`FAMILIES`; its defaults are those of its config class in `transformers`.
+Pure dictionaries in, pure dictionaries out: this module knows no model class of ours. A new family
+is one row in `FAMILIES`; its defaults are those of its config class in `transformers`.
 """
 
 import re
@@ -21,11 +21,25 @@ from deepseek.registry import nearest
 OWN_TYPE = "deepseek_dmoe"
 
 _COMMON_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
-    "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "rope_parameters", "rope_theta",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "rope_parameters",
+    "rope_theta",
     "rope_scaling",
-)  # fmt: skip
+)
 
 # Our name of each tensor, by what Hugging Face calls it; rules apply in order.
 _RENAMES: tuple[tuple[str, str], ...] = (
@@ -56,23 +70,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def _translated(theirs: Any) -> dict[str, Any]:
-    """Return in our fields what a Hugging Face config says; it knows what its family takes where nothing is given."""
+    """Return in our fields what a Hugging Face config says; it knows what its family takes where
+    nothing is given.
+    """
     said = {field.name: getattr(theirs, field.name) for field in fields(theirs)}
-    layers, types, bias = range(said["num_hidden_layers"]), said.get("layer_types"), bool(said.get("attention_bias"))
+    layers = range(said["num_hidden_layers"])
+    types = said.get("layer_types")
+    bias = bool(said.get("attention_bias"))
     ours = {
-        "attention_bias": bias, "attention_output_bias": bias, "clip_qkv": said.get("clip_qkv"),
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "clip_qkv": said.get("clip_qkv"),
         "sliding_window": said.get("sliding_window"),
-    }  # fmt: skip
+    }
     if ours["sliding_window"] and types:
         ours["full_attention_layers"] = [i for i in layers if types[i] == "full_attention"]
     if count := said.get("num_experts") or said.get("num_local_experts"):
-        skipped, step = said.get("mlp_only_layers") or (), said.get("decoder_sparse_step", 1)
+        skipped = said.get("mlp_only_layers") or ()
+        step = said.get("decoder_sparse_step", 1)
         ours |= {
-            "num_experts": count, "expert_dim": said.get("moe_intermediate_size") or said["intermediate_size"],
-            "max_experts": said["num_experts_per_tok"], "routing_strategy": "topk", "router_score": "softmax",
+            "num_experts": count,
+            "expert_dim": said.get("moe_intermediate_size") or said["intermediate_size"],
+            "max_experts": said["num_experts_per_tok"],
+            "routing_strategy": "topk",
+            "router_score": "softmax",
             "router_renormalize": bool(said.get("norm_topk_prob", True)),
             "dense_layers": [i for i in layers if i in skipped or (i + 1) % step],
-        }  # fmt: skip
+        }
     return ours
 
 
@@ -85,30 +109,47 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
     family = str(raw.get("model_type", ""))
     if family == OWN_TYPE:
         dropped = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
-        return {key: value for key, value in raw.items() if key not in dropped and not key.startswith("_")}
+        return {
+            key: value
+            for key, value in raw.items()
+            if key not in dropped and not key.startswith("_")
+        }
     if family not in FAMILIES:
-        raise CheckpointError(f"Models of type {family!r} are not supported; {nearest(family, FAMILIES)}.")
+        raise CheckpointError(
+            f"Models of type {family!r} are not supported; {nearest(family, FAMILIES)}."
+        )
     if raw.get("quantization_config"):
-        raise CheckpointError("The checkpoint is quantised; use the unquantised folder of the same model.")
+        raise CheckpointError(
+            "The checkpoint is quantised; use the unquantised folder of the same model."
+        )
     if raw.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"hidden_act={raw['hidden_act']!r} is not supported; only models with 'silu' load.")
+        raise CheckpointError(
+            f"hidden_act={raw['hidden_act']!r} is not supported; only models with 'silu' load."
+        )
     if raw.get("mlp_bias"):
-        raise CheckpointError("Checkpoints with mlp_bias=true are not supported; use one without biases in the MLP.")
+        raise CheckpointError(
+            "Checkpoints with mlp_bias=true are not supported; use one without biases in the MLP."
+        )
     common = {key: raw[key] for key in _COMMON_FIELDS if raw.get(key) is not None}
     return common | _translated(CONFIG_MAPPING[family](**raw)) | FAMILIES[family]
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the model in `folder`, memory-mapped; raise `CheckpointError` if a file is damaged."""
+    """Yield every tensor of the model in `folder`, memory-mapped; raise `CheckpointError` if a file
+    is damaged.
+    """
     for name, _, tensor in each_tensor(weight_files(folder)):
         yield name, tensor
 
 
-def convert_tensors(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any]) -> dict[str, Tensor]:
+def convert_tensors(
+    tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any]
+) -> dict[str, Tensor]:
     """Return a checkpoint's tensors under our names.
 
-    Per-expert matrices are stacked into `gate_up_proj` `[E, 2F, D]` and `down_proj` `[E, D, F]`. Where a dense
-    checkpoint is loaded into a config with experts, its feed-forward networks become the shared experts.
+    Per-expert matrices are stacked into `gate_up_proj` `[E, 2F, D]` and `down_proj` `[E, D, F]`.
+    Where a dense checkpoint is loaded into a config with experts, its feed-forward networks become
+    the shared experts.
     """
     dense: set[int] = set(config.get("dense_layers") or ())
     renamed = {our_name(name): tensor for name, tensor in tensors}
@@ -120,13 +161,17 @@ def convert_tensors(tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any
     return stacked
 
 
-def restore_names(tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return a checkpoint's tensors under its own names and in its own dtypes with the values of `changed`.
+def restore_names(
+    tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """Return a checkpoint's tensors under its own names and in its own dtypes with the values of
+    `changed`.
 
-    `changed` has our names; a value that is the checkpoint's own, rounded to another dtype, counts as unchanged. None
-    where a name has no single tensor there (experts that were stacked).
+    `changed` has our names; a value that is the checkpoint's own, rounded to another dtype, counts
+    as unchanged. None where a name has no single tensor there (experts that were stacked).
     """
-    found, left = {}, set(changed)
+    found = {}
+    left = set(changed)
     for name, tensor in tensors:
         ours = our_name(name)
         left.discard(ours)
@@ -162,7 +207,9 @@ def _stack_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix, matrices in parts.items():
         count = 1 + max(index for index, _ in matrices)
         try:
-            gate_up = [torch.cat((matrices[i, "gate_proj"], matrices[i, "up_proj"])) for i in range(count)]
+            gate_up = [
+                torch.cat((matrices[i, "gate_proj"], matrices[i, "up_proj"])) for i in range(count)
+            ]
             down = [matrices[i, "down_proj"] for i in range(count)]
         except KeyError as error:
             raise CheckpointError(

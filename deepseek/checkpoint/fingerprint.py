@@ -1,7 +1,7 @@
 """What identifies a base model: a digest of its weights and one of its tokenizer.
 
-An expert pack names the base it was trained on by these two, so they depend on the values alone: not on the number of
-shards, their order, file names or metadata.
+An expert pack names the base it was trained on by these two, so they depend on the values alone:
+not on the number of shards, their order, file names or metadata.
 """
 
 import hashlib
@@ -20,7 +20,9 @@ from deepseek.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """SHA-256 digests, in hexadecimal, of a model's weights and tokenizer ("" if it has no tokenizer.json)."""
+    """SHA-256 digests, in hexadecimal, of a model's weights and tokenizer ("" if it has no
+    tokenizer.json).
+    """
 
     weights: str
     tokenizer: str
@@ -29,8 +31,9 @@ class Fingerprint:
 def weight_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files that make up the model in `folder`.
 
-    Some folders hold the same weights twice in different layouts, so an index, then `model.safetensors`, come first.
-    Raises `CheckpointError` if there is none or a shard is missing.
+    Some folders hold the same weights twice in different layouts, so an index, then
+    `model.safetensors`, come first. Raises `CheckpointError` if there is none or a shard is
+    missing.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
@@ -41,15 +44,20 @@ def weight_files(folder: str | Path) -> list[Path]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors weights; save the model with save_pretrained first.")
+        raise CheckpointError(
+            f"{folder} holds no .safetensors weights; save the model with save_pretrained first."
+        )
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing though the index names it; download the model again.")
+            raise CheckpointError(
+                f"{file} is missing though the index names it; download the model again."
+            )
     return files
 
 
 def fingerprint(folder: str | Path) -> Fingerprint:
-    """Return the fingerprint of a model folder; computed once per state of its files, then read from the cache.
+    """Return the fingerprint of a model folder; computed once per state of its files, then read
+    from the cache.
 
     Raises `CheckpointError` if a file is missing or malformed.
     """
@@ -57,33 +65,42 @@ def fingerprint(folder: str | Path) -> Fingerprint:
     files = weight_files(folder)
     tokenizer = folder / "tokenizer.json"
     sources = [*files, tokenizer] if tokenizer.is_file() else files
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
+    states = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources
+    ]
     cached = home() / "fingerprints" / f"{hashlib.sha256(canonical_json(states)).hexdigest()}.json"
     if cached.is_file():
         return Fingerprint(**read_json(cached))
     result = Fingerprint(
-        weights=weights_digest(files), tokenizer=tokenizer_digest(tokenizer) if tokenizer.is_file() else ""
+        weights=weights_digest(files),
+        tokenizer=tokenizer_digest(tokenizer) if tokenizer.is_file() else "",
     )
     write_json(cached, asdict(result))
     return result
 
 
 def weights_digest(files: list[Path]) -> str:
-    """Return the SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of all tensors in `files`."""
+    """Return the SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of all tensors
+    in `files`.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         table = pool.map(_described, each_tensor(files))
         return hashlib.sha256(canonical_json(sorted(table))).hexdigest()
 
 
 def each_tensor(files: list[Path]) -> Iterator[tuple[str, str, Any]]:
-    """Give name, dtype as the file spells it, and the memory-mapped tensor of each; `CheckpointError` on damage."""
+    """Give name, dtype as the file spells it, and the memory-mapped tensor of each;
+    `CheckpointError` on damage.
+    """
     for path in files:
         try:
             with safe_open(path, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
                     yield name, opened.get_slice(name).get_dtype(), opened.get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); download the model again.") from None
+            raise CheckpointError(
+                f"{path} is damaged ({error}); download the model again."
+            ) from None
 
 
 def tokenizer_digest(path: Path) -> str:
@@ -93,17 +110,25 @@ def tokenizer_digest(path: Path) -> str:
         model = content["model"]
         # Older files write a merge as "a b", newer ones as ["a", "b"].
         merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
-        added = sorted((t["id"], t["content"], bool(t["special"])) for t in content.get("added_tokens") or ())
+        added = sorted(
+            (t["id"], t["content"], bool(t["special"])) for t in content.get("added_tokens") or ()
+        )
         return hashlib.sha256(canonical_json([model["vocab"], merges, added])).hexdigest()
     except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer file; download the model again.") from error
+        raise CheckpointError(
+            f"{path} is not a tokenizer file; download the model again."
+        ) from error
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the shard names of an index; only plain names, so that an index cannot point outside its folder."""
+    """Return the shard names of an index; only plain names, so that an index cannot point outside
+    its folder.
+    """
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    names = (
+        sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    )
     if not names or any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index} is not a valid shard index; download the model again.")
     return names
@@ -114,4 +139,9 @@ def _described(entry: tuple[str, str, Any]) -> tuple[str, str, list[int], str]:
     import torch  # it takes seconds, which `deepseek pull` need not wait for
 
     name, dtype, tensor = entry
-    return name, dtype, [*tensor.shape], hashlib.sha256(tensor.flatten().view(torch.uint8).numpy()).hexdigest()
+    return (
+        name,
+        dtype,
+        [*tensor.shape],
+        hashlib.sha256(tensor.flatten().view(torch.uint8).numpy()).hexdigest(),
+    )

@@ -1,7 +1,7 @@
 """A Llama in a GGUF file turned into a Hugging Face model folder.
 
-`transformers` reads such files too, but parses them three times and guesses the tokenizer's split rule; one pass here
-takes a quarter of its time, of which every first start has to wait.
+`transformers` reads such files too, but parses them three times and guesses the tokenizer's split
+rule; one pass here takes a quarter of its time, of which every first start has to wait.
 """
 
 from pathlib import Path
@@ -37,33 +37,44 @@ NAMES = {
 
 SPLIT_RULES = {
     "smollm": pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
 }
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
-    """Write the model of the GGUF file `source` into `folder` as bf16 safetensors, config and tokenizer.
+    """Write the model of the GGUF file `source` into `folder` as bf16 safetensors, config and
+    tokenizer.
 
-    Weights are rounded to bf16, the precision that such models were trained in: the rounding (2^-9 of a value) is far
-    below the step of a 4-bit code. The same source gives the same bytes. Raises `CheckpointError` for another
-    architecture, `ConfigError` for an unknown split rule.
+    Weights are rounded to bf16, the precision that such models were trained in: the rounding (2^-9
+    of a value) is far below the step of a 4-bit code. The same source gives the same bytes. Raises
+    `CheckpointError` for another architecture, `ConfigError` for an unknown split rule.
     """
     reader = GGUFReader(source)
     facts = {name: field.contents() for name, field in reader.fields.items()}
     if facts["general.architecture"] != "llama":
-        raise CheckpointError(f"{source} holds a {facts['general.architecture']} model; only llama is read from GGUF.")
+        raise CheckpointError(
+            f"{source} holds a {facts['general.architecture']} model; only llama is read from GGUF."
+        )
     weights = _weights(reader, facts)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _config(facts, tied="lm_head.weight" not in weights).save_pretrained(folder)
-    tokens = {f"{name}_token_id": facts[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
+    tokens = {
+        f"{name}_token_id": facts[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")
+    }
     GenerationConfig(**tokens, pad_token_id=tokens["eos_token_id"]).save_pretrained(folder)
     _tokenizer(facts).save_pretrained(folder)
 
 
 def _weights(reader: GGUFReader, facts: dict[str, Any]) -> dict[str, Tensor]:
     """Return all tensors under their Hugging Face names, in bf16."""
-    heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
+    heads = {
+        "attn_q": facts["llama.attention.head_count"],
+        "attn_k": facts["llama.attention.head_count_kv"],
+    }
     weights = {}
     for tensor in reader.tensors:
         *block, part, kind = tensor.name.split(".")  # blk.0.attn_q.weight, output_norm.weight
@@ -76,7 +87,9 @@ def _weights(reader: GGUFReader, facts: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _halves(rows_KD: Tensor, heads: int) -> Tensor:
-    """Undo llama.cpp's order of a projection's rows: it rotates neighbours, Hugging Face the halves of a head."""
+    """Undo llama.cpp's order of a projection's rows: it rotates neighbours, Hugging Face the halves
+    of a head.
+    """
     return rows_KD.reshape(heads, -1, 2, rows_KD.shape[1]).transpose(1, 2).reshape(rows_KD.shape)
 
 
@@ -89,7 +102,8 @@ def _config(facts: dict[str, Any], tied: bool) -> LlamaConfig:
         num_attention_heads=facts["llama.attention.head_count"],
         num_key_value_heads=facts["llama.attention.head_count_kv"],
         max_position_embeddings=facts["llama.context_length"],
-        # GGUF stores the value in fp32; its shortest decimal form is what the model's authors wrote.
+        # GGUF stores the value in fp32; its shortest decimal form is what the model's authors
+        # wrote.
         rms_norm_eps=float(f"{facts['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": facts["llama.rope.freq_base"]},
         tie_word_embeddings=tied,
@@ -104,13 +118,18 @@ def _config(facts: dict[str, Any], tied: bool) -> LlamaConfig:
 
 def _tokenizer(facts: dict[str, Any]) -> PreTrainedTokenizerFast:
     """Return the byte-level BPE tokenizer with its special tokens and chat template."""
-    tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
+    tokens = facts["tokenizer.ggml.tokens"]
+    kinds = facts["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     backend = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = pick(SPLIT_RULES, facts["tokenizer.ggml.pre"], "split rule")
     backend.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    control = [
+        token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL
+    ]
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in control]
+    )
     eos = tokens[facts["tokenizer.ggml.eos_token_id"]]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

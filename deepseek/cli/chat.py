@@ -13,7 +13,9 @@ def chat(
     seed: Seed = None,
     int8: Int8 = True,
 ) -> None:
-    """Talk to a model; /help lists what else can be typed. Each token has the colour of the expert that spoke."""
+    """Talk to a model; /help lists what else can be typed. Each token has the colour of the expert
+    that spoke.
+    """
     from rich.console import Console
 
     from deepseek.cli.session import ChatSession

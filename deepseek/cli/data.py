@@ -1,4 +1,6 @@
-"""`deepseek data`: training text made from code, questions about a source, and problems made from nothing."""
+"""`deepseek data`: training text made from code, questions about a source, and problems made from
+nothing.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +23,9 @@ def code(folder: Annotated[Path, typer.Argument(help="Python files.")], out: Out
 
     functions = documented_functions(clean(read_folder(folder))[0])
     if not functions:
-        raise DataError(f"{folder} holds no documented Python functions; give other code, or train on it as it is.")
+        raise DataError(
+            f"{folder} holds no documented Python functions; give other code, or train on it as it is."
+        )
     _write(out, ({"text": function.text} for function in functions))
 
 
@@ -70,5 +74,7 @@ def _write(out: Path, records: Iterable[object]) -> None:
     from deepseek.checkpoint.store import atomic_write
 
     with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8") as file:
-        count = sum(1 for record in records if file.write(json.dumps(record, ensure_ascii=False) + "\n"))
+        count = sum(
+            1 for record in records if file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        )
     print(f"{count} records in {out}")

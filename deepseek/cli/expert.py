@@ -11,7 +11,9 @@ from deepseek.train.jobs.arguments import ExpertArguments
 
 app = typer.Typer(add_completion=False, help="Train, list, inspect, verify and sign expert packs.")
 
-Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack file, or the name of a trained expert.")]
+Pack = Annotated[
+    str, typer.Argument(metavar="PACK", help="A pack file, or the name of a trained expert.")
+]
 
 
 train = job_command(
@@ -24,7 +26,9 @@ app.command("train")(train)
 
 @app.command()
 def train_all(
-    experts: Annotated[Path, typer.Argument(help="YAML or TOML file: `base` and, by name, `experts`.")],
+    experts: Annotated[
+        Path, typer.Argument(help="YAML or TOML file: `base` and, by name, `experts`.")
+    ],
 ) -> None:
     """Train many experts side by side as Ray tasks, and print each pack as it comes."""
     from deepseek.errors import TrainError
@@ -33,16 +37,21 @@ def train_all(
 
     failed = []
     for expert, result in run(experts):
-        verdict = "" if isinstance(result, Exception) else f" ({read_pack(result).manifest.verdict})"
+        verdict = (
+            "" if isinstance(result, Exception) else f" ({read_pack(result).manifest.verdict})"
+        )
         print(f"{expert}: {result}{verdict}", flush=True)
         failed += [expert] if isinstance(result, Exception) else []
     if failed:
-        raise TrainError(f"Of the experts {', '.join(failed)} failed; mend them and run the same command.")
+        raise TrainError(
+            f"Of the experts {', '.join(failed)} failed; mend them and run the same command."
+        )
 
 
 @app.command()
 def index(name: Annotated[str, typer.Argument(help="Name of a trained expert.")]) -> None:
-    """Build the retrieval index of the text that an expert was trained on, beside its pack, for `retrieve` in requests.
+    """Build the retrieval index of the text that an expert was trained on, beside its pack, for
+    `retrieve` in requests.
 
     What the run held out is never in it."""
     from deepseek.train.jobs.expert_index import index_expert
@@ -63,8 +72,13 @@ def list_experts() -> None:
     for name, path in packs.items():
         try:
             manifest = read_pack(path).manifest
-            losses = [f"{what} {metric.before:.3f} -> {metric.after:.3f}" for what, metric in manifest.metrics.items()]
-            said = "  ".join([f"{len(manifest.layers)} layers", manifest.verdict, *losses, manifest.domain]).rstrip()
+            losses = [
+                f"{what} {metric.before:.3f} -> {metric.after:.3f}"
+                for what, metric in manifest.metrics.items()
+            ]
+            said = "  ".join(
+                [f"{len(manifest.layers)} layers", manifest.verdict, *losses, manifest.domain]
+            ).rstrip()
         except (PackError, OSError) as error:
             said = str(error)
         print(f"{name:24}  {path.lstat().st_size / 1e6:6.1f} MB  {said}")
@@ -72,7 +86,9 @@ def list_experts() -> None:
 
 @app.command()
 def inspect(pack: Pack) -> None:
-    """Print the manifest of a pack as JSON, after checking the pack, and its verdict on standard error."""
+    """Print the manifest of a pack as JSON, after checking the pack, and its verdict on standard
+    error.
+    """
     from deepseek.packs.library import find_pack
     from deepseek.packs.pack import read_pack
 
@@ -85,8 +101,12 @@ def inspect(pack: Pack) -> None:
 @app.command()
 def verify(
     pack: Pack,
-    base: Annotated[str | None, typer.Option(help="Also check that the pack was made for this model.")] = None,
-    signature: Annotated[Literal["any", "signed", "trusted"], typer.Option(help="What its signature must be.")] = "any",
+    base: Annotated[
+        str | None, typer.Option(help="Also check that the pack was made for this model.")
+    ] = None,
+    signature: Annotated[
+        Literal["any", "signed", "trusted"], typer.Option(help="What its signature must be.")
+    ] = "any",
 ) -> None:
     """Check a pack: structure, digest, values, signature, and its base if one is given."""
     from deepseek.checkpoint.hub import resolve
@@ -98,14 +118,17 @@ def verify(
     folder = resolve(base) if base else None
     description = BaseDescription.of(folder, folder.name) if folder else None
     manifest = read_pack(find_pack(pack), PackPolicy(signature=signature), description).manifest
-    signer = f"signed by {manifest.signature.public_key[:16]}" if manifest.signature else "not signed"
+    signer = (
+        f"signed by {manifest.signature.public_key[:16]}" if manifest.signature else "not signed"
+    )
     fits = f", fits {base}" if base else ""
     print(f"ok: {manifest.name}, {manifest.licence}, digest {manifest.digest[:16]}, {signer}{fits}")
 
 
 @app.command()
 def sign(
-    pack: Pack, key: Annotated[Path, typer.Option(help="A private key that `deepseek expert keygen` made.")]
+    pack: Pack,
+    key: Annotated[Path, typer.Option(help="A private key that `deepseek expert keygen` made.")],
 ) -> None:
     """Sign a pack in place."""
     from deepseek.packs.library import find_pack
@@ -121,9 +144,13 @@ def sign(
 @app.command()
 def keygen(
     name: Annotated[str, typer.Argument(help="Name of the key, such as your own.")],
-    folder: Annotated[Path | None, typer.Option(help="Where to write; default: the folder of trusted keys.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write; default: the folder of trusted keys.")
+    ] = None,
 ) -> None:
-    """Make a key pair for signing packs: NAME.pem, which stays with you, and NAME.pub, which others trust."""
+    """Make a key pair for signing packs: NAME.pem, which stays with you, and NAME.pub, which others
+    trust.
+    """
     from deepseek.packs.signature import keygen as make_keys
 
     private, public = make_keys(name, folder)

@@ -9,18 +9,24 @@ from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temp
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from, or '-' for standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(help="The text to go on from, or '-' for standard input.")
+    ],
     base: Base = "smollm2-135m",
     experts: Experts = "",
     arm: Arm = "auto",
-    chat: Annotated[bool, typer.Option("--chat", help="Ask it as a question instead of completing the text.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask it as a question instead of completing the text.")
+    ] = False,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 0.95,
     seed: Seed = None,
     int8: Int8 = True,
 ) -> None:
-    """Print what the model writes after PROMPT, each token in the colour of the expert that spoke."""
+    """Print what the model writes after PROMPT, each token in the colour of the expert that
+    spoke.
+    """
     from rich.console import Console
 
     from deepseek.cli.speak import Palette, legend, opened, speak
@@ -33,9 +39,15 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     with opened(base, experts, arm, int8) as engine:
         asked = [{"role": "user", "content": text}]
-        ids = encode_prompt(engine.tokenizer, asked) if chat else encode_plain(engine.tokenizer, [text])[0]
+        ids = (
+            encode_prompt(engine.tokenizer, asked)
+            if chat
+            else encode_plain(engine.tokenizer, [text])[0]
+        )
         spoken_ids = user_ids(engine.tokenizer, asked) if chat else None
         palette = Palette(info.name for info in engine.experts())
-        _, shares = speak(engine, Request(tuple(ids), sampling, user_ids=spoken_ids), Console(), palette)
+        _, shares = speak(
+            engine, Request(tuple(ids), sampling, user_ids=spoken_ids), Console(), palette
+        )
         if engine.experts():
             Console(stderr=True).print(legend(shares, palette))

@@ -20,14 +20,19 @@ def attention(
     out: Annotated[Path, typer.Argument(help="Picture to write (PNG).")] = Path("attention.png"),
     base: Base = "smollm2-135m",
     data: Annotated[
-        list[Path] | None, typer.Option(help="Text: a folder, .jsonl or .parquet file; default: Python's own.")
+        list[Path] | None,
+        typer.Option(help="Text: a folder, .jsonl or .parquet file; default: Python's own."),
     ] = None,
     length: Annotated[int, typer.Option(min=512, help="Tokens to look at.")] = 4096,
     probes: Annotated[int, typer.Option(min=1, help="Buckets that a query looks into.")] = 10,
     window: Annotated[int, typer.Option(min=1, help="Most recent keys of each.")] = 48,
-    hash_path: Annotated[Path | None, typer.Option("--hash", help="Hashes; default: those beside the model.")] = None,
+    hash_path: Annotated[
+        Path | None, typer.Option("--hash", help="Hashes; default: those beside the model.")
+    ] = None,
 ) -> None:
-    """Draw the share of attention that LSH attention keeps, by layer and head, and print its means."""
+    """Draw the share of attention that LSH attention keeps, by layer and head, and print its
+    means.
+    """
     import torch
 
     from deepseek.checkpoint.fingerprint import fingerprint
@@ -35,7 +40,13 @@ def attention(
     from deepseek.data.text.encode import long_texts
     from deepseek.data.text.public import documents_at
     from deepseek.engine.load import load
-    from deepseek.evaluate.attention_recall import attention_kept, best_keys, draw_recall, hashed_keys, local_keys
+    from deepseek.evaluate.attention_recall import (
+        attention_kept,
+        best_keys,
+        draw_recall,
+        hashed_keys,
+        local_keys,
+    )
     from deepseek.kernels.lsh.intervals import Windows
     from deepseek.model.attention.hash import hash_file, load_hashes
     from deepseek.train.loop.progress import ProgressBar
@@ -61,7 +72,9 @@ def attention(
             torch.stack([getattr(kept[name], what) for kept in found.values()]).mean()
             for what in ("recall", "error", "keys")
         )
-        print(f"{name:10} keeps {recall:.1%} of the attention with {keys:.0f} keys a query, output off by {error:.1%}")
+        print(
+            f"{name:10} keeps {recall:.1%} of the attention with {keys:.0f} keys a query, output off by {error:.1%}"
+        )
     recall_LH = torch.stack([kept["hash"].recall for kept in found.values()])
     draw_recall(out, recall_LH, list(found), f"{base}, {length} tokens: attention kept by the hash")
     print(out)

@@ -1,4 +1,6 @@
-"""The command of a training job, its options made of the declaration of its arguments in `train/jobs/arguments.py`."""
+"""The command of a training job, its options made of the declaration of its arguments in
+`train/jobs/arguments.py`.
+"""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -17,9 +19,11 @@ from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 def job_command(
     place: str, declaration: type[Declaration], summary: str, positional: str | None = None
 ) -> Callable[..., None]:
-    """Return the command of a job: an option for each of its arguments, and the path of what it made on the output.
+    """Return the command of a job: an option for each of its arguments, and the path of what it
+    made on the output.
 
-    Options have no defaults of their own: what is not given on the command line is left to the declaration.
+    Options have no defaults of their own: what is not given on the command line is left to the
+    declaration.
 
     Args:
         place: `module:function` below `deepseek.train.jobs`.
@@ -40,8 +44,13 @@ def job_command(
             print(made)
 
     kind = Parameter.KEYWORD_ONLY
-    annotations = {name: annotation(argument, declaration, name == positional) for name, argument in arguments.items()}
-    parameters = [Parameter(name, kind, default=None, annotation=found) for name, found in annotations.items()]
+    annotations = {
+        name: annotation(argument, declaration, name == positional)
+        for name, argument in arguments.items()
+    }
+    parameters = [
+        Parameter(name, kind, default=None, annotation=found) for name, found in annotations.items()
+    ]
     command.__doc__ = summary
     command.__annotations__ = {**annotations, "return": None}
     command.__signature__ = Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
@@ -49,7 +58,9 @@ def job_command(
 
 
 def annotation(argument: Argument, declaration: type[Declaration], positional: bool) -> Any:
-    """Return what Typer takes for an argument: its type on the command line, and the text of `--help`."""
+    """Return what Typer takes for an argument: its type on the command line, and the text of
+    `--help`.
+    """
     if positional:
         return Annotated[str | None, typer.Argument(metavar="MODEL", help=argument.about)]
     option = f"--{argument.name.replace('_', '-')}"

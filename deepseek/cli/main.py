@@ -1,8 +1,11 @@
-"""The command line: one table of commands, each imported only when it is called, and one place that ends in errors.
+"""The command line: one table of commands, each imported only when it is called, and one place that
+ends in errors.
 
-A command is at `module:name` in this folder: a function, or a Typer application where it has commands of its own.
+A command is at `module:name` in this folder: a function, or a Typer application where it has
+commands of its own.
 
-Exit codes: 0 done, 1 a defect of ours, 2 a mistake that the message says how to mend, 130 interrupted.
+Exit codes: 0 done, 1 a defect of ours, 2 a mistake that the message says how to mend, 130
+interrupted.
 """
 
 import os
@@ -19,27 +22,43 @@ COMMANDS = {
     "pull": ("pull:pull", "Fetch a base model."),
     "chat": ("chat:chat", "Talk to a model in the terminal."),
     "generate": ("generate:generate", "Complete one prompt."),
-    "pretrain": ("pretrain:pretrain", "Train a tokenizer and a model from scratch on several kinds of text."),
-    "adapt": ("adapt:adapt", "Fine-tune a model: its last layers, adapters, everything, or a module."),
+    "pretrain": (
+        "pretrain:pretrain",
+        "Train a tokenizer and a model from scratch on several kinds of text.",
+    ),
+    "adapt": (
+        "adapt:adapt",
+        "Fine-tune a model: its last layers, adapters, everything, or a module.",
+    ),
     "align": ("align:align", "Make a model answer as preferred: RLPO, or DPO and RLOO by TRL."),
     "data": ("data:app", "Make training text: functions with their tests, checked problems."),
-    "train": ("train:train", "Run a recipe: several stages, one after the other, with a model card."),
+    "train": (
+        "train:train",
+        "Run a recipe: several stages, one after the other, with a model card.",
+    ),
     "runs": ("runs:app", "List, show and compare training runs."),
     "plan": ("plan:plan", "What a training run would need on so many devices."),
     "eval": ("eval:evaluate", "Compare held-out loss before and after plugging experts."),
     "distill-hash": ("distill_hash:distill_hash", "Fit the hashes of LSH attention to a model."),
     "inspect": ("inspect:app", "Draw what the attention heads look at."),
-    "prefs": ("prefs:app", "The preference database: import, add, generate, search, stats, split, export."),
+    "prefs": (
+        "prefs:app",
+        "The preference database: import, add, generate, search, stats, split, export.",
+    ),
     "bench": ("bench:app", "Run a measurement: speed, memory, accuracy, rivals beside it."),
     "quantize": ("quantize:quantize", "Round a model's weights to 8 bits."),
-    "export": ("export:export", "Write a model for ONNX, OpenVINO, TensorRT or stock transformers."),
+    "export": (
+        "export:export",
+        "Write a model for ONNX, OpenVINO, TensorRT or stock transformers.",
+    ),
     "serve": ("serve:app", "Serve a model: OpenAI's routes, live experts, a web page."),
     "expert": ("expert:app", "Train, list, inspect, verify and sign expert packs."),
 }
 
 TRAINS = frozenset({"adapt", "align", "expert", "pretrain", "train"})
-"""Commands whose parallel parts are long: their threads sleep while they wait for one another. Threads that spin, as is
-right for a decoder's many short parts, keep a core busy for nothing when another process has taken theirs."""
+"""Commands whose parallel parts are long: their threads sleep while they wait for one another.
+Threads that spin, as is right for a decoder's many short parts, keep a core busy for nothing when
+another process has taken theirs."""
 
 INTERRUPTED = 130
 
@@ -76,7 +95,9 @@ def _run(arguments: list[str]) -> int:
         return 0
     place, _ = _command(arguments[0])
     if arguments[0] in TRAINS:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when PyTorch is loaded, which is later
+        os.environ.setdefault(
+            "OMP_WAIT_POLICY", "PASSIVE"
+        )  # read when PyTorch is loaded, which is later
     return _call(place, f"deepseek {arguments[0]}", arguments[1:])
 
 
@@ -109,7 +130,9 @@ def _call(place: str, program: str, arguments: list[str]) -> int:
 
 
 def _application(place: str) -> Any:
-    """Return the Typer application at `module:name`; a function that stands there is its only command."""
+    """Return the Typer application at `module:name`; a function that stands there is its only
+    command.
+    """
     from typer import Typer
 
     module, _, name = place.partition(":")
@@ -137,7 +160,9 @@ def _sentence(message: str) -> str:
 
 
 def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
-    """Return whether `--debug` is among the options (before any `--`), and the arguments without it."""
+    """Return whether `--debug` is among the options (before any `--`), and the arguments without
+    it.
+    """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [argument for argument in arguments[:end] if argument != "--debug"]
     return len(options) < end, options + arguments[end:]
@@ -150,7 +175,9 @@ def _os_cause(error: OSError) -> str:
 
 
 def _say(message: str, status: int, debug: bool) -> int:
-    """Print a message (with the traceback that led to it if `debug`) on standard error and return `status`."""
+    """Print a message (with the traceback that led to it if `debug`) on standard error and return
+    `status`.
+    """
     if debug:
         import traceback
 

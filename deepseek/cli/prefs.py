@@ -12,21 +12,28 @@ if TYPE_CHECKING:
     from deepseek.data.preferences.database import PreferenceDatabase
 
 app = typer.Typer(
-    add_completion=False, help="The preference database: import, add, generate, search, stats, split, export."
+    add_completion=False,
+    help="The preference database: import, add, generate, search, stats, split, export.",
 )
 
 Database = Annotated[
-    Path | None, typer.Option("--database", help="The file; default: preferences.db in the library's home.")
+    Path | None,
+    typer.Option("--database", help="The file; default: preferences.db in the library's home."),
 ]
 
 
 @app.command("import")
 def import_file(
-    file: Annotated[Path, typer.Argument(help="JSONL or Parquet with prompt, chosen and rejected.")],
-    source: Annotated[str | None, typer.Option(help="What to put down as source; default: the file's name.")] = None,
+    file: Annotated[
+        Path, typer.Argument(help="JSONL or Parquet with prompt, chosen and rejected.")
+    ],
+    source: Annotated[
+        str | None, typer.Option(help="What to put down as source; default: the file's name.")
+    ] = None,
     database: Database = None,
 ) -> None:
-    """Add the pairs of a file; those that are there already are left out, so that a cut import can be run again.
+    """Add the pairs of a file; those that are there already are left out, so that a cut import can
+    be run again.
 
     If a line is no pair, those before it stay; mend it and import the file again.
     """
@@ -44,7 +51,9 @@ def add(
     chosen: Annotated[str, typer.Option(help="The better answer.")],
     rejected: Annotated[str, typer.Option(help="The worse answer.")],
     source: Annotated[str, typer.Option(help="Who says so.")] = "by hand",
-    label: Annotated[list[str] | None, typer.Option(help="A topic or flag; may be repeated.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="A topic or flag; may be repeated.")
+    ] = None,
     database: Database = None,
 ) -> None:
     """Add one pair."""
@@ -58,16 +67,26 @@ def add(
 
 @app.command()
 def generate(
-    file: Annotated[Path, typer.Argument(help="JSONL with a prompt a line: a text or a list of messages.")],
+    file: Annotated[
+        Path, typer.Argument(help="JSONL with a prompt a line: a text or a list of messages.")
+    ],
     base: Base = "smollm2-135m",
-    judges: Annotated[str, typer.Option(help="Who judges: clean, willing, varied.")] = "clean,willing,varied",
+    judges: Annotated[
+        str, typer.Option(help="Who judges: clean, willing, varied.")
+    ] = "clean,willing,varied",
     answers: Annotated[int, typer.Option(min=2, help="Answers to each prompt.")] = 4,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 32,
-    temperature: Annotated[float, typer.Option(min=0.1, help="At which answers are sampled.")] = 0.8,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")
+    ] = 32,
+    temperature: Annotated[
+        float, typer.Option(min=0.1, help="At which answers are sampled.")
+    ] = 0.8,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     database: Database = None,
 ) -> None:
-    """Let a model answer prompts several times and judges choose the better and the worse answer."""
+    """Let a model answer prompts several times and judges choose the better and the worse
+    answer.
+    """
     from deepseek.cli.options import names
     from deepseek.data.text.source import records
     from deepseek.engine.load import load
@@ -80,16 +99,26 @@ def generate(
     model, tokenizer = load(base)
     with opened(database) as store, ProgressBar() as bar:
         pairs = generate_pairs(
-            model, tokenizer, prompts, chosen, answers=answers, new_tokens=max_tokens, temperature=temperature,
-            source=f"sampled from {base}", seed=seed, progress=bar,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            prompts,
+            chosen,
+            answers=answers,
+            new_tokens=max_tokens,
+            temperature=temperature,
+            source=f"sampled from {base}",
+            seed=seed,
+            progress=bar,
+        )
         added = store.add_all(pairs)
     print(f"{added.new:,} pairs added, {added.duplicates:,} were there already")
 
 
 @app.command()
 def search(
-    words: Annotated[str, typer.Argument(help="Words that all must occur; none: the first pairs.")] = "",
+    words: Annotated[
+        str, typer.Argument(help="Words that all must occur; none: the first pairs.")
+    ] = "",
     limit: Annotated[int, typer.Option(help="Most pairs to show.")] = 10,
     database: Database = None,
 ) -> None:
@@ -109,8 +138,14 @@ def stats(database: Database = None) -> None:
     with opened(database) as store:
         store.check()
         counted = store.statistics()
-    print(f"{counted.pairs:,} pairs of {counted.prompts:,} prompts, {counted.revisions:,} revisions")
-    for title, counts in (("split", counted.splits), ("source", counted.sources), ("label", counted.labels)):
+    print(
+        f"{counted.pairs:,} pairs of {counted.prompts:,} prompts, {counted.revisions:,} revisions"
+    )
+    for title, counts in (
+        ("split", counted.splits),
+        ("source", counted.sources),
+        ("label", counted.labels),
+    ):
         for name, count in list(counts.items())[:20]:
             print(f"  {title:7} {name or '(none)':32} {count:10,}")
     for judge, share in counted.agreement.items():
@@ -119,10 +154,14 @@ def stats(database: Database = None) -> None:
 
 @app.command()
 def split(
-    share: Annotated[float, typer.Argument(help="Share of the prompts that is held out for evaluation.")],
+    share: Annotated[
+        float, typer.Argument(help="Share of the prompts that is held out for evaluation.")
+    ],
     database: Database = None,
 ) -> None:
-    """Set how much is held out; all pairs of a prompt are on the same side, and which one never changes by itself."""
+    """Set how much is held out; all pairs of a prompt are on the same side, and which one never
+    changes by itself.
+    """
     with opened(database) as store:
         store.set_eval_share(share)
         splits = store.statistics().splits

@@ -6,13 +6,21 @@ from typing import Annotated
 import typer
 
 
-def pull(name: Annotated[str, typer.Argument(help="A known name, or a hub id (owner/name).")] = "smollm2-135m") -> None:
-    """Fetch a base model into the local cache; interrupted, the same command goes on where it was."""
+def pull(
+    name: Annotated[
+        str, typer.Argument(help="A known name, or a hub id (owner/name).")
+    ] = "smollm2-135m",
+) -> None:
+    """Fetch a base model into the local cache; interrupted, the same command goes on where it
+    was.
+    """
     print(fetch(name))
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of a model, showing progress on standard error if it has to be fetched first."""
+    """Return the folder of a model, showing progress on standard error if it has to be fetched
+    first.
+    """
     from deepseek.checkpoint.hub import resolve
     from deepseek.train.loop.progress import ProgressBar
 

@@ -1,4 +1,6 @@
-"""`deepseek run` (and `make run`): from nothing to a model that learns a git history while it serves."""
+"""`deepseek run` (and `make run`): from nothing to a model that learns a git history while it
+serves.
+"""
 
 import sys
 from dataclasses import replace
@@ -25,9 +27,11 @@ def run(
     base: Base = "smollm2-135m",
     minutes: Annotated[float, typer.Option(min=0.1, help="Time to train the expert.")] = 3.0,
 ) -> None:
-    """Fetch the base and serve it with its web page; an expert trains from a git history meanwhile, if there is none.
+    """Fetch the base and serve it with its web page; an expert trains from a git history meanwhile,
+    if there is none.
 
-    Without a terminal, train first, show what the expert gained and one line that shows it, and end.
+    Without a terminal, train first, show what the expert gained and one line that shows it, and
+    end.
     """
     from rich.console import Console
 
@@ -45,7 +49,9 @@ def run(
         _demonstrate(base, name, from_git, minutes if fresh else None, console)
 
 
-def _serve(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
+def _serve(
+    base: str, name: str, repository: Path, minutes: float | None, console: "Console"
+) -> None:
     """Serve on the usual port, or any free one, with the expert, or training it in `minutes`."""
     import socket
 
@@ -62,22 +68,30 @@ def _serve(base: str, name: str, repository: Path, minutes: float | None, consol
         lesson = TeachRequest.model_validate({"name": name, "kind": "git", "minutes": minutes})
 
     def announce(address: str) -> None:
-        console.print(f"Serving {base} at [bold]{address}[/] (open it in a browser; Ctrl-C ends)", soft_wrap=True)
+        console.print(
+            f"Serving {base} at [bold]{address}[/] (open it in a browser; Ctrl-C ends)",
+            soft_wrap=True,
+        )
         if lesson is not None:
             console.print(
                 f"Meanwhile the expert [bold]{name}[/] learns {repository.resolve()}; the page shows how far it is."
             )
 
-    serve(base, experts=[] if lesson else [name], settings=settings, lesson=lesson, announce=announce)
+    serve(
+        base, experts=[] if lesson else [name], settings=settings, lesson=lesson, announce=announce
+    )
 
 
-def _demonstrate(base: str, name: str, repository: Path, minutes: float | None, console: "Console") -> None:
+def _demonstrate(
+    base: str, name: str, repository: Path, minutes: float | None, console: "Console"
+) -> None:
     from deepseek.engine.start import start_engine
     from deepseek.train.jobs.expert import train_expert
 
     if minutes is not None:
         console.print(
-            f"Training the expert [bold]{name}[/] from the git history of {repository.resolve()}", soft_wrap=True
+            f"Training the expert [bold]{name}[/] from the git history of {repository.resolve()}",
+            soft_wrap=True,
         )
         train_expert(base, name=name, from_git=repository, minutes=minutes)
     with start_engine(base, experts=[name]) as engine:
@@ -91,7 +105,10 @@ def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
     from deepseek.evaluate.quality import collected, compare, expert_texts
     from deepseek.train.loop.progress import ProgressBar
 
-    with collected(engine.tokenizer, [], expert_texts([name], [name])) as texts, ProgressBar() as progress:
+    with (
+        collected(engine.tokenizer, [], expert_texts([name], [name])) as texts,
+        ProgressBar() as progress,
+    ):
         console.print(comparison_table(compare(engine.model, texts, EVALUATION_TOKENS, progress)))
 
 
@@ -107,7 +124,11 @@ def _answer(engine: "Engine", name: str, console: "Console") -> None:
     console.rule(f"{case.name}, which the expert has not seen")
     console.print("\n".join(lines[-SHOWN_LINES:]), markup=False, highlight=False, soft_wrap=True)
     console.rule("its next line")
-    rows = [("as it is", case.target), ("the base", shown.before.written), (f"with {name}", shown.after.written)]
+    rows = [
+        ("as it is", case.target),
+        ("the base", shown.before.written),
+        (f"with {name}", shown.after.written),
+    ]
     for title, line in rows:
         console.print(f"{title:>16}  {line.strip()}", markup=False, highlight=False, soft_wrap=True)
     gain = shown.before.nats - shown.after.nats

@@ -17,7 +17,9 @@ def list_runs() -> None:
     for name, folder in all_runs().items():
         known = summary(folder)
         loss = known.get("held_out_loss", known.get("after"))
-        print(f"{name:28}{known['state']:12}{'' if loss is None else f'held-out loss {loss:.4f}'}".rstrip())
+        print(
+            f"{name:28}{known['state']:12}{'' if loss is None else f'held-out loss {loss:.4f}'}".rstrip()
+        )
 
 
 @app.command()
@@ -39,7 +41,8 @@ def compare(first: Name, second: Name) -> None:
 
     from deepseek.train.loop.runs import find_run, summary
 
-    left, right = summary(find_run(first)), summary(find_run(second))
+    left = summary(find_run(first))
+    right = summary(find_run(second))
     table = Table("", first, second)
     for key in dict.fromkeys([*left, *right]):
         table.add_row(key, str(left.get(key, "")), str(right.get(key, "")))

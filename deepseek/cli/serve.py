@@ -11,36 +11,55 @@ from deepseek.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
 
-KeyFile = Annotated[Path | None, typer.Option(help="File with one key a line; lines that begin with # are comments.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with one key a line; lines that begin with # are comments."),
+]
 
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="Base model: a known name, a folder or a hub id.")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Argument(help="Base model: a known name, a folder or a hub id.")
+    ] = "smollm2-135m",
     experts: Experts = "all",
-    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback only with a key.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than loopback only with a key.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    allow_host: Annotated[str, typer.Option(help="Names that it may be addressed by, separated by commas.")] = "",
+    allow_host: Annotated[
+        str, typer.Option(help="Names that it may be addressed by, separated by commas.")
+    ] = "",
     api_key_file: KeyFile = None,
     admin_key_file: KeyFile = None,
-    experts_folder: Annotated[Path | None, typer.Option(help="Where packs are plugged from by name.")] = None,
-    teach_root: Annotated[Path | None, typer.Option(help="Experts may be taught from text below this folder.")] = None,
+    experts_folder: Annotated[
+        Path | None, typer.Option(help="Where packs are plugged from by name.")
+    ] = None,
+    teach_root: Annotated[
+        Path | None, typer.Option(help="Experts may be taught from text below this folder.")
+    ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Most requests in a batch.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue.")] = 64,
     int8: Int8 = True,
     cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values.")] = 1.0,
-    ray: Annotated[bool, typer.Option("--ray", help="Serve with many replicas, on Ray Serve.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve with many replicas, on Ray Serve.")
+    ] = False,
     replicas: Annotated[int, typer.Option(min=1, help="How many, with --ray.")] = 2,
     cpus: Annotated[float, typer.Option(min=0.01, help="Processors of each of them.")] = 1.0,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; keys also come from DEEPSEEK_API_KEY and DEEPSEEK_ADMIN_KEY."""
+    """Serve until SIGTERM or Ctrl-C; keys also come from DEEPSEEK_API_KEY and
+    DEEPSEEK_ADMIN_KEY.
+    """
     from deepseek.packs.library import experts_folder as usual_folder
     from deepseek.server.run import serve as run
     from deepseek.server.service import Settings
 
     for option, folder in (("--experts-folder", experts_folder), ("--teach-root", teach_root)):
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"{option} {folder} is not a folder; make it, or name one that exists.")
+            raise ConfigError(
+                f"{option} {folder} is not a folder; make it, or name one that exists."
+            )
     settings = Settings(
         host=host,
         port=port,
@@ -67,7 +86,8 @@ def _keys(file: Path | None, variable: str, option: str) -> frozenset[str]:
     """Return the keys in a file, one a line, comments aside, and in an environment variable.
 
     Raises:
-        ConfigError: the file cannot be read or holds no key. To go on without keys would let everybody in.
+        ConfigError: the file cannot be read or holds no key. To go on without keys would let
+            everybody in.
     """
     keys = {os.environ.get(variable, "").strip()} - {""}
     if file is None:
@@ -75,8 +95,12 @@ def _keys(file: Path | None, variable: str, option: str) -> frozenset[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option} {file} cannot be read ({error}); give a text file with one key a line.") from None
+        raise ConfigError(
+            f"{option} {file} cannot be read ({error}); give a text file with one key a line."
+        ) from None
     found = {line for line in lines if line and not line.startswith("#")}
     if not found:
-        raise ConfigError(f"{option} {file} holds no key; write one key a line into it, or leave the option out.")
+        raise ConfigError(
+            f"{option} {file} holds no key; write one key a line into it, or leave the option out."
+        )
     return frozenset(keys | found)

@@ -20,18 +20,27 @@ from deepseek.text.tokenizer import encode_plain
 class ChatSession:
     """Reads lines, answers them, and obeys commands that begin with a slash.
 
-    The engine's prefix cache holds what was said, so that a turn costs no more than what is new in it.
+    The engine's prefix cache holds what was said, so that a turn costs no more than what is new in
+    it.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, console: Console) -> None:
-        self.engine, self.sampling, self.console = engine, sampling, console
+        self.engine = engine
+        self.sampling = sampling
+        self.console = console
         self.palette = Palette(info.name for info in engine.experts())
         self.messages: list[dict[str, str]] = []
         self.open = True
         self.commands: dict[str, Callable[[str], None]] = {
-            "/experts": self._list, "/plug": self._plug, "/unplug": self._unplug, "/arm": self._arm,
-            "/raw": self._raw, "/reset": self._reset, "/quit": self._quit, "/help": self._help,
-        }  # fmt: skip
+            "/experts": self._list,
+            "/plug": self._plug,
+            "/unplug": self._unplug,
+            "/arm": self._arm,
+            "/raw": self._raw,
+            "/reset": self._reset,
+            "/quit": self._quit,
+            "/help": self._help,
+        }
 
     def run(self) -> None:
         """Converse until the input ends or `/quit`."""
@@ -87,7 +96,9 @@ class ChatSession:
         for info in self.engine.experts():
             state = f"{'armed' if info.armed else 'not armed'}, {info.verdict}"
             style = self.palette.style(info.name)
-            self.console.print(f"[{style}]{info.name}[/]  {state}, {info.num_bytes / 1e6:.0f} MB  {info.domain}")
+            self.console.print(
+                f"[{style}]{info.name}[/]  {state}, {info.num_bytes / 1e6:.0f} MB  {info.domain}"
+            )
         if not self.engine.experts():
             self.console.print("[dim]no experts plugged; train one with `deepseek expert train`[/]")
 
@@ -95,7 +106,9 @@ class ChatSession:
         """Plug an expert: a pack file or the name of a trained one."""
         info = self.engine.plug(find_pack(argument))
         armed = "" if info.armed else "; not armed, `/arm` it by name to hear it"
-        self.console.print(f"plugged [{self.palette.style(info.name)}]{info.name}[/], {info.verdict}{armed}")
+        self.console.print(
+            f"plugged [{self.palette.style(info.name)}]{info.name}[/], {info.verdict}{armed}"
+        )
 
     def _unplug(self, argument: str) -> None:
         """Unplug the expert of this name; the model is bit for bit what it was."""

@@ -14,7 +14,9 @@ COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "
 
 
 class Palette:
-    """Hands out one colour per expert; a name keeps its colour for the whole session. Text of the base has none."""
+    """Hands out one colour per expert; a name keeps its colour for the whole session. Text of the
+    base has none.
+    """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._colours: dict[str, str] = {}
@@ -38,16 +40,22 @@ def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
         yield engine
 
 
-def speak(engine: Engine, request: Request, console: Console, palette: Palette) -> tuple[str, Mapping[str | None, int]]:
-    """Print the answer to `request` and return it, and how many tokens each expert (None: the base alone) spoke.
+def speak(
+    engine: Engine, request: Request, console: Console, palette: Palette
+) -> tuple[str, Mapping[str | None, int]]:
+    """Print the answer to `request` and return it, and how many tokens each expert (None: the base
+    alone) spoke.
 
     However the caller leaves, Ctrl-C among others, the engine computes no more of it.
     """
-    generation, texts = engine.submit(request), []
+    generation = engine.submit(request)
+    texts = []
     try:
         for event in generation:
             style = palette.style(event.expert)
-            console.print(event.text, style=style, end="", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                event.text, style=style, end="", markup=False, highlight=False, soft_wrap=True
+            )
             texts.append(event.text)
             if event.error:
                 raise RuntimeError(event.error)

@@ -7,7 +7,9 @@ import typer
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML or TOML file; docs/how-to/pretraining.md shows one.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML or TOML file; docs/how-to/pretraining.md shows one.")
+    ],
 ) -> None:
     """Run the stages of a recipe in order; interrupted, the same command goes on where it was."""
     from deepseek.evaluate.stage import STAGE

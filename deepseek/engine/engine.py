@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class Engine:
     """Runs requests side by side: each step is one ragged batch of prompt pieces and next tokens.
 
-    Every public method may be called from any thread. One thread of its own runs the steps. The same request gives the
-    same tokens whatever else runs.
+    Every public method may be called from any thread. One thread of its own runs the steps. The
+    same request gives the same tokens whatever else runs.
 
     >>> with Engine(model, tokenizer) as engine:
     ...     for event in engine.submit(Request(tuple(ids))):
@@ -45,8 +45,8 @@ class Engine:
         cache_bytes: budget of keys and values, of running requests and stored prefixes together.
         max_running: most requests in a batch.
         max_waiting: most requests that wait for their turn.
-        prefill_chunk: most prompt tokens in one step, and the tokens of one block of the prefix cache. A smaller chunk
-            holds up the other sequences for a shorter time.
+        prefill_chunk: most prompt tokens in one step, and the tokens of one block of the prefix
+            cache. A smaller chunk holds up the other sequences for a shorter time.
     """
 
     def __init__(
@@ -60,12 +60,16 @@ class Engine:
         max_waiting: int = 64,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.runner: Runner = TorchRunner(model) if runner is None else runner
         self._vocabulary = Vocabulary(model, tokenizer)
         self._max_waiting = max_waiting
         self._scheduler = Scheduler(
-            self.runner, cache_bytes=cache_bytes, max_running=max_running, prefill_chunk=prefill_chunk
+            self.runner,
+            cache_bytes=cache_bytes,
+            max_running=max_running,
+            prefill_chunk=prefill_chunk,
         )
         self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
@@ -75,18 +79,20 @@ class Engine:
         self._worker.start()
 
     def submit(self, request: Request) -> Generation:
-        """Queue `request`; its experts are those armed now, whatever is plugged or unplugged before it ends.
+        """Queue `request`; its experts are those armed now, whatever is plugged or unplugged before
+        it ends.
 
         Raises:
             QueueFullError: too many wait; it says when to come back.
             EngineStoppedError: the engine drains or is closed.
-            ConfigError: it can never run: too long for the model or for `cache_bytes`, ids outside the vocabulary, or a
-                grammar that does not compile.
+            ConfigError: it can never run: too long for the model or for `cache_bytes`, ids outside
+                the vocabulary, or a grammar that does not compile.
             PackError: it names an expert that is not plugged.
         """
         self.check_open()
         sequence = activate(request, self.model, self._vocabulary, self._scheduler.prefill_chunk)
-        need, budget = self._scheduler.need(sequence), self._scheduler.cache_bytes
+        need = self._scheduler.need(sequence)
+        budget = self._scheduler.cache_bytes
         if need > budget:
             raise ConfigError(
                 f"{sequence.capacity} tokens need {need} bytes of keys and values, but the cache has {budget}; "
@@ -100,18 +106,23 @@ class Engine:
         return generation
 
     def check_open(self) -> None:
-        """Raise what `submit` would raise if no more requests are taken, for good or for now, without reading one."""
+        """Raise what `submit` would raise if no more requests are taken, for good or for now,
+        without reading one.
+        """
         if self._draining:
             raise EngineStoppedError(STOPPED)
-        waiting, ended = len(self._scheduler.waiting), self._scheduler.finished.total()
+        waiting = len(self._scheduler.waiting)
+        ended = self._scheduler.finished.total()
         if waiting >= self._max_waiting:
             pace = self._seconds / ended if ended else 1.0
             raise QueueFullError(waiting, min(max(1.0, waiting * pace), 60.0))
 
     def embed(self, ids: Sequence[int]) -> list[float]:
-        """Return the mean of the last hidden states of a text, of length 1, by the base alone. Blocks.
+        """Return the mean of the last hidden states of a text, of length 1, by the base alone.
+        Blocks.
 
-        Raises `ConfigError` if there are no ids or more than the model's context; `EngineStoppedError`.
+        Raises `ConfigError` if there are no ids or more than the model's context;
+        `EngineStoppedError`.
         """
         context = self.model.config.max_position_embeddings
         if not 1 <= len(ids) <= context:
@@ -125,11 +136,15 @@ class Engine:
         return done.result()
 
     def plug(self, source: str | Path | ExpertPack) -> ExpertInfo:
-        """Plug an expert for requests that are submitted from now on (see `ExpertSet.plug`). Raises `PackError`."""
+        """Plug an expert for requests that are submitted from now on (see `ExpertSet.plug`). Raises
+        `PackError`.
+        """
         return self.model.experts.plug(source, self.runner.prepare)
 
     def unplug(self, name: str) -> None:
-        """Unplug an expert; requests under way keep it until they end. Raises `PackError` if there is none."""
+        """Unplug an expert; requests under way keep it until they end. Raises `PackError` if there
+        is none.
+        """
         self.model.experts.unplug(name)
 
     def arm(self, names: str | Iterable[str] | None = "auto") -> tuple[str, ...]:
@@ -144,15 +159,23 @@ class Engine:
         """Return what the engine is doing and has done."""
         scheduler = self._scheduler
         return EngineStats(
-            running=len(scheduler.running), waiting=len(scheduler.waiting),
-            cache_bytes=scheduler.cache_bytes, reserved_bytes=scheduler.reserved,
-            prefix_bytes=scheduler.prefixes.nbytes, prompt_tokens=scheduler.prompt_tokens,
-            cached_tokens=scheduler.cached_tokens, completion_tokens=scheduler.completion_tokens,
-            finished=dict(scheduler.finished), steps=scheduler.steps, step_seconds=self._seconds,
-        )  # fmt: skip
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            cache_bytes=scheduler.cache_bytes,
+            reserved_bytes=scheduler.reserved,
+            prefix_bytes=scheduler.prefixes.nbytes,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            completion_tokens=scheduler.completion_tokens,
+            finished=dict(scheduler.finished),
+            steps=scheduler.steps,
+            step_seconds=self._seconds,
+        )
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait for those submitted. Returns whether all ended within `timeout` seconds."""
+        """Take no more requests and wait for those submitted. Returns whether all ended within
+        `timeout` seconds.
+        """
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: self._scheduler.idle and not self._jobs, timeout)
@@ -174,7 +197,9 @@ class Engine:
         """Step while there is something to do, until the engine is closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._jobs or not self._scheduler.idle)
+                self._changed.wait_for(
+                    lambda: self._closed or self._jobs or not self._scheduler.idle
+                )
                 if self._closed:
                     break
             started = time.perf_counter()
@@ -204,11 +229,16 @@ class Engine:
 
 @torch.inference_mode()
 def embedding(model: DeepSeekModel, ids: Sequence[int]) -> list[float]:
-    """Return the mean of the last hidden states over the tokens `ids`, scaled to length 1, by the base alone."""
+    """Return the mean of the last hidden states over the tokens `ids`, scaled to length 1, by the
+    base alone.
+    """
     cache = KVCache()
     cache.started = True  # without experts, so that texts stay comparable whatever is plugged
     output = model(
-        torch.tensor([list(ids)], device=model.device), cache=cache, output_hidden_states=True, logits_to_keep=1
+        torch.tensor([list(ids)], device=model.device),
+        cache=cache,
+        output_hidden_states=True,
+        logits_to_keep=1,
     )
     mean_D = output.hidden_states[-1][0].float().mean(0)
     return [float(value) for value in torch.nn.functional.normalize(mean_D, dim=0)]

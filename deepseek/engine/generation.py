@@ -11,7 +11,8 @@ from deepseek.engine.sequence import ActiveSequence
 
 
 class Generation:
-    """A request under way: iterate over its `TokenEvent`s, in one thread (`for`) or one coroutine (`async for`).
+    """A request under way: iterate over its `TokenEvent`s, in one thread (`for`) or one coroutine
+    (`async for`).
 
     Attributes:
         request: what was asked.
@@ -36,7 +37,9 @@ class Generation:
             yield event
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """Yield events as they come, without blocking the event loop. Leaving early does not cancel."""
+        """Yield events as they come, without blocking the event loop. Leaving early does not
+        cancel.
+        """
         queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self.subscribe(queue.put_nowait)
         while not self._over:
@@ -45,11 +48,15 @@ class Generation:
             yield event
 
     def subscribe(self, put: Callable[[TokenEvent], object]) -> None:
-        """Have `put` called in the running event loop with every event, those that came before first."""
+        """Have `put` called in the running event loop with every event, those that came before
+        first.
+        """
         loop = asyncio.get_running_loop()
 
         def soon(event: TokenEvent) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop has closed, and nobody waits any more
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the event loop has closed, and nobody waits any more
                 loop.call_soon_threadsafe(put, event)
 
         with self._arrived:
@@ -58,7 +65,9 @@ class Generation:
             self._put = soon
 
     def cancel(self) -> None:
-        """End it before the next step; its last event says "cancelled". It may have finished already. Thread safe."""
+        """End it before the next step; its last event says "cancelled". It may have finished
+        already. Thread safe.
+        """
         self._sequence.cancelled = True
 
     @property
@@ -68,7 +77,8 @@ class Generation:
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
-        """Of each prompt token, None for the first, which nothing predicts; complete before the first event.
+        """Of each prompt token, None for the first, which nothing predicts; complete before the
+        first event.
 
         Empty unless the request asks for them.
         """
@@ -77,6 +87,8 @@ class Generation:
     def _deliver(self, event: TokenEvent) -> None:
         with self._arrived:
             self._put(event)
-            if event.finish_reason is not None:  # the last one: then nothing refers to itself, and all goes at once
+            if (
+                event.finish_reason is not None
+            ):  # the last one: then nothing refers to itself, and all goes at once
                 self._put = self._sequence.deliver = self._events.append
             self._arrived.notify()

@@ -37,7 +37,8 @@ def load(
 
     Args:
         name: a known base (fetched if needed), a local folder or a hub id.
-        experts: packs to plug, by file or by the name of a trained expert; they are armed automatically.
+        experts: packs to plug, by file or by the name of a trained expert; they are armed
+            automatically.
         config: choices laid over the checkpoint's config (see `DeepSeekModel.from_pretrained`).
         dtype: "auto" takes the fastest on the device.
         device: "cpu", "cuda", ...; None takes the CPU.

@@ -1,8 +1,9 @@
 """The prefix cache: what prompts that were seen before left in the key/value cache, block by block.
 
-A block is found by a digest of everything that decides its content: the experts' own digests and all tokens up to its
-end. An expert reloaded under the same name with other content has another digest, so that an old entry is never hit.
-The model itself is no part of the key: a cache belongs to one engine and so to one model.
+A block is found by a digest of everything that decides its content: the experts' own digests and
+all tokens up to its end. An expert reloaded under the same name with other content has another
+digest, so that an old entry is never hit. The model itself is no part of the key: a cache belongs
+to one engine and so to one model.
 """
 
 import hashlib
@@ -14,7 +15,9 @@ from deepseek.runner import Segment
 
 
 def block_keys(identity: str, ids: Sequence[int], block: int) -> list[bytes]:
-    """Return the key of each full block of `ids`; it depends on `identity` and on all tokens up to the block's end."""
+    """Return the key of each full block of `ids`; it depends on `identity` and on all tokens up to
+    the block's end.
+    """
     digest = hashlib.sha256(identity.encode())
     keys = []
     for start in range(0, len(ids) - block + 1, block):
@@ -44,7 +47,9 @@ class PrefixCache:
             if key not in self._blocks:
                 break
             found.append(self._blocks[key])
-        for key in reversed(keys[: len(found)]):  # the first block last, because without it no other is found
+        for key in reversed(
+            keys[: len(found)]
+        ):  # the first block last, because without it no other is found
             self._blocks.move_to_end(key)
         return found
 

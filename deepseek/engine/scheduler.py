@@ -1,4 +1,6 @@
-"""Which sequences run, and what each step computes, within a budget of key/value bytes. No threads here."""
+"""Which sequences run, and what each step computes, within a budget of key/value bytes. No threads
+here.
+"""
 
 from collections import Counter, deque
 
@@ -13,15 +15,18 @@ from deepseek.runner import Chunk, Runner
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
-MAX_GUESSES = RECENT - 1  # of all sequences together: with more rows a step takes longer (see `engine/sequence.py`)
+MAX_GUESSES = (
+    RECENT - 1
+)  # of all sequences together: with more rows a step takes longer (see `engine/sequence.py`)
 CACHE_BYTES = 1 << 30
 
 
 class Scheduler:
     """Runs sequences side by side, first come, first served.
 
-    A sequence starts only when all the memory that it can ever need is free, and keeps it reserved until it ends: those
-    that run never fail or wait because of others. Stored prefixes live in what is not reserved.
+    A sequence starts only when all the memory that it can ever need is free, and keeps it reserved
+    until it ends: those that run never fail or wait because of others. Stored prefixes live in what
+    is not reserved.
 
     Args:
         cache_bytes, max_running, prefill_chunk: see `Engine`.
@@ -40,12 +45,16 @@ class Scheduler:
         max_running: int = MAX_RUNNING,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        self.runner, self.cache_bytes = runner, cache_bytes
-        self.max_running, self.prefill_chunk = max_running, prefill_chunk
+        self.runner = runner
+        self.cache_bytes = cache_bytes
+        self.max_running = max_running
+        self.prefill_chunk = prefill_chunk
         self.waiting: deque[ActiveSequence] = deque()
         self.running: list[ActiveSequence] = []
         self.prefixes = PrefixCache()
-        self.reserved = self.steps = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.reserved = self.steps = self.prompt_tokens = self.cached_tokens = (
+            self.completion_tokens
+        ) = 0
         self.finished: Counter[str] = Counter()
 
     @property
@@ -68,7 +77,8 @@ class Scheduler:
             return
         output = self.runner.forward([chunk for _, chunk in batch])
         self.steps += 1
-        logits_RV, row = output.logits_RV.numpy(), 0
+        logits_RV = output.logits_RV.numpy()
+        row = 0
         for sequence, chunk in batch:
             rows = slice(row, row := row + chunk.keep)
             self._store(sequence)
@@ -86,14 +96,18 @@ class Scheduler:
             self.end(sequence, reason, error)
 
     def _admit(self) -> None:
-        """Start waiting sequences while there is room; the first one waits for room, and those behind it for it."""
+        """Start waiting sequences while there is room; the first one waits for room, and those
+        behind it for it.
+        """
         while self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting[0]
             need = self.need(sequence)
             if self.reserved + need > self.cache_bytes:
                 return
             self.reserved += need
-            self.prefixes.match(sequence.reusable)  # they count as used, so that others are forgotten first
+            self.prefixes.match(
+                sequence.reusable
+            )  # they count as used, so that others are forgotten first
             self.prefixes.shrink(self.cache_bytes - self.reserved)
             sequence.state = self.runner.start(sequence.armed, sequence.capacity)
             self.running.append(self.waiting.popleft())
@@ -104,8 +118,12 @@ class Scheduler:
             self.cached_tokens += sequence.cached_tokens
 
     def _batch(self) -> list[tuple[ActiveSequence, Chunk]]:
-        """Return the next token of every sequence that speaks, and prompt pieces of `prefill_chunk` tokens at most."""
-        batch, room, guesses = [], self.prefill_chunk, MAX_GUESSES // max(1, len(self.running))
+        """Return the next token of every sequence that speaks, and prompt pieces of `prefill_chunk`
+        tokens at most.
+        """
+        batch = []
+        room = self.prefill_chunk
+        guesses = MAX_GUESSES // max(1, len(self.running))
         for sequence in self.running:
             chunk = sequence.next_chunk(guesses)
             if sequence.prefilling:
@@ -120,12 +138,21 @@ class Scheduler:
         assert sequence.state is not None
         blocks, rest = divmod(sequence.state.length, self.prefill_chunk)
         room = self.cache_bytes - self.reserved
-        if room > 0 and rest == 0 and blocks <= len(sequence.keys) and sequence.keys[blocks - 1] not in self.prefixes:
+        if (
+            room > 0
+            and rest == 0
+            and blocks <= len(sequence.keys)
+            and sequence.keys[blocks - 1] not in self.prefixes
+        ):
             segment = sequence.state.segment(sequence.state.length - self.prefill_chunk)
             self.prefixes.add(sequence.keys[blocks - 1], segment, room)
 
-    def _advance(self, sequence: ActiveSequence, logits_RV: Logits, experts: tuple[str | None, ...]) -> None:
-        """Hand a sequence its logits; what goes wrong there, such as too complex a grammar, ends it alone."""
+    def _advance(
+        self, sequence: ActiveSequence, logits_RV: Logits, experts: tuple[str | None, ...]
+    ) -> None:
+        """Hand a sequence its logits; what goes wrong there, such as too complex a grammar, ends it
+        alone.
+        """
         try:
             events = sequence.advance(logits_RV, experts)
         except Exception as error:  # whatever it is, the others go on

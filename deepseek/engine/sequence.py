@@ -1,9 +1,10 @@
 """A request while it runs: the one thing in the engine that changes with every step.
 
-Its next tokens are guessed from what followed the same words earlier in its text. A step reads all weights whether it
-computes one token or a few, so guesses that turn out right are nearly free, and those that turn out wrong change
-nothing: the token after each of them is chosen as it would have been without them (prompt lookup, a speculative
-decoding without a second model: arXiv:2302.01318, arXiv:2304.04487).
+Its next tokens are guessed from what followed the same words earlier in its text. A step reads all
+weights whether it computes one token or a few, so guesses that turn out right are nearly free, and
+those that turn out wrong change nothing: the token after each of them is chosen as it would have
+been without them (prompt lookup, a speculative decoding without a second model: arXiv:2302.01318,
+arXiv:2304.04487).
 """
 
 from collections import Counter
@@ -44,7 +45,9 @@ class Lookup:
         self._ids.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """Return the tokens, `most` at most, that followed the last ones where these stood before."""
+        """Return the tokens, `most` at most, that followed the last ones where these stood
+        before.
+        """
         start = self._after.get(tuple(self._ids[-WORDS:]), len(self._ids))
         self.guesses = self._ids[start : start + max(0, min(most, self._most))]
         return self.guesses
@@ -52,11 +55,13 @@ class Lookup:
     def judge(self, right: int) -> None:
         """Take note of how many of the guesses were right: where most were, more come next time."""
         if self.guesses:
-            self._most, self.guesses = 1 + 2 * right, []
+            self._most = 1 + 2 * right
+            self.guesses = []
 
 
 class ActiveSequence:
-    """One request: its prompt is computed chunk by chunk, then one token a step, until something ends it.
+    """One request: its prompt is computed chunk by chunk, then one token a step, until something
+    ends it.
 
     Attributes:
         armed: the experts that speak in it until it ends.
@@ -72,9 +77,17 @@ class ActiveSequence:
     """
 
     def __init__(
-        self, request: Request, armed: ArmedExperts | None, vocabulary: Vocabulary, capacity: int, block: int
+        self,
+        request: Request,
+        armed: ArmedExperts | None,
+        vocabulary: Vocabulary,
+        capacity: int,
+        block: int,
     ) -> None:
-        self.request, self.armed, self.capacity, self.block = request, armed, capacity, block
+        self.request = request
+        self.armed = armed
+        self.capacity = capacity
+        self.block = block
         identity = "" if armed is None else armed.identity
         self.keys = [] if identity is None else block_keys(identity, request.prompt_ids, block)
         self.state: SequenceState | None = None
@@ -83,7 +96,8 @@ class ActiveSequence:
         self.deliver: Callable[[TokenEvent], None] = lambda _: None
         unscored = request.scored_from if request.prompt_logprobs else 0
         self.prompt_logprobs: list[TokenLogprob | None] = [None] * unscored
-        self.cached_tokens, self._spoken = 0, Counter[str | None]()
+        self.cached_tokens = 0
+        self._spoken = Counter[str | None]()
         self._sampler = Sampler(request.sampling, request.prompt_ids)
         self._text = TextStream(vocabulary.tokenizer, request.stop)
         self._matcher = vocabulary.matcher(request.grammar) if request.grammar is not None else None
@@ -94,12 +108,20 @@ class ActiveSequence:
     def usage(self) -> TokenUsage:
         """What it has used so far."""
         spoken = dict(self._spoken)
-        return TokenUsage(len(self.request.prompt_ids), self.cached_tokens, sum(spoken.values()), spoken)
+        return TokenUsage(
+            len(self.request.prompt_ids), self.cached_tokens, sum(spoken.values()), spoken
+        )
 
     @property
     def reusable(self) -> Sequence[bytes]:
-        """Keys of the blocks that need not be computed: not the last token, whose logits are wanted."""
-        wanted = self.request.scored_from if self.request.prompt_logprobs else len(self.request.prompt_ids)
+        """Keys of the blocks that need not be computed: not the last token, whose logits are
+        wanted.
+        """
+        wanted = (
+            self.request.scored_from
+            if self.request.prompt_logprobs
+            else len(self.request.prompt_ids)
+        )
         return self.keys[: (wanted - 1) // self.block]
 
     @property
@@ -110,15 +132,16 @@ class ActiveSequence:
     def next_chunk(self, guesses: int = 0) -> Chunk:
         """Return what to compute next, a token with `guesses` of those after it at most.
 
-        A prompt is cut at multiples of the block whatever else runs and wherever a stored prefix ends, so that the
-        numbers are the same to the last bit.
+        A prompt is cut at multiples of the block whatever else runs and wherever a stored prefix
+        ends, so that the numbers are the same to the last bit.
         """
         assert self.state is not None
         if not self.prefilling:
             room = self.capacity - self.state.length - 2 if self.state.rewinds else 0
             ids = (self._token, *self._lookup.guess(min(guesses, room)))
             return Chunk(self.state, ids, len(ids))
-        prompt, start = self.request.prompt_ids, self.state.length
+        prompt = self.request.prompt_ids
+        start = self.state.length
         stop = min(len(prompt), (start // self.block + 1) * self.block)
         keep = int(stop == len(prompt))
         if self.request.prompt_logprobs:
@@ -128,20 +151,25 @@ class ActiveSequence:
     def advance(self, logits_RV: Logits, experts: Sequence[str | None]) -> list[TokenEvent]:
         """Take in what the runner said about the chunk, and return the tokens that it leads to.
 
-        Each is chosen as if it were the only one; the next counts only if this one had been guessed.
+        Each is chosen as if it were the only one; the next counts only if this one had been
+        guessed.
 
         Args:
             logits_RV: of the kept tokens.
             experts: who spoke at each of them.
         """
         assert self.state is not None
-        length, prompt = self.state.length, self.request.prompt_ids
+        length = self.state.length
+        prompt = self.request.prompt_ids
         if self.request.prompt_logprobs and length <= len(prompt):
             targets = prompt[length - len(logits_RV) + 1 : length + 1]
-            self.prompt_logprobs += logprobs(logits_RV[: len(targets)], targets, self.request.logprobs or 0)
+            self.prompt_logprobs += logprobs(
+                logits_RV[: len(targets)], targets, self.request.logprobs or 0
+            )
         if length < len(prompt):
             return []
-        guesses, events = self._lookup.guesses, list[TokenEvent]()
+        guesses = self._lookup.guesses
+        events = list[TokenEvent]()
         for row in range(-1 - len(guesses), 0):
             events.append(self._speak(logits_RV[row], experts[row]))
             if self.finish_reason is not None or row == -1 or self._token != guesses[row + 1]:
@@ -159,7 +187,9 @@ class ActiveSequence:
     def _speak(self, logits_V: Logits, expert: str | None) -> TokenEvent:
         """Choose the next token."""
         wanted = self.request.logprobs
-        self._token = token = self._sampler.next_token(logits_V, self._matcher.allowed() if self._matcher else None)
+        self._token = token = self._sampler.next_token(
+            logits_V, self._matcher.allowed() if self._matcher else None
+        )
         self._lookup.push(token)
         self._spoken[expert] += 1
         logprob = None if wanted is None else logprobs(logits_V[None], [token], wanted)[0]
@@ -179,25 +209,37 @@ class ActiveSequence:
         return text, None
 
 
-def activate(request: Request, model: DeepSeekModel, vocabulary: Vocabulary, block: int) -> ActiveSequence:
+def activate(
+    request: Request, model: DeepSeekModel, vocabulary: Vocabulary, block: int
+) -> ActiveSequence:
     """Return `request` ready to run, with the experts that it chooses among those plugged now.
 
     Args:
         block: tokens by which its prompt is cut.
 
     Raises:
-        ConfigError: it is too long for the model, has ids outside the vocabulary, or a grammar that does not compile.
+        ConfigError: it is too long for the model, has ids outside the vocabulary, or a grammar that
+            does not compile.
         PackError: it names an expert that is not plugged.
     """
-    context, given = model.config.max_position_embeddings, len(request.prompt_ids)
+    context = model.config.max_position_embeddings
+    given = len(request.prompt_ids)
     if given >= context:
-        raise ConfigError(f"The prompt has {given} tokens, but 1 to {context - 1} are possible; shorten it.")
+        raise ConfigError(
+            f"The prompt has {given} tokens, but 1 to {context - 1} are possible; shorten it."
+        )
     ids = (*request.prompt_ids, *request.sampling.logit_bias)
     if min(ids) < 0 or max(ids) >= vocabulary.size:
-        raise ConfigError(f"Token ids are 0 to {vocabulary.size - 1}; another one is in the prompt or in logit_bias.")
+        raise ConfigError(
+            f"Token ids are 0 to {vocabulary.size - 1}; another one is in the prompt or in logit_bias."
+        )
     choice = request.experts
     armed = model.experts.choose(
-        choice.arm, choice.deny, choice.max_experts, user_ids=request.user_ids, document=request.prompt_ids
+        choice.arm,
+        choice.deny,
+        choice.max_experts,
+        user_ids=request.user_ids,
+        document=request.prompt_ids,
     )
     capacity = min(given + request.sampling.max_new_tokens, context)
     return ActiveSequence(request, armed, vocabulary, capacity, block)
@@ -205,7 +247,10 @@ def activate(request: Request, model: DeepSeekModel, vocabulary: Vocabulary, blo
 
 def logprobs(logits_RV: Logits, targets: Sequence[int], top: int) -> list[TokenLogprob]:
     """Return for each row the log probability of its target and of the `top` likeliest tokens."""
-    return [row_logprob(logits_V, target, top) for logits_V, target in zip(logits_RV, targets, strict=True)]
+    return [
+        row_logprob(logits_V, target, top)
+        for logits_V, target in zip(logits_RV, targets, strict=True)
+    ]
 
 
 def row_logprob(logits_V: Logits, target: int, top: int) -> TokenLogprob:
@@ -213,5 +258,9 @@ def row_logprob(logits_V: Logits, target: int, top: int) -> TokenLogprob:
     logs_V = logits_V - logits_V.max()
     logs_V -= np.log(np.exp(logs_V).sum(dtype=np.float64)).astype(np.float32)
     ids = np.argpartition(-logs_V, top)[:top] if top else np.array([], np.int64)
-    likeliest = sorted(zip(logs_V[ids].tolist(), ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
-    return TokenLogprob(target, float(logs_V[target]), tuple((token, log) for log, token in likeliest))
+    likeliest = sorted(
+        zip(logs_V[ids].tolist(), ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1])
+    )
+    return TokenLogprob(
+        target, float(logs_V[target]), tuple((token, log) for log, token in likeliest)
+    )

@@ -1,4 +1,6 @@
-"""The reference runner: the model itself, one sequence after another. Every architecture and every expert works."""
+"""The reference runner: the model itself, one sequence after another. Every architecture and every
+expert works.
+"""
 
 from collections.abc import Sequence
 
@@ -54,7 +56,11 @@ class TorchRunner:
         """Nothing is left to do: `plug` puts experts on the model's device."""
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        sums = sum(12 * len(owners) for owners in armed.roster.owners.values()) if armed is not None else 0
+        sums = (
+            sum(12 * len(owners) for owners in armed.roster.owners.values())
+            if armed is not None
+            else 0
+        )
         return self.model.state_bytes(length) + sums
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> TorchState:
@@ -75,7 +81,9 @@ class TorchRunner:
 
 
 def speakers(output: ModelOutput, count: int) -> list[str | None]:
-    """Return for each of the last `count` positions of one sequence the expert that weighed most, or None."""
+    """Return for each of the last `count` positions of one sequence the expert that weighed most,
+    or None.
+    """
     if output.experts is None or count == 0:
         return [None] * count
     weights_TM: Tensor = output.experts.attribution()[0, -count:]

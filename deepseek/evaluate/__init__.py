@@ -1,1 +1,3 @@
-"""How good a model or an expert is: losses, next lines, generated code, safety, and rivals side by side."""
+"""How good a model or an expert is: losses, next lines, generated code, safety, and rivals side by
+side.
+"""

@@ -1,8 +1,11 @@
-"""Expert, retrieval or fine-tuning: each answers the same cases of text that none has seen (`deepseek eval --against`).
+"""Expert, retrieval or fine-tuning: each answers the same cases of text that none has seen
+(`deepseek eval --against`).
 
-run folder -> held-out documents -> cases -> rows (base, retrieval, expert, both, LoRA, full) -> table, JSON, picture
+run folder -> held-out documents -> cases -> rows (base, retrieval, expert, both, LoRA, full) ->
+table, JSON, picture
 
-A row is kept once it is computed, under a digest of all that decides it, so the same call goes on where it stopped.
+A row is kept once it is computed, under a digest of all that decides it, so the same call goes on
+where it stopped.
 """
 
 import hashlib
@@ -31,7 +34,9 @@ from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import find_run
 
 FORMAT = 1
-"""Raised when cases, prompts or scores change, so that rows of another kind are not taken for these."""
+"""Raised when cases, prompts or scores change, so that rows of another kind are not taken for
+these.
+"""
 
 RIVALS = ("rag", "lora", "full")
 
@@ -62,10 +67,14 @@ FULL = Row("full fine-tuning", model="full")
 
 
 def rows_against(rivals: Sequence[str]) -> list[Row]:
-    """Return the rows of a table against `rivals`; raise `ConfigError` naming one that there is not."""
+    """Return the rows of a table against `rivals`; raise `ConfigError` naming one that there is
+    not.
+    """
     for rival in rivals:
         if rival not in RIVALS:
-            raise ConfigError(f"There is no rival {rival!r} to compare with; {nearest(rival, RIVALS)}.")
+            raise ConfigError(
+                f"There is no rival {rival!r} to compare with; {nearest(rival, RIVALS)}."
+            )
     wanted = {BASE: True, RETRIEVAL: "rag" in rivals, EXPERT: True, BOTH: "rag" in rivals}
     wanted |= {LORA: "lora" in rivals, FULL: "full" in rivals}
     return [row for row, is_wanted in wanted.items() if is_wanted]
@@ -100,37 +109,60 @@ class Against:
         count: cases at most.
 
     Raises:
-        DataError: there is no finished run of this name, or no line in its held-out text to ask for.
+        DataError: there is no finished run of this name, or no line in its held-out text to ask
+            for.
     """
 
-    def __init__(self, name: str, count: int = 200, seed: int = 0, dials: Dials | None = None) -> None:
-        self.run, self.dials, self.seed = find_run(name), dials or Dials(), seed
+    def __init__(
+        self, name: str, count: int = 200, seed: int = 0, dials: Dials | None = None
+    ) -> None:
+        self.run = find_run(name)
+        self.dials = dials or Dials()
+        self.seed = seed
         self.folder = self.run / "against"
         if not (self.run / "result.json").is_file():
-            raise DataError(f"The run {name!r} is not finished; let `deepseek expert train` end first.")
-        self.request, self.record = read_json(self.run / "request.json"), read_json(self.run / "result.json")
+            raise DataError(
+                f"The run {name!r} is not finished; let `deepseek expert train` end first."
+            )
+        self.request = read_json(self.run / "request.json")
+        self.record = read_json(self.run / "result.json")
         if "pack" not in self.record:
-            raise DataError(f"The run {name!r} made no expert; name one that `deepseek expert train` made.")
-        self.name, self.base = str(self.request["name"]), str(self.request["base"])
+            raise DataError(
+                f"The run {name!r} made no expert; name one that `deepseek expert train` made."
+            )
+        self.name = str(self.request["name"])
+        self.base = str(self.request["base"])
         self.tokenizer = load_tokenizer(resolve(self.base))
         self.held_out = TokenShards(self.run / "corpus" / "held-out")
         documents = list(decode_documents(self.held_out, self.tokenizer))
         self.cases = next_line_cases(self._fair(documents), count, seed)
         if not self.cases:
-            raise DataError(f"The held-out text of {name!r} has no line to ask for; hold out more of it.")
+            raise DataError(
+                f"The held-out text of {name!r} has no line to ask for; hold out more of it."
+            )
 
     def compare(self, rivals: Sequence[str], quiet: bool = False) -> Result:
-        """Return the scores of all rows, training what is missing; `result.json` in `folder` has them too."""
+        """Return the scores of all rows, training what is missing; `result.json` in `folder` has
+        them too.
+        """
         rows = rows_against(rivals)
         scores: dict[str, CompletionScores] = {}
         for model in dict.fromkeys(row.model for row in rows):
             if model != "base":
-                adapt_for_equal_time(self.run, "lora" if model == "lora" else "full", self.folder / model, quiet)
+                adapt_for_equal_time(
+                    self.run, "lora" if model == "lora" else "full", self.folder / model, quiet
+                )
             scores |= self._scores([row for row in rows if row.model == model], quiet)
         documents = len({case.name for case in self.cases})
         ordered = {row.name: scores[row.name] for row in rows}
         result = Result(
-            self.name, self.cases, documents, self.dials, ordered, self._training_seconds(rows), self._notes()
+            self.name,
+            self.cases,
+            documents,
+            self.dials,
+            ordered,
+            self._training_seconds(rows),
+            self._notes(),
         )
         write_json(self.folder / "result.json", as_json(result))
         return result
@@ -138,7 +170,8 @@ class Against:
     def _fair(self, documents: Sequence[Document]) -> list[Document]:
         """Return the documents whose lines may be asked for.
 
-        Later commits add to files that were trained on as they are now, unless the run split its text by time.
+        Later commits add to files that were trained on as they are now, unless the run split its
+        text by time.
         """
         by_time = self.request["source"]["by"] == "time"
         return [document for document in documents if by_time or document.kind != "commit"]
@@ -163,7 +196,11 @@ class Against:
             with self._engine(missing) as engine, ProgressBar(quiet=quiet) as progress:
                 for row in missing:
                     answers[row] = self._answer(row, engine, progress)
-        return {row.name: score_answers(self.cases, found) for row, found in answers.items() if found is not None}
+        return {
+            row.name: score_answers(self.cases, found)
+            for row, found in answers.items()
+            if found is not None
+        }
 
     def _answer(self, row: Row, engine: Engine, progress: ProgressBar) -> list[Completion]:
         """Compute a row and keep it."""
@@ -171,16 +208,28 @@ class Against:
         choice = ExpertChoice((self.name,) if row.expert else ())
         writer = Writer(engine, choice, index, self.dials)
         answers = list(writer.answers(self.cases, progress, row.name))
-        write_json(self._path(row), {"row": asdict(row), "answers": [answer.as_json() for answer in answers]})
+        write_json(
+            self._path(row),
+            {"row": asdict(row), "answers": [answer.as_json() for answer in answers]},
+        )
         return answers
 
     def _stored(self, row: Row) -> list[Completion] | None:
         path = self._path(row)
-        return [Completion(**answer) for answer in read_json(path)["answers"]] if path.is_file() else None
+        return (
+            [Completion(**answer) for answer in read_json(path)["answers"]]
+            if path.is_file()
+            else None
+        )
 
     def _path(self, row: Row) -> Path:
         """Return the file of a row, named by a digest of all that decides it."""
-        key: dict[str, Any] = {"format": FORMAT, "row": asdict(row), "dials": asdict(self.dials), "base": self.base}
+        key: dict[str, Any] = {
+            "format": FORMAT,
+            "row": asdict(row),
+            "dials": asdict(self.dials),
+            "base": self.base,
+        }
         key |= {"held_out": self.held_out.digest, "seed": self.seed, "cases": len(self.cases)}
         if row.expert:
             key["expert"] = read_pack(Path(self.record["pack"])).manifest.digest
@@ -212,5 +261,9 @@ def as_json(result: Result) -> dict[str, Any]:
     """Return a result as JSON values."""
     counts = {"expert": result.name, "cases": len(result.cases), "documents": result.documents}
     rows = {name: asdict(scores) for name, scores in result.scores.items()}
-    circumstances = {"dials": asdict(result.dials), "training_seconds": result.training_seconds, "notes": result.notes}
+    circumstances = {
+        "dials": asdict(result.dials),
+        "training_seconds": result.training_seconds,
+        "notes": result.notes,
+    }
     return {**counts, **circumstances, "rows": rows}

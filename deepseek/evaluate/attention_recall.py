@@ -1,4 +1,6 @@
-"""How much of a model's attention sparse attention keeps, per layer and head, and how far its output is off."""
+"""How much of a model's attention sparse attention keeps, per layer and head, and how far its
+output is off.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from deepseek.train.hash.attention_inputs import (
 )
 
 Choose = Callable[[int, HeadInputs, Tensor, Tensor], Tensor]
-"""(layer, inputs, positions `[N]`, scores `[H, N, S]`) to True `[H, N, S]` at the keys that are looked at."""
+"""(layer, inputs, positions `[N]`, scores `[H, N, S]`) to True `[H, N, S]` at the keys that are
+looked at.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,33 @@ class Kept:
 
 def local_keys(windows: Windows) -> Choose:
     """Look at the local window and the sinks."""
-    return lambda _, __, at_N, scores_HNS: near_keys(at_N, scores_HNS.shape[-1], windows).expand_as(scores_HNS)
+    return lambda _, __, at_N, scores_HNS: near_keys(at_N, scores_HNS.shape[-1], windows).expand_as(
+        scores_HNS
+    )
 
 
 def best_keys(windows: Windows, count: int) -> Choose:
-    """Look at local window, sinks and the keys of highest score, `count` in all: the most that a budget allows."""
+    """Look at local window, sinks and the keys of highest score, `count` in all: the most that a
+    budget allows.
+    """
 
     def choose(_: int, __: HeadInputs, at_N: Tensor, scores_HNS: Tensor) -> Tensor:
         near_NS = near_keys(at_N, scores_HNS.shape[-1], windows)
         chosen_HNS = scores_HNS.masked_fill(near_NS, torch.inf).topk(count, -1).indices
-        return torch.zeros_like(scores_HNS, dtype=torch.bool).scatter_(2, chosen_HNS, True) & scores_HNS.isfinite()
+        return (
+            torch.zeros_like(scores_HNS, dtype=torch.bool).scatter_(2, chosen_HNS, True)
+            & scores_HNS.isfinite()
+        )
 
     return choose
 
 
-def hashed_keys(windows: Windows, probes: int, hashes: Mapping[int, Hash], positioned: bool = False) -> Choose:
-    """Look at what LSH attention looks at; `positioned` lets the hash read rotated queries and keys."""
+def hashed_keys(
+    windows: Windows, probes: int, hashes: Mapping[int, Hash], positioned: bool = False
+) -> Choose:
+    """Look at what LSH attention looks at; `positioned` lets the hash read rotated queries and
+    keys.
+    """
 
     def choose(layer: int, inputs: HeadInputs, at_N: Tensor, scores_HNS: Tensor) -> Tensor:
         query = inputs.query_HTK if positioned else inputs.plain_query_HTK
@@ -67,20 +82,27 @@ def hashed_keys(windows: Windows, probes: int, hashes: Mapping[int, Hash], posit
         probed_HNC.scatter_(2, codes_HNP, True)
         codes_HNS = codes_GS.repeat_interleave(share, 0)[:, None].expand_as(scores_HNS)
         recent_HNS = recent_in_bucket(codes_GS, at_N, windows).repeat_interleave(share, 0)
-        return probed_HNC.gather(2, codes_HNS) & recent_HNS | near_keys(at_N, scores_HNS.shape[-1], windows)
+        return probed_HNC.gather(2, codes_HNS) & recent_HNS | near_keys(
+            at_N, scores_HNS.shape[-1], windows
+        )
 
     return choose
 
 
 @torch.no_grad()
 def attention_kept(
-    model: DeepSeekModel, ids_RT: Tensor, ways: Mapping[str, Choose], queries: int = 64, first_layer: int = 0
+    model: DeepSeekModel,
+    ids_RT: Tensor,
+    ways: Mapping[str, Choose],
+    queries: int = 64,
+    first_layer: int = 0,
 ) -> Iterator[tuple[int, dict[str, Kept]]]:
     """Yield, for each layer from `first_layer` on, what each way of choosing keys keeps.
 
     Args:
         model: with full attention.
-        ids_RT: R texts of T tokens; `queries` positions of the second half of each are looked at, evenly spread.
+        ids_RT: R texts of T tokens; `queries` positions of the second half of each are looked at,
+            evenly spread.
     """
     length = ids_RT.shape[1]
     at_N = torch.linspace(length // 2, length - 1, queries).long()
@@ -90,7 +112,9 @@ def attention_kept(
             yield layer, {name: _mean([one[name] for one in found]) for name in ways}
 
 
-def _kept(layer: int, inputs: HeadInputs, at_N: Tensor, ways: Mapping[str, Choose]) -> dict[str, Kept]:
+def _kept(
+    layer: int, inputs: HeadInputs, at_N: Tensor, ways: Mapping[str, Choose]
+) -> dict[str, Kept]:
     scores_HNS = attention_scores(inputs, at_N)
     weights_HNS = scores_HNS.softmax(-1)
     value_HSK = inputs.value_GTK.repeat_interleave(len(scores_HNS) // len(inputs.value_GTK), 0)
@@ -101,19 +125,28 @@ def _kept(layer: int, inputs: HeadInputs, at_N: Tensor, ways: Mapping[str, Choos
         sparse_HNK = scores_HNS.masked_fill(~chosen_HNS, -torch.inf).softmax(-1) @ value_HSK
         error_HN = (sparse_HNK - exact_HNK).norm(dim=-1) / exact_HNK.norm(dim=-1)
         recall_HN = (weights_HNS * chosen_HNS).sum(-1)
-        kept[name] = Kept(recall_HN.mean(-1), error_HN.mean(-1), chosen_HNS.sum(-1).float().mean(-1))
+        kept[name] = Kept(
+            recall_HN.mean(-1), error_HN.mean(-1), chosen_HNS.sum(-1).float().mean(-1)
+        )
     return kept
 
 
 def _mean(parts: list[Kept]) -> Kept:
-    return Kept(*(torch.stack([getattr(part, name) for part in parts]).mean(0) for name in ("recall", "error", "keys")))
+    return Kept(
+        *(
+            torch.stack([getattr(part, name) for part in parts]).mean(0)
+            for name in ("recall", "error", "keys")
+        )
+    )
 
 
 def draw_recall(path: Path, recall_LH: Tensor, layers: list[int], title: str) -> None:
     """Draw recall by layer and head as a PNG picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 0.5 * recall_LH.shape[1], 1.5 + 0.25 * len(layers)), layout="constrained")
+    figure = Figure(
+        figsize=(1.5 + 0.5 * recall_LH.shape[1], 1.5 + 0.25 * len(layers)), layout="constrained"
+    )
     axes = figure.add_subplot(xlabel="head", ylabel="layer", title=title)
     image = axes.imshow(recall_LH.numpy(), aspect="auto", vmin=0.5, vmax=1.0, cmap="viridis")
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)

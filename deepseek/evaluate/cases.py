@@ -1,4 +1,6 @@
-"""What a model is asked about text that nobody trained on: the next line, or a line that was taken out."""
+"""What a model is asked about text that nobody trained on: the next line, or a line that was taken
+out.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,7 +45,8 @@ class Case:
 
 
 def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) -> list[Case]:
-    """Return at most `count` cases, spread evenly over the documents and drawn by `seed` and the documents' names.
+    """Return at most `count` cases, spread evenly over the documents and drawn by `seed` and the
+    documents' names.
 
     In a commit, only lines that it added are asked for.
     """
@@ -57,23 +60,32 @@ def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) ->
 
 
 def _drawn_lines(document: Document, seed: int) -> tuple[Document, list[int]] | None:
-    """Return a document and the numbers of its lines worth asking for in a random order, None if there are none."""
+    """Return a document and the numbers of its lines worth asking for in a random order, None if
+    there are none.
+    """
     lines = document.text.splitlines()
     added = "+" if document.kind == "commit" else ""
     worth = [
         number
         for number, line in enumerate(lines)
-        if number >= LEAST_LINES and line.startswith(added) and _says_something(line.removeprefix(added))
+        if number >= LEAST_LINES
+        and line.startswith(added)
+        and _says_something(line.removeprefix(added))
     ]
     if not worth:
         return None
-    order = np.random.default_rng(int(uniform(f"lines:{seed}:{document.name}") * 2**53)).permutation(len(worth))
+    order = np.random.default_rng(
+        int(uniform(f"lines:{seed}:{document.name}") * 2**53)
+    ).permutation(len(worth))
     return document, [worth[place] for place in order]
 
 
 def _says_something(line: str) -> bool:
     line = line.strip()
-    return len(line) >= LEAST_CHARACTERS and sum(character.isalnum() for character in line) >= LEAST_CHARACTERS // 2
+    return (
+        len(line) >= LEAST_CHARACTERS
+        and sum(character.isalnum() for character in line) >= LEAST_CHARACTERS // 2
+    )
 
 
 def _case(document: Document, number: int) -> Case:
@@ -107,11 +119,13 @@ class CaseEncoder:
     """Makes prompts of cases for one tokenizer.
 
     Args:
-        most_tokens: of the document before the line; what is further away is cut off at a line's start.
+        most_tokens: of the document before the line; what is further away is cut off at a line's
+            start.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, most_tokens: int) -> None:
-        self.tokenizer, self.most_tokens = tokenizer, most_tokens
+        self.tokenizer = tokenizer
+        self.most_tokens = most_tokens
         self.start = document_start_ids(tokenizer)
         self.markers = fim_marker_ids(tokenizer)
         self._encoder = plain_encoder(tokenizer)
@@ -123,22 +137,29 @@ class CaseEncoder:
     def next_line(self, case: Case, context: str = "") -> Prompt:
         """Return `context`, the document's header and its text up to the line, and the line.
 
-        The tokens are those of the text as a whole: a prompt encoded alone would end with tokens, such as a run of
-        blanks, that never stand before the line in a document.
+        The tokens are those of the text as a whole: a prompt encoded alone would end with tokens,
+        such as a run of blanks, that never stand before the line in a document.
         """
         head = context + (header(Document("", case.name, case.kind)) if case.kind != "text" else "")
         given = head + self._shortened(case.before)
         encoding = self._encoder.encode(given + case.target, add_special_tokens=False)
-        first = next((n for n, (_, stop) in enumerate(encoding.offsets) if stop > len(given)), len(encoding.ids))
+        first = next(
+            (n for n, (_, stop) in enumerate(encoding.offsets) if stop > len(given)),
+            len(encoding.ids),
+        )
         first = max(first, 0 if self.start else 1)
         return Prompt((*self.start, *encoding.ids[:first]), tuple(encoding.ids[first:]))
 
     def infill(self, case: Case, context: str = "") -> Prompt | None:
-        """Return the text on both sides of the line in the tokenizer's fill-in-the-middle form, None if it has none."""
+        """Return the text on both sides of the line in the tokenizer's fill-in-the-middle form,
+        None if it has none.
+        """
         if self.markers is None:
             return None
         texts = [context + self._shortened(case.before), case.after, case.target]
-        prefix, suffix, middle = (each.ids for each in self._encoder.encode_batch(texts, add_special_tokens=False))
+        prefix, suffix, middle = (
+            each.ids for each in self._encoder.encode_batch(texts, add_special_tokens=False)
+        )
         ids = [self.markers[0], *prefix, self.markers[1], *suffix, self.markers[2]]
         return Prompt((*self.start, *ids), tuple(middle))
 
@@ -155,7 +176,8 @@ class CaseEncoder:
 def fim_marker_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int, int] | None:
     """Return the tokens that open prefix, suffix and middle, None where the vocabulary has none.
 
-    Unlike `data.encode.fim_markers` it spells nothing: a model that never met the markers cannot be asked by them.
+    Unlike `data.encode.fim_markers` it spells nothing: a model that never met the markers cannot be
+    asked by them.
     """
     vocabulary = tokenizer.get_added_vocab()
     for prefix, suffix, middle in FIM_TOKENS:

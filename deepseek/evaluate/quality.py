@@ -1,4 +1,6 @@
-"""Held-out loss of a model before and after experts are plugged in, and where the texts come from."""
+"""Held-out loss of a model before and after experts are plugged in, and where the texts come
+from.
+"""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,7 +30,8 @@ class Comparison:
         tokens: how many were predicted.
         before: of the base alone.
         after: with the plugged experts, nothing armed by hand.
-        alone: with the text's own expert forced on everywhere, or None where the text has no expert.
+        alone: with the text's own expert forced on everywhere, or None where the text has no
+            expert.
     """
 
     text: str
@@ -59,7 +62,9 @@ class HeldOutText:
     expert: str | None = None
 
     def batches(self, max_tokens: int) -> list[Batch]:
-        """Return packed rows that hold at most about `max_tokens` tokens, the same ones at every call."""
+        """Return packed rows that hold at most about `max_tokens` tokens, the same ones at every
+        call.
+        """
         loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=0)
         return loader.first(min(loader.num_rows, max(1, max_tokens // ROW_LENGTH))).batches()
 
@@ -67,7 +72,9 @@ class HeldOutText:
 def compare(
     model: DeepSeekModel, texts: Sequence[HeldOutText], max_tokens: int, progress: Progress = silent
 ) -> Iterator[Comparison]:
-    """Yield, for each text, the loss of the base, of the plugged set and of the text's own expert alone."""
+    """Yield, for each text, the loss of the base, of the plugged set and of the text's own expert
+    alone.
+    """
     for done, text in enumerate(texts):
         progress(done, len(texts), "evaluating")
         batches = text.batches(max_tokens)
@@ -100,7 +107,9 @@ def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutTe
 def collected(
     tokenizer: PreTrainedTokenizerFast, paths: Sequence[Path], experts: list[HeldOutText]
 ) -> Iterator[list[HeldOutText]]:
-    """Give the experts' texts, the public ones and those at `paths`, tokenised in a folder that is then deleted."""
+    """Give the experts' texts, the public ones and those at `paths`, tokenised in a folder that is
+    then deleted.
+    """
     sources = {str(path): list(read_documents(path)) for path in paths} | public_documents()
     with tempfile.TemporaryDirectory(prefix="deepseek-eval-") as folder:
         built = [

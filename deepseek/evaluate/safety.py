@@ -1,4 +1,6 @@
-"""Safety of a model's answers by an independent judge, and what the model is still good for beside it."""
+"""Safety of a model's answers by an independent judge, and what the model is still good for beside
+it.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -47,8 +49,11 @@ class PassRate:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the rate (1927), which holds near 0 and 1 too."""
-        n, p, z2 = self.answers, self.rate, Z_95**2
-        middle, half = (p + z2 / (2 * n)), Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+        n = self.answers
+        p = self.rate
+        z2 = Z_95**2
+        middle = p + z2 / (2 * n)
+        half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
         return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
@@ -65,10 +70,13 @@ def safety(
     """Sample one answer to each conversation and have it judged.
 
     Args:
-        judge: one that had no part in the training; by default the classifier of alt-profanity-check.
+        judge: one that had no part in the training; by default the classifier of
+            alt-profanity-check.
     """
-    rows, ends = [encode_prompt(tokenizer, prompt) for prompt in prompts], Vocabulary(model, tokenizer).ends
-    generator, ids = torch.Generator(model.device).manual_seed(seed), []
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ends = Vocabulary(model, tokenizer).ends
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ids = []
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
         ids += generate(model, part, new_tokens, ends, generator, temperature=temperature).answers()
@@ -95,14 +103,18 @@ class Helpfulness:
 @torch.no_grad()
 def helpfulness(model: DeepSeekModel, batches: Iterable[Batch]) -> Helpfulness:
     """Return how well the model predicts packed rows of held-out text."""
-    right, loss, tokens = 0, 0.0, 0
+    right = 0
+    loss = 0.0
+    tokens = 0
     for batch in batches:
         with autocast(model.device):
-            ids, positions = batch.input_ids.to(model.device), batch.position_ids.to(model.device)
+            ids = batch.input_ids.to(model.device)
+            positions = batch.position_ids.to(model.device)
             logits_BTV = model(ids, position_ids=positions, use_cache=False).logits
         labels_BT = batch.labels.to(model.device)
         real_BT = labels_BT != IGNORED_LABEL
-        log_p_NV, labels_N = logits_BTV[real_BT].float().log_softmax(-1), labels_BT[real_BT]
+        log_p_NV = logits_BTV[real_BT].float().log_softmax(-1)
+        labels_N = labels_BT[real_BT]
         right += int((log_p_NV.argmax(-1) == labels_N).sum())
         loss -= float(log_p_NV.gather(1, labels_N[:, None]).double().sum())
         tokens += len(labels_N)

@@ -1,6 +1,8 @@
-"""Running code that a model wrote: another process with limits on time, memory and files, and without a network.
+"""Running code that a model wrote: another process with limits on time, memory and files, and
+without a network.
 
-A guard against mistakes, not a prison for an attacker: the process runs as this user and can read what this user can.
+A guard against mistakes, not a prison for an attacker: the process runs as this user and can read
+what this user can.
 """
 
 import contextlib
@@ -23,7 +25,9 @@ NO_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended: whether with exit code 0, whether its time was up, and the end of what it printed."""
+    """How a program ended: whether with exit code 0, whether its time was up, and the end of what
+    it printed.
+    """
 
     passed: bool
     timed_out: bool
@@ -60,7 +64,9 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Pro
         if timed_out:
             output, _ = process.communicate()
     return ProgramResult(
-        process.returncode == 0 and not timed_out, timed_out, output.decode(errors="replace")[-OUTPUT:]
+        process.returncode == 0 and not timed_out,
+        timed_out,
+        output.decode(errors="replace")[-OUTPUT:],
     )
 
 
@@ -85,7 +91,9 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
 
 @functools.cache
 def _isolation() -> list[str]:
-    """Return the words that take the network from a command, or none where the system has no such thing."""
+    """Return the words that take the network from a command, or none where the system has no such
+    thing.
+    """
     if shutil.which("unshare") is None:
         return []
     tried = subprocess.run([*NO_NETWORK, "true"], capture_output=True, check=False)

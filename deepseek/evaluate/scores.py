@@ -33,23 +33,33 @@ def is_exact(written: str, target: str) -> bool:
 
 
 def edit_similarity(written: str, target: str) -> float:
-    """Return twice the length of the matching blocks over the length of both lines, 1.0 for equal ones (`difflib`)."""
+    """Return twice the length of the matching blocks over the length of both lines, 1.0 for equal
+    ones (`difflib`).
+    """
     return SequenceMatcher(None, written.strip(), target.strip(), autojunk=False).ratio()
 
 
 def wilson(right: int, total: int) -> Interval:
-    """Return a share with its Wilson score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    """Return a share with its Wilson score interval (Wilson 1927,
+    doi:10.1080/01621459.1927.10502953).
+    """
     if total == 0:
         return Interval(0.0, 0.0, 1.0)
-    share, z = right / total, CONFIDENCE_Z
+    share = right / total
+    z = CONFIDENCE_Z
     middle = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return Interval(share, max(0.0, min(share, (middle - half) / scale)), min(1.0, max(share, (middle + half) / scale)))
+    return Interval(
+        share,
+        max(0.0, min(share, (middle - half) / scale)),
+        min(1.0, max(share, (middle + half) / scale)),
+    )
 
 
 def paired_difference(mine: Sequence[float], other: Sequence[float], seed: int = 0) -> Interval:
-    """Return the mean of `mine - other`, case by case, with the bootstrap interval of that mean (Efron 1979).
+    """Return the mean of `mine - other`, case by case, with the bootstrap interval of that mean
+    (Efron 1979).
 
     The same cases are drawn for both, so what makes a case hard for either does not widen it.
     """

@@ -35,12 +35,16 @@ class Showcase:
 
 
 def showcase(
-    engine: Engine, expert: str, cases: int = CASES, dials: Dials | None = None, progress: Progress = silent
+    engine: Engine,
+    expert: str,
+    cases: int = CASES,
+    dials: Dials | None = None,
+    progress: Progress = silent,
 ) -> Showcase:
     """Return the held-out line of a plugged expert at which it gains most over its base.
 
-    Lines that the expert writes exactly and the base does not come first; among these, or all if there are none, the
-    one whose true text the expert finds likelier by most.
+    Lines that the expert writes exactly and the base does not come first; among these, or all if
+    there are none, the one whose true text the expert finds likelier by most.
 
     Args:
         engine: with the expert plugged.
@@ -55,19 +59,31 @@ def showcase(
     dials = dials or Dials()
     lines = next_line_cases(documents, cases)
     if not lines:
-        raise DataError(f"The held-out text of {expert} has no line to ask for; give the expert more text.")
-    before = list(Writer(engine, ExpertChoice(()), None, dials).answers(lines, progress, "without the expert"))
-    after = list(Writer(engine, ExpertChoice((expert,)), None, dials).answers(lines, progress, "with the expert"))
+        raise DataError(
+            f"The held-out text of {expert} has no line to ask for; give the expert more text."
+        )
+    before = list(
+        Writer(engine, ExpertChoice(()), None, dials).answers(lines, progress, "without the expert")
+    )
+    after = list(
+        Writer(engine, ExpertChoice((expert,)), None, dials).answers(
+            lines, progress, "with the expert"
+        )
+    )
     place = largest_gain(lines, before, after)
     return Showcase(lines[place], before[place], after[place], len(lines))
 
 
-def largest_gain(cases: Sequence[Case], before: Sequence[Completion], after: Sequence[Completion]) -> int:
+def largest_gain(
+    cases: Sequence[Case], before: Sequence[Completion], after: Sequence[Completion]
+) -> int:
     """Return the place of the case that shows most (see `showcase`)."""
 
     def rank(place: int) -> tuple[bool, float]:
         target = cases[place].target
-        only_expert = is_exact(after[place].written, target) and not is_exact(before[place].written, target)
+        only_expert = is_exact(after[place].written, target) and not is_exact(
+            before[place].written, target
+        )
         return only_expert, before[place].nats - after[place].nats
 
     return max(range(len(cases)), key=rank)

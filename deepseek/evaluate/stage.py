@@ -1,4 +1,6 @@
-"""Evaluation as a stage of a recipe: held-out loss of texts, and function bodies written for code."""
+"""Evaluation as a stage of a recipe: held-out loss of texts, and function bodies written for
+code.
+"""
 
 import time
 from dataclasses import asdict
@@ -55,7 +57,8 @@ class EvaluationArguments(Declaration):
 
 @job(EvaluationArguments)
 def evaluate_stage(arguments: EvaluationArguments) -> None:
-    """Write the losses of a model on texts, and what its code is worth, to `result.json` in the run folder.
+    """Write the losses of a model on texts, and what its code is worth, to `result.json` in the run
+    folder.
 
     Where the result is there already, nothing is done.
 
@@ -74,12 +77,16 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
                 figures |= {f"loss.{row.text}": row.before}
                 figures |= {f"loss_with_experts.{row.text}": row.after} if arguments.experts else {}
         if arguments.functions:
-            chosen = documented_functions(read_folder(arguments.functions))[: arguments.most_functions]
+            chosen = documented_functions(read_folder(arguments.functions))[
+                : arguments.most_functions
+            ]
             scores = score_bodies(model, tokenizer, chosen, progress=progress)
             figures |= {f"bodies.{key}": value for key, value in asdict(scores).items()}
         if arguments.human_eval:
             problems = human_eval_problems(arguments.human_eval)
-            figures["human_eval.pass_at_1"] = pass_at_1(model, tokenizer, problems, progress=progress)
+            figures["human_eval.pass_at_1"] = pass_at_1(
+                model, tokenizer, problems, progress=progress
+            )
     figures["seconds"] = time.monotonic() - started
     record = {"stage": "eval", "model": arguments.base, "figures": figures, "data": {}}
     write_json(folder / "result.json", record)

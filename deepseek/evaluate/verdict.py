@@ -15,10 +15,11 @@ class Compared:
 
     Attributes:
         exact: share of lines written exactly.
-        over_base, over_retrieval: difference of that share, paired by case; None for the row itself or where there is
-            no such row.
+        over_base, over_retrieval: difference of that share, paired by case; None for the row itself
+            or where there is no such row.
         similarity: mean edit similarity.
-        infilled: share of lines written exactly between the text on both sides; None: not supported by the model.
+        infilled: share of lines written exactly between the text on both sides; None: not supported
+            by the model.
     """
 
     exact: Interval
@@ -60,11 +61,18 @@ def draw(rows: Mapping[str, CompletionScores], title: str, path: Path) -> None:
     names = list(rows)[::-1]
     shares = [_share(rows[name].exact) for name in names]
     figure = Figure(figsize=(7, 0.6 + 0.5 * len(names)), layout="constrained")
-    axes = figure.add_subplot(xlabel="next lines written exactly (%), with 95 % intervals", title=title)
+    axes = figure.add_subplot(
+        xlabel="next lines written exactly (%), with 95 % intervals", title=title
+    )
     low = [100 * (share.mean - share.low) for share in shares]
     high = [100 * (share.high - share.mean) for share in shares]
     axes.barh(
-        names, [100 * share.mean for share in shares], xerr=[low, high], color="#6b8fb3", ecolor="#333", capsize=3
+        names,
+        [100 * share.mean for share in shares],
+        xerr=[low, high],
+        color="#6b8fb3",
+        ecolor="#333",
+        capsize=3,
     )
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

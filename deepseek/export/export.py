@@ -1,6 +1,8 @@
-"""A model for other runtimes: ONNX, OpenVINO, TensorRT, or a folder that stock `transformers` reads.
+"""A model for other runtimes: ONNX, OpenVINO, TensorRT, or a folder that stock `transformers`
+reads.
 
-What was written is read back and run against the model before it gets its name. The packages are imported at use.
+What was written is read back and run against the model before it gets its name. The packages are
+imported at use.
 """
 
 import logging
@@ -26,16 +28,23 @@ SIZES = ((1, 1, 0), (1, 1, 512), (16, 512, 4096))
 
 
 def export_model(
-    base: str | Path, out: Path, to: str, *, dtype: str | None = None, experts: Iterable[str | Path] = ()
+    base: str | Path,
+    out: Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    experts: Iterable[str | Path] = (),
 ) -> float:
-    """Write `base`, with `experts` plugged in, into the new folder `out`; return the `difference` that it makes.
+    """Write `base`, with `experts` plugged in, into the new folder `out`; return the `difference`
+    that it makes.
 
     Args:
         to: "onnx", "openvino", "tensorrt" or "hf".
         dtype: of the weights written; None takes the format's first.
 
     Raises:
-        ConfigError: `out` exists, a package or the GPU is missing, or the format cannot hold such a model.
+        ConfigError: `out` exists, a package or the GPU is missing, or the format cannot hold such a
+            model.
         CheckpointError: what was written does not compute what the model does.
     """
     form = pick(FORMATS, to, "format")
@@ -58,29 +67,40 @@ def export_model(
 
 @torch.inference_mode()
 def difference(model: DeepSeekModel, step: Step) -> float:
-    """Return the largest difference of `step`'s logits from the model's own, relative to the largest of those.
+    """Return the largest difference of `step`'s logits from the model's own, relative to the
+    largest of those.
 
     A row alone, then two with padding before one of them; each in two pieces and two single tokens.
     """
     worst = []
     for batch, padding in ((1, 0), (2, 5)):
-        ids = torch.randint(model.config.vocab_size, (batch, 24), generator=torch.Generator().manual_seed(batch))
+        ids = torch.randint(
+            model.config.vocab_size, (batch, 24), generator=torch.Generator().manual_seed(batch)
+        )
         mask = torch.ones_like(ids)
         mask[0, :padding] = 0
-        # A graph is given no words to judge: its experts are those armed at export, and their gates decide.
+        # A graph is given no words to judge: its experts are those armed at export, and their gates
+        # decide.
         embedded = model.embed_tokens(ids)
         expected = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
-        positions, past, found = (mask.cumsum(1) - 1).clamp(min=0), None, []
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        past = None
+        found = []
         for start, stop in ((0, 14), (14, 22), (22, 23), (23, 24)):
-            logits, past = step((ids[:, start:stop], mask[:, :stop], positions[:, start:stop]), past)
+            logits, past = step(
+                (ids[:, start:stop], mask[:, :stop], positions[:, start:stop]), past
+            )
             found.append(logits.float().cpu())
-        worst.append((torch.cat(found, dim=1) - expected)[mask.bool()].abs().max() / expected.abs().max())
+        worst.append(
+            (torch.cat(found, dim=1) - expected)[mask.bool()].abs().max() / expected.abs().max()
+        )
     return float(torch.stack(worst).max())
 
 
 def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
     """Write `model.onnx` and `model.onnx.data`, which holds the weights."""
-    runtime, graph = package("onnxruntime", EXTRA), Graph(model)
+    runtime = package("onnxruntime", EXTRA)
+    graph = Graph(model)
     package("onnxscript", EXTRA)
     graph.write(folder / "model.onnx")
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -89,7 +109,8 @@ def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
 
 def write_openvino(model: DeepSeekModel, folder: Path, dtype: str) -> Step:
     """Write `openvino_model.xml` and `.bin`, with weights in `dtype`."""
-    openvino, graph = package("openvino", EXTRA), Graph(model)
+    openvino = package("openvino", EXTRA)
+    graph = Graph(model)
     graph.write(folder / "model.onnx")
     converted = openvino.convert_model(folder / "model.onnx")
     if dtype == "int8":
@@ -107,18 +128,26 @@ def write_openvino(model: DeepSeekModel, folder: Path, dtype: str) -> Step:
 
 
 def write_tensorrt(model: DeepSeekModel, folder: Path) -> Step:
-    """Write `model.plan`, an engine for the GPU of this machine, in the types of the model itself."""
+    """Write `model.plan`, an engine for the GPU of this machine, in the types of the model
+    itself.
+    """
     if GPU == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("A TensorRT engine is built on the GPU that will run it; this needs a GPU and tensorrt.")
-    trt, graph = package("tensorrt", "tensorrt"), Graph(model)
+        raise ConfigError(
+            "A TensorRT engine is built on the GPU that will run it; this needs a GPU and tensorrt."
+        )
+    trt = package("tensorrt", "tensorrt")
+    graph = Graph(model)
     graph.write(folder / "model.onnx")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(folder / "model.onnx")):
-        raise CheckpointError(f"TensorRT cannot read the model's graph: {parser.get_error(0)}; use --to onnx.")
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        raise CheckpointError(
+            f"TensorRT cannot read the model's graph: {parser.get_error(0)}; use --to onnx."
+        )
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
     with torch.device("meta"):
         examples = [graph.example(*sizes) for sizes in SIZES]
     for name, *inputs in zip(graph.inputs, *examples, strict=True):
@@ -126,7 +155,9 @@ def write_tensorrt(model: DeepSeekModel, folder: Path) -> Step:
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise CheckpointError("TensorRT cannot build an engine of the model; its log says why. Use --to onnx.")
+        raise CheckpointError(
+            "TensorRT cannot build an engine of the model; its log says why. Use --to onnx."
+        )
     (folder / "model.plan").write_bytes(plan)
     for source in folder.glob("model.onnx*"):
         source.unlink()
@@ -151,7 +182,9 @@ def _execute(context: Any, graph: Graph, feeds: dict[str, Any]) -> list[Any]:
     for name, array in feeds.items():
         tensor = torch.from_numpy(array).to(GPU).contiguous()
         context.set_input_shape(name, tuple(tensor.shape))
-        held.append(tensor if tensor.numel() else torch.empty(1, device=GPU))  # an empty past needs an address too
+        held.append(
+            tensor if tensor.numel() else torch.empty(1, device=GPU)
+        )  # an empty past needs an address too
         context.set_tensor_address(name, held[-1].data_ptr())
     outputs = []
     for name in graph.outputs:
@@ -159,7 +192,9 @@ def _execute(context: Any, graph: Graph, feeds: dict[str, Any]) -> list[Any]:
         outputs.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=GPU))
         context.set_tensor_address(name, outputs[-1].data_ptr())
     if not context.execute_async_v3(0):
-        raise CheckpointError("TensorRT cannot run the engine that it built; its log says why. Use --to onnx.")
+        raise CheckpointError(
+            "TensorRT cannot run the engine that it built; its log says why. Use --to onnx."
+        )
     return [output.cpu().numpy() for output in outputs]
 
 
@@ -167,7 +202,8 @@ class Format(NamedTuple):
     """How a format is written.
 
     Attributes:
-        write: writes a model into a folder, with weights in a dtype, and returns how to run what it wrote.
+        write: writes a model into a folder, with weights in a dtype, and returns how to run what it
+            wrote.
         limits: dtype of the weights -> largest `difference` that passes; the first is the default.
     """
 
@@ -180,6 +216,7 @@ FORMATS = {
     "openvino": Format(write_openvino, {"float16": 1e-2, "float32": 1e-4, "int8": 2e-1}),
     "tensorrt": Format(lambda model, folder, _: write_tensorrt(model, folder), {"float16": 2e-2}),
     "hf": Format(
-        lambda model, folder, _: write_stock(model, folder), {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5}
+        lambda model, folder, _: write_stock(model, folder),
+        {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5},
     ),
 }

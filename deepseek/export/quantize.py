@@ -26,7 +26,8 @@ class Rounding:
     Attributes:
         num_bytes: of the weights written.
         ratio: to those of the same weights in fp32.
-        divergence: mean Kullback-Leibler divergence of the next-token distributions on a sentence, in nats.
+        divergence: mean Kullback-Leibler divergence of the next-token distributions on a sentence,
+            in nats.
     """
 
     num_bytes: int
@@ -36,7 +37,8 @@ class Rounding:
 
 @torch.inference_mode()
 def quantize_model(base: str | Path, out: Path) -> Rounding:
-    """Write `base` with 8-bit weights into the new folder `out`, which `deepseek.load` reads as it is.
+    """Write `base` with 8-bit weights into the new folder `out`, which `deepseek.load` reads as it
+    is.
 
     Raises:
         ConfigError: `out` exists, or the model is too small or already rounded.
@@ -46,13 +48,17 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
         raise ConfigError(f"{out} exists already; choose another folder or delete it.")
     model, tokenizer = load(base, dtype="float32")
     if any(hasattr(module, "int8") for module in model.modules()):
-        raise ConfigError(f"{base} has 8-bit weights already; give the model that they were made from.")
+        raise ConfigError(
+            f"{base} has 8-bit weights already; give the model that they were made from."
+        )
     tensors = model.own_tensors()
     if not any(is_large(name, tensor) for name, tensor in tensors.items()):
         raise ConfigError(f"{base} has no matrix of at least 64 columns to round; use it as it is.")
     done = round_along(model, sample(model, ROWS, LENGTH))
     if model.config.tie_word_embeddings and "lm_head.weight" in done:
-        done["embed_tokens.weight"] = done.pop("lm_head.weight")  # worth more to the head than it costs the embedding
+        done["embed_tokens.weight"] = done.pop(
+            "lm_head.weight"
+        )  # worth more to the head than it costs the embedding
     written = {name: tensor.contiguous() for name, tensor in rounded(tensors, done).items()}
     ids = torch.tensor([tokenizer(SENTENCE).input_ids])
     with atomic_folder(out) as folder:
@@ -68,20 +74,28 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
                 "nothing was written. Its weights do not suit 8 bits; use it in bf16."
             )
     total = sum(tensor.nbytes for tensor in written.values())
-    return Rounding(total, total / sum(4 * tensor.numel() for tensor in tensors.values()), divergence)
+    return Rounding(
+        total, total / sum(4 * tensor.numel() for tensor in tensors.values()), divergence
+    )
 
 
 def sample(model: DeepSeekModel, rows: int, length: int) -> Tensor:
-    """Return texts `[rows, length]` that the model writes from random first tokens on, the same every time."""
+    """Return texts `[rows, length]` that the model writes from random first tokens on, the same
+    every time.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         first = torch.randint(model.config.vocab_size, (rows, 1))
-        texts: Tensor = model.generate(first, do_sample=True, top_k=0, max_new_tokens=length - 1, eos_token_id=-1)
+        texts: Tensor = model.generate(
+            first, do_sample=True, top_k=0, max_new_tokens=length - 1, eos_token_id=-1
+        )
         return texts
 
 
 def round_along(model: DeepSeekModel, ids_BT: Tensor) -> dict[str, Int8Matrix]:
-    """Return the matrices of linear layers, by name, rounded to suit what they meet in these texts."""
+    """Return the matrices of linear layers, by name, rounded to suit what they meet in these
+    texts.
+    """
     done = {}
 
     def round_now(name: str, layer: nn.Linear, x: Tensor) -> None:
@@ -89,7 +103,9 @@ def round_along(model: DeepSeekModel, ids_BT: Tensor) -> dict[str, Int8Matrix]:
         done[name] = quantize(layer.weight, x_ND.T @ x_ND)
 
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, name=f"{name}.weight": round_now(name, layer, args[0]))
+        layer.register_forward_pre_hook(
+            lambda layer, args, name=f"{name}.weight": round_now(name, layer, args[0])
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and is_large(f"{name}.weight", layer.weight)
     ]

@@ -17,8 +17,9 @@ def has_bfloat16() -> bool:
 def has_fast_bfloat16() -> bool:
     """Whether bf16 matrix products are faster than fp32 ones; emulated, they are about 8x slower.
 
-    AMX makes them so, and so does AVX-512 BF16 where both vector ports have it (AMD); Intel has it on one of two, so
-    that its products run at 0.7 of the speed of fp32 (docs/log/kernels.md, 2026-11-25).
+    AMX makes them so, and so does AVX-512 BF16 where both vector ports have it (AMD); Intel has it
+    on one of two, so that its products run at 0.7 of the speed of fp32 (docs/log/kernels.md,
+    2026-11-25).
     """
     return torch.cpu._is_amx_tile_supported() or (has_bfloat16() and "Intel" not in _vendor())
 
@@ -30,7 +31,9 @@ def _vendor() -> str:
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """Return the dtype in which matrix products are fastest on `device` without leaving the range of fp32."""
+    """Return the dtype in which matrix products are fastest on `device` without leaving the range
+    of fp32.
+    """
     if torch.device(device).type != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if has_fast_bfloat16() else torch.float32

@@ -1,12 +1,14 @@
 """Cross-entropy of a linear head without the whole `[N, V]` logits.
 
-`linear_cross_entropy` is exact: it walks over chunks of tokens, and while a chunk's logits exist it also computes their
-gradient, so that a step costs two matrix products per chunk (three when the head is trained) and nothing is computed
-twice. The idea of fusing head and loss is from Liger-Kernel (arXiv:2410.10989) and Cut Cross-Entropy
-(arXiv:2411.09009); the code here is plain PyTorch because the matrix products are where the time goes.
+`linear_cross_entropy` is exact: it walks over chunks of tokens, and while a chunk's logits exist it
+also computes their gradient, so that a step costs two matrix products per chunk (three when the
+head is trained) and nothing is computed twice. The idea of fusing head and loss is from
+Liger-Kernel (arXiv:2410.10989) and Cut Cross-Entropy (arXiv:2411.09009); the code here is plain
+PyTorch because the matrix products are where the time goes.
 
-`CandidateHead` makes the same loss cheaper while training: exact over the tokens that can be a label, sampled over the
-rest of the vocabulary (importance sampling of the partition function, Bengio & Senecal 2008).
+`CandidateHead` makes the same loss cheaper while training: exact over the tokens that can be a
+label, sampled over the rest of the vocabulary (importance sampling of the partition function,
+Bengio & Senecal 2008).
 """
 
 from typing import Any
@@ -21,21 +23,26 @@ from deepseek.kernels.cpu import fast_dtype
 IGNORED_LABEL = -100
 
 CHUNK_LOGITS = 1 << 23
-"""Logits that exist at once: 32 MB in fp32, about a processor's last cache, and large enough for full matmul speed."""
+"""Logits that exist at once: 32 MB in fp32, about a processor's last cache, and large enough for
+full matmul speed.
+"""
 
 
 def reference_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Return the mean loss over labels that are not ignored, by the textbook; all else here agrees with it."""
+    """Return the mean loss over labels that are not ignored, by the textbook; all else here agrees
+    with it.
+    """
     return F.cross_entropy((hidden_ND @ head_VD.T).float(), labels_N, ignore_index=IGNORED_LABEL)
 
 
 def linear_cross_entropy(
     hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None = None
 ) -> Tensor:
-    """Return the mean cross-entropy (nats, fp32 scalar) of `hidden_ND @ head_VD.T + log_weight_V` against the labels.
+    """Return the mean cross-entropy (nats, fp32 scalar) of `hidden_ND @ head_VD.T + log_weight_V`
+    against the labels.
 
-    Labels of -100 are ignored; with no label left the loss is 0. Gradients flow to `hidden_ND`, and to `head_VD` if it
-    requires them.
+    Labels of -100 are ignored; with no label left the loss is 0. Gradients flow to `hidden_ND`, and
+    to `head_VD` if it requires them.
     """
     loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, log_weight_V)
     return loss
@@ -51,14 +58,18 @@ def token_losses(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor
 
 
 class CandidateHead:
-    """A head restricted to candidate tokens, with the rest of the vocabulary estimated from a sample.
+    """A head restricted to candidate tokens, with the rest of the vocabulary estimated from a
+    sample.
 
-    With C the candidates and S a uniform sample of m of the R other tokens, the partition function is estimated without
-    bias by `sum_C e^z + (R/m) sum_S e^z`. Every label must be a candidate. For a frozen head (its rows are copied).
+    With C the candidates and S a uniform sample of m of the R other tokens, the partition function
+    is estimated without bias by `sum_C e^z + (R/m) sum_S e^z`. Every label must be a candidate. For
+    a frozen head (its rows are copied).
     """
 
     def __init__(self, head_VD: Tensor, candidates_C: Tensor, sampled: int, seed: int) -> None:
-        """Copy the candidate rows of `head_VD`; `sampled` tokens of the rest are drawn anew at every step."""
+        """Copy the candidate rows of `head_VD`; `sampled` tokens of the rest are drawn anew at
+        every step.
+        """
         vocab_size, hidden_size = head_VD.shape
         keep_V = torch.zeros(vocab_size, dtype=torch.bool)
         keep_V[candidates_C] = True
@@ -68,18 +79,25 @@ class CandidateHead:
         self.seed = seed
         self._head_VD = head_VD.detach()
         size = len(self.candidates_C) + self.sampled
-        self._rows = torch.empty(size, hidden_size, dtype=fast_dtype(head_VD.device), device=head_VD.device)
+        self._rows = torch.empty(
+            size, hidden_size, dtype=fast_dtype(head_VD.device), device=head_VD.device
+        )
         self._rows[: len(self.candidates_C)] = self._head_VD[self.candidates_C]
         self._log_weight = torch.zeros(size, device=head_VD.device)
         if self.sampled:
-            self._log_weight[len(self.candidates_C) :] = torch.tensor(len(self.rest_R) / self.sampled).log()
+            self._log_weight[len(self.candidates_C) :] = torch.tensor(
+                len(self.rest_R) / self.sampled
+            ).log()
         self._position_V = torch.full((vocab_size,), -1)
         self._position_V[self.candidates_C] = torch.arange(len(self.candidates_C))
 
     def loss(self, hidden_ND: Tensor, labels_N: Tensor, step: int) -> Tensor:
         """Return the estimated mean loss; the sample is a function of the seed and `step` alone."""
-        # Not a torch.Generator: it takes 32 bits of seed, and seed 1 at step 3 must not be seed 3 at step 1.
-        drawn = np.random.default_rng((self.seed, step)).choice(len(self.rest_R), self.sampled, replace=False)
+        # Not a torch.Generator: it takes 32 bits of seed, and seed 1 at step 3 must not be seed 3
+        # at step 1.
+        drawn = np.random.default_rng((self.seed, step)).choice(
+            len(self.rest_R), self.sampled, replace=False
+        )
         sample = self.rest_R[torch.from_numpy(drawn)]
         self._rows[len(self.candidates_C) :] = self._head_VD[sample]
         real_N = labels_N != IGNORED_LABEL
@@ -110,7 +128,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in the forward pass; the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None
+    ) -> Tensor:
         head = head_VD.detach().to(fast_dtype(head_VD.device))
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
@@ -132,7 +152,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
         scale = grad_outputs[0]
         return (
@@ -144,7 +166,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logit_gradient(log_probs_NV: Tensor, labels_N: Tensor, count: Tensor) -> Tensor:
-    """Overwrite log-probabilities by d(mean loss)/d(logits) = (softmax - one_hot) / count, 0 where ignored."""
+    """Overwrite log-probabilities by d(mean loss)/d(logits) = (softmax - one_hot) / count, 0 where
+    ignored.
+    """
     real_N = labels_N != IGNORED_LABEL
     grad_NV = log_probs_NV.exp_()
     grad_NV[torch.arange(len(labels_N), device=labels_N.device), labels_N.clamp(min=0)] -= 1.0

@@ -1,9 +1,10 @@
 """Matrices of 8-bit integers: how they are rounded and how they lie in memory.
 
-Numbers are rounded in groups of 64 along the input, weights and activations alike, after a Hadamard rotation of the
-group (QuaRot, arXiv:2404.00456): it spreads the few large activations that language models have over their group, and
-the product does not see it, because the matrix H is orthogonal and symmetric: (H w) . (H x) = w . x.
-A weight is q * s with q in -127..127 and s in bf16; an activation has its own scale, found when it is rounded.
+Numbers are rounded in groups of 64 along the input, weights and activations alike, after a Hadamard
+rotation of the group (QuaRot, arXiv:2404.00456): it spreads the few large activations that language
+models have over their group, and the product does not see it, because the matrix H is orthogonal
+and symmetric: (H w) . (H x) = w . x. A weight is q * s with q in -127..127 and s in bf16; an
+activation has its own scale, found when it is rounded.
 """
 
 import math
@@ -17,7 +18,8 @@ from torch.nn.functional import pad
 
 GROUP = 64
 DAMPING = 0.01  # of the mean square of inputs, added to every one: so much is not trusted to what was seen of them
-LANES, TILES = 16, 2
+LANES = 16
+TILES = 2
 COLUMNS = LANES * TILES  # outputs of one panel
 GROUP_BYTES = COLUMNS * GROUP + COLUMNS * 2  # of a panel: the weights of a group, then their scales
 
@@ -66,19 +68,23 @@ def quantize(weight_FD: Tensor, gram_DD: Tensor | None = None) -> Int8Matrix:
     """Round a matrix to 8-bit integers, each group of 64 with a scale of its own.
 
     Args:
-        gram_DD: sum of x x^T over inputs x that the matrix meets. What the rounding of a column changes in their
-            products is then made up for by the columns after it. None rounds every number to the nearest.
+        gram_DD: sum of x x^T over inputs x that the matrix meets. What the rounding of a column
+            changes in their products is then made up for by the columns after it. None rounds every
+            number to the nearest.
     """
     groups = _grouped(weight_FD)
     largest = groups.abs().amax(-1)
-    # The scale is rounded first, and upwards, so that the values are rounded to what it is and none is cut off.
+    # The scale is rounded first, and upwards, so that the values are rounded to what it is and none
+    # is cut off.
     scales = (largest * (1 + 2**-7) / 127).clamp(min=1e-30).bfloat16()
     steps = scales.float()[..., None].expand_as(groups)
     if gram_DD is None:
         values = _nearest(groups, steps).flatten(-2)
     else:
         rotated_DD = _grouped(_grouped(gram_DD).flatten(-2).T).flatten(-2)
-        values = _compensated(groups.flatten(-2).T.contiguous(), steps.flatten(-2).T.contiguous(), rotated_DD).T
+        values = _compensated(
+            groups.flatten(-2).T.contiguous(), steps.flatten(-2).T.contiguous(), rotated_DD
+        ).T
     return Int8Matrix(values.to(torch.int8).contiguous(), scales, weight_FD.shape[-1])
 
 
@@ -87,16 +93,20 @@ def _nearest(weights: Tensor, steps: Tensor) -> Tensor:
 
 
 def _compensated(weight_DF: Tensor, steps_DF: Tensor, gram_DD: Tensor) -> Tensor:
-    """Round one input's weights after the other, and take from the rest what makes up for it (GPTQ, arXiv:2210.17323).
+    """Round one input's weights after the other, and take from the rest what makes up for it (GPTQ,
+    arXiv:2210.17323).
 
     `weight_DF` is used up.
     """
     gram = gram_DD.double()
     gram += (DAMPING * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True).float()
+    upper = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True
+    ).float()
     values_DF = torch.empty_like(weight_DF)
     for start in range(0, len(gram), GROUP):
-        stop, errors = start + GROUP, torch.empty(GROUP, weight_DF.shape[1])
+        stop = start + GROUP
+        errors = torch.empty(GROUP, weight_DF.shape[1])
         for d in range(start, stop):
             values_DF[d] = _nearest(weight_DF[d], steps_DF[d])
             errors[d - start] = (weight_DF[d] - values_DF[d] * steps_DF[d]) / upper[d, d]
@@ -116,34 +126,46 @@ def product_reference(x_ND: Tensor, matrix: Int8Matrix) -> Tensor:
 
 
 def row_bytes(groups: int) -> int:
-    """Return the distance in memory between two rounded rows of `groups` groups (see `compiled/rows.py`)."""
+    """Return the distance in memory between two rounded rows of `groups` groups (see
+    `compiled/rows.py`).
+    """
     return ((GROUP + 8) * groups + 63) // 64 * 64
 
 
 def pack(matrices: list[Int8Matrix]) -> np.ndarray:
-    """Return the panels of matrices, whose tiles of 16 outputs take turns, in the order in which a kernel reads them.
+    """Return the panels of matrices, whose tiles of 16 outputs take turns, in the order in which a
+    kernel reads them.
 
-    A panel holds 32 outputs. For each group of 64 inputs come 16 steps of two tiles, each 16 outputs by 4 inputs, as
-    unsigned bytes q + 128, then the 32 scales. Outputs are filled up with zeros to whole panels. One matrix lies there
-    in order; gate and up projection alternate, so that a panel has both numbers of 16 hidden values, and are filled up
-    to whole groups of those.
+    A panel holds 32 outputs. For each group of 64 inputs come 16 steps of two tiles, each 16
+    outputs by 4 inputs, as unsigned bytes q + 128, then the 32 scales. Outputs are filled up with
+    zeros to whole panels. One matrix lies there in order; gate and up projection alternate, so that
+    a panel has both numbers of 16 hidden values, and are filled up to whole groups of those.
     """
     unit = COLUMNS if len(matrices) == 1 else GROUP
     blocks = [_padded(matrix, -matrix.values.shape[0] % unit) for matrix in matrices]
-    steps, groups = GROUP // 4, blocks[0][1].shape[1]
+    steps = GROUP // 4
+    groups = blocks[0][1].shape[1]
     panels = sum(len(scales) for _, scales in blocks) // COLUMNS
-    words = np.empty((panels, groups, GROUP_BYTES // 4), np.uint32)  # a word is four inputs of one output
+    words = np.empty(
+        (panels, groups, GROUP_BYTES // 4), np.uint32
+    )  # a word is four inputs of one output
     weights = words[:, :, : COLUMNS * steps].reshape(panels, groups, steps, TILES, LANES)
     scales = words[:, :, COLUMNS * steps :].view(np.uint16).reshape(panels, groups, TILES, LANES)
     tiles = TILES // len(blocks)  # of each matrix in a panel
     for i, (values_FW, scales_FG) in enumerate(blocks):
         own = slice(i * tiles, (i + 1) * tiles)
-        weights[:, :, :, own] = values_FW.reshape(panels, tiles, LANES, groups, steps).transpose(0, 3, 4, 1, 2)
+        weights[:, :, :, own] = values_FW.reshape(panels, tiles, LANES, groups, steps).transpose(
+            0, 3, 4, 1, 2
+        )
         scales[:, :, own] = scales_FG.reshape(panels, tiles, LANES, groups).transpose(0, 3, 1, 2)
     return words.view(np.uint8)
 
 
 def _padded(matrix: Int8Matrix, missing: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values as words of four unsigned bytes and the bits of the scales, with `missing` more outputs."""
+    """Return the values as words of four unsigned bytes and the bits of the scales, with `missing`
+    more outputs.
+    """
     values = pad(matrix.values, (0, 0, 0, missing)).contiguous().numpy().view(np.uint8) ^ 128
-    return values.view(np.uint32), pad(matrix.scales.view(torch.int16), (0, 0, 0, missing)).numpy().view(np.uint16)
+    return values.view(np.uint32), pad(
+        matrix.scales.view(torch.int16), (0, 0, 0, missing)
+    ).numpy().view(np.uint16)

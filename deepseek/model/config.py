@@ -19,18 +19,28 @@ CHOICES: dict[str, tuple[str, ...]] = {
 ROTARY = ("dpe", "rope")  # encodings that rotate queries and keys
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-# Keys that Hugging Face itself writes into or passes along with a config; they carry no meaning here.
+# Keys that Hugging Face itself writes into or passes along with a config; they carry no meaning
+# here.
 _FOREIGN_KEYS = {
-    "attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions",
-    "per_layer_config", "rope_scaling", "rope_theta", "torch_dtype",
-}  # fmt: skip
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+}
 
 
 class ModelConfig(AttentionFields, PreTrainedConfig):
     """Shape of a `DeepSeekModel`. Field names are those of Hugging Face where a field exists there.
 
-    A field that is not given keeps its default; `from_pretrained(name, config=...)` takes it from the checkpoint
-    instead. An unknown or contradictory value raises `ConfigError`, which names the field and the nearest valid one.
+    A field that is not given keeps its default; `from_pretrained(name, config=...)` takes it from
+    the checkpoint instead. An unknown or contradictory value raises `ConfigError`, which names the
+    field and the nearest valid one.
 
     Backbone:
         hidden_size: width D of the residual stream.
@@ -121,13 +131,21 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
     def __new__(cls, *_: Any, **kwargs: Any) -> "ModelConfig":
         config = super().__new__(cls)
-        config.__dict__["_given"] = tuple(sorted(kwargs))  # what the caller chose, as opposed to defaults
+        config.__dict__["_given"] = tuple(
+            sorted(kwargs)
+        )  # what the caller chose, as opposed to defaults
         return config
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs:
-            if key not in _FOREIGN_KEYS and key not in self.attribute_map and not key.startswith("_"):
-                raise ConfigError(f"ModelConfig has no field {key!r}; {nearest(key, field_names())}.")
+            if (
+                key not in _FOREIGN_KEYS
+                and key not in self.attribute_map
+                and not key.startswith("_")
+            ):
+                raise ConfigError(
+                    f"ModelConfig has no field {key!r}; {nearest(key, field_names())}."
+                )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -139,7 +157,9 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
-        """Return the named preset (`deepseek-nano`, `-29m`, `-1b`, `-8b`, `-175b`) with `changes` applied."""
+        """Return the named preset (`deepseek-nano`, `-29m`, `-1b`, `-8b`, `-175b`) with `changes`
+        applied.
+        """
         return cls(**(pick(PRESETS, name, "preset") | changes))
 
     @property
@@ -173,9 +193,17 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
 # Fields that fix the shape of the backbone's weights, which no later choice can change.
 WEIGHT_FIELDS = {
-    "attention_bias", "attention_output_bias", "head_dim", "hidden_size", "intermediate_size", "num_attention_heads",
-    "num_hidden_layers", "num_key_value_heads", "qk_norm", "vocab_size",
-}  # fmt: skip
+    "attention_bias",
+    "attention_output_bias",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "qk_norm",
+    "vocab_size",
+}
 
 
 def field_names() -> set[str]:
@@ -196,13 +224,23 @@ def _validate(config: ModelConfig) -> None:
 
 
 def _validate_backbone(config: ModelConfig) -> None:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r} must be a positive whole number.")
-    heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads = config.num_attention_heads
+    groups = config.num_key_value_heads
+    head_dim = config.head_dim
     if not isinstance(groups, int) or groups < 1 or heads % groups:
-        raise ConfigError(f"num_key_value_heads={groups!r} must divide num_attention_heads={heads}.")
+        raise ConfigError(
+            f"num_key_value_heads={groups!r} must divide num_attention_heads={heads}."
+        )
     if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
         raise ConfigError(
             f"head_dim={head_dim!r} must be a positive even number; set it, or a hidden_size that {heads} heads divide "
@@ -212,7 +250,9 @@ def _validate_backbone(config: ModelConfig) -> None:
 
 def _validate_positions(config: ModelConfig) -> None:
     rope_type = str((config.rope_parameters or {}).get("rope_type", "default"))
-    kind, train_len, longest = config.positional_encoding, config.train_len, config.max_position_embeddings
+    kind = config.positional_encoding
+    train_len = config.train_len
+    longest = config.max_position_embeddings
     if rope_type not in ROPE_TYPES:
         raise ConfigError(
             f"rope_parameters['rope_type']={rope_type!r} is not supported; {nearest(rope_type, ROPE_TYPES)}."
@@ -227,19 +267,25 @@ def _validate_positions(config: ModelConfig) -> None:
             f"train_len={train_len} contradicts positional_encoding={kind!r}: only 'dpe' has one; leave it out."
         )
     if train_len is not None and not 0 < train_len <= longest:
-        raise ConfigError(f"train_len={train_len} must be positive and at most max_position_embeddings={longest}.")
+        raise ConfigError(
+            f"train_len={train_len} must be positive and at most max_position_embeddings={longest}."
+        )
 
 
 def _validate_attention(config: ModelConfig) -> None:
     from deepseek.model.attention import ATTENTION  # here, as every attention is made from a config
 
     if config.attention not in ATTENTION:
-        raise ConfigError(f"attention={config.attention!r} is unknown; {nearest(str(config.attention), ATTENTION)}.")
+        raise ConfigError(
+            f"attention={config.attention!r} is unknown; {nearest(str(config.attention), ATTENTION)}."
+        )
     ATTENTION[config.attention].check(config)
 
 
 def _validate_experts(config: ModelConfig) -> None:
-    experts, least, most = config.num_experts, config.min_experts, config.max_experts
+    experts = config.num_experts
+    least = config.min_experts
+    most = config.max_experts
     if experts < 1 or config.expert_dim < 1:
         raise ConfigError(
             f"num_experts={experts} needs a positive expert_dim (it is {config.expert_dim}), the width of one expert."
@@ -252,15 +298,22 @@ def _validate_experts(config: ModelConfig) -> None:
     if not 0.0 < config.routing_threshold <= 1.0:
         raise ConfigError(f"routing_threshold={config.routing_threshold} must lie in (0, 1].")
     if config.routing_strategy == "dynamic" and config.candidate_experts < most:
-        raise ConfigError(f"candidate_experts={config.candidate_experts} must be at least max_experts={most}.")
+        raise ConfigError(
+            f"candidate_experts={config.candidate_experts} must be at least max_experts={most}."
+        )
     if config.target_experts is not None and not least <= config.target_experts <= most:
         raise ConfigError(
             f"target_experts={config.target_experts} must lie between min_experts={least} and max_experts={most}."
         )
-    if experts % config.num_expert_groups or not 1 <= config.max_expert_groups <= config.num_expert_groups:
+    if (
+        experts % config.num_expert_groups
+        or not 1 <= config.max_expert_groups <= config.num_expert_groups
+    ):
         raise ConfigError(
             f"num_expert_groups={config.num_expert_groups} must divide num_experts={experts} and be at least "
             f"max_expert_groups={config.max_expert_groups}."
         )
     if config.expert_sharing < 1:
-        raise ConfigError(f"expert_sharing={config.expert_sharing} must be at least 1 (layers per expert pool).")
+        raise ConfigError(
+            f"expert_sharing={config.expert_sharing} must be at least 1 (layers per expert pool)."
+        )

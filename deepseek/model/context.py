@@ -18,7 +18,9 @@ from deepseek.model.positions import PreparedPositions
 class Armed(Protocol):
     """Plugged experts that take part in one forward pass (see `model/experts`)."""
 
-    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: "ForwardContext") -> Tensor: ...
+    def apply(
+        self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: "ForwardContext"
+    ) -> Tensor: ...
 
 
 @dataclass
@@ -31,12 +33,14 @@ class ForwardContext:
         past: number of tokens in the cache.
         window: of layers with a sliding window, in tokens; None when no layer has one.
         real_BS: False at padding, past and new; None when every token is real.
-        document_ids_BT: which document of a packed row a token belongs to; None when rows hold one document each.
+        document_ids_BT: which document of a packed row a token belongs to; None when rows hold one
+            document each.
         cache: keys and values of past tokens, or None.
-        input_ids_BT: ids of the new tokens, of which experts judge whether they are relevant; None: embeddings were
-            given, and every armed expert counts as relevant.
+        input_ids_BT: ids of the new tokens, of which experts judge whether they are relevant; None:
+            embeddings were given, and every armed expert counts as relevant.
         armed: plugged experts that take part, or None when not one is armed.
-        words_BTM: evidence of the words so far for each armed expert, computed at the first layer that asks.
+        words_BTM: evidence of the words so far for each armed expert, computed at the first layer
+            that asks.
         router_stats: one entry per mixture-of-experts layer, appended as the layers run.
         routing: layer -> experts chosen in an earlier pass over the same tokens, to be used again.
     """
@@ -103,9 +107,16 @@ def past_length(cache: KVCache | None) -> int:
 
 
 def resolve_positions(
-    batch: int, length: int, past: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
+    batch: int,
+    length: int,
+    past: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
-    """Return positions `[B, T]`: as given, else counted over real tokens, else counted from the cache's length."""
+    """Return positions `[B, T]`: as given, else counted over real tokens, else counted from the
+    cache's length.
+    """
     if position_ids is not None:
         return position_ids.expand(batch, length)
     if attention_mask is not None:
@@ -130,33 +141,49 @@ def real_tokens(attention_mask: Tensor | None, total: int) -> Tensor | None:
 
 
 def document_ids(position_ids_BT: Tensor) -> Tensor | None:
-    """Return document numbers `[B, T]` of packed rows, whose positions restart; None when no row is packed."""
+    """Return document numbers `[B, T]` of packed rows, whose positions restart; None when no row is
+    packed.
+    """
     restarts = torch.diff(position_ids_BT, dim=-1, prepend=position_ids_BT[:, :1] - 1) != 1
     restarts[:, 0] = False
     return restarts.cumsum(-1) if bool(restarts.any()) else None
 
 
 def attention_mask(
-    length: int, past: int, real_BS: Tensor | None, documents_BT: Tensor | None, window: int | None,
+    length: int,
+    past: int,
+    real_BS: Tensor | None,
+    documents_BT: Tensor | None,
+    window: int | None,
     device: torch.device,
-) -> Tensor | None:  # fmt: skip
-    """Return the boolean mask `[B or 1, 1, T, S]` of keys that a query may see, or None if causality alone decides."""
-    plain, total = length == 1 or past == 0, past + length
+) -> Tensor | None:
+    """Return the boolean mask `[B or 1, 1, T, S]` of keys that a query may see, or None if
+    causality alone decides.
+    """
+    plain = length == 1 or past == 0
+    total = past + length
     if real_BS is None and documents_BT is None and plain and (window is None or total <= window):
         return None
     return visible(length, past, real_BS, documents_BT, window, device).mask(total)[:, None]
 
 
 def visible(
-    length: int, past: int, real_BS: Tensor | None, documents_BT: Tensor | None, window: int | None,
+    length: int,
+    past: int,
+    real_BS: Tensor | None,
+    documents_BT: Tensor | None,
+    window: int | None,
     device: torch.device,
-) -> Visible:  # fmt: skip
-    """Return the keys that each of `length` queries after `past` tokens may see, as one run of slots a query.
+) -> Visible:
+    """Return the keys that each of `length` queries after `past` tokens may see, as one run of
+    slots a query.
 
     Padding sees itself alone, so that its softmax has one entry and no NaN arises.
     """
     slots_1T = torch.arange(past, past + length, device=device)[None]
-    first_BT = torch.zeros_like(slots_1T) if window is None else (slots_1T - window + 1).clamp(min=0)
+    first_BT = (
+        torch.zeros_like(slots_1T) if window is None else (slots_1T - window + 1).clamp(min=0)
+    )
     if documents_BT is not None:
         begins_BT = torch.diff(documents_BT, dim=-1, prepend=documents_BT[:, :1]) != 0
         first_BT = torch.maximum(first_BT, torch.where(begins_BT, slots_1T, 0).cummax(-1).values)
@@ -164,7 +191,10 @@ def visible(
         return Visible(first_BT)
     first_BT = torch.maximum(first_BT, real_BS.int().argmax(-1, keepdim=True))
     first_BT = torch.where(real_BS[:, past:], first_BT, slots_1T)
-    runs_B = (torch.diff(real_BS.int(), dim=-1, prepend=torch.zeros_like(real_BS[:, :1], dtype=torch.int)) > 0).sum(-1)
+    runs_B = (
+        torch.diff(real_BS.int(), dim=-1, prepend=torch.zeros_like(real_BS[:, :1], dtype=torch.int))
+        > 0
+    ).sum(-1)
     if torch.compiler.is_exporting():  # a graph says the same whatever its inputs hold
         return Visible(first_BT, real_BS)
     return Visible(first_BT, real_BS if bool((runs_B > 1).any()) else None)

@@ -9,7 +9,9 @@ from deepseek.model.norm import RMSNorm
 
 
 def init_module(module: nn.Module, std: float) -> None:
-    """Initialise the parameters that `module` itself owns: matrices normal with `std`, norms one, biases zero."""
+    """Initialise the parameters that `module` itself owns: matrices normal with `std`, norms one,
+    biases zero.
+    """
     if isinstance(module, RMSNorm):
         ones_(module.weight)
     elif isinstance(module, (nn.Linear, nn.Embedding, Experts, Router)):

@@ -11,14 +11,17 @@ from transformers import DynamicCache
 from deepseek.errors import ConfigError
 
 Change = Callable[[Tensor], Tensor]
-"""Picks, repeats or reorders the sequences of a batch, along the first axis of whatever it is given."""
+"""Picks, repeats or reorders the sequences of a batch, along the first axis of whatever it is
+given.
+"""
 
 
 class LayerState(Protocol):
-    """What one layer keeps of past tokens beside their keys and values, such as running sums of its inputs.
+    """What one layer keeps of past tokens beside their keys and values, such as running sums of its
+    inputs.
 
-    Each kind of attention or of positions that keeps something has a class of its own. A copy of a stretch of tokens is
-    of the same class, so that nobody else has to know what is in it.
+    Each kind of attention or of positions that keeps something has a class of its own. A copy of a
+    stretch of tokens is of the same class, so that nobody else has to know what is in it.
     """
 
     @property
@@ -26,7 +29,9 @@ class LayerState(Protocol):
         """Memory that it occupies now."""
 
     def segment(self, start: int) -> Self:
-        """Return a copy of what the tokens from `start` to the last one left behind; nothing is shared with it."""
+        """Return a copy of what the tokens from `start` to the last one left behind; nothing is
+        shared with it.
+        """
 
     def extend(self, segment: Self) -> None:
         """Append the tokens of `segment`, which was taken at this state's length."""
@@ -66,16 +71,17 @@ class CacheSegment:
 
 
 class KVCache(DynamicCache):
-    """A Hugging Face `DynamicCache` that also holds what layers and plugged experts keep of past tokens.
+    """A Hugging Face `DynamicCache` that also holds what layers and plugged experts keep of past
+    tokens.
 
     Attributes:
         states: what layers keep beside keys and values (see `layer_state`).
-        gate_state: layer -> `[B, 3, M]`: the sums of both gate scores of M modules and their common denominator (see
-            `model/experts/gate.py`).
-        relevance_state: `[B, M+1]`, the evidence so far that the text is about each expert's domain (see
-            `model/experts/relevance.py`).
-        armed: the experts that the sequence started with, so that plugging or unplugging between two steps never
-            changes a sequence in flight.
+        gate_state: layer -> `[B, 3, M]`: the sums of both gate scores of M modules and their common
+            denominator (see `model/experts/gate.py`).
+        relevance_state: `[B, M+1]`, the evidence so far that the text is about each expert's domain
+            (see `model/experts/relevance.py`).
+        armed: the experts that the sequence started with, so that plugging or unplugging between
+            two steps never changes a sequence in flight.
         started: whether `armed` has been decided.
     """
 
@@ -91,7 +97,9 @@ class KVCache(DynamicCache):
     def nbytes(self) -> int:
         """Memory that keys, values, gates' sums and the layers' states occupy now."""
         layers: Any = self.layers
-        parts = [part for layer in layers if layer.is_initialized for part in (layer.keys, layer.values)]
+        parts = [
+            part for layer in layers if layer.is_initialized for part in (layer.keys, layer.values)
+        ]
         tensors = sum(part.nbytes for part in (*parts, *self.gate_state.values()))
         return tensors + sum(state.nbytes for state in self.states.values())
 
@@ -106,14 +114,18 @@ class KVCache(DynamicCache):
         )
 
     def extend(self, segment: CacheSegment) -> None:
-        """Append the tokens of `segment`, which was taken at this cache's length, with the same experts."""
+        """Append the tokens of `segment`, which was taken at this cache's length, with the same
+        experts.
+        """
         for layer, (keys, values) in enumerate(zip(segment.keys, segment.values, strict=True)):
             self.update(keys, values, layer)
         for key, state in segment.states.items():
             if key in self.states:
                 self.states[key].extend(state)
             else:
-                self.states[key] = state.segment(0)  # a copy: the segment may be put into other caches, too
+                self.states[key] = state.segment(
+                    0
+                )  # a copy: the segment may be put into other caches, too
         self.gate_state = dict(segment.gates)  # a step replaces sums, it never writes into them
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

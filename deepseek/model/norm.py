@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Scale `[..., D]` to unit root mean square, computed in fp32, then by a learned weight `[D]`."""
+    """Scale `[..., D]` to unit root mean square, computed in fp32, then by a learned weight
+    `[D]`.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

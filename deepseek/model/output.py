@@ -12,7 +12,8 @@ class ModelOutput(CausalLMOutputWithPast):
 
     Attributes:
         router_stats: one entry per mixture-of-experts layer, or None for a dense model.
-        experts: plugged experts that took part, whose `attribution()` tells which spoke at which token; or None.
+        experts: plugged experts that took part, whose `attribution()` tells which spoke at which
+            token; or None.
     """
 
     router_stats: Any = None

@@ -22,11 +22,22 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="DeepSeekModel")
 
-# Arguments that Hugging Face's own callers (AutoModel, PEFT, pipelines) pass along and that change nothing here.
+# Arguments that Hugging Face's own callers (AutoModel, PEFT, pipelines) pass along and that change
+# nothing here.
 _PASSED_ALONG = {
-    "_commit_hash", "_from_auto", "adapter_kwargs", "attn_implementation", "cache_dir", "force_download",
-    "local_files_only", "low_cpu_mem_usage", "revision", "token", "trust_remote_code", "use_safetensors",
-}  # fmt: skip
+    "_commit_hash",
+    "_from_auto",
+    "adapter_kwargs",
+    "attn_implementation",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "revision",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+}
 
 
 def load_pretrained(
@@ -55,9 +66,15 @@ def load_pretrained(
     if upcycled:
         merged = _shared_from_dense(merged)
     found, matrices = restored(convert_tensors(read_tensors(folder), merged.to_dict()))
-    tensors = {name: t.to(device, t.dtype if ".balance." in name else target) for name, t in found.items()}
+    tensors = {
+        name: t.to(device, t.dtype if ".balance." in name else target) for name, t in found.items()
+    }
     converted = merged.positional_encoding != ModelConfig(**checkpoint).positional_encoding
-    model = _upcycle(cls, merged, tensors, upcycle_seed) if upcycled else _fill(cls, merged, tensors, converted)
+    model = (
+        _upcycle(cls, merged, tensors, upcycle_seed)
+        if upcycled
+        else _fill(cls, merged, tensors, converted)
+    )
     keep_matrices(model, {} if upcycled else matrices)
     model.config.name_or_path = str(name_or_path)
     model.generation_config = _generation_config(folder, model)
@@ -66,7 +83,9 @@ def load_pretrained(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the `ModelConfig` fields of the checkpoint in `folder`, whatever supported family it is of."""
+    """Return the `ModelConfig` fields of the checkpoint in `folder`, whatever supported family it
+    is of.
+    """
     return convert_config(read_json(folder / "config.json"))
 
 
@@ -94,10 +113,14 @@ def _as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dt
     return resolved
 
 
-def _fill(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], converted: bool) -> Model:
-    """Build `cls` without spending time on initial values, then hang the checkpoint's tensors into it.
+def _fill(
+    cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], converted: bool
+) -> Model:
+    """Build `cls` without spending time on initial values, then hang the checkpoint's tensors into
+    it.
 
-    A checkpoint that is `converted` has another positional encoding and lacks the weights of this one.
+    A checkpoint that is `converted` has another positional encoding and lacks the weights of this
+    one.
     """
     with torch.device("meta"):
         model = cls(config)
@@ -134,7 +157,8 @@ def _shared_from_dense(config: ModelConfig) -> ModelConfig:
             f"networks of width {config.intermediate_size} become the shared expert; leave num_shared_experts and "
             "shared_expert_dim out."
         )
-    config.num_shared_experts, config.shared_expert_dim = 1, config.intermediate_size
+    config.num_shared_experts = 1
+    config.shared_expert_dim = config.intermediate_size
     return config
 
 
@@ -150,7 +174,11 @@ def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
     model.tie_weights()
     missing = sorted(name for name in result.missing_keys if ".balance." not in name)
     if missing or result.unexpected_keys:
-        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {result.unexpected_keys[0]}"
+        what = (
+            f"lacks {missing[0]}"
+            if missing
+            else f"has an unknown tensor {result.unexpected_keys[0]}"
+        )
         raise CheckpointError(
             f"The checkpoint {what} ({len(missing)} missing, {len(result.unexpected_keys)} unknown); its weights do "
             "not match its config.json."
@@ -159,7 +187,9 @@ def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
 
 
 def _materialise_buffers(model: "DeepSeekModel") -> None:
-    """Give buffers that a foreign checkpoint does not have (balance bias and the like) their start values."""
+    """Give buffers that a foreign checkpoint does not have (balance bias and the like) their start
+    values.
+    """
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.reset_buffers()  # type: ignore[operator]

@@ -1,4 +1,6 @@
-"""The model, top to bottom: embed, run the blocks, norm, project to the vocabulary. Read this file first."""
+"""The model, top to bottom: embed, run the blocks, norm, project to the vocabulary. Read this file
+first.
+"""
 
 from typing import Any, Self
 
@@ -23,11 +25,12 @@ from deepseek.registry import pick
 
 
 class DeepSeekModel(PreTrainedModel, GenerationMixin):
-    """A causal language model, dense or mixture of experts, into which expert modules can be plugged.
+    """A causal language model, dense or mixture of experts, into which expert modules can be
+    plugged.
 
     >>> model = DeepSeekModel(ModelConfig.preset("deepseek-nano"))          # random weights
-    >>> model = DeepSeekModel.from_pretrained("smollm2-135m")               # a name, a folder or a hub id
-    >>> model.experts.plug("code.safetensors")
+    >>> model = DeepSeekModel.from_pretrained("smollm2-135m")               # a name, a folder or a
+    hub id >>> model.experts.plug("code.safetensors")
     """
 
     config_class = ModelConfig
@@ -42,28 +45,41 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.expert_pools = nn.ModuleList(build_pools(config))
-        self.layers = nn.ModuleList(Block(config, i, self._pool_of(i)) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, i, self._pool_of(i)) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.positions = pick(POSITIONS, config.positional_encoding, "positional_encoding").positions(config)
+        self.positions = pick(
+            POSITIONS, config.positional_encoding, "positional_encoding"
+        ).positions(config)
         self.experts = ExpertSet(self)
         self.post_init()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: ModelConfig | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: ModelConfig | None = None,
+        **kwargs: Any,
     ) -> Self:
-        """Load a base model by name, folder or hub id, of our own or of a supported Hugging Face family.
+        """Load a base model by name, folder or hub id, of our own or of a supported Hugging Face
+        family.
 
-        With a `config` that asks for experts, a dense checkpoint is upcycled: its logits are unchanged at the start.
+        With a `config` that asks for experts, a dense checkpoint is upcycled: its logits are
+        unchanged at the start.
 
         Args:
-            config: choices laid over the checkpoint's own config; fields that are not given come from the checkpoint.
-            **kwargs: `dtype` ("auto" = the fastest on the device: bf16 where the processor has units for it, else
-                fp32), `device_map` (a single device), and the hub arguments of Hugging Face.
+            config: choices laid over the checkpoint's own config; fields that are not given come
+                from the checkpoint.
+            **kwargs: `dtype` ("auto" = the fastest on the device: bf16 where the processor has
+                units for it, else fp32), `device_map` (a single device), and the hub arguments of
+                Hugging Face.
 
         Raises:
-            HubError, CheckpointError, ConfigError: no such model, a damaged folder, a contradictory `config`.
+            HubError, CheckpointError, ConfigError: no such model, a damaged folder, a contradictory
+                `config`.
         """
         return load_pretrained(cls, pretrained_model_name_or_path, config, **kwargs)
 
@@ -82,18 +98,23 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
-        """Return next-token logits `[B, T, V]`, or `[B, logits_to_keep, V]` for the last tokens only.
+        """Return next-token logits `[B, T, V]`, or `[B, logits_to_keep, V]` for the last tokens
+        only.
 
         Args:
             input_ids: token ids `[B, T]`; or `inputs_embeds` `[B, T, D]`.
             attention_mask: 1 at real and 0 at padding tokens, `[B, S]` over past and new tokens.
-            position_ids: positions `[B, T]`. Where they restart in a row, a new document begins that cannot see
-                the one before it.
+            position_ids: positions `[B, T]`. Where they restart in a row, a new document begins
+                that cannot see the one before it.
             cache: past keys and values; `past_key_values` is its older name.
             labels: targets `[B, T]`, shifted inside as Hugging Face does; -100 is ignored.
         """
         cache = cache if cache is not None else past_key_values
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
+        if (
+            cache is None
+            and (self.config.use_cache if use_cache is None else use_cache)
+            and not self.training
+        ):
             cache = KVCache()
         step = begin(
             self,
@@ -103,7 +124,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             cache=cache,
         )
-        hidden_states = [step.run_to(layer) for layer in range(len(self.layers) if output_hidden_states else 0)]
+        hidden_states = [
+            step.run_to(layer) for layer in range(len(self.layers) if output_hidden_states else 0)
+        ]
         hidden_BTD = step.finish()
         logits = self.lm_head(_keep(hidden_BTD, logits_to_keep))
         output = ModelOutput(
@@ -118,7 +141,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def log_probs(self, input_ids: Tensor) -> Tensor:
-        """Return the log probability `[B, T - 1]` of every token but the first, given those before it."""
+        """Return the log probability `[B, T - 1]` of every token but the first, given those before
+        it.
+        """
         logits = self(input_ids, use_cache=False).logits[:, :-1].float()
         targets = input_ids[:, 1:, None]
         return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
@@ -137,7 +162,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         return 0
 
     def state_bytes(self, length: int) -> int:
-        """Return the most bytes that a `KVCache` of one sequence of `length` tokens occupies, without experts."""
+        """Return the most bytes that a `KVCache` of one sequence of `length` tokens occupies,
+        without experts.
+        """
         total = 0
         for block in self.layers:
             assert isinstance(block, Block)
@@ -146,7 +173,11 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Return the state, of tensors that have two names each under its first."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.all_tied_weights_keys}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name not in self.all_tied_weights_keys
+        }
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config.initializer_range)
@@ -154,12 +185,14 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        # Hugging Face would make a plain DynamicCache, which has no room for the gates' running sums.
+        # Hugging Face would make a plain DynamicCache, which has no room for the gates' running
+        # sums.
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = KVCache()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        # The prompt as a whole decides which experts may contribute; what is generated is no evidence.
+        # The prompt as a whole decides which experts may contribute; what is generated is no
+        # evidence.
         cache = kwargs.get("cache")
         if isinstance(cache, KVCache) and not cache.started and kwargs.get("inputs_embeds") is None:
             cache.armed = self.experts.decided(input_ids, kwargs.get("attention_mask"))
@@ -176,16 +209,24 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
 
 def build_pools(config: ModelConfig) -> list[Experts]:
-    """Return one pool of routed experts per `expert_sharing` layers, or none where every layer owns its experts."""
+    """Return one pool of routed experts per `expert_sharing` layers, or none where every layer owns
+    its experts.
+    """
     if config.num_experts == 0 or config.expert_sharing == 1:
         return []
     count = -(-config.num_hidden_layers // config.expert_sharing)
-    return [Experts(config.num_experts, config.hidden_size, config.expert_dim) for _ in range(count)]
+    return [
+        Experts(config.num_experts, config.hidden_size, config.expert_dim) for _ in range(count)
+    ]
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of `labels[:, t + 1]` under `logits[:, t]`; -100 is ignored."""
-    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=-100)
+    """Return the mean cross-entropy in nats of `labels[:, t + 1]` under `logits[:, t]`; -100 is
+    ignored.
+    """
+    return cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=-100
+    )
 
 
 def _keep(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:

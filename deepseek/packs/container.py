@@ -1,8 +1,9 @@
 """A strict reader of one safetensors file.
 
-The format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}, "__metadata__":
-{...}}`, then the tensors' bytes. The library that reads it for everyone else accepts more than a pack needs; here each
-entry must be the one that follows from the manifest and the entries before it, before a byte of a tensor is read.
+The format: 8 bytes little-endian header length, a JSON header
+`{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`, then the tensors' bytes. The library
+that reads it for everyone else accepts more than a pack needs; here each entry must be the one that
+follows from the manifest and the entries before it, before a byte of a tensor is read.
 """
 
 import json
@@ -27,7 +28,9 @@ DAMAGED = "the file is damaged, fetch it again"
 
 @dataclass(frozen=True)
 class Header:
-    """The parsed header of an open pack: metadata, the tensors' entries as they stand there, and bytes of data."""
+    """The parsed header of an open pack: metadata, the tensors' entries as they stand there, and
+    bytes of data.
+    """
 
     metadata: dict[str, str]
     entries: dict[str, Any]
@@ -35,14 +38,22 @@ class Header:
 
 
 def open_regular(path: Path, max_bytes: int) -> BinaryIO:
-    """Open a regular file that is not a symbolic link; never blocks on a pipe. Raises `PackError`."""
+    """Open a regular file that is not a symbolic link; never blocks on a pipe. Raises
+    `PackError`.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise PackError("there is no such file") from None
     except (OSError, ValueError) as error:
-        cause = "it is a symbolic link" if path.is_symlink() else printable(getattr(error, "strerror", None) or error)
-        raise PackError(f"it cannot be opened ({cause}); give the path of the file itself") from None
+        cause = (
+            "it is a symbolic link"
+            if path.is_symlink()
+            else printable(getattr(error, "strerror", None) or error)
+        )
+        raise PackError(
+            f"it cannot be opened ({cause}); give the path of the file itself"
+        ) from None
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
         os.close(handle)
@@ -53,7 +64,9 @@ def open_regular(path: Path, max_bytes: int) -> BinaryIO:
 
 
 def read_header(file: BinaryIO) -> Header:
-    """Read and check the header of `file`, and leave `file` at its first tensor. Raises `PackError`."""
+    """Read and check the header of `file`, and leave `file` at its first tensor. Raises
+    `PackError`.
+    """
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
@@ -63,7 +76,9 @@ def read_header(file: BinaryIO) -> Header:
     if not isinstance(content, dict):
         raise PackError(f"its header is not a table; {DAMAGED}")
     metadata = content.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise PackError(f"its metadata is not a table of strings; {DAMAGED}")
     return Header(metadata, content, size - 8 - length)
 
@@ -71,23 +86,33 @@ def read_header(file: BinaryIO) -> Header:
 def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
     """Read the data part and return its tensors, which share one buffer.
 
-    Raises `PackError` unless the header lists just the tensors of `specs`, back to back, and the file holds no more.
+    Raises `PackError` unless the header lists just the tensors of `specs`, back to back, and the
+    file holds no more.
     """
     check_names(header.entries.keys(), specs.keys())
-    starts, end = {}, 0
+    starts = {}
+    end = 0
     for name, entry in header.entries.items():
         dtype, shape = specs[name]
-        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        starts[name] = end
+        end = end + math.prod(shape) * dtype.itemsize
         wanted = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
-        if json.dumps(entry, sort_keys=True) != json.dumps(wanted, sort_keys=True) or starts[name] % dtype.itemsize:
-            raise PackError(f"its tensor {name} is ({printable(entry)}) and by its manifest should be {wanted}")
+        if (
+            json.dumps(entry, sort_keys=True) != json.dumps(wanted, sort_keys=True)
+            or starts[name] % dtype.itemsize
+        ):
+            raise PackError(
+                f"its tensor {name} is ({printable(entry)}) and by its manifest should be {wanted}"
+            )
     if end != header.data_size:
         raise PackError(f"its tensors need {end} bytes and it holds {header.data_size}; {DAMAGED}")
     data = bytearray(end)
     if file.readinto(data) != end:  # type: ignore[attr-defined]
         raise PackError(f"it changed while it was read; {DAMAGED}")
     return {
-        name: torch.frombuffer(data, dtype=dtype, offset=starts[name], count=math.prod(shape)).view(shape)
+        name: torch.frombuffer(data, dtype=dtype, offset=starts[name], count=math.prod(shape)).view(
+            shape
+        )
         for name, (dtype, shape) in specs.items()
     }
 
@@ -95,7 +120,9 @@ def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -
 def check_names(found: Collection[str], expected: Collection[str]) -> None:
     """Raise `PackError` unless there are just the tensors of the manifest."""
     for name in sorted({*found} - {*expected}):
-        raise PackError(f"it holds a tensor '{printable(name, 60)}' that its manifest does not call for")
+        raise PackError(
+            f"it holds a tensor '{printable(name, 60)}' that its manifest does not call for"
+        )
     for name in sorted({*expected} - {*found}):
         raise PackError(f"its tensor {name} is missing; {DAMAGED}")
 

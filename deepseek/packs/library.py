@@ -16,7 +16,9 @@ def experts_folder() -> Path:
 
 
 def index_folder(name: str, folder: Path | None = None) -> Path:
-    """Return where the retrieval index of an expert lies: beside its pack, in `folder` or that of trained experts."""
+    """Return where the retrieval index of an expert lies: beside its pack, in `folder` or that of
+    trained experts.
+    """
     return (folder or experts_folder()) / f"{name}.index"
 
 
@@ -26,7 +28,8 @@ def installed(folder: Path | None = None) -> dict[str, Path]:
 
 
 def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], list[str]]:
-    """Return the packs in a folder that were trained beside `base`, name to file, and what is wrong with unusable ones.
+    """Return the packs in a folder that were trained beside `base`, name to file, and what is wrong
+    with unusable ones.
 
     Args:
         base: name of the base model.
@@ -61,5 +64,9 @@ def find_pack(name_or_path: str | Path) -> Path:
     known = installed()
     if str(name_or_path) in known:
         return known[str(name_or_path)]
-    hint = nearest(str(name_or_path), known) if known else "none is trained yet, see `deepseek expert train --help`"
+    hint = (
+        nearest(str(name_or_path), known)
+        if known
+        else "none is trained yet, see `deepseek expert train --help`"
+    )
     raise PackError(f"There is no expert named {str(name_or_path)!r}; {hint}.")

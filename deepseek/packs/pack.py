@@ -1,9 +1,10 @@
 """The expert pack: one `.safetensors` file that holds an expert module and its papers.
 
-Metadata has one key, `deepseek.expert`, with the manifest as JSON. The manifest's digest is a SHA-256 over the rest of
-the manifest and the bytes of all tensors; a signature is made over the digest. The same pack always has the same bytes.
-Reading refuses a file before anything of it is used: header, manifest, licence, base and tensor table are checked
-before the tensors are read, and their digest, signature and values before the pack is returned.
+Metadata has one key, `deepseek.expert`, with the manifest as JSON. The manifest's digest is a
+SHA-256 over the rest of the manifest and the bytes of all tensors; a signature is made over the
+digest. The same pack always has the same bytes. Reading refuses a file before anything of it is
+used: header, manifest, licence, base and tensor table are checked before the tensors are read, and
+their digest, signature and values before the pack is returned.
 """
 
 import hashlib
@@ -28,7 +29,9 @@ DEFAULT_POLICY = PackPolicy()
 
 @dataclass(frozen=True)
 class ExpertPack:
-    """A manifest and its tensors (names and shapes: `Manifest.tensors`). Make one with `ExpertPack.seal`."""
+    """A manifest and its tensors (names and shapes: `Manifest.tensors`). Make one with
+    `ExpertPack.seal`.
+    """
 
     manifest: Manifest
     tensors: dict[str, Tensor]
@@ -37,11 +40,16 @@ class ExpertPack:
     def seal(manifest: Manifest, tensors: dict[str, Tensor]) -> "ExpertPack":
         """Return a pack whose manifest carries the digest of its content and no signature yet."""
         digest = content_digest(manifest, tensors)
-        return ExpertPack(manifest.model_copy(update={"digest": digest, "signature": None}), tensors)
+        return ExpertPack(
+            manifest.model_copy(update={"digest": digest, "signature": None}), tensors
+        )
 
     def sign(self, key: Ed25519PrivateKey) -> "ExpertPack":
         """Return this pack with a signature."""
-        return ExpertPack(self.manifest.model_copy(update={"signature": sign(self.manifest.digest, key)}), self.tensors)
+        return ExpertPack(
+            self.manifest.model_copy(update={"signature": sign(self.manifest.digest, key)}),
+            self.tensors,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -50,7 +58,8 @@ class ExpertPack:
 
 
 def content_digest(manifest: Manifest, tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 over the manifest (without digest and signature) and the tensors' bytes in order of name.
+    """Return the SHA-256 over the manifest (without digest and signature) and the tensors' bytes in
+    order of name.
 
     Names, dtypes and shapes need no place of their own in it: they follow from the manifest.
     """
@@ -60,7 +69,9 @@ def content_digest(manifest: Manifest, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_pack(path: str | Path, pack: ExpertPack, key: Ed25519PrivateKey | None = None) -> ExpertPack:
+def write_pack(
+    path: str | Path, pack: ExpertPack, key: Ed25519PrivateKey | None = None
+) -> ExpertPack:
     """Write `pack` to `path` in one step, signed if `key` is given; return it as written.
 
     Raises `PackError` if it is not a pack that `read_pack` would accept.
@@ -74,7 +85,9 @@ def write_pack(path: str | Path, pack: ExpertPack, key: Ed25519PrivateKey | None
     return pack
 
 
-def read_pack(path: str | Path, policy: PackPolicy = DEFAULT_POLICY, base: BaseDescription | None = None) -> ExpertPack:
+def read_pack(
+    path: str | Path, policy: PackPolicy = DEFAULT_POLICY, base: BaseDescription | None = None
+) -> ExpertPack:
     """Read and check a pack file; with `base`, also that it belongs to that model.
 
     Raises `PackError`: one sentence that names the file and the first reason to refuse it.
@@ -94,7 +107,9 @@ def read_pack(path: str | Path, policy: PackPolicy = DEFAULT_POLICY, base: BaseD
     return pack
 
 
-def check_pack(pack: ExpertPack, policy: PackPolicy = DEFAULT_POLICY, base: BaseDescription | None = None) -> None:
+def check_pack(
+    pack: ExpertPack, policy: PackPolicy = DEFAULT_POLICY, base: BaseDescription | None = None
+) -> None:
     """Make the checks of `read_pack` on a pack in memory. Raises `PackError`."""
     try:
         _check_papers(pack.manifest, policy, base)
@@ -126,6 +141,7 @@ def _check_content(pack: ExpertPack, policy: PackPolicy) -> None:
 def check_finite(tensors: dict[str, Tensor], where: str = "") -> None:
     """Raise `PackError` if a value is NaN or infinite."""
     for name, tensor in tensors.items():
-        # The largest magnitude is NaN or infinite if any value is; three times as fast as isfinite() on all of them.
+        # The largest magnitude is NaN or infinite if any value is; three times as fast as
+        # isfinite() on all of them.
         if not tensor.detach().abs().amax().isfinite():
             raise PackError(f"its tensor {name} holds NaN or infinity {where}".rstrip())

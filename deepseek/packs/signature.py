@@ -1,7 +1,8 @@
 """Ed25519 keys and signatures (RFC 8032) of packs.
 
-A key pair is two PEM files: `NAME.pem` (private, readable by its owner only) and `NAME.pub`. Every `.pub` in the trust
-folder, `home()/keys`, names a signer whose packs are trusted; to trust somebody is to copy their `.pub` there.
+A key pair is two PEM files: `NAME.pem` (private, readable by its owner only) and `NAME.pub`. Every
+`.pub` in the trust folder, `home()/keys`, names a signer whose packs are trusted; to trust somebody
+is to copy their `.pub` there.
 """
 
 import os
@@ -33,26 +34,35 @@ def trust_folder() -> Path:
 def keygen(name: str, folder: Path | None = None) -> tuple[Path, Path]:
     """Write a new key pair `NAME.pem` (mode 0600) and `NAME.pub`; return both paths.
 
-    Raises `PackError` if `name` is no plain file name or one of the files exists: a key is never overwritten.
+    Raises `PackError` if `name` is no plain file name or one of the files exists: a key is never
+    overwritten.
     """
     if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
         raise PackError(f"key name {name!r} must consist of letters, digits, - and _.")
     folder = folder or trust_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private = folder / f"{name}.pem"
+    public = folder / f"{name}.pub"
     for path in (private, public):
         if path.exists():
             raise PackError(f"{path} exists and a key is never overwritten; choose another name.")
     key = Ed25519PrivateKey.generate()
     _create(private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
-    _create(public, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644)
+    _create(
+        public,
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        0o644,
+    )
     return private, public
 
 
 def load_key(path: Path) -> Ed25519PrivateKey:
-    """Read a private key; raises `PackError` if it is missing, open to others, or not an Ed25519 key."""
+    """Read a private key; raises `PackError` if it is missing, open to others, or not an Ed25519
+    key.
+    """
     try:
-        mode, content = path.stat().st_mode, path.read_bytes()
+        mode = path.stat().st_mode
+        content = path.read_bytes()
     except OSError as error:
         raise PackError(f"the private key {path} cannot be read ({error.strerror}).") from None
     if mode & 0o077:
@@ -62,12 +72,16 @@ def load_key(path: Path) -> Ed25519PrivateKey:
     except (TypeError, ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise PackError(f"{path} is not an unencrypted Ed25519 private key; make one with `deepseek expert keygen`.")
+        raise PackError(
+            f"{path} is not an unencrypted Ed25519 private key; make one with `deepseek expert keygen`."
+        )
     return key
 
 
 def trusted_keys(folder: Path | None = None) -> frozenset[str]:
-    """Return the public keys (hexadecimal) in the trust folder; raises `PackError` if one is malformed."""
+    """Return the public keys (hexadecimal) in the trust folder; raises `PackError` if one is
+    malformed.
+    """
     return frozenset(_public_hex(path) for path in sorted((folder or trust_folder()).glob("*.pub")))
 
 
@@ -98,7 +112,9 @@ def _public_hex(path: Path) -> str:
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file, never over another, that from its first moment is open to no more than `mode` allows."""
+    """Write a new file, never over another, that from its first moment is open to no more than
+    `mode` allows.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(content)

@@ -19,7 +19,9 @@ from deepseek.retrieval.words import search_words
 FORMAT = 1
 DEFAULT_PASSAGES = 4
 CANDIDATES = 8
-"""Ranked passages that are looked at for each one wanted: neighbours overlap, and some do not fit."""
+"""Ranked passages that are looked at for each one wanted: neighbours overlap, and some do not
+fit.
+"""
 
 Length = Callable[[str], int]
 """The size of a text, in tokens."""
@@ -35,17 +37,22 @@ class Index:
 
     def __init__(self, passages: list[Passage], ranking: Any, source: str = "") -> None:
         """Take passages and the bm25s index over them, in the same order."""
-        self.passages, self.source, self._ranking = passages, source, ranking
+        self.passages = passages
+        self.source = source
+        self._ranking = ranking
 
     def __len__(self) -> int:
         return len(self.passages)
 
     @classmethod
-    def build(cls, documents: Iterable[Document], without: Collection[str] = (), source: str = "") -> Self:
+    def build(
+        cls, documents: Iterable[Document], without: Collection[str] = (), source: str = ""
+    ) -> Self:
         """Return an index of `documents`.
 
         Args:
-            without: names of documents that must not be found, in commits that changed them neither.
+            without: names of documents that must not be found, in commits that changed them
+                neither.
             source: kept with the index.
 
         Raises `DataError` if no text is left.
@@ -61,14 +68,19 @@ class Index:
                 words.append(search_words(matched))
         if not any(words):
             raise DataError("There is no text to index; give documents with words in them.")
-        vocabulary = {word: place for place, word in enumerate(sorted({word for each in words for word in each}))}
+        vocabulary = {
+            word: place
+            for place, word in enumerate(sorted({word for each in words for word in each}))
+        }
         ids = [[vocabulary[word] for word in each] for each in words]
         ranking = bm25s.BM25(backend="numpy")
         ranking.index((ids, vocabulary), show_progress=False)
         return cls(kept, ranking, source)
 
     def rank(self, query: str, count: int) -> list[Passage]:
-        """Return the `count` passages that match best, best first; those that share no word are left out."""
+        """Return the `count` passages that match best, best first; those that share no word are
+        left out.
+        """
         known = self._ranking.get_tokens_ids(search_words(query))
         if not known:
             return []
@@ -77,12 +89,17 @@ class Index:
         return [self.passages[place] for place in order.tolist() if scores[place] > 0]
 
     def retrieve(
-        self, query: str, k: int = DEFAULT_PASSAGES, max_tokens: int | None = None, length: Length = len
+        self,
+        query: str,
+        k: int = DEFAULT_PASSAGES,
+        max_tokens: int | None = None,
+        length: Length = len,
     ) -> list[Passage]:
         """Return at most `k` passages for a query, best first, none of which overlap.
 
         Args:
-            max_tokens: most that all of them together may have, by `length`; what does not fit is passed over.
+            max_tokens: most that all of them together may have, by `length`; what does not fit is
+                passed over.
             length: counts the tokens of a text; without it, characters are counted.
         """
         chosen: list[Passage] = []
@@ -101,7 +118,9 @@ class Index:
         return chosen
 
     def save(self, folder: str | Path) -> None:
-        """Write the index as a folder: passages as JSON lines, the statistics as NumPy arrays; whole or not at all."""
+        """Write the index as a folder: passages as JSON lines, the statistics as NumPy arrays;
+        whole or not at all.
+        """
         with atomic_folder(folder) as temporary:
             self._ranking.save(str(temporary), show_progress=False)
             lines = (json.dumps(passage.as_json(), ensure_ascii=False) for passage in self.passages)
@@ -110,7 +129,9 @@ class Index:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Open what `save` wrote; raise `DataError` if it is missing, damaged or of another version."""
+        """Open what `save` wrote; raise `DataError` if it is missing, damaged or of another
+        version.
+        """
         import bm25s
 
         folder = Path(folder)
@@ -126,7 +147,9 @@ class Index:
         except CheckpointError:
             raise DataError(f"There is no index in {folder}; build one first.") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"The index in {folder} is damaged ({error}); build it again.") from None
+            raise DataError(
+                f"The index in {folder} is damaged ({error}); build it again."
+            ) from None
         return cls(kept, ranking, meta["source"])
 
 

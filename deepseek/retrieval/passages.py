@@ -11,8 +11,8 @@ MATCHED_LINES = 12
 """Lines of code that a query is compared with."""
 
 SHOWN_LINES = 18
-"""Lines of code that are shown: those matched and what follows them, since what comes next is what is asked for
-(RepoCoder, arXiv:2303.12570)."""
+"""Lines of code that are shown: those matched and what follows them, since what comes next is what
+is asked for (RepoCoder, arXiv:2303.12570)."""
 
 STRIDE = 6
 """Lines from one passage of code to the next."""
@@ -36,7 +36,8 @@ class Passage:
         kind: of the document.
         start, stop: its lines, `[start, stop)`, counted from 0.
         text: what is shown.
-        path: of the file that it belongs to where that is not the document's name, as in a commit; else empty.
+        path: of the file that it belongs to where that is not the document's name, as in a commit;
+            else empty.
     """
 
     name: str
@@ -65,8 +66,12 @@ def passages(document: Document) -> Iterator[tuple[Passage, str]]:
         yield from _paragraphs(document)
 
 
-def _windows(document: Document, text: str, first: int, path: str = "") -> Iterator[tuple[Passage, str]]:
-    """Yield overlapping windows of lines; `first` is the number of the first line of `text` in the document."""
+def _windows(
+    document: Document, text: str, first: int, path: str = ""
+) -> Iterator[tuple[Passage, str]]:
+    """Yield overlapping windows of lines; `first` is the number of the first line of `text` in the
+    document.
+    """
     lines = text.splitlines(keepends=True)
     for start in range(0, max(1, len(lines) - MATCHED_LINES + STRIDE), STRIDE):
         shown = lines[start : start + SHOWN_LINES]
@@ -97,7 +102,8 @@ def _paragraphs(document: Document) -> Iterator[tuple[Passage, str]]:
         ends = not line.strip() and size >= PARAGRAPH_CHARACTERS // 2
         if ends or size >= PARAGRAPH_CHARACTERS or place == len(lines) - 1:
             yield from _cut(document, start, lines[start : place + 1])
-            start, size = place + 1, 0
+            start = place + 1
+            size = 0
 
 
 def _cut(document: Document, start: int, lines: list[str]) -> Iterator[tuple[Passage, str]]:

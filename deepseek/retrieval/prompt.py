@@ -9,13 +9,16 @@ QUERY_LINES = 12
 
 
 def query_of(text: str) -> str:
-    """Return the part of an unfinished text to search with: its last lines, the very last ones counted again."""
+    """Return the part of an unfinished text to search with: its last lines, the very last ones
+    counted again.
+    """
     lines = [line for line in text.splitlines() if line.strip()][-QUERY_LINES:]
     return "\n".join([*lines, *lines[-3:]])
 
 
 def before_text(passages: Iterable[Passage]) -> str:
-    """Return what stands before a text that goes on: passages as files with their header, the best one last.
+    """Return what stands before a text that goes on: passages as files with their header, the best
+    one last.
 
     The header is that of the training rows (`data.encode.header`), so an expert has seen its form.
     """
@@ -29,5 +32,7 @@ def in_question(passages: Iterable[Passage], question: str) -> str:
 
 
 def _headed(passage: Passage) -> str:
-    title = "" if passage.kind in ("text", "messages") else f"file: {passage.path or passage.name}\n\n"
+    title = (
+        "" if passage.kind in ("text", "messages") else f"file: {passage.path or passage.name}\n\n"
+    )
     return f"{title}{passage.text.strip(chr(10))}\n\n"

@@ -1,6 +1,7 @@
 """The application: routes, the guard before them, and the page.
 
-request -> guard (host, origin, key, size, readiness) -> route -> ask -> engine -> job -> reply or server-sent events
+request -> guard (host, origin, key, size, readiness) -> route -> ask -> engine -> job -> reply or
+server-sent events
 """
 
 import asyncio
@@ -19,7 +20,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from deepseek.engine.engine import Engine
 from deepseek.server.errors import DOCUMENTED, install
 from deepseek.server.guard import Guard
-from deepseek.server.routes import chat_completions, completions, models, preferences, responses, teach
+from deepseek.server.routes import (
+    chat_completions,
+    completions,
+    models,
+    preferences,
+    responses,
+    teach,
+)
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
@@ -28,9 +36,12 @@ ROUTERS = (chat_completions, completions, responses, models, teach, preferences)
 
 
 def create_app(
-    engine: Engine | None = None, settings: Settings | None = None, lesson: TeachRequest | None = None
+    engine: Engine | None = None,
+    settings: Settings | None = None,
+    lesson: TeachRequest | None = None,
 ) -> FastAPI:
-    """Return the ASGI application. Without an engine it says that it is loading until `app.state.service.attach`.
+    """Return the ASGI application. Without an engine it says that it is loading until
+    `app.state.service.attach`.
 
     Args:
         lesson: an expert to train as soon as there is an engine.
@@ -48,7 +59,14 @@ def create_app(
         await app.state.teacher.stop()
         gc.unfreeze()  # see `Service.attach`
 
-    app = FastAPI(title="deepseek", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, responses=DOCUMENTED)
+    app = FastAPI(
+        title="deepseek",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=DOCUMENTED,
+    )
     app.state.service, app.state.teacher = service, teach.Teacher(service)
     install(app)
     for room in ROUTERS:
@@ -69,7 +87,9 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready")
     async def ready() -> dict[str, Any]:
-        """Say whether requests are served; 503 while the model is loaded and while the server shuts down."""
+        """Say whether requests are served; 503 while the model is loaded and while the server shuts
+        down.
+        """
         if service.refusal is not None:
             raise service.refusal
         return {"status": "ready", "model": service.settings.model}
@@ -91,4 +111,10 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
         """Tell the page what it may offer."""
         settings = service.settings
         may = {"admin": request.state.role == "admin", "teach": settings.teach_root is not None}
-        return JSONResponse({"model": settings.model, **may, "keyed": bool(settings.api_keys or settings.admin_keys)})
+        return JSONResponse(
+            {
+                "model": settings.model,
+                **may,
+                "keyed": bool(settings.api_keys or settings.admin_keys),
+            }
+        )

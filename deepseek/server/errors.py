@@ -1,4 +1,6 @@
-"""What a refused request gets: a status and `{"error": {"message", "type", "param", "code"}}`, whatever refused it."""
+"""What a refused request gets: a status and `{"error": {"message", "type", "param", "code"}}`,
+whatever refused it.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,9 +17,15 @@ from deepseek.errors import UserError
 from deepseek.packs.manifest import printable
 
 TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
-    409: "conflict_error", 429: "rate_limit_error", 503: "unavailable_error", 504: "timeout_error",
-}  # fmt: skip
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
 
 RETRY_SECONDS = 1
 """After which a client may try again where the queue was full or the server is loading."""
@@ -48,19 +56,31 @@ class ApiError(Exception):
     """Ends a request with `status` and one sentence."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
         retry_after: float = RETRY_SECONDS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
         self.headers = {"Retry-After": str(math.ceil(retry_after))} if status in (429, 503) else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body."""
-        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        kind = TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        }
 
     def response(self) -> JSONResponse:
         """Return the reply."""
@@ -71,11 +91,14 @@ def explained(mistake: dict[str, Any]) -> ApiError:
     """Return the refusal for one mistake that validation found, naming the field."""
     where = printable(".".join(str(part) for part in mistake["loc"][1:]))
     if mistake["type"] == "extra_forbidden":
-        message, code = f"The field {where} is not supported; leave it out.", "unsupported_field"
+        message = f"The field {where} is not supported; leave it out."
+        code = "unsupported_field"
     elif mistake["type"] == "json_invalid":
-        message, code = "The body is not valid JSON.", "invalid_json"
+        message = "The body is not valid JSON."
+        code = "invalid_json"
     else:
-        message, code = f"The field {where or 'body'} is invalid: {printable(mistake['msg'])}.", "invalid_value"
+        message = f"The field {where or 'body'} is invalid: {printable(mistake['msg'])}."
+        code = "invalid_value"
     return ApiError(400, message, param=where or None, code=code)
 
 
@@ -88,8 +111,12 @@ def refused(error: HTTPException) -> ApiError:
 
 TOLD: dict[type[Exception], Callable[[Any], ApiError]] = {
     ApiError: lambda error: error,
-    QueueFullError: lambda error: ApiError(429, str(error), code="queue_full", retry_after=error.retry_after),
-    EngineStoppedError: lambda _: ApiError(503, "The server is shutting down; ask another one.", code="draining"),
+    QueueFullError: lambda error: ApiError(
+        429, str(error), code="queue_full", retry_after=error.retry_after
+    ),
+    EngineStoppedError: lambda _: ApiError(
+        503, "The server is shutting down; ask another one.", code="draining"
+    ),
     UserError: lambda error: ApiError(400, str(error), code="invalid_value"),
     RequestValidationError: lambda error: explained(error.errors()[0]),
     HTTPException: refused,
@@ -98,10 +125,14 @@ TOLD: dict[type[Exception], Callable[[Any], ApiError]] = {
         400, "The request holds characters that are no Unicode text.", code="invalid_value"
     ),
     Exception: lambda error: ApiError(
-        500, f"The server failed ({type(error).__name__}); its log says more.", code="internal_error"
+        500,
+        f"The server failed ({type(error).__name__}); its log says more.",
+        code="internal_error",
     ),
 }
-"""What a client is told of an error, by the first kind that fits; of a defect of ours no more than its name."""
+"""What a client is told of an error, by the first kind that fits; of a defect of ours no more than
+its name.
+"""
 
 
 def as_api_error(error: Exception) -> ApiError:

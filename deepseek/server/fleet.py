@@ -1,9 +1,12 @@
-"""Many replicas, one set of experts: a change counts once every replica has confirmed it, and else it is taken back.
+"""Many replicas, one set of experts: a change counts once every replica has confirmed it, and else
+it is taken back.
 
-request -> one replica's fleet -> ledger -> the new state to every replica -> reports -> kept, or the old state again
+request -> one replica's fleet -> ledger -> the new state to every replica -> reports -> kept, or
+the old state again
 
-The ledger is the only place where the state changes. Replicas fetch it there, each bring their engine to it and report;
-one that starts does so before it serves. Nothing here knows what carries the calls.
+The ledger is the only place where the state changes. Replicas fetch it there, each bring their
+engine to it and report; one that starts does so before it serves. Nothing here knows what carries
+the calls.
 """
 
 import asyncio
@@ -68,7 +71,9 @@ class Report:
 
 
 class Member:
-    """A replica as the ledger sees it. `actor`: its Ray actor, which can be asked whether it lives."""
+    """A replica as the ledger sees it. `actor`: its Ray actor, which can be asked whether it
+    lives.
+    """
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -123,8 +128,11 @@ class Ledger:
         """Return what to plug for a digest."""
         return self._packs[digest]
 
-    async def change(self, before: State, after: State, pack: ExpertPack | None = None) -> dict[str, str]:
-        """Let every replica hold `after`, for which `pack` may be needed; unless all confirm, all hold `before` again.
+    async def change(
+        self, before: State, after: State, pack: ExpertPack | None = None
+    ) -> dict[str, str]:
+        """Let every replica hold `after`, for which `pack` may be needed; unless all confirm, all
+        hold `before` again.
 
         Returns why it is not confirmed, by replica, "" for those that do confirm.
         """
@@ -133,7 +141,9 @@ class Ledger:
                 return {"": "", "another": "it had a change of its own"}
             if pack is not None:
                 self._packs[pack.manifest.digest] = pack
-            found = {name: report.mismatch(after) for name, report in (await self._tell(after)).items()}
+            found = {
+                name: report.mismatch(after) for name, report in (await self._tell(after)).items()
+            }
             self._state = before if any(found.values()) else after
             for name, report in (await self._tell(before)).items() if self._state is before else ():
                 if report.mismatch(before):
@@ -163,33 +173,48 @@ class Ledger:
 
 
 class Fleet:
-    """The replicas of one server as one of them sees them: it plugs as an engine does, but everywhere.
+    """The replicas of one server as one of them sees them: it plugs as an engine does, but
+    everywhere.
 
     Args:
         engine: this replica's own.
         call: calls a method of the ledger, wherever that is, and waits for what it returns.
-        take: is told whether the server drains; returns the requests under way and the figures of this replica.
-        lost: called from another thread when this replica no longer knows what the others have; it must end then.
+        take: is told whether the server drains; returns the requests under way and the figures of
+            this replica.
+        lost: called from another thread when this replica no longer knows what the others have; it
+            must end then.
     """
 
     def __init__(
-        self, engine: Engine, call: Callable[..., Any], take: Callable[[bool], tuple[int, str]],
+        self,
+        engine: Engine,
+        call: Callable[..., Any],
+        take: Callable[[bool], tuple[int, str]],
         lost: Callable[[], object],
-    ) -> None:  # fmt: skip
-        self._engine, self._call, self._take, self._lost = engine, call, take, lost
+    ) -> None:
+        self._engine = engine
+        self._call = call
+        self._take = take
+        self._lost = lost
         self._state = State()
 
     def join(self, name: str, actor: Any) -> None:
-        """Plug and arm what the others have, and follow the ledger from then on. Raises `PackError`."""
+        """Plug and arm what the others have, and follow the ledger from then on. Raises
+        `PackError`.
+        """
         state = self._call("join", name, actor)
         if refusal := self._hold(state).mismatch(state):
             raise PackError(refusal)
         threading.Thread(target=self._follow, args=(name,), name="follow", daemon=True).start()
 
     def plug(self, path: str | Path) -> ExpertInfo:
-        """Plug a pack file everywhere. Raises `PackError` as an engine does, `ApiError` if not all could."""
-        pack, state = read_pack(path), self._state
-        name, digest = pack.manifest.name, pack.manifest.digest
+        """Plug a pack file everywhere. Raises `PackError` as an engine does, `ApiError` if not all
+        could.
+        """
+        pack = read_pack(path)
+        state = self._state
+        name = pack.manifest.name
+        digest = pack.manifest.digest
         if name in state.experts:
             raise PackError(f"An expert named {name} is plugged already; unplug it first.")
         self._change(state, replace(state, experts={**state.experts, name: digest}), pack)
@@ -199,18 +224,31 @@ class Fleet:
         """Unplug an expert everywhere. Raises as `plug`."""
         state = self._state
         rest = {other: digest for other, digest in state.experts.items() if other != name}
-        arming = state.arming if isinstance(state.arming, str) else tuple(one for one in state.arming if one in rest)
+        arming = (
+            state.arming
+            if isinstance(state.arming, str)
+            else tuple(one for one in state.arming if one in rest)
+        )
         self._change(state, replace(state, experts=rest, arming=arming))
 
     def arm(self, names: str | Iterable[str]) -> tuple[str, ...]:
-        """Choose everywhere who speaks where a request does not choose; return their names. Raises as `plug`."""
-        self._change(self._state, replace(self._state, arming=names if isinstance(names, str) else tuple(names)))
+        """Choose everywhere who speaks where a request does not choose; return their names. Raises
+        as `plug`.
+        """
+        self._change(
+            self._state,
+            replace(self._state, arming=names if isinstance(names, str) else tuple(names)),
+        )
         return tuple(info.name for info in self._engine.experts() if info.armed)
 
     def metrics(self) -> bytes:
-        """Return the figures of all replicas in Prometheus' text form, each with a label that names its replica."""
+        """Return the figures of all replicas in Prometheus' text form, each with a label that names
+        its replica.
+        """
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(Figures({name: report.metrics for name, report in self._call("reports").items()}))
+        registry.register(
+            Figures({name: report.metrics for name, report in self._call("reports").items()})
+        )
         return generate_latest(registry)
 
     def _change(self, before: State, after: State, *pack: ExpertPack) -> None:
@@ -219,7 +257,10 @@ class Fleet:
             return
         if len(reasons) == 1:
             raise PackError(reasons.pop())
-        why = "; ".join(f"{name}: {reason}" for name, reason in found.items() if reason) or "none is there"
+        why = (
+            "; ".join(f"{name}: {reason}" for name, reason in found.items() if reason)
+            or "none is there"
+        )
         message = f"Not all replicas confirmed, so nothing has changed ({why}); try again."
         raise ApiError(503, message, code="not_confirmed")
 
@@ -233,7 +274,8 @@ class Fleet:
 
     def _hold(self, state: State) -> Report:
         """Bring the engine to a state and report."""
-        engine, refusal = self._engine, ""
+        engine = self._engine
+        refusal = ""
         active, metrics = self._take(state.draining)
         try:
             held = {info.name: info.digest for info in engine.experts()}
@@ -246,7 +288,9 @@ class Fleet:
             self._state = state
         except Exception as error:  # the others must hear of it, whatever it is
             refusal = as_api_error(error).message
-        return Report({info.name: info.digest for info in engine.experts()}, refusal, active, metrics)
+        return Report(
+            {info.name: info.digest for info in engine.experts()}, refusal, active, metrics
+        )
 
 
 class Figures(Collector):
@@ -260,7 +304,11 @@ class Figures(Collector):
         families: dict[str, Metric] = {}
         for replica, text in self.texts.items():
             for family in text_string_to_metric_families(text):
-                kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                kept = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
                 for sample in family.samples:
-                    kept.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+                    kept.add_sample(
+                        sample.name, {**sample.labels, "replica": replica}, sample.value
+                    )
         return families.values()

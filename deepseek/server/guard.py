@@ -1,4 +1,6 @@
-"""What stands before every route: who asks, from where, how much, and whether the server is up to it."""
+"""What stands before every route: who asks, from where, how much, and whether the server is up to
+it.
+"""
 
 import asyncio
 import hmac
@@ -46,16 +48,24 @@ class Guard:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
+        self.app = app
+        self.service = service
         settings = service.settings
-        self.keys = [*((key, "admin") for key in settings.admin_keys), *((key, "user") for key in settings.api_keys)]
-        self.sessions = [(hmac.digest(settings.secret.encode(), role.encode(), "sha256").hex(), role) for role in ROLES]
+        self.keys = [
+            *((key, "admin") for key in settings.admin_keys),
+            *((key, "user") for key in settings.api_keys),
+        ]
+        self.sessions = [
+            (hmac.digest(settings.secret.encode(), role.encode(), "sha256").hex(), role)
+            for role in ROLES
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 500
+        started = time.perf_counter()
+        status = 500
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -76,17 +86,26 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it here."""
-        settings, uploads = self.service.settings, scope["path"] == UPLOAD_PATH
-        body = LimitedBody(receive, settings.max_upload if uploads else settings.max_body, pieces=uploads)
+        settings = self.service.settings
+        uploads = scope["path"] == UPLOAD_PATH
+        body = LimitedBody(
+            receive, settings.max_upload if uploads else settings.max_body, pieces=uploads
+        )
         try:
             answer = await self._checked(scope, body)
         except (ApiError, UserError) as error:
             answer = as_api_error(error).response()
-        await (self.app(scope, body.receive, send) if answer is None else answer(scope, receive, send))
+        await (
+            self.app(scope, body.receive, send) if answer is None else answer(scope, receive, send)
+        )
 
     async def _checked(self, scope: Scope, body: "LimitedBody") -> Response | None:
-        """Return a reply where the request must not or need not reach a route; raise `ApiError` to refuse it."""
-        headers, path, method = Headers(scope=scope), scope["path"], scope["method"]
+        """Return a reply where the request must not or need not reach a route; raise `ApiError` to
+        refuse it.
+        """
+        headers = Headers(scope=scope)
+        path = scope["path"]
+        method = scope["method"]
         check_host(headers, self.service)
         if method not in SAFE_METHODS:
             check_origin(headers)
@@ -99,7 +118,9 @@ class Guard:
             if path == "/" and method == "GET":
                 return login_page()
             raise ApiError(
-                401, "The API key is missing or wrong; send 'Authorization: Bearer KEY'.", code="invalid_api_key"
+                401,
+                "The API key is missing or wrong; send 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
             )
         refusal = self.service.refusal
         if refusal is not None and (path.startswith("/v1/") or path == "/tokenizer_info"):
@@ -119,8 +140,12 @@ class Guard:
         return role_of(session[1], self.sessions) if session else None
 
     def _login(self, form: bytes) -> Response:
-        """Trade the key that the page's form sends for a session cookie, so that scripts never hold the key."""
-        role = role_of(parse_qs(form.decode("utf-8", "replace")).get("key", [""])[0].strip(), self.keys)
+        """Trade the key that the page's form sends for a session cookie, so that scripts never hold
+        the key.
+        """
+        role = role_of(
+            parse_qs(form.decode("utf-8", "replace")).get("key", [""])[0].strip(), self.keys
+        )
         if role is None:
             return login_page()
         session = next(token for token, of in self.sessions if of == role)
@@ -137,12 +162,17 @@ class LimitedBody:
     """
 
     def __init__(self, receive: Receive, limit: int, *, pieces: bool) -> None:
-        self.limit, self._receive, self._pieces = limit, receive, pieces
-        self._size, self._complete = 0, False
+        self.limit = limit
+        self._receive = receive
+        self._pieces = pieces
+        self._size = 0
+        self._complete = False
         self._deadline = time.monotonic() + BODY_SECONDS
 
     async def receive(self) -> Message:
-        """Return the next message. Raises `HTTPException`, which FastAPI lets through, where the limit is passed."""
+        """Return the next message. Raises `HTTPException`, which FastAPI lets through, where the
+        limit is passed.
+        """
         if self._complete:
             return await self._receive()
         left = BODY_SECONDS if self._pieces else self._deadline - time.monotonic()
@@ -171,7 +201,9 @@ def check_host(headers: Headers, service: Service) -> None:
     """
     found = re.match(r"\[([^\]]*)\]|[^:]*", headers.get("host", ""))
     name = (found[1] or found[0]).lower() if found else ""
-    if name not in {"localhost", service.settings.host, *service.settings.hosts} and not is_address(name):
+    if name not in {"localhost", service.settings.host, *service.settings.hosts} and not is_address(
+        name
+    ):
         raise ApiError(
             421,
             f"This server is not {name!r:.100}; start it with --allow-host to be addressed so.",
@@ -203,21 +235,29 @@ def check_length(headers: Headers, limit: int) -> None:
 
 
 def role_of(given: str, known: Sequence[tuple[str, str]]) -> str | None:
-    """Return the role of a secret, None for a wrong one, in a time that does not depend on where it is wrong."""
+    """Return the role of a secret, None for a wrong one, in a time that does not depend on where it
+    is wrong.
+    """
     roles = [role for secret, role in known if hmac.compare_digest(given.encode(), secret.encode())]
     return roles[0] if roles else None
 
 
 def login_page() -> Response:
     """Return the page that asks for the key, with the status of a request that has none."""
-    policy = {"Content-Security-Policy": POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")}
+    policy = {
+        "Content-Security-Policy": POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
+    }
     return HTMLResponse(LOGIN_PAGE.read_text(encoding="utf-8"), 401, policy)
 
 
 def require_admin(request: HttpRequest) -> None:
     """Raise `ApiError` unless the request may change something."""
     if request.state.role != "admin":
-        raise ApiError(403, "This changes the server and needs the admin key (--admin-key-file).", code="admin_only")
+        raise ApiError(
+            403,
+            "This changes the server and needs the admin key (--admin-key-file).",
+            code="admin_only",
+        )
 
 
 ADMIN = Depends(require_admin)

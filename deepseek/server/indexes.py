@@ -17,7 +17,9 @@ class Stored:
 
 
 class Indexes:
-    """The indexes in one folder, each read at its first use and again when it has changed. Any thread may ask."""
+    """The indexes in one folder, each read at its first use and again when it has changed. Any
+    thread may ask.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -25,10 +27,14 @@ class Indexes:
         self._lock = threading.Lock()
 
     def find(self, name: str) -> Index | None:
-        """Return the index of an expert, None if there is none; raise `DataError` if it is damaged."""
+        """Return the index of an expert, None if there is none; raise `DataError` if it is
+        damaged.
+        """
         folder = index_folder(name, self._folder)
         with self._lock:
-            if folder not in self._folder.glob("*.index"):  # a listing, so that no name becomes a path
+            if folder not in self._folder.glob(
+                "*.index"
+            ):  # a listing, so that no name becomes a path
                 self._stored.pop(name, None)
                 return None
             try:

@@ -15,16 +15,30 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        name, registry = "deepseek_{}".format, self.registry
-        self.requests = Counter(name("http_requests"), "Replies sent.", ("route", "status"), registry=registry)
+        name = "deepseek_{}".format
+        registry = self.registry
+        self.requests = Counter(
+            name("http_requests"), "Replies sent.", ("route", "status"), registry=registry
+        )
         self.seconds = Histogram(
-            name("http_request_seconds"), "From head to end of reply.", ("route",), buckets=SECONDS, registry=registry
+            name("http_request_seconds"),
+            "From head to end of reply.",
+            ("route",),
+            buckets=SECONDS,
+            registry=registry,
         )
         self.first_token = Histogram(
-            name("first_token_seconds"), "From submission to first token.", buckets=SECONDS, registry=registry
+            name("first_token_seconds"),
+            "From submission to first token.",
+            buckets=SECONDS,
+            registry=registry,
         )
-        self.tokens = Counter(name("tokens"), "Tokens of generations.", ("kind",), registry=registry)
-        self.spoken = Counter(name("expert_tokens"), "Tokens that an expert spoke.", ("expert",), registry=registry)
+        self.tokens = Counter(
+            name("tokens"), "Tokens of generations.", ("kind",), registry=registry
+        )
+        self.spoken = Counter(
+            name("expert_tokens"), "Tokens that an expert spoke.", ("expert",), registry=registry
+        )
 
     def watch(self, engine: Engine) -> None:
         """Show what `engine` is doing whenever somebody looks."""
@@ -34,7 +48,11 @@ class Metrics:
 
         show("running", "Requests in the batch.", lambda: engine.stats().running)
         show("waiting", "Requests in the queue.", lambda: engine.stats().waiting)
-        show("cache_reserved_bytes", "Cache that running requests own.", lambda: engine.stats().reserved_bytes)
+        show(
+            "cache_reserved_bytes",
+            "Cache that running requests own.",
+            lambda: engine.stats().reserved_bytes,
+        )
         show("cache_prefix_bytes", "Cache of stored prefixes.", lambda: engine.stats().prefix_bytes)
         show("step_seconds", "Time spent in forward passes.", lambda: engine.stats().step_seconds)
         show("experts_plugged", "Experts plugged now.", lambda: len(engine.experts()))

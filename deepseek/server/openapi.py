@@ -1,4 +1,5 @@
-"""What clients get, for the OpenAPI description: the replies of the routes that generate, and of those that list.
+"""What clients get, for the OpenAPI description: the replies of the routes that generate, and of
+those that list.
 
 The routes build their replies by themselves; the fuzz test holds them against these.
 """

@@ -28,7 +28,8 @@ class PromptWriter:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, context: int) -> None:
-        self.tokenizer, self.context = tokenizer, context
+        self.tokenizer = tokenizer
+        self.context = context
         template = tokenizer.chat_template
         self.knows_tools = isinstance(template, str) and bool(re.search(r"\btools\b", template))
         self.longest_text = context * max(len(token.encode()) for token in tokenizer.get_vocab())
@@ -37,9 +38,11 @@ class PromptWriter:
         """Return the ids of a conversation after which the assistant speaks."""
         self.check_size(sum(len(message.text) for message in messages))
         if self.knows_tools:
-            told, tools = tool_messages(messages), described(calling.tools)
+            told = tool_messages(messages)
+            tools = described(calling.tools)
         else:
-            told, tools = plain_messages(messages), []
+            told = plain_messages(messages)
+            tools = []
             if calling.tools:
                 told = with_preamble(told, calling.tools)
         with time_limit(TEMPLATE_SECONDS):
@@ -52,7 +55,9 @@ class PromptWriter:
         return user_ids(self.tokenizer, [{"role": m.role, "content": m.text} for m in messages])
 
     def text(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the ids of a plain prompt, which may be ids already; an empty text starts from nothing."""
+        """Return the ids of a plain prompt, which may be ids already; an empty text starts from
+        nothing.
+        """
         if not isinstance(prompt, str):
             return self.check(list(prompt))
         self.check_size(len(prompt.encode()))
@@ -67,15 +72,23 @@ class PromptWriter:
         raise ApiError(400, "The prompt is empty; give some text.", param="prompt")
 
     def check(self, ids: list[int]) -> list[int]:
-        """Return `ids`; raise `ApiError` if they fill the context or are none of the vocabulary's."""
+        """Return `ids`; raise `ApiError` if they fill the context or are none of the
+        vocabulary's.
+        """
         if len(ids) >= self.context:
             raise self.too_long(f"{len(ids)} tokens")
         if max(ids) >= len(self.tokenizer):
-            raise ApiError(400, f"Token {max(ids)} is not in the vocabulary of {len(self.tokenizer)}.", param="prompt")
+            raise ApiError(
+                400,
+                f"Token {max(ids)} is not in the vocabulary of {len(self.tokenizer)}.",
+                param="prompt",
+            )
         return ids
 
     def check_size(self, size: int) -> None:
-        """Raise `ApiError` for a text that cannot fit whatever its tokens are, before time is spent on it."""
+        """Raise `ApiError` for a text that cannot fit whatever its tokens are, before time is spent
+        on it.
+        """
         if size > self.longest_text:
             raise self.too_long(f"more than {self.longest_text} bytes")
 
@@ -87,7 +100,8 @@ class PromptWriter:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Within the block, refuse the request once Python code has run for longer than `seconds` (in this thread).
+    """Within the block, refuse the request once Python code has run for longer than `seconds` (in
+    this thread).
 
     A thread cannot be stopped from outside; here every line that it runs looks at the clock.
     """
@@ -95,7 +109,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     def watch(_frame: FrameType, _event: str, _value: Any) -> Any:
         if time.monotonic() > deadline:
-            raise ApiError(400, f"The chat template took longer than {seconds:g} s on these messages.")
+            raise ApiError(
+                400, f"The chat template took longer than {seconds:g} s on these messages."
+            )
         return watch
 
     before = sys.gettrace()

@@ -1,6 +1,7 @@
 """The field `retrieve` of a request: passages of what experts were trained on, put into its prompt.
 
-Passages come from indexes in the experts folder alone (`deepseek expert index NAME`); clients name them, never paths.
+Passages come from indexes in the experts folder alone (`deepseek expert index NAME`); clients name
+them, never paths.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,9 @@ class Retrieval:
         if isinstance(wanted, str):
             named = _find(service, wanted)
             if named is None:
-                message = f"There is no index {wanted!r}; make one with `deepseek expert index {wanted}`."
+                message = (
+                    f"There is no index {wanted!r}; make one with `deepseek expert index {wanted}`."
+                )
                 raise ApiError(404, message, param="retrieve", code="index_not_found")
             return cls([named], DEFAULT_PASSAGES)
         names = _speakers(service, body)
@@ -61,13 +64,17 @@ class Retrieval:
         return cls(found, DEFAULT_PASSAGES if wanted is True else wanted)
 
     def find(self, query: str, service: Service, room: int) -> list[Passage]:
-        """Return the best passages for a query that fit into `room` tokens; several indexes take turns."""
+        """Return the best passages for a query that fit into `room` tokens; several indexes take
+        turns.
+        """
 
         def length(text: str) -> int:
             return len(encode_plain(service.engine.tokenizer, [text])[0])
 
         left = min(MOST_TOKENS, room)
-        ranked = [index.retrieve(query, self.passages, max(0, left), length) for index in self.indexes]
+        ranked = [
+            index.retrieve(query, self.passages, max(0, left), length) for index in self.indexes
+        ]
         chosen: list[Passage] = []
         for passage in (one for turn in zip_longest(*ranked) for one in turn if one is not None):
             size = length(passage.text)
@@ -76,14 +83,22 @@ class Retrieval:
                 left -= size
         return chosen
 
-    def before(self, ids: Sequence[int], service: Service, answer: int) -> tuple[list[int], list[Passage]]:
+    def before(
+        self, ids: Sequence[int], service: Service, answer: int
+    ) -> tuple[list[int], list[Passage]]:
         """Return a plain prompt with passages before it, and these; `answer` tokens stay free."""
         tokenizer = service.engine.tokenizer
         query = query_of(str(tokenizer.decode(list(ids), skip_special_tokens=True)))
-        found = self.find(query, service, service.writer.context - len(ids) - answer - TEMPLATE_TOKENS)
+        found = self.find(
+            query, service, service.writer.context - len(ids) - answer - TEMPLATE_TOKENS
+        )
         start = document_start_ids(tokenizer)
         begun = len(start) if list(ids[: len(start)]) == start else 0
-        return [*ids[:begun], *encode_plain(tokenizer, [before_text(found)])[0], *ids[begun:]], found
+        return [
+            *ids[:begun],
+            *encode_plain(tokenizer, [before_text(found)])[0],
+            *ids[begun:],
+        ], found
 
     def in_chat(
         self, messages: Sequence[ChatMessage], service: Service, room: int
@@ -100,7 +115,9 @@ class Retrieval:
 
 def described_passages(found: Sequence[Passage]) -> list[str]:
     """Return where passages come from: document and lines, counted from 1."""
-    return [f"{passage.path or passage.name}:{passage.start + 1}-{passage.stop}" for passage in found]
+    return [
+        f"{passage.path or passage.name}:{passage.start + 1}-{passage.stop}" for passage in found
+    ]
 
 
 def _find(service: Service, name: str) -> Index | None:
@@ -114,5 +131,7 @@ def _speakers(service: Service, body: GenerationFields) -> list[str]:
     """Return the experts that may speak in a request, sorted by name."""
     choice = service.experts(body.model, body.experts)
     plugged = service.engine.experts()
-    armed = {info.name for info in plugged if info.armed} if choice.arm == "auto" else set(choice.arm)
+    armed = (
+        {info.name for info in plugged if info.armed} if choice.arm == "auto" else set(choice.arm)
+    )
     return sorted(armed - set(choice.deny))

@@ -47,29 +47,46 @@ def serve(
         max_running, max_waiting: most requests in a batch, and in the queue.
         int8: see `start_engine`.
         lesson: an expert to train from the start, beside serving; it is plugged when it is done.
-        replicas: how many engines share the work on Ray Serve, each in a process of its own; None: one, in this one.
+        replicas: how many engines share the work on Ray Serve, each in a process of its own; None:
+            one, in this one.
         cpus: processors of each replica.
         announce: told the address once, when it can be reached.
 
     Raises:
-        ConfigError: the address is taken, or open to others without a key; HubError, CheckpointError, PackError: the
-            model or an expert cannot be loaded.
+        ConfigError: the address is taken, or open to others without a key; HubError,
+            CheckpointError, PackError: the model or an expert cannot be loaded.
     """
     settings = replace(settings or Settings(), model=Path(model).name, base=str(model))
     listener = listen(settings)
-    url, cache_bytes = address(listener, settings.host), int(cache_gib * (1 << 30))
+    url = address(listener, settings.host)
+    cache_bytes = int(cache_gib * (1 << 30))
     start = partial(
-        start_engine, model, int8=int8, cache_bytes=cache_bytes, max_running=max_running, max_waiting=max_waiting
+        start_engine,
+        model,
+        int8=int8,
+        cache_bytes=cache_bytes,
+        max_running=max_running,
+        max_waiting=max_waiting,
     )
     if replicas is not None:
         from deepseek.server.replicas import serve_replicas
 
         with listener:
             port = listener.getsockname()[1]
-        serve_replicas(settings, port, replicas, cpus, experts=experts, start=start, announce=partial(announce, url))
+        serve_replicas(
+            settings,
+            port,
+            replicas,
+            cpus,
+            experts=experts,
+            start=start,
+            announce=partial(announce, url),
+        )
         return
     app = create_app(None, settings, lesson)
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30
+    )
     server = DrainingServer(config, app.state.service, partial(start, experts=experts))
     announce(url)
     server.run(sockets=[listener])
@@ -77,9 +94,13 @@ def serve(
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that loads its engine while it already answers, and on a signal ends only when nothing is under way."""
+    """A server that loads its engine while it already answers, and on a signal ends only when
+    nothing is under way.
+    """
 
-    def __init__(self, config: uvicorn.Config, service: Service, make_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, make_engine: Callable[[], Engine]
+    ) -> None:
         super().__init__(config)
         self.service = service
         self.failure: BaseException | None = None
@@ -132,7 +153,9 @@ def listen(settings: Settings) -> socket.socket:
             raise ConfigError(
                 f"Port {settings.port} on {settings.host} is taken; choose another one with --port (0: any free one)."
             ) from None
-        raise ConfigError(f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}).") from None
+        raise ConfigError(
+            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror})."
+        ) from None
     return listener
 
 

@@ -1,4 +1,6 @@
-"""What clients send: OpenAI's fields as far as they mean something here; any other one is refused by name."""
+"""What clients send: OpenAI's fields as far as they mean something here; any other one is refused
+by name.
+"""
 
 from copy import copy
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +28,9 @@ FormatKind = Literal["text", "json_object", "json_schema"]
 class Body(BaseModel):
     """JSON types as they are: no text is taken for a number, and no field goes unread."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True
+    )
 
 
 class ExpertsField(Body):
@@ -60,8 +64,9 @@ class StreamOptions(Body):
 class GenerationFields(SamplingFields):
     """What chat and plain completions share.
 
-    `retrieve` (our extension) puts passages of what experts were trained on into the prompt: true takes them from the
-    indexes of the experts that may speak, a number says how many, a name says from which expert's index.
+    `retrieve` (our extension) puts passages of what experts were trained on into the prompt: true
+    takes them from the indexes of the experts that may speak, a number says how many, a name says
+    from which expert's index.
     """
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -112,7 +117,11 @@ class ChatMessage(Body):
     @property
     def text(self) -> str:
         """The content as one text."""
-        return "".join(p.text for p in self.content) if isinstance(self.content, list) else self.content or ""
+        return (
+            "".join(p.text for p in self.content)
+            if isinstance(self.content, list)
+            else self.content or ""
+        )
 
 
 class Function(Body):
@@ -164,7 +173,9 @@ class ChatRequest(GenerationFields):
 class CompletionRequest(GenerationFields):
     """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text."""
 
-    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
+    prompt: (
+        str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
     max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -230,10 +241,25 @@ class TeachText(Body):
 
 
 TAUGHT = (
-    "minutes", "layers", "width", "tokens", "epochs", "split", "questions", "held_out", "held_out_tokens", "row_length",
-    "batch_rows", "learning_rate", "licence", "domain", "seed",
-)  # fmt: skip
-"""Arguments of `deepseek.train_expert` that a client may set: none that names a file, the base or what is printed."""
+    "minutes",
+    "layers",
+    "width",
+    "tokens",
+    "epochs",
+    "split",
+    "questions",
+    "held_out",
+    "held_out_tokens",
+    "row_length",
+    "batch_rows",
+    "learning_rate",
+    "licence",
+    "domain",
+    "seed",
+)
+"""Arguments of `deepseek.train_expert` that a client may set: none that names a file, the base or
+what is printed.
+"""
 
 if TYPE_CHECKING:
     TeachRequest = TeachText

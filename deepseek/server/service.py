@@ -1,4 +1,6 @@
-"""What all routes share: the engine, the settings, what a request's words mean to the engine, and what is under way."""
+"""What all routes share: the engine, the settings, what a request's words mean to the engine, and
+what is under way.
+"""
 
 import asyncio
 import gc
@@ -38,12 +40,18 @@ class GenerationJob:
         seconds: after which all of them are given up.
     """
 
-    def __init__(self, generations: Sequence[Generation], choices: int, metrics: Metrics, seconds: float) -> None:
-        self.generations, self._choices, self._metrics = generations, choices, metrics
+    def __init__(
+        self, generations: Sequence[Generation], choices: int, metrics: Metrics, seconds: float
+    ) -> None:
+        self.generations = generations
+        self._choices = choices
+        self._metrics = metrics
         self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         for index, generation in enumerate(generations):
             generation.subscribe(partial(self._take, index))
-        self._started, self._seconds, self._expired = time.perf_counter(), seconds, False
+        self._started = time.perf_counter()
+        self._seconds = seconds
+        self._expired = False
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
@@ -69,7 +77,9 @@ class GenerationJob:
         for usage in each:
             experts.update(usage.experts)
         prompts = each[:: self._choices]
-        prompt, cached = (sum(getattr(u, name) for u in prompts) for name in ("prompt_tokens", "cached_tokens"))
+        prompt, cached = (
+            sum(getattr(u, name) for u in prompts) for name in ("prompt_tokens", "cached_tokens")
+        )
         return TokenUsage(prompt, cached, sum(usage.completion_tokens for usage in each), experts)
 
     def close(self) -> None:
@@ -92,8 +102,14 @@ class GenerationJob:
             raise ApiError(500, f"The generation failed: {event.error}", code="internal_error")
         if event.finish_reason == "cancelled":
             if self._expired:
-                raise ApiError(504, f"The answer took longer than {self._seconds:g} s; ask for less.", code="timeout")
-            raise ApiError(503, "The server stopped this answer because it is shutting down.", code="draining")
+                raise ApiError(
+                    504,
+                    f"The answer took longer than {self._seconds:g} s; ask for less.",
+                    code="timeout",
+                )
+            raise ApiError(
+                503, "The server stopped this answer because it is shutting down.", code="draining"
+            )
 
 
 SEPARATOR = "+"
@@ -109,7 +125,8 @@ class Settings:
         model: the name under which clients know the base model; it has no path in it.
         base: name, folder or hub id of the base, for trainings.
         host, port: where it listens; port 0 takes a free one.
-        hosts: further names under which it may be addressed (`Host` header), beside loopback and `host`.
+        hosts: further names under which it may be addressed (`Host` header), beside loopback and
+            `host`.
         api_keys: who may ask; none: everybody who reaches the server.
         admin_keys: who may change something; none: nobody where `api_keys` are set, else everybody.
         experts_folder: where packs are plugged from by name.
@@ -139,7 +156,9 @@ class Settings:
 
 
 class Service:
-    """The state of one server; `engine` comes later than the server itself, so that it can say that it is loading."""
+    """The state of one server; `engine` comes later than the server itself, so that it can say that
+    it is loading.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -167,7 +186,9 @@ class Service:
         if self.draining:
             return ApiError(503, "The server is shutting down; ask another one.", code="draining")
         if self._engine is None:
-            return ApiError(503, "The model is being loaded; try again in a moment.", code="loading")
+            return ApiError(
+                503, "The model is being loaded; try again in a moment.", code="loading"
+            )
         return None
 
     @property
@@ -198,40 +219,63 @@ class Service:
         return GenerationJob(generations, choices, self.metrics, self.settings.request_seconds)
 
     def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:
-        """Return who may speak under a model name such as `smollm2-135m+code+zh` and the field `experts`.
+        """Return who may speak under a model name such as `smollm2-135m+code+zh` and the field
+        `experts`.
 
-        The plain name takes those that the server has armed. Raises `ApiError` if there is no such model, or if name
-        and field both choose.
+        The plain name takes those that the server has armed. Raises `ApiError` if there is no such
+        model, or if name and field both choose.
         """
         named = self.named_experts(model)
         if named is None:
             arm = wanted.arm if isinstance(wanted.arm, str) else tuple(wanted.arm)
         elif "arm" in wanted.model_fields_set:
-            raise ApiError(400, "The model name chooses experts already; leave experts.arm out.", param="experts.arm")
+            raise ApiError(
+                400,
+                "The model name chooses experts already; leave experts.arm out.",
+                param="experts.arm",
+            )
         else:
             arm = named
         return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
 
     def named_experts(self, model: str) -> tuple[str, ...] | None:
-        """Return the experts in a model name, None for the plain one. Raises `ApiError` if one is not plugged."""
-        base, plugged = self.settings.model, {info.name for info in self.engine.experts()}
+        """Return the experts in a model name, None for the plain one. Raises `ApiError` if one is
+        not plugged.
+        """
+        base = self.settings.model
+        plugged = {info.name for info in self.engine.experts()}
         if model == base:
             return None
-        names = model.removeprefix(base + SEPARATOR).split(SEPARATOR) if model.startswith(base + SEPARATOR) else []
+        names = (
+            model.removeprefix(base + SEPARATOR).split(SEPARATOR)
+            if model.startswith(base + SEPARATOR)
+            else []
+        )
         if names == [BASE_ALONE]:
             return ()
         if not names or not plugged.issuperset(names):
             known = ", ".join(self.models())
             raise ApiError(
-                404, f"There is no model {model!r:.100}; there are {known}.", param="model", code="model_not_found"
+                404,
+                f"There is no model {model!r:.100}; there are {known}.",
+                param="model",
+                code="model_not_found",
             )
         return tuple(names)
 
     def models(self) -> list[str]:
-        """Return the names to choose from: the base as armed, alone, with each expert, and with all."""
-        base, plugged = self.settings.model, [info.name for info in self.engine.experts()]
+        """Return the names to choose from: the base as armed, alone, with each expert, and with
+        all.
+        """
+        base = self.settings.model
+        plugged = [info.name for info in self.engine.experts()]
         every = [SEPARATOR.join([base, *plugged])] if len(plugged) > 1 else []
-        return [base, f"{base}{SEPARATOR}{BASE_ALONE}", *(f"{base}{SEPARATOR}{name}" for name in plugged), *every]
+        return [
+            base,
+            f"{base}{SEPARATOR}{BASE_ALONE}",
+            *(f"{base}{SEPARATOR}{name}" for name in plugged),
+            *every,
+        ]
 
     def _token_text(self, identity: int) -> str:
         return str(self.engine.tokenizer.decode([identity]))
@@ -258,16 +302,30 @@ TheService = Annotated[Service, Depends(_service_of)]
 
 
 DIALS = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
     "logit_bias",
-)  # fmt: skip
+)
 
 
 def ask(
-    service: Service, body: SamplingFields, prompt_ids: Sequence[int], max_tokens: int | None, *, choice: int = 0,
-    schema: dict[str, Any] | None = None, logprobs: int | None = None, prompt_logprobs: bool = False,
+    service: Service,
+    body: SamplingFields,
+    prompt_ids: Sequence[int],
+    max_tokens: int | None,
+    *,
+    choice: int = 0,
+    schema: dict[str, Any] | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: bool = False,
     user_ids: tuple[int, ...] | None = None,
-) -> Request:  # fmt: skip
+) -> Request:
     """Return the engine's request for one answer.
 
     Args:
@@ -295,7 +353,9 @@ def ask(
 
 
 def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
-    """Return how the tokens of one answer are chosen; what the request leaves open is as OpenAI has it."""
+    """Return how the tokens of one answer are chosen; what the request leaves open is as OpenAI has
+    it.
+    """
     given = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
     if "seed" in given:
         given["seed"] = (given["seed"] + choice) % (1 << 63)
@@ -305,7 +365,11 @@ def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
 
 
 def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:
-    """Return the schema of an answer of this kind, None for free text. Raises `ApiError` if it is missing."""
+    """Return the schema of an answer of this kind, None for free text. Raises `ApiError` if it is
+    missing.
+    """
     if kind == "json_schema" and described.schema_ is None:
-        raise ApiError(400, "A format of type json_schema needs a schema.", param="json_schema.schema")
+        raise ApiError(
+            400, "A format of type json_schema needs a schema.", param="json_schema.schema"
+        )
     return {"text": None, "json_object": {"type": "object"}, "json_schema": described.schema_}[kind]

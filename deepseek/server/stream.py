@@ -1,4 +1,6 @@
-"""From a job's events to what is sent: OpenAI's chunks, as server-sent events or folded into one JSON object."""
+"""From a job's events to what is sent: OpenAI's chunks, as server-sent events or folded into one
+JSON object.
+"""
 
 import json
 import time
@@ -23,22 +25,29 @@ Fields = dict[str, Any]
 
 
 class Reply(StreamingResponse):
-    """Sends chunks as server-sent events, or what `fold` makes of all of them; closes the job whatever happens.
+    """Sends chunks as server-sent events, or what `fold` makes of all of them; closes the job
+    whatever happens.
 
-    The status is sent with the first bytes, so that what goes wrong before is still an error reply. If the client goes
-    away, the job ends (Starlette stops the iteration).
+    The status is sent with the first bytes, so that what goes wrong before is still an error reply.
+    If the client goes away, the job ends (Starlette stops the iteration).
 
     Args:
         named: events have names (their `type`), and no `[DONE]` follows.
     """
 
     def __init__(
-        self, chunks: AsyncIterator[Fields], *, job: GenerationJob | None = None, named: bool = False,
+        self,
+        chunks: AsyncIterator[Fields],
+        *,
+        job: GenerationJob | None = None,
+        named: bool = False,
         fold: Callable[[list[Fields]], Fields] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         lines = self._lines(chunks, named) if fold is None else self._folded(chunks, fold)
         kind = "text/event-stream" if fold is None else "application/json"
-        super().__init__(lines, media_type=kind, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(
+            lines, media_type=kind, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
         self._job = job
 
     async def stream_response(self, send: Send) -> None:
@@ -81,7 +90,8 @@ def _data(chunk: Fields) -> str:
 
 
 class Chunks(ABC):
-    """What chat and plain completions have in common: one chunk a choice and token, and the usage at the end.
+    """What chat and plain completions have in common: one chunk a choice and token, and the usage
+    at the end.
 
     Args:
         kind: OpenAI's name of the whole reply; `suffix` makes that of a chunk.
@@ -89,13 +99,27 @@ class Chunks(ABC):
     """
 
     def __init__(
-        self, service: Service, body: GenerationFields, job: GenerationJob, kind: str, prefix: str, suffix: str
+        self,
+        service: Service,
+        body: GenerationFields,
+        job: GenerationJob,
+        kind: str,
+        prefix: str,
+        suffix: str,
     ) -> None:
-        self.service, self.job = service, job
+        self.service = service
+        self.job = job
         self.wants_usage = body.stream_options is not None and body.stream_options.include_usage
-        self.head = {"id": f"{prefix}-{token_hex(12)}", "created": int(time.time()), "model": body.model}
-        self.kind, self.suffix = kind, suffix
-        self.retrieved: list[str] | None = None  # where passages in the prompt come from, if any were asked for
+        self.head = {
+            "id": f"{prefix}-{token_hex(12)}",
+            "created": int(time.time()),
+            "model": body.model,
+        }
+        self.kind = kind
+        self.suffix = suffix
+        self.retrieved: list[str] | None = (
+            None  # where passages in the prompt come from, if any were asked for
+        )
 
     @abstractmethod
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
@@ -106,7 +130,9 @@ class Chunks(ABC):
         yield from ()
 
     def used(self) -> Fields:
-        """Return the usage, how many tokens each expert spoke, and where retrieved passages come from."""
+        """Return the usage, how many tokens each expert spoke, and where retrieved passages come
+        from.
+        """
         usage = self.job.usage()
         retrieved = {} if self.retrieved is None else {"retrieved": self.retrieved}
         return {"usage": usage_fields(usage), "experts": spoken(usage.experts), **retrieved}
@@ -125,7 +151,9 @@ class Chunks(ABC):
         choices: dict[int, Fields] = {}
         for chunk in chunks:
             for choice in chunk["choices"]:
-                choices[choice["index"]] = joined(choices.get(choice["index"]), {**choice, "expert": None})
+                choices[choice["index"]] = joined(
+                    choices.get(choice["index"]), {**choice, "expert": None}
+                )
         whole = [self.finished(choices[index]) for index in sorted(choices)]
         return {**self.head, "object": self.kind, "choices": whole, **self.used()}
 
@@ -142,7 +170,9 @@ class Chunks(ABC):
 
 
 def joined(before: Any, more: Any) -> Any:
-    """Return what two pieces of a streamed value make together: texts and lists go on, tables field by field."""
+    """Return what two pieces of a streamed value make together: texts and lists go on, tables field
+    by field.
+    """
     if isinstance(before, dict) and isinstance(more, dict):
         return {name: joined(before.get(name), more.get(name)) for name in {**before, **more}}
     if isinstance(before, str | list) and isinstance(more, str | list):
@@ -153,7 +183,11 @@ def joined(before: Any, more: Any) -> Any:
 def usage_fields(usage: TokenUsage) -> Fields:
     """Return `usage` as OpenAI names it."""
     total = usage.prompt_tokens + usage.completion_tokens
-    counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
+    counts = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": total,
+    }
     return {**counts, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
 
 
@@ -163,11 +197,16 @@ def chat_logprobs(service: Service, logprobs: Sequence[TokenLogprob]) -> Fields:
     def told(identity: int, logprob: float) -> Fields:
         text = service.token_text(identity)
         whole = "\ufffd" not in text  # a token may be a part of a character
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode()) if whole else None}
+        return {
+            "token": text,
+            "logprob": finite(logprob),
+            "bytes": list(text.encode()) if whole else None,
+        }
 
     return {
         "content": [
-            {**told(one.token_id, one.logprob), "top_logprobs": [told(*top) for top in one.top]} for one in logprobs
+            {**told(one.token_id, one.logprob), "top_logprobs": [told(*top) for top in one.top]}
+            for one in logprobs
         ],
         "refusal": None,
     }

@@ -1,4 +1,6 @@
-"""Function calls: told to the model, forced by a grammar where one must be made, and read out of its text."""
+"""Function calls: told to the model, forced by a grammar where one must be made, and read out of
+its text.
+"""
 
 import json
 import re
@@ -38,12 +40,17 @@ class Calling:
 
     @staticmethod
     def of(request: ChatRequest) -> "Calling":
-        """Return what a request asks for. Raises `ApiError` if it wants a tool that it does not describe."""
-        tools, choice = tuple(request.tools or ()), request.tool_choice
+        """Return what a request asks for. Raises `ApiError` if it wants a tool that it does not
+        describe.
+        """
+        tools = tuple(request.tools or ())
+        choice = request.tool_choice
         if isinstance(choice, Tool):
             tools = tuple(tool for tool in tools if tool.function.name == choice.function.name)
         if choice not in (None, "none", "auto") and not tools:
-            raise ApiError(400, "tool_choice wants a tool that is not among tools.", param="tool_choice")
+            raise ApiError(
+                400, "tool_choice wants a tool that is not among tools.", param="tool_choice"
+            )
         if choice == "none":
             return Calling()
         return Calling(tools, choice not in (None, "auto"), request.parallel_tool_calls is False)
@@ -52,23 +59,40 @@ class Calling:
         """Return the JSON schema of a call that must be made, None where the text is free."""
         if not self.must:
             return None
-        schemas = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in self.tools}
+        schemas = {
+            tool.function.name: tool.function.parameters or {"type": "object"}
+            for tool in self.tools
+        }
         calls = [
-            {"properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}}, **CLOSED}
+            {
+                "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}},
+                **CLOSED,
+            }
             for name in schemas
         ]
-        return {"anyOf": calls, "$defs": {name: moved(schema, f"#/$defs/{name}") for name, schema in schemas.items()}}
+        return {
+            "anyOf": calls,
+            "$defs": {name: moved(schema, f"#/$defs/{name}") for name, schema in schemas.items()},
+        }
 
     def content_length(self, text: str) -> int:
-        """Return how many characters of `text`, an answer so far, are content whatever follows: no call is in them."""
+        """Return how many characters of `text`, an answer so far, are content whatever follows: no
+        call is in them.
+        """
         if not self.tools:
             return len(text)
         start = text.lstrip()
-        if self.must or not start or any(start.startswith(mark) or MARK.startswith(start) for mark in STARTS):
+        if (
+            self.must
+            or not start
+            or any(start.startswith(mark) or MARK.startswith(start) for mark in STARTS)
+        ):
             return 0
         if MARK in text:
             return text.index(MARK)
-        return len(text) - next(size for size in range(len(MARK), -1, -1) if text.endswith(MARK[:size]))
+        return len(text) - next(
+            size for size in range(len(MARK), -1, -1) if text.endswith(MARK[:size])
+        )
 
     def read(self, text: str) -> list[dict[str, Any]]:
         """Return the calls in a finished answer."""
@@ -76,12 +100,16 @@ class Calling:
         return calls[:1] if self.one else calls
 
     def _calls(self, text: str) -> Iterator[dict[str, Any]]:
-        """Yield the calls of offered functions that a JSON text holds; Llama says "parameters" for "arguments"."""
+        """Yield the calls of offered functions that a JSON text holds; Llama says "parameters" for
+        "arguments".
+        """
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return
-        names = [tool.function.name for tool in self.tools]  # a "name" in free JSON may be anything, unhashable too
+        names = [
+            tool.function.name for tool in self.tools
+        ]  # a "name" in free JSON may be anything, unhashable too
         for call in value if isinstance(value, list) else [value]:
             if isinstance(call, dict) and call.get("name") in names:
                 arguments = call.get("arguments", call.get("parameters", {}))
@@ -103,7 +131,9 @@ def moved(schema: Any, root: str) -> Any:
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Return messages for a template that knows a role and a text: calls and their results become text."""
+    """Return messages for a template that knows a role and a text: calls and their results become
+    text.
+    """
     return [_plain(message) for message in messages]
 
 
@@ -122,14 +152,22 @@ def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 def with_preamble(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """Return messages whose system message also describes the tools."""
-    preamble = PREAMBLE.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in described(tools)))
+    preamble = PREAMBLE.format(
+        tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in described(tools))
+    )
     if messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{preamble}"}, *messages[1:]]
+        return [
+            {"role": "system", "content": f"{messages[0]['content']}\n\n{preamble}"},
+            *messages[1:],
+        ]
     return [{"role": "system", "content": preamble}, *messages]
 
 
 def _said(message: ChatMessage) -> dict[str, Any]:
-    return {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+    return {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.text,
+    }
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:
@@ -137,13 +175,17 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
         return {"role": "user", "content": f"<tool_response>\n{message.text}\n</tool_response>"}
     said = _said(message)
     for call in message.tool_calls or ():
-        made = json.dumps({"name": call.function.name, "arguments": _arguments(call.function.arguments)})
+        made = json.dumps(
+            {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
+        )
         said["content"] = f"{said['content']}\n{MARK}\n{made}\n</tool_call>".lstrip("\n")
     return said
 
 
 def _arguments(text: str) -> Any:
-    """Return the arguments of an earlier call as a value, or as they were written where that is no JSON."""
+    """Return the arguments of an earlier call as a value, or as they were written where that is no
+    JSON.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,11 +1,20 @@
-"""What code states about itself: docstrings, signatures, defaults, constants, comments, and places; nothing is run."""
+"""What code states about itself: docstrings, signatures, defaults, constants, comments, and places;
+nothing is run.
+"""
 
 import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from deepseek.data.builders.facts import Check, Fact, first_sentence, shortened, shown_path, tokens_of
+from deepseek.data.builders.facts import (
+    Check,
+    Fact,
+    first_sentence,
+    shortened,
+    shown_path,
+    tokens_of,
+)
 from deepseek.data.builders.functions import parsed
 from deepseek.data.text.document import Document
 
@@ -34,7 +43,9 @@ class Definition:
 
 
 def code_facts(document: Document) -> Iterator[Fact]:
-    """Yield what a file of code states: of Python by its syntax tree, of other languages by comments before names."""
+    """Yield what a file of code states: of Python by its syntax tree, of other languages by
+    comments before names.
+    """
     place = shown_path(document.name)
     tree = parsed(document.text) if document.name.endswith(".py") else None
     if tree is None:
@@ -50,13 +61,17 @@ def code_facts(document: Document) -> Iterator[Fact]:
 
 
 def definitions(tree: ast.Module) -> Iterator[Definition]:
-    """Yield public functions and classes, and their public methods; nobody asks for tests and nested functions."""
+    """Yield public functions and classes, and their public methods; nobody asks for tests and
+    nested functions.
+    """
     for node in tree.body:
         if isinstance(node, FunctionNode | ast.ClassDef) and is_public(node.name):
             yield Definition(node.name, node)
             for inner in node.body if isinstance(node, ast.ClassDef) else ():
                 if isinstance(inner, FunctionNode) and is_public(inner.name):
-                    yield Definition(f"{node.name}.{inner.name}", inner, method=not is_static(inner))
+                    yield Definition(
+                        f"{node.name}.{inner.name}", inner, method=not is_static(inner)
+                    )
 
 
 def is_public(name: str) -> bool:
@@ -66,7 +81,10 @@ def is_public(name: str) -> bool:
 
 def is_static(node: FunctionNode) -> bool:
     """Return whether a method is called without an object."""
-    return any(isinstance(decorator, ast.Name) and decorator.id == "staticmethod" for decorator in node.decorator_list)
+    return any(
+        isinstance(decorator, ast.Name) and decorator.id == "staticmethod"
+        for decorator in node.decorator_list
+    )
 
 
 def definition_facts(definition: Definition, place: str) -> Iterator[Fact]:
@@ -91,7 +109,9 @@ def definition_facts(definition: Definition, place: str) -> Iterator[Fact]:
 
 def location(what: str, place: str) -> Fact:
     """Return where a name is defined; a path counts as known by its last two parts."""
-    return Fact("location", what, f"{what} is defined in `{place}`.", ("/".join(place.split("/")[-2:]),))
+    return Fact(
+        "location", what, f"{what} is defined in `{place}`.", ("/".join(place.split("/")[-2:]),)
+    )
 
 
 def class_facts(node: ast.ClassDef, what: str, place: str) -> Iterator[Fact]:
@@ -102,9 +122,15 @@ def class_facts(node: ast.ClassDef, what: str, place: str) -> Iterator[Fact]:
     functions = [inner for inner in node.body if isinstance(inner, FunctionNode)]
     methods = list(dict.fromkeys(inner.name for inner in functions if is_public(inner.name)))
     if 0 < len(methods) <= MOST_NAMES:
-        yield Fact("methods", what, f"{what} has the methods {listed(methods)}.", tuple(methods), place)
+        yield Fact(
+            "methods", what, f"{what} has the methods {listed(methods)}.", tuple(methods), place
+        )
     for field in node.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_public(field.target.id):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and is_public(field.target.id)
+        ):
             yield from default_facts(what, place, field.target.id, field.value)
     for inner in functions:
         if inner.name == "__init__":
@@ -117,8 +143,13 @@ def call_facts(node: FunctionNode, definition: Definition, place: str) -> Iterat
     yield from argument_facts(node, what, place, skipped=int(definition.method))
     call = f"{node.name}({written(node.args)})"
     returned = written(node.returns) if node.returns else ""
-    if len(node.args.args + node.args.kwonlyargs) > definition.method and len(call) <= 4 * LONGEST_VALUE:
-        yield Fact("signature", what, f"`{call}{f' -> {returned}' if returned else ''}`", (call,), place)
+    if (
+        len(node.args.args + node.args.kwonlyargs) > definition.method
+        and len(call) <= 4 * LONGEST_VALUE
+    ):
+        yield Fact(
+            "signature", what, f"`{call}{f' -> {returned}' if returned else ''}`", (call,), place
+        )
     if returned and returned != "None" and len(returned) <= LONGEST_VALUE:
         yield Fact("returns", what, f"{what} returns `{returned}`.", (returned,), place)
     raised = list(dict.fromkeys(exceptions(node)))
@@ -127,7 +158,9 @@ def call_facts(node: FunctionNode, definition: Definition, place: str) -> Iterat
 
 
 def argument_facts(node: FunctionNode, what: str, place: str, skipped: int) -> Iterator[Fact]:
-    """Yield the names and defaults of arguments without the first `skipped`, which are the object itself."""
+    """Yield the names and defaults of arguments without the first `skipped`, which are the object
+    itself.
+    """
     positional = [*node.args.posonlyargs, *node.args.args]
     names = [argument.arg for argument in [*positional[skipped:], *node.args.kwonlyargs]]
     if 0 < len(names) <= MOST_NAMES:
@@ -153,11 +186,20 @@ def constant_facts(tree: ast.Module, place: str) -> Iterator[Fact]:
     """Yield the simple values of capitalised names at the top of a module."""
     for node in tree.body:
         targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
         )
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         text = simple(value)
-        if len(targets) == 1 and isinstance(targets[0], ast.Name) and targets[0].id.isupper() and text:
+        if (
+            len(targets) == 1
+            and isinstance(targets[0], ast.Name)
+            and targets[0].id.isupper()
+            and text
+        ):
             what = f"`{targets[0].id}`"
             yield Fact("constant", what, f"{what} is `{text}`.", (text,), place)
             yield location(what, place)
@@ -173,8 +215,12 @@ def exceptions(node: FunctionNode) -> Iterator[str]:
 
 
 def simple(value: ast.expr | None) -> str:
-    """Return a number, text, name, or short tuple or list of such as source; "" for all that is computed."""
-    if value is None or any(isinstance(node, ast.Call | ast.Lambda | ast.JoinedStr) for node in ast.walk(value)):
+    """Return a number, text, name, or short tuple or list of such as source; "" for all that is
+    computed.
+    """
+    if value is None or any(
+        isinstance(node, ast.Call | ast.Lambda | ast.JoinedStr) for node in ast.walk(value)
+    ):
         return ""
     text = written(value)
     return text if len(text) <= LONGEST_VALUE and "\n" not in text and tokens_of(text) else ""
@@ -198,7 +244,9 @@ OPENING_END = re.compile(r"\n\s*\n|\n\s*(?:[A-Z][a-z]+:\s*(?:\n|$)|:\w+|>>>|[-*]
 
 
 def opening(docstring: str) -> str:
-    """Return the first paragraph of a docstring, which ends at a blank line, section, list or example."""
+    """Return the first paragraph of a docstring, which ends at a blank line, section, list or
+    example.
+    """
     return OPENING_END.split(docstring, maxsplit=1)[0]
 
 
@@ -209,7 +257,9 @@ DASHED = re.compile(r"^(\s*)[-*]\s+\*\*(\w+)\*\*(?:\s*\([^)]*\))?\s+--\s+(\S.*)$
 
 
 def described_arguments(docstring: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, description) of arguments out of a docstring in one of the usual forms, one line or several."""
+    """Yield (name, description) of arguments out of a docstring in one of the usual forms, one line
+    or several.
+    """
     lines = docstring.split("\n")
     inside = False
     for number, line in enumerate(lines):
@@ -238,7 +288,9 @@ COMMENT = re.compile(r"^\s*(?:///?!?|/\*\*?|\*/?|#+|--|;;)\s?(.*?)(?:\s*\*/)?$")
 
 
 def comment_facts(text: str, place: str) -> Iterator[Fact]:
-    """Yield where the names of a file that is not Python are defined, and what the comment before each says."""
+    """Yield where the names of a file that is not Python are defined, and what the comment before
+    each says.
+    """
     lines = text.split("\n")
     for number, line in enumerate(lines):
         found = DEFINED.match(line)
@@ -253,11 +305,15 @@ def comment_facts(text: str, place: str) -> Iterator[Fact]:
 
 
 def comment_before(lines: Sequence[str], number: int) -> list[str]:
-    """Return the comment lines right before a line, without their signs and without tags such as `@param`."""
+    """Return the comment lines right before a line, without their signs and without tags such as
+    `@param`.
+    """
     first = number
     while first > 0 and COMMENT.match(lines[first - 1]):
         first -= 1
     found = [COMMENT.match(line) for line in lines[first:number]]
     texts = [match[1].strip() for match in found if match]
-    tag = next((index for index, text in enumerate(texts) if text.startswith(("@", "\\"))), len(texts))
+    tag = next(
+        (index for index, text in enumerate(texts) if text.startswith(("@", "\\"))), len(texts)
+    )
     return [text for text in texts[:tag] if text]

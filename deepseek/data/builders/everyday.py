@@ -1,8 +1,9 @@
-"""Everyday user messages in fifteen languages: seeds of the conversations that gates are calibrated against.
+"""Everyday user messages in fifteen languages: seeds of the conversations that gates are calibrated
+against.
 
-Gates calibrated on public text alone fire in ordinary chats. The messages are packaged, so that background
-conversations can be made on any machine, offline: the base model answers them itself. They were written for this
-project and have its licence.
+Gates calibrated on public text alone fire in ordinary chats. The messages are packaged, so that
+background conversations can be made on any machine, offline: the base model answers them itself.
+They were written for this project and have its licence.
 """
 
 import json
@@ -26,7 +27,11 @@ class Conversation:
 
 
 def everyday_conversations() -> tuple[Conversation, ...]:
-    """Return all packaged conversations, in the order of the file: language by language, English first."""
+    """Return all packaged conversations, in the order of the file: language by language, English
+    first.
+    """
     with files("deepseek.data.builders").joinpath("everyday.jsonl").open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
-    return tuple(Conversation(record["lang"], record["topic"], tuple(record["turns"])) for record in records)
+    return tuple(
+        Conversation(record["lang"], record["topic"], tuple(record["turns"])) for record in records
+    )

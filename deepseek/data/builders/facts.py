@@ -1,11 +1,15 @@
-"""Facts that a document states, before anybody asks for them, and whether an answer states them too."""
+"""Facts that a document states, before anybody asks for them, and whether an answer states them
+too.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Check = tuple[str, ...]
-"""What a right answer states, all of it: names, a value, a path, or a sentence in about these words."""
+"""What a right answer states, all of it: names, a value, a path, or a sentence in about these
+words.
+"""
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,8 @@ class Fact:
 
     Attributes:
         kind: a key of `PHRASINGS`.
-        what: what a question is about, as a question writes it: a name in backticks, a heading, a commit's subject.
+        what: what a question is about, as a question writes it: a name in backticks, a heading, a
+            commit's subject.
         answer: in words of the document.
         check: see `Check`.
         place: the file, to tell things of the same name apart.
@@ -32,7 +37,9 @@ class Fact:
 
 
 def shown_path(name: str) -> str:
-    """Return a document's path as its users write it: `repo/src/a.py` is `src/a.py`, `folder/a.py` stays."""
+    """Return a document's path as its users write it: `repo/src/a.py` is `src/a.py`, `folder/a.py`
+    stays.
+    """
     parts = name.split("/")
     return "/".join(parts[1:] if len(parts) > 2 else parts)
 
@@ -42,7 +49,9 @@ LONGEST_ANSWER = 320
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=\S)|(?<=[。！？])")
 
-ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|z\.B|bzw|d\.h|ca|p\.ex|es|Dr|Mr|Nr|No|St|\w))\.$")
+ABBREVIATION = re.compile(
+    r"(?:\b(?:e\.g|i\.e|etc|vs|cf|z\.B|bzw|d\.h|ca|p\.ex|es|Dr|Mr|Nr|No|St|\w))\.$"
+)
 """Ends that are no ends of a sentence."""
 
 
@@ -64,7 +73,9 @@ def first_sentence(text: str) -> str:
 
 
 def shortened(paragraph: str, most: int = LONGEST_ANSWER) -> str:
-    """Return as many whole sentences from the start of a paragraph as fit, "" if the first one does not."""
+    """Return as many whole sentences from the start of a paragraph as fit, "" if the first one does
+    not.
+    """
     kept = ""
     for sentence in sentences(paragraph):
         longer = f"{kept} {sentence}".strip()
@@ -100,8 +111,9 @@ def tokens_of(text: str) -> list[str]:
 def is_right(answer: str, check: Sequence[str]) -> bool:
     """Return whether an answer states every part of `check`.
 
-    A short part must stand in it as it is, case, quotes and backticks aside, as whole words; of a longer one 70 % of
-    the words must come in the same order (the recall of ROUGE-L, Lin 2004). Only the first 60 tokens count.
+    A short part must stand in it as it is, case, quotes and backticks aside, as whole words; of a
+    longer one 70 % of the words must come in the same order (the recall of ROUGE-L, Lin 2004). Only
+    the first 60 tokens count.
     """
     said = tokens_of(answer)[:REACH]
     return bool(check) and all(_states(said, tokens_of(part.rstrip(".。 "))) for part in check)

@@ -1,4 +1,6 @@
-"""Code as exercises: functions with their docstrings, their bodies as answers, and the tests that know them."""
+"""Code as exercises: functions with their docstrings, their bodies as answers, and the tests that
+know them.
+"""
 
 import ast
 from collections import Counter, defaultdict
@@ -32,13 +34,21 @@ class DocumentedFunction:
         return "\n\n\n".join([self.header + self.body, *self.tests]) + "\n"
 
 
-def documented_functions(documents: Iterable[Document], shortest: int = 2) -> list[DocumentedFunction]:
-    """Return the documented functions of Python documents whose bodies have at least `shortest` lines.
+def documented_functions(
+    documents: Iterable[Document], shortest: int = 2
+) -> list[DocumentedFunction]:
+    """Return the documented functions of Python documents whose bodies have at least `shortest`
+    lines.
 
-    A test is a function `test_...` anywhere in the documents that calls the function by name; a name that several
-    functions have is too vague for that. Documents that do not parse are left out.
+    A test is a function `test_...` anywhere in the documents that calls the function by name; a
+    name that several functions have is too vague for that. Documents that do not parse are left
+    out.
     """
-    python = [document for document in documents if document.kind == "code" and document.name.endswith(".py")]
+    python = [
+        document
+        for document in documents
+        if document.kind == "code" and document.name.endswith(".py")
+    ]
     trees = [(document, tree) for document in python if (tree := parsed(document.text)) is not None]
     names = Counter(node.name for _, tree in trees for node in _functions(tree))
     tests = defaultdict(list)
@@ -47,9 +57,13 @@ def documented_functions(documents: Iterable[Document], shortest: int = 2) -> li
             if node.name.startswith("test"):
                 for name in sorted(_called(node)):
                     if names[name] == 1:
-                        tests[name].append(_lines(document.text, _first(node), node.end_lineno or 0))
+                        tests[name].append(
+                            _lines(document.text, _first(node), node.end_lineno or 0)
+                        )
     return [
-        DocumentedFunction(node.name, *halves, tuple(dict.fromkeys(tests[node.name])), document.name)
+        DocumentedFunction(
+            node.name, *halves, tuple(dict.fromkeys(tests[node.name])), document.name
+        )
         for document, tree in trees
         for node in _functions(tree)
         if not node.name.startswith("test") and (halves := _halves(document.text, node, shortest))
@@ -74,14 +88,19 @@ def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 
 def _called(node: ast.FunctionDef) -> set[str]:
     calls = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
-    return {f.id if isinstance(f, ast.Name) else f.attr for f in calls if isinstance(f, ast.Name | ast.Attribute)}
+    return {
+        f.id if isinstance(f, ast.Name) else f.attr
+        for f in calls
+        if isinstance(f, ast.Name | ast.Attribute)
+    }
 
 
 def _halves(text: str, node: ast.FunctionDef, shortest: int) -> tuple[str, str] | None:
     """Return header and body of a documented function, None of others."""
     if ast.get_docstring(node) is None or len(node.body) < 2:
         return None
-    end, last = node.body[0].end_lineno or 0, node.end_lineno or 0
+    end = node.body[0].end_lineno or 0
+    last = node.end_lineno or 0
     if last - end < shortest or node.body[1].lineno <= end:
         return None
     return _lines(text, _first(node), end) + "\n", _lines(text, end + 1, last)
@@ -92,5 +111,7 @@ def _first(node: ast.FunctionDef) -> int:
 
 
 def _lines(text: str, first: int, last: int) -> str:
-    """Return lines first to last (from 1) as `ast` counts them: form feeds and the like end no line."""
+    """Return lines first to last (from 1) as `ast` counts them: form feeds and the like end no
+    line.
+    """
     return "\n".join(text.split("\n")[first - 1 : last])

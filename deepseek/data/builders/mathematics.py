@@ -1,4 +1,6 @@
-"""Problems with worked answers: generated, each step written, each answer checked by another computation."""
+"""Problems with worked answers: generated, each step written, each answer checked by another
+computation.
+"""
 
 import random
 from collections.abc import Callable, Iterator
@@ -21,12 +23,17 @@ class Problem:
     def document(self, name: str) -> Document:
         """Return the problem as a conversation."""
         solution = "\n".join([*self.steps, f"The answer is {self.answer}."])
-        messages = [{"role": "user", "content": self.question}, {"role": "assistant", "content": solution}]
+        messages = [
+            {"role": "user", "content": self.question},
+            {"role": "assistant", "content": solution},
+        ]
         return conversation(messages, name, name)
 
 
 def problems(count: int, seed: int = 0) -> Iterator[Document]:
-    """Yield `count` different problems of all kinds in turn; raise `ArithmeticError` if a check fails."""
+    """Yield `count` different problems of all kinds in turn; raise `ArithmeticError` if a check
+    fails.
+    """
     draw, seen = random.Random(seed), set[str]()  # noqa: S311 - exercises, not secrets
     while len(seen) < count:
         problem = KINDS[len(seen) % len(KINDS)](draw)
@@ -39,15 +46,21 @@ def problems(count: int, seed: int = 0) -> Iterator[Document]:
 
 def linear_equation(draw: random.Random) -> Problem:
     """a x + b = c over the integers."""
-    a, x, b = draw.randint(2, 30), draw.randint(-60, 60), draw.randint(1, 200)
+    a = draw.randint(2, 30)
+    x = draw.randint(-60, 60)
+    b = draw.randint(1, 200)
     c = a * x + b
-    steps = (f"Subtract {b} from both sides: {a}x = {c} - {b} = {c - b}.", f"Divide by {a}: x = {c - b}/{a} = {x}.")
+    steps = (
+        f"Subtract {b} from both sides: {a}x = {c} - {b} = {c - b}.",
+        f"Divide by {a}: x = {c - b}/{a} = {x}.",
+    )
     return Problem(f"Solve for x: {a}x + {b} = {c}.", steps, f"x = {x}", Fraction(c - b, a) == x)
 
 
 def long_multiplication(draw: random.Random) -> Problem:
     """A product, digit by digit."""
-    a, b = draw.randint(12, 999), draw.randint(12, 99)
+    a = draw.randint(12, 999)
+    b = draw.randint(12, 99)
     tens, ones = divmod(b, 10)
     parts = a * tens * 10, a * ones
     steps = (
@@ -60,8 +73,10 @@ def long_multiplication(draw: random.Random) -> Problem:
 
 def fraction_sum(draw: random.Random) -> Problem:
     """The sum of two fractions, reduced."""
-    a, c = draw.randint(1, 20), draw.randint(1, 20)
-    b, d = draw.randint(2, 20), draw.randint(2, 20)
+    a = draw.randint(1, 20)
+    c = draw.randint(1, 20)
+    b = draw.randint(2, 20)
+    d = draw.randint(2, 20)
     common = b * d // gcd(b, d)
     top = a * (common // b) + c * (common // d)
     shared = gcd(top, common)
@@ -77,9 +92,13 @@ def fraction_sum(draw: random.Random) -> Problem:
 
 def percentage(draw: random.Random) -> Problem:
     """A price after a discount."""
-    price, percent = draw.randint(2, 150) * 20, draw.randint(1, 19) * 5
+    price = draw.randint(2, 150) * 20
+    percent = draw.randint(1, 19) * 5
     off = price * percent // 100
-    steps = (f"{percent} % of {price} is {price} * {percent} / 100 = {off}.", f"{price} - {off} = {price - off}.")
+    steps = (
+        f"{percent} % of {price} is {price} * {percent} / 100 = {off}.",
+        f"{price} - {off} = {price - off}.",
+    )
     checked = Fraction(price) * (1 - Fraction(percent, 100)) == price - off
     question = f"A machine costs {price} euros. What does it cost after a discount of {percent} %?"
     return Problem(question, steps, f"{price - off} euros", checked)
@@ -88,18 +107,25 @@ def percentage(draw: random.Random) -> Problem:
 def greatest_divisor(draw: random.Random) -> Problem:
     """Euclid's algorithm."""
     shared = draw.randint(2, 40)
-    a, b = shared * draw.randint(5, 60), shared * draw.randint(2, 50)
-    question, steps = f"What is the greatest common divisor of {a} and {b}?", []
-    x, y = a, b
+    a = shared * draw.randint(5, 60)
+    b = shared * draw.randint(2, 50)
+    question = f"What is the greatest common divisor of {a} and {b}?"
+    steps = []
+    x = a
+    y = b
     while y:
         steps.append(f"{x} = {x // y} * {y} + {x % y}.")
         x, y = y, x % y
-    return Problem(question, (*steps, f"The last remainder that is not 0 is {x}."), str(x), x == gcd(a, b))
+    return Problem(
+        question, (*steps, f"The last remainder that is not 0 is {x}."), str(x), x == gcd(a, b)
+    )
 
 
 def arithmetic_series(draw: random.Random) -> Problem:
     """The sum of an arithmetic series."""
-    first, step, count = draw.randint(1, 50), draw.randint(2, 15), draw.randint(5, 40)
+    first = draw.randint(1, 50)
+    step = draw.randint(2, 15)
+    count = draw.randint(5, 40)
     last = first + (count - 1) * step
     total = count * (first + last) // 2
     steps = (
@@ -112,17 +138,31 @@ def arithmetic_series(draw: random.Random) -> Problem:
 
 def derivative(draw: random.Random) -> Problem:
     """The slope of a cubic polynomial at a point."""
-    a, b, c, x = draw.randint(2, 9), draw.randint(2, 9), draw.randint(2, 20), draw.randint(1, 6)
+    a = draw.randint(2, 9)
+    b = draw.randint(2, 9)
+    c = draw.randint(2, 20)
+    x = draw.randint(1, 6)
     slope = 3 * a * x * x + 2 * b * x + c
-    steps = (f"f'(x) = {3 * a}x^2 + {2 * b}x + {c}.", f"f'({x}) = {3 * a} * {x * x} + {2 * b} * {x} + {c} = {slope}.")
+    steps = (
+        f"f'(x) = {3 * a}x^2 + {2 * b}x + {c}.",
+        f"f'({x}) = {3 * a} * {x * x} + {2 * b} * {x} + {c} = {slope}.",
+    )
 
     def f(at: int) -> int:
         return a * at**3 + b * at**2 + c * at
 
-    checked = Fraction(f(x + 1) - f(x - 1), 2) - a == slope  # a central difference of a cubic is off by its a
+    checked = (
+        Fraction(f(x + 1) - f(x - 1), 2) - a == slope
+    )  # a central difference of a cubic is off by its a
     return Problem(f"f(x) = {a}x^3 + {b}x^2 + {c}x. What is f'({x})?", steps, str(slope), checked)
 
 
 KINDS: tuple[Callable[[random.Random], Problem], ...] = (
-    linear_equation, long_multiplication, fraction_sum, percentage, greatest_divisor, arithmetic_series, derivative,
-)  # fmt: skip
+    linear_equation,
+    long_multiplication,
+    fraction_sum,
+    percentage,
+    greatest_divisor,
+    arithmetic_series,
+    derivative,
+)

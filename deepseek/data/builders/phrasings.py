@@ -1,4 +1,6 @@
-"""How questions are asked: several ways for each kind of fact, the last of them kept for evaluation."""
+"""How questions are asked: several ways for each kind of fact, the last of them kept for
+evaluation.
+"""
 
 import re
 from collections import Counter
@@ -8,7 +10,9 @@ from deepseek.data.text.document import uniform
 from deepseek.data.text.filters import words
 
 RESERVED = 1
-"""Last ways of each kind, which training never uses: who answers these has not learned a form of words."""
+"""Last ways of each kind, which training never uses: who answers these has not learned a form of
+words.
+"""
 
 Ways = tuple[str, ...]
 
@@ -331,8 +335,12 @@ PROSE: dict[str, dict[str, Ways]] = {
 
 COMMON = {
     "en": words("the of and to is in that for with this are be on you it or not can as from by"),
-    "de": words("der die das und ist nicht ein eine zu den mit sich auf für von dem werden wird sie im oder auch"),
-    "fr": words("le la les des et est une dans pour que qui pas sur avec vous du ce sont être au ou"),
+    "de": words(
+        "der die das und ist nicht ein eine zu den mit sich auf für von dem werden wird sie im oder auch"
+    ),
+    "fr": words(
+        "le la les des et est une dans pour que qui pas sur avec vous du ce sont être au ou"
+    ),
     "es": words("el la los las de y es una en para que no con por se del como al su puede o"),
     "it": words("il la che di e è una per non con si del della sono le gli nel come da un anche"),
     "pt": words("o a os as de e é uma em para que não com por se do da como ao pode um ou"),
@@ -345,13 +353,17 @@ FEWEST = 3
 
 
 def language_of(text: str) -> str:
-    """Return the language of a text as two letters, by script and common words; "" if it is none of those known."""
+    """Return the language of a text as two letters, by script and common words; "" if it is none of
+    those known.
+    """
     if re.search(r"[\u3040-\u30ff]", text):
         return "ja"
     found = WORD.findall(text[:4000].lower())
     if len(re.findall(r"[\u4e00-\u9fff]", text[:4000])) > len(found) // 2:
         return "zh"
-    counts = Counter({language: sum(word in common for word in found) for language, common in COMMON.items()})
+    counts = Counter(
+        {language: sum(word in common for word in found) for language, common in COMMON.items()}
+    )
     (best, most), (_, second) = counts.most_common(2)
     return best if most >= FEWEST and most > second else ""
 
@@ -364,7 +376,8 @@ def ways(fact: Fact) -> Ways:
 
 
 def ask(fact: Fact, reserved: bool = False, precise: bool = False) -> str:
-    """Return a question for a fact, its form chosen by a hash of the fact, or with `reserved` one kept for evaluation.
+    """Return a question for a fact, its form chosen by a hash of the fact, or with `reserved` one
+    kept for evaluation.
 
     `precise` adds the file; without it half of the questions have it anyway.
     """

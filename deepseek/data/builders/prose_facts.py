@@ -1,4 +1,6 @@
-"""What prose and commits state: headings with what follows them, definitions, lists; changes and their places."""
+"""What prose and commits state: headings with what follows them, definitions, lists; changes and
+their places.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -28,7 +30,9 @@ LONGEST_ITEM = 80
 A_NAME = r"[^\W\d_][^.,;:!?()\n]{1,40}?"
 DEFINITIONS = {
     "en": re.compile(rf"^(?:An?\s+|The\s+)?({A_NAME})\s+(?:is|are)\s+(?:an?|the)\s+\w"),
-    "de": re.compile(rf"^(?:Ein|Eine|Der|Die|Das)?\s*({A_NAME})\s+ist\s+(?:ein|eine|der|die|das)\s+\w"),
+    "de": re.compile(
+        rf"^(?:Ein|Eine|Der|Die|Das)?\s*({A_NAME})\s+ist\s+(?:ein|eine|der|die|das)\s+\w"
+    ),
     "fr": re.compile(rf"^(?:(?:Une?|Le|La)\s+|L')?({A_NAME})\s+est\s+(?:une?|la|le)\s+\w"),
     "es": re.compile(rf"^(?:Una?\s+|El\s+|La\s+)?({A_NAME})\s+es\s+(?:una?|el|la)\s+\w"),
     "it": re.compile(rf"^(?:(?:Una?|Il|Lo|La)\s+|L')?({A_NAME})\s+è\s+(?:una?|uno|il|la|lo)\s+\w"),
@@ -50,7 +54,13 @@ def prose_facts(document: Document) -> Iterator[Fact]:
         paragraph = first_paragraph(blocks)
         language = language_of(" ".join([heading, *blocks]))
         if heading and is_statement(paragraph):
-            yield Fact("section", heading, shortened(paragraph), (first_sentence(paragraph),), language=language)
+            yield Fact(
+                "section",
+                heading,
+                shortened(paragraph),
+                (first_sentence(paragraph),),
+                language=language,
+            )
         items = first_items(blocks)
         if heading and 2 <= len(items) <= MOST_ITEMS:
             answer = "\n".join(f"- {item}" for item in items)
@@ -67,13 +77,19 @@ def definition_facts(block: str, language: str) -> Iterator[Fact]:
         return
     for sentence in sentences(block):
         found = pattern.match(sentence)
-        named = found is not None and len(found[1].split()) <= LONGEST_NAME and not POINTERS.match(found[1])
+        named = (
+            found is not None
+            and len(found[1].split()) <= LONGEST_NAME
+            and not POINTERS.match(found[1])
+        )
         if found and named and shortened(sentence):
             yield Fact("definition", found[1].strip(), sentence, (sentence,), language=language)
 
 
 def sections(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (heading, blocks of lines under it); a heading is marked, underlined, or a short line alone."""
+    """Yield (heading, blocks of lines under it); a heading is marked, underlined, or a short line
+    alone.
+    """
     heading = ""
     blocks: list[str] = []
     for block in re.split(r"\n[ \t]*\n", text):
@@ -95,37 +111,59 @@ def heading_of(block: str) -> tuple[str, str]:
     marked = MARKED.match(lines[0])
     if marked and len(marked[1]) <= LONGEST_HEADING:
         return plain(marked[1]), "\n".join(lines[1:])
-    if len(lines) > 1 and UNDERLINE.match(lines[1]) and 0 < len(lines[0].strip()) <= LONGEST_HEADING:
+    if (
+        len(lines) > 1
+        and UNDERLINE.match(lines[1])
+        and 0 < len(lines[0].strip()) <= LONGEST_HEADING
+    ):
         return plain(lines[0]), "\n".join(lines[2:])
     alone = len(lines) == 1 and not ITEM.match(block) and not CODE_LINE.match(block)
-    if alone and 2 < len(block.strip()) <= LONGEST_HEADING and block.strip()[-1] not in ".,;:!?。！？":
+    if (
+        alone
+        and 2 < len(block.strip()) <= LONGEST_HEADING
+        and block.strip()[-1] not in ".,;:!?。！？"
+    ):
         return plain(block), ""
     return "", block
 
 
 def plain(text: str) -> str:
     """Return a line without links and emphasis."""
-    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("**", "").rstrip("#¶ ").strip()
+    return (
+        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+        .replace("`", "")
+        .replace("**", "")
+        .rstrip("#¶ ")
+        .strip()
+    )
 
 
 def first_paragraph(blocks: Sequence[str]) -> str:
-    """Return the first block if it is a paragraph, else ""; what comes later is not about the heading alone."""
+    """Return the first block if it is a paragraph, else ""; what comes later is not about the
+    heading alone.
+    """
     return blocks[0] if blocks and is_paragraph(blocks[0]) else ""
 
 
 def is_statement(paragraph: str) -> bool:
-    """Return whether a paragraph says something by itself; one that ends in a colon only leads to what follows."""
+    """Return whether a paragraph says something by itself; one that ends in a colon only leads to
+    what follows.
+    """
     return len(paragraph) >= SHORTEST_PARAGRAPH and shortened(paragraph)[-1:] not in ("", ":", "：")
 
 
 def is_paragraph(block: str) -> bool:
     """Return whether a block is running text: no list, table, code, or markup."""
     lines = block.split("\n")
-    return not any(ITEM.match(line) or CODE_LINE.match(line) or UNDERLINE.match(line) for line in lines)
+    return not any(
+        ITEM.match(line) or CODE_LINE.match(line) or UNDERLINE.match(line) for line in lines
+    )
 
 
 def first_items(blocks: Sequence[str]) -> list[str]:
-    """Return the items of a list that stands first under a heading, or right after one paragraph; else none."""
+    """Return the items of a list that stands first under a heading, or right after one paragraph;
+    else none.
+    """
     for block in blocks[:2]:
         items = [match[1].strip() for line in block.split("\n") if (match := ITEM.match(line))]
         if len(items) > 1:
@@ -144,7 +182,9 @@ ADDED = re.compile(r"^\+\s*(?:async\s+)?(?:def|function|func|fn)\s+([A-Za-z_]\w*
 
 
 def commit_facts(document: Document) -> Iterator[Fact]:
-    """Yield what a commit's message says of it, the files that it touched, and the functions that it added."""
+    """Yield what a commit's message says of it, the files that it touched, and the functions that
+    it added.
+    """
     message, _, changes = document.text.partition("\n\n--- ")
     subject, _, body = message.partition("\n")
     changes = f"--- {changes}"
@@ -158,7 +198,9 @@ def commit_facts(document: Document) -> Iterator[Fact]:
     if 0 < len(files) <= MOST_FILES:
         answer = "\n".join(f"- `{file}`" for file in files)
         yield Fact("commit files", what, answer, tuple(file.rsplit("/", 1)[-1] for file in files))
-    functions = list(dict.fromkeys(name for name in ADDED.findall(changes) if not name.startswith(("_", "test"))))
+    functions = list(
+        dict.fromkeys(name for name in ADDED.findall(changes) if not name.startswith(("_", "test")))
+    )
     if 0 < len(functions) <= MOST_FILES:
         answer = "\n".join(f"- `{name}`" for name in functions)
         yield Fact("commit functions", what, answer, tuple(functions))

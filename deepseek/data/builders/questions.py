@@ -1,8 +1,10 @@
-"""Conversations made from a source: questions that its own words answer, and how a right answer is told.
+"""Conversations made from a source: questions that its own words answer, and how a right answer is
+told.
 
 document -> facts (`code_facts`, `prose_facts`) -> questions -> conversations
 
-Nothing is invented: answers are docstrings, signatures, values, paths, commit messages and paragraphs as written.
+Nothing is invented: answers are docstrings, signatures, values, paths, commit messages and
+paragraphs as written.
 """
 
 from collections import Counter
@@ -18,7 +20,9 @@ from deepseek.data.builders.prose_facts import commit_facts, prose_facts
 from deepseek.data.text.document import Document, conversation, uniform
 
 MOST_PER_DOCUMENT = 200
-"""Questions about one document, chosen by hash; a generated reference would otherwise outweigh everything else."""
+"""Questions about one document, chosen by hash; a generated reference would otherwise outweigh
+everything else.
+"""
 
 TURNS = 3
 """Most questions in one conversation: the template's own tokens are then paid once."""
@@ -46,11 +50,19 @@ class Question:
 
     def messages(self) -> list[dict[str, str]]:
         """Return one turn."""
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+        return [
+            {"role": "user", "content": self.question},
+            {"role": "assistant", "content": self.answer},
+        ]
 
     def record(self) -> dict[str, Any]:
         """Return the question as a line of a JSONL file."""
-        fields = {"kind": self.kind, "check": list(self.check), "paraphrase": self.paraphrase, "source": self.source}
+        fields = {
+            "kind": self.kind,
+            "check": list(self.check),
+            "paraphrase": self.paraphrase,
+            "source": self.source,
+        }
         return {"messages": self.messages(), **fields}
 
     @classmethod
@@ -68,11 +80,17 @@ class Question:
 
 
 def facts_of(document: Document) -> list[Fact]:
-    """Return what a document states, at most `MOST_PER_DOCUMENT` facts; a conversation states nothing of its own."""
+    """Return what a document states, at most `MOST_PER_DOCUMENT` facts; a conversation states
+    nothing of its own.
+    """
     readers = {"code": code_facts, "text": prose_facts, "commit": commit_facts}
     facts = list(readers[document.kind](document)) if document.kind in readers else []
     about = Counter((fact.kind, fact.what, fact.argument) for fact in facts)
-    single = [fact for fact in facts if about[fact.kind, fact.what, fact.argument] == 1 and is_sayable(fact)]
+    single = [
+        fact
+        for fact in facts
+        if about[fact.kind, fact.what, fact.argument] == 1 and is_sayable(fact)
+    ]
     chosen = sorted(single, key=lambda fact: _lot(document, fact))[:MOST_PER_DOCUMENT]
     kept = set(map(id, chosen))
     return [fact for fact in single if id(fact) in kept]
@@ -95,21 +113,27 @@ def questions_of(document: Document) -> list[Question]:
 def all_questions(documents: Iterable[Document]) -> list[Question]:
     """Return the questions that documents answer, in their order.
 
-    Questions about a name that several places define say the file, and where it is is not asked. A question that gives
-    its own answer away is left out.
+    Questions about a name that several places define say the file, and where it is is not asked. A
+    question that gives its own answer away is left out.
     """
     stated = {document.name: facts_of(document) for document in documents}
     places = Counter(what for facts in stated.values() for what in {fact.what for fact in facts})
     return list(
         chain.from_iterable(
-            questions_about([fact for fact in facts if fact.place or places[fact.what] == 1], name, places)
+            questions_about(
+                [fact for fact in facts if fact.place or places[fact.what] == 1], name, places
+            )
             for name, facts in stated.items()
         )
     )
 
 
-def questions_about(facts: Iterable[Fact], source: str, places: Mapping[str, int]) -> Iterator[Question]:
-    """Yield a question for each fact of one document; those about what is in several `places` say in which."""
+def questions_about(
+    facts: Iterable[Fact], source: str, places: Mapping[str, int]
+) -> Iterator[Question]:
+    """Yield a question for each fact of one document; those about what is in several `places` say
+    in which.
+    """
     for fact in facts:
         vague = places[fact.what] > 1
         asked = ask(fact, precise=vague)
@@ -119,7 +143,9 @@ def questions_about(facts: Iterable[Fact], source: str, places: Mapping[str, int
 
 
 def conversations(questions: Sequence[Question], turns: int = TURNS) -> Iterator[Document]:
-    """Yield questions as conversations of one to `turns` turns about one document, their lengths drawn by hash."""
+    """Yield questions as conversations of one to `turns` turns about one document, their lengths
+    drawn by hash.
+    """
     held: list[Question] = []
     for question in questions:
         wanted = 1 + int(uniform(f"turns:{held[0].question}") * turns) if held else 1
@@ -133,4 +159,6 @@ def conversations(questions: Sequence[Question], turns: int = TURNS) -> Iterator
 
 def _conversation(questions: Sequence[Question]) -> Document:
     messages = [message for question in questions for message in question.messages()]
-    return conversation(messages, questions[0].source, f"{questions[0].source}#{questions[0].question}")
+    return conversation(
+        messages, questions[0].source, f"{questions[0].source}#{questions[0].question}"
+    )

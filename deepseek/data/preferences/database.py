@@ -1,7 +1,9 @@
-"""The preference database: pairs of answers of which one is preferred, with where they come from and who judged them.
+"""The preference database: pairs of answers of which one is preferred, with where they come from
+and who judged them.
 
-One SQLite file. What a call has returned for is on the disk (write-ahead log, `synchronous=FULL`), so a kill or a power
-cut loses nothing that was acknowledged, and an import that was cut goes on by running it again: duplicates are refused.
+One SQLite file. What a call has returned for is on the disk (write-ahead log, `synchronous=FULL`),
+so a kill or a power cut loses nothing that was acknowledged, and an import that was cut goes on by
+running it again: duplicates are refused.
 """
 
 import json
@@ -47,14 +49,20 @@ SCHEMA = (
     END""",
     f"PRAGMA application_id = {APPLICATION_ID}",
 )
-"""`lot` decides a pair's side of the split; `spoken` is the prompt as plain text, for the index of words."""
+"""`lot` decides a pair's side of the split; `spoken` is the prompt as plain text, for the index of
+words.
+"""
 
 
 REVIEWED = "reviewed"
 """Label of pairs that a person has judged."""
 
-UNREVIEWED = """CREATE INDEX IF NOT EXISTS unreviewed ON pairs (id) WHERE instr(labels, '"reviewed"') = 0"""
-"""Leads to the pairs without that label; a database from before there was one gets it when it is opened."""
+UNREVIEWED = (
+    """CREATE INDEX IF NOT EXISTS unreviewed ON pairs (id) WHERE instr(labels, '"reviewed"') = 0"""
+)
+"""Leads to the pairs without that label; a database from before there was one gets it when it is
+opened.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,23 +89,47 @@ class Preference:
     @property
     def digest(self) -> str:
         """What two pairs share that are the same: prompt and answers."""
-        return sha256(json.dumps([self._prompt_text, self.chosen, self.rejected]).encode()).hexdigest()
+        return sha256(
+            json.dumps([self._prompt_text, self.chosen, self.rejected]).encode()
+        ).hexdigest()
 
     @property
     def _prompt_text(self) -> str:
-        return json.dumps([dict(message) for message in self.prompt], ensure_ascii=False, sort_keys=True)
+        return json.dumps(
+            [dict(message) for message in self.prompt], ensure_ascii=False, sort_keys=True
+        )
 
     def row(self) -> tuple[Any, ...]:
         """Return the columns of `pairs` but the id; all pairs of a prompt have the same `lot`."""
-        text, spoken = self._prompt_text, "\n".join(message["content"] for message in self.prompt)
-        labels, scores = json.dumps(self.labels), json.dumps({name: list(both) for name, both in self.scores.items()})
-        return self.digest, text, self.chosen, self.rejected, self.source, labels, scores, uniform(text), spoken
+        text = self._prompt_text
+        spoken = "\n".join(message["content"] for message in self.prompt)
+        labels = json.dumps(self.labels)
+        scores = json.dumps({name: list(both) for name, both in self.scores.items()})
+        return (
+            self.digest,
+            text,
+            self.chosen,
+            self.rejected,
+            self.source,
+            labels,
+            scores,
+            uniform(text),
+            spoken,
+        )
 
     @staticmethod
     def of(row: Sequence[Any]) -> "Preference":
         """Return the pair of a database row of the view `shown`."""
         scores = {name: (both[0], both[1]) for name, both in json.loads(row[6]).items()}
-        return Preference(tuple(json.loads(row[1])), row[2], row[3], row[4], tuple(json.loads(row[5])), scores, row[0])
+        return Preference(
+            tuple(json.loads(row[1])),
+            row[2],
+            row[3],
+            row[4],
+            tuple(json.loads(row[5])),
+            scores,
+            row[0],
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +169,8 @@ UPDATE = """UPDATE pairs SET digest = ?, prompt = ?, chosen = ?, rejected = ?, s
 class PreferenceDatabase:
     """The pairs in one file, which several processes may read while one writes.
 
-    Raises `DataError` from every method if the file is not such a database, is damaged or locked for half a minute.
+    Raises `DataError` from every method if the file is not such a database, is damaged or locked
+    for half a minute.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -161,11 +194,20 @@ class PreferenceDatabase:
     def add(self, pair: Preference) -> int | None:
         """Add one pair and return its id, or None if it is there already."""
         added = self.add_all([pair])
-        return int(self._one("SELECT id FROM pairs WHERE digest = ?", pair.digest)) if added.new else None
+        return (
+            int(self._one("SELECT id FROM pairs WHERE digest = ?", pair.digest))
+            if added.new
+            else None
+        )
 
-    def add_all(self, pairs: Iterable[Preference], progress: Progress = silent, total: int = 0) -> Added:
-        """Add many pairs, in transactions of `BATCH`; what progress has been told of is on the disk."""
-        before, seen = self._one("SELECT count(*) FROM pairs"), 0
+    def add_all(
+        self, pairs: Iterable[Preference], progress: Progress = silent, total: int = 0
+    ) -> Added:
+        """Add many pairs, in transactions of `BATCH`; what progress has been told of is on the
+        disk.
+        """
+        before = self._one("SELECT count(*) FROM pairs")
+        seen = 0
         source = iter(pairs)
         while rows := [pair.row() for pair in islice(source, BATCH)]:
             with self._transaction():
@@ -179,7 +221,9 @@ class PreferenceDatabase:
         """Return a pair; raise `DataError` if there is none of this id."""
         row = next(self._rows("SELECT * FROM shown WHERE id = ?", pair_id), None)
         if row is None:
-            raise DataError(f"There is no preference {pair_id} in {self.path}; `deepseek prefs search` lists some.")
+            raise DataError(
+                f"There is no preference {pair_id} in {self.path}; `deepseek prefs search` lists some."
+            )
         return Preference.of(row)
 
     def unreviewed(self, after: int = 0) -> Preference | None:
@@ -211,7 +255,9 @@ class PreferenceDatabase:
                 )
                 self._db.execute(UPDATE, (*after.row(), pair_id))
         except sqlite3.IntegrityError:
-            raise DataError(f"The change would make preference {pair_id} a duplicate of another one.") from None
+            raise DataError(
+                f"The change would make preference {pair_id} a duplicate of another one."
+            ) from None
         return after
 
     def history(self, pair_id: int) -> list[dict[str, Any]]:
@@ -227,8 +273,9 @@ class PreferenceDatabase:
         rows = self._rows(
             "SELECT * FROM shown WHERE id IN "
             "(SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?) ORDER BY id DESC",
-            words, limit,
-        )  # fmt: skip
+            words,
+            limit,
+        )
         return [Preference.of(row) for row in rows]
 
     def set_eval_share(self, share: float) -> None:
@@ -250,7 +297,9 @@ class PreferenceDatabase:
         share = self._one("SELECT value FROM settings WHERE name = 'eval_share'")
         pairs = self._one("SELECT count(*) FROM pairs")
         held = self._one("SELECT count(*) FROM pairs WHERE lot < ?", share)
-        labels = "SELECT value, count(*) FROM pairs, json_each(labels) GROUP BY 1 ORDER BY 2 DESC, 1"
+        labels = (
+            "SELECT value, count(*) FROM pairs, json_each(labels) GROUP BY 1 ORDER BY 2 DESC, 1"
+        )
         agreement = (
             "SELECT judge.key, avg(json_extract(judge.value, '$[0]') > json_extract(judge.value, '$[1]')) "
             "FROM pairs, json_each(scores) AS judge GROUP BY 1 ORDER BY 1"
@@ -259,7 +308,9 @@ class PreferenceDatabase:
             pairs=pairs,
             prompts=self._one("SELECT count(DISTINCT prompt) FROM pairs"),
             splits={"train": pairs - held, "eval": held},
-            sources=dict(self._rows("SELECT source, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC, 1")),
+            sources=dict(
+                self._rows("SELECT source, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC, 1")
+            ),
             labels=dict(self._rows(labels)),
             agreement=dict(self._rows(agreement)),
             revisions=self._one("SELECT count(*) FROM revisions"),

@@ -1,4 +1,6 @@
-"""Preferences from and to JSONL and Parquet files, in the fields that the field uses: prompt, chosen, rejected."""
+"""Preferences from and to JSONL and Parquet files, in the fields that the field uses: prompt,
+chosen, rejected.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,11 +17,12 @@ Message = dict[str, str]
 
 
 def read_preferences(path: str | Path, source: str | None = None) -> Iterator[Preference]:
-    """Yield the pairs of a `.jsonl` or `.parquet` file; `source` (default: the file's name) is put down for them.
+    """Yield the pairs of a `.jsonl` or `.parquet` file; `source` (default: the file's name) is put
+    down for them.
 
-    A record holds `prompt`, `chosen` and `rejected`, each a text or a list of messages (TRL's two forms; answers may
-    repeat the prompt), or only the two conversations without `prompt`. `source`, `labels` and `scores` are optional.
-    Raises `DataError` naming file and line for anything else.
+    A record holds `prompt`, `chosen` and `rejected`, each a text or a list of messages (TRL's two
+    forms; answers may repeat the prompt), or only the two conversations without `prompt`. `source`,
+    `labels` and `scores` are optional. Raises `DataError` naming file and line for anything else.
     """
     file = Path(path)
     for number, record in records(file):
@@ -42,25 +45,37 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
         stored = json.loads(stored) if isinstance(stored, str) else dict(stored)
         scores = {str(judge): (float(a), float(b)) for judge, (a, b) in stored.items()}
     except (TypeError, ValueError, AttributeError):
-        raise DataError(f"{where}: `scores` must map a judge to [score of chosen, score of rejected].") from None
+        raise DataError(
+            f"{where}: `scores` must map a judge to [score of chosen, score of rejected]."
+        ) from None
     labels = tuple(str(label) for label in record.get("labels") or ())
-    return Preference(tuple(prompt), chosen, rejected, str(record.get("source") or source), labels, scores)
+    return Preference(
+        tuple(prompt), chosen, rejected, str(record.get("source") or source), labels, scores
+    )
 
 
 def conversation_parts(prompt: object, answer: object, where: str) -> tuple[list[Message], str]:
-    """Return the messages before an answer and the answer; raise `DataError` saying `where` if they are none."""
+    """Return the messages before an answer and the answer; raise `DataError` saying `where` if they
+    are none.
+    """
     messages = preferred(prompt, answer)
     check_messages(messages, where)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(f"{where}: an answer must be one text or end with an assistant's message after the prompt.")
+        raise DataError(
+            f"{where}: an answer must be one text or end with an assistant's message after the prompt."
+        )
     kept = [{"role": message["role"], "content": message["content"]} for message in messages]
     return kept[:-1], kept[-1]["content"]
 
 
 def shared_prompt(chosen: object, rejected: object, where: str) -> list[Any]:
-    """Return the messages with which both conversations begin, as datasets without a `prompt` have it."""
+    """Return the messages with which both conversations begin, as datasets without a `prompt` have
+    it.
+    """
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise DataError(f"{where} has no `prompt`; add one, or give whole conversations as lists of messages.")
+        raise DataError(
+            f"{where} has no `prompt`; add one, or give whole conversations as lists of messages."
+        )
     same = 0
     while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
         same += 1
@@ -73,13 +88,18 @@ def record_of(pair: Preference) -> dict[str, Any]:
         "prompt": [dict(message) for message in pair.prompt],
         "chosen": [{"role": "assistant", "content": pair.chosen}],
         "rejected": [{"role": "assistant", "content": pair.rejected}],
-        "source": pair.source, "labels": list(pair.labels),
-    }  # fmt: skip
+        "source": pair.source,
+        "labels": list(pair.labels),
+    }
     return record | {"scores": {judge: list(both) for judge, both in pair.scores.items()}}
 
 
-def write_preferences(database: PreferenceDatabase, path: str | Path, split: Split | None = None) -> int:
-    """Write a split of the database to a `.jsonl` or `.parquet` file, whole or not at all; return how many pairs."""
+def write_preferences(
+    database: PreferenceDatabase, path: str | Path, split: Split | None = None
+) -> int:
+    """Write a split of the database to a `.jsonl` or `.parquet` file, whole or not at all; return
+    how many pairs.
+    """
     count = 0
     with atomic_write(path) as part:
         if Path(path).suffix == ".parquet":
@@ -97,7 +117,11 @@ def write_parquet(database: PreferenceDatabase, part: Path, split: Split | None)
 
     records = [record_of(pair) for pair in database.pairs(split)]
     message = pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()}))
-    texts = {"source": pyarrow.string(), "labels": pyarrow.list_(pyarrow.string()), "scores": pyarrow.string()}
+    texts = {
+        "source": pyarrow.string(),
+        "labels": pyarrow.list_(pyarrow.string()),
+        "scores": pyarrow.string(),
+    }
     schema = pyarrow.schema(dict.fromkeys(("prompt", "chosen", "rejected"), message) | texts)
     rows = [record | {"scores": json.dumps(record["scores"])} for record in records]
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), part)

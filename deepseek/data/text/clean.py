@@ -22,10 +22,14 @@ SHINGLE = 5
 """Words in a shingle."""
 
 PERMUTATIONS = 64
-"""Hashes in a sketch; candidates are confirmed exactly, so a small sketch only misses some pairs near the threshold."""
+"""Hashes in a sketch; candidates are confirmed exactly, so a small sketch only misses some pairs
+near the threshold.
+"""
 
 MAX_SHINGLES = 2_000
-"""Shingles sketched per document: those with the smallest hashes (bottom-k), a fair sample; long texts stay cheap."""
+"""Shingles sketched per document: those with the smallest hashes (bottom-k), a fair sample; long
+texts stay cheap.
+"""
 
 WORD = re.compile(r"\w+")
 
@@ -52,7 +56,10 @@ def near_duplicates(texts: Sequence[str], progress: Progress = silent) -> set[in
 
 def shingle_hashes(text: str) -> NDArray[np.uint32]:
     """Return the sorted distinct 32-bit hashes of all runs of `SHINGLE` words."""
-    words = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in WORD.findall(text)], dtype=np.uint32)
+    words = np.array(
+        [zlib.crc32(word.encode("utf-8", "replace")) for word in WORD.findall(text)],
+        dtype=np.uint32,
+    )
     if len(words) < SHINGLE:
         return np.array([zlib.crc32(text.encode("utf-8", "replace"))], dtype=np.uint32)
     count = len(words) - SHINGLE + 1
@@ -87,7 +94,9 @@ class CleanReport:
     def __str__(self) -> str:
         """Return one line for a terminal."""
         parts = [f"{self.kept} documents ({self.characters / 1e6:.1f} MB) of {self.read} read"]
-        return ", ".join([*parts, *(f"{count} {what}" for what, count in self.changes.most_common())])
+        return ", ".join(
+            [*parts, *(f"{count} {what}" for what, count in self.changes.most_common())]
+        )
 
 
 def clean(
@@ -95,10 +104,11 @@ def clean(
 ) -> tuple[list[Document], CleanReport]:
     """Return the documents worth training on, in order, and a report.
 
-    Of equal or nearly equal documents the first is kept. `skipped` is the counter given to the reader, filled while
-    it is read here. Raises `DataError` if nothing is left.
+    Of equal or nearly equal documents the first is kept. `skipped` is the counter given to the
+    reader, filled while it is read here. Raises `DataError` if nothing is left.
     """
-    report, skipped = CleanReport(), skipped if skipped is not None else Counter()
+    report = CleanReport()
+    skipped = skipped if skipped is not None else Counter()
     seen: set[int] = set()
     kept: list[Document] = []
     for original in documents:
@@ -120,7 +130,10 @@ def clean(
     result = [document for index, document in enumerate(kept) if index not in drop]
     report.changes.update({"near duplicates": len(drop)} if drop else {})
     report.changes.update({f"skipped as {reason}": count for reason, count in skipped.items()})
-    report.kept, report.characters = len(result), sum(len(document.text) for document in result)
+    report.kept = len(result)
+    report.characters = sum(len(document.text) for document in result)
     if not result:
-        raise DataError(f"Nothing is left of {report.read} documents after cleaning; check the source.")
+        raise DataError(
+            f"Nothing is left of {report.read} documents after cleaning; check the source."
+        )
     return result, report

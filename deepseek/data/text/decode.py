@@ -1,4 +1,6 @@
-"""From token shards back to documents: what a run trained on or held out, though its source may have changed since."""
+"""From token shards back to documents: what a run trained on or held out, though its source may
+have changed since.
+"""
 
 import re
 from collections.abc import Iterator
@@ -16,10 +18,11 @@ KINDS: dict[str, Kind] = {"file": "code", "commit": "commit"}
 
 
 def decode_documents(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
-    """Yield the documents of `shards` in their order, as they were encoded without fill-in-the-middle.
+    """Yield the documents of `shards` in their order, as they were encoded without
+    fill-in-the-middle.
 
-    Prose and conversations have no name in the shards; they are named by their place. A conversation becomes the text
-    of its turns, without the template's control tokens.
+    Prose and conversations have no name in the shards; they are named by their place. A
+    conversation becomes the text of its turns, without the template's control tokens.
     """
     start = document_start_ids(tokenizer)
     bounds = shards.offsets.tolist()

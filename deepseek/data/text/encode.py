@@ -1,4 +1,6 @@
-"""One document to token ids: path header, fill-in-the-middle, conversation mask, end; and texts of one length."""
+"""One document to token ids: path header, fill-in-the-middle, conversation mask, end; and texts of
+one length.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ CONTEXT_BIT = np.uint32(1 << 31)
 """Set on a stored id that is context only, never a target; no vocabulary comes near 2**31."""
 
 CHUNK = 1 << 16
-"""Characters encoded at once; a longer text is cut at a line end, so that all cores work and memory stays small."""
+"""Characters encoded at once; a longer text is cut at a line end, so that all cores work and memory
+stays small.
+"""
 
 FIM_TOKENS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -34,8 +38,10 @@ class EncodeOptions:
     """What decides the ids of a document beside the tokenizer.
 
     Attributes:
-        header: put `file: <name>` before code and commits, as context, so that the model can use where a text lies.
-        fim_rate: share of code documents rearranged for fill-in-the-middle (prefix, suffix, middle).
+        header: put `file: <name>` before code and commits, as context, so that the model can use
+            where a text lies.
+        fim_rate: share of code documents rearranged for fill-in-the-middle (prefix, suffix,
+            middle).
         seed: draws which documents and where they are cut, by document name.
     """
 
@@ -45,12 +51,15 @@ class EncodeOptions:
 
 
 def header(document: Document) -> str:
-    """Return the line that tells a model which file or commit follows, empty for prose and conversations."""
+    """Return the line that tells a model which file or commit follows, empty for prose and
+    conversations.
+    """
     return f"{'commit' if document.kind == 'commit' else 'file'}: {document.name}\n\n"
 
 
 def fim_markers(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int], list[int]]:
-    """Return the ids that open prefix, suffix and middle; without such tokens StarCoder's names spelled as text.
+    """Return the ids that open prefix, suffix and middle; without such tokens StarCoder's names
+    spelled as text.
 
     Spelled markers work just as well after training on them, at a few more ids each.
     """
@@ -76,7 +85,8 @@ def fim_cuts(document: Document, options: EncodeOptions) -> tuple[int, int] | No
 
 def pieces(text: str) -> list[str]:
     """Cut a long text at line ends into parts of about `CHUNK` characters that join to it."""
-    parts, start = [], 0
+    parts = []
+    start = 0
     while len(text) - start > CHUNK:
         end = text.rfind("\n", start + CHUNK // 2, start + CHUNK) + 1 or start + CHUNK
         parts.append(text[start:end])
@@ -115,7 +125,8 @@ class DocumentEncoder:
         return [head, document.text[:start], document.text[stop:], document.text[start:stop]]
 
     def join(self, sections: list[list[int]]) -> NDArray[np.uint32]:
-        """Return start, head, text and end; or with the fill-in-the-middle markers between the parts.
+        """Return start, head, text and end; or with the fill-in-the-middle markers between the
+        parts.
 
         The head is context: in use it is given, never to be written.
         """
@@ -123,7 +134,11 @@ class DocumentEncoder:
         if len(texts) == 1:
             body = texts[0]
         else:
-            body = [identity for marker, text in zip(self.markers, texts, strict=True) for identity in marker + text]
+            body = [
+                identity
+                for marker, text in zip(self.markers, texts, strict=True)
+                for identity in marker + text
+            ]
         ids = np.array([*self.start, *head, *body, self.end], dtype=np.uint32)
         ids[: len(self.start) + len(head)] |= CONTEXT_BIT
         return ids
@@ -137,12 +152,17 @@ class DocumentEncoder:
 
 
 def long_texts(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int = 0
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    count: int,
+    length: int,
+    seed: int = 0,
 ) -> Tensor:
-    """Return `count` texts of `length` token ids, `[R, T]`, drawn by `seed` and the documents' names.
+    """Return `count` texts of `length` token ids, `[R, T]`, drawn by `seed` and the documents'
+    names.
 
-    Each is the start of a document of at least that length while there are such; then shorter ones are joined.
-    Raises `DataError` if all the text is not enough.
+    Each is the start of a document of at least that length while there are such; then shorter ones
+    are joined. Raises `DataError` if all the text is not enough.
     """
     encoder = DocumentEncoder(tokenizer, EncodeOptions())
     texts: list[list[int]] = []
@@ -156,7 +176,8 @@ def long_texts(
         if len(texts) == count:
             break
     while len(texts) < count and len(joined) >= length:
-        texts, joined = [*texts, joined[:length]], joined[length:]
+        texts = [*texts, joined[:length]]
+        joined = joined[length:]
     if len(texts) < count:
         raise DataError(
             f"The text gives {len(texts)} pieces of {length} tokens, {count} are needed; add text or ask for less."

@@ -1,4 +1,6 @@
-"""What is no text to learn from: binary, generated, vendored and oversized files, told by path, size and content."""
+"""What is no text to learn from: binary, generated, vendored and oversized files, told by path,
+size and content.
+"""
 
 import re
 from collections import Counter
@@ -75,7 +77,9 @@ def kind_of(path: str) -> Kind:
 
 
 def decode(data: bytes) -> str | None:
-    """Return the text of a file with line ends as `\\n`, or None if it is binary or not in a Unicode encoding."""
+    """Return the text of a file with line ends as `\\n`, or None if it is binary or not in a
+    Unicode encoding.
+    """
     wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     if b"\0" in data and not wide:
         return None
@@ -86,7 +90,9 @@ def decode(data: bytes) -> str | None:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def file_document(data: bytes, path: str, name: str, time: int, skipped: Skipped) -> Document | None:
+def file_document(
+    data: bytes, path: str, name: str, time: int, skipped: Skipped
+) -> Document | None:
     """Return the document of a file, or None after counting in `skipped` why it is left out."""
     kind = kind_of(path)
     text = decode(data)
@@ -99,4 +105,8 @@ def file_document(data: bytes, path: str, name: str, time: int, skipped: Skipped
 
 def describe(skipped: Skipped) -> str:
     """Return counts as `3 binary or data, 1 empty`."""
-    return "none at all" if not skipped else ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+    return (
+        "none at all"
+        if not skipped
+        else ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+    )

@@ -8,7 +8,13 @@ import pygit2
 from pygit2.enums import DiffOption, FileMode, RepositoryOpenFlag, SortMode
 
 from deepseek.data.text.document import Document, not_empty
-from deepseek.data.text.filters import MAX_FILE_BYTES, Skipped, describe, file_document, reason_by_path
+from deepseek.data.text.filters import (
+    MAX_FILE_BYTES,
+    Skipped,
+    describe,
+    file_document,
+    reason_by_path,
+)
 from deepseek.errors import DataError
 
 MAX_COMMIT_CHARACTERS = 32_000
@@ -24,15 +30,18 @@ def open_repository(path: str | Path) -> pygit2.Repository:
         raise DataError(f"{path} does not exist; check the path.")
     found = pygit2.discover_repository(str(path))
     if found is None:
-        raise DataError(f"{path} is not inside a git repository; give a clone, or read it as a folder.")
+        raise DataError(
+            f"{path} is not inside a git repository; give a clone, or read it as a folder."
+        )
     return pygit2.Repository(found)
 
 
 def repository_stores(path: Path) -> list[Path]:
     """Return every folder that reading the repository at `path` reads, links resolved.
 
-    These are its own folder (a `.git` file or link leads to it), the one that it shares with other work trees, and the
-    object stores of both with their alternates. Unlike `open_repository` this looks nowhere above `path`.
+    These are its own folder (a `.git` file or link leads to it), the one that it shares with other
+    work trees, and the object stores of both with their alternates. Unlike `open_repository` this
+    looks nowhere above `path`.
 
     Raises:
         DataError: `path` itself is no repository, or alternates refer to each other endlessly.
@@ -40,12 +49,16 @@ def repository_stores(path: Path) -> list[Path]:
     try:
         repository = pygit2.Repository(str(path), RepositoryOpenFlag.NO_SEARCH)
     except (pygit2.GitError, KeyError, ValueError):
-        raise DataError(f"{path} is not a git repository itself; name the folder that holds its .git.") from None
+        raise DataError(
+            f"{path} is not a git repository itself; name the folder that holds its .git."
+        ) from None
     own = Path(repository.path).resolve()
     stores = [own]
     shared = own / "commondir"
     if shared.is_file():
-        stores.append((own / shared.read_text(encoding="utf-8", errors="surrogateescape").strip()).resolve())
+        stores.append(
+            (own / shared.read_text(encoding="utf-8", errors="surrogateescape").strip()).resolve()
+        )
     waiting = [(store / "objects").resolve() for store in stores]
     while waiting:
         objects = waiting.pop()
@@ -57,26 +70,36 @@ def repository_stores(path: Path) -> list[Path]:
         alternates = objects / "info" / "alternates"
         if alternates.is_file():
             lines = alternates.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            waiting += [(objects / line).resolve() for line in lines if line and not line.startswith("#")]
+            waiting += [
+                (objects / line).resolve() for line in lines if line and not line.startswith("#")
+            ]
     return stores
 
 
 def repository_name(repository: pygit2.Repository) -> str:
-    """Return the repository's name: from its origin where it has one, so that every clone agrees, else its folder."""
+    """Return the repository's name: from its origin where it has one, so that every clone agrees,
+    else its folder.
+    """
     for remote in repository.remotes:
         if remote.name == "origin" and remote.url:
-            return PurePosixPath(remote.url.replace("\\", "/").rstrip("/")).name.removesuffix(".git")
+            return PurePosixPath(remote.url.replace("\\", "/").rstrip("/")).name.removesuffix(
+                ".git"
+            )
     return Path(repository.workdir or repository.path).resolve().name.removesuffix(".git")
 
 
 def find_commit(repository: pygit2.Repository, revision: str) -> pygit2.Commit:
-    """Return the commit that a revision (branch, tag, `HEAD~3`, id) names; raise `DataError` if there is none."""
+    """Return the commit that a revision (branch, tag, `HEAD~3`, id) names; raise `DataError` if
+    there is none.
+    """
     if repository.is_empty or repository.head_is_unborn:
         raise DataError(f"{repository.path} has no commits; commit something first.")
     try:
         return repository.revparse_single(revision).peel(pygit2.Commit)
     except (KeyError, ValueError, pygit2.GitError):
-        raise DataError(f"{repository.path} has no commit {revision!r}; name a branch, tag or commit id.") from None
+        raise DataError(
+            f"{repository.path} has no commit {revision!r}; name a branch, tag or commit id."
+        ) from None
 
 
 def read_git(
@@ -87,11 +110,13 @@ def read_git(
     commits: bool = True,
     skipped: Skipped | None = None,
 ) -> Iterator[Document]:
-    """Yield the files at a commit (named `repo/path`), then the commits up to it, newest first (`repo@id`).
+    """Yield the files at a commit (named `repo/path`), then the commits up to it, newest first
+    (`repo@id`).
 
-    A file's time is that of the commit that added it. Merges are left out: their changes are in the commits merged.
-    `skipped` counts what is left out and why. Raises `DataError` at once if `path` is no repository, has no commits
-    or lacks the revision, and after reading if nothing usable was found.
+    A file's time is that of the commit that added it. Merges are left out: their changes are in the
+    commits merged. `skipped` counts what is left out and why. Raises `DataError` at once if `path`
+    is no repository, has no commits or lacks the revision, and after reading if nothing usable was
+    found.
     """
     repository = open_repository(path)
     commit = find_commit(repository, revision)
@@ -104,47 +129,71 @@ def read_git(
     ]
     return not_empty(
         chain.from_iterable(sources),
-        lambda: f"{path} has no usable text at {revision} ({describe(counts)}); choose another revision or repository.",
+        lambda: (
+            f"{path} has no usable text at {revision} ({describe(counts)}); choose another revision or repository."
+        ),
     )
 
 
 def read_git_by_time(
-    path: str | Path, held_out: float = 0.1, revision: str = "HEAD", *, skipped: Skipped | None = None
+    path: str | Path,
+    held_out: float = 0.1,
+    revision: str = "HEAD",
+    *,
+    skipped: Skipped | None = None,
 ) -> tuple[list[Document], list[Document]]:
-    """Return (past, future): the repository as it was before its last commits, and what these commits brought.
+    """Return (past, future): the repository as it was before its last commits, and what these
+    commits brought.
 
-    The past holds the files as they were at the cut and the commits before it, so it knows nothing that came later.
-    The future holds the commits after the cut and the files they added, as these are at `revision`; about the share
-    `held_out` of the commits. Raises `DataError` as `read_git` does, and where there is no cut to make.
+    The past holds the files as they were at the cut and the commits before it, so it knows nothing
+    that came later. The future holds the commits after the cut and the files they added, as these
+    are at `revision`; about the share `held_out` of the commits. Raises `DataError` as `read_git`
+    does, and where there is no cut to make.
     """
     repository = open_repository(path)
     commits, _ = walk_history(repository, find_commit(repository, revision))
     if len(commits) < 2 or not 0 < held_out < 1:
-        raise DataError(f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; split by file.")
+        raise DataError(
+            f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; split by file."
+        )
     cut = commits[min(len(commits) - 1, max(1, round(len(commits) * held_out)))]
     past = list(read_git(path, str(cut.id), skipped=skipped))
     known = {document.name for document in past}
     later = read_git(path, revision)
-    future = [document for document in later if document.time > cut.commit_time and document.name not in known]
+    future = [
+        document
+        for document in later
+        if document.time > cut.commit_time and document.name not in known
+    ]
     return past, list(
-        not_empty(future, lambda: f"{path} has no text after {str(cut.id)[:12]}; hold out a larger share.")
+        not_empty(
+            future, lambda: f"{path} has no text after {str(cut.id)[:12]}; hold out a larger share."
+        )
     )
 
 
-def walk_history(repository: pygit2.Repository, commit: pygit2.Commit) -> tuple[list[pygit2.Commit], dict[str, int]]:
-    """Return the commits up to `commit`, newest first, and when each path present there was last added, since 1970."""
+def walk_history(
+    repository: pygit2.Repository, commit: pygit2.Commit
+) -> tuple[list[pygit2.Commit], dict[str, int]]:
+    """Return the commits up to `commit`, newest first, and when each path present there was last
+    added, since 1970.
+    """
     commits: list[pygit2.Commit] = []
     first_seen: dict[str, int] = {}
     for each in repository.walk(commit.id, SortMode.TOPOLOGICAL | SortMode.TIME):
         commits.append(each)
         for delta in diff_to_parent(each).deltas:
             if delta.status_char() == "A":
-                first_seen[delta.new_file.path] = each.commit_time  # older commits come later and win
+                first_seen[delta.new_file.path] = (
+                    each.commit_time
+                )  # older commits come later and win
     return commits, first_seen
 
 
 def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
-    """Return what a commit changed against its first parent, or against nothing for the first commit."""
+    """Return what a commit changed against its first parent, or against nothing for the first
+    commit.
+    """
     flags = DiffOption.IGNORE_SUBMODULES
     if commit.parents:
         return commit.parents[0].tree.diff_to_tree(commit.tree, flags=flags)
@@ -152,7 +201,11 @@ def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
 
 
 def tree_documents(
-    repository: pygit2.Repository, commit: pygit2.Commit, name: str, first_seen: dict[str, int], skipped: Skipped
+    repository: pygit2.Repository,
+    commit: pygit2.Commit,
+    name: str,
+    first_seen: dict[str, int],
+    skipped: Skipped,
 ) -> Iterator[Document]:
     """Yield the text files at `commit`, sorted by path."""
     for path, blob in tree_files(repository, commit.tree):
@@ -166,7 +219,9 @@ def tree_documents(
             yield document
 
 
-def tree_files(repository: pygit2.Repository, tree: pygit2.Tree) -> Iterator[tuple[str, pygit2.Blob]]:
+def tree_files(
+    repository: pygit2.Repository, tree: pygit2.Tree
+) -> Iterator[tuple[str, pygit2.Blob]]:
     """Yield (path, blob) of all plain files below `tree`; links and submodules are no text."""
     index = pygit2.Index()
     index.read_tree(tree)
@@ -175,7 +230,9 @@ def tree_files(repository: pygit2.Repository, tree: pygit2.Tree) -> Iterator[tup
             yield entry.path, repository[entry.id].peel(pygit2.Blob)
 
 
-def commit_documents(commits: Iterable[pygit2.Commit], name: str, skipped: Skipped) -> Iterator[Document]:
+def commit_documents(
+    commits: Iterable[pygit2.Commit], name: str, skipped: Skipped
+) -> Iterator[Document]:
     """Yield message and diff of each commit that has changes to learn from."""
     for commit in commits:
         document = commit_document(commit, name, skipped)
@@ -220,12 +277,17 @@ def patch_text(patch: pygit2.Patch | None) -> str:
     if patch is None:  # nothing but a mode has changed
         return ""
     delta = patch.delta
-    old, new = delta.old_file.path, delta.new_file.path
+    old = delta.old_file.path
+    new = delta.new_file.path
     if delta.is_binary or reason_by_path(new) or not patch.hunks:
         return ""
     status = delta.status_char()
-    lines = [f"--- {'/dev/null' if status == 'A' else old}\n+++ {'/dev/null' if status == 'D' else new}\n"]
+    lines = [
+        f"--- {'/dev/null' if status == 'A' else old}\n+++ {'/dev/null' if status == 'D' else new}\n"
+    ]
     for hunk in patch.hunks:
         lines.append(f"@@ {hunk.header.split('@@', 2)[-1].strip()}".rstrip() + "\n")
-        lines += [f"{line.origin}{line.content.rstrip()}\n" for line in hunk.lines if line.origin in "+- "]
+        lines += [
+            f"{line.origin}{line.content.rstrip()}\n" for line in hunk.lines if line.origin in "+- "
+        ]
     return "".join(lines)

@@ -1,4 +1,6 @@
-"""Held-out text in two parts: by one a training chooses where to stop, the other decides nothing and is reported."""
+"""Held-out text in two parts: by one a training chooses where to stop, the other decides nothing
+and is reported.
+"""
 
 import json
 from collections.abc import Sequence
@@ -9,18 +11,23 @@ from pathlib import PurePosixPath
 from deepseek.data.text.document import Document, Rule, uniform
 
 SMALLEST_PART = 0.25
-"""Share of the text that each part must hold; where whole documents give less, each document is cut in two."""
+"""Share of the text that each part must hold; where whole documents give less, each document is cut
+in two.
+"""
 
 
-def halve(documents: Sequence[Document], by: Rule = "file", seed: int = 0) -> tuple[list[Document], list[Document]]:
-    """Return (validation, test), each about half of the text of held-out documents, with no text in common.
+def halve(
+    documents: Sequence[Document], by: Rule = "file", seed: int = 0
+) -> tuple[list[Document], list[Document]]:
+    """Return (validation, test), each about half of the text of held-out documents, with no text in
+    common.
 
     - `file`: whole documents, in an order drawn from name and seed.
     - `directory`: whole directories, so that neighbours stay together.
     - `time`: the test part is the later one.
 
-    Of a few documents of unequal size there may be no fair halves: each is then cut in the middle, at the end of a line
-    or of a message, and its first part goes to validation.
+    Of a few documents of unequal size there may be no fair halves: each is then cut in the middle,
+    at the end of a line or of a message, and its first part goes to validation.
     """
 
     def key(document: Document) -> tuple[float, str]:
@@ -42,7 +49,9 @@ def halve(documents: Sequence[Document], by: Rule = "file", seed: int = 0) -> tu
 
 
 def cut_each(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Return the first halves and the second halves of documents; what cannot be cut is a second half."""
+    """Return the first halves and the second halves of documents; what cannot be cut is a second
+    half.
+    """
     firsts = []
     seconds = []
     for document in documents:
@@ -54,7 +63,9 @@ def cut_each(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
 
 
 def cut_text(document: Document) -> tuple[str, str]:
-    """Return the text of a document in two parts, the first one empty where it has no place to cut."""
+    """Return the text of a document in two parts, the first one empty where it has no place to
+    cut.
+    """
     text = document.text
     if document.kind == "messages":
         messages = json.loads(text)

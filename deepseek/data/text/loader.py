@@ -1,4 +1,5 @@
-"""Rows of fixed length from token shards, in a random order that resumes exactly from a few integers.
+"""Rows of fixed length from token shards, in a random order that resumes exactly from a few
+integers.
 
 The order of n items needs no memory: it is a keyed Feistel network with cycle walking.
 """
@@ -15,7 +16,9 @@ from deepseek.data.text.shards import TokenShards
 from deepseek.errors import DataError
 
 ROUNDS = 6
-"""Four rounds are pseudo-random in theory (Luby and Rackoff 1988); two more cover the short halves of a small n."""
+"""Four rounds are pseudo-random in theory (Luby and Rackoff 1988); two more cover the short halves
+of a small n.
+"""
 
 GOLDEN = 0x9E3779B97F4A7C15
 MASK_64 = (1 << 64) - 1
@@ -30,7 +33,9 @@ def mix(value: int) -> int:
 
 
 def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return where each of `positions` (all in [0, size)) goes in the order of `epoch`; a bijection of [0, size)."""
+    """Return where each of `positions` (all in [0, size)) goes in the order of `epoch`; a bijection
+    of [0, size).
+    """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = [mix(mix(mix(seed & MASK_64) ^ epoch) + index) for index in range(ROUNDS)]
     values = feistel(positions.astype(np.uint64), half, keys)
@@ -42,16 +47,22 @@ def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> N
 
 
 def endless(start: int, stop: int, size: int, seed: int) -> NDArray[np.int64]:
-    """Return the items at places [start, stop) of an endless sequence: epoch after epoch, each of `size` items once."""
+    """Return the items at places [start, stop) of an endless sequence: epoch after epoch, each of
+    `size` items once.
+    """
     epochs, within = np.divmod(np.arange(start, stop, dtype=np.int64), size)
-    parts = [permute(within[epochs == epoch], size, seed, int(epoch)) for epoch in np.unique(epochs)]
+    parts = [
+        permute(within[epochs == epoch], size, seed, int(epoch)) for epoch in np.unique(epochs)
+    ]
     return np.concatenate([within[:0], *parts])
 
 
 def feistel(values: NDArray[np.uint64], half: int, keys: list[int]) -> NDArray[np.uint64]:
     """Return a bijection of [0, 4**half) applied to `values`."""
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = values >> shift, values & mask
+    shift = np.uint64(half)
+    mask = np.uint64((1 << half) - 1)
+    left = values >> shift
+    right = values & mask
     for key in keys:
         left, right = right, left ^ (scramble(right ^ np.uint64(key)) & mask)
     return (left << shift) | right
@@ -86,12 +97,14 @@ class Batch:
 
 
 class RowLoader:
-    """Batches of `rows` rows of `length` tokens; every row once per epoch, in an order drawn from seed and epoch.
+    """Batches of `rows` rows of `length` tokens; every row once per epoch, in an order drawn from
+    seed and epoch.
 
-    Row i holds tokens `[i * length, (i + 1) * length)` of the shards. A document cut by a row boundary starts again
-    at position 0 in the next row; the label of a row's last token is the document's next token, so no target is lost:
-    each token that follows another in its document is a target exactly once per epoch. Batches are always full; one
-    may hold the last rows of an epoch and the first of the next.
+    Row i holds tokens `[i * length, (i + 1) * length)` of the shards. A document cut by a row
+    boundary starts again at position 0 in the next row; the label of a row's last token is the
+    document's next token, so no target is lost: each token that follows another in its document is
+    a target exactly once per epoch. Batches are always full; one may hold the last rows of an epoch
+    and the first of the next.
 
     Attributes:
         num_rows: rows that the shards hold.
@@ -99,13 +112,24 @@ class RowLoader:
     """
 
     def __init__(
-        self, shards: TokenShards, rows: int, length: int, seed: int = 0, chosen: NDArray[np.int64] | None = None
+        self,
+        shards: TokenShards,
+        rows: int,
+        length: int,
+        seed: int = 0,
+        chosen: NDArray[np.int64] | None = None,
     ) -> None:
         """Load all rows of `shards`, or those `chosen`."""
         if rows < 1 or length < 1:
             raise DataError(f"Rows ({rows}) and length ({length}) of a batch must be at least 1.")
-        self.shards, self.batch_rows, self.length, self.seed, self.chosen = shards, rows, length, seed, chosen
-        self.num_rows = max(1, -(-(shards.num_tokens - 1) // length))  # a last token alone predicts nothing
+        self.shards = shards
+        self.batch_rows = rows
+        self.length = length
+        self.seed = seed
+        self.chosen = chosen
+        self.num_rows = max(
+            1, -(-(shards.num_tokens - 1) // length)
+        )  # a last token alone predicts nothing
         self.cursor = 0
 
     @property
@@ -131,7 +155,8 @@ class RowLoader:
 
     def batches(self) -> list[Batch]:
         """Return every row once, in the order of `row_ids`; the last batch is perhaps smaller."""
-        ids, size = self.row_ids, self.batch_rows
+        ids = self.row_ids
+        size = self.batch_rows
         return [self.rows(ids[start : start + size]) for start in range(0, len(ids), size)]
 
     def rows(self, row_ids: int | NDArray[np.int64] | list[int]) -> Batch:
@@ -140,12 +165,17 @@ class RowLoader:
         if ((indices < 0) | (indices >= self.num_rows)).any():
             raise DataError(f"Row ids must lie in [0, {self.num_rows}); got {indices.tolist()}.")
         parts = [self.row(int(index)) for index in indices]
-        ids, labels, positions = (torch.from_numpy(np.stack(column)) for column in zip(*parts, strict=True))
+        ids, labels, positions = (
+            torch.from_numpy(np.stack(column)) for column in zip(*parts, strict=True)
+        )
         return Batch(ids, labels, positions, torch.from_numpy(indices.copy()))
 
     def row(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return ids, labels and positions `[T]` of one row, padded with id 0 as a document of its own."""
-        length, first = self.length, index * self.length
+        """Return ids, labels and positions `[T]` of one row, padded with id 0 as a document of its
+        own.
+        """
+        length = self.length
+        first = index * self.length
         stored = np.zeros(length + 1, dtype=np.uint32)
         found = self.shards.ids_N[first : first + length + 1]
         stored[: len(found)] = found
@@ -153,12 +183,16 @@ class RowLoader:
         places = np.arange(length)
         positions = places - np.maximum.accumulate(np.where(starts[:length], places, 0))
         targets = stored[1:]
-        labels = np.where(starts[1:] | (targets & CONTEXT_BIT != 0), IGNORE, targets.astype(np.int64))
+        labels = np.where(
+            starts[1:] | (targets & CONTEXT_BIT != 0), IGNORE, targets.astype(np.int64)
+        )
         labels[max(0, len(found) - 1) :] = IGNORE
         return (stored[:length] & ~CONTEXT_BIT).astype(np.int64), labels, positions
 
     def starts(self, first: int, length: int) -> NDArray[np.bool_]:
-        """Return `[length + 1]`, whether a document (or the padding after the last) begins at each place."""
+        """Return `[length + 1]`, whether a document (or the padding after the last) begins at each
+        place.
+        """
         offsets = self.shards.offsets
         low, high = np.searchsorted(offsets, [first, first + length + 1])
         starts = np.zeros(length + 1, dtype=np.bool_)
@@ -168,14 +202,23 @@ class RowLoader:
     def state(self) -> dict[str, int]:
         """Return what `load` needs to go on from here."""
         identity = int(self.shards.digest[:15], 16)
-        state = {"cursor": self.cursor, "seed": self.seed, "length": self.length, "shards": identity}
+        state = {
+            "cursor": self.cursor,
+            "seed": self.seed,
+            "length": self.length,
+            "shards": identity,
+        }
         return state if self.chosen is None else {**state, "chosen": len(self.chosen)}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken; raise `DataError` if the text, seed or row length is another."""
+        """Go on where `state` was taken; raise `DataError` if the text, seed or row length is
+        another.
+        """
         mine = self.state()
         for name in ("seed", "length", "shards"):
             if state.get(name) != mine[name]:
                 what = "tokens" if name == "shards" else name
-                raise DataError(f"The run was started with other {what}; restore them or start a new run folder.")
+                raise DataError(
+                    f"The run was started with other {what}; restore them or start a new run folder."
+                )
         self.cursor = state["cursor"]

@@ -1,4 +1,6 @@
-"""Text that is on every machine, and text at paths that a user names: what measurements and calibration read."""
+"""Text that is on every machine, and text at paths that a user names: what measurements and
+calibration read.
+"""
 
 import pydoc_data.topics
 import sysconfig
@@ -12,9 +14,15 @@ from deepseek.errors import DataError
 
 
 def public_documents() -> dict[str, list[Document]]:
-    """Return ordinary English prose and ordinary code that are on every machine: Python's own pages and library."""
+    """Return ordinary English prose and ordinary code that are on every machine: Python's own pages
+    and library.
+    """
     topics = pydoc_data.topics.topics
-    prose = [Document(text, f"topics/{name}") for name, text in sorted(topics.items()) if len(text) > 2000]
+    prose = [
+        Document(text, f"topics/{name}")
+        for name, text in sorted(topics.items())
+        if len(text) > 2000
+    ]
     library = Path(sysconfig.get_path("stdlib"))
     code = [
         Document(path.read_text(encoding="utf-8", errors="replace"), path.name, "code")
@@ -24,14 +32,20 @@ def public_documents() -> dict[str, list[Document]]:
 
 
 def documents_at(paths: Sequence[Path]) -> list[Document]:
-    """Return the cleaned documents at `paths`, or where there are none those that every machine has."""
+    """Return the cleaned documents at `paths`, or where there are none those that every machine
+    has.
+    """
     if not paths:
         return [document for documents in public_documents().values() for document in documents]
     return [document for path in paths for document in read_documents(path)]
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Yield the cleaned documents of a folder, a JSONL or a Parquet file; `DataError` for another file."""
+    """Yield the cleaned documents of a folder, a JSONL or a Parquet file; `DataError` for another
+    file.
+    """
     if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{path} is neither a folder nor a .jsonl or .parquet file; put text files into a folder.")
+        raise DataError(
+            f"{path} is neither a folder nor a .jsonl or .parquet file; put text files into a folder."
+        )
     yield from clean(read_folder(path) if path.is_dir() else read_records(path))[0]

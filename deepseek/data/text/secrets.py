@@ -1,7 +1,9 @@
-"""Secrets in text: keys, tokens and passwords replaced by `<REDACTED:kind>` before anything learns them.
+"""Secrets in text: keys, tokens and passwords replaced by `<REDACTED:kind>` before anything learns
+them.
 
-Patterns come from detect-secrets where it has a precise one, applied to whole texts instead of line by line (50 times
-faster); its guesses by entropy alone are left out, they would cut hashes and test data out of code.
+Patterns come from detect-secrets where it has a precise one, applied to whole texts instead of line
+by line (50 times faster); its guesses by entropy alone are left out, they would cut hashes and test
+data out of code.
 """
 
 import re
@@ -36,7 +38,10 @@ DETECTORS: dict[str, Any] = get_mapping_from_secret_type_to_class()
 def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[Rule]:
     """Return the rules of a detect-secrets plugin; `hints` are separated by spaces."""
     patterns = DETECTORS[secret_type]().denylist
-    return [Rule(kind, tuple(hints.split()), pattern, min(group, pattern.groups)) for pattern in patterns]
+    return [
+        Rule(kind, tuple(hints.split()), pattern, min(group, pattern.groups))
+        for pattern in patterns
+    ]
 
 
 PRIVATE_KEY = re.compile(
@@ -47,7 +52,9 @@ ASSIGNED = re.compile(
     r"""(?ix) (?:password|passwd|secret|api_?key|auth_?token|access_?token|private_?key) ["']? \s* (?:=|:|=>) \s*
     ["'] ((?=[^"'\s]*\d)(?=[^"'\s]*[a-z])[\w+/=.~@!$^&*-]{16,200}) ["']"""
 )
-"""A quoted value with letters and digits, given to a name that says what it is; words and formats do not match."""
+"""A quoted value with letters and digits, given to a name that says what it is; words and formats
+do not match.
+"""
 
 GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glptt- glagent- gloas-"
 
@@ -79,7 +86,9 @@ RULES = (
 
 
 def redact(text: str) -> tuple[str, Counter[str]]:
-    """Return the text with every secret replaced by `<REDACTED:kind>`, and how many of each kind there were."""
+    """Return the text with every secret replaced by `<REDACTED:kind>`, and how many of each kind
+    there were.
+    """
     found: Counter[str] = Counter()
     for rule in RULES:
         if any(hint in text for hint in rule.hints):
@@ -90,18 +99,23 @@ def redact(text: str) -> tuple[str, Counter[str]]:
 
 def replace_matches(rule: Rule, text: str) -> tuple[str, int]:
     """Return the text with the secret part of each match of one rule replaced, and their number."""
-    parts, end, count = [], 0, 0
+    parts = []
+    end = 0
+    count = 0
     for match in rule.pattern.finditer(text):
         start, stop = match.span(rule.group)
         if start < 0:  # the group took no part in the match
             continue
         parts += [text[end:start], f"<REDACTED:{rule.kind}>"]
-        end, count = stop, count + 1
+        end = stop
+        count = count + 1
     return "".join([*parts, text[end:]]), count
 
 
 def redact_document(document: Document) -> tuple[Document, Counter[str]]:
-    """Return the document without secrets (in a conversation, message by message), and how many there were."""
+    """Return the document without secrets (in a conversation, message by message), and how many
+    there were.
+    """
     if document.kind != "messages":
         text, found = redact(document.text)
         return (replace(document, text=text) if found else document), found
@@ -111,4 +125,6 @@ def redact_document(document: Document) -> tuple[Document, Counter[str]]:
         content, found = redact(message["content"])
         messages.append({**message, "content": content})
         total.update(found)
-    return (conversation(messages, document.name, document.name, document.time) if total else document), total
+    return (
+        conversation(messages, document.name, document.name, document.time) if total else document
+    ), total

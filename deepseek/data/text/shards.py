@@ -1,7 +1,8 @@
 """Token shards: documents tokenised once into memory-mapped files.
 
-A folder holds `tokens.bin` (uint32 ids, `CONTEXT_BIT` on what is no target), `offsets.bin` (uint64, where each
-document begins, and the end) and `meta.json` (what it was built from, and a digest of both files).
+A folder holds `tokens.bin` (uint32 ids, `CONTEXT_BIT` on what is no target), `offsets.bin` (uint64,
+where each document begins, and the end) and `meta.json` (what it was built from, and a digest of
+both files).
 """
 
 import hashlib
@@ -36,14 +37,20 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a folder that `build` wrote; raise `DataError` if it is missing, incomplete or of another format."""
+        """Open a folder that `build` wrote; raise `DataError` if it is missing, incomplete or of
+        another format.
+        """
         self.folder = Path(folder)
         try:
             meta = read_json(self.folder / "meta.json")
         except CheckpointError as error:
-            raise DataError(f"{folder} holds no token shards; build them from documents first.") from error
+            raise DataError(
+                f"{folder} holds no token shards; build them from documents first."
+            ) from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise DataError(f"The token shards in {folder} are of another version; delete the folder to rebuild them.")
+            raise DataError(
+                f"The token shards in {folder} are of another version; delete the folder to rebuild them."
+            )
         self.digest: str = meta["digest"]
         self.source: str = meta["source"]
         self.ids_N = map_file(self.folder / "tokens.bin", np.uint32, meta["tokens"])
@@ -67,32 +74,44 @@ class TokenShards:
         options: EncodeOptions | None = None,
         progress: Progress = silent,
     ) -> "TokenShards":
-        """Tokenise `documents` into `folder`, or open what is there if it was built from the same and is intact.
+        """Tokenise `documents` into `folder`, or open what is there if it was built from the same
+        and is intact.
 
         Raises `DataError` if there are no documents or `folder` holds something else.
         """
         options = options or EncodeOptions()
         if not documents:
-            raise DataError("There are no documents to tokenise; check the source and what it skipped.")
+            raise DataError(
+                "There are no documents to tokenise; check the source and what it skipped."
+            )
         source = source_digest(documents, tokenizer, options)
         existing = open_existing(Path(folder))
         if existing is not None and existing.source == source and existing.is_intact():
             return existing
         with atomic_folder(folder) as temporary:
-            lengths = write_tokens(documents, DocumentEncoder(tokenizer, options), temporary, progress)
+            lengths = write_tokens(
+                documents, DocumentEncoder(tokenizer, options), temporary, progress
+            )
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype("<u8")
             offsets.tofile(temporary / "offsets.bin")
             meta = {"format": FORMAT, "source": source, "digest": content_digest(temporary)}
-            write_json(temporary / "meta.json", {**meta, "documents": len(lengths), "tokens": int(offsets[-1])})
+            write_json(
+                temporary / "meta.json",
+                {**meta, "documents": len(lengths), "tokens": int(offsets[-1])},
+            )
         return cls(folder)
 
 
 def open_existing(folder: Path) -> TokenShards | None:
-    """Return the shards in `folder`, None if they are absent or unusable; never let another folder be replaced."""
+    """Return the shards in `folder`, None if they are absent or unusable; never let another folder
+    be replaced.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / "meta.json").is_file() or not (folder / "tokens.bin").is_file():
-        raise DataError(f"{folder} holds other files than token shards; choose an empty or new folder.")
+        raise DataError(
+            f"{folder} holds other files than token shards; choose an empty or new folder."
+        )
     try:
         return TokenShards(folder)
     except DataError:
@@ -122,14 +141,19 @@ def batches(documents: Collection[Document]) -> Iterator[list[Document]]:
         size += len(document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
-def source_digest(documents: Collection[Document], tokenizer: PreTrainedTokenizerFast, options: EncodeOptions) -> str:
+def source_digest(
+    documents: Collection[Document], tokenizer: PreTrainedTokenizerFast, options: EncodeOptions
+) -> str:
     """Return a sha256 over all that decides the ids, so that a change of any rebuilds them."""
-    digest = hashlib.sha256(json.dumps([FORMAT, tokenizer_digest(tokenizer), asdict(options)]).encode())
+    digest = hashlib.sha256(
+        json.dumps([FORMAT, tokenizer_digest(tokenizer), asdict(options)]).encode()
+    )
     for document in documents:
         for field in (document.kind, document.name, document.text):
             data = field.encode("utf-8", "surrogatepass")
@@ -146,8 +170,12 @@ def content_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def map_file(path: Path, dtype: type[np.uint32] | type[np.uint64], length: int) -> NDArray[np.unsignedinteger]:
-    """Return a read-only view of a file of `length` numbers; raise `DataError` if its size is another."""
+def map_file(
+    path: Path, dtype: type[np.uint32] | type[np.uint64], length: int
+) -> NDArray[np.unsignedinteger]:
+    """Return a read-only view of a file of `length` numbers; raise `DataError` if its size is
+    another.
+    """
     expected = length * np.dtype(dtype).itemsize
     if not path.is_file() or path.stat().st_size != expected:
         raise DataError(f"{path} is missing or cut short; delete {path.parent} to rebuild it.")

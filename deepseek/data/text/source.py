@@ -10,18 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.data.text.document import Document, conversation, not_empty
-from deepseek.data.text.filters import MAX_FILE_BYTES, Skipped, describe, file_document, reason_by_path, words
+from deepseek.data.text.filters import (
+    MAX_FILE_BYTES,
+    Skipped,
+    describe,
+    file_document,
+    reason_by_path,
+    words,
+)
 from deepseek.errors import DataError
 
-SILENT = words("script style head nav header footer aside noscript template svg math button select form iframe")
+SILENT = words(
+    "script style head nav header footer aside noscript template svg math button select form iframe"
+)
 """Elements whose content is no text to read; navigation would otherwise repeat on every page."""
 
-BREAKS = words("p div section article main h1 h2 h3 h4 h5 h6 li dt dd tr table ul ol dl br hr blockquote figure pre")
+BREAKS = words(
+    "p div section article main h1 h2 h3 h4 h5 h6 li dt dd tr table ul ol dl br hr blockquote figure pre"
+)
 """Elements that begin and end a line."""
 
 
 def html_to_text(page: str) -> str:
-    """Return the text of a page: a line per paragraph, list item or table row, preformatted text as it stands."""
+    """Return the text of a page: a line per paragraph, list item or table row, preformatted text as
+    it stands.
+    """
     reader = PageReader()
     reader.feed(page)
     reader.close()
@@ -84,8 +97,9 @@ HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
     """Yield every text file under a folder (or the one file), sorted by path, named `folder/path`.
 
-    Links to folders are not followed; HTML pages give their readable text. `skipped` counts what is left out and why.
-    Raises `DataError` at once if the path does not exist, and after reading if nothing usable was found.
+    Links to folders are not followed; HTML pages give their readable text. `skipped` counts what is
+    left out and why. Raises `DataError` at once if the path does not exist, and after reading if
+    nothing usable was found.
     """
     root = Path(path)
     if not root.exists():
@@ -93,7 +107,8 @@ def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Do
     counts = skipped if skipped is not None else Skipped()
     documents = folder_documents(root.resolve(), counts)
     return not_empty(
-        documents, lambda: f"{root} holds no usable text files ({describe(counts)}); choose another folder."
+        documents,
+        lambda: f"{root} holds no usable text files ({describe(counts)}); choose another folder.",
     )
 
 
@@ -142,13 +157,16 @@ def read_records(path: str | Path) -> Iterator[Document]:
     Raises `DataError` naming file and line for anything else.
     """
     file = Path(path)
-    documents = (record_document(record, f"{file.name}:{number}") for number, record in records(file))
+    documents = (
+        record_document(record, f"{file.name}:{number}") for number, record in records(file)
+    )
     complaint = f"{file} is empty; write one JSON object per line, or row, with a `text` or `messages` field."
     return not_empty(documents, lambda: complaint)
 
 
 def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield number and content of each line of a JSONL file that is not blank, or of each row of a `.parquet` file.
+    """Yield number and content of each line of a JSONL file that is not blank, or of each row of a
+    `.parquet` file.
 
     Raises `DataError` if there is no such file or it is no such file.
     """
@@ -163,7 +181,9 @@ def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 if line.strip():
                     yield number, parse(line, f"{file.name} line {number}")
         except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8.") from error
+            raise DataError(
+                f"{file} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8."
+            ) from error
 
 
 def parse(line: str, where: str) -> Mapping[str, Any]:
@@ -173,12 +193,16 @@ def parse(line: str, where: str) -> Mapping[str, Any]:
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}); write one object per line.") from error
     if not isinstance(record, dict):
-        raise DataError(f'{where} is a {type(record).__name__}, not an object; wrap it as {{"text": ...}}.')
+        raise DataError(
+            f'{where} is a {type(record).__name__}, not an object; wrap it as {{"text": ...}}.'
+        )
     return record
 
 
 def record_document(record: Mapping[str, Any], name: str) -> Document:
-    """Return the document of one record; `name` is `file:line` and also says where an error lies."""
+    """Return the document of one record; `name` is `file:line` and also says where an error
+    lies.
+    """
     where = name.replace(":", " line ", 1)
     time = record.get("time", 0)
     time = int(time) if isinstance(time, int | float) else 0
@@ -189,11 +213,15 @@ def record_document(record: Mapping[str, Any], name: str) -> Document:
     if "prompt" in record and "chosen" in record:
         return conversation(preferred(record["prompt"], record["chosen"]), where, name, time)
     fields = ", ".join(sorted(record)) or "nothing"
-    raise DataError(f"{where} has no `text`, `messages` or `prompt` with `chosen` but {fields}; rename its fields.")
+    raise DataError(
+        f"{where} has no `text`, `messages` or `prompt` with `chosen` but {fields}; rename its fields."
+    )
 
 
 def preferred(prompt: object, chosen: object) -> list[Any]:
-    """Return the conversation of the chosen answer; both parts may be texts or lists of messages."""
+    """Return the conversation of the chosen answer; both parts may be texts or lists of
+    messages.
+    """
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = chosen if isinstance(chosen, list) else [{"role": "assistant", "content": chosen}]
     return after if after[: len(before)] == before else [*before, *after]

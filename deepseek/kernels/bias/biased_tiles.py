@@ -1,8 +1,9 @@
 """The tiles of `score_bias.py`, on torch's own threads and BLAS.
 
-Along a row of a tile, distance falls by one from key to key, so the keys of one bucket lie side by side: a far tile has
-one or two such runs a row, and adding a table costs one addition an element. Exponents need no more than fp32 because
-the keys' own terms are taken relative to the tile's last query first.
+Along a row of a tile, distance falls by one from key to key, so the keys of one bucket lie side by
+side: a far tile has one or two such runs a row, and adding a table costs one addition an element.
+Exponents need no more than fp32 because the keys' own terms are taken relative to the tile's last
+query first.
 """
 
 from functools import cache
@@ -19,9 +20,13 @@ from deepseek.kernels.numba.primitives import exp, thread_count, thread_number
 QUERIES, KEYS = 128, 256  # of a tile: scores and both factors stay in half a megabyte of cache
 
 _ENDS = np.array([*STARTS[1:], 2**62])  # first distance past each bucket
-_BUCKET = np.searchsorted(_ENDS, np.arange(STARTS[-1] + 1), side="right")  # of each distance, up to the last bucket's
+_BUCKET = np.searchsorted(
+    _ENDS, np.arange(STARTS[-1] + 1), side="right"
+)  # of each distance, up to the last bucket's
 _LOWEST = np.float32(-1e30)
-_NOTHING = np.float32(-60)  # a weight below e to this power is none; smaller ones would slow BLAS down as denormals
+_NOTHING = np.float32(
+    -60
+)  # a weight below e to this power is none; smaller ones would slow BLAS down as denormals
 
 
 @njit(fastmath=True)
@@ -33,11 +38,13 @@ def _add(row, slope, value):  # type: ignore[no-untyped-def]
 @njit(fastmath=True)
 def _add_bias(row, table, slope, distance):  # type: ignore[no-untyped-def]
     """Add to the scores of neighbouring keys, the last of which lies at `distance`, their bias."""
-    stop, bucket = len(row), _BUCKET[min(distance, len(_BUCKET) - 1)]
+    stop = len(row)
+    bucket = _BUCKET[min(distance, len(_BUCKET) - 1)]
     while stop > 0:
         start = max(len(row) + distance - _ENDS[bucket], 0)
         _add(row[start:stop], slope[start:stop], table[bucket])
-        stop, bucket = start, bucket + 1
+        stop = start
+        bucket = bucket + 1
 
 
 @njit(fastmath=True)
@@ -86,7 +93,9 @@ def _slopes(slope, start, stop, reference, out):  # type: ignore[no-untyped-def]
 
 @njit
 def _limits(first, slot, start, stop):  # type: ignore[no-untyped-def]
-    """Return the columns of the tile of keys `start` to `stop - 1` that the query in `slot` sees."""
+    """Return the columns of the tile of keys `start` to `stop - 1` that the query in `slot`
+    sees.
+    """
     low = min(max(first - start, 0), stop - start)
     return low, max(min(slot + 1, stop) - start, low)
 
@@ -94,7 +103,8 @@ def _limits(first, slot, start, stop):  # type: ignore[no-untyped-def]
 @njit(fastmath=True)
 def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores, bias):  # type: ignore[no-untyped-def]
     """Attend from queries begin to end - 1 of one head."""
-    largest, total = np.full(end - begin, _LOWEST), np.zeros(end - begin, np.float32)
+    largest = np.full(end - begin, _LOWEST)
+    total = np.zeros(end - begin, np.float32)
     out[begin:end] = 0
     last = past + end
     for start in range(first[begin:end].min(), last, KEYS):
@@ -104,14 +114,18 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
         _slopes(slope, start, stop, slope[last - 1], bias)
         for t in range(begin, end):
             low, high = _limits(first[t], past + t, start, stop)
-            row, i = scores[t - begin, : stop - start], t - begin  # of the whole buffer: known to be contiguous
+            row, i = (
+                scores[t - begin, : stop - start],
+                t - begin,
+            )  # of the whole buffer: known to be contiguous
             if high > low:
                 _add_bias(row[low:high], table[t], bias[low:high], past + t - start - high + 1)
                 peak = max(_largest(row[low:high]), largest[i])
                 if peak > largest[i]:
                     shrink = _weight(largest[i] - peak)
                     _multiply(out[t], shrink)
-                    total[i], largest[i] = total[i] * shrink, peak
+                    total[i] = total[i] * shrink
+                    largest[i] = peak
                 total[i] += _exponentials(row[low:high], peak)
             _clear(row, low, high)
         product(tile, False, v[start:stop], False, out[begin:end], 1)
@@ -124,15 +138,32 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
 def _forward(q, k, v, table, slope, first, out, lse):  # type: ignore[no-untyped-def]
     """Share out tiles of queries in turn: neighbours cost about the same."""
     batch, heads, length, _ = q.shape
-    past, repeats, tiles = k.shape[2] - length, heads // k.shape[1], (length + QUERIES - 1) // QUERIES
-    scores, bias = np.empty((QUERIES, KEYS), np.float32), np.empty(KEYS, np.float32)
+    past = k.shape[2] - length
+    repeats = heads // k.shape[1]
+    tiles = (length + QUERIES - 1) // QUERIES
+    scores = np.empty((QUERIES, KEYS), np.float32)
+    bias = np.empty(KEYS, np.float32)
     for unit in range(thread_number(), batch * heads * tiles, thread_count()):
-        b, h, begin = unit % batch, unit // batch % heads, unit // (batch * heads) * QUERIES
-        end, g = min(begin + QUERIES, length), h // repeats
+        b = unit % batch
+        h = unit // batch % heads
+        begin = unit // (batch * heads) * QUERIES
+        end = min(begin + QUERIES, length)
+        g = h // repeats
         _query_tile(
-            q[b, h], k[b, g], v[b, g], table[b, h], slope[b, h], first[b], past, begin, end, out[b, h], lse[b, h],
-            scores, bias,
-        )  # fmt: skip
+            q[b, h],
+            k[b, g],
+            v[b, g],
+            table[b, h],
+            slope[b, h],
+            first[b],
+            past,
+            begin,
+            end,
+            out[b, h],
+            lse[b, h],
+            scores,
+            bias,
+        )
 
 
 @njit(fastmath=True)
@@ -145,43 +176,55 @@ def _sum(row):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _add_table_gradient(row, distance, out):  # type: ignore[no-untyped-def]
-    """Add up the gradients of neighbouring keys, the last of which lies at `distance`, by bucket."""
-    stop, bucket = len(row), _BUCKET[min(distance, len(_BUCKET) - 1)]
+    """Add up the gradients of neighbouring keys, the last of which lies at `distance`, by
+    bucket.
+    """
+    stop = len(row)
+    bucket = _BUCKET[min(distance, len(_BUCKET) - 1)]
     while stop > 0:
         start = max(len(row) + distance - _ENDS[bucket], 0)
         out[bucket] += _sum(row[start:stop])
-        stop, bucket = start, bucket + 1
+        stop = start
+        bucket = bucket + 1
 
 
 @njit(fastmath=True)
 def _row_backward(row, grad, lse, delta, slope_grad):  # type: ignore[no-untyped-def]
-    """Turn scores into weights, in `row`, and gradients of weights into those of scores, in `grad`."""
+    """Turn scores into weights, in `row`, and gradients of weights into those of scores, in
+    `grad`.
+    """
     for j in range(len(row)):
         weight = _weight(row[j] - lse)
         change = weight * (grad[j] - delta)
-        row[j], grad[j] = weight, change
+        row[j] = weight
+        grad[j] = change
         slope_grad[j] += change
 
 
 @njit(fastmath=True)
 def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds):  # type: ignore[no-untyped-def]
     """All tiles of one head."""
-    length, past = len(q), len(k) - len(q)
-    scores, grads = np.empty((QUERIES, KEYS), np.float32), np.empty((QUERIES, KEYS), np.float32)
-    bias, sums = np.empty(KEYS, np.float32), np.empty(KEYS, np.float32)
+    length = len(q)
+    past = len(k) - len(q)
+    scores = np.empty((QUERIES, KEYS), np.float32)
+    grads = np.empty((QUERIES, KEYS), np.float32)
+    bias = np.empty(KEYS, np.float32)
+    sums = np.empty(KEYS, np.float32)
     for begin in range(0, length, QUERIES):
         end = min(begin + QUERIES, length)
         last = past + end
         for start in range(first[begin:end].min(), last, KEYS):
             stop = min(start + KEYS, last)
-            tile, change = scores[: end - begin, : stop - start], grads[: end - begin, : stop - start]
+            tile = scores[: end - begin, : stop - start]
+            change = grads[: end - begin, : stop - start]
             product(q[begin:end], False, k[start:stop], True, tile)
             product(grad[begin:end], False, v[start:stop], True, change)
             _slopes(slope, start, stop, slope[last - 1], bias)
             sums[:] = 0
             for t in range(begin, end):
                 low, high = _limits(first[t], past + t, start, stop)
-                row, other = scores[t - begin, : stop - start], grads[t - begin, : stop - start]
+                row = scores[t - begin, : stop - start]
+                other = grads[t - begin, : stop - start]
                 if high > low:
                     distance = past + t - start - high + 1
                     _add_bias(row[low:high], table[t], bias[low:high], distance)
@@ -202,12 +245,25 @@ def _backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds
     batch, heads = q.shape[:2]
     repeats = heads // k.shape[1]
     for unit in range(thread_number(), batch * heads, thread_count()):
-        b, h = unit // heads, unit % heads
+        b = unit // heads
+        h = unit % heads
         g = h // repeats
         _head_backward(
-            q[b, h], k[b, g], v[b, g], table[b, h], slope[b, h], first[b], lse[b, h], delta[b, h], grad[b, h],
-            dq[b, h], dk[b, h], dv[b, h], dt[b, h], ds[b, h],
-        )  # fmt: skip
+            q[b, h],
+            k[b, g],
+            v[b, g],
+            table[b, h],
+            slope[b, h],
+            first[b],
+            lse[b, h],
+            delta[b, h],
+            grad[b, h],
+            dq[b, h],
+            dk[b, h],
+            dv[b, h],
+            dt[b, h],
+            ds[b, h],
+        )
 
 
 @cache
@@ -221,24 +277,47 @@ def _backward_kernel(kinds: str) -> int:
 
 
 def forward(
-    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, table_BHTN: Tensor, slope_BHS: Tensor, first_BT: Tensor
+    query_BHTK: Tensor,
+    key_BGSK: Tensor,
+    value_BGSK: Tensor,
+    table_BHTN: Tensor,
+    slope_BHS: Tensor,
+    first_BT: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attended values and each row's log-sum-exp, the latter up to a constant of the row's tile.
+    """Return the attended values and each row's log-sum-exp, the latter up to a constant of the
+    row's tile.
 
     All contiguous; queries already scaled; fp32 but for `slope_BHS` (fp64) and `first_BT` (int64).
     """
-    out_BHTK, lse_BHT = query_BHTK.new_empty(query_BHTK.shape), query_BHTK.new_empty(query_BHTK.shape[:3])
-    launch(_forward_kernel, query_BHTK, key_BGSK, value_BGSK, table_BHTN, slope_BHS, first_BT, out_BHTK, lse_BHT)
+    out_BHTK = query_BHTK.new_empty(query_BHTK.shape)
+    lse_BHT = query_BHTK.new_empty(query_BHTK.shape[:3])
+    launch(
+        _forward_kernel,
+        query_BHTK,
+        key_BGSK,
+        value_BGSK,
+        table_BHTN,
+        slope_BHS,
+        first_BT,
+        out_BHTK,
+        lse_BHT,
+    )
     return out_BHTK, lse_BHT
 
 
 def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of `forward`'s first five inputs from its inputs, its outputs and the output's gradient."""
+    """Return the gradients of `forward`'s first five inputs from its inputs, its outputs and the
+    output's gradient.
+    """
     *inputs, out_BHTK, lse_BHT, grad_BHTK = tensors
     query, key, value, table, slope, _ = inputs
-    heads, groups = query.shape[1], key.shape[1]
+    heads = query.shape[1]
+    groups = key.shape[1]
     delta_BHT = (out_BHTK * grad_BHTK).sum(-1)
-    per_head = [part.new_zeros(part.shape[0], heads, *part.shape[2:]) for part in (query, key, value, table, slope)]
+    per_head = [
+        part.new_zeros(part.shape[0], heads, *part.shape[2:])
+        for part in (query, key, value, table, slope)
+    ]
     launch(_backward_kernel, *inputs, lse_BHT, delta_BHT, grad_BHTK, *per_head)
     dq, dk, dv, dt, ds = per_head
     dk, dv = (part.unflatten(1, (groups, heads // groups)).sum(2) for part in (dk, dv))

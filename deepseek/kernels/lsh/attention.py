@@ -1,6 +1,8 @@
-"""LSH attention: each query looks at its neighbourhood and at recent keys that its hash calls alike.
+"""LSH attention: each query looks at its neighbourhood and at recent keys that its hash calls
+alike.
 
-`lsh_attention` is the one entry. `reference.py` says what it computes; the equivalence tests hold them together.
+`lsh_attention` is the one entry. `reference.py` says what it computes; the equivalence tests hold
+them together.
 """
 
 from typing import Any
@@ -20,23 +22,38 @@ Codes = tuple[Tensor, Tensor, Tensor | None, Windows]  # the arguments of `find_
 
 
 def lsh_attention(
-    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BHTP: Tensor, key_codes_BJS: Tensor, *,
-    num_buckets: int, bucket_window: int, local_window: int = 128, sinks: int = 4, scale: float | None = None,
-    document_ids_BS: Tensor | None = None, key_mask_BS: Tensor | None = None, bias: ScoreBias | None = None,
+    query_BHTK: Tensor,
+    key_BGSK: Tensor,
+    value_BGSK: Tensor,
+    query_codes_BHTP: Tensor,
+    key_codes_BJS: Tensor,
+    *,
+    num_buckets: int,
+    bucket_window: int,
+    local_window: int = 128,
+    sinks: int = 4,
+    scale: float | None = None,
+    document_ids_BS: Tensor | None = None,
+    key_mask_BS: Tensor | None = None,
+    bias: ScoreBias | None = None,
     far_field: bool = False,
-) -> Tensor:  # fmt: skip
-    """Return causal softmax attention `[B, H, T, K]` over each query's candidates; zero where there are none.
+) -> Tensor:
+    """Return causal softmax attention `[B, H, T, K]` over each query's candidates; zero where there
+    are none.
 
-    Time and memory grow as the number of tokens. What a query sees depends on nothing after it, and on a processor its
-    result does not either, to the last bit.
+    Time and memory grow as the number of tokens. What a query sees depends on nothing after it, and
+    on a processor its result does not either, to the last bit.
 
     Args:
         query_BHTK: queries of the last T of S positions, H a multiple of G.
-        query_codes_BHTP: the buckets that each query probes, 0 to `num_buckets` - 1; with several rounds of hashing
-            equally many of each round, one round after the other. Those of a round are all different.
-        key_codes_BJS: bucket of each key, J = GR: in each of R rounds, those of one key head side by side.
+        query_codes_BHTP: the buckets that each query probes, 0 to `num_buckets` - 1; with several
+            rounds of hashing equally many of each round, one round after the other. Those of a
+            round are all different.
+        key_codes_BJS: bucket of each key, J = GR: in each of R rounds, those of one key head side
+            by side.
         bucket_window: most recent keys of a probed bucket that a query looks at.
-        local_window: most recent keys, itself included, that a query looks at whatever their bucket.
+        local_window: most recent keys, itself included, that a query looks at whatever their
+            bucket.
         sinks: keys at the start of its document that a query always looks at (arXiv:2309.17453).
         scale: factor of the scores (default `K ** -0.5`).
         document_ids_BS: document of each token in packed rows, equal in runs.
@@ -49,15 +66,26 @@ def lsh_attention(
     first_BS = document_starts(document_ids_BS)
     buckets = BucketCache(windows)
     buckets.append(key_codes_BJS, key_mask_BS, first_BS)
-    return attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets, first_BS, scale, bias)
+    return attend(
+        query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets, first_BS, scale, bias
+    )
 
 
 def attend(
-    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BHTP: Tensor, buckets: BucketCache,
-    first_BS: Tensor | None, scale: float | None = None, bias: ScoreBias | None = None,
-) -> Tensor:  # fmt: skip
-    """Do what `lsh_attention` does, with all keys in `buckets`; `first_BS` as `intervals.document_starts` says."""
-    scale, windows = query_BHTK.shape[-1] ** -0.5 if scale is None else scale, buckets.windows
+    query_BHTK: Tensor,
+    key_BGSK: Tensor,
+    value_BGSK: Tensor,
+    query_codes_BHTP: Tensor,
+    buckets: BucketCache,
+    first_BS: Tensor | None,
+    scale: float | None = None,
+    bias: ScoreBias | None = None,
+) -> Tensor:
+    """Do what `lsh_attention` does, with all keys in `buckets`; `first_BS` as
+    `intervals.document_starts` says.
+    """
+    scale = query_BHTK.shape[-1] ** -0.5 if scale is None else scale
+    windows = buckets.windows
     query = query_BHTK if bias is None else bias.scaled(query_BHTK)
     table, term = (None, None) if bias is None else bias.terms(query_BHTK, key_BGSK.shape[2])
     codes = (query_codes_BHTP.int(), buckets.codes_BJS, first_BS, windows)
@@ -65,17 +93,25 @@ def attend(
     if buckets.sums is None:
         return out
     buckets.sums.append(key_BGSK, value_BGSK, buckets.real_BS)
-    return merge_far_field((out, lse), query * scale, buckets.sums, windows.local, first_BS, buckets.real_BS)
+    return merge_far_field(
+        (out, lse), query * scale, buckets.sums, windows.local, first_BS, buckets.real_BS
+    )
 
 
 @torch.no_grad()
 def likeliest(scores: Tensor, probes: int) -> Tensor:
-    """Return the indices `[..., probes]`, int64, of the largest scores `[..., C]`, largest first, as `torch.topk` does.
+    """Return the indices `[..., probes]`, int64, of the largest scores `[..., C]`, largest first,
+    as `torch.topk` does.
 
     Scores are finite.
     """
     compiling = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    if compiling or scores.device.type != "cpu" or scores.dtype != torch.float32 or openmp.runtime() is None:
+    if (
+        compiling
+        or scores.device.type != "cpu"
+        or scores.dtype != torch.float32
+        or openmp.runtime() is None
+    ):
         return scores.topk(probes).indices
     from deepseek.kernels.lsh import probes as kernel
 
@@ -83,9 +119,15 @@ def likeliest(scores: Tensor, probes: int) -> Tensor:
 
 
 def _kernels(query_BHTK: Tensor) -> Any:
-    """Return the module that does the work: compiled kernels where they can, else torch's operators."""
+    """Return the module that does the work: compiled kernels where they can, else torch's
+    operators.
+    """
     dtypes = (torch.float32, torch.bfloat16)
-    if query_BHTK.device.type != "cpu" or query_BHTK.dtype not in dtypes or query_BHTK.shape[-1] % 16:
+    if (
+        query_BHTK.device.type != "cpu"
+        or query_BHTK.dtype not in dtypes
+        or query_BHTK.shape[-1] % 16
+    ):
         return tiles
     if openmp.runtime() is None:
         return tiles
@@ -95,31 +137,45 @@ def _kernels(query_BHTK: Tensor) -> Any:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps inputs, output and denominators for the backward pass; intervals and scores are computed again.
+    """Keeps inputs, output and denominators for the backward pass; intervals and scores are
+    computed again.
 
-    Returns the logarithms of the denominators too. The bias is a table `[B, H, T, 32]` in fp32 and a term of each key
-    `[B, H, S]` in fp64, or two times None.
+    Returns the logarithms of the denominators too. The bias is a table `[B, H, T, 32]` in fp32 and
+    a term of each key `[B, H, S]` in fp64, or two times None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, term: Tensor | None, codes: Codes,
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor | None,
+        term: Tensor | None,
+        codes: Codes,
         scale: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         inputs = (query, key, value, table, term)
         out, lse = _kernels(query).forward(inputs, find_intervals(*codes), codes[-1], scale)
         ctx.save_for_backward(*inputs, out, lse)
-        ctx.codes, ctx.scale = codes, scale
+        ctx.codes = codes
+        ctx.scale = scale
         return out.to(query.dtype), lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, out, lse = ctx.saved_tensors
-        kernels, intervals = _kernels(inputs[0]), find_intervals(*ctx.codes)
-        grads = kernels.backward(grad, grad_lse, inputs, out, lse, intervals, ctx.codes[-1], ctx.scale)
+        kernels = _kernels(inputs[0])
+        intervals = find_intervals(*ctx.codes)
+        grads = kernels.backward(
+            grad, grad_lse, inputs, out, lse, intervals, ctx.codes[-1], ctx.scale
+        )
         return (
-            *(part.to(own.dtype) if own is not None else None for part, own in zip(grads, inputs, strict=True)),
+            *(
+                part.to(own.dtype) if own is not None else None
+                for part, own in zip(grads, inputs, strict=True)
+            ),
             None,
             None,
         )

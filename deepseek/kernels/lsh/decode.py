@@ -1,7 +1,9 @@
-"""LSH attention for one new token a step, with work that does not grow with the number of cached tokens.
+"""LSH attention for one new token a step, with work that does not grow with the number of cached
+tokens.
 
-Each bucket keeps the positions of its most recent keys in a ring; a step moves one key, the one that leaves the local
-window, into its bucket's ring. The candidates are those of `attention.lsh_attention` to the last key.
+Each bucket keeps the positions of its most recent keys in a ring; a step moves one key, the one
+that leaves the local window, into its bucket's ring. The candidates are those of
+`attention.lsh_attention` to the last key.
 """
 
 from collections.abc import Callable
@@ -16,21 +18,27 @@ from deepseek.kernels.lsh.intervals import Windows
 
 
 class BucketCache:
-    """Buckets of the keys of one layer in the cache, J = GR rows: the R rounds of a key head side by side.
+    """Buckets of the keys of one layer in the cache, J = GR rows: the R rounds of a key head side
+    by side.
 
     Attributes:
-        codes_BJS: codes of the keys so far, int32; `num_buckets` at sinks in the first round, and `num_buckets + 1`,
-            which nobody probes, at sinks in the others and at padding.
+        codes_BJS: codes of the keys so far, int32; `num_buckets` at sinks in the first round, and
+            `num_buckets + 1`, which nobody probes, at sinks in the others and at padding.
         seen_B: number of real tokens so far.
         sums: those of the far field; None without one.
     """
 
     def __init__(self, windows: Windows) -> None:
-        self.windows, self.length = windows, 0
+        self.windows = windows
+        self.length = 0
         self.seen_B: Tensor | None = None
         self.sums = BlockSums() if windows.far_field else None
-        self._room_BJS: Tensor | None = None  # codes with room for more, so that a step does not copy them
-        self._ring_BJCW: Tensor | None = None  # positions, C buckets and W places; built at the first single step
+        self._room_BJS: Tensor | None = (
+            None  # codes with room for more, so that a step does not copy them
+        )
+        self._ring_BJCW: Tensor | None = (
+            None  # positions, C buckets and W places; built at the first single step
+        )
         self._count_BJC: Tensor | None = None  # keys that have entered each bucket so far
 
     @property
@@ -53,7 +61,8 @@ class BucketCache:
 
     @staticmethod
     def most_bytes(windows: Windows, groups: int, width: int, length: int) -> int:
-        """Return the most that the buckets of one sequence occupy: codes with room to double, rings and their counts.
+        """Return the most that the buckets of one sequence occupy: codes with room to double, rings
+        and their counts.
 
         Args:
             groups, width: key heads of the layer, and numbers in a key.
@@ -66,7 +75,9 @@ class BucketCache:
         return total
 
     def segment(self, start: int) -> "BucketCache":
-        """Return a copy of what the keys from `start` on left behind; rings and sums are made anew where needed."""
+        """Return a copy of what the keys from `start` on left behind; rings and sums are made anew
+        where needed.
+        """
         copied = BucketCache(self.windows)
         copied._room_BJS = self.codes_BJS[:, :, start:].clone()
         copied.length = self.length - start
@@ -77,12 +88,15 @@ class BucketCache:
         """Append the keys of `segment`, which was taken at this length."""
         self.append(segment.codes_BJS.long(), segment.real_BS)
 
-    def append(self, key_codes_BJT: Tensor, real_BT: Tensor | None = None, first_BT: Tensor | None = None) -> None:
+    def append(
+        self, key_codes_BJT: Tensor, real_BT: Tensor | None = None, first_BT: Tensor | None = None
+    ) -> None:
         """Add new keys.
 
         Args:
             real_BT: False at padding.
-            first_BT: index of the first token of each token's document; only if there are no keys yet.
+            first_BT: index of the first token of each token's document; only if there are no keys
+                yet.
         """
         batch, rows, added = key_codes_BJT.shape
         ones_BT = key_codes_BJT.new_ones(batch, added) if real_BT is None else real_BT.long()
@@ -105,16 +119,24 @@ class BucketCache:
             self._ring_BJCW = None
 
     def candidates(self, query_codes_BH1P: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the places of keys outside the local window that the newest query looks at, and which count.
+        """Return the places of keys outside the local window that the newest query looks at, and
+        which count.
 
-        Both are `[B, G, N, W]` for N buckets, the sinks' first, of all the queries that share a key head.
+        Both are `[B, G, N, W]` for N buckets, the sinks' first, of all the queries that share a key
+        head.
         """
         if self._ring_BJCW is None:
             self._build()
         assert self._ring_BJCW is not None and self._count_BJC is not None
-        (batch, rows, _, places), sinks, rounds = self._ring_BJCW.shape, self.windows.num_buckets, self.windows.rounds
+        (batch, rows, _, places), sinks, rounds = (
+            self._ring_BJCW.shape,
+            self.windows.num_buckets,
+            self.windows.rounds,
+        )
         groups = rows // rounds
-        codes_BGMRP = query_codes_BH1P.long().view(batch, groups, -1, rounds, query_codes_BH1P.shape[-1] // rounds)
+        codes_BGMRP = query_codes_BH1P.long().view(
+            batch, groups, -1, rounds, query_codes_BH1P.shape[-1] // rounds
+        )
         bucket_BGMRN = nn.functional.pad(codes_BGMRP, (1, 0), value=sinks)
         bucket_BJN = bucket_BGMRN.transpose(2, 3).reshape(batch, rows, -1)
         position_BJNW = self._ring_BJCW.gather(2, bucket_BJN[..., None].expand(-1, -1, -1, places))
@@ -123,62 +145,95 @@ class BucketCache:
         limit_BJN = torch.where(bucket_BJN == sinks, self.windows.sinks, self.windows.bucket)
         valid_BJNW = age_BJNW < torch.minimum(count_BJN1, limit_BJN[..., None])
         by_round = (batch, groups, rounds, *bucket_BGMRN.shape[2:3], -1, places)
-        position, valid = (part.view(by_round).transpose(2, 3) for part in (position_BJNW, valid_BJNW))
+        position, valid = (
+            part.view(by_round).transpose(2, 3) for part in (position_BJNW, valid_BJNW)
+        )
         if rounds > 1:
             valid = self._first_finds(position.flatten(3), valid.flatten(3)).view_as(valid)
         return position.flatten(2, 4), valid.flatten(2, 4)
 
     def _first_finds(self, position_BGMN: Tensor, valid_BGMN: Tensor) -> Tensor:
         """Return which of a query's valid positions are the first of their kind."""
-        sorted_BGMN, order_BGMN = torch.where(valid_BGMN, position_BGMN, self.length).sort(dim=-1, stable=True)
-        new_BGMN = sorted_BGMN.diff(dim=-1, prepend=sorted_BGMN.new_full((*sorted_BGMN.shape[:-1], 1), -1)) != 0
+        sorted_BGMN, order_BGMN = torch.where(valid_BGMN, position_BGMN, self.length).sort(
+            dim=-1, stable=True
+        )
+        new_BGMN = (
+            sorted_BGMN.diff(dim=-1, prepend=sorted_BGMN.new_full((*sorted_BGMN.shape[:-1], 1), -1))
+            != 0
+        )
         return valid_BGMN & torch.empty_like(new_BGMN).scatter_(-1, order_BGMN, new_BGMN)
 
     def attend(
-        self, query_BH1K: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, query_codes_BH1P: Tensor,
-        scale: float | None = None, bias: ScoreBias | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_BH1K: Tensor,
+        key_BGSK: Tensor,
+        value_BGSK: Tensor,
+        query_codes_BH1P: Tensor,
+        scale: float | None = None,
+        bias: ScoreBias | None = None,
+    ) -> Tensor:
         """Return the attention `[B, H, 1, K]` of the newest token, whose key is the last one."""
         scale = query_BH1K.shape[-1] ** -0.5 if scale is None else scale
         query_BH1K = query_BH1K if bias is None else bias.scaled(query_BH1K)
         query_BGMK = query_BH1K.view(*key_BGSK.shape[:2], -1, key_BGSK.shape[-1]) * scale
-        shared, lowest = query_BGMK.shape[2], torch.finfo(query_BH1K.dtype).min
+        shared = query_BGMK.shape[2]
+        lowest = torch.finfo(query_BH1K.dtype).min
         position_BGNW, valid_BGNW = self.candidates(query_codes_BH1P)
-        old = [_rows(part, position_BGNW).unflatten(2, (shared, -1)) for part in (key_BGSK, value_BGSK)]
-        scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(-2)  # five times as fast as keys times query
+        old = [
+            _rows(part, position_BGNW).unflatten(2, (shared, -1)) for part in (key_BGSK, value_BGSK)
+        ]
+        scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(
+            -2
+        )  # five times as fast as keys times query
         scores_old = scores_old.masked_fill(~valid_BGNW.view_as(scores_old), lowest)
         near = slice(max(0, self.length - self.windows.local), self.length)
         padding_B11S = ~self._real(near)[:, None, None]
         scores_near = (query_BGMK @ key_BGSK[:, :, near].mT).masked_fill(padding_B11S, lowest)
         scores = torch.cat((scores_near, scores_old), -1)
         if bias is not None:
-            scores = scores + self._added(bias, query_BH1K, near.start, position_BGNW.view_as(scores_old))
+            scores = scores + self._added(
+                bias, query_BH1K, near.start, position_BGNW.view_as(scores_old)
+            )
         counts = [scores_near.shape[-1], scores.shape[-1]]
         if self.sums is not None:
             self.sums.append(key_BGSK, value_BGSK, self.real_BS)
             blocks_N = torch.tensor([near.start // BLOCK], device=scores.device)
             far_key, far_value, added_BNF, _ = self.sums.summaries(blocks_N, value_BGSK.dtype)
-            scores = torch.cat((scores, query_BGMK @ far_key[:, :, 0].mT + added_BNF[:, :, None]), -1)
+            scores = torch.cat(
+                (scores, query_BGMK @ far_key[:, :, 0].mT + added_BNF[:, :, None]), -1
+            )
         weights = scores.softmax(-1, dtype=torch.float32).to(value_BGSK.dtype)
         weights_near, weights_old, weights_far = weights.tensor_split(counts, -1)
-        out_BGMK = weights_near @ value_BGSK[:, :, near] + (weights_old[..., None, :] @ old[1]).squeeze(-2)
+        out_BGMK = weights_near @ value_BGSK[:, :, near] + (
+            weights_old[..., None, :] @ old[1]
+        ).squeeze(-2)
         if self.sums is not None:
             out_BGMK = out_BGMK + weights_far @ far_value[:, :, 0]
         return out_BGMK.view_as(query_BH1K)
 
-    def _added(self, bias: ScoreBias, query_BH1K: Tensor, first: int, position_BGMN: Tensor) -> Tensor:
-        """Return the bias `[B, G, M, N]` of the newest query's scores: with keys from `first` on, and at positions."""
+    def _added(
+        self, bias: ScoreBias, query_BH1K: Tensor, first: int, position_BGMN: Tensor
+    ) -> Tensor:
+        """Return the bias `[B, G, M, N]` of the newest query's scores: with keys from `first` on,
+        and at positions.
+        """
         batch, groups, shared, _ = position_BGMN.shape
-        near_BGMS = torch.arange(first, self.length, device=position_BGMN.device).expand(batch, groups, shared, -1)
+        near_BGMS = torch.arange(first, self.length, device=position_BGMN.device).expand(
+            batch, groups, shared, -1
+        )
         position_BHN = torch.cat((near_BGMS, position_BGMN), -1).flatten(1, 2)
         table_BH1N, term_BHS = bias.terms(query_BH1K, self.length)
         rank_BHS = self.real_BS.cumsum(-1)[:, None].expand_as(term_BHS)
         bucket_BHN = distance_buckets(rank_BHS[..., -1:] - rank_BHS.gather(2, position_BHN))
-        added_BHN = table_BH1N[:, :, 0].gather(2, bucket_BHN) + (term_BHS.gather(2, position_BHN) - term_BHS[..., -1:])
+        added_BHN = table_BH1N[:, :, 0].gather(2, bucket_BHN) + (
+            term_BHS.gather(2, position_BHN) - term_BHS[..., -1:]
+        )
         return added_BHN.view(batch, groups, shared, -1)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change`, which picks, repeats or reorders sequences along the first axis, to all that is kept."""
+        """Apply `change`, which picks, repeats or reorders sequences along the first axis, to all
+        that is kept.
+        """
         for name in ("seen_B", "_room_BJS", "_ring_BJCW", "_count_BJC"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else change(value))
@@ -187,13 +242,16 @@ class BucketCache:
 
     def crop(self, length: int) -> None:
         """Forget all keys from `length` on."""
-        self.length, self._ring_BJCW = length, None
+        self.length = length
+        self._ring_BJCW = None
         self.seen_B = self.real_BS.sum(-1)
         if self.sums is not None:
             self.sums.crop(length)
 
     def _mark(self, key_codes_BJT: Tensor, ones_BT: Tensor, rank_BT: Tensor) -> Tensor:
-        later_J = torch.arange(key_codes_BJT.shape[1], device=ones_BT.device) % self.windows.rounds > 0
+        later_J = (
+            torch.arange(key_codes_BJT.shape[1], device=ones_BT.device) % self.windows.rounds > 0
+        )
         sinks_J1 = self.windows.num_buckets + later_J.to(key_codes_BJT.dtype)[:, None]
         sinks_BJT = torch.where((rank_BT < self.windows.sinks)[:, None], sinks_J1, key_codes_BJT)
         return sinks_BJT.masked_fill((ones_BT == 0)[:, None], self.windows.num_buckets + 1)
@@ -211,16 +269,27 @@ class BucketCache:
     def _build(self) -> None:
         """Fill the rings with all keys that have left the newest token's local window."""
         windows = self.windows
-        buckets, places = windows.num_buckets + 2, max(windows.bucket, windows.sinks)
+        buckets = windows.num_buckets + 2
+        places = max(windows.bucket, windows.sinks)
         old_BJS = self.codes_BJS[:, :, : max(0, self.length - windows.local)].long()
         sorted_BJS, order_BJS = old_BJS.sort(dim=-1, stable=True)
-        edges_BJC = torch.arange(buckets + 1, device=old_BJS.device).expand(*old_BJS.shape[:2], -1).contiguous()
+        edges_BJC = (
+            torch.arange(buckets + 1, device=old_BJS.device)
+            .expand(*old_BJS.shape[:2], -1)
+            .contiguous()
+        )
         first_BJC = torch.searchsorted(sorted_BJS.contiguous(), edges_BJC)
         self._count_BJC = first_BJC.diff(dim=-1)
-        rank_BJS = torch.arange(old_BJS.shape[2], device=old_BJS.device) - first_BJC.gather(2, sorted_BJS)
+        rank_BJS = torch.arange(old_BJS.shape[2], device=old_BJS.device) - first_BJC.gather(
+            2, sorted_BJS
+        )
         recent_BJS = rank_BJS >= self._count_BJC.gather(2, sorted_BJS) - places
-        place_BJS = torch.where(recent_BJS, sorted_BJS * places + rank_BJS % places, buckets * places)
-        ring_BJN = old_BJS.new_zeros(*old_BJS.shape[:2], buckets * places + 1).scatter_(2, place_BJS, order_BJS)
+        place_BJS = torch.where(
+            recent_BJS, sorted_BJS * places + rank_BJS % places, buckets * places
+        )
+        ring_BJN = old_BJS.new_zeros(*old_BJS.shape[:2], buckets * places + 1).scatter_(
+            2, place_BJS, order_BJS
+        )
         self._ring_BJCW = ring_BJN[..., :-1].unflatten(2, (buckets, places)).contiguous()
 
 

@@ -1,11 +1,13 @@
-"""Candidates as intervals: keys are laid out so that all that a query looks at lies in a few unbroken stretches.
+"""Candidates as intervals: keys are laid out so that all that a query looks at lies in a few
+unbroken stretches.
 
-The S keys of a key/value head are laid out 1 + R times: in their own order, padding last; and, for each of R rounds of
-hashing, sorted by bucket, then position. A query's local window is one interval of the first part, its sinks one
-interval of the second, and each bucket that it probes another one of its round's part. Sinks count as one more bucket
-of the first round, which every query probes, and padding as another, which none does. No key is in two intervals of a
-query in the same round, because it enters its bucket when it leaves the local window; one that an earlier round has
-found already is left out by its place in that round's part.
+The S keys of a key/value head are laid out 1 + R times: in their own order, padding last; and, for
+each of R rounds of hashing, sorted by bucket, then position. A query's local window is one interval
+of the first part, its sinks one interval of the second, and each bucket that it probes another one
+of its round's part. Sinks count as one more bucket of the first round, which every query probes,
+and padding as another, which none does. No key is in two intervals of a query in the same round,
+because it enters its bucket when it leaves the local window; one that an earlier round has found
+already is left out by its place in that round's part.
 """
 
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Windows:
-    """How much a query looks at: keys of the local window, sinks, and keys of each bucket that it probes.
+    """How much a query looks at: keys of the local window, sinks, and keys of each bucket that it
+    probes.
 
-    `num_buckets` counts those of one round of hashing, of which there are `rounds`. `far_field` adds summaries of the
-    rest (see `far_field.py`).
+    `num_buckets` counts those of one round of hashing, of which there are `rounds`. `far_field`
+    adds summaries of the rest (see `far_field.py`).
     """
 
     local: int
@@ -31,7 +34,9 @@ class Windows:
 
     @property
     def num_lists(self) -> int:
-        """Stretches of keys that belong together: the keys in their order, and all buckets with those of sinks."""
+        """Stretches of keys that belong together: the keys in their order, and all buckets with
+        those of sinks.
+        """
         return 1 + self.rounds * (self.num_buckets + 1)
 
     def longest(self) -> int:
@@ -40,14 +45,16 @@ class Windows:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Where the candidates of each query lie; I = 1 + R(1 + P) intervals a query: local, and each round's sinks and
-    probed buckets. Only the first round has sinks.
+    """Where the candidates of each query lie; I = 1 + R(1 + P) intervals a query: local, and each
+    round's sinks and probed buckets. Only the first round has sinks.
 
     Attributes:
         order_BGZ: which key lies at each of the Z = (1 + R)S places.
-        start_BHTI, stop_BHTI: first place of an interval and the one past its last, int32; equal where it is empty.
-        codes_BHTP: the buckets of all intervals but the local ones and those of sinks, int32. Intervals of later
-            queries in the same list (see `Windows.num_lists`) neither start nor stop earlier.
+        start_BHTI, stop_BHTI: first place of an interval and the one past its last, int32; equal
+            where it is empty.
+        codes_BHTP: the buckets of all intervals but the local ones and those of sinks, int32.
+            Intervals of later queries in the same list (see `Windows.num_lists`) neither start nor
+            stop earlier.
         place_BGRS: place of each key in the parts of all rounds but the last, int32.
         rank_BS: number of real tokens up to each token, int32; differences are distances.
     """
@@ -61,7 +68,9 @@ class Intervals:
 
 
 def document_starts(document_ids_BS: Tensor | None) -> Tensor | None:
-    """Return the index `[B, S]` of the first token of each token's document; documents are runs of equal ids."""
+    """Return the index `[B, S]` of the first token of each token's document; documents are runs of
+    equal ids.
+    """
     if document_ids_BS is None:
         return None
     opens_BS = torch.diff(document_ids_BS, dim=-1, prepend=document_ids_BS[:, :1]) != 0
@@ -78,14 +87,20 @@ def find_intervals(
         marked_BJS: codes of all keys as `decode.BucketCache` keeps them, J = GR.
         first_BS: see `document_starts`.
     """
-    (batch, rows, total), (_, heads, length, _), rounds = marked_BJS.shape, query_codes_BHTP.shape, windows.rounds
-    groups, position_S = rows // rounds, torch.arange(total, device=marked_BJS.device)
+    (batch, rows, total), (_, heads, length, _), rounds = (
+        marked_BJS.shape,
+        query_codes_BHTP.shape,
+        windows.rounds,
+    )
+    groups = rows // rounds
+    position_S = torch.arange(total, device=marked_BJS.device)
     new = slice(total - length, None)
     real_BS = marked_BJS[:, 0] != windows.num_buckets + 1
     natural_BS = (~real_BS * total + position_S).sort(-1).values % total
     sorted_BJS = (marked_BJS.long() * total + position_S).sort(-1).values
     order_BGZ = torch.cat(
-        [natural_BS[:, None].expand(-1, groups, -1), (sorted_BJS % total).view(batch, groups, -1)], -1
+        [natural_BS[:, None].expand(-1, groups, -1), (sorted_BJS % total).view(batch, groups, -1)],
+        -1,
     )
 
     so_far_BS = real_BS.cumsum(-1)
@@ -94,22 +109,34 @@ def find_intervals(
     local_start_BS = (so_far_BS - real_BS.long()).gather(1, lowest_BS)
 
     codes = query_codes_BHTP.int().unflatten(-1, (rounds, -1))
-    start, stop = (codes.new_empty(batch, heads, length, 1 + rounds * (1 + codes.shape[-1])) for _ in range(2))
-    start[..., 0], stop[..., 0] = local_start_BS[:, None, new], so_far_BS[:, None, new]
+    start, stop = (
+        codes.new_empty(batch, heads, length, 1 + rounds * (1 + codes.shape[-1])) for _ in range(2)
+    )
+    start[..., 0] = local_start_BS[:, None, new]
+    stop[..., 0] = so_far_BS[:, None, new]
     starts, stops = (part[..., 1:].unflatten(-1, (rounds, -1)) for part in (start, stop))
-    for j, sorted_BS in enumerate(sorted_BJS.unbind(1)):  # one by one, as the searches take eight bytes an interval
-        own, r = slice(j // rounds * heads // groups, (j // rounds + 1) * heads // groups), j % rounds
+    for j, sorted_BS in enumerate(
+        sorted_BJS.unbind(1)
+    ):  # one by one, as the searches take eight bytes an interval
+        own = slice(j // rounds * heads // groups, (j // rounds + 1) * heads // groups)
+        r = j % rounds
         buckets = nn.functional.pad(codes[:, own, :, r], (1, 0), value=windows.num_buckets)
         near = _bucket_intervals(sorted_BS.contiguous(), buckets, first_BS, windows)
         starts[:, own, :, r], stops[:, own, :, r] = (part + (1 + r) * total for part in near)
-    start = torch.where(real_BS[:, None, new, None], start, stop)  # a padding query looks at nothing
-    return Intervals(order_BGZ, start, stop, codes.flatten(-2), _places(order_BGZ, total), so_far_BS.int())
+    start = torch.where(
+        real_BS[:, None, new, None], start, stop
+    )  # a padding query looks at nothing
+    return Intervals(
+        order_BGZ, start, stop, codes.flatten(-2), _places(order_BGZ, total), so_far_BS.int()
+    )
 
 
 def _bucket_intervals(
     sorted_BS: Tensor, bucket_BRTJ: Tensor, first_BS: Tensor | None, windows: Windows
 ) -> tuple[Tensor, Tensor]:
-    """Return start and stop, counted in their part, of the intervals of the sinks, J = 0, and of the probed buckets."""
+    """Return start and stop, counted in their part, of the intervals of the sinks, J = 0, and of
+    the probed buckets.
+    """
     (batch, total), length = sorted_BS.shape, bucket_BRTJ.shape[2]
     position_T = torch.arange(total - length, total, device=sorted_BS.device)
 
@@ -132,6 +159,8 @@ def _bucket_intervals(
 def _places(order_BGZ: Tensor, total: int) -> Tensor:
     """Return the place of each key in every part of the layout but the first and the last."""
     order_BGRS = order_BGZ.unflatten(-1, (-1, total))[:, :, 1:-1]
-    place_BGRS = torch.arange(total, order_BGRS[0, 0].numel() + total, device=order_BGZ.device, dtype=torch.int32)
+    place_BGRS = torch.arange(
+        total, order_BGRS[0, 0].numel() + total, device=order_BGZ.device, dtype=torch.int32
+    )
     place_BGRS = place_BGRS.view(order_BGRS.shape[2:]).expand_as(order_BGRS)
     return torch.empty_like(order_BGRS, dtype=torch.int32).scatter_(-1, order_BGRS, place_BGRS)

@@ -13,21 +13,26 @@ from deepseek.kernels.numba.primitives import share
 
 @njit
 def _run(scores, codes):  # type: ignore[no-untyped-def]
-    """Keep the best of each row in order while walking over it: most scores meet one comparison, with the last kept."""
+    """Keep the best of each row in order while walking over it: most scores meet one comparison,
+    with the last kept.
+    """
     probes = codes.shape[1]
     best = np.empty(probes, np.float32)
     first, last = share(len(scores))
     for n in range(first, last):
-        best[:], codes[n] = -np.inf, 0
+        best[:] = -np.inf
+        codes[n] = 0
         least = best[probes - 1]
         for c in range(scores.shape[1]):
             score = scores[n, c]
             if score > least:
                 p = probes - 1
                 while p > 0 and score > best[p - 1]:
-                    best[p], codes[n, p] = best[p - 1], codes[n, p - 1]
+                    best[p] = best[p - 1]
+                    codes[n, p] = codes[n, p - 1]
                     p -= 1
-                best[p], codes[n, p] = score, c
+                best[p] = score
+                codes[n, p] = c
                 least = best[probes - 1]
 
 

@@ -1,8 +1,10 @@
-"""Small matrix products in registers: 4 rows by 16 columns of fp32 at a time, 8 rows where vectors hold 16 numbers.
+"""Small matrix products in registers: 4 rows by 16 columns of fp32 at a time, 8 rows where vectors
+hold 16 numbers.
 
-A BLAS picks its order of summation by the size of the matrices, so a row's result would depend on how many other rows
-stand beside it: later tokens would change the last bits of earlier ones. Here every element is summed from the first
-term to the last, whatever stands beside it; and at these sizes there is no packing to pay for.
+A BLAS picks its order of summation by the size of the matrices, so a row's result would depend on
+how many other rows stand beside it: later tokens would change the last bits of earlier ones. Here
+every element is summed from the first term to the last, whatever stands beside it; and at these
+sizes there is no packing to pay for.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from numba.extending import intrinsic
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 COLUMNS = 16
 ROWS = 8 * LANES // COLUMNS  # eight sums at a time keep both units for products busy
-FLOAT, INT = ir.FloatType(), ir.IntType(64)
+FLOAT = ir.FloatType()
+INT = ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 
 
@@ -32,20 +35,28 @@ def _splat(builder: Any, number: Any) -> Any:
     return builder.shuffle_vector(single, ir.Constant(VECTOR, ir.Undefined), zeros)
 
 
-def _step(builder: Any, k: Any, sums: list[Any], a: Any, row_a: Any, step_a: Any, b: Any, row_b: Any) -> list[Any]:
+def _step(
+    builder: Any, k: Any, sums: list[Any], a: Any, row_a: Any, step_a: Any, b: Any, row_b: Any
+) -> list[Any]:
     """Add the products of column k of a with row k of b to the sums."""
     start = builder.mul(k, row_b)
-    rights = [_load(builder, b, builder.add(start, INT(LANES * part))) for part in range(COLUMNS // LANES)]
+    rights = [
+        _load(builder, b, builder.add(start, INT(LANES * part))) for part in range(COLUMNS // LANES)
+    ]
     added = []
     for r in range(ROWS):
         place = builder.add(builder.mul(INT(r), row_a), builder.mul(k, step_a))
         left = _splat(builder, _load(builder, a, place, FLOAT))
         added += [builder.fmul(left, right, flags=("contract",)) for right in rights]
-    return [builder.fadd(old, new, flags=("contract",)) for old, new in zip(sums, added, strict=True)]
+    return [
+        builder.fadd(old, new, flags=("contract",)) for old, new in zip(sums, added, strict=True)
+    ]
 
 
 def _tile(keep: bool) -> Callable[..., None]:
-    """The intrinsic that sets, or with `keep` increases, ROWS x 16 elements of c by the product of a and b."""
+    """The intrinsic that sets, or with `keep` increases, ROWS x 16 elements of c by the product of
+    a and b.
+    """
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         a, row_a, step_a, b, row_b, c, row_c, depth = args
@@ -56,10 +67,13 @@ def _tile(keep: bool) -> Callable[..., None]:
         ]
         zero = ir.Constant(VECTOR, [0.0] * LANES)
         first = [_load(builder, c, place) if keep else zero for place in places]
-        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        before = builder.block
+        loop = builder.append_basic_block()
+        after = builder.append_basic_block()
         builder.branch(loop)
         builder.position_at_end(loop)
-        k, sums = builder.phi(INT), [builder.phi(VECTOR) for _ in places]
+        k = builder.phi(INT)
+        sums = [builder.phi(VECTOR) for _ in places]
         last = _step(builder, k, sums, a, row_a, step_a, b, row_b)
         following = builder.add(k, INT(1))
         for phi, start, end in zip([k, *sums], [INT(0), *first], [following, *last], strict=True):
@@ -71,25 +85,38 @@ def _tile(keep: bool) -> Callable[..., None]:
             target = builder.add(c, builder.mul(place, INT(4)))
             builder.store(total, builder.inttoptr(target, VECTOR.as_pointer()), align=4)
 
-    def declare(_typing: Any, _a: Any, _ra: Any, _sa: Any, _b: Any, _rb: Any, _c: Any, _rc: Any, _depth: Any) -> Any:
+    def declare(
+        _typing: Any, _a: Any, _ra: Any, _sa: Any, _b: Any, _rb: Any, _c: Any, _rc: Any, _depth: Any
+    ) -> Any:
         return types.void(*[types.int64] * 8), generate
 
     return intrinsic(declare)
 
 
-_set, _increase = _tile(keep=False), _tile(keep=True)
+_set = _tile(keep=False)
+_increase = _tile(keep=True)
 
 
 @njit
 def multiply(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # type: ignore[no-untyped-def]
     """Set c[i, j] to the sum over k of a[i, k] b[k, j].
 
-    a, b and c are addresses; a[i, k] lies `i * row_a + k * step_a` floats from its start, rows of b and c are
-    contiguous. `rows` is rounded up to a multiple of ROWS, `columns` to one of 16: the memory must be there.
+    a, b and c are addresses; a[i, k] lies `i * row_a + k * step_a` floats from its start, rows of b
+    and c are contiguous. `rows` is rounded up to a multiple of ROWS, `columns` to one of 16: the
+    memory must be there.
     """
     for j in range(0, columns, COLUMNS):
         for i in range(0, rows, ROWS):
-            _set(a + 4 * i * row_a, row_a, step_a, b + 4 * j, row_b, c + 4 * (i * row_c + j), row_c, depth)
+            _set(
+                a + 4 * i * row_a,
+                row_a,
+                step_a,
+                b + 4 * j,
+                row_b,
+                c + 4 * (i * row_c + j),
+                row_c,
+                depth,
+            )
 
 
 @njit
@@ -97,4 +124,13 @@ def multiply_add(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  #
     """Increase c by the product that `multiply` sets it to."""
     for j in range(0, columns, COLUMNS):
         for i in range(0, rows, ROWS):
-            _increase(a + 4 * i * row_a, row_a, step_a, b + 4 * j, row_b, c + 4 * (i * row_c + j), row_c, depth)
+            _increase(
+                a + 4 * i * row_a,
+                row_a,
+                step_a,
+                b + 4 * j,
+                row_b,
+                c + 4 * (i * row_c + j),
+                row_c,
+                depth,
+            )

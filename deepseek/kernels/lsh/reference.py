@@ -1,4 +1,5 @@
-"""What LSH attention computes, as a dense mask: the definition that every faster way is tested against.
+"""What LSH attention computes, as a dense mask: the definition that every faster way is tested
+against.
 
 Tensor names follow `deepseek.model`; P is the number of buckets that a query probes in each
 of R rounds of hashing, J = GR.
@@ -11,44 +12,71 @@ from deepseek.kernels.lsh.intervals import document_starts
 
 
 def candidate_mask(
-    query_codes_BHTP: Tensor, key_codes_BJS: Tensor, *, bucket_window: int, local_window: int = 128, sinks: int = 4,
-    rounds: int = 1, document_ids_BS: Tensor | None = None, key_mask_BS: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Return True `[B, H, T, S]` where a query looks at a key; see `attention.lsh_attention` for the arguments.
+    query_codes_BHTP: Tensor,
+    key_codes_BJS: Tensor,
+    *,
+    bucket_window: int,
+    local_window: int = 128,
+    sinks: int = 4,
+    rounds: int = 1,
+    document_ids_BS: Tensor | None = None,
+    key_mask_BS: Tensor | None = None,
+) -> Tensor:
+    """Return True `[B, H, T, S]` where a query looks at a key; see `attention.lsh_attention` for
+    the arguments.
 
-    A query at i looks, within its document and never at padding, at the keys j <= i with i - j < `local_window`, and
-    among the older ones at the document's first `sinks` keys and, of each bucket that it probes, at the
-    `bucket_window` most recent others. A key thus enters its bucket when it leaves the local window. Several rounds of
-    hashing have buckets each; what any of them finds is looked at.
+    A query at i looks, within its document and never at padding, at the keys j <= i with i - j <
+    `local_window`, and among the older ones at the document's first `sinks` keys and, of each
+    bucket that it probes, at the `bucket_window` most recent others. A key thus enters its bucket
+    when it leaves the local window. Several rounds of hashing have buckets each; what any of them
+    finds is looked at.
     """
     (batch, heads, length, _), (_, rows, total) = query_codes_BHTP.shape, key_codes_BJS.shape
     device = key_codes_BJS.device
-    real_BS = torch.ones(batch, total, dtype=torch.bool, device=device) if key_mask_BS is None else key_mask_BS.bool()
-    start_BS = document_starts(torch.zeros_like(real_BS) if document_ids_BS is None else document_ids_BS)
+    real_BS = (
+        torch.ones(batch, total, dtype=torch.bool, device=device)
+        if key_mask_BS is None
+        else key_mask_BS.bool()
+    )
+    start_BS = document_starts(
+        torch.zeros_like(real_BS) if document_ids_BS is None else document_ids_BS
+    )
     assert start_BS is not None
     keys_S = torch.arange(total, device=device)
     queries_T1 = keys_S[total - length :, None]
     same_BTS = start_BS[:, total - length :, None] == start_BS[:, None, :]
-    seen_BTS = same_BTS & (keys_S <= queries_T1) & real_BS[:, None, :] & real_BS[:, total - length :, None]
+    seen_BTS = (
+        same_BTS & (keys_S <= queries_T1) & real_BS[:, None, :] & real_BS[:, total - length :, None]
+    )
     near_BTS = seen_BTS & (queries_T1 - keys_S < local_window)
     earlier_BS = real_BS.cumsum(-1) - real_BS.long()
     sink_BS = earlier_BS - earlier_BS.gather(1, start_BS) < sinks
     old_BTS = seen_BTS & ~near_BTS
     mask_BHTS = (near_BTS | old_BTS & sink_BS[:, None])[:, None].expand(-1, heads, -1, -1)
     for r, probed_BHTP in enumerate(query_codes_BHTP.chunk(rounds, -1)):
-        codes_BH1S = key_codes_BJS[:, r::rounds].repeat_interleave(heads * rounds // rows, 1)[:, :, None]
+        codes_BH1S = key_codes_BJS[:, r::rounds].repeat_interleave(heads * rounds // rows, 1)[
+            :, :, None
+        ]
         for probed_BHT in probed_BHTP.unbind(-1):
-            hits_BHTS = (old_BTS & ~sink_BS[:, None])[:, None] & (codes_BH1S == probed_BHT[..., None])
+            hits_BHTS = (old_BTS & ~sink_BS[:, None])[:, None] & (
+                codes_BH1S == probed_BHT[..., None]
+            )
             rank_BHTS = hits_BHTS.flip(-1).cumsum(-1).flip(-1)
             mask_BHTS = mask_BHTS | (hits_BHTS & (rank_BHTS <= bucket_window))
     return mask_BHTS
 
 
 def masked_attention(
-    query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, mask_BHTS: Tensor, scale: float | None = None,
+    query_BHTK: Tensor,
+    key_BGSK: Tensor,
+    value_BGSK: Tensor,
+    mask_BHTS: Tensor,
+    scale: float | None = None,
     added_BHTS: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Return softmax attention `[B, H, T, K]` over the keys that the mask lets through; zero where it lets none."""
+) -> Tensor:
+    """Return softmax attention `[B, H, T, K]` over the keys that the mask lets through; zero where
+    it lets none.
+    """
     share = query_BHTK.shape[1] // key_BGSK.shape[1]
     key, value = (part.repeat_interleave(share, 1) for part in (key_BGSK, value_BGSK))
     scale = query_BHTK.shape[-1] ** -0.5 if scale is None else scale

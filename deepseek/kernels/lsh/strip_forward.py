@@ -1,4 +1,6 @@
-"""One strip forward: up to 16 queries, in the columns of small matrices, over one stretch of keys."""
+"""One strip forward: up to 16 queries, in the columns of small matrices, over one stretch of
+keys.
+"""
 
 import numpy as np
 from numba import njit
@@ -10,7 +12,9 @@ from deepseek.kernels.numba.primitives import exp
 
 @njit(fastmath=EXACT)
 def _soften(scores, top, total):  # type: ignore[no-untyped-def]
-    """Replace scores by their exponentials below `top`, which rises to the highest; set `total` to their sums."""
+    """Replace scores by their exponentials below `top`, which rises to the highest; set `total` to
+    their sums.
+    """
     for j in range(len(scores)):
         for m in range(COLUMNS):
             top[m] = scores[j, m] if scores[j, m] > top[m] else top[m]
@@ -29,7 +33,8 @@ def _merge(rows, top, total, part, highest, sums, out):  # type: ignore[no-untyp
     for m in range(len(rows)):
         r = rows[m]
         kept = exp(highest[r] - top[m])
-        highest[r], sums[r] = top[m], sums[r] * kept + total[m]
+        highest[r] = top[m]
+        sums[r] = sums[r] * kept + total[m]
         target = out[r // out.shape[1], r % out.shape[1]]
         for k in range(len(target)):
             target[k] = target[k] * kept + part[m, k]
@@ -39,11 +44,13 @@ def _merge(rows, top, total, part, highest, sums, out):  # type: ignore[no-untyp
 def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest, sums):  # type: ignore[no-untyped-def]
     """Add to outputs and their denominators what the queries see of one list of keys."""
     (rows, starts, stops), (side, part, scores, _), width = pairs, buffers, values.shape[1]
-    top, total = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
+    top = np.empty(COLUMNS, np.float32)
+    total = np.empty(COLUMNS, np.float32)
     first = 0
     while first < len(rows):
         last = strip_end(first, starts, stops, len(scores) - ROWS)
-        base, count = starts[first], stops[last - 1] - starts[first]
+        base = starts[first]
+        count = stops[last - 1] - starts[first]
         strip = rows[first:last], starts[first:last], stops[first:last]
         gather(queries[0], strip[0], scale, side)
         score(queries, laid, strip, earlier, side, scores)
@@ -52,7 +59,18 @@ def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest,
             top[m] = highest[rows[first + m]]
         _soften(scores[:count], top, total)
         value = values[base:].ctypes.data
-        multiply(scores.ctypes.data, 1, COLUMNS, value, width, part.ctypes.data, width, COLUMNS, width, count)
+        multiply(
+            scores.ctypes.data,
+            1,
+            COLUMNS,
+            value,
+            width,
+            part.ctypes.data,
+            width,
+            COLUMNS,
+            width,
+            count,
+        )
         _merge(strip[0], top, total, part, highest, sums, out)
         first = last
 
@@ -61,7 +79,8 @@ def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest,
 def divide(out, lse, highest, sums):  # type: ignore[no-untyped-def]
     """Divide outputs by their denominators, and note the logarithms of these."""
     for r in range(len(sums)):
-        t, h = r // out.shape[1], r % out.shape[1]
+        t = r // out.shape[1]
+        h = r % out.shape[1]
         total = max(sums[r], np.float32(1e-37))  # zero where a query has no candidates
         lse[t, h] = highest[r] + np.log(total)
         for k in range(out.shape[2]):

@@ -1,8 +1,10 @@
-"""The scores of one strip: up to 16 queries, in the columns of a small matrix, over one stretch of keys.
+"""The scores of one strip: up to 16 queries, in the columns of a small matrix, over one stretch of
+keys.
 
-`queries` are those of a unit: themselves `[T, H/G, K]`, their rank among real tokens, their tables of biases and terms
-(see `score_bias.py`; tables of no columns where there is no bias), and the starts and stops of their intervals.
-`laid` are the keys of a list: themselves, their ranks and terms, and their places in the parts of earlier rounds.
+`queries` are those of a unit: themselves `[T, H/G, K]`, their rank among real tokens, their tables
+of biases and terms (see `score_bias.py`; tables of no columns where there is no bias), and the
+starts and stops of their intervals. `laid` are the keys of a list: themselves, their ranks and
+terms, and their places in the parts of earlier rounds.
 """
 
 import numpy as np
@@ -12,8 +14,16 @@ from deepseek.kernels.bias.distance import STARTS
 from deepseek.kernels.lsh.product import COLUMNS, multiply
 
 LOWEST = np.float32(-1e30)
-EXACT = {"contract", "nnan", "ninf", "nsz", "arcp"}  # fast arithmetic, but sums in the order that the code says
-_BUCKETS = (np.searchsorted(STARTS, np.arange(STARTS[-1] + 1), side="right") - 1).astype(np.uint8)  # of each distance
+EXACT = {
+    "contract",
+    "nnan",
+    "ninf",
+    "nsz",
+    "arcp",
+}  # fast arithmetic, but sums in the order that the code says
+_BUCKETS = (np.searchsorted(STARTS, np.arange(STARTS[-1] + 1), side="right") - 1).astype(
+    np.uint8
+)  # of each distance
 
 
 @njit(inline="always")
@@ -23,7 +33,9 @@ def bucket(distance):  # type: ignore[no-untyped-def]
 
 @njit
 def strip_end(first, starts, stops, most):  # type: ignore[no-untyped-def]
-    """Return the end of the strip that begins with interval `first`: up to 16 intervals over at most `most` keys."""
+    """Return the end of the strip that begins with interval `first`: up to 16 intervals over at
+    most `most` keys.
+    """
     last = first + 1
     while last < min(first + COLUMNS, len(starts)) and stops[last] - starts[first] <= most:
         last += 1
@@ -32,7 +44,9 @@ def strip_end(first, starts, stops, most):  # type: ignore[no-untyped-def]
 
 @njit
 def gather(x, rows, scale, side):  # type: ignore[no-untyped-def]
-    """Set the columns of `side` to rows of x `[T, H/G, K]`, counted over T and H/G, times `scale`."""
+    """Set the columns of `side` to rows of x `[T, H/G, K]`, counted over T and H/G, times
+    `scale`.
+    """
     for m in range(len(rows)):
         row = x[rows[m] // x.shape[1], rows[m] % x.shape[1]]
         for k in range(len(row)):
@@ -41,15 +55,27 @@ def gather(x, rows, scale, side):  # type: ignore[no-untyped-def]
 
 @njit
 def score(queries, laid, pairs, earlier, side, scores):  # type: ignore[no-untyped-def]
-    """Set `scores[j, m]` to the score of the strip's key j for query m, the lowest outside its interval.
+    """Set `scores[j, m]` to the score of the strip's key j for query m, the lowest outside its
+    interval.
 
-    The first `earlier` intervals after the local one are those of earlier rounds; what they have found has the lowest
-    score as well. The columns of `side` are the queries.
+    The first `earlier` intervals after the local one are those of earlier rounds; what they have
+    found has the lowest score as well. The columns of `side` are the queries.
     """
     (_, starts, stops), key = pairs, laid[0]
-    base, count, width = starts[0], stops[-1] - starts[0], key.shape[1]
+    base = starts[0]
+    count = stops[-1] - starts[0]
+    width = key.shape[1]
     multiply(
-        key[base:].ctypes.data, width, 1, side.ctypes.data, COLUMNS, scores.ctypes.data, COLUMNS, count, COLUMNS, width
+        key[base:].ctypes.data,
+        width,
+        1,
+        side.ctypes.data,
+        COLUMNS,
+        scores.ctypes.data,
+        COLUMNS,
+        count,
+        COLUMNS,
+        width,
     )
     for m in range(COLUMNS):
         first, last = (starts[m] - base, stops[m] - base) if m < len(starts) else (count, count)
@@ -65,13 +91,22 @@ def score(queries, laid, pairs, earlier, side, scores):  # type: ignore[no-untyp
 
 @njit
 def _add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
-    (_, ranks, tables, terms, _, _), (_, key_ranks, key_terms, _), (rows, starts, stops) = queries, laid, pairs
+    (_, ranks, tables, terms, _, _), (_, key_ranks, key_terms, _), (rows, starts, stops) = (
+        queries,
+        laid,
+        pairs,
+    )
     for m in range(len(rows)):
-        t, h = rows[m] // tables.shape[1], rows[m] % tables.shape[1]
-        rank, table, term = ranks[t], tables[t, h], terms[t, h]
+        t = rows[m] // tables.shape[1]
+        h = rows[m] % tables.shape[1]
+        rank = ranks[t]
+        table = tables[t, h]
+        term = terms[t, h]
         for j in range(starts[m], stops[m]):
             # The difference in fp64: terms are sums over a whole text.
-            scores[j - starts[0], m] += table[bucket(rank - key_ranks[j])] + np.float32(key_terms[j, h] - term)
+            scores[j - starts[0], m] += table[bucket(rank - key_ranks[j])] + np.float32(
+                key_terms[j, h] - term
+            )
 
 
 @njit
@@ -80,9 +115,12 @@ def _leave_out(queries, laid, pairs, earlier, scores):  # type: ignore[no-untype
     (_, _, _, _, firsts, lasts), (_, _, _, places), (rows, starts, stops) = queries, laid, pairs
     a_round = (firsts.shape[2] - 1) // (len(places) + 1)
     for m in range(len(rows)):
-        t, h = rows[m] // len(firsts), rows[m] % len(firsts)
+        t = rows[m] // len(firsts)
+        h = rows[m] % len(firsts)
         for i in range(earlier):
-            first, last, there = firsts[h, t, i + 1], lasts[h, t, i + 1], places[i // a_round]
+            first = firsts[h, t, i + 1]
+            last = lasts[h, t, i + 1]
+            there = places[i // a_round]
             for j in range(starts[m], stops[m]):
                 if first <= there[j] < last:
                     scores[j - starts[0], m] = LOWEST

@@ -1,9 +1,11 @@
-"""Attention over intervals on a processor: 16 queries at a time, side by side in the lanes of its vectors.
+"""Attention over intervals on a processor: 16 queries at a time, side by side in the lanes of its
+vectors.
 
-A unit of work is a stretch of `CHUNK` queries of one key/value head, with all heads that share it. Its intervals are
-sorted into their lists; the keys of a list are copied together once, and 16 neighbouring intervals form a strip, which
-walks over nearly the same of them (`strip_forward.py`, `strip_backward.py`). A query belongs to one unit, so results
-need no locks. Gradients of keys come from many units: each thread has its own, over the stretch of time it works on.
+A unit of work is a stretch of `CHUNK` queries of one key/value head, with all heads that share it.
+Its intervals are sorted into their lists; the keys of a list are copied together once, and 16
+neighbouring intervals form a strip, which walks over nearly the same of them (`strip_forward.py`,
+`strip_backward.py`). A query belongs to one unit, so results need no locks. Gradients of keys come
+from many units: each thread has its own, over the stretch of time it works on.
 """
 
 from functools import cache
@@ -25,18 +27,26 @@ from deepseek.kernels.numba.primitives import share
 CHUNK = 512
 MOST_LANES = 4  # of gradients of keys and values, which each take as much memory as these
 
-_backward, _forward, _divide = strip_backward.backward, strip_forward.forward, strip_forward.divide
+_backward = strip_backward.backward
+_forward = strip_forward.forward
+_divide = strip_forward.divide
 
 
 @njit
 def _sorted(codes, start, stop, rounds, num_lists):  # type: ignore[no-untyped-def]
-    """Return query, start and stop of all intervals that are not empty, sorted by list, and the end of each list.
+    """Return query, start and stop of all intervals that are not empty, sorted by list, and the end
+    of each list.
 
     The first list is the local one, the others are the buckets, the sinks last in their round.
     """
     heads, length, count = start.shape
-    looks, buckets = (count - 1) // rounds, (num_lists - 1) // rounds  # of a round, with those of sinks
-    rows, starts, stops = np.empty(start.size, np.int32), np.empty(start.size, np.int32), np.empty(start.size, np.int32)
+    looks, buckets = (
+        (count - 1) // rounds,
+        (num_lists - 1) // rounds,
+    )  # of a round, with those of sinks
+    rows = np.empty(start.size, np.int32)
+    starts = np.empty(start.size, np.int32)
+    stops = np.empty(start.size, np.int32)
     ends = np.zeros(num_lists + 1, np.int64)
     for filling in (False, True):
         for t in range(length):
@@ -50,7 +60,9 @@ def _sorted(codes, start, stop, rounds, num_lists):  # type: ignore[no-untyped-d
                             c = 1 + number * buckets + code
                         if filling:
                             place = ends[c]
-                            rows[place], starts[place], stops[place] = t * heads + r, start[r, t, i], stop[r, t, i]
+                            rows[place] = t * heads + r
+                            starts[place] = start[r, t, i]
+                            stops[place] = stop[r, t, i]
                         ends[c if filling else c + 1] += 1
         if not filling:
             for c in range(num_lists):
@@ -78,16 +90,20 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
     (keys, ranks, terms, places), (grad_keys, grad_values, grad_terms) = laid, grads_laid
     grads_out, grads_in, (grad_key, grad_value, grad_term) = grads
     _, _, tables, _, starts_in, stops_in = queries
-    rounds, a_round = len(place) + 1, (starts_in.shape[2] - 1) // (len(place) + 1)
+    rounds = len(place) + 1
+    a_round = (starts_in.shape[2] - 1) // (len(place) + 1)
     rows, starts, stops, ends = _sorted(codes, starts_in, stops_in, rounds, num_lists)
-    highest, sums = np.full(lse.size, LOWEST, np.float32), np.zeros(lse.size, np.float32)
+    highest = np.full(lse.size, LOWEST, np.float32)
+    sums = np.zeros(lse.size, np.float32)
     first = 0
     for c in range(num_lists):
         if ends[c] == first:
             continue
-        own, base = slice(first, ends[c]), starts[first]
+        own = slice(first, ends[c])
+        base = starts[first]
         pairs = rows[own], starts[own] - base, stops[own] - base
-        which, first = order[base : stops[ends[c] - 1]], ends[c]
+        which = order[base : stops[ends[c] - 1]]
+        first = ends[c]
         _load(key, which, keys)
         _load(value, which, values)
         if tables.shape[2] > 0:
@@ -100,14 +116,27 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
             for part in grads_laid:
                 part[: len(which) + ROWS] = 0
             _backward(
-                queries, laid, values, out, lse, pairs, earlier * a_round, scale, small, grads_out, grads_in, grads_laid
+                queries,
+                laid,
+                values,
+                out,
+                lse,
+                pairs,
+                earlier * a_round,
+                scale,
+                small,
+                grads_out,
+                grads_in,
+                grads_laid,
             )
             _store(grad_keys, which, grad_key)
             _store(grad_values, which, grad_value)
             if tables.shape[2] > 0:
                 _store(grad_terms, which, grad_term)
         else:
-            _forward(queries, laid, values, out, pairs, earlier * a_round, scale, small, highest, sums)
+            _forward(
+                queries, laid, values, out, pairs, earlier * a_round, scale, small, highest, sums
+            )
     if not backwards:
         _divide(out, lse, highest, sums)
 
@@ -115,43 +144,105 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
 @njit
 def _buffers(most, longest, own, width, rounds):  # type: ignore[no-untyped-def]
     """Room for the keys of a list, for their gradients, and for the small matrices of a strip."""
-    wide, narrow = (most, width), (2 * longest + ROWS, COLUMNS)
+    wide = (most, width)
+    narrow = (2 * longest + ROWS, COLUMNS)
     laid = (
-        np.zeros(wide, np.float32), np.empty(most, np.int32), np.empty((most, own), np.float64),
+        np.zeros(wide, np.float32),
+        np.empty(most, np.int32),
+        np.empty((most, own), np.float64),
         np.empty((rounds - 1, most), np.int32),
-    )  # fmt: skip
-    grads = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty((most, own), np.float32)
+    )
+    grads = (
+        np.empty(wide, np.float32),
+        np.empty(wide, np.float32),
+        np.empty((most, own), np.float32),
+    )
     small = (
-        np.zeros((width, COLUMNS), np.float32), np.empty((COLUMNS, width), np.float32), np.empty(narrow, np.float32),
+        np.zeros((width, COLUMNS), np.float32),
+        np.empty((COLUMNS, width), np.float32),
         np.empty(narrow, np.float32),
-    )  # fmt: skip
+        np.empty(narrow, np.float32),
+    )
     return laid, np.zeros(wide, np.float32), grads, small
 
 
 @njit
 def _run(  # type: ignore[no-untyped-def]
-    q, key, value, table, term, out, lse, order, start, stop, codes, place, rank, grad, grad_lse, grad_q, grad_table,
-    grad_key, grad_value, grad_term, early_key, early_value, early_term, scale, num_lists, longest, backwards,
-):  # fmt: skip
+    q,
+    key,
+    value,
+    table,
+    term,
+    out,
+    lse,
+    order,
+    start,
+    stop,
+    codes,
+    place,
+    rank,
+    grad,
+    grad_lse,
+    grad_q,
+    grad_table,
+    grad_key,
+    grad_value,
+    grad_term,
+    early_key,
+    early_value,
+    early_term,
+    scale,
+    num_lists,
+    longest,
+    backwards,
+):
     (batch, length, heads, width), groups, past = q.shape, key.shape[2], key.shape[1] - q.shape[1]
     lanes = 1 + len(early_key)
-    own, chunks = heads // groups, (length + CHUNK - 1) // CHUNK
+    own = heads // groups
+    chunks = (length + CHUNK - 1) // CHUNK
     buffers = _buffers(CHUNK + longest + ROWS, longest, own, width, place.shape[2] + 1)
     begin, end = share(batch * groups * lanes)
     for unit in range(begin, end):
-        b, g, lane = unit // (groups * lanes), unit // lanes % groups, unit % lanes
+        b = unit // (groups * lanes)
+        g = unit // lanes % groups
+        lane = unit % lanes
         h = slice(g * own, (g + 1) * own)
         sources = key[b, :, g], value[b, :, g], rank[b], term[b, :, h], place[b, g], order[b, g]
         grads_keys = grad_key[b, :, g], grad_value[b, :, g], grad_term[b, :, h]
         if lane < lanes - 1:
-            grads_keys = early_key[lane, b, :, g], early_value[lane, b, :, g], early_term[lane, b, :, h]
+            grads_keys = (
+                early_key[lane, b, :, g],
+                early_value[lane, b, :, g],
+                early_term[lane, b, :, h],
+            )
         for chunk in range(lane * chunks // lanes, (lane + 1) * chunks // lanes):
             u = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, length))
             slots = slice(past + u.start, past + u.stop)
-            queries = q[b, u, h], rank[b, slots], table[b, u, h], term[b, slots, h], start[b, h, u], stop[b, h, u]
-            grads = (grad[b, u, h], grad_lse[b, u, h]), (grad_q[b, u, h], grad_table[b, u, h]), grads_keys
+            queries = (
+                q[b, u, h],
+                rank[b, slots],
+                table[b, u, h],
+                term[b, slots, h],
+                start[b, h, u],
+                stop[b, h, u],
+            )
+            grads = (
+                (grad[b, u, h], grad_lse[b, u, h]),
+                (grad_q[b, u, h], grad_table[b, u, h]),
+                grads_keys,
+            )
             results = out[b, u, h], lse[b, u, h]
-            _unit(queries, codes[b, h, u], sources, results, grads, buffers, num_lists, scale[0], backwards != 0)
+            _unit(
+                queries,
+                codes[b, h, u],
+                sources,
+                results,
+                grads,
+                buffers,
+                num_lists,
+                scale[0],
+                backwards != 0,
+            )
 
 
 @cache
@@ -164,16 +255,27 @@ def _by_token(part_BHT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _inputs(inputs: Inputs) -> list[Tensor]:
-    """Return query, key, value, table and term by token; without a bias a table of no columns and no terms."""
+    """Return query, key, value, table and term by token; without a bias a table of no columns and
+    no terms.
+    """
     query, key, value, table, term = inputs
     arrays = [_by_token(part) for part in (query, key, value)]
     if table is None or term is None:
-        return [*arrays, arrays[0][..., :0], arrays[0].new_empty(len(query), 0, query.shape[1], dtype=torch.float64)]
+        return [
+            *arrays,
+            arrays[0][..., :0],
+            arrays[0].new_empty(len(query), 0, query.shape[1], dtype=torch.float64),
+        ]
     return [*arrays, _by_token(table), _by_token(term, torch.float64)]
 
 
 def _call(
-    arrays: list[Tensor], intervals: Intervals, grads: list[Tensor], windows: Windows, scale: float, backwards: bool
+    arrays: list[Tensor],
+    intervals: Intervals,
+    grads: list[Tensor],
+    windows: Windows,
+    scale: float,
+    backwards: bool,
 ) -> None:
     places = (intervals.order_BGZ, intervals.start_BHTI, intervals.stop_BHTI, intervals.codes_BHTP)
     parts = (part.contiguous() for part in (*places, intervals.place_BGRS, intervals.rank_BS))
@@ -181,34 +283,63 @@ def _call(
     launch(_kernel, *arrays, *parts, *grads, torch.tensor([scale]), *limits)
 
 
-def forward(inputs: Inputs, intervals: Intervals, windows: Windows, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    inputs: Inputs, intervals: Intervals, windows: Windows, scale: float
+) -> tuple[Tensor, Tensor]:
     """See `tiles.forward`; in fp32 throughout."""
     query, key, value, table, _ = arrays = _inputs(inputs)
-    out, lse = torch.zeros_like(query), query.new_empty(query.shape[:3])
+    out = torch.zeros_like(query)
+    lse = query.new_empty(query.shape[:3])
     # Any address will do for gradients, which are not touched.
     kept = key, value, lse[:, :0]
     lanes = [part[None].expand(-(-query.shape[1] // CHUNK) - 1, *part.shape) for part in kept]
-    _call([*arrays, out, lse], intervals, [query, lse, query, table, *kept, *lanes], windows, scale, False)
+    _call(
+        [*arrays, out, lse],
+        intervals,
+        [query, lse, query, table, *kept, *lanes],
+        windows,
+        scale,
+        False,
+    )
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def backward(
-    grad_BHTK: Tensor, grad_lse_BHT: Tensor, inputs: Inputs, out_BHTK: Tensor, lse_BHT: Tensor, intervals: Intervals,
-    windows: Windows, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_BHTK: Tensor,
+    grad_lse_BHT: Tensor,
+    inputs: Inputs,
+    out_BHTK: Tensor,
+    lse_BHT: Tensor,
+    intervals: Intervals,
+    windows: Windows,
+    scale: float,
+) -> tuple[Tensor, ...]:
     """See `tiles.backward`; in fp32 throughout."""
     arrays = _inputs(inputs)
     query, key, value, table, term = arrays
-    threads, heads, length = torch.get_num_threads(), key.shape[0] * key.shape[2], query.shape[1]
+    threads = torch.get_num_threads()
+    heads = key.shape[0] * key.shape[2]
+    length = query.shape[1]
     chunks = -(-length // CHUNK)
     lanes = min(threads // gcd(threads, heads), MOST_LANES, chunks)  # all equally busy
-    early = key.shape[1] - length + (lanes - 1) * chunks // lanes * CHUNK  # keys that lanes before the last may see
+    early = (
+        key.shape[1] - length + (lanes - 1) * chunks // lanes * CHUNK
+    )  # keys that lanes before the last may see
     kept = key, value, term
     summed = [part.new_zeros(part.shape, dtype=torch.float32) for part in kept]
-    earlier = [part.new_zeros(lanes - 1, *part[:, :early].shape, dtype=torch.float32) for part in kept]
+    earlier = [
+        part.new_zeros(lanes - 1, *part[:, :early].shape, dtype=torch.float32) for part in kept
+    ]
     own = [torch.zeros_like(query), torch.zeros_like(table)]
     given = [_by_token(part) for part in (out_BHTK, lse_BHT, grad_BHTK, grad_lse_BHT)]
-    _call([*arrays, *given[:2]], intervals, [*given[2:], *own, *summed, *earlier], windows, scale, True)
+    _call(
+        [*arrays, *given[:2]],
+        intervals,
+        [*given[2:], *own, *summed, *earlier],
+        windows,
+        scale,
+        True,
+    )
     for part, of_lanes in zip(summed, earlier, strict=True):
         for of_lane in of_lanes:
             part[:, :early] += of_lane

@@ -1,8 +1,10 @@
-"""Attention over intervals with torch's own operators and static shapes: the path of a GPU, and of any dtype.
+"""Attention over intervals with torch's own operators and static shapes: the path of a GPU, and of
+any dtype.
 
-One pass for each of a query's intervals. A tile holds up to `QUERIES` queries whose intervals end within the same
-`SPAN` places, so its keys lie in one stretch of fixed length. How many tiles each span needs depends on the data, but
-their total does not, up to a known bound; what is left over is masked.
+One pass for each of a query's intervals. A tile holds up to `QUERIES` queries whose intervals end
+within the same `SPAN` places, so its keys lie in one stretch of fixed length. How many tiles each
+span needs depends on the data, but their total does not, up to a known bound; what is left over is
+masked.
 """
 
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from torch import Tensor
 from deepseek.kernels.bias.distance import distance_buckets
 from deepseek.kernels.lsh.intervals import Intervals, Windows
 
-QUERIES, SPAN = 64, 64
+QUERIES = 64
+SPAN = 64
 SLAB = 1 << 24  # scores held at once
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -23,8 +26,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Tiles:
-    """Some tiles of one pass: rows of queries `[t, m]` and of keys `[t, w]`, counted over B, H, T and B, G, S; the mask
-    says who sees whom."""
+    """Some tiles of one pass: rows of queries `[t, m]` and of keys `[t, w]`, counted over B, H, T
+    and B, G, S; the mask says who sees whom."""
 
     rows_tm: Tensor
     keys_tw: Tensor
@@ -35,11 +38,16 @@ def _passes(intervals: Intervals, windows: Windows) -> Iterator[Iterator[Tiles]]
     """The passes over all heads."""
     batch, groups, places = intervals.order_BGZ.shape
     total = intervals.rank_BS.shape[1]
-    offset_BG1 = torch.arange(batch * groups, device=intervals.order_BGZ.device).view(batch, groups, 1)
+    offset_BG1 = torch.arange(batch * groups, device=intervals.order_BGZ.device).view(
+        batch, groups, 1
+    )
     keys = (intervals.order_BGZ + offset_BG1 * total).flatten()
 
     def limits(i: int) -> tuple[Tensor, Tensor]:
-        parts = (part[..., i].reshape(batch, groups, -1) for part in (intervals.start_BHTI, intervals.stop_BHTI))
+        parts = (
+            part[..., i].reshape(batch, groups, -1)
+            for part in (intervals.start_BHTI, intervals.stop_BHTI)
+        )
         start, stop = ((part + offset_BG1 * places).flatten() for part in parts)
         return start, stop
 
@@ -54,18 +62,27 @@ def _passes(intervals: Intervals, windows: Windows) -> Iterator[Iterator[Tiles]]
         yield tiles
 
 
-def _leave_out(tiles: Iterator[Tiles], there_S: Tensor, found: list[tuple[Tensor, Tensor]]) -> Iterator[Tiles]:
-    """Yield the tiles without the keys whose places in an earlier round's part lie in a query's intervals there."""
+def _leave_out(
+    tiles: Iterator[Tiles], there_S: Tensor, found: list[tuple[Tensor, Tensor]]
+) -> Iterator[Tiles]:
+    """Yield the tiles without the keys whose places in an earlier round's part lie in a query's
+    intervals there.
+    """
     for tile in tiles:
-        mask_tmw, rows_tm1 = tile.mask_tmw, tile.rows_tm.clamp(max=len(found[0][0]) - 1)[..., None]
+        mask_tmw = tile.mask_tmw
+        rows_tm1 = tile.rows_tm.clamp(max=len(found[0][0]) - 1)[..., None]
         there_t1w = there_S[tile.keys_tw][:, None]
         for start_N, stop_N in found:
-            mask_tmw = mask_tmw & ((there_t1w < start_N[rows_tm1]) | (there_t1w >= stop_N[rows_tm1]))
+            mask_tmw = mask_tmw & (
+                (there_t1w < start_N[rows_tm1]) | (there_t1w >= stop_N[rows_tm1])
+            )
         yield replace(tile, mask_tmw=mask_tmw)
 
 
 def _tiles(start_N: Tensor, stop_N: Tensor, window: int, keys_P: Tensor) -> Iterator[Tiles]:
-    """The tiles of one pass, as many at a time as `SLAB` scores allow; `window` is the length of an interval."""
+    """The tiles of one pass, as many at a time as `SLAB` scores allow; `window` is the length of an
+    interval.
+    """
     span_N, order_N = ((stop_N - 1).clamp(min=0) // SPAN).sort(stable=True)
     spans = torch.arange(len(keys_P) // SPAN + 1, device=start_N.device)
     first = torch.searchsorted(span_N, spans)  # of each span, in sorted rows
@@ -76,14 +93,19 @@ def _tiles(start_N: Tensor, stop_N: Tensor, window: int, keys_P: Tensor) -> Iter
     rows = order_N.new_full((total * QUERIES,), len(start_N))  # one past the last row: nobody
     rows[tile_of_span[span_N] * QUERIES + rank_N] = order_N
     rows_TM = rows.view(total, QUERIES)
-    span_T = torch.searchsorted(tile_of_span, torch.arange(total, device=rows.device), right=True) - 1
+    span_T = (
+        torch.searchsorted(tile_of_span, torch.arange(total, device=rows.device), right=True) - 1
+    )
     keys_W = torch.arange(SPAN + window - 1, device=rows.device) + 1 - window
-    start_N, stop_N = torch.cat((start_N, start_N.new_zeros(1))), torch.cat((stop_N, stop_N.new_zeros(1)))
+    start_N = torch.cat((start_N, start_N.new_zeros(1)))
+    stop_N = torch.cat((stop_N, stop_N.new_zeros(1)))
     size = max(1, SLAB // (QUERIES * max(1, len(keys_W))))
     for begin in range(0, total, size):
         rows_tm = rows_TM[begin : begin + size]
         places_tw = span_T[begin : begin + size, None] * SPAN + keys_W
-        inside = (start_N[rows_tm, None] <= places_tw[:, None]) & (places_tw[:, None] < stop_N[rows_tm, None])
+        inside = (start_N[rows_tm, None] <= places_tw[:, None]) & (
+            places_tw[:, None] < stop_N[rows_tm, None]
+        )
         yield Tiles(rows_tm, keys_P[places_tw.clamp(0, len(keys_P) - 1)], inside)
 
 
@@ -98,21 +120,37 @@ class _Bias:
 
     def __init__(self, table_BHTN: Tensor, term_BHS: Tensor, rank_BS: Tensor) -> None:
         (_, self.heads, self.length, _), self.total = table_BHTN.shape, term_BHS.shape[2]
-        self.rows, self.terms, self.ranks = _rows(table_BHTN, table_BHTN.dtype), term_BHS.flatten(), rank_BS.flatten()
-        self.grad_rows, self.grad_terms = torch.zeros_like(self.rows), torch.zeros_like(self.terms)
+        self.rows = _rows(table_BHTN, table_BHTN.dtype)
+        self.terms = term_BHS.flatten()
+        self.ranks = rank_BS.flatten()
+        self.grad_rows = torch.zeros_like(self.rows)
+        self.grad_terms = torch.zeros_like(self.terms)
 
     def _find(self, tile: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each pair's bucket of distance `[t, m, w]`, and where the terms of its key and its query are."""
+        """Return each pair's bucket of distance `[t, m, w]`, and where the terms of its key and its
+        query are.
+        """
         row_tm1 = tile.rows_tm.clamp(max=len(self.rows) - 2)[..., None]
-        head_tm1, key_t1w = row_tm1 // self.length, tile.keys_tw[:, None] % self.total
-        own_tm1, text_tm1 = self.total - self.length + row_tm1 % self.length, head_tm1 // self.heads
-        distance_tmw = self.ranks[text_tm1 * self.total + own_tm1] - self.ranks[text_tm1 * self.total + key_t1w]
-        return distance_buckets(distance_tmw), head_tm1 * self.total + key_t1w, head_tm1 * self.total + own_tm1
+        head_tm1 = row_tm1 // self.length
+        key_t1w = tile.keys_tw[:, None] % self.total
+        own_tm1 = self.total - self.length + row_tm1 % self.length
+        text_tm1 = head_tm1 // self.heads
+        distance_tmw = (
+            self.ranks[text_tm1 * self.total + own_tm1]
+            - self.ranks[text_tm1 * self.total + key_t1w]
+        )
+        return (
+            distance_buckets(distance_tmw),
+            head_tm1 * self.total + key_t1w,
+            head_tm1 * self.total + own_tm1,
+        )
 
     def of(self, tile: Tiles) -> Tensor:
         """Return the bias `[t, m, w]`."""
         bucket_tmw, key_tmw, own_tm1 = self._find(tile)
-        return self.rows[tile.rows_tm].gather(-1, bucket_tmw) + (self.terms[key_tmw] - self.terms[own_tm1])
+        return self.rows[tile.rows_tm].gather(-1, bucket_tmw) + (
+            self.terms[key_tmw] - self.terms[own_tm1]
+        )
 
     def collect(self, grad_tmw: Tensor, tile: Tiles) -> None:
         """Add up gradients; that of nobody's scores is zero."""
@@ -127,15 +165,24 @@ def _bias(inputs: Inputs, intervals: Intervals) -> _Bias | None:
     return None if table is None or term is None else _Bias(table, term, intervals.rank_BS)
 
 
-def forward(inputs: Inputs, intervals: Intervals, windows: Windows, scale: float) -> tuple[Tensor, Tensor]:
-    """Return attention `[B, H, T, K]` and the logarithm of its denominator `[B, H, T]`, both at least in fp32."""
+def forward(
+    inputs: Inputs, intervals: Intervals, windows: Windows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention `[B, H, T, K]` and the logarithm of its denominator `[B, H, T]`, both at
+    least in fp32.
+    """
     query_BHTK, key_BGSK, value_BGSK, *_ = inputs
-    wide, bias = torch.promote_types(query_BHTK.dtype, torch.float32), _bias(inputs, intervals)
-    query, key, value = _rows(query_BHTK, query_BHTK.dtype), key_BGSK.flatten(0, 2), value_BGSK.flatten(0, 2)
+    wide = torch.promote_types(query_BHTK.dtype, torch.float32)
+    bias = _bias(inputs, intervals)
+    query = _rows(query_BHTK, query_BHTK.dtype)
+    key = key_BGSK.flatten(0, 2)
+    value = value_BGSK.flatten(0, 2)
     lowest = torch.finfo(wide).min
-    out, lse = torch.zeros_like(query, dtype=wide), query.new_full(query.shape[:1], lowest, dtype=wide)
+    out = torch.zeros_like(query, dtype=wide)
+    lse = query.new_full(query.shape[:1], lowest, dtype=wide)
     for tiles in _passes(intervals, windows):
-        new_out, new_lse = torch.zeros_like(out), torch.full_like(lse, lowest)
+        new_out = torch.zeros_like(out)
+        new_lse = torch.full_like(lse, lowest)
         for tile in tiles:
             scores = _scores(query, key, tile, scale, bias).masked_fill(~tile.mask_tmw, lowest)
             lse_tm = scores.logsumexp(-1).masked_fill(~tile.mask_tmw.any(-1), lowest)
@@ -149,35 +196,61 @@ def forward(inputs: Inputs, intervals: Intervals, windows: Windows, scale: float
 
 
 def _scores(query: Tensor, key: Tensor, tile: Tiles, scale: float, bias: _Bias | None) -> Tensor:
-    scores = (query[tile.rows_tm] @ key[tile.keys_tw].mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    scores = (query[tile.rows_tm] @ key[tile.keys_tw].mT).to(
+        torch.promote_types(query.dtype, torch.float32)
+    ) * scale
     return scores if bias is None else scores + bias.of(tile).to(scores.dtype)
 
 
 def backward(
-    grad_BHTK: Tensor, grad_lse_BHT: Tensor, inputs: Inputs, out_BHTK: Tensor, lse_BHT: Tensor, intervals: Intervals,
-    windows: Windows, scale: float,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    grad_BHTK: Tensor,
+    grad_lse_BHT: Tensor,
+    inputs: Inputs,
+    out_BHTK: Tensor,
+    lse_BHT: Tensor,
+    intervals: Intervals,
+    windows: Windows,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs, of both parts of the bias only where there is one."""
     query_BHTK, key_BGSK, value_BGSK, table, term = inputs
-    dtype, wide, bias = query_BHTK.dtype, out_BHTK.dtype, _bias(inputs, intervals)
-    key, value = key_BGSK.flatten(0, 2), value_BGSK.flatten(0, 2)
-    query, grad, lse = _rows(query_BHTK, dtype), _rows(grad_BHTK, dtype), _rows(lse_BHT, wide)[:, None]
+    dtype = query_BHTK.dtype
+    wide = out_BHTK.dtype
+    bias = _bias(inputs, intervals)
+    key = key_BGSK.flatten(0, 2)
+    value = value_BGSK.flatten(0, 2)
+    query = _rows(query_BHTK, dtype)
+    grad = _rows(grad_BHTK, dtype)
+    lse = _rows(lse_BHT, wide)[:, None]
     dots = _rows((grad_BHTK.to(wide) * out_BHTK).sum(-1) - grad_lse_BHT, wide)[:, None]
     grad_query = torch.zeros_like(query, dtype=wide)
-    grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+    grad_key = torch.zeros_like(key, dtype=wide)
+    grad_value = torch.zeros_like(value, dtype=wide)
     for tiles in _passes(intervals, windows):
         for tile in tiles:
-            rows, keys = tile.rows_tm, tile.keys_tw
+            rows = tile.rows_tm
+            keys = tile.keys_tw
             scores = _scores(query, key, tile, scale, bias).masked_fill(~tile.mask_tmw, -torch.inf)
             weights = (scores - lse[rows]).exp()
             grad_scores = weights * ((grad[rows] @ value[keys].mT).to(wide) - dots[rows])
             if bias is not None:
                 bias.collect(grad_scores, tile)
-            weights, grad_scores = weights.to(dtype), (grad_scores * scale).to(dtype)
-            grad_query[rows] += (grad_scores @ key[keys]).to(wide)  # a query has one row a pass; nobody's gets zeros
-            grad_key.index_add_(0, keys.flatten(), (grad_scores.mT @ query[rows]).to(wide).flatten(0, 1))
-            grad_value.index_add_(0, keys.flatten(), (weights.mT @ grad[rows]).to(wide).flatten(0, 1))
-    grads = grad_query[:-1].view(query_BHTK.shape), grad_key.view_as(key_BGSK), grad_value.view_as(value_BGSK)
+            weights = weights.to(dtype)
+            grad_scores = (grad_scores * scale).to(dtype)
+            grad_query[rows] += (grad_scores @ key[keys]).to(
+                wide
+            )  # a query has one row a pass; nobody's gets zeros
+            grad_key.index_add_(
+                0, keys.flatten(), (grad_scores.mT @ query[rows]).to(wide).flatten(0, 1)
+            )
+            grad_value.index_add_(
+                0, keys.flatten(), (weights.mT @ grad[rows]).to(wide).flatten(0, 1)
+            )
+    grads = (
+        grad_query[:-1].view(query_BHTK.shape),
+        grad_key.view_as(key_BGSK),
+        grad_value.view_as(value_BGSK),
+    )
     if bias is None or table is None or term is None:
         return *grads, None, None
     return *grads, bias.grad_rows[:-1].view_as(table), bias.grad_terms.view_as(term)

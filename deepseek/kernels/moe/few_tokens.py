@@ -1,7 +1,9 @@
-"""The experts of a mixture when each has only a few tokens: bound by reading the weights, so they are read once.
+"""The experts of a mixture when each has only a few tokens: bound by reading the weights, so they
+are read once.
 
-The kernel walks over the weight rows of every expert that has tokens and holds each row against all of them. bf16 rows
-are widened in registers. Threads split the rows, never the tokens, so no two of them write to the same place.
+The kernel walks over the weight rows of every expert that has tokens and holds each row against all
+of them. bf16 rows are widened in registers. Threads split the rows, never the tokens, so no two of
+them write to the same place.
 """
 
 from functools import cache
@@ -46,7 +48,10 @@ def _dot1(row, a):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _dot4(row, a, b, c, d):  # type: ignore[no-untyped-def]
-    s, t, u, v = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    s = np.float32(0)
+    t = np.float32(0)
+    u = np.float32(0)
+    v = np.float32(0)
     for i in range(len(row)):
         w = widen(row[i])
         s += w * a[i]
@@ -73,8 +78,11 @@ def _rows(row, x, tokens, start, stop, out):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, gate, up):  # type: ignore[no-untyped-def]
-    """Fill columns first to last - 1 of the gate and up projections and of the weighted hidden values."""
-    width, start = gate_up.shape[1] // 2, 0
+    """Fill columns first to last - 1 of the gate and up projections and of the weighted hidden
+    values.
+    """
+    width = gate_up.shape[1] // 2
+    start = 0
     for e in range(len(ends)):
         stop = ends[e]
         if stop > start:
@@ -82,8 +90,10 @@ def _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, gate,
                 _rows(gate_up[e, f], x, tokens, start, stop, gate)
                 _rows(gate_up[e, width + f], x, tokens, start, stop, up)
                 for s in range(start, stop):
-                    g, u = gate[s - start], up[s - start]
-                    proj[s, f], proj[s, width + f] = g, u
+                    g = gate[s - start]
+                    u = up[s - start]
+                    proj[s, f] = g
+                    proj[s, width + f] = u
                     hidden[s, f] = weights[s] * u * g * sigmoid(g)
         start = stop
 
@@ -105,9 +115,14 @@ def _combine(hidden, down, slots, tokens, ends, y, first, last, out):  # type: i
 
 @njit(fastmath=True)
 def sorted_slots(ids, slot_weights, ends):  # type: ignore[no-untyped-def]
-    """Return slot number, token and weight of the slots in use, sorted by expert, and fill `ends` per expert."""
-    slots, num_slots = ids.size, ids.shape[1]
-    order, tokens, weights = np.empty(slots, np.int64), np.empty(slots, np.int64), np.empty(slots, np.float32)
+    """Return slot number, token and weight of the slots in use, sorted by expert, and fill `ends`
+    per expert.
+    """
+    slots = ids.size
+    num_slots = ids.shape[1]
+    order = np.empty(slots, np.int64)
+    tokens = np.empty(slots, np.int64)
+    weights = np.empty(slots, np.float32)
     _sort(ids.reshape(slots), order, ends)
     for s in range(ends[len(ends) - 1]):
         tokens[s] = order[s] // num_slots
@@ -119,7 +134,8 @@ def sorted_slots(ids, slot_weights, ends):  # type: ignore[no-untyped-def]
 def _run(x, gate_up, down, ids, slot_weights, y, proj, hidden):  # type: ignore[no-untyped-def]
     ends = np.empty(len(down), np.int64)
     _, tokens, weights = sorted_slots(ids, slot_weights, ends)
-    out, more = np.empty(ids.size, np.float32), np.empty(ids.size, np.float32)
+    out = np.empty(ids.size, np.float32)
+    more = np.empty(ids.size, np.float32)
     first, last = share(down.shape[2])
     _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, out, more)
     barrier()
@@ -133,13 +149,21 @@ def _kernel(kinds: str) -> int:
 
 
 def forward(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
+    x_ND: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    ids_NA: Tensor,
+    weights_NA: Tensor,
+    proj_SP: Tensor | None,
 ) -> Tensor:
-    """Return y `[N, D]` in fp32, and fill `proj_SP` with the gate and up projections of the slots sorted by expert.
+    """Return y `[N, D]` in fp32, and fill `proj_SP` with the gate and up projections of the slots
+    sorted by expert.
 
-    x, the weights of the slots and `proj_SP` are fp32, the expert weights fp32 or bf16, all contiguous.
+    x, the weights of the slots and `proj_SP` are fp32, the expert weights fp32 or bf16, all
+    contiguous.
     """
     proj_SP = x_ND.new_empty(ids_NA.numel(), gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
-    y_ND, hidden_SF = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), down_EDF.shape[2])
+    y_ND = torch.empty_like(x_ND)
+    hidden_SF = x_ND.new_empty(ids_NA.numel(), down_EDF.shape[2])
     launch(_kernel, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, proj_SP, hidden_SF)
     return y_ND

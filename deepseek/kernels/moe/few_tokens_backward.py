@@ -1,4 +1,6 @@
-"""The backward pass of `few_tokens`: each weight row is read once and its gradient written once, in the same visit."""
+"""The backward pass of `few_tokens`: each weight row is read once and its gradient written once, in
+the same visit.
+"""
 
 from functools import cache
 
@@ -20,28 +22,49 @@ def _add4(a, b, c, d, p, q, r, s, out):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _rows_back(scales, s, k, rows, first, last, out):  # type: ignore[no-untyped-def]
-    """Add to `out` four weight rows from k on, columns first to last - 1, each times its scale for slot s."""
+    """Add to `out` four weight rows from k on, columns first to last - 1, each times its scale for
+    slot s.
+    """
     _add4(
-        scales[s, 0], scales[s, 1], scales[s, 2], scales[s, 3],
-        rows[k, first:last], rows[k + 1, first:last], rows[k + 2, first:last], rows[k + 3, first:last], out,
-    )  # fmt: skip
+        scales[s, 0],
+        scales[s, 1],
+        scales[s, 2],
+        scales[s, 3],
+        rows[k, first:last],
+        rows[k + 1, first:last],
+        rows[k + 2, first:last],
+        rows[k + 3, first:last],
+        out,
+    )
 
 
 @njit(fastmath=True)
 def _outer(scales, j, vectors, rows, span, columns, row, out):  # type: ignore[no-untyped-def]
-    """Set the gradient `out` of a weight row to the sum over slots s in `span` of `scales[s, j] * vectors[rows[s]]`.
+    """Set the gradient `out` of a weight row to the sum over slots s in `span` of
+    `scales[s, j] * vectors[rows[s]]`.
 
-    Columns are cut here, row by row: a row of a cut matrix counts as strided, and loops over it are not vectorised.
+    Columns are cut here, row by row: a row of a cut matrix counts as strided, and loops over it are
+    not vectorised.
     """
     (start, stop), (c, d), none = span, columns, np.float32(0)
     row[:] = 0
-    for s in range(start, stop, 4):  # the last time one to four are left; missing ones weigh nothing
-        t, u, v = min(s + 1, stop - 1), min(s + 2, stop - 1), min(s + 3, stop - 1)
+    for s in range(
+        start, stop, 4
+    ):  # the last time one to four are left; missing ones weigh nothing
+        t = min(s + 1, stop - 1)
+        u = min(s + 2, stop - 1)
+        v = min(s + 3, stop - 1)
         _add4(
-            scales[s, j], scales[t, j] if t > s else none, scales[u, j] if u > t else none,
-            scales[v, j] if v > u else none, vectors[rows[s], c:d], vectors[rows[t], c:d], vectors[rows[u], c:d],
-            vectors[rows[v], c:d], row,
-        )  # fmt: skip
+            scales[s, j],
+            scales[t, j] if t > s else none,
+            scales[u, j] if u > t else none,
+            scales[v, j] if v > u else none,
+            vectors[rows[s], c:d],
+            vectors[rows[t], c:d],
+            vectors[rows[u], c:d],
+            vectors[rows[v], c:d],
+            row,
+        )
     for i in range(len(out)):
         out[i] = narrow(row[i], out[i])
 
@@ -60,11 +83,14 @@ def _activate(weights, proj, hidden, grad_hidden, start, stop, first):  # type: 
 @njit(fastmath=True)
 def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, grad_weights):  # type: ignore[no-untyped-def]
     """Set the gradients of the gate and up projections, and add to those of the slots' weights."""
-    one, width = np.float32(1), proj.shape[1] // 2
+    one = np.float32(1)
+    width = proj.shape[1] // 2
     for s in range(start, stop):
         total = np.float32(0)
         for f in range(grad_hidden.shape[1]):
-            gate, up, grad = proj[s, first + f], proj[s, width + first + f], grad_hidden[s, f]
+            gate = proj[s, first + f]
+            up = proj[s, width + first + f]
+            grad = grad_hidden[s, f]
             sig = sigmoid(gate)
             silu = gate * sig
             total += silu * up * grad
@@ -75,10 +101,17 @@ def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, g
 
 @njit(fastmath=True)
 def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_weights, first, last):  # type: ignore[no-untyped-def]
-    """Columns first to last - 1 of the hidden values: their gradients, and that of the down projection."""
-    slots, width, start = len(tokens), last - first, 0
-    hidden, grad_hidden = np.empty((slots, width), np.float32), np.empty((slots, width), np.float32)
-    row, scales, identity = np.empty(width, np.float32), np.empty((slots, 4), np.float32), np.arange(slots)
+    """Columns first to last - 1 of the hidden values: their gradients, and that of the down
+    projection.
+    """
+    slots = len(tokens)
+    width = last - first
+    start = 0
+    hidden = np.empty((slots, width), np.float32)
+    grad_hidden = np.empty((slots, width), np.float32)
+    row = np.empty(width, np.float32)
+    scales = np.empty((slots, 4), np.float32)
+    identity = np.arange(slots)
     for e in range(len(ends)):
         stop = ends[e]
         if stop > start:
@@ -90,7 +123,16 @@ def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_we
                 if len(grad_down):
                     mine = grad_down[e]
                     for j in range(4):
-                        _outer(scales, j, hidden, identity, (start, stop), (0, width), row, mine[d + j, first:last])
+                        _outer(
+                            scales,
+                            j,
+                            hidden,
+                            identity,
+                            (start, stop),
+                            (0, width),
+                            row,
+                            mine[d + j, first:last],
+                        )
             _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, grad_weights)
         start = stop
 
@@ -98,7 +140,9 @@ def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_we
 @njit(fastmath=True)
 def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, last):  # type: ignore[no-untyped-def]
     """Columns first to last - 1 of x: their gradients, and that of the gate and up projections."""
-    row, scales, start = np.empty(last - first, np.float32), np.empty((len(tokens), 4), np.float32), 0
+    row = np.empty(last - first, np.float32)
+    scales = np.empty((len(tokens), 4), np.float32)
+    start = 0
     grad_x[:, first:last] = 0
     for e in range(len(ends)):
         stop = ends[e]
@@ -110,13 +154,33 @@ def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, l
                 if len(grad_gate_up):
                     mine = grad_gate_up[e]
                     for j in range(4):
-                        _outer(scales, j, x, tokens, (start, stop), (first, last), row, mine[p + j, first:last])
+                        _outer(
+                            scales,
+                            j,
+                            x,
+                            tokens,
+                            (start, stop),
+                            (first, last),
+                            row,
+                            mine[p + j, first:last],
+                        )
         start = stop
 
 
 @njit
 def _run(  # type: ignore[no-untyped-def]
-    grad, x, gate_up, down, ids, slot_weights, proj, grad_proj, grad_x, grad_gate_up, grad_down, grad_weights
+    grad,
+    x,
+    gate_up,
+    down,
+    ids,
+    slot_weights,
+    proj,
+    grad_proj,
+    grad_x,
+    grad_gate_up,
+    grad_down,
+    grad_weights,
 ):
     ends = np.empty(len(down), np.int64)
     order, tokens, weights = sorted_slots(ids, slot_weights, ends)
@@ -138,22 +202,47 @@ def _kernel(kinds: str) -> int:
 def untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return zeros whose memory the system hands out page by page when it is first written.
 
-    The gradients of experts that no token went to then cost nothing; `torch.zeros` would write them all.
+    The gradients of experts that no token went to then cost nothing; `torch.zeros` would write them
+    all.
     """
-    return torch.from_numpy(np.zeros(shape, np.float32 if dtype == torch.float32 else np.uint16)).view(dtype)
+    return torch.from_numpy(
+        np.zeros(shape, np.float32 if dtype == torch.float32 else np.uint16)
+    ).view(dtype)
 
 
 def backward(
-    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor,
-    proj_SP: Tensor, train_experts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of x, gate_up and down (empty unless `train_experts`), and the slots' weights."""
-    grad_x, grad_proj = torch.empty_like(x_ND), torch.empty_like(proj_SP)
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    ids_NA: Tensor,
+    weights_NA: Tensor,
+    proj_SP: Tensor,
+    train_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, gate_up and down (empty unless `train_experts`), and the slots'
+    weights.
+    """
+    grad_x = torch.empty_like(x_ND)
+    grad_proj = torch.empty_like(proj_SP)
     grad_weights = x_ND.new_zeros(torch.get_num_threads(), ids_NA.numel())
     experts = (gate_up_E2FD, down_EDF)
-    grads = [untouched_zeros(t.shape, t.dtype) if train_experts else t.new_empty(0, *t.shape[1:]) for t in experts]
+    grads = [
+        untouched_zeros(t.shape, t.dtype) if train_experts else t.new_empty(0, *t.shape[1:])
+        for t in experts
+    ]
     launch(
-        _kernel, grad_ND, x_ND, *experts, ids_NA, weights_NA, proj_SP, grad_proj, grad_x, *grads, grad_weights
-    )  # fmt: skip
+        _kernel,
+        grad_ND,
+        x_ND,
+        *experts,
+        ids_NA,
+        weights_NA,
+        proj_SP,
+        grad_proj,
+        grad_x,
+        *grads,
+        grad_weights,
+    )
     grad_gate_up, grad_down = grads if train_experts else (grad.flatten() for grad in grads)
     return grad_x, grad_gate_up, grad_down, grad_weights.sum(0).view_as(weights_NA)

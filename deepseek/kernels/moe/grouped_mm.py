@@ -1,11 +1,11 @@
 """The experts of a mixture: each token through its own few feed-forward networks.
 
-`mix_experts` is the one entry. `mix_experts_reference` says what it computes; the equivalence test holds them together.
-Expert ids equal to E mark slots that take no part.
+`mix_experts` is the one entry. `mix_experts_reference` says what it computes; the equivalence test
+holds them together. Expert ids equal to E mark slots that take no part.
 
-On a processor slots are sorted by expert, with one matrix product per expert and projection, and an expert's rows are
-gathered and multiplied while they are in the cache. Where bf16 products are emulated, an expert's weights are widened
-to fp32 just before use.
+On a processor slots are sorted by expert, with one matrix product per expert and projection, and an
+expert's rows are gathered and multiplied while they are in the cache. Where bf16 products are
+emulated, an expert's weights are widened to fp32 just before use.
 """
 
 from typing import Any
@@ -21,7 +21,9 @@ from deepseek.kernels.numba import openmp
 def mix_experts_reference(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """Return `y_n = sum over slots a of weights[n, a] * E_{ids[n, a]}(x_n)`, `[N, D]`, one expert after the other."""
+    """Return `y_n = sum over slots a of weights[n, a] * E_{ids[n, a]}(x_n)`, `[N, D]`, one expert
+    after the other.
+    """
     y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, weights_NA.dtype))
     for expert in range(len(down_EDF)):
         tokens, slots = torch.where(ids_NA == expert)
@@ -34,38 +36,56 @@ def mix_experts_reference(
 def mix_experts_grouped(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """The same as two grouped matrix products with static shapes and no device-to-host copy: the path of a GPU."""
-    num_experts, num_slots = len(down_EDF), ids_NA.shape[1]
+    """The same as two grouped matrix products with static shapes and no device-to-host copy: the
+    path of a GPU.
+    """
+    num_experts = len(down_EDF)
+    num_slots = ids_NA.shape[1]
     ids_S, order_S = ids_NA.flatten().sort(stable=True)
-    ends_E = torch.searchsorted(ids_S, torch.arange(num_experts, device=ids_S.device), right=True).int()
+    ends_E = torch.searchsorted(
+        ids_S, torch.arange(num_experts, device=ids_S.device), right=True
+    ).int()
     idle_S1 = (ids_S == num_experts)[:, None]
-    # grouped_mm leaves rows past the last end uninitialised, in its gradients too, and NaN times 0 is NaN: so each
-    # of its inputs and outputs is masked.
+    # grouped_mm leaves rows past the last end uninitialised, in its gradients too, and NaN times 0
+    # is NaN: so each of its inputs and outputs is masked.
     x_SD = x_ND[order_S // num_slots].to(gate_up_E2FD.dtype).masked_fill(idle_S1, 0)
-    gate, up = grouped_mm(x_SD, gate_up_E2FD.mT, offs=ends_E).masked_fill(idle_S1, 0).chunk(2, dim=-1)
+    gate, up = (
+        grouped_mm(x_SD, gate_up_E2FD.mT, offs=ends_E).masked_fill(idle_S1, 0).chunk(2, dim=-1)
+    )
     hidden_SF = silu(gate) * up * weights_NA.flatten()[order_S, None].to(gate.dtype)
-    out_SD = grouped_mm(hidden_SF.masked_fill(idle_S1, 0), down_EDF.mT, offs=ends_E).masked_fill(idle_S1, 0)
-    back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    out_SD = grouped_mm(hidden_SF.masked_fill(idle_S1, 0), down_EDF.mT, offs=ends_E).masked_fill(
+        idle_S1, 0
+    )
+    back_S = torch.empty_like(order_S).scatter_(
+        0, order_S, torch.arange(len(order_S), device=order_S.device)
+    )
     return out_SD[back_S].unflatten(0, ids_NA.shape).sum(1).to(x_ND.dtype)
 
 
 def mix_experts_everywhere(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """The same with every expert at every token, in plain products: what a graph for other runtimes can hold."""
-    weights_NE = weights_NA.new_zeros(x_ND.shape[0], len(down_EDF) + 1).scatter_add(1, ids_NA, weights_NA)[:, :-1]
+    """The same with every expert at every token, in plain products: what a graph for other runtimes
+    can hold.
+    """
+    weights_NE = weights_NA.new_zeros(x_ND.shape[0], len(down_EDF) + 1).scatter_add(
+        1, ids_NA, weights_NA
+    )[:, :-1]
     gate, up = (x_ND @ gate_up_E2FD.mT).chunk(2, dim=-1)
     return (((silu(gate) * up) @ down_EDF.mT) * weights_NE.T[..., None]).sum(0).to(x_ND.dtype)
 
 
-def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
+def mix_experts(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
+) -> Tensor:
     """Return each token's weighted sum of expert outputs by the fastest way on its device.
 
     Args:
         x_ND: tokens `[N, D]`.
         gate_up_E2FD: gate and up projections `[E, 2F, D]`, the gate's rows first.
         down_EDF: down projections `[E, D, F]`.
-        ids_NA: expert of each slot `[N, A]`, E where the slot takes no part; an expert at most once a token.
+        ids_NA: expert of each slot `[N, A]`, E where the slot takes no part; an expert at most once
+            a token.
         weights_NA: weight of each slot, fp32 `[N, A]`.
 
     Returns:
@@ -78,25 +98,33 @@ def mix_experts(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Te
     return mix_experts_sorted(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
 
 
-# Up to this many slots per expert, on average, reading the weights takes longer than the arithmetic on them.
+# Up to this many slots per expert, on average, reading the weights takes longer than the arithmetic
+# on them.
 FEW = 8
-# Pools below this number of parameters are not worth the seconds that compiling a kernel takes the first time.
+# Pools below this number of parameters are not worth the seconds that compiling a kernel takes the
+# first time.
 SMALL = 1 << 18
 
 
 def mix_experts_sorted(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """The same with the slots sorted by expert, in compiled kernels where they are faster: the path of a processor."""
+    """The same with the slots sorted by expert, in compiled kernels where they are faster: the path
+    of a processor.
+    """
     tensors = (x_ND, gate_up_E2FD, down_EDF, weights_NA)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    ):
         y_ND, _ = _mix_op(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
         return y_ND
     return _forward(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, None)
 
 
 def _is_slow(gate_up_E2FD: Tensor, ids_NA: Tensor) -> bool:
-    """Whether grouped products train these experts faster: where bf16 products are native, widening weights is not."""
+    """Whether grouped products train these experts faster: where bf16 products are native, widening
+    weights is not.
+    """
     native = gate_up_E2FD.dtype == torch.bfloat16 and has_bfloat16()
     trained = torch.is_grad_enabled() and gate_up_E2FD.requires_grad
     return native and trained and ids_NA.shape[0] > 1 and _has_few_tokens(ids_NA, len(gate_up_E2FD))
@@ -107,11 +135,16 @@ def _has_few_tokens(ids_NA: Tensor, num_experts: int) -> bool:
 
 
 def _has_kernel(ids_NA: Tensor, *weights: Tensor) -> bool:
-    """Whether a compiled kernel can take these weights, four rows at a time, and be faster than torch's operators."""
+    """Whether a compiled kernel can take these weights, four rows at a time, and be faster than
+    torch's operators.
+    """
     dtypes = (torch.float32, torch.bfloat16)
     if ids_NA.numel() == 0 or sum(t.numel() for t in weights) < SMALL:
         return False
-    if not all(t.dtype == weights[0].dtype in dtypes and t.is_contiguous() and t.shape[1] % 4 == 0 for t in weights):
+    if not all(
+        t.dtype == weights[0].dtype in dtypes and t.is_contiguous() and t.shape[1] % 4 == 0
+        for t in weights
+    ):
         return False
     if _has_few_tokens(ids_NA, len(weights[0])):
         return openmp.runtime() is not None
@@ -123,12 +156,16 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the projections kept for the backward pass: at least fp32, whichever way computed them."""
+    """Dtype of the projections kept for the backward pass: at least fp32, whichever way computed
+    them.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
 def _segments(ids_NA: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Return the slots sorted by expert `[N * A]`, and (expert, start, stop) of every expert that has any."""
+    """Return the slots sorted by expert `[N * A]`, and (expert, start, stop) of every expert that
+    has any.
+    """
     ids_S = ids_NA.flatten()
     counts = torch.bincount(ids_S, minlength=num_experts)[:num_experts]
     spans = zip(counts.tolist(), counts.cumsum(0).tolist(), strict=True)
@@ -137,14 +174,23 @@ def _segments(ids_NA: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int,
 
 
 def _forward(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
+    x_ND: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    ids_NA: Tensor,
+    weights_NA: Tensor,
+    proj_SP: Tensor | None,
 ) -> Tensor:
-    """Return y `[N, D]`; where `proj_SP` is given, fill it with the gate and up projections of the sorted slots."""
+    """Return y `[N, D]`; where `proj_SP` is given, fill it with the gate and up projections of the
+    sorted slots.
+    """
     if _has_kernel(ids_NA, gate_up_E2FD, down_EDF):
         return _forward_compiled(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP)
     dtype = _compute_dtype(x_ND.dtype)
-    x, (order_S, segments) = x_ND.to(dtype), _segments(ids_NA, len(down_EDF))
-    token_S, out_SD = order_S // ids_NA.shape[1], x.new_empty(len(order_S), x.shape[1])
+    x = x_ND.to(dtype)
+    (order_S, segments) = _segments(ids_NA, len(down_EDF))
+    token_S = order_S // ids_NA.shape[1]
+    out_SD = x.new_empty(len(order_S), x.shape[1])
     for expert, start, stop in segments:
         proj = x[token_S[start:stop]] @ gate_up_E2FD[expert].to(dtype).T
         if proj_SP is not None:
@@ -154,21 +200,38 @@ def _forward(
     return _combine(out_SD, order_S, segments, weights_NA).to(x_ND.dtype)
 
 
-def _combine(out_SD: Tensor, order_S: Tensor, segments: list[tuple[int, int, int]], weights_NA: Tensor) -> Tensor:
-    """Return each token's weighted sum `[N, D]` of its slots' rows, which lie by expert, the idle ones last."""
+def _combine(
+    out_SD: Tensor, order_S: Tensor, segments: list[tuple[int, int, int]], weights_NA: Tensor
+) -> Tensor:
+    """Return each token's weighted sum `[N, D]` of its slots' rows, which lie by expert, the idle
+    ones last.
+    """
     out_SD[segments[-1][2] if segments else 0 :] = 0
     back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
-    # Adding an expert's rows to their tokens, `index_add_`, takes ten times as long as this product does.
-    return (weights_NA[:, None].to(out_SD.dtype) @ out_SD[back_S].unflatten(0, weights_NA.shape))[:, 0]
+    # Adding an expert's rows to their tokens, `index_add_`, takes ten times as long as this product
+    # does.
+    return (weights_NA[:, None].to(out_SD.dtype) @ out_SD[back_S].unflatten(0, weights_NA.shape))[
+        :, 0
+    ]
 
 
 def _forward_compiled(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
+    x_ND: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    ids_NA: Tensor,
+    weights_NA: Tensor,
+    proj_SP: Tensor | None,
 ) -> Tensor:
-    from deepseek.kernels.moe import few_tokens, many_tokens  # they import numba, which nothing else needs
+    from deepseek.kernels.moe import (
+        few_tokens,
+        many_tokens,
+    )  # they import numba, which nothing else needs
 
     kernel = few_tokens if _has_few_tokens(ids_NA, len(down_EDF)) else many_tokens
-    x, ids, weights = x_ND.float().contiguous(), ids_NA.contiguous(), weights_NA.float().contiguous()
+    x = x_ND.float().contiguous()
+    ids = ids_NA.contiguous()
+    weights = weights_NA.float().contiguous()
     return kernel.forward(x, gate_up_E2FD, down_EDF, ids, weights, proj_SP).to(x_ND.dtype)
 
 
@@ -202,17 +265,23 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, the projections (empty unless `train_experts`) and the weights."""
     if _has_kernel(ids_NA, gate_up_E2FD, down_EDF):
-        return _backward_compiled(grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, train_experts)
-    dtype, num_slots = _compute_dtype(x_ND.dtype), ids_NA.shape[1]
-    x, grad = x_ND.to(dtype), grad_ND.to(dtype)
+        return _backward_compiled(
+            grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, train_experts
+        )
+    dtype = _compute_dtype(x_ND.dtype)
+    num_slots = ids_NA.shape[1]
+    x = x_ND.to(dtype)
+    grad = grad_ND.to(dtype)
     order_S, segments = _segments(ids_NA, len(down_EDF))
-    token_S, weight_S1 = order_S // num_slots, weights_NA.flatten()[order_S, None].to(dtype)
+    token_S = order_S // num_slots
+    weight_S1 = weights_NA.flatten()[order_S, None].to(dtype)
     grad_x_SD = x.new_empty(len(order_S), x.shape[1])
     grad_weight_S = torch.zeros(len(order_S), dtype=dtype)
     grad_gate_up = torch.zeros_like(gate_up_E2FD) if train_experts else gate_up_E2FD.new_empty(0)
     grad_down = torch.zeros_like(down_EDF) if train_experts else down_EDF.new_empty(0)
     for expert, start, stop in segments:
-        tokens, weight = token_S[start:stop], weight_S1[start:stop]
+        tokens = token_S[start:stop]
+        weight = weight_S1[start:stop]
         grad_out = grad[tokens]
         grad_hidden = grad_out @ down_EDF[expert].to(dtype)
         hidden, grad_proj = _swiglu_backward(proj_SP[start:stop].to(dtype), grad_hidden, weight)
@@ -221,19 +290,31 @@ def _backward_op(
         if train_experts:
             grad_down[expert] = grad_out.T @ hidden.mul_(weight)
             grad_gate_up[expert] = grad_proj.T @ x[tokens]
-    grad_weights = torch.zeros_like(weights_NA).flatten().index_copy_(0, order_S, grad_weight_S.to(weights_NA.dtype))
+    grad_weights = (
+        torch.zeros_like(weights_NA)
+        .flatten()
+        .index_copy_(0, order_S, grad_weight_S.to(weights_NA.dtype))
+    )
     grad_x = _combine(grad_x_SD, order_S, segments, torch.ones_like(weights_NA))
     return grad_x.to(x_ND.dtype), grad_gate_up, grad_down, grad_weights.view_as(weights_NA)
 
 
 def _backward_compiled(
-    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor,
-    proj_SP: Tensor, train_experts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    ids_NA: Tensor,
+    weights_NA: Tensor,
+    proj_SP: Tensor,
+    train_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from deepseek.kernels.moe import few_tokens_backward, many_tokens
 
     # Gradients of weights take more arithmetic than reading the weights takes time.
-    products = train_experts and len(ids_NA) > 1 and down_EDF.dtype == torch.float32 and openmp.has_sgemm()
+    products = (
+        train_experts and len(ids_NA) > 1 and down_EDF.dtype == torch.float32 and openmp.has_sgemm()
+    )
     few = _has_few_tokens(ids_NA, len(down_EDF)) and not products
     kernel = few_tokens_backward if few else many_tokens
     grad, x, weights = (t.float().contiguous() for t in (grad_ND, x_ND, weights_NA))
@@ -244,10 +325,13 @@ def _backward_compiled(
 
 
 def _swiglu_backward(proj: Tensor, grad_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hidden values `silu(gate) * up` and the gradient of the gate and up projections."""
+    """Return the hidden values `silu(gate) * up` and the gradient of the gate and up
+    projections.
+    """
     gate, up = proj.chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
-    activated, grad = sigmoid * gate, grad_hidden * weight
+    activated = sigmoid * gate
+    grad = grad_hidden * weight
     grad_proj = torch.empty_like(proj)
     grad_gate, grad_up = grad_proj.chunk(2, dim=-1)
     torch.mul(grad, activated, out=grad_up)
@@ -278,8 +362,15 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
 
 def _backward(ctx: Any, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     train_experts = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    grad_x, grad_gate_up, grad_down, grad_weights = _backward_op(grad_ND, *ctx.saved_tensors, train_experts)
-    return grad_x, *((grad_gate_up, grad_down) if train_experts else (None, None)), None, grad_weights
+    grad_x, grad_gate_up, grad_down, grad_weights = _backward_op(
+        grad_ND, *ctx.saved_tensors, train_experts
+    )
+    return (
+        grad_x,
+        *((grad_gate_up, grad_down) if train_experts else (None, None)),
+        None,
+        grad_weights,
+    )
 
 
 _mix_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,9 +1,11 @@
-"""The experts of a mixture when each has many tokens, forward and backward, each in one parallel region.
+"""The experts of a mixture when each has many tokens, forward and backward, each in one parallel
+region.
 
-The slots, sorted by expert, are cut into equal shares, one a thread; so threads finish together however uneven the
-experts' loads are. A thread takes its share piece by piece through gather, product, activation and product, all in its
-own cache, calling torch's BLAS on one thread. Calling torch's operators instead would start and join all threads at
-each of them. Backward, threads take whole experts, so that each weight gradient has one writer.
+The slots, sorted by expert, are cut into equal shares, one a thread; so threads finish together
+however uneven the experts' loads are. A thread takes its share piece by piece through gather,
+product, activation and product, all in its own cache, calling torch's BLAS on one thread. Calling
+torch's operators instead would start and join all threads at each of them. Backward, threads take
+whole experts, so that each weight gradient has one writer.
 """
 
 from functools import cache
@@ -17,7 +19,14 @@ from deepseek.kernels.moe.few_tokens import sorted_slots
 from deepseek.kernels.moe.few_tokens_backward import untouched_zeros
 from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.matrix_product import product
-from deepseek.kernels.numba.primitives import barrier, share, sigmoid, thread_count, thread_number, widen
+from deepseek.kernels.numba.primitives import (
+    barrier,
+    share,
+    sigmoid,
+    thread_count,
+    thread_number,
+    widen,
+)
 
 PIECE = 256  # rows that a thread takes at once: gathered rows and projections stay in a cache of a megabyte or two
 
@@ -34,7 +43,8 @@ def wide(matrix, buffer):  # type: ignore[no-untyped-def]
 @njit(fastmath=True)
 def _piece(x, gate_up, down, tokens, weights, proj, rows, hidden, out, start, stop):  # type: ignore[no-untyped-def]
     """Rows start to stop - 1 of the sorted slots, all of one expert."""
-    width, count = down.shape[1], stop - start
+    width = down.shape[1]
+    count = stop - start
     for j in range(count):
         rows[j] = x[tokens[start + j]]
     product(rows[:count], False, gate_up, True, proj[:count])
@@ -49,14 +59,17 @@ def _piece(x, gate_up, down, tokens, weights, proj, rows, hidden, out, start, st
 @njit
 def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out):  # type: ignore[no-untyped-def]
     first, last = share(ends[len(ends) - 1])
-    rows, hidden = np.empty((PIECE, x.shape[1]), np.float32), np.empty((PIECE, down.shape[2]), np.float32)
+    rows = np.empty((PIECE, x.shape[1]), np.float32)
+    hidden = np.empty((PIECE, down.shape[2]), np.float32)
     own = np.empty((PIECE, gate_up.shape[1]), np.float32)
-    wide_up, wide_down = np.empty(gate_up.shape[1:], np.float32), np.empty(down.shape[1:], np.float32)
+    wide_up = np.empty(gate_up.shape[1:], np.float32)
+    wide_down = np.empty(down.shape[1:], np.float32)
     start = first
     for e in range(len(ends)):
         stop = min(ends[e], last)
         if stop > start:
-            up, low = wide(gate_up[e], wide_up), wide(down[e], wide_down)
+            up = wide(gate_up[e], wide_up)
+            low = wide(down[e], wide_down)
         while start < stop:
             end = min(start + PIECE, stop)
             target = proj[start:end] if len(proj) else own
@@ -94,10 +107,16 @@ def _kernel(kinds: str) -> int:
 
 
 def forward(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor, proj_SP: Tensor | None
+    x_ND: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    ids_NA: Tensor,
+    weights_NA: Tensor,
+    proj_SP: Tensor | None,
 ) -> Tensor:
     """See `few_tokens.forward`; without `proj_SP` the projections are not kept."""
-    y_ND, out_SD = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
+    y_ND = torch.empty_like(x_ND)
+    out_SD = x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
     kept_SP = x_ND.new_empty(0, gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
     launch(_kernel, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, kept_SP, out_SD)
     return y_ND
@@ -105,12 +124,18 @@ def forward(
 
 @njit(fastmath=True)
 def _through_swiglu(weights, proj, hidden, grad_hidden, grad_proj, grad_weights):  # type: ignore[no-untyped-def]
-    """From the gradient of the unweighted hidden values to those of projections and weights; hidden is weighted."""
-    one, width = np.float32(1), hidden.shape[1]
+    """From the gradient of the unweighted hidden values to those of projections and weights; hidden
+    is weighted.
+    """
+    one = np.float32(1)
+    width = hidden.shape[1]
     for j in range(len(hidden)):
-        weight, total = weights[j], np.float32(0)
+        weight = weights[j]
+        total = np.float32(0)
         for f in range(width):
-            gate, up, grad = proj[j, f], proj[j, width + f], grad_hidden[j, f]
+            gate = proj[j, f]
+            up = proj[j, width + f]
+            grad = grad_hidden[j, f]
             sig = sigmoid(gate)
             silu = gate * sig
             total += silu * up * grad
@@ -125,22 +150,33 @@ def _experts(  # type: ignore[no-untyped-def]
     grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate_up, grad_down, grad_weights
 ):
     """The experts whose middle slot lies in this thread's share of the slots."""
-    used, most, start = ends[len(ends) - 1], ends[0], 0
+    used = ends[len(ends) - 1]
+    most = ends[0]
+    start = 0
     for e in range(1, len(ends)):
         most = max(most, ends[e] - ends[e - 1])
-    grads, rows = np.empty((most, x.shape[1]), np.float32), np.empty((most, x.shape[1]), np.float32)
-    hidden, grad_hidden = np.empty((most, down.shape[2]), np.float32), np.empty((most, down.shape[2]), np.float32)
+    grads = np.empty((most, x.shape[1]), np.float32)
+    rows = np.empty((most, x.shape[1]), np.float32)
+    hidden = np.empty((most, down.shape[2]), np.float32)
+    grad_hidden = np.empty((most, down.shape[2]), np.float32)
     grad_proj = np.empty((most, gate_up.shape[1]), np.float32)
-    wide_up, wide_down = np.empty(gate_up.shape[1:], np.float32), np.empty(down.shape[1:], np.float32)
+    wide_up = np.empty(gate_up.shape[1:], np.float32)
+    wide_down = np.empty(down.shape[1:], np.float32)
     for e in range(len(ends)):
         stop = ends[e]
         n = stop - start
         if n > 0 and (start + stop) * thread_count() // (2 * used) == thread_number():
             for j in range(n):
-                grads[j], rows[j] = grad[tokens[start + j]], x[tokens[start + j]]
+                grads[j] = grad[tokens[start + j]]
+                rows[j] = x[tokens[start + j]]
             product(grads[:n], False, wide(down[e], wide_down), False, grad_hidden[:n])
             _through_swiglu(
-                weights[start:stop], proj[start:stop], hidden[:n], grad_hidden, grad_proj, grad_weights[start:stop]
+                weights[start:stop],
+                proj[start:stop],
+                hidden[:n],
+                grad_hidden,
+                grad_proj,
+                grad_weights[start:stop],
             )
             product(grad_proj[:n], False, wide(gate_up[e], wide_up), False, out[start:stop])
             if len(grad_down):
@@ -151,12 +187,36 @@ def _experts(  # type: ignore[no-untyped-def]
 
 @njit
 def _run_backward(  # type: ignore[no-untyped-def]
-    grad, x, gate_up, down, ids, slot_weights, proj, out, grad_x, grad_gate_up, grad_down, grad_weights
+    grad,
+    x,
+    gate_up,
+    down,
+    ids,
+    slot_weights,
+    proj,
+    out,
+    grad_x,
+    grad_gate_up,
+    grad_down,
+    grad_weights,
 ):
     ends = np.empty(len(down), np.int64)
     order, tokens, weights = sorted_slots(ids, slot_weights, ends)
     sorted_grads = np.zeros(ids.size, np.float32)
-    _experts(grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate_up, grad_down, sorted_grads)
+    _experts(
+        grad,
+        x,
+        gate_up,
+        down,
+        tokens,
+        weights,
+        ends,
+        proj,
+        out,
+        grad_gate_up,
+        grad_down,
+        sorted_grads,
+    )
     for s in range(ends[len(ends) - 1]):
         if sorted_grads[s] != 0:
             grad_weights[order[s]] = sorted_grads[s]
@@ -170,14 +230,29 @@ def _backward_kernel(kinds: str) -> int:
 
 
 def backward(
-    grad_ND: Tensor, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor,
-    proj_SP: Tensor, train_experts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    ids_NA: Tensor,
+    weights_NA: Tensor,
+    proj_SP: Tensor,
+    train_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `few_tokens_backward.backward`."""
-    grad_x, out_SD = torch.empty_like(x_ND), x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
+    grad_x = torch.empty_like(x_ND)
+    out_SD = x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
     grad_weights = torch.zeros_like(weights_NA).flatten()
-    shapes = [t.shape if train_experts else torch.Size([0, *t.shape[1:]]) for t in (gate_up_E2FD, down_EDF)]
+    shapes = [
+        t.shape if train_experts else torch.Size([0, *t.shape[1:]])
+        for t in (gate_up_E2FD, down_EDF)
+    ]
     grads = [untouched_zeros(shape, torch.float32) for shape in shapes]
     inputs = (grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP)
     launch(_backward_kernel, *inputs, out_SD, grad_x, *grads, grad_weights)
-    return grad_x, grads[0].to(gate_up_E2FD.dtype), grads[1].to(down_EDF.dtype), grad_weights.view_as(weights_NA)
+    return (
+        grad_x,
+        grads[0].to(gate_up_E2FD.dtype),
+        grads[1].to(down_EDF.dtype),
+        grad_weights.view_as(weights_NA),
+    )

@@ -32,14 +32,16 @@ class AttentionInputs:
 class FullAttention(nn.Module):
     """Causal multi-head attention with grouped key/value heads (arXiv:2305.13245).
 
-    Other kinds derive from it. What they keep of past tokens beside keys and values is a `LayerState`, which they find
-    by `layer_state`; no one else needs to know of it. They override `attend`, and where they differ in that `check` and
-    `state_bytes`.
+    Other kinds derive from it. What they keep of past tokens beside keys and values is a
+    `LayerState`, which they find by `layer_state`; no one else needs to know of it. They override
+    `attend`, and where they differ in that `check` and `state_bytes`.
     """
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
-        """Raise `ConfigError` where the fields of this kind of attention contradict each other or the others."""
+        """Raise `ConfigError` where the fields of this kind of attention contradict each other or
+        the others.
+        """
 
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
@@ -50,8 +52,11 @@ class FullAttention(nn.Module):
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.clip_qkv = config.clip_qkv
         self.norm_heads = config.qk_norm == "head"
-        self.windowed = config.sliding_window is not None and layer_idx not in (config.full_attention_layers or ())
-        width, bias = config.hidden_size, config.attention_bias
+        self.windowed = config.sliding_window is not None and layer_idx not in (
+            config.full_attention_layers or ()
+        )
+        width = config.hidden_size
+        bias = config.attention_bias
         query_width = config.num_attention_heads * self.head_dim
         key_width = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(width, query_width, bias=bias)
@@ -59,15 +64,20 @@ class FullAttention(nn.Module):
         self.v_proj = nn.Linear(width, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, width, bias=config.attention_output_bias)
         if config.qk_norm != "none":
-            self.q_norm = RMSNorm(self.head_dim if self.norm_heads else query_width, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim if self.norm_heads else key_width, config.rms_norm_eps)
+            self.q_norm = RMSNorm(
+                self.head_dim if self.norm_heads else query_width, config.rms_norm_eps
+            )
+            self.k_norm = RMSNorm(
+                self.head_dim if self.norm_heads else key_width, config.rms_norm_eps
+            )
         self.normed = config.qk_norm != "none"
         source = POSITIONS[config.positional_encoding].score_bias
         self.score_bias = None if source is None else source(config)
 
     def forward(self, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         inputs = self.inputs(x_BTD, ctx)
-        key, value = inputs.key_BGTK, inputs.value_BGTK
+        key = inputs.key_BGTK
+        value = inputs.value_BGTK
         if ctx.cache is not None:
             key, value = ctx.cache.update(key, value, self.layer_idx)
         bias = None if self.score_bias is None else self.score_bias(x_BTD, ctx, self.layer_idx)
@@ -87,14 +97,20 @@ class FullAttention(nn.Module):
         return 2 * self.groups * self.head_dim * itemsize * length + positions
 
     def attend(
-        self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, plain: tuple[Tensor, Tensor],
-        bias: ScoreBias | None, ctx: ForwardContext,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_BHTK: Tensor,
+        key_BGSK: Tensor,
+        value_BGSK: Tensor,
+        plain: tuple[Tensor, Tensor],
+        bias: ScoreBias | None,
+        ctx: ForwardContext,
+    ) -> Tensor:
         """Return the weighted values `[B, H, T, K]`.
 
         Args:
             key_BGSK, value_BGSK: those of past tokens, then of new ones.
-            plain: new queries and keys before positions; a hash reads them, exact attention does not.
+            plain: new queries and keys before positions; a hash reads them, exact attention does
+                not.
             bias: what is added to the scores.
         """
         if bias is not None:
@@ -103,17 +119,30 @@ class FullAttention(nn.Module):
         mask = ctx.window_mask_B1TS if self.windowed else ctx.mask_B1TS
         causal = mask is None and query_BHTK.shape[2] > 1
         return scaled_dot_product_attention(
-            query_BHTK, key_BGSK, value_BGSK, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
+            query_BHTK,
+            key_BGSK,
+            value_BGSK,
+            attn_mask=mask,
+            is_causal=causal,
+            enable_gqa=self.grouped,
         )
 
     def inputs(self, x_BTD: Tensor, ctx: ForwardContext) -> AttentionInputs:
         """Return what the heads work on, for normed inputs `[B, T, D]`."""
-        query, key, value = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        query = self.q_proj(x_BTD)
+        key = self.k_proj(x_BTD)
+        value = self.v_proj(x_BTD)
         if self.normed and not self.norm_heads:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = self.q_norm(query)
+            key = self.k_norm(key)
         if self.clip_qkv is not None:
-            query, key, value = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (query, key, value))
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
+            query, key, value = (
+                part.clamp(-self.clip_qkv, self.clip_qkv) for part in (query, key, value)
+            )
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value)
+        )
         if self.norm_heads:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = self.q_norm(query)
+            key = self.k_norm(key)
         return AttentionInputs(query, key, *ctx.positions(query, key), value)

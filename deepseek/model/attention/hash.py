@@ -1,8 +1,8 @@
 """Hashes fitted to a model: which keys lie together, and which buckets a query should look into.
 
-A hash reads queries and keys *before* positions are applied. A rotated key points elsewhere at every place of a text,
-so that buckets of rotated keys are places, not contents; docs/log/attention.md has the figures. C is the number of
-buckets.
+A hash reads queries and keys *before* positions are applied. A rotated key points elsewhere at
+every place of a text, so that buckets of rotated keys are places, not contents;
+docs/log/attention.md has the figures. C is the number of buckets.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,9 @@ PARTS = ("key_weight", "key_bias", "query_weight", "query_bias")
 class LinearHash(nn.Module):
     """Affine scores of buckets: a key falls into its best one, a query looks into its best ones.
 
-    Keys of one key/value head share a map; every query head has its own, as heads look for different things. Nothing
-    depends on the other tokens, so the hash is causal, and the same in prefill and in decode.
+    Keys of one key/value head share a map; every query head has its own, as heads look for
+    different things. Nothing depends on the other tokens, so the hash is causal, and the same in
+    prefill and in decode.
     """
 
     key_weight: Tensor
@@ -34,12 +35,17 @@ class LinearHash(nn.Module):
     query_bias: Tensor
 
     def __init__(
-        self, key_weight_GKC: Tensor, key_bias_GC: Tensor, query_weight_HKC: Tensor, query_bias_HC: Tensor
+        self,
+        key_weight_GKC: Tensor,
+        key_bias_GC: Tensor,
+        query_weight_HKC: Tensor,
+        query_bias_HC: Tensor,
     ) -> None:
         super().__init__()
         tensors = (key_weight_GKC, key_bias_GC, query_weight_HKC, query_bias_HC)
         for name, tensor in zip(PARTS, tensors, strict=True):
-            # Not persistent: a hash has a file of its own, and checkpoints stay what every other reader expects.
+            # Not persistent: a hash has a file of its own, and checkpoints stay what every other
+            # reader expects.
             self.register_buffer(name, tensor.detach().float(), persistent=False)
 
     @property
@@ -59,13 +65,19 @@ class LinearHash(nn.Module):
 
 
 def hash_file(folder: Path) -> Path:
-    """Return where the hash of the model in `folder` lies: below it, where no reader takes it for weights."""
+    """Return where the hash of the model in `folder` lies: below it, where no reader takes it for
+    weights.
+    """
     return folder / "lsh" / "hash.safetensors"
 
 
 def named_tensors(hashes: dict[int, LinearHash]) -> dict[str, Tensor]:
     """Return all tensors of the hashes of some layers, as `layer.part`."""
-    return {f"{layer}.{name}": tensor for layer, one in hashes.items() for name, tensor in one.tensors().items()}
+    return {
+        f"{layer}.{name}": tensor
+        for layer, one in hashes.items()
+        for name, tensor in one.tensors().items()
+    }
 
 
 def from_named_tensors(tensors: dict[str, Tensor]) -> dict[int, LinearHash]:
@@ -75,7 +87,9 @@ def from_named_tensors(tensors: dict[str, Tensor]) -> dict[int, LinearHash]:
 
 
 def save_hashes(path: Path, hashes: dict[int, LinearHash], base: str) -> None:
-    """Write the hashes of some layers; `base` is the weights' fingerprint of the model that they were fitted to."""
+    """Write the hashes of some layers; `base` is the weights' fingerprint of the model that they
+    were fitted to.
+    """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in named_tensors(hashes).items()}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"format": FORMAT, "base": base})
@@ -85,7 +99,8 @@ def load_hashes(path: Path, base: str) -> dict[int, LinearHash]:
     """Read what `save_hashes` wrote.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no hash, or was fitted to another model than `base`.
+        CheckpointError: the file is missing, damaged or no hash, or was fitted to another model
+            than `base`.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; make it with `deepseek distill-hash`.")
@@ -99,7 +114,9 @@ def load_hashes(path: Path, base: str) -> dict[int, LinearHash]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or no hash ({error}); make it anew.") from error
     if metadata.get("base") != base:
-        raise CheckpointError(f"{path} was fitted to another model than this one; make one for this model.")
+        raise CheckpointError(
+            f"{path} was fitted to another model than this one; make one for this model."
+        )
     return hashes
 
 
@@ -107,15 +124,22 @@ def plug_hashes(model: nn.Module, hashes: dict[int, LinearHash]) -> None:
     """Put the hashes into the LSH layers of a model.
 
     Raises:
-        ConfigError: a layer has no hash, or one for other heads, another number of buckets or of rounds.
+        ConfigError: a layer has no hash, or one for other heads, another number of buckets or of
+            rounds.
     """
     for layer, attention in _hashed_layers(model):
         if attention.windows.rounds > 1:
             raise ConfigError("A fitted hash has one round; set lsh_rounds=1, and more lsh_probes.")
         if layer not in hashes:
-            raise ConfigError(f"The file has no hash for layer {layer}; name it in lsh_exact_layers or make it anew.")
+            raise ConfigError(
+                f"The file has no hash for layer {layer}; name it in lsh_exact_layers or make it anew."
+            )
         chosen = hashes[layer]
-        heads = (attention.q_proj.out_features // attention.head_dim, attention.head_dim, attention.windows.num_buckets)
+        heads = (
+            attention.q_proj.out_features // attention.head_dim,
+            attention.head_dim,
+            attention.windows.num_buckets,
+        )
         if tuple(chosen.query_weight.shape) != heads:
             raise ConfigError(
                 f"The hash of layer {layer} is for {tuple(chosen.query_weight.shape)} heads, head_dim and "
@@ -125,7 +149,11 @@ def plug_hashes(model: nn.Module, hashes: dict[int, LinearHash]) -> None:
 
 
 def _hashed_layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
-    found = [module for module in model.modules() if hasattr(module, "hash") and hasattr(module, "windows")]
+    found = [
+        module
+        for module in model.modules()
+        if hasattr(module, "hash") and hasattr(module, "windows")
+    ]
     if not found:
         raise ConfigError('The model has no LSH layer; load it with ModelConfig(attention="lsh").')
     for module in found:

@@ -35,23 +35,33 @@ class ExpertLayer(nn.Module):
 
     @torch.no_grad()
     def copy_rows(self, ffn: SwiGLU, seed: int) -> None:
-        """Start from rows of the base's own feed-forward network: all, or a sample if this is narrower."""
-        width, available = self.down_proj.shape[1], ffn.gate_proj.out_features
-        rows = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:width].sort().values
+        """Start from rows of the base's own feed-forward network: all, or a sample if this is
+        narrower.
+        """
+        width = self.down_proj.shape[1]
+        available = ffn.gate_proj.out_features
+        rows = (
+            torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:width]
+            .sort()
+            .values
+        )
         rows = rows.to(ffn.gate_proj.weight.device)
         self.gate_up_proj.copy_(torch.cat([ffn.gate_proj.weight[rows], ffn.up_proj.weight[rows]]))
 
 
 class ExpertModule(nn.Module):
-    """An expert: one `ExpertLayer` of width F at each of `layers`, and the gates that say where it speaks.
+    """An expert: one `ExpertLayer` of width F at each of `layers`, and the gates that say where it
+    speaks.
 
     Attributes:
         ffn: the expert layers, keyed by layer index.
-        gates: layer -> the detecting row `[D+1]` in fp32 (see `model/experts/gate.py`). It is computed, not trained,
-            and so no parameter; zeros, the start value, never fire.
-        moments: layer -> `[MOMENTS, D]` in fp32, what the module's own text looks like to its gate (`gate.contrasts`).
-        relevance: what the words of a text say about the module's domain (see `model/experts/relevance.py`); None:
-            nothing is known, and every text counts as relevant.
+        gates: layer -> the detecting row `[D+1]` in fp32 (see `model/experts/gate.py`). It is
+            computed, not trained, and so no parameter; zeros, the start value, never fire.
+        moments: layer -> `[MOMENTS, D]` in fp32, what the module's own text looks like to its gate
+            (`gate.contrasts`).
+        relevance: what the words of a text say about the module's domain (see
+            `model/experts/relevance.py`); None: nothing is known, and every text counts as
+            relevant.
         settings: how gates and relevance were calibrated.
         digest: of the content of the pack that it came from; "" for a module made in memory.
     """
@@ -62,7 +72,9 @@ class ExpertModule(nn.Module):
         self.layers = tuple(sorted(layers))
         self.hidden_size = hidden_size
         self.width = width
-        self.ffn = nn.ModuleDict({str(layer): ExpertLayer(hidden_size, width) for layer in self.layers})
+        self.ffn = nn.ModuleDict(
+            {str(layer): ExpertLayer(hidden_size, width) for layer in self.layers}
+        )
         self.gates = {layer: torch.zeros(hidden_size + 1) for layer in self.layers}
         self.moments = {layer: torch.zeros(MOMENTS, hidden_size) for layer in self.layers}
         self.relevance: Relevance | None = None
@@ -70,15 +82,21 @@ class ExpertModule(nn.Module):
         self.digest = ""
 
     @staticmethod
-    def beside(blocks: Any, name: str, layers: Sequence[int], width: int, *, seed: int = 0) -> "ExpertModule":
-        """Return a new module for the `blocks` of a model (`model.layers`), on their device, in fp32.
+    def beside(
+        blocks: Any, name: str, layers: Sequence[int], width: int, *, seed: int = 0
+    ) -> "ExpertModule":
+        """Return a new module for the `blocks` of a model (`model.layers`), on their device, in
+        fp32.
 
-        Its inner projections start from rows of the block's dense feed-forward network where that has enough of them,
-        else random; its output is zero either way. Raises `ConfigError` if a layer does not exist.
+        Its inner projections start from rows of the block's dense feed-forward network where that
+        has enough of them, else random; its output is zero either way. Raises `ConfigError` if a
+        layer does not exist.
         """
         for layer in layers:
             if not 0 <= layer < len(blocks):
-                raise ConfigError(f"layer {layer} does not exist; the model has layers 0 to {len(blocks) - 1}.")
+                raise ConfigError(
+                    f"layer {layer} does not exist; the model has layers 0 to {len(blocks) - 1}."
+                )
         weight = blocks[0].feed_forward_norm.weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -101,9 +119,16 @@ class ExpertModule(nn.Module):
         return y
 
     def set_gate(
-        self, layer: int, weight: Tensor, threshold: float = 0.0, scale: float = 1.0, moments: Tensor | None = None
+        self,
+        layer: int,
+        weight: Tensor,
+        threshold: float = 0.0,
+        scale: float = 1.0,
+        moments: Tensor | None = None,
     ) -> None:
-        """Set the gate of `layer`: detect = (weight . [x; 1] - threshold) / scale; without `moments` they stay."""
+        """Set the gate of `layer`: detect = (weight . [x; 1] - threshold) / scale; without
+        `moments` they stay.
+        """
         self.gates[layer] = weight.detach().float().cpu() / scale
         self.gates[layer][-1] -= threshold / scale
         if moments is not None:
@@ -122,11 +147,23 @@ class ExpertModule(nn.Module):
     ) -> ExpertPack:
         """Return the module with its papers (see `Manifest`), its weights rounded to `dtype`."""
         manifest = Manifest(
-            name=self.name, domain=domain, base=base, layers=self.layers, width=self.width,
-            dtype=DTYPE_NAMES[dtype], gate=self.settings, data=tuple(data), licence=licence, commit=commit,
-            metrics=metrics or {}, vocabulary=0 if self.relevance is None else len(self.relevance.table_V),
-        )  # fmt: skip
-        tensors = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in self.state_dict().items()}
+            name=self.name,
+            domain=domain,
+            base=base,
+            layers=self.layers,
+            width=self.width,
+            dtype=DTYPE_NAMES[dtype],
+            gate=self.settings,
+            data=tuple(data),
+            licence=licence,
+            commit=commit,
+            metrics=metrics or {},
+            vocabulary=0 if self.relevance is None else len(self.relevance.table_V),
+        )
+        tensors = {
+            name: tensor.detach().to("cpu", dtype, copy=True)
+            for name, tensor in self.state_dict().items()
+        }
         tensors |= {f"gate.{layer}": gate.clone() for layer, gate in self.gates.items()}
         tensors |= {f"moments.{layer}": moments.clone() for layer, moments in self.moments.items()}
         if self.relevance is not None:
@@ -137,14 +174,21 @@ class ExpertModule(nn.Module):
     def from_pack(
         pack: ExpertPack, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> "ExpertModule":
-        """Return the module in a checked pack, without gradients; in the pack's own dtype if none is given.
+        """Return the module in a checked pack, without gradients; in the pack's own dtype if none
+        is given.
 
         Raises `PackError` if a weight is too large for `dtype`.
         """
         manifest = pack.manifest
         with torch.device("meta"):
-            module = ExpertModule(manifest.name, manifest.layers, manifest.base.hidden_size, manifest.width)
-        tensors = {name: tensor.to(device, dtype) for name, tensor in pack.tensors.items() if name.startswith("ffn.")}
+            module = ExpertModule(
+                manifest.name, manifest.layers, manifest.base.hidden_size, manifest.width
+            )
+        tensors = {
+            name: tensor.to(device, dtype)
+            for name, tensor in pack.tensors.items()
+            if name.startswith("ffn.")
+        }
         if dtype == torch.float16:  # the one dtype of a smaller range than a pack's own
             check_finite(tensors, "in the model's float16")
         module.load_state_dict(tensors, assign=True)

@@ -1,13 +1,15 @@
-"""Whether a text is about an expert's domain at all: evidence token by token, before any gate is asked.
+"""Whether a text is about an expert's domain at all: evidence token by token, before any gate is
+asked.
 
-A gate reads hidden states. It recognises its domain after few tokens, and it also fires on kinds of text that its
-public set lacks. Relevance is the opposite, evidence from the words alone: a table gives each token's log-odds for the
-expert's domain against everything else (`train/gates/relevance.py`), and words of an unknown kind are never
-evidence for it.
+A gate reads hidden states. It recognises its domain after few tokens, and it also fires on kinds of
+text that its public set lacks. Relevance is the opposite, evidence from the words alone: a table
+gives each token's log-odds for the expert's domain against everything else
+(`train/gates/relevance.py`), and words of an unknown kind are never evidence for it.
 
-A conversation must ask for an expert: what its user says, as a whole, must give more evidence than a threshold. In a
-document, the evidence of what has been read is added to the gates' scores, token by token (`experts/gate.py`). Evidence
-adds up as in a sequential probability ratio test (Wald, 1945), with a half-life, so that a text may change its subject.
+A conversation must ask for an expert: what its user says, as a whole, must give more evidence than
+a threshold. In a document, the evidence of what has been read is added to the gates' scores, token
+by token (`experts/gate.py`). Evidence adds up as in a sequential probability ratio test (Wald,
+1945), with a half-life, so that a text may change its subject.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,9 @@ HALF_LIFE = 64.0
 DECAY = 0.5 ** (1.0 / HALF_LIFE)
 
 RULED_OUT = -NATS
-"""Evidence of a prompt, offset included, below which an expert takes no part in what follows it, in nats."""
+"""Evidence of a prompt, offset included, below which an expert takes no part in what follows it, in
+nats.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Relevance:
     Attributes:
         table_V: evidence of each token of the vocabulary, in nats.
         threshold: evidence that a conversation must give where this is the only candidate, in nats.
-        offset: what each token of a document adds, so that own text has evidence above 0 and other text below, in nats.
+        offset: what each token of a document adds, so that own text has evidence above 0 and other
+            text below, in nats.
     """
 
     table_V: Tensor
@@ -48,7 +53,9 @@ class Relevance:
     offset: float
 
     def keeps(self, ids_N: Tensor) -> bool:
-        """Return whether a document that begins with the tokens `[N]` does not rule the expert out."""
+        """Return whether a document that begins with the tokens `[N]` does not rule the expert
+        out.
+        """
         shifted = Relevance(self.table_V + self.offset, self.threshold, 0.0)
         return text_evidence(shifted, ids_N) > RULED_OUT
 
@@ -59,8 +66,9 @@ class RelevanceBank:
 
     Attributes:
         table_MV: zeros for modules that have no table.
-        threshold_M: evidence above which a conversation admits a module; minus infinity for modules without a table. It
-            contains log M, the price of asking M modules: the odds that one of them is relevant are shared among them.
+        threshold_M: evidence above which a conversation admits a module; minus infinity for modules
+            without a table. It contains log M, the price of asking M modules: the odds that one of
+            them is relevant are shared among them.
         offset_M: 0 for modules without a table, of which no document says anything.
     """
 
@@ -76,7 +84,9 @@ class RelevanceBank:
         if size == 0:
             return None
         tables = [torch.zeros(size) if one is None else one.table_V.float() for one in known]
-        thresholds = [-torch.inf if one is None else one.threshold + log(len(modules)) for one in known]
+        thresholds = [
+            -torch.inf if one is None else one.threshold + log(len(modules)) for one in known
+        ]
         offsets = [0.0 if one is None else one.offset for one in known]
         return RelevanceBank(
             torch.stack(tables).to(device),
@@ -97,22 +107,31 @@ class RelevanceBank:
         counted_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the sums so far at every token, s_t = DECAY s_{t-1} + term_t, and those after the last one.
+        """Return the sums so far at every token, s_t = DECAY s_{t-1} + term_t, and those after the
+        last one.
 
         Args:
             ids_BT: token ids `[B, T]`.
             state_BM: sums before these tokens `[B, M+1]`; None: none.
-            counted_BT: False at padding, which neither counts nor ages what came before; None: all are real.
+            counted_BT: False at padding, which neither counts nor ages what came before; None: all
+                are real.
             document_ids_BT: of packed rows; a new document starts from nothing.
 
         Returns:
-            Sums of evidence `[B, T, M+1]`, of which the last column counts the tokens, and `[B, M+1]`.
+            Sums of evidence `[B, T, M+1]`, of which the last column counts the tokens, and
+            `[B, M+1]`.
         """
         if ids_BT.shape[1] == 0:
-            none_BM = self.table_MV.new_zeros(len(ids_BT), len(self.table_MV) + 1) if state_BM is None else state_BM
+            none_BM = (
+                self.table_MV.new_zeros(len(ids_BT), len(self.table_MV) + 1)
+                if state_BM is None
+                else state_BM
+            )
             return none_BM[:, None][:, :0], none_BM
         evidence_BTM = self.evidence(ids_BT)
-        terms = torch.cat([evidence_BTM, torch.ones_like(evidence_BTM[..., :1])], dim=-1)[:, :, None]
+        terms = torch.cat([evidence_BTM, torch.ones_like(evidence_BTM[..., :1])], dim=-1)[
+            :, :, None
+        ]
         keep = torch.full_like(terms, DECAY)
         if counted_BT is not None:
             counted = counted_BT[:, :, None, None]
@@ -128,7 +147,9 @@ class RelevanceBank:
         return sums_BTM, sums_BTM[:, -1]
 
     def of_document(self, sums_BTM: Tensor) -> Tensor:
-        """Return the evidence of a document for each module `[B, T, M]`, in nats, given its sums `[B, T, M+1]`."""
+        """Return the evidence of a document for each module `[B, T, M]`, in nats, given its sums
+        `[B, T, M+1]`.
+        """
         return sums_BTM[..., :-1] + self.offset_M * sums_BTM[..., -1:]
 
     def above_threshold(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:

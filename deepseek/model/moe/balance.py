@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from deepseek.model.moe.stats import Dispatch
 
-# Gains of the temperature controller on the error of the mean number of experts, held to one expert. Found on simulated
-# routers with logits of standard deviation 0.02 to 3: they settle within 100 steps and do not oscillate.
+# Gains of the temperature controller on the error of the mean number of experts, held to one
+# expert. Found on simulated routers with logits of standard deviation 0.02 to 3: they settle within
+# 100 steps and do not oscillate.
 PROPORTIONAL_GAIN = 0.3
 INTEGRAL_GAIN = 0.15
 LOG_TEMPERATURE_RANGE = 7.0
@@ -19,8 +20,9 @@ LOG_TEMPERATURE_RANGE = 7.0
 class Balance(nn.Module):
     """State that steers a router: a bias that only chooses, and the softmax temperature.
 
-    Forward passes only count. `update` applies the counts once per optimiser step, so that a layer recomputed in the
-    backward pass (activation checkpointing) routes exactly as it did the first time.
+    Forward passes only count. `update` applies the counts once per optimiser step, so that a layer
+    recomputed in the backward pass (activation checkpointing) routes exactly as it did the first
+    time.
 
     Buffers:
         bias: added to the scores when experts are chosen `[E]`; never part of a weight (arXiv:2408.15664). It moves in
@@ -36,9 +38,14 @@ class Balance(nn.Module):
     integral: Tensor
     counts: Tensor
 
-    def __init__(self, num_experts: int, rate: float, target: float | None, temperature: float) -> None:
+    def __init__(
+        self, num_experts: int, rate: float, target: float | None, temperature: float
+    ) -> None:
         super().__init__()
-        self.num_experts, self.rate, self.target, self.start = num_experts, rate, target, temperature
+        self.num_experts = num_experts
+        self.rate = rate
+        self.target = target
+        self.start = temperature
         for name, value in self._fresh().items():
             self.register_buffer(name, value, persistent=name != "counts")
 
@@ -49,24 +56,35 @@ class Balance(nn.Module):
                 setattr(self, name, value)
 
     def record(self, dispatch: Dispatch, token_mask_N: Tensor | None) -> None:
-        """Count the expert calls of a training forward pass; a recomputed pass is not counted again."""
+        """Count the expert calls of a training forward pass; a recomputed pass is not counted
+        again.
+        """
         if not self.training or _recomputing():
             return
-        tokens = token_mask_N.sum() if token_mask_N is not None else self.counts.new_tensor(len(dispatch.ids_NA))
+        tokens = (
+            token_mask_N.sum()
+            if token_mask_N is not None
+            else self.counts.new_tensor(len(dispatch.ids_NA))
+        )
         self.counts.add_(torch.cat([dispatch.load_E(token_mask_N), tokens.reshape(1)]))
 
     @torch.no_grad()
     def update(self, group: dist.ProcessGroup | None = None, pace: float = 1.0) -> None:
-        """Apply and clear the counts, summed over the ranks of `group` where torch.distributed is initialised."""
+        """Apply and clear the counts, summed over the ranks of `group` where torch.distributed is
+        initialised.
+        """
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts, group=group)
-        load_E, tokens = self.counts[:-1].float(), self.counts[-1]
+        load_E = self.counts[:-1].float()
+        tokens = self.counts[-1]
         seen = (tokens > 0).float()
         missing_E = 1 - load_E / load_E.mean().clamp(min=1)
         self.bias += seen * pace * self.rate * missing_E.clamp(-1, 1)
         self.bias -= self.bias.mean()
         if self.target is not None:
-            self._steer(seen * (self.target - load_E.sum() / tokens.clamp(min=1)).clamp(-1, 1), seen)
+            self._steer(
+                seen * (self.target - load_E.sum() / tokens.clamp(min=1)).clamp(-1, 1), seen
+            )
         self.counts.zero_()
 
     def _steer(self, error: Tensor, seen: Tensor) -> None:
@@ -85,18 +103,23 @@ class Balance(nn.Module):
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
-        # Steps of 1e-3 vanish in bf16, so `.to(bfloat16)` of the model moves these buffers but leaves them fp32.
+        # Steps of 1e-3 vanish in bf16, so `.to(bfloat16)` of the model moves these buffers but
+        # leaves them fp32.
         super()._apply(fn, recurse)
         for name in ("bias", "temperature", "integral"):
             setattr(self, name, getattr(self, name).float())
         return self
 
 
-def update_routers(model: nn.Module, group: dist.ProcessGroup | None = None, pace: float = 1.0) -> None:
-    """Apply what the routers of `model` counted since the last call: call it once after every optimiser step.
+def update_routers(
+    model: nn.Module, group: dist.ProcessGroup | None = None, pace: float = 1.0
+) -> None:
+    """Apply what the routers of `model` counted since the last call: call it once after every
+    optimiser step.
 
     Args:
-        pace: share of `balance_rate` by which the biases move, so that they can come to rest with the weights.
+        pace: share of `balance_rate` by which the biases move, so that they can come to rest with
+            the weights.
     """
     for module in model.modules():
         if isinstance(module, Balance):

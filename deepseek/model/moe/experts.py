@@ -9,7 +9,8 @@ from deepseek.kernels.moe.grouped_mm import mix_experts
 class Experts(nn.Module):
     """E feed-forward networks (SwiGLU) of width F, stored fused as `transformers` 5 does.
 
-    One layer may own it, or several layers may share it (`expert_sharing`); then the model registers it once.
+    One layer may own it, or several layers may share it (`expert_sharing`); then the model
+    registers it once.
 
     Parameters:
         gate_up_proj: `[E, 2F, D]`, the gate's rows first.
@@ -24,5 +25,7 @@ class Experts(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """Return each token's weighted sum of expert outputs `[N, D]`; slots whose id is E take no part."""
+        """Return each token's weighted sum of expert outputs `[N, D]`; slots whose id is E take no
+        part.
+        """
         return mix_experts(x_ND, self.gate_up_proj, self.down_proj, ids_NA, weights_NA)

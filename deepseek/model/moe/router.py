@@ -14,7 +14,9 @@ from deepseek.registry import pick
 
 
 class Router(nn.Module, ABC):
-    """A linear map from a token to one logit per expert; what is made of the logits is up to the subclass."""
+    """A linear map from a token to one logit per expert; what is made of the logits is up to the
+    subclass.
+    """
 
     def __init__(
         self,
@@ -26,8 +28,11 @@ class Router(nn.Module, ABC):
     ) -> None:
         super().__init__()
         if num_experts < 1 or input_dim < 1:
-            raise ConfigError(f"A router needs at least one expert and one input, not {num_experts} and {input_dim}.")
-        self.num_experts, self.input_dim = num_experts, input_dim
+            raise ConfigError(
+                f"A router needs at least one expert and one input, not {num_experts} and {input_dim}."
+            )
+        self.num_experts = num_experts
+        self.input_dim = input_dim
         self.weight = nn.Parameter(torch.empty(num_experts, input_dim))
         self.balance = Balance(num_experts, balance_rate, target_experts, temperature)
         nn.init.normal_(self.weight, std=0.02)
@@ -35,7 +40,9 @@ class Router(nn.Module, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Return `W_r x` in fp32, `[..., E]` for x `[..., D]`."""
         if x.shape[-1] != self.input_dim:
-            raise ConfigError(f"The router takes inputs of width {self.input_dim}, not {x.shape[-1]}.")
+            raise ConfigError(
+                f"The router takes inputs of width {self.input_dim}, not {x.shape[-1]}."
+            )
         return linear(x.float(), self.weight.float())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +50,8 @@ class Router(nn.Module, ABC):
         return softmax(self.logits(x) / self.balance.temperature, dim=-1)
 
     def route(self, x: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
-        """Return the experts and weights of every token of x `[..., D]`, with N the product of its leading sizes.
+        """Return the experts and weights of every token of x `[..., D]`, with N the product of its
+        leading sizes.
 
         A `choice` made before is kept: only the weights follow the logits.
         """
@@ -52,18 +60,22 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
-        """Return the dispatch that the logits lead to, with the experts of `choice` if one is given."""
+        """Return the dispatch that the logits lead to, with the experts of `choice` if one is
+        given.
+        """
 
 
 class DynamicRouter(Router):
     """As many experts a token as its cumulative weight needs to reach a threshold.
 
-    The candidates C are the experts with the highest sigmoid(z) + b. With q = softmax(z_C / T), sorted by z, expert j
-    is kept while j < `min_experts` or the q before j sum to less than `threshold`, and at most `max_experts` are. Its
-    weight is q_j, not renormalised: at one expert that would be the constant 1 and the router would get no gradient.
+    The candidates C are the experts with the highest sigmoid(z) + b. With q = softmax(z_C / T),
+    sorted by z, expert j is kept while j < `min_experts` or the q before j sum to less than
+    `threshold`, and at most `max_experts` are. Its weight is q_j, not renormalised: at one expert
+    that would be the constant 1 and the router would get no gradient.
 
     Args:
-        threshold: in (0, 1]; the user's choice, which nothing changes. `target_experts` is held by T instead.
+        threshold: in (0, 1]; the user's choice, which nothing changes. `target_experts` is held by
+            T instead.
         min_experts, max_experts: bounds of the number of experts a token.
         candidates: size of C.
         balance_rate, target_experts, temperature: see `Balance`.
@@ -86,8 +98,10 @@ class DynamicRouter(Router):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(num_experts, input_dim, balance_rate, target_experts, temperature)
-        self.max_experts, self.candidates = min(max_experts, num_experts), min(candidates, num_experts)
-        self.threshold, self.min_experts = threshold, min_experts
+        self.max_experts = min(max_experts, num_experts)
+        self.candidates = min(candidates, num_experts)
+        self.threshold = threshold
+        self.min_experts = min_experts
         if not 1 <= min_experts <= self.max_experts <= self.candidates:
             raise ConfigError(
                 f"min_experts={min_experts}, max_experts={max_experts}, candidates={candidates} must satisfy "
@@ -104,19 +118,29 @@ class DynamicRouter(Router):
             active_N = count_active(q_NC, self.threshold, self.min_experts, self.max_experts)
         q_NA = q_NC[:, : self.max_experts]
         kept_NA = torch.arange(self.max_experts, device=q_NA.device) < active_N[:, None]
-        return Dispatch(ids_NC[:, : self.max_experts], q_NA.where(kept_NA, 0.0), active_N, logits_NE, ids_NC)
+        return Dispatch(
+            ids_NC[:, : self.max_experts], q_NA.where(kept_NA, 0.0), active_N, logits_NE, ids_NC
+        )
 
-    def _candidates(self, logits_NE: Tensor, choice: RoutingDecision | None) -> tuple[Tensor, Tensor]:
-        """Return the candidates `[N, C]` and their logits, sorted downwards or as `choice` has them."""
+    def _candidates(
+        self, logits_NE: Tensor, choice: RoutingDecision | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the candidates `[N, C]` and their logits, sorted downwards or as `choice` has
+        them.
+        """
         if choice is not None:
             return choice.ids_NC, logits_NE.gather(1, choice.ids_NC)
         candidates_NC = (logits_NE.sigmoid() + self.balance.bias).topk(self.candidates).indices
-        logits_NC, order_NC = logits_NE.gather(1, candidates_NC).sort(dim=-1, descending=True, stable=True)
+        logits_NC, order_NC = logits_NE.gather(1, candidates_NC).sort(
+            dim=-1, descending=True, stable=True
+        )
         return candidates_NC.gather(1, order_NC), logits_NC
 
 
 def count_active(q_NC: Tensor, threshold: float, min_experts: int, max_experts: int) -> Tensor:
-    """Return how many experts, a prefix of each row of q (sorted downwards), the threshold rule keeps `[N]`."""
+    """Return how many experts, a prefix of each row of q (sorted downwards), the threshold rule
+    keeps `[N]`.
+    """
     cumulative_NC = q_NC.cumsum(-1)
     below = (cumulative_NC[:, :-1] < threshold).sum(-1) + 1  # nothing comes before the first expert
     return below.clamp(min_experts, max_experts)
@@ -129,8 +153,8 @@ class TopKRouter(Router):
         top_k: number of experts a token.
         score: "softmax" over all experts, or "sigmoid" of each.
         renormalize: whether a token's weights are divided by their sum.
-        groups, max_groups: experts are split into `groups`; only the `max_groups` groups whose two best experts score
-            highest take part (DeepSeek-V3, arXiv:2412.19437).
+        groups, max_groups: experts are split into `groups`; only the `max_groups` groups whose two
+            best experts score highest take part (DeepSeek-V3, arXiv:2412.19437).
         scale: factor on the weights.
 
     Raises:
@@ -151,13 +175,20 @@ class TopKRouter(Router):
         balance_rate: float = 1e-2,
     ) -> None:
         super().__init__(num_experts, input_dim, balance_rate)
-        self.top_k, self.renormalize, self.scale = top_k, renormalize, scale
-        self.groups, self.max_groups = groups, max_groups
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.scale = scale
+        self.groups = groups
+        self.max_groups = max_groups
         self.score = pick(SCORES, score, "router_score")
         if num_experts % groups or not 1 <= max_groups <= groups:
-            raise ConfigError(f"{groups} groups of which {max_groups} are used do not fit {num_experts} experts.")
+            raise ConfigError(
+                f"{groups} groups of which {max_groups} are used do not fit {num_experts} experts."
+            )
         if not 1 <= top_k <= num_experts // groups * max_groups:
-            raise ConfigError(f"top_k={top_k} must lie between 1 and the number of experts that the groups allow.")
+            raise ConfigError(
+                f"top_k={top_k} must lie between 1 and the number of experts that the groups allow."
+            )
 
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         scores_NE = self.score(logits_NE)
@@ -190,23 +221,39 @@ SCORES = {"softmax": lambda logits: softmax(logits, dim=-1), "sigmoid": torch.si
 
 def _dynamic(config: ModelConfig) -> Router:
     return DynamicRouter(
-        config.num_experts, config.hidden_size, threshold=config.routing_threshold, min_experts=config.min_experts,
-        max_experts=config.max_experts, candidates=config.candidate_experts, balance_rate=config.balance_rate,
-        target_experts=config.target_experts, temperature=config.router_temperature,
-    )  # fmt: skip
+        config.num_experts,
+        config.hidden_size,
+        threshold=config.routing_threshold,
+        min_experts=config.min_experts,
+        max_experts=config.max_experts,
+        candidates=config.candidate_experts,
+        balance_rate=config.balance_rate,
+        target_experts=config.target_experts,
+        temperature=config.router_temperature,
+    )
 
 
 def _topk(config: ModelConfig) -> Router:
     return TopKRouter(
-        config.num_experts, config.hidden_size, top_k=config.max_experts, score=config.router_score,
-        renormalize=config.router_renormalize, groups=config.num_expert_groups, max_groups=config.max_expert_groups,
-        scale=config.router_scale, balance_rate=config.balance_rate,
-    )  # fmt: skip
+        config.num_experts,
+        config.hidden_size,
+        top_k=config.max_experts,
+        score=config.router_score,
+        renormalize=config.router_renormalize,
+        groups=config.num_expert_groups,
+        max_groups=config.max_expert_groups,
+        scale=config.router_scale,
+        balance_rate=config.balance_rate,
+    )
 
 
 def _dense(config: ModelConfig) -> Router:
-    """Every expert for every token, weighted by the full softmax: the upper bound that sparse routing is held to."""
-    return TopKRouter(config.num_experts, config.hidden_size, top_k=config.num_experts, balance_rate=0.0)
+    """Every expert for every token, weighted by the full softmax: the upper bound that sparse
+    routing is held to.
+    """
+    return TopKRouter(
+        config.num_experts, config.hidden_size, top_k=config.num_experts, balance_rate=0.0
+    )
 
 
 ROUTING = {"dense": _dense, "dynamic": _dynamic, "topk": _topk}

@@ -1,6 +1,8 @@
-"""How a model knows the order of its tokens. One protocol, one table; a new kind is one file and one row.
+"""How a model knows the order of its tokens. One protocol, one table; a new kind is one file and
+one row.
 
-A kind may act in three places: on the embeddings (learned), on queries and keys (rope), on the scores (alibi, dpe).
+A kind may act in three places: on the embeddings (learned), on queries and keys (rope), on the
+scores (alibi, dpe).
 """
 
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from deepseek.model.positions.rope import Rope
 
 
 class Encoding(NamedTuple):
-    """A kind of encoding: what the model owns of it and, where it acts on scores, what each layer owns."""
+    """A kind of encoding: what the model owns of it and, where it acts on scores, what each layer
+    owns.
+    """
 
     positions: Callable[[ModelConfig], Positions]
     score_bias: Callable[[ModelConfig], ScoreBiasSource] | None = None

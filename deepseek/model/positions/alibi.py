@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class AlibiBias(nn.Module):
-    """Lowers a score by a fixed slope a token of distance; of a key that is a constant, its place times the slope."""
+    """Lowers a score by a fixed slope a token of distance; of a key that is a constant, its place
+    times the slope.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,7 +31,9 @@ class AlibiBias(nn.Module):
 
 
 def slopes(heads: int) -> list[float]:
-    """Return the slope of each head: powers of 2 down to 2^-8, those between for counts that are no power of 2."""
+    """Return the slope of each head: powers of 2 down to 2^-8, those between for counts that are no
+    power of 2.
+    """
     whole = 2 ** int(math.log2(heads))
     series = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
     between = [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]

@@ -13,16 +13,19 @@ if TYPE_CHECKING:
 
 
 class PreparedPositions(Protocol):
-    """Positions of one forward pass: maps queries `[B, H, T, K]` and keys `[B, G, T, K]` to positioned ones."""
+    """Positions of one forward pass: maps queries `[B, H, T, K]` and keys `[B, G, T, K]` to
+    positioned ones.
+    """
 
     def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Positions:
-    """What the model owns; both methods are called once per forward pass with the positions `[B, T]` of its tokens.
+    """What the model owns; both methods are called once per forward pass with the positions
+    `[B, T]` of its tokens.
 
-    As it stands it leaves everything as it is: the order is told by causal attention alone (NoPE, arXiv:2305.19466) or
-    by the scores.
+    As it stands it leaves everything as it is: the order is told by causal attention alone (NoPE,
+    arXiv:2305.19466) or by the scores.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -38,9 +41,13 @@ class Positions:
 
 
 class ScoreBiasSource(Protocol):
-    """What a layer owns, a module: maps the layer's input to the bias of its scores, or to None where it is zero."""
+    """What a layer owns, a module: maps the layer's input to the bias of its scores, or to None
+    where it is zero.
+    """
 
-    def __call__(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> ScoreBias | None: ...
+    def __call__(
+        self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int
+    ) -> ScoreBias | None: ...
 
     def state_bytes(self, length: int) -> int:
         """Return the most bytes that it keeps in the cache for one sequence of `length` tokens."""

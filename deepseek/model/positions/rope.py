@@ -13,7 +13,8 @@ from deepseek.model.positions.protocol import Positions
 class Rope(Positions):
     """Rotates queries and keys by angles that grow with their position.
 
-    Frequencies of scaled variants ("linear", "llama3", "yarn") come from `transformers`, so that checkpoints agree.
+    Frequencies of scaled variants ("linear", "llama3", "yarn") come from `transformers`, so that
+    checkpoints agree.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -25,18 +26,26 @@ class Rope(Positions):
                 exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
                 self.inv_freq = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
             else:
-                self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+                self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[rope_type](
+                    config, torch.device("cpu")
+                )
 
     def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> "Rotation":
-        """Return the rotation for these positions; its tables are computed in fp32 and kept in `dtype`."""
+        """Return the rotation for these positions; its tables are computed in fp32 and kept in
+        `dtype`.
+        """
         self.inv_freq = self.inv_freq.to(position_ids_BT.device)
         angles = position_ids_BT[:, None, :, None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
-        return Rotation((angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype))
+        return Rotation(
+            (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+        )
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine tables `[B, 1, T, K]`; calling it rotates queries `[B, H, T, K]` and keys `[B, G, T, K]`."""
+    """Cosine and sine tables `[B, 1, T, K]`; calling it rotates queries `[B, H, T, K]` and keys
+    `[B, G, T, K]`.
+    """
 
     cos: Tensor
     sin: Tensor

@@ -33,8 +33,12 @@ async def chat(body: ChatRequest, service: TheService) -> Response:
     return Reply(told.chunks(), job=job, fold=None if body.stream else told.fold)
 
 
-def plan(service: Service, body: ChatRequest, calling: Calling, found: list[Passage]) -> list[Request]:
-    """Return the engine's requests, one for each choice; passages put into the prompt are appended to `found`."""
+def plan(
+    service: Service, body: ChatRequest, calling: Calling, found: list[Passage]
+) -> list[Request]:
+    """Return the engine's requests, one for each choice; passages put into the prompt are appended
+    to `found`.
+    """
     schema = calling.schema()
     if schema is None and body.response_format is not None:
         schema = wanted_schema(body.response_format.type, body.response_format.json_schema)
@@ -49,7 +53,16 @@ def plan(service: Service, body: ChatRequest, calling: Calling, found: list[Pass
         ids = service.writer.chat(messages, calling)
     user_ids = service.writer.user_ids(body.messages)  # not the passages
     return [
-        ask(service, body, ids, limit, choice=choice, schema=schema, logprobs=logprobs, user_ids=user_ids)
+        ask(
+            service,
+            body,
+            ids,
+            limit,
+            choice=choice,
+            schema=schema,
+            logprobs=logprobs,
+            user_ids=user_ids,
+        )
         for choice in range(body.n or 1)
     ]
 
@@ -72,7 +85,9 @@ class Told:
 class ChatChunks(Chunks):
     """The chunks of a chat. A text that may be a call is held back until it is known what it is."""
 
-    def __init__(self, service: Service, body: ChatRequest, job: GenerationJob, calling: Calling) -> None:
+    def __init__(
+        self, service: Service, body: ChatRequest, job: GenerationJob, calling: Calling
+    ) -> None:
         super().__init__(service, body, job, "chat.completion", "chatcmpl", ".chunk")
         self.calling = calling
         self.told = [Told() for _ in job.generations]
@@ -84,17 +99,26 @@ class ChatChunks(Chunks):
 
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
         """Yield the text that is known to be text, and at the end calls and the reason."""
-        told, finish = self.told[index], event.finish_reason
+        told = self.told[index]
+        finish = event.finish_reason
         told.text += event.text
         told.logprobs += [event.logprob] if event.logprob else []
         calls = self.calling.read(told.text) if finish else []
         end = len(told.text) if finish and not calls else self.calling.content_length(told.text)
         if end > told.sent or told.logprobs:
-            yield self.choice(index, {"content": told.text[told.sent : end]}, told=told, expert=event.expert)
-            told.sent, told.logprobs = end, []
+            yield self.choice(
+                index, {"content": told.text[told.sent : end]}, told=told, expert=event.expert
+            )
+            told.sent = end
+            told.logprobs = []
         if calls:
             made = [
-                {"index": place, "id": f"call_{token_hex(12)}", "type": "function", "function": call}
+                {
+                    "index": place,
+                    "id": f"call_{token_hex(12)}",
+                    "type": "function",
+                    "function": call,
+                }
                 for place, call in enumerate(calls)
             ]
             yield self.choice(index, {"tool_calls": made})
@@ -102,17 +126,30 @@ class ChatChunks(Chunks):
             yield self.choice(index, {}, finish="tool_calls" if calls else finish)
 
     def choice(
-        self, index: int, delta: Fields, *, told: Told | None = None, expert: str | None = None,
+        self,
+        index: int,
+        delta: Fields,
+        *,
+        told: Told | None = None,
+        expert: str | None = None,
         finish: str | None = None,
-    ) -> Fields:  # fmt: skip
+    ) -> Fields:
         """Return one choice of a chunk."""
         logprobs = chat_logprobs(self.service, told.logprobs) if told and told.logprobs else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish, "expert": expert}
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+            "expert": expert,
+        }
 
     def finished(self, choice: Fields) -> Fields:
         """Return a choice with the message that its deltas make."""
         message = choice.pop("delta")
         if message.get("tool_calls"):
             message["content"] = message["content"] or None
-            message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in message["tool_calls"]]
+            message["tool_calls"] = [
+                {k: v for k, v in call.items() if k != "index"} for call in message["tool_calls"]
+            ]
         return {**super().finished(choice), "message": message}

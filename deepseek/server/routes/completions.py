@@ -1,4 +1,6 @@
-"""`POST /v1/completions`: plain texts go on, or are scored (`echo` with `logprobs`, as lm-eval asks)."""
+"""`POST /v1/completions`: plain texts go on, or are scored (`echo` with `logprobs`, as lm-eval
+asks).
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -28,10 +30,14 @@ DEFAULT_TOKENS = 16
 async def completions(body: CompletionRequest, service: TheService) -> Response:
     """Continue one or several texts, at once or as server-sent events."""
     if len(prompts(body)) * (body.n or 1) > MAX_CHOICES:
-        raise ApiError(400, f"Prompts times n is more than {MAX_CHOICES}; send fewer at once.", param="n")
+        raise ApiError(
+            400, f"Prompts times n is more than {MAX_CHOICES}; send fewer at once.", param="n"
+        )
     if body.retrieve and body.echo:
         raise ApiError(
-            400, "echo repeats the prompt as it was sent, which retrieve changes; leave one out.", param="echo"
+            400,
+            "echo repeats the prompt as it was sent, which retrieve changes; leave one out.",
+            param="echo",
         )
     found: list[Passage] = []
     job = await service.start(lambda: plan(service, body, found), body.n or 1)
@@ -61,7 +67,15 @@ def plan(service: Service, body: CompletionRequest, found: list[Passage]) -> lis
             ids, passages = retrieval.before(ids, service, limit)
             found += passages
         requests += [
-            ask(service, body, ids, limit, choice=choice, logprobs=body.logprobs, prompt_logprobs=scored)
+            ask(
+                service,
+                body,
+                ids,
+                limit,
+                choice=choice,
+                logprobs=body.logprobs,
+                prompt_logprobs=scored,
+            )
             for choice in range(body.n or 1)
         ]
     return requests
@@ -73,7 +87,9 @@ class CompletionChunks(Chunks):
     def __init__(self, service: Service, body: CompletionRequest, job: GenerationJob) -> None:
         super().__init__(service, body, job, "text_completion", "cmpl", "")
         self.body = body
-        self.silent = body.max_tokens == 0  # the engine makes one token where only the prompt is of interest
+        self.silent = (
+            body.max_tokens == 0
+        )  # the engine makes one token where only the prompt is of interest
         self.lengths: dict[int, int] = {}  # of the texts so far
 
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
@@ -85,33 +101,55 @@ class CompletionChunks(Chunks):
         if self.silent:
             yield self.choice(index, "", [], "length")
         elif event.text or event.logprob or event.finish_reason:
-            scored: list[Scored] = [(event.logprob.token_id, event.logprob)] if event.logprob else []
+            scored: list[Scored] = (
+                [(event.logprob.token_id, event.logprob)] if event.logprob else []
+            )
             yield self.choice(index, event.text, scored, event.finish_reason, event.expert)
 
     def used(self) -> Fields:
         """Return the usage, without the token that nobody asked for."""
         fields = super().used()
         if self.silent:
-            fields["usage"] |= {"completion_tokens": 0, "total_tokens": fields["usage"]["prompt_tokens"]}
+            fields["usage"] |= {
+                "completion_tokens": 0,
+                "total_tokens": fields["usage"]["prompt_tokens"],
+            }
         return fields
 
     def prompt(self, index: int) -> str:
         """Return the text that a choice goes on from."""
         prompt = prompts(self.body)[index // (self.body.n or 1)]
-        return prompt if isinstance(prompt, str) else str(self.service.engine.tokenizer.decode(prompt))
+        return (
+            prompt if isinstance(prompt, str) else str(self.service.engine.tokenizer.decode(prompt))
+        )
 
     def scored(self, index: int) -> list[Scored]:
-        """Return the tokens of the prompt of a choice if their log probabilities are wanted; the first has none."""
+        """Return the tokens of the prompt of a choice if their log probabilities are wanted; the
+        first has none.
+        """
         generation = self.job.generations[index]
         return list(zip(generation.request.prompt_ids, generation.prompt_logprobs, strict=False))
 
     def choice(
-        self, index: int, text: str, scored: Sequence[Scored], finish: str | None = None, expert: str | None = None
+        self,
+        index: int,
+        text: str,
+        scored: Sequence[Scored],
+        finish: str | None = None,
+        expert: str | None = None,
     ) -> Fields:
         """Return one choice of a chunk, and remember how long its text is."""
-        logprobs = None if self.body.logprobs is None else self.logprobs(scored, self.lengths[index])
+        logprobs = (
+            None if self.body.logprobs is None else self.logprobs(scored, self.lengths[index])
+        )
         self.lengths[index] += len(text)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish, "expert": expert}
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+            "expert": expert,
+        }
 
     def logprobs(self, scored: Sequence[Scored], offset: int) -> Fields:
         """Return tokens with their log probabilities in the columns that this route has."""
@@ -125,5 +163,10 @@ class CompletionChunks(Chunks):
         }
 
     def top(self, logprob: TokenLogprob) -> dict[str, float]:
-        """Return the likeliest tokens; of several that look alike (parts of characters) the likeliest."""
-        return {self.service.token_text(identity): finite(value) for identity, value in reversed(logprob.top)}
+        """Return the likeliest tokens; of several that look alike (parts of characters) the
+        likeliest.
+        """
+        return {
+            self.service.token_text(identity): finite(value)
+            for identity, value in reversed(logprob.top)
+        }

@@ -1,4 +1,6 @@
-"""What is served: `/v1/models`, `/v1/embeddings`, `/tokenizer_info`, and `/v1/experts`, which come and go."""
+"""What is served: `/v1/models`, `/v1/embeddings`, `/tokenizer_info`, and `/v1/experts`, which come
+and go.
+"""
 
 import asyncio
 import base64
@@ -47,13 +49,26 @@ def card(name: str) -> dict[str, Any]:
 
 @router.post("/v1/embeddings", responses=described(Embeddings))
 async def embeddings(body: EmbeddingsRequest, service: TheService) -> dict[str, Any]:
-    """Return a vector of length 1 for each text: the mean of the base model's last hidden states."""
+    """Return a vector of length 1 for each text: the mean of the base model's last hidden
+    states.
+    """
     if service.named_experts(body.model):
-        raise ApiError(400, "Embeddings are made by the base alone; leave the experts out of model.", param="model")
-    texts = body.input if isinstance(body.input, list) and not isinstance(body.input[0], int) else [body.input]
+        raise ApiError(
+            400,
+            "Embeddings are made by the base alone; leave the experts out of model.",
+            param="model",
+        )
+    texts = (
+        body.input
+        if isinstance(body.input, list) and not isinstance(body.input[0], int)
+        else [body.input]
+    )
     vectors, tokens = await asyncio.to_thread(embed, service.engine, service.writer, texts)
     told = [packed(vector) if body.encoding_format == "base64" else vector for vector in vectors]
-    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(told)]
+    data = [
+        {"object": "embedding", "index": index, "embedding": vector}
+        for index, vector in enumerate(told)
+    ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "model": body.model, "data": data, "usage": usage}
 
@@ -98,17 +113,29 @@ async def inspect(name: str, service: TheService) -> dict[str, Any]:
     """Show the papers of an expert that is plugged or lies in the experts folder."""
     plugged = {info.name: info for info in service.engine.experts()}
     if name in plugged:
-        return {**plugged_expert(plugged[name]), "manifest": service.engine.model.experts.manifest(name).model_dump()}
+        return {
+            **plugged_expert(plugged[name]),
+            "manifest": service.engine.model.experts.manifest(name).model_dump(),
+        }
     pack = await asyncio.to_thread(read_pack, pack_path(service, name))
-    return {"object": "expert", "name": name, "plugged": False, "manifest": pack.manifest.model_dump()}
+    return {
+        "object": "expert",
+        "name": name,
+        "plugged": False,
+        "manifest": pack.manifest.model_dump(),
+    }
 
 
 @router.post("/v1/experts", status_code=201, dependencies=[ADMIN])
 async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
     """Plug a pack of the experts folder; requests that start from now on may use it."""
     if any(info.name == body.name for info in service.engine.experts()):
-        raise ApiError(409, f"The expert {body.name} is plugged already; unplug it first.", param="name")
-    return plugged_expert(await asyncio.to_thread(service.experts_owner.plug, pack_path(service, body.name)))
+        raise ApiError(
+            409, f"The expert {body.name} is plugged already; unplug it first.", param="name"
+        )
+    return plugged_expert(
+        await asyncio.to_thread(service.experts_owner.plug, pack_path(service, body.name))
+    )
 
 
 BINARY = {
@@ -121,7 +148,9 @@ BINARY = {
 
 @router.post("/v1/experts/upload", status_code=201, dependencies=[ADMIN], openapi_extra=BINARY)
 async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
-    """Plug the pack that is the body of the request; it stays until it is unplugged or the server ends."""
+    """Plug the pack that is the body of the request; it stays until it is unplugged or the server
+    ends.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"upload{SUFFIX}"
         with path.open("wb") as file:
@@ -130,7 +159,9 @@ async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
         try:
             return plugged_expert(await asyncio.to_thread(service.experts_owner.plug, path))
         except PackError as error:
-            raise ApiError(400, str(error).replace(str(path), "upload"), code="invalid_pack") from None
+            raise ApiError(
+                400, str(error).replace(str(path), "upload"), code="invalid_pack"
+            ) from None
 
 
 @router.delete("/v1/experts/{name}", dependencies=[ADMIN])
@@ -144,7 +175,9 @@ async def unplug(name: str, service: TheService) -> dict[str, Any]:
 
 @router.post("/v1/experts/arm", dependencies=[ADMIN])
 async def arm(body: ArmRequest, service: TheService) -> dict[str, Any]:
-    """Choose who may speak where a request does not choose: "auto" is everyone plugged, now and later."""
+    """Choose who may speak where a request does not choose: "auto" is everyone plugged, now and
+    later.
+    """
     armed = await asyncio.to_thread(service.experts_owner.arm, body.arm)
     return {"object": "list", "armed": list(armed)}
 
@@ -160,8 +193,12 @@ def packs(service: Service) -> dict[str, Path]:
 
 
 def pack_path(service: Service, name: str) -> Path:
-    """Return the file of a pack, found in the folder's listing: no path is ever made of what a client sent."""
+    """Return the file of a pack, found in the folder's listing: no path is ever made of what a
+    client sent.
+    """
     found = packs(service).get(name)
     if found is None:
-        raise ApiError(404, f"There is no expert named {name!r:.80} in the experts folder.", param="name")
+        raise ApiError(
+            404, f"There is no expert named {name!r:.80} in the experts folder.", param="name"
+        )
     return found

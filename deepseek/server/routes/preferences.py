@@ -19,8 +19,12 @@ T = TypeVar("T")
 
 
 @router.get("/v1/preferences")
-async def next_pair(service: TheService, after: Annotated[int, Query(ge=0, le=1 << 62)] = 0) -> dict[str, Any]:
-    """Show the next pair after `after` that nobody has reviewed, in an order that does not tell which was preferred."""
+async def next_pair(
+    service: TheService, after: Annotated[int, Query(ge=0, le=1 << 62)] = 0
+) -> dict[str, Any]:
+    """Show the next pair after `after` that nobody has reviewed, in an order that does not tell
+    which was preferred.
+    """
     return await with_database(service, lambda database: unreviewed(database, after))
 
 
@@ -28,11 +32,17 @@ async def next_pair(service: TheService, after: Annotated[int, Query(ge=0, le=1 
 async def record(body: PreferenceRequest, service: TheService) -> dict[str, Any]:
     """Add a judged pair."""
     if body.chosen == body.rejected:
-        raise ApiError(400, "The two answers are the same; there is nothing to prefer.", param="rejected")
+        raise ApiError(
+            400, "The two answers are the same; there is nothing to prefer.", param="rejected"
+        )
     pair = Preference(
-        tuple(plain_messages(body.prompt)), body.chosen, body.rejected, body.reviewer, (REVIEWED,),
+        tuple(plain_messages(body.prompt)),
+        body.chosen,
+        body.rejected,
+        body.reviewer,
+        (REVIEWED,),
         {body.reviewer: (1.0, 0.0)},
-    )  # fmt: skip
+    )
     number = await with_database(service, lambda database: database.add(pair))
     return {"object": "preference", "id": number, "new": number is not None}
 
@@ -41,7 +51,9 @@ async def record(body: PreferenceRequest, service: TheService) -> dict[str, Any]
 async def review(
     number: Annotated[int, Path(ge=1, le=1 << 62)], body: ReviewRequest, service: TheService
 ) -> dict[str, Any]:
-    """Record which of two shown answers is better; what the pair was before stays in its history."""
+    """Record which of two shown answers is better; what the pair was before stays in its
+    history.
+    """
 
     def judge(database: PreferenceDatabase) -> None:
         pair = database.get(number)
@@ -49,9 +61,12 @@ async def review(
         turned = chosen != pair.chosen
         scores = {name: both[::-1] if turned else both for name, both in pair.scores.items()}
         database.revise(
-            number, chosen=chosen, rejected=rejected, labels=(*(pair.labels), *({REVIEWED} - {*pair.labels})),
+            number,
+            chosen=chosen,
+            rejected=rejected,
+            labels=(*(pair.labels), *({REVIEWED} - {*pair.labels})),
             scores={**scores, body.reviewer: (1.0, 0.0)},
-        )  # fmt: skip
+        )
 
     await with_database(service, judge)
     return {"object": "preference", "id": number, "new": False}
@@ -70,10 +85,15 @@ async def with_database(service: Service, work: Callable[[PreferenceDatabase], T
 
 def unreviewed(database: PreferenceDatabase, after: int) -> dict[str, Any]:
     """Return the next pair to review (or None), and how many pairs there are."""
-    pair, (pairs, reviewed) = database.unreviewed(after), database.reviewed()
+    pair = database.unreviewed(after)
+    (pairs, reviewed) = database.reviewed()
     told = None
     if pair is not None:
-        told = {"id": pair.id, "prompt": [dict(message) for message in pair.prompt], "answers": list(shown(pair))}
+        told = {
+            "id": pair.id,
+            "prompt": [dict(message) for message in pair.prompt],
+            "answers": list(shown(pair)),
+        }
     return {"object": "preference", "pair": told, "pairs": pairs, "reviewed": reviewed}
 
 

@@ -23,13 +23,21 @@ async def responses(body: ResponsesRequest, service: TheService) -> Response:
     """Answer an input, at once or as server-sent events."""
     job = await service.start(lambda: [plan(service, body)])
     events = ResponseEvents(body, job).events()
-    return Reply(events, job=job, named=True, fold=None if body.stream else lambda told: told[-1]["response"])
+    return Reply(
+        events, job=job, named=True, fold=None if body.stream else lambda told: told[-1]["response"]
+    )
 
 
 def plan(service: Service, body: ResponsesRequest) -> Request:
     """Return the engine's request."""
-    said = [ChatMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-    told = [] if body.instructions is None else [ChatMessage(role="system", content=body.instructions)]
+    said = (
+        [ChatMessage(role="user", content=body.input)]
+        if isinstance(body.input, str)
+        else body.input
+    )
+    told = (
+        [] if body.instructions is None else [ChatMessage(role="system", content=body.instructions)]
+    )
     schema = wanted_schema(body.text.format.type, body.text.format)
     ids = service.writer.chat([*told, *said], Calling())
     user_ids = service.writer.user_ids(said)
@@ -40,8 +48,11 @@ class ResponseEvents:
     """The events of one response; the last one holds the whole of it."""
 
     def __init__(self, body: ResponsesRequest, job: GenerationJob) -> None:
-        self.body, self.job = body, job
-        self.id, self.message, self.created = f"resp_{token_hex(12)}", f"msg_{token_hex(12)}", int(time.time())
+        self.body = body
+        self.job = job
+        self.id = f"resp_{token_hex(12)}"
+        self.message = f"msg_{token_hex(12)}"
+        self.created = int(time.time())
 
     async def events(self) -> AsyncIterator[Fields]:
         """Yield all events, numbered."""
@@ -51,7 +62,8 @@ class ResponseEvents:
             number += 1
 
     async def _events(self) -> AsyncIterator[Fields]:
-        text, status = "", "completed"
+        text = ""
+        status = "completed"
         item = {"item_id": self.message, "output_index": 0}
         place = {**item, "content_index": 0}
         yield {"type": "response.created", "response": self.whole("in_progress")}
@@ -67,25 +79,43 @@ class ResponseEvents:
         yield {"type": "response.output_text.done", **place, "text": text, "logprobs": []}
         yield {"type": "response.content_part.done", **place, "part": part(text)}
         yield {"type": "response.output_item.done", **item, "item": self.item(status, part(text))}
-        yield {"type": f"response.{status}", "response": self.whole(status, self.item(status, part(text)))}
+        yield {
+            "type": f"response.{status}",
+            "response": self.whole(status, self.item(status, part(text))),
+        }
 
     def item(self, status: str, *content: Fields) -> Fields:
         """Return the message that holds the text, empty while it has none."""
         return {
-            "type": "message", "id": self.message, "role": "assistant", "status": status, "content": list(content),
-        }  # fmt: skip
+            "type": "message",
+            "id": self.message,
+            "role": "assistant",
+            "status": status,
+            "content": list(content),
+        }
 
     def whole(self, status: str, *output: Fields) -> Fields:
         """Return the response, with the usage once there is an output."""
-        asked = self.body.model_dump(by_alias=True, include={"instructions", "max_output_tokens", "model", "text",
-                                                              "temperature", "top_p"})  # fmt: skip
+        asked = self.body.model_dump(
+            by_alias=True,
+            include={"instructions", "max_output_tokens", "model", "text", "temperature", "top_p"},
+        )
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
-            "id": self.id, "object": "response", "created_at": self.created, "status": status, "error": None, **asked,
-            "incomplete_details": incomplete, "metadata": self.body.metadata or {}, "output": list(output),
-            "parallel_tool_calls": False, "tool_choice": "none", "tools": [],
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": None,
+            **asked,
+            "incomplete_details": incomplete,
+            "metadata": self.body.metadata or {},
+            "output": list(output),
+            "parallel_tool_calls": False,
+            "tool_choice": "none",
+            "tools": [],
             **(self.used() if output else {"usage": None}),
-        }  # fmt: skip
+        }
 
     def used(self) -> Fields:
         """Return the usage as this route names it, and who spoke."""

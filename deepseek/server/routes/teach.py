@@ -1,7 +1,9 @@
-"""`/v1/teach`: train an expert from text on the server's disk while it serves, and plug it in when it is done.
+"""`/v1/teach`: train an expert from text on the server's disk while it serves, and plug it in when
+it is done.
 
-The training is the command `deepseek expert train` in a process of its own at low priority: it can be stopped without
-loss, a crash of it is not one of the server, and the same request goes on where it was.
+The training is the command `deepseek expert train` in a process of its own at low priority: it can
+be stopped without loss, a crash of it is not one of the server, and the same request goes on where
+it was.
 """
 
 import asyncio
@@ -38,7 +40,9 @@ State = Literal["running", "stopped", "failed", "plugged"]
 LINE = re.compile(r"(?P<stage>[^:]{1,60}): (?P<done>\d+)(?:/(?P<total>\d+))?\b")
 """How `ProgressBar` writes where there is no terminal."""
 
-OUT_OF_BOUNDS = "path must name something below the server's teach root, and so must all that it links to."
+OUT_OF_BOUNDS = (
+    "path must name something below the server's teach root, and so must all that it links to."
+)
 
 LOOK_SECONDS = 0.5
 NICENESS = 5
@@ -76,14 +80,18 @@ class Lesson:
         self.message = line
         found = LINE.match(line)
         if found:
-            self.stage, self.done, self.total = found["stage"], int(found["done"]), int(found["total"] or 0)
+            self.stage = found["stage"]
+            self.done = int(found["done"])
+            self.total = int(found["total"] or 0)
 
     def look(self) -> None:
         """Take in the metrics of the run."""
         records = read_metrics(home() / "runs" / self.name / "training" / "metrics.jsonl")
         losses = [(one["step"], one["loss"]) for one in records if "loss" in one]
         self.losses = losses[:: -(-len(losses) // POINTS) or 1]
-        self.held_out = [(one["step"], one["held_out_loss"]) for one in records if "held_out_loss" in one]
+        self.held_out = [
+            (one["step"], one["held_out_loss"]) for one in records if "held_out_loss" in one
+        ]
 
 
 class Teacher:
@@ -97,10 +105,15 @@ class Teacher:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, wanted: TeachRequest) -> Lesson:
-        """Begin a lesson. Raises `ApiError` if one is under way, the name is taken, or the text is out of bounds."""
-        # Nothing is awaited between the question and the claim, so that of two requests one is refused.
+        """Begin a lesson. Raises `ApiError` if one is under way, the name is taken, or the text is
+        out of bounds.
+        """
+        # Nothing is awaited between the question and the claim, so that of two requests one is
+        # refused.
         if self._busy.locked() or (self._task is not None and not self._task.done()):
-            raise ApiError(409, "An expert is being taught already; wait for it or stop it.", code="busy")
+            raise ApiError(
+                409, "An expert is being taught already; wait for it or stop it.", code="busy"
+            )
         async with self._busy:
             return await self._start(wanted)
 
@@ -109,17 +122,26 @@ class Teacher:
         text = await asyncio.to_thread(self.text, wanted.path, is_repository=wanted.kind == "git")
         pack = self.service.settings.experts_folder / f"{wanted.name}{SUFFIX}"
         if pack.exists() or any(info.name == wanted.name for info in self.service.engine.experts()):
-            raise ApiError(409, f"There is an expert named {wanted.name} already; choose another name.", param="name")
+            raise ApiError(
+                409,
+                f"There is an expert named {wanted.name} already; choose another name.",
+                param="name",
+            )
         self.lesson = Lesson(wanted.name)
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, *command(self.service.settings.base, wanted, text, pack), stdout=DEVNULL, stderr=PIPE
+            sys.executable,
+            *command(self.service.settings.base, wanted, text, pack),
+            stdout=DEVNULL,
+            stderr=PIPE,
         )
         psutil.Process(self._process.pid).nice(NICENESS)  # answers come first
         self._task = asyncio.create_task(self._attend(self.lesson, self._process, pack))
         return self.lesson
 
     async def begin(self, wanted: TeachRequest) -> None:
-        """Begin a lesson as soon as the model is loaded; why it cannot begin is told where its progress would be."""
+        """Begin a lesson as soon as the model is loaded; why it cannot begin is told where its
+        progress would be.
+        """
         while self.service.refusal is not None:
             await asyncio.sleep(LOOK_SECONDS)
         try:
@@ -130,12 +152,16 @@ class Teacher:
     def text(self, path: str, *, is_repository: bool) -> Path:
         """Return the folder or repository that a client names.
 
-        It must lie below the teach root, links resolved, and so must everything that reading it reads: what links in a
-        folder point to, and the folders that a repository is spread over.
+        It must lie below the teach root, links resolved, and so must everything that reading it
+        reads: what links in a folder point to, and the folders that a repository is spread over.
         """
         root = self.service.settings.teach_root
         if root is None:
-            raise ApiError(403, "Teaching is off; start the server with --teach-root FOLDER.", code="teaching_off")
+            raise ApiError(
+                403,
+                "Teaching is off; start the server with --teach-root FOLDER.",
+                code="teaching_off",
+            )
         root = root.resolve()
         try:
             text = (root / path).resolve()
@@ -146,13 +172,17 @@ class Teacher:
         try:
             read = repository_stores(text) if is_repository else [text]
         except DataError:
-            raise ApiError(400, "path must name a git repository's own folder.", param="path") from None
+            raise ApiError(
+                400, "path must name a git repository's own folder.", param="path"
+            ) from None
         if any(not folder.is_relative_to(root) or leads_out(folder, root) for folder in read):
             raise ApiError(400, OUT_OF_BOUNDS, param="path")
         return text
 
     async def stop(self) -> None:
-        """Stop the lesson under way, if there is one; what is done is kept, and the same request goes on."""
+        """Stop the lesson under way, if there is one; what is done is kept, and the same request
+        goes on.
+        """
         async with self._busy:  # one that is just being started is stopped as well
             await self._stop()
 

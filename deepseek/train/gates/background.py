@@ -1,7 +1,8 @@
 """What an expert's domain is told from by its words: public text of many kinds, kept once a base.
 
-More of it than of what gates are solved against, as nothing but tokens is needed: source files and descriptions of the
-Python installation by the hundred, besides the rows of public text and everyday conversations in fifteen languages.
+More of it than of what gates are solved against, as nothing but tokens is needed: source files and
+descriptions of the Python installation by the hundred, besides the rows of public text and everyday
+conversations in fifteen languages.
 """
 
 import sysconfig
@@ -28,7 +29,9 @@ CHARACTERS = 3000
 """Of one file, from its middle."""
 
 
-def background(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Background:
+def background(
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
+) -> Background:
     """Return the background of a base, from the cache in the library's home if it is there."""
     rows = kept_rows(model, tokenizer, progress)
     root, name = place(model)
@@ -48,12 +51,15 @@ def _measured(
         _encoded(tokenizer, descriptions()),
     ]
     size = model.config.vocab_size
-    counts = [torch.cat(documents).bincount(minlength=size).float() for documents in kinds if documents]
+    counts = [
+        torch.cat(documents).bincount(minlength=size).float() for documents in kinds if documents
+    ]
     expected = expected_frequencies(model, tokenizer, fitted, progress)
     for language, frequency_V in expected.items():
         own = [conversation for conversation in fitted if conversation.language == language]
         seen_V = torch.cat(_messages(tokenizer, own)).bincount(minlength=size).float()
-        # What the base expects counts as much as what was seen: of few messages it knows the other words.
+        # What the base expects counts as much as what was seen: of few messages it knows the other
+        # words.
         counts.append(seen_V + seen_V.sum() * frequency_V)
     chats = _messages(tokenizer, reserved)
     return {
@@ -63,16 +69,21 @@ def _measured(
     }
 
 
-def _messages(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation]) -> list[Tensor]:
+def _messages(
+    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation]
+) -> list[Tensor]:
     return _encoded(tokenizer, ["\n".join(conversation.turns) for conversation in conversations])
 
 
-def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str] | Sequence[str]) -> list[Tensor]:
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterator[str] | Sequence[str]
+) -> list[Tensor]:
     return [torch.tensor(ids) for ids in encode_plain(tokenizer, list(texts)) if ids]
 
 
 def installed_source() -> Iterator[str]:
-    """Yield the middles of source files of the Python installation, at most a few of each package's folders.
+    """Yield the middles of source files of the Python installation, at most a few of each package's
+    folders.
 
     Modules at the top of the standard library are left out, so that they can be evaluated on.
     """
@@ -86,7 +97,9 @@ def installed_source() -> Iterator[str]:
     files = [
         path
         for _, paths in sorted(folders.items())
-        for path in sorted(paths, key=lambda path: uniform("/".join(path.parts[-3:])))[:FILES_OF_A_PACKAGE]
+        for path in sorted(paths, key=lambda path: uniform("/".join(path.parts[-3:])))[
+            :FILES_OF_A_PACKAGE
+        ]
     ]
     files.sort(key=lambda path: uniform("/".join(path.parts[-3:])))
     yield from _middles(files[:FILES])

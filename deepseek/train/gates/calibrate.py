@@ -1,14 +1,16 @@
 """The gates of an expert module in closed form: no gradient, and no other module is looked at.
 
-With A, s, n the sums of x~ x~^T, of x~ and the count over a text, x~ = [x; 1] a layer's gate input, i the module's own
-text and 0 the public one, the gate at that layer *detects* by ridge regression on +1 and -1,
+With A, s, n the sums of x~ x~^T, of x~ and the count over a text, x~ = [x; 1] a layer's gate input,
+i the module's own text and 0 the public one, the gate at that layer *detects* by ridge regression
+on +1 and -1,
 
     w = (A_i/n_i + rho A_0/n_0 + lambda I)^-1 (s_i/n_i - rho s_0/n_0),
 
-shifted and scaled so that a share alpha of public scores is positive and the own text's median is 1. Beside it goes
-what the own text looks like: its mean, and its covariance in 8 factors and the variances that they leave. By that,
-modules that are candidates together are told apart (`model/experts/gate.py`), though none has seen the other's text.
-Scores are compared after a running mean, so the sums are over running means.
+shifted and scaled so that a share alpha of public scores is positive and the own text's median is
+1. Beside it goes what the own text looks like: its mean, and its covariance in 8 factors and the
+variances that they leave. By that, modules that are candidates together are told apart
+(`model/experts/gate.py`), though none has seen the other's text. Scores are compared after a
+running mean, so the sums are over running means.
 """
 
 import time
@@ -45,7 +47,8 @@ class GateCalibration:
         false_positives: the same of public tokens.
         tokens: own tokens that the gates were fitted on.
         seconds: how long it took.
-        admitted_chats, admitted_own: errors of the table of words (see `RelevanceFit`); None without a background.
+        admitted_chats, admitted_own: errors of the table of words (see `RelevanceFit`); None
+            without a background.
     """
 
     recall: float
@@ -60,7 +63,8 @@ class GateCalibration:
 class OwnText:
     """Gate inputs of one layer on the module's own text.
 
-    moments: over the text to fit on. held_out: smoothed gate inputs `[N, D]` of other text of the same domain.
+    moments: over the text to fit on. held_out: smoothed gate inputs `[N, D]` of other text of the
+    same domain.
     """
 
     moments: Moments
@@ -69,7 +73,9 @@ class OwnText:
 
 @dataclass(frozen=True)
 class LayerGate:
-    """A gate and its errors: detect = (weight . x~ - threshold) / scale, `weight` `[D+1]`; moments of the own text."""
+    """A gate and its errors: detect = (weight . x~ - threshold) / scale, `weight` `[D+1]`; moments
+    of the own text.
+    """
 
     weight: Tensor
     threshold: float
@@ -97,25 +103,37 @@ def calibrate(
         held_out: rows of the same domain that are not among `own`.
         public: of the same model, at least at the module's layers.
         alpha: share of public tokens at which the module may fire.
-        streams: where the streams of `own` and of `held_out` below the module come from, if computed before.
-        words: what the domain is told from by its words; None: every text counts as relevant to the module.
-        own_kinds: tokens `[N]` of each kind of own text to learn the domain's words from, the more the better; none:
-            those of `own`.
+        streams: where the streams of `own` and of `held_out` below the module come from, if
+            computed before.
+        words: what the domain is told from by its words; None: every text counts as relevant to the
+            module.
+        own_kinds: tokens `[N]` of each kind of own text to learn the domain's words from, the more
+            the better; none: those of `own`.
 
     Raises:
         TrainError: too little text, or an `alpha` outside (0, 0.5).
         DataError: the public statistics lack a layer.
     """
     if not 0.0 < alpha < 0.5:
-        raise TrainError(f"alpha is the share of public tokens that may fire, between 0 and 0.5; got {alpha}.")
+        raise TrainError(
+            f"alpha is the share of public tokens that may fire, between 0 and 0.5; got {alpha}."
+        )
     public.require(module.layers)
     started = time.monotonic()
-    own, held_out = list(own), list(held_out)
+    own = list(own)
+    held_out = list(held_out)
     texts = own_text(model, module, own, held_out, streams)
-    gates = {layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha) for layer in texts}
+    gates = {
+        layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha)
+        for layer in texts
+    }
     for layer, gate in gates.items():
         module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.moments)
-    fit = None if words is None else fit_relevance(own_kinds or (tokens_of(own),), tokens_of(held_out), words)
+    fit = (
+        None
+        if words is None
+        else fit_relevance(own_kinds or (tokens_of(own),), tokens_of(held_out), words)
+    )
     found = GateCalibration(
         recall=sum(gate.recall for gate in gates.values()) / len(gates),
         false_positives=sum(gate.false_positives for gate in gates.values()) / len(gates),
@@ -158,7 +176,9 @@ def own_text(
     held_out: Iterable[Batch],
     streams: tuple[Stream | None, Stream | None],
 ) -> dict[int, OwnText]:
-    """Run the module's own text through the model with the module on; raises `TrainError` if there is too little."""
+    """Run the module's own text through the model with the module on; raises `TrainError` if there
+    is too little.
+    """
     moments = {layer: Moments.none(model.config.hidden_size) for layer in module.layers}
     unseen: dict[int, list[Tensor]] = {layer: [] for layer in module.layers}
     with model.experts.forced(module):
@@ -181,8 +201,8 @@ def own_text(
 def solve_gate(own: OwnText, public: Moments, sample_RSD: Tensor, alpha: float) -> LayerGate:
     """Return the gate of one layer from own text, public moments and public sample `[R, S, D]`.
 
-    Where most of the own text cannot be told from public text, the scale is that of the public scores: the gate then
-    seldom fires, and its recall says so.
+    Where most of the own text cannot be told from public text, the scale is that of the public
+    scores: the gate then seldom fires, and its recall says so.
     """
     weight = detecting_row(own.moments, public)
     public_RS = scores(sample_RSD, weight)
@@ -208,7 +228,9 @@ def detecting_row(own: Moments, public: Moments) -> Tensor:
 
 
 def factored(own: Moments) -> Tensor:
-    """Return mean, left variances and factors `[MOMENTS, D]`: the covariance's largest eigenvectors, scaled."""
+    """Return mean, left variances and factors `[MOMENTS, D]`: the covariance's largest
+    eigenvectors, scaled.
+    """
     mean = own.mean[:-1]
     covariance = own.mean_second[:-1, :-1] - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(covariance)
@@ -225,14 +247,21 @@ def scores(x: Tensor, row: Tensor) -> Tensor:
 
 
 def crossed(scores_RS: Tensor, alpha: float) -> float:
-    """Return the false positives of thresholds that each half of the rows `[R, S]` sets for the other."""
+    """Return the false positives of thresholds that each half of the rows `[R, S]` sets for the
+    other.
+    """
     halves = scores_RS[0::2], scores_RS[1::2]
     thresholds = [torch.quantile(half.flatten(), 1.0 - alpha) for half in halves]
-    fired = [(half > threshold).float().mean() for half, threshold in zip(halves, reversed(thresholds), strict=True)]
+    fired = [
+        (half > threshold).float().mean()
+        for half, threshold in zip(halves, reversed(thresholds), strict=True)
+    ]
     return float(sum(fired)) / 2
 
 
 def _ridged(matrix: Tensor) -> Tensor:
     """Return the matrix with lambda on its diagonal, which also makes it invertible."""
     size = matrix.shape[0]
-    return matrix + RIDGE * matrix.diagonal().mean() * torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    return matrix + RIDGE * matrix.diagonal().mean() * torch.eye(
+        size, dtype=matrix.dtype, device=matrix.device
+    )

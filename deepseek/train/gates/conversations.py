@@ -1,7 +1,9 @@
-"""Conversations as public text: everyday messages that the base answers, and conversations that it invents.
+"""Conversations as public text: everyday messages that the base answers, and conversations that it
+invents.
 
-They are rows like the other public text (`public.py`), so that experts replay them and gates are solved against them.
-Each row is what a chat gives the model: the template with its system prompt, what the user says, the base's own reply.
+They are rows like the other public text (`public.py`), so that experts replay them and gates are
+solved against them. Each row is what a chat gives the model: the template with its system prompt,
+what the user says, the base's own reply.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,15 +33,21 @@ PLACEHOLDER = "placeholder"
 
 
 def conversation_halves() -> tuple[list[Conversation], list[Conversation]]:
-    """Return the everyday conversations to fit on, and those to set thresholds by; both of every language."""
+    """Return the everyday conversations to fit on, and those to set thresholds by; both of every
+    language.
+    """
     conversations = everyday_conversations()
     return list(conversations[0::2]), list(conversations[1::2])
 
 
 def conversation_rows(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, length: int, progress: Progress = silent
+    model: DeepSeekModel,
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    progress: Progress = silent,
 ) -> Tensor:
-    """Return ids `[R, length]`; even rows come from conversations to fit on, odd ones from those for thresholds.
+    """Return ids `[R, length]`; even rows come from conversations to fit on, odd ones from those
+    for thresholds.
 
     There are none where the model's context is no longer than a row.
     """
@@ -48,24 +56,33 @@ def conversation_rows(
     fitted, reserved = conversation_halves()
     openings = []
     for place in range(0, len(reserved), PAIR_STRIDE):
-        openings += [opening(tokenizer, fitted[place].turns[0]), opening(tokenizer, reserved[place].turns[0])]
+        openings += [
+            opening(tokenizer, fitted[place].turns[0]),
+            opening(tokenizer, reserved[place].turns[0]),
+        ]
     openings += [open_turn(tokenizer)] * INVENTED
     freely = Sampling(length, temperature=0.8, top_k=50)
     rows = []
     with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(openings)) as engine:
         requests = [
-            Request(tuple(ids[:length]), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True)
+            Request(
+                tuple(ids[:length]), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True
+            )
             for seed, ids in enumerate(openings)
         ]
         generations = [engine.submit(request) for request in requests]
         for done, generation in enumerate(generations):
             progress(done, len(generations), "conversations")
-            rows.append([*generation.request.prompt_ids, *(event.token_id for event in generation)][:length])
+            rows.append(
+                [*generation.request.prompt_ids, *(event.token_id for event in generation)][:length]
+            )
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
 
 def opening(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:
-    """Return the ids after which the model answers a first message; plain text where it has no chat template."""
+    """Return the ids after which the model answers a first message; plain text where it has no chat
+    template.
+    """
     if tokenizer.chat_template is None:
         return [document_end_id(tokenizer), *encode_plain(tokenizer, [f"{message}\n"])[0]]
     return encode_prompt(tokenizer, [{"role": "user", "content": message}])
@@ -90,13 +107,17 @@ def expected_frequencies(
     conversations: Sequence[Conversation],
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """Return, for each language, the frequencies `[V]` of tokens that the base expects in what users say.
+    """Return, for each language, the frequencies `[V]` of tokens that the base expects in what
+    users say.
 
-    It is the mean of the base's next-token distributions over the messages, so it knows far more words than they hold.
+    It is the mean of the base's next-token distributions over the messages, so it knows far more
+    words than they hold.
     """
     longest = min(PACKED_TOKENS, model.config.max_position_embeddings)
     end = document_end_id(tokenizer)
-    texts = encode_plain(tokenizer, ["\n".join(conversation.turns) for conversation in conversations])
+    texts = encode_plain(
+        tokenizer, ["\n".join(conversation.turns) for conversation in conversations]
+    )
     messages = [[end, *ids][:longest] for ids in texts]
     languages = [conversation.language for conversation in conversations]
     sums: dict[str, Tensor] = {}
@@ -119,12 +140,16 @@ def expected_frequencies(
 
 
 def _packed(lengths: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, past the last) of neighbouring messages that fit into one row of `longest` tokens."""
-    start, used = 0, 0
+    """Yield (first, past the last) of neighbouring messages that fit into one row of `longest`
+    tokens.
+    """
+    start = 0
+    used = 0
     for place, length in enumerate(lengths):
         if used + length > longest:
             yield start, place
-            start, used = place, 0
+            start = place
+            used = 0
         used += length
     if used:
         yield start, len(lengths)

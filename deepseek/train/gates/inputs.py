@@ -1,4 +1,6 @@
-"""What a gate sees: the gate inputs of chosen layers, their running mean, and their second moments."""
+"""What a gate sees: the gate inputs of chosen layers, their running mean, and their second
+moments.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from deepseek.train.loop.packed import resume_rows
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
 HALF_LIFE = 16.0
-"""Tokens after which a past score counts half. Longer is steadier within a text, shorter follows a change sooner."""
+"""Tokens after which a past score counts half. Longer is steadier within a text, shorter follows a
+change sooner.
+"""
 
 TOKEN_SHARE = 0.1
 
@@ -25,7 +29,8 @@ class Moments:
     """Sums over gate inputs x~ = [x; 1].
 
     Attributes:
-        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision; its last column is `sum x~`, its corner the count.
+        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision; its last column is `sum x~`, its
+            corner the count.
     """
 
     second: Tensor
@@ -65,8 +70,10 @@ class GateInputs:
     """Gate inputs of one layer on packed rows.
 
     Attributes:
-        x_BTD: as they are. smooth_BTD: their running mean, of which a gate's smoothed score is an affine function.
-        real_BT: where a token has one before it in its document; the first one of a document tells nothing.
+        x_BTD: as they are. smooth_BTD: their running mean, of which a gate's smoothed score is an
+            affine function.
+        real_BT: where a token has one before it in its document; the first one of a document tells
+            nothing.
     """
 
     x_BTD: Tensor
@@ -77,20 +84,27 @@ class GateInputs:
 def blend(inputs: GateInputs) -> Moments:
     """Return moments of the smoothed inputs, with a share `TOKEN_SHARE` of those of single tokens.
 
-    The gate decides on smoothed scores, so their spread is what separates domains best; but neighbouring means are
-    alike, and the moments of single tokens steady the estimate.
+    The gate decides on smoothed scores, so their spread is what separates domains best; but
+    neighbouring means are alike, and the moments of single tokens steady the estimate.
     """
-    single, smooth = (Moments.of(x_BTD, inputs.real_BT) for x_BTD in (inputs.x_BTD, inputs.smooth_BTD))
+    single, smooth = (
+        Moments.of(x_BTD, inputs.real_BT) for x_BTD in (inputs.x_BTD, inputs.smooth_BTD)
+    )
     return Moments(TOKEN_SHARE * single.second + (1.0 - TOKEN_SHARE) * smooth.second)
 
 
 def gate_inputs(
-    model: DeepSeekModel, batches: Iterable[Batch], layers: Sequence[int], stream: Stream | None = None
+    model: DeepSeekModel,
+    batches: Iterable[Batch],
+    layers: Sequence[int],
+    stream: Stream | None = None,
 ) -> Iterator[dict[int, GateInputs]]:
-    """Yield, for each batch, the gate inputs at `layers`; experts take part as they are armed or forced.
+    """Yield, for each batch, the gate inputs at `layers`; experts take part as they are armed or
+    forced.
 
     Args:
-        stream: where the stream below the first of `layers` comes from if it has been computed before.
+        stream: where the stream below the first of `layers` comes from if it has been computed
+            before.
     """
     for batch in batches:
         with torch.no_grad(), autocast(model.device):
@@ -109,6 +123,9 @@ def smoothed(x_BTD: Tensor, position_ids_BT: Tensor) -> GateInputs:
     x_BTD = x_BTD.float().cpu()
     decay_D = torch.full((x_BTD.shape[-1],), 0.5 ** (1.0 / HALF_LIFE))
     means_BTRD, _ = running_mean(
-        x_BTD[:, :, None], decay_D, counted_BT=position_ids_BT > 0, document_ids_BT=document_ids(position_ids_BT)
+        x_BTD[:, :, None],
+        decay_D,
+        counted_BT=position_ids_BT > 0,
+        document_ids_BT=document_ids(position_ids_BT),
     )
     return GateInputs(x_BTD, means_BTRD[:, :, 0], position_ids_BT > 0)

@@ -1,10 +1,12 @@
-"""What ordinary text looks like to a base model: the public half of every gate, computed once per base.
+"""What ordinary text looks like to a base model: the public half of every gate, computed once per
+base.
 
-A gate tells its own domain from everything else, and "everything else" must be there on any machine, offline. Half of
-it is text that the base samples from itself, which is the prose, the conversations and the code that it was trained
-on; the other half are source files and package descriptions of the Python installation, one of each kind per package.
-Conversations are a part of it (`conversations.py`). Breadth matters more than amount: a gate fires wrongly on the kinds
-of text that are missing here.
+A gate tells its own domain from everything else, and "everything else" must be there on any
+machine, offline. Half of it is text that the base samples from itself, which is the prose, the
+conversations and the code that it was trained on; the other half are source files and package
+descriptions of the Python installation, one of each kind per package. Conversations are a part of
+it (`conversations.py`). Breadth matters more than amount: a gate fires wrongly on the kinds of text
+that are missing here.
 """
 
 import sysconfig
@@ -43,19 +45,39 @@ ROWS_PER_KIND = 80
 SAMPLES_PER_OPENING = 10
 BATCH_ROWS = 6
 STRIDE = 4
-"""One smoothed gate input in so many is kept to set thresholds by; neighbours say nearly the same."""
+"""One smoothed gate input in so many is kept to set thresholds by; neighbours say nearly the
+same.
+"""
 
 FILE_KINDS = (
     frozenset({".py"}),
-    frozenset({".h", ".hpp", ".c", ".pyx", ".js", ".css", ".html", ".sh", ".json", ".toml", ".yaml"}),
+    frozenset(
+        {".h", ".hpp", ".c", ".pyx", ".js", ".css", ".html", ".sh", ".json", ".toml", ".yaml"}
+    ),
     frozenset({"", ".md", ".rst"}),  # a package's description is called METADATA
 )
 
 OPENINGS = (
-    "", "", "Chapter I.\n\n", "The history of", "Once upon a time", "Abstract\n\n", "She said", "It was a", "In 18",
-    "Dear", "The government", "How to", "## Introduction\n\n", "Question:", "When I", "Most people",
-)  # fmt: skip
-"""How sampled documents begin, so that every seed covers stories, reports, letters, instructions and so on."""
+    "",
+    "",
+    "Chapter I.\n\n",
+    "The history of",
+    "Once upon a time",
+    "Abstract\n\n",
+    "She said",
+    "It was a",
+    "In 18",
+    "Dear",
+    "The government",
+    "How to",
+    "## Introduction\n\n",
+    "Question:",
+    "When I",
+    "Most people",
+)
+"""How sampled documents begin, so that every seed covers stories, reports, letters, instructions
+and so on.
+"""
 
 SAMPLED_ROWS = len(OPENINGS) * SAMPLES_PER_OPENING
 """Rows of documents that the base writes itself, the last ones of all."""
@@ -67,7 +89,8 @@ class PublicStatistics:
 
     Attributes:
         moments: layer -> second moments over half of the rows.
-        sample: layer -> smoothed gate inputs `[rows, samples, D]` of the other half, which the moments have not seen.
+        sample: layer -> smoothed gate inputs `[rows, samples, D]` of the other half, which the
+            moments have not seen.
         tokens: public tokens in all.
     """
 
@@ -79,13 +102,20 @@ class PublicStatistics:
         """Raise `DataError` if a layer is missing."""
         missing = sorted(set(layers) - set(self.moments))
         if missing:
-            raise DataError(f"The public statistics lack layer {missing[0]}; compute them for the module's layers.")
+            raise DataError(
+                f"The public statistics lack layer {missing[0]}; compute them for the module's layers."
+            )
 
 
 def public_statistics(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, layers: Sequence[int], progress: Progress = silent
+    model: DeepSeekModel,
+    tokenizer: PreTrainedTokenizerFast,
+    layers: Sequence[int],
+    progress: Progress = silent,
 ) -> PublicStatistics:
-    """Return the statistics of `model` at `layers`, from the cache in the library's home if they are there."""
+    """Return the statistics of `model` at `layers`, from the cache in the library's home if they
+    are there.
+    """
     root, name = place(model)
     rows = kept_rows(model, tokenizer, progress)
 
@@ -93,7 +123,9 @@ def public_statistics(
         kept = public_streams(model, tokenizer, min(layers), progress)
         found = measure_public(model, rows, layers, lambda batch: kept[batch.row_ids], progress)
         moments = {f"moments.{layer}": found.moments[layer].second.float() for layer in layers}
-        return moments | {f"sample.{layer}": found.sample[layer].to(torch.bfloat16) for layer in layers}
+        return moments | {
+            f"sample.{layer}": found.sample[layer].to(torch.bfloat16) for layer in layers
+        }
 
     digest = sha256(str(sorted(layers)).encode()).hexdigest()[:16]
     stored = kept(root / f"layers-{digest}-{HALF_LIFE:g}-{name}", measured)
@@ -104,20 +136,33 @@ def public_statistics(
     )
 
 
-def training_rows(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
-    """Return the half of the rows `[R, ROW_LENGTH]` that no threshold is set by, and what the base was adapted to."""
-    return torch.cat([kept_rows(model, tokenizer, progress)[0::2], _adapted_rows(model.experts.base.weights)])
+def training_rows(
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
+) -> Tensor:
+    """Return the half of the rows `[R, ROW_LENGTH]` that no threshold is set by, and what the base
+    was adapted to.
+    """
+    return torch.cat(
+        [kept_rows(model, tokenizer, progress)[0::2], _adapted_rows(model.experts.base.weights)]
+    )
 
 
 def public_streams(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, first: int, progress: Progress = silent
+    model: DeepSeekModel,
+    tokenizer: PreTrainedTokenizerFast,
+    first: int,
+    progress: Progress = silent,
 ) -> Tensor:
-    """Return the stream `[R, ROW_LENGTH, D]` of `training_rows` below the experts of block `first`."""
+    """Return the stream `[R, ROW_LENGTH, D]` of `training_rows` below the experts of block
+    `first`.
+    """
     rows = training_rows(model, tokenizer, progress)
 
     def computed() -> dict[str, Tensor]:
         with model.experts.arming(None):
-            parts = [run_trunk(model, first, batch).cpu() for batch in public_batches(rows, BATCH_ROWS)]
+            parts = [
+                run_trunk(model, first, batch).cpu() for batch in public_batches(rows, BATCH_ROWS)
+            ]
         return {"stream": torch.cat(parts)}
 
     root, name = place(model)
@@ -125,13 +170,19 @@ def public_streams(
 
 
 def remember_adapted(folder: Path, base: Path, shards: TokenShards | None = None) -> None:
-    """Keep rows of the texts that the model in `folder` was adapted to: those of `base`, which it was made of, and some
-    of `shards`. Experts beside it are trained to do no harm there either; their gates may know such text as their own.
+    """Keep rows of the texts that the model in `folder` was adapted to: those of `base`, which it
+    was made of, and some of `shards`. Experts beside it are trained to do no harm there either;
+    their gates may know such text as their own.
     """
     rows = _adapted_rows(fingerprint(base).weights)
     if shards is not None:
-        starts = np.linspace(0, max(0, shards.num_tokens - ROW_LENGTH), ROWS_PER_KIND, dtype=np.int64)
-        ids_RT = shards.ids_N[(starts[:, None] + np.arange(ROW_LENGTH)) % shards.num_tokens] & ~CONTEXT_BIT
+        starts = np.linspace(
+            0, max(0, shards.num_tokens - ROW_LENGTH), ROWS_PER_KIND, dtype=np.int64
+        )
+        ids_RT = (
+            shards.ids_N[(starts[:, None] + np.arange(ROW_LENGTH)) % shards.num_tokens]
+            & ~CONTEXT_BIT
+        )
         rows = torch.cat([rows, torch.from_numpy(ids_RT.astype(np.int64))])
     save_state(_adapted(fingerprint(folder).weights), {"ids": rows}, {})
 
@@ -142,17 +193,27 @@ def _adapted(weights: str) -> Path:
 
 def _adapted_rows(weights: str) -> Tensor:
     kept = _adapted(weights)
-    return load_state(kept)[0]["ids"] if kept.is_dir() else torch.empty(0, ROW_LENGTH, dtype=torch.long)
+    return (
+        load_state(kept)[0]["ids"]
+        if kept.is_dir()
+        else torch.empty(0, ROW_LENGTH, dtype=torch.long)
+    )
 
 
-def public_rows(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
+def public_rows(
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
+) -> Tensor:
     """Return token ids `[R, ROW_LENGTH]`, every row the beginning of another text."""
-    installed = [torch.tensor(cut_rows(tokenizer, texts, ROWS_PER_KIND)) for texts in installed_texts()]
+    installed = [
+        torch.tensor(cut_rows(tokenizer, texts, ROWS_PER_KIND)) for texts in installed_texts()
+    ]
     conversations = conversation_rows(model, tokenizer, ROW_LENGTH, progress)
     return torch.cat([*installed, conversations, sampled_rows(model, tokenizer, progress)])
 
 
-def cut_rows(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int) -> list[list[int]]:
+def cut_rows(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int
+) -> list[list[int]]:
     """Return the first `ROW_LENGTH` ids of the first `most` texts that are that long."""
     rows: list[list[int]] = []
     for text in texts:
@@ -165,9 +226,11 @@ def cut_rows(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int
 
 
 def installed_texts() -> list[Iterator[str]]:
-    """Return, for each kind of file, texts out of the Python installation: one file of each ending per package.
+    """Return, for each kind of file, texts out of the Python installation: one file of each ending
+    per package.
 
-    Pages and modules at the top of the standard library are left out, so that they can be evaluated on.
+    Pages and modules at the top of the standard library are left out, so that they can be evaluated
+    on.
     """
     found: list[dict[tuple[str, str], Path]] = [{} for _ in FILE_KINDS]
     for name in ("stdlib", "purelib"):
@@ -180,30 +243,45 @@ def installed_texts() -> list[Iterator[str]]:
     return [_middles(sorted(files.values(), key=_lot)) for files in found]
 
 
-def sampled_rows(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent) -> Tensor:
-    """Return ids `[R, ROW_LENGTH]` of documents that the model writes itself, the same ones at every call."""
-    end, rows = document_end_id(tokenizer), []
+def sampled_rows(
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
+) -> Tensor:
+    """Return ids `[R, ROW_LENGTH]` of documents that the model writes itself, the same ones at
+    every call.
+    """
+    end = document_end_id(tokenizer)
+    rows = []
     openings = encode_plain(tokenizer, OPENINGS) * SAMPLES_PER_OPENING
     freely = Sampling(ROW_LENGTH, temperature=1.0, top_k=100, logit_bias={end: -100.0})
     with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(openings)) as engine:
         written = [
-            engine.submit(Request((end, *ids), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True))
+            engine.submit(
+                Request((end, *ids), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True)
+            )
             for seed, ids in enumerate(openings)
         ]
         for done, (ids, events) in enumerate(zip(openings, written, strict=True)):
             progress(done, len(openings), "public text")
             rows.append([*ids, *(event.token_id for event in events)][:ROW_LENGTH])
-    whole = [row for row in rows if len(row) == ROW_LENGTH]  # none where the model's context is shorter
+    whole = [
+        row for row in rows if len(row) == ROW_LENGTH
+    ]  # none where the model's context is shorter
     return torch.tensor(whole, dtype=torch.long).view(-1, ROW_LENGTH)
 
 
 def measure_public(
-    model: DeepSeekModel, rows: Tensor, layers: Sequence[int], stream: Stream | None = None, progress: Progress = silent
+    model: DeepSeekModel,
+    rows: Tensor,
+    layers: Sequence[int],
+    stream: Stream | None = None,
+    progress: Progress = silent,
 ) -> PublicStatistics:
-    """Run `rows` `[R, T]` through the bare model; even rows give the moments and odd ones the sample.
+    """Run `rows` `[R, T]` through the bare model; even rows give the moments and odd ones the
+    sample.
 
     Args:
-        stream: where the stream of the even rows, numbered from 0, below `layers` comes from, if computed before.
+        stream: where the stream of the even rows, numbered from 0, below `layers` comes from, if
+            computed before.
     """
     moments = {layer: Moments.none(model.config.hidden_size) for layer in layers}
     sample: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -216,7 +294,9 @@ def measure_public(
             for layer, found in inputs.items():
                 sample[layer].append(found.smooth_BTD[:, 1::STRIDE])
             progress(min(len(rows), 2 * (done + 1) * BATCH_ROWS), len(rows), "public statistics")
-    return PublicStatistics(moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel())
+    return PublicStatistics(
+        moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel()
+    )
 
 
 def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
@@ -229,18 +309,26 @@ def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
 
 
 def place(model: DeepSeekModel) -> tuple[Path, str]:
-    """Return the folder of what is kept for a base, and the part of a name that says how it was made."""
+    """Return the folder of what is kept for a base, and the part of a name that says how it was
+    made.
+    """
     name = f"built-in-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
     return home() / "public" / model.experts.base.weights[:32], name
 
 
-def kept_rows(model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> Tensor:
+def kept_rows(
+    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress
+) -> Tensor:
     root, name = place(model)
-    return kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, progress)})["ids"]
+    return kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, progress)})[
+        "ids"
+    ]
 
 
 def kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors kept in `folder`; compute and keep them if they are not there or damaged."""
+    """Return the tensors kept in `folder`; compute and keep them if they are not there or
+    damaged.
+    """
     if folder.is_dir():
         try:
             return load_state(folder)[0]
@@ -256,8 +344,14 @@ def _lot(path: Path) -> float:
 
 
 def _middles(paths: list[Path]) -> Iterator[str]:
-    """Yield each file's text from a line about a third in: most files begin alike, with a licence."""
+    """Yield each file's text from a line about a third in: most files begin alike, with a
+    licence.
+    """
     for path in paths:
-        if path.is_file() and path.stat().st_size < 1_000_000 and (path.suffix or path.name == "METADATA"):
+        if (
+            path.is_file()
+            and path.stat().st_size < 1_000_000
+            and (path.suffix or path.name == "METADATA")
+        ):
             text = path.read_text(encoding="utf-8", errors="ignore")
             yield text[text.find("\n", len(text) // 3) + 1 :]

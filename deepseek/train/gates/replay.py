@@ -1,9 +1,11 @@
-"""A little public text in every step of an expert, so that what it learns is not paid for elsewhere.
+"""A little public text in every step of an expert, so that what it learns is not paid for
+elsewhere.
 
-Training on its own text alone teaches an expert to be louder than it must be on everything else. One part in five of
-each step is therefore public text (see `public.py`), half of it written by the base itself: on that the loss is, up to
-a constant, the divergence of the expert from its base (replay, arXiv:1811.11682). The gate keeps an expert silent where
-it does not belong; replay makes it do little harm where the gate errs.
+Training on its own text alone teaches an expert to be louder than it must be on everything else.
+One part in five of each step is therefore public text (see `public.py`), half of it written by the
+base itself: on that the loss is, up to a constant, the divergence of the expert from its base
+(replay, arXiv:1811.11682). The gate keeps an expert silent where it does not belong; replay makes
+it do little harm where the gate errs.
 """
 
 from dataclasses import dataclass
@@ -43,7 +45,9 @@ class Replay:
         own_tokens: int,
         progress: Progress = silent,
     ) -> "Replay":
-        """Return the replay of an expert whose first layer is `first` and whose steps have `own_tokens` of its own."""
+        """Return the replay of an expert whose first layer is `first` and whose steps have
+        `own_tokens` of its own.
+        """
         ids = training_rows(model, tokenizer, progress)
         stream_BTD = public_streams(model, tokenizer, first, progress)
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
@@ -53,7 +57,14 @@ class Replay:
 
     def at(self, step: int) -> tuple[Batch, Tensor]:
         """Return the rows of one step and their streams, a function of `step` alone."""
-        chosen = torch.arange(step * self.per_step, (step + 1) * self.per_step) % len(self.rows.row_ids)
+        chosen = torch.arange(step * self.per_step, (step + 1) * self.per_step) % len(
+            self.rows.row_ids
+        )
         rows = self.rows
-        batch = Batch(rows.input_ids[chosen], rows.labels[chosen], rows.position_ids[chosen], rows.row_ids[chosen])
+        batch = Batch(
+            rows.input_ids[chosen],
+            rows.labels[chosen],
+            rows.position_ids[chosen],
+            rows.row_ids[chosen],
+        )
         return batch, self.stream_BTD[chosen]

@@ -1,4 +1,6 @@
-"""What the heads of a frozen model see: queries, keys and values of one layer after the other, and who looks where."""
+"""What the heads of a frozen model see: queries, keys and values of one layer after the other, and
+who looks where.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +34,8 @@ class HeadInputs:
 def stream_layers(model: DeepSeekModel, ids_RT: Tensor) -> Iterator[tuple[int, list[HeadInputs]]]:
     """Yield each layer's number and its inputs on R texts of T tokens.
 
-    The texts go through the layers together, so that one layer's inputs are in memory at a time and each block runs
-    once. `model` has full attention.
+    The texts go through the layers together, so that one layer's inputs are in memory at a time and
+    each block runs once. `model` has full attention.
     """
     steps = [begin(model, ids_T[None].to(model.device)) for ids_T in ids_RT]
     for layer in range(len(model.layers)):
@@ -43,28 +45,40 @@ def stream_layers(model: DeepSeekModel, ids_RT: Tensor) -> Iterator[tuple[int, l
 
 
 def _of_one_text(inputs: AttentionInputs) -> HeadInputs:
-    parts = (inputs.plain_query_BHTK, inputs.plain_key_BGTK, inputs.query_BHTK, inputs.key_BGTK, inputs.value_BGTK)
+    parts = (
+        inputs.plain_query_BHTK,
+        inputs.plain_key_BGTK,
+        inputs.query_BHTK,
+        inputs.key_BGTK,
+        inputs.value_BGTK,
+    )
     return HeadInputs(*(part[0].float() for part in parts))
 
 
 def attention_scores(inputs: HeadInputs, at_N: Tensor) -> Tensor:
-    """Return the masked scores `[H, N, S]` of the queries at positions `at_N`; `-inf` after the query."""
+    """Return the masked scores `[H, N, S]` of the queries at positions `at_N`; `-inf` after the
+    query.
+    """
     key_HTK = _per_head(inputs.key_GTK, inputs.query_HTK)
     scores_HNS = inputs.query_HTK[:, at_N] @ key_HTK.mT * inputs.query_HTK.shape[-1] ** -0.5
     return scores_HNS.masked_fill_(torch.arange(key_HTK.shape[1]) > at_N[:, None], -torch.inf)
 
 
 def near_keys(at_N: Tensor, length: int, windows: Windows) -> Tensor:
-    """Return True `[N, S]` at the keys that a query sees whatever their bucket: the last ones and the first ones."""
+    """Return True `[N, S]` at the keys that a query sees whatever their bucket: the last ones and
+    the first ones.
+    """
     keys_S = torch.arange(length)
     age_NS = at_N[:, None] - keys_S
     return (age_NS >= 0) & ((age_NS < windows.local) | (keys_S < windows.sinks))
 
 
 def recent_in_bucket(codes_GS: Tensor, at_N: Tensor, windows: Windows) -> Tensor:
-    """Return True `[G, N, S]` where a key is one of the `windows.bucket` latest of its bucket, neither near nor a sink.
+    """Return True `[G, N, S]` where a key is one of the `windows.bucket` latest of its bucket,
+    neither near nor a sink.
 
-    This is the candidate rule of `kernels/lsh/reference.py` for all buckets at once; the tests hold both together.
+    This is the candidate rule of `kernels/lsh/reference.py` for all buckets at once; the tests hold
+    both together.
     """
     keys_S = torch.arange(codes_GS.shape[1])
     in_bucket_GSC = torch.nn.functional.one_hot(codes_GS, windows.num_buckets)
@@ -79,7 +93,9 @@ def recent_in_bucket(codes_GS: Tensor, at_N: Tensor, windows: Windows) -> Tensor
 
 
 def bucket_mass(weights_HNS: Tensor, codes_GS: Tensor, recent_GNS: Tensor) -> Tensor:
-    """Return the attention `[H, N, C]` that each query pays to the reachable keys of every bucket."""
+    """Return the attention `[H, N, C]` that each query pays to the reachable keys of every
+    bucket.
+    """
     reached_HNS = weights_HNS * _per_head(recent_GNS, weights_HNS)
     codes_HNS = _per_head(codes_GS, weights_HNS)[:, None].expand_as(reached_HNS)
     mass_HNC = weights_HNS.new_zeros(*weights_HNS.shape[:2], int(codes_GS.max()) + 1)

@@ -1,12 +1,14 @@
-"""Fits the hashes of LSH attention to a frozen model's own attention; no gradient step through the model.
+"""Fits the hashes of LSH attention to a frozen model's own attention; no gradient step through the
+model.
 
-Calibration groups keys: k-means per key/value head in the metric of the queries, M = E[q q^T] over queries rotated by
-random distances and weighted by the attention that they pay far away, so that a bucket's keys get like scores. A query
-probes by its score with the bucket's centre, plus the logarithm of the bucket's size.
+Calibration groups keys: k-means per key/value head in the metric of the queries, M = E[q q^T] over
+queries rotated by random distances and weighted by the attention that they pay far away, so that a
+bucket's keys get like scores. A query probes by its score with the bucket's centre, plus the
+logarithm of the bucket's size.
 
-Distillation then learns what to probe: with the buckets fixed, the attention that a query pays to each bucket is known,
-and the cross-entropy between it and softmax(W q + b) is convex in each head's W and b. L-BFGS solves it, from the
-calibrated start, in seconds and without a learning rate.
+Distillation then learns what to probe: with the buckets fixed, the attention that a query pays to
+each bucket is known, and the cross-entropy between it and softmax(W q + b) is convex in each head's
+W and b. L-BFGS solves it, from the calibrated start, in seconds and without a learning rate.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +35,9 @@ from deepseek.train.hash.attention_inputs import (
 from deepseek.train.loop.progress import InterruptGuard
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
-"""Maps queries `[H, N, K]` and distances `[N]` to the queries as a key that far behind sees them."""
+"""Maps queries `[H, N, K]` and distances `[N]` to the queries as a key that far behind sees
+them.
+"""
 
 DISTANCES = 8
 """Random distances at which each sampled query enters the metric."""
@@ -52,7 +56,8 @@ class HashSettings:
         queries: positions of each text whose attention is looked at.
         rounds: of k-means.
         solver_steps: iterations of L-BFGS; 0 leaves the calibrated hash.
-        ridge: pull towards the calibrated map, in nats per squared unit of a weight on normed queries.
+        ridge: pull towards the calibrated map, in nats per squared unit of a weight on normed
+            queries.
         seed: of every draw.
     """
 
@@ -107,7 +112,9 @@ def distill_hashes(
                 prune(state, keep=1)
             progress(layer + 1, len(model.layers), "distil")
             if interrupt.asked:
-                raise KeyboardInterrupt(f"stopped after layer {layer}, nothing is lost; the same call goes on")
+                raise KeyboardInterrupt(
+                    f"stopped after layer {layer}, nothing is lost; the same call goes on"
+                )
             if layer >= max(layers):
                 break
     return hashes
@@ -134,7 +141,9 @@ def fit_hash(texts: Sequence[HeadInputs], settings: HashSettings, rotate: Rotate
     """Return the hash of one layer: calibrated, then, unless `solver_steps` is 0, distilled."""
     generator = torch.Generator().manual_seed(settings.seed)
     at = [_positions(text, settings, generator) for text in texts]
-    weights = [attention_scores(text, at_N).softmax(-1) for text, at_N in zip(texts, at, strict=True)]
+    weights = [
+        attention_scores(text, at_N).softmax(-1) for text, at_N in zip(texts, at, strict=True)
+    ]
     metric_GKK = _metric(texts, at, weights, settings, rotate, generator)
     calibrated = _calibrate(texts, metric_GKK, settings, generator)
     if not settings.solver_steps:
@@ -142,23 +151,39 @@ def fit_hash(texts: Sequence[HeadInputs], settings: HashSettings, rotate: Rotate
     mass = []
     for text, at_N, weights_HNS in zip(texts, at, weights, strict=True):
         codes_GS = calibrated.key_codes(text.plain_key_GTK[None])[0]
-        found_HNC = bucket_mass(weights_HNS, codes_GS, recent_in_bucket(codes_GS, at_N, settings.windows))
-        mass.append(torch.nn.functional.pad(found_HNC, (0, settings.num_buckets - found_HNC.shape[-1])))
-    query_HNK = torch.cat([text.plain_query_HTK[:, at_N] for text, at_N in zip(texts, at, strict=True)], 1)
+        found_HNC = bucket_mass(
+            weights_HNS, codes_GS, recent_in_bucket(codes_GS, at_N, settings.windows)
+        )
+        mass.append(
+            torch.nn.functional.pad(found_HNC, (0, settings.num_buckets - found_HNC.shape[-1]))
+        )
+    query_HNK = torch.cat(
+        [text.plain_query_HTK[:, at_N] for text, at_N in zip(texts, at, strict=True)], 1
+    )
     return distill_queries(calibrated, query_HNK, torch.cat(mass, 1), settings)
 
 
 def _positions(text: HeadInputs, settings: HashSettings, generator: torch.Generator) -> Tensor:
     """Draw positions that have far keys."""
-    length, first = text.key_GTK.shape[1], 2 * settings.local_window
-    return torch.randperm(length - first, generator=generator)[: settings.queries].sort().values + first
+    length = text.key_GTK.shape[1]
+    first = 2 * settings.local_window
+    return (
+        torch.randperm(length - first, generator=generator)[: settings.queries].sort().values
+        + first
+    )
 
 
 def _metric(
-    texts: Sequence[HeadInputs], at: Sequence[Tensor], weights: Sequence[Tensor], settings: HashSettings,
-    rotate: Rotate, generator: torch.Generator,
-) -> Tensor:  # fmt: skip
-    """Return `E[q q^T]` `[G, K, K]` of the far-looking queries of each key/value head, seen from random distances."""
+    texts: Sequence[HeadInputs],
+    at: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    settings: HashSettings,
+    rotate: Rotate,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return `E[q q^T]` `[G, K, K]` of the far-looking queries of each key/value head, seen from
+    random distances.
+    """
     total: Tensor | int = 0
     for text, at_N, weights_HNS in zip(texts, at, weights, strict=True):
         groups, length = text.key_GTK.shape[:2]
@@ -173,16 +198,25 @@ def _metric(
 
 
 def _calibrate(
-    texts: Sequence[HeadInputs], metric_GKK: Tensor, settings: HashSettings, generator: torch.Generator
+    texts: Sequence[HeadInputs],
+    metric_GKK: Tensor,
+    settings: HashSettings,
+    generator: torch.Generator,
 ) -> LinearHash:
-    """Return buckets by k-means in the metric, probed by the score with their centre and the log of their size."""
-    heads, width = texts[0].plain_query_HTK.shape[0], texts[0].plain_query_HTK.shape[-1]
+    """Return buckets by k-means in the metric, probed by the score with their centre and the log of
+    their size.
+    """
+    heads = texts[0].plain_query_HTK.shape[0]
+    width = texts[0].plain_query_HTK.shape[-1]
     key_GNK = torch.cat([text.plain_key_GTK for text in texts], 1)
     key_GNK = key_GNK[:, torch.randperm(key_GNK.shape[1], generator=generator)[:LARGEST_SAMPLE]]
     mean_G1K = key_GNK.mean(1, keepdim=True)
     values_GK, vectors_GKK = torch.linalg.eigh(metric_GKK + 1e-4 * torch.eye(width))
     root_GKK = vectors_GKK * values_GK.sqrt()[:, None] @ vectors_GKK.mT
-    found = [kmeans(x_NK, settings.num_buckets, settings.rounds) for x_NK in (key_GNK - mean_G1K) @ root_GKK]
+    found = [
+        kmeans(x_NK, settings.num_buckets, settings.rounds)
+        for x_NK in (key_GNK - mean_G1K) @ root_GKK
+    ]
     centre_GCK, size_GC = (torch.stack(part) for part in zip(*found, strict=True))
     key_weight_GKC = root_GKK @ centre_GCK.mT
     # |x - c|^2 is least where x.c - |c|^2 / 2 is greatest.
@@ -190,13 +224,17 @@ def _calibrate(
     query_weight_GKC = torch.linalg.solve(root_GKK, centre_GCK.mT) * width**-0.5
     share = heads // len(key_GNK)
     query_bias_HC = size_GC.clamp(min=1).log().repeat_interleave(share, 0)
-    return LinearHash(key_weight_GKC, key_bias_GC, query_weight_GKC.repeat_interleave(share, 0), query_bias_HC)
+    return LinearHash(
+        key_weight_GKC, key_bias_GC, query_weight_GKC.repeat_interleave(share, 0), query_bias_HC
+    )
 
 
 def kmeans(x_NK: Tensor, clusters: int, rounds: int) -> tuple[Tensor, Tensor]:
-    """Return centres `[C, K]` and sizes `[C]` after Lloyd's iterations from the first rows, which come shuffled.
+    """Return centres `[C, K]` and sizes `[C]` after Lloyd's iterations from the first rows, which
+    come shuffled.
 
-    A centre that loses all its points takes a point again; with fewer points than clusters the rest stay at points.
+    A centre that loses all its points takes a point again; with fewer points than clusters the rest
+    stay at points.
     """
     centre_CK = x_NK[torch.arange(clusters) % len(x_NK)].clone()
     size_C = x_NK.new_zeros(clusters)
@@ -205,23 +243,32 @@ def kmeans(x_NK: Tensor, clusters: int, rounds: int) -> tuple[Tensor, Tensor]:
         size_C = torch.bincount(nearest_N, minlength=clusters).float()
         sum_CK = torch.zeros_like(centre_CK).index_add_(0, nearest_N, x_NK)
         again_CK = x_NK[(torch.arange(clusters) + (number + 1) * clusters) % len(x_NK)]
-        centre_CK = torch.where(size_C[:, None] > 0, sum_CK / size_C[:, None].clamp(min=1), again_CK)
+        centre_CK = torch.where(
+            size_C[:, None] > 0, sum_CK / size_C[:, None].clamp(min=1), again_CK
+        )
     return centre_CK, size_C
 
 
-def distill_queries(start: LinearHash, query_HNK: Tensor, mass_HNC: Tensor, settings: HashSettings) -> LinearHash:
+def distill_queries(
+    start: LinearHash, query_HNK: Tensor, mass_HNC: Tensor, settings: HashSettings
+) -> LinearHash:
     """Return `start` with query maps that predict where attention goes.
 
     Args:
         query_HNK: queries before positions.
-        mass_HNC: attention that each pays to the reachable keys of each bucket; its sum is the query's weight.
+        mass_HNC: attention that each pays to the reachable keys of each bucket; its sum is the
+            query's weight.
     """
     norm_H11 = query_HNK.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
-    query_HNK, total = query_HNK / norm_H11, mass_HNC.sum().clamp(min=1e-6)
+    query_HNK = query_HNK / norm_H11
+    total = mass_HNC.sum().clamp(min=1e-6)
     first_HKC = start.query_weight * norm_H11
     weight_HKC, bias_HC = (part.clone().requires_grad_() for part in (first_HKC, start.query_bias))
     solver = torch.optim.LBFGS(
-        [weight_HKC, bias_HC], max_iter=settings.solver_steps, history_size=10, line_search_fn="strong_wolfe"
+        [weight_HKC, bias_HC],
+        max_iter=settings.solver_steps,
+        history_size=10,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:

@@ -1,7 +1,7 @@
 """`deepseek.adapt`: an existing model and a pile of text become a better model of that text.
 
-Four ways, by what trains: the last layers on a cached trunk, low-rank adapters, everything, or an expert module beside
-the untouched model.
+Four ways, by what trains: the last layers on a cached trunk, low-rank adapters, everything, or an
+expert module beside the untouched model.
 """
 
 import shutil
@@ -41,7 +41,9 @@ from deepseek.train.loop.runs import run_once
 from deepseek.train.text.trunk_cache import Stream
 
 LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
-"""Peaks; adapters of rank 1 take forty times that of full fine-tuning (docs/log/adaptation.md, 2026-11-26)."""
+"""Peaks; adapters of rank 1 take forty times that of full fine-tuning (docs/log/adaptation.md,
+2026-11-26).
+"""
 
 BATCH_ROWS = 4
 
@@ -56,7 +58,8 @@ class AdaptRequest(TextRequest, AdaptArguments):
 
 @job(AdaptArguments)
 def adapt(arguments: AdaptArguments) -> Path:
-    """Adapt a model to text; return the folder of the new model (mode "expert": the pack). The same call resumes.
+    """Adapt a model to text; return the folder of the new model (mode "expert": the pack). The same
+    call resumes.
 
     Raises:
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
@@ -72,15 +75,20 @@ def adapt(arguments: AdaptArguments) -> Path:
     request = AdaptRequest(**{**vars(arguments), **resolved})
     target = Path(arguments.out or home() / "models" / request.name)
     folder = Path(arguments.run_folder or home() / "runs" / request.name)
-    return run_once(AdaptRun, request, request.as_json(), target, folder, arguments.quiet, arguments.dry_run)
+    return run_once(
+        AdaptRun, request, request.as_json(), target, folder, arguments.quiet, arguments.dry_run
+    )
 
 
 class AdaptRun(TextRun):
     """One request in its run folder."""
 
-    def __init__(self, request: AdaptRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
+    def __init__(
+        self, request: AdaptRequest, folder: Path, out: Path, progress: ProgressBar
+    ) -> None:
         super().__init__(request, folder, progress, "float32" if request.mode == "full" else "auto")
-        self.request, self.out = request, out
+        self.request = request
+        self.out = out
         self.first = len(self.model.layers) - request.last
         if request.mode == "last-n" and not 0 < self.first < len(self.model.layers):
             raise ConfigError(
@@ -135,12 +143,18 @@ class AdaptRun(TextRun):
     def last_layers(self, texts: Texts) -> "TaskAndTest":
         """Return the task of the last layers, what lies below them computed once a row."""
         self.model.requires_grad_(False)
-        compute, computed = partial(stream_into, self.model, self.first), f"input, {self.model.dtype}"
+        compute = partial(stream_into, self.model, self.first)
+        computed = f"input, {self.model.dtype}"
         streams = [
             self.cached(name, text, self.first, compute, computed)
-            for name, text in (("train", texts.train), ("validation", texts.validation), ("held-out", texts.held_out))
+            for name, text in (
+                ("train", texts.train),
+                ("validation", texts.validation),
+                ("held-out", texts.held_out),
+            )
         ]
-        head, validation = self.head(texts.train), texts.validation.batches()
+        head = self.head(texts.train)
+        validation = texts.validation.batches()
         task = LastLayersTask(self.model, self.first, head, streams[0], validation, streams[1])
         return task, partial(task.loss_on, texts.held_out.batches(), streams[2])
 
@@ -156,7 +170,9 @@ class AdaptRun(TextRun):
         return task, partial(task.loss_on, texts.held_out.batches())
 
     def write(self, outcome: Outcome, digest: str) -> dict[str, Any]:
-        """Write the model, under the names and in the dtype of its family; return the figures of the run."""
+        """Write the model, under the names and in the dtype of its family; return the figures of
+        the run.
+        """
         if self.request.mode == "lora":
             self.model = self.adapter.merge_and_unload()
         named = restore_names(read_tensors(self.base), self.model.own_tensors())
@@ -185,7 +201,12 @@ class AdaptRun(TextRun):
         }
         self.drop_trunk()
         self.progress.say(f"the adapted model is {outcome}, {self.out}")
-        record = {"stage": "adapt", "model": str(self.out), "figures": figures, "data": {"text": {"digest": digest}}}
+        record = {
+            "stage": "adapt",
+            "model": str(self.out),
+            "figures": figures,
+            "data": {"text": {"digest": digest}},
+        }
         return record | {"base": self.request.base}
 
 
@@ -200,19 +221,35 @@ TASKS: dict[str, Callable[[AdaptRun, Texts], TaskAndTest]] = {
 
 
 class LastLayersTask(ExpertTask):
-    """The last blocks and the final norm, in fp32, on cached inputs of the first of them; all else frozen."""
+    """The last blocks and the final norm, in fp32, on cached inputs of the first of them; all else
+    frozen.
+    """
 
     def __init__(
-        self, model: DeepSeekModel, first: int, head: CandidateHead, stream: Stream, held_out: Sequence[Batch],
+        self,
+        model: DeepSeekModel,
+        first: int,
+        head: CandidateHead,
+        stream: Stream,
+        held_out: Sequence[Batch],
         held_out_stream: Stream,
-    ) -> None:  # fmt: skip
-        self.model, self.layer, self.head, self.stream, self.replay = model, first, head, stream, None
-        self.held_out, self.held_out_stream = held_out, held_out_stream
-        trained = {f"layers.{index}": block for index, block in enumerate(model.layers) if index >= first}
+    ) -> None:
+        self.model = model
+        self.layer = first
+        self.head = head
+        self.stream = stream
+        self.replay = None
+        self.held_out = held_out
+        self.held_out_stream = held_out_stream
+        trained = {
+            f"layers.{index}": block for index, block in enumerate(model.layers) if index >= first
+        }
         self.parameters = {}
         for prefix, module in (trained | {"norm": model.norm}).items():
             module.float().requires_grad_(True)
-            self.parameters |= {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()}
+            self.parameters |= {
+                f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()
+            }
 
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
         """Return the normed last hidden states `[B, T, D]`."""
@@ -234,19 +271,22 @@ SHARE = 1e-3
 """Most of the model's parameters that may train."""
 
 TARGETS = ("v_proj", "o_proj", "down_proj")
-"""Products that get an adapter: at so few parameters, reaching into every feed-forward network is worth more than a
-higher rank in the attention alone."""
+"""Products that get an adapter: at so few parameters, reaching into every feed-forward network is
+worth more than a higher rank in the attention alone."""
 
 
 def add_lora(model: DeepSeekModel, share: float = SHARE) -> Any:
-    """Freeze `model`, put adapters into it and return the PEFT model around it; `merge_and_unload` merges them.
+    """Freeze `model`, put adapters into it and return the PEFT model around it; `merge_and_unload`
+    merges them.
 
     Raises `ConfigError` if even rank 1 exceeds the share.
     """
     from peft import LoraConfig, get_peft_model
 
     rank = largest_rank(model, share)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, config)
 
 

@@ -1,14 +1,17 @@
 """`deepseek.align`: from preferences to a model that answers as preferred.
 
-pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO by TRL) -> a model folder
+pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO by TRL) -> a model
+folder
 
-TRL, to compare RLPO with, gets the same pairs and the same budget. It puts a forward pass of its own into the Hugging
-Face model that it trains, so it trains the checkpoint's twin in `transformers`; the folder that it leaves is read by
-`DeepSeekModel` as any other of its family. It cannot be resumed.
+TRL, to compare RLPO with, gets the same pairs and the same budget. It puts a forward pass of its
+own into the Hugging Face model that it trains, so it trains the checkpoint's twin in
+`transformers`; the folder that it leaves is read by `DeepSeekModel` as any other of its family. It
+cannot be resumed.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +53,11 @@ HELD_OUT_PROMPTS = 32
 """Held-out prompts that are answered at each evaluation."""
 
 
-DPO_BETA, RLOO_BETA = 0.1, 0.05
-"""Strength of the pull to the reference in either method: TRL's default, and RLPO's first coefficient."""
+DPO_BETA = 0.1
+RLOO_BETA = 0.05
+"""Strength of the pull to the reference in either method: TRL's default, and RLPO's first
+coefficient.
+"""
 
 ANSWERS = 4
 """Answers that RLOO samples to a prompt, each judged against the mean of the others."""
@@ -69,7 +75,8 @@ class AlignRequest(AlignArguments):
 
 @job(AlignArguments)
 def align(arguments: AlignArguments) -> Path:
-    """Align a model with preferences and return the folder of the new one; interrupted, the same call goes on.
+    """Align a model with preferences and return the folder of the new one; interrupted, the same
+    call goes on.
 
     Raises:
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
@@ -79,17 +86,26 @@ def align(arguments: AlignArguments) -> Path:
     request = AlignRequest(**{**vars(arguments), "prefs": str(prefs)})
     target = Path(arguments.out or home() / "models" / request.name)
     folder = Path(arguments.run_folder or home() / "runs" / request.name)
-    return run_once(AlignRun, request, request.as_json(), target, folder, arguments.quiet, arguments.dry_run)
+    return run_once(
+        AlignRun, request, request.as_json(), target, folder, arguments.quiet, arguments.dry_run
+    )
 
 
 class AlignRun:
     """One request in its run folder."""
 
-    def __init__(self, request: AlignRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
-        self.request, self.folder, self.out, self.progress = request, folder, out, progress
+    def __init__(
+        self, request: AlignRequest, folder: Path, out: Path, progress: ProgressBar
+    ) -> None:
+        self.request = request
+        self.folder = folder
+        self.out = out
+        self.progress = progress
         self.method: Callable[[AlignRun], dict[str, Any]] = pick(METHODS, request.method, "method")
         if not Path(request.prefs).is_file():
-            raise DataError(f"{request.prefs} does not exist; `deepseek prefs import FILE` makes one.")
+            raise DataError(
+                f"{request.prefs} does not exist; `deepseek prefs import FILE` makes one."
+            )
         database = PreferenceDatabase(request.prefs)
         self.pairs, self.held_out = (list(database.pairs(split)) for split in ("train", "eval"))
         database.close()
@@ -123,43 +139,71 @@ class AlignRun:
         dtype = model.dtype
         first = parse_layers(request.layers, len(model.layers))[0]
         reward, quality = self.reward(model, first)
-        config = RLPOConfig(new_tokens=request.new_tokens, temperature=request.temperature, target_kl=request.target_kl)
+        config = RLPOConfig(
+            new_tokens=request.new_tokens,
+            temperature=request.temperature,
+            target_kl=request.target_kl,
+        )
         policy = Policy(model, request.layers, request.temperature)
         ends = tuple(Vocabulary(model, self.tokenizer).ends)
         prompts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.pairs)]
-        asked = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.held_out)[:HELD_OUT_PROMPTS]]
+        asked = [
+            encode_prompt(self.tokenizer, prompt)
+            for prompt in prompts_of(self.held_out)[:HELD_OUT_PROMPTS]
+        ]
 
         def evaluate() -> dict[str, float]:
             draw = torch.Generator(model.device).manual_seed(request.seed)
-            answers = generate(model, asked, config.new_tokens, ends, draw, temperature=config.temperature)
+            answers = generate(
+                model, asked, config.new_tokens, ends, draw, temperature=config.temperature
+            )
             return {"held_out_score": float(reward(answers).mean())}
 
         learner = Learner(policy, reward, config, ends, evaluate)
         batches = RolloutBatches(learner, prompts, request.rollout_size, request.seed)
         steps = request.rollouts * batches.steps_a_rollout
         loop = LoopConfig(
-            OptimConfig(learning_rate=request.learning_rate, final=0.2), steps=steps,
-            evaluate_every=max(1, steps // 5), checkpoint_every=max(10, steps // 10), seed=request.seed,
-        )  # fmt: skip
+            OptimConfig(learning_rate=request.learning_rate, final=0.2),
+            steps=steps,
+            evaluate_every=max(1, steps // 5),
+            checkpoint_every=max(10, steps // 10),
+            seed=request.seed,
+        )
         result = train(
-            learner, batches, loop, self.folder / "training", progress=self.progress,
+            learner,
+            batches,
+            loop,
+            self.folder / "training",
+            progress=self.progress,
             hooks=Hooks(buffers=batches.buffers),
-        )  # fmt: skip
+        )
         with atomic_folder(self.out) as temporary:
             nn.Module.to(model, dtype).save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
-        records = [record for record in read_metrics(self.folder / "training" / "metrics.jsonl") if "kl" in record]
-        return {"reward_model": quality, "kl": records[-1]["kl"], "held_out_score": result.metrics["held_out_score"]}
+        records = [
+            record
+            for record in read_metrics(self.folder / "training" / "metrics.jsonl")
+            if "kl" in record
+        ]
+        return {
+            "reward_model": quality,
+            "kl": records[-1]["kl"],
+            "held_out_score": result.metrics["held_out_score"],
+        }
 
     def reward(self, model: DeepSeekModel, layer: int) -> tuple[Reward, dict[str, Any]]:
-        """Return the reward that is asked for, and how good a fitted one is on the held-out pairs."""
+        """Return the reward that is asked for, and how good a fitted one is on the held-out
+        pairs.
+        """
         if self.request.reward != "model":
             return TextReward(self.tokenizer, pick(JUDGES, self.request.reward, "reward")), {}
         kept = self.folder / "reward"
         if not kept.is_dir():
             number = {repr(prompt): index for index, prompt in enumerate(prompts_of(self.pairs))}
             prompts = [number[repr(pair.prompt)] for pair in self.pairs]
-            RewardModel.choose(model, layer, *self.features(model, layer, self.pairs), prompts).save(kept)
+            RewardModel.choose(
+                model, layer, *self.features(model, layer, self.pairs), prompts
+            ).save(kept)
         fitted = RewardModel.load(model, kept)
         quality = fitted.quality(*self.features(model, layer, self.held_out))
         self.progress.say(
@@ -168,66 +212,110 @@ class AlignRun:
         )
         return fitted, asdict(quality)
 
-    def features(self, model: DeepSeekModel, layer: int, pairs: list[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(
+        self, model: DeepSeekModel, layer: int, pairs: list[Preference]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the features of the chosen and of the rejected answers."""
         prompts = [encode_prompt(self.tokenizer, pair.prompt) for pair in pairs]
         chosen, rejected = (
             [ids[: self.request.new_tokens] for ids in encode_plain(self.tokenizer, texts)]
             for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
         )
-        return features_of(model, layer, prompts, chosen), features_of(model, layer, prompts, rejected)
+        return features_of(model, layer, prompts, chosen), features_of(
+            model, layer, prompts, rejected
+        )
 
     def by_trl(self) -> dict[str, Any]:
-        """Let TRL train the checkpoint's Hugging Face twin, and write it; return the last figures that TRL logged.
+        """Let TRL train the checkpoint's Hugging Face twin, and write it; return the last figures
+        that TRL logged.
 
-        The budget is RLPO's: as many optimizer steps on answers of the same length, and as many sampled answers.
+        The budget is RLPO's: as many optimizer steps on answers of the same length, and as many
+        sampled answers.
 
         Raises:
             TrainError: TRL is not installed, or `transformers` has no model of this family.
         """
-        try:
-            from datasets import Dataset
-            from trl.trainer.dpo_config import DPOConfig
-            from trl.trainer.dpo_trainer import DPOTrainer
-            from trl.trainer.rloo_config import RLOOConfig
-            from trl.trainer.rloo_trainer import RLOOTrainer
-        except ImportError:
-            raise TrainError("Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo.") from None
-        request, tokenizer = self.request, self.tokenizer
+        if find_spec("trl") is None:
+            raise TrainError(
+                "Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo."
+            )
+        request = self.request
+        tokenizer = self.tokenizer
         twin = twin_of(self.base, request.layers)
         common: dict[str, Any] = {
-            "output_dir": str(self.folder / "trl"), "learning_rate": request.learning_rate, "seed": request.seed,
-            "per_device_train_batch_size": MINIBATCH, "max_steps": request.rollouts * request.rollout_size // MINIBATCH,
-            "save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True,
-            "bf16": fast_dtype(twin.device) == torch.bfloat16, "use_cpu": twin.device.type == "cpu",
-            "gradient_checkpointing": False, "lr_scheduler_type": "cosine",
-        }  # fmt: skip
-        trainer: Any
-        if request.method == "dpo":
-            sides = ("prompt", "chosen", "rejected")
-            rows = Dataset.from_list([{side: record[side] for side in sides} for record in map(record_of, self.pairs)])
-            trainer = DPOTrainer(twin, args=DPOConfig(**common, beta=DPO_BETA), train_dataset=rows,
-                                 processing_class=tokenizer)  # fmt: skip
-        else:
-            model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
-            reward = self.reward(model, parse_layers(request.layers, len(model.layers))[0])[0]
-            asked = [[dict(message) for message in prompt] for prompt in prompts_of(self.pairs)]
-            rows = Dataset.from_list([{"prompt": prompt} for prompt in asked])
-
-            def score(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-                ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-                scores: list[float | None] = reward(given(model, ids, completion_ids)).tolist()
-                return scores
-
-            arguments = RLOOConfig(**common, beta=RLOO_BETA, num_generations=ANSWERS, temperature=request.temperature,
-                                   max_completion_length=request.new_tokens)  # fmt: skip
-            trainer = RLOOTrainer(twin, score, arguments, rows, processing_class=tokenizer)
+            "output_dir": str(self.folder / "trl"),
+            "learning_rate": request.learning_rate,
+            "seed": request.seed,
+            "per_device_train_batch_size": MINIBATCH,
+            "max_steps": request.rollouts * request.rollout_size // MINIBATCH,
+            "save_strategy": "no",
+            "report_to": [],
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "bf16": fast_dtype(twin.device) == torch.bfloat16,
+            "use_cpu": twin.device.type == "cpu",
+            "gradient_checkpointing": False,
+            "lr_scheduler_type": "cosine",
+        }
+        trainer = (
+            self.dpo_trainer(twin, common)
+            if request.method == "dpo"
+            else self.rloo_trainer(twin, common)
+        )
         trainer.train()
         with atomic_folder(self.out) as temporary:
-            trainer.model.to(fast_dtype(twin.device)).save_pretrained(temporary)  # as PPO keeps its model
+            trainer.model.to(fast_dtype(twin.device)).save_pretrained(
+                temporary
+            )  # as PPO keeps its model
             tokenizer.save_pretrained(temporary)
         logged = [record for record in trainer.state.log_history if "loss" in record]
         return {"trl": logged[-1] if logged else {}}
+
+    def dpo_trainer(self, twin: Any, common: dict[str, Any]) -> Any:
+        """Return TRL's trainer by direct preference optimisation (arXiv:2305.18290)."""
+        from datasets import Dataset
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
+
+        sides = ("prompt", "chosen", "rejected")
+        rows = Dataset.from_list(
+            [{side: record[side] for side in sides} for record in map(record_of, self.pairs)]
+        )
+        return DPOTrainer(
+            twin,
+            args=DPOConfig(**common, beta=DPO_BETA),
+            train_dataset=rows,
+            processing_class=self.tokenizer,
+        )
+
+    def rloo_trainer(self, twin: Any, common: dict[str, Any]) -> Any:
+        """Return TRL's trainer by REINFORCE leave-one-out (arXiv:2402.14740)."""
+        from datasets import Dataset
+        from trl.trainer.rloo_config import RLOOConfig
+        from trl.trainer.rloo_trainer import RLOOTrainer
+
+        request = self.request
+        tokenizer = self.tokenizer
+        model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
+        reward = self.reward(model, parse_layers(request.layers, len(model.layers))[0])[0]
+        asked = [[dict(message) for message in prompt] for prompt in prompts_of(self.pairs)]
+        rows = Dataset.from_list([{"prompt": prompt} for prompt in asked])
+
+        def score(
+            prompts: list[Any], completion_ids: list[list[int]], **_: Any
+        ) -> list[float | None]:
+            ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+            scores: list[float | None] = reward(given(model, ids, completion_ids)).tolist()
+            return scores
+
+        arguments = RLOOConfig(
+            **common,
+            beta=RLOO_BETA,
+            num_generations=ANSWERS,
+            temperature=request.temperature,
+            max_completion_length=request.new_tokens,
+        )
+        return RLOOTrainer(twin, score, arguments, rows, processing_class=tokenizer)
 
 
 METHODS = {"ppo": AlignRun.ppo, "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
@@ -241,7 +329,9 @@ def prompts_of(pairs: list[Preference]) -> list[Any]:
 def twin_of(base: Path, layers: str) -> Any:
     """Return the Hugging Face model of a checkpoint in fp32, frozen but for `layers`."""
     try:
-        twin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+        twin = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, trust_remote_code=False
+        )
         blocks = twin.model.layers
     except (ValueError, AttributeError):
         raise TrainError(f"{base} is of no family that TRL can train; take --method ppo.") from None

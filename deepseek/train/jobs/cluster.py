@@ -7,7 +7,8 @@ from deepseek.errors import ConfigError
 
 
 def connect(what: str, *parts: str) -> Any:
-    """Return Ray, connected to the cluster of `RAY_ADDRESS`, or else to one that is started on this machine.
+    """Return Ray, connected to the cluster of `RAY_ADDRESS`, or else to one that is started on this
+    machine.
 
     Args:
         what: needs it. parts: modules of it that are needed too.
@@ -17,7 +18,11 @@ def connect(what: str, *parts: str) -> Any:
     try:
         ray, *_ = map(import_module, ("ray", *parts))
     except ImportError:
-        raise ConfigError(f"{what} needs Ray; install it with pip install 'deepseek-dmoe[cluster]'.") from None
-    if not ray.is_initialized():  # its workers inherit this environment, and as many threads as processors
+        raise ConfigError(
+            f"{what} needs Ray; install it with pip install 'deepseek-dmoe[cluster]'."
+        ) from None
+    if (
+        not ray.is_initialized()
+    ):  # its workers inherit this environment, and as many threads as processors
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     return ray

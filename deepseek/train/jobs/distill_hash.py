@@ -1,4 +1,5 @@
-"""`deepseek.distill_hash`: from a model and some text to the hashes of its LSH attention; the model stays as it is.
+"""`deepseek.distill_hash`: from a model and some text to the hashes of its LSH attention; the model
+stays as it is.
 
 texts -> attention inputs, layer by layer -> k-means and L-BFGS -> one file beside the model
 """
@@ -23,7 +24,8 @@ from deepseek.train.loop.progress import ProgressBar
 
 @job(DistillHashArguments)
 def distill_hash(arguments: DistillHashArguments) -> Path:
-    """Learn which keys a frozen model's heads look for; return the file of hashes. The same call resumes.
+    """Learn which keys a frozen model's heads look for; return the file of hashes. The same call
+    resumes.
 
     Raises:
         ConfigError, DataError, TrainError, HubError: with the cause and the mend.
@@ -44,7 +46,9 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
     state = path.with_name(f"{path.name}.layers")
     settings = hash_settings(arguments)
     with ProgressBar(quiet=arguments.quiet) as progress:
-        hashes = distill_hashes(model, ids_RT, settings, layers, state, identity=identity, progress=progress)
+        hashes = distill_hashes(
+            model, ids_RT, settings, layers, state, identity=identity, progress=progress
+        )
     save_hashes(path, hashes, weights)
     shutil.rmtree(state)
     return path
@@ -52,5 +56,7 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
 
 def hash_settings(arguments: DistillHashArguments) -> HashSettings:
     """Return what decides the hashes, beside model and text."""
-    settings = HashSettings(num_buckets=arguments.buckets, bucket_window=arguments.window, seed=arguments.seed)
+    settings = HashSettings(
+        num_buckets=arguments.buckets, bucket_window=arguments.window, seed=arguments.seed
+    )
     return replace(settings, solver_steps=0) if arguments.calibrate_only else settings

@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch
-from deepseek.train.jobs.adapt import BATCH_ROWS, LEARNING_RATES, TASKS, AdaptRequest, AdaptRun, adapt
+from deepseek.train.jobs.adapt import (
+    BATCH_ROWS,
+    LEARNING_RATES,
+    TASKS,
+    AdaptRequest,
+    AdaptRun,
+    adapt,
+)
 from deepseek.train.jobs.plan import MOST_PASSES, timed
 from deepseek.train.loop.progress import ProgressBar
 
@@ -28,7 +35,8 @@ class Effort:
 
 
 def adapt_for_equal_time(run: Path, mode: Rival, folder: Path, quiet: bool = False) -> Path:
-    """Return the model made by `mode` on the training text of an expert's run in the seconds that the run records.
+    """Return the model made by `mode` on the training text of an expert's run in the seconds that
+    the run records.
 
     Args:
         run: run folder of a finished expert.
@@ -47,11 +55,15 @@ def adapt_for_equal_time(run: Path, mode: Rival, folder: Path, quiet: bool = Fal
     text = {f"from_{kind}": source[kind] for kind in ("git", "folder", "jsonl", "parquet")}
     text["held_out"] = source["held_out"]
     options = {**asdict(effort), **shared, **text}
-    return adapt(name=run.name, mode=mode, quiet=quiet, out=folder / "model", run_folder=folder, **options)
+    return adapt(
+        name=run.name, mode=mode, quiet=quiet, out=folder / "model", run_folder=folder, **options
+    )
 
 
 def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -> Effort:
-    """Time a step of `mode` on the corpus in `folder` and return what fits into `seconds`, loading included."""
+    """Time a step of `mode` on the corpus in `folder` and return what fits into `seconds`, loading
+    included.
+    """
     started = time.monotonic()
     rate = LEARNING_RATES[mode]
     request = AdaptRequest(mode=mode, learning_rate=rate, epochs=1, batch_rows=BATCH_ROWS, **shared)
@@ -68,11 +80,15 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
 
         row_seconds, _ = timed(step, batch, batch)
     evaluations = 2 * len(texts.held_out.row_ids) * row_seconds * EVALUATION_COST
-    return fit(seconds - loading - evaluations, row_seconds, texts.train.num_rows, request.row_length)
+    return fit(
+        seconds - loading - evaluations, row_seconds, texts.train.num_rows, request.row_length
+    )
 
 
 def fit(seconds: float, row_seconds: float, rows: int, row_length: int) -> Effort:
-    """Return how many tokens to take and how often, for `rows` rows that take `row_seconds` each; a row at least."""
+    """Return how many tokens to take and how often, for `rows` rows that take `row_seconds` each; a
+    row at least.
+    """
     steps = max(1, int(seconds / row_seconds))
     epochs = min(int(MOST_PASSES), max(1, -(-steps // rows)))
     return Effort(max(1, min(rows, steps // epochs)) * row_length, epochs)

@@ -1,6 +1,7 @@
 """`deepseek.train_expert`: from a pile of text to an expert pack, the base untouched.
 
-documents -> clean -> split -> token shards -> plan -> trunk cache -> train -> calibrate the gates -> pack
+documents -> clean -> split -> token shards -> plan -> trunk cache -> train -> calibrate the gates
+-> pack
 
 Each stage is kept in the run folder once it is done.
 """
@@ -64,14 +65,19 @@ class ExpertRequest(TextRequest, ExpertArguments):
 class ExpertRun(TextRun):
     """One request in its run folder: the base loaded and frozen, the module beside it."""
 
-    def __init__(self, request: ExpertRequest, folder: Path, out: Path, progress: ProgressBar) -> None:
+    def __init__(
+        self, request: ExpertRequest, folder: Path, out: Path, progress: ProgressBar
+    ) -> None:
         super().__init__(request, folder, progress)
-        self.request, self.out = request, out
+        self.request = request
+        self.out = out
         self.model.requires_grad_(False)
         layers = parse_layers(request.layers, len(self.model.layers))
         self.first = layers[0]
         self.cached_below = self.first > 0
-        self.module = ExpertModule.beside(self.model.layers, request.name, layers, request.width, seed=request.seed)
+        self.module = ExpertModule.beside(
+            self.model.layers, request.name, layers, request.width, seed=request.seed
+        )
         self.check_papers()
 
     def run(self) -> dict[str, Any]:
@@ -81,7 +87,9 @@ class ExpertRun(TextRun):
         write_json(self.folder / "request.json", self.request.as_json())
         plan = self.plan(texts)
         outcome = self.train(texts, plan)
-        seconds = time.monotonic() - self.started  # of this call, as the minutes are counted: without the gates
+        seconds = (
+            time.monotonic() - self.started
+        )  # of this call, as the minutes are counted: without the gates
         self.progress.say("calibrating the gates")
         gates = self.calibrate(texts, plan)
         write_pack(self.out, self.pack(outcome.reported, (corpus.train.digest,), corpus.commit))
@@ -105,7 +113,8 @@ class ExpertRun(TextRun):
     def estimate(self) -> str:
         """Measure what a run would take."""
         texts = self.texts(self.corpus())
-        plan, request = self.plan_for(texts, self.measure(texts)), self.request
+        plan = self.plan_for(texts, self.measure(texts))
+        request = self.request
         row_bytes = request.row_length * self.model.config.hidden_size
         scored = (plan.held_out_rows + plan.validation_rows) * self.model.dtype.itemsize
         cache = (plan.rows * 2 + scored) * row_bytes if self.cached_below else 0
@@ -124,14 +133,17 @@ class ExpertRun(TextRun):
 
     def pack(self, held_out: Metric, data: tuple[str, ...], commit: str | None) -> ExpertPack:
         """Return the module as a pack."""
-        base, request = self.model.experts.base, self.request
+        base = self.model.experts.base
+        request = self.request
         metrics = {HELD_OUT: held_out}
         return self.module.to_pack(
             base, request.licence, domain=request.domain, data=data, commit=commit, metrics=metrics
         )
 
     def texts(self, corpus: Corpus) -> Texts:
-        """Return the packed rows of a corpus; raise `DataError` if they are too few to ever make an expert of."""
+        """Return the packed rows of a corpus; raise `DataError` if they are too few to ever make an
+        expert of.
+        """
         validation = corpus.validation.num_tokens if corpus.validation else 0
         held_out = corpus.held_out.num_tokens + validation
         if min(corpus.train.num_tokens, held_out) < FEWEST_TOKENS:
@@ -150,9 +162,15 @@ class ExpertRun(TextRun):
         return TrainingPlan(**read_json(path)["plan"])
 
     def plan_for(self, texts: Texts, speed: Speed) -> TrainingPlan:
-        """Fit the work to the minutes that are left at this speed, or estimate the time of the tokens."""
+        """Fit the work to the minutes that are left at this speed, or estimate the time of the
+        tokens.
+        """
         request = self.request
-        left = None if request.minutes is None else request.minutes * 60 - (time.monotonic() - self.started)
+        left = (
+            None
+            if request.minutes is None
+            else request.minutes * 60 - (time.monotonic() - self.started)
+        )
         amount = Amount(
             request.tokens,
             request.epochs,
@@ -162,13 +180,17 @@ class ExpertRun(TextRun):
             request.held_out_tokens,
         )
         return make_plan(
-            amount, left, speed, RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
+            amount,
+            left,
+            speed,
+            RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows),
         )
 
     def measure(self, texts: Texts) -> Speed:
         """Time one batch through trunk, training step and evaluation; gradients are thrown away."""
         text = texts.train.first(self.request.batch_rows)
-        warm_up, batch = text.rows(text.row_ids[:1]), text.rows(text.row_ids)
+        warm_up = text.rows(text.row_ids[:1])
+        batch = text.rows(text.row_ids)
         stream: Stream = partial(run_trunk, self.model, self.first)
         seconds = 0.0
         if self.cached_below:
@@ -186,17 +208,29 @@ class ExpertRun(TextRun):
         train, held_out = self.streams(texts)
         validation = self.exact_stream("validation", texts.validation)
         task = self.task(texts.train, texts.validation.batches(), (train, validation))
-        return self.loop(task, texts.train, plan, partial(task.loss_on, texts.held_out.batches(), held_out))
+        return self.loop(
+            task, texts.train, plan, partial(task.loss_on, texts.held_out.batches(), held_out)
+        )
 
     def calibrate(self, texts: Texts, plan: TrainingPlan) -> GateCalibration:
-        """Solve the gates of the trained module from some of its own text and the base's public text."""
-        public = public_statistics(self.model, self.tokenizer, self.module.layers, progress=self.progress)
+        """Solve the gates of the trained module from some of its own text and the base's public
+        text.
+        """
+        public = public_statistics(
+            self.model, self.tokenizer, self.module.layers, progress=self.progress
+        )
         words = background(self.model, self.tokenizer, self.progress)
-        own_ids_N = torch.from_numpy(texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
-        questions = encode_plain(self.tokenizer, asked_about(self.folder / "corpus" / "questions.jsonl"))
+        own_ids_N = torch.from_numpy(
+            texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT
+        ).long()
+        questions = encode_plain(
+            self.tokenizer, asked_about(self.folder / "corpus" / "questions.jsonl")
+        )
         asked_N = torch.tensor([token for ids in questions for token in ids], dtype=torch.long)
         unseen = texts.validation.first(UNSEEN_TOKENS // texts.validation.length).batches()
-        if texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS:  # then all that is held out checks the gates
+        if (
+            texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS
+        ):  # then all that is held out checks the gates
             unseen += texts.held_out.batches()
         texts = texts.planned(plan)
         train, _ = self.streams(texts)
@@ -218,7 +252,9 @@ class ExpertRun(TextRun):
         if not self.cached_below:
             compute = partial(run_trunk, self.model, self.first)  # nothing is below layer 0
             return compute, compute
-        return self.cached_stream("train", texts.train, torch.bfloat16), self.exact_stream("held-out", texts.held_out)
+        return self.cached_stream("train", texts.train, torch.bfloat16), self.exact_stream(
+            "held-out", texts.held_out
+        )
 
     def exact_stream(self, name: str, text: RowLoader) -> Stream:
         """Return where the streams of rows to score come from, in the model's own dtype."""
@@ -231,16 +267,27 @@ class ExpertRun(TextRun):
         compute = partial(run_trunk, self.model, self.first)
         return self.cached(name, text, self.first, compute, str(self.model.dtype), dtype)
 
-    def task(self, text: RowLoader, held_out: list[Batch], streams: tuple[Stream, Stream]) -> ExpertTask:
-        """Return the task, its head restricted to what occurs as a label in the rows to train on."""
+    def task(
+        self, text: RowLoader, held_out: list[Batch], streams: tuple[Stream, Stream]
+    ) -> ExpertTask:
+        """Return the task, its head restricted to what occurs as a label in the rows to train
+        on.
+        """
         return ExpertTask(
-            self.model, self.module, self.head(text, self.replay.rows.labels.flatten()), stream=streams[0],
-            held_out=held_out, held_out_stream=streams[1], replay=self.replay,
-        )  # fmt: skip
+            self.model,
+            self.module,
+            self.head(text, self.replay.rows.labels.flatten()),
+            stream=streams[0],
+            held_out=held_out,
+            held_out_stream=streams[1],
+            replay=self.replay,
+        )
 
     @cached_property
     def replay(self) -> Replay:
-        """Public text to train on beside the expert's own; making it, once a base, is not counted in the minutes."""
+        """Public text to train on beside the expert's own; making it, once a base, is not counted
+        in the minutes.
+        """
         before = time.monotonic()
         tokens = self.request.batch_rows * self.request.row_length
         replay = Replay.beside(self.model, self.tokenizer, self.first, tokens, self.progress)
@@ -257,7 +304,8 @@ class Recipe:
 
     Attributes:
         width: of the expert's feed-forward networks.
-        shortest: passes over as much text as the minutes suffice for, where they do not suffice for all of it.
+        shortest: passes over as much text as the minutes suffice for, where they do not suffice for
+            all of it.
         batch_rows: rows a step; small, as steps are what is scarce.
         learning_rate: the peak.
     """
@@ -277,7 +325,8 @@ WHOLE = Recipe(width=256, shortest=1, batch_rows=2, learning_rate=3e-3)
 
 @job(ExpertArguments)
 def train_expert(arguments: ExpertArguments) -> Path:
-    """Train an expert module on text and return the path of its pack; interrupted, the same call goes on.
+    """Train an expert module on text and return the path of its pack; interrupted, the same call
+    goes on.
 
     Raises:
         DataError, TrainError, ConfigError, HubError: with the cause and the mend.
@@ -286,7 +335,9 @@ def train_expert(arguments: ExpertArguments) -> Path:
     request = expert_request(arguments)
     pack = Path(arguments.out or experts_folder() / f"{request.name}{SUFFIX}")
     folder = Path(arguments.run_folder or home() / "runs" / request.name)
-    return run_once(ExpertRun, request, request.as_json(), pack, folder, arguments.quiet, arguments.dry_run)
+    return run_once(
+        ExpertRun, request, request.as_json(), pack, folder, arguments.quiet, arguments.dry_run
+    )
 
 
 def expert_request(arguments: ExpertArguments) -> ExpertRequest:

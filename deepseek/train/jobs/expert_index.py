@@ -16,23 +16,29 @@ from deepseek.train.loop.runs import find_run
 
 
 def index_expert(name: str) -> Path:
-    """Build the index of an expert's training text from its run folder, unless it is there; return its folder.
+    """Build the index of an expert's training text from its run folder, unless it is there; return
+    its folder.
 
     Raises `DataError` if there is no such run, or no text in it.
     """
     run = find_run(name)
     path = run / "request.json"
     if not path.is_file():
-        raise DataError(f"The run {run} has not read its text yet; let `deepseek expert train` go on first.")
+        raise DataError(
+            f"The run {run} has not read its text yet; let `deepseek expert train` go on first."
+        )
     request = read_json(path)
     if "name" not in request:
-        raise DataError(f"The run {run} trains no expert; name one that `deepseek expert train` trains.")
+        raise DataError(
+            f"The run {run} trains no expert; name one that `deepseek expert train` trains."
+        )
     expert_index(request["name"], run, load_tokenizer(resolve(request["base"])))
     return index_folder(request["name"])
 
 
 def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> Index:
-    """Return the index of the text that the run of an expert trains on, built the first time and kept.
+    """Return the index of the text that the run of an expert trains on, built the first time and
+    kept.
 
     What is held out is never in it, commits that changed a held-out file neither.
     """
@@ -42,7 +48,10 @@ def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> In
         index = Index.load(folder)
         if index.source == shards.digest:
             return index
-    held_out = [document.name for document in decode_documents(TokenShards(run / "corpus" / "held-out"), tokenizer)]
+    held_out = [
+        document.name
+        for document in decode_documents(TokenShards(run / "corpus" / "held-out"), tokenizer)
+    ]
     index = Index.build(decode_documents(shards, tokenizer), without=held_out, source=shards.digest)
     index.save(folder)
     return index

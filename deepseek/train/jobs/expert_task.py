@@ -1,4 +1,6 @@
-"""What the loop is given to train an expert module: its loss on own text and replay, its score on held-out text."""
+"""What the loop is given to train an expert module: its loss on own text and replay, its score on
+held-out text.
+"""
 
 from collections.abc import Sequence
 
@@ -34,20 +36,33 @@ class ExpertTask:
         held_out_stream: Stream,
         replay: Replay | None = None,
     ) -> None:
-        """Train `module` on what `stream` gives and some `replay`, scored by `head`; `held_out` is scored exactly."""
-        self.model, self.module, self.head, self.stream, self.replay = model, module, head, stream, replay
-        self.held_out, self.held_out_stream = held_out, held_out_stream
+        """Train `module` on what `stream` gives and some `replay`, scored by `head`; `held_out` is
+        scored exactly.
+        """
+        self.model = model
+        self.module = module
+        self.head = head
+        self.stream = stream
+        self.replay = replay
+        self.held_out = held_out
+        self.held_out_stream = held_out_stream
         self.layer = module.layers[0]
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
 
     def loss(self, batch: Batch, step: int) -> LossOutput:
-        """Return the loss of one batch of packed rows and of the step's replay; `tokens` counts the batch's own."""
+        """Return the loss of one batch of packed rows and of the step's replay; `tokens` counts the
+        batch's own.
+        """
         parts = [(batch, self.stream(batch))]
         if self.replay is not None:
             parts.append(self.replay.at(step))
-        hidden_ND = torch.cat([self.hidden(rows, stream_BTD).flatten(0, 1) for rows, stream_BTD in parts])
+        hidden_ND = torch.cat(
+            [self.hidden(rows, stream_BTD).flatten(0, 1) for rows, stream_BTD in parts]
+        )
         labels_N = torch.cat([rows.labels.flatten() for rows, _ in parts])
-        return LossOutput(self.head.loss(hidden_ND, labels_N, step), int((batch.labels != IGNORED_LABEL).sum()))
+        return LossOutput(
+            self.head.loss(hidden_ND, labels_N, step), int((batch.labels != IGNORED_LABEL).sum())
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Return the exact loss on held-out rows with the module on."""

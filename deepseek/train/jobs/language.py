@@ -1,4 +1,6 @@
-"""Training a whole language model, or a part of it, on packed rows: the task of pre-training and of adaptation."""
+"""Training a whole language model, or a part of it, on packed rows: the task of pre-training and of
+adaptation.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,14 +19,18 @@ from deepseek.train.loop.packed import begin_rows
 
 
 class NextToken(nn.Module):
-    """A model and its loss as one module, whose forward pass a distributed engine can gather parameters for."""
+    """A model and its loss as one module, whose forward pass a distributed engine can gather
+    parameters for.
+    """
 
     def __init__(self, model: DeepSeekModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch, load_LE: Tensor | None = None) -> Tensor:
-        """Return the mean loss of a batch; or, given `load_LE` to add expert calls to, every token's `[N]`, exactly."""
+        """Return the mean loss of a batch; or, given `load_LE` to add expert calls to, every
+        token's `[N]`, exactly.
+        """
         model = self.model
         step = begin_rows(model, batch)
         hidden_BTD = step.finish()
@@ -51,8 +57,12 @@ class LanguageTask:
         backend: Backend = SINGLE,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Train `model`, spread by `backend`; `held_out` are batches by domain, `weights` their parts of the mix."""
-        self.model, self.held_out, self.backend = model, held_out, backend
+        """Train `model`, spread by `backend`; `held_out` are batches by domain, `weights` their
+        parts of the mix.
+        """
+        self.model = model
+        self.held_out = held_out
+        self.backend = backend
         total = sum(weights.values()) if weights else len(held_out)
         self.weights = {name: (weights[name] if weights else 1) / total for name in held_out}
         self.module = NextToken(model)
@@ -67,11 +77,13 @@ class LanguageTask:
         return LossOutput(self.module(batch), int((batch.labels != IGNORED_LABEL).sum()))
 
     def balance(self, pace: float) -> dict[str, float]:
-        """Let the routers act on what they counted in this step, once; return how uneven the load was.
+        """Let the routers act on what they counted in this step, once; return how uneven the load
+        was.
 
         Args:
-            pace: the learning rate's share of its peak. The biases move by its root: as slow as the weights they would
-                lag behind these for ever, at full speed they would follow the domains of the last few rows.
+            pace: the learning rate's share of its peak. The biases move by its root: as slow as the
+                weights they would lag behind these for ever, at full speed they would follow the
+                domains of the last few rows.
         """
         if not self.routers:
             return {}
@@ -81,9 +93,11 @@ class LanguageTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the exact held-out loss of each domain and of the mix, and how evenly the mix uses the experts.
+        """Return the exact held-out loss of each domain and of the mix, and how evenly the mix uses
+        the experts.
 
-        The mix is that of training, whatever number of tokens each domain holds out: it is what the routers balance.
+        The mix is that of training, whatever number of tokens each domain holds out: it is what the
+        routers balance.
         """
         self.model.eval()
         load_LE = torch.zeros(len(self.routers), self.model.config.num_experts, dtype=torch.float64)
@@ -97,7 +111,10 @@ class LanguageTask:
         figures = {"held_out_loss": sum(self.weights[name] * loss for name, loss in losses.items())}
         figures |= {f"held_out_loss.{name}": loss for name, loss in losses.items()}
         if self.routers:
-            figures |= {"held_out_max_violation": max_violation(load_LE), "idle_experts": float((load_LE == 0).sum())}
+            figures |= {
+                "held_out_max_violation": max_violation(load_LE),
+                "idle_experts": float((load_LE == 0).sum()),
+            }
         return figures
 
     @torch.no_grad()
@@ -110,17 +127,23 @@ class LanguageTask:
         return float(total / targets)
 
     def _sum(self, batches: Sequence[Batch], load_LE: Tensor) -> Tensor:
-        """Return the mean over processes of (sum of losses, number of targets); count the experts' calls."""
+        """Return the mean over processes of (sum of losses, number of targets); count the experts'
+        calls.
+        """
         pair = torch.zeros(2, dtype=torch.float64)
         for whole in batches:
             batch = self.backend.share(whole)
             with autocast(self.model.device):
                 losses_N = self.module(batch, load_LE)
-            pair += torch.stack([losses_N.double().sum().cpu(), (batch.labels != IGNORED_LABEL).sum()])
+            pair += torch.stack(
+                [losses_N.double().sum().cpu(), (batch.labels != IGNORED_LABEL).sum()]
+            )
         return self.backend.mean(pair)
 
 
 def max_violation(load_LE: Tensor) -> float:
-    """Return by what share the busiest expert exceeds the mean load, averaged over layers: MaxVio, arXiv:2408.15664."""
+    """Return by what share the busiest expert exceeds the mean load, averaged over layers: MaxVio,
+    arXiv:2408.15664.
+    """
     mean_L = load_LE.mean(-1).clamp(min=1e-9)
     return float((load_LE.amax(-1) / mean_L - 1).mean())

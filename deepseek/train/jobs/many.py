@@ -1,4 +1,6 @@
-"""Many experts at once: each is trained alone, so each is one task of Ray, on this machine or on a cluster."""
+"""Many experts at once: each is trained alone, so each is one task of Ray, on this machine or on a
+cluster.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +30,8 @@ class ExpertsSettings(JobSettings):
 
 
 def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Path | Exception]]:
-    """Yield (name, pack or what went wrong) as the trainings end; the same call goes on after an interruption.
+    """Yield (name, pack or what went wrong) as the trainings end; the same call goes on after an
+    interruption.
 
     Raises `ConfigError` if Ray is missing, or an argument of any expert is wrong.
     """
@@ -40,7 +43,9 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
             raise ConfigError(f"experts.{name}: {error}") from None
     ray = connect("Training in parallel")
     task = ray.remote(num_cpus=settings.cpus, max_retries=3)(_train)
-    names = {task.remote(settings.base, name, given): name for name, given in settings.experts.items()}
+    names = {
+        task.remote(settings.base, name, given): name for name, given in settings.experts.items()
+    }
     left = list(names)
     try:
         while left:

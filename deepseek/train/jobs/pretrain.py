@@ -1,4 +1,5 @@
-"""`deepseek.pretrain`: from several piles of text to a tokenizer and a language model, both from scratch.
+"""`deepseek.pretrain`: from several piles of text to a tokenizer and a language model, both from
+scratch.
 
 texts -> tokenizer -> token shards, easy documents first -> mix -> model -> loop -> a model folder
 """
@@ -45,7 +46,8 @@ SAMPLE_TOKENS = 48
 
 @job(PretrainArguments)
 def pretrain(arguments: PretrainArguments) -> Path:
-    """Train a language model from scratch and return its folder; interrupted, the same call goes on.
+    """Train a language model from scratch and return its folder; interrupted, the same call goes
+    on.
 
     Under `torchrun` the parameters, gradients and moments are spread over the processes (FSDP2).
 
@@ -65,9 +67,18 @@ class PretrainRun:
     """One configuration in its run folder."""
 
     def __init__(
-        self, settings: PretrainArguments, folder: Path, out: Path, progress: ProgressBar, backend: Backend
+        self,
+        settings: PretrainArguments,
+        folder: Path,
+        out: Path,
+        progress: ProgressBar,
+        backend: Backend,
     ) -> None:
-        self.settings, self.folder, self.out, self.progress, self.backend = settings, folder, out, progress, backend
+        self.settings = settings
+        self.folder = folder
+        self.out = out
+        self.progress = progress
+        self.backend = backend
         self.started = time.monotonic()
 
     def run(self) -> dict[str, Any] | None:
@@ -86,10 +97,17 @@ class PretrainRun:
         settings = self.settings
         for domain in settings.domains.values():
             next(read_source(domain.source(settings.held_out, settings.seed), Skipped()))
-        size = settings.vocab_size if not settings.tokenizer else len(load_tokenizer(resolve(settings.tokenizer)))
-        config, steps = settings.model_config_for(size, 0), settings.steps
+        size = (
+            settings.vocab_size
+            if not settings.tokenizer
+            else len(load_tokenizer(resolve(settings.tokenizer)))
+        )
+        config = settings.model_config_for(size, 0)
+        steps = settings.steps
         memory = training_memory(config, settings.batch_rows * settings.row_length)
-        words = f"{steps:,} steps of {settings.tokens // steps:,} tokens; memory {memory / 1e9:.1f} GB"
+        words = (
+            f"{steps:,} steps of {settings.tokens // steps:,} tokens; memory {memory / 1e9:.1f} GB"
+        )
         if memory > psutil.virtual_memory().available:
             return f"{words}, more than this machine has free; see `deepseek plan`"
         seconds = step_seconds(config, settings) * steps
@@ -111,7 +129,9 @@ class PretrainRun:
         """Return the packed rows of one domain; raise `DataError` if its shards are damaged."""
         settings = self.settings
         source = text.source(settings.held_out, settings.seed)
-        corpus = build_corpus(source, self.tokenizer, self.folder / "corpus" / name, self.progress, easiest_first)
+        corpus = build_corpus(
+            source, self.tokenizer, self.folder / "corpus" / name, self.progress, easiest_first
+        )
         self.progress.say(f"{name}: {corpus.report}")
         loaders = [self.loader(shards) for shards in (corpus.train, corpus.held_out)]
         return Domain(name, loaders[0], loaders[1], text.weight)
@@ -119,8 +139,12 @@ class PretrainRun:
     def loader(self, shards: TokenShards) -> RowLoader:
         """Return the packed rows of token shards, after checking these."""
         if not shards.is_intact():
-            raise DataError(f"The token shards in {shards.folder} are damaged; delete {shards.folder.parent}.")
-        return RowLoader(shards, self.settings.batch_rows, self.settings.row_length, self.settings.seed)
+            raise DataError(
+                f"The token shards in {shards.folder} are damaged; delete {shards.folder.parent}."
+            )
+        return RowLoader(
+            shards, self.settings.batch_rows, self.settings.row_length, self.settings.seed
+        )
 
     def train(self) -> TrainResult:
         """Run the loop to its end."""
@@ -130,13 +154,19 @@ class PretrainRun:
         weights = {domain.name: domain.weight for domain in self.domains}
         self.task = LanguageTask(self.model, held_out, self.backend, weights)
         optim = OptimConfig(
-            learning_rate=settings.learning_rate, warmup=settings.warmup, weight_decay=settings.weight_decay,
+            learning_rate=settings.learning_rate,
+            warmup=settings.warmup,
+            weight_decay=settings.weight_decay,
             final=settings.final_learning_rate / settings.learning_rate,
-        )  # fmt: skip
+        )
         config = LoopConfig(
-            optim, steps=settings.steps, accumulate=settings.accumulate, evaluate_every=settings.evaluate_every,
-            checkpoint_every=settings.checkpoint_every, seed=settings.seed,
-        )  # fmt: skip
+            optim,
+            steps=settings.steps,
+            accumulate=settings.accumulate,
+            evaluate_every=settings.evaluate_every,
+            checkpoint_every=settings.checkpoint_every,
+            seed=settings.seed,
+        )
         rows = settings.batch_rows * settings.accumulate
         easy = round(EASY_STEPS * config.steps) * rows if settings.curriculum else 0
         batches = MixedRows(self.domains, settings.batch_rows, easy, settings.seed)
@@ -144,9 +174,14 @@ class PretrainRun:
         alone = self.backend.world == 1
         hooks = replace(self.task.hooks, evaluated=self.write_samples) if alone else self.task.hooks
         return train(
-            self.task, batches, config, self.folder / "training", progress=self.progress, hooks=hooks,
+            self.task,
+            batches,
+            config,
+            self.folder / "training",
+            progress=self.progress,
+            hooks=hooks,
             backend=self.backend,
-        )  # fmt: skip
+        )
 
     def held_out_batches(self, loader: RowLoader) -> list[Batch]:
         """Return a domain's rows to evaluate on, whole batches where there are enough."""
@@ -156,7 +191,9 @@ class PretrainRun:
 
     @torch.no_grad()
     def write_samples(self, step: int) -> None:
-        """Write how the model continues the sample prompts; training's random numbers are left alone."""
+        """Write how the model continues the sample prompts; training's random numbers are left
+        alone.
+        """
         texts = []
         self.model.eval()
         with torch.random.fork_rng(devices=[]):
@@ -178,7 +215,9 @@ class PretrainRun:
     def write(self, result: TrainResult) -> dict[str, Any] | None:
         """Write the model with its tokenizer; return the figures of the run."""
         # Gathered, tied ones would no longer be known as one tensor.
-        whole = {name: self.backend.whole(tensor) for name, tensor in self.model.own_tensors().items()}
+        whole = {
+            name: self.backend.whole(tensor) for name, tensor in self.model.own_tensors().items()
+        }
         if not self.backend.main:
             return None
         with atomic_folder(self.out) as temporary:
@@ -186,11 +225,18 @@ class PretrainRun:
             self.tokenizer.save_pretrained(temporary)
         position = result.position
         figures = {
-            **result.metrics, "steps": position.step, "skipped": position.skipped, "tokens": position.tokens,
-            "seconds": time.monotonic() - self.started, "peak_memory": peak_memory(),
+            **result.metrics,
+            "steps": position.step,
+            "skipped": position.skipped,
+            "tokens": position.tokens,
+            "seconds": time.monotonic() - self.started,
+            "peak_memory": peak_memory(),
             "parameters": sum(tensor.numel() for tensor in self.task.parameters.values()),
-        }  # fmt: skip
-        data = {d.name: {"digest": d.train.shards.digest, "tokens": d.train.shards.num_tokens} for d in self.domains}
+        }
+        data = {
+            d.name: {"digest": d.train.shards.digest, "tokens": d.train.shards.num_tokens}
+            for d in self.domains
+        }
         self.progress.say(
             f"held-out loss {result.metrics['held_out_loss']:.4f} after {position.tokens:,} tokens, {self.out}"
         )
@@ -201,7 +247,11 @@ class PretrainRun:
 def build_model(settings: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> DeepSeekModel:
     """Return the model with its first weights, which the seed decides."""
     torch.manual_seed(settings.seed)
-    return DeepSeekModel(settings.model_config_for(len(tokenizer), document_end_id(tokenizer))).float().train()
+    return (
+        DeepSeekModel(settings.model_config_for(len(tokenizer), document_end_id(tokenizer)))
+        .float()
+        .train()
+    )
 
 
 def mixed_texts(settings: PretrainArguments) -> Iterator[str]:

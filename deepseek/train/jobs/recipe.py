@@ -1,4 +1,5 @@
-"""`deepseek train`: a recipe runs stages in order; each goes on where it was, and what is finished is not done again.
+"""`deepseek train`: a recipe runs stages in order; each goes on where it was, and what is finished
+is not done again.
 
 stages -> their results -> a model card beside the last model, and a page of the whole run
 """
@@ -15,7 +16,12 @@ from deepseek.errors import ConfigError
 from deepseek.registry import pick
 from deepseek.train.jobs.adapt import adapt
 from deepseek.train.jobs.align import align
-from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments, PretrainArguments
+from deepseek.train.jobs.arguments import (
+    AdaptArguments,
+    AlignArguments,
+    ExpertArguments,
+    PretrainArguments,
+)
 from deepseek.train.jobs.declaration import Declaration, selected
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.pretrain import pretrain
@@ -42,8 +48,8 @@ class StageSettings(JobSettings):
     Attributes:
         stage: pretrain, adapt, align, expert or eval.
         name: of its run folder; default: recipe, number and stage.
-        with_: arguments of that stage (`with` in the file), as `arguments.py` declares them. `base` is the model that
-            the stage before made, unless it is given.
+        with_: arguments of that stage (`with` in the file), as `arguments.py` declares them. `base`
+            is the model that the stage before made, unless it is given.
     """
 
     stage: str
@@ -68,9 +74,13 @@ class RecipeSettings(JobSettings):
 
 
 def train_recipe(
-    config: str | Path | Mapping[str, Any], extra: Mapping[str, Stage] | None = None, *, quiet: bool = False
+    config: str | Path | Mapping[str, Any],
+    extra: Mapping[str, Stage] | None = None,
+    *,
+    quiet: bool = False,
 ) -> Path:
-    """Run the stages of a recipe and return its run folder; the same call goes on after an interruption.
+    """Run the stages of a recipe and return its run folder; the same call goes on after an
+    interruption.
 
     Args:
         extra: further stages; those that live on higher floors come from the command line.
@@ -84,21 +94,28 @@ def train_recipe(
         except ConfigError as error:
             raise ConfigError(f"stage {number} ({step.stage}): {error}") from None
     folder = home() / "runs" / recipe.name
-    model, results = recipe.base, []
+    model = recipe.base
+    results = []
     for number, step in enumerate(recipe.stages, 1):
         stage = table[step.stage]
         given = given_to(stage, recipe, number, model, quiet)
         made = stage.run(**given)
         model = str(made) if made is not None and Path(made).is_dir() else model
         run = Path(given["run_folder"])
-        results.append({"stage": step.stage, "run": str(run), "made": str(made or ""), **_result(run)})
+        results.append(
+            {"stage": step.stage, "run": str(run), "made": str(made or ""), **_result(run)}
+        )
     write_json(folder / "result.json", {"stage": "recipe", "model": model, "results": results})
     _report(recipe, folder, results, model)
     return folder
 
 
-def given_to(stage: Stage, recipe: RecipeSettings, number: int, model: str, quiet: bool) -> dict[str, Any]:
-    """Return the arguments of a stage by name: what its `with` says, and what every recipe gives."""
+def given_to(
+    stage: Stage, recipe: RecipeSettings, number: int, model: str, quiet: bool
+) -> dict[str, Any]:
+    """Return the arguments of a stage by name: what its `with` says, and what every recipe
+    gives.
+    """
     step = recipe.stages[number - 1]
     name = step.name or f"{recipe.name}-{number}-{step.stage}"
     shared = {"base": model, "name": name, "run_folder": home() / "runs" / name, "quiet": quiet}
@@ -118,17 +135,27 @@ def _result(run: Path) -> dict[str, Any]:
     if not (run / "result.json").is_file():
         return {"figures": {}, "data": {}}
     result = read_json(run / "result.json")
-    figures = result.get("figures") or {k: v for k, v in result.items() if isinstance(v, int | float)}
+    figures = result.get("figures") or {
+        k: v for k, v in result.items() if isinstance(v, int | float)
+    }
     return {"figures": figures, "data": result.get("data", {})}
 
 
-def _report(recipe: RecipeSettings, folder: Path, results: list[dict[str, Any]], model: str) -> None:
+def _report(
+    recipe: RecipeSettings, folder: Path, results: list[dict[str, Any]], model: str
+) -> None:
     """Write the page of the run, and a model card into the run folder and beside the last model."""
     plots = [plot for result in results for plot in sorted(Path(result["run"]).glob("*/loss.png"))]
-    sections = {f"{number}. {result['stage']}": result["figures"] for number, result in enumerate(results, 1)}
+    sections = {
+        f"{number}. {result['stage']}": result["figures"]
+        for number, result in enumerate(results, 1)
+    }
     write_page(folder, recipe.name, sections, plots)
     card = model_card(recipe, results)
-    places = [folder, *({Path(model)} if Path(model).is_dir() and Path(model) != Path(recipe.base) else ())]
+    places = [
+        folder,
+        *({Path(model)} if Path(model).is_dir() and Path(model) != Path(recipe.base) else ()),
+    ]
     for place in places:
         with atomic_write(place / "README.md") as temporary:
             temporary.write_text(card, encoding="utf-8")
@@ -138,15 +165,32 @@ def _report(recipe: RecipeSettings, folder: Path, results: list[dict[str, Any]],
 
 
 def model_card(recipe: RecipeSettings, results: list[dict[str, Any]]) -> str:
-    """Return a model card as the Hugging Face hub has them: licence and base in front, then data, figures and plots."""
-    lines = ["---", f"license: {recipe.licence}", f"base_model: {recipe.base}", "library_name: transformers", "---"]
+    """Return a model card as the Hugging Face hub has them: licence and base in front, then data,
+    figures and plots.
+    """
+    lines = [
+        "---",
+        f"license: {recipe.licence}",
+        f"base_model: {recipe.base}",
+        "library_name: transformers",
+        "---",
+    ]
     lines += [f"# {recipe.name}", "", f"Made by `deepseek train` in {len(results)} stages."]
     for number, result in enumerate(results, 1):
-        lines += ["", f"## {number}. {result['stage']}", f"Result: `{Path(result['made']).name}`", ""]
         lines += [
-            f"- {name}: {value:.4g}" for name, value in result["figures"].items() if isinstance(value, int | float)
+            "",
+            f"## {number}. {result['stage']}",
+            f"Result: `{Path(result['made']).name}`",
+            "",
         ]
-        lines += [f"- data {name}: sha256 `{entry['digest']}`" for name, entry in result["data"].items()]
+        lines += [
+            f"- {name}: {value:.4g}"
+            for name, value in result["figures"].items()
+            if isinstance(value, int | float)
+        ]
+        lines += [
+            f"- data {name}: sha256 `{entry['digest']}`" for name, entry in result["data"].items()
+        ]
         if any(Path(result["run"]).glob("*/loss.png")):
             lines.append(f"\n![loss](loss-{Path(result['run']).name}.png)")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,5 @@
-"""The reference page of all arguments, `docs/reference/arguments.md`, written from their declarations.
+"""The reference page of all arguments, `docs/reference/arguments.md`, written from their
+declarations.
 
 `python -m deepseek.train.jobs.reference docs/reference/arguments.md` writes it anew.
 """
@@ -61,14 +62,21 @@ def page() -> str:
 def section(job: PublicJob) -> str:
     """Return what the page says of one job."""
     stage = f", stage `{job.stage}` of a recipe" if job.stage else ""
-    lines = [f"## {job.command}", "", f"`deepseek.{job.function}`, `deepseek {job.command}`{stage}.", ""]
+    lines = [
+        f"## {job.command}",
+        "",
+        f"`deepseek.{job.function}`, `deepseek {job.command}`{stage}.",
+        "",
+    ]
     owner: type[Declaration] | None = None
     for argument in arguments_of(job.arguments).values():
         if argument.owner is not owner:
             lines += [] if owner is None else [""]
             lines += [f"| {argument.owner.__doc__} | type | |", "|---|---|---|"]
             owner = argument.owner
-        lines.append(f"| `{argument.name}` | {shown_kind(argument)} | {argument.about.replace('|', chr(92) + '|')} |")
+        lines.append(
+            f"| `{argument.name}` | {shown_kind(argument)} | {argument.about.replace('|', chr(92) + '|')} |"
+        )
     return "\n".join([*lines, ""])
 
 

@@ -1,4 +1,6 @@
-"""Configuration files, YAML or TOML, as frozen objects; a misspelt key is one sentence that names the right one."""
+"""Configuration files, YAML or TOML, as frozen objects; a misspelt key is one sentence that names
+the right one.
+"""
 
 import tomllib
 from collections.abc import Mapping
@@ -32,12 +34,16 @@ class JobSettings(BaseModel):
 
     @classmethod
     def read(cls, given: str | Path | Mapping[str, Any] | Self) -> Self:
-        """Return the settings of a file, of a mapping, or as they are; `ConfigError` says what is wrong with them."""
+        """Return the settings of a file, of a mapping, or as they are; `ConfigError` says what is
+        wrong with them.
+        """
         if isinstance(given, cls):
             return given
         where = f"{given}: " if isinstance(given, str | Path) else ""
         try:
-            return cls.model_validate(read_file(Path(given)) if isinstance(given, str | Path) else given)
+            return cls.model_validate(
+                read_file(Path(given)) if isinstance(given, str | Path) else given
+            )
         except ValidationError as error:
             from deepseek.packs.manifest import explain
 
@@ -56,7 +62,9 @@ class TextSettings(JobSettings):
         """Return the source that these settings name."""
         from deepseek.train.text.corpus import Source
 
-        return Source.at(self.git, self.folder, self.jsonl, self.parquet, held_out=held_out, seed=seed)
+        return Source.at(
+            self.git, self.folder, self.jsonl, self.parquet, held_out=held_out, seed=seed
+        )
 
 
 class DomainSettings(TextSettings):

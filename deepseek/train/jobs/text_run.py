@@ -1,7 +1,9 @@
-"""What every training on a user's text shares: the request, the corpus, the cached trunk, the way into the loop.
+"""What every training on a user's text shares: the request, the corpus, the cached trunk, the way
+into the loop.
 
-Held-out text has two parts. By the validation part the loop chooses the state that is kept; the other part has decided
-nothing, and is scored exactly before the first step and after the last one: these are the figures that are reported.
+Held-out text has two parts. By the validation part the loop chooses the state that is kept; the
+other part has decided nothing, and is scored exactly before the first step and after the last one:
+these are the figures that are reported.
 """
 
 import shutil
@@ -33,16 +35,22 @@ from deepseek.train.text.corpus import Corpus, build_corpus
 from deepseek.train.text.trunk_cache import Stream, TrunkCache
 
 FREQUENT_TOKENS = 4096
-"""The first ids of a byte-pair vocabulary are its most frequent ones; they join the candidates of the training loss."""
+"""The first ids of a byte-pair vocabulary are its most frequent ones; they join the candidates of
+the training loss.
+"""
 
 SAMPLED_TOKENS = 1024
 """Further ids drawn at every step to estimate the rest of the partition function."""
 
 FEWEST_HELD_OUT = 32
-"""Tokens of validation text, and of the text that is reported on, below which nothing can be told."""
+"""Tokens of validation text, and of the text that is reported on, below which nothing can be
+told.
+"""
 
 PATIENCE = 4
-"""Evaluations in a row without a lower loss after which a run goes back to its best state: about a pass."""
+"""Evaluations in a row without a lower loss after which a run goes back to its best state: about a
+pass.
+"""
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
@@ -78,9 +86,13 @@ class TextRun:
         started: when, by the monotonic clock.
     """
 
-    def __init__(self, request: TextRequest, folder: Path, progress: ProgressBar, dtype: str = "auto") -> None:
+    def __init__(
+        self, request: TextRequest, folder: Path, progress: ProgressBar, dtype: str = "auto"
+    ) -> None:
         """Load the base model in `dtype`."""
-        self.folder, self.progress, self.started = folder, progress, time.monotonic()
+        self.folder = folder
+        self.progress = progress
+        self.started = time.monotonic()
         self.base = resolve(request.base)
         self.model = DeepSeekModel.from_pretrained(self.base, dtype=dtype)
         self.tokenizer = load_tokenizer(self.base)
@@ -89,14 +101,19 @@ class TextRun:
     def corpus(self) -> Corpus:
         """Return the token shards, reading the source only the first time."""
         folder = self.folder / "corpus"
-        corpus = build_corpus(self._request.source, self.tokenizer, folder, self.progress, validation=True)
+        corpus = build_corpus(
+            self._request.source, self.tokenizer, folder, self.progress, validation=True
+        )
         self.progress.say(corpus.report)
         return corpus
 
     def texts(self, corpus: Corpus) -> Texts:
         """Return the packed rows of a corpus; raise `DataError` if one of its parts has none."""
         request = self._request
-        if corpus.validation is None or min(corpus.validation.num_tokens, corpus.held_out.num_tokens) < FEWEST_HELD_OUT:
+        if (
+            corpus.validation is None
+            or min(corpus.validation.num_tokens, corpus.held_out.num_tokens) < FEWEST_HELD_OUT
+        ):
             raise DataError(
                 f"Of the text that is held out, at least {FEWEST_HELD_OUT} tokens are needed to choose the best state, "
                 "and as many to report on; give more text."
@@ -108,17 +125,32 @@ class TextRun:
         return Texts(*parts)
 
     def head(self, text: RowLoader, *further: Tensor) -> CandidateHead:
-        """Return the head restricted to what occurs as a label in the rows of `text` or among `further` labels."""
-        labels = torch.cat([*(text.rows([row]).labels.flatten().unique() for row in text.row_ids.tolist()), *further])
+        """Return the head restricted to what occurs as a label in the rows of `text` or among
+        `further` labels.
+        """
+        labels = torch.cat(
+            [
+                *(text.rows([row]).labels.flatten().unique() for row in text.row_ids.tolist()),
+                *further,
+            ]
+        )
         frequent = torch.arange(min(FREQUENT_TOKENS, self.model.config.vocab_size))
         candidates = torch.cat([labels[labels >= 0], frequent]).unique()
-        return CandidateHead(self.model.lm_head.weight, candidates, SAMPLED_TOKENS, self._request.seed)
+        return CandidateHead(
+            self.model.lm_head.weight, candidates, SAMPLED_TOKENS, self._request.seed
+        )
 
     def cached(
-        self, name: str, text: RowLoader, layer: int, compute: Callable[[Batch], Tensor], computed: str,
+        self,
+        name: str,
+        text: RowLoader,
+        layer: int,
+        compute: Callable[[Batch], Tensor],
+        computed: str,
         dtype: torch.dtype = torch.bfloat16,
-    ) -> Stream:  # fmt: skip
-        """Return where the streams that enter the trained part come from: a cache, filled by `compute`.
+    ) -> Stream:
+        """Return where the streams that enter the trained part come from: a cache, filled by
+        `compute`.
 
         Args:
             name: of the cache.
@@ -126,13 +158,24 @@ class TextRun:
             computed: how the streams are computed, in words that change when they would.
             dtype: of the cache.
         """
-        base, width, what = self.model.experts.base.weights, self.model.config.hidden_size, f"trunk ({name})"
+        base = self.model.experts.base.weights
+        width = self.model.config.hidden_size
+        what = f"trunk ({name})"
         key = {"base": base, "shards": text.shards.digest, "layer": layer, "computed": computed}
-        cache = TrunkCache(self.folder / "trunk" / name, key, text.row_ids, text.length, width, dtype)
-        cache.fill(text, compute, self._request.batch_rows, lambda done, total: self.progress(done, total, what))
+        cache = TrunkCache(
+            self.folder / "trunk" / name, key, text.row_ids, text.length, width, dtype
+        )
+        cache.fill(
+            text,
+            compute,
+            self._request.batch_rows,
+            lambda done, total: self.progress(done, total, what),
+        )
         return lambda batch: cache.read(batch.row_ids)
 
-    def loop(self, task: Task[Batch], text: RowLoader, plan: TrainingPlan, test: Callable[[], float]) -> Outcome:
+    def loop(
+        self, task: Task[Batch], text: RowLoader, plan: TrainingPlan, test: Callable[[], float]
+    ) -> Outcome:
         """Run the loop until the task is at its best on validation rows.
 
         Args:

@@ -8,7 +8,9 @@ PART = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Return the sorted layer indices that `text` names in a model of `num_layers`; `ConfigError` if it cannot be."""
+    """Return the sorted layer indices that `text` names in a model of `num_layers`; `ConfigError`
+    if it cannot be.
+    """
     words = text.replace(" ", "")
     if words == "all":
         return tuple(range(num_layers))
@@ -21,9 +23,14 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     for part in words.split(","):
         match = PART.fullmatch(part)
         if match is None:
-            raise ConfigError(f"layers={text!r} is not understood; write all, last:3, or indices such as 0-9,20.")
-        first, last = int(match[1]), int(match[2] or match[1])
+            raise ConfigError(
+                f"layers={text!r} is not understood; write all, last:3, or indices such as 0-9,20."
+            )
+        first = int(match[1])
+        last = int(match[2] or match[1])
         if last < first or last >= num_layers:
-            raise ConfigError(f"layers={text!r} is impossible; the model has layers 0 to {num_layers - 1}.")
+            raise ConfigError(
+                f"layers={text!r} is impossible; the model has layers 0 to {num_layers - 1}."
+            )
         chosen.update(range(first, last + 1))
     return tuple(sorted(chosen))

@@ -1,12 +1,15 @@
-"""The training loop, the only one: a task says what is trained and how it is scored, the loop does everything else.
+"""The training loop, the only one: a task says what is trained and how it is scored, the loop does
+everything else.
 
-A run lives in a folder: `config.json` (resolved), `metrics.jsonl`, `loss.png`, `tensorboard/` and `checkpoints/`.
-Calling `train` again with the same arguments continues after the newest checkpoint and ends with the same bits as a run
-that was never interrupted: weights, moments, random state and the place in the data are all restored.
+A run lives in a folder: `config.json` (resolved), `metrics.jsonl`, `loss.png`, `tensorboard/` and
+`checkpoints/`. Calling `train` again with the same arguments continues after the newest checkpoint
+and ends with the same bits as a run that was never interrupted: weights, moments, random state and
+the place in the data are all restored.
 
-A run may keep its best state (`LoopConfig.keep_best`): the weights at its lowest held-out figure lie in `best/` and are
-those of the task when `train` returns, whatever came after. Where the figure no longer falls, the run goes back to them
-once, lets the rate fall to its end over a few more steps, and stops.
+A run may keep its best state (`LoopConfig.keep_best`): the weights at its lowest held-out figure
+lie in `best/` and are those of the task when `train` returns, whatever came after. Where the figure
+no longer falls, the run goes back to them once, lets the rate fall to its end over a few more
+steps, and stops.
 """
 
 import math
@@ -71,8 +74,9 @@ class Batches(Protocol[B_co]):
 class Task(Protocol[B_contra]):
     """What is trained.
 
-    `loss` may depend on the step (counted in batches), never on hidden state of its own; `evaluate` returns named
-    figures, `held_out_loss` among them if there is held-out text, and is called between steps.
+    `loss` may depend on the step (counted in batches), never on hidden state of its own; `evaluate`
+    returns named figures, `held_out_loss` among them if there is held-out text, and is called
+    between steps.
     """
 
     @property
@@ -87,7 +91,8 @@ class Hooks:
 
     Attributes:
         buffers: tensors beside the parameters that training changes, saved and restored with them.
-        stepped: called after every optimizer step with its rate's share of the peak; returns figures to record.
+        stepped: called after every optimizer step with its rate's share of the peak; returns
+            figures to record.
         evaluated: called with the number of steps done after every evaluation.
     """
 
@@ -104,13 +109,15 @@ class LoopConfig:
         optim: optimizer and schedule.
         steps: optimizer steps in all.
         accumulate: batches a step.
-        evaluate_every: steps between evaluations; the first comes before step 0 and the last after the end.
+        evaluate_every: steps between evaluations; the first comes before step 0 and the last after
+            the end.
         checkpoint_every: steps between checkpoints.
         keep: checkpoints kept.
         seed: of PyTorch's random numbers.
-        keep_best: figure of the evaluations at whose lowest value the weights are kept and given back at the end; ""
-            ends with the last ones.
-        patience: evaluations in a row without a lower figure after which the run cools down, then ends; 0: never.
+        keep_best: figure of the evaluations at whose lowest value the weights are kept and given
+            back at the end; "" ends with the last ones.
+        patience: evaluations in a row without a lower figure after which the run cools down, then
+            ends; 0: never.
         cooldown: steps of that cool-down, as a share of those that led to the best state.
     """
 
@@ -128,7 +135,9 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended, and its last evaluation; where the best state is kept, the figure of that one."""
+    """Where a run ended, and its last evaluation; where the best state is kept, the figure of that
+    one.
+    """
 
     position: Position
     metrics: dict[str, float]
@@ -144,12 +153,14 @@ def train(
     hooks: Hooks | None = None,
     backend: Backend = SINGLE,
 ) -> TrainResult:
-    """Train `task` to the end of `config.steps`, or until it is at its best, from the newest checkpoint in `folder`.
+    """Train `task` to the end of `config.steps`, or until it is at its best, from the newest
+    checkpoint in `folder`.
 
     Args:
         folder: of the run.
         hooks: what the task adds to the loop.
-        backend: one process or many, each of which takes its part of every batch and of every parameter.
+        backend: one process or many, each of which takes its part of every batch and of every
+            parameter.
 
     Raises:
         TrainError: the run in `folder` had another configuration, it diverged, or the disk is full.
@@ -189,7 +200,9 @@ class _Run:
     def run(self) -> TrainResult:
         self.restore()
         position = self.position
-        first_record = position.step + self.is_evaluated  # a resumed run writes again what comes after
+        first_record = (
+            position.step + self.is_evaluated
+        )  # a resumed run writes again what comes after
         self.log = MetricsLog(self.folder, first_record) if self.backend.main else None
         figures: dict[str, float] = {}
         try:
@@ -227,25 +240,33 @@ class _Run:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether this step's evaluation is done and counts among those that the best state was chosen from."""
+        """Whether this step's evaluation is done and counts among those that the best state was
+        chosen from.
+        """
         return bool(self.config.keep_best) and self.position.evaluated == self.position.step
 
     @property
     def rate(self) -> float:
         """Learning rate of the next step."""
-        optim, position = self.config.optim, self.position
+        optim = self.config.optim
+        position = self.position
         if not position.cooling:
             return learning_rate(optim, position.step, self.config.steps)
         first, last = position.cooling
-        return cooling_rate(optim, position.step, first, last, learning_rate(optim, first, self.config.steps))
+        return cooling_rate(
+            optim, position.step, first, last, learning_rate(optim, first, self.config.steps)
+        )
 
     def is_settled(self) -> bool:
-        """Whether to end here, as the figure no longer falls; the first time, begin to cool down from the best state.
+        """Whether to end here, as the figure no longer falls; the first time, begin to cool down
+        from the best state.
 
-        At a high rate the figure stops falling long before the text is used up; with a falling one, the same state
-        still gains. A run that was never better than at its start has nothing to cool down from.
+        At a high rate the figure stops falling long before the text is used up; with a falling one,
+        the same state still gains. A run that was never better than at its start has nothing to
+        cool down from.
         """
-        position, config = self.position, self.config
+        position = self.position
+        config = self.config
         if position.cooling or not config.patience or position.stale < config.patience:
             return False
         steps = round(config.cooldown * position.best_step)
@@ -260,8 +281,12 @@ class _Run:
         return False
 
     def step(self) -> None:
-        """Make one optimizer step, or skip it if loss or gradient is not finite or the loss is a spike."""
-        started, position, optim = time.perf_counter(), self.position, self.config.optim
+        """Make one optimizer step, or skip it if loss or gradient is not finite or the loss is a
+        spike.
+        """
+        started = time.perf_counter()
+        position = self.position
+        optim = self.config.optim
         rate = self.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["pace"]
@@ -279,15 +304,24 @@ class _Run:
             extra = {**extra, **self.hooks.stepped(rate / optim.learning_rate)}
             speed = tokens / (time.perf_counter() - started)
             self.write(
-                position.step - 1, loss=loss, learning_rate=rate, grad_norm=norm, tokens=position.tokens,
-                tokens_per_second=speed, **extra,
-            )  # fmt: skip
+                position.step - 1,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens=position.tokens,
+                tokens_per_second=speed,
+                **extra,
+            )
             note = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
             self.progress(position.step, self.last_step, "train", note)
 
     def backward(self) -> tuple[float, int, Mapping[str, float]]:
-        """Accumulate the gradients of one step's batches; return its mean loss, its targets and further figures."""
-        losses, tokens, parts = [], 0, self.config.accumulate
+        """Accumulate the gradients of one step's batches; return its mean loss, its targets and
+        further figures.
+        """
+        losses = []
+        tokens = 0
+        parts = self.config.accumulate
         for part in range(parts):
             with autocast(self.device):
                 batch = self.backend.share(self.batches.next())
@@ -299,10 +333,13 @@ class _Run:
         return float(self.backend.mean(torch.stack(losses)).mean()), tokens, output.metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate, record the figures and keep the best state; {} where this step was evaluated before."""
+        """Evaluate, record the figures and keep the best state; {} where this step was evaluated
+        before.
+        """
         if self.is_evaluated:
             return {}
-        position, wanted = self.position, self.config.keep_best
+        position = self.position
+        wanted = self.config.keep_best
         figures = self.task.evaluate()
         position.evaluated = position.step
         if figures:

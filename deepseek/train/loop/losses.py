@@ -22,18 +22,24 @@ class HeldOut:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Return the mixed precision in which matrix products are fastest on `device`; off where that is fp32."""
+    """Return the mixed precision in which matrix products are fastest on `device`; off where that
+    is fp32.
+    """
     dtype = fast_dtype(device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
 @torch.no_grad()
 def row_losses(model: DeepSeekModel, batch: Batch) -> Tensor:
-    """Return the exact loss `[B, T]` of every token of packed rows under `model` as it is armed, 0 where ignored."""
+    """Return the exact loss `[B, T]` of every token of packed rows under `model` as it is armed, 0
+    where ignored.
+    """
     with autocast(model.device):
         hidden_BTD = begin_rows(model, batch).finish()
     labels_BT = batch.labels.to(model.device)
-    return token_losses(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_BT.flatten()).view_as(labels_BT)
+    return token_losses(
+        hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_BT.flatten()
+    ).view_as(labels_BT)
 
 
 def held_out_loss(model: DeepSeekModel, batches: Iterable[Batch]) -> HeldOut:
@@ -43,7 +49,8 @@ def held_out_loss(model: DeepSeekModel, batches: Iterable[Batch]) -> HeldOut:
 
 def mean_loss(parts: Iterable[tuple[Tensor, Tensor]]) -> HeldOut:
     """Return the mean over (losses, labels) parts, summed in double precision."""
-    total, tokens = 0.0, 0
+    total = 0.0
+    tokens = 0
     for losses, labels in parts:
         total += float(losses.double().sum())
         tokens += int((labels != IGNORED_LABEL).sum())

@@ -1,4 +1,6 @@
-"""Metrics of a run: one JSON object a line, the same figures for TensorBoard, and the loss curve as a picture."""
+"""Metrics of a run: one JSON object a line, the same figures for TensorBoard, and the loss curve as
+a picture.
+"""
 
 import json
 import resource
@@ -16,15 +18,21 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """Keep the records of steps before `first_step` and open the file for more."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to load, and readers of a log need not
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # slow to load, and readers of a log need not
 
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(self.path) if record["step"] < first_step]
         with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
+            )
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)  # hides later steps
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=first_step
+        )  # hides later steps
 
     def write(self, step: int, **values: float) -> None:
         """Append one record."""
@@ -52,7 +60,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def plot_losses(folder: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder as `loss.png` beside it: training and held-out loss, the best one marked."""
+    """Draw `metrics.jsonl` of a run folder as `loss.png` beside it: training and held-out loss, the
+    best one marked.
+    """
     from matplotlib.figure import Figure
 
     records = read_metrics(folder / "metrics.jsonl")
@@ -61,10 +71,23 @@ def plot_losses(folder: Path) -> Path:
     for name, style in (("loss", "-"), ("held_out_loss", "o-")):
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), markersize=4, linewidth=1)
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                label=name.replace("_", " "),
+                markersize=4,
+                linewidth=1,
+            )
             if name == "held_out_loss" and len(points) > 2:
                 step, lowest = min(points, key=lambda point: point[1])
-                axes.plot(step, lowest, "*", label=f"best, after step {step:,}", markersize=12, color="tab:green")
+                axes.plot(
+                    step,
+                    lowest,
+                    "*",
+                    label=f"best, after step {step:,}",
+                    markersize=12,
+                    color="tab:green",
+                )
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
     path = folder / "loss.png"

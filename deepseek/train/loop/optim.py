@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-ROUTER, ROUTER_PACE = "router.weight", 0.1
-"""Routers learn at a tenth of the rate: where all tokens agree on an expert, its logit moves by about the rate times
-the width in one step, and no balancing follows that."""
+ROUTER = "router.weight"
+ROUTER_PACE = 0.1
+"""Routers learn at a tenth of the rate: where all tokens agree on an expert, its logit moves by
+about the rate times the width in one step, and no balancing follows that."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def cooling_rate(config: OptimConfig, step: int, first: int, last: int, peak: float) -> float:
-    """Return the rate of step `step` of a cool-down over steps [first, last): half a cosine from `peak` to the end."""
+    """Return the rate of step `step` of a cool-down over steps [first, last): half a cosine from
+    `peak` to the end.
+    """
     progress = (step - first) / max(1, last - first - 1)
     final = config.learning_rate * config.final
     return final + (max(peak, final) - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
@@ -65,11 +68,16 @@ def adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.opt
         {"params": routers, "pace": ROUTER_PACE, "lr": rate * ROUTER_PACE},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=rate, betas=config.betas, weight_decay=config.weight_decay
+        [group for group in groups if group["params"]],
+        lr=rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
     )
 
 
-def optimizer_tensors(optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """Return the moments and step counts as `<parameter>.<moment>`."""
     return {
         f"{name}.{moment}": value
@@ -83,8 +91,11 @@ def load_optimizer_tensors(
 ) -> None:
     """Restore what `optimizer_tensors` returned."""
     for name, parameter in parameters.items():
-        moments = {moment: tensors.get(f"{name}.{moment}") for moment in ("step", "exp_avg", "exp_avg_sq")}
-        # The step count stays on the CPU, as AdamW keeps it; the moments lie beside their parameter.
+        moments = {
+            moment: tensors.get(f"{name}.{moment}") for moment in ("step", "exp_avg", "exp_avg_sq")
+        }
+        # The step count stays on the CPU, as AdamW keeps it; the moments lie beside their
+        # parameter.
         optimizer.state[parameter] = {
             moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
             for moment, value in moments.items()
@@ -93,7 +104,9 @@ def load_optimizer_tensors(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> float:
-    """Scale gradients down to `norm` and return the norm they had; a non-finite one is returned untouched."""
+    """Scale gradients down to `norm` and return the norm they had; a non-finite one is returned
+    untouched.
+    """
     trained = list(parameters)
     found = nn.utils.get_total_norm(p.grad for p in trained if p.grad is not None)
     if isinstance(found, DTensor):  # of parameters sharded over processes
@@ -145,7 +158,10 @@ class TrainingState(Weights):
         """Return all of it, PyTorch's random states among them, under one flat naming."""
         return {
             **super().tensors(),
-            **{f"optimizer.{name}": v for name, v in optimizer_tensors(self.optimizer, self.parameters).items()},
+            **{
+                f"optimizer.{name}": v
+                for name, v in optimizer_tensors(self.optimizer, self.parameters).items()
+            },
             **{f"random.{device}": state for device, state in _random_states().items()},
         }
 
@@ -165,14 +181,20 @@ def no_room_for(folder: Path) -> str:
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _random_states() -> dict[str, Tensor]:
     """Return the states of PyTorch's generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+        states |= {
+            f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())
+        }
     return states
 
 

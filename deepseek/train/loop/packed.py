@@ -1,4 +1,6 @@
-"""Forward passes over packed rows: `model/passes.py` for a `Batch`, which may lie on another device than the model."""
+"""Forward passes over packed rows: `model/passes.py` for a `Batch`, which may lie on another device
+than the model.
+"""
 
 from torch import Tensor
 
@@ -24,7 +26,8 @@ def resume_rows(model: DeepSeekModel, batch: Batch, stream_BTD: Tensor, layer: i
     Args:
         model: the model to run; experts take part as they are armed or forced.
         batch: the rows that the stream was computed from.
-        stream_BTD: the residual stream `[B, T, D]` after the attention of `layer`, on the model's device.
+        stream_BTD: the residual stream `[B, T, D]` after the attention of `layer`, on the model's
+            device.
         layer: where the pass goes on.
     """
     return resume(

@@ -1,4 +1,5 @@
-"""Where a run of the loop stands: what decides how it goes on, beside weights, moments and the place in the data.
+"""Where a run of the loop stands: what decides how it goes on, beside weights, moments and the
+place in the data.
 
 Steps made outside the loop (`rlpo_update`) are guarded by the same rules.
 """
@@ -16,7 +17,9 @@ SPIKE_SIGMAS = 6.0
 """Standard deviations above their mean at which a loss is a spike: its step is skipped."""
 
 MAX_SPIKES_IN_A_ROW = 3
-"""A loss that stays up is no spike but a new level, harder text for one, and is then learned from."""
+"""A loss that stays up is no spike but a new level, harder text for one, and is then learned
+from.
+"""
 
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -54,7 +57,9 @@ class Position:
     cooling: list[int] = field(default_factory=list)
 
     def takes(self, loss: float, grad_norm: float) -> bool:
-        """Count a step; return whether to apply it: loss and gradient are finite, and the loss is no spike."""
+        """Count a step; return whether to apply it: loss and gradient are finite, and the loss is
+        no spike.
+        """
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         taken = finite and not self.is_spike(loss)
         self.step += 1
@@ -63,7 +68,9 @@ class Position:
         return taken
 
     def check_divergence(self, learning_rate: float) -> None:
-        """Raise `TrainError` where nothing but non-finite values comes; `learning_rate` is named in the message."""
+        """Raise `TrainError` where nothing but non-finite values comes; `learning_rate` is named in
+        the message.
+        """
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainError(
                 f"The last {MAX_SKIPPED_IN_A_ROW} steps had a loss or gradient that is not finite; start a new run "
@@ -71,11 +78,14 @@ class Position:
             )
 
     def is_spike(self, loss: float) -> bool:
-        """Whether `loss` lies far above the recent ones; a level that stays is accepted and the window begun anew."""
+        """Whether `loss` lies far above the recent ones; a level that stays is accepted and the
+        window begun anew.
+        """
         spike = False
         if len(self.recent) == SPIKE_WINDOW:
             mean = fmean(self.recent)
-            # Nearly constant losses have no noise to measure by: a hundredth of their size is the least that counts.
+            # Nearly constant losses have no noise to measure by: a hundredth of their size is the
+            # least that counts.
             spike = loss > mean + SPIKE_SIGMAS * max(pstdev(self.recent), 0.01 * abs(mean))
         if spike and self.spikes_in_a_row == MAX_SPIKES_IN_A_ROW:
             self.recent.clear()
@@ -86,7 +96,9 @@ class Position:
         return spike
 
     def is_best(self, figure: float) -> bool:
-        """Take in the figure of an evaluation at this step; return whether it is the lowest so far (NaN never is)."""
+        """Take in the figure of an evaluation at this step; return whether it is the lowest so far
+        (NaN never is).
+        """
         if self.best is None or figure < self.best:
             self.best = figure
             self.best_step = self.step

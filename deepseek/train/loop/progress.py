@@ -1,4 +1,6 @@
-"""Long jobs: their progress, as a bar on a terminal and a line every few seconds elsewhere, and Ctrl-C without loss."""
+"""Long jobs: their progress, as a bar on a terminal and a line every few seconds elsewhere, and
+Ctrl-C without loss.
+"""
 
 import signal
 import sys
@@ -16,7 +18,8 @@ LINE_SECONDS = 5.0
 
 
 class ProgressBar:
-    """Shows jobs one after another; called as `bar(done, total, what)`, with total 0 where it is unknown.
+    """Shows jobs one after another; called as `bar(done, total, what)`, with total 0 where it is
+    unknown.
 
     A call is cheap and may come at every step. The total may change; a new `what` begins a new job.
     """
@@ -25,11 +28,17 @@ class ProgressBar:
         """Write to `stream` (standard error if None), or nowhere if `quiet`."""
         console = Console(file=stream or sys.stderr, quiet=quiet)
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
-        self._what, self._written = "", 0.0
+        self._what = ""
+        self._written = 0.0
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -42,7 +51,8 @@ class ProgressBar:
         if self._bar.console.quiet:
             return
         if what != self._what:
-            self._what, self._written = what, 0.0
+            self._what = what
+            self._written = 0.0
             self._bar.add_task(what, total=None, note="")
         self._bar.update(self._bar.task_ids[-1], completed=done, total=total or None, note=note)
         if self._bar.disable:
@@ -67,7 +77,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptGuard:
-    """Within the block, the first SIGINT or SIGTERM only sets `asked`; a second one interrupts at once.
+    """Within the block, the first SIGINT or SIGTERM only sets `asked`; a second one interrupts at
+    once.
 
     Signal handlers belong to the main thread; elsewhere the guard does nothing.
     """

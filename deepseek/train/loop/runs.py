@@ -1,4 +1,6 @@
-"""Run folders: a job in its own, which is the one that was begun there, and what past runs say about themselves."""
+"""Run folders: a job in its own, which is the one that was begun there, and what past runs say
+about themselves.
+"""
 
 import json
 from base64 import b64encode
@@ -37,7 +39,8 @@ def run_once(
     quiet: bool,
     dry_run: bool,
 ) -> Path:
-    """Return `made` once `job` has made it in `folder`, at once if it did before; a `dry_run` only estimates.
+    """Return `made` once `job` has made it in `folder`, at once if it did before; a `dry_run` only
+    estimates.
 
     Args:
         job: takes the request, the folder, `out` (which is `made`) and `progress`.
@@ -57,20 +60,27 @@ def run_once(
             progress.say(f"{made} is finished")
             return made
         try:
-            with disk_full_explained(f"The disk of {folder} is full; free some space and run the same command."):
+            with disk_full_explained(
+                f"The disk of {folder} is full; free some space and run the same command."
+            ):
                 record = job(request, folder, out=made, progress=progress).run()
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(*stop.args or ["stopped, what is done is kept; the same call goes on"]) from None
+            raise KeyboardInterrupt(
+                *stop.args or ["stopped, what is done is kept; the same call goes on"]
+            ) from None
         if record is not None:
             write_json(folder / "result.json", record)
         return made
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Raise `TrainError` naming the first field in which a configuration differs from the one stored in `path`."""
+    """Raise `TrainError` naming the first field in which a configuration differs from the one
+    stored in `path`.
+    """
     if not path.is_file():
         return
-    before, now = _leaves(read_json(path)), _leaves(json.loads(json.dumps(config)))
+    before = _leaves(read_json(path))
+    now = _leaves(json.loads(json.dumps(config)))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:
         name = changed[0]
@@ -84,14 +94,22 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested fields as `outer.inner`."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= (
+            _leaves(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return flat
 
 
 def all_runs() -> dict[str, Path]:
     """Return the run folders in the library's home, by name."""
     root = home() / "runs"
-    return {path.name: path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
+    return (
+        {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+        if root.is_dir()
+        else {}
+    )
 
 
 def find_run(name: str) -> Path:
@@ -100,7 +118,9 @@ def find_run(name: str) -> Path:
         return Path(name)
     runs = all_runs()
     if name not in runs:
-        raise DataError(f"There is no run {name!r}; {nearest(name, runs) if runs else 'none has been started'}.")
+        raise DataError(
+            f"There is no run {name!r}; {nearest(name, runs) if runs else 'none has been started'}."
+        )
     return runs[name]
 
 
@@ -110,7 +130,10 @@ def summary(folder: Path) -> dict[str, Any]:
         return {"state": "unfinished"}
     result = read_json(folder / "result.json")
     figures = {**result, **result.get("figures", {})}
-    return {"state": "finished", **{k: v for k, v in figures.items() if isinstance(v, str | int | float)}}
+    return {
+        "state": "finished",
+        **{k: v for k, v in figures.items() if isinstance(v, str | int | float)},
+    }
 
 
 PAGE = Environment(autoescape=True).from_string(
@@ -127,10 +150,14 @@ img{max-width:100%}</style><h1>{{ title }}</h1>
 
 
 def write_page(folder: Path, title: str, sections: dict[str, Any], plots: list[Path]) -> Path:
-    """Write a page without scripts or links to elsewhere, `index.html` in `folder`: tables, then plots."""
+    """Write a page without scripts or links to elsewhere, `index.html` in `folder`: tables, then
+    plots.
+    """
     path = folder / "index.html"
     with atomic_write(path) as temporary:
-        text = PAGE.render(title=title, sections=sections, plots=plots, spoken=_spoken, encoded=_encoded)
+        text = PAGE.render(
+            title=title, sections=sections, plots=plots, spoken=_spoken, encoded=_encoded
+        )
         temporary.write_text(text, encoding="utf-8")
     return path
 
@@ -140,4 +167,10 @@ def _encoded(plot: Path) -> str:
 
 
 def _spoken(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

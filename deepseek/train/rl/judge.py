@@ -1,6 +1,7 @@
 """Judges of answers: each gives every answer a number, higher is better.
 
-They make rewards, and synthetic pairs: the model answers each prompt several times, the best meets the worst.
+They make rewards, and synthetic pairs: the model answers each prompt several times, the best meets
+the worst.
 """
 
 import re
@@ -33,7 +34,8 @@ REFUSAL = re.compile(
 def clean(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Return the probability that each answer is not offensive.
 
-    By alt-profanity-check, a linear classifier that its authors trained on comments labelled by people.
+    By alt-profanity-check, a linear classifier that its authors trained on comments labelled by
+    people.
     """
     predict_prob = package("profanity_check", "alt-profanity-check").predict_prob
     return [1.0 - float(p) for p in predict_prob(list(answers))] if answers else []
@@ -45,8 +47,12 @@ def willing(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
 
 
 def varied(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Return the share of an answer's runs of three words that occur once; an answer in circles is no answer."""
-    runs = [list(zip(words, words[1:], words[2:], strict=False)) for words in map(str.split, answers)]
+    """Return the share of an answer's runs of three words that occur once; an answer in circles is
+    no answer.
+    """
+    runs = [
+        list(zip(words, words[1:], words[2:], strict=False)) for words in map(str.split, answers)
+    ]
     return [len(set(run)) / len(run) if run else 1.0 for run in runs]
 
 
@@ -57,7 +63,8 @@ class TextReward:
     """A judge as a reward: the responses are decoded for it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, judge: Judge) -> None:
-        self.tokenizer, self.judge = tokenizer, judge
+        self.tokenizer = tokenizer
+        self.judge = judge
 
     def __call__(self, responses: Responses) -> Tensor:
         """Return the judge's scores `[B]`."""
@@ -89,7 +96,8 @@ def generate_pairs(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Iterator[Preference]:
-    """Yield at most one pair a prompt: the answers of the highest and the lowest sum of scores, if they differ.
+    """Yield at most one pair a prompt: the answers of the highest and the lowest sum of scores, if
+    they differ.
 
     Args:
         prompts: conversations that end with the user's turn.
@@ -100,18 +108,22 @@ def generate_pairs(
         progress: told of prompts done.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    ends, at_once = Vocabulary(model, tokenizer).ends, max(1, ROWS // answers)
+    ends = Vocabulary(model, tokenizer).ends
+    at_once = max(1, ROWS // answers)
     for start in range(0, len(prompts), at_once):
         group = prompts[start : start + at_once]
         rows = [encode_prompt(tokenizer, prompt) for prompt in group for _ in range(answers)]
         ids = generate(model, rows, new_tokens, ends, generator, temperature=temperature).answers()
-        texts = [str(text).strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = [
+            str(text).strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ]
         asked = [prompt[-1]["content"] for prompt in group for _ in range(answers)]
         scores = {name: judge(asked, texts) for name, judge in judges.items()}
         totals = [sum(each) for each in zip(*scores.values(), strict=True)]
         for number, prompt in enumerate(group):
             of_prompt = range(number * answers, (number + 1) * answers)
-            best, worst = max(of_prompt, key=totals.__getitem__), min(of_prompt, key=totals.__getitem__)
+            best = max(of_prompt, key=totals.__getitem__)
+            worst = min(of_prompt, key=totals.__getitem__)
             if totals[best] - totals[worst] >= LEAST_MARGIN:
                 both = {name: (found[best], found[worst]) for name, found in scores.items()}
                 yield Preference(tuple(prompt), texts[best], texts[worst], source, scores=both)
@@ -119,7 +131,9 @@ def generate_pairs(
 
 
 def prompt_of(record: Mapping[str, Any], where: str) -> list[Message]:
-    """Return the conversation under `prompt`, a text or messages; raise `DataError` naming `where` if there is none."""
+    """Return the conversation under `prompt`, a text or messages; raise `DataError` naming `where`
+    if there is none.
+    """
     prompt = record.get("prompt")
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, list):

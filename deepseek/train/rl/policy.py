@@ -1,4 +1,6 @@
-"""A language model as a policy: what is trained of it, its frozen reference, and the value of a state."""
+"""A language model as a policy: what is trained of it, its frozen reference, and the value of a
+state.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -34,9 +36,10 @@ class Scored:
 class Policy:
     """A model of which the last layers are trained.
 
-    The trunk below them, the embeddings and the head are frozen and shared with the reference, a frozen copy of the
-    trained layers as they were at the start. The value of a state is read off the policy's last hidden state by a
-    linear head through which no gradient reaches the policy, so that learning values never changes what is said.
+    The trunk below them, the embeddings and the head are frozen and shared with the reference, a
+    frozen copy of the trained layers as they were at the start. The value of a state is read off
+    the policy's last hidden state by a linear head through which no gradient reaches the policy, so
+    that learning values never changes what is said.
 
     Attributes:
         parameters: what is trained, in fp32: layers, last norm and value head.
@@ -49,7 +52,8 @@ class Policy:
         Raises:
             ConfigError: no such layers, or they share their experts with a layer below them.
         """
-        self.model, self.temperature = model.eval().requires_grad_(False), temperature
+        self.model = model.eval().requires_grad_(False)
+        self.temperature = temperature
         chosen = parse_layers(layers, len(model.layers))
         self.first = chosen[0]
         if chosen != tuple(range(self.first, len(model.layers))):
@@ -65,7 +69,9 @@ class Policy:
                 parameter.requires_grad_(True)
                 self.parameters[name] = parameter
         self.reference = copy.deepcopy(self.upper()).requires_grad_(False)
-        self.parameters |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
+        self.parameters |= {
+            f"value_head.{name}": p for name, p in self.value_head.named_parameters()
+        }
 
     def upper(self) -> UpperLayers:
         """Return the trained layers and the last norm."""
@@ -73,12 +79,17 @@ class Policy:
 
     @torch.no_grad()
     def trunk(self, responses: Responses) -> Tensor:
-        """Return the stream `[B, S - 1, D]` that enters the first trained layer, the same at every call."""
-        ids_BS, real_BS = responses.input_ids_BS[:, :-1], responses.real_BS[:, :-1]
+        """Return the stream `[B, S - 1, D]` that enters the first trained layer, the same at every
+        call.
+        """
+        ids_BS = responses.input_ids_BS[:, :-1]
+        real_BS = responses.real_BS[:, :-1]
         return below(self.model, self.first, ids_BS, real_BS, responses.routing(self.model))
 
     def score(self, responses: Responses, stream_BSD: Tensor) -> Scored:
-        """Return what the policy thinks of responses whose trunk is `stream_BSD`; differentiable where grad is on."""
+        """Return what the policy thinks of responses whose trunk is `stream_BSD`; differentiable
+        where grad is on.
+        """
         hidden_BTD = self.above(self.upper(), responses, stream_BSD)
         values_BT = self.value_head(hidden_BTD.detach().float())[..., 0]
         logprobs_BT, entropy_BT = self.logprobs(hidden_BTD, responses)
@@ -90,7 +101,9 @@ class Policy:
         return self.logprobs(self.above(self.reference, responses, stream_BSD), responses)[0]
 
     def above(self, upper: UpperLayers, responses: Responses, stream_BSD: Tensor) -> Tensor:
-        """Return the normed hidden states `[B, T, D]` that the response tokens are predicted from."""
+        """Return the normed hidden states `[B, T, D]` that the response tokens are predicted
+        from.
+        """
         with mixed(self.model.device):
             step = resume(
                 self.model,
@@ -116,14 +129,22 @@ class Policy:
         with torch.no_grad():
             entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1)
         zeros_BT = torch.zeros_like(responses.mask_BT)
-        return zeros_BT.masked_scatter(real_BT, taken_N), zeros_BT.masked_scatter(real_BT, entropy_N)
+        return zeros_BT.masked_scatter(real_BT, taken_N), zeros_BT.masked_scatter(
+            real_BT, entropy_N
+        )
 
 
 @torch.no_grad()
 def below(
-    model: DeepSeekModel, layer: int, ids_BS: Tensor, real_BS: Tensor, routing: Mapping[int, RoutingDecision]
+    model: DeepSeekModel,
+    layer: int,
+    ids_BS: Tensor,
+    real_BS: Tensor,
+    routing: Mapping[int, RoutingDecision],
 ) -> Tensor:
-    """Return the stream `[B, S, D]` that enters block `layer`, with tokens routed as `routing` says or else anew."""
+    """Return the stream `[B, S, D]` that enters block `layer`, with tokens routed as `routing` says
+    or else anew.
+    """
     with mixed(model.device):
         return begin(model, ids_BS, attention_mask=real_BS, routing=routing).run_to(layer)
 

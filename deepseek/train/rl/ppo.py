@@ -1,8 +1,10 @@
-"""Proximal policy optimisation as pure functions on plain tensors: rewards, advantages, losses, the KL controller.
+"""Proximal policy optimisation as pure functions on plain tensors: rewards, advantages, losses, the
+KL controller.
 
-Nothing here knows a model. Rows are responses of B prompts, columns their T tokens; `mask_BT` is 1.0 at real response
-tokens and 0.0 at padding, and what lies under a 0 never matters. Sources: PPO arXiv:1707.06347, GAE arXiv:1506.02438,
-the per-token KL penalty and its controller arXiv:1909.08593, the k3 estimator joschu.net/blog/kl-approx.html.
+Nothing here knows a model. Rows are responses of B prompts, columns their T tokens; `mask_BT` is
+1.0 at real response tokens and 0.0 at padding, and what lies under a 0 never matters. Sources: PPO
+arXiv:1707.06347, GAE arXiv:1506.02438, the per-token KL penalty and its controller
+arXiv:1909.08593, the k3 estimator joschu.net/blog/kl-approx.html.
 """
 
 from dataclasses import dataclass
@@ -22,10 +24,14 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return centred_BT * torch.rsqrt(masked_mean(centred_BT.square(), mask_BT) + 1e-8)
 
 
-def token_rewards(scores_B: Tensor, logprobs_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
-    """Return rewards `[B, T]`: -beta (log p - log p_reference) at every token, and the score at the last one.
+def token_rewards(
+    scores_B: Tensor, logprobs_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, beta: float
+) -> Tensor:
+    """Return rewards `[B, T]`: -beta (log p - log p_reference) at every token, and the score at the
+    last one.
 
-    (arXiv:1909.08593, eq. 2, spread over tokens.) A response without tokens has no place for its score.
+    (arXiv:1909.08593, eq. 2, spread over tokens.) A response without tokens has no place for its
+    score.
     """
     rewards_BT = torch.where(mask_BT > 0, -beta * (logprobs_BT - reference_BT), 0.0)
     places = torch.arange(mask_BT.shape[1], device=mask_BT.device)
@@ -36,12 +42,15 @@ def token_rewards(scores_B: Tensor, logprobs_BT: Tensor, reference_BT: Tensor, m
 def advantages(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Return generalised advantages and what values should learn, both `[B, T]` (arXiv:1506.02438, eq. 16).
+    """Return generalised advantages and what values should learn, both `[B, T]` (arXiv:1506.02438,
+    eq. 16).
 
-    A_t = d_t + gamma lam A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t over the real tokens of a row; the value after
-    the last one is 0. Padding may stand on either side of the response and within it.
+    A_t = d_t + gamma lam A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t over the real tokens of a
+    row; the value after the last one is 0. Padding may stand on either side of the response and
+    within it.
     """
-    advantage_B, next_value_B = torch.zeros_like(rewards_BT[:, 0]), torch.zeros_like(rewards_BT[:, 0])
+    advantage_B = torch.zeros_like(rewards_BT[:, 0])
+    next_value_B = torch.zeros_like(rewards_BT[:, 0])
     columns = []
     for t in range(rewards_BT.shape[1] - 1, -1, -1):
         real_B = mask_BT[:, t] > 0
@@ -73,10 +82,13 @@ class PolicyLoss:
 def policy_loss(
     logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip: float = 0.2
 ) -> PolicyLoss:
-    """Return -mean min(rho A, clip(rho, 1 - clip, 1 + clip) A) with rho = p / p_old (arXiv:1707.06347, eq. 7)."""
+    """Return -mean min(rho A, clip(rho, 1 - clip, 1 + clip) A) with rho = p / p_old
+    (arXiv:1707.06347, eq. 7).
+    """
     log_ratio_BT = torch.where(mask_BT > 0, logprobs_BT - old_BT, 0.0)
     ratio_BT = log_ratio_BT.exp()
-    free_BT, held_BT = ratio_BT * advantages_BT, ratio_BT.clamp(1.0 - clip, 1.0 + clip) * advantages_BT
+    free_BT = ratio_BT * advantages_BT
+    held_BT = ratio_BT.clamp(1.0 - clip, 1.0 + clip) * advantages_BT
     with torch.no_grad():
         clipped = masked_mean((held_BT < free_BT).float(), mask_BT)
         kl = masked_mean(ratio_BT - 1.0 - log_ratio_BT, mask_BT)
@@ -84,18 +96,26 @@ def policy_loss(
     return PolicyLoss(-masked_mean(torch.minimum(free_BT, held_BT), mask_BT), clipped, kl, furthest)
 
 
-def value_loss(values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float = 0.2) -> Tensor:
-    """Return half the squared error of values, at least that of values moved by `clip` from the old ones."""
+def value_loss(
+    values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float = 0.2
+) -> Tensor:
+    """Return half the squared error of values, at least that of values moved by `clip` from the old
+    ones.
+    """
     near_BT = old_BT + (values_BT - old_BT).clamp(-clip, clip)
     worse_BT = torch.maximum((values_BT - returns_BT).square(), (near_BT - returns_BT).square())
     return 0.5 * masked_mean(worse_BT, mask_BT)
 
 
-def steered(beta: float, kl: float, responses: int, target: float | None, horizon: int = 10_000) -> float:
-    """Return the coefficient of the KL penalty after `responses` responses with a mean KL of `kl` nats.
+def steered(
+    beta: float, kl: float, responses: int, target: float | None, horizon: int = 10_000
+) -> float:
+    """Return the coefficient of the KL penalty after `responses` responses with a mean KL of `kl`
+    nats.
 
-    It says how dear it is to leave the reference, and steers the KL of a response to `target` (arXiv:1909.08593, eq.
-    3); None keeps it as it is. `horizon` is the number of responses over which an error is answered in full.
+    It says how dear it is to leave the reference, and steers the KL of a response to `target`
+    (arXiv:1909.08593, eq. 3); None keeps it as it is. `horizon` is the number of responses over
+    which an error is answered in full.
     """
     if target is None:
         return beta

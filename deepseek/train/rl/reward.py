@@ -1,4 +1,6 @@
-"""A reward model from pairs: Bradley and Terry's model (1952) on what a frozen base already knows of an answer."""
+"""A reward model from pairs: Bradley and Terry's model (1952) on what a frozen base already knows
+of an answer.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ from deepseek.train.rl.policy import below
 from deepseek.train.rl.rollout import Responses, given
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Penalties on squared weights of standardised features to choose from; without one, separable pairs would drive them
-to infinity."""
+"""Penalties on squared weights of standardised features to choose from; without one, separable
+pairs would drive them to infinity."""
 
 FOLD = 4
 """Of as many prompts, the pairs of one choose the penalty."""
@@ -32,8 +34,8 @@ class RewardQuality:
         pairs: how many it was asked for.
         accuracy: share in which the preferred answer scores higher.
         loss: mean -log P(preferred), in nats; a coin has 0.693.
-        calibration_error: mean distance, over bins of the stated probability that the answer taken to be better is,
-            between that probability and how often it is right.
+        calibration_error: mean distance, over bins of the stated probability that the answer taken
+            to be better is, between that probability and how often it is right.
     """
 
     pairs: int
@@ -43,15 +45,18 @@ class RewardQuality:
 
 
 class RewardModel:
-    """`r(answer) = w . f(answer)`, with f the mean over the answer's tokens of the stream entering a layer of the base.
+    """`r(answer) = w . f(answer)`, with f the mean over the answer's tokens of the stream entering
+    a layer of the base.
 
-    P(a is preferred to b) = sigmoid(r(a) - r(b)). The layers below that one must not change while the model is used;
-    a policy that trains later layers may share them.
+    P(a is preferred to b) = sigmoid(r(a) - r(b)). The layers below that one must not change while
+    the model is used; a policy that trains later layers may share them.
     """
 
     def __init__(self, base: DeepSeekModel, layer: int, weight_D: Tensor) -> None:
         """Read the stream that enters block `layer` of `base`."""
-        self.base, self.layer, self.weight_D = base, layer, weight_D
+        self.base = base
+        self.layer = layer
+        self.weight_D = weight_D
 
     def __call__(self, responses: Responses) -> Tensor:
         """Return the rewards `[B]`."""
@@ -59,9 +64,15 @@ class RewardModel:
 
     @classmethod
     def choose(
-        cls, base: DeepSeekModel, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, prompts: Sequence[int]
+        cls,
+        base: DeepSeekModel,
+        layer: int,
+        chosen_PD: Tensor,
+        rejected_PD: Tensor,
+        prompts: Sequence[int],
     ) -> "RewardModel":
-        """Return the model of all pairs, with the penalty that predicts best what it was not fitted to.
+        """Return the model of all pairs, with the penalty that predicts best what it was not fitted
+        to.
 
         Args:
             prompts: index of the prompt of each pair; the pairs of a prompt are not torn apart.
@@ -73,13 +84,22 @@ class RewardModel:
         for ridge in RIDGES:
             fitted = cls.fit(base, layer, chosen_PD[~held_P], rejected_PD[~held_P], ridge)
             losses[ridge] = fitted.quality(chosen_PD[held_P], rejected_PD[held_P]).loss
-        return cls.fit(base, layer, chosen_PD, rejected_PD, min(losses, key=lambda ridge: losses[ridge]))
+        return cls.fit(
+            base, layer, chosen_PD, rejected_PD, min(losses, key=lambda ridge: losses[ridge])
+        )
 
     @classmethod
     def fit(
-        cls, base: DeepSeekModel, layer: int, chosen_PD: Tensor, rejected_PD: Tensor, ridge: float = 1e-3
+        cls,
+        base: DeepSeekModel,
+        layer: int,
+        chosen_PD: Tensor,
+        rejected_PD: Tensor,
+        ridge: float = 1e-3,
     ) -> "RewardModel":
-        """Return the model under which the preferences, given as features of P pairs, are likeliest."""
+        """Return the model under which the preferences, given as features of P pairs, are
+        likeliest.
+        """
         difference_PD = (chosen_PD - rejected_PD).double()
         scale_D = difference_PD.square().mean(0).sqrt().clamp(min=1e-6)
         standard_PD = difference_PD / scale_D
@@ -98,12 +118,15 @@ class RewardModel:
     def quality(self, chosen_PD: Tensor, rejected_PD: Tensor) -> RewardQuality:
         """Return how well held-out preferences are predicted."""
         margin_P = (chosen_PD - rejected_PD) @ self.weight_D
-        stated_P, right_P = torch.sigmoid(margin_P.abs()), (margin_P > 0).float()
+        stated_P = torch.sigmoid(margin_P.abs())
+        right_P = (margin_P > 0).float()
         bin_P = (stated_P * BINS).long().clamp(max=BINS - 1)
         gaps = [(stated_P - right_P)[bin_P == b].sum().abs() for b in range(BINS)]
         pairs = len(margin_P)
         error = float(sum(gaps, torch.zeros(()))) / pairs
-        return RewardQuality(pairs, float(right_P.mean()), float(-logsigmoid(margin_P).mean()), error)
+        return RewardQuality(
+            pairs, float(right_P.mean()), float(-logsigmoid(margin_P).mean()), error
+        )
 
     def save(self, folder: Path) -> None:
         """Write the weights as a state folder."""
@@ -117,16 +140,29 @@ class RewardModel:
 
 
 def features(base: DeepSeekModel, layer: int, responses: Responses) -> Tensor:
-    """Return the features `[B, D]` of responses: streams at their tokens, each of root mean square 1, averaged."""
+    """Return the features `[B, D]` of responses: streams at their tokens, each of root mean square
+    1, averaged.
+    """
     stream_BSD = below(base, layer, responses.input_ids_BS, responses.real_BS, {}).float()
     stream_BTD = stream_BSD[:, -responses.mask_BT.shape[1] :]
     unit_BTD = stream_BTD * torch.rsqrt(stream_BTD.square().mean(-1, keepdim=True) + 1e-6)
-    return (unit_BTD * responses.mask_BT[..., None]).sum(1) / responses.mask_BT.sum(1, keepdim=True).clamp(min=1.0)
+    return (unit_BTD * responses.mask_BT[..., None]).sum(1) / responses.mask_BT.sum(
+        1, keepdim=True
+    ).clamp(min=1.0)
 
 
 def features_of(
-    base: DeepSeekModel, layer: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: int = 32
+    base: DeepSeekModel,
+    layer: int,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    rows: int = 32,
 ) -> Tensor:
     """Return the features `[N, D]` of given answers, `rows` at a time."""
     parts = range(0, len(prompts), rows)
-    return torch.cat([features(base, layer, given(base, prompts[i : i + rows], answers[i : i + rows])) for i in parts])
+    return torch.cat(
+        [
+            features(base, layer, given(base, prompts[i : i + rows], answers[i : i + rows]))
+            for i in parts
+        ]
+    )

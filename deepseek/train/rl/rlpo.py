@@ -1,26 +1,29 @@
-"""RLPO: reinforcement learning from preferences by PPO, as a step of its own and as a stream of batches for the loop.
+"""RLPO: reinforcement learning from preferences by PPO, as a step of its own and as a stream of
+batches for the loop.
 
-One step: sample responses, score them, then several passes of clipped updates over them. See `ppo.py` for the formulas,
-`rollout.py` for the sampling and `policy.py` for what is trained.
+One step: sample responses, score them, then several passes of clipped updates over them. See
+`ppo.py` for the formulas, `rollout.py` for the sampling and `policy.py` for what is trained.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.loader import endless, mix
 from deepseek.errors import TrainError
-from deepseek.model.transformer import DeepSeekModel
-from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop.loop import LossOutput
-from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients
-from deepseek.train.loop.position import Position
 from deepseek.train.rl.policy import Policy
-from deepseek.train.rl.ppo import advantages, masked_mean, policy_loss, steered, token_rewards, value_loss, whiten
+from deepseek.train.rl.ppo import (
+    advantages,
+    masked_mean,
+    policy_loss,
+    steered,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from deepseek.train.rl.rollout import Responses, empty_responses, generate
 
 Reward = Callable[[Responses], Tensor]
@@ -33,7 +36,8 @@ class RLPOConfig:
 
     Attributes:
         new_tokens: most tokens of a response.
-        temperature: at which responses are sampled; their log-probabilities are taken at the same one.
+        temperature: at which responses are sampled; their log-probabilities are taken at the same
+            one.
         minibatch: responses an optimizer step.
         epochs: passes over the responses of a rollout.
         gamma, lam: discount and the decay of generalised advantages.
@@ -41,11 +45,15 @@ class RLPOConfig:
         value_weight: of the value loss.
         value_rollouts: first rollouts in which only values are learnt.
         beta: first and least coefficient of the KL penalty (nats of standardised reward a nat).
-        target_kl: KL to the reference above which the coefficient rises, in nats a response; None leaves it alone.
+        target_kl: KL to the reference above which the coefficient rises, in nats a response; None
+            leaves it alone.
         kl_horizon: responses over which an error of the KL is answered in full.
-        kl_stop: KL to the rollout's own policy, in nats a token, at which the rollout is left for a new one.
-        entropy_floor: share of the first rollout's entropy below which the policy counts as collapsed.
-        replay_routing: whether the updates send each token to the experts that it was sent to when it was sampled.
+        kl_stop: KL to the rollout's own policy, in nats a token, at which the rollout is left for a
+            new one.
+        entropy_floor: share of the first rollout's entropy below which the policy counts as
+            collapsed.
+        replay_routing: whether the updates send each token to the experts that it was sent to when
+            it was sampled.
     """
 
     new_tokens: int = 32
@@ -104,55 +112,107 @@ class Learner:
     Attributes:
         parameters: those of the policy.
         evaluate: returns whatever the caller measures between steps.
-        scalars: the controller's beta, running moments of the scores, the first entropy, and whether the rollout is to
-            be left: 0-dimensional fp64 tensors, changed in place so that a checkpoint can hold them.
+        scalars: the controller's beta, running moments of the scores, the first entropy, and
+            whether the rollout is to be left: 0-dimensional fp64 tensors, changed in place so that
+            a checkpoint can hold them.
     """
 
     def __init__(
-        self, policy: Policy, reward: Reward, config: RLPOConfig, ends: Sequence[int] = (),
+        self,
+        policy: Policy,
+        reward: Reward,
+        config: RLPOConfig,
+        ends: Sequence[int] = (),
         evaluate: Callable[[], dict[str, float]] = dict,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Learn with `config`; the tokens `ends` end a response."""
-        self.policy, self.reward, self.config, self.ends = policy, reward, config, tuple(ends)
-        self.parameters, self.evaluate = policy.parameters, evaluate
-        start = {"beta": config.beta, "count": 0.0, "mean": 0.0, "squares": 0.0, "entropy": 0.0, "stop": 0.0}
-        self.scalars = {name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()}
+        self.policy = policy
+        self.reward = reward
+        self.config = config
+        self.ends = tuple(ends)
+        self.parameters = policy.parameters
+        self.evaluate = evaluate
+        start = {
+            "beta": config.beta,
+            "count": 0.0,
+            "mean": 0.0,
+            "squares": 0.0,
+            "entropy": 0.0,
+            "stop": 0.0,
+        }
+        self.scalars = {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()
+        }
         self.streams: dict[int, Tensor] = {}
 
     def collect(
-        self, prompts: Sequence[Sequence[int]], generator: torch.Generator, learn: bool, width: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        generator: torch.Generator,
+        learn: bool,
+        width: int | None = None,
     ) -> tuple[Rollout, dict[str, float]]:
-        """Sample and score one response to each prompt; return what to learn from it and figures to record."""
-        config, target = self.config, self.config.target_kl
+        """Sample and score one response to each prompt; return what to learn from it and figures to
+        record.
+        """
+        config = self.config
+        target = self.config.target_kl
         responses = generate(
-            self.policy.model, prompts, config.new_tokens, self.ends, generator, temperature=config.temperature,
+            self.policy.model,
+            prompts,
+            config.new_tokens,
+            self.ends,
+            generator,
+            temperature=config.temperature,
             prompt_width=width,
-        )  # fmt: skip
+        )
         self.streams.clear()
         starts = range(0, len(prompts), config.minibatch)
-        parts = [self.look(place, responses.rows(i, i + config.minibatch)) for place, i in enumerate(starts)]
-        old_BT, values_BT, entropy_BT, reference_BT, scores_B = (torch.cat(part) for part in zip(*parts, strict=True))
-        mask_BT, beta = responses.mask_BT, float(self.scalars["beta"])
+        parts = [
+            self.look(place, responses.rows(i, i + config.minibatch))
+            for place, i in enumerate(starts)
+        ]
+        old_BT, values_BT, entropy_BT, reference_BT, scores_B = (
+            torch.cat(part) for part in zip(*parts, strict=True)
+        )
+        mask_BT = responses.mask_BT
+        beta = float(self.scalars["beta"])
         rewards_BT = token_rewards(self.standardised(scores_B), old_BT, reference_BT, mask_BT, beta)
-        advantages_BT, returns_BT = advantages(rewards_BT, values_BT, mask_BT, config.gamma, config.lam)
+        advantages_BT, returns_BT = advantages(
+            rewards_BT, values_BT, mask_BT, config.gamma, config.lam
+        )
         kl = float((old_BT - reference_BT).sum() / len(prompts))
         metrics = {
-            "score": float(scores_B.mean()), "kl": kl, "beta": beta, "response_tokens": float(mask_BT.sum(1).mean()),
+            "score": float(scores_B.mean()),
+            "kl": kl,
+            "beta": beta,
+            "response_tokens": float(mask_BT.sum(1).mean()),
             "entropy": float(masked_mean(entropy_BT, mask_BT)),
-        }  # fmt: skip
+        }
         if learn:
             # A KL below its budget needs no cheaper penalty: made so, it overshoots later.
-            self.scalars["beta"].fill_(max(config.beta, steered(beta, kl, len(prompts), target, config.kl_horizon)))
+            self.scalars["beta"].fill_(
+                max(config.beta, steered(beta, kl, len(prompts), target, config.kl_horizon))
+            )
         self.check_entropy(metrics["entropy"])
         whitened_BT = whiten(advantages_BT, mask_BT)
-        return Rollout(**responses.tensors(), logprobs_BT=old_BT, values_BT=values_BT, advantages_BT=whitened_BT,
-                       returns_BT=returns_BT), metrics  # fmt: skip
+        return Rollout(
+            **responses.tensors(),
+            logprobs_BT=old_BT,
+            values_BT=values_BT,
+            advantages_BT=whitened_BT,
+            returns_BT=returns_BT,
+        ), metrics
 
     @torch.no_grad()
-    def look(self, place: int, responses: Responses) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return log-probabilities, values, entropies, reference log-probabilities `[B, T]` and scores `[B]`.
+    def look(
+        self, place: int, responses: Responses
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return log-probabilities, values, entropies, reference log-probabilities `[B, T]` and
+        scores `[B]`.
 
-        In the minibatches of the updates, so that the first of them finds the same numbers bit for bit.
+        In the minibatches of the updates, so that the first of them finds the same numbers bit for
+        bit.
         """
         responses = self.routed(responses)
         stream_BSD = self.stream(place, responses)
@@ -161,16 +221,26 @@ class Learner:
         return *vars(scored).values(), reference_BT, self.reward(responses).float()
 
     def loss(self, batch: Minibatch, step: int) -> LossOutput:
-        """Return the loss of one minibatch, and ask for a new rollout once the policy has left this one's."""
-        config, rows = self.config, batch.rows
+        """Return the loss of one minibatch, and ask for a new rollout once the policy has left this
+        one's.
+        """
+        config = self.config
+        rows = batch.rows
         responses = self.routed(rows)
         scored = self.policy.score(responses, self.stream(batch.place, responses))
-        values = value_loss(scored.values_BT, rows.values_BT, rows.returns_BT, rows.mask_BT, config.value_clip)
-        acted = policy_loss(scored.logprobs_BT, rows.logprobs_BT, rows.advantages_BT, rows.mask_BT, config.clip)
+        values = value_loss(
+            scored.values_BT, rows.values_BT, rows.returns_BT, rows.mask_BT, config.value_clip
+        )
+        acted = policy_loss(
+            scored.logprobs_BT, rows.logprobs_BT, rows.advantages_BT, rows.mask_BT, config.clip
+        )
         metrics = {
-            "value_loss": float(values.detach()), "policy_loss": float(acted.loss.detach()),
-            "clipped": float(acted.clipped), "ratio": float(acted.ratio), "step_kl": float(acted.kl),
-        }  # fmt: skip
+            "value_loss": float(values.detach()),
+            "policy_loss": float(acted.loss.detach()),
+            "clipped": float(acted.clipped),
+            "ratio": float(acted.ratio),
+            "step_kl": float(acted.kl),
+        }
         self.scalars["stop"].fill_(metrics["step_kl"] > config.kl_stop)
         loss = config.value_weight * values + (acted.loss if batch.learn else 0.0)
         return LossOutput(loss, int(rows.mask_BT.sum()), {**metrics, **batch.metrics})
@@ -185,10 +255,16 @@ class Learner:
         """Return responses with the routing to be replayed, if it is."""
         if self.config.replay_routing:
             return responses
-        return replace(responses, choices_BLSC=responses.choices_BLSC[:, :0], active_BLS=responses.active_BLS[:, :0])
+        return replace(
+            responses,
+            choices_BLSC=responses.choices_BLSC[:, :0],
+            active_BLS=responses.active_BLS[:, :0],
+        )
 
     def standardised(self, scores_B: Tensor) -> Tensor:
-        """Return scores less their running mean, divided by their running deviation, and at most 5 of them away."""
+        """Return scores less their running mean, divided by their running deviation, and at most 5
+        of them away.
+        """
         count, mean, squares = (self.scalars[name] for name in ("count", "mean", "squares"))
         for score in scores_B.double():
             count += 1
@@ -199,7 +275,9 @@ class Learner:
         return ((scores_B - mean) / deviation).clamp(-5.0, 5.0).to(scores_B.dtype)
 
     def check_entropy(self, entropy: float) -> None:
-        """Raise `TrainError` if the policy hardly varies any more; the last checkpoint is from before that."""
+        """Raise `TrainError` if the policy hardly varies any more; the last checkpoint is from
+        before that.
+        """
         first = self.scalars["entropy"]
         if first == 0.0:
             first.fill_(entropy)
@@ -213,10 +291,18 @@ class Learner:
 class RolloutBatches:
     """Minibatches of rollouts for the loop, each rollout made when the one before it is used up."""
 
-    def __init__(self, learner: Learner, prompts: Sequence[Sequence[int]], size: int, seed: int) -> None:
-        """Answer `size` of the prompts a rollout, in an order that `seed` and the place alone decide."""
-        self.learner, self.prompts, self.size, self.seed = learner, prompts, size, seed
-        config, model = learner.config, learner.policy.model
+    def __init__(
+        self, learner: Learner, prompts: Sequence[Sequence[int]], size: int, seed: int
+    ) -> None:
+        """Answer `size` of the prompts a rollout, in an order that `seed` and the place alone
+        decide.
+        """
+        self.learner = learner
+        self.prompts = prompts
+        self.size = size
+        self.seed = seed
+        config = learner.config
+        model = learner.policy.model
         self.width = max(map(len, prompts))
         empty = empty_responses(model, size, self.width, config.new_tokens)
         blank = [torch.zeros_like(empty.mask_BT) for _ in range(4)]
@@ -235,7 +321,8 @@ class RolloutBatches:
 
     def next(self) -> Minibatch:
         """Return the next minibatch, of a new rollout if need be."""
-        config, metrics = self.learner.config, {}
+        config = self.learner.config
+        metrics = {}
         if self.made == 0 or self.used >= self.steps_a_rollout or self.learner.scalars["stop"]:
             metrics = self.make()
         per_epoch = self.steps_a_rollout // config.epochs
@@ -246,14 +333,19 @@ class RolloutBatches:
 
     def make(self) -> dict[str, float]:
         """Make the next rollout and return its figures."""
-        generator = torch.Generator(self.learner.policy.model.device).manual_seed(mix(mix(self.seed) ^ self.made) >> 1)
-        chosen = endless(self.made * self.size, (self.made + 1) * self.size, len(self.prompts), self.seed)
+        generator = torch.Generator(self.learner.policy.model.device).manual_seed(
+            mix(mix(self.seed) ^ self.made) >> 1
+        )
+        chosen = endless(
+            self.made * self.size, (self.made + 1) * self.size, len(self.prompts), self.seed
+        )
         prompts = [self.prompts[index] for index in chosen]
         learn = self.made >= self.learner.config.value_rollouts
         made, metrics = self.learner.collect(prompts, generator, learn, self.width)
         for name, tensor in self.rollout.tensors().items():
             tensor.copy_(getattr(made, name))
-        self.made, self.used = self.made + 1, 0
+        self.made = self.made + 1
+        self.used = 0
         self.learner.scalars["stop"].zero_()
         return metrics
 
@@ -263,78 +355,5 @@ class RolloutBatches:
 
     def load(self, state: dict[str, int]) -> None:
         """Go on at a place."""
-        self.made, self.used = state["made"], state["used"]
-
-
-class RLPOState:
-    """What lasts from one `rlpo_update` of a model to the next: reference, values, optimizer, controller, guards."""
-
-    def __init__(
-        self, model: DeepSeekModel, reward_model: Reward, config: RLPOConfig | None = None, *, layers: str = "all",
-        optim: OptimConfig | None = None, ends: Sequence[int] = (), seed: int = 0,
-    ) -> None:  # fmt: skip
-        """Take `model`, from now on in fp32, as it is for the reference."""
-        self.optim = optim or OptimConfig(learning_rate=1e-5)
-        self.learner = Learner(Policy(model.float(), layers), reward_model, config or RLPOConfig(), ends)
-        self.optimizer = adamw(self.learner.parameters, self.optim)
-        self.generator = torch.Generator(model.device).manual_seed(seed)
-        self.position = Position()
-        self.rollouts = 0
-
-
-def rlpo_update(
-    model: DeepSeekModel,
-    reward_model: Reward,
-    data_batch: Mapping[str, Any],
-    *,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    state: RLPOState | None = None,
-) -> dict[str, float]:
-    """Make one RLPO step: answer the prompts, score the answers, update the model by PPO.
-
-    Args:
-        reward_model: scores responses, see `Reward`; a `RewardModel` or a `TextReward` is one.
-        data_batch: `prompts`, a list of texts (with a `tokenizer`), of id lists, or a tensor of ids.
-        state: what the step before left behind, from `RLPOState(model, reward_model, ...)`, which takes all options;
-            None makes a first step with default ones.
-
-    Returns:
-        `score` (before the update), `kl` to the reference in nats a response, `entropy`, `beta`, `loss`, `skipped`
-        (optimizer steps left out so far, as by the loop: for non-finite values or a spike of the loss) and others.
-
-    Raises:
-        TrainError: the policy has collapsed, or ten steps in a row had values that are not finite.
-    """
-    state = state or RLPOState(model, reward_model)
-    learner, config = state.learner, state.learner.config
-    learn = state.rollouts >= config.value_rollouts
-    prompts = prompt_ids(data_batch["prompts"], tokenizer)
-    rollout, metrics = learner.collect(prompts, state.generator, learn)
-    state.rollouts += 1
-    learner.scalars["stop"].zero_()
-    places = list(range(-(-len(prompts) // config.minibatch))) * config.epochs
-    for step, place in enumerate(places):
-        rows = rollout.rows(place * config.minibatch, (place + 1) * config.minibatch)
-        output = learner.loss(Minibatch(rows, place, learn), step)
-        state.optimizer.zero_grad()
-        output.loss.backward()
-        norm = clip_gradients(learner.parameters.values(), state.optim.clip_norm)
-        loss = float(output.loss.detach())
-        if state.position.takes(loss, norm):
-            state.optimizer.step()
-        state.position.check_divergence(state.optim.learning_rate)
-        metrics |= {**output.metrics, "loss": loss, "grad_norm": norm, "skipped": state.position.skipped}
-        if learner.scalars["stop"]:
-            break
-    return metrics
-
-
-def prompt_ids(prompts: Any, tokenizer: PreTrainedTokenizerFast | None) -> list[list[int]]:
-    """Return prompts as lists of ids."""
-    if isinstance(prompts, Tensor):
-        return [[int(i) for i in row] for row in prompts]
-    if prompts and isinstance(prompts[0], str):
-        if tokenizer is None:
-            raise TrainError("The prompts are texts; give a tokenizer, or prompts as token ids.")
-        return encode_plain(tokenizer, prompts)
-    return [list(map(int, prompt)) for prompt in prompts]
+        self.made = state["made"]
+        self.used = state["used"]

@@ -1,4 +1,6 @@
-"""Responses sampled from a policy, many prompts at once, with the experts that every token was sent to."""
+"""Responses sampled from a policy, many prompts at once, with the experts that every token was sent
+to.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -35,8 +37,9 @@ class Responses(RowTensors):
         input_ids_BS: token ids, 0 at padding.
         real_BS: False at padding.
         mask_BT: 1.0 at the tokens of a response, the one that ends it among them.
-        choices_BLSC: experts that each token but the last was sent to, in the L mixture-of-experts layers, as
-            `RoutingDecision.ids_NC` names them `[B, L, S - 1, C]`; empty for a dense model.
+        choices_BLSC: experts that each token but the last was sent to, in the L mixture-of-experts
+            layers, as `RoutingDecision.ids_NC` names them `[B, L, S - 1, C]`; empty for a dense
+            model.
         active_BLS: how many of them were in use `[B, L, S - 1]`.
     """
 
@@ -52,20 +55,25 @@ class Responses(RowTensors):
         return self.input_ids_BS[:, -self.mask_BT.shape[1] :]
 
     def routing(self, model: DeepSeekModel) -> dict[int, RoutingDecision]:
-        """Return what a pass over all tokens but the last takes to send each to the same experts again.
+        """Return what a pass over all tokens but the last takes to send each to the same experts
+        again.
 
         Nothing where no choices were kept: the experts are then chosen anew.
         """
         if not self.choices_BLSC.shape[1]:
             return {}
         return {
-            layer: RoutingDecision(self.choices_BLSC[:, place].flatten(0, 1), self.active_BLS[:, place].flatten())
+            layer: RoutingDecision(
+                self.choices_BLSC[:, place].flatten(0, 1), self.active_BLS[:, place].flatten()
+            )
             for place, layer in enumerate(model.sparse_layers)
         }
 
     def answers(self) -> list[list[int]]:
         """Return the ids of each response without padding."""
-        return [ids[mask > 0].tolist() for ids, mask in zip(self.targets_BT, self.mask_BT, strict=True)]
+        return [
+            ids[mask > 0].tolist() for ids, mask in zip(self.targets_BT, self.mask_BT, strict=True)
+        ]
 
     def prompts(self) -> list[list[int]]:
         """Return the ids of each prompt without padding."""
@@ -74,14 +82,20 @@ class Responses(RowTensors):
         return [ids[real].tolist() for ids, real in pairs]
 
 
-def empty_responses(model: DeepSeekModel, rows: int, prompt_width: int, new_tokens: int) -> Responses:
+def empty_responses(
+    model: DeepSeekModel, rows: int, prompt_width: int, new_tokens: int
+) -> Responses:
     """Return padding alone, in the shapes that `generate` fills."""
     width = prompt_width + new_tokens
     layers = model.sparse_layers
     device = model.device
     candidates = model.routing_width()
     # Padding goes to experts 0, 1, ...: a token is never sent to the same one twice.
-    choices = torch.arange(candidates, device=device).expand(rows, len(layers), width - 1, candidates).clone()
+    choices = (
+        torch.arange(candidates, device=device)
+        .expand(rows, len(layers), width - 1, candidates)
+        .clone()
+    )
     return Responses(
         torch.zeros(rows, width, dtype=torch.long, device=device),
         torch.zeros(rows, width, dtype=torch.bool, device=device),
@@ -91,13 +105,16 @@ def empty_responses(model: DeepSeekModel, rows: int, prompt_width: int, new_toke
     )
 
 
-def given(model: DeepSeekModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Responses:
+def given(
+    model: DeepSeekModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> Responses:
     """Return responses that were not sampled, without a routing.
 
     Raises:
         ConfigError: a prompt is empty, or one with its answer is longer than the model's context.
     """
-    width, length = max(map(len, prompts)), max(map(len, answers))
+    width = max(map(len, prompts))
+    length = max(map(len, answers))
     check_prompts(prompts, model.config.max_position_embeddings - length)
     responses = empty_responses(model, len(prompts), width, length)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -105,7 +122,11 @@ def given(model: DeepSeekModel, prompts: Sequence[Sequence[int]], answers: Seque
         responses.input_ids_BS[row, columns] = torch.tensor([*prompt, *answer], device=model.device)
         responses.real_BS[row, columns] = True
     responses.mask_BT.copy_(responses.real_BS[:, width:])
-    return replace(responses, choices_BLSC=responses.choices_BLSC[:, :0], active_BLS=responses.active_BLS[:, :0])
+    return replace(
+        responses,
+        choices_BLSC=responses.choices_BLSC[:, :0],
+        active_BLS=responses.active_BLS[:, :0],
+    )
 
 
 def generate(
@@ -130,29 +151,40 @@ def generate(
     width = max(map(len, prompts), default=0) if prompt_width is None else prompt_width
     check_prompts(prompts, min(width, model.config.max_position_embeddings - new_tokens))
     responses = empty_responses(model, len(prompts), width, new_tokens)
-    ids_BS, real_BS = responses.input_ids_BS, responses.real_BS
+    ids_BS = responses.input_ids_BS
+    real_BS = responses.real_BS
     for row, prompt in enumerate(prompts):
         ids_BS[row, width - len(prompt) : width] = torch.tensor(prompt)
         real_BS[row, width - len(prompt) : width] = True
-    ends_E, cache = torch.tensor(sorted(ends), device=model.device, dtype=torch.long), KVCache()
-    alive_B, done = torch.ones(len(prompts), dtype=torch.bool, device=model.device), 0
+    ends_E = torch.tensor(sorted(ends), device=model.device, dtype=torch.long)
+    cache = KVCache()
+    alive_B = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    done = 0
     with torch.no_grad(), mixed(model.device):
         for column in range(width, width + new_tokens):
-            output = model(ids_BS[:, done:column], attention_mask=real_BS[:, :column], cache=cache, logits_to_keep=1)
+            output = model(
+                ids_BS[:, done:column],
+                attention_mask=real_BS[:, :column],
+                cache=cache,
+                logits_to_keep=1,
+            )
             for place, stats in enumerate(output.router_stats or ()):
                 record(responses, place, stats.dispatch.choice, done, column)
             probabilities_BV = torch.softmax(output.logits[:, -1].float() / temperature, dim=-1)
             token_B = torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
             ids_BS[:, column] = torch.where(alive_B, token_B, 0)
             real_BS[:, column] = alive_B
-            alive_B, done = alive_B & ~torch.isin(token_B, ends_E), column
+            alive_B = alive_B & ~torch.isin(token_B, ends_E)
+            done = column
             if not alive_B.any():
                 break
     responses.mask_BT.copy_(real_BS[:, width:])
     return responses
 
 
-def record(responses: Responses, place: int, choice: RoutingDecision, start: int, stop: int) -> None:
+def record(
+    responses: Responses, place: int, choice: RoutingDecision, start: int, stop: int
+) -> None:
     """Write down which experts one layer sent the tokens of columns `start` to `stop - 1` to."""
     shape = (len(responses.real_BS), stop - start, -1)
     responses.choices_BLSC[:, place, start:stop] = choice.ids_NC.view(shape)
@@ -172,7 +204,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], most: int) -> None:
 def mixed(device: torch.device) -> torch.autocast:
     """Return mixed precision for passes without gradients.
 
-    It keeps no cast weights: those of a pass without gradients would be taken for a training pass that follows.
+    It keeps no cast weights: those of a pass without gradients would be taken for a training pass
+    that follows.
     """
     dtype = fast_dtype(device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32, cache_enabled=False)
+    return torch.autocast(
+        device.type, dtype=dtype, enabled=dtype is not torch.float32, cache_enabled=False
+    )

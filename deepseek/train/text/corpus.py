@@ -1,4 +1,6 @@
-"""From a source of text to the token shards of one run: read, clean, split, tokenise; done once a run folder."""
+"""From a source of text to the token shards of one run: read, clean, split, tokenise; done once a
+run folder.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,14 +30,17 @@ from deepseek.train.text.question_mix import mix_questions
 
 @dataclass(frozen=True)
 class Source:
-    """Where text comes from: any of a git history, a folder, a JSONL or Parquet file, and how to hold some of it out.
+    """Where text comes from: any of a git history, a folder, a JSONL or Parquet file, and how to
+    hold some of it out.
 
     Attributes:
         git, folder, jsonl, parquet: paths; at least one.
         held_out: share of the documents that is never trained on.
-        by: how they are chosen: "file", "directory" or "time" (train on the past, test on what came later).
+        by: how they are chosen: "file", "directory" or "time" (train on the past, test on what came
+            later).
         seed: of that choice.
-        questions: share of the training tokens that are questions about the training documents; 0: none.
+        questions: share of the training tokens that are questions about the training documents; 0:
+            none.
     """
 
     git: Path | None = None
@@ -49,10 +54,19 @@ class Source:
 
     @classmethod
     def at(
-        cls, *paths: str | Path | None, held_out: float, by: Rule = "file", seed: int, questions: float = 0.0
+        cls,
+        *paths: str | Path | None,
+        held_out: float,
+        by: Rule = "file",
+        seed: int,
+        questions: float = 0.0,
     ) -> "Source":
-        """Return the source of the four `paths`, in the order of the fields, wherever a later call is made from."""
-        git, folder, jsonl, parquet = (Path(path).expanduser().resolve() if path else None for path in paths)
+        """Return the source of the four `paths`, in the order of the fields, wherever a later call
+        is made from.
+        """
+        git, folder, jsonl, parquet = (
+            Path(path).expanduser().resolve() if path else None for path in paths
+        )
         return cls(git, folder, jsonl, parquet, held_out, by, seed, questions)
 
 
@@ -85,9 +99,9 @@ def build_corpus(
 ) -> Corpus:
     """Return the corpus in `folder`, built from `source` unless it is there already.
 
-    What is there stays as it is even if the source has changed since, so that a resumed run sees the same text.
-    `order` puts the documents to train on in the order in which they are to lie in the shards. With `validation`, half
-    of the held-out text goes there (see `halve`).
+    What is there stays as it is even if the source has changed since, so that a resumed run sees
+    the same text. `order` puts the documents to train on in the order in which they are to lie in
+    the shards. With `validation`, half of the held-out text goes there (see `halve`).
     """
     notes = folder / "corpus.json"
     if not notes.is_file():
@@ -97,7 +111,9 @@ def build_corpus(
         else:
             documents, report = clean(read_source(source, skipped), skipped, progress)
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
-        train = mix_questions(train, held_out, tokenizer, source.questions, folder / "questions.jsonl")
+        train = mix_questions(
+            train, held_out, tokenizer, source.questions, folder / "questions.jsonl"
+        )
         TokenShards.build(order(train), tokenizer, folder / "train", progress=progress)
         if validation:
             chosen, held_out = halve(held_out, source.by, source.seed)
@@ -118,12 +134,16 @@ def build_corpus(
 def past_and_future(
     source: Source, skipped: Skipped, progress: Progress
 ) -> tuple[list[Document], list[Document], CleanReport]:
-    """Return a repository as it was before its last commits and what these brought, cleaned together.
+    """Return a repository as it was before its last commits and what these brought, cleaned
+    together.
 
-    Together, because what repeats the past is no test. Raises `DataError` if the source has other parts as well.
+    Together, because what repeats the past is no test. Raises `DataError` if the source has other
+    parts as well.
     """
     if source.git is None or any((source.folder, source.jsonl, source.parquet)):
-        raise DataError("Splitting by time needs a git repository alone; split by file, or leave the other texts out.")
+        raise DataError(
+            "Splitting by time needs a git repository alone; split by file, or leave the other texts out."
+        )
     past, future = read_git_by_time(source.git, source.held_out, skipped=skipped)
     documents, report = clean([*past, *future], skipped, progress)
     later = {document.name for document in future}
@@ -134,7 +154,9 @@ def past_and_future(
 def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
     """Yield the documents of every part of a source; raise `DataError` if it names none."""
     if not any((source.git, source.folder, source.jsonl, source.parquet)):
-        raise DataError("No text is given; name a git repository, a folder, a JSONL or a Parquet file.")
+        raise DataError(
+            "No text is given; name a git repository, a folder, a JSONL or a Parquet file."
+        )
     if source.git:
         yield from read_git(source.git, skipped=skipped)
     if source.folder:

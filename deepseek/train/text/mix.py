@@ -1,12 +1,14 @@
-"""Several domains of text as one stream of batches: weighted, easy rows first where asked, resumed from a few integers.
+"""Several domains of text as one stream of batches: weighted, easy rows first where asked, resumed
+from a few integers.
 
-Which domain a row of a batch comes from is a function of its place alone: a golden-ratio sequence, in which every
-stretch of rows holds the domains in very nearly their shares. Within a domain every row comes once an epoch.
+Which domain a row of a batch comes from is a function of its place alone: a golden-ratio sequence,
+in which every stretch of rows holds the domains in very nearly their shares. Within a domain every
+row comes once an epoch.
 
-What is easy is told by three signals that need no model: how well a text compresses (both noise and boilerplate lie
-away from ordinary prose), whether it parses where it is code, and how short its words and sentences are. They are
-compared as ranks within a domain, so that neither units nor languages matter. Evidence that easy text first saves early
-steps: arXiv:2506.11300.
+What is easy is told by three signals that need no model: how well a text compresses (both noise and
+boilerplate lie away from ordinary prose), whether it parses where it is code, and how short its
+words and sentences are. They are compared as ranks within a domain, so that neither units nor
+languages matter. Evidence that easy text first saves early steps: arXiv:2506.11300.
 """
 
 import re
@@ -43,7 +45,9 @@ def easiest_first(documents: Sequence[Document]) -> list[Document]:
     """Return the documents of a domain from easy to hard."""
     if not documents:
         return []
-    signals = np.array([[compression(d.text), malformed(d), reading_effort(d.text)] for d in documents])
+    signals = np.array(
+        [[compression(d.text), malformed(d), reading_effort(d.text)] for d in documents]
+    )
     ranks = signals.argsort(axis=0, kind="stable").argsort(axis=0).astype(float)
     ranks[:, 1] = signals[:, 1] * len(documents)  # what does not parse comes last
     return [documents[index] for index in ranks.sum(axis=1).argsort(kind="stable")]
@@ -56,7 +60,9 @@ def compression(text: str) -> float:
 
 
 def malformed(document: Document) -> float:
-    """Return 1.0 for Python that does not parse and other code whose brackets do not match, else 0.0."""
+    """Return 1.0 for Python that does not parse and other code whose brackets do not match, else
+    0.0.
+    """
     if document.kind != "code":
         return 0.0
     python = document.name.endswith(".py")
@@ -65,9 +71,12 @@ def malformed(document: Document) -> float:
 
 
 def reading_effort(text: str) -> float:
-    """Return words a sentence plus ten times characters a word, near what Flesch-Kincaid weighs in any language."""
+    """Return words a sentence plus ten times characters a word, near what Flesch-Kincaid weighs in
+    any language.
+    """
     sample = text[:SAMPLE]
-    words, sentences = sample.split(), SENTENCE.split(sample)
+    words = sample.split()
+    sentences = SENTENCE.split(sample)
     letters = sum(map(len, words))
     return len(words) / max(1, len(sentences)) + 10 * letters / max(1, len(words))
 
@@ -102,20 +111,30 @@ class Domain:
 
 
 class MixedRows:
-    """Batches of `rows` rows from several domains; the first `easy_rows` are drawn from the easy part of each."""
+    """Batches of `rows` rows from several domains; the first `easy_rows` are drawn from the easy
+    part of each.
+    """
 
     def __init__(self, domains: Sequence[Domain], rows: int, easy_rows: int, seed: int) -> None:
-        self.domains, self.rows, self.easy_rows, self.seed = domains, rows, easy_rows, seed
+        self.domains = domains
+        self.rows = rows
+        self.easy_rows = easy_rows
+        self.seed = seed
         weights = np.array([domain.weight for domain in domains])
         self.bounds = (weights / weights.sum()).cumsum()[:-1]
         easy = np.bincount(self.domains_at(0, easy_rows), minlength=len(domains))
-        self.orders = [Order(domain.train.num_rows, int(n), seed) for domain, n in zip(domains, easy, strict=True)]
+        self.orders = [
+            Order(domain.train.num_rows, int(n), seed)
+            for domain, n in zip(domains, easy, strict=True)
+        ]
         self.place = 0
         self.taken = np.zeros(len(domains), dtype=np.int64)
 
     def domains_at(self, start: int, stop: int) -> NDArray[np.intp]:
         """Return the index of the domain of each row at places [start, stop) of the stream."""
-        return np.searchsorted(self.bounds, np.arange(start + 1, stop + 1) * GOLDEN % 1.0, side="right")
+        return np.searchsorted(
+            self.bounds, np.arange(start + 1, stop + 1) * GOLDEN % 1.0, side="right"
+        )
 
     def next(self) -> Batch:
         """Return the next batch and move on."""
@@ -125,7 +144,12 @@ class MixedRows:
             parts.append(self.domains[index].train.rows(row))
             self.taken[index] += 1
         self.place += self.rows
-        return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in Batch.__dataclass_fields__))
+        return Batch(
+            *(
+                torch.cat([getattr(part, name) for part in parts])
+                for name in Batch.__dataclass_fields__
+            )
+        )
 
     def state(self) -> dict[str, int]:
         """Return what `load` needs to go on from here."""
@@ -133,24 +157,39 @@ class MixedRows:
         return {"place": self.place, **taken, **self.identity()}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken; raise `DataError` if the text, its order or the row length is another."""
+        """Go on where `state` was taken; raise `DataError` if the text, its order or the row length
+        is another.
+        """
         for name, value in self.identity().items():
             if state.get(name) != value:
-                raise DataError(f"The run was started with another {name}; restore it or start a new run folder.")
+                raise DataError(
+                    f"The run was started with another {name}; restore it or start a new run folder."
+                )
         self.place = state["place"]
-        self.taken = np.array([state[f"taken.{domain.name}"] for domain in self.domains], dtype=np.int64)
+        self.taken = np.array(
+            [state[f"taken.{domain.name}"] for domain in self.domains], dtype=np.int64
+        )
 
     def identity(self) -> dict[str, int]:
         """Return what decides the stream."""
         texts = {f"text of {d.name}": int(d.train.shards.digest[:15], 16) for d in self.domains}
-        return {"seed": self.seed, "row length": self.domains[0].train.length, "curriculum": self.easy_rows, **texts}
+        return {
+            "seed": self.seed,
+            "row length": self.domains[0].train.length,
+            "curriculum": self.easy_rows,
+            **texts,
+        }
 
 
 class Order:
-    """The rows of a domain in the order they are trained on: `easy` of its first ones, the rest, then whole epochs."""
+    """The rows of a domain in the order they are trained on: `easy` of its first ones, the rest,
+    then whole epochs.
+    """
 
     def __init__(self, num_rows: int, easy: int, seed: int) -> None:
-        self.num_rows, self.easy, self.seed = num_rows, easy, seed
+        self.num_rows = num_rows
+        self.easy = easy
+        self.seed = seed
         self.easy_rows = max(1, round(EASY_TEXT * num_rows))
         seen = endless(0, min(easy, self.easy_rows), self.easy_rows, seed)
         self.rest = np.setdiff1d(np.arange(num_rows), seen)
@@ -162,7 +201,9 @@ class Order:
         place -= self.easy
         if place < len(self.rest):
             return int(self.rest[self._one(place, len(self.rest))])
-        return self._one(place - len(self.rest) + self.num_rows, self.num_rows)  # the first epoch is behind us
+        return self._one(
+            place - len(self.rest) + self.num_rows, self.num_rows
+        )  # the first epoch is behind us
 
     def _one(self, place: int, size: int) -> int:
         return int(endless(place, place + 1, size, self.seed)[0])

@@ -1,6 +1,8 @@
-"""Questions about the training documents as further documents, so that an expert answers in a chat what it has read.
+"""Questions about the training documents as further documents, so that an expert answers in a chat
+what it has read.
 
-Made after the split: training documents give what is trained on, held-out ones only what is asked afterwards.
+Made after the split: training documents give what is trained on, held-out ones only what is asked
+afterwards.
 """
 
 import json
@@ -19,8 +21,9 @@ from deepseek.data.text.encode import DocumentEncoder
 from deepseek.errors import DataError
 
 QUESTIONS = 0.0
-"""Default share of an expert's training tokens: none. At a fifth an expert learns the form of the answers and not what
-they say, and its gate fires on every conversation (docs/log/questions.md, 2026-11-26)."""
+"""Default share of an expert's training tokens: none. At a fifth an expert learns the form of the
+answers and not what they say, and its gate fires on every conversation (docs/log/questions.md,
+2026-11-26)."""
 
 SAMPLE = 1 << 20
 """Characters by which the tokens of all documents are estimated."""
@@ -41,9 +44,14 @@ class QuestionMix:
 
 
 def mix_questions(
-    train: list[Document], held_out: Sequence[Document], tokenizer: PreTrainedTokenizerFast, share: float, notes: Path
+    train: list[Document],
+    held_out: Sequence[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    share: float,
+    notes: Path,
 ) -> list[Document]:
-    """Return the training documents with questions, and write to `notes` all questions and what became of them.
+    """Return the training documents with questions, and write to `notes` all questions and what
+    became of them.
 
     Without a share, or a chat template to ask in, the documents stay as they are.
     """
@@ -56,20 +64,27 @@ def mix_questions(
     with atomic_write(notes) as temporary, temporary.open("w", encoding="utf-8") as file:
         for name, questions in sets.items():
             for question in questions:
-                file.write(json.dumps({"set": name, **question.record()}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"set": name, **question.record()}, ensure_ascii=False) + "\n"
+                )
     return mix.documents
 
 
 def asked_about(notes: Path) -> list[str]:
-    """Return the questions about training documents that `mix_questions` wrote to `notes`; none if it did not."""
+    """Return the questions about training documents that `mix_questions` wrote to `notes`; none if
+    it did not.
+    """
     if not notes.is_file():
         return []
     records = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
     return [record["messages"][0]["content"] for record in records if record["set"] != "held out"]
 
 
-def with_questions(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, share: float) -> QuestionMix:
-    """Return the documents with as many conversations about them as make up `share` of all tokens, drawn by hash.
+def with_questions(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, share: float
+) -> QuestionMix:
+    """Return the documents with as many conversations about them as make up `share` of all tokens,
+    drawn by hash.
 
     Raises `DataError` for a share outside [0, 1).
     """
@@ -78,7 +93,9 @@ def with_questions(documents: Sequence[Document], tokenizer: PreTrainedTokenizer
     encoder = DocumentEncoder(tokenizer, EncodeOptions())
     budget = share / (1 - share) * estimated_tokens(documents, encoder)
     questions = all_questions(documents)
-    shuffled = sorted(questions, key=lambda question: (question.source, uniform(f"mix:{question.question}")))
+    shuffled = sorted(
+        questions, key=lambda question: (question.source, uniform(f"mix:{question.question}"))
+    )
     about = {question.question: question for question in questions}
     talks: dict[str, list[Document]] = defaultdict(list)
     asked: set[str] = set()

@@ -1,8 +1,9 @@
 """The frozen trunk under an expert, computed once.
 
-An expert module whose first layer is L changes nothing before the feed-forward part of block L. What enters that part
-is computed once per packed row, kept on disk, and read at every further pass: training then costs the layers above and
-the head. The first pass reads the cache too, so that every epoch sees the same numbers, and so does a resumed run.
+An expert module whose first layer is L changes nothing before the feed-forward part of block L.
+What enters that part is computed once per packed row, kept on disk, and read at every further pass:
+training then costs the layers above and the head. The first pass reads the cache too, so that every
+epoch sees the same numbers, and so does a resumed run.
 """
 
 import os
@@ -29,7 +30,8 @@ Stream = Callable[[Batch], Tensor]
 
 @torch.no_grad()
 def run_trunk(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
-    """Return the residual stream `[B, T, D]` after the attention of `layer`, which no expert there has changed.
+    """Return the residual stream `[B, T, D]` after the attention of `layer`, which no expert there
+    has changed.
 
     Args:
         model: the model to run, in the precision that is fastest on its device.
@@ -43,24 +45,41 @@ def run_trunk(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
 
 
 class TrunkCache:
-    """Streams `[T, D]` of packed rows on disk, in a folder of `rows.npy` (which), `hidden.bin` and `done.bin`.
+    """Streams `[T, D]` of packed rows on disk, in a folder of `rows.npy` (which), `hidden.bin` and
+    `done.bin`.
 
-    Filling can be interrupted at any moment: a row counts as done only after it has reached the disk.
+    Filling can be interrupted at any moment: a row counts as done only after it has reached the
+    disk.
     """
 
     def __init__(
-        self, folder: Path, key: Mapping[str, Any], row_ids: NDArray[np.int64], length: int, width: int,
+        self,
+        folder: Path,
+        key: Mapping[str, Any],
+        row_ids: NDArray[np.int64],
+        length: int,
+        width: int,
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
-        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other rows are there.
+    ) -> None:
+        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other
+        rows are there.
 
         Args:
             key: what the numbers depend on, beside the rows and their form, as JSON values.
             length, width: tokens of a row, and width of the stream.
         """
-        self.folder, self.row_ids, self.dtype, self.shape = folder, row_ids, dtype, (len(row_ids), length, width)
+        self.folder = folder
+        self.row_ids = row_ids
+        self.dtype = dtype
+        self.shape = (len(row_ids), length, width)
         self._slots = {int(row): slot for slot, row in enumerate(row_ids)}
-        identity = {**key, "rows": row_ids.tolist(), "length": length, "width": width, "dtype": str(dtype)}
+        identity = {
+            **key,
+            "rows": row_ids.tolist(),
+            "length": length,
+            "width": width,
+            "dtype": str(dtype),
+        }
         if not self._holds(identity):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -75,9 +94,14 @@ class TrunkCache:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def fill(
-        self, loader: RowLoader, compute: Callable[[Batch], Tensor], rows: int, progress: Callable[[int, int], None]
+        self,
+        loader: RowLoader,
+        compute: Callable[[Batch], Tensor],
+        rows: int,
+        progress: Callable[[int, int], None],
     ) -> None:
-        """Compute the rows that are missing, `rows` at a time, with `compute` (batch -> `[B, T, D]`).
+        """Compute the rows that are missing, `rows` at a time, with `compute` (batch ->
+        `[B, T, D]`).
 
         Raises `TrainError` if the disk is full; what was written stays good.
         """
@@ -108,7 +132,9 @@ class TrunkCache:
         return same and (self.folder / "done.bin").stat().st_size == self.shape[0]
 
     def _write(self, slots: NDArray[np.intp], stream_BTD: Tensor) -> None:
-        """Write rows, then mark them; plain writes, as a full disk under a memory map would kill the process."""
+        """Write rows, then mark them; plain writes, as a full disk under a memory map would kill
+        the process.
+        """
         rows = stream_BTD.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         with open(self.folder / "hidden.bin", "r+b") as file:
             for slot, row in zip(slots, rows, strict=True):

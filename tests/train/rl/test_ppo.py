@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.train.rl.ppo import advantages, masked_mean, policy_loss, steered, token_rewards, value_loss, whiten
+from deepseek.train.rl.ppo import (
+    advantages,
+    masked_mean,
+    policy_loss,
+    steered,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 
 
 def batch(seed: int, rows: int = 4, length: int = 7) -> tuple[Tensor, ...]:

@@ -15,8 +15,9 @@ from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.rl.policy import Policy
-from deepseek.train.rl.rlpo import Learner, Minibatch, RLPOConfig, RLPOState, RolloutBatches, rlpo_update
+from deepseek.train.rl.rlpo import Learner, Minibatch, RLPOConfig, RolloutBatches
 from deepseek.train.rl.rollout import Responses, generate
+from deepseek.train.rl.update import RLPOState, rlpo_update
 
 VOCABULARY = 12
 MOE = {"num_experts": 16, "expert_dim": 8, "routing_strategy": "dynamic"}

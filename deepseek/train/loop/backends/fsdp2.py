@@ -1,7 +1,9 @@
-"""Many processes that each hold a part of every parameter, gradient and moment: FSDP2 (ZeRO-3) under `torchrun`.
+"""Many processes that each hold a part of every parameter, gradient and moment: FSDP2 (ZeRO-3)
+under `torchrun`.
 
-Checkpoints are written by PyTorch's distributed checkpointing as safetensors, one file a process and nothing pickled,
-and read back by any number of processes. They appear under their name only when all parts are on disk.
+Checkpoints are written by PyTorch's distributed checkpointing as safetensors, one file a process
+and nothing pickled, and read back by any number of processes. They appear under their name only
+when all parts are on disk.
 """
 
 import os
@@ -17,7 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -30,7 +35,8 @@ from deepseek.train.loop.optim import TrainingState, Weights, no_room_for
 
 B = TypeVar("B")
 
-CONNECT, WORK = timedelta(minutes=1), timedelta(minutes=30)
+CONNECT = timedelta(minutes=1)
+WORK = timedelta(minutes=30)
 """How long processes wait for one another when they join, and later."""
 
 
@@ -40,7 +46,8 @@ def joined() -> Iterator["FSDP2"]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torchrun keeps one store over its restarts: under a prefix of its own no start finds addresses of those who died.
+    # torchrun keeps one store over its restarts: under a prefix of its own no start finds addresses
+    # of those who died.
     shared, rank, size = next(rendezvous("env://", timeout=CONNECT))
     own = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     backend = "nccl" if device == "cuda" else "gloo"
@@ -57,13 +64,20 @@ class FSDP2(Backend):
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
-        self.world, self.rank = mesh.size(), mesh.get_rank()
+        self.world = mesh.size()
+        self.rank = mesh.get_rank()
         self.main = self.rank == 0
 
     def shard(self, module: nn.Module, parts: list[nn.Module]) -> None:
-        """Spread `module`; each of `parts`, a block or a pool of experts that blocks share, is gathered by itself."""
+        """Spread `module`; each of `parts`, a block or a pool of experts that blocks share, is
+        gathered by itself.
+        """
         on_cpu = self.mesh.device_type == "cpu"
-        policy = MixedPrecisionPolicy() if on_cpu else MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        policy = (
+            MixedPrecisionPolicy()
+            if on_cpu
+            else MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        )
         for part in [*parts, module]:
             fully_shard(part, mesh=self.mesh, mp_policy=policy)
         for part in module.modules():
@@ -101,7 +115,8 @@ class FSDP2(Backend):
         tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
         with store.disk_full_explained(no_room_for(folder)):
             state_dict_saver.save(
-                tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
             )
             if self.main:
                 store.seal_state(temporary, folder, meta)
@@ -109,7 +124,9 @@ class FSDP2(Backend):
 
     def load(self, folder: Path, state: Weights) -> dict[str, Any]:
         if isinstance(state, TrainingState):
-            for parameter in state.parameters.values():  # moments to read into, laid out as their parameters
+            for (
+                parameter
+            ) in state.parameters.values():  # moments to read into, laid out as their parameters
                 state.optimizer.state[parameter] = {
                     "step": torch.tensor(0.0),
                     "exp_avg": torch.zeros_like(parameter),
