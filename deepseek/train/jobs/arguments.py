@@ -1,8 +1,9 @@
 """The arguments of all training jobs, each declared once: a field is an argument of the Python function, an option of
 the command line, and a key of a recipe; its docstring is what `--help`, `help()` and the reference page say of it.
 
-To add an argument, add a field here with type, range, default and docstring, and use it in the job. What a field has no
-default for in every case is None, and its docstring says what is taken then.
+To add an argument, add a field here with type, range, default and docstring, and use it in the job. Where the default
+depends on other things the field is None, and its docstring says what is taken then. The docstring of a class is the
+title of its group of arguments.
 """
 
 import re

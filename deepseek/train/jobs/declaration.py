@@ -20,9 +20,8 @@ from pydantic.fields import FieldInfo
 from deepseek.errors import ConfigError
 from deepseek.registry import nearest
 
-DECLARED = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
-"""Of every declaration: no unknown key, a docstring under each field, defaults checked like values."""
-
+DECLARED = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+"""Of every declaration: no unknown key, a docstring under each field, defaults checked like values, finite numbers."""
 
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 """Bounds of `Field` and how they are said."""

@@ -206,6 +206,7 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
         (arguments.AdaptArguments, {"name": "x", "mode": "lorra"}, "mode 'lorra' is unknown; perhaps 'lora' is meant"),
         (arguments.ExpertArguments, {"name": "x", "width": 0}, "width: Input should be greater than or equal to 1"),
         (arguments.ExpertArguments, {"name": "x", "layers": "top"}, "layers='top' is not understood; write all, last"),
+        (arguments.ExpertArguments, {"name": "x", "minutes": float("inf")}, "minutes: Input should be a finite number"),
         (arguments.ExpertArguments, {}, "no text to learn from; give from_git"),
         (arguments.PretrainArguments, {"name": "x", "domains": {"a": {}}}, "tokens is missing; give it"),
         (arguments.PretrainArguments, {"name": "x", "tokens": 5}, "domains is missing; give it"),
