@@ -2,7 +2,7 @@
 
 A job has one pydantic dataclass in `arguments.py`. A field there is an argument: its name, type, range, default and
 docstring. From the class come the Python function (`job`), the command line (`cli/job_command.py`), the keys of a
-recipe (`read`), the request of `/v1/teach` and the reference page (`reference.py`).
+recipe (`read`), the request of `/v1/teach` and the reference page (`cli/job_reference.py`).
 
 Nothing heavy is imported here, so that `--help` is quick.
 """
