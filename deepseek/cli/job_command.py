@@ -74,12 +74,8 @@ def annotation(argument: Argument, declaration: type[Declaration], positional: b
 def _plain(kind: Any) -> Any:
     """Return the type of an option: of several values a list, of what may be a file its path."""
     if get_origin(kind) is tuple:
-        return list[_plain_item(get_args(kind)[0])]  # type: ignore[misc]
-    return kind if kind in (int, float, bool, str, Path) or get_origin(kind) is Literal else Path
-
-
-def _plain_item(kind: Any) -> Any:
-    return kind if kind is str else Path
+        return list[_plain(get_args(kind)[0])]  # type: ignore[misc]
+    return kind if kind in (int, float, bool, str) or get_origin(kind) is Literal else Path
 
 
 def _mapping(text: str) -> dict[str, Any]:

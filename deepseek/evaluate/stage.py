@@ -27,9 +27,6 @@ class EvaluationArguments(Declaration):
     base: str = Field(default="smollm2-135m", kw_only=False)
     """Model to evaluate: a known name, a folder or a hub id"""
 
-    name: str = "evaluation"
-    """Name of the run folder"""
-
     data: tuple[str | Path, ...] = ()
     """Texts to evaluate on beside public ones: folders, JSONL or Parquet files; default: none"""
 
@@ -49,7 +46,7 @@ class EvaluationArguments(Declaration):
     """Most tokens of each text"""
 
     run_folder: str | Path | None = None
-    """Folder of the result; default: `runs/<name>` in the library's home"""
+    """Folder of the result; default: `runs/evaluation` in the library's home"""
 
     quiet: bool = False
     """Show no progress"""
@@ -65,7 +62,7 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
     Raises:
         DataError, ConfigError, HubError: with the cause and the mend.
     """
-    folder = Path(arguments.run_folder or home() / "runs" / arguments.name)
+    folder = Path(arguments.run_folder or home() / "runs" / "evaluation")
     if (folder / "result.json").is_file():
         return
     started = time.monotonic()

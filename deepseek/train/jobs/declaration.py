@@ -2,7 +2,7 @@
 
 A job has one pydantic dataclass in `arguments.py`. A field there is an argument: its name, type, range, default and
 docstring. From the class come the Python function (`job`), the command line (`cli/job_command.py`), the keys of a
-recipe (`read`), the request of `/v1/teach` and the reference page (`reference.py`).
+recipe (`read`), the request of `/v1/teach` and the reference page (`cli/job_reference.py`).
 
 Nothing heavy is imported here, so that `--help` is quick.
 """
@@ -20,9 +20,8 @@ from pydantic.fields import FieldInfo
 from deepseek.errors import ConfigError
 from deepseek.registry import nearest
 
-DECLARED = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
-"""Of every declaration: no unknown key, a docstring under each field, defaults checked like values."""
-
+DECLARED = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+"""Of every declaration: no unknown key, a docstring under each field, defaults checked like values, finite numbers."""
 
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 """Bounds of `Field` and how they are said."""

@@ -13,17 +13,22 @@ import torch
 
 import deepseek
 from deepseek.cli import job_command
+from deepseek.cli.job_reference import JOBS, PublicJob, page
 from deepseek.cli.main import main
 from deepseek.errors import ConfigError
+from deepseek.evaluate import stage as evaluation
 from deepseek.train.jobs import adapt, align, arguments, distill_hash, expert, pretrain
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 from deepseek.train.jobs.recipe import STAGES, train_recipe
-from deepseek.train.jobs.reference import JOBS, PublicJob, page
 
 MODEL_BY_POSITION = {"adapt", "align"}
 """Commands whose model has no option name."""
 
-TO_BEGIN: dict[str, dict[str, Any]] = {
+CALLED = [job for job in JOBS if job.function]
+"""Jobs that are functions and commands, not stages of a recipe alone."""
+
+TO_BEGIN: dict[str | None, dict[str, Any]] = {
+    None: {"run_folder": "/x", "functions": "/code"},
     "train_expert": {"name": "x", "run_folder": "/x", "from_git": "/git"},
     "adapt": {"name": "x", "run_folder": "/x", "from_git": "/git"},
     "align": {"name": "x", "run_folder": "/x"},
@@ -66,6 +71,21 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
     monkeypatch.setattr(expert, "read_config", lambda _: {"num_hidden_layers": 30})
     monkeypatch.setattr(job_command, "fetch", lambda _: None)
     for name, result in {
+        "load": (None, None),
+        "collected": nullcontext("texts"),
+        "compare": [],
+        "read_folder": None,
+        "documented_functions": range(100),
+        "score_bodies": None,
+        "human_eval_problems": [],
+        "pass_at_1": 0.5,
+        "write_json": None,
+    }.items():
+        monkeypatch.setattr(evaluation, name, instead(result))
+    monkeypatch.setattr(evaluation, "asdict", lambda _: {})
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(evaluation, "ProgressBar", progress_bar)
+    for name, result in {
         "resolve": tmp_path / "base",
         "load": (SimpleNamespace(layers=range(30)), None),
         "documents_at": [],
@@ -81,10 +101,12 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
 
 
 def by_python(job: PublicJob, given: dict[str, Any]) -> None:
-    getattr(deepseek, job.function)(**given)
+    function = getattr(deepseek, job.function) if job.function else evaluation.evaluate_stage
+    function(**given)
 
 
 def by_command(job: PublicJob, given: dict[str, Any]) -> None:
+    assert job.command
     words = job.command.split()
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
@@ -103,7 +125,7 @@ def by_command(job: PublicJob, given: dict[str, Any]) -> None:
 
 def by_recipe(job: PublicJob, given: dict[str, Any]) -> None:
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    train_recipe({"name": "recipe", "stages": [{"stage": job.stage, "with": values}]})
+    train_recipe({"name": "recipe", "stages": [{"stage": job.stage, "with": values}]}, {"eval": evaluation.STAGE})
 
 
 def another_value(argument: Argument) -> Any:
@@ -121,7 +143,11 @@ def another_value(argument: Argument) -> Any:
 def cases() -> list[Any]:
     """Return a job and one of its arguments each, but for `config`, which is not an argument but a place of others."""
     pairs = [(job, argument) for job in JOBS for argument in arguments_of(job.arguments).values()]
-    return [pytest.param(*pair, id=f"{pair[0].function}-{pair[1].name}") for pair in pairs if pair[1].name != "config"]
+    return [
+        pytest.param(*pair, id=f"{pair[0].function or pair[0].stage}-{pair[1].name}")
+        for pair in pairs
+        if pair[1].name != "config"
+    ]
 
 
 @pytest.mark.parametrize(("job", "argument"), cases())
@@ -134,7 +160,7 @@ def test_an_argument_reaches_its_job(job: PublicJob, argument: Argument, record:
     by_python(job, changed)
     with_it = record.copy()
     assert with_it != without
-    for way in (by_command, *([by_recipe] if job.stage else [])):
+    for way in [by_command] * bool(job.command) + [by_recipe] * bool(job.stage):
         record.clear()
         way(job, changed)
         assert record == with_it, way.__name__
@@ -159,7 +185,7 @@ def test_mode_expert_keeps_learning_rate_and_batch_rows(record: Record) -> None:
     assert "'learning_rate': 0.0123" in record[0] and "'batch_rows': 17" in record[0]
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.function)
+@pytest.mark.parametrize("job", CALLED, ids=lambda job: job.function)
 def test_a_function_shows_its_arguments(job: PublicJob) -> None:
     function = getattr(deepseek, job.function)
     assert inspect.signature(function).parameters.keys() == arguments_of(job.arguments).keys()
@@ -168,7 +194,7 @@ def test_a_function_shows_its_arguments(job: PublicJob) -> None:
         assert f"    {argument.name}: {argument.about}\n" in function.__doc__
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.function)
+@pytest.mark.parametrize("job", CALLED, ids=lambda job: job.function)
 def test_help_lists_every_option(job: PublicJob, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*job.command.split(), "--help"])
@@ -185,7 +211,7 @@ def test_an_argument_is_described_with_its_default(job: PublicJob, argument: Arg
     assert named, f"the docstring of {argument.name} must say what is taken by default"
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.function)
+@pytest.mark.parametrize("job", CALLED, ids=lambda job: job.function)
 def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
     job: PublicJob, record: Record, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +232,7 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
         (arguments.AdaptArguments, {"name": "x", "mode": "lorra"}, "mode 'lorra' is unknown; perhaps 'lora' is meant"),
         (arguments.ExpertArguments, {"name": "x", "width": 0}, "width: Input should be greater than or equal to 1"),
         (arguments.ExpertArguments, {"name": "x", "layers": "top"}, "layers='top' is not understood; write all, last"),
+        (arguments.ExpertArguments, {"name": "x", "minutes": float("inf")}, "minutes: Input should be a finite number"),
         (arguments.ExpertArguments, {}, "no text to learn from; give from_git"),
         (arguments.PretrainArguments, {"name": "x", "domains": {"a": {}}}, "tokens is missing; give it"),
         (arguments.PretrainArguments, {"name": "x", "tokens": 5}, "domains is missing; give it"),
@@ -254,22 +281,23 @@ def test_the_stored_request_has_the_keys_that_runs_were_started_with(
 
 
 def test_every_stage_and_declaration_is_in_the_table_of_jobs() -> None:
+    stages = STAGES | {"eval": evaluation.STAGE}
     assert {job.stage: job.arguments for job in JOBS if job.stage} == {
-        name: stage.arguments for name, stage in STAGES.items()
+        name: stage.arguments for name, stage in stages.items()
     }
     declared = [one for one in vars(arguments).values() if isinstance(one, type) and issubclass(one, Declaration)]
     groups = {base for one in declared for base in one.__bases__}
-    assert {job.arguments for job in JOBS} == set(declared) - groups
+    assert {job.arguments for job in CALLED} == set(declared) - groups
 
 
 def test_the_reference_page_is_up_to_date() -> None:
     path = Path(__file__).parents[3] / "docs" / "reference" / "arguments.md"
-    command = "python -m deepseek.train.jobs.reference docs/reference/arguments.md"
+    command = "python -m deepseek.cli.job_reference docs/reference/arguments.md"
     assert path.read_text(encoding="utf-8") == page(), f"write it anew: {command}"
 
 
 def test_the_type_of_each_argument_can_be_an_option() -> None:
-    for job in JOBS:
+    for job in CALLED:
         for argument in arguments_of(job.arguments).values():
             found = job_command.annotation(argument, job.arguments, positional=False)
             assert get_args(found)[1].help == argument.about

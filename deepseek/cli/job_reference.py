@@ -1,7 +1,6 @@
-"""The reference page of all arguments, `docs/reference/arguments.md`, written from their
-declarations.
+"""The reference page of all arguments, `docs/reference/arguments.md`, written from their declarations.
 
-`python -m deepseek.train.jobs.reference docs/reference/arguments.md` writes it anew.
+`python -m deepseek.cli.job_reference docs/reference/arguments.md` writes it anew.
 """
 
 import sys
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from deepseek.evaluate.stage import EvaluationArguments
 from deepseek.train.jobs.arguments import (
     AdaptArguments,
     AlignArguments,
@@ -21,27 +21,28 @@ from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 
 @dataclass(frozen=True)
 class PublicJob:
-    """A training job as users see it.
+    """A job as users see it.
 
     Attributes:
-        function: its name in `deepseek`.
-        command: its words on the command line.
+        arguments: the declaration of its arguments.
         stage: its name in a recipe, None where it is no stage.
-        arguments: their declaration.
+        function: its name in `deepseek`, None where it is a stage only.
+        command: its words on the command line, None where it is a stage only.
     """
 
-    function: str
-    command: str
-    stage: str | None
     arguments: type[Declaration]
+    stage: str | None
+    function: str | None = None
+    command: str | None = None
 
 
 JOBS = (
-    PublicJob("train_expert", "expert train", "expert", ExpertArguments),
-    PublicJob("adapt", "adapt", "adapt", AdaptArguments),
-    PublicJob("align", "align", "align", AlignArguments),
-    PublicJob("pretrain", "pretrain", "pretrain", PretrainArguments),
-    PublicJob("distill_hash", "distill-hash", None, DistillHashArguments),
+    PublicJob(ExpertArguments, "expert", "train_expert", "expert train"),
+    PublicJob(AdaptArguments, "adapt", "adapt", "adapt"),
+    PublicJob(AlignArguments, "align", "align", "align"),
+    PublicJob(PretrainArguments, "pretrain", "pretrain", "pretrain"),
+    PublicJob(DistillHashArguments, None, "distill_hash", "distill-hash"),
+    PublicJob(EvaluationArguments, "eval"),
 )
 
 TOP = """# Arguments of the training jobs
@@ -50,7 +51,7 @@ An argument has one name everywhere: `learning_rate` in Python and in recipes is
 The first one of each function may be given by position. A wrong value or a misspelt name stops the job before anything
 is loaded.
 
-This page is written by `python -m deepseek.train.jobs.reference docs/reference/arguments.md`; do not edit it.
+This page is written by `python -m deepseek.cli.job_reference docs/reference/arguments.md`; do not edit it.
 """
 
 
@@ -61,22 +62,16 @@ def page() -> str:
 
 def section(job: PublicJob) -> str:
     """Return what the page says of one job."""
-    stage = f", stage `{job.stage}` of a recipe" if job.stage else ""
-    lines = [
-        f"## {job.command}",
-        "",
-        f"`deepseek.{job.function}`, `deepseek {job.command}`{stage}.",
-        "",
-    ]
+    places = [f"`deepseek.{job.function}`, `deepseek {job.command}`"] if job.function else []
+    places += [f"Stage `{job.stage}` of a recipe"] if job.stage else []
+    lines = [f"## {job.command or job.stage}", "", f"{'. '.join(places)}.", ""]
     owner: type[Declaration] | None = None
     for argument in arguments_of(job.arguments).values():
         if argument.owner is not owner:
             lines += [] if owner is None else [""]
             lines += [f"| {argument.owner.__doc__} | type | |", "|---|---|---|"]
             owner = argument.owner
-        lines.append(
-            f"| `{argument.name}` | {shown_kind(argument)} | {argument.about.replace('|', chr(92) + '|')} |"
-        )
+        lines.append(f"| `{argument.name}` | {shown_kind(argument)} | {argument.about.replace('|', chr(92) + '|')} |")
     return "\n".join([*lines, ""])
 
 
@@ -85,7 +80,7 @@ def shown_kind(argument: Argument) -> str:
     if argument.choices:
         return ", ".join(f"`{choice}`" for choice in argument.choices)
     if get_origin(argument.kind) is tuple:
-        return f"several {_word(get_args(argument.kind)[0])}"
+        return f"several {_word(get_args(argument.kind)[0])}s"
     return _word(argument.kind)
 
 
