@@ -65,7 +65,7 @@ def names(parameter: Any) -> str:
     spelled = ", ".join(f"`{one}`" for one in [*parameter.opts, *parameter.secondary_opts])
     if getattr(parameter, "is_flag", False):
         return spelled
-    return f"{spelled} {kind(parameter.type_descriptor.annotation)}"
+    return f"{spelled} {parameter.metavar or kind(parameter.type_descriptor.annotation)}"
 
 
 def kind(annotation: Any) -> str:

@@ -48,6 +48,10 @@ class Block(GradientCheckpointingLayer):
         """Return the queries, keys and values of this block's attention on the stream `[B, T, D]` that enters it."""
         return self.attention.inputs(self.attention_norm(hidden_BTD), ctx)
 
+    def state_bytes(self, length: int, itemsize: int) -> int:
+        """Return the most bytes that this block keeps in the cache for one sequence (see `FullAttention`)."""
+        return self.attention.state_bytes(length, itemsize)
+
     def gate_input(self, hidden_BTD: Tensor) -> Tensor:
         """Return what the feed-forward part, the experts and their gates read of the stream `[B, T, D]`."""
         normed_BTD: Tensor = self.feed_forward_norm(hidden_BTD)

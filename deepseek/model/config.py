@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from deepseek.errors import ConfigError
+from deepseek.model.attention_fields import AttentionFields
 from deepseek.model.presets import PRESETS
 from deepseek.registry import nearest, pick
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "attention": ("full", "lsh"),
     "positional_encoding": ("alibi", "dpe", "learned", "none", "rope"),
     "routing_strategy": ("dense", "dynamic", "topk"),
     "router_score": ("sigmoid", "softmax"),
@@ -26,7 +26,7 @@ _FOREIGN_KEYS = {
 }  # fmt: skip
 
 
-class ModelConfig(PreTrainedConfig):
+class ModelConfig(AttentionFields, PreTrainedConfig):
     """Shape of a `DeepSeekModel`. Field names are those of Hugging Face where a field exists there.
 
     A field that is not given keeps its default; `from_pretrained(name, config=...)` takes it from the checkpoint
@@ -40,13 +40,8 @@ class ModelConfig(PreTrainedConfig):
         clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE).
         sliding_window: number of past tokens, itself included, that a token attends to; None = all.
         full_attention_layers: layers that ignore `sliding_window` (Qwen2 and Qwen3 mix both kinds).
-        attention: "full", or "lsh": each query looks at few keys, chosen by their hash (`model/attention/lsh.py`).
-        lsh_num_buckets, lsh_probes: buckets of keys, and how many of them a query looks into.
-        lsh_rounds: independent hashes, each with its buckets and probes; a query looks at what any of them finds.
-        lsh_bucket_window, lsh_local_window, lsh_sinks: most recent keys it looks at in each such bucket, most recent
-            keys and first keys of its document it looks at whatever their bucket.
-        lsh_far_field: whether a query looks at a few summaries of all other past keys, too.
-        lsh_exact_layers: layers that keep full attention; None = the first two, which look everywhere.
+        attention: how tokens look at each other, "full" or another name in `model/attention/__init__.py`; the fields of
+            one kind alone are in `model/attention_fields.py`.
         max_position_embeddings: longest context in tokens; `max_len` is another name for it.
         positional_encoding: "rope", "dpe" (rope and a learned bias of scores, see `model/positions/dynamic.py`),
             "alibi", "learned" (a vector for each position) or "none".
@@ -99,14 +94,6 @@ class ModelConfig(PreTrainedConfig):
     clip_qkv: float | None = None
     sliding_window: int | None = None
     full_attention_layers: list[int] | None = None
-    lsh_num_buckets: int = 64
-    lsh_probes: int = 4
-    lsh_rounds: int = 1
-    lsh_bucket_window: int = 96
-    lsh_local_window: int = 128
-    lsh_sinks: int = 4
-    lsh_far_field: bool = False
-    lsh_exact_layers: list[int] | None = None
 
     positional_encoding: str = "rope"
     rope_parameters: dict[str, Any] | None = None
@@ -178,12 +165,6 @@ class ModelConfig(PreTrainedConfig):
         """Whether the feed-forward part of layer `layer_idx` is a mixture of experts."""
         return self.num_experts > 0 and layer_idx not in (self.dense_layers or ())
 
-    def is_exact(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` looks at all keys."""
-        return self.attention == "full" or layer_idx in (
-            (0, 1) if self.lsh_exact_layers is None else self.lsh_exact_layers
-        )
-
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
         output.pop("_given", None)
@@ -209,8 +190,7 @@ def _validate(config: ModelConfig) -> None:
             raise ConfigError(f"{name}={value!r} is unknown; {nearest(str(value), values)}.")
     _validate_backbone(config)
     _validate_positions(config)
-    if config.attention == "lsh":
-        _validate_lsh(config)
+    _validate_attention(config)
     if config.num_experts:
         _validate_experts(config)
 
@@ -250,22 +230,12 @@ def _validate_positions(config: ModelConfig) -> None:
         raise ConfigError(f"train_len={train_len} must be positive and at most max_position_embeddings={longest}.")
 
 
-def _validate_lsh(config: ModelConfig) -> None:
-    for name in ("num_buckets", "probes", "rounds", "bucket_window", "local_window", "sinks"):
-        least = 0 if name == "sinks" else 1
-        value = getattr(config, f"lsh_{name}")
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"lsh_{name}={value!r} must be at least {least}.")
-    if config.lsh_far_field and config.positional_encoding in ("alibi", "dpe"):
-        raise ConfigError(
-            f"lsh_far_field=True contradicts positional_encoding={config.positional_encoding!r}, as a summary of keys "
-            "has no bias; leave lsh_far_field out."
-        )
-    if config.sliding_window is not None:
-        raise ConfigError(
-            f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window is lsh_local_window; "
-            "leave sliding_window out."
-        )
+def _validate_attention(config: ModelConfig) -> None:
+    from deepseek.model.attention import ATTENTION  # here, as every attention is made from a config
+
+    if config.attention not in ATTENTION:
+        raise ConfigError(f"attention={config.attention!r} is unknown; {nearest(str(config.attention), ATTENTION)}.")
+    ATTENTION[config.attention].check(config)
 
 
 def _validate_experts(config: ModelConfig) -> None:

@@ -1,34 +1,120 @@
-"""Keys and values of past tokens, and what plugged experts remember of them."""
+"""Keys and values of past tokens, and what layers and plugged experts keep beside them."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from deepseek.errors import ConfigError
-from deepseek.kernels.lsh.decode import BucketCache
+
+Change = Callable[[Tensor], Tensor]
+"""Picks, repeats or reorders the sequences of a batch, along the first axis of whatever it is given."""
+
+
+class LayerState(Protocol):
+    """What one layer keeps of past tokens beside their keys and values, such as running sums of its inputs.
+
+    Each kind of attention or of positions that keeps something has a class of its own. A copy of a stretch of tokens is
+    of the same class, so that nobody else has to know what is in it.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it occupies now."""
+
+    def segment(self, start: int) -> Self:
+        """Return a copy of what the tokens from `start` to the last one left behind; nothing is shared with it."""
+
+    def extend(self, segment: Self) -> None:
+        """Append the tokens of `segment`, which was taken at this state's length."""
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+
+    def change_rows(self, change: Change) -> None:
+        """Apply `change` to everything that has a row for each sequence."""
+
+
+State = TypeVar("State", bound=LayerState)
+Key = tuple[int, type[LayerState]]
+"""A layer and the class of what it keeps."""
+
+
+@dataclass(frozen=True)
+class CacheSegment:
+    """What a stretch of tokens left in a `KVCache`. Nobody changes it.
+
+    Attributes:
+        keys, values: `[B, G, T, K]` of each layer.
+        gates: layer -> the gates' sums `[B, 3, M]` after the last token.
+        states: what layers keep beside keys and values.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    gates: dict[int, Tensor]
+    states: dict[Key, LayerState]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it occupies."""
+        tensors = sum(part.nbytes for part in (*self.keys, *self.values, *self.gates.values()))
+        return tensors + sum(state.nbytes for state in self.states.values())
 
 
 class KVCache(DynamicCache):
-    """A Hugging Face `DynamicCache` that also holds the gates' running sums and the buckets of LSH attention.
+    """A Hugging Face `DynamicCache` that also holds what layers and plugged experts keep of past tokens.
 
-    `gate_state[layer]` is `[B, 3, M]`: the sums of both gate scores of M modules and their common denominator (see
-    `model/experts/gate.py`). `armed` is the set of experts that the sequence started with, so that plugging or
-    unplugging between two steps never changes a sequence in flight. `relevance_state` is `[B, M+1]`, the evidence so
-    far that the text is about each expert's domain (see `model/experts/relevance.py`). `buckets[layer]` says which keys
-    of an LSH layer fall into which bucket. `key_bias[layer]` `[B, H, S]` is what dynamic positions add to the scores of
-    each key.
+    Attributes:
+        states: what layers keep beside keys and values (see `layer_state`).
+        gate_state: layer -> `[B, 3, M]`: the sums of both gate scores of M modules and their common denominator (see
+            `model/experts/gate.py`).
+        relevance_state: `[B, M+1]`, the evidence so far that the text is about each expert's domain (see
+            `model/experts/relevance.py`).
+        armed: the experts that the sequence started with, so that plugging or unplugging between two steps never
+            changes a sequence in flight.
+        started: whether `armed` has been decided.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.states: dict[Key, LayerState] = {}
         self.gate_state: dict[int, Tensor] = {}
         self.relevance_state: Tensor | None = None
-        self.buckets: dict[int, BucketCache] = {}
-        self.key_bias: dict[int, Tensor] = {}
         self.armed: Any = None
         self.started = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that keys, values, gates' sums and the layers' states occupy now."""
+        layers: Any = self.layers
+        parts = [part for layer in layers if layer.is_initialized for part in (layer.keys, layer.values)]
+        tensors = sum(part.nbytes for part in (*parts, *self.gate_state.values()))
+        return tensors + sum(state.nbytes for state in self.states.values())
+
+    def segment(self, start: int) -> CacheSegment:
+        """Return a copy of what the tokens from `start` to the last one left behind."""
+        layers = list[Any](self.layers)
+        return CacheSegment(
+            keys=tuple(layer.keys[:, :, start:].clone() for layer in layers),
+            values=tuple(layer.values[:, :, start:].clone() for layer in layers),
+            gates={layer: sums.clone() for layer, sums in self.gate_state.items()},
+            states={key: state.segment(start) for key, state in self.states.items()},
+        )
+
+    def extend(self, segment: CacheSegment) -> None:
+        """Append the tokens of `segment`, which was taken at this cache's length, with the same experts."""
+        for layer, (keys, values) in enumerate(zip(segment.keys, segment.values, strict=True)):
+            self.update(keys, values, layer)
+        for key, state in segment.states.items():
+            if key in self.states:
+                self.states[key].extend(state)
+            else:
+                self.states[key] = state.segment(0)  # a copy: the segment may be put into other caches, too
+        self.gate_state = dict(segment.gates)  # a step replaces sums, it never writes into them
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -49,16 +135,76 @@ class KVCache(DynamicCache):
                 "disarm the experts for assisted decoding."
             )
         super().crop(tokens_to_remove)
-        for buckets in self.buckets.values():
-            buckets.crop(self.get_seq_length())
-        self.key_bias = {layer: state[..., : self.get_seq_length()] for layer, state in self.key_bias.items()}
+        for state in self.states.values():
+            state.crop(self.get_seq_length())
 
-    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.gate_state = {layer: change(state) for layer, state in self.gate_state.items()}
-        self.key_bias = {layer: change(state) for layer, state in self.key_bias.items()}
+    def _change_rows(self, change: Change) -> None:
+        self.gate_state = {layer: change(sums) for layer, sums in self.gate_state.items()}
         if self.relevance_state is not None:
             self.relevance_state = change(self.relevance_state)
         if self.armed is not None:
             self.armed = self.armed.with_rows(change)
-        for buckets in self.buckets.values():
-            buckets.change_rows(change)
+        for state in self.states.values():
+            state.change_rows(change)
+
+
+def layer_state(
+    cache: KVCache | None, layer_idx: int, kind: type[State], make: Callable[[], State], user: str
+) -> State:
+    """Return what a layer keeps in `cache`, made at the first call.
+
+    Args:
+        cache: the cache of the pass; None: what is returned lasts for this pass alone.
+        layer_idx: number of the layer.
+        kind: class of the state; a layer has one of each class.
+        make: makes an empty one.
+        user: what asks, as the beginning of an error message, such as "Dynamic positions need".
+
+    Raises:
+        ConfigError: the cache is one of Hugging Face's, which keeps keys and values alone.
+    """
+    if cache is None:
+        return make()
+    if not isinstance(cache, KVCache):
+        raise ConfigError(f"{user} deepseek.model.KVCache as cache; leave `cache` out.")
+    key = (layer_idx, kind)
+    if key not in cache.states:
+        cache.states[key] = make()
+    state = cache.states[key]
+    assert isinstance(state, kind)
+    return state
+
+
+@dataclass
+class TokenState:
+    """A `LayerState` of one tensor that has an entry for each past token on its last axis.
+
+    Attributes:
+        values: `[B, ..., S]`; None: no token yet.
+    """
+
+    values: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.values is None else self.values.nbytes
+
+    def segment(self, start: int) -> Self:
+        return type(self)(None if self.values is None else self.values[..., start:].clone())
+
+    def extend(self, segment: Self) -> None:
+        if segment.values is not None:
+            self.append(segment.values)
+
+    def append(self, values: Tensor) -> Tensor:
+        """Add the entries `[B, ..., T]` of new tokens; return those of all tokens."""
+        self.values = values if self.values is None else torch.cat((self.values, values), dim=-1)
+        return self.values
+
+    def crop(self, length: int) -> None:
+        if self.values is not None:
+            self.values = self.values[..., :length]
+
+    def change_rows(self, change: Change) -> None:
+        if self.values is not None:
+            self.values = change(self.values)

@@ -136,6 +136,14 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
                 return module.router.choose(logits_NE).choice.ids_NC.shape[1]
         return 0
 
+    def state_bytes(self, length: int) -> int:
+        """Return the most bytes that a `KVCache` of one sequence of `length` tokens occupies, without experts."""
+        total = 0
+        for block in self.layers:
+            assert isinstance(block, Block)
+            total += block.state_bytes(length, self.dtype.itemsize)
+        return total
+
     def own_tensors(self) -> dict[str, Tensor]:
         """Return the state, of tensors that have two names each under its first."""
         return {name: tensor for name, tensor in self.state_dict().items() if name not in self.all_tied_weights_keys}

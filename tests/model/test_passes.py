@@ -178,7 +178,6 @@ STEPS = {"attend", "gate_input"}
 READERS = {
     "benchmarks/lsh_slot_in.py": {"attention"},  # trains the projections of attention by themselves
     "benchmarks/parity.py": {"feed_forward"},  # reports the gradients of routers
-    "deepseek/engine/torch_runner.py": {"attention"},  # asks LSH layers what their buckets occupy
     "deepseek/compiled/weights.py": {"attention", "attention_norm", "feed_forward", "feed_forward_norm"},  # packs them
 }
 """Files that read a layer's weights and run none of it. The table may only become shorter."""

@@ -51,6 +51,32 @@ class BucketCache:
         parts = (self.seen_B, self._room_BJS, self._ring_BJCW, self._count_BJC, self.sums)
         return sum(part.nbytes for part in parts if part is not None)
 
+    @staticmethod
+    def most_bytes(windows: Windows, groups: int, width: int, length: int) -> int:
+        """Return the most that the buckets of one sequence occupy: codes with room to double, rings and their counts.
+
+        Args:
+            groups, width: key heads of the layer, and numbers in a key.
+            length: tokens of the sequence.
+        """
+        ring = (windows.num_buckets + 2) * (1 + max(windows.bucket, windows.sinks))
+        total = groups * windows.rounds * (2 * 4 * length + 8 * ring) + 8
+        if windows.far_field:
+            total += (length // BLOCK + 1) * 8 * (groups * 2 * width + 1)
+        return total
+
+    def segment(self, start: int) -> "BucketCache":
+        """Return a copy of what the keys from `start` on left behind; rings and sums are made anew where needed."""
+        copied = BucketCache(self.windows)
+        copied._room_BJS = self.codes_BJS[:, :, start:].clone()
+        copied.length = self.length - start
+        copied.seen_B = copied.real_BS.sum(-1)
+        return copied
+
+    def extend(self, segment: "BucketCache") -> None:
+        """Append the keys of `segment`, which was taken at this length."""
+        self.append(segment.codes_BJS.long(), segment.real_BS)
+
     def append(self, key_codes_BJT: Tensor, real_BT: Tensor | None = None, first_BT: Tensor | None = None) -> None:
         """Add new keys.
 

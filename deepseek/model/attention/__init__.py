@@ -1,7 +1,11 @@
-"""How tokens look at each other. One protocol, one table; a new kind is one file and one row."""
+"""How tokens look at each other. One table; a new kind is one class in a file of its own and one row.
+
+A kind maps (x `[B, T, D]`, `ForwardContext`) to `[B, T, D]` and derives from `FullAttention`, which says what it may
+override. What it keeps of past tokens beside keys and values is a state of its own (`model/kv_cache.py`), and fields of
+the config that nobody else needs go to `model/attention_fields.py`.
+"""
 
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.attention.lsh import LshAttention
 
-# Each is a module of (config, layer_idx) that maps (x [B, T, D], ForwardContext) to [B, T, D].
 ATTENTION: dict[str, type[FullAttention]] = {"full": FullAttention, "lsh": LshAttention}

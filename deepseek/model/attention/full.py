@@ -30,13 +30,23 @@ class AttentionInputs:
 
 
 class FullAttention(nn.Module):
-    """Causal multi-head attention with grouped key/value heads (arXiv:2305.13245)."""
+    """Causal multi-head attention with grouped key/value heads (arXiv:2305.13245).
+
+    Other kinds derive from it. What they keep of past tokens beside keys and values is a `LayerState`, which they find
+    by `layer_state`; no one else needs to know of it. They override `attend`, and where they differ in that `check` and
+    `state_bytes`.
+    """
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise `ConfigError` where the fields of this kind of attention contradict each other or the others."""
 
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.head_dim is not None and config.num_key_value_heads is not None
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
+        self.groups = config.num_key_value_heads
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.clip_qkv = config.clip_qkv
         self.norm_heads = config.qk_norm == "head"
@@ -65,6 +75,16 @@ class FullAttention(nn.Module):
         attended_BHTK = self.attend(inputs.query_BHTK, key, value, plain, bias, ctx)
         output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
         return output
+
+    def state_bytes(self, length: int, itemsize: int) -> int:
+        """Return the most bytes that this layer keeps in the cache for one sequence.
+
+        Args:
+            length: tokens of the sequence.
+            itemsize: bytes of a number in keys and values.
+        """
+        positions = 0 if self.score_bias is None else self.score_bias.state_bytes(length)
+        return 2 * self.groups * self.head_dim * itemsize * length + positions
 
     def attend(
         self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, plain: tuple[Tensor, Tensor],

@@ -17,6 +17,7 @@ from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
+from deepseek.model.kv_cache import layer_state
 
 
 class Hash(Protocol):
@@ -150,9 +151,28 @@ class LshAttention(FullAttention):
     `hash` names the buckets; put a trained one there to replace the random one.
     """
 
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        for name in ("num_buckets", "probes", "rounds", "bucket_window", "local_window", "sinks"):
+            least = 0 if name == "sinks" else 1
+            value = getattr(config, f"lsh_{name}")
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"lsh_{name}={value!r} must be at least {least}.")
+        if config.lsh_far_field and config.positional_encoding in ("alibi", "dpe"):
+            raise ConfigError(
+                f"lsh_far_field=True contradicts positional_encoding={config.positional_encoding!r}, as a summary of "
+                "keys has no bias; leave lsh_far_field out."
+            )
+        if config.sliding_window is not None:
+            raise ConfigError(
+                f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window is "
+                "lsh_local_window; leave sliding_window out."
+            )
+
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.exact = config.is_exact(layer_idx)
+        exact = (0, 1) if config.lsh_exact_layers is None else config.lsh_exact_layers
+        self.exact = layer_idx in exact
         self.windows = Windows(
             config.lsh_local_window, config.lsh_sinks, config.lsh_bucket_window, config.lsh_num_buckets,
             config.lsh_rounds, config.lsh_far_field,
@@ -170,7 +190,7 @@ class LshAttention(FullAttention):
             return super().attend(query_BHTK, key_BGSK, value_BGSK, plain, bias, ctx)
         with torch.no_grad():
             # Before positions: rotated keys would fall into buckets by place, not by content.
-            buckets = self._buckets(ctx)
+            buckets = layer_state(ctx.cache, self.layer_idx, BucketCache, self._no_buckets, "LSH attention needs")
             first_BS = document_starts(ctx.document_ids_BT)
             buckets.append(self.hash.key_codes(plain[1]), ctx.token_mask_BT, first_BS)
             if total <= self.windows.local:
@@ -180,10 +200,9 @@ class LshAttention(FullAttention):
             return buckets.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, bias=bias)
         return kernel.attend(query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets, first_BS, bias=bias)
 
-    def _buckets(self, ctx: ForwardContext) -> BucketCache:
-        if ctx.cache is None:
-            return BucketCache(self.windows)
-        buckets = getattr(ctx.cache, "buckets", None)
-        if buckets is None:
-            raise ConfigError("LSH attention needs deepseek.model.KVCache as cache; leave `cache` out.")
-        return buckets.setdefault(self.layer_idx, BucketCache(self.windows))
+    def state_bytes(self, length: int, itemsize: int) -> int:
+        kept = super().state_bytes(length, itemsize)
+        return kept if self.exact else kept + BucketCache.most_bytes(self.windows, self.groups, self.head_dim, length)
+
+    def _no_buckets(self) -> BucketCache:
+        return BucketCache(self.windows)

@@ -24,6 +24,9 @@ class AlibiBias(nn.Module):
         slopes_H = torch.tensor(self.slopes, dtype=torch.double, device=x_BTD.device)
         return ScoreBias(key_BHS=slopes_H[:, None] * ctx.places_BS[:, None].double())
 
+    def state_bytes(self, length: int) -> int:
+        return 0
+
 
 def slopes(heads: int) -> list[float]:
     """Return the slope of each head: powers of 2 down to 2^-8, those between for counts that are no power of 2."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, softplus
 
-from deepseek.errors import ConfigError
 from deepseek.kernels.bias.distance import NUM_BUCKETS, distance_buckets
 from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.model.config import ModelConfig
+from deepseek.model.kv_cache import TokenState, layer_state
 from deepseek.model.positions.alibi import slopes
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ CONTEXTS = 8
 
 PACE = 64
 """Factor of A, U and gamma. At a learning rate fit for weights, a bias of some nats would take thousands of steps."""
+
+
+class KeyBiasState(TokenState):
+    """kappa `[B, H, S]` of the keys of one layer in the cache, in fp64."""
 
 
 class DynamicBias(nn.Module):
@@ -63,6 +67,9 @@ class DynamicBias(nn.Module):
             return None
         return ScoreBias(self._table(x_BTD), self._key_bias(x_BTD, ctx, layer_idx), self._scale(ctx.position_ids_BT))
 
+    def state_bytes(self, length: int) -> int:
+        return 8 * len(self.decay_H) * length
+
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
@@ -90,14 +97,8 @@ class DynamicBias(nn.Module):
         sums_BHT = rates_BTH.double().cumsum(1).transpose(1, 2)
         if ctx.cache is None:
             return sums_BHT
-        states: dict[int, Tensor] | None = getattr(ctx.cache, "key_bias", None)
-        if states is None:
-            raise ConfigError("Dynamic positions need deepseek.model.KVCache as cache; leave `cache` out.")
-        if layer_idx in states:
-            past_BHS = states[layer_idx]
-            sums_BHT = torch.cat((past_BHS, past_BHS[..., -1:] + sums_BHT), dim=-1)
-        states[layer_idx] = sums_BHT
-        return sums_BHT
+        state = layer_state(ctx.cache, layer_idx, KeyBiasState, KeyBiasState, "Dynamic positions need")
+        return state.append(sums_BHT if state.values is None else state.values[..., -1:] + sums_BHT)
 
     def _scale(self, position_ids_BT: Tensor) -> Tensor:
         """Return tau `[B, H, T]`."""

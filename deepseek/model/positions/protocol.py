@@ -41,3 +41,6 @@ class ScoreBiasSource(Protocol):
     """What a layer owns, a module: maps the layer's input to the bias of its scores, or to None where it is zero."""
 
     def __call__(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> ScoreBias | None: ...
+
+    def state_bytes(self, length: int) -> int:
+        """Return the most bytes that it keeps in the cache for one sequence of `length` tokens."""
