@@ -71,6 +71,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=page_id)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    named = re.findall(r"`((?:deepseek|tests|benchmarks|docs|examples|requirements)/[a-z0-9_./-]+)`", prose(page))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=page_id)
 def test_python_blocks_compile(page: Path) -> None:
     for block in blocks(page, "python"):
         ast.parse(block)
