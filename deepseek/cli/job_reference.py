@@ -1,4 +1,5 @@
-"""The reference page of all arguments, `docs/reference/arguments.md`, written from their declarations.
+"""The reference page of all arguments, `docs/reference/arguments.md`, written from their
+declarations.
 
 `python -m deepseek.cli.job_reference docs/reference/arguments.md` writes it anew.
 """
@@ -71,7 +72,9 @@ def section(job: PublicJob) -> str:
             lines += [] if owner is None else [""]
             lines += [f"| {argument.owner.__doc__} | type | |", "|---|---|---|"]
             owner = argument.owner
-        lines.append(f"| `{argument.name}` | {shown_kind(argument)} | {argument.about.replace('|', chr(92) + '|')} |")
+        lines.append(
+            f"| `{argument.name}` | {shown_kind(argument)} | {argument.about.replace('|', chr(92) + '|')} |"
+        )
     return "\n".join([*lines, ""])
 
 

@@ -1,9 +1,10 @@
-"""The arguments of all training jobs, each declared once: a field is an argument of the Python function, an option of
-the command line, and a key of a recipe; its docstring is what `--help`, `help()` and the reference page say of it.
+"""The arguments of all training jobs, each declared once: a field is an argument of the Python
+function, an option of the command line, and a key of a recipe; its docstring is what `--help`,
+`help()` and the reference page say of it.
 
-To add an argument, add a field here with type, range, default and docstring, and use it in the job. Where the default
-depends on other things the field is None, and its docstring says what is taken then. The docstring of a class is the
-title of its group of arguments.
+To add an argument, add a field here with type, range, default and docstring, and use it in the job.
+Where the default depends on other things the field is None, and its docstring says what is taken
+then. The docstring of a class is the title of its group of arguments.
 """
 
 import re
@@ -61,8 +62,14 @@ class TextArguments(RunArguments):
     """Text (at least one source)"""
 
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {
-        "from_git", "from_folder", "from_jsonl", "from_parquet", "held_out", "split", "questions",
-    }  # fmt: skip
+        "from_git",
+        "from_folder",
+        "from_jsonl",
+        "from_parquet",
+        "held_out",
+        "split",
+        "questions",
+    }
 
     base: str = Field(default="smollm2-135m", kw_only=False)
     """Base model: a known name, a folder or a hub id"""
@@ -86,7 +93,9 @@ class TextArguments(RunArguments):
     """Share of the documents that is never trained on"""
 
     held_out_tokens: int = Field(default=8192, ge=1)
-    """Most held-out tokens that the result is reported on, and most that the best state is chosen by"""
+    """Most held-out tokens that the result is reported on, and most that the best state is chosen
+    by
+    """
 
     row_length: int = Field(default=512, ge=2)
     """Tokens of a packed row"""
@@ -95,8 +104,8 @@ class TextArguments(RunArguments):
     """Rows of a batch; default: 4, or 2 for an expert that begins at layer 0"""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak of the learning rate; default: 4e-3 for an expert, 3e-3 for one that begins at layer 0, and of the other
-    modes 1e-3 for last-n, 8e-3 for lora, 2e-4 for full"""
+    """Peak of the learning rate; default: 4e-3 for an expert, 3e-3 for one that begins at layer 0,
+    and of the other modes 1e-3 for last-n, 8e-3 for lora, 2e-4 for full"""
 
     @property
     def source(self) -> "Source":
@@ -112,12 +121,16 @@ class TextArguments(RunArguments):
 
     def named(self) -> str:
         """Return the name, or that of the source."""
-        return self.name or source_name(self.from_git, self.from_folder, self.from_jsonl, self.from_parquet)
+        return self.name or source_name(
+            self.from_git, self.from_folder, self.from_jsonl, self.from_parquet
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return what decides the result, the paths of the text absolute."""
         source = vars(self.source)
-        return super().as_json() | {"source": {k: str(v) if isinstance(v, Path) else v for k, v in source.items()}}
+        return super().as_json() | {
+            "source": {k: str(v) if isinstance(v, Path) else v for k, v in source.items()}
+        }
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
@@ -125,25 +138,35 @@ class ExpertArguments(TextArguments):
     """Expert"""
 
     layers: str = Field(default="last:3", pattern=LAYERS, examples=["all", "last:3", "0-9,20"])
-    """Layers that get an expert: last:3 is fast, all is strong; also last:N, or indices such as 0-9,20"""
+    """Layers that get an expert: last:3 is fast, all is strong; also last:N, or indices such as
+    0-9,20
+    """
 
     width: int | None = Field(default=None, ge=1)
-    """Width of the expert's feed-forward network at each layer; default: 512, or 256 if it begins at layer 0"""
+    """Width of the expert's feed-forward network at each layer; default: 512, or 256 if it begins
+    at layer 0
+    """
 
     minutes: float | None = Field(default=None, gt=0)
     """Minutes for trunk, training and evaluation; default: 5 if `tokens` is not given"""
 
     tokens: int | None = Field(default=None, ge=0)
-    """Distinct tokens to train on instead of `minutes`, 0 for all; default: as many as the minutes suffice for"""
+    """Distinct tokens to train on instead of `minutes`, 0 for all; default: as many as the minutes
+    suffice for
+    """
 
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the text; default: as many as its amount is worth"""
 
     split: Literal["file", "directory", "time"] = "file"
-    """What is held out: whole files, whole directories, or with time what came last in a git history"""
+    """What is held out: whole files, whole directories, or with time what came last in a git
+    history
+    """
 
     questions: float | None = Field(default=None, ge=0, le=0.9)
-    """Share of the training tokens that are questions about the text, made from it; default: 0, none"""
+    """Share of the training tokens that are questions about the text, made from it; default: 0,
+    none
+    """
 
     licence: str = Field(default=UNKNOWN_LICENCE, pattern=PRINTABLE, max_length=200)
     """Licence of the pack, an SPDX expression"""
@@ -172,8 +195,9 @@ class AdaptArguments(TextArguments):
     unstored: ClassVar[frozenset[str]] = TextArguments.unstored | {"name"}
 
     mode: Mode = "last-n"
-    """What is trained: last-n the last layers on a cached trunk; lora adapters of at most 0.1 % of the parameters,
-    merged at the end; full everything; expert a module beside the model, as `train_expert` does"""
+    """What is trained: last-n the last layers on a cached trunk; lora adapters of at most 0.1 % of
+    the parameters, merged at the end; full everything; expert a module beside the model, as
+    `train_expert` does"""
 
     last: int = Field(default=3, ge=1)
     """Layers that the modes last-n and expert train"""
@@ -188,9 +212,13 @@ class AdaptArguments(TextArguments):
     """Folder of the new model; default: `models/<name>` in the library's home"""
 
     def for_expert(self) -> ExpertArguments:
-        """Return what mode "expert" trains: every argument that an expert has too, and the last layers."""
+        """Return what mode "expert" trains: every argument that an expert has too, and the last
+        layers.
+        """
         shared = arguments_of(ExpertArguments).keys() & arguments_of(AdaptArguments).keys()
-        return ExpertArguments(**{name: getattr(self, name) for name in shared}, layers=f"last:{self.last}")
+        return ExpertArguments(
+            **{name: getattr(self, name) for name in shared}, layers=f"last:{self.last}"
+        )
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
@@ -212,10 +240,14 @@ class AlignArguments(RunArguments):
     """How it learns: ppo is RLPO; dpo and rloo are those of TRL"""
 
     reward: str = "model"
-    """What judges answers: model fits a reward model to the pairs; clean, willing and varied are judges"""
+    """What judges answers: model fits a reward model to the pairs; clean, willing and varied are
+    judges
+    """
 
     layers: str = Field(default="last:6", pattern=LAYERS, examples=["all", "last:3", "0-9,20"])
-    """Layers that are trained: last:N or all; the reward model reads what enters the first of them"""
+    """Layers that are trained: last:N or all; the reward model reads what enters the first of
+    them
+    """
 
     rollouts: int = Field(default=40, ge=1)
     """How often the model answers prompts and learns from it"""
@@ -246,7 +278,9 @@ class PretrainArguments(RunArguments):
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {"config"}
 
     config: str | Path | Mapping[str, Any] | None = Field(default=None, kw_only=False)
-    """YAML or TOML file (in Python also a mapping) with any of the arguments below, which win over it; default: none"""
+    """YAML or TOML file (in Python also a mapping) with any of the arguments below, which win over
+    it; default: none
+    """
 
     name: str = Field(default="", min_length=1)
     """Name of the model and of its run folder; there is no default"""
@@ -254,8 +288,8 @@ class PretrainArguments(RunArguments):
     domains: dict[str, DomainSettings] = Field(
         default_factory=dict, min_length=1, examples=[{"code": {"folder": "src"}}]
     )
-    """Texts by name, each with `folder`, `git`, `jsonl` or `parquet`, and its `weight` in the mix; there is no
-    default"""
+    """Texts by name, each with `folder`, `git`, `jsonl` or `parquet`, and its `weight` in the mix;
+    there is no default"""
 
     tokens: int = Field(default=0, gt=0)
     """Tokens to train on in all; there is no default"""
@@ -350,7 +384,9 @@ class DistillHashArguments(JobArguments):
     """Base model: a known name, a folder or a hub id"""
 
     data: tuple[str | Path, ...] = ()
-    """Texts to learn from: folders, JSONL or Parquet files; default: Python's own pages and library"""
+    """Texts to learn from: folders, JSONL or Parquet files; default: Python's own pages and
+    library
+    """
 
     texts: int = Field(default=6, ge=1)
     """Number of texts"""
@@ -375,8 +411,12 @@ class DistillHashArguments(JobArguments):
 
 
 def source_name(*paths: AnyPath) -> str:
-    """Return a name for what is made from the first path given: `~/src/My Project` gives `My-Project`."""
+    """Return a name for what is made from the first path given: `~/src/My Project` gives
+    `My-Project`.
+    """
     source = next((Path(path) for path in paths if path), None)
     if source is None:
-        raise ConfigError("no text to learn from; give from_git, from_folder, from_jsonl or from_parquet.")
+        raise ConfigError(
+            "no text to learn from; give from_git, from_folder, from_jsonl or from_parquet."
+        )
     return re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().stem).strip("-._") or "expert"

@@ -1,8 +1,10 @@
-"""How a job's arguments are declared once: the class, its checks, and the words that describe each argument.
+"""How a job's arguments are declared once: the class, its checks, and the words that describe each
+argument.
 
-A job has one pydantic dataclass in `arguments.py`. A field there is an argument: its name, type, range, default and
-docstring. From the class come the Python function (`job`), the command line (`cli/job_command.py`), the keys of a
-recipe (`read`), the request of `/v1/teach` and the reference page (`cli/job_reference.py`).
+A job has one pydantic dataclass in `arguments.py`. A field there is an argument: its name, type,
+range, default and docstring. From the class come the Python function (`job`), the command line
+(`cli/job_command.py`), the keys of a recipe (`read`), the request of `/v1/teach` and the reference
+page (`cli/job_reference.py`).
 
 Nothing heavy is imported here, so that `--help` is quick.
 """
@@ -12,7 +14,19 @@ from dataclasses import dataclass
 from functools import wraps
 from inspect import cleandoc, get_annotations, signature
 from types import UnionType
-from typing import Any, ClassVar, Literal, ParamSpec, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -20,8 +34,12 @@ from pydantic.fields import FieldInfo
 from deepseek.errors import ConfigError
 from deepseek.registry import nearest
 
-DECLARED = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
-"""Of every declaration: no unknown key, a docstring under each field, defaults checked like values, finite numbers."""
+DECLARED = ConfigDict(
+    extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+)
+"""Of every declaration: no unknown key, a docstring under each field, defaults checked like values,
+finite numbers.
+"""
 
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 """Bounds of `Field` and how they are said."""
@@ -35,7 +53,9 @@ class Declaration:
 
     @classmethod
     def read(cls, **given: Any) -> Self:
-        """Return the arguments that are given by name, checked; `ConfigError` names a wrong one and what to do."""
+        """Return the arguments that are given by name, checked; `ConfigError` names a wrong one and
+        what to do.
+        """
         try:
             arguments = cls(**given)
         except ValidationError as error:
@@ -59,7 +79,8 @@ class Argument:
     Attributes:
         name: as it is in Python and in recipes.
         declared: what pydantic knows about it: description, default, range, examples.
-        kind: its type without `None`: a class, a `Literal`, or a generic type such as `tuple[str, ...]`.
+        kind: its type without `None`: a class, a `Literal`, or a generic type such as
+            `tuple[str, ...]`.
         owner: the class that declares it, whose docstring titles a group of arguments.
     """
 
@@ -80,7 +101,9 @@ class Argument:
 
     @property
     def limits(self) -> str:
-        """The range in words, empty where there is none; that a count is not negative goes without saying."""
+        """The range in words, empty where there is none; that a count is not negative goes without
+        saying.
+        """
         words = []
         for bound in self.declared.metadata:
             for name, phrase in LIMITS.items():
@@ -91,7 +114,9 @@ class Argument:
 
     @property
     def about(self) -> str:
-        """What it is, its range and its default, as `--help`, docstrings and the reference page show it."""
+        """What it is, its range and its default, as `--help`, docstrings and the reference page
+        show it.
+        """
         description = " ".join((self.declared.description or "").split())
         text, _, default = description.partition("; default: ")
         if not default and not isinstance(self.default, bool) and "no default" not in text:
@@ -100,10 +125,13 @@ class Argument:
 
 
 def arguments_of(declaration: type[Declaration]) -> dict[str, Argument]:
-    """Return the arguments of a job by name: its own first, then those that it shares with others."""
+    """Return the arguments of a job by name: its own first, then those that it shares with
+    others.
+    """
     found: dict[str, Argument] = {}
     for owner in declaration.__mro__:
-        # Pydantic reads docstrings in the class that declares a field; classes below inherit it without.
+        # Pydantic reads docstrings in the class that declares a field; classes below inherit it
+        # without.
         fields: dict[str, FieldInfo] = owner.__dict__.get("__pydantic_fields__", {})
         for name in get_annotations(owner):
             if name in fields and name not in found:
@@ -119,7 +147,8 @@ R = TypeVar("R")
 def job(declaration: Callable[P, D]) -> Callable[[Callable[[D], R]], Callable[P, R]]:
     """Turn a function of checked arguments into one that is called with the arguments themselves.
 
-    Signature and docstring of the function are those of the declaration, for editors, type checkers and `help`.
+    Signature and docstring of the function are those of the declaration, for editors, type checkers
+    and `help`.
     """
     declared = cast(type[D], declaration)
     public = signature(declaration)
@@ -141,12 +170,15 @@ def job(declaration: Callable[P, D]) -> Callable[[Callable[[D], R]], Callable[P,
 def documented(text: str, declaration: type[Declaration]) -> str:
     """Return a docstring with an `Args` section made of the declaration, before its `Raises`."""
     summary, raises, errors = cleandoc(text).partition("\n\nRaises:")
-    lines = [f"    {argument.name}: {argument.about}" for argument in arguments_of(declaration).values()]
+    lines = [
+        f"    {argument.name}: {argument.about}" for argument in arguments_of(declaration).values()
+    ]
     return "\n".join([summary, "", "Args:", *lines]) + raises + errors
 
 
 def explain(error: Any, declaration: type[Declaration]) -> str:
-    """Return a mistake in arguments in one line: the argument, what is wrong with it, and what is right.
+    """Return a mistake in arguments in one line: the argument, what is wrong with it, and what is
+    right.
 
     Args:
         error: one of pydantic's `ValidationError.errors()`.
@@ -161,10 +193,18 @@ def explain(error: Any, declaration: type[Declaration]) -> str:
         return f"{where} is missing; give it"
     if error["type"] == "literal_error" and argument is not None:
         return f"{where} {value!r} is unknown; {nearest(str(value), argument.choices)}"
-    if error["type"] == "string_pattern_mismatch" and argument is not None and argument.declared.examples:
+    if (
+        error["type"] == "string_pattern_mismatch"
+        and argument is not None
+        and argument.declared.examples
+    ):
         return f"{where}={value!r} is not understood; write {_listed(argument.declared.examples)}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, not {value!r}" if message.startswith("Input should") else f"{where}: {message}"
+    return (
+        f"{where}: {message}, not {value!r}"
+        if message.startswith("Input should")
+        else f"{where}: {message}"
+    )
 
 
 def unknown(key: str, names: Iterable[str]) -> str:
