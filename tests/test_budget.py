@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "deepseek"
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-FMT_SKIPS = 97
+FMT_SKIPS = 94
 """Most `# fmt: skip` in the package. This is a ratchet: it may be lowered, never raised."""
 
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

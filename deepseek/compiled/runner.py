@@ -13,9 +13,10 @@ from torch import Tensor
 from deepseek.compiled import step
 from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRIDE, WORK
 from deepseek.compiled.state import CompiledState, PageShape
+from deepseek.compiled.support import unsupported_reason
 from deepseek.compiled.weights import Packed, PackedModel, Sites, pack_module
+from deepseek.errors import ConfigError
 from deepseek.kernels.int8 import GROUP, row_bytes
-from deepseek.kernels.numba import openmp
 from deepseek.kernels.numba.buffers import KernelArguments, Value, aligned
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.module import ExpertModule
@@ -167,21 +168,22 @@ def _state(chunk: Chunk) -> CompiledState:
 
 def supports(model: DeepSeekModel) -> bool:
     """Whether the compiled runner computes `model`: dense, on the CPU, rotary positions, heads of 64 or 128."""
-    config = model.config
-    return (
-        model.device.type == "cpu" and openmp.runtime() is not None
-        and config.attention == "full" and config.positional_encoding == "rope" and config.num_experts == 0
-        and config.qk_norm in ("none", "head") and config.clip_qkv is None and config.head_dim % GROUP == 0
-    )  # fmt: skip
+    return unsupported_reason(model) is None
 
 
 class CompiledRunner:
     """Runs a model that it `supports`. Its logits are those of a model whose weights are quantised to 8 bits.
 
     The result for a token depends neither on the batch nor on the pieces in which a prompt comes, to the last bit.
+
+    Raises:
+        ConfigError: it does not support the model; the message names the fields.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
+        reason = unsupported_reason(model)
+        if reason is not None:
+            raise ConfigError(f"{reason} Use TorchRunner instead.")
         self.model = model
         self._packed = WeakKeyDictionary[ExpertModule, Packed]()  # each expert that some sequence uses, quantised once
         self._sites: dict[tuple[int, ...], Sites] = {}
