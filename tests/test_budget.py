@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "deepseek"
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-FMT_SKIPS = 97
-"""Most `# fmt: skip` in the package. This is a ratchet: it may be lowered, never raised."""
+RATCHETS = {"fmt: skip": 0, "lines over 100 characters, in 1,000": 9.0, "parallel assignments, in 1,000 lines": 3.5}
+"""Most of each in the package. They may be lowered, never raised."""
 
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
@@ -38,13 +38,17 @@ def package_lines() -> int:
 
 
 def function_lines() -> dict[str, int]:
-    """Return the length of every function, from its `def` to its last line, docstring included."""
+    """Return the length of every function's body.
+
+    Its signature, with a parameter a line, and its docstring, with an entry a parameter, do not count.
+    """
     lengths = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}"
-                lengths[name] = (node.end_lineno or node.lineno) - node.lineno + 1
+                body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                lengths[name] = (node.end_lineno or node.lineno) - body[0].lineno + 1
     return lengths
 
 
@@ -57,8 +61,26 @@ def test_files_and_functions_stay_within_their_caps() -> None:
     assert above(function_lines(), FUNCTION_LINES) == {}
 
 
+def dense_formatting() -> dict[str, float]:
+    """Return how often code is packed, in the units of `RATCHETS`."""
+    lines = skips = long = parallel = 0
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        lines += text.count("\n")
+        skips += text.count("# fmt: skip")
+        long += sum(len(line) > 100 for line in text.splitlines())
+        parallel += sum(
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Tuple)
+            and isinstance(node.value, ast.Tuple)
+            for node in ast.walk(ast.parse(text))
+        )
+    return dict(zip(RATCHETS, (skips, 1000 * long / lines, 1000 * parallel / lines), strict=True))
+
+
 def test_dense_formatting_only_becomes_rarer() -> None:
-    assert sum(path.read_text().count("# fmt: skip") for path in PACKAGE.rglob("*.py")) <= FMT_SKIPS
+    found = dense_formatting()
+    assert {name: value for name, value in found.items() if value > RATCHETS[name]} == {}
 
 
 def test_only_lines_with_code_on_them_count(tmp_path: Path) -> None:

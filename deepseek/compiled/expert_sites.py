@@ -3,21 +3,24 @@
 import numpy as np
 from numba import njit
 
-from deepseek.compiled.abi import RECENT
+from deepseek.compiled.abi import RECENT, SUMS
 from deepseek.compiled.rows import activate, add_projected, floats, row_bytes
+from deepseek.kernels.int8 import GROUP
 from deepseek.kernels.numba.primitives import share
+from deepseek.model.experts.gate import SHARPNESS
 
-SHARPNESS = 16.0  # of `model/experts/gate.py`
+COUNT = SUMS - 1  # the running sum that counts: of ones, where the others are of scores
 
 
 @njit(error_model="numpy")
-def own_members(batch, sites, chunk, layer):  # type: ignore[no-untyped-def]
+def members_at(batch, sites, chunk, layer):  # type: ignore[no-untyped-def]
     """Return the first member of a chunk at a layer and the one past its last."""
-    start, stop = batch.member_first[chunk], batch.member_first[chunk + 1]
-    while start < stop and batch.members[start] < sites.first[layer]:
+    start = batch.first_member[chunk]
+    stop = batch.first_member[chunk + 1]
+    while start < stop and batch.member_sites[start] < sites.first_site[layer]:
         start += 1
     end = start
-    while end < stop and batch.members[end] < sites.first[layer + 1]:
+    while end < stop and batch.member_sites[end] < sites.first_site[layer + 1]:
         end += 1
     return start, end
 
@@ -33,103 +36,124 @@ def _affine(gate, x):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def score_row(batch, sites, work, layer, r, x):  # type: ignore[no-untyped-def]
     """Score the gate input x of row r for the experts of its sequence."""
-    start, end = own_members(batch, sites, batch.chunk[r], layer)
+    first_site = sites.first_site[layer]
+    start, end = members_at(batch, sites, batch.chunk_of_row[r], layer)
     for member in range(start, end):
-        site = batch.members[member]
+        site = batch.member_sites[member]
         for kind in range(2):
-            work.scores[r, site - sites.first[layer], kind] = _affine(sites.gates[batch.gates[member], kind], x)
+            work.gate_scores[r, site - first_site, kind] = _affine(sites.gates[batch.member_gates[member], kind], x)
 
 
 @njit(error_model="numpy")
 def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
-    """Say how much each expert speaks at each row: running means, then arbitration. Chunks are shared by threads."""
-    first, last = share(len(batch.first) - 1)
+    """Weigh each expert at each row: running means of its scores, then arbitration. Threads share the chunks."""
+    first_site = sites.first_site[layer]
+    first, last = share(len(batch.first_row) - 1)
     for chunk in range(first, last):
-        start, end = own_members(batch, sites, chunk, layer)
-        count, place = end - start, start - batch.member_first[chunk]
+        start, end = members_at(batch, sites, chunk, layer)
+        count = end - start
         if count == 0:
             continue
-        recent = floats(batch.sums[chunk], RECENT, batch.member_first[chunk + 1] - batch.member_first[chunk], 3)
-        detect, claims = np.empty(count, np.float32), np.empty(count, np.float32)
-        for r in range(batch.first[chunk], batch.first[chunk + 1]):
-            position = batch.positions[r]
-            before, sums = recent[(position - 1) % RECENT, place:], recent[position % RECENT, place:]
+        place = start - batch.first_member[chunk]
+        members = batch.first_member[chunk + 1] - batch.first_member[chunk]
+        recent = floats(batch.gate_sums[chunk], RECENT, members, SUMS)
+        detect = np.empty(count, np.float32)
+        contrast = np.empty(count, np.float32)
+        for r in range(batch.first_row[chunk], batch.first_row[chunk + 1]):
+            position = batch.position_ids[r]
+            before = recent[(position - 1) % RECENT, place:]
+            sums = recent[position % RECENT, place:]
             for j in range(count):
-                site = batch.members[start + j]
-                if batch.most[chunk] == 0:
-                    work.said[r, site] = 1
+                site = batch.member_sites[start + j]
+                if batch.max_experts[chunk] == 0:
+                    work.expert_weights[r, site] = 1
                     continue
-                for kind in range(3):
-                    score = np.float32(1) if kind == 2 else work.scores[r, site - sites.first[layer], kind]
+                for kind in range(SUMS):
+                    score = np.float32(1) if kind == COUNT else work.gate_scores[r, site - first_site, kind]
+                    # The first token of a text does not count: attention sinks there, whatever the text.
                     sums[j, kind] = before[j, kind] * sites.decay[site] + score if position > 0 else np.float32(0)
-                detect[j] = sums[j, 0] / max(sums[j, 2], np.float32(1))
-                claims[j] = sums[j, 1] / max(sums[j, 2], np.float32(1))
-            if batch.most[chunk] and position > 0:
-                _arbitrate(batch.members[start:end], detect, claims, batch.most[chunk], work.said[r])
+                detect[j] = sums[j, 0] / max(sums[j, COUNT], np.float32(1))
+                contrast[j] = sums[j, 1] / max(sums[j, COUNT], np.float32(1))
+            if batch.max_experts[chunk] and position > 0:
+                sites_here = batch.member_sites[start:end]
+                arbitrate(sites_here, detect, contrast, batch.max_experts[chunk], work.expert_weights[r])
 
 
 @njit(error_model="numpy")
-def _arbitrate(members, detect, claims, most, said):  # type: ignore[no-untyped-def]
-    """Turn smoothed scores into weights; `claims` holds the contrasts and is changed."""
+def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[no-untyped-def]
+    """Set `weights[members]` from smoothed scores, as `model.experts.gate.arbitrate` does.
+
+    `contrast` is overwritten with the members' claims, by which they are ranked: the contrast plus log sigmoid of the
+    sharpened detecting score, minus infinity where it does not fire. Of equal claims the first member's comes first.
+    """
+    claims = contrast
     count = len(members)
     for j in range(count):
         if detect[j] > 0:
             claims[j] -= np.float32(np.log1p(np.exp(-SHARPNESS * detect[j])))
         else:
             claims[j] = -np.inf
-    largest, strength, total = np.float32(-np.inf), np.float32(0), np.float32(0)
+    largest = np.float32(-np.inf)
+    strength = np.float32(0)
+    total = np.float32(0)
     for j in range(count):
         rank = 0
         for i in range(count):
             rank += claims[i] > claims[j] or (claims[i] == claims[j] and i < j)
-        said[members[j]] = 1 if detect[j] > 0 and rank < most else 0
-        if said[members[j]] > 0:
+        weights[members[j]] = 1 if detect[j] > 0 and rank < max_experts else 0
+        if weights[members[j]] > 0:
             largest = max(largest, claims[j])
             strength += np.float32(1 / (1 + np.exp(-SHARPNESS * detect[j])))
     for j in range(count):
-        said[members[j]] *= np.float32(np.exp(claims[j] - largest)) if said[members[j]] > 0 else np.float32(0)
-        total += said[members[j]]
+        share_j = np.float32(np.exp(claims[j] - largest)) if weights[members[j]] > 0 else np.float32(0)
+        weights[members[j]] *= share_j
+        total += weights[members[j]]
     for j in range(count):
-        if said[members[j]] > 0:
-            said[members[j]] *= min(np.float32(1), strength) / total
+        if weights[members[j]] > 0:
+            weights[members[j]] *= min(np.float32(1), strength) / total
 
 
 @njit(error_model="numpy")
-def _speaking(work, site, table, own, places, factors):  # type: ignore[no-untyped-def]
-    """List the rows at which a site speaks: their addresses from `table`, numbers and weights. Return how many."""
+def _select_rows(work, site, selected, places, factors):  # type: ignore[no-untyped-def]
+    """List the rows at which a site has weight: the addresses of their inputs, numbers and weights. Return how many."""
     count = 0
     for r in range(len(places)):
-        if work.said[r, site] > 0:
-            own[count], places[count], factors[count] = table[r], r, work.said[r, site]
+        if work.expert_weights[r, site] > 0:
+            selected[count] = work.normed_rows[r]
+            places[count] = r
+            factors[count] = work.expert_weights[r, site]
             count += 1
     return count
 
 
 @njit(error_model="numpy")
 def activate_experts(weights, sites, work, layer, thread, rows):  # type: ignore[no-untyped-def]
-    """Compute the hidden values of a layer's experts at the rows where they speak."""
-    places, factors = np.empty(rows, np.int64), np.empty(rows, np.float32)
-    own = work.own[thread]
-    for site in range(sites.first[layer], sites.first[layer + 1]):
-        count = _speaking(work, site, work.tables[0], own, places, factors)
+    """Compute the hidden values of a layer's experts at the rows where they have weight."""
+    groups = (weights.hidden + GROUP - 1) // GROUP
+    places = np.empty(rows, np.int64)
+    factors = np.empty(rows, np.float32)
+    selected = work.selected_rows[thread]
+    for site in range(sites.first_site[layer], sites.first_site[layer + 1]):
+        count = _select_rows(work, site, selected, places, factors)
         if count:
-            first, last = share(sites.inner[site])
-            groups = (weights.sizes[1] + 63) // 64
-            out = work.expert_rows[site]
-            activate(sites.gate_up[site], first, last, own.ctypes.data, count, groups, sites.inner[site], out)
+            inner = sites.inner[site]
+            first, last = share(inner)
+            table = selected.ctypes.data
+            activate(sites.gate_up[site], first, last, table, count, groups, inner, work.expert_rows[site])
 
 
 @njit(error_model="numpy")
 def add_experts(sites, work, layer, thread, rows, first, last, zeros):  # type: ignore[no-untyped-def]
-    """Add a layer's experts to panels `first` to `last - 1` of the stream."""
-    places, factors = np.empty(rows, np.int64), np.empty(rows, np.float32)
-    own = work.own[thread]
-    for site in range(sites.first[layer], sites.first[layer + 1]):
-        count = _speaking(work, site, work.tables[0], own, places, factors)
+    """Add a layer's experts to panels `first` to `last - 1` of the residual stream."""
+    places = np.empty(rows, np.int64)
+    factors = np.empty(rows, np.float32)
+    selected = work.selected_rows[thread]
+    for site in range(sites.first_site[layer], sites.first_site[layer + 1]):
+        count = _select_rows(work, site, selected, places, factors)
         if count:
+            inner = sites.inner[site]
             for i in range(count):
-                own[i] = work.expert_rows[site] + i * row_bytes(sites.inner[site])
-            add_projected(
-                sites.down[site], first, last, own.ctypes.data, places[:count], factors[:count], sites.inner[site],
-                zeros, work.stream,
-            )  # fmt: skip
+                selected[i] = work.expert_rows[site] + i * row_bytes(inner)
+            table = selected.ctypes.data
+            rows_here = places[:count]
+            add_projected(sites.down[site], first, last, table, rows_here, factors[:count], inner, zeros, work.residual)

@@ -1,7 +1,8 @@
-"""Rows of activations: rounding them, and their products with panels of weights.
+"""Rows of activations: quantising them, and their products with panels of weights.
 
-A rounded row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in int32 (see
-`kernels/int8.py`). Rows are given by a table of their addresses. What a row gets never depends on the rows beside it.
+A quantised row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in int32 (see
+`kernels/int8.py`). Rows are given by a table of their addresses. The result for a row never depends on the rows beside
+it.
 """
 
 import platform
@@ -28,13 +29,16 @@ from deepseek.kernels.numba.primitives import pointer, sigmoid, thread_count
 
 # Linux's call for sleeping until a number in memory changes; elsewhere the thread only yields.
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
-_WAIT, _WAKE, _ALL = 0, 1, 1 << 30
+_WAIT = 0
+_WAKE = 1
+_ALL = 1 << 30
 _syscall = openmp.external("syscall", types.int64(*[types.int64] * 7))
 _yield = openmp.external("sched_yield", types.int32())
 
 row_bytes = njit(int8.row_bytes)
-# Looks at the barrier, about 40 microseconds, before the core is given to whoever else wants it. Less than two threads
-# drift apart within a stage costs more than it saves: who slept comes late to the next barrier, where the other sleeps.
+# Looks at the barrier, about 40 microseconds, before the core is given to another process. To sleep sooner, within the
+# time by which two threads drift apart in a stage, costs more than it saves: a thread that slept is late at the next
+# barrier too, and the other one sleeps there.
 SPINS = 40_000
 
 
@@ -45,13 +49,15 @@ def barrier(counter):  # type: ignore[no-untyped-def]
     The first counts arrivals, the second those that sleep. Waiting is short where cores are free, so a thread looks for
     a while before it sleeps.
     """
-    threads, sleepers = thread_count(), counter + 8
+    threads = thread_count()
+    sleepers = counter + 8
     before = arrive(counter, 1)
     goal = (before // threads + 1) * threads
     if before + 1 == goal and look(sleepers) > 0:
         arrive(sleepers, -look(sleepers))
         _syscall(_FUTEX, counter, _WAKE, _ALL, 0, 0, 0)
-    spins, seen = 0, look(counter)
+    spins = 0
+    seen = look(counter)
     while seen < goal:
         spins += 1
         if spins > SPINS and _FUTEX:
@@ -70,7 +76,7 @@ def floats(address, *shape):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
-    """Round the 64 numbers at address `x` into group `group` of the row at address `row`."""
+    """Quantise the 64 numbers at address `x` as group `group` of the row at address `row`."""
     scale = row + GROUP * groups + 4 * group
     rotate_and_round(x, row + GROUP * group, scale, scale + 4 * groups)
 
@@ -89,19 +95,21 @@ def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
     """Set `out` to the row of a packed matrix that belongs to `token`."""
-    tile, lane = token % COLUMNS // LANES, token % LANES
-    turned = np.empty(GROUP, np.float32)
+    tile = token % COLUMNS // LANES
+    lane = token % LANES
+    rotated = np.empty(GROUP, np.float32)
     for g in range(groups):
         block = table + (token // COLUMNS * groups + g) * GROUP_BYTES
         values = carray(pointer(block), (GROUP // 4, 2, LANES, 4), np.uint8)
-        scale = np.uint32(carray(pointer(block + COLUMNS * GROUP), (2, LANES), np.uint16)[tile, lane]) << np.uint32(16)
+        scales = carray(pointer(block + COLUMNS * GROUP), (2, LANES), np.uint16)
+        scale = np.uint32(scales[tile, lane]) << np.uint32(16)  # bf16 as the upper half of fp32
         for i in range(GROUP):
-            turned[i] = np.float32(values[i // 4, tile, lane, i % 4]) - np.float32(128)
-        rotate(turned.ctypes.data)
+            rotated[i] = np.float32(values[i // 4, tile, lane, i % 4]) - np.float32(128)
+        rotate(rotated.ctypes.data)
         factor = np.array([scale], np.uint32).view(np.float32)[0]
-        own = out[g * GROUP : (g + 1) * GROUP]
-        for i in range(len(own)):
-            own[i] = turned[i] * factor
+        group = out[g * GROUP : (g + 1) * GROUP]
+        for i in range(len(group)):
+            group[i] = rotated[i] * factor
 
 
 @njit(error_model="numpy")
@@ -135,23 +143,23 @@ def project(panels, first, last, table, count, groups, out):  # type: ignore[no-
 
 
 @njit(error_model="numpy")
-def _add(own, product, bias, factor):  # type: ignore[no-untyped-def]
-    for c in range(len(own)):
-        own[c] += factor * (product[c] + bias[c])
+def _add(target, product, bias, factor):  # type: ignore[no-untyped-def]
+    for c in range(len(target)):
+        target[c] += factor * (product[c] + bias[c])
 
 
 @njit(error_model="numpy")
-def add_projected(panels, first, last, table, places, factors, groups, bias, stream):  # type: ignore[no-untyped-def]
-    """Add to `stream[places[i]]` the product of row i, and `bias`, times `factors[i]`, in columns as in `project`."""
+def add_projected(panels, first, last, table, places, factors, groups, bias, residual):  # type: ignore[no-untyped-def]
+    """Add to `residual[places[i]]` the product of row i, and `bias`, times `factors[i]`, in columns as in `project`."""
     product = np.empty((BLOCK, COLUMNS), np.float32)
     for panel in range(first, last):
-        columns = min(COLUMNS, stream.shape[1] - panel * COLUMNS)
+        columns = min(COLUMNS, residual.shape[1] - panel * COLUMNS)
         for start in range(0, len(places), BLOCK):
             rows = min(BLOCK, len(places) - start)
             multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
             for r in range(rows):
-                own = stream[places[start + r], panel * COLUMNS : panel * COLUMNS + columns]
-                _add(own, product[r], bias[panel * COLUMNS : panel * COLUMNS + columns], factors[start + r])
+                target = residual[places[start + r], panel * COLUMNS : panel * COLUMNS + columns]
+                _add(target, product[r], bias[panel * COLUMNS : panel * COLUMNS + columns], factors[start + r])
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -162,8 +170,9 @@ def _gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def activate(panels, first, last, table, count, groups, inner, out):  # type: ignore[no-untyped-def]
-    """Round groups `first` to `last - 1` of the hidden values of `count` rows of `inner` groups, from `out` on."""
-    product, hidden = np.empty((BLOCK, COLUMNS), np.float32), np.empty((BLOCK, GROUP), np.float32)
+    """Quantise groups `first` to `last - 1` of the hidden values of `count` rows of `inner` groups, from `out` on."""
+    product = np.empty((BLOCK, COLUMNS), np.float32)
+    hidden = np.empty((BLOCK, GROUP), np.float32)
     quarters = GROUP // LANES
     for group in range(first, last):
         for start in range(0, count, BLOCK):
@@ -172,7 +181,7 @@ def activate(panels, first, last, table, count, groups, inner, out):  # type: ig
                 panel = panels + (quarters * group + quarter) * groups * GROUP_BYTES
                 multiply(panel, table + 8 * start, rows, groups, product.ctypes.data)
                 for r in range(rows):
-                    own = hidden[r, quarter * LANES : (quarter + 1) * LANES]
-                    _gate(product[r, :LANES], product[r, LANES:], own)
+                    quarter_r = hidden[r, quarter * LANES : (quarter + 1) * LANES]
+                    _gate(product[r, :LANES], product[r, LANES:], quarter_r)
             for r in range(rows):
                 round_group(hidden[r].ctypes.data, out + (start + r) * row_bytes(inner), group, inner)

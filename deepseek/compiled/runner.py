@@ -1,9 +1,9 @@
 """The compiled runner: 8-bit weights, and the whole forward pass in one call (see `compiled/step.py`)."""
 
-import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -11,124 +11,154 @@ import torch
 from torch import Tensor
 
 from deepseek.compiled import step
-from deepseek.compiled.abi import PAGE, RECENT
-from deepseek.compiled.state import CompiledState, PageShape, aligned
+from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRIDE, WORK
+from deepseek.compiled.state import CompiledState, PageShape
+from deepseek.compiled.support import unsupported_reason
 from deepseek.compiled.weights import Packed, PackedModel, Sites, pack_module
+from deepseek.errors import ConfigError
 from deepseek.kernels.int8 import GROUP, row_bytes
-from deepseek.kernels.numba import openmp
-from deepseek.kernels.numba.launch import placed
+from deepseek.kernels.numba.buffers import KernelArguments, Value, aligned
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk, RunnerOutput
 
-QUERIES = 6  # most queries of a unit of attention
-FEWEST = 3  # fewer leave vector units idle, and keys and values are read again by every unit
+FEWEST = 3  # queries of a unit: fewer leave vector units idle, and keys and values are read again by every unit
 UNITS = 4  # units for each thread that are enough to share attention evenly
+SITES_CACHED = 16  # sets of rosters whose sites are kept
+
+
+class BatchRows(NamedTuple):
+    """The rows of a batch: its chunks' new tokens, one behind the other.
+
+    Attributes:
+        first: row of each chunk's first token, and the number of rows.
+        kept: rows that need logits.
+    """
+
+    first: list[int]
+    kept: list[int]
+
+
+def _rows(chunks: Sequence[Chunk]) -> BatchRows:
+    first = [0, *accumulate(len(chunk.ids) for chunk in chunks)]
+    kept = [range(end - chunk.keep, end) for chunk, end in zip(chunks, first[1:], strict=True)]
+    return BatchRows(first, [*chain.from_iterable(kept)])
 
 
 class Scratch:
-    """Memory that grows with the largest batch so far and is used by every step.
-
-    A buffer holds what its name says in `Work` (`compiled/abi.py`), in that order.
-    """
+    """Memory that grows with the largest batch so far and is used by every step (`WORK` in `compiled/abi.py`)."""
 
     def __init__(self, model: PackedModel) -> None:
-        self.model, self._room, self._span, self._sizes = model, 0, 0, (0, 0)
-        self._buffers: dict[str, np.ndarray] = {}
+        self.model = model
+        self._capacity = 0
+        self._span = 0
+        self._threads = 0
+        self._sites: Sites | None = None
 
     def step(
-        self, chunks: Sequence[Chunk], states: list[CompiledState], first: list[int], kept: list[int], sites: Sites
+        self, chunks: Sequence[Chunk], states: list[CompiledState], rows: BatchRows, sites: Sites
     ) -> tuple[Tensor, np.ndarray]:
-        """Compute a batch; return the logits `[R, V]` and the experts' weights `[N, sites]`.
-
-        Args:
-            first: row of each chunk's first token, and the number of rows.
-            kept: rows that need logits.
-        """
+        """Compute a batch; return the logits `[R, V]` and the experts' weights `[N, sites]`."""
         longest = max(state.length + len(chunk.ids) for state, chunk in zip(states, chunks, strict=True))
-        rows, threads = first[-1], torch.get_num_threads()
+        count = rows.first[-1]
+        threads = torch.get_num_threads()
         self.model.reach(longest)
-        self._grow(rows, -(-longest // PAGE) * PAGE, threads, sites)
-        logits_RV = np.empty((len(kept), self.model.vocabulary), np.float32)
-        said_NS = self._buffers["said"][:rows]
-        said_NS[:] = 0
+        self._grow(count, -(-longest // PAGE) * PAGE, threads, sites)
+        logits_RV = np.empty((len(rows.kept), self.model.extents["vocabulary"]), np.float32)
+        expert_weights_NS = self._buffers["expert_weights"][:count]
+        expert_weights_NS[:] = 0
         self._buffers["sync"][:] = 0
-        plan, places = self._plan(chunks, states, first, kept, sites, threads)
-        step.run([*self.model.places, *places, *placed(logits_RV), *sites.places, *self._places])
-        del plan  # not before the step has read it
-        return torch.from_numpy(logits_RV), said_NS
+        batch = self._batch(chunks, states, rows, sites, threads, logits_RV)
+        step.run(self.model.arguments, batch, sites.arguments, self._arguments)
+        return torch.from_numpy(logits_RV), expert_weights_NS
 
-    def _plan(
-        self, chunks: Sequence[Chunk], states: list[CompiledState], first: list[int], kept: list[int], sites: Sites,
+    def _batch(
+        self,
+        chunks: Sequence[Chunk],
+        states: list[CompiledState],
+        rows: BatchRows,
+        sites: Sites,
         threads: int,
-    ) -> tuple[np.ndarray, list[int]]:  # fmt: skip
-        """Return the whole numbers of a batch (`Batch` in `compiled/abi.py`) in one array, and their places."""
-        model, lengths = self.model, [len(chunk.ids) for chunk in chunks]
-        rest, most = model.heads // model.groups, max(len(state.pages) for state in states)
-        block = min(QUERIES, max(FEWEST, first[-1] * model.heads // (UNITS * threads)))
-        units = (model.groups * -(-length * rest // block) for length in lengths)
-        members = [[] if s.armed is None else sites.members[id(s.armed.roster)] for s in states]
-        gates = [[] if s.armed is None else sites.gates[id(s.armed.roster)] for s in states]
-        limits = [0 if s.armed is None else s.armed.roster.max_experts or 0 for s in states]  # 0 forces those there are
-        parts = {
-            "ids": [token for chunk in chunks for token in chunk.ids],
-            "positions": [
-                at for s, length in zip(states, lengths, strict=True) for at in range(s.length, s.length + length)
-            ],
-            "chunk": [number for number, length in enumerate(lengths) for _ in range(length)],
-            "first": first,
-            "pages": [address for s in states for address in (*s.addresses, *[0] * (most - len(s.pages)))],
-            "units": [*accumulate(units, initial=0)],
-            "block": [block],
-            "kept": kept,
-            "member_first": [*accumulate(map(len, members), initial=0)],
-            "members": [site for own in members for site in own],
-            "gates": [gate for own in gates for gate in own],
-            "sums": [state.sums.ctypes.data for state in states],
-            "most": limits,
+        logits_RV: np.ndarray,
+    ) -> KernelArguments:
+        """Return what the step is given of a batch (`BATCH` in `compiled/abi.py`)."""
+        extents = self.model.extents
+        lengths = [len(chunk.ids) for chunk in chunks]
+        starts = [state.length for state in states]
+        pages = max(len(state.pages) for state in states)
+        padded_pages = ([*state.addresses, *[0] * (pages - len(state.pages))] for state in states)
+        unit_queries = min(QUERIES, max(FEWEST, rows.first[-1] * extents["heads"] // (UNITS * threads)))
+        units = (extents["groups"] * -(-length * extents["group_heads"] // unit_queries) for length in lengths)
+        rosters = [None if state.armed is None else state.armed.roster for state in states]
+        members = [[] if roster is None else sites.members[id(roster)] for roster in rosters]
+        gates = [[] if roster is None else sites.gates[id(roster)] for roster in rosters]
+        positions = (range(start, start + length) for start, length in zip(starts, lengths, strict=True))
+        values: dict[str, Value] = {
+            "input_ids": _joined(chunk.ids for chunk in chunks),
+            "position_ids": _joined(positions),
+            "chunk_of_row": _joined([number] * length for number, length in enumerate(lengths)),
+            "first_row": rows.first,
+            "pages": _joined(padded_pages),
+            "first_unit": [*accumulate(units, initial=0)],
+            "unit_queries": unit_queries,
+            "kept_rows": rows.kept,
+            "first_member": [*accumulate(map(len, members), initial=0)],
+            "member_sites": _joined(members),
+            "member_gates": _joined(gates),
+            "gate_sums": [state.sums.ctypes.data for state in states],
+            # A roster without a limit is of forced experts.
+            "max_experts": [0 if roster is None else roster.max_experts or 0 for roster in rosters],
+            "logits": logits_RV,
         }
-        plan = np.array([*chain(*parts.values())], np.int64)
-        places, address = list[int](), plan.ctypes.data
-        for name, part in parts.items():
-            places += [address, *((len(chunks), most) if name == "pages" else (len(part),))]
-            address += 8 * len(part)
-        return plan, places
+        sizes = {
+            "rows": rows.first[-1],
+            "chunks": len(chunks),
+            "pages": pages,
+            "kept": len(rows.kept),
+            "members": sum(map(len, members)),
+            "vocabulary": extents["vocabulary"],
+        }
+        return BATCH.arguments(values, sizes)
 
     def _grow(self, rows: int, span: int, threads: int, sites: Sites) -> None:
-        """Have room for so many rows, attention over so many keys, and the experts of `sites`."""
-        need = (threads, id(sites))
-        if rows <= self._room and span <= self._span and need == self._sizes:
+        """Allocate for at least so many rows, attention over so many keys, and the experts of `sites`."""
+        if rows <= self._capacity and span <= self._span and threads == self._threads and sites is self._sites:
             return
-        room = self._room = max(rows, self._room)
-        span = self._span = span if span <= self._span else max(span, 2 * self._span)
-        self._span, self._sizes, self._sites = max(span, self._span), need, sites
-        model = self.model
-        parts = (-(-model.hidden // GROUP), model.heads * model.width // GROUP, model.inner)
-        strides = [row_bytes(groups) for groups in parts]
-        self._rows = [aligned(room * stride) for stride in strides]
-        self._expert_rows = [aligned(room * stride) for stride in sites.row_bytes]
-        tables = [
-            memory.ctypes.data + stride * np.arange(room) for memory, stride in zip(self._rows, strides, strict=True)
-        ]
-        self._buffers = {
-            "stream": _zeros(np.float32, room, model.hidden),
-            "projected": _zeros(np.float32, room, (model.heads + 2 * model.groups) * model.width),
-            "queries": _zeros(np.uint16, model.groups, room, model.heads // model.groups, model.width),
-            "tables": np.array(tables, np.int64),
-            "scores": _zeros(np.float32, room, sites.most, 2),
-            "said": _zeros(np.float32, room, sites.count),
-            "expert_rows": np.array([memory.ctypes.data for memory in self._expert_rows], np.int64),
-            "weighed": _zeros(np.float32, threads, QUERIES, self._span),
-            "shares": _zeros(np.uint16, threads, QUERIES, self._span),
-            "own": np.zeros((threads, room), np.int64),
-            "sync": _zeros(np.int64, 8 * (model.layers + 1)),
+        self._capacity = max(rows, self._capacity)
+        self._span = self._span if span <= self._span else max(span, 2 * self._span)
+        self._threads = threads
+        self._sites = sites
+        model = self.model.extents
+        sizes = {
+            "capacity": self._capacity,
+            "span": self._span,
+            "threads": threads,
+            "queries": QUERIES,
+            "sites": sites.count,
+            "layer_sites": sites.most_at_one_layer,
+            "counters": SYNC_STRIDE * (model["layers"] + 1),
         }
-        self._places = placed(*self._buffers.values())
+        self._buffers = WORK.zeros(model | sizes)
+        groups = {
+            "normed_rows": -(-model["hidden"] // GROUP),
+            "attended_rows": model["heads"] * model["width"] // GROUP,
+            "inner_rows": model["inner"],
+        }
+        self._row_memory = []  # of quantised rows, which the kernel finds by their addresses
+        for name, count in groups.items():
+            stride = row_bytes(count)
+            memory = aligned(self._capacity * stride)
+            self._buffers[name][:] = memory.ctypes.data + stride * np.arange(self._capacity)
+            self._row_memory.append(memory)
+        expert_memory = [aligned(self._capacity * stride) for stride in sites.row_bytes]
+        self._buffers["expert_rows"][:] = [memory.ctypes.data for memory in expert_memory]
+        self._row_memory += expert_memory
+        self._arguments = WORK.arguments(self._buffers, model | sizes)
 
 
-def _zeros(dtype: type[np.number], *shape: int) -> np.ndarray:
-    return aligned(np.dtype(dtype).itemsize * math.prod(shape)).view(dtype).reshape(shape)
+def _joined(parts: Iterable[Iterable[int]]) -> list[int]:
+    return [*chain.from_iterable(parts)]
 
 
 def _state(chunk: Chunk) -> CompiledState:
@@ -138,26 +168,27 @@ def _state(chunk: Chunk) -> CompiledState:
 
 def supports(model: DeepSeekModel) -> bool:
     """Whether the compiled runner computes `model`: dense, on the CPU, rotary positions, heads of 64 or 128."""
-    config = model.config
-    return (
-        model.device.type == "cpu" and openmp.runtime() is not None
-        and config.attention == "full" and config.positional_encoding == "rope" and config.num_experts == 0
-        and config.qk_norm in ("none", "head") and config.clip_qkv is None and config.head_dim % GROUP == 0
-    )  # fmt: skip
+    return unsupported_reason(model) is None
 
 
 class CompiledRunner:
-    """Runs a model that it `supports`. Its logits are those of a model whose weights are rounded to 8 bits.
+    """Runs a model that it `supports`. Its logits are those of a model whose weights are quantised to 8 bits.
 
     The result for a token depends neither on the batch nor on the pieces in which a prompt comes, to the last bit.
+
+    Raises:
+        ConfigError: it does not support the model; the message names the fields.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
+        reason = unsupported_reason(model)
+        if reason is not None:
+            raise ConfigError(f"{reason} Use TorchRunner instead.")
         self.model = model
-        self._packed = WeakKeyDictionary[ExpertModule, Packed]()  # each expert that some sequence uses, rounded once
+        self._packed = WeakKeyDictionary[ExpertModule, Packed]()  # each expert that some sequence uses, quantised once
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
-        self._shape = PageShape(weights.layers * weights.groups, weights.width)
+        self._shape = PageShape(weights.extents["layers"] * weights.extents["groups"], weights.extents["width"])
         self.weight_bytes = weights.nbytes  # read once in every step
         self._work = Scratch(weights)
         self._lock = threading.Lock()
@@ -166,7 +197,7 @@ class CompiledRunner:
         self._packed_of(module)
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        return -(-length // PAGE) * self._shape.nbytes + 12 * RECENT * _members(armed)
+        return -(-length // PAGE) * self._shape.nbytes + 4 * SUMS * RECENT * _members(armed)
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> CompiledState:
         return CompiledState(self._shape, armed, _members(armed), capacity)
@@ -177,42 +208,51 @@ class CompiledRunner:
             for chunk, state in zip(chunks, states, strict=True):
                 state.reserve(len(chunk.ids))
             sites = self._sites_of([state.armed.roster for state in states if state.armed is not None])
-            first = [0, *accumulate(len(chunk.ids) for chunk in chunks)]
-            kept = [row for chunk, end in zip(chunks, first[1:], strict=True) for row in range(end - chunk.keep, end)]
-            logits_RV, said = self._work.step(chunks, states, first, kept, sites)
+            rows = _rows(chunks)
+            logits_RV, expert_weights_NS = self._work.step(chunks, states, rows, sites)
             for chunk, state in zip(chunks, states, strict=True):
                 state.length += len(chunk.ids)
-            return RunnerOutput(logits_RV, self._speakers(chunks, kept, sites, said))
+            return RunnerOutput(logits_RV, self._speakers(chunks, states, rows.kept, sites, expert_weights_NS))
 
     def _packed_of(self, module: ExpertModule) -> Packed:
-        """Return an expert, rounded and packed. Any thread may ask."""
+        """Return an expert, quantised and packed. Any thread may ask."""
         if module not in self._packed:
             self._packed[module] = pack_module(module)
         return self._packed[module]
 
     def _sites_of(self, rosters: list[Roster]) -> Sites:
-        """Return the places of the experts of these rosters."""
+        """Return the sites of the experts of these rosters."""
         distinct = {id(roster): roster for roster in rosters}
         key = tuple(sorted(distinct))
         if key not in self._sites:
-            if len(self._sites) >= 16:
+            if len(self._sites) >= SITES_CACHED:
                 self._sites.clear()
-            layers, hidden = len(self.model.layers), self.model.config.hidden_size
+            layers = len(self.model.layers)
+            hidden = self.model.config.hidden_size
             self._sites[key] = Sites(list(distinct.values()), self._packed_of, layers, hidden)
         return self._sites[key]
 
     def _speakers(
-        self, chunks: Sequence[Chunk], kept: list[int], sites: Sites, said_NS: np.ndarray
+        self,
+        chunks: Sequence[Chunk],
+        states: list[CompiledState],
+        kept: list[int],
+        sites: Sites,
+        expert_weights_NS: np.ndarray,
     ) -> tuple[str | None, ...]:
+        """Return for each kept row the expert of the largest weight, or None."""
         if not sites.count:
             return (None,) * len(kept)
         names: list[str | None] = []
-        for chunk in chunks:
-            rows, armed = kept[len(names) : len(names) + chunk.keep], chunk.state.armed  # type: ignore[attr-defined]
-            names += [None] * chunk.keep if armed is None or not rows else sites.speakers(armed.roster, said_NS[rows])
+        for chunk, state in zip(chunks, states, strict=True):
+            rows = kept[len(names) : len(names) + chunk.keep]
+            if state.armed is None or not rows:
+                names += [None] * chunk.keep
+            else:
+                names += sites.speakers(state.armed.roster, expert_weights_NS[rows])
         return tuple(names)
 
 
 def _members(armed: ArmedExperts | None) -> int:
     """Return the number of layers at which experts of a sequence have gates, over all experts."""
-    return sum(len(own) for own in armed.roster.owners.values()) if armed is not None else 0
+    return sum(map(len, armed.roster.owners.values())) if armed is not None else 0

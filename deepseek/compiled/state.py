@@ -4,26 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek.compiled.abi import PAGE, RECENT
+from deepseek.compiled.abi import PAGE, RECENT, SUMS
 from deepseek.kernels.int8 import GROUP
+from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.runner import Segment
 
-HUGE = 1 << 21
 SLAB = 8  # most pages that a state gets at once
 
 Page = np.ndarray  # bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then values [K/64, 32, 64, 2]
-
-
-def aligned(nbytes: int) -> np.ndarray:
-    """Return zeroed memory `[nbytes]` that begins at a cache line.
-
-    NumPy asks Linux for huge pages, whose addresses are found sooner, so what is large begins at one.
-    """
-    unit = 64 if nbytes < HUGE else HUGE
-    memory = np.zeros(nbytes + unit, np.uint8)
-    start = -memory.ctypes.data % unit
-    return memory[start : start + nbytes]
 
 
 @dataclass(frozen=True)
@@ -43,18 +32,18 @@ class PageShape:
 
     def copy_token(self, source: Page, slot: int, target: Page, place: int) -> None:
         """Copy what one token left in `source` to another place."""
-        keys, values = (self.planes, self.width // 2, PAGE, 2), (self.planes, self.width // GROUP, PAGE // 2, GROUP, 2)
+        keys = (self.planes, self.width // 2, PAGE, 2)
         target[:, 0].reshape(keys)[:, :, place] = source[:, 0].reshape(keys)[:, :, slot]
-        target[:, 1].reshape(values)[:, :, place // 2, :, place % 2] = source[:, 1].reshape(values)[
-            :, :, slot // 2, :, slot % 2
-        ]
+        values = (self.planes, self.width // GROUP, PAGE // 2, GROUP, 2)
+        value = source[:, 1].reshape(values)[:, :, slot // 2, :, slot % 2]
+        target[:, 1].reshape(values)[:, :, place // 2, :, place % 2] = value
 
 
 @dataclass(frozen=True)
 class PageSegment:
     """Tokens `start` to `stop - 1` of a sequence. The pages are shared: what is written there once never changes.
 
-    pages: those that hold the tokens. sums: `[members, 3]` of the gates after the last one.
+    pages: those that hold the tokens. sums: `[members, SUMS]` of the gates after the last one.
     """
 
     shape: PageShape
@@ -69,7 +58,7 @@ class PageSegment:
 
 
 class CompiledState:
-    """Pages of one sequence, its experts, and the running sums `[RECENT, members, 3]` of their gates.
+    """Pages of one sequence, its experts, and the running sums `[RECENT, members, SUMS]` of their gates.
 
     Attributes:
         length: number of tokens.
@@ -79,9 +68,12 @@ class CompiledState:
     rewinds = True
 
     def __init__(self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int) -> None:
-        self.shape, self.armed, self.capacity = shape, armed, capacity
-        self.sums = np.zeros((RECENT, members, 3), np.float32)  # after position p at p % RECENT
-        self.pages, self.addresses = list[Page](), list[int]()
+        self.shape = shape
+        self.armed = armed
+        self.capacity = capacity
+        self.sums = np.zeros((RECENT, members, SUMS), np.float32)  # after position p at p % RECENT
+        self.pages: list[Page] = []
+        self.addresses: list[int] = []
         self.length = 0
 
     @property
@@ -89,11 +81,11 @@ class CompiledState:
         return len(self.pages) * self.shape.nbytes + self.sums.nbytes
 
     def reserve(self, count: int) -> None:
-        """Make room for `count` more tokens."""
+        """Allocate the pages for `count` more tokens."""
         missing = -(-(self.length + count) // PAGE) - len(self.pages)
         if missing > 0:
-            rest = -(-self.capacity // PAGE) - len(self.pages)  # that it may ever need
-            self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, rest))))
+            most = -(-self.capacity // PAGE) - len(self.pages)  # it may ever need
+            self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, most))))
 
     def rewind(self, length: int) -> None:
         self.length = length
@@ -104,7 +96,8 @@ class CompiledState:
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, PageSegment)
-        token, first = segment.start, segment.start // PAGE
+        token = segment.start
+        first = segment.start // PAGE
         while token < segment.stop:
             source = segment.pages[token // PAGE - first]
             if token % PAGE == 0 and self.length % PAGE == 0 and token + PAGE <= segment.stop:
@@ -114,17 +107,20 @@ class CompiledState:
                 self.reserve(1)
                 self.shape.copy_token(source, token % PAGE, self.pages[self.length // PAGE], self.length % PAGE)
                 step = 1
-            self.length, token = self.length + step, token + step
+            self.length += step
+            token += step
         self._sums()[:] = segment.sums
 
     def _sums(self) -> np.ndarray:
         """The sums after the last token."""
-        own: np.ndarray = self.sums[(self.length - 1) % RECENT]
-        return own
+        sums: np.ndarray = self.sums[(self.length - 1) % RECENT]
+        return sums
 
     def _insert(self, place: int, pages: list[Page]) -> None:
         self.pages[place:place] = pages
         self.addresses[place:place] = [page.ctypes.data for page in pages]
 
     def close(self) -> None:
-        self.pages, self.addresses, self.length = [], [], 0
+        self.pages = []
+        self.addresses = []
+        self.length = 0

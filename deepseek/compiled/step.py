@@ -5,6 +5,7 @@ threads meet at a barrier; within a stage they share panels of weights, rows or 
 """
 
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from zlib import crc32
 
@@ -12,14 +13,21 @@ import numpy as np
 from numba import njit
 
 from deepseek.compiled import abi, expert_sites, paged_attention, rows, vector
-from deepseek.compiled.abi import KINDS, Batch, Sites, Weights, Work
+from deepseek.compiled.abi import TABLES
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
 from deepseek.compiled.paged_attention import attend, place_heads
 from deepseek.compiled.rows import activate, add_projected, barrier, embed, norm_row, project, round_group
 from deepseek.kernels import int8
 from deepseek.kernels.int8 import COLUMNS, GROUP
-from deepseek.kernels.numba import launch, openmp, primitives
+from deepseek.kernels.numba import buffers, launch, openmp, primitives
+from deepseek.kernels.numba.buffers import KernelArguments
 from deepseek.kernels.numba.primitives import share, thread_number
+from deepseek.model.experts import gate
+
+SOURCES = (abi, expert_sites, paged_attention, rows, vector, int8, buffers, launch, openmp, primitives)
+"""The modules that the step is compiled from, besides this one."""
+
+read_tables = launch.reader(*TABLES)
 
 
 @njit(error_model="numpy")
@@ -34,102 +42,113 @@ def _panels(outputs):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
+def _norm_and_round(weights, work, place, source, target, normed):  # type: ignore[no-untyped-def]
+    """Quantise the normed row `source` of the residual stream as input number `target`; `normed` holds the norm."""
+    groups = _blocks(weights.hidden, GROUP)
+    norm_row(work.residual[source], weights.norms[place], weights.eps[0], normed)
+    for g in range(groups):
+        round_group(normed[g * GROUP :].ctypes.data, work.normed_rows[target], g, groups)
+
+
+@njit(error_model="numpy")
 def _prepare(weights, batch, sites, work, place, layer):  # type: ignore[no-untyped-def]
-    """Norm and round this thread's rows; where `layer` has experts, score the rows for them."""
-    hidden = weights.sizes[1]
-    groups = _blocks(hidden, GROUP)
-    normed = np.zeros(groups * GROUP, np.float32)
-    first, last = share(len(batch.ids))
+    """Norm and quantise this thread's rows; where `layer` has experts, score the rows for them."""
+    normed = np.zeros(_blocks(weights.hidden, GROUP) * GROUP, np.float32)
+    first, last = share(len(batch.input_ids))
     for r in range(first, last):
-        norm_row(work.stream[r], weights.norms[place], weights.eps[0], normed)
-        for g in range(groups):
-            round_group(normed[g * GROUP :].ctypes.data, work.tables[0, r], g, groups)
-        if layer >= 0 and sites.first[layer + 1] > sites.first[layer]:
+        _norm_and_round(weights, work, place, r, r, normed)
+        if layer >= 0 and sites.first_site[layer + 1] > sites.first_site[layer]:
             score_row(batch, sites, work, layer, r, normed)
 
 
 @njit(error_model="numpy")
 def _attention(weights, batch, sites, work, layer, counter, places, ones):  # type: ignore[no-untyped-def]
-    """Add the attention of a layer to the stream."""
-    hidden, heads, groups, width = weights.sizes[1], weights.sizes[2], weights.sizes[3], weights.sizes[4]
+    """Add the attention of a layer to the residual stream."""
+    rows = len(batch.input_ids)
+    groups = _blocks(weights.hidden, GROUP)
     _prepare(weights, batch, sites, work, 2 * layer, -1)
     barrier(counter)
-    first, last = _panels((heads + 2 * groups) * width)
-    rows = len(batch.ids)
-    project(weights.qkv[layer], first, last, work.tables[0].ctypes.data, rows, _blocks(hidden, GROUP), work.projected)
+    first, last = _panels((weights.heads + 2 * weights.groups) * weights.width)
+    table = work.normed_rows.ctypes.data
+    project(weights.qkv[layer], first, last, table, rows, groups, work.projected)
     barrier(counter)
     place_heads(weights, batch, work, layer)
     barrier(counter)
     attend(weights, batch, work, layer)
     barrier(counter)
-    first, last = _panels(hidden)
-    add_projected(
-        weights.out[layer], first, last, work.tables[1].ctypes.data, places, ones, heads * width // GROUP,
-        weights.out_bias[layer], work.stream,
-    )  # fmt: skip
+    first, last = _panels(weights.hidden)
+    table = work.attended_rows.ctypes.data
+    groups = weights.heads * weights.width // GROUP
+    bias = weights.out_bias[layer]
+    add_projected(weights.out[layer], first, last, table, places, ones, groups, bias, work.residual)
     barrier(counter)
 
 
 @njit(error_model="numpy")
 def _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zeros):  # type: ignore[no-untyped-def]
-    """Add the feed-forward network of a layer, and the experts beside it, to the stream."""
-    hidden, inner, rows = weights.sizes[1], weights.sizes[5], len(batch.ids)
+    """Add the feed-forward network of a layer, and the experts beside it, to the residual stream."""
+    rows = len(batch.input_ids)
+    groups = _blocks(weights.hidden, GROUP)
     _prepare(weights, batch, sites, work, 2 * layer + 1, layer)
     barrier(counter)
-    if sites.first[layer + 1] > sites.first[layer]:
+    if sites.first_site[layer + 1] > sites.first_site[layer]:
         weigh(batch, sites, work, layer)
         barrier(counter)
-    first, last = share(inner)
-    table, groups = work.tables[0].ctypes.data, _blocks(hidden, GROUP)
-    activate(weights.gate_up[layer], first, last, table, rows, groups, inner, work.tables[2, 0])
+    first, last = share(weights.inner)
+    table = work.normed_rows.ctypes.data
+    activate(weights.gate_up[layer], first, last, table, rows, groups, weights.inner, work.inner_rows[0])
     activate_experts(weights, sites, work, layer, thread_number(), rows)
     barrier(counter)
-    first, last = _panels(hidden)
-    add_projected(weights.down[layer], first, last, work.tables[2].ctypes.data, places, ones, inner, zeros, work.stream)
+    first, last = _panels(weights.hidden)
+    table = work.inner_rows.ctypes.data
+    add_projected(weights.down[layer], first, last, table, places, ones, weights.inner, zeros, work.residual)
     add_experts(sites, work, layer, thread_number(), rows, first, last, zeros)
     barrier(counter)
 
 
 @njit(error_model="numpy")
 def _run(weights, batch, sites, work):  # type: ignore[no-untyped-def]
-    layers, hidden, vocabulary = weights.sizes[0], weights.sizes[1], weights.sizes[6]
-    rows, groups, counter = len(batch.ids), _blocks(hidden, GROUP), work.sync.ctypes.data
-    places, ones, zeros = np.arange(rows), np.ones(rows, np.float32), np.zeros(hidden, np.float32)
+    rows = len(batch.input_ids)
+    groups = _blocks(weights.hidden, GROUP)
+    counter = work.sync.ctypes.data
+    places = np.arange(rows)
+    ones = np.ones(rows, np.float32)
+    zeros = np.zeros(weights.hidden, np.float32)
     first, last = share(rows)
     for r in range(first, last):
-        embed(weights.embedding[0], batch.ids[r], groups, work.stream[r])
-    for layer in range(layers):
+        embed(weights.embed_tokens, batch.input_ids[r], groups, work.residual[r])
+    for layer in range(weights.layers):
         _attention(weights, batch, sites, work, layer, counter, places, ones)
         _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zeros)
     normed = np.zeros(groups * GROUP, np.float32)
-    first, last = share(len(batch.kept))
+    kept = len(batch.kept_rows)
+    first, last = share(kept)
     for i in range(first, last):
-        norm_row(work.stream[batch.kept[i]], weights.norms[2 * layers], weights.eps[0], normed)
-        for g in range(groups):
-            round_group(normed[g * GROUP :].ctypes.data, work.tables[0, i], g, groups)
+        _norm_and_round(weights, work, 2 * weights.layers, batch.kept_rows[i], i, normed)
     barrier(counter)
-    first, last = _panels(vocabulary)
-    project(weights.head[0], first, last, work.tables[0].ctypes.data, len(batch.kept), groups, batch.logits)
+    first, last = _panels(weights.vocabulary)
+    project(weights.lm_head, first, last, work.normed_rows.ctypes.data, kept, groups, batch.logits)
 
 
 @cache
 def address() -> int:
-    """Return the address of the compiled step, `void step(int64 *places)`; `unpack` reads `KINDS` there.
+    """Return the address of the compiled step, `void step(int64 *numbers)`; `read_tables` reads the numbers there.
 
-    Numba keeps it on disk until this file changes; the sum over what it is built from makes it note the others too.
+    Numba keeps compiled code until the file that it comes from changes. It looks at this file alone, so the key under
+    which it keeps the step also has a checksum of the other files, and the constant that comes from outside of them.
     """
-    rooms = (abi, expert_sites, paged_attention, rows, vector, primitives, int8, launch)
-    files = [Path(__file__), *(Path(str(room.__file__)) for room in rooms)]
-    sources = crc32(b"".join(path.read_bytes() for path in files))
+    files = [Path(__file__), *(Path(str(module.__file__)) for module in SOURCES)]
+    key = (crc32(b"".join(path.read_bytes() for path in files)), gate.SHARPNESS)
 
     def step(data):  # type: ignore[no-untyped-def]
-        _ = sources  # in the key under which numba keeps it
-        a = launch.unpack(data, KINDS)
-        _run(Weights(*a[:15]), Batch(*a[15:29]), Sites(*a[29:35]), Work(*a[35:]))
+        _ = key
+        weights, batch, sites, work = read_tables(data)
+        _run(weights, batch, sites, work)
 
     return launch.compiled(step)
 
 
-def run(places: list[int]) -> None:
-    """Compute one forward pass over the arrays at `places` (see `launch.placed`), in the order of `KINDS`."""
-    openmp.parallel(address(), places)
+def run(weights: KernelArguments, batch: KernelArguments, sites: KernelArguments, work: KernelArguments) -> None:
+    """Compute one forward pass over the arguments of the four `TABLES`."""
+    groups = (weights, batch, sites, work)
+    openmp.parallel(address(), [*chain.from_iterable(arguments.numbers for arguments in groups)])

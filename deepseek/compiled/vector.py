@@ -1,9 +1,9 @@
 """The innermost loops of the compiled decode step, written as vectors in LLVM's language.
 
-Numba has no vector type, and its loops over bytes are not turned into the one instruction that matters here, which
-multiplies 64 bytes and adds them by fours (vpdpbusd). So each of these functions writes its instructions itself. Where
-the processor lacks one, the same function is built from what every processor has; sums of integers are exact, so that
-both give the same bits.
+Numba has no vector type, and it does not compile loops over bytes to the one instruction that matters here, which
+multiplies 64 bytes and adds them by fours (vpdpbusd). So each of these functions emits its instructions itself. Where
+the processor lacks one, the same function is built from instructions that every processor has; sums of integers are
+exact, so that both give the same bits.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,12 @@ from numba.extending import intrinsic
 
 from deepseek.kernels.int8 import GROUP, GROUP_BYTES, LANES, TILES
 
-BYTE, SHORT, WORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-WORDS, FLOATS = ir.VectorType(WORD, LANES), ir.VectorType(FLOAT, LANES)
+BYTE = ir.IntType(8)
+SHORT = ir.IntType(16)
+WORD = ir.IntType(32)
+FLOAT = ir.FloatType()
+WORDS = ir.VectorType(WORD, LANES)
+FLOATS = ir.VectorType(FLOAT, LANES)
 STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
 
 
@@ -76,11 +80,14 @@ class Emit:
         """Add to each of 16 sums the products of its four signed and four unsigned bytes."""
         if self.sums_bytes:
             return self.call("llvm.x86.avx512.vpdpbusd.512", WORDS, sums, unsigned, signed)
-        shorts, wide = ir.VectorType(SHORT, 2 * LANES), ir.VectorType(WORD, 2 * LANES)
-        eight, low = (ir.Constant(shorts, [number] * 2 * LANES) for number in (8, 255))
-        a, b = (self.builder.bitcast(side, shorts) for side in (unsigned, signed))
-        odd = self.builder.lshr(a, eight), self.builder.ashr(b, eight)
-        even = self.builder.and_(a, low), self.builder.ashr(self.builder.shl(b, eight), eight)
+        shorts = ir.VectorType(SHORT, 2 * LANES)
+        wide = ir.VectorType(WORD, 2 * LANES)
+        eight = ir.Constant(shorts, [8] * 2 * LANES)
+        low = ir.Constant(shorts, [255] * 2 * LANES)
+        a = self.builder.bitcast(unsigned, shorts)
+        b = self.builder.bitcast(signed, shorts)
+        odd = (self.builder.lshr(a, eight), self.builder.ashr(b, eight))
+        even = (self.builder.and_(a, low), self.builder.ashr(self.builder.shl(b, eight), eight))
         for left, right in (even, odd):  # products of 16-bit numbers added by twos: one instruction of x86
             products = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
             first, second = (self.shuffle(products, list(range(start, 2 * LANES, 2))) for start in (0, 1))
@@ -100,7 +107,8 @@ class Emit:
 
 def loop(builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
     """Emit `for i in range(count)` (at least once) that carries values from turn to turn; return the last ones."""
-    before, inside = builder.block, builder.append_basic_block("loop")
+    before = builder.block
+    inside = builder.append_basic_block("loop")
     builder.branch(inside)
     builder.position_at_end(inside)
     index = builder.phi(count.type)
@@ -119,12 +127,13 @@ def loop(builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[A
 def _scaled(emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any, totals: list[Any]) -> list[Any]:
     """Return the totals of all rows and tiles, with a group's whole sums added that the scales of both sides turn
     into numbers."""
-    shorts, results = ir.VectorType(SHORT, LANES), []
+    shorts = ir.VectorType(SHORT, LANES)
+    results = []
     scales = [emit.widen(emit.load(shorts, emit.address(weight_scales, t * 32), 32)) for t in range(TILES)]
     for r, factor in enumerate(factors):
-        own = emit.splat(factor)
+        row_scale = emit.splat(factor)
         for place, scale in enumerate(scales, r * TILES):
-            both = emit.builder.fmul(scale, own)
+            both = emit.builder.fmul(scale, row_scale)
             results.append(emit.fma(emit.builder.sitofp(sums[place], FLOATS), both, totals[place]))
     return results
 
@@ -143,22 +152,23 @@ def _panel_dot(rows: int) -> Any:
 
             def one_group(g: Any, totals: list[Any]) -> list[Any]:
                 block = emit.address(panel, builder.mul(g, g.type(GROUP_BYTES)))
-                at, place = builder.mul(g, g.type(GROUP)), builder.mul(g, g.type(4))
+                at = builder.mul(g, g.type(GROUP))
+                place = builder.mul(g, g.type(4))
                 first = [emit.splat(emit.load(WORD, emit.address(base, place), 4)) for base in corrections]
 
                 def one_step(step: Any, sums: list[Any]) -> list[Any]:
                     start = emit.address(block, builder.mul(step, g.type(TILES * 64)))
                     offset = builder.add(at, builder.mul(step, g.type(4)))
                     tiles = [emit.load(WORDS, emit.address(start, 64 * tile), 64) for tile in range(TILES)]
-                    own = [emit.splat(emit.load(WORD, emit.address(base, offset), 4)) for base in row]
-                    pairs = product(own, tiles)
+                    inputs = [emit.splat(emit.load(WORD, emit.address(base, offset), 4)) for base in row]
+                    pairs = product(inputs, tiles)
                     return [emit.add_products(sum_, *pair) for sum_, pair in zip(sums, pairs, strict=True)]
 
-                sums = [start for start in first for _ in range(TILES)]
+                sums = [correction for correction in first for _ in range(TILES)]
                 if emit.sums_bytes:
                     for step in range(STEPS):
                         sums = one_step(g.type(step), sums)
-                else:  # unrolled, LLVM would have more numbers at a time than there are registers
+                else:  # unrolled, LLVM would hold more values at a time than there are registers
                     sums = loop(builder, g.type(STEPS), sums, one_step)
                 factors = [emit.load(FLOAT, emit.address(base, place), 4) for base in scales]
                 return _scaled(emit, sums, factors, emit.address(block, TILES * STEPS * 64), totals)
@@ -180,7 +190,7 @@ panel_dot_1, panel_dot_2, panel_dot_4, panel_dot_8 = (_panel_dot(rows) for rows 
 def _pair_dot(rows: int) -> Any:
     """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`.
 
-    It asks for the memory of the next B meanwhile: pages lie too far apart for the processor to guess.
+    Meanwhile it prefetches the next B: pages lie too far apart for the processor to guess.
     """
 
     @intrinsic
@@ -194,20 +204,21 @@ def _pair_dot(rows: int) -> Any:
             places = [emit.address(base, 64 * v) for base in out for v in range(vectors)]
 
             def one_pair(i: Any, sums: list[Any]) -> list[Any]:
-                start, place = builder.mul(i, n.type(256)), builder.mul(i, n.type(4))
-                block, soon = emit.address(b, start), emit.address(following, start)
+                start = builder.mul(i, n.type(256))
+                place = builder.mul(i, n.type(4))
+                block = emit.address(b, start)
+                soon = emit.address(following, start)
                 right = [emit.load(WORDS, emit.address(block, 64 * v), 64) for v in range(vectors)]
                 for v in range(vectors):
                     emit.prefetch(emit.address(soon, 64 * v))
-                results = []
+                results: list[Any] = []
                 for r in range(rows):
                     pair = emit.splat(emit.load(WORD, emit.address(left[r], place), 4))
                     results += [emit.add_pairs(sums[r * vectors + v], pair, right[v]) for v in range(vectors)]
                 return results
 
-            for total, place in zip(
-                loop(builder, n, [emit.load(FLOATS, place, 4) for place in places], one_pair), places, strict=True
-            ):
+            totals = loop(builder, n, [emit.load(FLOATS, place, 4) for place in places], one_pair)
+            for total, place in zip(totals, places, strict=True):
                 emit.store(total, place, 4)
             return context.get_dummy_value()
 
@@ -221,19 +232,21 @@ pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6 = (_pair_dot(rows) for rows in (1
 
 
 def _rotated(emit: Emit, address: Any) -> Any:
-    """Return the 64 fp32 numbers at an address, turned by the Hadamard matrix of signs, whose rows have length 8."""
+    """Return the 64 fp32 numbers at an address times the Hadamard matrix of signs, whose rows have length 8."""
     floats = ir.VectorType(FLOAT, GROUP)
-    value, step = emit.load(floats, address, 4), 1
+    value = emit.load(floats, address, 4)
+    step = 1
     while step < GROUP:
         other = emit.shuffle(value, [i ^ step for i in range(GROUP)])
         sign = ir.Constant(floats, [-1.0 if i & step else 1.0 for i in range(GROUP)])
-        value, step = emit.fma(value, sign, other), 2 * step
+        value = emit.fma(value, sign, other)
+        step *= 2
     return value
 
 
 @intrinsic
 def rotate(_typing: Any, _x: Any) -> Any:
-    """Turn 64 fp32 numbers in place by the Hadamard matrix that keeps lengths."""
+    """Rotate 64 fp32 numbers in place by the Hadamard matrix that keeps lengths."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         value = _rotated(Emit(context, builder), args[0])
@@ -246,20 +259,17 @@ def rotate(_typing: Any, _x: Any) -> Any:
 
 @intrinsic
 def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correction: Any) -> Any:
-    """Write a group of 64 fp32 numbers, turned by the Hadamard matrix, as bytes with their scale and correction."""
+    """Write a group of 64 fp32 numbers, rotated by the Hadamard matrix, as bytes with their scale and correction."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         emit = Emit(context, builder)
-        floats, words = ir.VectorType(FLOAT, GROUP), ir.VectorType(WORD, GROUP)
+        floats = ir.VectorType(FLOAT, GROUP)
+        words = ir.VectorType(WORD, GROUP)
         value = _rotated(emit, args[0])
         size = emit.call(f"llvm.fabs.v{GROUP}f32", floats, value)
-        largest = builder.call(
-            builder.module.declare_intrinsic(
-                f"llvm.vector.reduce.fmax.v{GROUP}f32", (), ir.FunctionType(FLOAT, [floats])
-            ),
-            [size],
-            fastmath=("nnan",),
-        )
+        kind = ir.FunctionType(FLOAT, [floats])
+        largest_of = builder.module.declare_intrinsic(f"llvm.vector.reduce.fmax.v{GROUP}f32", (), kind)
+        largest = builder.call(largest_of, [size], fastmath=("nnan",))
         largest = builder.select(builder.fcmp_ordered(">", largest, FLOAT(1e-30)), largest, FLOAT(1e-30))
         inverse = emit.splat(builder.fdiv(FLOAT(127.0), largest), GROUP)
         rounded = builder.fptosi(emit.call(f"llvm.rint.v{GROUP}f32", floats, builder.fmul(value, inverse)), words)
@@ -276,7 +286,7 @@ def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correctio
 
 @intrinsic
 def arrive(_typing: Any, _counter: Any, _amount: Any) -> Any:
-    """Add to the int64 at an address as one indivisible act; return what was there before."""
+    """Add to the int64 at an address atomically; return the value before."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         place = builder.inttoptr(args[0], args[1].type.as_pointer())
@@ -287,7 +297,7 @@ def arrive(_typing: Any, _counter: Any, _amount: Any) -> Any:
 
 @intrinsic
 def look(_typing: Any, _counter: Any) -> Any:
-    """Return the int64 at an address as other threads have left it."""
+    """Return the int64 at an address atomically, with all that was written before it (acquire)."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         place = builder.inttoptr(args[0], args[0].type.as_pointer())

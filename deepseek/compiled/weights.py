@@ -1,22 +1,28 @@
-"""Weights as the compiled step wants them, rounded and packed: a model's, and plugged experts'."""
+"""Weights as the compiled step reads them, quantised and packed: a model's, and plugged experts'."""
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate, chain
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from deepseek.compiled.state import aligned
+from deepseek.compiled.abi import SITES, WEIGHTS
 from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize, row_bytes
-from deepseek.kernels.numba.launch import placed
+from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.positions.rope import Rope
 from deepseek.model.transformer import DeepSeekModel
+
+FIRST_POSITIONS = 1024  # positions whose angles are computed when a model is packed; more follow when they are needed
+
+NUMBERS = {buffer.name for buffer in WEIGHTS.buffers if buffer.is_number}
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class PackedLayer(NamedTuple):
@@ -27,29 +33,31 @@ class PackedLayer(NamedTuple):
     inner: int
 
 
-def in_place(*arrays: np.ndarray) -> list[np.ndarray]:
-    """Return copies of packed matrices one behind the other in one stretch of memory."""
-    memory = aligned(sum(array.nbytes for array in arrays))
-    copies, at = [], 0
-    for array in arrays:
-        copies.append(memory[at : at + array.nbytes])
-        copies[-1][:] = array.reshape(-1)
-        at += array.nbytes
-    return copies
-
-
 Packed = dict[int, PackedLayer]
 """The layers of an expert."""
 
 
+def contiguous(matrices: Mapping[Key, np.ndarray]) -> dict[Key, np.ndarray]:
+    """Return copies of packed matrices, one behind the other in one stretch of memory, under the same keys."""
+    memory = aligned(sum(matrix.nbytes for matrix in matrices.values()))
+    copies = {}
+    start = 0
+    for key, matrix in matrices.items():
+        copies[key] = memory[start : start + matrix.nbytes]
+        copies[key][:] = matrix.reshape(-1)
+        start += matrix.nbytes
+    return copies
+
+
 def pack_module(module: ExpertModule) -> Packed:
-    """Round and pack every layer of an expert."""
+    """Quantise and pack every layer of an expert."""
     packed = {}
     for layer in module.layers:
         part = module.at(layer)
         gate, up = (quantize(half) for half in part.gate_up_proj.detach().chunk(2))
-        gate_up, down = in_place(pack([gate, up]), pack([quantize(part.down_proj.detach())]))
-        packed[layer] = PackedLayer(gate_up, down, -(-module.width // GROUP))
+        down = quantize(part.down_proj.detach())
+        matrices = contiguous({"gate_up": pack([gate, up]), "down": pack([down])})
+        packed[layer] = PackedLayer(matrices["gate_up"], matrices["down"], -(-module.width // GROUP))
     return packed
 
 
@@ -57,107 +65,171 @@ def _gates(roster: Roster, hidden: int) -> np.ndarray:
     """Return the gates `[members, 2, D + 1]` of a roster, layer by layer; zeros where it is forced."""
     if roster.banks is None:
         return np.zeros((sum(map(len, roster.owners.values())), 2, hidden + 1), np.float32)
-    banks = [bank for _, bank in sorted(roster.banks.items())]
-    rows = [torch.cat([bank.weight, bank.bias[:, None]], 1).unflatten(0, (2, -1)).transpose(0, 1) for bank in banks]
+    rows = []
+    for _, bank in sorted(roster.banks.items()):
+        affine = torch.cat([bank.weight, bank.bias[:, None]], 1)  # detecting rows of all members, then contrasting ones
+        rows.append(affine.unflatten(0, (2, -1)).transpose(0, 1))
     return torch.cat(rows).cpu().numpy()
 
 
+def _owners(roster: Roster) -> list[tuple[int, ExpertModule]]:
+    """Return layer and module of each member of a roster, layer by layer."""
+    return [(layer, module) for layer, modules in sorted(roster.owners.items()) for module in modules]
+
+
 class Sites:
-    """The places of all experts that speak in a batch, in the order of layers, and each roster's own among them.
+    """The sites of all experts in a batch, layer by layer, and each roster's members among them.
 
     Attributes:
-        count: number of places. most: largest number at one layer.
-        places: of the arrays that the kernel reads (see `compiled/abi.py`).
-        row_bytes: of the rounded hidden values of one row, for each place.
-        members: for each roster its places.
-        gates: for each roster the gates of those, as rows of the kernel's array: they depend on the other candidates.
+        count: number of sites.
+        most_at_one_layer: largest number at one layer.
+        arguments: what the step is given (`SITES` in `compiled/abi.py`).
+        row_bytes: of the quantised hidden values of one row, for each site.
+        members: by identity of a roster, the sites of its members.
+        gates: by identity of a roster, the rows of its members in the array of gates.
     """
 
     def __init__(
         self, rosters: Sequence[Roster], packed: Callable[[ExpertModule], Packed], layers: int, hidden: int
     ) -> None:
-        self.rosters = tuple(rosters)  # keeps them alive, so that none of the same identity comes after it
-        owners = [(layer, module) for roster in rosters for layer, own in roster.owners.items() for module in own]
-        places = sorted({(layer, id(module)): module for layer, module in owners}.items(), key=lambda item: item[0])
-        number = {key: i for i, (key, _) in enumerate(places)}
-        parts = [packed(module)[layer] for (layer, _), module in places]
-        self._parts = parts
-        self.count = len(places)
-        of_layer = np.bincount([layer for (layer, _), _ in places], minlength=layers)[:layers]
-        self.most = int(of_layer.max(initial=0))
-        decays = [0.5 ** (1.0 / module.settings.half_life) for _, module in places]
-        self._arrays = (
-            np.concatenate(([0], of_layer.cumsum())).astype(np.int64),
-            np.array([part.gate_up.ctypes.data for part in parts], np.int64),
-            np.array([part.down.ctypes.data for part in parts], np.int64),
-            np.array([part.inner for part in parts], np.int64),
-            np.concatenate([np.zeros((0, 2, hidden + 1), np.float32), *(_gates(roster, hidden) for roster in rosters)]),
-            np.array(decays, np.float32),
-        )
-        self.places = placed(*self._arrays)
-        self.row_bytes = [row_bytes(part.inner) for part in parts]
+        self.rosters = tuple(rosters)  # keeps them alive, so that no later roster has the identity of one of these
+        owners = {id(roster): _owners(roster) for roster in rosters}
+        modules = {(layer, id(module)): module for layer, module in chain.from_iterable(owners.values())}
+        # By digest, as in a roster: sums of experts then have the same bits whatever other rosters are in the batch.
+        keys = sorted(modules, key=lambda key: (key[0], modules[key].digest, key[1]))
+        number = {key: site for site, key in enumerate(keys)}
+        self._parts = [packed(modules[key])[key[0]] for key in keys]
+        self.count = len(keys)
+        at_layer = np.bincount([layer for layer, _ in keys], minlength=layers)[:layers]
+        self.most_at_one_layer = int(at_layer.max(initial=0))
+        self.row_bytes = [row_bytes(part.inner) for part in self._parts]
         self.members = {
-            id(roster): [number[layer, id(module)] for layer, own in sorted(roster.owners.items()) for module in own]
-            for roster in rosters
+            roster: [number[layer, id(module)] for layer, module in members] for roster, members in owners.items()
         }
-        ends = accumulate(len(own) for own in self.members.values())
+        ends = accumulate(len(members) for members in self.members.values())
         self.gates = {
-            key: range(end - len(own), end) for (key, own), end in zip(self.members.items(), ends, strict=True)
+            roster: range(end - len(members), end)
+            for (roster, members), end in zip(self.members.items(), ends, strict=True)
         }
+        none = np.zeros((0, 2, hidden + 1), np.float32)
+        gates = np.concatenate([none, *(_gates(roster, hidden) for roster in rosters)])
+        decays = _decays(rosters)
+        self.arguments = SITES.arguments(
+            {
+                "first_site": [0, *at_layer.cumsum().tolist()],
+                "gate_up": [part.gate_up.ctypes.data for part in self._parts],
+                "down": [part.down.ctypes.data for part in self._parts],
+                "inner": [part.inner for part in self._parts],
+                "gates": gates,
+                "decay": np.array([decays.get(key, 0.0) for key in keys], np.float32),
+            },
+            {"layers": layers, "sites": self.count, "gates": len(gates), "hidden": hidden},
+        )
 
-    def speakers(self, roster: Roster, said_RS: np.ndarray) -> list[str | None]:
+    def speakers(self, roster: Roster, weights_RS: np.ndarray) -> list[str | None]:
         """Return for each row the module of the largest weight, averaged over its layers, or None."""
-        names = [module.name for _, own in sorted(roster.owners.items()) for module in own]
-        own_RM = said_RS[:, self.members[id(roster)]]
+        owners = [module.name for _, module in _owners(roster)]
         modules = [module.name for module in roster.modules]
-        means_RN = np.stack([own_RM[:, [name == other for other in names]].mean(1) for name in modules], 1)
+        weights_RM = weights_RS[:, self.members[id(roster)]]
+        means_RN = np.stack([weights_RM[:, [name == owner for owner in owners]].mean(1) for name in modules], 1)
         best_R = means_RN.argmax(1)
         return [modules[best] if means[best] > 0 else None for best, means in zip(best_R, means_RN, strict=True)]
 
 
+def _decays(rosters: Sequence[Roster]) -> dict[tuple[int, int], float]:
+    """Return by layer and identity of a module what its gate keeps of a score per token; forced ones have no gate."""
+    decays: dict[tuple[int, int], float] = {}
+    for roster in rosters:
+        for layer, bank in (roster.banks or {}).items():
+            keys = [(layer, id(module)) for module in roster.owners[layer]]
+            decays |= zip(keys, bank.decay.tolist(), strict=True)
+    return decays
+
+
 class PackedModel:
-    """Holds the arrays that the kernel reads (`Weights` in `compiled/abi.py`).
+    """A model's weights as the step reads them.
 
     Attributes:
+        extents: sizes of the model, by the names that `compiled/abi.py` has for them.
+        arguments: what the step is given (`WEIGHTS` there).
         positions: for how many positions there are angles.
-        places: of the arrays, in the kernel's order (see `kernels/numba/launch.py`).
         nbytes: memory of the matrices.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
-        config, layers = model.config, len(model.layers)
         assert isinstance(model.positions, Rope)
-        self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
-        self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.inner, self.layers = -(-config.intermediate_size // GROUP), layers
-        packed = [matrix for block in model.layers for matrix in _pack_block(block)]
-        if model.lm_head.weight is not model.embed_tokens.weight:
-            packed.append(pack([matrix_of(model.lm_head)]))
-        packed.append(pack([matrix_of(model.embed_tokens)]))
-        matrices = in_place(*packed)
-        self.nbytes = sum(matrix.nbytes for matrix in matrices)
-        addresses = [matrix.ctypes.data for matrix in matrices]
-        sizes = [layers, self.hidden, self.heads, self.groups, self.width, self.inner, self.vocabulary]
-        whole = [sizes, *(addresses[kind : 4 * layers : 4] for kind in range(4)), addresses[4 * layers :][:1]]
-        self._matrices, self._rope = matrices, model.positions
-        self._arrays = [*(np.array(part, np.int64) for part in (*whole, addresses[-1:])), *_small_arrays(model)]
-        self._eps = np.array([config.rms_norm_eps], np.float32)
-        self.positions, self.places = 0, list[int]()
-        self.reach(1024)
+        self._rope = model.positions
+        self.extents = _extents(model)
+        matrices = contiguous(_pack_model(model))
+        self._matrices = matrices
+        self.nbytes = sum(matrix.nbytes for matrix in matrices.values())
+        layers = range(len(model.layers))
+        addresses = {
+            name: [matrices[name, layer].ctypes.data for layer in layers] for name in ("qkv", "out", "gate_up", "down")
+        }
+        embed_tokens = matrices["embed_tokens", 0]
+        self._values: dict[str, Any] = addresses | _small_arrays(model)
+        self._values["embed_tokens"] = embed_tokens.ctypes.data
+        self._values["lm_head"] = matrices.get(("lm_head", 0), embed_tokens).ctypes.data
+        self._values["eps"] = np.array([model.config.rms_norm_eps], np.float32)
+        self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
+        self.positions = 0
+        self.reach(FIRST_POSITIONS)
 
     def reach(self, positions: int) -> None:
-        """See to it that there are angles for so many positions."""
+        """Compute angles for at least so many positions."""
         if positions <= self.positions:
             return
         self.positions = max(positions, 2 * self.positions)
         rotation: Any = self._rope.prepare(torch.arange(self.positions)[None], torch.float32)
-        half = self.width // 2
-        self._tables = [np.ascontiguousarray(table[0, 0, :, :half].numpy()) for table in (rotation.cos, rotation.sin)]
-        self.places = placed(*self._arrays, *self._tables, self._eps)
+        self.extents["positions"] = self.positions
+        half = self.extents["half_width"]
+        angles = {
+            "cosine": np.ascontiguousarray(rotation.cos[0, 0, :, :half].numpy()),
+            "sine": np.ascontiguousarray(rotation.sin[0, 0, :, :half].numpy()),
+        }
+        self.arguments = WEIGHTS.arguments(self._values | angles, self.extents)
+
+
+def _extents(model: DeepSeekModel) -> dict[str, int]:
+    config = model.config
+    layers = len(model.layers)
+    heads = config.num_attention_heads
+    groups = config.num_key_value_heads
+    width = config.head_dim
+    return {
+        "layers": layers,
+        "hidden": config.hidden_size,
+        "heads": heads,
+        "groups": groups,
+        "width": width,
+        "inner": -(-config.intermediate_size // GROUP),
+        "vocabulary": config.vocab_size,
+        "norms": 2 * layers + 1,
+        "head_norm_width": width if config.qk_norm == "head" else 0,
+        "qkv_width": (heads + 2 * groups) * width,
+        "half_width": width // 2,
+        "group_heads": heads // groups,
+    }
+
+
+def _pack_model(model: DeepSeekModel) -> dict[tuple[str, int], np.ndarray]:
+    """Return the packed matrices by name and layer, in the order in which a step reads them; head and embedding have 0.
+
+    A head whose weights are those of the embedding is not packed a second time.
+    """
+    packed = {}
+    for layer, block in enumerate(model.layers):
+        for name, matrix in _pack_block(block).items():
+            packed[name, layer] = matrix
+    if model.lm_head.weight is not model.embed_tokens.weight:
+        packed["lm_head", 0] = pack([matrix_of(model.lm_head)])
+    packed["embed_tokens", 0] = pack([matrix_of(model.embed_tokens)])
+    return packed
 
 
 def matrix_of(layer: nn.Module) -> Int8Matrix:
-    """Return the rounded weights of a linear layer or an embedding."""
+    """Return the quantised weights of a linear layer or an embedding."""
     stored = getattr(layer, "int8", None)  # where the checkpoint holds 8-bit weights (see `model/int8.py`)
     if isinstance(stored, Int8Matrix):
         return stored
@@ -166,42 +238,52 @@ def matrix_of(layer: nn.Module) -> Int8Matrix:
     return quantize(weight.detach())
 
 
-def _pack_block(block: nn.Module) -> list[np.ndarray]:
-    """Return the packed matrices of a layer: queries, keys and values; output; gate and up; down."""
-    attention, ffn = block.attention, block.feed_forward
+def _pack_block(block: nn.Module) -> dict[str, np.ndarray]:
+    """Return the packed matrices of a layer."""
+    attention = block.attention
+    ffn = block.feed_forward
     assert isinstance(attention, FullAttention) and isinstance(ffn, SwiGLU)
     parts = [matrix_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    joined = Int8Matrix(
-        torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]), parts[0].width
-    )
-    return [
-        pack([joined]),
-        pack([matrix_of(attention.o_proj)]),
-        pack([matrix_of(ffn.gate_proj), matrix_of(ffn.up_proj)]),
-        pack([matrix_of(ffn.down_proj)]),
-    ]
+    values = torch.cat([part.values for part in parts])
+    scales = torch.cat([part.scales for part in parts])
+    return {
+        "qkv": pack([Int8Matrix(values, scales, parts[0].width)]),
+        "out": pack([matrix_of(attention.o_proj)]),
+        "gate_up": pack([matrix_of(ffn.gate_proj), matrix_of(ffn.up_proj)]),
+        "down": pack([matrix_of(ffn.down_proj)]),
+    }
 
 
-def _small_arrays(model: DeepSeekModel) -> list[np.ndarray]:
+def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
     """Return the norms, the norms of heads, both biases and the windows of all layers."""
+    norms: list[torch.Tensor] = []
+    head_norms: list[torch.Tensor] = []
+    qkv_biases: list[torch.Tensor] = []
+    out_biases: list[torch.Tensor] = []
+    windows: list[int] = []
     blocks: list[Any] = list(model.layers)
-    norms = [norm.weight for block in blocks for norm in (block.attention_norm, block.feed_forward_norm)]
-    attentions = [block.attention for block in blocks]
-    heads = [[own.q_norm.weight, own.k_norm.weight] for own in attentions if own.normed]
-    biases = [[own.q_proj, own.k_proj, own.v_proj] for own in attentions]
-    window = model.config.sliding_window or 0
-    return [
-        _floats(torch.stack([*norms, model.norm.weight])),
-        _floats(torch.stack([torch.stack(pair) for pair in heads]) if heads else torch.zeros(len(blocks), 2, 0)),
-        _floats(torch.stack([torch.cat([_bias(part) for part in parts]) for parts in biases])),
-        _floats(torch.stack([_bias(own.o_proj) for own in attentions])),
-        np.array([window if own.windowed else 0 for own in attentions], np.int64),
-    ]
+    for block in blocks:
+        attention = block.attention
+        norms += [block.attention_norm.weight, block.feed_forward_norm.weight]
+        if attention.normed:
+            head_norms.append(torch.stack([attention.q_norm.weight, attention.k_norm.weight]))
+        else:
+            head_norms.append(torch.zeros(2, 0))
+        qkv_biases.append(torch.cat([_bias(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]))
+        out_biases.append(_bias(attention.o_proj))
+        windows.append(model.config.sliding_window or 0 if attention.windowed else 0)
+    return {
+        "norms": _floats([*norms, model.norm.weight]),
+        "head_norms": _floats(head_norms),
+        "qkv_bias": _floats(qkv_biases),
+        "out_bias": _floats(out_biases),
+        "windows": windows,
+    }
 
 
 def _bias(layer: nn.Linear) -> torch.Tensor:
     return layer.bias if layer.bias is not None else torch.zeros(layer.out_features, dtype=torch.float32)
 
 
-def _floats(tensor: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.detach().float().numpy())
+def _floats(tensors: list[torch.Tensor]) -> np.ndarray:
+    return np.ascontiguousarray(torch.stack(tensors).detach().float().numpy())

@@ -1,10 +1,12 @@
 """From the name of a model to an engine that answers at once."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deepseek.compiled.runner import CompiledRunner, supports
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.compiled.support import unsupported_reason
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import load
 from deepseek.engine.request import Request
@@ -12,6 +14,8 @@ from deepseek.engine.sampler import Sampling
 from deepseek.engine.torch_runner import TorchRunner
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Runner
+
+log = logging.getLogger(__name__)
 
 
 def start_engine(
@@ -23,7 +27,7 @@ def start_engine(
 
     Args:
         name, experts: see `load`.
-        int8: round weights to 8 bits where the compiled runner computes the model, which is several times as fast;
+        int8: quantise weights to 8 bits where the compiled runner computes the model, which is several times as fast;
             otherwise, and for other models, the weights stay as they are.
         dials: see `Engine`.
 
@@ -37,5 +41,12 @@ def start_engine(
 
 
 def quickest_runner(model: DeepSeekModel) -> Runner:
-    """Return the compiled runner, with 8-bit weights, where it computes `model`, else the one for every model."""
-    return CompiledRunner(model) if supports(model) else TorchRunner(model)
+    """Return the compiled runner, with 8-bit weights, where it computes `model`, else the one for every model.
+
+    Why it is not the compiled one is logged at level INFO.
+    """
+    reason = unsupported_reason(model)
+    if reason is None:
+        return CompiledRunner(model)
+    log.info("%s The reference runner computes this model.", reason)
+    return TorchRunner(model)

@@ -12,12 +12,46 @@ from deepseek.errors import ConfigError
 from deepseek.model.context import ForwardContext
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.passes import ForwardPass
+from deepseek.model.support import LSH_FIELDS, MIXTURE_FIELDS, NOT_COMPUTED_WITH, any_of, one_of, unsupported
 from deepseek.model.transformer import DeepSeekModel
 
 Step = Callable[[tuple[Tensor, ...], Any], tuple[Tensor, Any]]
 """Runs what was exported: (ids, mask, positions) of new tokens and the past (None at first) -> logits and new past."""
 
 NEW = ("input_ids", "attention_mask", "position_ids")
+
+# A graph is traced from the model's own blocks, which honour all fields. But what LSH attention reads depends on values
+# in the prompt, and of positions a graph holds only those that add no scores and have no table of a fixed length.
+RULES = (
+    any_of(NOT_COMPUTED_WITH)
+    | any_of(LSH_FIELDS)
+    | any_of(MIXTURE_FIELDS)
+    | any_of(
+        (
+            "attention_bias",
+            "attention_output_bias",
+            "clip_qkv",
+            "full_attention_layers",
+            "head_dim",
+            "hidden_size",
+            "intermediate_size",
+            "max_position_embeddings",
+            "num_attention_heads",
+            "num_experts",
+            "num_hidden_layers",
+            "num_key_value_heads",
+            "qk_norm",
+            "rms_norm_eps",
+            "rope_parameters",
+            "sliding_window",
+            "tie_word_embeddings",
+            "train_len",  # of "dpe"
+            "vocab_size",
+        )
+    )
+    | {"attention": one_of("full"), "hidden_act": one_of("silu"), "positional_encoding": one_of("rope", "none")}
+)
+"""Field -> what a graph computes of it."""
 
 
 class Graph(nn.Module):
@@ -33,25 +67,29 @@ class Graph(nn.Module):
 
     def __init__(self, model: DeepSeekModel) -> None:
         super().__init__()
-        config = model.config
-        if config.attention != "full" or config.positional_encoding not in ("rope", "none"):
+        reason = unsupported(model.config, RULES)
+        if reason is not None:
             raise ConfigError(
-                f"attention={config.attention!r} with positional_encoding={config.positional_encoding!r} has no "
-                "exported form; only full attention with 'rope' or 'none' has. Use `deepseek serve` instead."
+                f"A model with {reason} has no exported form that holds for any length; use `deepseek serve` instead."
             )
-        self.model, self.dtype, self.armed = model, model.dtype, model.experts.armed()
+        self.model = model
+        self.dtype = model.dtype
+        self.armed = model.experts.armed()
         roster = self.armed.roster if self.armed else None
         self.modules_armed = nn.ModuleList(roster.modules if roster else ())  # so that their weights are the graph's
         self.gated = {layer: len(owners) for layer, owners in roster.owners.items()} if roster else {}
-        parts = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
+        parts = [f"{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in ("key", "value")]
         self.inputs = [*NEW, *(f"past_key_values.{part}" for part in parts), *(f"past_gates.{at}" for at in self.gated)]
         self.outputs = ["logits", *(f"present.{part}" for part in parts), *(f"present_gates.{at}" for at in self.gated)]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> list[Tensor]:
-        model, layers = self.model, self.model.config.num_hidden_layers
-        keys, values, gates = past[0 : 2 * layers : 2], past[1 : 2 * layers : 2], past[2 * layers :]
+        model = self.model
+        layers = model.config.num_hidden_layers
+        keys = past[0 : 2 * layers : 2]
+        values = past[1 : 2 * layers : 2]
+        gates = past[2 * layers :]
         cache = KVCache(zip(keys, values, strict=True))
         cache.gate_state = dict(zip(self.gated, gates, strict=True))
         hidden_BTD = model.embed_tokens(input_ids)
@@ -82,16 +120,24 @@ class Graph(nn.Module):
 
     def write(self, path: Path) -> None:
         """Write the graph as ONNX, free in batch, length and past; its weights beside it in `<path>.data`."""
-        new, whole = {0: "batch", 1: "length"}, {0: "batch", 1: "total"}
+        new = {0: "batch", 1: "length"}
+        whole = {0: "batch", 1: "total"}
         ids, mask, positions, *past = self.example(2, 3, 5)
         states = [{0: "batch", 2: "past"} if state.dim() == 4 else {0: "batch"} for state in past]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own: names of equal axes, deprecated calls
             torch.onnx.export(
-                self.eval(), (ids, mask, positions, past), path, dynamo=True, external_data=True, verbose=False,
-                input_names=self.inputs, output_names=self.outputs, dynamic_shapes=(new, whole, new, states),
+                self.eval(),
+                (ids, mask, positions, past),
+                path,
+                dynamo=True,
+                external_data=True,
+                verbose=False,
+                input_names=self.inputs,
+                output_names=self.outputs,
+                dynamic_shapes=(new, whole, new, states),
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
-            )  # fmt: skip
+            )
 
 
 def _stable_sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""A model as a folder of a stock Hugging Face architecture, where one computes the same."""
+"""Export to an equivalent Transformers architecture, if there is one."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,45 @@ from deepseek.checkpoint.convert import FAMILIES, convert_config, our_name
 from deepseek.errors import ConfigError
 from deepseek.export.graph import Step
 from deepseek.model.config import ModelConfig
+from deepseek.model.support import LSH_FIELDS, MIXTURE_FIELDS, NOT_COMPUTED_WITH, any_of, unsupported
 from deepseek.model.transformer import DeepSeekModel
 
 SAVED = {"architectures", "dtype", "transformers_version"}
 """What `save_pretrained` adds to a config."""
+
+UNREAD = {"balance_rate", "target_experts", "use_cache"}
+"""Fields of ours that no forward pass reads, so that an architecture need not have them."""
+
+RULES = any_of(
+    (
+        *NOT_COMPUTED_WITH,
+        *LSH_FIELDS,
+        *MIXTURE_FIELDS,
+        "attention",
+        "attention_bias",
+        "attention_output_bias",
+        "clip_qkv",
+        "full_attention_layers",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_experts",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "positional_encoding",
+        "qk_norm",
+        "rms_norm_eps",
+        "rope_parameters",
+        "sliding_window",
+        "tie_word_embeddings",
+        "train_len",
+        "vocab_size",
+    )
+)
+"""Fields that are compared with what an architecture computes. No other field can be, so a model with one has none."""
 
 
 def write_stock(model: DeepSeekModel, folder: Path) -> Step:
@@ -27,9 +62,9 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
         raise ConfigError("No stock architecture has plugged experts; export the base alone, or use --to onnx.")
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(stock_config(model.config), dtype=model.dtype)
-    own, names = model.state_dict(), {name: our_name(name) for name in stock.state_dict()}
-    stock.load_state_dict({name: own.pop(ours) for name, ours in names.items()}, assign=True)
-    if any(tensor.any() for name, tensor in own.items() if name.endswith(".balance.bias")):
+    tensors = model.state_dict()
+    stock.load_state_dict({name: tensors.pop(our_name(name)) for name in stock.state_dict()}, assign=True)
+    if any(tensor.any() for name, tensor in tensors.items() if name.endswith(".balance.bias")):
         raise ConfigError("No stock architecture has this router's balance bias; use --to onnx.")
     stock.generation_config = model.generation_config
     stock.save_pretrained(folder)
@@ -44,20 +79,25 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
 
 
 def stock_config(config: ModelConfig) -> Any:
-    """Return the config of the first Hugging Face family that, converted to our fields, says what `config` says.
+    """Return the config of the first Hugging Face family that, converted to our fields, equals `config`.
 
     Raises:
-        ConfigError: no family does; the fields of ours that the nearest one cannot say are named.
+        ConfigError: no family does; the fields that differ from the nearest one are named.
     """
-    idle = {"balance_rate", "target_experts", "use_cache"}  # nothing that a forward pass reads
+    reason = unsupported(config, RULES)
+    if reason is not None:
+        raise ConfigError(f"No stock architecture has {reason}; keep the model's own folder.")
+    compared = ModelConfig.__annotations__.keys() - UNREAD
     if all(config.is_sparse(layer) for layer in range(config.num_hidden_layers)):
-        idle.add("intermediate_size")
+        compared -= {"intermediate_size"}
     missed = {}
     for family in FAMILIES:
         known = CONFIG_MAPPING[family]().to_dict().keys() | {"head_dim"}
-        raw = {key: value for key, value in _in_all_words(config, family).items() if key in known - SAVED}
-        again, names = ModelConfig(**convert_config(raw)), ModelConfig.__annotations__.keys() - idle
-        missed[family] = [one for one in names if (getattr(again, one) or None) != (getattr(config, one) or None)]
+        raw = {key: value for key, value in _in_their_names(config, family).items() if key in known - SAVED}
+        again = ModelConfig(**convert_config(raw))
+        missed[family] = [
+            name for name in compared if (getattr(again, name) or None) != (getattr(config, name) or None)
+        ]
         if not missed[family]:
             return CONFIG_MAPPING[family](**raw)
     nearest = min(missed, key=lambda family: len(missed[family]))
@@ -65,15 +105,24 @@ def stock_config(config: ModelConfig) -> Any:
     raise ConfigError(f"No stock architecture has {reason} (the nearest is {nearest}); keep the model's own folder.")
 
 
-def _in_all_words(config: ModelConfig, family: str) -> dict[str, Any]:
-    """Return `config` as all families say it; Mixtral and OLMoE call `expert_dim` intermediate_size."""
-    layers, window = range(config.num_hidden_layers), config.sliding_window
+def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
+    """Return the fields of `config` under the names of all families, too.
+
+    Mixtral and OLMoE call `expert_dim` intermediate_size.
+    """
+    layers = range(config.num_hidden_layers)
+    window = config.sliding_window
     full = layers if window is None else config.full_attention_layers or ()
-    words = config.to_dict() | {
-        "model_type": family, "use_sliding_window": window is not None,
+    values = config.to_dict() | {
+        "model_type": family,
+        "use_sliding_window": window is not None,
         "layer_types": ["full_attention" if layer in full else "sliding_attention" for layer in layers],
-        "num_local_experts": config.num_experts, "num_experts_per_tok": config.max_experts,
-        "norm_topk_prob": config.router_renormalize, "moe_intermediate_size": config.expert_dim,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.max_experts,
+        "norm_topk_prob": config.router_renormalize,
+        "moe_intermediate_size": config.expert_dim,
         "mlp_only_layers": config.dense_layers or [],
-    }  # fmt: skip
-    return words | ({"intermediate_size": config.expert_dim} if family in ("mixtral", "olmoe") else {})
+    }
+    if family in ("mixtral", "olmoe"):
+        values["intermediate_size"] = config.expert_dim
+    return values

@@ -8,6 +8,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.compiled.abi import RECENT
 from deepseek.compiled.runner import CompiledRunner, supports
+from deepseek.compiled.weights import Sites, pack_module
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
@@ -154,13 +155,15 @@ def test_others_in_the_batch_may_have_experts(model, runner):
     assert output.experts[100:] == (None,) * 100
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"positional_encoding": "alibi"}, {"attention": "lsh"}, {"head_dim": 32}, {"num_experts": 8, "expert_dim": 32}],
-)
-def test_what_it_cannot_compute_it_refuses(changes):
-    with torch.device("meta"):
-        assert not supports(DeepSeekModel(ModelConfig(**SHAPE | changes)))
+def test_experts_are_added_in_the_order_of_their_digests(model):
+    modules = experts(model, 3)
+    for module, digest in zip(modules, "cab", strict=True):
+        module.digest = digest
+    first, second, third = sorted(modules, key=lambda module: module.digest)
+    rosters = [Roster((third,), 5), Roster((second, third), 5), Roster((first, third), 5)]
+    sites = Sites(rosters, pack_module, len(model.layers), model.config.hidden_size)
+    for roster in rosters:
+        assert sites.members[id(roster)] == sorted(sites.members[id(roster)])
 
 
 @pytest.mark.parametrize("right", range(1, RECENT))

@@ -6,8 +6,8 @@ import torch
 from numba import njit
 
 from deepseek.compiled.rows import multiply, round_group, row_bytes
-from deepseek.compiled.state import aligned
 from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, pack, product_reference, quantize
+from deepseek.kernels.numba.buffers import aligned
 
 
 @njit

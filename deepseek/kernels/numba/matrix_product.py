@@ -11,7 +11,7 @@ _sgemm = openmp.external("sgemm_", types.void(*[types.voidptr] * 13))
 
 @njit
 def product(a, transpose_a, b, transpose_b, out, kept=0):  # type: ignore[no-untyped-def]
-    """Set out `[n, m]` to `kept` times itself plus the matrix product of a and b, either transposed if so said.
+    """Set out `[n, m]` to `kept` times itself plus the matrix product of a and b, each transposed on request.
 
     The elements of a row lie side by side. BLAS thinks column by column: to it, the transpose of `out` is the product
     of b and a in their transposes.
@@ -22,6 +22,17 @@ def product(a, transpose_a, b, transpose_b, out, kept=0):  # type: ignore[no-unt
     kinds = np.array([84 if transpose_b else 78, 84 if transpose_a else 78], np.uint8)  # the letters T and N
     scales = np.array([1, kept], np.float32)
     _sgemm(
-        kinds.ctypes, kinds[1:].ctypes, sizes.ctypes, sizes[1:].ctypes, sizes[2:].ctypes, scales.ctypes, b.ctypes,
-        sizes[3:].ctypes, a.ctypes, sizes[4:].ctypes, scales[1:].ctypes, out.ctypes, sizes[5:].ctypes,
-    )  # fmt: skip
+        kinds.ctypes,
+        kinds[1:].ctypes,
+        sizes.ctypes,
+        sizes[1:].ctypes,
+        sizes[2:].ctypes,
+        scales.ctypes,
+        b.ctypes,
+        sizes[3:].ctypes,
+        a.ctypes,
+        sizes[4:].ctypes,
+        scales[1:].ctypes,
+        out.ctypes,
+        sizes[5:].ctypes,
+    )

@@ -1,4 +1,4 @@
-"""What kernels are made of: threads and their shares, bf16 numbers, addresses, the exponential."""
+"""Parts of kernels: threads and their shares, bf16 numbers, addresses, the exponential."""
 
 from typing import Any
 
@@ -95,5 +95,6 @@ def thread_count():  # type: ignore[no-untyped-def]
 @njit
 def share(columns):  # type: ignore[no-untyped-def]
     """Return the columns, first and past the last, that this thread works on."""
-    thread, threads = thread_number(), thread_count()
+    thread = thread_number()
+    threads = thread_count()
     return columns * thread // threads, columns * (thread + 1) // threads
