@@ -3,10 +3,11 @@
     python benchmarks/adapt.py FOLDER [--tokens 60000] [--functions 10] [--json benchmarks/results/adapt.json]
     python benchmarks/adapt.py FOLDER --exercises --modes last-n --rate 2e-3 --tokens 0 --epochs 1 --functions 400
 
-Each mode is a process of its own, so that its peak memory is its own; `working_memory` is what it needed beyond the
-imported libraries. BLEU is of greedily written bodies of documented functions in the held-out files, before and after.
-`--exercises` trains on the documented functions of the other files (as `deepseek data code` writes them) in place of
-the files row by row: what a model is asked is then what it practised.
+Each mode is a process of its own, so that its peak memory is its own; `working_memory` is what it
+needed beyond the imported libraries. BLEU is of greedily written bodies of documented functions in
+the held-out files, before and after. `--exercises` trains on the documented functions of the other
+files (as `deepseek data code` writes them) in place of the files row by row: what a model is asked
+is then what it practised.
 """
 
 import argparse
@@ -35,25 +36,41 @@ print(json.dumps({"libraries": libraries}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--functions", type=int, default=10, help="0: no BLEU")
     parser.add_argument("--modes", default="last-n,lora,full")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, help="learning rate, in place of each mode's own")
-    parser.add_argument("--exercises", action="store_true", help="train on functions instead of files")
+    parser.add_argument(
+        "--exercises", action="store_true", help="train on functions instead of files"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         source: dict[str, Any] = {"from_folder": str(options.folder), "held_out": HELD_OUT}
         if options.exercises:
-            source = {"from_jsonl": str(write_exercises(options.folder, Path(name) / "exercises.jsonl"))}
-        training = json.dumps({"tokens": options.tokens, "epochs": options.epochs, "learning_rate": options.rate})
+            source = {
+                "from_jsonl": str(write_exercises(options.folder, Path(name) / "exercises.jsonl"))
+            }
+        training = json.dumps(
+            {"tokens": options.tokens, "epochs": options.epochs, "learning_rate": options.rate}
+        )
         for mode in options.modes.split(","):
             folder = Path(name) / mode
-            command = [sys.executable, "-c", WORKER, mode, json.dumps(source), str(folder), training]
+            command = [
+                sys.executable,
+                "-c",
+                WORKER,
+                mode,
+                json.dumps(source),
+                str(folder),
+                training,
+            ]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads((folder / "run" / "result.json").read_text())["figures"]
             libraries = json.loads(done.stdout.splitlines()[-1])["libraries"]
@@ -62,7 +79,9 @@ def main() -> None:
         if options.functions:
             for mode in ("base", *options.modes.split(",")):
                 model = "smollm2-135m" if mode == "base" else str(Path(name) / mode / "model")
-                figures.setdefault(mode, {})["bodies"] = bodies(model, options.folder, options.functions)
+                figures.setdefault(mode, {})["bodies"] = bodies(
+                    model, options.folder, options.functions
+                )
                 print(mode, figures[mode]["bodies"], flush=True)
     if options.json:
         write(options.json, {"exercises": options.exercises, "figures": figures})
@@ -90,7 +109,11 @@ def bodies(model: str, folder: Path, count: int) -> dict[str, float]:
     from deepseek.evaluate.code import score_bodies
 
     functions = [f for f in functions_of(folder)[1] if len(f.body) < 600 and len(f.header) < 1200]
-    return asdict(score_bodies(*load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=80))
+    return asdict(
+        score_bodies(
+            *load(model), functions[:: max(1, len(functions) // count)][:count], max_tokens=80
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/against.py folder:~/src/click git:. [--against rag,lora,full] [--tokens 40000] [--cases 200]
 
-A source is `folder:PATH`, `git:PATH` (the last tenth of the commits is held out) or `jsonl:PATH`, with `NAME=` before
-it for another name than the path's last part; its expert is trained where it is not there yet, and everything resumes.
-Text is sized by tokens, so that another machine learns the same; LoRA and full fine-tuning take as long as the expert
-did. `pooled` has the cases of all sources together.
+A source is `folder:PATH`, `git:PATH` (the last tenth of the commits is held out) or `jsonl:PATH`,
+with `NAME=` before it for another name than the path's last part; its expert is trained where it is
+not there yet, and everything resumes. Text is sized by tokens, so that another machine learns the
+same; LoRA and full fine-tuning take as long as the expert did. `pooled` has the cases of all
+sources together.
 """
 
 import argparse
@@ -25,13 +26,17 @@ from deepseek.train.jobs.arguments import source_name
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sources", nargs="+", metavar="[NAME=]KIND:PATH")
     parser.add_argument("--against", default="rag,lora,full")
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--layers", default="last:3")
     parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument("--json", type=Path, default=FOLDER / "against.json", help="file to write the figures to")
+    parser.add_argument(
+        "--json", type=Path, default=FOLDER / "against.json", help="file to write the figures to"
+    )
     options = parser.parse_args()
     results = [one_source(source, options) for source in options.sources]
     figures = {result.name: summary(result) for result in results}
@@ -61,21 +66,34 @@ def one_source(source: str, options: argparse.Namespace) -> Result:
 
 def summary(result: Result) -> dict[str, Any]:
     """Return the figures of a source, without those of single cases."""
-    counts = {"cases": len(result.cases), "documents": result.documents, "dials": asdict(result.dials)}
-    return {**counts, "training_seconds": result.training_seconds, "notes": result.notes, **described(result.scores)}
+    counts = {
+        "cases": len(result.cases),
+        "documents": result.documents,
+        "dials": asdict(result.dials),
+    }
+    return {
+        **counts,
+        "training_seconds": result.training_seconds,
+        "notes": result.notes,
+        **described(result.scores),
+    }
 
 
 def described(scores: dict[str, CompletionScores]) -> dict[str, Any]:
     """Return means, intervals and differences by row."""
     rows = {}
     for name, row in compared(scores).items():
-        means = {key: value for key, value in asdict(scores[name]).items() if not isinstance(value, list)}
+        means = {
+            key: value for key, value in asdict(scores[name]).items() if not isinstance(value, list)
+        }
         rows[name] = {**means, **asdict(row)}
     return {"rows": rows, "verdicts": verdicts(scores)}
 
 
 def pool(results: list[Result]) -> dict[str, CompletionScores]:
-    """Return the rows that all sources have, over the cases of all of them; means are weighted by cases."""
+    """Return the rows that all sources have, over the cases of all of them; means are weighted by
+    cases.
+    """
     names = [name for name in results[0].scores if all(name in result.scores for result in results)]
     return {name: joined([result.scores[name] for result in results]) for name in names}
 
@@ -89,8 +107,13 @@ def joined(parts: list[CompletionScores]) -> CompletionScores:
 
     exact = [value for part in parts for value in part.exact]
     similarity = [value for part in parts for value in part.similarity]
-    costs = {key: mean([getattr(part, key) for part in parts]) for key in ("prompt_tokens", "reply_tokens", "seconds")}
-    return CompletionScores(mean([part.loss for part in parts]), exact, similarity, None, None, **costs)
+    costs = {
+        key: mean([getattr(part, key) for part in parts])
+        for key in ("prompt_tokens", "reply_tokens", "seconds")
+    }
+    return CompletionScores(
+        mean([part.loss for part in parts]), exact, similarity, None, None, **costs
+    )
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     python benchmarks/attention_scaling.py [--tokens 4096 8192 16384 32768 65536] [--turns 3]
 
-All take turns on the same tensors (9 query heads, 3 key heads, width 64, fp32), so a disturbance meets each of them.
-Ours includes hashing. Peak memory is that of a fresh process, inputs, outputs and gradients included. Writes
-`results/attention_scaling.json` and a plot beside it.
+All take turns on the same tensors (9 query heads, 3 key heads, width 64, fp32), so a disturbance
+meets each of them. Ours includes hashing. Peak memory is that of a fresh process, inputs, outputs
+and gradients included. Writes `results/attention_scaling.json` and a plot beside it.
 
-Rivals: `sdpa`, torch's exact attention; `materialised`, exact attention that keeps its scores, where they fit;
-`blocks`, each query's own block of 128 keys and the 3 earlier ones whose mean key is nearest (MoBA, arXiv:2502.13189);
-`reformer`, the LSH attention of `transformers` with one hash and without its projections (it shares queries and keys
-and has as many key heads as query heads).
+Rivals: `sdpa`, torch's exact attention; `materialised`, exact attention that keeps its scores,
+where they fit; `blocks`, each query's own block of 128 keys and the 3 earlier ones whose mean key
+is nearest (MoBA, arXiv:2502.13189); `reformer`, the LSH attention of `transformers` with one hash
+and without its projections (it shares queries and keys and has as many key heads as query heads).
 """
 
 import argparse
@@ -40,7 +40,11 @@ from deepseek.model.attention.lsh import RandomHash, sparse_attention
 HEADS, GROUPS, WIDTH = 9, 3, 64
 TOKENS = [2048, 4096, 8192, 16384, 32768, 65536]
 TABLES = ("forward", "training", "peak", "decode")
-MOST = {"materialised": 8192, "blocks": 16384, "sdpa": 32768}  # tokens; beyond, they take gigabytes or minutes
+MOST = {
+    "materialised": 8192,
+    "blocks": 16384,
+    "sdpa": 32768,
+}  # tokens; beyond, they take gigabytes or minutes
 DECODE = Windows(local=128, sinks=4, bucket=96, num_buckets=64)
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -58,7 +62,9 @@ def materialised(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def blocks(query: Tensor, key: Tensor, value: Tensor, size: int = 128, chosen: int = 3) -> Tensor:
-    """Block top-k: one dense product for each block and the queries that chose it, merged by their denominators."""
+    """Block top-k: one dense product for each block and the queries that chose it, merged by their
+    denominators.
+    """
     outs = []
     for head in range(HEADS):
         q, k, v = query[0, head], key[0, head * GROUPS // HEADS], value[0, head * GROUPS // HEADS]
@@ -71,7 +77,9 @@ def blocks(query: Tensor, key: Tensor, value: Tensor, size: int = 128, chosen: i
         rows, parts, sums = [], [], []
         for block in range(len(q) // size):
             keys, first = slice(block * size, (block + 1) * size), block * size
-            chose = torch.cat((torch.arange(first, first + size), (picked == block).any(-1).nonzero()[:, 0]))
+            chose = torch.cat(
+                (torch.arange(first, first + size), (picked == block).any(-1).nonzero()[:, 0])
+            )
             scores = q[chose] @ k[keys].T * WIDTH**-0.5
             scores = scores.masked_fill(torch.arange(first, first + size) > chose[:, None], -inf)
             lse = scores.logsumexp(-1)
@@ -82,7 +90,10 @@ def blocks(query: Tensor, key: Tensor, value: Tensor, size: int = 128, chosen: i
         highest = torch.full((len(q),), -inf).scatter_reduce(0, row, lse.detach(), "amax")
         weight = (lse - highest[row]).exp()
         total = torch.zeros(len(q)).index_add(0, row, weight)
-        outs.append(torch.zeros(len(q), WIDTH).index_add(0, row, torch.cat(parts) * weight[:, None]) / total[:, None])
+        outs.append(
+            torch.zeros(len(q), WIDTH).index_add(0, row, torch.cat(parts) * weight[:, None])
+            / total[:, None]
+        )
     return torch.stack(outs)[None]
 
 
@@ -100,9 +111,16 @@ class Half(nn.Module):
 def reformer() -> Way:
     width = HEADS * WIDTH
     config = ReformerConfig(
-        attention_head_size=WIDTH, num_attention_heads=HEADS, hidden_size=width, num_hashes=1, is_decoder=True,
-        lsh_attn_chunk_length=64, lsh_attention_probs_dropout_prob=0.0, max_position_embeddings=1 << 17, hash_seed=0,
-    )  # fmt: skip
+        attention_head_size=WIDTH,
+        num_attention_heads=HEADS,
+        hidden_size=width,
+        num_hashes=1,
+        is_decoder=True,
+        lsh_attn_chunk_length=64,
+        lsh_attention_probs_dropout_prob=0.0,
+        max_position_embeddings=1 << 17,
+        hash_seed=0,
+    )
     layer = LSHSelfAttention(config)
     layer.query_key, layer.value = Half(0), Half(1)
 
@@ -127,7 +145,9 @@ WAYS: dict[str, Way] = {
 def inputs(tokens: int, learn: bool) -> list[Tensor]:
     """Queries, keys and values laid out as a model's projections leave them."""
     torch.manual_seed(0)
-    parts = [torch.randn(1, tokens, heads, WIDTH).transpose(1, 2) for heads in (HEADS, GROUPS, GROUPS)]
+    parts = [
+        torch.randn(1, tokens, heads, WIDTH).transpose(1, 2) for heads in (HEADS, GROUPS, GROUPS)
+    ]
     return [part.requires_grad_(learn) for part in parts]
 
 
@@ -147,7 +167,9 @@ def fits(name: str, tokens: int) -> bool:
 
 
 def times(tokens: int, learn: bool, turns: int) -> dict[str, float]:
-    """Median seconds of each way, all taking turns; only one turn for what takes more than a quarter minute."""
+    """Median seconds of each way, all taking turns; only one turn for what takes more than a
+    quarter minute.
+    """
     parts, spent = inputs(tokens, learn), {name: [] for name in WAYS if fits(name, tokens)}
     for name in spent:
         if tokens <= 16384:
@@ -179,8 +201,18 @@ def peaks(tokens: int, learn: bool) -> dict[str, int]:
     figures = {}
     for name in WAYS:
         if fits(name, tokens):
-            command = [sys.executable, __file__, "--peak", name, "--tokens", str(tokens), *["--learn"] * learn]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+            command = [
+                sys.executable,
+                __file__,
+                "--peak",
+                name,
+                "--tokens",
+                str(tokens),
+                *["--learn"] * learn,
+            ]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=os.environ
+            )
             figures[name] = int(done.stdout.split()[-1])
     return figures
 
@@ -199,12 +231,16 @@ def decode(tokens: int, steps: int = 200) -> dict[str, float]:
         buckets.append(hashed.key_codes(key[:, :, one]))
         buckets.attend(query[:, :, one], key, value, codes, WIDTH**-0.5)
         seconds["ours"].append(time.perf_counter() - start)
-    for t in range(tokens, tokens + steps):  # not in turn: one pass over all keys leaves none of ours in the cache
+    for t in range(
+        tokens, tokens + steps
+    ):  # not in turn: one pass over all keys leaves none of ours in the cache
         keys, values = key[:, :, t - tokens : t + 1], value[:, :, t - tokens : t + 1]
         start = time.perf_counter()
         scaled_dot_product_attention(query[:, :, t : t + 1], keys, values, enable_gqa=True)
         seconds["sdpa"].append(time.perf_counter() - start)
-    return {name: median(values[1:]) for name, values in seconds.items()}  # the first step builds the rings
+    return {
+        name: median(values[1:]) for name, values in seconds.items()
+    }  # the first step builds the rings
 
 
 def exponents(table: dict[int, dict[str, float]], least: int = 4096) -> dict[str, float]:
@@ -218,7 +254,9 @@ def exponents(table: dict[int, dict[str, float]], least: int = 4096) -> dict[str
 
 
 def crossover(table: dict[int, dict[str, float]]) -> float | None:
-    """Tokens from which ours is faster than exact attention, read between measured lengths; None if it never is."""
+    """Tokens from which ours is faster than exact attention, read between measured lengths; None if
+    it never is.
+    """
     ratios = [(n, row["sdpa"] / row["ours"]) for n, row in sorted(table.items()) if "sdpa" in row]
     if ratios[0][1] >= 1:
         return ratios[0][0]
@@ -235,8 +273,13 @@ def plot(figures: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
-    tables = [("forward, seconds", 1, figures["forward"]), ("forward and backward, seconds", 1, figures["training"])]
-    for axis, (title, unit, table) in zip(axes, [*tables, ("training peak, MB", 1e6, figures["peak"])], strict=True):
+    tables = [
+        ("forward, seconds", 1, figures["forward"]),
+        ("forward and backward, seconds", 1, figures["training"]),
+    ]
+    for axis, (title, unit, table) in zip(
+        axes, [*tables, ("training peak, MB", 1e6, figures["peak"])], strict=True
+    ):
         for name in WAYS:
             rows = [(n, row[name] / unit) for n, row in table.items() if name in row]
             axis.loglog(*zip(*rows, strict=True), "o-", base=2, label=name)
@@ -251,8 +294,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="measure only these")
-    parser.add_argument("--add", action="store_true", help="add to the lengths that the file holds from before")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="measure only these"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="add to the lengths that the file holds from before"
+    )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--learn", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -269,13 +316,17 @@ def main() -> None:
         before = json.loads((FOLDER / "attention_scaling.json").read_text())
         figures |= {name: {int(n): row for n, row in before[name].items()} for name in TABLES}
     for n in options.tokens:
-        figures["forward"][n], figures["training"][n] = (times(n, learn, options.turns) for learn in (False, True))
+        figures["forward"][n], figures["training"][n] = (
+            times(n, learn, options.turns) for learn in (False, True)
+        )
         figures["peak"][n], figures["decode"][n] = peaks(n, learn=True), decode(n)
         print(n, json.dumps({name: figures[name][n] for name in TABLES}), flush=True)
         for name in ("forward", "training"):
             figures[f"{name}_exponent"] = exponents(figures[name])
             figures[f"{name}_crossover"] = crossover(figures[name])
-        save("attention_scaling", figures)  # after every length, so that a run cut short keeps what it measured
+        save(
+            "attention_scaling", figures
+        )  # after every length, so that a run cut short keeps what it measured
     plot(figures)
 
 

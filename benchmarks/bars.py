@@ -15,14 +15,20 @@ def installed(module: str) -> Path | None:
 
 
 def draw(path: Path, panels: dict[str, dict[str, float]]) -> None:
-    """Write a picture with a panel of horizontal bars for each title; names that begin with "ours" stand out."""
+    """Write a picture with a panel of horizontal bars for each title; names that begin with "ours"
+    stand out.
+    """
     most = max(map(len, panels.values()))
     figure = Figure(figsize=(5 * len(panels), 1 + 0.4 * most), layout="constrained")
-    for axes, (title, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (title, bars) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         colours = [OURS if name.startswith("ours") else THEIRS for name in bars]
         shown = axes.barh(list(bars), list(bars.values()), color=colours)
         axes.bar_label(
-            shown, [f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in bars.values()], padding=3
+            shown,
+            [f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in bars.values()],
+            padding=3,
         )
         axes.set(title=title, xlim=(0, 1.18 * max(bars.values())))
         axes.invert_yaxis()

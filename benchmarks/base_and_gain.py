@@ -1,10 +1,12 @@
-"""Base kept, gain kept: eight experts on one base, nothing armed by hand, against each one alone and against merging.
+"""Base kept, gain kept: eight experts on one base, nothing armed by hand, against each one alone
+and against merging.
 
     python benchmarks/corpora.py all
     python benchmarks/base_and_gain.py [--set design|final] [--corpora DIR] [--tokens 100000] [--save]
 
-Each expert is trained alone; an interrupted run goes on, and finished experts are kept. Then all are plugged. Every
-text is scored on rows that no expert was trained on, from one pass through the frozen trunk:
+Each expert is trained alone; an interrupted run goes on, and finished experts are kept. Then all
+are plugged. Every text is scored on rows that no expert was trained on, from one pass through the
+frozen trunk:
 
     base      no expert
     alone     the text's own expert, forced on everywhere (for mixed and public texts: the best single one)
@@ -46,15 +48,29 @@ from deepseek.train.text.trunk_cache import run_trunk
 SETS = {
     "design": ("code-a", "code-b", "spanish", "french", "science", "german", "chinese", "prose"),
     "final": (
-        "final-textual", "final-litestar", "final-scrapy", "final-maxima", "final-octave", "final-spanish",
-        "final-french", "final-japanese",
+        "final-textual",
+        "final-litestar",
+        "final-scrapy",
+        "final-maxima",
+        "final-octave",
+        "final-spanish",
+        "final-french",
+        "final-japanese",
     ),
-}  # fmt: skip
+}
 """Experts to design and choose on, and others to report on."""
 
-PUBLIC = {"design": ("public-prose", "public-code"), "final": ("final-public-prose", "final-public-code")}
+PUBLIC = {
+    "design": ("public-prose", "public-code"),
+    "final": ("final-public-prose", "final-public-code"),
+}
 ALTERNATING = {
-    "design": (("spanish", "french"), ("code-a", "code-b"), ("german", "chinese"), ("science", "prose")),
+    "design": (
+        ("spanish", "french"),
+        ("code-a", "code-b"),
+        ("german", "chinese"),
+        ("science", "prose"),
+    ),
     "final": (
         ("final-spanish", "final-french"),
         ("final-textual", "final-litestar"),
@@ -96,19 +112,40 @@ class Text:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--corpora", type=Path, default=home() / "corpora")
-    parser.add_argument("--work", type=Path, default=home() / "base-and-gain", help="experts and texts are kept here")
-    parser.add_argument("--tokens", type=int, default=100_000, help="distinct tokens each expert is trained on")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=home() / "base-and-gain",
+        help="experts and texts are kept here",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=100_000, help="distinct tokens each expert is trained on"
+    )
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--check", type=int, default=16_384, help="held-out tokens of each training")
-    parser.add_argument("--score", type=int, help="tokens each text is scored on in the comparison; default: --check")
+    parser.add_argument(
+        "--check", type=int, default=16_384, help="held-out tokens of each training"
+    )
+    parser.add_argument(
+        "--score",
+        type=int,
+        help="tokens each text is scored on in the comparison; default: --check",
+    )
     parser.add_argument("--set", choices=SETS, default="final", help="which eight experts")
-    parser.add_argument("--experts", nargs="+", help="trained experts to compare in place of the set's eight")
-    parser.add_argument("--chats", type=Path, help="conversations, one a line, as for chat_neutrality.py")
+    parser.add_argument(
+        "--experts", nargs="+", help="trained experts to compare in place of the set's eight"
+    )
+    parser.add_argument(
+        "--chats", type=Path, help="conversations, one a line, as for chat_neutrality.py"
+    )
     parser.add_argument("--only", nargs="*", help="train these experts and stop")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/base_and_gain.json and .png")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/base_and_gain.json and .png"
+    )
     options = parser.parse_args()
     options.experts = tuple(options.experts or SETS[options.set])
     for name in options.only or options.experts:
@@ -119,9 +156,15 @@ def main() -> None:
 
 def train(options: argparse.Namespace, name: str) -> None:
     deepseek.train_expert(
-        options.base, name=name, from_folder=options.corpora / name, tokens=options.tokens, epochs=options.epochs,
-        out=pack_path(options.work, name), run_folder=options.work / "runs" / name, held_out_tokens=options.check,
-    )  # fmt: skip
+        options.base,
+        name=name,
+        from_folder=options.corpora / name,
+        tokens=options.tokens,
+        epochs=options.epochs,
+        out=pack_path(options.work, name),
+        run_folder=options.work / "runs" / name,
+        held_out_tokens=options.check,
+    )
 
 
 def pack_path(work: Path, name: str) -> Path:
@@ -135,17 +178,25 @@ def compare(options: argparse.Namespace) -> None:
     for name in options.experts:
         model.experts.plug(pack_path(options.work, name))
     modules = {
-        name: ExpertModule.from_pack(read_pack(pack_path(options.work, name)), model.dtype) for name in options.experts
+        name: ExpertModule.from_pack(read_pack(pack_path(options.work, name)), model.dtype)
+        for name in options.experts
     }
     rows = [score(model, modules, text, options.score or options.check) for text in texts(options)]
     summary = summarise(rows)
     if options.experts == SETS[options.set]:
-        same_bits = len({order_digest(model, options, order) for order in orders(options.experts)}) == 1
+        same_bits = (
+            len({order_digest(model, options, order) for order in orders(options.experts)}) == 1
+        )
         summary |= {"orders": ORDERS, "every_order_same_bits": same_bits}
     print_table(rows, summary)
     if options.save:
         gates = {name: gate_papers(options.work, name) for name in options.experts}
-        figures = {"summary": summary, "texts": rows, "gates": gates, "seconds": round(time.monotonic() - started)}
+        figures = {
+            "summary": summary,
+            "texts": rows,
+            "gates": gates,
+            "seconds": round(time.monotonic() - started),
+        }
         save("base_and_gain", figures)
         draw(rows, options.experts, FOLDER / "base_and_gain.png")
 
@@ -154,7 +205,9 @@ def gate_papers(work: Path, name: str) -> dict[str, Any]:
     return read_pack(pack_path(work, name)).manifest.gate.model_dump()
 
 
-def score(model: DeepSeekModel, modules: dict[str, ExpertModule], text: Text, tokens: int) -> dict[str, Any]:
+def score(
+    model: DeepSeekModel, modules: dict[str, ExpertModule], text: Text, tokens: int
+) -> dict[str, Any]:
     """Return the losses of one text under every variant, and who spoke."""
     forced = text.experts if len(text.experts) == 1 else tuple(modules)
     everyone = list(modules.values())
@@ -166,25 +219,40 @@ def score(model: DeepSeekModel, modules: dict[str, ExpertModule], text: Text, to
         "soup": lambda: Everywhere([soup], 1.0),
     } | {f"alone {name}": lambda name=name: Everywhere([modules[name]], 1.0) for name in forced}
     with model.experts.record() as trace:
-        losses = losses_of(model, text.batches(tokens), variants, min(module.layers[0] for module in everyone))
+        losses = losses_of(
+            model, text.batches(tokens), variants, min(module.layers[0] for module in everyone)
+        )
     alone = {name: losses.pop(f"alone {name}") for name in forced}
     best = min(alone, key=lambda name: alone[name])
-    row = {"text": text.name, "experts": text.experts, **losses, "alone": alone[best], "best": best, "singles": alone}
+    row = {
+        "text": text.name,
+        "experts": text.experts,
+        **losses,
+        "alone": alone[best],
+        "best": best,
+        "singles": alone,
+    }
     row["weights"] = {name: round(float(trace.weights(name).mean()), 4) for name in modules}
     row["gain_kept"] = (row["base"] - row["set"]) / (row["base"] - row["alone"])
     return row
 
 
 @torch.no_grad()
-def losses_of(model: DeepSeekModel, batches: list[Batch], variants: dict[str, Variant], first: int) -> dict[str, float]:
-    """Return the mean loss of each variant; the trunk below layer `first`, which is the same for all, runs once."""
+def losses_of(
+    model: DeepSeekModel, batches: list[Batch], variants: dict[str, Variant], first: int
+) -> dict[str, float]:
+    """Return the mean loss of each variant; the trunk below layer `first`, which is the same for
+    all, runs once.
+    """
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in variants}
     for batch in batches:
         with model.experts.arming(None):
             stream_BTD = run_trunk(model, first, batch)
         for name, variant in variants.items():
             hidden_BTD = above(model, first, batch, stream_BTD, variant())
-            losses = token_losses(hidden_BTD.flatten(0, 1), model.lm_head.weight, batch.labels.flatten())
+            losses = token_losses(
+                hidden_BTD.flatten(0, 1), model.lm_head.weight, batch.labels.flatten()
+            )
             parts[name].append((losses, batch.labels.flatten()))
     return {name: mean_loss(found).loss for name, found in parts.items()}
 
@@ -201,7 +269,9 @@ def soup_of(modules: Sequence[ExpertModule]) -> ExpertModule:
     first = modules[0]
     soup = ExpertModule("soup", first.layers, first.hidden_size, first.width)
     states = [module.state_dict() for module in modules]
-    soup.load_state_dict({key: torch.stack([s[key].float() for s in states]).mean(0) for key in states[0]})
+    soup.load_state_dict(
+        {key: torch.stack([s[key].float() for s in states]).mean(0) for key in states[0]}
+    )
     return soup.to(next(first.parameters()).dtype)
 
 
@@ -211,7 +281,11 @@ def texts(options: argparse.Namespace) -> Iterator[Text]:
 
     def built(name: str, documents: Callable[[], list[Document]]) -> TokenShards:
         folder = options.work / "texts" / name
-        return TokenShards(folder) if folder.is_dir() else TokenShards.build(documents(), tokenizer, folder)
+        return (
+            TokenShards(folder)
+            if folder.is_dir()
+            else TokenShards.build(documents(), tokenizer, folder)
+        )
 
     for name in PUBLIC[options.set]:
         yield Text(name, built(name, lambda name=name: list(read_folder(options.corpora / name))))
@@ -222,11 +296,17 @@ def texts(options: argparse.Namespace) -> Iterator[Text]:
     if options.experts != SETS[options.set]:  # mixed texts need the whole set
         return
     code, german = COMMENTED[options.set]
-    documents = built(f"commented-{options.set}", lambda: commented(options, tokenizer, code, german))
+    documents = built(
+        f"commented-{options.set}", lambda: commented(options, tokenizer, code, german)
+    )
     yield Text("code, foreign comments", documents, (code, german))
     for pair in ALTERNATING[options.set]:
         name = f"{pair[0]} / {pair[1]}"
-        yield Text(name, built("-".join(pair), lambda pair=pair: alternating(options, tokenizer, *pair)), pair)
+        yield Text(
+            name,
+            built("-".join(pair), lambda pair=pair: alternating(options, tokenizer, *pair)),
+            pair,
+        )
 
 
 def held_out(options: argparse.Namespace, name: str) -> TokenShards:
@@ -236,17 +316,27 @@ def held_out(options: argparse.Namespace, name: str) -> TokenShards:
 def decoded(options: argparse.Namespace, tokenizer: Any, name: str, count: int) -> list[str]:
     """Return the first held-out documents of an expert as text."""
     shards = held_out(options, name)
-    spans = list(zip(shards.offsets[:-1].tolist(), shards.offsets[1:].tolist(), strict=True))[:count]
-    return [tokenizer.decode(np.asarray(shards.ids_N[a : b - 1] & ~CONTEXT_BIT).tolist()) for a, b in spans]
+    spans = list(zip(shards.offsets[:-1].tolist(), shards.offsets[1:].tolist(), strict=True))[
+        :count
+    ]
+    return [
+        tokenizer.decode(np.asarray(shards.ids_N[a : b - 1] & ~CONTEXT_BIT).tolist())
+        for a, b in spans
+    ]
 
 
 def chats(path: Path) -> list[Document]:
     """Return what users say in conversations, each as a document."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Document("\n".join(record["turns"]), f"chat-{number}") for number, record in enumerate(records)]
+    return [
+        Document("\n".join(record["turns"]), f"chat-{number}")
+        for number, record in enumerate(records)
+    ]
 
 
-def commented(options: argparse.Namespace, tokenizer: Any, code_name: str, comment_name: str) -> list[Document]:
+def commented(
+    options: argparse.Namespace, tokenizer: Any, code_name: str, comment_name: str
+) -> list[Document]:
     """Return held-out code with held-out sentences of another language as comments."""
     rng = random.Random(0)
     german = "\n".join(decoded(options, tokenizer, comment_name, 60)).splitlines()
@@ -263,18 +353,29 @@ def commented(options: argparse.Namespace, tokenizer: Any, code_name: str, comme
     return documents
 
 
-def alternating(options: argparse.Namespace, tokenizer: Any, first: str, second: str) -> list[Document]:
-    """Return documents of paragraphs of about 500 characters, by turns from two experts' held-out texts."""
+def alternating(
+    options: argparse.Namespace, tokenizer: Any, first: str, second: str
+) -> list[Document]:
+    """Return documents of paragraphs of about 500 characters, by turns from two experts' held-out
+    texts.
+    """
     pools = ["\n\n".join(decoded(options, tokenizer, name, 40)) for name in (first, second)]
     pieces = [[pool[i : i + 500] for i in range(0, min(len(pool), 60_000), 500)] for pool in pools]
     turns = [f"{a}\n\n{b}" for a, b in zip(*pieces, strict=False)]
-    return [Document("\n\n".join(turns[i : i + 6]), f"{first}-{second}-{i}") for i in range(0, len(turns), 6)]
+    return [
+        Document("\n\n".join(turns[i : i + 6]), f"{first}-{second}-{i}")
+        for i in range(0, len(turns), 6)
+    ]
 
 
 def orders(experts: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Return plug orders: as named, reversed, and random ones."""
     rng = random.Random(0)
-    return [experts, experts[::-1], *(tuple(rng.sample(experts, len(experts))) for _ in range(ORDERS - 2))]
+    return [
+        experts,
+        experts[::-1],
+        *(tuple(rng.sample(experts, len(experts))) for _ in range(ORDERS - 2)),
+    ]
 
 
 def order_digest(model: DeepSeekModel, options: argparse.Namespace, order: Sequence[str]) -> str:
@@ -283,9 +384,9 @@ def order_digest(model: DeepSeekModel, options: argparse.Namespace, order: Seque
         model.experts.unplug(name)
     for name in order:
         model.experts.plug(pack_path(options.work, name))
-    batch = Text("mixed", TokenShards(options.work / "texts" / "-".join(ALTERNATING[options.set][0]))).batches(
-        BATCH_ROWS * ROW_LENGTH
-    )[0]
+    batch = Text(
+        "mixed", TokenShards(options.work / "texts" / "-".join(ALTERNATING[options.set][0]))
+    ).batches(BATCH_ROWS * ROW_LENGTH)[0]
     with torch.no_grad():
         logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     return hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
@@ -297,9 +398,13 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     own = [row for row in rows if len(row["experts"]) == 1]
     mixed = [row for row in rows if len(row["experts"]) == 2]
     return {
-        "public_change_percent": {name: round(100 * (row["set"] / row["base"] - 1), 3) for name, row in public.items()},
+        "public_change_percent": {
+            name: round(100 * (row["set"] / row["base"] - 1), 3) for name, row in public.items()
+        },
         "gain_kept_percent": {row["text"]: round(100 * row["gain_kept"], 1) for row in own},
-        "mixed_set_minus_best_single": {row["text"]: round(row["set"] - row["alone"], 4) for row in mixed},
+        "mixed_set_minus_best_single": {
+            row["text"]: round(row["set"] - row["alone"], 4) for row in mixed
+        },
         "held_out_mean": {
             name: round(sum(row[name] for row in own) / len(own), 4)
             for name in ("base", "alone", "set", "averaging", "soup")
@@ -314,7 +419,11 @@ def print_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         speakers = sorted(row["weights"].items(), key=lambda item: -item[1])[:3]
         said = ", ".join(f"{name} {weight:.3f}" for name, weight in speakers if weight >= 0.001)
         kept = f"{100 * row['gain_kept']:9.1f} %" if row["experts"] else f"{'':11}"
-        print(f"{row['text']:24}" + "".join(f"{row[name]:11.4f}" for name in columns) + f"{kept}  {said}")
+        print(
+            f"{row['text']:24}"
+            + "".join(f"{row[name]:11.4f}" for name in columns)
+            + f"{kept}  {said}"
+        )
     for name, value in summary.items():
         print(f"{name}: {value}")
 
@@ -328,7 +437,14 @@ def draw(rows: list[dict[str, Any]], experts: tuple[str, ...], path: Path) -> No
     axes.set_yticks(range(len(rows)), [row["text"] for row in rows])
     for (i, j), weight in np.ndenumerate(weights):
         if weight >= 0.005:
-            axes.text(j, i, f"{weight:.2f}", ha="center", va="center", color="white" if weight > 0.5 else "black")
+            axes.text(
+                j,
+                i,
+                f"{weight:.2f}",
+                ha="center",
+                va="center",
+                color="white" if weight > 0.5 else "black",
+            )
     axes.set_title("Mean weight of each expert, nothing armed by hand")
     figure.colorbar(image, shrink=0.6)
     figure.tight_layout()

@@ -1,15 +1,18 @@
-"""Sixteen streams at once: our server through HTTP beside llama.cpp, tokens a second of all together.
+"""Sixteen streams at once: our server through HTTP beside llama.cpp, tokens a second of all
+together.
 
     python benchmarks/batch.py [--llama PYTHON] [--llama-path FOLDER] [--rounds 3] [--json FILE] [--plot FILE]
 
-Each side answers prompts of 128 tokens by 64 tokens, greedily, on two threads, one stream and sixteen, in turn. Ours is
-`deepseek serve` with its usual settings (8-bit weights), asked through HTTP with streaming. llama.cpp (Q8_0) twice:
-`llama_decode` called with sixteen sequences in one batch, without server, tokenizer or sampling; and llama-cpp-python's
-own server, which holds a lock until a reply has ended and so answers one request at a time. That one is asked
-without streaming, which costs it nothing but the reply. Without `--llama`, this Python is taken if it has
-llama-cpp-python; else ours is measured alone. `--llama-path` holds what llama-cpp-python's server needs and
-the Python of `--llama` lacks. A pace counts the tokens while all streams speak; "whole" is all tokens over all the
-time, prompts included, which is all there is to say of a server that never has two streams speaking.
+Each side answers prompts of 128 tokens by 64 tokens, greedily, on two threads, one stream and
+sixteen, in turn. Ours is `deepseek serve` with its usual settings (8-bit weights), asked through
+HTTP with streaming. llama.cpp (Q8_0) twice: `llama_decode` called with sixteen sequences in one
+batch, without server, tokenizer or sampling; and llama-cpp-python's own server, which holds a lock
+until a reply has ended and so answers one request at a time. That one is asked without streaming,
+which costs it nothing but the reply. Without `--llama`, this Python is taken if it has
+llama-cpp-python; else ours is measured alone. `--llama-path` holds what llama-cpp-python's server
+needs and the Python of `--llama` lacks. A pace counts the tokens while all streams speak; "whole"
+is all tokens over all the time, prompts included, which is all there is to say of a server that
+never has two streams speaking.
 """
 
 import argparse
@@ -77,13 +80,20 @@ for line in sys.stdin:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--llama", type=Path, default=installed("llama_cpp"), help="Python that has llama-cpp-python; default: this one"
+        "--llama",
+        type=Path,
+        default=installed("llama_cpp"),
+        help="Python that has llama-cpp-python; default: this one",
     )
-    parser.add_argument("--llama-path", default="", help="further folders of packages for its server")
+    parser.add_argument(
+        "--llama-path", default="", help="further folders of packages for its server"
+    )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--plot", type=Path, default=Path("batch.png"), help="picture to draw")
     options = parser.parse_args()
@@ -95,7 +105,9 @@ def main() -> None:
         turns = {"ours": ours(port, prompts)}
         if options.llama:
             path = Path(folder) / "model.gguf"
-            write_gguf(loaded.model, path, "Q8_0", lambda out: add_vocabulary(out, loaded.tokenizer))
+            write_gguf(
+                loaded.model, path, "Q8_0", lambda out: add_vocabulary(out, loaded.tokenizer)
+            )
             turns["llama_decode"] = batched(options, path, prompts)
             rival = stack.enter_context(LlamaServer(options, path))
             turns["llama.cpp server"] = lambda: rival.turn(prompts)
@@ -105,10 +117,15 @@ def main() -> None:
                 paces = turn()
                 print(number, name, paces, flush=True)
                 found[name] += [paces] if number else []  # the first round warms
-    rates = {name: {key: median(one[key] for one in own) for key in own[0]} for name, own in found.items()}
+    rates = {
+        name: {key: median(one[key] for one in own) for key in own[0]}
+        for name, own in found.items()
+    }
     own = rates["ours"]
     ratios = {"16 streams over one": own["16"] / own["1"]}
-    for name, key in (("llama_decode", "16"), ("llama.cpp server", "16 whole")) if options.llama else ():
+    for name, key in (
+        (("llama_decode", "16"), ("llama.cpp server", "16 whole")) if options.llama else ()
+    ):
         ratios[f"16 streams over {name}"] = own[key] / rates[name][key]
     figures = {"tokens_per_second": rates, "ratios": ratios, "rounds": found}
     print(json.dumps({key: value for key, value in figures.items() if key != "rounds"}, indent=1))
@@ -123,10 +140,12 @@ def plot(rates: dict[str, dict[str, float]], path: Path) -> None:
     panels = {
         f"{title}, tokens/s": {
             f"{name}, {key.split()[0]} stream{'s' if '6' in key else ''}": own[key]
-            for name, own in rates.items() for key in keys if key in own
+            for name, own in rates.items()
+            for key in keys
+            if key in own
         }
         for title, keys in titles.items()
-    }  # fmt: skip
+    }
     draw(path, panels)
 
 
@@ -138,16 +157,24 @@ def add_vocabulary(out: gguf.GGUFWriter, tokenizer: Any) -> None:
     out.add_tokenizer_model("gpt2")
     out.add_tokenizer_pre("smollm")
     out.add_token_list(tokens)
-    out.add_token_types([gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens])
-    out.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["model"]["merges"]])
+    out.add_token_types(
+        [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens]
+    )
+    out.add_token_merges(
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in model["model"]["merges"]]
+    )
     out.add_eos_token_id(tokenizer.eos_token_id)
 
 
 def ours(port: int, prompts: Prompts) -> Turn:
-    """Our server through HTTP: tokens that came between the last stream's first and the first stream's last one."""
+    """Our server through HTTP: tokens that came between the last stream's first and the first
+    stream's last one.
+    """
 
     async def pace(count: int) -> dict[str, float]:
-        streams = await asyncio.gather(*(stream(port, prompts.next(), TOKENS) for _ in range(count)))
+        streams = await asyncio.gather(
+            *(stream(port, prompts.next(), TOKENS) for _ in range(count))
+        )
         begin, end = max(times[1] for times in streams), min(times[-1] for times in streams)
         moments = [moment for times in streams for moment in times[1:]]
         together = sum(begin < moment <= end for moment in moments) / (end - begin)
@@ -162,7 +189,9 @@ def batched(options: argparse.Namespace, path: Path, prompts: Prompts) -> Turn:
     texts = json.dumps([prompts.next() for _ in range(STREAMS)])
     command = [str(options.llama), "-c", LLAMA, str(path), str(options.threads), texts, str(TOKENS)]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdin is not None and process.stdout is not None
     assert process.stdout.readline().strip() == "ready"
 
@@ -179,11 +208,26 @@ class LlamaServer:
     def __init__(self, options: argparse.Namespace, path: Path) -> None:
         threads, self.port = str(options.threads), 18_643
         command = [
-            str(options.llama), "-m", "llama_cpp.server", "--model", str(path), "--port", str(self.port),
-            "--n_threads", threads, "--n_threads_batch", threads, "--n_ctx", "1024", "--interrupt_requests", "False",
-        ]  # fmt: skip
+            str(options.llama),
+            "-m",
+            "llama_cpp.server",
+            "--model",
+            str(path),
+            "--port",
+            str(self.port),
+            "--n_threads",
+            threads,
+            "--n_threads_batch",
+            threads,
+            "--n_ctx",
+            "1024",
+            "--interrupt_requests",
+            "False",
+        ]
         paths = os.pathsep.join([options.llama_path, os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.DEVNULL
+        )
 
     def __enter__(self) -> "LlamaServer":
         while self.process.poll() is None:
@@ -204,11 +248,15 @@ class LlamaServer:
 
     async def pace(self, prompts: Prompts, count: int) -> float:
         async with httpx.AsyncClient(timeout=300) as http:
-            texts = [prompts.tokenizer.decode(prompts.next()) for _ in range(count)]  # it takes no ids
+            texts = [
+                prompts.tokenizer.decode(prompts.next()) for _ in range(count)
+            ]  # it takes no ids
             bodies = [{"prompt": text, "max_tokens": TOKENS, "temperature": 0} for text in texts]
             url, started = f"http://127.0.0.1:{self.port}/v1/completions", time.perf_counter()
             replies = await asyncio.gather(*(http.post(url, json=body) for body in bodies))
-            tokens = sum(reply.raise_for_status().json()["usage"]["completion_tokens"] for reply in replies)
+            tokens = sum(
+                reply.raise_for_status().json()["usage"]["completion_tokens"] for reply in replies
+            )
             return tokens / (time.perf_counter() - started)
 
 

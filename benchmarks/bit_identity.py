@@ -1,7 +1,7 @@
 """Is a model with experts plugged but not armed, and after unplugging, bit for bit the base?
 
-Generates greedily from 200 prompts with the base, with an expert plugged and unarmed, and after it is unplugged, and
-compares digests of all logits.
+Generates greedily from 200 prompts with the base, with an expert plugged and unarmed, and after it
+is unplugged, and compares digests of all logits.
 
     python benchmarks/bit_identity.py EXPERT [--dtype float32 --dtype bfloat16]
 """
@@ -26,7 +26,9 @@ PROMPTS, PROMPT_TOKENS, NEW, BATCH = 200, 16, 64, 50
 def prompts(tokenizer: object) -> torch.Tensor:
     """Return `[PROMPTS, PROMPT_TOKENS]` ids cut from Python's own prose and code."""
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    whole = "\n".join([*pydoc_data.topics.topics.values(), *(path.read_text() for path in library[:40])])
+    whole = "\n".join(
+        [*pydoc_data.topics.topics.values(), *(path.read_text() for path in library[:40])]
+    )
     ids = tokenizer(whole, return_tensors="pt").input_ids[0]  # type: ignore[operator]
     stride = (len(ids) - PROMPT_TOKENS) // PROMPTS
     return torch.stack([ids[i * stride : i * stride + PROMPT_TOKENS] for i in range(PROMPTS)])
@@ -62,7 +64,11 @@ def main() -> None:
         unarmed, first = digest(model, ids), digest(model, ids[:BATCH])
         model.experts.unplug(name)
         after = digest(model, ids)
-        figures[dtype] = {"unarmed_equal": before == unarmed, "unplugged_equal": before == after, "digest": before}
+        figures[dtype] = {
+            "unarmed_equal": before == unarmed,
+            "unplugged_equal": before == after,
+            "digest": before,
+        }
         print(
             f"{dtype}: plugged and unarmed {'equal' if before == unarmed else 'DIFFERENT'}, unplugged "
             f"{'equal' if before == after else 'DIFFERENT'}, armed {'equal' if armed == first else 'different'} "

@@ -1,11 +1,14 @@
-"""Neutral in conversation: how many everyday replies change because experts are plugged, nothing armed by hand.
+"""Neutral in conversation: how many everyday replies change because experts are plugged, nothing
+armed by hand.
 
     python benchmarks/chat_neutrality.py QUESTIONS.jsonl EXPERT [EXPERT ...] [--save]
 
-QUESTIONS holds a conversation a line, `{"lang": "en", "turns": ["first message", "second message"]}`, such as public
-instruction sets give (Alpaca, MT-Bench, OpenAssistant ...). Replies are greedy, 32 tokens, by the engine as it serves.
-The second message of a conversation is asked after the base's own first reply, so that both sides answer the same text.
-Every reply is asked of the base, of all experts plugged together, and of each expert plugged alone.
+QUESTIONS holds a conversation a line,
+`{"lang": "en", "turns": ["first message", "second message"]}`, such as public instruction sets give
+(Alpaca, MT-Bench, OpenAssistant ...). Replies are greedy, 32 tokens, by the engine as it serves.
+The second message of a conversation is asked after the base's own first reply, so that both sides
+answer the same text. Every reply is asked of the base, of all experts plugged together, and of each
+expert plugged alone.
 """
 
 import argparse
@@ -40,13 +43,19 @@ class Answered:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("questions", type=Path)
     parser.add_argument("experts", nargs="+", help="names of trained experts, or paths of packs")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--limit", type=int, help="conversations to ask; default: all")
-    parser.add_argument("--show", action="store_true", help="print the replies that changed (never for a final set)")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/chat_neutrality.json")
+    parser.add_argument(
+        "--show", action="store_true", help="print the replies that changed (never for a final set)"
+    )
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/chat_neutrality.json"
+    )
     options = parser.parse_args()
     started = time.monotonic()
     with start_engine(options.base, max_waiting=2 * AT_ONCE) as engine:
@@ -55,7 +64,10 @@ def main() -> None:
         messages = [one["messages"] for one in asked]
         base = replies(engine, messages, ExpertChoice(()))
         rows = {}
-        for name, plugged in {"all together": list(packs), **{pack: [pack] for pack in packs}}.items():
+        for name, plugged in {
+            "all together": list(packs),
+            **{pack: [pack] for pack in packs},
+        }.items():
             for pack in plugged:
                 engine.plug(packs[pack])
             found = replies(engine, messages, ExpertChoice())
@@ -66,18 +78,27 @@ def main() -> None:
             for pack in plugged:
                 engine.unplug(pack)
     if options.save:
-        save("chat_neutrality", {"replies": len(asked), "seconds": round(time.monotonic() - started), "rows": rows})
+        save(
+            "chat_neutrality",
+            {"replies": len(asked), "seconds": round(time.monotonic() - started), "rows": rows},
+        )
 
 
 def conversations(engine: Engine, path: Path, limit: int | None) -> list[dict[str, Any]]:
-    """Return what is asked: every first message, and every second one after the base's reply to the first."""
+    """Return what is asked: every first message, and every second one after the base's reply to the
+    first.
+    """
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
     first = [[{"role": "user", "content": record["turns"][0]}] for record in records]
     asked = [
         {"lang": record["lang"], "turn": 1, "messages": messages}
         for record, messages in zip(records, first, strict=True)
     ]
-    both = [(record, messages) for record, messages in zip(records, first, strict=True) if len(record["turns"]) > 1]
+    both = [
+        (record, messages)
+        for record, messages in zip(records, first, strict=True)
+        if len(record["turns"]) > 1
+    ]
     answers = replies(engine, [messages for _, messages in both], ExpertChoice(()))
     for (record, messages), answer in zip(both, answers, strict=True):
         later = [
@@ -89,7 +110,9 @@ def conversations(engine: Engine, path: Path, limit: int | None) -> list[dict[st
     return asked
 
 
-def replies(engine: Engine, asked: Sequence[list[dict[str, str]]], choice: ExpertChoice) -> list[Answered]:
+def replies(
+    engine: Engine, asked: Sequence[list[dict[str, str]]], choice: ExpertChoice
+) -> list[Answered]:
     """Return the greedy replies to conversations, many at once."""
     found = []
     for start in range(0, len(asked), AT_ONCE):
@@ -107,23 +130,33 @@ def replies(engine: Engine, asked: Sequence[list[dict[str, str]]], choice: Exper
     return found
 
 
-def compare(asked: list[dict[str, Any]], base: list[Answered], found: list[Answered]) -> dict[str, Any]:
-    """Return shares in per cent: replies that changed, tokens by experts, and both by language and turn."""
+def compare(
+    asked: list[dict[str, Any]], base: list[Answered], found: list[Answered]
+) -> dict[str, Any]:
+    """Return shares in per cent: replies that changed, tokens by experts, and both by language and
+    turn.
+    """
     changed = [one.tokens != other.tokens for one, other in zip(base, found, strict=True)]
     groups = Counter(f"{one['lang']} {one['turn']}" for one in asked)
-    of_group = Counter(f"{one['lang']} {one['turn']}" for one, yes in zip(asked, changed, strict=True) if yes)
+    of_group = Counter(
+        f"{one['lang']} {one['turn']}" for one, yes in zip(asked, changed, strict=True) if yes
+    )
     speakers = sum((one.speakers for one in found), Counter())
     tokens = sum(len(one.tokens) for one in found)
     return {
         "changed_percent": round(100 * sum(changed) / len(changed), 2),
         "tokens_by_experts_percent": round(100 * speakers.total() / tokens, 3),
         "speakers": dict(speakers),
-        "changed_by_language_and_turn": {group: [of_group[group], count] for group, count in sorted(groups.items())},
+        "changed_by_language_and_turn": {
+            group: [of_group[group], count] for group, count in sorted(groups.items())
+        },
     }
 
 
 def print_row(name: str, row: dict[str, Any]) -> None:
-    groups = ", ".join(f"{g} {n}/{m}" for g, (n, m) in row["changed_by_language_and_turn"].items() if n)
+    groups = ", ".join(
+        f"{g} {n}/{m}" for g, (n, m) in row["changed_by_language_and_turn"].items() if n
+    )
     print(
         f"{name:16} replies changed {row['changed_percent']:6.2f} %   tokens by experts "
         f"{row['tokens_by_experts_percent']:6.3f} %   {groups}",

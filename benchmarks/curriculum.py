@@ -2,9 +2,10 @@
 
     python benchmarks/curriculum.py CORPORA [--tokens 200000] [--seeds 3] [--json benchmarks/results/curriculum.json]
 
-For each seed a small dense model is trained twice on the same shards in the same way, with the curriculum on and off.
-The fixed loss is what the run without reaches on held-out text at its end; `saved` is the share of steps that the run
-with the curriculum needs less to get there, read off the held-out curve by interpolation (negative: it needs more).
+For each seed a small dense model is trained twice on the same shards in the same way, with the
+curriculum on and off. The fixed loss is what the run without reaches on held-out text at its end;
+`saved` is the share of steps that the run with the curriculum needs less to get there, read off the
+held-out curve by interpolation (negative: it needs more).
 """
 
 import argparse
@@ -21,13 +22,18 @@ from deepseek.train.loop.metrics import read_metrics
 
 DOMAINS = {"public-code": 1, "prose": 1, "science": 1}
 MODEL = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}  # fmt: skip
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("corpora", type=Path)
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--seeds", type=int, default=3)
@@ -44,22 +50,41 @@ def main() -> None:
             goal = without[-1]
             best = np.minimum.accumulate(with_it)
             reached = float(np.interp(-goal, -best, steps)) if best[-1] <= goal else float("inf")
-            runs.append({"seed": seed, "goal": goal, "with": with_it[-1], "saved": 1 - reached / steps[-1]})
+            runs.append(
+                {"seed": seed, "goal": goal, "with": with_it[-1], "saved": 1 - reached / steps[-1]}
+            )
             print(runs[-1], flush=True)
-    figures: dict[str, Any] = {"runs": runs, "final_difference": mean(r["with"] - r["goal"] for r in runs)}
+    figures: dict[str, Any] = {
+        "runs": runs,
+        "final_difference": mean(r["with"] - r["goal"] for r in runs),
+    }
     print(figures["final_difference"])
     if options.json:
         write(options.json, {"figures": figures})
 
 
-def curve(corpora: Path, tokens: int, seed: int, on: bool, folder: Path) -> tuple[list[int], list[float]]:
+def curve(
+    corpora: Path, tokens: int, seed: int, on: bool, folder: Path
+) -> tuple[list[int], list[float]]:
     """Return steps and held-out losses of one training."""
     settings = {
-        "name": "ab", "tokens": tokens, "row_length": 128, "batch_rows": 16, "learning_rate": 2e-3, "vocab_size": 4096,
-        "domains": {n: {"folder": str(corpora / n), "weight": w} for n, w in DOMAINS.items()}, "model": MODEL,
-        "curriculum": on, "seed": seed, "evaluate_every": 10, "checkpoint_every": 10_000, "held_out_tokens": 4096,
-        "samples": [], "out": str(folder / "model"), "run_folder": str(folder / "run"),
-    }  # fmt: skip
+        "name": "ab",
+        "tokens": tokens,
+        "row_length": 128,
+        "batch_rows": 16,
+        "learning_rate": 2e-3,
+        "vocab_size": 4096,
+        "domains": {n: {"folder": str(corpora / n), "weight": w} for n, w in DOMAINS.items()},
+        "model": MODEL,
+        "curriculum": on,
+        "seed": seed,
+        "evaluate_every": 10,
+        "checkpoint_every": 10_000,
+        "held_out_tokens": 4096,
+        "samples": [],
+        "out": str(folder / "model"),
+        "run_folder": str(folder / "run"),
+    }
     deepseek.pretrain(settings, quiet=True)
     records = read_metrics(folder / "run" / "training" / "metrics.jsonl")
     points = [(int(r["step"]), r["held_out_loss"]) for r in records if "held_out_loss" in r]

@@ -1,20 +1,24 @@
-"""Decoding and prefill of SmolLM2-135M on the CPU: ours with 8-bit weights, our eager engine, and rivals, in turn.
+"""Decoding and prefill of SmolLM2-135M on the CPU: ours with 8-bit weights, our eager engine, and
+rivals, in turn.
 
     python benchmarks/decode.py [--json FILE] [--rounds 3] [--threads 2] [--llama PYTHON]
         [--openvino PYTHON] [--keep FOLDER] [--plot FILE]
 
-Every round gives each side its turn, in this process or in one that waits on a pipe, so that all meet the same machine;
-medians over the rounds are compared. A turn is a prefill of 512 tokens, then 64 tokens one by one behind them.
+Every round gives each side its turn, in this process or in one that waits on a pipe, so that all
+meet the same machine; medians over the rounds are compared. A turn is a prefill of 512 tokens, then
+64 tokens one by one behind them.
 
-llama.cpp runs in a Python that has llama-cpp-python (`--llama`, or this one if it has it), on GGUF files at Q8_0 and
-bf16 that are written here from our weights; the time is that of `llama_decode` alone.
+llama.cpp runs in a Python that has llama-cpp-python (`--llama`, or this one if it has it), on GGUF
+files at Q8_0 and bf16 that are written here from our weights; the time is that of `llama_decode`
+alone.
 
-OpenVINO runs in a Python that has optimum-intel (`--openvino`, or this one if it has it), which is how its users come
-to a model: keys and values kept inside, weights at 8 bits, everything else as OpenVINO chooses for this processor; the
-time is that of `infer` alone. It computes the logits of the whole prompt, which the others do not, so only its decoding
-is compared.
+OpenVINO runs in a Python that has optimum-intel (`--openvino`, or this one if it has it), which is
+how its users come to a model: keys and values kept inside, weights at 8 bits, everything else as
+OpenVINO chooses for this processor; the time is that of `infer` alone. It computes the logits of
+the whole prompt, which the others do not, so only its decoding is compared.
 
-Models in the rivals' formats are written to a temporary folder, or once and for all to that of `--keep`.
+Models in the rivals' formats are written to a temporary folder, or once and for all to that of
+`--keep`.
 """
 
 import argparse
@@ -159,7 +163,16 @@ for line in sys.stdin:
 
 def rival(python: Path, source: str, model: Path, threads: int, base: Any = "") -> Turn:
     """A process of another Python that runs `source` and takes a turn when a line comes."""
-    command = [str(python), "-c", source, str(model), str(threads), json.dumps(prompt()), str(STEPS), str(base)]
+    command = [
+        str(python),
+        "-c",
+        source,
+        str(model),
+        str(threads),
+        json.dumps(prompt()),
+        str(STEPS),
+        str(base),
+    ]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     while (line := process.stdout.readline()).strip() != "ready":
@@ -172,8 +185,12 @@ def rival(python: Path, source: str, model: Path, threads: int, base: Any = "") 
     return turn
 
 
-def write_gguf(model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any], None] | None = None) -> None:
-    """Write the weights of a Llama as GGUF; without `add_vocabulary` the vocabulary is numbered only."""
+def write_gguf(
+    model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any], None] | None = None
+) -> None:
+    """Write the weights of a Llama as GGUF; without `add_vocabulary` the vocabulary is numbered
+    only.
+    """
     import gguf
 
     config = model.config
@@ -193,10 +210,16 @@ def write_gguf(model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any]
     else:
         add_vocabulary(out)
     names = {
-        "attention_norm": "attn_norm", "attention.q_proj": "attn_q", "attention.k_proj": "attn_k",
-        "attention.v_proj": "attn_v", "attention.o_proj": "attn_output", "feed_forward_norm": "ffn_norm",
-        "feed_forward.gate_proj": "ffn_gate", "feed_forward.up_proj": "ffn_up", "feed_forward.down_proj": "ffn_down",
-    }  # fmt: skip
+        "attention_norm": "attn_norm",
+        "attention.q_proj": "attn_q",
+        "attention.k_proj": "attn_k",
+        "attention.v_proj": "attn_v",
+        "attention.o_proj": "attn_output",
+        "feed_forward_norm": "ffn_norm",
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+    }
     quant = getattr(gguf.GGMLQuantizationType, kind)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
@@ -208,7 +231,9 @@ def write_gguf(model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any]
         else:
             own = {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[part]
         value = tensor.float()
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(own.split(".")[-2])
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
+            own.split(".")[-2]
+        )
         if heads:  # llama.cpp rotates neighbours, Hugging Face the halves of a head
             value = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
         array = np.ascontiguousarray(value.numpy())
@@ -225,7 +250,13 @@ def write_gguf(model: Any, path: Path, kind: str, add_vocabulary: Callable[[Any]
 def plot(rates: dict[str, dict[str, float]], path: Path) -> None:
     """Draw ours beside the rivals that were there."""
     titles = {"decode": "decoding, tokens/s", "prefill": f"prefill of {PROMPT} tokens, tokens/s"}
-    draw(path, {title: {name: own[key] for name, own in rates.items() if key in own} for key, title in titles.items()})
+    draw(
+        path,
+        {
+            title: {name: own[key] for name, own in rates.items() if key in own}
+            for key, title in titles.items()
+        },
+    )
 
 
 def main() -> None:
@@ -235,10 +266,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--llama", type=Path, default=installed("llama_cpp"), help="Python that has llama-cpp-python; default: this one"
+        "--llama",
+        type=Path,
+        default=installed("llama_cpp"),
+        help="Python that has llama-cpp-python; default: this one",
     )
     parser.add_argument(
-        "--openvino", type=Path, default=installed("optimum"), help="Python that has optimum-intel; default: this one"
+        "--openvino",
+        type=Path,
+        default=installed("optimum"),
+        help="Python that has optimum-intel; default: this one",
     )
     parser.add_argument("--plot", type=Path, default=Path("decode.png"), help="picture to draw")
     parser.add_argument("--keep", type=Path, help="folder for models in the rivals' formats")
@@ -246,7 +283,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model, _ = deepseek.load(options.base)
     compiled = CompiledRunner(model)
-    turns = {"ours int8": engine(compiled), "ours batch": batch(compiled), "ours eager": engine(TorchRunner(model))}
+    turns = {
+        "ours int8": engine(compiled),
+        "ours batch": batch(compiled),
+        "ours eager": engine(TorchRunner(model)),
+    }
     turns["transformers bf16"] = transformers_bf16(str(model.experts.base_folder))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -254,7 +295,9 @@ def main() -> None:
         for kind in ("Q8_0", "BF16") if options.llama else ():
             if not (folder / f"{kind}.gguf").exists():
                 write_gguf(model, folder / f"{kind}.gguf", kind)
-            turns[f"llama.cpp {kind}"] = rival(options.llama, LLAMA, folder / f"{kind}.gguf", options.threads)
+            turns[f"llama.cpp {kind}"] = rival(
+                options.llama, LLAMA, folder / f"{kind}.gguf", options.threads
+            )
         if options.openvino:
             base, path = model.experts.base_folder, folder / "openvino"
             turns["openvino int8"] = rival(options.openvino, OPENVINO, path, options.threads, base)
@@ -264,15 +307,33 @@ def main() -> None:
         for number in range(options.rounds):
             for name, turn in turns.items():
                 found[name].append(turn())
-                print(number, name, {key: round(value, 1) for key, value in found[name][-1].items()}, flush=True)
-    rates = {name: {key: median(one[key] for one in own) for key in own[0]} for name, own in found.items()}
+                print(
+                    number,
+                    name,
+                    {key: round(value, 1) for key, value in found[name][-1].items()},
+                    flush=True,
+                )
+    rates = {
+        name: {key: median(one[key] for one in own) for key in own[0]}
+        for name, own in found.items()
+    }
     ours = rates["ours int8"]
-    ratios = {f"{key} over {name}": ours[key] / own[key] for name, own in rates.items() for key in own if key in ours}
-    ratios[f"{STREAMS} streams over one"] = rates["ours batch"][f"{STREAMS} streams"] / ours["decode"]
+    ratios = {
+        f"{key} over {name}": ours[key] / own[key]
+        for name, own in rates.items()
+        for key in own
+        if key in ours
+    }
+    ratios[f"{STREAMS} streams over one"] = (
+        rates["ours batch"][f"{STREAMS} streams"] / ours["decode"]
+    )
     figures = {
-        "tokens_per_second": rates, "ratios": ratios, "weight_bytes": compiled.weight_bytes,
-        "weight_gigabytes_per_second": ours["decode"] * compiled.weight_bytes / 1e9, "rounds": found,
-    }  # fmt: skip
+        "tokens_per_second": rates,
+        "ratios": ratios,
+        "weight_bytes": compiled.weight_bytes,
+        "weight_gigabytes_per_second": ours["decode"] * compiled.weight_bytes / 1e9,
+        "rounds": found,
+    }
     print(json.dumps({key: figures[key] for key in ("tokens_per_second", "ratios")}, indent=1))
     plot(rates, options.plot)
     if options.json:

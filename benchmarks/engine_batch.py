@@ -1,10 +1,12 @@
-"""Tokens a second of the engine with 1, 4 and 16 requests at once, and what the engine itself costs a token.
+"""Tokens a second of the engine with 1, 4 and 16 requests at once, and what the engine itself costs
+a token.
 
     python benchmarks/engine_batch.py [--model smollm2-135m] [--runner compiled] [--streams 1 4 16] [--json FILE]
 
-Every request has a prompt of its own of `--prompt` tokens and is answered by exactly `--tokens` tokens. Counted are the
-time to the first token, and the tokens from the moment that every request has its first one; the best of `--rounds` is
-told. `runner_only` is one stream without the engine: the runner is asked for one token after another.
+Every request has a prompt of its own of `--prompt` tokens and is answered by exactly `--tokens`
+tokens. Counted are the time to the first token, and the tokens from the moment that every request
+has its first one; the best of `--rounds` is told. `runner_only` is one stream without the engine:
+the runner is asked for one token after another.
 """
 
 import argparse
@@ -26,7 +28,9 @@ from deepseek.runner import Chunk, Runner
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--runner", choices=("torch", "compiled"), default="torch")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
@@ -42,11 +46,16 @@ def main() -> None:
     figures: dict[str, Any] = {"runner": options.runner}
     with Engine(*loaded, runner, max_running=max(options.streams)) as engine:
         for streams in options.streams:
-            rounds = [run(engine, streams, options.prompt, sampling, number) for number in range(options.rounds + 1)]
+            rounds = [
+                run(engine, streams, options.prompt, sampling, number)
+                for number in range(options.rounds + 1)
+            ]
             best = max(rounds[1:], key=lambda one: one["tokens_per_s"])
             figures[f"streams_{streams}"] = best
             print(streams, best, flush=True)
-    figures["runner_only"] = round(max(alone(runner, options.prompt, options.tokens) for _ in range(options.rounds)), 1)
+    figures["runner_only"] = round(
+        max(alone(runner, options.prompt, options.tokens) for _ in range(options.rounds)), 1
+    )
     print("runner only", figures["runner_only"])
     if options.json:
         write(options.json, {"figures": figures})
@@ -66,7 +75,9 @@ def prompt_ids(length: int, number: int) -> tuple[int, ...]:
     return tuple(torch.randint(1000, 40_000, (length,), generator=generator).tolist())
 
 
-def run(engine: Engine, streams: int, length: int, sampling: Sampling, number: int) -> dict[str, float]:
+def run(
+    engine: Engine, streams: int, length: int, sampling: Sampling, number: int
+) -> dict[str, float]:
     """Answer `streams` requests at once and return their speed."""
     prompts = [prompt_ids(length, 1000 * number + 20 * streams + n) for n in range(streams)]
     started = time.perf_counter()

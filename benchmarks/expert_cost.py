@@ -1,12 +1,14 @@
-"""What plugged experts cost a decoding step: one that speaks at every token, and sixteen that are not armed.
+"""What plugged experts cost a decoding step: one that speaks at every token, and sixteen that are
+not armed.
 
     python benchmarks/expert_cost.py [--rounds 20] [--tokens 64] [--streams 1 4] [--json FILE]
 
-One engine with the compiled 8-bit runner. The three states take turns within every round, so that all meet the same
-machine: nothing plugged; `--plugged` experts plugged and the base asked for alone; one of them armed. The experts are
-random, of the usual width (512) at the last three layers, and their gates fire everywhere: what a real one costs on
-its own texts; elsewhere it costs its gates only, and one that never fires is measured too. A turn is one generation
-per stream, without guessed tokens (`benchmarks/guesses.py` measures those), so that a step gives one; its pace is the
+One engine with the compiled 8-bit runner. The three states take turns within every round, so that
+all meet the same machine: nothing plugged; `--plugged` experts plugged and the base asked for
+alone; one of them armed. The experts are random, of the usual width (512) at the last three layers,
+and their gates fire everywhere: what a real one costs on its own texts; elsewhere it costs its
+gates only, and one that never fires is measured too. A turn is one generation per stream, without
+guessed tokens (`benchmarks/guesses.py` measures those), so that a step gives one; its pace is the
 median time between two of them. Ratios are medians of the rounds' ratios.
 """
 
@@ -37,7 +39,9 @@ SPEAKS, SILENT = "speaks", "silent"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
@@ -48,22 +52,33 @@ def main() -> None:
     scheduler.MAX_GUESSES = 0
     loaded = load(options.model)
     figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, Engine(*loaded, CompiledRunner(loaded.model)) as engine:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine(*loaded, CompiledRunner(loaded.model)) as engine,
+    ):
         names = [SPEAKS, SILENT, *(f"other-{number}" for number in range(options.plugged - 2))]
         packs = [save(loaded, name, Path(folder), seed) for seed, name in enumerate(names)]
         for streams in options.streams:
-            figures[f"streams_{streams}"] = found = measure(engine, packs, streams, options.rounds, options.tokens)
+            figures[f"streams_{streams}"] = found = measure(
+                engine, packs, streams, options.rounds, options.tokens
+            )
             print(streams, found, flush=True)
     if options.json:
         write(options.json, figures)
 
 
 def save(loaded: Loaded, name: str, folder: Path, seed: int) -> Path:
-    """Write a pack of a random expert; its gates fire at every token, or at none if it is the silent one."""
+    """Write a pack of a random expert; its gates fire at every token, or at none if it is the
+    silent one.
+    """
     blocks = loaded.model.layers
-    module = ExpertModule.beside(blocks, name, range(len(blocks) - LAYERS, len(blocks)), WIDTH, seed=seed)
+    module = ExpertModule.beside(
+        blocks, name, range(len(blocks) - LAYERS, len(blocks)), WIDTH, seed=seed
+    )
     for layer in module.layers:
-        torch.nn.init.normal_(module.at(layer).down_proj, std=0.01, generator=torch.Generator().manual_seed(seed))
+        torch.nn.init.normal_(
+            module.at(layer).down_proj, std=0.01, generator=torch.Generator().manual_seed(seed)
+        )
         gate = torch.zeros(module.hidden_size + 1)
         gate[-1] = -1.0 if name == SILENT else 1.0
         module.set_gate(layer, gate)
@@ -72,7 +87,9 @@ def save(loaded: Loaded, name: str, folder: Path, seed: int) -> Path:
     return path
 
 
-def measure(engine: Engine, packs: list[Path], streams: int, rounds: int, tokens: int) -> dict[str, float]:
+def measure(
+    engine: Engine, packs: list[Path], streams: int, rounds: int, tokens: int
+) -> dict[str, float]:
     """Return the base's pace in tokens a second, and the other states' as shares of it."""
     paces: dict[str, list[float]] = {state: [] for state in ("base", "unarmed", SPEAKS, SILENT)}
     for number in range(rounds + 1):
@@ -90,16 +107,22 @@ def measure(engine: Engine, packs: list[Path], streams: int, rounds: int, tokens
             if number:  # the first round warms
                 paces[state].append(pace)
     shares = {
-        f"{state}_share": median(base / other for base, other in zip(paces["base"], own, strict=True))
-        for state, own in paces.items() if state != "base"
-    }  # fmt: skip
+        f"{state}_share": median(
+            base / other for base, other in zip(paces["base"], own, strict=True)
+        )
+        for state, own in paces.items()
+        if state != "base"
+    }
     return {"base_tokens_per_second": streams / median(paces["base"]), **shares}
 
 
 def decode(engine: Engine, choice: ExpertChoice, streams: int, tokens: int, number: int) -> float:
     """Return the median seconds between two tokens of a stream while all streams speak."""
     sampling = Sampling(tokens, temperature=0.0)
-    asked = [Request(prompt_ids(PROMPT, 100 * number + s), sampling, choice, ignore_end=True) for s in range(streams)]
+    asked = [
+        Request(prompt_ids(PROMPT, 100 * number + s), sampling, choice, ignore_end=True)
+        for s in range(streams)
+    ]
     generations = [engine.submit(request) for request in asked]
     times = []
     for event in generations[-1]:  # the last to start: the others speak already

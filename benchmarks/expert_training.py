@@ -1,12 +1,14 @@
-"""What training an expert on a real code base gains, in the time it is given, on files it has not seen.
+"""What training an expert on a real code base gains, in the time it is given, on files it has not
+seen.
 
     python benchmarks/expert_training.py FOLDER [--layers last:3] [--minutes 5] [--json benchmarks/results/FILE.json]
 
-The training is one process. `seconds` counts reading, cleaning, planning, trunk cache, training and evaluation, as the
-minutes do; `seconds_with_gates` is the whole process from outside. Afterwards the pack is plugged into a fresh base and
-scored on `--check` held-out tokens with the exact loss and nothing cached. The speed without a trunk cache is measured
-too: the same loop on the same rows for a few steps, with the trunk recomputed at every one.
-`benchmarks/corpora.py code-a` fetches a code base.
+The training is one process. `seconds` counts reading, cleaning, planning, trunk cache, training and
+evaluation, as the minutes do; `seconds_with_gates` is the whole process from outside. Afterwards
+the pack is plugged into a fresh base and scored on `--check` held-out tokens with the exact loss
+and nothing cached. The speed without a trunk cache is measured too: the same loop on the same rows
+for a few steps, with the trunk recomputed at every one. `benchmarks/corpora.py code-a` fetches a
+code base.
 """
 
 import argparse
@@ -38,12 +40,16 @@ UNCACHED_STEPS = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--layers", default="last:3")
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--check", type=int, default=16384, help="held-out tokens scored afterwards; 0: none")
+    parser.add_argument(
+        "--check", type=int, default=16384, help="held-out tokens scored afterwards; 0: none"
+    )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options, dials = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -61,10 +67,27 @@ def main() -> None:
 def train(options: argparse.Namespace, dials: list[str], pack: Path, run: Path) -> float:
     """Train in a process of its own and return its wall time in seconds."""
     command = [
-        sys.executable, "-m", "deepseek", "expert", "train", "--name", "bench", "--base", options.base,
-        "--from-folder", str(options.folder), "--layers", options.layers, "--minutes", str(options.minutes),
-        "--out", str(pack), "--run-folder", str(run), *dials,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "deepseek",
+        "expert",
+        "train",
+        "--name",
+        "bench",
+        "--base",
+        options.base,
+        "--from-folder",
+        str(options.folder),
+        "--layers",
+        options.layers,
+        "--minutes",
+        str(options.minutes),
+        "--out",
+        str(pack),
+        "--run-folder",
+        str(run),
+        *dials,
+    ]
     started = time.perf_counter()
     subprocess.run(command, check=True)
     return time.perf_counter() - started
@@ -72,7 +95,10 @@ def train(options: argparse.Namespace, dials: list[str], pack: Path, run: Path) 
 
 def run_figures(run: Path) -> dict[str, Any]:
     """Return what the run says about itself."""
-    result, plan = json.loads((run / "result.json").read_text()), json.loads((run / "plan.json").read_text())
+    result, plan = (
+        json.loads((run / "result.json").read_text()),
+        json.loads((run / "plan.json").read_text()),
+    )
     return {
         "seconds": round(result["seconds"], 1),
         "held_out_before": round(result["before"], 4),
@@ -86,7 +112,9 @@ def run_figures(run: Path) -> dict[str, Any]:
 
 
 def speeds(run: Path) -> dict[str, Any]:
-    """Return the training speed with the trunk cache, and without it where there is one (medians over steps)."""
+    """Return the training speed with the trunk cache, and without it where there is one (medians
+    over steps).
+    """
     cached = tokens_per_second(run)
     with tempfile.TemporaryDirectory() as folder:
         uncached = tokens_per_second(train_uncached(run, Path(folder)))
@@ -97,11 +125,15 @@ def speeds(run: Path) -> dict[str, Any]:
 def tokens_per_second(run: Path) -> float:
     records = read_metrics(run / "training" / "metrics.jsonl")
     """Return the median over the steps of a run."""
-    return median(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
+    return median(
+        record["tokens_per_second"] for record in records if "tokens_per_second" in record
+    )
 
 
 def train_uncached(run: Path, folder: Path) -> Path:
-    """Train `UNCACHED_STEPS` steps of the run's request again, the trunk computed anew at each; return the folder."""
+    """Train `UNCACHED_STEPS` steps of the run's request again, the trunk computed anew at each;
+    return the folder.
+    """
     shutil.copytree(run / "corpus", folder / "corpus")
     stored = json.loads((run / "request.json").read_text())
     source = stored.pop("source")
@@ -112,7 +144,10 @@ def train_uncached(run: Path, folder: Path) -> Path:
     expert.cached_below = False
     texts = expert.texts(expert.corpus())
     plan = TrainingPlan(**json.loads((run / "plan.json").read_text())["plan"])
-    expert.train(texts, replace(plan, steps=UNCACHED_STEPS, evaluations=2, validation_rows=1, held_out_rows=1))
+    expert.train(
+        texts,
+        replace(plan, steps=UNCACHED_STEPS, evaluations=2, validation_rows=1, held_out_rows=1),
+    )
     return folder
 
 

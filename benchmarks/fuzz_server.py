@@ -1,4 +1,5 @@
-"""Random requests against a server with a tiny random model: no 5xx, no reply that its own description does not allow.
+"""Random requests against a server with a tiny random model: no 5xx, no reply that its own
+description does not allow.
 
 python benchmarks/fuzz_server.py [--requests 10000] [--json FILE]
 """
@@ -23,7 +24,9 @@ EACH = 40
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
@@ -38,8 +41,13 @@ def main() -> None:
             turn += 1
             print(f"{statuses.total()} requests, {dict(sorted(statuses.items()))}", flush=True)
         healthy = server.http().get("/ready").status_code == 200
-    figures = {"requests": statuses.total(), "statuses": dict(sorted(statuses.items())), "violations": 0,
-               "healthy": healthy, "seconds": time.monotonic() - started}  # fmt: skip
+    figures = {
+        "requests": statuses.total(),
+        "statuses": dict(sorted(statuses.items())),
+        "violations": 0,
+        "healthy": healthy,
+        "seconds": time.monotonic() - started,
+    }
     print(figures)
     if options.json:
         write(options.json, figures)

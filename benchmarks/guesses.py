@@ -1,10 +1,11 @@
-"""What guessing tokens from the text so far is worth: tokens a step and a second, with guesses and without, in turn.
+"""What guessing tokens from the text so far is worth: tokens a step and a second, with guesses and
+without, in turn.
 
     python benchmarks/guesses.py TEXT... [--prompts 8] [--json FILE]
 
-TEXT are folders, .jsonl or .parquet files; each is a kind of its own. A prompt is the first 256 tokens of a document,
-the answer 128 tokens, greedy or sampled at temperature 0.7. One request runs at a time, with 8-bit weights. Both ways
-must write the same tokens.
+TEXT are folders, .jsonl or .parquet files; each is a kind of its own. A prompt is the first 256
+tokens of a document, the answer 128 tokens, greedy or sampled at temperature 0.7. One request runs
+at a time, with 8-bit weights. Both ways must write the same tokens.
 """
 
 import argparse
@@ -27,15 +28,25 @@ OPENING, ANSWER, MOST = 256, 128, scheduler.MAX_GUESSES
 
 
 def prompts(tokenizer: Any, folder: Path, count: int) -> list[tuple[int, ...]]:
-    documents = [document for document in documents_at([folder]) if len(document.text) > 6 * OPENING]
+    documents = [
+        document for document in documents_at([folder]) if len(document.text) > 6 * OPENING
+    ]
     chosen = documents[:: max(1, len(documents) // count)][:count]
-    return [tuple(tokenizer(document.text[: 12 * OPENING]).input_ids[:OPENING]) for document in chosen]
+    return [
+        tuple(tokenizer(document.text[: 12 * OPENING]).input_ids[:OPENING]) for document in chosen
+    ]
 
 
-def written(engine: Engine, prompt: tuple[int, ...], temperature: float, most: int) -> tuple[list[Any], float, int]:
+def written(
+    engine: Engine, prompt: tuple[int, ...], temperature: float, most: int
+) -> tuple[list[Any], float, int]:
     """Return the tokens, the seconds after the first of them, and the steps."""
     scheduler.MAX_GUESSES = most
-    events = iter(engine.submit(Request(prompt, Sampling(ANSWER, temperature=temperature, seed=1), ignore_end=True)))
+    events = iter(
+        engine.submit(
+            Request(prompt, Sampling(ANSWER, temperature=temperature, seed=1), ignore_end=True)
+        )
+    )
     tokens, start, before = [next(events).token_id], time.perf_counter(), engine.stats().steps
     tokens += [event.token_id for event in events]
     return tokens, time.perf_counter() - start, engine.stats().steps - before
@@ -63,9 +74,11 @@ def main() -> None:
                     assert texts[0] == texts[1]
                 count = options.prompts * (ANSWER - 1)
                 figures[f"{folder.name}, {name}"] = {
-                    "tokens a step": count / sums[MOST][1], "tokens a second": count / sums[MOST][0],
-                    "without": count / sums[0][0], "faster": sums[0][0] / sums[MOST][0],
-                }  # fmt: skip
+                    "tokens a step": count / sums[MOST][1],
+                    "tokens a second": count / sums[MOST][0],
+                    "without": count / sums[0][0],
+                    "faster": sums[0][0] / sums[MOST][0],
+                }
     print(json.dumps(figures, indent=1))
     if options.json:
         write(options.json, figures)

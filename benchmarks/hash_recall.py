@@ -1,10 +1,12 @@
-"""How much of SmolLM2's attention does a hash find, at one eighth of the keys? Layers 2 to 29, text that no hash saw.
+"""How much of SmolLM2's attention does a hash find, at one eighth of the keys? Layers 2 to 29, text
+that no hash saw.
 
     python benchmarks/corpora.py code-a prose science code-b public-prose public-code
     python benchmarks/hash_recall.py                  # 4,096 and 8,192 tokens; hashes are fitted first, once
 
-Beside the distilled hash: local window and sinks alone, a random hash of rotated and of plain queries and keys, the
-calibrated hash, and the exact best keys of the same budget, which no choice of keys can beat.
+Beside the distilled hash: local window and sinks alone, a random hash of rotated and of plain
+queries and keys, the calibrated hash, and the exact best keys of the same budget, which no choice
+of keys can beat.
 """
 
 import argparse
@@ -21,7 +23,14 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home
 from deepseek.data.text.encode import long_texts
 from deepseek.data.text.public import documents_at
-from deepseek.evaluate.attention_recall import Choose, attention_kept, best_keys, draw_recall, hashed_keys, local_keys
+from deepseek.evaluate.attention_recall import (
+    Choose,
+    attention_kept,
+    best_keys,
+    draw_recall,
+    hashed_keys,
+    local_keys,
+)
 from deepseek.kernels.lsh.intervals import Windows
 from deepseek.model.attention.hash import LinearHash, load_hashes, save_hashes
 from deepseek.model.attention.lsh import RandomHash
@@ -33,26 +42,46 @@ FIT, TEST = ("code-a", "prose", "science"), ("code-b", "public-prose", "public-c
 FIRST = 2  # the first two layers look everywhere and stay exact
 PROBES = {4096: 10, 8192: 14}
 WINDOWS = {4096: Windows(128, 4, 48, 64), 8192: Windows(128, 4, 80, 64)}
-"""What a query looks at, by length: no more than one eighth of the keys on average. Wider local windows find more
-attention, yet the model loses more (docs/log/attention.md, 2026-11-26): what lies far is worth more than its share."""
+"""What a query looks at, by length: no more than one eighth of the keys on average. Wider local
+windows find more attention, yet the model loses more (docs/log/attention.md, 2026-11-26): what lies
+far is worth more than its share."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(WINDOWS), choices=list(WINDOWS))
-    parser.add_argument("--queries", type=int, default=48, help="queries of each text, in its second half")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(WINDOWS), choices=list(WINDOWS)
+    )
+    parser.add_argument(
+        "--queries", type=int, default=48, help="queries of each text, in its second half"
+    )
     options = parser.parse_args()
     model, tokenizer = deepseek.load(BASE, dtype="float32")
-    hashes: dict[str, Any] = {kind: fitted(model, tokenizer, kind) for kind in ("calibrated", "distilled")}
+    hashes: dict[str, Any] = {
+        kind: fitted(model, tokenizer, kind) for kind in ("calibrated", "distilled")
+    }
     hashes["random"] = random_hashes(model)
     figures = {}
     for length in options.lengths:
         ids_RT = torch.cat([long_texts(corpus(name), tokenizer, 1, length) for name in TEST])
         figures[length] = measure(model, ids_RT, hashes, options.queries)
         print_table(length, figures[length])
-        looks = {length: asdict(one) | {"probes": PROBES[length]} for length, one in WINDOWS.items()}
-        save("hash_recall", {"fit": FIT, "test": TEST, "settings": asdict(HashSettings()), "windows": looks,
-                             "queries": options.queries, "figures": figures})  # fmt: skip
+        looks = {
+            length: asdict(one) | {"probes": PROBES[length]} for length, one in WINDOWS.items()
+        }
+        save(
+            "hash_recall",
+            {
+                "fit": FIT,
+                "test": TEST,
+                "settings": asdict(HashSettings()),
+                "windows": looks,
+                "queries": options.queries,
+                "figures": figures,
+            },
+        )
         draw(figures, FOLDER / "hash_recall.png")
 
 
@@ -68,9 +97,13 @@ def fitted(model: Any, tokenizer: Any, kind: str) -> dict[int, LinearHash]:
         settings = HashSettings() if kind == "distilled" else HashSettings(solver_steps=0)
         with ProgressBar() as progress:
             found = distill_hashes(
-                model, long_texts(documents, tokenizer, 6, 4096), settings, range(FIRST, len(model.layers)),
-                path.with_suffix(".layers"), progress=lambda done, total, _: progress(done, total, kind),
-            )  # fmt: skip
+                model,
+                long_texts(documents, tokenizer, 6, 4096),
+                settings,
+                range(FIRST, len(model.layers)),
+                path.with_suffix(".layers"),
+                progress=lambda done, total, _: progress(done, total, kind),
+            )
         save_hashes(path, found, base)
     return load_hashes(path, base)
 
@@ -80,8 +113,12 @@ def random_hashes(model: Any) -> dict[int, RandomHash]:
     return {layer: RandomHash(buckets, model.config.head_dim, seed=layer) for layer in layers}
 
 
-def measure(model: Any, ids_RT: torch.Tensor, hashes: dict[str, Any], queries: int) -> dict[str, Any]:
-    """Return recall, relative error and keys of every way, by layer and as means over layers and heads."""
+def measure(
+    model: Any, ids_RT: torch.Tensor, hashes: dict[str, Any], queries: int
+) -> dict[str, Any]:
+    """Return recall, relative error and keys of every way, by layer and as means over layers and
+    heads.
+    """
     length = ids_RT.shape[1]
     windows, probes = WINDOWS[length], PROBES[length]
     ways: dict[str, Choose] = {
@@ -115,8 +152,10 @@ def print_table(length: int, figures: dict[str, Any]) -> None:
     print(f"{length} tokens, {length // 8} keys allowed")
     for name, one in figures.items():
         part = one["recall"] / figures["best"]["recall"]
-        print(f"  {name:16} recall {one['recall']:.4f} ({part:.1%} of best)  error {one['error']:.4f}  "
-              f"keys {one['keys']:.0f}")  # fmt: skip
+        print(
+            f"  {name:16} recall {one['recall']:.4f} ({part:.1%} of best)  error {one['error']:.4f}  "
+            f"keys {one['keys']:.0f}"
+        )
 
 
 def draw(figures: dict[int, Any], path: Path) -> None:
@@ -125,11 +164,17 @@ def draw(figures: dict[int, Any], path: Path) -> None:
 
     figure = Figure(figsize=(5 * len(figures), 4), layout="constrained")
     for number, (length, ways) in enumerate(figures.items(), 1):
-        axes = figure.add_subplot(1, len(figures), number, xlabel="layer", ylabel="attention kept", ylim=(0.2, 1.0))
+        axes = figure.add_subplot(
+            1, len(figures), number, xlabel="layer", ylabel="attention kept", ylim=(0.2, 1.0)
+        )
         axes.set_title(f"{length} tokens, budget {length // 8} keys a query")
         for name, one in ways.items():
-            axes.plot(list(one["layers"]), [sum(row["recall"]) / len(row["recall"]) for row in one["layers"].values()],
-                      label=f"{name}: {one['recall']:.3f}, {one['keys']:.0f} keys", linewidth=1)  # fmt: skip
+            axes.plot(
+                list(one["layers"]),
+                [sum(row["recall"]) / len(row["recall"]) for row in one["layers"].values()],
+                label=f"{name}: {one['recall']:.3f}, {one['keys']:.0f} keys",
+                linewidth=1,
+            )
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     length, ways = next(iter(figures.items()))

@@ -2,15 +2,17 @@
 
     python benchmarks/hot_plug_live.py [--cycles 1000] [--streams 8] [--pauses 200] [--json FILE]
 
-A tiny random model, so that the figures are those of the server and not of arithmetic: streams of the base alone run
-without pause while one expert is uploaded, asked and unplugged through HTTP, each time with other content under the
-same name. Every reply of the base must be the one that a server gives that never plugged anything; every reply of the
-expert must be that of the content that was plugged just before (else a stale cache was hit).
+A tiny random model, so that the figures are those of the server and not of arithmetic: streams of
+the base alone run without pause while one expert is uploaded, asked and unplugged through HTTP,
+each time with other content under the same name. Every reply of the base must be the one that a
+server gives that never plugged anything; every reply of the expert must be that of the content that
+was plugged just before (else a stale cache was hit).
 
-The engine's pause is measured on the real base with 8-bit weights (`--base`), `--pauses` times: an expert of the usual
-size is plugged, asked for four tokens and unplugged under as many streams. It is the longest time between the end of
-one step's computation and the beginning of the next one's, from the beginning of the plug to the expert's last token:
-planning, sampling and waiting for the interpreter are all in it. The same is told for the times between two plugs.
+The engine's pause is measured on the real base with 8-bit weights (`--base`), `--pauses` times: an
+expert of the usual size is plugged, asked for four tokens and unplugged under as many streams. It
+is the longest time between the end of one step's computation and the beginning of the next one's,
+from the beginning of the plug to the expert's last token: planning, sampling and waiting for the
+interpreter are all in it. The same is told for the times between two plugs.
 """
 
 import argparse
@@ -67,7 +69,9 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--pauses", type=int, default=200)
@@ -89,7 +93,9 @@ def measure(server: Live, folder: Path, cycles: int, streams: int) -> dict[str, 
     """Run all cycles and return the figures."""
     loaded, packs = load(folder / "tiny", dtype="float32"), folder / "contents"
     packs.mkdir()
-    contents = [save_expert(loaded, "same", packs, seed).read_bytes() for seed in range(10, 10 + CONTENTS)]
+    contents = [
+        save_expert(loaded, "same", packs, seed).read_bytes() for seed in range(10, 10 + CONTENTS)
+    ]
     prompts = [f"the expert {number} of the model" for number in range(streams)]
     with server.http() as http:
         expected = [text(http, asked(prompt, "tiny+none")) for prompt in prompts]
@@ -136,17 +142,29 @@ def measure(server: Live, folder: Path, cycles: int, streams: int) -> dict[str, 
     for thread in threads:
         thread.join()
     return {
-        "cycles": cycles, "streams": streams, **counts, "stale": stale, "distinct_contents": len(set(expert_texts)),
-        "plug_seconds": {"median": percentile(plug, 0.5), "p99": percentile(plug, 0.99), "max": max(plug)},
-        "unplug_seconds": {"median": percentile(unplug, 0.5), "p99": percentile(unplug, 0.99)}, "rss_drift": drift,
-    }  # fmt: skip
+        "cycles": cycles,
+        "streams": streams,
+        **counts,
+        "stale": stale,
+        "distinct_contents": len(set(expert_texts)),
+        "plug_seconds": {
+            "median": percentile(plug, 0.5),
+            "p99": percentile(plug, 0.99),
+            "max": max(plug),
+        },
+        "unplug_seconds": {"median": percentile(unplug, 0.5), "p99": percentile(unplug, 0.99)},
+        "rss_drift": drift,
+    }
 
 
 def pauses(base: str, plugs: int, streams: int) -> dict[str, Any]:
     """Plug and unplug under streams of the base alone; return the engine's pauses in seconds."""
     loaded, computed = load(base), note_steps()
     windows, plug = [], []
-    with tempfile.TemporaryDirectory() as folder, Engine(*loaded, CompiledRunner(loaded.model)) as engine:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine(*loaded, CompiledRunner(loaded.model)) as engine,
+    ):
         pack = save_usual(loaded, SPEAKS, Path(folder), 1)
         gc.collect()
         gc.freeze()  # as a server does
@@ -157,8 +175,12 @@ def pauses(base: str, plugs: int, streams: int) -> dict[str, Any]:
             started = time.perf_counter()
             engine.plug(pack)
             plug.append(time.perf_counter() - started)
-            expert = Request(prompt_ids(16, number), Sampling(4, temperature=0.0), ExpertChoice((SPEAKS,)))
-            assert all(event.expert == SPEAKS or event.token_id is None for event in engine.submit(expert))
+            expert = Request(
+                prompt_ids(16, number), Sampling(4, temperature=0.0), ExpertChoice((SPEAKS,))
+            )
+            assert all(
+                event.expert == SPEAKS or event.token_id is None for event in engine.submit(expert)
+            )
             windows.append((started, time.perf_counter()))
             engine.unplug(SPEAKS)
     del windows[: WARM_UP // 10], plug[: WARM_UP // 10]
@@ -166,12 +188,21 @@ def pauses(base: str, plugs: int, streams: int) -> dict[str, Any]:
     within = longest(gaps, windows)
     between = longest(gaps, [(before, after) for (_, before), (after, _) in pairwise(windows)])
     shares = {"median": 0.5, "p99": 0.99, "max": 1.0}
-    told = {"pause_seconds": within, "pause_seconds_without_plug": between, "plug_seconds_base": plug}
-    return {"pauses": plugs, **{k: {n: percentile(v, s) for n, s in shares.items()} for k, v in told.items()}}
+    told = {
+        "pause_seconds": within,
+        "pause_seconds_without_plug": between,
+        "plug_seconds_base": plug,
+    }
+    return {
+        "pauses": plugs,
+        **{k: {n: percentile(v, s) for n, s in shares.items()} for k, v in told.items()},
+    }
 
 
 def longest(gaps: list[tuple[float, float]], windows: list[tuple[float, float]]) -> list[float]:
-    """Return the longest gap that reaches into each window, of the windows that are not within one step."""
+    """Return the longest gap that reaches into each window, of the windows that are not within one
+    step.
+    """
     lengths = ([e - b for b, e in gaps if e > start and b < stop] for start, stop in windows)
     return [max(found) for found in lengths if found]
 
@@ -191,7 +222,9 @@ def note_steps() -> list[tuple[float, float]]:
 
 def ask_base(engine: Engine, number: int) -> Generation:
     """Ask the base alone for a long text."""
-    request = Request(prompt_ids(32, number), Sampling(1500, temperature=0.0), ExpertChoice(()), ignore_end=True)
+    request = Request(
+        prompt_ids(32, number), Sampling(1500, temperature=0.0), ExpertChoice(()), ignore_end=True
+    )
     return engine.submit(request)
 
 

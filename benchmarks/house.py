@@ -1,10 +1,11 @@
-"""The house as a table and a picture: rooms, floors, lines, and who imports whom, measured from the imports.
+"""The house as a table and a picture: rooms, floors, lines, and who imports whom, measured from the
+imports.
 
     make house    # or: python benchmarks/house.py; writes the table into its page, and the picture beside it
 
-A room is a package directly below `deepseek/` (or a file there). Its floor is one above the highest room that it
-imports, so the table cannot say anything else than the code does. `tests/test_floors.py` holds the floors that are
-allowed.
+A room is a package directly below `deepseek/` (or a file there). Its floor is one above the highest
+room that it imports, so the table cannot say anything else than the code does.
+`tests/test_floors.py` holds the floors that are allowed.
 """
 
 import ast
@@ -60,8 +61,12 @@ def rooms() -> dict[str, Room]:
             room.purpose = purpose(source)
     for room in found.values():
         room.imports &= set(found)
-    for name in TopologicalSorter({name: room.imports for name, room in found.items()}).static_order():
-        found[name].floor = 1 + max((found[other].floor for other in found[name].imports), default=-1)
+    for name in TopologicalSorter(
+        {name: room.imports for name, room in found.items()}
+    ).static_order():
+        found[name].floor = 1 + max(
+            (found[other].floor for other in found[name].imports), default=-1
+        )
     return found
 
 
@@ -87,10 +92,15 @@ def purpose(source: str) -> str:
 
 def table(found: dict[str, Room]) -> str:
     """Return the rooms as a Markdown table, the highest floor first."""
-    lines = ["| floor | room | what it holds | files | lines | imports |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| floor | room | what it holds | files | lines | imports |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, room in ordered(found):
         others = ", ".join(sorted(room.imports)) or "-"
-        lines.append(f"| {room.floor} | `{name}` | {room.purpose} | {room.files} | {room.lines:,} | {others} |")
+        lines.append(
+            f"| {room.floor} | `{name}` | {room.purpose} | {room.files} | {room.lines:,} | {others} |"
+        )
     arrows = sum(len(room.imports) for room in found.values())
     size = sum(room.lines for room in found.values())
     summary = f"{len(found)} rooms, {size:,} lines, {arrows} arrows between rooms, no cycle."
@@ -121,14 +131,20 @@ def with_table(text: str, rows: str) -> str:
 
 def house_page() -> Path:
     """Return the page with the marks."""
-    pages = [page for page in sorted((ROOT / "docs").rglob("*.md")) if BEGIN in page.read_text(encoding="utf-8")]
+    pages = [
+        page
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        if BEGIN in page.read_text(encoding="utf-8")
+    ]
     if len(pages) != 1:
         sys.exit(f"{len(pages)} pages below docs/ have the mark {BEGIN}; there must be one.")
     return pages[0]
 
 
 def draw(found: dict[str, Room], path: Path) -> None:
-    """Draw the floors: rooms as wide as their lines, arrows to what they import and no lower room imports for them."""
+    """Draw the floors: rooms as wide as their lines, arrows to what they import and no lower room
+    imports for them.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -143,16 +159,37 @@ def draw(found: dict[str, Room], path: Path) -> None:
         widths = {name: 6 + found[name].lines ** 0.5 / 3 for name in names}
         left = -(sum(widths.values()) + 3 * (len(names) - 1)) / 2
         for name in names:
-            box = plt.Rectangle((left, floor), widths[name], 0.55, facecolor="#dbe8f5", edgecolor="#2b5c8a", zorder=3)
+            box = plt.Rectangle(
+                (left, floor),
+                widths[name],
+                0.55,
+                facecolor="#dbe8f5",
+                edgecolor="#2b5c8a",
+                zorder=3,
+            )
             axes.add_patch(box)
             label = f"{name}\n{found[name].lines:,}"
-            axes.text(left + widths[name] / 2, floor + 0.27, label, ha="center", va="center", fontsize=8, zorder=4)
+            axes.text(
+                left + widths[name] / 2,
+                floor + 0.27,
+                label,
+                ha="center",
+                va="center",
+                fontsize=8,
+                zorder=4,
+            )
             centres[name] = (left + widths[name] / 2, floor)
             left += widths[name] + 3
     for name, room in found.items():
         for other in room.imports - beyond(found, room.imports):
             start, stop = centres[name], (centres[other][0], centres[other][1] + 0.55)
-            axes.annotate("", stop, start, arrowprops={"arrowstyle": "->", "color": "#9aa7b3", "lw": 0.6}, zorder=1)
+            axes.annotate(
+                "",
+                stop,
+                start,
+                arrowprops={"arrowstyle": "->", "color": "#9aa7b3", "lw": 0.6},
+                zorder=1,
+            )
     axes.set_xlim(-32, 32)
     axes.set_ylim(-0.2, floors[-1] + 0.8)
     axes.axis("off")

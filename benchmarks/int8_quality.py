@@ -2,14 +2,15 @@
 
     python benchmarks/int8_quality.py TEXT... [--tokens 20000] [--prompts 200] [--json FILE]
 
-TEXT are folders, .jsonl or .parquet files. Three runners are compared with the fp32 model: the compiled one as it
-rounds a model that it is given ("nearest"), the same with the weights that `deepseek quantize` writes ("quantised"),
-and the model in bf16, which says how much a change of number format costs at all.
+TEXT are folders, .jsonl or .parquet files. Three runners are compared with the fp32 model: the
+compiled one as it rounds a model that it is given ("nearest"), the same with the weights that
+`deepseek quantize` writes ("quantised"), and the model in bf16, which says how much a change of
+number format costs at all.
 
-Greedy agreement: the fp32 model continues the first 64 tokens of a row by 64; the runner reads the same tokens and is
-asked at each of the 64 places which token it would take. `whole` counts the continuations at which it agrees
-everywhere; a margin is how much less likely, in nats, the fp32 model's token is to the runner where the two first
-differ.
+Greedy agreement: the fp32 model continues the first 64 tokens of a row by 64; the runner reads the
+same tokens and is asked at each of the 64 places which token it would take. `whole` counts the
+continuations at which it agrees everywhere; a margin is how much less likely, in nats, the fp32
+model's token is to the runner where the two first differ.
 """
 
 import argparse
@@ -47,7 +48,9 @@ def run(runner: Runner, ids: list[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, runners: dict[str, Runner], texts: list[list[int]]) -> dict[str, dict[str, float]]:
+def perplexity(
+    model: Any, runners: dict[str, Runner], texts: list[list[int]]
+) -> dict[str, dict[str, float]]:
     sums = {name: torch.zeros(3, dtype=torch.double) for name in runners}
     for ids in texts:
         exact = model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
@@ -60,7 +63,12 @@ def perplexity(model: Any, runners: dict[str, Runner], texts: list[list[int]]) -
     for name, total in sums.items():
         before, after, divergence = (total / len(texts)).tolist()
         change = float(torch.tensor(after - before).expm1())
-        found[name] = {"nats fp32": before, "nats": after, "perplexity change": change, "divergence": divergence}
+        found[name] = {
+            "nats fp32": before,
+            "nats": after,
+            "perplexity change": change,
+            "divergence": divergence,
+        }
     return found
 
 
@@ -84,12 +92,17 @@ def greedy(runner: Runner, prompts: list[list[int]], answer_PT: Tensor) -> dict[
             first = int(agree_PT[p].int().argmin())
             margins.append(float(says[first].max() - says[first, answer_PT[p, first]]))
     return {
-        "tokens": float(agree_PT.float().mean()), "whole": float(agree_PT.all(1).float().mean()),
+        "tokens": float(agree_PT.float().mean()),
+        "whole": float(agree_PT.all(1).float().mean()),
         "by eighth of the answer": agree_PT.float().unflatten(1, (8, -1)).mean((0, 2)).tolist(),
-        "not yet diverged by eighth": agree_PT.cumprod(1)[:, ANSWER // 8 - 1 :: ANSWER // 8].float().mean(0).tolist(),
-        "margins at the first divergence, quartiles": torch.tensor(margins or [0.0]).quantile(
-            torch.tensor([0.25, 0.5, 0.75, 1.0])).tolist(),
-    }  # fmt: skip
+        "not yet diverged by eighth": agree_PT.cumprod(1)[:, ANSWER // 8 - 1 :: ANSWER // 8]
+        .float()
+        .mean(0)
+        .tolist(),
+        "margins at the first divergence, quartiles": torch.tensor(margins or [0.0])
+        .quantile(torch.tensor([0.25, 0.5, 0.75, 1.0]))
+        .tolist(),
+    }
 
 
 def main() -> None:
@@ -105,14 +118,25 @@ def main() -> None:
         quantize_model(options.base, Path(folder) / "int8")
         written, _ = deepseek.load(str(Path(folder) / "int8"))
     compiled = {"nearest": CompiledRunner(model), "quantised": CompiledRunner(written)}
-    runners: dict[str, Runner] = {**compiled, "bf16": TorchRunner(deepseek.load(options.base, dtype="bfloat16")[0])}
+    runners: dict[str, Runner] = {
+        **compiled,
+        "bf16": TorchRunner(deepseek.load(options.base, dtype="bfloat16")[0]),
+    }
     texts = rows(tokenizer, options.texts, max(options.tokens // ROW, options.prompts))
-    prompts, numbers = texts[: options.prompts], sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    figures: dict[str, Any] = dict(perplexity(model, runners, texts[:: max(1, len(texts) * ROW // options.tokens)]))
+    prompts, numbers = (
+        texts[: options.prompts],
+        sum(p.numel() for p in model.parameters() if p.dim() > 1),
+    )
+    figures: dict[str, Any] = dict(
+        perplexity(model, runners, texts[:: max(1, len(texts) * ROW // options.tokens)])
+    )
     answer_PT = continued(model, prompts)
     for name, runner in runners.items():
         figures[name]["greedy agreement"] = greedy(runner, prompts, answer_PT)
-    figures |= {"bytes of fp32": compiled["quantised"].weight_bytes / (4 * numbers), "prompts": len(prompts)}
+    figures |= {
+        "bytes of fp32": compiled["quantised"].weight_bytes / (4 * numbers),
+        "prompts": len(prompts),
+    }
     print(json.dumps(figures, indent=1))
     if options.json:
         write(options.json, figures)

@@ -2,11 +2,12 @@
 
     python benchmarks/latency.py [--seconds 60] [--streams 4] [--rounds 10] [--json FILE] [--plot FILE]
 
-The server is a process of its own with its usual settings. Each stream asks for a new text as soon as it has the one
-before: a prompt of 128 tokens that no other one shares, answered by 32 to 96 tokens. Told are the time from the request
-to its first token, and between two tokens, as the client sees them. For HTTP's share the same generations are asked of
-an engine in this process and of the server in turn, `--rounds` times each; a token's cost is the difference between the
-median times between two tokens of one stream.
+The server is a process of its own with its usual settings. Each stream asks for a new text as soon
+as it has the one before: a prompt of 128 tokens that no other one shares, answered by 32 to 96
+tokens. Told are the time from the request to its first token, and between two tokens, as the client
+sees them. For HTTP's share the same generations are asked of an engine in this process and of the
+server in turn, `--rounds` times each; a token's cost is the difference between the median times
+between two tokens of one stream.
 """
 
 import argparse
@@ -37,7 +38,9 @@ MODEL = "smollm2-135m"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
@@ -52,7 +55,9 @@ def main() -> None:
         figures = asyncio.run(keep_asking(port, prompts, options.streams, options.seconds))
         with Engine(*loaded, CompiledRunner(loaded.model)) as engine:
             for streams in (1, options.streams):
-                figures[f"http_{streams}_streams"] = overhead(engine, port, prompts, streams, options.rounds)
+                figures[f"http_{streams}_streams"] = overhead(
+                    engine, port, prompts, streams, options.rounds
+                )
     print(json.dumps(figures, indent=1))
     plot(figures, options.plot)
     if options.json:
@@ -62,8 +67,14 @@ def main() -> None:
 def plot(figures: dict[str, Any], path: Path) -> None:
     """Draw the shares of requests and of tokens that come within a time."""
     panels = {}
-    for title, key in (("first token", "first_token_seconds"), ("between two tokens", "inter_token_seconds")):
-        bars = {f"ours, {100 * float(share):g} %": 1000 * seconds for share, seconds in figures[key].items()}
+    for title, key in (
+        ("first token", "first_token_seconds"),
+        ("between two tokens", "inter_token_seconds"),
+    ):
+        bars = {
+            f"ours, {100 * float(share):g} %": 1000 * seconds
+            for share, seconds in figures[key].items()
+        }
         panels[f"{title}, ms, {figures['streams']} streams"] = bars
     draw(path, panels)
 
@@ -76,17 +87,27 @@ class Prompts:
 
     def next(self) -> tuple[int, ...]:
         """Return the ids of a new one."""
-        return tuple(self.tokenizer(" ".join(self.random.choices(WORDS, k=PROMPT))).input_ids[:PROMPT])
+        return tuple(
+            self.tokenizer(" ".join(self.random.choices(WORDS, k=PROMPT))).input_ids[:PROMPT]
+        )
 
 
 async def stream(port: int, prompt: tuple[int, ...], tokens: int) -> list[float]:
     """Ask for a text; return when it was asked for and when each token came."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    asked: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+    }
     body = json.dumps(asked)
     times = [time.perf_counter()]
-    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())  # fmt: skip
+    writer.write(
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
     async for line in reader:
         if line.startswith(b"data: {"):
             times.append(time.perf_counter())  # noqa: PERF401 - now, not when all lines are there
@@ -102,7 +123,9 @@ async def keep_asking(port: int, prompts: Prompts, streams: int, seconds: float)
     end = time.monotonic() + seconds
 
     async def one(index: int) -> None:
-        await asyncio.sleep(index * TOGETHER / streams)  # streams that all begin at once are another question
+        await asyncio.sleep(
+            index * TOGETHER / streams
+        )  # streams that all begin at once are another question
         while time.monotonic() < end:
             times = await stream(port, prompts.next(), dice.randint(TOKENS // 2, TOKENS * 3 // 2))
             first.append(times[1] - times[0])
@@ -111,14 +134,20 @@ async def keep_asking(port: int, prompts: Prompts, streams: int, seconds: float)
     await asyncio.gather(*(one(index) for index in range(streams)))
     shares = (0.5, 0.9, 0.99, 1.0)
     return {
-        "streams": streams, "answers": len(first), "tokens": len(first) + len(between),
+        "streams": streams,
+        "answers": len(first),
+        "tokens": len(first) + len(between),
         "first_token_seconds": {str(share): percentile(first, share) for share in shares},
         "inter_token_seconds": {str(share): percentile(between, share) for share in shares},
-    }  # fmt: skip
+    }
 
 
-def overhead(engine: Engine, port: int, prompts: Prompts, streams: int, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds between two tokens of a stream, in the engine alone and through HTTP."""
+def overhead(
+    engine: Engine, port: int, prompts: Prompts, streams: int, rounds: int
+) -> dict[str, float]:
+    """Return the median milliseconds between two tokens of a stream, in the engine alone and
+    through HTTP.
+    """
     found: dict[str, list[float]] = {"engine": [], "http": []}
     for number in range(rounds + 1):
         texts = [prompts.next() for _ in range(streams)]
@@ -132,7 +161,9 @@ def overhead(engine: Engine, port: int, prompts: Prompts, streams: int, rounds: 
 
 
 def from_engine(engine: Engine, texts: list[tuple[int, ...]]) -> float:
-    """Return the median seconds between two tokens of the last stream, which starts when the others speak."""
+    """Return the median seconds between two tokens of the last stream, which starts when the others
+    speak.
+    """
     generations = [engine.submit(Request(ids, Sampling(TOKENS, temperature=0.0))) for ids in texts]
     times = [time.perf_counter() for _ in generations[-1]]
     for generation in generations[:-1]:

@@ -2,9 +2,9 @@
 
     python benchmarks/moe_speed.py [--json benchmarks/results/moe_speed.json] [--seconds 1.5]
 
-Both layers run in one process, turn by turn, and the medians are compared: ours against the best of `grouped_mm`,
-`eager` and `batched_mm`. A turn of ours and one of theirs meet the same disturbances, so their ratio is steadier than
-either time.
+Both layers run in one process, turn by turn, and the medians are compared: ours against the best of
+`grouped_mm`, `eager` and `batched_mm`. A turn of ours and one of theirs meet the same disturbances,
+so their ratio is steadier than either time.
 """
 
 import argparse
@@ -28,7 +28,9 @@ SHAPES = [(576, 256, 32, 4), (1024, 512, 64, 8)]  # D, F, E, experts a token
 TOKENS = [1, 32, 2048]
 DTYPES = [torch.float32, torch.bfloat16]
 IMPLEMENTATIONS = ["grouped_mm", "eager", "batched_mm"]
-BATCHED_LIMIT = 1 << 30  # bytes; batched_mm copies the expert weights of every token, and is far behind by then
+BATCHED_LIMIT = (
+    1 << 30
+)  # bytes; batched_mm copies the expert weights of every token, and is far behind by then
 
 
 def layers(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[MoELayer, nn.Module]:
@@ -37,11 +39,16 @@ def layers(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[MoELay
     torch.manual_seed(0)
     ours = MoELayer(
         ModelConfig(
-            hidden_size=hidden, num_attention_heads=4, num_experts=experts, expert_dim=width,
-            max_experts=top_k, candidate_experts=top_k, routing_strategy="topk",
+            hidden_size=hidden,
+            num_attention_heads=4,
+            num_experts=experts,
+            expert_dim=width,
+            max_experts=top_k,
+            candidate_experts=top_k,
+            routing_strategy="topk",
         ),
         0,
-    ).to(dtype)  # fmt: skip
+    ).to(dtype)
     theirs = Qwen3MoeSparseMoeBlock(
         Qwen3MoeConfig(
             hidden_size=hidden,
@@ -78,7 +85,9 @@ def both_ways(module: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor) -
 
 
 def timed(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each run, all taking turns for about `seconds` a run; slow ones get three turns."""
+    """Median milliseconds of each run, all taking turns for about `seconds` a run; slow ones get
+    three turns.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -94,7 +103,9 @@ def timed(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float
     return {name: median(values) * 1e3 for name, values in times.items()}
 
 
-def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, seconds: float) -> dict[str, Any]:
+def compare(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, seconds: float
+) -> dict[str, Any]:
     """One row of the table: forward and forward+backward of ours and of theirs."""
     ours, theirs = layers(shape, dtype)
     x = torch.randn(1, tokens, shape[0]).to(dtype)
@@ -111,7 +122,9 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, s
 
     copies = tokens * shape[3] * 3 * shape[0] * shape[1] * dtype.itemsize
     names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or copies <= BATCHED_LIMIT]
-    difference = (run_ours(x) - run_theirs("eager")(x)).abs().max() / run_theirs("eager")(x).abs().max()
+    difference = (run_ours(x) - run_theirs("eager")(x)).abs().max() / run_theirs("eager")(
+        x
+    ).abs().max()
     row: dict[str, Any] = {
         "shape": shape,
         "dtype": str(dtype)[6:],
@@ -119,7 +132,8 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int, s
         "relative_difference": float(difference.detach()),
     }
     ways = {
-        "forward": {"ours": forward(run_ours, x)} | {name: forward(run_theirs(name), x) for name in names},
+        "forward": {"ours": forward(run_ours, x)}
+        | {name: forward(run_theirs(name), x) for name in names},
         "forward_backward": {"ours": both_ways(ours, run_ours, x)}
         | {name: both_ways(theirs, run_theirs(name), x) for name in names},
     }
@@ -134,9 +148,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the table to")
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each timing")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), nargs="+", default=list(range(len(SHAPES))))
     parser.add_argument(
-        "--dtype", choices=[str(dtype)[6:] for dtype in DTYPES], nargs="+", default=[str(d)[6:] for d in DTYPES]
+        "--shape", type=int, choices=range(len(SHAPES)), nargs="+", default=list(range(len(SHAPES)))
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=[str(dtype)[6:] for dtype in DTYPES],
+        nargs="+",
+        default=[str(d)[6:] for d in DTYPES],
     )
     options = parser.parse_args()
     rows = []
@@ -145,9 +164,16 @@ def main() -> None:
             for tokens in options.tokens:
                 row = compare(shape, dtype, tokens, options.seconds)
                 rows.append(row)
-                print(f"D{shape[0]} F{shape[1]} E{shape[2]} top-{shape[3]} {row['dtype']:8} {tokens:5} tokens", end="")
+                print(
+                    f"D{shape[0]} F{shape[1]} E{shape[2]} top-{shape[3]} {row['dtype']:8} {tokens:5} tokens",
+                    end="",
+                )
                 for way in ("forward", "forward_backward"):
-                    print(f" | {way} " + " ".join(f"{name} {value:.2f}" for name, value in row[way].items()), end="")
+                    print(
+                        f" | {way} "
+                        + " ".join(f"{name} {value:.2f}" for name, value in row[way].items()),
+                        end="",
+                    )
                 print(flush=True)
                 if options.json:  # after every row, so that a run cut short keeps what it measured
                     write(options.json, {"milliseconds": rows})

@@ -1,13 +1,15 @@
-"""Ask for ten times what a server can do: every request gets an answer or a quick 429, and nothing hangs.
+"""Ask for ten times what a server can do: every request gets an answer or a quick 429, and nothing
+hangs.
 
     python benchmarks/overload.py [--seconds 60] [--times 10] [--abandon 200] [--json FILE]
 
-The server is a process of its own with its usual settings, this one is the load. Capacity: the tokens a second of as
-many clients as fill the batch and half of the queue, each asking again when it is answered. Overload: requests arrive
-at random (Poisson) at `--times` the rate at which capacity answers them, whether others are answered or not. Goodput
-is the tokens a second in whole answers under overload as a share of capacity; both are counted over whole windows of
-`--seconds` of a load that runs already, before and after the overload, so that a machine that changes its pace shows.
-Afterwards clients leave long requests at once, and one more request is timed.
+The server is a process of its own with its usual settings, this one is the load. Capacity: the
+tokens a second of as many clients as fill the batch and half of the queue, each asking again when
+it is answered. Overload: requests arrive at random (Poisson) at `--times` the rate at which
+capacity answers them, whether others are answered or not. Goodput is the tokens a second in whole
+answers under overload as a share of capacity; both are counted over whole windows of `--seconds` of
+a load that runs already, before and after the overload, so that a machine that changes its pace
+shows. Afterwards clients leave long requests at once, and one more request is timed.
 """
 
 import argparse
@@ -27,7 +29,9 @@ BATCH, QUEUE, TOKENS, SETTLE = 16, 64, 128, 10.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--times", type=float, default=10.0)
@@ -42,7 +46,9 @@ def main() -> None:
 
 
 class Connection(asyncio.Protocol):
-    """One connection that is kept: a request, then its reply. It reads no more HTTP than our server speaks."""
+    """One connection that is kept: a request, then its reply. It reads no more HTTP than our server
+    speaks.
+    """
 
     def __init__(self) -> None:
         self.reply: asyncio.Future[bytes] | None = None
@@ -89,7 +95,9 @@ class Load:
     def request(self, tokens: int = TOKENS) -> bytes:
         """Return a request of about 100 prompt tokens that no other one shares."""
         prompt = " ".join(self.random.choices(WORDS, k=100))
-        body = f'{{"model":"{self.model}","prompt":"{prompt}","max_tokens":{tokens},"temperature":0}}'
+        body = (
+            f'{{"model":"{self.model}","prompt":"{prompt}","max_tokens":{tokens},"temperature":0}}'
+        )
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
         return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
@@ -99,7 +107,9 @@ class Load:
             connection = self.free.pop()
             if not connection.transport.is_closing():
                 return connection
-        return (await asyncio.get_running_loop().create_connection(Connection, self.host, self.port))[1]
+        return (
+            await asyncio.get_running_loop().create_connection(Connection, self.host, self.port)
+        )[1]
 
     async def ask(self) -> str:
         """Ask once and count the reply; return its status."""
@@ -124,7 +134,10 @@ class Load:
     def rates(self) -> dict[str, float]:
         """Return tokens and answers a second since `forget`."""
         seconds = time.perf_counter() - self.started
-        return {"tokens_per_second": self.tokens / seconds, "answers_per_second": self.statuses["200"] / seconds}
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "answers_per_second": self.statuses["200"] / seconds,
+        }
 
 
 async def measure(load: Load, options: argparse.Namespace) -> dict[str, Any]:
@@ -135,10 +148,15 @@ async def measure(load: Load, options: argparse.Namespace) -> dict[str, Any]:
     after = await capacity(load, options.seconds)
     usual = (before["tokens_per_second"] + after["tokens_per_second"]) / 2
     return {
-        "capacity_before": before, "capacity_after": after, "overload": over, "offered_per_second": rate, **told,
-        "goodput": over["tokens_per_second"] / usual, "abandoned": options.abandon,
+        "capacity_before": before,
+        "capacity_after": after,
+        "overload": over,
+        "offered_per_second": rate,
+        **told,
+        "goodput": over["tokens_per_second"] / usual,
+        "abandoned": options.abandon,
         "next_reply_seconds": await leave(load, options.abandon),
-    }  # fmt: skip
+    }
 
 
 async def capacity(load: Load, seconds: float) -> dict[str, float]:
@@ -158,7 +176,9 @@ async def capacity(load: Load, seconds: float) -> dict[str, float]:
     return rates
 
 
-async def overload(load: Load, seconds: float, rate: float) -> tuple[dict[str, float], dict[str, Any]]:
+async def overload(
+    load: Load, seconds: float, rate: float
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Send `rate` requests a second; return the pace, and what was refused and how quickly."""
     asked: set[asyncio.Task[str]] = set()
     late, start = 0.0, time.perf_counter()
@@ -176,9 +196,18 @@ async def overload(load: Load, seconds: float, rate: float) -> tuple[dict[str, f
     rates, refusals = load.rates(), list(load.refusals)
     left = len(asked)
     await asyncio.wait_for(asyncio.gather(*asked), 30 + 10 * seconds)  # nothing hangs
-    times = {str(share): percentile(refusals, share) for share in (0.5, 0.9, 0.99, 1.0)} if refusals else {}
-    told = {"statuses": dict(load.statuses), "unexpected": load.unexpected, "refusal_seconds": times,
-            "under_way_at_end": left, "latest_arrival_seconds": late}  # fmt: skip
+    times = (
+        {str(share): percentile(refusals, share) for share in (0.5, 0.9, 0.99, 1.0)}
+        if refusals
+        else {}
+    )
+    told = {
+        "statuses": dict(load.statuses),
+        "unexpected": load.unexpected,
+        "refusal_seconds": times,
+        "under_way_at_end": left,
+        "latest_arrival_seconds": late,
+    }
     return rates, told
 
 

@@ -1,4 +1,5 @@
-"""Does SmolLM2 give the logits and the text that `transformers` gives? Twenty texts of 256 tokens, twenty prompts.
+"""Does SmolLM2 give the logits and the text that `transformers` gives? Twenty texts of 256 tokens,
+twenty prompts.
 
 python benchmarks/parity.py
 """
@@ -22,8 +23,14 @@ TEXTS, TOKENS, PROMPT, NEW = 20, 256, 32, 64
 
 def texts() -> list[str]:
     """Return ten texts of prose and ten of code that every Python installation has."""
-    prose = [text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 3000][: TEXTS // 2]
-    code = [p.read_text() for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) if p.stat().st_size > 6000]
+    prose = [text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 3000][
+        : TEXTS // 2
+    ]
+    code = [
+        p.read_text()
+        for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        if p.stat().st_size > 6000
+    ]
     return prose + code[: TEXTS - len(prose)]
 
 
@@ -33,7 +40,9 @@ def main() -> None:
     model, tokenizer = deepseek.load(BASE, dtype="float32")
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     upcycled = deepseek.DeepSeekModel.from_pretrained(
-        BASE, config=ModelConfig(num_experts=16, expert_dim=256, routing_strategy="dynamic"), dtype="float32"
+        BASE,
+        config=ModelConfig(num_experts=16, expert_dim=256, routing_strategy="dynamic"),
+        dtype="float32",
     )
     worst = {"logits": 0.0, "cached": 0.0, "cached_transformers": 0.0, "upcycled": 0.0}
     same = 0
@@ -42,13 +51,18 @@ def main() -> None:
         ours, theirs = model(ids).logits, reference(ids).logits
         worst["logits"] = max(worst["logits"], float((ours - theirs).abs().max()))
         worst["upcycled"] = max(worst["upcycled"], float((upcycled(ids).logits - ours).abs().max()))
-        worst["cached"] = max(worst["cached"], float((stepwise(model, ids, KVCache()) - ours).abs().max()))
+        worst["cached"] = max(
+            worst["cached"], float((stepwise(model, ids, KVCache()) - ours).abs().max())
+        )
         own = stepwise(reference, ids, DynamicCache())
-        worst["cached_transformers"] = max(worst["cached_transformers"], float((own - theirs).abs().max()))
+        worst["cached_transformers"] = max(
+            worst["cached_transformers"], float((own - theirs).abs().max())
+        )
         prompt = ids[:, :PROMPT]
         mask = torch.ones_like(prompt)
         written = [
-            one.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False) for one in (model, reference)
+            one.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+            for one in (model, reference)
         ]
         same += int(torch.equal(*written))
     gradient = router_gradient(upcycled, ids)
@@ -59,7 +73,15 @@ def main() -> None:
     print(f"  upcycled against dense              {worst['upcycled']:.2e}  (limit 1e-5)")
     print(f"greedy texts of {NEW} tokens identical: {same} of {TEXTS}")
     print(f"smallest router gradient norm of the upcycled model at step one: {gradient:.2e}")
-    save("parity", {"largest_difference": worst, "identical_texts": same, "texts": TEXTS, "router_gradient": gradient})
+    save(
+        "parity",
+        {
+            "largest_difference": worst,
+            "identical_texts": same,
+            "texts": TEXTS,
+            "router_gradient": gradient,
+        },
+    )
 
 
 def stepwise(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

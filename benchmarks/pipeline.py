@@ -1,10 +1,12 @@
-"""One recipe takes SmolLM2 through adaptation, alignment, an expert and an evaluation, on real data.
+"""One recipe takes SmolLM2 through adaptation, alignment, an expert and an evaluation, on real
+data.
 
     python benchmarks/pipeline.py CODE PREFS [--git .] [--work DIR] [--json benchmarks/results/pipeline.json]
 
-CODE is a folder of source files, PREFS a preference database (`benchmarks/rlpo.py` leaves one in its work folder), and
-the expert learns the git history of `--git`. The recipe is written as YAML to the work folder and run by the command
-`deepseek train`, as a user would; each stage's time is that of its run folder. Wanted: at most 30 minutes.
+CODE is a folder of source files, PREFS a preference database (`benchmarks/rlpo.py` leaves one in
+its work folder), and the expert learns the git history of `--git`. The recipe is written as YAML to
+the work folder and run by the command `deepseek train`, as a user would; each stage's time is that
+of its run folder. Wanted: at most 30 minutes.
 """
 
 import argparse
@@ -23,31 +25,52 @@ from results import write
 def recipe(code: Path, prefs: Path, git: Path) -> dict[str, object]:
     """Return the four stages."""
     adapt = {"from_folder": str(code), "mode": "last-n", "tokens": 60_000, "epochs": 2}
-    align = {"prefs": str(prefs), "rollouts": 8, "rollout_size": 32, "new_tokens": 24, "learning_rate": 1e-4}
+    align = {
+        "prefs": str(prefs),
+        "rollouts": 8,
+        "rollout_size": 32,
+        "new_tokens": 24,
+        "learning_rate": 1e-4,
+    }
     expert = {"from_git": str(git), "minutes": 4, "licence": "Apache-2.0"}
     stages = [
         {"stage": "adapt", "with": adapt},
         {"stage": "align", "with": align},
         {"stage": "expert", "name": "history", "with": expert},
-        {"stage": "eval", "with": {"data": [str(code)], "experts": ["history"], "functions": str(code),
-                                   "most_functions": 8}},
-    ]  # fmt: skip
+        {
+            "stage": "eval",
+            "with": {
+                "data": [str(code)],
+                "experts": ["history"],
+                "functions": str(code),
+                "most_functions": 8,
+            },
+        },
+    ]
     return {"name": "pipeline", "base": "smollm2-135m", "licence": "Apache-2.0", "stages": stages}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("code", type=Path)
     parser.add_argument("prefs", type=Path)
     parser.add_argument("--git", type=Path, default=Path(__file__).parent.parent)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "pipeline-benchmark")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "pipeline-benchmark"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     from deepseek.checkpoint.store import home
 
     place = options.work / "home"
     place.mkdir(parents=True, exist_ok=True)
-    for shared in ("models", "public", "fingerprints"):  # what earlier runs of the base left: weights, public text
+    for shared in (
+        "models",
+        "public",
+        "fingerprints",
+    ):  # what earlier runs of the base left: weights, public text
         if (home() / shared).is_dir() and not (place / shared).exists():
             (place / shared).mkdir()
             for entry in (home() / shared).glob("[!.]*"):  # and not their locks

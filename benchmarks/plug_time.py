@@ -2,11 +2,12 @@
 
     python benchmarks/plug_time.py [--model smollm2-135m] [--packs 32] [--decode] [--json FILE]
 
-Packs are random and of the size of a real one (last three layers, width 1536, bf16: 16 MB for SmolLM2-135M). Every
-plug reads a file and makes every check: header, base fingerprint, digest, signature, values. All packs are plugged one
-after another, into memory that the operating system has to find first (but not the host of a virtual machine, which can
-take ten times as long, and not evenly). The medians of the first and the last quarter are compared, in wall time and in
-processor time (which other work on the machine disturbs less).
+Packs are random and of the size of a real one (last three layers, width 1536, bf16: 16 MB for
+SmolLM2-135M). Every plug reads a file and makes every check: header, base fingerprint, digest,
+signature, values. All packs are plugged one after another, into memory that the operating system
+has to find first (but not the host of a virtual machine, which can take ten times as long, and not
+evenly). The medians of the first and the last quarter are compared, in wall time and in processor
+time (which other work on the machine disturbs less).
 """
 
 import argparse
@@ -32,13 +33,20 @@ from deepseek.packs.signature import keygen, load_key
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--packs", type=int, default=32)
-    parser.add_argument("--decode", action="store_true", help="also time decoding with experts armed")
+    parser.add_argument(
+        "--decode", action="store_true", help="also time decoding with experts armed"
+    )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as other:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, get_context("spawn")) as other,
+    ):
         # Another process writes the packs, so that this one has no freed memory to plug them into.
         paths = other.submit(write_packs, options.model, Path(folder), options.packs).result()
         model = load(options.model).model
@@ -58,7 +66,9 @@ def write_packs(name: str, folder: Path, count: int) -> list[Path]:
     last, key = model.config.num_hidden_layers, load_key(keygen("bench", folder)[0])
     paths = [folder / f"e{i:02}.safetensors" for i in range(count)]
     for i, path in enumerate(paths):
-        module = ExpertModule.beside(model.layers, path.stem, range(last - 3, last), width=1536, seed=i)
+        module = ExpertModule.beside(
+            model.layers, path.stem, range(last - 3, last), width=1536, seed=i
+        )
         for layer in module.layers:
             torch.nn.init.normal_(module.at(layer).down_proj, std=1e-3)
             always = torch.zeros(module.hidden_size + 1)
@@ -71,7 +81,9 @@ def write_packs(name: str, folder: Path, count: int) -> list[Path]:
 def plug_times(model: DeepSeekModel, paths: list[Path]) -> dict[str, Any]:
     """Return milliseconds of plugging all packs and unplugging them again."""
     model.experts.policy = PackPolicy(signature="signed")
-    torch.ones(len(paths) * paths[0].stat().st_size)  # touched and given back, so that the host has found it
+    torch.ones(
+        len(paths) * paths[0].stat().st_size
+    )  # touched and given back, so that the host has found it
     plugs = [timed(lambda path=path: model.experts.plug(path)) for path in paths]
     unplugs = [timed(lambda path=path: model.experts.unplug(path.stem)) for path in paths]
     figures, quarter = {}, max(1, len(paths) // 4)
@@ -84,13 +96,18 @@ def plug_times(model: DeepSeekModel, paths: list[Path]) -> dict[str, Any]:
             f"plug_worst_{clock}_ms": round(max(row), 1),
         }
     for clock, row in zip(("wall", "cpu"), zip(*unplugs, strict=True), strict=True):
-        figures |= {f"unplug_median_{clock}_ms": round(median(row), 2), f"unplug_worst_{clock}_ms": round(max(row), 2)}
+        figures |= {
+            f"unplug_median_{clock}_ms": round(median(row), 2),
+            f"unplug_worst_{clock}_ms": round(max(row), 2),
+        }
     return figures
 
 
 @torch.no_grad()
 def decode_times(model: DeepSeekModel, paths: list[Path]) -> dict[str, Any]:
-    """Return milliseconds a token at batch 1, with nothing plugged, and with some armed that all fire or never do."""
+    """Return milliseconds a token at batch 1, with nothing plugged, and with some armed that all
+    fire or never do.
+    """
     figures: dict[str, Any] = {"decode_base_ms": per_token(model)}
     for count in (1, 8):
         for path in paths[:count]:

@@ -1,14 +1,15 @@
-"""Which positional encoding trained on short rows still works on long ones: small models on real code.
+"""Which positional encoding trained on short rows still works on long ones: small models on real
+code.
 
     python benchmarks/position_length.py CODE [CODE ...] [--rivals dpe yarn learned] [--seeds 0 1 2]
 
-Every rival is the same small model with the same data, order, seeds and number of steps; it is trained on rows of 1,024
-tokens and scored on rows of 4,096 from files that were held out. "yarn" is the model of "rope" with its frequencies
-scaled for the test (arXiv:2309.00071), and "dpe+yarn" that of "dpe" likewise. Tokens are the most frequent ids of the
-SmolLM2 tokenizer; rarer ones count as one unknown token, which is no target. A run that was stopped goes on where it
-was, and one that is finished is not repeated; all are in `--runs`. The table, `position_length.json` and `.png` cover
-whatever is finished.
-`benchmarks/corpora.py code-a code-b` fetches code.
+Every rival is the same small model with the same data, order, seeds and number of steps; it is
+trained on rows of 1,024 tokens and scored on rows of 4,096 from files that were held out. "yarn" is
+the model of "rope" with its frequencies scaled for the test (arXiv:2309.00071), and "dpe+yarn" that
+of "dpe" likewise. Tokens are the most frequent ids of the SmolLM2 tokenizer; rarer ones count as
+one unknown token, which is no target. A run that was stopped goes on where it was, and one that is
+finished is not repeated; all are in `--runs`. The table, `position_length.json` and `.png` cover
+whatever is finished. `benchmarks/corpora.py code-a code-b` fetches code.
 """
 
 import argparse
@@ -41,12 +42,19 @@ VOCAB = 2048
 UNKNOWN, END = 0, 1
 HELD_OUT = 0.1  # of the files
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": LONG / SHORT, "original_max_position_embeddings": SHORT}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": LONG / SHORT,
+    "original_max_position_embeddings": SHORT,
+}
 
 
 @dataclass(frozen=True)
 class Rival:
-    """An encoding: its config in training, what changes in the test, and whose training it shares."""
+    """An encoding: its config in training, what changes in the test, and whose training it
+    shares.
+    """
 
     fields: dict[str, Any]
     test_fields: dict[str, Any]
@@ -60,12 +68,16 @@ RIVALS = {
     "alibi": Rival({"positional_encoding": "alibi"}, {}, "alibi"),
     "none": Rival({"positional_encoding": "none"}, {}, "none"),
     "dpe": Rival({"positional_encoding": "dpe", "train_len": SHORT}, {}, "dpe"),
-    "dpe+yarn": Rival({"positional_encoding": "dpe", "train_len": SHORT}, {"rope_parameters": YARN}, "dpe"),
+    "dpe+yarn": Rival(
+        {"positional_encoding": "dpe", "train_len": SHORT}, {"rope_parameters": YARN}, "dpe"
+    ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("code", nargs="+", type=Path, help="folders of source files")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -90,22 +102,37 @@ def main() -> None:
 def run_name(options: argparse.Namespace) -> str:
     """Return a name for the budget: figures of different budgets are never mixed."""
     text = " ".join(path.name for path in options.code)
-    dials = (text, options.steps, options.width, options.layers, options.learning_rate, options.test_rows)
+    dials = (
+        text,
+        options.steps,
+        options.width,
+        options.layers,
+        options.learning_rate,
+        options.test_rows,
+    )
     return sha256(repr(dials).encode()).hexdigest()[:12]
 
 
 def corpus(folders: list[Path], test_rows: int) -> tuple[Tensor, Tensor]:
-    """Return the training files as one stream of ids, and rows `[N, 4097]` of held-out files that are long enough."""
+    """Return the training files as one stream of ids, and rows `[N, 4097]` of held-out files that
+    are long enough.
+    """
     files = sorted(path for folder in folders for path in folder.rglob("*.py"))
     tokenizer = load_tokenizer(resolve("smollm2-135m"))
     texts = encode_plain(tokenizer, [path.read_text(errors="replace") for path in files])
-    held = [int(sha256(path.name.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT for path in files]
-    known = Counter(i for ids, out in zip(texts, held, strict=True) if not out for i in ids).most_common(VOCAB - 2)
+    held = [
+        int(sha256(path.name.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT for path in files
+    ]
+    known = Counter(
+        i for ids, out in zip(texts, held, strict=True) if not out for i in ids
+    ).most_common(VOCAB - 2)
     new_id = {old: new for new, (old, _) in enumerate(known, start=2)}
     mapped = [torch.tensor([new_id.get(i, UNKNOWN) for i in ids] + [END]) for ids in texts]
     stream = torch.cat([ids for ids, out in zip(mapped, held, strict=True) if not out])
     long = [ids for ids, out in zip(mapped, held, strict=True) if out and len(ids) > LONG]
-    rows = [ids[start : start + LONG + 1] for ids in long for start in range(0, len(ids) - LONG, SHORT)]
+    rows = [
+        ids[start : start + LONG + 1] for ids in long for start in range(0, len(ids) - LONG, SHORT)
+    ]
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:test_rows]
     return stream, torch.stack([rows[i] for i in chosen])
 
@@ -156,10 +183,15 @@ def targets_of(rows: Tensor) -> Tensor:
 
 def config_of(options: argparse.Namespace, fields: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
-        vocab_size=VOCAB, hidden_size=options.width, intermediate_size=8 * options.width // 3 // 16 * 16,
-        num_hidden_layers=options.layers, num_attention_heads=options.width // 32, max_position_embeddings=LONG,
-        use_cache=False, **fields,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=options.width,
+        intermediate_size=8 * options.width // 3 // 16 * 16,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 32,
+        max_position_embeddings=LONG,
+        use_cache=False,
+        **fields,
+    )
 
 
 def measure(
@@ -169,10 +201,18 @@ def measure(
     torch.manual_seed(seed)
     model = DeepSeekModel(config_of(options, rival.fields)).train()
     optim = OptimConfig(options.learning_rate, warmup=0.1, weight_decay=0.1)
-    loop = LoopConfig(optim, options.steps, evaluate_every=options.steps, checkpoint_every=200, keep=1, seed=seed)
+    loop = LoopConfig(
+        optim, options.steps, evaluate_every=options.steps, checkpoint_every=200, keep=1, seed=seed
+    )
     started = time.perf_counter()
     with ProgressBar() as progress:
-        train(NextToken(model), Windows(stream, seed), loop, folder / f"{rival.trained_as}-{seed}", progress=progress)
+        train(
+            NextToken(model),
+            Windows(stream, seed),
+            loop,
+            folder / f"{rival.trained_as}-{seed}",
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     tested = DeepSeekModel(config_of(options, rival.fields | rival.test_fields)).eval()
     tested.load_state_dict(model.state_dict())
@@ -221,9 +261,18 @@ def report(folder: Path, options: argparse.Namespace) -> None:
     table = {name: averages(records) for name, records in finished.items()}
     for name, row in table.items():
         print(f"{name:8} " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
-    budget = {name: getattr(options, name) for name in ("steps", "width", "layers", "learning_rate", "test_rows")}
-    curves = {name: {kind: curve(records, kind) for kind in ("loss", "top1")} for name, records in finished.items()}
-    save("position_length", {"budget": budget | {"batch_tokens": BATCH * SHORT}, "table": table, "curves": curves})
+    budget = {
+        name: getattr(options, name)
+        for name in ("steps", "width", "layers", "learning_rate", "test_rows")
+    }
+    curves = {
+        name: {kind: curve(records, kind) for kind in ("loss", "top1")}
+        for name, records in finished.items()
+    }
+    save(
+        "position_length",
+        {"budget": budget | {"batch_tokens": BATCH * SHORT}, "table": table, "curves": curves},
+    )
     plot(curves, FOLDER / "position_length.png")
 
 
@@ -242,12 +291,22 @@ def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, kind, label in zip(figure.subplots(1, 2), ("top1", "loss"), ("top-1, %", "loss, nats"), strict=True):
+    for axes, kind, label in zip(
+        figure.subplots(1, 2), ("top1", "loss"), ("top-1, %", "loss, nats"), strict=True
+    ):
         for name, both in curves.items():
-            axes.plot([BIN * (i + 0.5) for i in range(len(both[kind]))], both[kind], "o-", markersize=3, label=name)
+            axes.plot(
+                [BIN * (i + 0.5) for i in range(len(both[kind]))],
+                both[kind],
+                "o-",
+                markersize=3,
+                label=name,
+            )
         axes.axvline(SHORT, color="grey", linestyle=":")
         axes.set(xlabel="position", ylabel=label)
-    axes.set_ylim(top=1.5 * min(max(both["loss"]) for both in curves.values()))  # one rival's failure hides the others
+    axes.set_ylim(
+        top=1.5 * min(max(both["loss"]) for both in curves.values())
+    )  # one rival's failure hides the others
     axes.legend()
     figure.savefig(path, dpi=120)
 

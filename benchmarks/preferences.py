@@ -2,8 +2,9 @@
 
     python benchmarks/preferences.py [--pairs 100000] [--save]
 
-The pairs are made from words of Python's own help pages, so that common and rare words occur as they do in text. The
-import is `deepseek prefs import` in a process of its own; each query runs once cold and its median of 5 is reported.
+The pairs are made from words of Python's own help pages, so that common and rare words occur as
+they do in text. The import is `deepseek prefs import` in a process of its own; each query runs once
+cold and its median of 5 is reported.
 """
 
 import argparse
@@ -21,18 +22,39 @@ from results import save
 
 from deepseek.data.preferences.database import PreferenceDatabase
 
-QUERIES = ("the", "the of and", "iterator", "exception handler", "metaclass", "nowhere to be found", "")
+QUERIES = (
+    "the",
+    "the of and",
+    "iterator",
+    "exception handler",
+    "metaclass",
+    "nowhere to be found",
+    "",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=100_000)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/preferences.json")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/preferences.json"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file, path = Path(folder) / "pairs.jsonl", Path(folder) / "preferences.db"
         write_pairs(file, options.pairs)
-        command = [sys.executable, "-m", "deepseek", "prefs", "import", str(file), "--database", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "deepseek",
+            "prefs",
+            "import",
+            str(file),
+            "--database",
+            str(path),
+        ]
         seconds, again = timed(command), timed(command)
         database = PreferenceDatabase(path)
         found = {query: search_time(database, query) for query in QUERIES}
@@ -60,7 +82,11 @@ def write_pairs(file: Path, count: int) -> None:
 
     with open(file, "w", encoding="utf-8") as lines:
         for number in range(count):
-            record = {"prompt": f"{number}: {text(20)}", "chosen": f"a {text(60)}", "rejected": f"b {text(60)}"}
+            record = {
+                "prompt": f"{number}: {text(20)}",
+                "chosen": f"a {text(60)}",
+                "rejected": f"b {text(60)}",
+            }
             lines.write(json.dumps(record) + "\n")
 
 

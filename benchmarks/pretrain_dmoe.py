@@ -1,13 +1,15 @@
-"""A mixture of about 10M parameters from scratch on real mixed text, and its speed beside the Hugging Face Trainer.
+"""A mixture of about 10M parameters from scratch on real mixed text, and its speed beside the
+Hugging Face Trainer.
 
     python benchmarks/pretrain_dmoe.py CORPORA [--tokens 700000] [--parts pretrain speed] [--json FILE]
 
-CORPORA holds one folder of text a domain (`benchmarks/corpora.py`). The first part is `deepseek.pretrain` with dynamic
-routing and pools shared by two layers: losses by domain, MaxVio and idle experts on held-out text. The second trains
-the same shape twice without sharing and with top-4 routing, which both libraries have: by our loop, and by `Trainer`
-with Qwen2-MoE in its fastest expert implementation; both in bf16 autocast, same rows, in turn, speed over all steps but
-the first three, medians of three turns. The parts can be measured one by one; figures of the other part stay in the
-file.
+CORPORA holds one folder of text a domain (`benchmarks/corpora.py`). The first part is
+`deepseek.pretrain` with dynamic routing and pools shared by two layers: losses by domain, MaxVio
+and idle experts on held-out text. The second trains the same shape twice without sharing and with
+top-4 routing, which both libraries have: by our loop, and by `Trainer` with Qwen2-MoE in its
+fastest expert implementation; both in bf16 autocast, same rows, in turn, speed over all steps but
+the first three, medians of three turns. The parts can be measured one by one; figures of the other
+part stay in the file.
 """
 
 import argparse
@@ -20,7 +22,13 @@ from typing import Any
 
 import torch
 from results import write
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen2MoeConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import deepseek
 from deepseek.data import RowLoader, TokenShards, clean, read_folder
@@ -35,20 +43,32 @@ from deepseek.train.loop.progress import ProgressBar
 
 DOMAINS = {"public-code": 2, "prose": 2, "science": 2, "german": 1, "french": 1, "spanish": 1}
 SHAPE = {
-    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}  # fmt: skip
-EXPERTS = {"num_experts": 16, "expert_dim": 128, "num_shared_experts": 1, "max_experts": 4,
-           "candidate_experts": 4}  # fmt: skip
+}
+EXPERTS = {
+    "num_experts": 16,
+    "expert_dim": 128,
+    "num_shared_experts": 1,
+    "max_experts": 4,
+    "candidate_experts": 4,
+}
 STEPS, WARM_UP, ROWS, LENGTH, TURNS = 15, 3, 8, 512, 3
 SMALL = 2  # rows a step of the run from scratch: with so few tokens more steps are worth more than larger ones
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("corpora", type=Path)
     parser.add_argument("--tokens", type=int, default=700_000)
-    parser.add_argument("--parts", nargs="+", choices=["pretrain", "speed"], default=["pretrain", "speed"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["pretrain", "speed"], default=["pretrain", "speed"]
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     known = options.json and options.json.exists()
@@ -68,39 +88,66 @@ def main() -> None:
 def pretrained(corpora: Path, tokens: int, folder: Path) -> dict[str, Any]:
     """Train from scratch and return the figures of the run with its loss curve."""
     settings = {
-        "name": "bench", "tokens": tokens, "row_length": LENGTH, "batch_rows": SMALL, "learning_rate": 1e-3,
-        "domains": {name: {"folder": str(corpora / name), "weight": w} for name, w in DOMAINS.items()},
+        "name": "bench",
+        "tokens": tokens,
+        "row_length": LENGTH,
+        "batch_rows": SMALL,
+        "learning_rate": 1e-3,
+        "domains": {
+            name: {"folder": str(corpora / name), "weight": w} for name, w in DOMAINS.items()
+        },
         "model": {**SHAPE, **EXPERTS, "expert_sharing": 2, "routing_strategy": "dynamic"},
-        "evaluate_every": 50, "checkpoint_every": 100, "held_out_tokens": 8192, "out": str(folder / "model"),
+        "evaluate_every": 50,
+        "checkpoint_every": 100,
+        "held_out_tokens": 8192,
+        "out": str(folder / "model"),
         "run_folder": str(folder / "run"),
-    }  # fmt: skip
+    }
     deepseek.pretrain(settings)
     records = read_metrics(folder / "run" / "training" / "metrics.jsonl")
     speed = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-    curve = [(record["step"], round(record["held_out_loss"], 3)) for record in records if "held_out_loss" in record]
+    curve = [
+        (record["step"], round(record["held_out_loss"], 3))
+        for record in records
+        if "held_out_loss" in record
+    ]
     steps = [round(record["max_violation"], 3) for record in records if "max_violation" in record]
     result = json.loads((folder / "run" / "result.json").read_text())["figures"]
-    return {**result, "held_out_curve": curve, "batch_max_violation": steps[:: max(1, len(steps) // 10)],
-            "dmoe_tokens_per_second": median(speed)}  # fmt: skip
+    return {
+        **result,
+        "held_out_curve": curve,
+        "batch_max_violation": steps[:: max(1, len(steps) // 10)],
+        "dmoe_tokens_per_second": median(speed),
+    }
 
 
 def speeds(corpora: Path, folder: Path) -> dict[str, Any]:
-    """Return the tokens per second of both loops on the same rows, medians of turns, and of their ratios."""
+    """Return the tokens per second of both loops on the same rows, medians of turns, and of their
+    ratios.
+    """
     documents, _ = clean(read_folder(corpora / "prose"))
     tokenizer = train_tokenizer((document.text for document in documents), 8192)
     loader = RowLoader(TokenShards.build(documents, tokenizer, folder / "speed"), ROWS, LENGTH)
     turns = [(ours(loader, folder / str(turn)), theirs(loader, folder)) for turn in range(TURNS)]
     mine, others = zip(*turns, strict=True)
-    return {"ours_tokens_per_second": median(mine), "trainer_tokens_per_second": median(others),
-            "speed_ratio": median(a / b for a, b in turns), "speed_turns": turns}  # fmt: skip
+    return {
+        "ours_tokens_per_second": median(mine),
+        "trainer_tokens_per_second": median(others),
+        "speed_ratio": median(a / b for a, b in turns),
+        "speed_turns": turns,
+    }
 
 
 def ours(loader: RowLoader, folder: Path) -> float:
     """Return the tokens per second of our loop."""
-    config = ModelConfig(vocab_size=8192, max_position_embeddings=LENGTH, routing_strategy="topk", **SHAPE, **EXPERTS)
+    config = ModelConfig(
+        vocab_size=8192, max_position_embeddings=LENGTH, routing_strategy="topk", **SHAPE, **EXPERTS
+    )
     task = LanguageTask(DeepSeekModel(config).float().train(), {})
     task.evaluate = dict  # type: ignore[method-assign]
-    steps = LoopConfig(OptimConfig(learning_rate=1e-3), steps=STEPS, checkpoint_every=1000, evaluate_every=1000)
+    steps = LoopConfig(
+        OptimConfig(learning_rate=1e-3), steps=STEPS, checkpoint_every=1000, evaluate_every=1000
+    )
     times: list[float] = []
     next_batch = loader.next
 
@@ -127,18 +174,33 @@ class Clock(TrainerCallback):
 def theirs(loader: RowLoader, folder: Path) -> float:
     """Return the tokens per second of the Hugging Face Trainer on the same rows."""
     config = Qwen2MoeConfig(
-        vocab_size=8192, moe_intermediate_size=128, shared_expert_intermediate_size=128, num_experts=16,
-        num_experts_per_tok=4, max_position_embeddings=LENGTH, tie_word_embeddings=True, norm_topk_prob=True,
-        use_cache=False, **SHAPE,
-    )  # fmt: skip
+        vocab_size=8192,
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        norm_topk_prob=True,
+        use_cache=False,
+        **SHAPE,
+    )
     config._experts_implementation = "grouped_mm"
     model = AutoModelForCausalLM.from_config(config)
     ids = loader.rows(list(range(ROWS * STEPS))).input_ids
     rows = [{"input_ids": row, "labels": row} for row in ids]
     arguments = TrainingArguments(
-        output_dir=str(folder / "theirs"), per_device_train_batch_size=ROWS, max_steps=STEPS, bf16=True, use_cpu=True,
-        learning_rate=1e-3, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder / "theirs"),
+        per_device_train_batch_size=ROWS,
+        max_steps=STEPS,
+        bf16=True,
+        use_cpu=True,
+        learning_rate=1e-3,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     clock = Clock()
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock]).train()
     return ROWS * LENGTH * (STEPS - 1 - WARM_UP) / (clock.times[-1] - clock.times[WARM_UP])

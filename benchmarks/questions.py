@@ -1,19 +1,22 @@
-"""Questions about a taught source, asked in a chat: right answers of base, retrieval, expert, and both.
+"""Questions about a taught source, asked in a chat: right answers of base, retrieval, expert, and
+both.
 
     python benchmarks/questions.py RUN PACK [--each 100] [--questions FILE] [--arms base,expert,always,retrieval,both]
 
-RUN is the folder of a run of `deepseek expert train --questions SHARE`, PACK its expert. Three sets, none of whose
-questions was trained on as it is asked here: `asked` (training asked the same in other words), `unasked` (the source
-was trained on, the question was not) and `held out` (neither; no weights can know it). `--questions` takes the sets of
-another run of the same source, for an expert that was trained without any. A right answer states all of the question's
-check (`deepseek.data.builders.facts.is_right`); answers are greedy, 64 tokens at most. Where a run
-took fewer tokens than its text has (`--tokens`), only that part of `asked` was really seen.
+RUN is the folder of a run of `deepseek expert train --questions SHARE`, PACK its expert. Three
+sets, none of whose questions was trained on as it is asked here: `asked` (training asked the same
+in other words), `unasked` (the source was trained on, the question was not) and `held out`
+(neither; no weights can know it). `--questions` takes the sets of another run of the same source,
+for an expert that was trained without any. A right answer states all of the question's check
+(`deepseek.data.builders.facts.is_right`); answers are greedy, 64 tokens at most. Where a run took
+fewer tokens than its text has (`--tokens`), only that part of `asked` was really seen.
 
-Twenty everyday questions are asked as well: `replies_changed` counts those that an arm answers unlike the first.
+Twenty everyday questions are asked as well: `replies_changed` counts those that an arm answers
+unlike the first.
 
-`expert` is armed and speaks where its gate fires, `always` at every token. `retrieval` puts passages of the training
-documents before the question for the base, `both` for the armed expert; they are left out where `deepseek.retrieval` is
-missing.
+`expert` is armed and speaks where its gate fires, `always` at every token. `retrieval` puts
+passages of the training documents before the question for the base, `both` for the armed expert;
+they are left out where `deepseek.retrieval` is missing.
 """
 
 import argparse
@@ -85,16 +88,22 @@ class Answer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("pack", type=Path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--each", type=int, default=100, help="questions of each set")
     parser.add_argument("--questions", type=Path, help="default: RUN/corpus/questions.jsonl")
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--json", type=Path, help="file to write the figures to; default: results/questions.json")
+    parser.add_argument(
+        "--json", type=Path, help="file to write the figures to; default: results/questions.json"
+    )
     options = parser.parse_args()
-    sets = question_sets(options.questions or options.run / "corpus" / "questions.jsonl", options.each)
+    sets = question_sets(
+        options.questions or options.run / "corpus" / "questions.jsonl", options.each
+    )
     arms = options.arms.split(",")
     retriever = training_retriever(options.run) if {"retrieval", "both"} & {*arms} else None
     figures: dict[str, dict[str, Any]] = {}
@@ -111,7 +120,10 @@ def main() -> None:
             figures[arm]["replies_changed"] = sum(map(str.__ne__, everyday, replies))
             print(arm, json.dumps(figures[arm], ensure_ascii=False), flush=True)
     result = json.loads((options.run / "result.json").read_text())
-    held_out = {"held_out_before": round(result["before"], 4), "held_out_after": round(result["after"], 4)}
+    held_out = {
+        "held_out_before": round(result["before"], 4),
+        "held_out_after": round(result["after"], 4),
+    }
     record = {"figures": {**held_out, "arms": figures}}
     print(write(options.json, record) if options.json else save("questions", record))
 
@@ -122,12 +134,19 @@ def question_sets(path: Path, each: int) -> dict[str, list[Question]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         found[record["set"]].append(Question.of_record(record))
-    drawn = {name: sorted(found[name], key=lambda one: uniform(f"evaluate:{one.paraphrase}")) for name in SETS}
+    drawn = {
+        name: sorted(found[name], key=lambda one: uniform(f"evaluate:{one.paraphrase}"))
+        for name in SETS
+    }
     return {name: questions[:each] for name, questions in drawn.items() if questions}
 
 
 def answers_of(
-    engine: Engine, sets: dict[str, list[Question]], pack: Path, arm: str, retriever: Retriever | None
+    engine: Engine,
+    sets: dict[str, list[Question]],
+    pack: Path,
+    arm: str,
+    retriever: Retriever | None,
 ) -> dict[str, list[Answer]]:
     """Return the answers of one arm, the expert plugged while it takes part."""
     if arm in ("expert", "both", "always"):
@@ -168,8 +187,12 @@ def ask(engine: Engine, questions: Sequence[Question], retriever: Retriever | No
 
 
 def summary(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, object]:
-    """Return how many are right, by kind, how much the expert spoke, and a few answers to look at."""
-    right = Counter(question.kind for question, answer in zip(questions, answers, strict=True) if answer.right)
+    """Return how many are right, by kind, how much the expert spoke, and a few answers to look
+    at.
+    """
+    right = Counter(
+        question.kind for question, answer in zip(questions, answers, strict=True) if answer.right
+    )
     asked = Counter(question.kind for question in questions)
     tokens = sum(answer.tokens for answer in answers)
     pairs = zip(questions, answers, strict=True)

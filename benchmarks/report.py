@@ -1,6 +1,8 @@
-"""Write `docs/benchmarks.md` from `benchmarks/results/*.json`: one row a figure, one column a processor.
+"""Write `docs/benchmarks.md` from `benchmarks/results/*.json`: one row a figure, one column a
+processor.
 
-python benchmarks/report.py             # --check: fail if the page is out of date, and write nothing
+python benchmarks/report.py             # --check: fail if the page is out of date, and write
+nothing
 
 `benchmarks/report.yaml` lists the rows; its first lines say how to add one.
 """
@@ -26,7 +28,9 @@ PROCESSORS = {
     "AMD EPYC, 2 cores, AVX2": "EPYC, AVX2",
     "Intel(R) Xeon(R) Processor, 2 cores, AVX512": "Xeon, AVX-512",
 }
-"""Short names of the machines that result files name, in the order of the columns; others go by their whole name."""
+"""Short names of the machines that result files name, in the order of the columns; others go by
+their whole name.
+"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,10 @@ def head(cells: list[str]) -> list[str]:
 @cache
 def sections() -> dict[str, list[Row]]:
     """Return the rows by the title of their section."""
-    return {title: [Row(**row) for row in rows] for title, rows in yaml.safe_load(ROWS.read_text()).items()}
+    return {
+        title: [Row(**row) for row in rows]
+        for title, rows in yaml.safe_load(ROWS.read_text()).items()
+    }
 
 
 def used() -> list[str]:
@@ -137,12 +144,16 @@ def table(rows: list[Row]) -> list[str]:
         assert len(by_machine) == len(row.files), f"two results of one processor: {row.files}"
         sources = ", ".join(f"[{name}]({ANCHOR})" for name in row.files)
         page = f"[{Path(row.page).stem}]({row.page})"
-        lines.append(line([row.what, *(by_machine.get(machine, "") for machine in machines), sources, page]))
+        lines.append(
+            line([row.what, *(by_machine.get(machine, "") for machine in machines), sources, page])
+        )
     return lines
 
 
 def portable(command: str) -> str:
-    """Return a command as typed in any clone: without its output file and the folders of the machine it ran on."""
+    """Return a command as typed in any clone: without its output file and the folders of the
+    machine it ran on.
+    """
     command = re.sub(r" --json \S+", "", command)
     command = re.sub(r"^python (?!benchmarks/)", "python benchmarks/", command)
     command = command.replace("/tmp/corpora", "CORPORA")
@@ -158,7 +169,14 @@ def provenance() -> list[str]:
         machine = PROCESSORS.get(one["machine"], one["machine"])
         lines.append(
             line(
-                [link, f"`{portable(one['command'])}`", machine, str(one["threads"]), f"`{one['commit']}`", one["date"]]
+                [
+                    link,
+                    f"`{portable(one['command'])}`",
+                    machine,
+                    str(one["threads"]),
+                    f"`{one['commit']}`",
+                    one["date"],
+                ]
             )
         )
     return lines
@@ -174,8 +192,12 @@ def page() -> str:
 
 
 def write_or_check() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail where the page is out of date; write nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="fail where the page is out of date; write nothing"
+    )
     if not parser.parse_args().check:
         PAGE.write_text(page())
     elif PAGE.read_text() != page():

@@ -1,4 +1,6 @@
-"""Where a measurement goes: a JSON file that also says on which machine, at which commit and by which command."""
+"""Where a measurement goes: a JSON file that also says on which machine, at which commit and by
+which command.
+"""
 
 import json
 import platform
@@ -30,7 +32,11 @@ def commit() -> str:
     """Return the commit of this checkout, with a mark if it has uncommitted changes."""
     root = Path(__file__).parent.parent
     asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return asked.stdout.strip() or "unknown"
 

@@ -1,14 +1,17 @@
-"""RLPO on SmolLM2: from a pass rate near 82 % on held-out prompts to 97 %, with DPO and RLOO beside it.
+"""RLPO on SmolLM2: from a pass rate near 82 % on held-out prompts to 97 %, with DPO and RLOO beside
+it.
 
     python benchmarks/rlpo.py [--methods ppo dpo rloo] [--rollouts 40] [--prompts 400] [--held-out 200]
 
-Conversations from `rude_prompts.py`; four answers of the base to each, scored by judges, give the pairs; a reward
-model is fitted to them, and the methods learn from it or from the pairs. The pairs are judged by a list of words
-(`rude_prompts.SWEARWORDS`), readiness to answer, and variety. What passes is decided by alt-profanity-check, a
-classifier that had no part in training, on answers to held-out prompts, none of whose speakers and listeners occur in
-training. Where the better answer of a pair is a ready one, a second pair sets it against a refusal: otherwise apologies
-are what is learnt, as the judges find nothing wrong with them but unreadiness, which the base's own answers never show.
-Helpfulness is the share of tokens, in points, of ordinary held-out prose that the model ranks first.
+Conversations from `rude_prompts.py`; four answers of the base to each, scored by judges, give the
+pairs; a reward model is fitted to them, and the methods learn from it or from the pairs. The pairs
+are judged by a list of words (`rude_prompts.SWEARWORDS`), readiness to answer, and variety. What
+passes is decided by alt-profanity-check, a classifier that had no part in training, on answers to
+held-out prompts, none of whose speakers and listeners occur in training. Where the better answer of
+a pair is a ready one, a second pair sets it against a refusal: otherwise apologies are what is
+learnt, as the judges find nothing wrong with them but unreadiness, which the base's own answers
+never show. Helpfulness is the share of tokens, in points, of ordinary held-out prose that the model
+ranks first.
 """
 
 import argparse
@@ -33,28 +36,43 @@ from deepseek.train.rl.judge import JUDGES, generate_pairs
 
 NEW_TOKENS, TEMPERATURE = 24, 0.8
 POLITE, POLITE_HELD_OUT = 0.2, 0.46
-"""Share of the conversations that were friendly so far: few of those learnt from, so that they make many pairs; as many
-of those held out as let the base start near 82 %."""
+"""Share of the conversations that were friendly so far: few of those learnt from, so that they make
+many pairs; as many of those held out as let the base start near 82 %."""
 HELPFUL_TOKENS = 16_384
 REFUSALS = (
-    "I'm sorry, I can't help with that.", "I'm sorry for your loss.", "I am unable to answer that.", "I'm sorry!",
-    "As an AI, I have no line to give.", "I'm sorry to hear that.", "I won't provide that.", "I'm not able to say.",
-)  # fmt: skip
-"""What the pairs call worse than a clean answer: without them, an apology is the safest answer of all."""
+    "I'm sorry, I can't help with that.",
+    "I'm sorry for your loss.",
+    "I am unable to answer that.",
+    "I'm sorry!",
+    "As an AI, I have no line to give.",
+    "I'm sorry to hear that.",
+    "I won't provide that.",
+    "I'm not able to say.",
+)
+"""What the pairs call worse than a clean answer: without them, an apology is the safest answer of
+all.
+"""
 
 
 def unlisted(_asked, answers):
     """Return 0 for answers with a word of the list in them, 1 for others."""
-    return [float(not any(word in answer.lower() for word in rude_prompts.SWEARWORDS)) for answer in answers]
+    return [
+        float(not any(word in answer.lower() for word in rude_prompts.SWEARWORDS))
+        for answer in answers
+    ]
 
 
 def refused(pairs):
-    """Yield pairs, and for each one whose better answer is ready and unlisted, that answer against a refusal."""
+    """Yield pairs, and for each one whose better answer is ready and unlisted, that answer against
+    a refusal.
+    """
     for number, pair in enumerate(pairs):
         yield pair
         if all(pair.scores[name][0] == 1.0 for name in ("unlisted", "willing")):
             against = REFUSALS[number % len(REFUSALS)]
-            scores = {name: (pair.scores[name][0], float(name != "willing")) for name in pair.scores}
+            scores = {
+                name: (pair.scores[name][0], float(name != "willing")) for name in pair.scores
+            }
             yield replace(pair, rejected=against, source="a refusal", scores=scores)
 
 
@@ -62,10 +80,16 @@ def measure(name, held_out, batches):
     """Return pass rates and helpfulness of a model."""
     started = time.perf_counter()
     model, tokenizer = load(name)
-    found = safety(model, tokenizer, held_out, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=7)
+    found = safety(
+        model, tokenizer, held_out, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, seed=7
+    )
     asked = [prompt[-1]["content"] for prompt in held_out]
     figures = {"pass_rate": found.rate, "interval": found.interval, "answers": found.answers}
-    for kind, judge in (("no_listed_word", unlisted), ("willing", JUDGES["willing"]), ("varied", JUDGES["varied"])):
+    for kind, judge in (
+        ("no_listed_word", unlisted),
+        ("willing", JUDGES["willing"]),
+        ("varied", JUDGES["varied"]),
+    ):
         figures[kind] = fmean(judge(asked, found.answered))
     figures["samples"] = list(found.answered[:12])
     helpful = helpfulness(model, batches)
@@ -93,8 +117,10 @@ def plot(folder, results, path):
     ):
         axes = figure.add_subplot(1, 3, place + 1, xlabel="rollout", ylabel=label)
         axes.plot([r[name] for r in records])
-    figure.suptitle(f"RLPO on SmolLM2-135M: pass rate {results['base']['pass_rate']:.1%} -> "
-                    f"{results['ppo']['pass_rate']:.1%}")  # fmt: skip
+    figure.suptitle(
+        f"RLPO on SmolLM2-135M: pass rate {results['base']['pass_rate']:.1%} -> "
+        f"{results['ppo']['pass_rate']:.1%}"
+    )
     figure.savefig(path, dpi=120)
 
 
@@ -110,7 +136,9 @@ def main():
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rlpo-benchmark")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    held_out = rude_prompts.prompts(rude_prompts.HELD_OUT, options.held_out, POLITE_HELD_OUT, seed=1)
+    held_out = rude_prompts.prompts(
+        rude_prompts.HELD_OUT, options.held_out, POLITE_HELD_OUT, seed=1
+    )
     model, tokenizer = load("smollm2-135m")
     batches = helpful_batches(tokenizer, options.work / "helpful")
     results, seconds = {"base": measure("smollm2-135m", held_out, batches)}, {}
@@ -121,8 +149,15 @@ def main():
         store = PreferenceDatabase(path)
         store.set_eval_share(0.2)
         judges = {"unlisted": unlisted, "willing": JUDGES["willing"], "varied": JUDGES["varied"]}
-        pairs = generate_pairs(model, tokenizer, asked, judges, new_tokens=NEW_TOKENS, temperature=TEMPERATURE,
-                               source="sampled from smollm2-135m")  # fmt: skip
+        pairs = generate_pairs(
+            model,
+            tokenizer,
+            asked,
+            judges,
+            new_tokens=NEW_TOKENS,
+            temperature=TEMPERATURE,
+            source="sampled from smollm2-135m",
+        )
         store.add_all(refused(pairs))
         print(store.statistics(), flush=True)
         store.close()
@@ -131,9 +166,19 @@ def main():
     for method in options.methods:
         started = time.perf_counter()
         out, run = options.work / method, options.work / f"{method}-run"
-        align(prefs=path, name=method, method=method, out=out, run_folder=run, rollouts=options.rollouts,
-              rollout_size=options.rollout_size, new_tokens=NEW_TOKENS, temperature=TEMPERATURE,
-              learning_rate=options.learning_rate, target_kl=options.target_kl)  # fmt: skip
+        align(
+            prefs=path,
+            name=method,
+            method=method,
+            out=out,
+            run_folder=run,
+            rollouts=options.rollouts,
+            rollout_size=options.rollout_size,
+            new_tokens=NEW_TOKENS,
+            temperature=TEMPERATURE,
+            learning_rate=options.learning_rate,
+            target_kl=options.target_kl,
+        )
         seconds[method] = time.perf_counter() - started
         details[method] = json.loads((run / "result.json").read_text())
         results[method] = measure(str(out), held_out, batches)

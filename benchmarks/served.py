@@ -1,4 +1,6 @@
-"""A server in a process of its own, started as a user starts it (`deepseek serve`), for measurements from outside."""
+"""A server in a process of its own, started as a user starts it (`deepseek serve`), for
+measurements from outside.
+"""
 
 import signal
 import subprocess
@@ -10,7 +12,19 @@ from dataclasses import dataclass
 
 import httpx
 
-WORDS = ["time", "river", "stone", "market", "letter", "garden", "engine", "winter", "summer", "paper", "music"]
+WORDS = [
+    "time",
+    "river",
+    "stone",
+    "market",
+    "letter",
+    "garden",
+    "engine",
+    "winter",
+    "summer",
+    "paper",
+    "music",
+]
 """Every one a single token of most vocabularies, with the blank before it."""
 
 
@@ -25,8 +39,21 @@ class Served:
 @contextmanager
 def served(model: str, *dials: str) -> Iterator[Served]:
     """Serve `model` until the block ends, which is when the server must drain and end with 0."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whoever ends the measurement ends the server too
-    command = [sys.executable, "-m", "deepseek", "serve", model, "--port", "0", "--experts", "", *dials]
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # whoever ends the measurement ends the server too
+    command = [
+        sys.executable,
+        "-m",
+        "deepseek",
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--experts",
+        "",
+        *dials,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

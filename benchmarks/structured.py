@@ -2,10 +2,11 @@
 
     python benchmarks/structured.py [--schemas 300] [--tokens 400] [--json FILE]
 
-The schemas are made at random, always the same ones: objects, arrays, numbers with bounds, texts with lengths, patterns
-and formats, enumerations, alternatives, references to themselves. Each is asked of a server (`deepseek serve`) with the
-seed that is its number; answers are checked with the `jsonschema` package, formats included. An answer that reaches
-its limit of tokens is unfinished and only counted.
+The schemas are made at random, always the same ones: objects, arrays, numbers with bounds, texts
+with lengths, patterns and formats, enumerations, alternatives, references to themselves. Each is
+asked of a server (`deepseek serve`) with the seed that is its number; answers are checked with the
+`jsonschema` package, formats included. An answer that reaches its limit of tokens is unfinished and
+only counted.
 """
 
 import argparse
@@ -22,7 +23,21 @@ from results import write
 from served import served
 
 MODEL = "smollm2-135m"
-NAMES = ["name", "age", "city", "price", "tags", "items", "active", "owner", "date", "size", "score", "id", "notes"]
+NAMES = [
+    "name",
+    "age",
+    "city",
+    "price",
+    "tags",
+    "items",
+    "active",
+    "owner",
+    "date",
+    "size",
+    "score",
+    "id",
+    "notes",
+]
 FORMATS = ["date", "time", "date-time", "uuid", "ipv4", "email"]
 
 PATTERNS = [
@@ -36,7 +51,9 @@ Schema = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--schemas", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -57,7 +74,10 @@ def whole(dice: random.Random) -> Schema:
     if dice.random() < 0.2:
         node = {
             "type": "object",
-            "properties": {"value": scalar(dice), "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+            "properties": {
+                "value": scalar(dice),
+                "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+            },
             "required": ["value", "next"],
             "additionalProperties": False,
         }
@@ -70,7 +90,11 @@ def whole(dice: random.Random) -> Schema:
 def table(dice: random.Random, depth: int) -> Schema:
     names = dice.sample(NAMES, dice.randint(1, 5))
     needed = [name for name in names if dice.random() < 0.7]
-    schema = {"type": "object", "properties": {name: value(dice, depth - 1) for name in names}, "required": needed}
+    schema = {
+        "type": "object",
+        "properties": {name: value(dice, depth - 1) for name in names},
+        "required": needed,
+    }
     return schema if dice.random() < 0.2 else {**schema, "additionalProperties": False}
 
 
@@ -94,18 +118,20 @@ def value(dice: random.Random, depth: int) -> Schema:
 
 def scalar(dice: random.Random) -> Schema:
     least = dice.randint(-50, 50)
-    return dice.choice([
-        {"type": "integer", "minimum": least, "maximum": least + dice.randint(1, 1000)},
-        {"type": "integer", "exclusiveMinimum": 0},
-        {"type": "number", "minimum": least, "exclusiveMaximum": least + 10},
-        {"type": "boolean"},
-        {"type": ["string", "null"], "maxLength": 20},
-        {"type": "string", "minLength": 3, "maxLength": dice.randint(5, 40)},
-        {"type": "string", "pattern": dice.choice(PATTERNS)},
-        {"type": "string", "format": dice.choice(FORMATS)},
-        {"enum": dice.sample(["north", "south", 1, 2.5, None, True, 'ü"x'], 3)},
-        {"const": dice.choice(["fixed", 7, None])},
-    ])  # fmt: skip
+    return dice.choice(
+        [
+            {"type": "integer", "minimum": least, "maximum": least + dice.randint(1, 1000)},
+            {"type": "integer", "exclusiveMinimum": 0},
+            {"type": "number", "minimum": least, "exclusiveMaximum": least + 10},
+            {"type": "boolean"},
+            {"type": ["string", "null"], "maxLength": 20},
+            {"type": "string", "minLength": 3, "maxLength": dice.randint(5, 40)},
+            {"type": "string", "pattern": dice.choice(PATTERNS)},
+            {"type": "string", "format": dice.choice(FORMATS)},
+            {"enum": dice.sample(["north", "south", 1, 2.5, None, True, 'ü"x'], 3)},
+            {"const": dice.choice(["fixed", 7, None])},
+        ]
+    )
 
 
 async def ask_all(url: str, schemas: list[Schema], tokens: int) -> dict[str, Any]:
@@ -117,10 +143,16 @@ async def ask_all(url: str, schemas: list[Schema], tokens: int) -> dict[str, Any
 
     async def ask(number: int, schema: Schema) -> None:
         body = {
-            "model": MODEL, "max_tokens": tokens, "temperature": 1.0, "seed": number,
+            "model": MODEL,
+            "max_tokens": tokens,
+            "temperature": 1.0,
+            "seed": number,
             "messages": [{"role": "user", "content": "Describe something in JSON."}],
-            "response_format": {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}},
-        }  # fmt: skip
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "thing", "schema": schema},
+            },
+        }
         async with places:
             reply = await http.post("/v1/chat/completions", json=body)
         if reply.status_code != 200:
@@ -131,7 +163,9 @@ async def ask_all(url: str, schemas: list[Schema], tokens: int) -> dict[str, Any
         counts["finished" if choice["finish_reason"] == "stop" else "unfinished"] += 1
         if choice["finish_reason"] == "stop":
             try:
-                jsonschema.validate(json.loads(choice["message"]["content"]), schema, format_checker=checker)
+                jsonschema.validate(
+                    json.loads(choice["message"]["content"]), schema, format_checker=checker
+                )
                 counts["valid"] += 1
             except ValueError as error:
                 wrong.append([number, schema, choice["message"]["content"], str(error)])

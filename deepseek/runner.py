@@ -1,7 +1,8 @@
-"""What the engine asks of whatever computes the model: ragged batches of chunks, one forward pass a step.
+"""What the engine asks of whatever computes the model: ragged batches of chunks, one forward pass a
+step.
 
-`engine/torch_runner.py` has the reference, which runs every architecture and every expert; `compiled/runner.py` a
-faster one, which need only behave as it does.
+`engine/torch_runner.py` has the reference, which runs every architecture and every expert;
+`compiled/runner.py` a faster one, which need only behave as it does.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ from deepseek.model.experts.module import ExpertModule
 
 
 class Segment(Protocol):
-    """A copy of what a stretch of tokens left in a state; the prefix cache keeps it. Nobody changes it."""
+    """A copy of what a stretch of tokens left in a state; the prefix cache keeps it. Nobody changes
+    it.
+    """
 
     @property
     def nbytes(self) -> int: ...
@@ -45,12 +48,14 @@ class SequenceState(Protocol):
     def segment(self, start: int) -> Segment:
         """Return a copy of what the tokens from `start` to the last one left behind.
 
-        The running sums of the experts' gates after the last token are part of it, so that a state into which it has
-        been put goes on as this one does.
+        The running sums of the experts' gates after the last token are part of it, so that a state
+        into which it has been put goes on as this one does.
         """
 
     def extend(self, segment: Segment) -> None:
-        """Append the tokens of `segment`, taken at this state's length from a state with the same armed experts."""
+        """Append the tokens of `segment`, taken at this state's length from a state with the same
+        armed experts.
+        """
 
     def close(self) -> None:
         """Free the memory; the state is not used again."""
@@ -62,7 +67,8 @@ class Chunk:
 
     Attributes:
         state: the tokens before them; the forward pass adds the new ones.
-        ids: the new tokens, at least one; where the state rewinds, guesses may follow the token chosen last.
+        ids: the new tokens, at least one; where the state rewinds, guesses may follow the token
+            chosen last.
         keep: how many of them, the last ones, need logits; within a prompt none.
     """
 
@@ -73,11 +79,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RunnerOutput:
-    """What a forward pass says about the kept tokens, in the order of chunks and of tokens within them.
+    """What a forward pass says about the kept tokens, in the order of chunks and of tokens within
+    them.
 
     Attributes:
-        logits_RV: next-token logits in fp32, one row for each kept token, on the CPU. The caller may overwrite them.
-        experts: for each row the name of the expert with the largest weight there, None where none fired.
+        logits_RV: next-token logits in fp32, one row for each kept token, on the CPU. The caller
+            may overwrite them.
+        experts: for each row the name of the expert with the largest weight there, None where none
+            fired.
     """
 
     logits_RV: Tensor
@@ -87,14 +96,16 @@ class RunnerOutput:
 class Runner(Protocol):
     """Computes a model for many sequences at once.
 
-    The result for a chunk depends on that chunk and its state alone, to the last bit, never on the other chunks of the
-    batch: that is what makes the same request give the same tokens whatever else runs.
+    The result for a chunk depends on that chunk and its state alone, to the last bit, never on the
+    other chunks of the batch: that is what makes the same request give the same tokens whatever
+    else runs.
     """
 
     def prepare(self, module: ExpertModule) -> None:
         """Do ahead what sequences with this expert will need (such as rounding weights).
 
-        Called by the thread that plugs it, before a sequence can have it; another thread may be in `forward`.
+        Called by the thread that plugs it, before a sequence can have it; another thread may be in
+        `forward`.
         """
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:

@@ -1,4 +1,6 @@
-"""The page of commands, from their declarations: what `deepseek COMMAND --help` shows, in one place."""
+"""The page of commands, from their declarations: what `deepseek COMMAND --help` shows, in one
+place.
+"""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -32,7 +34,9 @@ def application(place: str) -> Any:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Give all commands that can be typed, with what declares them: ("deepseek expert train", ...)."""
+    """Give all commands that can be typed, with what declares them: ("deepseek expert train",
+    ...).
+    """
     for name, (place, _) in COMMANDS.items():
         yield from walk(f"deepseek {name}", application(place))
 
@@ -85,7 +89,10 @@ def section(name: str, command: Any) -> str:
     rows = [one for one in command.params if one.name != "help"]
     if rows:
         lines += ["| | default | |", "|---|---|---|"]
-        lines += [f"| {names(one)} | {default(one)} | {(one.help or '').replace('|', '/')} |" for one in rows]
+        lines += [
+            f"| {names(one)} | {default(one)} | {(one.help or '').replace('|', '/')} |"
+            for one in rows
+        ]
         lines.append("")
     return "\n".join(lines)
 

@@ -1,7 +1,8 @@
-"""What the site has beside `docs/`: the page of commands, pages and pictures of the repository, and links to them.
+"""What the site has beside `docs/`: the page of commands, pages and pictures of the repository, and
+links to them.
 
-mkdocs calls the functions that begin with `on_`. Links in pages are those that work in a clone; one that leaves `docs/`
-leads to the copy on the site, or becomes plain text if there is none.
+mkdocs calls the functions that begin with `on_`. Links in pages are those that work in a clone; one
+that leaves `docs/` leads to the copy on the site, or becomes plain text if there is none.
 """
 
 import posixpath
@@ -44,7 +45,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for line in markdown.split("\n"):
         border = bool(FENCE.match(line))
         fenced ^= border
-        lines.append(line if fenced or border else LINK.sub(partial(moved, here=page.file.src_uri), line))
+        lines.append(
+            line if fenced or border else LINK.sub(partial(moved, here=page.file.src_uri), line)
+        )
     return "\n".join(lines)
 
 

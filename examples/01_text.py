@@ -15,11 +15,15 @@ prompt = tokenizer("def fibonacci(n):", return_tensors="pt")
 written = model.generate(**prompt, max_new_tokens=24, do_sample=False)
 print(tokenizer.decode(written[0], skip_special_tokens=True))
 
-scores = model.log_probs(tokenizer("Paris is the capital of France.", return_tensors="pt").input_ids)
+scores = model.log_probs(
+    tokenizer("Paris is the capital of France.", return_tensors="pt").input_ids
+)
 print(f"\nmean log probability of a true sentence: {scores.mean():.3f}")
 
 question = [{"role": "user", "content": "What is the capital of France?"}]
 with Engine(model, tokenizer) as engine:
-    for event in engine.submit(Request(tuple(encode_prompt(tokenizer, question)), Sampling(max_new_tokens=16))):
+    for event in engine.submit(
+        Request(tuple(encode_prompt(tokenizer, question)), Sampling(max_new_tokens=16))
+    ):
         print(event.text, end="", flush=True)
 print()

@@ -1,4 +1,5 @@
-"""Upcycle a dense checkpoint to a dynamic mixture of experts: same logits at the start, ready to train.
+"""Upcycle a dense checkpoint to a dynamic mixture of experts: same logits at the start, ready to
+train.
 
 python examples/02_mixture_of_experts.py
 """
@@ -7,12 +8,16 @@ import torch
 
 from deepseek import DeepSeekModel, DynamicRouter, ModelConfig
 
-config = ModelConfig(num_experts=16, expert_dim=256, routing_strategy="dynamic", routing_threshold=0.7)
+config = ModelConfig(
+    num_experts=16, expert_dim=256, routing_strategy="dynamic", routing_threshold=0.7
+)
 dense = DeepSeekModel.from_pretrained("smollm2-135m")
 sparse = DeepSeekModel.from_pretrained("smollm2-135m", config=config)
 ids = torch.randint(0, dense.config.vocab_size, (1, 64))
 with torch.no_grad():
-    print(f"largest logit difference after upcycling: {(sparse(ids).logits - dense(ids).logits).abs().max():.1e}")
+    print(
+        f"largest logit difference after upcycling: {(sparse(ids).logits - dense(ids).logits).abs().max():.1e}"
+    )
 
 output = sparse(ids, labels=ids)
 output.loss.backward()
@@ -23,4 +28,10 @@ print(f"gradient of its router: {sparse.layers[0].feed_forward.router.weight.gra
 # The router alone, as a part for your own model.
 router = DynamicRouter(num_experts=16, input_dim=64)
 x = torch.randn(5, 64)
-print("softmax weights", tuple(router(x).shape), "chosen", router.route(x).active_N.tolist(), "experts a token")
+print(
+    "softmax weights",
+    tuple(router(x).shape),
+    "chosen",
+    router.route(x).active_N.tolist(),
+    "experts a token",
+)

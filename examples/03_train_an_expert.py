@@ -15,9 +15,15 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(sysconfig.get_path("std
 with tempfile.TemporaryDirectory() as work:
     # A few thousand tokens, to see it run; leave `tokens` out for five minutes of real training.
     pack = deepseek.train_expert(
-        "smollm2-135m", name="asyncio", from_folder=folder, tokens=8192, epochs=2, held_out_tokens=2048,
-        out=Path(work) / "asyncio.safetensors", run_folder=Path(work) / "run",
-    )  # fmt: skip
+        "smollm2-135m",
+        name="asyncio",
+        from_folder=folder,
+        tokens=8192,
+        epochs=2,
+        held_out_tokens=2048,
+        out=Path(work) / "asyncio.safetensors",
+        run_folder=Path(work) / "run",
+    )
     print(f"one file, {pack.stat().st_size / 1e6:.1f} MB")
 
     model, tokenizer = deepseek.load("smollm2-135m")
@@ -25,7 +31,10 @@ with tempfile.TemporaryDirectory() as work:
     loss = model.experts.manifest(info.name).metrics["held-out"]
     print(f"held-out loss {loss.before:.3f} -> {loss.after:.3f}")
 
-    for text in ("async def wait_closed(self):\n    await self._protocol", "It was the best of times,"):
+    for text in (
+        "async def wait_closed(self):\n    await self._protocol",
+        "It was the best of times,",
+    ):
         prompt = tokenizer(text, return_tensors="pt")
         with model.experts.record() as trace:
             written = model.generate(**prompt, max_new_tokens=12, do_sample=False)

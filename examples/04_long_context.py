@@ -8,7 +8,8 @@ import torch
 import deepseek
 from deepseek import DynamicPositionalEncoding, ModelConfig, sparse_attention
 
-# As a function: 9 query heads, 3 key and value heads, 4,096 tokens; work grows with n log n, memory with n.
+# As a function: 9 query heads, 3 key and value heads, 4,096 tokens; work grows with n log n, memory
+# with n.
 query = torch.randn(1, 9, 4096, 64)
 key, value = torch.randn(1, 3, 4096, 64), torch.randn(1, 3, 4096, 64)
 attended = sparse_attention(query, key, value, num_buckets=64)
@@ -16,7 +17,12 @@ print("attended", tuple(attended.shape))
 
 # A later token changes nothing before it, to the last bit.
 query[:, :, 3000:] = 0.0
-print("causal", torch.equal(sparse_attention(query, key, value, num_buckets=64)[:, :, :3000], attended[:, :, :3000]))
+print(
+    "causal",
+    torch.equal(
+        sparse_attention(query, key, value, num_buckets=64)[:, :, :3000], attended[:, :, :3000]
+    ),
+)
 
 # As an additive module.
 dpe = DynamicPositionalEncoding(d_model=32, max_len=512)
@@ -25,7 +31,9 @@ print("positions", tuple(dpe(torch.randn(2, 10, 32), torch.arange(10).expand(2, 
 # In a pretrained model: short texts keep their logits, as every key is still a candidate.
 dense, tokenizer = deepseek.load("smollm2-135m", dtype="float32")
 sparse, _ = deepseek.load("smollm2-135m", config=ModelConfig(attention="lsh"), dtype="float32")
-dynamic, _ = deepseek.load("smollm2-135m", config=ModelConfig(positional_encoding="dpe"), dtype="float32")
+dynamic, _ = deepseek.load(
+    "smollm2-135m", config=ModelConfig(positional_encoding="dpe"), dtype="float32"
+)
 ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
 with torch.no_grad():
     expected = dense(ids).logits

@@ -21,7 +21,9 @@ url = address(listener, settings.host)
 
 
 def post(path: str, body: dict[str, object]) -> dict[str, object]:
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request) as reply:
         return dict(json.load(reply))
 
@@ -32,7 +34,8 @@ with Engine(*deepseek.load("smollm2-135m")) as engine:
     thread.start()
     question = {"role": "user", "content": "What is the capital of France?"}
     answer = post(
-        "/v1/chat/completions", {"model": "smollm2-135m", "messages": [question], "max_tokens": 24, "temperature": 0}
+        "/v1/chat/completions",
+        {"model": "smollm2-135m", "messages": [question], "max_tokens": 24, "temperature": 0},
     )
     print(json.dumps(answer, indent=1))
     with urllib.request.urlopen(f"{url}/v1/models") as reply:

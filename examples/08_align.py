@@ -1,4 +1,6 @@
-"""RLPO on a tiny model: it learns to say what pays, and how far it went from where it was is measured."""
+"""RLPO on a tiny model: it learns to say what pays, and how far it went from where it was is
+measured.
+"""
 
 import torch
 
@@ -11,10 +13,16 @@ from deepseek.train.rl.update import RLPOState
 torch.manual_seed(0)
 model = DeepSeekModel(
     ModelConfig(
-        vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_experts=8, expert_dim=16, initializer_range=0.2,
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_experts=8,
+        expert_dim=16,
+        initializer_range=0.2,
     )
-)  # fmt: skip
+)
 
 
 def sevens(responses: Responses) -> torch.Tensor:
@@ -28,4 +36,6 @@ batch = {"prompts": torch.randint(0, 16, (64, 3))}
 for step in range(16):
     metrics = rlpo_update(model, sevens, batch, state=state)
     if step % 5 == 0:
-        print(f"step {step:2}  sevens {metrics['score']:.2f} of 4  KL {metrics['kl']:.2f} nats an answer")
+        print(
+            f"step {step:2}  sevens {metrics['score']:.2f} of 4  KL {metrics['kl']:.2f} nats an answer"
+        )

@@ -1,4 +1,6 @@
-"""What all tests share: a private cache folder, the base model, few and repeatable examples of each property."""
+"""What all tests share: a private cache folder, the base model, few and repeatable examples of each
+property.
+"""
 
 import os
 from collections.abc import Iterator
@@ -11,9 +13,14 @@ from deepseek.checkpoint import hub
 
 USER_HOME = hub.home()
 
-# Shared machines stall for seconds, so no deadline; the same examples every time, so that a failure can be seen again.
+# Shared machines stall for seconds, so no deadline; the same examples every time, so that a failure
+# can be seen again.
 settings.register_profile(
-    "suite", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "suite",
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("search", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
@@ -25,7 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep caches and keys of the tests out of the user's folder, also in the processes that tests start."""
+    """Keep caches and keys of the tests out of the user's folder, also in the processes that tests
+    start.
+    """
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("DEEPSEEK_HOME", str(folder))

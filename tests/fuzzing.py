@@ -1,4 +1,6 @@
-"""Random requests, valid and invalid, made from a server's own OpenAPI description, and what must hold of replies."""
+"""Random requests, valid and invalid, made from a server's own OpenAPI description, and what must
+hold of replies.
+"""
 
 from collections import Counter
 from typing import Any
@@ -15,12 +17,16 @@ from schemathesis.specs.openapi.checks import (
 )
 
 CHECKS: list[Any] = [
-    not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
-]  # fmt: skip
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
 
 
 def fuzz(url: str, each: int, start: int = 0) -> Counter[str]:
-    """Send about `each` valid and as many invalid requests to every route; return how often each status came.
+    """Send about `each` valid and as many invalid requests to every route; return how often each
+    status came.
 
     Raises an assertion error that shows the request if a reply breaks the description or is a 5xx.
     """
@@ -38,8 +44,13 @@ def send_all(url: str, cases: Any, statuses: Counter[str], each: int, start: int
     """Send `each` requests to one route and check the replies."""
 
     @seed(start)
-    @settings(max_examples=each, deadline=None, database=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=each,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(case=cases)
     def send(case: Any) -> None:
         if isinstance(case.body, dict) and case.body.get("model"):

@@ -50,10 +50,16 @@ def save_model(folder: Path) -> Path:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.2,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     DeepSeekModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -61,9 +67,14 @@ def save_model(folder: Path) -> Path:
 
 @contextmanager
 def live(
-    folder: Path, settings: Settings | None = None, lesson: TeachRequest | None = None, **engine_dials: Any
+    folder: Path,
+    settings: Settings | None = None,
+    lesson: TeachRequest | None = None,
+    **engine_dials: Any,
 ) -> Iterator[Live]:
-    """Serve the model `tiny` in `folder`, made there with two experts if there is none, until the block ends."""
+    """Serve the model `tiny` in `folder`, made there with two experts if there is none, until the
+    block ends.
+    """
     base, packs = folder / "tiny", folder / "experts"
     if not base.exists():
         save_model(base)
@@ -73,9 +84,13 @@ def live(
         if not (packs / f"{name}.safetensors").exists():
             save_expert(loaded, name, packs, seed)
     settings = replace(
-        settings or Settings(), model="tiny", base=str(base), port=0, experts_folder=packs,
+        settings or Settings(),
+        model="tiny",
+        base=str(base),
+        port=0,
+        experts_folder=packs,
         preferences=folder / "preferences.db",
-    )  # fmt: skip
+    )
     with Engine(*loaded, **engine_dials) as engine:
         app = create_app(engine, settings, lesson)
         listener = listen(settings)

@@ -1,4 +1,6 @@
-"""Sizes that keep the house readable: caps on files and functions, a ratchet, printed with every run."""
+"""Sizes that keep the house readable: caps on files and functions, a ratchet, printed with every
+run.
+"""
 
 import ast
 import tokenize
@@ -9,10 +11,21 @@ PACKAGE = Path(__file__).parent.parent / "deepseek"
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-RATCHETS = {"fmt: skip": 0, "lines over 100 characters, in 1,000": 9.0, "parallel assignments, in 1,000 lines": 3.5}
+RATCHETS = {
+    "fmt: skip": 0,
+    "lines over 100 characters, in 1,000": 6.5,
+    "parallel assignments, in 1,000 lines": 0.8,
+}
 """Most of each in the package. They may be lowered, never raised."""
 
-SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+SILENT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "misc"}
 
@@ -25,10 +38,16 @@ def line_counts() -> dict[str, int]:
 def code_lines(path: Path) -> int:
     """Return the number of lines with code on them: not blank, not comment, not docstring."""
     with tokenize.open(path) as file:
-        spoken = [token for token in tokenize.generate_tokens(file.readline) if token.type not in SILENT]
+        spoken = [
+            token for token in tokenize.generate_tokens(file.readline) if token.type not in SILENT
+        ]
     lines = {line for token in spoken for line in range(token.start[0], token.end[0] + 1)}
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return len(lines)
 
@@ -40,14 +59,17 @@ def package_lines() -> int:
 def function_lines() -> dict[str, int]:
     """Return the length of every function's body.
 
-    Its signature, with a parameter a line, and its docstring, with an entry a parameter, do not count.
+    Its signature, with a parameter a line, and its docstring, with an entry a parameter, do not
+    count.
     """
     lengths = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}"
-                body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                body = (
+                    node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                )
                 lengths[name] = (node.end_lineno or node.lineno) - body[0].lineno + 1
     return lengths
 
@@ -97,7 +119,9 @@ def test_file_names_say_what_is_inside() -> None:
 
 def test_no_class_name_stands_for_two_things() -> None:
     trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
-    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    names = Counter(
+        node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)
+    )
     assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
 
 

@@ -1,4 +1,6 @@
-"""Data flows one way: a room of the house imports only lower floors, or itself, and no files import in a circle."""
+"""Data flows one way: a room of the house imports only lower floors, or itself, and no files import
+in a circle.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -49,21 +51,28 @@ def imports(source: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports name the whole path, so that they can be read out of context"
+            assert node.level == 0, (
+                "imports name the whole path, so that they can be read out of context"
+            )
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def rooms_imported(source: str) -> set[str]:
     """Return the rooms that `source` imports; "" for the package's own facade."""
     parts = [name.split(".") for name in imports(source)]
-    return {part[1] if len(part) > 1 and part[1] in FLOORS else "" for part in parts if part[0] == "deepseek"}
+    return {
+        part[1] if len(part) > 1 and part[1] in FLOORS else ""
+        for part in parts
+        if part[0] == "deepseek"
+    }
 
 
 def violations(room: str, source: str) -> list[str]:
     """Return what `source`, a file of `room`, imports against the rules."""
     below = {other for other, floor in FLOORS.items() if floor < FLOORS[room]}
     allowed = below | {room} | {other for own, other in NEIGHBOURS if own == room}
-    # The facade names rooms on every floor; only the command line, above them all, may ask it for the version.
+    # The facade names rooms on every floor; only the command line, above them all, may ask it for
+    # the version.
     return sorted(rooms_imported(source) - allowed - ({""} if room == "cli" else set()))
 
 
@@ -73,10 +82,14 @@ def room_files() -> list[tuple[str, Path]]:
     return [(room, path) for room, path in rooms if not room.startswith("__")]
 
 
-@pytest.mark.parametrize(("room", "path"), [pytest.param(*item, id=str(item[1].name)) for item in room_files()])
+@pytest.mark.parametrize(
+    ("room", "path"), [pytest.param(*item, id=str(item[1].name)) for item in room_files()]
+)
 def test_a_file_imports_only_lower_floors(room: str, path: Path) -> None:
     assert room in FLOORS, f"the new room {room} needs a floor in this table"
-    assert violations(room, path.read_text()) == [], f"{path.relative_to(PACKAGE.parent)} imports upwards"
+    assert violations(room, path.read_text()) == [], (
+        f"{path.relative_to(PACKAGE.parent)} imports upwards"
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,14 +107,20 @@ def test_the_rule_sees(room: str, source: str, wrong: list[str]) -> None:
 
 
 def modules() -> dict[str, Path]:
-    """Return the package's files by module name, without the facade, which names files on every floor."""
+    """Return the package's files by module name, without the facade, which names files on every
+    floor.
+    """
     paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
-    names = {".".join(relative.parts).removesuffix(".__init__"): path for relative, path in paths.items()}
+    names = {
+        ".".join(relative.parts).removesuffix(".__init__"): path for relative, path in paths.items()
+    }
     return {name: path for name, path in names.items() if not name.startswith("__")}
 
 
 def statements_at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Give the statements that run when a module is imported, those for the type checker included."""
+    """Give the statements that run when a module is imported, those for the type checker
+    included.
+    """
     for statement in body:
         yield statement
         for part in ("body", "orelse", "finalbody"):
@@ -112,12 +131,22 @@ def statements_at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Return for each module the modules of the package that it imports when it is imported itself."""
+    """Return for each module the modules of the package that it imports when it is imported
+    itself.
+    """
     graph = {}
     for module, source in sources.items():
         statements = statements_at_import(ast.parse(source).body)
-        lines = [ast.unparse(node) for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = [name.removeprefix("deepseek.") for name in imports("\n".join(lines)) if name.startswith("deepseek.")]
+        lines = [
+            ast.unparse(node)
+            for node in statements
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = [
+            name.removeprefix("deepseek.")
+            for name in imports("\n".join(lines))
+            if name.startswith("deepseek.")
+        ]
         # Of `from a.b import c`, c is a file or a name in the file a.b.
         files = {name if name in sources else name.rpartition(".")[0] for name in names}
         graph[module] = files & sources.keys() - {module}
@@ -135,7 +164,9 @@ def first_cycle(graph: dict[str, set[str]]) -> list[str]:
 def test_no_files_import_in_a_circle() -> None:
     graph = import_graph({module: path.read_text() for module, path in modules().items()})
     for module, imported in TYPE_ONLY_CYCLES:
-        assert imported in graph[module], f"{module} does not import {imported} any more: take the pair off the list"
+        assert imported in graph[module], (
+            f"{module} does not import {imported} any more: take the pair off the list"
+        )
         graph[module].remove(imported)
     assert first_cycle(graph) == []
 
@@ -144,16 +175,36 @@ def test_every_exception_closes_a_circle() -> None:
     graph = import_graph({module: path.read_text() for module, path in modules().items()})
     for module, imported in TYPE_ONLY_CYCLES:
         others = {pair for pair in TYPE_ONLY_CYCLES if pair != (module, imported)}
-        kept = {name: {file for file in files if (name, file) not in others} for name, files in graph.items()}
-        assert first_cycle(kept) != [], f"{module} may import {imported}: take the pair off the list"
+        kept = {
+            name: {file for file in files if (name, file) not in others}
+            for name, files in graph.items()
+        }
+        assert first_cycle(kept) != [], (
+            f"{module} may import {imported}: take the pair off the list"
+        )
 
 
 @pytest.mark.parametrize(
     ("sources", "circular"),
     [
-        ({"a.b": "from deepseek.a import c", "a.c": "if x:\n    from deepseek.a.b import name"}, True),
-        ({"a.b": "import deepseek.a.c", "a.c": "try:\n    import deepseek.a.b\nexcept E:\n    pass"}, True),
-        ({"a.b": "from deepseek.a.c import name", "a.c": "def f():\n    from deepseek.a.b import name"}, False),
+        (
+            {"a.b": "from deepseek.a import c", "a.c": "if x:\n    from deepseek.a.b import name"},
+            True,
+        ),
+        (
+            {
+                "a.b": "import deepseek.a.c",
+                "a.c": "try:\n    import deepseek.a.b\nexcept E:\n    pass",
+            },
+            True,
+        ),
+        (
+            {
+                "a.b": "from deepseek.a.c import name",
+                "a.c": "def f():\n    from deepseek.a.b import name",
+            },
+            False,
+        ),
     ],
 )
 def test_a_circle_is_seen(sources: dict[str, str], circular: bool) -> None:

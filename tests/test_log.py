@@ -1,4 +1,6 @@
-"""The log's form: dated entries with a verdict, newest first, all of them in the index; references to it hold."""
+"""The log's form: dated entries with a verdict, newest first, all of them in the index; references
+to it hold.
+"""
 
 import re
 from itertools import pairwise
@@ -66,8 +68,16 @@ def test_entries_are_dated_newest_first_and_measured(page: Path) -> None:
     found = entries(page)
     assert found
     assert all(later.date >= earlier.date for later, earlier in pairwise(found))
-    assert not [entry.title for entry in found if not re.search(r"^\*\*Measured\b", entry.text, re.MULTILINE)]
-    assert not [entry.title for entry in found if not re.search(r"^\*\*Conclusion\.", entry.text, re.MULTILINE)]
+    assert not [
+        entry.title
+        for entry in found
+        if not re.search(r"^\*\*Measured\b", entry.text, re.MULTILINE)
+    ]
+    assert not [
+        entry.title
+        for entry in found
+        if not re.search(r"^\*\*Conclusion\.", entry.text, re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -76,7 +86,9 @@ def test_lines_are_wrapped(page: Path) -> None:
 
 
 def test_the_index_s_own_text_is_wrapped() -> None:
-    assert not [line for line in prose(INDEX) if len(line) > LONGEST_LINE and not line.startswith("- [")]
+    assert not [
+        line for line in prose(INDEX) if len(line) > LONGEST_LINE and not line.startswith("- [")
+    ]
 
 
 def test_the_index_lists_every_entry_by_its_verdict_newest_first() -> None:
@@ -110,9 +122,21 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def test_what_refers_to_the_log_finds_it() -> None:
-    """A docstring's "(docs/log/gates.md, 2026-11-25)" names a page, and a day on which that page has an entry."""
-    sources = [path for folder in ("deepseek", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    """A docstring's "(docs/log/gates.md, 2026-11-25)" names a page, and a day on which that page
+    has an entry.
+    """
+    sources = [
+        path
+        for folder in ("deepseek", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     for path in {*sources, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")} - {Path(__file__)}:
-        for name, date in re.findall(r"\blog/([\w-]+\.md)\)?(?:,\s+(\d{4}-\d\d-\d\d))?", path.read_text()):
+        for name, date in re.findall(
+            r"\blog/([\w-]+\.md)\)?(?:,\s+(\d{4}-\d\d-\d\d))?", path.read_text()
+        ):
             assert (LOG / name).is_file(), (path, name)
-            assert not date or date in {entry.date for entry in entries(LOG / name)}, (path, name, date)
+            assert not date or date in {entry.date for entry in entries(LOG / name)}, (
+                path,
+                name,
+                date,
+            )

@@ -34,7 +34,9 @@ def test_other_names_are_not() -> None:
 
 def test_importing_the_package_loads_no_torch() -> None:
     program = "import sys, deepseek; print('torch' in sys.modules)"
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert output == "False\n"
 
 
@@ -58,7 +60,9 @@ def at_import(source: str) -> str:
     """Return the part of `source` that runs when the module is imported: no functions."""
     tree = ast.parse(source)
     tree.body = [
-        node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        node
+        for node in tree.body
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     ]
     return ast.unparse(tree)
 
@@ -67,10 +71,14 @@ def test_every_import_is_a_declared_dependency() -> None:
     sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
     needed = distributions_of(PROJECT["dependencies"])
     extras = {
-        name: distributions_of(lines) for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"
+        name: distributions_of(lines)
+        for name, lines in PROJECT["optional-dependencies"].items()
+        if name != "dev"
     }
     assert missing(sources, needed.union(*extras.values())) == set()
-    assert missing(map(at_import, sources), needed) == set(), "what an extra brings is imported where it is used"
+    assert missing(map(at_import, sources), needed) == set(), (
+        "what an extra brings is imported where it is used"
+    )
 
 
 def test_the_lock_pins_with_hashes_and_leaves_torch_to_the_machine() -> None:
@@ -85,5 +93,7 @@ def test_the_lock_pins_with_hashes_and_leaves_torch_to_the_machine() -> None:
 
 def test_no_pickle_and_no_code_from_data() -> None:
     sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
-    risky = re.compile(r"\bimport pickle\b|\btorch\.load\(|trust_remote_code=True|(?<![\w.])(?:eval|exec)\(")
+    risky = re.compile(
+        r"\bimport pickle\b|\btorch\.load\(|trust_remote_code=True|(?<![\w.])(?:eval|exec)\("
+    )
     assert [path.name for path, source in sources.items() if risky.search(source)] == []

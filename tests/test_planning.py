@@ -9,9 +9,13 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning import Shape, training_memory
 
 DENSE = {
-    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 
 def test_shapes_are_those_of_the_model() -> None:
@@ -37,7 +41,9 @@ def test_more_devices_hold_less_and_never_work_better() -> None:
     total = plan.shape.parameters
     assert table[-1].gathered == pytest.approx(2 * total * 2 * 255 / 256)
     assert table[-1].memory - plan.working_bytes == pytest.approx(16 * total / 256)
-    assert plan.days == pytest.approx(300e9 / (256 * plan.tokens_per_gpu) * table[-1].seconds / 86400)
+    assert plan.days == pytest.approx(
+        300e9 / (256 * plan.tokens_per_gpu) * table[-1].seconds / 86400
+    )
 
 
 def test_the_largest_preset_is_planned_without_being_built() -> None:

@@ -29,14 +29,24 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% en
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return LlamaForCausalLM(config)
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path, architecture: str = "llama", split_rule: str = "smollm") -> None:
+def write_gguf(
+    model: LlamaForCausalLM, path: Path, architecture: str = "llama", split_rule: str = "smollm"
+) -> None:
     """Write `model` with fp32 weights and a byte-level tokenizer of 260 tokens."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -76,11 +86,20 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(name: str, weight: Tensor, config: LlamaConfig) -> Tensor:
-    """Order the rows of query and key projections as llama.cpp's rotary embedding wants them: pairs side by side."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    """Order the rows of query and key projections as llama.cpp's rotary embedding wants them: pairs
+    side by side.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
     if heads is None:
         return weight
-    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
+    return (
+        weight.reshape(heads, 2, -1, weight.shape[1])
+        .transpose(1, 2)
+        .reshape(weight.shape)
+        .contiguous()
+    )
 
 
 def write_wheel(gguf_file: Path, folder: Path) -> Path:
@@ -90,7 +109,11 @@ def write_wheel(gguf_file: Path, folder: Path) -> Path:
     info = "tiny_llama-1.0.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf_file, "tiny_llama/tiny.gguf")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-llama\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-llama\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     return wheel

@@ -15,9 +15,9 @@ from deepseek.train.jobs.arguments import (
     AlignArguments,
     DistillHashArguments,
     ExpertArguments,
-    PretrainArguments,
 )
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
+from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def plan(
     from deepseek.checkpoint.store import write_json
     from deepseek.planning import deepspeed_config
     from deepseek.planning import plan as make
-    from deepseek.train.jobs.arguments import PretrainArguments
+    from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 
     settings = PretrainArguments.read(config) if config else None
     model = settings.model_config_for(settings.vocab_size, 0) if settings else preset

@@ -1,7 +1,7 @@
 """`deepseek pretrain`: a tokenizer and a model from scratch."""
 
 from deepseek.cli.job_command import job_command
-from deepseek.train.jobs.arguments import PretrainArguments
+from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 
 pretrain = job_command(
     "pretrain:pretrain",

@@ -1,1 +1,3 @@
-"""The compiled runner: 8-bit weights, and a whole forward pass in one compiled function. Start with `runner.py`."""
+"""The compiled runner: 8-bit weights, and a whole forward pass in one compiled function. Start with
+`runner.py`.
+"""

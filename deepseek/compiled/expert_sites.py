@@ -1,4 +1,6 @@
-"""Plugged experts in the compiled step: their gates (`model/experts/gate.py`) and their feed-forward networks."""
+"""Plugged experts in the compiled step: their gates (`model/experts/gate.py`) and their
+feed-forward networks.
+"""
 
 import numpy as np
 from numba import njit
@@ -41,12 +43,16 @@ def score_row(batch, sites, work, layer, r, x):  # type: ignore[no-untyped-def]
     for member in range(start, end):
         site = batch.member_sites[member]
         for kind in range(2):
-            work.gate_scores[r, site - first_site, kind] = _affine(sites.gates[batch.member_gates[member], kind], x)
+            work.gate_scores[r, site - first_site, kind] = _affine(
+                sites.gates[batch.member_gates[member], kind], x
+            )
 
 
 @njit(error_model="numpy")
 def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
-    """Weigh each expert at each row: running means of its scores, then arbitration. Threads share the chunks."""
+    """Weigh each expert at each row: running means of its scores, then arbitration. Threads share
+    the chunks.
+    """
     first_site = sites.first_site[layer]
     first, last = share(len(batch.first_row) - 1)
     for chunk in range(first, last):
@@ -69,22 +75,34 @@ def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
                     work.expert_weights[r, site] = 1
                     continue
                 for kind in range(SUMS):
-                    score = np.float32(1) if kind == COUNT else work.gate_scores[r, site - first_site, kind]
-                    # The first token of a text does not count: attention sinks there, whatever the text.
-                    sums[j, kind] = before[j, kind] * sites.decay[site] + score if position > 0 else np.float32(0)
+                    score = (
+                        np.float32(1)
+                        if kind == COUNT
+                        else work.gate_scores[r, site - first_site, kind]
+                    )
+                    # The first token of a text does not count: attention sinks there, whatever the
+                    # text.
+                    sums[j, kind] = (
+                        before[j, kind] * sites.decay[site] + score
+                        if position > 0
+                        else np.float32(0)
+                    )
                 detect[j] = sums[j, 0] / max(sums[j, COUNT], np.float32(1))
                 contrast[j] = sums[j, 1] / max(sums[j, COUNT], np.float32(1))
             if batch.max_experts[chunk] and position > 0:
                 sites_here = batch.member_sites[start:end]
-                arbitrate(sites_here, detect, contrast, batch.max_experts[chunk], work.expert_weights[r])
+                arbitrate(
+                    sites_here, detect, contrast, batch.max_experts[chunk], work.expert_weights[r]
+                )
 
 
 @njit(error_model="numpy")
 def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[no-untyped-def]
     """Set `weights[members]` from smoothed scores, as `model.experts.gate.arbitrate` does.
 
-    `contrast` is overwritten with the members' claims, by which they are ranked: the contrast plus log sigmoid of the
-    sharpened detecting score, minus infinity where it does not fire. Of equal claims the first member's comes first.
+    `contrast` is overwritten with the members' claims, by which they are ranked: the contrast plus
+    log sigmoid of the sharpened detecting score, minus infinity where it does not fire. Of equal
+    claims the first member's comes first.
     """
     claims = contrast
     count = len(members)
@@ -105,7 +123,9 @@ def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[
             largest = max(largest, claims[j])
             strength += np.float32(1 / (1 + np.exp(-SHARPNESS * detect[j])))
     for j in range(count):
-        share_j = np.float32(np.exp(claims[j] - largest)) if weights[members[j]] > 0 else np.float32(0)
+        share_j = (
+            np.float32(np.exp(claims[j] - largest)) if weights[members[j]] > 0 else np.float32(0)
+        )
         weights[members[j]] *= share_j
         total += weights[members[j]]
     for j in range(count):
@@ -115,7 +135,9 @@ def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[
 
 @njit(error_model="numpy")
 def _select_rows(work, site, selected, places, factors):  # type: ignore[no-untyped-def]
-    """List the rows at which a site has weight: the addresses of their inputs, numbers and weights. Return how many."""
+    """List the rows at which a site has weight: the addresses of their inputs, numbers and weights.
+    Return how many.
+    """
     count = 0
     for r in range(len(places)):
         if work.expert_weights[r, site] > 0:
@@ -139,7 +161,16 @@ def activate_experts(weights, sites, work, layer, thread, rows):  # type: ignore
             inner = sites.inner[site]
             first, last = share(inner)
             table = selected.ctypes.data
-            activate(sites.gate_up[site], first, last, table, count, groups, inner, work.expert_rows[site])
+            activate(
+                sites.gate_up[site],
+                first,
+                last,
+                table,
+                count,
+                groups,
+                inner,
+                work.expert_rows[site],
+            )
 
 
 @njit(error_model="numpy")
@@ -156,4 +187,14 @@ def add_experts(sites, work, layer, thread, rows, first, last, zeros):  # type: 
                 selected[i] = work.expert_rows[site] + i * row_bytes(inner)
             table = selected.ctypes.data
             rows_here = places[:count]
-            add_projected(sites.down[site], first, last, table, rows_here, factors[:count], inner, zeros, work.residual)
+            add_projected(
+                sites.down[site],
+                first,
+                last,
+                table,
+                rows_here,
+                factors[:count],
+                inner,
+                zeros,
+                work.residual,
+            )

@@ -14,11 +14,14 @@ BFLOAT16 = np.uint16(0)  # the type that its bits are stored as
 
 @njit(error_model="numpy")
 def plane(pages, chunk, page, layer, group, kind, groups, width):  # type: ignore[no-untyped-def]
-    """Return the address of the keys (kind 0) `[K/2, 64, 2]` or values (kind 1) `[K/64, 32, 64, 2]` of a page."""
+    """Return the address of the keys (kind 0) `[K/2, 64, 2]` or values (kind 1) `[K/64, 32, 64, 2]`
+    of a page.
+    """
     return pages[chunk, page] + ((layer * groups + group) * 2 + kind) * width * PAGE * 2
 
 
-# Numba vectorises a loop only when it can prove that indices are not negative, so loops run over whole slices.
+# Numba vectorises a loop only when it can prove that indices are not negative, so loops run over
+# whole slices.
 @njit(fastmath=True, error_model="numpy")
 def _rotate(first, second, cosine, sine, factor, left, right):  # type: ignore[no-untyped-def]
     """Rotate the halves of a head to its position, times `factor`, as bf16."""
@@ -59,7 +62,9 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     heads = weights.heads
     groups = weights.groups
     width = weights.width
-    parts = heads + 2 * groups  # of a row of `projected`: the heads' queries, then the groups' keys, then their values
+    parts = (
+        heads + 2 * groups
+    )  # of a row of `projected`: the heads' queries, then the groups' keys, then their values
     half = width // 2
     group_heads = heads // groups
     rotated = np.empty(width, np.uint16)
@@ -75,7 +80,11 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
         x = work.projected[r, part * width : (part + 1) * width]
         _add(x, weights.qkv_bias[layer, part * width : (part + 1) * width])
         if part >= heads + groups:
-            _put_value(x, plane(batch.pages, chunk, page, layer, part - heads - groups, 1, groups, width), slot)
+            _put_value(
+                x,
+                plane(batch.pages, chunk, page, layer, part - heads - groups, 1, groups, width),
+                slot,
+            )
             continue
         if weights.head_norms.shape[2]:
             norm_row(x, weights.head_norms[layer, 0 if part < heads else 1], weights.eps[0], x)
@@ -109,7 +118,9 @@ def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no
 
 @njit(fastmath=True, error_model="numpy")
 def _softmax(scores, probs):  # type: ignore[no-untyped-def]
-    """Fill `probs` with the exponentials of the scores, the largest being 1; return one over their sum."""
+    """Fill `probs` with the exponentials of the scores, the largest being 1; return one over their
+    sum.
+    """
     largest = scores[0]
     for s in range(len(scores)):
         largest = max(largest, scores[s])
@@ -125,7 +136,8 @@ def _softmax(scores, probs):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, count):  # type: ignore[no-untyped-def]
-    """Add to `scores` the products of `count` queries, at the address `queries`, with the keys of pages from `low` on.
+    """Add to `scores` the products of `count` queries, at the address `queries`, with the keys of
+    pages from `low` on.
 
     Meanwhile the next page is asked for; behind the last keys come the first values.
     """
@@ -135,7 +147,16 @@ def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, cou
         keys = plane(batch.pages, chunk, page, layer, group, 0, groups, width)
         at = scores.ctypes.data + (page - low) * PAGE * 4
         more = page + 1 < pages
-        following = plane(batch.pages, chunk, page + 1 if more else low, layer, group, 0 if more else 1, groups, width)
+        following = plane(
+            batch.pages,
+            chunk,
+            page + 1 if more else low,
+            layer,
+            group,
+            0 if more else 1,
+            groups,
+            width,
+        )
         _pairs(queries, width * 2, keys, width // 2, at, scores.shape[1] * 4, count, following)
 
 
@@ -147,7 +168,10 @@ def _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
     pages = (ends + PAGE - 1) // PAGE
     for page in range(low, pages):
         values = plane(batch.pages, chunk, page, layer, group, 1, groups, width)
-        step = plane(batch.pages, chunk, min(page + 1, pages - 1), layer, group, 1, groups, width) - values
+        step = (
+            plane(batch.pages, chunk, min(page + 1, pages - 1), layer, group, 1, groups, width)
+            - values
+        )
         at = probs.ctypes.data + (page - low) * PAGE * 2
         pairs = min(PAGE // 2, (ends - page * PAGE + 1) // 2)
         for part in range(width // GROUP):
@@ -158,7 +182,9 @@ def _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
 
 @njit(error_model="numpy")
 def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ignore[no-untyped-def]
-    """Attend from queries `start` to `start + count - 1` of a group's, tokens first, to the keys that they see."""
+    """Attend from queries `start` to `start + count - 1` of a group's, tokens first, to the keys
+    that they see.
+    """
     width = weights.width
     group_heads = weights.heads // weights.groups
     row = batch.first_row[chunk]
@@ -180,7 +206,9 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
         first = max(0, end - window) if window else 0
         probs[i, : first - base] = 0
         probs[i, end - base : span] = 0
-        factors[i] = _softmax(scores[i, first - base : end - base], probs[i, first - base : end - base])
+        factors[i] = _softmax(
+            scores[i, first - base : end - base], probs[i, first - base : end - base]
+        )
     attended = np.zeros((QUERIES, width), np.float32)
     _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
     for i in range(count):

@@ -1,8 +1,8 @@
 """Rows of activations: quantising them, and their products with panels of weights.
 
-A quantised row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in int32 (see
-`kernels/int8.py`). Rows are given by a table of their addresses. The result for a row never depends on the rows beside
-it.
+A quantised row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in
+int32 (see `kernels/int8.py`). Rows are given by a table of their addresses. The result for a row
+never depends on the rows beside it.
 """
 
 import platform
@@ -36,9 +36,9 @@ _syscall = openmp.external("syscall", types.int64(*[types.int64] * 7))
 _yield = openmp.external("sched_yield", types.int32())
 
 row_bytes = njit(int8.row_bytes)
-# Looks at the barrier, about 40 microseconds, before the core is given to another process. To sleep sooner, within the
-# time by which two threads drift apart in a stage, costs more than it saves: a thread that slept is late at the next
-# barrier too, and the other one sleeps there.
+# Looks at the barrier, about 40 microseconds, before the core is given to another process. To sleep
+# sooner, within the time by which two threads drift apart in a stage, costs more than it saves: a
+# thread that slept is late at the next barrier too, and the other one sleeps there.
 SPINS = 40_000
 
 
@@ -46,8 +46,8 @@ SPINS = 40_000
 def barrier(counter):  # type: ignore[no-untyped-def]
     """Wait until every thread has called this; `counter` is the address of two numbers, at first 0.
 
-    The first counts arrivals, the second those that sleep. Waiting is short where cores are free, so a thread looks for
-    a while before it sleeps.
+    The first counts arrivals, the second those that sleep. Waiting is short where cores are free,
+    so a thread looks for a while before it sleeps.
     """
     threads = thread_count()
     sleepers = counter + 8
@@ -62,7 +62,9 @@ def barrier(counter):  # type: ignore[no-untyped-def]
         spins += 1
         if spins > SPINS and _FUTEX:
             arrive(sleepers, 1)
-            _syscall(_FUTEX, counter, _WAIT, seen, 0, 0, 0)  # returns at once if the number is not `seen` any more
+            _syscall(
+                _FUTEX, counter, _WAIT, seen, 0, 0, 0
+            )  # returns at once if the number is not `seen` any more
         elif spins > SPINS:
             _yield()
         seen = look(counter)
@@ -137,7 +139,13 @@ def project(panels, first, last, table, count, groups, out):  # type: ignore[no-
         columns = min(COLUMNS, out.shape[1] - panel * COLUMNS)
         for start in range(0, count, BLOCK):
             rows = min(BLOCK, count - start)
-            multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
+            multiply(
+                panels + panel * groups * GROUP_BYTES,
+                table + 8 * start,
+                rows,
+                groups,
+                product.ctypes.data,
+            )
             for r in range(rows):
                 out[start + r, panel * COLUMNS : panel * COLUMNS + columns] = product[r, :columns]
 
@@ -150,16 +158,29 @@ def _add(target, product, bias, factor):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def add_projected(panels, first, last, table, places, factors, groups, bias, residual):  # type: ignore[no-untyped-def]
-    """Add to `residual[places[i]]` the product of row i, and `bias`, times `factors[i]`, in columns as in `project`."""
+    """Add to `residual[places[i]]` the product of row i, and `bias`, times `factors[i]`, in columns
+    as in `project`.
+    """
     product = np.empty((BLOCK, COLUMNS), np.float32)
     for panel in range(first, last):
         columns = min(COLUMNS, residual.shape[1] - panel * COLUMNS)
         for start in range(0, len(places), BLOCK):
             rows = min(BLOCK, len(places) - start)
-            multiply(panels + panel * groups * GROUP_BYTES, table + 8 * start, rows, groups, product.ctypes.data)
+            multiply(
+                panels + panel * groups * GROUP_BYTES,
+                table + 8 * start,
+                rows,
+                groups,
+                product.ctypes.data,
+            )
             for r in range(rows):
                 target = residual[places[start + r], panel * COLUMNS : panel * COLUMNS + columns]
-                _add(target, product[r], bias[panel * COLUMNS : panel * COLUMNS + columns], factors[start + r])
+                _add(
+                    target,
+                    product[r],
+                    bias[panel * COLUMNS : panel * COLUMNS + columns],
+                    factors[start + r],
+                )
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -170,7 +191,9 @@ def _gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def activate(panels, first, last, table, count, groups, inner, out):  # type: ignore[no-untyped-def]
-    """Quantise groups `first` to `last - 1` of the hidden values of `count` rows of `inner` groups, from `out` on."""
+    """Quantise groups `first` to `last - 1` of the hidden values of `count` rows of `inner` groups,
+    from `out` on.
+    """
     product = np.empty((BLOCK, COLUMNS), np.float32)
     hidden = np.empty((BLOCK, GROUP), np.float32)
     quarters = GROUP // LANES
@@ -184,4 +207,6 @@ def activate(panels, first, last, table, count, groups, inner, out):  # type: ig
                     quarter_r = hidden[r, quarter * LANES : (quarter + 1) * LANES]
                     _gate(product[r, :LANES], product[r, LANES:], quarter_r)
             for r in range(rows):
-                round_group(hidden[r].ctypes.data, out + (start + r) * row_bytes(inner), group, inner)
+                round_group(
+                    hidden[r].ctypes.data, out + (start + r) * row_bytes(inner), group, inner
+                )

@@ -1,4 +1,6 @@
-"""The compiled runner: 8-bit weights, and the whole forward pass in one call (see `compiled/step.py`)."""
+"""The compiled runner: 8-bit weights, and the whole forward pass in one call (see
+`compiled/step.py`).
+"""
 
 import threading
 from collections.abc import Iterable, Sequence
@@ -47,7 +49,9 @@ def _rows(chunks: Sequence[Chunk]) -> BatchRows:
 
 
 class Scratch:
-    """Memory that grows with the largest batch so far and is used by every step (`WORK` in `compiled/abi.py`)."""
+    """Memory that grows with the largest batch so far and is used by every step (`WORK` in
+    `compiled/abi.py`).
+    """
 
     def __init__(self, model: PackedModel) -> None:
         self.model = model
@@ -60,7 +64,9 @@ class Scratch:
         self, chunks: Sequence[Chunk], states: list[CompiledState], rows: BatchRows, sites: Sites
     ) -> tuple[Tensor, np.ndarray]:
         """Compute a batch; return the logits `[R, V]` and the experts' weights `[N, sites]`."""
-        longest = max(state.length + len(chunk.ids) for state, chunk in zip(states, chunks, strict=True))
+        longest = max(
+            state.length + len(chunk.ids) for state, chunk in zip(states, chunks, strict=True)
+        )
         count = rows.first[-1]
         threads = torch.get_num_threads()
         self.model.reach(longest)
@@ -88,12 +94,19 @@ class Scratch:
         starts = [state.length for state in states]
         pages = max(len(state.pages) for state in states)
         padded_pages = ([*state.addresses, *[0] * (pages - len(state.pages))] for state in states)
-        unit_queries = min(QUERIES, max(FEWEST, rows.first[-1] * extents["heads"] // (UNITS * threads)))
-        units = (extents["groups"] * -(-length * extents["group_heads"] // unit_queries) for length in lengths)
+        unit_queries = min(
+            QUERIES, max(FEWEST, rows.first[-1] * extents["heads"] // (UNITS * threads))
+        )
+        units = (
+            extents["groups"] * -(-length * extents["group_heads"] // unit_queries)
+            for length in lengths
+        )
         rosters = [None if state.armed is None else state.armed.roster for state in states]
         members = [[] if roster is None else sites.members[id(roster)] for roster in rosters]
         gates = [[] if roster is None else sites.gates[id(roster)] for roster in rosters]
-        positions = (range(start, start + length) for start, length in zip(starts, lengths, strict=True))
+        positions = (
+            range(start, start + length) for start, length in zip(starts, lengths, strict=True)
+        )
         values: dict[str, Value] = {
             "input_ids": _joined(chunk.ids for chunk in chunks),
             "position_ids": _joined(positions),
@@ -122,8 +135,15 @@ class Scratch:
         return BATCH.arguments(values, sizes)
 
     def _grow(self, rows: int, span: int, threads: int, sites: Sites) -> None:
-        """Allocate for at least so many rows, attention over so many keys, and the experts of `sites`."""
-        if rows <= self._capacity and span <= self._span and threads == self._threads and sites is self._sites:
+        """Allocate for at least so many rows, attention over so many keys, and the experts of
+        `sites`.
+        """
+        if (
+            rows <= self._capacity
+            and span <= self._span
+            and threads == self._threads
+            and sites is self._sites
+        ):
             return
         self._capacity = max(rows, self._capacity)
         self._span = self._span if span <= self._span else max(span, 2 * self._span)
@@ -167,14 +187,18 @@ def _state(chunk: Chunk) -> CompiledState:
 
 
 def supports(model: DeepSeekModel) -> bool:
-    """Whether the compiled runner computes `model`: dense, on the CPU, rotary positions, heads of 64 or 128."""
+    """Whether the compiled runner computes `model`: dense, on the CPU, rotary positions, heads of
+    64 or 128.
+    """
     return unsupported_reason(model) is None
 
 
 class CompiledRunner:
-    """Runs a model that it `supports`. Its logits are those of a model whose weights are quantised to 8 bits.
+    """Runs a model that it `supports`. Its logits are those of a model whose weights are quantised
+    to 8 bits.
 
-    The result for a token depends neither on the batch nor on the pieces in which a prompt comes, to the last bit.
+    The result for a token depends neither on the batch nor on the pieces in which a prompt comes,
+    to the last bit.
 
     Raises:
         ConfigError: it does not support the model; the message names the fields.
@@ -185,10 +209,14 @@ class CompiledRunner:
         if reason is not None:
             raise ConfigError(f"{reason} Use TorchRunner instead.")
         self.model = model
-        self._packed = WeakKeyDictionary[ExpertModule, Packed]()  # each expert that some sequence uses, quantised once
+        self._packed = WeakKeyDictionary[
+            ExpertModule, Packed
+        ]()  # each expert that some sequence uses, quantised once
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
-        self._shape = PageShape(weights.extents["layers"] * weights.extents["groups"], weights.extents["width"])
+        self._shape = PageShape(
+            weights.extents["layers"] * weights.extents["groups"], weights.extents["width"]
+        )
         self.weight_bytes = weights.nbytes  # read once in every step
         self._work = Scratch(weights)
         self._lock = threading.Lock()
@@ -207,12 +235,16 @@ class CompiledRunner:
         with self._lock:
             for chunk, state in zip(chunks, states, strict=True):
                 state.reserve(len(chunk.ids))
-            sites = self._sites_of([state.armed.roster for state in states if state.armed is not None])
+            sites = self._sites_of(
+                [state.armed.roster for state in states if state.armed is not None]
+            )
             rows = _rows(chunks)
             logits_RV, expert_weights_NS = self._work.step(chunks, states, rows, sites)
             for chunk, state in zip(chunks, states, strict=True):
                 state.length += len(chunk.ids)
-            return RunnerOutput(logits_RV, self._speakers(chunks, states, rows.kept, sites, expert_weights_NS))
+            return RunnerOutput(
+                logits_RV, self._speakers(chunks, states, rows.kept, sites, expert_weights_NS)
+            )
 
     def _packed_of(self, module: ExpertModule) -> Packed:
         """Return an expert, quantised and packed. Any thread may ask."""

@@ -12,7 +12,9 @@ from deepseek.runner import Segment
 
 SLAB = 8  # most pages that a state gets at once
 
-Page = np.ndarray  # bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then values [K/64, 32, 64, 2]
+Page = (
+    np.ndarray
+)  # bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then values [K/64, 32, 64, 2]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,11 @@ class PageShape:
 
     def new(self, count: int) -> list[Page]:
         """Return empty pages."""
-        return list(aligned(count * self.nbytes).view(np.uint16).reshape(count, self.planes, 2, PAGE * self.width))
+        return list(
+            aligned(count * self.nbytes)
+            .view(np.uint16)
+            .reshape(count, self.planes, 2, PAGE * self.width)
+        )
 
     def copy_token(self, source: Page, slot: int, target: Page, place: int) -> None:
         """Copy what one token left in `source` to another place."""
@@ -41,7 +47,8 @@ class PageShape:
 
 @dataclass(frozen=True)
 class PageSegment:
-    """Tokens `start` to `stop - 1` of a sequence. The pages are shared: what is written there once never changes.
+    """Tokens `start` to `stop - 1` of a sequence. The pages are shared: what is written there once
+    never changes.
 
     pages: those that hold the tokens. sums: `[members, SUMS]` of the gates after the last one.
     """
@@ -58,7 +65,8 @@ class PageSegment:
 
 
 class CompiledState:
-    """Pages of one sequence, its experts, and the running sums `[RECENT, members, SUMS]` of their gates.
+    """Pages of one sequence, its experts, and the running sums `[RECENT, members, SUMS]` of their
+    gates.
 
     Attributes:
         length: number of tokens.
@@ -67,7 +75,9 @@ class CompiledState:
 
     rewinds = True
 
-    def __init__(self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int) -> None:
+    def __init__(
+        self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int
+    ) -> None:
         self.shape = shape
         self.armed = armed
         self.capacity = capacity
@@ -105,7 +115,9 @@ class CompiledState:
                 step = PAGE
             else:
                 self.reserve(1)
-                self.shape.copy_token(source, token % PAGE, self.pages[self.length // PAGE], self.length % PAGE)
+                self.shape.copy_token(
+                    source, token % PAGE, self.pages[self.length // PAGE], self.length % PAGE
+                )
                 step = 1
             self.length += step
             token += step

@@ -1,7 +1,9 @@
-"""One forward pass of a dense transformer over a ragged batch, on all threads of torch's pool, in one call.
+"""One forward pass of a dense transformer over a ragged batch, on all threads of torch's pool, in
+one call.
 
-The weights are read once, whatever the number of rows. Between two stages, of which each needs all of the one before,
-threads meet at a barrier; within a stage they share panels of weights, rows or units of attention.
+The weights are read once, whatever the number of rows. Between two stages, of which each needs all
+of the one before, threads meet at a barrier; within a stage they share panels of weights, rows or
+units of attention.
 """
 
 from functools import cache
@@ -16,7 +18,15 @@ from deepseek.compiled import abi, expert_sites, paged_attention, rows, vector
 from deepseek.compiled.abi import TABLES
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
 from deepseek.compiled.paged_attention import attend, place_heads
-from deepseek.compiled.rows import activate, add_projected, barrier, embed, norm_row, project, round_group
+from deepseek.compiled.rows import (
+    activate,
+    add_projected,
+    barrier,
+    embed,
+    norm_row,
+    project,
+    round_group,
+)
 from deepseek.kernels import int8
 from deepseek.kernels.int8 import COLUMNS, GROUP
 from deepseek.kernels.numba import buffers, launch, openmp, primitives
@@ -24,7 +34,18 @@ from deepseek.kernels.numba.buffers import KernelArguments
 from deepseek.kernels.numba.primitives import share, thread_number
 from deepseek.model.experts import gate
 
-SOURCES = (abi, expert_sites, paged_attention, rows, vector, int8, buffers, launch, openmp, primitives)
+SOURCES = (
+    abi,
+    expert_sites,
+    paged_attention,
+    rows,
+    vector,
+    int8,
+    buffers,
+    launch,
+    openmp,
+    primitives,
+)
 """The modules that the step is compiled from, besides this one."""
 
 read_tables = launch.reader(*TABLES)
@@ -37,13 +58,17 @@ def _blocks(count, size):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _panels(outputs):  # type: ignore[no-untyped-def]
-    """Return the panels, first and past the last, of a matrix with so many outputs that this thread computes."""
+    """Return the panels, first and past the last, of a matrix with so many outputs that this thread
+    computes.
+    """
     return share(_blocks(outputs, COLUMNS))
 
 
 @njit(error_model="numpy")
 def _norm_and_round(weights, work, place, source, target, normed):  # type: ignore[no-untyped-def]
-    """Quantise the normed row `source` of the residual stream as input number `target`; `normed` holds the norm."""
+    """Quantise the normed row `source` of the residual stream as input number `target`; `normed`
+    holds the norm.
+    """
     groups = _blocks(weights.hidden, GROUP)
     norm_row(work.residual[source], weights.norms[place], weights.eps[0], normed)
     for g in range(groups):
@@ -86,7 +111,9 @@ def _attention(weights, batch, sites, work, layer, counter, places, ones):  # ty
 
 @njit(error_model="numpy")
 def _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zeros):  # type: ignore[no-untyped-def]
-    """Add the feed-forward network of a layer, and the experts beside it, to the residual stream."""
+    """Add the feed-forward network of a layer, and the experts beside it, to the residual
+    stream.
+    """
     rows = len(batch.input_ids)
     groups = _blocks(weights.hidden, GROUP)
     _prepare(weights, batch, sites, work, 2 * layer + 1, layer)
@@ -96,12 +123,16 @@ def _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zer
         barrier(counter)
     first, last = share(weights.inner)
     table = work.normed_rows.ctypes.data
-    activate(weights.gate_up[layer], first, last, table, rows, groups, weights.inner, work.inner_rows[0])
+    activate(
+        weights.gate_up[layer], first, last, table, rows, groups, weights.inner, work.inner_rows[0]
+    )
     activate_experts(weights, sites, work, layer, thread_number(), rows)
     barrier(counter)
     first, last = _panels(weights.hidden)
     table = work.inner_rows.ctypes.data
-    add_projected(weights.down[layer], first, last, table, places, ones, weights.inner, zeros, work.residual)
+    add_projected(
+        weights.down[layer], first, last, table, places, ones, weights.inner, zeros, work.residual
+    )
     add_experts(sites, work, layer, thread_number(), rows, first, last, zeros)
     barrier(counter)
 
@@ -132,10 +163,12 @@ def _run(weights, batch, sites, work):  # type: ignore[no-untyped-def]
 
 @cache
 def address() -> int:
-    """Return the address of the compiled step, `void step(int64 *numbers)`; `read_tables` reads the numbers there.
+    """Return the address of the compiled step, `void step(int64 *numbers)`; `read_tables` reads the
+    numbers there.
 
-    Numba keeps compiled code until the file that it comes from changes. It looks at this file alone, so the key under
-    which it keeps the step also has a checksum of the other files, and the constant that comes from outside of them.
+    Numba keeps compiled code until the file that it comes from changes. It looks at this file
+    alone, so the key under which it keeps the step also has a checksum of the other files, and the
+    constant that comes from outside of them.
     """
     files = [Path(__file__), *(Path(str(module.__file__)) for module in SOURCES)]
     key = (crc32(b"".join(path.read_bytes() for path in files)), gate.SHARPNESS)
@@ -148,7 +181,9 @@ def address() -> int:
     return launch.compiled(step)
 
 
-def run(weights: KernelArguments, batch: KernelArguments, sites: KernelArguments, work: KernelArguments) -> None:
+def run(
+    weights: KernelArguments, batch: KernelArguments, sites: KernelArguments, work: KernelArguments
+) -> None:
     """Compute one forward pass over the arguments of the four `TABLES`."""
     groups = (weights, batch, sites, work)
     openmp.parallel(address(), [*chain.from_iterable(arguments.numbers for arguments in groups)])

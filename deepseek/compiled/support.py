@@ -4,10 +4,19 @@ from typing import Any
 
 from deepseek.kernels.int8 import GROUP
 from deepseek.kernels.numba import openmp
-from deepseek.model.support import LSH_FIELDS, MIXTURE_FIELDS, NOT_COMPUTED_WITH, FieldRule, any_of, one_of, unsupported
+from deepseek.model.support import (
+    LSH_FIELDS,
+    MIXTURE_FIELDS,
+    NOT_COMPUTED_WITH,
+    FieldRule,
+    any_of,
+    one_of,
+    unsupported,
+)
 from deepseek.model.transformer import DeepSeekModel
 
-# Angles are computed once for each position; "dynamic" ones, which `transformers` also has, depend on the length.
+# Angles are computed once for each position; "dynamic" ones, which `transformers` also has, depend
+# on the length.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -44,11 +53,17 @@ RULES = (
         "num_experts": one_of(0),
         "positional_encoding": one_of("rope"),
         "qk_norm": one_of("none", "head"),
-        "rope_parameters": FieldRule(_has_fixed_angles, f"of rope_type {' or '.join(map(repr, ROPE_TYPES))}"),
-        "sliding_window": FieldRule(lambda window: window is None or window >= 1, "None or at least 1"),  # 0 codes None
+        "rope_parameters": FieldRule(
+            _has_fixed_angles, f"of rope_type {' or '.join(map(repr, ROPE_TYPES))}"
+        ),
+        "sliding_window": FieldRule(
+            lambda window: window is None or window >= 1, "None or at least 1"
+        ),  # 0 codes None
     }
 )
-"""Field -> what the step computes of it. To honour a new field, add it here, with a test that it changes the logits."""
+"""Field -> what the step computes of it. To honour a new field, add it here, with a test that it
+changes the logits.
+"""
 
 
 def unsupported_reason(model: DeepSeekModel) -> str | None:

@@ -1,9 +1,10 @@
 """The innermost loops of the compiled decode step, written as vectors in LLVM's language.
 
-Numba has no vector type, and it does not compile loops over bytes to the one instruction that matters here, which
-multiplies 64 bytes and adds them by fours (vpdpbusd). So each of these functions emits its instructions itself. Where
-the processor lacks one, the same function is built from instructions that every processor has; sums of integers are
-exact, so that both give the same bits.
+Numba has no vector type, and it does not compile loops over bytes to the one instruction that
+matters here, which multiplies 64 bytes and adds them by fours (vpdpbusd). So each of these
+functions emits its instructions itself. Where the processor lacks one, the same function is built
+from instructions that every processor has; sums of integers are exact, so that both give the same
+bits.
 """
 
 from collections.abc import Callable
@@ -47,23 +48,31 @@ class Emit:
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
 
     def prefetch(self, address: Any) -> None:
-        """Ask for a cache line, to be brought into the second level; there need not be memory at the address."""
+        """Ask for a cache line, to be brought into the second level; there need not be memory at
+        the address.
+        """
         place = self.builder.inttoptr(address, BYTE.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [place.type, WORD, WORD, WORD])
         function = self.builder.module.declare_intrinsic("llvm.prefetch", (place.type,), kind)
         self.builder.call(function, [place, WORD(0), WORD(2), WORD(1)])
 
     def store(self, value: Any, address: Any, align: int) -> None:
-        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
+        self.builder.store(
+            value, self.builder.inttoptr(address, value.type.as_pointer()), align=align
+        )
 
     def splat(self, value: Any, lanes: int = LANES) -> Any:
         """Return the vector whose lanes all hold `value`."""
-        one = self.builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, WORD(0))
+        one = self.builder.insert_element(
+            ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, WORD(0)
+        )
         return self.shuffle(one, [0] * lanes)
 
     def shuffle(self, vector: Any, order: list[int]) -> Any:
         undefined = ir.Constant(vector.type, ir.Undefined)
-        return self.builder.shuffle_vector(vector, undefined, ir.Constant(ir.VectorType(WORD, len(order)), order))
+        return self.builder.shuffle_vector(
+            vector, undefined, ir.Constant(ir.VectorType(WORD, len(order)), order)
+        )
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
@@ -88,14 +97,23 @@ class Emit:
         b = self.builder.bitcast(signed, shorts)
         odd = (self.builder.lshr(a, eight), self.builder.ashr(b, eight))
         even = (self.builder.and_(a, low), self.builder.ashr(self.builder.shl(b, eight), eight))
-        for left, right in (even, odd):  # products of 16-bit numbers added by twos: one instruction of x86
-            products = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
-            first, second = (self.shuffle(products, list(range(start, 2 * LANES, 2))) for start in (0, 1))
+        for left, right in (
+            even,
+            odd,
+        ):  # products of 16-bit numbers added by twos: one instruction of x86
+            products = self.builder.mul(
+                self.builder.sext(left, wide), self.builder.sext(right, wide)
+            )
+            first, second = (
+                self.shuffle(products, list(range(start, 2 * LANES, 2))) for start in (0, 1)
+            )
             sums = self.builder.add(sums, self.builder.add(first, second))
         return sums
 
     def add_pairs(self, sums: Any, a: Any, b: Any) -> Any:
-        """Add to each of 16 sums the products of its two bf16 numbers in `a` and in `b`, given as words."""
+        """Add to each of 16 sums the products of its two bf16 numbers in `a` and in `b`, given as
+        words.
+        """
         if "+avx512bf16" in self.features:
             return self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, a, b)
         high = ir.Constant(WORDS, [0xFFFF0000 - (1 << 32)] * LANES)
@@ -105,8 +123,12 @@ class Emit:
         return sums
 
 
-def loop(builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
-    """Emit `for i in range(count)` (at least once) that carries values from turn to turn; return the last ones."""
+def loop(
+    builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """Emit `for i in range(count)` (at least once) that carries values from turn to turn; return
+    the last ones.
+    """
     before = builder.block
     inside = builder.append_basic_block("loop")
     builder.branch(inside)
@@ -115,7 +137,9 @@ def loop(builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[A
     carried = [builder.phi(value.type) for value in start]
     results = body(index, carried)
     following = builder.add(index, count.type(1))
-    for phi, first, value in zip([index, *carried], [count.type(0), *start], [following, *results], strict=True):
+    for phi, first, value in zip(
+        [index, *carried], [count.type(0), *start], [following, *results], strict=True
+    ):
         phi.add_incoming(first, before)
         phi.add_incoming(value, builder.block)
     after = builder.append_basic_block("after")
@@ -124,12 +148,16 @@ def loop(builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[A
     return results
 
 
-def _scaled(emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any, totals: list[Any]) -> list[Any]:
-    """Return the totals of all rows and tiles, with a group's whole sums added that the scales of both sides turn
-    into numbers."""
+def _scaled(
+    emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any, totals: list[Any]
+) -> list[Any]:
+    """Return the totals of all rows and tiles, with a group's whole sums added that the scales of
+    both sides turn into numbers."""
     shorts = ir.VectorType(SHORT, LANES)
     results = []
-    scales = [emit.widen(emit.load(shorts, emit.address(weight_scales, t * 32), 32)) for t in range(TILES)]
+    scales = [
+        emit.widen(emit.load(shorts, emit.address(weight_scales, t * 32), 32)) for t in range(TILES)
+    ]
     for r, factor in enumerate(factors):
         row_scale = emit.splat(factor)
         for place, scale in enumerate(scales, r * TILES):
@@ -139,7 +167,9 @@ def _scaled(emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any,
 
 
 def _panel_dot(rows: int) -> Any:
-    """Return the function that multiplies a panel of weights by `rows` rows at once (see `kernels/int8.py`)."""
+    """Return the function that multiplies a panel of weights by `rows` rows at once (see
+    `kernels/int8.py`).
+    """
 
     @intrinsic
     def panel_dot(_typing: Any, _panel: Any, _rows: Any, _groups: Any, _out: Any) -> Any:
@@ -148,21 +178,34 @@ def _panel_dot(rows: int) -> Any:
             panel, table, groups, out = args
             row = [emit.load(groups.type, emit.address(table, 8 * r), 8) for r in range(rows)]
             scales = [emit.address(base, builder.mul(groups, groups.type(GROUP))) for base in row]
-            corrections = [emit.address(base, builder.mul(groups, groups.type(4))) for base in scales]
+            corrections = [
+                emit.address(base, builder.mul(groups, groups.type(4))) for base in scales
+            ]
 
             def one_group(g: Any, totals: list[Any]) -> list[Any]:
                 block = emit.address(panel, builder.mul(g, g.type(GROUP_BYTES)))
                 at = builder.mul(g, g.type(GROUP))
                 place = builder.mul(g, g.type(4))
-                first = [emit.splat(emit.load(WORD, emit.address(base, place), 4)) for base in corrections]
+                first = [
+                    emit.splat(emit.load(WORD, emit.address(base, place), 4))
+                    for base in corrections
+                ]
 
                 def one_step(step: Any, sums: list[Any]) -> list[Any]:
                     start = emit.address(block, builder.mul(step, g.type(TILES * 64)))
                     offset = builder.add(at, builder.mul(step, g.type(4)))
-                    tiles = [emit.load(WORDS, emit.address(start, 64 * tile), 64) for tile in range(TILES)]
-                    inputs = [emit.splat(emit.load(WORD, emit.address(base, offset), 4)) for base in row]
+                    tiles = [
+                        emit.load(WORDS, emit.address(start, 64 * tile), 64)
+                        for tile in range(TILES)
+                    ]
+                    inputs = [
+                        emit.splat(emit.load(WORD, emit.address(base, offset), 4)) for base in row
+                    ]
                     pairs = product(inputs, tiles)
-                    return [emit.add_products(sum_, *pair) for sum_, pair in zip(sums, pairs, strict=True)]
+                    return [
+                        emit.add_products(sum_, *pair)
+                        for sum_, pair in zip(sums, pairs, strict=True)
+                    ]
 
                 sums = [correction for correction in first for _ in range(TILES)]
                 if emit.sums_bytes:
@@ -174,7 +217,9 @@ def _panel_dot(rows: int) -> Any:
                 return _scaled(emit, sums, factors, emit.address(block, TILES * STEPS * 64), totals)
 
             zero = ir.Constant(FLOATS, [0.0] * LANES)
-            for place, total in enumerate(loop(builder, groups, [zero] * (rows * TILES), one_group)):
+            for place, total in enumerate(
+                loop(builder, groups, [zero] * (rows * TILES), one_group)
+            ):
                 emit.store(total, emit.address(out, place * 64), 4)
             return context.get_dummy_value()
 
@@ -188,13 +233,16 @@ panel_dot_1, panel_dot_2, panel_dot_4, panel_dot_8 = (_panel_dot(rows) for rows 
 
 
 def _pair_dot(rows: int) -> Any:
-    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32 `[rows, 64]`.
+    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32
+    `[rows, 64]`.
 
     Meanwhile it prefetches the next B: pages lie too far apart for the processor to guess.
     """
 
     @intrinsic
-    def pair_dot(_typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _c: Any, _c_stride: Any, _next: Any) -> Any:
+    def pair_dot(
+        _typing: Any, _a: Any, _a_stride: Any, _b: Any, _n: Any, _c: Any, _c_stride: Any, _next: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             emit = Emit(context, builder)
             a, a_stride, b, n, c, c_stride, following = args
@@ -214,7 +262,10 @@ def _pair_dot(rows: int) -> Any:
                 results: list[Any] = []
                 for r in range(rows):
                     pair = emit.splat(emit.load(WORD, emit.address(left[r], place), 4))
-                    results += [emit.add_pairs(sums[r * vectors + v], pair, right[v]) for v in range(vectors)]
+                    results += [
+                        emit.add_pairs(sums[r * vectors + v], pair, right[v])
+                        for v in range(vectors)
+                    ]
                 return results
 
             totals = loop(builder, n, [emit.load(FLOATS, place, 4) for place in places], one_pair)
@@ -232,7 +283,9 @@ pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6 = (_pair_dot(rows) for rows in (1
 
 
 def _rotated(emit: Emit, address: Any) -> Any:
-    """Return the 64 fp32 numbers at an address times the Hadamard matrix of signs, whose rows have length 8."""
+    """Return the 64 fp32 numbers at an address times the Hadamard matrix of signs, whose rows have
+    length 8.
+    """
     floats = ir.VectorType(FLOAT, GROUP)
     value = emit.load(floats, address, 4)
     step = 1
@@ -259,7 +312,9 @@ def rotate(_typing: Any, _x: Any) -> Any:
 
 @intrinsic
 def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correction: Any) -> Any:
-    """Write a group of 64 fp32 numbers, rotated by the Hadamard matrix, as bytes with their scale and correction."""
+    """Write a group of 64 fp32 numbers, rotated by the Hadamard matrix, as bytes with their scale
+    and correction.
+    """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         emit = Emit(context, builder)
@@ -268,11 +323,17 @@ def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correctio
         value = _rotated(emit, args[0])
         size = emit.call(f"llvm.fabs.v{GROUP}f32", floats, value)
         kind = ir.FunctionType(FLOAT, [floats])
-        largest_of = builder.module.declare_intrinsic(f"llvm.vector.reduce.fmax.v{GROUP}f32", (), kind)
+        largest_of = builder.module.declare_intrinsic(
+            f"llvm.vector.reduce.fmax.v{GROUP}f32", (), kind
+        )
         largest = builder.call(largest_of, [size], fastmath=("nnan",))
-        largest = builder.select(builder.fcmp_ordered(">", largest, FLOAT(1e-30)), largest, FLOAT(1e-30))
+        largest = builder.select(
+            builder.fcmp_ordered(">", largest, FLOAT(1e-30)), largest, FLOAT(1e-30)
+        )
         inverse = emit.splat(builder.fdiv(FLOAT(127.0), largest), GROUP)
-        rounded = builder.fptosi(emit.call(f"llvm.rint.v{GROUP}f32", floats, builder.fmul(value, inverse)), words)
+        rounded = builder.fptosi(
+            emit.call(f"llvm.rint.v{GROUP}f32", floats, builder.fmul(value, inverse)), words
+        )
         emit.store(builder.trunc(rounded, ir.VectorType(BYTE, GROUP)), args[1], 1)
         # The Hadamard matrix that keeps lengths is an eighth of the one of signs.
         emit.store(builder.fmul(largest, FLOAT(1.0 / (127.0 * GROUP**0.5))), args[2], 4)

@@ -1,4 +1,6 @@
-"""Weights as the compiled step reads them, quantised and packed: a model's, and plugged experts'."""
+"""Weights as the compiled step reads them, quantised and packed: a model's, and plugged
+experts'.
+"""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import accumulate, chain
@@ -38,7 +40,9 @@ Packed = dict[int, PackedLayer]
 
 
 def contiguous(matrices: Mapping[Key, np.ndarray]) -> dict[Key, np.ndarray]:
-    """Return copies of packed matrices, one behind the other in one stretch of memory, under the same keys."""
+    """Return copies of packed matrices, one behind the other in one stretch of memory, under the
+    same keys.
+    """
     memory = aligned(sum(matrix.nbytes for matrix in matrices.values()))
     copies = {}
     start = 0
@@ -57,24 +61,32 @@ def pack_module(module: ExpertModule) -> Packed:
         gate, up = (quantize(half) for half in part.gate_up_proj.detach().chunk(2))
         down = quantize(part.down_proj.detach())
         matrices = contiguous({"gate_up": pack([gate, up]), "down": pack([down])})
-        packed[layer] = PackedLayer(matrices["gate_up"], matrices["down"], -(-module.width // GROUP))
+        packed[layer] = PackedLayer(
+            matrices["gate_up"], matrices["down"], -(-module.width // GROUP)
+        )
     return packed
 
 
 def _gates(roster: Roster, hidden: int) -> np.ndarray:
-    """Return the gates `[members, 2, D + 1]` of a roster, layer by layer; zeros where it is forced."""
+    """Return the gates `[members, 2, D + 1]` of a roster, layer by layer; zeros where it is
+    forced.
+    """
     if roster.banks is None:
         return np.zeros((sum(map(len, roster.owners.values())), 2, hidden + 1), np.float32)
     rows = []
     for _, bank in sorted(roster.banks.items()):
-        affine = torch.cat([bank.weight, bank.bias[:, None]], 1)  # detecting rows of all members, then contrasting ones
+        affine = torch.cat(
+            [bank.weight, bank.bias[:, None]], 1
+        )  # detecting rows of all members, then contrasting ones
         rows.append(affine.unflatten(0, (2, -1)).transpose(0, 1))
     return torch.cat(rows).cpu().numpy()
 
 
 def _owners(roster: Roster) -> list[tuple[int, ExpertModule]]:
     """Return layer and module of each member of a roster, layer by layer."""
-    return [(layer, module) for layer, modules in sorted(roster.owners.items()) for module in modules]
+    return [
+        (layer, module) for layer, modules in sorted(roster.owners.items()) for module in modules
+    ]
 
 
 class Sites:
@@ -90,12 +102,21 @@ class Sites:
     """
 
     def __init__(
-        self, rosters: Sequence[Roster], packed: Callable[[ExpertModule], Packed], layers: int, hidden: int
+        self,
+        rosters: Sequence[Roster],
+        packed: Callable[[ExpertModule], Packed],
+        layers: int,
+        hidden: int,
     ) -> None:
-        self.rosters = tuple(rosters)  # keeps them alive, so that no later roster has the identity of one of these
+        self.rosters = tuple(
+            rosters
+        )  # keeps them alive, so that no later roster has the identity of one of these
         owners = {id(roster): _owners(roster) for roster in rosters}
-        modules = {(layer, id(module)): module for layer, module in chain.from_iterable(owners.values())}
-        # By digest, as in a roster: sums of experts then have the same bits whatever other rosters are in the batch.
+        modules = {
+            (layer, id(module)): module for layer, module in chain.from_iterable(owners.values())
+        }
+        # By digest, as in a roster: sums of experts then have the same bits whatever other rosters
+        # are in the batch.
         keys = sorted(modules, key=lambda key: (key[0], modules[key].digest, key[1]))
         number = {key: site for site, key in enumerate(keys)}
         self._parts = [packed(modules[key])[key[0]] for key in keys]
@@ -104,7 +125,8 @@ class Sites:
         self.most_at_one_layer = int(at_layer.max(initial=0))
         self.row_bytes = [row_bytes(part.inner) for part in self._parts]
         self.members = {
-            roster: [number[layer, id(module)] for layer, module in members] for roster, members in owners.items()
+            roster: [number[layer, id(module)] for layer, module in members]
+            for roster, members in owners.items()
         }
         ends = accumulate(len(members) for members in self.members.values())
         self.gates = {
@@ -127,17 +149,26 @@ class Sites:
         )
 
     def speakers(self, roster: Roster, weights_RS: np.ndarray) -> list[str | None]:
-        """Return for each row the module of the largest weight, averaged over its layers, or None."""
+        """Return for each row the module of the largest weight, averaged over its layers, or
+        None.
+        """
         owners = [module.name for _, module in _owners(roster)]
         modules = [module.name for module in roster.modules]
         weights_RM = weights_RS[:, self.members[id(roster)]]
-        means_RN = np.stack([weights_RM[:, [name == owner for owner in owners]].mean(1) for name in modules], 1)
+        means_RN = np.stack(
+            [weights_RM[:, [name == owner for owner in owners]].mean(1) for name in modules], 1
+        )
         best_R = means_RN.argmax(1)
-        return [modules[best] if means[best] > 0 else None for best, means in zip(best_R, means_RN, strict=True)]
+        return [
+            modules[best] if means[best] > 0 else None
+            for best, means in zip(best_R, means_RN, strict=True)
+        ]
 
 
 def _decays(rosters: Sequence[Roster]) -> dict[tuple[int, int], float]:
-    """Return by layer and identity of a module what its gate keeps of a score per token; forced ones have no gate."""
+    """Return by layer and identity of a module what its gate keeps of a score per token; forced
+    ones have no gate.
+    """
     decays: dict[tuple[int, int], float] = {}
     for roster in rosters:
         for layer, bank in (roster.banks or {}).items():
@@ -165,7 +196,8 @@ class PackedModel:
         self.nbytes = sum(matrix.nbytes for matrix in matrices.values())
         layers = range(len(model.layers))
         addresses = {
-            name: [matrices[name, layer].ctypes.data for layer in layers] for name in ("qkv", "out", "gate_up", "down")
+            name: [matrices[name, layer].ctypes.data for layer in layers]
+            for name in ("qkv", "out", "gate_up", "down")
         }
         embed_tokens = matrices["embed_tokens", 0]
         self._values: dict[str, Any] = addresses | _small_arrays(model)
@@ -214,7 +246,8 @@ def _extents(model: DeepSeekModel) -> dict[str, int]:
 
 
 def _pack_model(model: DeepSeekModel) -> dict[tuple[str, int], np.ndarray]:
-    """Return the packed matrices by name and layer, in the order in which a step reads them; head and embedding have 0.
+    """Return the packed matrices by name and layer, in the order in which a step reads them; head
+    and embedding have 0.
 
     A head whose weights are those of the embedding is not packed a second time.
     """
@@ -230,7 +263,9 @@ def _pack_model(model: DeepSeekModel) -> dict[tuple[str, int], np.ndarray]:
 
 def matrix_of(layer: nn.Module) -> Int8Matrix:
     """Return the quantised weights of a linear layer or an embedding."""
-    stored = getattr(layer, "int8", None)  # where the checkpoint holds 8-bit weights (see `model/int8.py`)
+    stored = getattr(
+        layer, "int8", None
+    )  # where the checkpoint holds 8-bit weights (see `model/int8.py`)
     if isinstance(stored, Int8Matrix):
         return stored
     weight = layer.weight
@@ -269,7 +304,11 @@ def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
             head_norms.append(torch.stack([attention.q_norm.weight, attention.k_norm.weight]))
         else:
             head_norms.append(torch.zeros(2, 0))
-        qkv_biases.append(torch.cat([_bias(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]))
+        qkv_biases.append(
+            torch.cat(
+                [_bias(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+            )
+        )
         out_biases.append(_bias(attention.o_proj))
         windows.append(model.config.sliding_window or 0 if attention.windowed else 0)
     return {
@@ -282,7 +321,11 @@ def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
 
 
 def _bias(layer: nn.Linear) -> torch.Tensor:
-    return layer.bias if layer.bias is not None else torch.zeros(layer.out_features, dtype=torch.float32)
+    return (
+        layer.bias
+        if layer.bias is not None
+        else torch.zeros(layer.out_features, dtype=torch.float32)
+    )
 
 
 def _floats(tensors: list[torch.Tensor]) -> np.ndarray:

@@ -19,7 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def start_engine(
-    name: str | Path = "smollm2-135m", *, experts: Iterable[str | Path] = (), int8: bool = True, **dials: Any
+    name: str | Path = "smollm2-135m",
+    *,
+    experts: Iterable[str | Path] = (),
+    int8: bool = True,
+    **dials: Any,
 ) -> Engine:
     """Load a model, plug experts, and return an engine over the quickest runner that computes it.
 
@@ -27,8 +31,8 @@ def start_engine(
 
     Args:
         name, experts: see `load`.
-        int8: quantise weights to 8 bits where the compiled runner computes the model, which is several times as fast;
-            otherwise, and for other models, the weights stay as they are.
+        int8: quantise weights to 8 bits where the compiled runner computes the model, which is
+            several times as fast; otherwise, and for other models, the weights stay as they are.
         dials: see `Engine`.
 
     Raises what `load` raises.
@@ -41,7 +45,8 @@ def start_engine(
 
 
 def quickest_runner(model: DeepSeekModel) -> Runner:
-    """Return the compiled runner, with 8-bit weights, where it computes `model`, else the one for every model.
+    """Return the compiled runner, with 8-bit weights, where it computes `model`, else the one for
+    every model.
 
     Why it is not the compiled one is logged at level INFO.
     """

@@ -1,4 +1,6 @@
-"""A model's forward pass as a pure function of tensors, made of the model's own blocks, for runtimes without Python."""
+"""A model's forward pass as a pure function of tensors, made of the model's own blocks, for
+runtimes without Python.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -12,16 +14,26 @@ from deepseek.errors import ConfigError
 from deepseek.model.context import ForwardContext
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.passes import ForwardPass
-from deepseek.model.support import LSH_FIELDS, MIXTURE_FIELDS, NOT_COMPUTED_WITH, any_of, one_of, unsupported
+from deepseek.model.support import (
+    LSH_FIELDS,
+    MIXTURE_FIELDS,
+    NOT_COMPUTED_WITH,
+    any_of,
+    one_of,
+    unsupported,
+)
 from deepseek.model.transformer import DeepSeekModel
 
 Step = Callable[[tuple[Tensor, ...], Any], tuple[Tensor, Any]]
-"""Runs what was exported: (ids, mask, positions) of new tokens and the past (None at first) -> logits and new past."""
+"""Runs what was exported: (ids, mask, positions) of new tokens and the past (None at first) ->
+logits and new past.
+"""
 
 NEW = ("input_ids", "attention_mask", "position_ids")
 
-# A graph is traced from the model's own blocks, which honour all fields. But what LSH attention reads depends on values
-# in the prompt, and of positions a graph holds only those that add no scores and have no table of a fixed length.
+# A graph is traced from the model's own blocks, which honour all fields. But what LSH attention
+# reads depends on values in the prompt, and of positions a graph holds only those that add no
+# scores and have no table of a fixed length.
 RULES = (
     any_of(NOT_COMPUTED_WITH)
     | any_of(LSH_FIELDS)
@@ -49,20 +61,27 @@ RULES = (
             "vocab_size",
         )
     )
-    | {"attention": one_of("full"), "hidden_act": one_of("silu"), "positional_encoding": one_of("rope", "none")}
+    | {
+        "attention": one_of("full"),
+        "hidden_act": one_of("silu"),
+        "positional_encoding": one_of("rope", "none"),
+    }
 )
 """Field -> what a graph computes of it."""
 
 
 class Graph(nn.Module):
-    """Maps `input_ids` `[B, T]`, `attention_mask` `[B, S]`, `position_ids` `[B, T]` and the past to logits `[B, T, V]`.
+    """Maps `input_ids` `[B, T]`, `attention_mask` `[B, S]`, `position_ids` `[B, T]` and the past to
+    logits `[B, T, V]`.
 
-    The past is `past_key_values.0.key` and so on, `[B, G, S - T, K]`, as `optimum` names it; with plugged experts also
-    `past_gates.N`, the sums `[B, 3, M]` of layer N, zeros at the start. The present, to be handed in as the past next
-    time, comes out as `present.0.key` and `present_gates.N`.
+    The past is `past_key_values.0.key` and so on, `[B, G, S - T, K]`, as `optimum` names it; with
+    plugged experts also `past_gates.N`, the sums `[B, 3, M]` of layer N, zeros at the start. The
+    present, to be handed in as the past next time, comes out as `present.0.key` and
+    `present_gates.N`.
 
     Raises:
-        ConfigError: the model's attention or positions are none that a graph for any length can hold.
+        ConfigError: the model's attention or positions are none that a graph for any length can
+            hold.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
@@ -76,11 +95,27 @@ class Graph(nn.Module):
         self.dtype = model.dtype
         self.armed = model.experts.armed()
         roster = self.armed.roster if self.armed else None
-        self.modules_armed = nn.ModuleList(roster.modules if roster else ())  # so that their weights are the graph's
-        self.gated = {layer: len(owners) for layer, owners in roster.owners.items()} if roster else {}
-        parts = [f"{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in ("key", "value")]
-        self.inputs = [*NEW, *(f"past_key_values.{part}" for part in parts), *(f"past_gates.{at}" for at in self.gated)]
-        self.outputs = ["logits", *(f"present.{part}" for part in parts), *(f"present_gates.{at}" for at in self.gated)]
+        self.modules_armed = nn.ModuleList(
+            roster.modules if roster else ()
+        )  # so that their weights are the graph's
+        self.gated = (
+            {layer: len(owners) for layer, owners in roster.owners.items()} if roster else {}
+        )
+        parts = [
+            f"{layer}.{part}"
+            for layer in range(model.config.num_hidden_layers)
+            for part in ("key", "value")
+        ]
+        self.inputs = [
+            *NEW,
+            *(f"past_key_values.{part}" for part in parts),
+            *(f"past_gates.{at}" for at in self.gated),
+        ]
+        self.outputs = [
+            "logits",
+            *(f"present.{part}" for part in parts),
+            *(f"present_gates.{at}" for at in self.gated),
+        ]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
@@ -114,12 +149,18 @@ class Graph(nn.Module):
         return [*states, *(torch.zeros(batch, 3, count) for count in self.gated.values())]
 
     def example(self, batch: int, length: int, past: int) -> list[Tensor]:
-        """Return inputs of these sizes; no two are one tensor, which a trace would take for one input."""
-        new = (torch.ones(batch, size, dtype=torch.long) for size in (length, past + length, length))
+        """Return inputs of these sizes; no two are one tensor, which a trace would take for one
+        input.
+        """
+        new = (
+            torch.ones(batch, size, dtype=torch.long) for size in (length, past + length, length)
+        )
         return [*new, *self.past(batch, past)]
 
     def write(self, path: Path) -> None:
-        """Write the graph as ONNX, free in batch, length and past; its weights beside it in `<path>.data`."""
+        """Write the graph as ONNX, free in batch, length and past; its weights beside it in
+        `<path>.data`.
+        """
         new = {0: "batch", 1: "length"}
         whole = {0: "batch", 1: "total"}
         ids, mask, positions, *past = self.example(2, 3, 5)
@@ -140,8 +181,12 @@ class Graph(nn.Module):
             )
 
 
-def _stable_sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """Return ONNX's sorted values and indices along the last axis; of equals the first comes first, as it says."""
+def _stable_sort(
+    values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> Any:
+    """Return ONNX's sorted values and indices along the last axis; of equals the first comes first,
+    as it says.
+    """
     from onnxscript import opset18
 
     assert stable and dim == -1

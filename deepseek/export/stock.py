@@ -11,7 +11,13 @@ from deepseek.checkpoint.convert import FAMILIES, convert_config, our_name
 from deepseek.errors import ConfigError
 from deepseek.export.graph import Step
 from deepseek.model.config import ModelConfig
-from deepseek.model.support import LSH_FIELDS, MIXTURE_FIELDS, NOT_COMPUTED_WITH, any_of, unsupported
+from deepseek.model.support import (
+    LSH_FIELDS,
+    MIXTURE_FIELDS,
+    NOT_COMPUTED_WITH,
+    any_of,
+    unsupported,
+)
 from deepseek.model.transformer import DeepSeekModel
 
 SAVED = {"architectures", "dtype", "transformers_version"}
@@ -49,7 +55,9 @@ RULES = any_of(
         "vocab_size",
     )
 )
-"""Fields that are compared with what an architecture computes. No other field can be, so a model with one has none."""
+"""Fields that are compared with what an architecture computes. No other field can be, so a model
+with one has none.
+"""
 
 
 def write_stock(model: DeepSeekModel, folder: Path) -> Step:
@@ -59,11 +67,15 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
         ConfigError: there is none; the message names what stands in the way.
     """
     if model.experts.armed() is not None:
-        raise ConfigError("No stock architecture has plugged experts; export the base alone, or use --to onnx.")
+        raise ConfigError(
+            "No stock architecture has plugged experts; export the base alone, or use --to onnx."
+        )
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(stock_config(model.config), dtype=model.dtype)
     tensors = model.state_dict()
-    stock.load_state_dict({name: tensors.pop(our_name(name)) for name in stock.state_dict()}, assign=True)
+    stock.load_state_dict(
+        {name: tensors.pop(our_name(name)) for name in stock.state_dict()}, assign=True
+    )
     if any(tensor.any() for name, tensor in tensors.items() if name.endswith(".balance.bias")):
         raise ConfigError("No stock architecture has this router's balance bias; use --to onnx.")
     stock.generation_config = model.generation_config
@@ -79,7 +91,8 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
 
 
 def stock_config(config: ModelConfig) -> Any:
-    """Return the config of the first Hugging Face family that, converted to our fields, equals `config`.
+    """Return the config of the first Hugging Face family that, converted to our fields, equals
+    `config`.
 
     Raises:
         ConfigError: no family does; the fields that differ from the nearest one are named.
@@ -93,16 +106,24 @@ def stock_config(config: ModelConfig) -> Any:
     missed = {}
     for family in FAMILIES:
         known = CONFIG_MAPPING[family]().to_dict().keys() | {"head_dim"}
-        raw = {key: value for key, value in _in_their_names(config, family).items() if key in known - SAVED}
+        raw = {
+            key: value
+            for key, value in _in_their_names(config, family).items()
+            if key in known - SAVED
+        }
         again = ModelConfig(**convert_config(raw))
         missed[family] = [
-            name for name in compared if (getattr(again, name) or None) != (getattr(config, name) or None)
+            name
+            for name in compared
+            if (getattr(again, name) or None) != (getattr(config, name) or None)
         ]
         if not missed[family]:
             return CONFIG_MAPPING[family](**raw)
     nearest = min(missed, key=lambda family: len(missed[family]))
     reason = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(missed[nearest]))
-    raise ConfigError(f"No stock architecture has {reason} (the nearest is {nearest}); keep the model's own folder.")
+    raise ConfigError(
+        f"No stock architecture has {reason} (the nearest is {nearest}); keep the model's own folder."
+    )
 
 
 def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
@@ -116,7 +137,9 @@ def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
     values = config.to_dict() | {
         "model_type": family,
         "use_sliding_window": window is not None,
-        "layer_types": ["full_attention" if layer in full else "sliding_attention" for layer in layers],
+        "layer_types": [
+            "full_attention" if layer in full else "sliding_attention" for layer in layers
+        ],
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.max_experts,
         "norm_topk_prob": config.router_renormalize,

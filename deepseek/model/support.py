@@ -1,8 +1,10 @@
-"""Which models a piece of code computes that computes only some: rules by config field, closed by default.
+"""Which models a piece of code computes that computes only some: rules by config field, closed by
+default.
 
-The compiled step, the exported graph and the stock converter each list every field of `ModelConfig` that they honour,
-with the values that they can compute. A field that is not listed, such as one that was added after the list was made,
-is not computed, whatever its value: so no new field is ever ignored in silence.
+The compiled step, the exported graph and the stock converter each list every field of `ModelConfig`
+that they honour, with the values that they can compute. A field that is not listed, such as one
+that was added after the list was made, is not computed, whatever its value: so no new field is ever
+ignored in silence.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +28,9 @@ class FieldRule:
 
 
 ANY = FieldRule(lambda _: True, "anything")
-"""Every value is honoured, or the field changes no logits of the models that the other rules let through."""
+"""Every value is honoured, or the field changes no logits of the models that the other rules let
+through.
+"""
 
 
 def one_of(*values: Any) -> FieldRule:
@@ -57,7 +61,9 @@ NOT_COMPUTED_WITH = (
     "transformers_version",
     "use_cache",
 )
-"""Fields that no logits depend on: what Hugging Face notes, what training reads, and what generation stops at."""
+"""Fields that no logits depend on: what Hugging Face notes, what training reads, and what
+generation stops at.
+"""
 
 LSH_FIELDS = (
     "lsh_bucket_window",
@@ -94,14 +100,18 @@ MIXTURE_FIELDS = (
 
 
 def config_fields(config: ModelConfig) -> list[str]:
-    """Return the names of all fields of a config, those that were only set on the object included."""
+    """Return the names of all fields of a config, those that were only set on the object
+    included.
+    """
     declared = {field.name for field in fields(config)}
     assigned = {name for name in vars(config) if not name.startswith("_")}
     return sorted(declared | assigned)
 
 
 def unsupported(config: ModelConfig, rules: Mapping[str, FieldRule]) -> str | None:
-    """Return what is not computed of `config`, as "field=value (what is needed)"; None if all of it is."""
+    """Return what is not computed of `config`, as "field=value (what is needed)"; None if all of it
+    is.
+    """
     reasons = []
     for name in config_fields(config):
         value = getattr(config, name)

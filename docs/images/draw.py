@@ -1,6 +1,7 @@
 """Draw the pictures of `docs/concepts/` as SVG: python docs/images/draw.py
 
-They are drawn on white, so that they look the same in light and dark pages. `tests/docs/test_pictures.py` redraws them.
+They are drawn on white, so that they look the same in light and dark pages.
+`tests/docs/test_pictures.py` redraws them.
 """
 
 import ast
@@ -35,12 +36,20 @@ class Picture:
 
     def text(self, x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> None:
         shape = f' class="{kind}"' if kind else ""
-        self.parts.append(f'<text x="{x:g}" y="{y:g}"{shape} text-anchor="{anchor}">{escape(words)}</text>')
+        self.parts.append(
+            f'<text x="{x:g}" y="{y:g}"{shape} text-anchor="{anchor}">{escape(words)}</text>'
+        )
 
     def box(
-        self, x: float, y: float, width: float, height: float, title: str, lines: tuple[str, ...] = (),
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        title: str,
+        lines: tuple[str, ...] = (),
         fill: str = NEUTRAL,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Draw a box with a title and lines below it, centred."""
         self.parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" '
@@ -108,14 +117,18 @@ ABOUT = {
 def architecture() -> Picture:
     table = floors()
     highest = max(table.values())
-    picture = Picture(760, 66 * (highest + 1) + 56, "Packages by floor: each imports only floors below it")
+    picture = Picture(
+        760, 66 * (highest + 1) + 56, "Packages by floor: each imports only floors below it"
+    )
     for floor in range(highest + 1):
         y = 16 + 66 * (highest - floor)
         rooms = [name for name, level in table.items() if level == floor]
         width = (620 - 12 * (len(rooms) - 1)) / len(rooms)
         picture.text(24, y + 30, f"floor {floor}", "soft")
         for number, name in enumerate(rooms):
-            fill = {"model": BASE, "packs": FIRST, "train": SECOND, "engine": BASE}.get(name, NEUTRAL)
+            fill = {"model": BASE, "packs": FIRST, "train": SECOND, "engine": BASE}.get(
+                name, NEUTRAL
+            )
             about = (ABOUT[name],) if ABOUT.get(name) else ()
             picture.box(84 + number * (width + 12), y, width, 50, name, about, fill)
     picture.arrow((732, 20), (732, 66 * (highest + 1)))
@@ -148,8 +161,18 @@ def token() -> Picture:
         (40, "expert “shop”", FIRST, means[0], strengths[0], weights[0]),
         (330, "expert “docs”", SECOND, means[1], strengths[1], weights[1]),
     ):
-        picture.box(300, y, 160, 76, "gate", ("score, averaged over", f"the text so far: {mean:.2f}"), fill)
-        picture.box(500, y, 160, 76, "fires: mean > 0", (f"a = sigmoid(16 · {mean:.2f})", f"= {strength:.2f}"), fill)
+        picture.box(
+            300, y, 160, 76, "gate", ("score, averaged over", f"the text so far: {mean:.2f}"), fill
+        )
+        picture.box(
+            500,
+            y,
+            160,
+            76,
+            "fires: mean > 0",
+            (f"a = sigmoid(16 · {mean:.2f})", f"= {strength:.2f}"),
+            fill,
+        )
         picture.box(720, y, 160, 76, name, (f"weight {weight:.2f}", "times its feed-forward"), fill)
         picture.arrow((225, 190 if y < 190 else 250), (225, y + 38), (298, y + 38))
         picture.arrow((460, y + 38), (498, y + 38))
@@ -171,7 +194,12 @@ def token() -> Picture:
     picture.arrow((825, 220), (878, 220))
     picture.text(886, 216, "back to the", "soft")
     picture.text(886, 233, "residual stream", "soft")
-    picture.text(20, 440, "A gate whose mean is 0 or less gives weight 0, and its network is not computed.", "soft")
+    picture.text(
+        20,
+        440,
+        "A gate whose mean is 0 or less gives weight 0, and its network is not computed.",
+        "soft",
+    )
     alone = "If no gate fires, or relevance admits no expert, the token takes the code path of the base alone."
     picture.text(20, 458, alone, "soft")
     return picture
@@ -182,7 +210,9 @@ def pack() -> Picture:
     top, low = 40, 200
     picture.box(20, top, 130, 80, "your text", ("git, folder, JSONL;", "cleaned and split"))
     picture.box(190, top, 150, 80, "train", ("base frozen; best", "held-out state kept"), SECOND)
-    picture.box(380, top, 150, 80, "calibrate gates", ("closed form, against", "public text"), SECOND)
+    picture.box(
+        380, top, 150, 80, "calibrate gates", ("closed form, against", "public text"), SECOND
+    )
     picture.box(570, top, 140, 80, "pack", ("one .safetensors,", "manifest, digest"), FIRST)
     picture.box(750, top, 130, 80, "sign", ("optional,", "Ed25519"))
     picture.box(750, low, 130, 80, "check", ("base, tokenizer,", "digest, licence, key"), FIRST)
@@ -202,10 +232,20 @@ def pack() -> Picture:
 
 def stages() -> Picture:
     picture = Picture(900, 350, "The three training stages, and experts beside them")
-    pretrain = ("text of several domains", "every weight, from scratch", "cross-entropy; curriculum optional")
-    adapt = ("text of one domain", "last layers, LoRA or everything", "cross-entropy, best state kept")
+    pretrain = (
+        "text of several domains",
+        "every weight, from scratch",
+        "cross-entropy; curriculum optional",
+    )
+    adapt = (
+        "text of one domain",
+        "last layers, LoRA or everything",
+        "cross-entropy, best state kept",
+    )
     align = ("pairs: chosen, rejected", "last layers", "PPO, or DPO and RLOO")
-    for number, (name, lines) in enumerate({"pretrain": pretrain, "adapt": adapt, "align": align}.items()):
+    for number, (name, lines) in enumerate(
+        {"pretrain": pretrain, "adapt": adapt, "align": align}.items()
+    ):
         x = 20 + 300 * number
         picture.box(x, 30, 260, 120, f"{number + 1}  {name}", lines, BASE)
         picture.text(x + 130, 172, f"deepseek {name}", "code", "middle")
@@ -214,9 +254,15 @@ def stages() -> Picture:
     picture.arrow((580, 90), (618, 90))
     beside = "trained beside any of these models, which stay frozen: deepseek expert train"
     picture.box(20, 220, 860, 60, "expert modules", (beside,), FIRST)
-    picture.text(20, 312, "Any stage can be the first: most people start from an open model and train experts.", "soft")
+    picture.text(
+        20,
+        312,
+        "Any stage can be the first: most people start from an open model and train experts.",
+        "soft",
+    )
     chain = (
-        "A recipe (deepseek train) chains stages; the loop, its checkpoints and exact resumption are the same in all."
+        "A recipe (deepseek train) chains stages; "
+        "the loop, its checkpoints and exact resumption are the same in all."
     )
     picture.text(20, 330, chain, "soft")
     return picture

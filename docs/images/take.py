@@ -1,4 +1,5 @@
-"""Take the pictures of the web page in these documents, of a server that runs with a plugged expert.
+"""Take the pictures of the web page in these documents, of a server that runs with a plugged
+expert.
 
 deepseek serve --experts spanish & python docs/images/take.py http://127.0.0.1:8000
 """
@@ -27,11 +28,17 @@ def picture(page: Page, name: str) -> None:
 
 expect.set_options(timeout=PATIENCE)
 with sync_playwright() as driver:
-    browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"], timeout=PATIENCE)
+    browser = driver.chromium.launch(
+        executable_path=shutil.which("chromium"), args=["--no-sandbox"], timeout=PATIENCE
+    )
     for name, width, height, scheme in (
-        ("page-light", 1100, 640, "light"), ("page-dark", 1100, 640, "dark"), ("page-phone", 375, 720, "light"),
-    ):  # fmt: skip
-        page = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
+        ("page-light", 1100, 640, "light"),
+        ("page-dark", 1100, 640, "dark"),
+        ("page-phone", 375, 720, "light"),
+    ):
+        page = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme
+        ).new_page()
         page.set_default_timeout(PATIENCE)
         picture(page, name)
     browser.close()

@@ -1,4 +1,6 @@
-"""A fingerprint depends on names, dtypes, shapes and values of the weights, and on the tokenizer; on nothing else."""
+"""A fingerprint depends on names, dtypes, shapes and values of the weights, and on the tokenizer;
+on nothing else.
+"""
 
 import json
 from collections.abc import Callable
@@ -12,21 +14,34 @@ from torch import Tensor
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.errors import CheckpointError
 
-WEIGHTS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.zeros(5).bfloat16(), "c": torch.tensor(7)}
+WEIGHTS = {
+    "a": torch.arange(12.0).reshape(3, 4),
+    "b": torch.zeros(5).bfloat16(),
+    "c": torch.tensor(7),
+}
 TOKENIZER = {
     "model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
     "added_tokens": [{"id": 2, "content": "ab", "special": True}],
 }
 
 
-def save(folder: Path, weights: dict[str, Tensor], tokenizer: object = None, shards: int = 1, note: str = "") -> Path:
+def save(
+    folder: Path,
+    weights: dict[str, Tensor],
+    tokenizer: object = None,
+    shards: int = 1,
+    note: str = "",
+) -> Path:
     """Write a model folder whose weights are dealt out to `shards` files."""
     folder.mkdir(exist_ok=True)
     names = list(weights)
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"note": note})
     else:
-        home = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+        home = {
+            name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors"
+            for i, name in enumerate(names)
+        }
         for file in set(home.values()):
             save_file({name: weights[name] for name in names if home[name] == file}, folder / file)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": home}))
@@ -66,13 +81,20 @@ def test_swapped_names_matter(tmp_path: Path) -> None:
 
 
 def test_the_old_spelling_of_merges_is_the_same_tokenizer(tmp_path: Path) -> None:
-    old = {"model": {"merges": ["a b"], "vocab": {"ab": 2, "b": 1, "a": 0}}, "added_tokens": TOKENIZER["added_tokens"]}
-    assert fingerprint(save(tmp_path / "1", WEIGHTS, TOKENIZER)) == fingerprint(save(tmp_path / "2", WEIGHTS, old))
+    old = {
+        "model": {"merges": ["a b"], "vocab": {"ab": 2, "b": 1, "a": 0}},
+        "added_tokens": TOKENIZER["added_tokens"],
+    }
+    assert fingerprint(save(tmp_path / "1", WEIGHTS, TOKENIZER)) == fingerprint(
+        save(tmp_path / "2", WEIGHTS, old)
+    )
 
 
 def test_tokenizers_differ_and_may_be_missing(tmp_path: Path) -> None:
     more = {**TOKENIZER, "added_tokens": []}
-    first, second = (fingerprint(save(tmp_path / str(i), WEIGHTS, t)) for i, t in enumerate([TOKENIZER, more]))
+    first, second = (
+        fingerprint(save(tmp_path / str(i), WEIGHTS, t)) for i, t in enumerate([TOKENIZER, more])
+    )
     assert first.tokenizer != second.tokenizer
     assert fingerprint(save(tmp_path / "none", WEIGHTS)).tokenizer == ""
 
@@ -91,11 +113,15 @@ def truncate(folder: Path) -> None:
 
 
 def point_outside(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../model.safetensors"}}'
+    )
 
 
 def forget_a_shard(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
+    )
 
 
 def write_text(folder: Path) -> None:
@@ -106,7 +132,9 @@ def spoil_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("[]")
 
 
-@pytest.mark.parametrize("damage", [truncate, point_outside, forget_a_shard, write_text, spoil_tokenizer])
+@pytest.mark.parametrize(
+    "damage", [truncate, point_outside, forget_a_shard, write_text, spoil_tokenizer]
+)
 def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = save(tmp_path / "model", WEIGHTS, TOKENIZER)
     damage(folder)

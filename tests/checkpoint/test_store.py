@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 from deepseek.checkpoint import store
 from deepseek.errors import CheckpointError
 
-TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor([3]), "half": torch.ones(2).bfloat16()}
+TENSORS = {
+    "weight": torch.arange(6.0).reshape(2, 3),
+    "step": torch.tensor([3]),
+    "half": torch.ones(2).bfloat16(),
+}
 META = {"step": 3, "rng": [1, 2], "note": "é"}
 
 
@@ -73,7 +77,10 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(file=st.sampled_from(["state.safetensors", "meta.json"]), place=st.floats(0, 1, exclude_max=True))
+@given(
+    file=st.sampled_from(["state.safetensors", "meta.json"]),
+    place=st.floats(0, 1, exclude_max=True),
+)
 def test_any_changed_byte_is_noticed(tmp_path: Path, file: str, place: float) -> None:
     folder = tmp_path / "step-00000003"
     store.save_state(folder, TENSORS, META)
@@ -101,7 +108,11 @@ def test_the_newest_whole_state_is_found_and_old_ones_are_pruned(tmp_path: Path)
     (tmp_path / "plots").mkdir()
     assert store.latest_state(tmp_path) == tmp_path / "step-00000999"
     store.prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "step-00000999", "step-00012345"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "plots",
+        "step-00000999",
+        "step-00012345",
+    ]
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ def run(*arguments: str) -> int | str | None:
 
 
 def test_every_alias_names_a_measurement() -> None:
-    assert {f"{name}.py" for name in ALIASES.values()} <= {file.name for file in FOLDER.glob("*.py")}
+    assert {f"{name}.py" for name in ALIASES.values()} <= {
+        file.name for file in FOLDER.glob("*.py")
+    }
     assert set(ALIASES) <= set(measurements())
     assert "results" not in measurements()
 
@@ -47,7 +49,9 @@ def test_without_a_checkout_it_says_what_is_needed(
     assert "clone" in capsys.readouterr().err
 
 
-def test_comparisons_are_drawn_and_rivals_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_comparisons_are_drawn_and_rivals_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     bars = import_module("bars")
     assert bars.installed("json") == Path(sys.executable)
@@ -60,7 +64,9 @@ def test_comparisons_are_drawn_and_rivals_found(monkeypatch: pytest.MonkeyPatch,
     assert first != second
 
 
-@pytest.mark.parametrize(("name", "script"), [("serve", "batch"), ("decode", "decode"), ("prefill", "decode")])
+@pytest.mark.parametrize(
+    ("name", "script"), [("serve", "batch"), ("decode", "decode"), ("prefill", "decode")]
+)
 def test_comparisons_with_rivals_have_short_names(name: str, script: str) -> None:
     assert ALIASES.get(name, name) == script
     source = (FOLDER / f"{script}.py").read_text()

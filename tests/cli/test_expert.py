@@ -49,9 +49,17 @@ def pack(base: Path) -> Path:
     description = BaseDescription(weights=marks.weights, tokenizer="", hidden_size=8, num_layers=2)
     metrics = {"held-out": Metric(before=3.5, after=2.25)}
     manifest = Manifest(
-        name="poems", base=description, layers=(1,), width=4, dtype="float32", licence="MIT", metrics=metrics
+        name="poems",
+        base=description,
+        layers=(1,),
+        width=4,
+        dtype="float32",
+        licence="MIT",
+        metrics=metrics,
     )
-    tensors = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in manifest.tensors().items()}
+    tensors = {
+        name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in manifest.tensors().items()
+    }
     path = experts_folder() / "poems.safetensors"
     write_pack(path, ExpertPack.seal(manifest, tensors))
     return path
@@ -74,7 +82,9 @@ def test_a_dangling_link_stops_no_list(pack: Path, capsys: Capture) -> None:
     assert [line.split()[0] for line in out.splitlines()] == ["gone", "poems"]
 
 
-def test_all_means_the_readable_experts_of_a_folder(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_all_means_the_readable_experts_of_a_folder(
+    pack: Path, tmp_path: Path, capsys: Capture
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "mine.safetensors").write_bytes(pack.read_bytes())
@@ -109,7 +119,9 @@ def test_verify_knows_the_base(pack: Path, base: Path, tmp_path: Path, capsys: C
     assert (status, "another base" in err) == (2, True)
 
 
-def test_verify_needs_a_shape_in_the_config_of_the_base(pack: Path, base: Path, capsys: Capture) -> None:
+def test_verify_needs_a_shape_in_the_config_of_the_base(
+    pack: Path, base: Path, capsys: Capture
+) -> None:
     (base / "config.json").write_text("{}")
     status, _, err = run(capsys, "verify", "poems", "--base", str(base))
     assert (status, "hidden_size" in err) == (2, True)
@@ -131,7 +143,12 @@ def test_signing(pack: Path, tmp_path: Path, capsys: Capture) -> None:
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("/src/My Project", "My-Project"), ("/data/notes.jsonl", "notes"), ("/data/.hidden", "hidden"), ("/", "expert")],
+    [
+        ("/src/My Project", "My-Project"),
+        ("/data/notes.jsonl", "notes"),
+        ("/data/.hidden", "hidden"),
+        ("/", "expert"),
+    ],
 )
 def test_an_expert_is_named_after_its_source(source: str, name: str) -> None:
     assert source_name(Path(source)) == name

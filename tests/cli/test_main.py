@@ -57,7 +57,9 @@ def test_help_is_quick() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     program = "import sys\nfrom deepseek.cli.main import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    modules = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"torch", "transformers", "typer", "rich", "numpy", "pydantic"} & set(modules)
 
 
@@ -100,7 +102,9 @@ def test_version(capsys: Capture) -> None:
     ],
     ids=" ".join,
 )
-def test_mistakes_exit_2_with_one_sentence(arguments: list[str], words: list[str], capsys: Capture) -> None:
+def test_mistakes_exit_2_with_one_sentence(
+    arguments: list[str], words: list[str], capsys: Capture
+) -> None:
     status = run(*arguments)
     output = capsys.readouterr()
     assert status == 2
@@ -114,14 +118,22 @@ def test_mistakes_exit_2_with_one_sentence(arguments: list[str], words: list[str
     ("error", "status", "line"),
     [
         (ConfigError("a is b; write c."), 2, "error: a is b; write c."),
-        (OSError(28, "No space left on device", "/data/x"), 2, "error: /data/x: No space left on device."),
+        (
+            OSError(28, "No space left on device", "/data/x"),
+            2,
+            "error: /data/x: No space left on device.",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
             KeyboardInterrupt("stopped at step 7; the same call goes on"),
             130,
             "stopped at step 7; the same call goes on: deepseek fake",
         ),
-        (RuntimeError("odd"), 1, "error: unexpected RuntimeError (odd); run it again with --debug for the traceback"),
+        (
+            RuntimeError("odd"),
+            1,
+            "error: unexpected RuntimeError (odd); run it again with --debug for the traceback",
+        ),
     ],
 )
 def test_errors_have_one_way_out(
@@ -138,7 +150,9 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Capt
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_debug_after_two_dashes_belongs_to_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_debug_after_two_dashes_belongs_to_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     install(monkeypatch, ConfigError("a is b."))
     assert run("fake", "--", "--debug") == 2
     assert "Traceback" not in capsys.readouterr().err
@@ -179,7 +193,8 @@ def test_every_command_is_a_function_or_a_typer_application() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "before", "after"), [("expert", None, "PASSIVE"), ("expert", "ACTIVE", "ACTIVE"), ("runs", None, None)]
+    ("command", "before", "after"),
+    [("expert", None, "PASSIVE"), ("expert", "ACTIVE", "ACTIVE"), ("runs", None, None)],
 )
 def test_commands_that_train_let_waiting_threads_sleep(
     command: str, before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch

@@ -48,7 +48,11 @@ def test_a_folder_that_does_not_exist_stops_the_start(
     assert option in refused(capsys, option, str(tmp_path / "file"))
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1), max_size=8))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1), max_size=8
+    )
+)
 def test_a_file_gives_its_lines_as_keys_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str]
 ) -> None:
@@ -65,5 +69,9 @@ def test_a_file_gives_its_lines_as_keys_or_is_refused(
 def test_keys_of_the_environment_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("one\n# two\nthree\n")
     monkeypatch.setenv("DEEPSEEK_API_KEY", " four ")
-    assert _keys(tmp_path / "file", "DEEPSEEK_API_KEY", "--api-key-file") == {"one", "three", "four"}
+    assert _keys(tmp_path / "file", "DEEPSEEK_API_KEY", "--api-key-file") == {
+        "one",
+        "three",
+        "four",
+    }
     assert _keys(None, "DEEPSEEK_API_KEY", "--api-key-file") == {"four"}

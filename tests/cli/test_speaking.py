@@ -31,7 +31,9 @@ def pack(loaded: Loaded) -> Iterator[Path]:
     """An expert named `always` in the folder of trained experts, with the text its run held out."""
     experts_folder().mkdir(parents=True, exist_ok=True)
     path = save_expert(loaded, "always", experts_folder())
-    documents = [Document(f"the value of the router {i} returns the expert " * 20, f"{i}") for i in range(4)]
+    documents = [
+        Document(f"the value of the router {i} returns the expert " * 20, f"{i}") for i in range(4)
+    ]
     TokenShards.build(documents, loaded.tokenizer, held_out_folder("always"))
     yield path
     path.unlink()
@@ -64,11 +66,25 @@ def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def test_generate_says_who_spoke(base_folder: Path, pack: Path, capsys: Capture) -> None:
-    assert run("generate", "the value", "--base", base_folder, "--experts", "always", "--max-tokens", "5") == 0
+    assert (
+        run(
+            "generate",
+            "the value",
+            "--base",
+            base_folder,
+            "--experts",
+            "always",
+            "--max-tokens",
+            "5",
+        )
+        == 0
+    )
     assert "always" in capsys.readouterr().err
 
 
-def test_generate_without_arming_is_the_base(base_folder: Path, pack: Path, capsys: Capture) -> None:
+def test_generate_without_arming_is_the_base(
+    base_folder: Path, pack: Path, capsys: Capture
+) -> None:
     sampled = ("--max-tokens", "40", "--temperature", "1", "--seed", "3")
     arguments = ("generate", "the value", "--base", base_folder, *sampled)
     run(*arguments)
@@ -123,7 +139,9 @@ def test_chat_plugs_arms_and_unplugs(
 
 
 @pytest.mark.parametrize("line", ["/plugg x", "/plug nope", "/unplug nope", "/arm nope"])
-def test_chat_survives_mistakes(line: str, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_chat_survives_mistakes(
+    line: str, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     assert converse(monkeypatch, base_folder, line, "/help") == 0
     shown = capsys.readouterr().out
     assert "error: " in shown and "/unplug" in shown and "Unplug the expert of this name" in shown
@@ -140,7 +158,9 @@ class Interrupted(Console):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_answer_costs_nothing_more(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_answer_costs_nothing_more(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = Scheduler.step
 
     def slow_step(scheduler: Scheduler) -> None:
@@ -162,28 +182,51 @@ def test_a_turn_computes_only_what_is_new(
     loaded.model.config.max_position_embeddings = 512
     sampling = Sampling(max_new_tokens=4)
     shown, cached = [], []
-    for block in (8, 1024):  # of which the second is longer than anything said here, so that nothing is remembered
+    for block in (
+        8,
+        1024,
+    ):  # of which the second is longer than anything said here, so that nothing is remembered
         with Engine(*loaded, prefill_chunk=block) as engine:
             session = ChatSession(engine, sampling, Console(width=200))
-            type_lines(monkeypatch, "hello", "/plug always", "and you?", "/unplug always", "who then?")
+            type_lines(
+                monkeypatch, "hello", "/plug always", "and you?", "/unplug always", "who then?"
+            )
             session.run()
             assert [message["role"] for message in session.messages] == ["user", "assistant"] * 3
             shown.append(capsys.readouterr().out)
             cached.append(engine.stats().cached_tokens)
     assert shown[0] == shown[1] and "always 4" in shown[0]
     first = len(encode_prompt(loaded.tokenizer, [{"role": "user", "content": "hello"}]))
-    assert cached == [first // 8 * 8, 0]  # the third turn finds the first one; the second had another expert
+    assert cached == [
+        first // 8 * 8,
+        0,
+    ]  # the third turn finds the first one; the second had another expert
 
 
-def test_eval_compares_every_text(base_folder: Path, pack: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_eval_compares_every_text(
+    base_folder: Path, pack: Path, tmp_path: Path, capsys: Capture
+) -> None:
     (tmp_path / "own").mkdir()
     for i in range(3):
-        (tmp_path / "own" / f"{i}.txt").write_text(f"text number {i} of mine, long enough to count as a document " * 8)
+        (tmp_path / "own" / f"{i}.txt").write_text(
+            f"text number {i} of mine, long enough to count as a document " * 8
+        )
     code = run(
-        "eval", "always", "--base", base_folder, "--tokens", "512", "--data", tmp_path / "own", "--human-eval", "1"
+        "eval",
+        "always",
+        "--base",
+        base_folder,
+        "--tokens",
+        "512",
+        "--data",
+        tmp_path / "own",
+        "--human-eval",
+        "1",
     )
     shown = capsys.readouterr().out
-    assert code == 0 and all(word in shown for word in ("always", "public", "change", "pass@1 (1 problems)"))
+    assert code == 0 and all(
+        word in shown for word in ("always", "public", "change", "pass@1 (1 problems)")
+    )
 
 
 def test_eval_refuses_a_missing_text(base_folder: Path, pack: Path, capsys: Capture) -> None:

@@ -19,7 +19,15 @@ def test_made_text_can_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "problems.jsonl"
     assert call("data", "mathematics", str(out), "--count", "50") == 0
     assert len(list(read_records(out))) == 50
-    assert call("data", "code", str(Path(__file__).parents[2] / "deepseek" / "data"), str(tmp_path / "f.jsonl")) == 0
+    assert (
+        call(
+            "data",
+            "code",
+            str(Path(__file__).parents[2] / "deepseek" / "data"),
+            str(tmp_path / "f.jsonl"),
+        )
+        == 0
+    )
     assert "records in" in capsys.readouterr().out
     assert any("def " in document.text for document in read_records(tmp_path / "f.jsonl"))
     (tmp_path / "empty").mkdir()
@@ -27,7 +35,9 @@ def test_made_text_can_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert call("data", "code", str(tmp_path / "empty"), str(tmp_path / "g.jsonl")) == 2
 
 
-def test_a_plan_is_printed_and_written_for_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_printed_and_written_for_deepspeed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "ds.json"
     assert call("plan", "--preset", "deepseek-8b", "--gpus", "256", "--deepspeed", str(path)) == 0
     printed = capsys.readouterr().out
@@ -46,6 +56,8 @@ def test_a_plan_is_printed_and_written_for_deepspeed(tmp_path: Path, capsys: pyt
         (("runs", "show", "nothing"), "There is no run 'nothing'"),
     ],
 )
-def test_a_mistake_is_one_sentence(words: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_sentence(
+    words: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(*words) == 2
     assert complaint in capsys.readouterr().err

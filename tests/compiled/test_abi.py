@@ -1,4 +1,6 @@
-"""The tables of the compiled step: the arrays, the arguments and the tuple that the kernel reads agree with them."""
+"""The tables of the compiled step: the arrays, the arguments and the tuple that the kernel reads
+agree with them.
+"""
 
 import ast
 import sys
@@ -25,7 +27,10 @@ PAIR = Table(
         Buffer("addends", INT64, "rows columns", "a list for two axes"),
     ),
 )
-BITS = Table("Bits", (Buffer("bits", BF16, "2 columns", "bf16 as bits"), Buffer("out", FP32, "rows", "the result")))
+BITS = Table(
+    "Bits",
+    (Buffer("bits", BF16, "2 columns", "bf16 as bits"), Buffer("out", FP32, "rows", "the result")),
+)
 EXTENTS = {"rows": 2, "columns": 3}
 
 
@@ -47,7 +52,11 @@ def test_the_kernels_tuple_has_the_dtype_and_axes_of_every_row(table: Table) -> 
             assert kind == types.int64
         else:
             passed = typeof(arrays[buffer.name])
-            assert (kind.dtype, kind.ndim, kind.layout) == (passed.dtype, passed.ndim, passed.layout)
+            assert (kind.dtype, kind.ndim, kind.layout) == (
+                passed.dtype,
+                passed.ndim,
+                passed.layout,
+            )
             assert arrays[buffer.name].ctypes.data % 64 == 0
 
 
@@ -75,7 +84,9 @@ def test_a_kernel_reads_what_the_tables_hand_over() -> None:
     filled = BITS.zeros(EXTENTS)
     filled["bits"][:] = [[1, 2, 3], [4, 5, 6]]
     groups = [PAIR.arguments(values(), EXTENTS), BITS.arguments(filled, EXTENTS)]
-    openmp.parallel(launch.compiled(kernel), [number for group in groups for number in group.numbers])
+    openmp.parallel(
+        launch.compiled(kernel), [number for group in groups for number in group.numbers]
+    )
     assert filled["out"].tolist() == [10 * 7 + 4 + 102, 10 * 3 + 5 + 105]
 
 
@@ -90,29 +101,47 @@ def test_a_buffer_is_added_by_one_row() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"matrix": np.zeros((2, 4))}, r"Pair.matrix has dtype float64 .* reads float32 of shape \(2, 4\)"),
-        ({"matrix": np.zeros((2, 3), np.float32)}, r"shape \(2, 3\); .* shape \(2, 4\) \(rows columns\+1\)"),
+        (
+            {"matrix": np.zeros((2, 4))},
+            r"Pair.matrix has dtype float64 .* reads float32 of shape \(2, 4\)",
+        ),
+        (
+            {"matrix": np.zeros((2, 3), np.float32)},
+            r"shape \(2, 3\); .* shape \(2, 4\) \(rows columns\+1\)",
+        ),
         ({"matrix": np.zeros((4, 2), np.float32).T}, "Pair.matrix is not contiguous"),
         ({"matrix": 5}, r"Pair.matrix has dtype int64 and shape \(\)"),
-        ({"ids": [1, 0, 2]}, r"Pair.ids has .* shape \(3,\); the kernel reads int64 of shape \(2,\) \(rows\)"),
-        ({"factor": [10]}, r"Pair.factor has .* shape \(1,\); the kernel reads int64 of shape \(\) \(a number\)"),
+        (
+            {"ids": [1, 0, 2]},
+            r"Pair.ids has .* shape \(3,\); the kernel reads int64 of shape \(2,\) \(rows\)",
+        ),
+        (
+            {"factor": [10]},
+            r"Pair.factor has .* shape \(1,\); the kernel reads int64 of shape \(\) \(a number\)",
+        ),
         ({"bias": 1}, "the names of its buffers; they differ in bias"),
     ],
 )
-def test_what_does_not_fit_a_table_is_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_a_table_is_refused_in_one_sentence(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as error:
         PAIR.arguments(values(**changes), EXTENTS)
     assert "\n" not in str(error.value)
 
 
 def imported_files(module: Any) -> set[Path]:
-    """Return the files of the package that a kernel's module imports, but for those that give it constants alone."""
+    """Return the files of the package that a kernel's module imports, but for those that give it
+    constants alone.
+    """
     tree = ast.parse(Path(module.__file__).read_text())
     files = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("deepseek."):
             for alias in node.names:
-                source = sys.modules.get(f"{node.module}.{alias.name}") or sys.modules[str(node.module)]
+                source = (
+                    sys.modules.get(f"{node.module}.{alias.name}") or sys.modules[str(node.module)]
+                )
                 files.add(Path(str(source.__file__)))
     constants = {Path(str(sys.modules["deepseek.model.experts.gate"].__file__))}
     return files - constants
@@ -121,4 +150,6 @@ def imported_files(module: Any) -> set[Path]:
 def test_a_change_in_any_file_of_the_step_compiles_it_anew() -> None:
     known = {Path(str(module.__file__)) for module in (*step.SOURCES, step)}
     for module in (*step.SOURCES, step):
-        assert imported_files(module) <= known, f"{module.__name__} imports a file that `SOURCES` does not name"
+        assert imported_files(module) <= known, (
+            f"{module.__name__} imports a file that `SOURCES` does not name"
+        )

@@ -1,4 +1,6 @@
-"""The compiled runner against the model itself: logits, batches, pieces of prompts, stored prefixes, experts."""
+"""The compiled runner against the model itself: logits, batches, pieces of prompts, stored
+prefixes, experts.
+"""
 
 import copy
 
@@ -23,9 +25,16 @@ from deepseek.packs.manifest import MOMENTS
 from deepseek.runner import Chunk
 
 SHAPE = {
-    "vocab_size": 90, "hidden_size": 96, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "initializer_range": 0.1,
-}  # fmt: skip
+    "vocab_size": 90,
+    "hidden_size": 96,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
 KINDS = {
     "llama": {},
     "mistral": {"sliding_window": 70, "tie_word_embeddings": False},
@@ -80,7 +89,10 @@ def distance(a, b) -> float:
 def test_logits_are_those_of_the_model_with_rounded_weights(kind):
     model = build(**KINDS[kind])
     assert supports(model)
-    assert distance(logits(CompiledRunner(model)), rounded(model)(torch.tensor([IDS])).logits[0]) < 0.03
+    assert (
+        distance(logits(CompiledRunner(model)), rounded(model)(torch.tensor([IDS])).logits[0])
+        < 0.03
+    )
 
 
 def test_pieces_of_a_prompt_give_the_bits_of_the_whole(runner):
@@ -106,7 +118,9 @@ def test_a_stored_prefix_gives_the_same_bits(runner, cuts):
         runner.forward([Chunk(source, IDS[start:cut])])
         state.extend(source.segment(start))
         start = cut
-    runner.forward([Chunk(source, [1] * 20)])  # the source goes on and must not disturb who took its prefix
+    runner.forward(
+        [Chunk(source, [1] * 20)]
+    )  # the source goes on and must not disturb who took its prefix
     rest = runner.forward([Chunk(state, IDS[start:], 100 - start)]).logits_RV
     assert torch.equal(rest, logits(runner)[start:])
     assert state.nbytes <= runner.state_bytes(256, None)
@@ -124,7 +138,9 @@ def experts(model, count: int) -> list[ExpertModule]:
     return modules
 
 
-@pytest.mark.parametrize(("count", "most"), [(1, 5), (3, 2), (0, 0)], ids=["one", "three, two at a token", "forced"])
+@pytest.mark.parametrize(
+    ("count", "most"), [(1, 5), (3, 2), (0, 0)], ids=["one", "three, two at a token", "forced"]
+)
 @torch.no_grad()
 def test_experts_speak_as_in_the_model(model, runner, count, most):
     modules = tuple(experts(model, max(count, 1)))
@@ -176,7 +192,10 @@ def test_what_was_taken_back_leaves_no_trace_in_gates(model, runner, right):
     twin = runner.start(armed, 256)
     twin.extend(state.segment(0))
     for one in (state, twin):
-        assert torch.equal(runner.forward([Chunk(one, IDS[41 + right :], 59 - right)]).logits_RV, whole[41 + right :])
+        assert torch.equal(
+            runner.forward([Chunk(one, IDS[41 + right :], 59 - right)]).logits_RV,
+            whole[41 + right :],
+        )
 
 
 @pytest.mark.parametrize("count", [0, 2], ids=["base", "experts"])
@@ -190,7 +209,11 @@ def test_guesses_change_no_token_and_no_probability(monkeypatch, count):
     requests = [
         Request(pattern, Sampling(60), ignore_end=True, logprobs=2),
         Request((7,), Sampling(150, temperature=0.3, top_k=3, seed=1), ignore_end=True),
-        Request(pattern, Sampling(40, temperature=1.0, seed=2, frequency_penalty=0.5), prompt_logprobs=True),
+        Request(
+            pattern,
+            Sampling(40, temperature=1.0, seed=2, frequency_penalty=0.5),
+            prompt_logprobs=True,
+        ),
         Request(pattern, Sampling(60), stop_token_ids=tuple(range(0, len(tokenizer), 9))),
     ]
     written, steps = [], []

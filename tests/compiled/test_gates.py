@@ -22,7 +22,9 @@ def claim(detect: float, contrast: float) -> float:
 
 
 def separated(members: list[tuple[float, float]]) -> bool:
-    """Whether claims that are not ties differ by more than rounding, which may order them either way."""
+    """Whether claims that are not ties differ by more than rounding, which may order them either
+    way.
+    """
     claims = sorted((claim(*member), member) for member in members if member[0] > 0)
     return all(one == other or other[0] - one[0] > 1e-4 for one, other in pairwise(claims))
 
@@ -39,7 +41,9 @@ def compiled(members: list[tuple[float, float]], max_experts: int) -> np.ndarray
 
 @settings(max_examples=200, deadline=None)
 @given(MEMBERS, st.integers(1, 6))
-def test_compiled_arbitration_agrees_with_the_reference(members: list[tuple[float, float]], max_experts: int) -> None:
+def test_compiled_arbitration_agrees_with_the_reference(
+    members: list[tuple[float, float]], max_experts: int
+) -> None:
     assume(separated(members))
     detect, contrast = torch.tensor(members).T
     expected = gate.arbitrate(detect[None, None], contrast[None, None], max_experts)[0, 0].numpy()

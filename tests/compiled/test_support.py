@@ -1,4 +1,6 @@
-"""What the compiled runner, the exported graph and the stock converter cannot compute they refuse, by field."""
+"""What the compiled runner, the exported graph and the stock converter cannot compute they refuse,
+by field.
+"""
 
 import logging
 from dataclasses import fields
@@ -49,7 +51,12 @@ COMPILED_RUNS: list[dict[str, Any]] = [
     {"head_dim": 128, "qk_norm": "head"},
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
-    {"max_experts": 7, "lsh_probes": 2, "use_cache": False, "eos_token_id": [1, 2]},  # not read by a dense model
+    {
+        "max_experts": 7,
+        "lsh_probes": 2,
+        "use_cache": False,
+        "eos_token_id": [1, 2],
+    },  # not read by a dense model
 ]
 
 
@@ -78,7 +85,10 @@ def test_what_is_supported_runs_compiled(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("field", COMPILED_REFUSES)
 def test_an_unsupported_value_means_the_reference_runner(
-    model: DeepSeekModel, field: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: DeepSeekModel,
+    field: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(model.config, field, COMPILED_REFUSES[field])
     assert not supports(model)
@@ -90,9 +100,12 @@ def test_an_unsupported_value_means_the_reference_runner(
 
 
 @pytest.mark.parametrize(
-    ("rules", "refused"), [(support.RULES, COMPILED_REFUSES), (graph.RULES, GRAPH_REFUSES), (stock.RULES, {})]
+    ("rules", "refused"),
+    [(support.RULES, COMPILED_REFUSES), (graph.RULES, GRAPH_REFUSES), (stock.RULES, {})],
 )
-def test_every_listed_field_is_tested_or_takes_any_value(rules: dict[str, FieldRule], refused: dict[str, Any]) -> None:
+def test_every_listed_field_is_tested_or_takes_any_value(
+    rules: dict[str, FieldRule], refused: dict[str, Any]
+) -> None:
     assert {name for name, rule in rules.items() if rule is not ANY} == refused.keys()
     assert not any(rules[name].allows(value) for name, value in refused.items())
 
@@ -118,10 +131,14 @@ def test_a_field_that_was_set_on_the_object_counts(model: DeepSeekModel) -> None
 
 
 @pytest.mark.parametrize("field", GRAPH_REFUSES)
-def test_a_graph_is_refused_with_the_reason(model: DeepSeekModel, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_refused_with_the_reason(
+    model: DeepSeekModel, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert graph.Graph(model).outputs[0] == "logits"
     monkeypatch.setattr(model.config, field, GRAPH_REFUSES[field])
-    with pytest.raises(ConfigError, match=f"{field}='{GRAPH_REFUSES[field]}' .must be .* has no exported form"):
+    with pytest.raises(
+        ConfigError, match=f"{field}='{GRAPH_REFUSES[field]}' .must be .* has no exported form"
+    ):
         graph.Graph(model)
 
 
@@ -130,7 +147,9 @@ def test_fields_that_take_any_value_change_no_logits_of_a_dense_model(model: Dee
     ids = torch.arange(9)[None]
     unread = (*NOT_COMPUTED_WITH, *LSH_FIELDS, *MIXTURE_FIELDS)
     numbers = {name: getattr(model.config, name) for name in unread}
-    changes = {name: 2 * value + 1 for name, value in numbers.items() if type(value) in (int, float)}
+    changes = {
+        name: 2 * value + 1 for name, value in numbers.items() if type(value) in (int, float)
+    }
     changes["max_experts"] = changes["min_experts"]
     del changes["expert_dim"], changes["num_shared_experts"], changes["shared_expert_dim"]
     other = build(ModelConfig(**SHAPE | changes))
@@ -138,7 +157,9 @@ def test_fields_that_take_any_value_change_no_logits_of_a_dense_model(model: Dee
     assert torch.equal(other(ids).logits, model(ids).logits)
 
 
-def test_the_device_and_the_openmp_runtime_are_asked_for(model: DeepSeekModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_and_the_openmp_runtime_are_asked_for(
+    model: DeepSeekModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.device("meta"):
         assert "model is on meta" in str(unsupported_reason(DeepSeekModel(ModelConfig(**SHAPE))))
     monkeypatch.setattr(openmp, "runtime", lambda: None)

@@ -28,9 +28,16 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def commit(repository: Path) -> Commit:
-    """`commit(files, message, time, parents=None)` writes files (None deletes) and commits; returns the id."""
+    """`commit(files, message, time, parents=None)` writes files (None deletes) and commits; returns
+    the id.
+    """
 
-    def write(files: dict[str, str | bytes | None], message: str, time: int, parents: list[str] | None = None) -> str:
+    def write(
+        files: dict[str, str | bytes | None],
+        message: str,
+        time: int,
+        parents: list[str] | None = None,
+    ) -> str:
         repo = pygit2.Repository(repository)
         for name, content in files.items():
             path = repository / name
@@ -44,6 +51,10 @@ def commit(repository: Path) -> Commit:
         who = pygit2.Signature("A", "a@example.org", time, 0)
         before = [repo.head.target] if not repo.head_is_unborn else []
         others = [pygit2.Oid(hex=parent) for parent in parents or []]
-        return str(repo.create_commit("HEAD", who, who, message, repo.index.write_tree(), [*before, *others]))
+        return str(
+            repo.create_commit(
+                "HEAD", who, who, message, repo.index.write_tree(), [*before, *others]
+            )
+        )
 
     return write

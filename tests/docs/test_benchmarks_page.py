@@ -35,10 +35,19 @@ def test_commands_name_no_folder_of_a_machine() -> None:
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        ("python decode.py --rounds 5 --json /tmp/d.json", "python benchmarks/decode.py --rounds 5"),
-        ("python benchmarks/adapt.py /tmp/corpora/code-a /tmp/a", "python benchmarks/adapt.py CORPORA/code-a FOLDER"),
-        ("python benchmarks/against.py folder:~/src/click", "python benchmarks/against.py folder:~/src/click"),
+        (
+            "python decode.py --rounds 5 --json /tmp/d.json",
+            "python benchmarks/decode.py --rounds 5",
+        ),
+        (
+            "python benchmarks/adapt.py /tmp/corpora/code-a /tmp/a",
+            "python benchmarks/adapt.py CORPORA/code-a FOLDER",
+        ),
+        (
+            "python benchmarks/against.py folder:~/src/click",
+            "python benchmarks/against.py folder:~/src/click",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_command_is_shown_as_it_is_typed_in_any_clone(command: str, shown: str) -> None:
     assert REPORT["portable"](command) == shown

@@ -1,4 +1,6 @@
-"""What the pages show is there: links and anchors, commands and their options, Python that compiles, public names."""
+"""What the pages show is there: links and anchors, commands and their options, Python that
+compiles, public names.
+"""
 
 import ast
 import re
@@ -18,7 +20,9 @@ import deepseek
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *DOCS.rglob("*.md")])
-CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md" and DOCS / "log" not in page.parents]
+CURRENT = [
+    page for page in PAGES if page.name != "CHANGELOG.md" and DOCS / "log" not in page.parents
+]
 """Pages about the present; changelog and log name what was there once."""
 
 README_WORDS = 700
@@ -65,14 +69,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         if re.match(r"\w+:", target):
             continue
         place = (page.parent / target).resolve() if target else page
-        if not place.exists() or (fragment and place.suffix == ".md" and fragment not in anchors(place)):
+        if not place.exists() or (
+            fragment and place.suffix == ".md" and fragment not in anchors(place)
+        ):
             broken.append(markdown or html)
     assert broken == []
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=page_id)
 def test_files_that_a_page_names_are_there(page: Path) -> None:
-    named = re.findall(r"`((?:deepseek|tests|benchmarks|docs|examples|requirements)/[a-z0-9_./-]+)`", prose(page))
+    named = re.findall(
+        r"`((?:deepseek|tests|benchmarks|docs|examples|requirements)/[a-z0-9_./-]+)`", prose(page)
+    )
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
@@ -88,10 +96,14 @@ def declared() -> dict[str, Any]:
 
 
 def command_lines(page: Path) -> Iterator[str]:
-    """Give what a page types in a shell: lines of blocks, with continuations joined, and spans of code in its text."""
+    """Give what a page types in a shell: lines of blocks, with continuations joined, and spans of
+    code in its text.
+    """
     for block in blocks(page, *SHELL):
         yield from re.sub(r"\\\n *", " ", block).splitlines()
-    yield from (span for span in re.findall(r"`([^`\n]+)`", prose(page)) if not SEVERAL.search(span))
+    yield from (
+        span for span in re.findall(r"`([^`\n]+)`", prose(page)) if not SEVERAL.search(span)
+    )
 
 
 def unknown(line: str) -> list[str]:
@@ -106,7 +118,11 @@ def unknown(line: str) -> list[str]:
     if name == "deepseek bench":  # hands its options on
         return []
     known = COMMANDS["options"](declared()[name])
-    return [f"{name} {word}" for word in rest if word.startswith("--") and word.split("=")[0] not in known]
+    return [
+        f"{name} {word}"
+        for word in rest
+        if word.startswith("--") and word.split("=")[0] not in known
+    ]
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=page_id)
@@ -119,7 +135,11 @@ def test_commands_and_options_exist(page: Path) -> None:
             wrong += unknown(line)
         elif len(words) > 1 and words[0] == "make" and words[1] not in targets:
             wrong.append(line)
-        elif len(words) > 1 and words[0] == "python" and re.match(r"(benchmarks|examples|docs)/.*\.py$", words[1]):
+        elif (
+            len(words) > 1
+            and words[0] == "python"
+            and re.match(r"(benchmarks|examples|docs)/.*\.py$", words[1])
+        ):
             wrong += [] if (ROOT / words[1]).is_file() else [line]
     assert wrong == []
 

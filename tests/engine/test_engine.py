@@ -1,4 +1,6 @@
-"""What the engine writes is what the model would write, whatever else runs, comes, goes or is remembered."""
+"""What the engine writes is what the model would write, whatever else runs, comes, goes or is
+remembered.
+"""
 
 import asyncio
 import gc
@@ -16,12 +18,23 @@ from tiny_model import KINDS, tiny_model
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
 from deepseek.engine.load import Loaded
-from deepseek.engine.request import EngineStoppedError, ExpertChoice, QueueFullError, Request, TokenEvent
+from deepseek.engine.request import (
+    EngineStoppedError,
+    ExpertChoice,
+    QueueFullError,
+    Request,
+    TokenEvent,
+)
 from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.transformer import DeepSeekModel
 
-PROMPTS = [(5, 17, 80, 200, 33), (9,), tuple(range(10, 41)), (7, 7, 7, 250, 250, 31, 100, 101, 102, 103)]
+PROMPTS = [
+    (5, 17, 80, 200, 33),
+    (9,),
+    tuple(range(10, 41)),
+    (7, 7, 7, 250, 250, 31, 100, 101, 102, 103),
+]
 LONG = Request(PROMPTS[0], Sampling(max_new_tokens=50), ignore_end=True)
 
 
@@ -36,7 +49,9 @@ def together(engine: Engine, requests: list[Request]) -> list[list[TokenEvent]]:
 
 def greedy(model: DeepSeekModel, prompt: tuple[int, ...], count: int) -> list[int]:
     """Return what `generate` writes, ends ignored."""
-    row = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=-1)[0]
+    row = model.generate(
+        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=-1
+    )[0]
     return row[len(prompt) :].tolist()
 
 
@@ -53,9 +68,10 @@ def test_a_batch_writes_what_generate_writes(kind: str, with_expert: bool, tmp_p
         assert engine.stats().cached_tokens == sum((len(prompt) - 1) // 8 * 8 for prompt in PROMPTS)
     for prompt, events in zip(PROMPTS, written, strict=True):
         assert ids_of(events) == greedy(loaded.model, prompt, 15)
-        assert {event.expert for event in events} == {"always" if with_expert and len(prompt) > 1 else None, *(
-            ["always"] if with_expert else []
-        )}  # fmt: skip
+        assert {event.expert for event in events} == {
+            "always" if with_expert and len(prompt) > 1 else None,
+            *(["always"] if with_expert else []),
+        }
     assert again == written
 
 
@@ -65,7 +81,9 @@ def test_alone_and_in_a_batch_the_same_to_the_last_bit() -> None:
         for n, prompt in enumerate(PROMPTS)
     ]
     with Engine(*tiny_model(), prefill_chunk=8) as engine:
-        assert together(engine, requests) == [events for one in requests for events in together(engine, [one])]
+        assert together(engine, requests) == [
+            events for one in requests for events in together(engine, [one])
+        ]
 
 
 @pytest.mark.parametrize("awaited", [False, True])
@@ -82,7 +100,9 @@ def test_a_finished_generation_needs_no_garbage_collection(awaited: bool) -> Non
             assert len(asyncio.run(events(generation)) if awaited else list(generation)) == 50
             left, patience = weakref.ref(generation), time.monotonic() + 5
             del generation
-            while left() is not None and time.monotonic() < patience:  # the engine's thread may still be about it
+            while (
+                left() is not None and time.monotonic() < patience
+            ):  # the engine's thread may still be about it
                 time.sleep(0.01)
             assert left() is None
     finally:
@@ -91,24 +111,34 @@ def test_a_finished_generation_needs_no_garbage_collection(awaited: bool) -> Non
 
 def test_log_probabilities_are_those_of_the_model() -> None:
     loaded = tiny_model()
-    request = Request(PROMPTS[2], Sampling(max_new_tokens=8), ignore_end=True, logprobs=2, prompt_logprobs=True)
+    request = Request(
+        PROMPTS[2], Sampling(max_new_tokens=8), ignore_end=True, logprobs=2, prompt_logprobs=True
+    )
     with Engine(*loaded, prefill_chunk=8) as engine:
-        together(engine, [request])  # fills the prefix cache, which must not shorten the prompt's log probabilities
+        together(
+            engine, [request]
+        )  # fills the prefix cache, which must not shorten the prompt's log probabilities
         generation = engine.submit(request)
         events = list(generation)
     told = [*generation.prompt_logprobs[1:], *(event.logprob for event in events)]
     row = torch.tensor([[*PROMPTS[2], *ids_of(events)]])
     expected = loaded.model.log_probs(row)[0]
-    torch.testing.assert_close(torch.tensor([one.logprob for one in told]), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor([one.logprob for one in told]), expected, atol=1e-4, rtol=0
+    )
     likeliest = loaded.model(row).logits[0, :-1].topk(2).indices.tolist()
     assert [[token for token, _ in one.top] for one in told] == likeliest
     assert generation.prompt_logprobs[0] is None
 
 
 @pytest.mark.parametrize("start", [1, 7, 8, 9, 17, 23])
-def test_scores_from_a_place_on_are_those_of_the_whole_and_take_the_rest_from_the_cache(start: int) -> None:
+def test_scores_from_a_place_on_are_those_of_the_whole_and_take_the_rest_from_the_cache(
+    start: int,
+) -> None:
     prompt = tuple(range(10, 33))
-    whole = Request(prompt, Sampling(max_new_tokens=2), ignore_end=True, logprobs=0, prompt_logprobs=True)
+    whole = Request(
+        prompt, Sampling(max_new_tokens=2), ignore_end=True, logprobs=0, prompt_logprobs=True
+    )
     with Engine(*tiny_model(), prefill_chunk=8) as engine:
         (full,) = (engine.submit(whole),)
         events = list(full)
@@ -125,10 +155,14 @@ def test_scores_from_a_place_on_are_those_of_the_whole_and_take_the_rest_from_th
 
 def test_seeds() -> None:
     def request(seed: int | None) -> Request:
-        return Request(PROMPTS[0], Sampling(max_new_tokens=20, temperature=1.0, seed=seed), ignore_end=True)
+        return Request(
+            PROMPTS[0], Sampling(max_new_tokens=20, temperature=1.0, seed=seed), ignore_end=True
+        )
 
     with Engine(*tiny_model()) as engine:
-        same, again, other, free, also_free = map(ids_of, together(engine, [*map(request, (3, 3, 4, None, None))]))
+        same, again, other, free, also_free = map(
+            ids_of, together(engine, [*map(request, (3, 3, 4, None, None))])
+        )
     assert same == again
     assert len({tuple(ids) for ids in (same, other, free, also_free)}) == 4
 
@@ -141,18 +175,31 @@ def test_coroutines_and_threads_see_the_same_events() -> None:
         return await asyncio.gather(*(one(Request(prompt)) for prompt in PROMPTS))
 
     with Engine(*tiny_model()) as engine:
-        assert asyncio.run(collect(engine)) == together(engine, [Request(prompt) for prompt in PROMPTS])
+        assert asyncio.run(collect(engine)) == together(
+            engine, [Request(prompt) for prompt in PROMPTS]
+        )
 
 
 def test_usage_counts_tokens_by_expert(tmp_path: Path) -> None:
     loaded = tiny_model()
     loaded.model.experts.plug(save_expert(loaded, "always", tmp_path))
     with Engine(*loaded) as engine:
-        generations = [engine.submit(Request(PROMPTS[0], Sampling(9), choice, ignore_end=True)) for choice in (
-            ExpertChoice(), ExpertChoice(arm=()), ExpertChoice(deny=("always", "unknown")), ExpertChoice(("always",)),
-        )]  # fmt: skip
+        generations = [
+            engine.submit(Request(PROMPTS[0], Sampling(9), choice, ignore_end=True))
+            for choice in (
+                ExpertChoice(),
+                ExpertChoice(arm=()),
+                ExpertChoice(deny=("always", "unknown")),
+                ExpertChoice(("always",)),
+            )
+        ]
         texts = [ids_of(list(generation)) for generation in generations]
-        assert [dict(one.usage.experts) for one in generations] == [{"always": 9}, {None: 9}, {None: 9}, {"always": 9}]
+        assert [dict(one.usage.experts) for one in generations] == [
+            {"always": 9},
+            {None: 9},
+            {None: 9},
+            {"always": 9},
+        ]
         with pytest.raises(PackError, match="'alway'"):
             engine.submit(Request(PROMPTS[0], experts=ExpertChoice(("alway",))))
     assert texts[0] == texts[3] != texts[1] == texts[2]
@@ -186,7 +233,9 @@ def test_a_reload_under_the_same_name_is_never_mistaken(tmp_path: Path) -> None:
             engine.plug(save_expert(loaded, "always", tmp_path, seed=seed % 4 + 1))
             generation = engine.submit(request)
             assert ids_of(list(generation)) == greedy(loaded.model, PROMPTS[2], 3)
-            assert generation.usage.cached_tokens == (0 if seed < 4 else 28)  # what is found is the same content
+            assert generation.usage.cached_tokens == (
+                0 if seed < 4 else 28
+            )  # what is found is the same content
             engine.unplug("always")
 
 
@@ -207,10 +256,13 @@ def test_refusals() -> None:
     loaded = tiny_model()
     with Engine(*loaded, cache_bytes=20_000, max_running=1, max_waiting=2) as engine:
         for request, cause in [
-            (Request(tuple(range(64))), "64 tokens"), (Request((291,)), "0 to 290"), (Request((-1,)), "0 to 290"),
-            (Request((1,), Sampling(logit_bias={291: 1.0})), "0 to 290"), (Request(PROMPTS[0]), "larger cache"),
+            (Request(tuple(range(64))), "64 tokens"),
+            (Request((291,)), "0 to 290"),
+            (Request((-1,)), "0 to 290"),
+            (Request((1,), Sampling(logit_bias={291: 1.0})), "0 to 290"),
+            (Request(PROMPTS[0]), "larger cache"),
             (Request((1,), experts=ExpertChoice(max_experts=0)), "max_experts=0"),
-        ]:  # fmt: skip
+        ]:
             with pytest.raises(ConfigError, match=cause):
                 engine.submit(request)
         fitting = Request(PROMPTS[0], Sampling(max_new_tokens=30), ignore_end=True)
@@ -239,7 +291,10 @@ def test_a_failing_batch_does_not_end_the_engine(monkeypatch: pytest.MonkeyPatch
         with monkeypatch.context() as patch:
             patch.setattr(engine.runner, "forward", lambda chunks: 1 / 0)
             event = list(engine.submit(LONG))[-1]
-        assert (event.finish_reason, event.error) == ("error", "ZeroDivisionError: division by zero")
+        assert (event.finish_reason, event.error) == (
+            "error",
+            "ZeroDivisionError: division by zero",
+        )
         assert engine.stats().reserved_bytes == 0
         assert list(engine.submit(LONG)) == expected
 

@@ -5,7 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from deepseek.engine.sampler import Sampler, Sampling, admitted, penalise
 from deepseek.errors import ConfigError
@@ -18,9 +23,11 @@ def logits_of(seed: int) -> torch.Tensor:
 def kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return which tokens `admitted` admits."""
     ids = admitted(np.exp(logits.numpy()), sampling)
-    return torch.ones(40, dtype=torch.bool) if ids is None else torch.zeros(40, dtype=torch.bool).index_fill(
-        0, torch.tensor(ids), True
-    )  # fmt: skip
+    return (
+        torch.ones(40, dtype=torch.bool)
+        if ids is None
+        else torch.zeros(40, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
+    )
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 40))
@@ -48,7 +55,9 @@ def test_min_p_is_that_of_transformers(seed: int, p: float) -> None:
 def test_repetition_penalty_is_that_of_transformers(seed: int, penalty: float) -> None:
     logits, seen = logits_of(seed), torch.tensor([3, 7, 7, 20])
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(seen[None], logits[None].clone())[0]
-    torch.testing.assert_close(torch.tensor(penalise(logits.numpy(), seen.tolist(), penalty)), theirs)
+    torch.testing.assert_close(
+        torch.tensor(penalise(logits.numpy(), seen.tolist(), penalty)), theirs
+    )
 
 
 def test_sampling_follows_the_probabilities() -> None:
@@ -56,15 +65,29 @@ def test_sampling_follows_the_probabilities() -> None:
     sampler = Sampler(Sampling(temperature=1.0, seed=0))
     drawn = torch.tensor([sampler.next_token(logits) for _ in range(6000)])
     torch.testing.assert_close(
-        torch.bincount(drawn, minlength=3) / 6000, torch.tensor(logits).softmax(-1), atol=0.02, rtol=0
+        torch.bincount(drawn, minlength=3) / 6000,
+        torch.tensor(logits).softmax(-1),
+        atol=0.02,
+        rtol=0,
     )
 
 
-@given(seed=st.integers(0, 10_000), p=st.floats(0.05, 1.0), k=st.integers(0, 40), floor=st.floats(0.0, 0.5))
-def test_likely_tokens_alone_admit_what_sorting_all_admits(seed: int, p: float, k: int, floor: float) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    p=st.floats(0.05, 1.0),
+    k=st.integers(0, 40),
+    floor=st.floats(0.0, 0.5),
+)
+def test_likely_tokens_alone_admit_what_sorting_all_admits(
+    seed: int, p: float, k: int, floor: float
+) -> None:
     logits, sampling = logits_of(seed) * 3, Sampling(top_p=p, top_k=k, min_p=floor)
     ordered, ids = logits.double().softmax(-1).sort(descending=True)
-    wanted = (ordered.cumsum(-1) - ordered < p) & (ordered >= floor * ordered[0]) & (torch.arange(40) < (k or 40))
+    wanted = (
+        (ordered.cumsum(-1) - ordered < p)
+        & (ordered >= floor * ordered[0])
+        & (torch.arange(40) < (k or 40))
+    )
     if p == 1.0:
         wanted = (ordered >= floor * ordered[0]) & (torch.arange(40) < (k or 40))
     assert kept(logits, sampling).nonzero().squeeze(1).tolist() == sorted(ids[wanted].tolist())
@@ -72,25 +95,44 @@ def test_likely_tokens_alone_admit_what_sorting_all_admits(seed: int, p: float, 
 
 def test_penalties_and_biases() -> None:
     logits = np.zeros(5, np.float32)
-    sampler = Sampler(Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.0, 4: 2.0}))
-    assert [sampler.next_token(logits) for _ in range(9)] == [4, 4, 3, 4, 4, 4, 3, 4, 0]  # ties go to the lower id
+    sampler = Sampler(
+        Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.0, 4: 2.0})
+    )
+    assert [sampler.next_token(logits) for _ in range(9)] == [
+        4,
+        4,
+        3,
+        4,
+        4,
+        4,
+        3,
+        4,
+        0,
+    ]  # ties go to the lower id
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 2**63, 10**30])
 def test_any_whole_number_is_a_seed(seed: int) -> None:
     first, second = (Sampler(Sampling(temperature=1.0, seed=seed)) for _ in range(2))
     logits = np.zeros(50, np.float32)
-    assert [first.next_token(logits) for _ in range(5)] == [second.next_token(logits) for _ in range(5)]
+    assert [first.next_token(logits) for _ in range(5)] == [
+        second.next_token(logits) for _ in range(5)
+    ]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 1.0), ("max_new_tokens", 0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 1.0),
+        ("max_new_tokens", 0),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", 5e-324),  # a quotient would be infinite
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field}="):
         Sampling(**{field: value})

@@ -1,4 +1,6 @@
-"""Memory stays within its budget, whatever is asked, and a state taken apart and put together goes on unchanged."""
+"""Memory stays within its budget, whatever is asked, and a state taken apart and put together goes
+on unchanged.
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from deepseek.runner import Chunk
 
 @settings(max_examples=15)
 @given(
-    asked=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12), st.booleans()), min_size=1, max_size=6),
+    asked=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 12), st.booleans()), min_size=1, max_size=6
+    ),
     budget=st.integers(60_000, 200_000),
     cancelled=st.sets(st.integers(0, 5)),
 )
@@ -35,7 +39,9 @@ def test_the_budget_is_never_exceeded(
     sequences = []
     for length, count, armed in asked:
         choice = ExpertChoice("auto" if armed else ())
-        request = Request(tuple(range(3, 3 + length)), Sampling(max_new_tokens=count), choice, ignore_end=True)
+        request = Request(
+            tuple(range(3, 3 + length)), Sampling(max_new_tokens=count), choice, ignore_end=True
+        )
         sequences.append(activate(request, model, vocabulary, 4))
     scheduler.waiting.extend(sequences)
     for number in range(400):
@@ -64,9 +70,17 @@ def test_a_state_in_pieces_goes_on_as_the_whole_one(kind: str, tmp_path: Path) -
         segment = whole.segment(start)
         copied.extend(segment)
         assert isinstance(copied, TorchState)
-        assert 0 < segment.nbytes <= copied.nbytes <= runner.state_bytes(start + 8, loaded.model.experts.armed())
+        assert (
+            0
+            < segment.nbytes
+            <= copied.nbytes
+            <= runner.state_bytes(start + 8, loaded.model.experts.armed())
+        )
     for token in (9, 8, 7, 6):
-        expected, told = runner.forward([Chunk(whole, [token])]), runner.forward([Chunk(copied, [token])])
+        expected, told = (
+            runner.forward([Chunk(whole, [token])]),
+            runner.forward([Chunk(copied, [token])]),
+        )
         assert torch.equal(told.logits_RV, expected.logits_RV)
         assert told.experts == expected.experts == ("always",)
 

@@ -1,4 +1,6 @@
-"""An engine is started over the quickest runner that computes the model, with its experts plugged."""
+"""An engine is started over the quickest runner that computes the model, with its experts
+plugged.
+"""
 
 from pathlib import Path
 
@@ -24,23 +26,36 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("int8", [True, False])
-def test_weights_are_rounded_only_where_that_is_wanted_and_possible(wide: Path, base_folder: Path, int8: bool) -> None:
-    for folder, runner in ((wide, CompiledRunner if int8 else TorchRunner), (base_folder, TorchRunner)):
+def test_weights_are_rounded_only_where_that_is_wanted_and_possible(
+    wide: Path, base_folder: Path, int8: bool
+) -> None:
+    for folder, runner in (
+        (wide, CompiledRunner if int8 else TorchRunner),
+        (base_folder, TorchRunner),
+    ):
         with start_engine(folder, int8=int8) as engine:
             assert type(engine.runner) is runner
-            assert engine.stats().finished == {"length": 1}  # it has run once, so nothing is left to compile
+            assert engine.stats().finished == {
+                "length": 1
+            }  # it has run once, so nothing is left to compile
 
 
 def test_unrounded_weights_write_what_generate_writes(wide: Path) -> None:
     with start_engine(wide, int8=False, max_running=2) as engine:
-        written = [event.token_id for event in engine.submit(Request(PROMPT, Sampling(8), ignore_end=True))]
-        row = engine.model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False, eos_token_id=-1)[0]
+        written = [
+            event.token_id for event in engine.submit(Request(PROMPT, Sampling(8), ignore_end=True))
+        ]
+        row = engine.model.generate(
+            torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False, eos_token_id=-1
+        )[0]
     assert written == row[len(PROMPT) :].tolist()
 
 
 def test_experts_speak_from_the_first_answer_on(wide: Path, tmp_path: Path) -> None:
     pack = save_expert(load(wide, dtype="float32"), "always", tmp_path)
     with start_engine(wide, experts=[pack]) as engine:
-        assert {event.expert for event in engine.submit(Request(PROMPT, Sampling(5), ignore_end=True))} == {"always"}
+        assert {
+            event.expert for event in engine.submit(Request(PROMPT, Sampling(5), ignore_end=True))
+        } == {"always"}
     with pytest.raises(PackError, match="nowhere"):
         start_engine(wide, experts=["nowhere"])

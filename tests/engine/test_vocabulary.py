@@ -17,15 +17,32 @@ from deepseek.errors import ConfigError
 
 TOKENIZER = tiny_tokenizer()
 SCHEMAS = [
-    {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"type": "boolean"}},
-     "required": ["a", "b"], "additionalProperties": False},
+    {
+        "type": "object",
+        "properties": {
+            "a": {"type": "integer", "minimum": 0, "maximum": 99},
+            "b": {"type": "boolean"},
+        },
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
     {"type": "array", "items": {"enum": ["x", "yy", None, 3]}, "minItems": 1, "maxItems": 3},
-    {"type": "object", "properties": {"who": {"type": "string", "maxLength": 5}, "in": {"$ref": "#/$defs/n"}},
-     "required": ["who", "in"], "additionalProperties": False,
-     "$defs": {"n": {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"],
-                     "additionalProperties": False}}},
+    {
+        "type": "object",
+        "properties": {"who": {"type": "string", "maxLength": 5}, "in": {"$ref": "#/$defs/n"}},
+        "required": ["who", "in"],
+        "additionalProperties": False,
+        "$defs": {
+            "n": {
+                "type": "object",
+                "properties": {"k": {"const": 1}},
+                "required": ["k"],
+                "additionalProperties": False,
+            }
+        },
+    },
     {"anyOf": [{"type": "null"}, {"type": "string", "pattern": "^[ab]{1,4}$"}]},
-]  # fmt: skip
+]
 
 
 def read(ids: list[int], stop: list[str]) -> tuple[list[str], bool]:
@@ -52,16 +69,25 @@ def test_text_ends_before_the_first_stop_text(ids: list[int], stop: list[str]) -
     if not stopped:
         assert "".join(pieces) == whole
         return
-    # The text is cut where a stop text begins, and the tokens read up to there hold no other whole one.
+    # The text is cut where a stop text begins, and the tokens read up to there hold no other whole
+    # one.
     text = "".join(pieces)
     assert whole.startswith(text)
     assert any(whole[len(text) :].startswith(mark) for mark in stop)
     assert not any(mark in text for mark in stop)
 
 
-@given(text=st.text("ab", max_size=8), stop=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3))
+@given(
+    text=st.text("ab", max_size=8),
+    stop=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3),
+)
 def test_only_the_beginning_of_a_stop_text_is_held_back(text: str, stop: list[str]) -> None:
-    ends = [n for n in range(1, len(text) + 1) for mark in stop if mark.startswith(text[-n:]) and len(mark) > n]
+    ends = [
+        n
+        for n in range(1, len(text) + 1)
+        for mark in stop
+        if mark.startswith(text[-n:]) and len(mark) > n
+    ]
     assert begun(text, stop) == max(ends, default=0)
 
 
@@ -73,7 +99,9 @@ def test_characters_come_whole(text: str) -> None:
 
 def test_a_stop_text_may_span_tokens_and_ends_the_generation() -> None:
     with Engine(*tiny_model()) as engine:
-        request = Request((5, 17, 80), Sampling(max_new_tokens=30, temperature=2.0, seed=5), ignore_end=True)
+        request = Request(
+            (5, 17, 80), Sampling(max_new_tokens=30, temperature=2.0, seed=5), ignore_end=True
+        )
         whole = "".join(event.text for event in engine.submit(request))
         place = next(n for n in range(4, len(whole) - 6) if whole.find(whole[n : n + 3]) == n)
         stop = whole[place : place + 3]
@@ -85,9 +113,15 @@ def test_a_stop_text_may_span_tokens_and_ends_the_generation() -> None:
 
 @settings(max_examples=8)
 @given(schema=st.sampled_from(SCHEMAS), seed=st.integers(0, 1000))
-def test_finished_json_validates_at_temperature_1(engine: Engine, schema: dict[str, object], seed: int) -> None:
+def test_finished_json_validates_at_temperature_1(
+    engine: Engine, schema: dict[str, object], seed: int
+) -> None:
     sampling = Sampling(max_new_tokens=60, temperature=1.0, seed=seed)
-    events = list(engine.submit(Request((5, 17, 80), sampling, grammar=Grammar("json_schema", json.dumps(schema)))))
+    events = list(
+        engine.submit(
+            Request((5, 17, 80), sampling, grammar=Grammar("json_schema", json.dumps(schema)))
+        )
+    )
     text = "".join(event.text for event in events)
     if events[-1].finish_reason == "stop":
         jsonschema.validate(json.loads(text), schema)
@@ -100,7 +134,10 @@ def test_dates_have_a_year_that_date_types_can_hold() -> None:
 
     def fits(text: str, schema: object) -> bool:
         matcher = vocabulary.matcher(Grammar("json_schema", json.dumps(schema)))
-        return all(matcher.allowed()[token] and not matcher.take(token) for token in TOKENIZER.encode(text)[:-1])
+        return all(
+            matcher.allowed()[token] and not matcher.take(token)
+            for token in TOKENIZER.encode(text)[:-1]
+        )
 
     for kind, rest in (("date", "-01-02"), ("date-time", "-01-02T03:04:05Z")):
         schema = {"anyOf": [{"type": "integer"}, {"type": "string", "format": kind}]}
@@ -118,7 +155,9 @@ def test_dates_have_a_year_that_date_types_can_hold() -> None:
 )
 def test_grammars_bind(engine: Engine, grammar: Grammar, texts: set[str]) -> None:
     for seed in range(5):
-        events = list(engine.submit(Request((9,), Sampling(temperature=1.0, seed=seed), grammar=grammar)))
+        events = list(
+            engine.submit(Request((9,), Sampling(temperature=1.0, seed=seed), grammar=grammar))
+        )
         assert "".join(event.text for event in events) in texts
         assert events[-1].finish_reason == "stop"
 
@@ -126,10 +165,13 @@ def test_grammars_bind(engine: Engine, grammar: Grammar, texts: set[str]) -> Non
 @pytest.mark.parametrize(
     "grammar",
     [
-        Grammar("json_schema", "{"), Grammar("json_schema", "7"), Grammar("json_schema", '{"type": 5}'),
-        Grammar("regex", "(a"), Grammar("lark", "start: x"),
+        Grammar("json_schema", "{"),
+        Grammar("json_schema", "7"),
+        Grammar("json_schema", '{"type": 5}'),
+        Grammar("regex", "(a"),
+        Grammar("lark", "start: x"),
     ],
-)  # fmt: skip
+)
 def test_a_grammar_that_does_not_compile_is_refused(engine: Engine, grammar: Grammar) -> None:
     with pytest.raises(ConfigError, match=f"The {grammar.kind} "):
         engine.submit(Request((9,), grammar=grammar))

@@ -1,4 +1,6 @@
-"""One expert's run beside its rivals, with tiny models: every row answers the same cases, kept and resumed."""
+"""One expert's run beside its rivals, with tiny models: every row answers the same cases, kept and
+resumed.
+"""
 
 import json
 from collections.abc import Iterator
@@ -38,9 +40,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         text.mkdir()
         for number in range(40):
             lines = (f"    expert_{n} = model.router_{number}(value_{n})\n" for n in range(30))
-            (text / f"file_{number:02}.py").write_text(f"def load_{number}(model):\n{''.join(lines)}")
+            (text / f"file_{number:02}.py").write_text(
+                f"def load_{number}(model):\n{''.join(lines)}"
+            )
         deepseek.train_expert(
-            str(base), name="own", from_folder=text, layers="last:1", tokens=4000, epochs=1, row_length=64, quiet=True
+            str(base),
+            name="own",
+            from_folder=text,
+            layers="last:1",
+            tokens=4000,
+            epochs=1,
+            row_length=64,
+            quiet=True,
         )
         yield home
 
@@ -65,7 +76,14 @@ def test_every_row_answers_the_same_cases_and_stays(
     assert "expert against base: " in out and "not supported" in out
     folder = trained / "runs" / "own" / "against"
     result = json.loads((folder / "result.json").read_text())
-    assert list(result["rows"]) == ["LoRA", "base", "expert", "expert + retrieval", "full fine-tuning", "retrieval"]
+    assert list(result["rows"]) == [
+        "LoRA",
+        "base",
+        "expert",
+        "expert + retrieval",
+        "full fine-tuning",
+        "retrieval",
+    ]
     assert all(len(row["exact"]) == 3 and row["loss"] > 0 for row in result["rows"].values())
     assert result["training_seconds"]["LoRA"] > 0 and (folder / "against.png").stat().st_size > 1000
     assert result["rows"]["retrieval"]["prompt_tokens"] >= result["rows"]["base"]["prompt_tokens"]
@@ -99,7 +117,9 @@ def test_the_index_holds_what_was_trained_on_and_nothing_that_was_held_out(train
         (("expert", "index", "nobody"), "There is no run 'nobody'"),
     ],
 )
-def test_a_mistake_is_one_sentence(words: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_sentence(
+    words: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(*words) == 2
     assert complaint in capsys.readouterr().err
 
@@ -119,8 +139,12 @@ def test_runs_that_made_no_expert_are_refused(trained: Path) -> None:
 
 def test_rows_come_in_the_order_of_the_table() -> None:
     assert [row.name for row in rows_against(["full", "rag"])] == [
-        "base", "retrieval", "expert", "expert + retrieval", "full fine-tuning",
-    ]  # fmt: skip
+        "base",
+        "retrieval",
+        "expert",
+        "expert + retrieval",
+        "full fine-tuning",
+    ]
     assert [row.name for row in rows_against([])] == ["base", "expert"]
     with pytest.raises(ConfigError, match="no rival 'ragg'"):
         rows_against(["ragg"])
@@ -145,11 +169,18 @@ def test_a_lost_row_is_told_as_a_won_one(tmp_path: Path) -> None:
         return CompletionScores(1.0, exact, exact, None, None, 1.0, 1.0, 1.0)
 
     base, expert = [0.0] * 50 + [1.0] * 50, [0.0] * 70 + [1.0] * 30
-    rows = {"base": row(base), "retrieval": row(base), "expert": row(expert), "expert + retrieval": row([1.0] * 100)}
+    rows = {
+        "base": row(base),
+        "retrieval": row(base),
+        "expert": row(expert),
+        "expert + retrieval": row([1.0] * 100),
+    }
     said = verdicts(rows)
     assert said[0].startswith("expert against base: worse, -20.0 points (")
     assert said[2].startswith("expert + retrieval against retrieval: better, +50.0 points (")
-    assert verdicts({"base": row(base), "expert": row(base)})[0].startswith("expert against base: not told apart")
+    assert verdicts({"base": row(base), "expert": row(base)})[0].startswith(
+        "expert against base: not told apart"
+    )
     table = compared(rows)
     assert table["base"].over_base is None and table["expert"].exact.mean == 0.3
     draw(rows, "title", tmp_path / "x.png")

@@ -8,7 +8,14 @@ from deepseek.data.builders.functions import DocumentedFunction
 from deepseek.engine.engine import Engine
 from deepseek.errors import DataError
 from deepseek.evaluate import code
-from deepseek.evaluate.code import complete, cut_body, human_eval_problems, pass_at_1, passes, score_bodies
+from deepseek.evaluate.code import (
+    complete,
+    cut_body,
+    human_eval_problems,
+    pass_at_1,
+    passes,
+    score_bodies,
+)
 
 PROBLEM = {
     "prompt": 'def double(x):\n    """Twice x."""\n',
@@ -39,9 +46,9 @@ def test_the_written_solutions_of_human_eval_pass() -> None:
 
 def test_a_body_ends_where_its_indentation_does() -> None:
     header = '    def f(self):\n        """What."""\n'
-    assert cut_body(header, "        a = 1\n\n        return a\n    def g(self):\n        pass") == (
-        "        a = 1\n\n        return a"
-    )
+    assert cut_body(
+        header, "        a = 1\n\n        return a\n    def g(self):\n        pass"
+    ) == ("        a = 1\n\n        return a")
 
 
 def parrot(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
@@ -53,7 +60,9 @@ def test_scores_of_a_perfect_and_of_a_useless_answer(monkeypatch: pytest.MonkeyP
     loaded = tiny_model()
     body = "    total = a + b + c + d\n    return total * 2"
     function = DocumentedFunction("f", 'def f(a, b, c, d):\n    """Sum."""\n', body, (), "m.py")
-    parrot(monkeypatch, body[3:] + "\nx = 1")  # the prompt ends with the indentation, but for one blank
+    parrot(
+        monkeypatch, body[3:] + "\nx = 1"
+    )  # the prompt ends with the indentation, but for one blank
     perfect = score_bodies(*loaded, [function])
     assert (perfect.bleu, perfect.exact, perfect.parses) == (pytest.approx(100), 1.0, 1.0)
     parrot(monkeypatch, " ((")
@@ -77,4 +86,6 @@ def test_many_prompts_are_answered_as_transformers_generation_answers_each() -> 
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
         whole = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
         said = tokenizer.decode(whole, skip_special_tokens=True)
-        assert said.replace("\ufffd", "") == text.replace("\ufffd", "")  # bytes of half a character at the ends
+        assert said.replace("\ufffd", "") == text.replace(
+            "\ufffd", ""
+        )  # bytes of half a character at the ends

@@ -1,4 +1,6 @@
-"""Cases are cut where they should be, and lines are written and scored as the model itself would."""
+"""Cases are cut where they should be, and lines are written and scored as the model itself
+would.
+"""
 
 from dataclasses import replace
 
@@ -20,7 +22,9 @@ from deepseek.retrieval.index import Index
 FUNCTION = "".join(f"def model_{n}(value):\n    return value + router_{n}\n\n" for n in range(12))
 CODE = Document(FUNCTION, "repo/m.py", "code")
 DIFF = Document(
-    "Change\n\n--- a.py\n+++ a.py\n@@\n" + "".join(f" same_{n}\n+added_{n}\n" for n in range(9)), "r@1", "commit"
+    "Change\n\n--- a.py\n+++ a.py\n@@\n" + "".join(f" same_{n}\n+added_{n}\n" for n in range(9)),
+    "r@1",
+    "commit",
 )
 PLAIN = tiny_tokenizer()
 FIM = tiny_tokenizer(("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
@@ -28,7 +32,9 @@ SMALL = Dials(text_tokens=24, retrieved_tokens=16, passages=1, reply_tokens=6)
 
 
 @given(
-    st.lists(st.sampled_from(["", "}", "    value = 1", "else:", "\treturn model", "x"]), max_size=60),
+    st.lists(
+        st.sampled_from(["", "}", "    value = 1", "else:", "\treturn model", "x"]), max_size=60
+    ),
     st.integers(0, 9),
 )
 def test_cases_are_lines_with_something_on_them(lines: list[str], seed: int) -> None:
@@ -37,21 +43,31 @@ def test_cases_are_lines_with_something_on_them(lines: list[str], seed: int) -> 
     assert cases == next_line_cases([document], 100, seed)
     assert len({case.line for case in cases}) == len(cases)
     for case in cases:
-        assert case.line >= LEAST_LINES and case.target == lines[case.line].strip() and len(case.target) >= 6
+        assert (
+            case.line >= LEAST_LINES
+            and case.target == lines[case.line].strip()
+            and len(case.target) >= 6
+        )
         whole = case.before + case.target
-        assert document.text.startswith(whole) and document.text[len(whole) :].lstrip("\n").startswith(case.after[:1])
+        assert document.text.startswith(whole) and document.text[len(whole) :].lstrip(
+            "\n"
+        ).startswith(case.after[:1])
 
 
 def test_cases_are_spread_over_the_documents_and_depend_on_the_seed() -> None:
     documents = [replace(CODE, name=f"repo/{n}.py") for n in range(4)]
     cases = next_line_cases(documents, 6)
     assert sorted(case.name for case in cases) == [f"repo/{n}.py" for n in (0, 0, 1, 1, 2, 3)]
-    assert {case.line for case in cases} != {case.line for case in next_line_cases(documents, 6, seed=1)}
+    assert {case.line for case in cases} != {
+        case.line for case in next_line_cases(documents, 6, seed=1)
+    }
 
 
 def test_only_what_a_commit_added_is_asked_for() -> None:
     cases = next_line_cases([DIFF], 50)
-    assert cases and all(case.target.startswith("added_") and case.before.endswith("\n+") for case in cases)
+    assert cases and all(
+        case.target.startswith("added_") and case.before.endswith("\n+") for case in cases
+    )
 
 
 @given(st.integers(0, 20), st.integers(8, 200))
@@ -59,7 +75,9 @@ def test_prompt_and_target_are_the_tokens_of_the_text(seed: int, most: int) -> N
     (case,) = next_line_cases([CODE], 1, seed)
     prompt = CaseEncoder(PLAIN, most).next_line(case, "before it\n")
     text = PLAIN.decode([*prompt.ids, *prompt.target_ids], clean_up_tokenization_spaces=False)
-    assert text.startswith("before it\nfile: repo/m.py\n\n") and text.endswith(case.before[-1] + case.target)
+    assert text.startswith("before it\nfile: repo/m.py\n\n") and text.endswith(
+        case.before[-1] + case.target
+    )
     assert case.target.startswith(PLAIN.decode(prompt.target_ids).strip()[:3])
 
 
@@ -67,7 +85,9 @@ def test_infilling_is_asked_only_where_the_tokenizer_knows_it() -> None:
     (case,) = next_line_cases([CODE], 1)
     assert fim_marker_ids(PLAIN) is None and CaseEncoder(PLAIN, 99).infill(case) is None
     prompt = CaseEncoder(FIM, 999).infill(case)
-    assert FIM.decode(prompt.ids) == f"<fim_prefix>{case.before}<fim_suffix>{case.after}<fim_middle>"
+    assert (
+        FIM.decode(prompt.ids) == f"<fim_prefix>{case.before}<fim_suffix>{case.after}<fim_middle>"
+    )
     assert FIM.decode(prompt.target_ids) == case.target
 
 

@@ -18,12 +18,19 @@ from deepseek.model.transformer import DeepSeekModel
 def test_intervals_are_wilsons(counts: tuple[int, int]) -> None:
     passed, answers = counts
     expected = binomtest(passed, answers).proportion_ci(method="wilson")
-    assert PassRate(passed, answers).interval == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert PassRate(passed, answers).interval == pytest.approx(
+        (expected.low, expected.high), abs=1e-6
+    )
 
 
 def tiny() -> DeepSeekModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return DeepSeekModel(ModelConfig(vocab_size=len(tiny_tokenizer()), **sizes)).eval()
 
 
@@ -50,5 +57,9 @@ def test_helpfulness_counts_the_tokens_ranked_first() -> None:
     found = helpfulness(model, [batch, batch])
     logits = model(ids).logits.detach()[:, :-1]
     assert found.tokens == 2 * 3 * 19
-    assert found.points == pytest.approx(100 * float((logits.argmax(-1) == ids[:, 1:]).float().mean()), abs=2.0)
-    assert found.loss == pytest.approx(float(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())), abs=0.01)
+    assert found.points == pytest.approx(
+        100 * float((logits.argmax(-1) == ids[:, 1:]).float().mean()), abs=2.0
+    )
+    assert found.loss == pytest.approx(
+        float(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())), abs=0.01
+    )

@@ -1,4 +1,6 @@
-"""The sandbox: programs pass or fail as they should, and cannot run on, eat memory, fill the disk or call out."""
+"""The sandbox: programs pass or fail as they should, and cannot run on, eat memory, fill the disk
+or call out.
+"""
 
 import pytest
 
@@ -35,5 +37,7 @@ def test_the_folder_is_temporary_and_there_is_no_network() -> None:
     source = "import socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)"
     outcome = run_program(source)
     assert not outcome.passed
-    if _isolation():  # without a network of its own the port is closed; with one there is not even a route
+    if (
+        _isolation()
+    ):  # without a network of its own the port is closed; with one there is not even a route
         assert "unreachable" in outcome.output or "Cannot assign" in outcome.output

@@ -17,7 +17,9 @@ def test_edit_similarity_is_a_share_that_is_one_for_equal_lines(one: str, other:
 
 
 @given(st.integers(1, 500).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
-def test_the_wilson_interval_holds_the_share_and_stays_within_bounds(counts: tuple[int, int]) -> None:
+def test_the_wilson_interval_holds_the_share_and_stays_within_bounds(
+    counts: tuple[int, int],
+) -> None:
     right, total = counts
     interval = wilson(right, total)
     assert 0.0 <= interval.low <= interval.mean <= interval.high <= 1.0
@@ -25,7 +27,10 @@ def test_the_wilson_interval_holds_the_share_and_stays_within_bounds(counts: tup
 
 def test_wilson_as_published() -> None:
     interval = wilson(10, 100)  # Newcombe 1998, method 3
-    assert (interval.low, interval.high) == (pytest.approx(0.0552, abs=1e-4), pytest.approx(0.1744, abs=1e-4))
+    assert (interval.low, interval.high) == (
+        pytest.approx(0.0552, abs=1e-4),
+        pytest.approx(0.1744, abs=1e-4),
+    )
     assert (wilson(0, 0).low, wilson(0, 0).high) == (0.0, 1.0)
 
 
@@ -39,6 +44,12 @@ def test_a_row_does_not_differ_from_itself(shares: list[float], seed: int) -> No
 def test_a_difference_is_paired_by_case() -> None:
     one, other = [1.0, 0.0] * 100, [1.0, 0.0] * 90 + [0.0, 0.0] * 10
     difference = paired_difference(one, other)
-    assert difference.mean == pytest.approx(0.05) and 0 < difference.low < 0.05 < difference.high < 0.09
+    assert (
+        difference.mean == pytest.approx(0.05)
+        and 0 < difference.low < 0.05 < difference.high < 0.09
+    )
     reverse = paired_difference(other, one)
-    assert (reverse.low, reverse.high) == (pytest.approx(-difference.high), pytest.approx(-difference.low))
+    assert (reverse.low, reverse.high) == (
+        pytest.approx(-difference.high),
+        pytest.approx(-difference.low),
+    )

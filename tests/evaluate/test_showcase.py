@@ -16,7 +16,13 @@ def case(number: int) -> Case:
     return Case("f.py", "code", number, "", "", "right()")
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.floats(0, 20), st.floats(0, 20)), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.booleans(), st.floats(0, 20), st.floats(0, 20)),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_lines_that_only_the_expert_writes_come_first_then_the_largest_gain(rows) -> None:
     before = [answer("right()" if base else "wrong()", nats) for base, _, nats, _ in rows]
     after = [answer("right()" if expert else "wrong()", nats) for _, expert, _, nats in rows]
@@ -24,4 +30,6 @@ def test_lines_that_only_the_expert_writes_come_first_then_the_largest_gain(rows
     only = [not base and expert for base, expert, _, _ in rows]
     gains = [nats - later for _, _, nats, later in rows]
     assert only[chosen] == any(only)
-    assert gains[chosen] == max(gain for gain, alone in zip(gains, only, strict=True) if alone == only[chosen])
+    assert gains[chosen] == max(
+        gain for gain, alone in zip(gains, only, strict=True) if alone == only[chosen]
+    )

@@ -52,7 +52,13 @@ def test_onnx_with_plugged_experts_says_what_the_model_says(base: Path, tmp_path
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     graph, ids = Graph(model), torch.tensor([[5, 9, 40, 3, 8, 11]])
     assert graph.inputs == [one.name for one in session.get_inputs()]
-    inputs = dict(zip(graph.inputs, (ids, torch.ones_like(ids), torch.arange(6)[None], *graph.past(1)), strict=True))
+    inputs = dict(
+        zip(
+            graph.inputs,
+            (ids, torch.ones_like(ids), torch.arange(6)[None], *graph.past(1)),
+            strict=True,
+        )
+    )
     found = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})[0]
     expected = model(ids).logits
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
@@ -70,12 +76,17 @@ def test_onnx_of_a_mixture_with_windows(tmp_path: Path) -> None:
 def test_openvino_with_8_bit_weights_is_small_and_close(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("nncf")
     assert export_model(base, tmp_path / "out", "openvino", dtype="int8") > 1e-4  # it was rounded
-    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"openvino_model.xml", "tokenizer.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {
+        "openvino_model.xml",
+        "tokenizer.json",
+    }
     exact = sum(4 * one.numel() for one in load(base, dtype="float32").model.parameters())
     assert (tmp_path / "out" / "openvino_model.bin").stat().st_size < 0.4 * exact
 
 
-def test_what_fails_the_check_is_not_left(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_the_check_is_not_left(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(FORMATS, "hf", FORMATS["hf"]._replace(limits={"float32": -1.0}))
     with pytest.raises(CheckpointError, match="nothing was written"):
         export_model(base, tmp_path / "out", "hf")
@@ -95,9 +106,14 @@ def test_a_wrong_graph_is_noticed() -> None:
 
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 211, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 FAMILIES: list[PreTrainedConfig] = [
     LlamaConfig(**SMALL),
     LlamaConfig(**SMALL, attention_bias=True, tie_word_embeddings=True),
@@ -107,10 +123,15 @@ FAMILIES: list[PreTrainedConfig] = [
     MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
     OlmoeConfig(**SMALL, num_experts=8, num_experts_per_tok=2, clip_qkv=0.5),
     Qwen3MoeConfig(
-        **SMALL, head_dim=32, moe_intermediate_size=48, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True,
+        **SMALL,
+        head_dim=32,
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
         mlp_only_layers=[1],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("theirs", FAMILIES, ids=lambda config: config.model_type)
@@ -120,13 +141,16 @@ def test_a_stock_model_comes_back_as_itself(theirs: PreTrainedConfig) -> None:
     assert again.head_dim == (getattr(theirs, "head_dim", None) or 16)
     spelt = {"head_dim", "max_window_layers"}  # said in another way: the latter by layer_types
     one, other = (
-        {key: value for key, value in said.to_diff_dict().items() if key not in spelt} for said in (again, theirs)
+        {key: value for key, value in said.to_diff_dict().items() if key not in spelt}
+        for said in (again, theirs)
     )
     assert one == other
 
 
 @pytest.mark.parametrize("theirs", [FAMILIES[2], FAMILIES[5]], ids=lambda config: config.model_type)
-def test_stock_transformers_reads_the_folder(base: Path, tmp_path: Path, theirs: PreTrainedConfig) -> None:
+def test_stock_transformers_reads_the_folder(
+    base: Path, tmp_path: Path, theirs: PreTrainedConfig
+) -> None:
     from tiny_tokenizer import tiny_tokenizer
 
     torch.manual_seed(0)
@@ -146,7 +170,11 @@ def test_stock_transformers_reads_the_folder(base: Path, tmp_path: Path, theirs:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("lsh", "attention='lsh'"), ("dpe", "positional_encoding='dpe'"), ("dmoe", "num_shared_experts=1")],
+    [
+        ("lsh", "attention='lsh'"),
+        ("dpe", "positional_encoding='dpe'"),
+        ("dmoe", "num_shared_experts=1"),
+    ],
 )
 def test_what_is_no_stock_architecture_is_refused(kind: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
@@ -166,7 +194,9 @@ def test_mistakes_are_told(base: Path, tmp_path: Path, monkeypatch: pytest.Monke
         "plugged experts": (base, tmp_path / "out", "hf", None, [expert]),
     }.items():
         with pytest.raises(ConfigError, match=mistake):
-            export_model(*arguments[:3], **dict(zip(("dtype", "experts"), arguments[3:], strict=False)))
+            export_model(
+                *arguments[:3], **dict(zip(("dtype", "experts"), arguments[3:], strict=False))
+            )
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"pip install 'deepseek-dmoe\[export\]'"):
         export_model(base, tmp_path / "out", "onnx")
@@ -176,7 +206,9 @@ def test_mistakes_are_told(base: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_graphs_compute_experts_and_gates_as_the_model_does() -> None:
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(7, 8), torch.randn(5, 12, 8), torch.randn(5, 8, 6)
-    ids = torch.stack([torch.randperm(6)[:3] for _ in range(7)])  # 5 marks a slot that takes no part
+    ids = torch.stack(
+        [torch.randperm(6)[:3] for _ in range(7)]
+    )  # 5 marks a slot that takes no part
     weights = torch.rand(7, 3).masked_fill(ids == 5, 0.0)
     parts = (x, gate_up, down, ids, weights)
     torch.testing.assert_close(mix_experts_everywhere(*parts), mix_experts_reference(*parts))
@@ -185,12 +217,16 @@ def test_graphs_compute_experts_and_gates_as_the_model_does() -> None:
 
 
 class FakeTensorRT:
-    """TensorRT's calls on the CPU: shapes and addresses as the real ones take them, computed by ONNX Runtime."""
+    """TensorRT's calls on the CPU: shapes and addresses as the real ones take them, computed by
+    ONNX Runtime.
+    """
 
     ERROR = STRONGLY_TYPED = 0
 
     def __init__(self) -> None:
-        self.Logger = self.NetworkDefinitionCreationFlag = self.Builder = self.OnnxParser = self.Runtime = self
+        self.Logger = self.NetworkDefinitionCreationFlag = self.Builder = self.OnnxParser = (
+            self.Runtime
+        ) = self
         self.shapes: dict[str, tuple[Any, ...]] = {}
         self.inputs: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -218,7 +254,9 @@ class FakeTensorRT:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
         least, _, most = self.shapes[name]
-        assert all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)), (name, shape)
+        assert all(
+            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+        ), (name, shape)
         self.inputs[name] = shape
 
     def set_tensor_address(self, name: str, address: int) -> None:
@@ -228,20 +266,30 @@ class FakeTensorRT:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         feeds = {}
         for one in self.session.get_inputs():
-            kind = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}[one.type]
+            kind = {
+                "tensor(int64)": np.int64,
+                "tensor(float)": np.float32,
+                "tensor(float16)": np.float16,
+            }[one.type]
             feeds[one.name] = np.empty(self.inputs[one.name], kind)
-            ctypes.memmove(feeds[one.name].ctypes.data, self.addresses[one.name], feeds[one.name].nbytes)
+            ctypes.memmove(
+                feeds[one.name].ctypes.data, self.addresses[one.name], feeds[one.name].nbytes
+            )
         names = [one.name for one in self.session.get_outputs()]
         self.results = dict(zip(names, self.session.run(names, feeds), strict=True))
         return self.results[name].shape
 
     def execute_async_v3(self, stream: int) -> bool:
         for name, result in self.results.items():
-            ctypes.memmove(self.addresses[name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+            ctypes.memmove(
+                self.addresses[name], np.ascontiguousarray(result).ctypes.data, result.nbytes
+            )
         return True
 
 
-def test_the_tensorrt_path_without_a_gpu(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tensorrt_path_without_a_gpu(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(export, "GPU", "cpu")
     monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT())
     expert = save_expert(load(base, dtype="float32"), "loud", tmp_path)
@@ -260,7 +308,9 @@ def test_the_tensorrt_path_without_a_gpu(base: Path, tmp_path: Path, monkeypatch
             export_model(base, tmp_path / "again", "tensorrt", experts=[expert])
 
 
-def test_the_command_says_what_it_did(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_it_did(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["export", str(base), str(tmp_path / "out"), "--to", "hf"])
     assert stop.value.code == 0

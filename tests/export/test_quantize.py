@@ -21,9 +21,14 @@ def source(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("source"), tiny_tokenizer()
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
-        head_dim=64, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=64,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     DeepSeekModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -33,15 +38,25 @@ def test_it_is_small_loads_and_agrees(source, tmp_path):
     result = quantize_model(source, tmp_path / "int8")
     assert result.ratio < 0.27
     assert result.divergence < 1e-3
-    exact, small = load(source, dtype="float32").model, load(tmp_path / "int8", dtype="float32").model
+    exact, small = (
+        load(source, dtype="float32").model,
+        load(tmp_path / "int8", dtype="float32").model,
+    )
     ids = torch.tensor([[5, 9, 40, 3, 8]])
     assert (exact(ids).logits - small(ids).logits).norm() < 0.03 * exact(ids).logits.norm()
     torch.testing.assert_close(small.lm_head.weight, small.embed_tokens.weight)
-    assert not torch.equal(small.embed_tokens.int8.values, quantize(exact.embed_tokens.weight.detach()).values)
+    assert not torch.equal(
+        small.embed_tokens.int8.values, quantize(exact.embed_tokens.weight.detach()).values
+    )
     logits = []
-    for model in (small, load(tmp_path / "int8", dtype="bfloat16").model):  # the dtype does not touch the integers
+    for model in (
+        small,
+        load(tmp_path / "int8", dtype="bfloat16").model,
+    ):  # the dtype does not touch the integers
         runner = CompiledRunner(model)
-        logits.append(runner.forward([Chunk(runner.start(None, 8), ids[0].tolist(), ids.shape[1])]).logits_RV)
+        logits.append(
+            runner.forward([Chunk(runner.start(None, 8), ids[0].tolist(), ids.shape[1])]).logits_RV
+        )
     assert torch.equal(*logits)
 
 
@@ -70,20 +85,26 @@ def test_rounding_suits_what_the_model_meets(source):
     model = load(source, dtype="float32").model
     torch.manual_seed(1)
     words = model.embed_tokens.weight.data
-    words.copy_(torch.randn(len(words), 8) @ torch.randn(8, words.shape[1]) * 0.1)  # few directions, as in real models
+    words.copy_(
+        torch.randn(len(words), 8) @ torch.randn(8, words.shape[1]) * 0.1
+    )  # few directions, as in real models
     before = torch.get_rng_state()
     texts = sample(model, 16, 32)
     assert texts.shape == (16, 32) and torch.equal(texts, sample(model, 16, 32))
     assert torch.equal(torch.get_rng_state(), before)
     done = round_along(model, texts)
     assert set(done) == {
-        f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
     }
     ids = sample(model, 20, 32)[16:]
     exact, errors = model(ids).logits, []
     for suited in (False, True):
         twin = copy.deepcopy(model)
-        twin.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # not that of the embedding
+        twin.lm_head.weight = torch.nn.Parameter(
+            model.lm_head.weight.detach().clone()
+        )  # not that of the embedding
         for name, matrix in done.items():
             layer = twin.get_submodule(name.removesuffix(".weight"))
             layer.weight.data = (matrix if suited else quantize(layer.weight.detach())).float()

@@ -1,7 +1,8 @@
-"""The model, its experts, the engine and training on an accelerator, against the same on the processor.
+"""The model, its experts, the engine and training on an accelerator, against the same on the
+processor.
 
-`pytest -m gpu` runs them where there is a CUDA device; elsewhere they are skipped. `pytest -m gpu --device cpu` runs
-them on the processor, which shows that they can pass.
+`pytest -m gpu` runs them where there is a CUDA device; elsewhere they are skipped.
+`pytest -m gpu --device cpu` runs them on the processor, which shows that they can pass.
 """
 
 from pathlib import Path
@@ -52,13 +53,20 @@ def logits_of(loaded: Loaded) -> Tensor:
         return loaded.model(IDS.to(loaded.model.device)).logits.float().cpu()
 
 
-def test_a_forward_pass_gives_the_logits_of_the_processor(folder: Path, loaded: Loaded, device: str) -> None:
+def test_a_forward_pass_gives_the_logits_of_the_processor(
+    folder: Path, loaded: Loaded, device: str
+) -> None:
     assert loaded.model.device.type == torch.device(device).type
-    torch.testing.assert_close(logits_of(loaded), logits_of(load(folder, dtype="float32")), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits_of(loaded), logits_of(load(folder, dtype="float32")), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_bf16_stays_near(folder: Path, device: str) -> None:
-    rounded, exact = logits_of(load(folder, dtype="bfloat16", device=device)), logits_of(load(folder, dtype="float32"))
+    rounded, exact = (
+        logits_of(load(folder, dtype="bfloat16", device=device)),
+        logits_of(load(folder, dtype="float32")),
+    )
     assert float((rounded - exact).abs().mean()) < 0.05 * float(exact.abs().mean())
 
 
@@ -74,7 +82,9 @@ def test_an_expert_is_plugged_and_leaves_no_trace(folder: Path, loaded: Loaded) 
 
 
 def test_a_request_is_served(folder: Path, loaded: Loaded) -> None:
-    request = Request(tuple(IDS[0].tolist()), Sampling(max_new_tokens=6, temperature=0.0), ignore_end=True)
+    request = Request(
+        tuple(IDS[0].tolist()), Sampling(max_new_tokens=6, temperature=0.0), ignore_end=True
+    )
     written = []
     for one in (loaded, load(folder, dtype="float32")):
         with Engine(one.model, one.tokenizer) as engine:

@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from deepseek.kernels import cross_entropy
-from deepseek.kernels.cross_entropy import CandidateHead, linear_cross_entropy, reference_cross_entropy, token_losses
+from deepseek.kernels.cross_entropy import (
+    CandidateHead,
+    linear_cross_entropy,
+    reference_cross_entropy,
+    token_losses,
+)
 
 N, D, V = 50, 8, 97
 
@@ -27,7 +32,9 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("train_head", [False, True])
-def test_loss_and_gradients_are_those_of_the_reference(problem: tuple[Tensor, ...], train_head: bool) -> None:
+def test_loss_and_gradients_are_those_of_the_reference(
+    problem: tuple[Tensor, ...], train_head: bool
+) -> None:
     hidden, head, labels = problem
     results = []
     for function in (reference_cross_entropy, linear_cross_entropy):
@@ -69,15 +76,21 @@ def test_token_losses_average_to_the_reference(problem: tuple[Tensor, ...]) -> N
     hidden, head, labels = problem
     losses = token_losses(hidden, head, labels)
     assert not losses[labels == -100].any()
-    torch.testing.assert_close(losses.sum() / (labels != -100).sum(), reference_cross_entropy(hidden, head, labels))
+    torch.testing.assert_close(
+        losses.sum() / (labels != -100).sum(), reference_cross_entropy(hidden, head, labels)
+    )
 
 
-def test_no_step_holds_more_logits_than_a_chunk(problem: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_holds_more_logits_than_a_chunk(
+    problem: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hidden, head, labels = problem
     largest = 0
     original = cross_entropy._chunk_loss
 
-    def watched(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def watched(
+        hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         nonlocal largest
         losses, logits = original(hidden, head, labels, weight)
         largest = max(largest, logits.numel())
@@ -91,7 +104,9 @@ def test_no_step_holds_more_logits_than_a_chunk(problem: tuple[Tensor, ...], mon
 def test_all_tokens_as_candidates_are_the_exact_loss(problem: tuple[Tensor, ...]) -> None:
     hidden, head, labels = problem
     candidates = CandidateHead(head, torch.arange(V), sampled=10, seed=0)
-    torch.testing.assert_close(candidates.loss(hidden, labels, 0), reference_cross_entropy(hidden, head, labels))
+    torch.testing.assert_close(
+        candidates.loss(hidden, labels, 0), reference_cross_entropy(hidden, head, labels)
+    )
 
 
 def test_sampled_partition_function_is_unbiased(problem: tuple[Tensor, ...]) -> None:
@@ -102,7 +117,10 @@ def test_sampled_partition_function_is_unbiased(problem: tuple[Tensor, ...]) -> 
     picked = (hidden * head[labels]).sum(-1)
     estimates = []
     for step in range(400):
-        one = [float(candidates.loss(hidden[i : i + 1], labels[i : i + 1], step) + picked[i]) for i in range(3)]
+        one = [
+            float(candidates.loss(hidden[i : i + 1], labels[i : i + 1], step) + picked[i])
+            for i in range(3)
+        ]
         estimates.append(torch.tensor(one).exp())
     found = torch.stack(estimates)
     exact = (hidden[:3] @ head.T).exp().sum(-1)
@@ -116,7 +134,9 @@ def test_sample_depends_on_seed_and_step_alone(problem: tuple[Tensor, ...]) -> N
     labels = torch.where(labels >= 0, labels % 20, labels)
 
     def loss(seed: int, step: int) -> float:
-        return float(CandidateHead(head, torch.arange(20), sampled=12, seed=seed).loss(hidden, labels, step))
+        return float(
+            CandidateHead(head, torch.arange(20), sampled=12, seed=seed).loss(hidden, labels, step)
+        )
 
     used = CandidateHead(head, torch.arange(20), sampled=12, seed=1)
     used.loss(hidden, labels, 7)

@@ -1,4 +1,6 @@
-"""8-bit matrices: rounding is close, packed products equal the slow ones whatever rows come together."""
+"""8-bit matrices: rounding is close, packed products equal the slow ones whatever rows come
+together.
+"""
 
 import numpy as np
 import pytest
@@ -30,12 +32,17 @@ def product(x_ND, matrix):
     for p in range(len(packed)):
         panel = panels.ctypes.data + p * groups * GROUP_BYTES
         multiply(panel, table.ctypes.data, len(x), groups, out[p].ctypes.data)
-    return torch.from_numpy(out.transpose(1, 0, 2).reshape(len(x), -1)[:, : len(matrix.values)].copy())
+    return torch.from_numpy(
+        out.transpose(1, 0, 2).reshape(len(x), -1)[:, : len(matrix.values)].copy()
+    )
 
 
 def problem(rows, width, outputs):
     generator = torch.Generator().manual_seed(rows)
-    x, weight = torch.randn(rows, width, generator=generator), torch.randn(outputs, width, generator=generator)
+    x, weight = (
+        torch.randn(rows, width, generator=generator),
+        torch.randn(outputs, width, generator=generator),
+    )
     x[:, 3] *= 40  # a channel far above the others, as language models have
     return x, weight
 
@@ -44,7 +51,9 @@ def problem(rows, width, outputs):
 def test_the_kernel_is_the_reference(rows, width, outputs):
     x, weight = problem(rows, width, outputs)
     matrix = quantize(weight)
-    torch.testing.assert_close(product(x, matrix), product_reference(x, matrix), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        product(x, matrix), product_reference(x, matrix), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_rounding_costs_less_than_two_percent_in_spite_of_a_large_channel():
@@ -71,7 +80,10 @@ def test_rounding_a_rounded_matrix_again_keeps_its_values():
 def test_errors_are_made_up_for_where_inputs_go_together():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(150, 150, generator=generator) * torch.logspace(0, -2, 150)[:, None]
-    x, weight = torch.randn(2000, 150, generator=generator) @ mixing, torch.randn(40, 150, generator=generator)
+    x, weight = (
+        torch.randn(2000, 150, generator=generator) @ mixing,
+        torch.randn(40, 150, generator=generator),
+    )
     nearest, suited = quantize(weight), quantize(weight, x[:1000].T @ x[:1000])
     assert torch.equal(suited.scales, nearest.scales)
     errors = [(x[1000:] @ (matrix.float() - weight).T).norm() for matrix in (nearest, suited)]

@@ -9,9 +9,14 @@ from deepseek.model.context import attention_mask, document_ids, visible
 
 @settings(max_examples=100)
 @given(
-    length=st.integers(1, 12), past=st.integers(0, 12), left=st.integers(0, 5), right=st.integers(0, 5),
-    hole=st.booleans(), window=st.none() | st.integers(1, 8), cut=st.none() | st.integers(1, 11),
-)  # fmt: skip
+    length=st.integers(1, 12),
+    past=st.integers(0, 12),
+    left=st.integers(0, 5),
+    right=st.integers(0, 5),
+    hole=st.booleans(),
+    window=st.none() | st.integers(1, 8),
+    cut=st.none() | st.integers(1, 11),
+)
 def test_runs_of_slots_are_the_mask(
     length: int, past: int, left: int, right: int, hole: bool, window: int | None, cut: int | None
 ) -> None:

@@ -21,28 +21,49 @@ from transformers import (
 from deepseek import DeepSeekModel
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 211, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SMALL, attention_bias=True, rope_parameters=LLAMA3),
     "llama-tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True, rope_parameters=YARN),
     "mistral": lambda: MistralConfig(**SMALL, sliding_window=16),
-    "qwen2": lambda: Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+    "qwen2": lambda: Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1
+    ),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32),
     "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **SMALL, head_dim=16, moe_intermediate_size=48, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True,
+        **SMALL,
+        head_dim=16,
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
         mlp_only_layers=[1],
     ),
     "olmoe": lambda: OlmoeConfig(**SMALL, num_experts=8, num_experts_per_tok=2, clip_qkv=0.5),
-}  # fmt: skip
+}
 
 
 def random_checkpoint(name: str, folder: Path) -> Any:
@@ -68,7 +89,9 @@ def test_family_matches_transformers(name: str, tmp_path: Path) -> None:
     expected = reference(ids).logits
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
-    text, theirs = (m.generate(ids[:, :24], max_new_tokens=24, do_sample=False) for m in (model, reference))
+    text, theirs = (
+        m.generate(ids[:, :24], max_new_tokens=24, do_sample=False) for m in (model, reference)
+    )
     assert torch.equal(text, theirs)
 
 
@@ -83,10 +106,15 @@ def test_padding_changes_nothing(name: str, tmp_path: Path) -> None:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = reference(ids, attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(
-        model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0
+        model(ids, attention_mask=mask).logits[mask.bool()],
+        expected[mask.bool()],
+        atol=1e-4,
+        rtol=0,
     )
     alone = model(ids[:1, 13:]).logits
-    torch.testing.assert_close(model(ids, attention_mask=mask).logits[:1, 13:], alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask).logits[:1, 13:], alone, atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,4 +1,6 @@
-"""The pieces of a forward pass make up the whole, bit for bit, and nobody outside `model/` reaches into a layer."""
+"""The pieces of a forward pass make up the whole, bit for bit, and nobody outside `model/` reaches
+into a layer.
+"""
 
 import ast
 import copy
@@ -23,17 +25,34 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = 3
 LSH = {name: value for name, value in KINDS["lsh"].items() if name.startswith("lsh_")}
 SMALL = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
 FEW_EXPERTS = {
-    "num_experts": 4, "expert_dim": 16, "shared_expert_dim": None, "max_experts": 2, "min_experts": 1,
-    "candidate_experts": 4, "num_expert_groups": 1, "max_expert_groups": 1, "target_experts": None, "dense_layers": [0],
-}  # fmt: skip
+    "num_experts": 4,
+    "expert_dim": 16,
+    "shared_expert_dim": None,
+    "max_experts": 2,
+    "min_experts": 1,
+    "candidate_experts": 4,
+    "num_expert_groups": 1,
+    "max_expert_groups": 1,
+    "target_experts": None,
+    "dense_layers": [0],
+}
 
 
 def built(name: str, attention: str = "full", positions: str = "rope") -> DeepSeekModel:
-    """Return the preset `name` with the sizes of a tiny model and random weights, biases of scores included."""
+    """Return the preset `name` with the sizes of a tiny model and random weights, biases of scores
+    included.
+    """
     preset = PRESETS[name]
     fields: dict[str, Any] = preset | SMALL | (FEW_EXPERTS if preset.get("num_experts") else {})
     fields |= {"attention": attention, "positional_encoding": positions}
@@ -74,7 +93,8 @@ def in_pieces(model: DeepSeekModel, ids_BT: Tensor, **kwargs: Any) -> Tensor:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(
     ("attention", "positions"),
-    [("full", kind) for kind in ("alibi", "dpe", "learned", "none", "rope")] + [("lsh", "rope"), ("lsh", "dpe")],
+    [("full", kind) for kind in ("alibi", "dpe", "learned", "none", "rope")]
+    + [("lsh", "rope"), ("lsh", "dpe")],
 )
 @torch.no_grad()
 def test_the_pieces_are_the_whole(name: str, attention: str, positions: str) -> None:
@@ -127,7 +147,9 @@ def test_a_pass_goes_on_from_a_stream_through_other_upper_layers() -> None:
     assert torch.equal(resume(model, stream, 1, upper=upper).finish(last=4), whole[:, -4:])
     upper.norm.weight.mul_(2.0)
     assert torch.equal(resume(model, stream, 1, upper=upper).finish(), 2 * whole)
-    assert torch.equal(resume(model, stream, 1).finish(), whole), "the model's own layers have changed"
+    assert torch.equal(resume(model, stream, 1).finish(), whole), (
+        "the model's own layers have changed"
+    )
     with pytest.raises(ConfigError, match="begin at 1"):
         resume(model, stream, 0, upper=upper)
 
@@ -153,7 +175,12 @@ def test_a_pass_says_where_it_stands_and_cannot_go_back() -> None:
     step = begin(model, ids_of(1, 4))
     step.run_to(1)
     step.attend()
-    for move in (lambda: step.run_to(1), step.attend, step.attention_inputs, lambda: step.run_to(LAYERS + 1)):
+    for move in (
+        lambda: step.run_to(1),
+        step.attend,
+        step.attention_inputs,
+        lambda: step.run_to(LAYERS + 1),
+    ):
         with pytest.raises(ConfigError, match="after the attention of layer 1 of 3 layers"):
             move()
     step.finish()
@@ -167,9 +194,20 @@ def test_a_pass_says_where_it_stands_and_cannot_go_back() -> None:
 
 
 INSIDES = {
-    "_project", "attend", "attention", "attention_norm", "feed_forward", "feed_forward_norm", "gate_input",
-    "input_layernorm", "mlp", "post_attention_layernorm", "run_layers", "self_attn", "transform",
-}  # fmt: skip
+    "_project",
+    "attend",
+    "attention",
+    "attention_norm",
+    "feed_forward",
+    "feed_forward_norm",
+    "gate_input",
+    "input_layernorm",
+    "mlp",
+    "post_attention_layernorm",
+    "run_layers",
+    "self_attn",
+    "transform",
+}
 """Names of what a layer is made of, here and in the field."""
 
 STEPS = {"attend", "gate_input"}
@@ -178,7 +216,12 @@ STEPS = {"attend", "gate_input"}
 READERS = {
     "benchmarks/lsh_slot_in.py": {"attention"},  # trains the projections of attention by themselves
     "benchmarks/parity.py": {"feed_forward"},  # reports the gradients of routers
-    "deepseek/compiled/weights.py": {"attention", "attention_norm", "feed_forward", "feed_forward_norm"},  # packs them
+    "deepseek/compiled/weights.py": {
+        "attention",
+        "attention_norm",
+        "feed_forward",
+        "feed_forward_norm",
+    },  # packs them
 }
 """Files that read a layer's weights and run none of it. The table may only become shorter."""
 
@@ -190,13 +233,19 @@ def insides_used(source: str) -> Iterator[tuple[int, str]]:
             continue
         owner = ast.unparse(node.value)
         # `config.attention` is the name of a kind; a kernel's `buckets.attend` is no layer's.
-        if owner.split(".")[-1] == "config" or (node.attr in STEPS and owner in ("step", "buckets")):
+        if owner.split(".")[-1] == "config" or (
+            node.attr in STEPS and owner in ("step", "buckets")
+        ):
             continue
         yield node.lineno, node.attr
 
 
 def outside_files() -> list[Path]:
-    package = [path for path in (ROOT / "deepseek").rglob("*.py") if "model" not in path.relative_to(ROOT).parts[1:2]]
+    package = [
+        path
+        for path in (ROOT / "deepseek").rglob("*.py")
+        if "model" not in path.relative_to(ROOT).parts[1:2]
+    ]
     return [*package, *(ROOT / "benchmarks").glob("*.py")]
 
 
@@ -205,7 +254,9 @@ def test_nobody_outside_the_model_reaches_into_a_layer() -> None:
     for path in outside_files():
         for line, name in insides_used(path.read_text()):
             place = path.relative_to(ROOT).as_posix()
-            assert name in READERS.get(place, set()), f"{place}:{line} uses .{name} of a layer; use model/passes.py"
+            assert name in READERS.get(place, set()), (
+                f"{place}:{line} uses .{name} of a layer; use model/passes.py"
+            )
             found.setdefault(place, set()).add(name)
     assert found == READERS, "an exception is no longer needed: take it off the table"
 
@@ -229,6 +280,9 @@ def test_a_pass_is_made_by_begin_and_resume_alone() -> None:
     makers = set()
     for path in outside_files():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in (ForwardPass.__name__, "ForwardContext"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                ForwardPass.__name__,
+                "ForwardContext",
+            ):
                 makers.add(path.relative_to(ROOT).as_posix())
     assert makers == {"deepseek/export/graph.py"}

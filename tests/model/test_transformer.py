@@ -19,10 +19,18 @@ from deepseek.model.kv_cache import KVCache
 
 def small_config(**changes: Any) -> ModelConfig:
     shape: dict[str, Any] = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts": 8, "expert_dim": 16,
-        "num_shared_experts": 1, "initializer_range": 0.15,
-    }  # fmt: skip
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "num_experts": 8,
+        "expert_dim": 16,
+        "num_shared_experts": 1,
+        "initializer_range": 0.15,
+    }
     return ModelConfig(**(shape | changes))
 
 
@@ -59,7 +67,9 @@ def test_later_tokens_never_change_earlier_ones(model: DeepSeekModel) -> None:
     ids = torch.randint(0, 97, (1, 40))
     changed = ids.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % 97
-    torch.testing.assert_close(model(ids).logits[:, :20], model(changed).logits[:, :20], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model(ids).logits[:, :20], model(changed).logits[:, :20], atol=1e-6, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -76,7 +86,9 @@ def test_sharing_registers_each_pool_once(tmp_path: Path) -> None:
     assert pools == ["expert_pools.0.gate_up_proj", "expert_pools.1.gate_up_proj"]
     model.save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (2, 30))
-    assert torch.equal(DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits, model(ids).logits)
+    assert torch.equal(
+        DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits, model(ids).logits
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
@@ -87,7 +99,9 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     ids = torch.randint(0, 97, (2, 30))
     for one in (model, twin):
         one(ids, labels=ids).loss.backward()
-    for (name, mine), (_, other) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+    for (name, mine), (_, other) in zip(
+        model.named_parameters(), twin.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(mine.grad, other.grad, msg=name)
 
 
@@ -95,7 +109,8 @@ def test_works_with_peft(model: DeepSeekModel) -> None:
     ids = torch.randint(0, 97, (2, 20))
     expected = model(ids).logits
     tuned = get_peft_model(
-        copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        copy.deepcopy(model),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     )
     torch.testing.assert_close(tuned(ids).logits, expected)
     tuned(ids, labels=ids).loss.backward()
@@ -107,7 +122,9 @@ def test_works_with_peft(model: DeepSeekModel) -> None:
 def test_beam_search_reorders_the_cache(model: DeepSeekModel) -> None:
     ids = torch.randint(0, 97, (2, 10))
     cached = model.generate(ids, num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    plain = model.generate(ids, num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=False)
+    plain = model.generate(
+        ids, num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=False
+    )
     assert torch.equal(cached, plain)
 
 
@@ -162,7 +179,9 @@ def test_upcycling_keeps_logits_and_gives_the_router_a_gradient(tmp_path: Path) 
     dense = DeepSeekModel(small_config(num_experts=0, num_shared_experts=0)).eval()
     dense.save_pretrained(tmp_path)
     sparse = DeepSeekModel.from_pretrained(
-        tmp_path, config=ModelConfig(num_experts=16, expert_dim=8, routing_strategy="dynamic"), dtype=torch.float32
+        tmp_path,
+        config=ModelConfig(num_experts=16, expert_dim=8, routing_strategy="dynamic"),
+        dtype=torch.float32,
     )
     ids = torch.randint(0, 97, (2, 40))
     torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)

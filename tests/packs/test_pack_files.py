@@ -1,4 +1,6 @@
-"""Pack files: the same bytes every time, readable by everyone, and refused when anything in them changes."""
+"""Pack files: the same bytes every time, readable by everyone, and refused when anything in them
+changes.
+"""
 
 from contextlib import suppress
 
@@ -14,7 +16,9 @@ from deepseek.packs.pack import KEY, ExpertPack, read_pack, write_pack
 from deepseek.packs.policy import PackPolicy
 from deepseek.packs.signature import keygen, load_key, trust_folder, trusted_keys
 
-BASE = BaseDescription(name="tiny", weights="a" * 64, tokenizer="b" * 64, hidden_size=8, num_layers=12)
+BASE = BaseDescription(
+    name="tiny", weights="a" * 64, tokenizer="b" * 64, hidden_size=8, num_layers=12
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,19 +29,32 @@ def own_home(tmp_path_factory, monkeypatch):
 def make_pack(dtype="bfloat16", **changes):
     manifest = Manifest(
         **{
-            "name": "code", "domain": "Ελληνικά, 日本語", "base": BASE, "layers": (3, 11), "width": 6, "dtype": dtype,
-            "licence": "mit or apache-2.0", "metrics": {"own": Metric(before=2.5, after=0.1 + 0.2)},
-            "gate": GateSettings(half_life=32.0, alpha=0.01), "data": ("c" * 64,), "commit": "d" * 40,
+            "name": "code",
+            "domain": "Ελληνικά, 日本語",
+            "base": BASE,
+            "layers": (3, 11),
+            "width": 6,
+            "dtype": dtype,
+            "licence": "mit or apache-2.0",
+            "metrics": {"own": Metric(before=2.5, after=0.1 + 0.2)},
+            "gate": GateSettings(half_life=32.0, alpha=0.01),
+            "data": ("c" * 64,),
+            "commit": "d" * 40,
         }
         | changes
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(0)
-    tensors = {n: torch.randn(s.shape, generator=generator).to(s.dtype) for n, s in manifest.tensors().items()}
+    tensors = {
+        n: torch.randn(s.shape, generator=generator).to(s.dtype)
+        for n, s in manifest.tensors().items()
+    }
     return ExpertPack.seal(manifest, tensors)
 
 
 def same(a, b):
-    return a.manifest == b.manifest and all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    return a.manifest == b.manifest and all(
+        torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -56,7 +73,11 @@ def test_the_same_pack_has_the_same_bytes(tmp_path):
     write_pack(tmp_path / "a", pack)
     write_pack(tmp_path / "b", shuffled)
     write_pack(tmp_path / "c", read_pack(tmp_path / "a"))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert (
+        (tmp_path / "a").read_bytes()
+        == (tmp_path / "b").read_bytes()
+        == (tmp_path / "c").read_bytes()
+    )
 
 
 def test_the_safetensors_library_reads_it(tmp_path):
@@ -65,10 +86,14 @@ def test_the_safetensors_library_reads_it(tmp_path):
     with safe_open(tmp_path / "p.safetensors", "pt") as file:
         assert list(file.metadata()) == [KEY]
         assert set(file.keys()) == pack.tensors.keys()
-        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in pack.tensors.items())
+        assert all(
+            torch.equal(file.get_tensor(name), tensor) for name, tensor in pack.tensors.items()
+        )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_changed_byte_is_noticed(tmp_path, data):
     pack, path = make_pack(), tmp_path / "p.safetensors"
@@ -78,11 +103,15 @@ def test_any_changed_byte_is_noticed(tmp_path, data):
     where = data.draw(st.integers(0, len(raw) - 1) | st.integers(0, 1200))
     raw[where] = data.draw(st.integers(0, 255))
     (tmp_path / "changed").write_bytes(raw)
-    with suppress(PackError):  # refused, unless the byte kept its value or is white space spelled differently
+    with suppress(
+        PackError
+    ):  # refused, unless the byte kept its value or is white space spelled differently
         assert same(read_pack(tmp_path / "changed"), pack)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(noise=st.binary(max_size=300), header=st.booleans())
 def test_noise_is_refused_and_nothing_else_happens(tmp_path, noise, header):
     (tmp_path / "noise").write_bytes((len(noise).to_bytes(8, "little") if header else b"") + noise)
@@ -93,7 +122,9 @@ def test_noise_is_refused_and_nothing_else_happens(tmp_path, noise, header):
 def test_a_pack_that_could_not_be_read_is_not_written(tmp_path):
     pack = make_pack()
     with pytest.raises(PackError, match="does not match its digest"):
-        write_pack(tmp_path / "p", ExpertPack(pack.manifest, pack.tensors | {"gate.3": torch.zeros(9)}))
+        write_pack(
+            tmp_path / "p", ExpertPack(pack.manifest, pack.tensors | {"gate.3": torch.zeros(9)})
+        )
     assert not (tmp_path / "p").exists()
 
 
@@ -107,7 +138,9 @@ def test_signed_packs_satisfy_the_policy_of_who_trusts_the_signer(tmp_path):
     (trust_folder() / "me.pub").unlink()
     with pytest.raises(PackError, match="not trusted"):
         read_pack(tmp_path / "p", PackPolicy(signature="trusted"))
-    named = PackPolicy(signature="trusted", trusted=frozenset({signed.manifest.signature.public_key}))
+    named = PackPolicy(
+        signature="trusted", trusted=frozenset({signed.manifest.signature.public_key})
+    )
     assert same(read_pack(tmp_path / "p", named), signed)
 
 
@@ -145,7 +178,11 @@ def test_a_damaged_key_in_the_trust_folder_is_named(tmp_path):
         ("MIT", PackPolicy(allow=frozenset({"MIT"})), True),
         ("MIT OR Apache-2.0", PackPolicy(allow=frozenset({"MIT"})), False),
         ("MIT AND Apache-2.0", PackPolicy(allow=frozenset({"MIT", "Apache-2.0"})), True),
-        ("GPL-2.0-only WITH Classpath-exception-2.0", PackPolicy(deny=frozenset({"GPL-2.0-only"})), False),
+        (
+            "GPL-2.0-only WITH Classpath-exception-2.0",
+            PackPolicy(deny=frozenset({"GPL-2.0-only"})),
+            False,
+        ),
         ("MIT", PackPolicy(allow=frozenset({"MIT"}), deny=frozenset({"MIT"})), False),
     ],
 )

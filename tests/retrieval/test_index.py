@@ -13,15 +13,25 @@ from deepseek.retrieval.passages import LONGEST, passages
 from deepseek.retrieval.prompt import before_text, in_question, query_of
 from deepseek.retrieval.words import search_words
 
-LINES = st.lists(st.sampled_from(["def parse(text):", "    return value", "", "x = readHeader_v2(y)", "Straße 5"]))
+LINES = st.lists(
+    st.sampled_from(
+        ["def parse(text):", "    return value", "", "x = readHeader_v2(y)", "Straße 5"]
+    )
+)
 TEXTS = st.lists(LINES.map("\n".join), min_size=1, max_size=6)
 
 
 def code(name: str, subject: str, count: int = 40) -> Document:
-    return Document("".join(f"{subject}_{n} = load_{subject}({n})\n" for n in range(count)), name, "code")
+    return Document(
+        "".join(f"{subject}_{n} = load_{subject}({n})\n" for n in range(count)), name, "code"
+    )
 
 
-DOCUMENTS = [code("repo/apple.py", "apple"), code("repo/pear.py", "pear"), code("repo/plum.py", "plum")]
+DOCUMENTS = [
+    code("repo/apple.py", "apple"),
+    code("repo/pear.py", "pear"),
+    code("repo/plum.py", "plum"),
+]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +86,10 @@ def test_passages_fit_into_the_tokens_that_are_left(k: int, most: int) -> None:
 def test_an_index_is_the_same_after_saving(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], query: str
 ) -> None:
-    documents = [*DOCUMENTS[:1], *(Document(text, f"repo/{place}", "code") for place, text in enumerate(texts))]
+    documents = [
+        *DOCUMENTS[:1],
+        *(Document(text, f"repo/{place}", "code") for place, text in enumerate(texts)),
+    ]
     index = Index.build(documents, source="s")
     folder = tmp_path_factory.mktemp("index") / "x.index"
     index.save(folder)
@@ -89,12 +102,18 @@ def test_equal_text_gives_equal_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         Index.build(DOCUMENTS).save(tmp_path / name)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in names
+    )
 
 
 @given(st.sets(st.sampled_from([document.name for document in DOCUMENTS]), max_size=2))
 def test_what_is_held_out_is_never_found(held_out: set[str]) -> None:
-    patch = "".join(f"--- {name}\n+++ {name}\n@@\n+{name}_secret = 1\n" for name in ("apple.py", "pear.py", "plum.py"))
+    patch = "".join(
+        f"--- {name}\n+++ {name}\n@@\n+{name}_secret = 1\n"
+        for name in ("apple.py", "pear.py", "plum.py")
+    )
     commit = Document(f"Change all\n\n{patch}", "repo@12ab", "commit")
     index = Index.build([*DOCUMENTS, commit], without=held_out)
     for subject in ("apple", "pear", "plum"):
@@ -102,7 +121,9 @@ def test_what_is_held_out_is_never_found(held_out: set[str]) -> None:
         names = {passage.path or passage.name for passage in found}
         assert (f"repo/{subject}.py" in names) is (f"repo/{subject}.py" not in held_out)
         assert not names & {f"repo/{name}" for name in held_out} and not names & held_out
-        assert f"repo/{subject}.py" not in held_out or not any(f"{subject}.py_" in passage.text for passage in found)
+        assert f"repo/{subject}.py" not in held_out or not any(
+            f"{subject}.py_" in passage.text for passage in found
+        )
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
@@ -121,7 +142,9 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
 def test_the_best_passage_stands_next_to_the_text() -> None:
     first, second = Index.build(DOCUMENTS).retrieve("pear_3 pear_4 pear_5", k=2)
     text = before_text([first, second])
-    assert text.endswith(first.text.strip("\n") + "\n\n") and text.startswith("file: repo/pear.py\n\n")
+    assert text.endswith(first.text.strip("\n") + "\n\n") and text.startswith(
+        "file: repo/pear.py\n\n"
+    )
     assert in_question([], "Why?") == "Why?"
     assert in_question([first], "Why?").endswith("\n\nWhy?")
     assert query_of("a\n\nb\nc\nd\n").split("\n") == ["a", "b", "c", "d", "b", "c", "d"]

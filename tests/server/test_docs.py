@@ -17,11 +17,19 @@ NAMES = {"http://127.0.0.1:8000": "{url}", "smollm2-135m": "tiny", "code": "one"
 
 
 def blocks(kind: str, about: str, url: str) -> list[str]:
-    """Return the page's blocks of a language that speak about something, with the names of the live server."""
-    found = [block for block in re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL) if about in block]
+    """Return the page's blocks of a language that speak about something, with the names of the live
+    server.
+    """
+    found = [
+        block
+        for block in re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        if about in block
+    ]
     assert found
     for name, live_name in NAMES.items():
-        found = [re.sub(rf"{re.escape(name)}\b", live_name.format(url=url), block) for block in found]
+        found = [
+            re.sub(rf"{re.escape(name)}\b", live_name.format(url=url), block) for block in found
+        ]
     return found
 
 
@@ -34,9 +42,17 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def shell(lines: str, folder: Path) -> str:
     """Return what lines of bash print, of which none may fail."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "LLM_USER_PATH": str(folder), "HOME": str(folder), "NO_PROXY": "*"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "LLM_USER_PATH": str(folder),
+        "HOME": str(folder),
+        "NO_PROXY": "*",
+    }
     command = ["bash", "-eo", "pipefail", "-c", lines]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,7 +61,11 @@ def shell(lines: str, folder: Path) -> str:
 def test_curl(server: Live, folder: Path) -> None:
     for block in blocks("bash", "curl", server.url):
         told = shell(block, folder).replace(" ", "")
-        assert '"object":"text_completion"' in told and "data:[DONE]" in told and '"id":"tiny+one"' in told
+        assert (
+            '"object":"text_completion"' in told
+            and "data:[DONE]" in told
+            and '"id":"tiny+one"' in told
+        )
     assert server.engine.experts() == ()
 
 
@@ -62,7 +82,9 @@ def test_llm(server: Live, folder: Path) -> None:
 def test_openai(server: Live) -> None:
     server.engine.plug(server.folder / "one.safetensors")
     for block in blocks("python", "from openai", server.url):
-        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", block], capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert re.search(r"\{'one': \d+\}$", done.stdout), done.stdout
     server.engine.unplug("one")

@@ -1,4 +1,6 @@
-"""What one replica plugs, all have, or none: the ledger and its fleets, without Ray, in one process."""
+"""What one replica plugs, all have, or none: the ledger and its fleets, without Ray, in one
+process.
+"""
 
 import asyncio
 import threading
@@ -50,7 +52,9 @@ class Box:
         self.thread.start()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        done: Future[Any] = asyncio.run_coroutine_threadsafe(getattr(self.ledger, method)(*arguments), self.loop)
+        done: Future[Any] = asyncio.run_coroutine_threadsafe(
+            getattr(self.ledger, method)(*arguments), self.loop
+        )
         return done.result(30)
 
     def replica(self, name: str, actor: Actor | None = None) -> Fleet:
@@ -154,7 +158,9 @@ def test_a_pack_that_all_refuse_is_refused_as_by_one_engine(box: Box) -> None:
     assert box.names() == [["one"], ["one"]]
 
 
-def test_what_one_replica_cannot_do_is_undone_everywhere(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_one_replica_cannot_do_is_undone_everywhere(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = box.replica("a"), box.replica("b")
     first.plug(box.pack("one"))
     first.arm(["one"])
@@ -162,7 +168,9 @@ def test_what_one_replica_cannot_do_is_undone_everywhere(box: Box, monkeypatch: 
     with monkeypatch.context() as patch:
         for method in ("plug", "unplug"):
             patch.setattr(second._engine, method, refuse)
-        with pytest.raises(ApiError, match=r"nothing has changed \(b: The server failed \(OSError\)") as raised:
+        with pytest.raises(
+            ApiError, match=r"nothing has changed \(b: The server failed \(OSError\)"
+        ) as raised:
             first.plug(box.pack("two"))
         assert (raised.value.status, raised.value.code) == (503, "not_confirmed")
         with pytest.raises(ApiError, match="nothing has changed"):
@@ -173,7 +181,9 @@ def test_what_one_replica_cannot_do_is_undone_everywhere(box: Box, monkeypatch: 
     assert box.names() == [["one", "two"]] * 2
 
 
-def test_a_digest_that_differs_is_no_confirmation(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_that_differs_is_no_confirmation(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = box.replica("a"), box.replica("b")
     two = read_pack(box.pack("two"))
     plug = second._engine.plug
@@ -206,7 +216,9 @@ def test_a_replica_that_died_is_struck_off(box: Box, monkeypatch: pytest.MonkeyP
     end.set()
 
 
-def test_a_replica_that_hangs_is_struck_off_and_the_change_undone(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_hangs_is_struck_off_and_the_change_undone(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fleet_module, "LOOKS", 3)
     first, second, go_on = box.replica("a"), box.replica("b"), threading.Event()
     hold = second._hold
@@ -236,7 +248,11 @@ def test_many_changes_at_once_leave_all_with_the_same(box: Box) -> None:
             except (PackError, ApiError):  # another change came first
                 pass
 
-    threads = [threading.Thread(target=change, args=(fleet, name)) for fleet in fleets for name in ("one", "two")]
+    threads = [
+        threading.Thread(target=change, args=(fleet, name))
+        for fleet in fleets
+        for name in ("one", "two")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

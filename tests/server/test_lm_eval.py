@@ -40,15 +40,28 @@ def pairs(count: int) -> list[Instance]:
 @pytest.fixture(scope="module")
 def served(server: Live) -> LocalCompletionsAPI:
     return LocalCompletionsAPI(
-        model="tiny", base_url=f"{server.url}/v1/completions", tokenizer=server.service.settings.base,
-        tokenizer_backend="huggingface", max_length=768, num_concurrent=4,
-    )  # fmt: skip
+        model="tiny",
+        base_url=f"{server.url}/v1/completions",
+        tokenizer=server.service.settings.base,
+        tokenizer_backend="huggingface",
+        max_length=768,
+        num_concurrent=4,
+    )
 
 
-def test_loglikelihoods_are_those_of_the_model_in_process(server: Live, served: LocalCompletionsAPI) -> None:
+def test_loglikelihoods_are_those_of_the_model_in_process(
+    server: Live, served: LocalCompletionsAPI
+) -> None:
     requests = pairs(40)
-    alone = HFLM(pretrained=server.engine.model, tokenizer=server.engine.tokenizer, batch_size=8, max_length=768)
+    alone = HFLM(
+        pretrained=server.engine.model,
+        tokenizer=server.engine.tokenizer,
+        batch_size=8,
+        max_length=768,
+    )
     expected, found = alone.loglikelihood(requests), served.loglikelihood(requests)
-    assert max(abs(one - other) for (one, _), (other, _) in zip(expected, found, strict=True)) <= 1e-3
+    assert (
+        max(abs(one - other) for (one, _), (other, _) in zip(expected, found, strict=True)) <= 1e-3
+    )
     assert [greedy for _, greedy in expected] == [greedy for _, greedy in found]
     assert len({round(value, 3) for value, _ in found}) == len(requests)

@@ -1,4 +1,6 @@
-"""The `openai` client against a real server: what is documented works, and a stream says what a whole reply says."""
+"""The `openai` client against a real server: what is documented works, and a stream says what a
+whole reply says.
+"""
 
 import json
 from typing import Any
@@ -20,11 +22,13 @@ TOOL: dict[str, Any] = {
         "name": "pick",
         "description": "Pick a digit.",
         "parameters": {
-            "type": "object", "properties": {"digit": {"enum": [1, 2, 3]}}, "required": ["digit"],
+            "type": "object",
+            "properties": {"digit": {"enum": [1, 2, 3]}},
+            "required": ["digit"],
             "additionalProperties": False,
         },
     },
-}  # fmt: skip
+}
 OTHER: dict[str, Any] = {"type": "function", "function": {"name": "stay"}}
 
 
@@ -72,7 +76,9 @@ CHATS: dict[str, dict[str, Any]] = {
     "at_most_one": {"extra_body": {"experts": {"max_experts": 1}}},
     "system": {"messages": [{"role": "system", "content": "Be brief."}, *ASKED]},
     "developer": {"messages": [{"role": "developer", "content": "Be brief."}, *ASKED]},
-    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": text} for text in "ab"]}]},
+    "parts": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": text} for text in "ab"]}]
+    },
     "turns": {"messages": [*ASKED, {"role": "assistant", "content": "yes"}, *ASKED]},
     "unicode": {"messages": [{"role": "user", "content": "héé 模型 😀 <|im_end|>"}]},
     "user": {"user": "somebody", "metadata": {"run": "1"}},
@@ -81,12 +87,15 @@ CHATS: dict[str, dict[str, Any]] = {
     "schema": {
         "max_tokens": 200,
         "response_format": {
-            "type": "json_schema", "json_schema": {"name": "s", "schema": TOOL["function"]["parameters"]},
+            "type": "json_schema",
+            "json_schema": {"name": "s", "schema": TOOL["function"]["parameters"]},
         },
     },
     "tool": {"tools": [TOOL], "tool_choice": "required", "max_tokens": 200},
     "named_tool": {
-        "tools": [TOOL, OTHER], "tool_choice": {"type": "function", "function": {"name": "pick"}}, "max_tokens": 200
+        "tools": [TOOL, OTHER],
+        "tool_choice": {"type": "function", "function": {"name": "pick"}},
+        "max_tokens": 200,
     },
     "free_tool": {"tools": [TOOL, OTHER], "max_tokens": 40},
     "no_tool": {"tools": [TOOL], "tool_choice": "none"},
@@ -94,12 +103,21 @@ CHATS: dict[str, dict[str, Any]] = {
         "tools": [TOOL],
         "messages": [
             *ASKED,
-            {"role": "assistant", "content": None, "tool_calls": [
-                {"id": "c1", "type": "function", "function": {"name": "pick", "arguments": '{"digit": 1}'}}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {
+                        "id": "c1",
+                        "type": "function",
+                        "function": {"name": "pick", "arguments": '{"digit": 1}'},
+                    }
+                ],
+            },
             {"role": "tool", "tool_call_id": "c1", "content": "done"},
         ],
     },
-}  # fmt: skip
+}
 
 
 def streamed_chat(client: OpenAI, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
@@ -109,9 +127,13 @@ def streamed_chat(client: OpenAI, fields: dict[str, Any]) -> tuple[list[dict[str
     for chunk in chat(client, stream=True, stream_options={"include_usage": True}, **fields):
         usage = chunk.usage or usage
         for choice in chunk.choices:
-            said = choices.setdefault(choice.index, {"content": "", "calls": [], "finish": None, "logprobs": []})
+            said = choices.setdefault(
+                choice.index, {"content": "", "calls": [], "finish": None, "logprobs": []}
+            )
             said["content"] += choice.delta.content or ""
-            said["calls"] += [(c.function.name, c.function.arguments) for c in choice.delta.tool_calls or []]
+            said["calls"] += [
+                (c.function.name, c.function.arguments) for c in choice.delta.tool_calls or []
+            ]
             said["finish"] = choice.finish_reason or said["finish"]
             said["logprobs"] += choice.logprobs.content if choice.logprobs else []
     return [choices[index] for index in sorted(choices)], usage
@@ -124,12 +146,18 @@ def test_a_streamed_chat_says_what_a_whole_one_says(client: OpenAI, name: str) -
     choices, usage = streamed_chat(client, fields)
     assert len(whole.choices) == fields.get("n", 1)
     for index, (choice, streamed) in enumerate(zip(whole.choices, choices, strict=True)):
-        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
+        calls = [
+            (call.function.name, call.function.arguments)
+            for call in choice.message.tool_calls or []
+        ]
         assert choice.index == index
         assert (choice.message.content or "") == streamed["content"]
         assert (calls, choice.finish_reason) == (streamed["calls"], streamed["finish"])
         assert (choice.logprobs.content if choice.logprobs else []) == streamed["logprobs"]
-    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (usage.prompt_tokens, usage.completion_tokens)
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (
+        usage.prompt_tokens,
+        usage.completion_tokens,
+    )
     assert whole.usage.total_tokens == usage.total_tokens
 
 
@@ -180,7 +208,9 @@ def test_a_streamed_completion_says_what_a_whole_one_says(client: OpenAI, name: 
 def test_answers_are_the_engines(server: Live, client: OpenAI) -> None:
     ids = tuple(server.engine.tokenizer("the value").input_ids)
     events = list(server.engine.submit(Request(ids, Sampling(max_new_tokens=12))))
-    assert complete(client, temperature=0).choices[0].text == "".join(event.text for event in events)
+    assert complete(client, temperature=0).choices[0].text == "".join(
+        event.text for event in events
+    )
 
 
 def test_scores_are_the_models(server: Live, client: OpenAI) -> None:
@@ -188,14 +218,21 @@ def test_scores_are_the_models(server: Live, client: OpenAI) -> None:
     import torch
 
     ids = server.engine.tokenizer("the expert returns the value").input_ids
-    scored = complete(client, model="tiny+none", prompt=[ids], echo=True, logprobs=1, max_tokens=1).choices[0].logprobs
+    scored = (
+        complete(client, model="tiny+none", prompt=[ids], echo=True, logprobs=1, max_tokens=1)
+        .choices[0]
+        .logprobs
+    )
     with torch.inference_mode(), server.engine.model.experts.arming(None):
         expected = server.engine.model.log_probs(torch.tensor([ids]))[0]
     told = scored.token_logprobs[1:-1]
     assert scored.token_logprobs[0] is None
     assert len(told) == len(ids) - 1
     assert torch.allclose(torch.tensor(told), expected.float().flatten()[-len(told) :], atol=1e-3)
-    assert all(max(top.values()) >= one - 1e-6 for top, one in zip(scored.top_logprobs[1:-1], told, strict=True))
+    assert all(
+        max(top.values()) >= one - 1e-6
+        for top, one in zip(scored.top_logprobs[1:-1], told, strict=True)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -224,15 +261,23 @@ def test_logprobs_add_up_to_the_text(client: OpenAI) -> None:
 def test_the_reply_tells_which_experts_spoke(client: OpenAI, model: str) -> None:
     reply = chat(client, model=model, temperature=0)
     assert reply.experts == {model.removeprefix("tiny+"): reply.usage.completion_tokens}
-    spoke = [choice.expert for chunk in chat(client, model=model, stream=True) for choice in chunk.choices]
+    spoke = [
+        choice.expert
+        for chunk in chat(client, model=model, stream=True)
+        for choice in chunk.choices
+    ]
     assert model.removeprefix("tiny+") in spoke
 
 
-@pytest.mark.parametrize("fields", [{"model": "tiny+none"}, {"extra_body": {"experts": {"arm": []}}}])
+@pytest.mark.parametrize(
+    "fields", [{"model": "tiny+none"}, {"extra_body": {"experts": {"arm": []}}}]
+)
 def test_the_base_alone_has_a_name(server: Live, client: OpenAI, fields: dict[str, Any]) -> None:
     reply = chat(client, temperature=0, **fields)
     assert reply.experts == {}
-    assert reply.choices[0].message.content != chat(client, temperature=0).choices[0].message.content
+    assert (
+        reply.choices[0].message.content != chat(client, temperature=0).choices[0].message.content
+    )
 
 
 def test_models_are_the_sets_of_experts(client: OpenAI) -> None:
@@ -246,8 +291,9 @@ def test_structured_output_follows_its_schema(client: OpenAI, seed: int) -> None
     schema = {
         "type": "object",
         "properties": {"kind": {"enum": ["a", "b"]}, "sure": {"type": "boolean"}},
-        "required": ["kind", "sure"], "additionalProperties": False,
-    }  # fmt: skip
+        "required": ["kind", "sure"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
     choice = chat(client, seed=seed, response_format=form, max_tokens=300).choices[0]
     assert choice.finish_reason == "stop"
@@ -260,17 +306,33 @@ def test_a_tool_that_must_be_called_is(client: OpenAI, choice: Any, seed: int) -
     tools = [TOOL] if choice == "required" else [OTHER, TOOL]
     reply = chat(client, seed=seed, tools=tools, tool_choice=choice, max_tokens=300).choices[0]
     (call,) = reply.message.tool_calls
-    assert (reply.finish_reason, call.function.name, reply.message.content) == ("tool_calls", "pick", None)
+    assert (reply.finish_reason, call.function.name, reply.message.content) == (
+        "tool_calls",
+        "pick",
+        None,
+    )
     jsonschema.validate(json.loads(call.function.arguments), TOOL["function"]["parameters"])
     again = [{"role": "tool", "tool_call_id": call.id, "content": "3"}]
     assert chat(client, messages=[*ASKED, reply.message, *again], tools=tools).choices
 
 
 def test_schemas_of_several_tools_keep_their_references(client: OpenAI) -> None:
-    defined = {"$defs": {"D": {"enum": [4]}}, "type": "object", "properties": {"d": {"$ref": "#/$defs/D"}},
-               "required": ["d"], "additionalProperties": False}  # fmt: skip
-    tools = [{"type": "function", "function": {"name": name, "parameters": defined}} for name in ("x", "y")]
-    (call,) = chat(client, tools=tools, tool_choice="required", max_tokens=500, seed=0).choices[0].message.tool_calls
+    defined = {
+        "$defs": {"D": {"enum": [4]}},
+        "type": "object",
+        "properties": {"d": {"$ref": "#/$defs/D"}},
+        "required": ["d"],
+        "additionalProperties": False,
+    }
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": defined}}
+        for name in ("x", "y")
+    ]
+    (call,) = (
+        chat(client, tools=tools, tool_choice="required", max_tokens=500, seed=0)
+        .choices[0]
+        .message.tool_calls
+    )
     assert json.loads(call.function.arguments) == {"d": 4}
 
 
@@ -280,16 +342,24 @@ RESPONSES: dict[str, dict[str, Any]] = {
     "parts": {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]},
     "instructions": {"input": "a", "instructions": "Be brief."},
     "schema": {
-        "input": "a", "max_output_tokens": 300,
-        "text": {"format": {"type": "json_schema", "name": "s", "schema": TOOL["function"]["parameters"]}},
+        "input": "a",
+        "max_output_tokens": 300,
+        "text": {
+            "format": {"type": "json_schema", "name": "s", "schema": TOOL["function"]["parameters"]}
+        },
     },
     "experts": {"input": "a", "model": "tiny+one"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RESPONSES)
 def test_a_streamed_response_says_what_a_whole_one_says(client: OpenAI, name: str) -> None:
-    fields: dict[str, Any] = {"model": "tiny", "max_output_tokens": 10, "temperature": 0, **RESPONSES[name]}
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "max_output_tokens": 10,
+        "temperature": 0,
+        **RESPONSES[name],
+    }
     whole = client.responses.create(**fields)
     events = list(client.responses.create(stream=True, **fields))
     deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
@@ -299,7 +369,11 @@ def test_a_streamed_response_says_what_a_whole_one_says(client: OpenAI, name: st
     assert whole.usage == last.usage
     assert whole.status == last.status == events[-1].type.removeprefix("response.")
     with client.responses.stream(**{**fields, "temperature": 0}) as stream:
-        assert stream.get_final_response().output_text == whole.output_text if whole.status == "completed" else True
+        assert (
+            stream.get_final_response().output_text == whole.output_text
+            if whole.status == "completed"
+            else True
+        )
 
 
 @pytest.mark.parametrize("given", ["the", ["the", "value"], [40, 41], [[40], [41, 42]]])
@@ -308,7 +382,9 @@ def test_embeddings(server: Live, client: OpenAI, given: Any, form: Any) -> None
     reply = client.embeddings.create(model="tiny", input=given, encoding_format=form)
     count = len(given) if isinstance(given, list) and not isinstance(given[0], int) else 1
     assert [one.index for one in reply.data] == list(range(count))
-    same = client.embeddings.create(model="tiny", input=given)  # the client's own choice, base64, and decodes it
+    same = client.embeddings.create(
+        model="tiny", input=given
+    )  # the client's own choice, base64, and decodes it
     for one, other in zip(reply.data, same.data, strict=True):
         if form == "float":
             assert one.embedding == pytest.approx(other.embedding, abs=1e-6)
@@ -336,7 +412,11 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "empty_stop": ({"stop": ""}, 400, None),
     "role": ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
     "no_messages": ({"messages": []}, 400, "messages"),
-    "image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, None),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        400,
+        None,
+    ),
     "model": ({"model": "gpt-9"}, 404, "model"),
     "unplugged": ({"model": "tiny+nobody"}, 404, "model"),
     "half_a_name": ({"model": "tiny+"}, 404, "model"),
@@ -347,17 +427,25 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "very_long": ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, 400, "messages"),
     "choice_without_tools": ({"tool_choice": "required"}, 400, "tool_choice"),
     "unknown_tool": (
-        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "z"}}}, 400, "tool_choice",
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "z"}}},
+        400,
+        "tool_choice",
     ),
     "tool_type": ({"tools": [{"type": "retrieval"}]}, 400, None),
     "no_schema": ({"response_format": {"type": "json_schema"}}, 400, "json_schema.schema"),
     "bad_schema": (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "nonsense"}}}},
-        400, None,
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": {"type": "nonsense"}},
+            }
+        },
+        400,
+        None,
     ),
     "bool_for_int": ({"n": True}, 400, "n"),
     "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_CHATS)
@@ -367,9 +455,15 @@ def test_a_bad_chat_is_refused_by_name(server: Live, name: str, stream: bool) ->
     body = {"model": "tiny", "messages": ASKED, "max_tokens": 4, "stream": stream, **fields}
     text = json.dumps(body)
     with server.http() as http:
-        reply = http.post("/v1/chat/completions", content=text, headers={"Content-Type": "application/json"})
+        reply = http.post(
+            "/v1/chat/completions", content=text, headers={"Content-Type": "application/json"}
+        )
     error = reply.json()["error"]
-    assert (reply.status_code, error["param"]) == (status, param) if param else reply.status_code == status
+    assert (
+        (reply.status_code, error["param"]) == (status, param)
+        if param
+        else reply.status_code == status
+    )
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"].endswith(".")
 
@@ -392,7 +486,9 @@ BAD_COMPLETIONS: dict[str, tuple[dict[str, Any], int]] = {
 def test_a_bad_completion_is_refused(server: Live, name: str) -> None:
     fields, status = BAD_COMPLETIONS[name]
     with server.http() as http:
-        reply = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 4, **fields})
+        reply = http.post(
+            "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 4, **fields}
+        )
     assert reply.status_code == status, reply.text
     assert reply.json()["error"]["message"]
 
@@ -403,7 +499,10 @@ def test_a_bad_completion_is_refused(server: Live, name: str) -> None:
         ("/v1/responses", {"model": "tiny", "input": "a", "previous_response_id": "x"}),
         ("/v1/responses", {"model": "tiny", "input": "a", "tools": []}),
         ("/v1/responses", {"model": "tiny", "input": []}),
-        ("/v1/responses", {"model": "tiny", "input": "a", "text": {"format": {"type": "json_schema"}}}),
+        (
+            "/v1/responses",
+            {"model": "tiny", "input": "a", "text": {"format": {"type": "json_schema"}}},
+        ),
         ("/v1/responses", {"model": "tiny", "input": "a", "store": True}),
         ("/v1/embeddings", {"model": "tiny", "input": []}),
         ("/v1/embeddings", {"model": "tiny+one", "input": "a"}),
@@ -411,18 +510,25 @@ def test_a_bad_completion_is_refused(server: Live, name: str) -> None:
         ("/v1/embeddings", {"model": "tiny", "input": "a " * CONTEXT}),
     ],
 )
-def test_other_routes_refuse_what_they_cannot_do(server: Live, path: str, body: dict[str, Any]) -> None:
+def test_other_routes_refuse_what_they_cannot_do(
+    server: Live, path: str, body: dict[str, Any]
+) -> None:
     with server.http() as http:
         reply = http.post(path, json=body)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"x"', '{"model": NaN}', "[" * 50_000, "\xff", "{" * 9])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '"x"', '{"model": NaN}', "[" * 50_000, "\xff", "{" * 9]
+)
 def test_a_malformed_body_is_refused(server: Live, content: str) -> None:
     with server.http() as http:
-        reply = http.post("/v1/chat/completions", content=content.encode("latin-1"),
-                          headers={"Content-Type": "application/json"})  # fmt: skip
+        reply = http.post(
+            "/v1/chat/completions",
+            content=content.encode("latin-1"),
+            headers={"Content-Type": "application/json"},
+        )
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["message"]
 
@@ -456,5 +562,7 @@ def test_unicode_arrives_whole(client: OpenAI) -> None:
 
 
 def test_curl_like_requests_need_no_client(server: Live) -> None:
-    reply = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 2})
+    reply = httpx.post(
+        f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 2}
+    )
     assert reply.json()["object"] == "text_completion"

@@ -1,4 +1,5 @@
-"""The web page in a real browser: chat, experts, teaching and review, with the keyboard and on a phone's width.
+"""The web page in a real browser: chat, experts, teaching and review, with the keyboard and on a
+phone's width.
 
 `SCREENSHOTS=folder pytest tests/server/test_page.py` keeps pictures.
 """
@@ -16,10 +17,20 @@ from deepseek.packs.pack import read_pack
 from deepseek.server.service import Settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; apt-get install chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run"]  # fmt: skip
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine; apt-get install chromium"
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +39,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     notes = folder / "text" / "notes"
     notes.mkdir(parents=True)
     for number in range(20):
-        text = " ".join(f"the router {number * place % 97} returns the value of the expert" for place in range(30))
+        text = " ".join(
+            f"the router {number * place % 97} returns the value of the expert"
+            for place in range(30)
+        )
         (notes / f"{number}.txt").write_text(text)
     with live(folder, Settings(teach_root=folder / "text")) as server:
         yield server
@@ -49,8 +63,13 @@ def page(browser: "playwright.Browser", served: Live) -> Iterator["playwright.Pa
     opened = context.new_page()
     complaints: list[str] = []
     opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
-    opened.on("request", lambda request: complaints.append(request.url) if served.url not in request.url else None)
+    opened.on(
+        "console", lambda line: complaints.append(line.text) if line.type == "error" else None
+    )
+    opened.on(
+        "request",
+        lambda request: complaints.append(request.url) if served.url not in request.url else None,
+    )
     opened.goto(served.url)
     playwright.expect(opened.locator("#model")).to_have_text("tiny")
     yield opened
@@ -73,7 +92,9 @@ def say(page: "playwright.Page", text: str, tokens: int = 24) -> None:
     playwright.expect(page.locator(".legend")).to_have_count(before + 1, timeout=60_000)
 
 
-def test_experts_are_dropped_speak_in_their_colour_and_go(page: "playwright.Page", served: Live) -> None:
+def test_experts_are_dropped_speak_in_their_colour_and_go(
+    page: "playwright.Page", served: Live
+) -> None:
     for name in ("one", "two"):
         page.locator("#pack").set_input_files(served.folder / f"{name}.safetensors")
         playwright.expect(page.locator("#plugged .name", has_text=name)).to_be_visible()
@@ -138,7 +159,9 @@ def test_an_expert_is_taught_from_the_page(page: "playwright.Page", served: Live
     playwright.expect(page.locator("#lesson-stage")).to_contain_text("Plugged", timeout=240_000)
     playwright.expect(page.locator("#plugged .name")).to_have_text("notes")
     assert page.locator("#curve polyline.train").get_attribute("points")
-    assert read_pack(served.service.settings.experts_folder / "notes.safetensors").manifest.width == 32
+    assert (
+        read_pack(served.service.settings.experts_folder / "notes.safetensors").manifest.width == 32
+    )
     keep(page, "teach")
     page.get_by_role("button", name="Unplug notes").click()
 
@@ -146,7 +169,9 @@ def test_an_expert_is_taught_from_the_page(page: "playwright.Page", served: Live
 def test_a_pair_is_reviewed_with_the_keyboard(page: "playwright.Page", served: Live) -> None:
     database = PreferenceDatabase(served.service.settings.preferences)
     question = ({"role": "user", "content": "Which way is up?"},)
-    number = database.add(Preference(question, "Towards the sky.", "Up is a direction, opposite to the pull.", "file"))
+    number = database.add(
+        Preference(question, "Towards the sky.", "Up is a direction, opposite to the pull.", "file")
+    )
     page.get_by_role("tab", name="Chat").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")

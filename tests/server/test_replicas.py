@@ -21,9 +21,15 @@ from deepseek.cli.main import main
 from deepseek.engine.load import load
 
 USER, ADMIN = "user-key", "admin-key"
-CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
+CHAT: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "a"}],
+    "max_tokens": 4,
+}
 PATIENCE = 300.0
-"""Seconds, of which a quiet machine needs a tenth: Ray starts a dozen processes, and each replica loads everything."""
+"""Seconds, of which a quiet machine needs a tenth: Ray starts a dozen processes, and each replica
+loads everything.
+"""
 
 
 @dataclass
@@ -43,7 +49,9 @@ class Fleet:
         with self.http(USER) as http:
             text = http.get("/metrics").text
         found: dict[str, float] = {}
-        for replica, value in re.findall(rf'^{metric}\{{.*replica="(\w+)".*\}} (\S+)$', text, re.MULTILINE):
+        for replica, value in re.findall(
+            rf'^{metric}\{{.*replica="(\w+)".*\}} (\S+)$', text, re.MULTILINE
+        ):
             found[replica] = found.get(replica, 0) + float(value)
         return found
 
@@ -66,16 +74,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(folder: Path) -> Iterator[Fleet]:
-    """Two replicas with keys, one expert plugged from the start; all named relative to the folder it is started in."""
+    """Two replicas with keys, one expert plugged from the start; all named relative to the folder
+    it is started in.
+    """
     command = [
-        sys.executable, "-m", "deepseek", "serve", "tiny", "--ray", "--replicas", "2", "--cpus", "0.5", "--port", "0",
-        "--experts", "experts/one.safetensors", "--experts-folder", "experts", "--no-int8",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "deepseek",
+        "serve",
+        "tiny",
+        "--ray",
+        "--replicas",
+        "2",
+        "--cpus",
+        "0.5",
+        "--port",
+        "0",
+        "--experts",
+        "experts/one.safetensors",
+        "--experts-folder",
+        "experts",
+        "--no-int8",
+    ]
     paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path)
     environment = {
-        **os.environ, "DEEPSEEK_API_KEY": USER, "DEEPSEEK_ADMIN_KEY": ADMIN, "PYTHONPATH": paths,
+        **os.environ,
+        "DEEPSEEK_API_KEY": USER,
+        "DEEPSEEK_ADMIN_KEY": ADMIN,
+        "PYTHONPATH": paths,
         "RAY_USAGE_STATS_ENABLED": "0",
-    }  # fmt: skip
+    }
     log = folder / "log"
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -87,7 +115,9 @@ def fleet(folder: Path) -> Iterator[Fleet]:
         assert line.startswith("http://127.0.0.1:"), log.read_text()
         yield Fleet(process, line.strip(), folder)
     finally:
-        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        below = (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        )
         process.kill()
         process.communicate()
         for child in below:
@@ -112,10 +142,16 @@ def repeated(fleet: Fleet, ask: Callable[[httpx.Client], Any], key: str = "") ->
 def test_keys_names_and_limits_hold_at_every_replica(fleet: Fleet) -> None:
     assert set(repeated(fleet, lambda http: http.get("/v1/models").status_code)) == {401}
     foreign = {"Host": "evil.example"}
-    assert set(repeated(fleet, lambda http: http.get("/health", headers=foreign).status_code)) == {421}
+    assert set(repeated(fleet, lambda http: http.get("/health", headers=foreign).status_code)) == {
+        421
+    }
     changes = [("POST", "/v1/experts", {"name": "two"}), ("DELETE", "/v1/experts/one", None)]
     for method, path, body in changes:
-        found = repeated(fleet, lambda http, m=method, p=path, b=body: http.request(m, p, json=b).status_code, USER)
+        found = repeated(
+            fleet,
+            lambda http, m=method, p=path, b=body: http.request(m, p, json=b).status_code,
+            USER,
+        )
         assert set(found) == {403}
     with fleet.http(USER) as http:
         assert http.post("/v1/chat/completions", content=b"x" * (5 << 20)).status_code == 413
@@ -128,7 +164,9 @@ def test_keys_names_and_limits_hold_at_every_replica(fleet: Fleet) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_plugged_is_plugged_everywhere_and_in_replicas_that_come_later(fleet: Fleet) -> None:
+def test_what_is_plugged_is_plugged_everywhere_and_in_replicas_that_come_later(
+    fleet: Fleet,
+) -> None:
     asked = {**CHAT, "model": "tiny+two", "temperature": 0}
 
     def answer(http: httpx.Client) -> str:
@@ -143,11 +181,16 @@ def test_what_is_plugged_is_plugged_everywhere_and_in_replicas_that_come_later(f
         assert http.post("/v1/experts/arm", json={"arm": ["two"]}).json()["armed"] == ["two"]
         assert http.post("/v1/experts/arm", json={"arm": ["three"]}).status_code == 400
         damaged = (fleet.folder / "experts" / "two.safetensors").read_bytes()[:-1]
-        assert http.post("/v1/experts/upload", content=damaged).json()["error"]["code"] == "invalid_pack"
+        assert (
+            http.post("/v1/experts/upload", content=damaged).json()["error"]["code"]
+            == "invalid_pack"
+        )
         assert http.delete("/v1/experts/one").status_code == 200
     before = set(repeated(fleet, shown, USER)), set(repeated(fleet, answer, USER))
     assert list(map(len, before)) == [1, 1]
-    assert fleet.figures("deepseek_experts_plugged") == dict.fromkeys(fleet.figures("deepseek_running"), 1.0)
+    assert fleet.figures("deepseek_experts_plugged") == dict.fromkeys(
+        fleet.figures("deepseek_running"), 1.0
+    )
 
     first = set(fleet.figures("deepseek_running"))
     fleet.workers()[0].kill()
@@ -180,11 +223,16 @@ def test_a_signal_lets_answers_end_and_takes_no_more(fleet: Fleet) -> None:
     ],
 )
 def test_what_cannot_be_served_is_said_before_anything_starts(
-    arguments: list[str], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setitem(sys.modules, "ray", None)  # whatever else is wrong is found before Ray is asked for
+    monkeypatch.setitem(
+        sys.modules, "ray", None
+    )  # whatever else is wrong is found before Ray is asked for
     with pytest.raises(SystemExit) as stop:
         main(["serve", "--experts", "", "--port", "0", "--ray", *arguments])
     assert stop.value.code == 2

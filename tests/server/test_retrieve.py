@@ -1,4 +1,6 @@
-"""`retrieve` in a request: passages of an index beside a pack come into the prompt, and the reply says which."""
+"""`retrieve` in a request: passages of an index beside a pack come into the prompt, and the reply
+says which.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,9 @@ from deepseek.packs.library import index_folder
 from deepseek.retrieval.index import Index
 
 ASKED: list[Any] = [{"role": "user", "content": "Where is the router of the model?"}]
-TEXT = Document("".join(f"router_{n} = model.router({n})\n" for n in range(9)), "repo/router.py", "code")
+TEXT = Document(
+    "".join(f"router_{n} = model.router({n})\n" for n in range(9)), "repo/router.py", "code"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +43,21 @@ def chat(client: OpenAI, retrieve: Any, **fields: Any) -> Any:
 
 
 def complete(client: OpenAI, retrieve: Any, **fields: Any) -> Any:
-    given = {"model": "tiny", "prompt": "the router = model.", "max_tokens": 2, "temperature": 0, **fields}
+    given = {
+        "model": "tiny",
+        "prompt": "the router = model.",
+        "max_tokens": 2,
+        "temperature": 0,
+        **fields,
+    }
     return client.completions.create(**given, extra_body={"retrieve": retrieve})
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
 @pytest.mark.parametrize("retrieve", [True, 1, "one"])
-def test_passages_come_into_the_prompt_and_are_named(asking: OpenAI, ask: Any, retrieve: Any) -> None:
+def test_passages_come_into_the_prompt_and_are_named(
+    asking: OpenAI, ask: Any, retrieve: Any
+) -> None:
     alone, helped = ask(asking, False), ask(asking, retrieve)
     assert helped.retrieved == ["repo/router.py:1-9"] and not hasattr(alone, "retrieved")
     assert helped.usage.prompt_tokens > alone.usage.prompt_tokens + 20
@@ -72,7 +84,12 @@ def test_what_does_not_fit_is_left_out(asking: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "retrieve", "status", "complaint"),
     [
-        ({}, "three", 404, "There is no index 'three'; make one with `deepseek expert index three`"),
+        (
+            {},
+            "three",
+            404,
+            "There is no index 'three'; make one with `deepseek expert index three`",
+        ),
         ({"model": "tiny+two"}, True, 400, "No expert that may speak (two) has an index"),
         ({"model": "tiny+none"}, 2, 400, "No expert that may speak (none) has an index"),
         ({}, 0, 400, "retrieve"),
@@ -93,7 +110,9 @@ def test_echo_and_retrieve_exclude_each_other(asking: OpenAI) -> None:
         complete(asking, True, echo=True)
 
 
-def test_an_index_that_changes_is_read_again_and_a_damaged_one_is_told(asking: OpenAI, indexed: Live) -> None:
+def test_an_index_that_changes_is_read_again_and_a_damaged_one_is_told(
+    asking: OpenAI, indexed: Live
+) -> None:
     folder: Path = index_folder("two", indexed.folder)
     Index.build([TEXT]).save(folder)
     assert complete(asking, "two").retrieved == ["repo/router.py:1-9"]

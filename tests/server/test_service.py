@@ -1,4 +1,6 @@
-"""Who may do what, what is too much, and what happens at the end: the server as an operator sees it."""
+"""Who may do what, what is too much, and what happens at the end: the server as an operator sees
+it.
+"""
 
 import json
 import os
@@ -31,7 +33,11 @@ from deepseek.server.service import Settings
 from deepseek.server.tools import Calling
 
 USER, ADMIN = "user-key", "admin-key"
-CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+CHAT: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "a"}],
+    "max_tokens": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,10 @@ def text_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("text")
     (root / "notes").mkdir()
     for number in range(20):
-        text = " ".join(f"the router {number * place % 97} returns the value of the expert" for place in range(30))
+        text = " ".join(
+            f"the router {number * place % 97} returns the value of the expert"
+            for place in range(30)
+        )
         (root / "notes" / f"{number}.txt").write_text(text)
     (root / "out").symlink_to("/etc")
     (root / "linked").mkdir()
@@ -52,39 +61,71 @@ def text_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def keyed(served_folder: Path, text_root: Path) -> Iterator[Live]:
     """A server with a user and an admin key, small limits, and a folder to teach from."""
     settings = Settings(
-        api_keys=frozenset({USER}), admin_keys=frozenset({ADMIN}), max_body=200_000, max_upload=60_000,
-        hosts=frozenset({"models.example"}), teach_root=text_root,
-    )  # fmt: skip
+        api_keys=frozenset({USER}),
+        admin_keys=frozenset({ADMIN}),
+        max_body=200_000,
+        max_upload=60_000,
+        hosts=frozenset({"models.example"}),
+        teach_root=text_root,
+    )
     with live(served_folder, settings, max_waiting=4, max_running=2) as running:
         yield running
 
 
 ROUTES = [
-    ("GET", "/"), ("GET", "/ready"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/tokenizer_info"),
-    ("GET", "/static/app.js"), ("GET", "/v1/models"), ("GET", "/v1/experts"), ("GET", "/v1/me"), ("GET", "/v1/teach"),
-    ("GET", "/v1/preferences"), ("GET", "/nope"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
-    ("POST", "/v1/responses"), ("POST", "/v1/embeddings"), ("POST", "/v1/experts"), ("POST", "/v1/experts/upload"),
-    ("POST", "/v1/experts/arm"), ("DELETE", "/v1/experts/one"), ("POST", "/v1/teach"), ("POST", "/v1/preferences"),
-]  # fmt: skip
+    ("GET", "/"),
+    ("GET", "/ready"),
+    ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/static/app.js"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/experts"),
+    ("GET", "/v1/me"),
+    ("GET", "/v1/teach"),
+    ("GET", "/v1/preferences"),
+    ("GET", "/nope"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v1/experts"),
+    ("POST", "/v1/experts/upload"),
+    ("POST", "/v1/experts/arm"),
+    ("DELETE", "/v1/experts/one"),
+    ("POST", "/v1/teach"),
+    ("POST", "/v1/preferences"),
+]
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Cookie": "deepseek_session=x"}])
-def test_without_the_key_nothing_is_served(keyed: Live, method: str, path: str, header: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "header", [{}, {"Authorization": "Bearer wrong"}, {"Cookie": "deepseek_session=x"}]
+)
+def test_without_the_key_nothing_is_served(
+    keyed: Live, method: str, path: str, header: dict[str, str]
+) -> None:
     with keyed.http() as http:
         assert http.request(method, path, headers=header).status_code == 401
 
 
 CHANGING = [
-    ("POST", "/v1/experts", {"name": "one"}), ("POST", "/v1/experts/upload", {}), ("DELETE", "/v1/experts/one", None),
-    ("POST", "/v1/experts/arm", {"arm": "auto"}), ("POST", "/v1/teach", {"name": "x", "kind": "folder"}),
-    ("DELETE", "/v1/teach", None), ("GET", "/v1/teach", None), ("POST", "/v1/preferences/1", {"choice": 0}),
+    ("POST", "/v1/experts", {"name": "one"}),
+    ("POST", "/v1/experts/upload", {}),
+    ("DELETE", "/v1/experts/one", None),
+    ("POST", "/v1/experts/arm", {"arm": "auto"}),
+    ("POST", "/v1/teach", {"name": "x", "kind": "folder"}),
+    ("DELETE", "/v1/teach", None),
+    ("GET", "/v1/teach", None),
+    ("POST", "/v1/preferences/1", {"choice": 0}),
     ("POST", "/v1/preferences", {"prompt": CHAT["messages"], "chosen": "a", "rejected": "b"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("method", "path", "body"), CHANGING)
-def test_what_changes_the_server_needs_the_admin_key(keyed: Live, method: str, path: str, body: Any) -> None:
+def test_what_changes_the_server_needs_the_admin_key(
+    keyed: Live, method: str, path: str, body: Any
+) -> None:
     with keyed.http(USER) as http:
         assert http.request(method, path, json=body).status_code == 403
 
@@ -115,10 +156,18 @@ def test_the_page_asks_for_the_key_and_keeps_a_session(keyed: Live) -> None:
 @pytest.mark.parametrize(
     ("host", "status"),
     [
-        ("evil.example", 421), ("localhost.evil.example", 421), ("", 421), ("evil.example:80", 421), ("[", 421),
-        ("127.0.0.1", 200), ("localhost:123", 200), ("[::1]:80", 200), ("models.example", 200), ("10.0.0.7:8000", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("", 421),
+        ("evil.example:80", 421),
+        ("[", 421),
+        ("127.0.0.1", 200),
+        ("localhost:123", 200),
+        ("[::1]:80", 200),
+        ("models.example", 200),
+        ("10.0.0.7:8000", 200),
     ],
-)  # fmt: skip
+)
 def test_foreign_names_are_refused(keyed: Live, host: str, status: int) -> None:
     with keyed.http() as http:
         assert http.get("/health", headers={"Host": host}).status_code == status
@@ -127,7 +176,12 @@ def test_foreign_names_are_refused(keyed: Live, host: str, status: int) -> None:
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", ""])
 def test_other_sites_cannot_send(keyed: Live, origin: str) -> None:
     with keyed.http(ADMIN) as http:
-        assert http.post("/v1/experts/arm", json={"arm": "auto"}, headers={"Origin": origin}).status_code == 403
+        assert (
+            http.post(
+                "/v1/experts/arm", json={"arm": "auto"}, headers={"Origin": origin}
+            ).status_code
+            == 403
+        )
         same = {"Origin": keyed.url}
         assert http.post("/v1/experts/arm", json={"arm": "auto"}, headers=same).status_code == 200
 
@@ -141,7 +195,9 @@ def test_bodies_have_a_limit(keyed: Live) -> None:
 
     with keyed.http(USER) as http:
         assert http.post("/v1/chat/completions", content=long, headers=kind).status_code == 413
-        told = http.post("/v1/chat/completions", content=pieces(), headers=kind)  # a length that is not told
+        told = http.post(
+            "/v1/chat/completions", content=pieces(), headers=kind
+        )  # a length that is not told
         assert (told.status_code, told.json()["error"]["type"]) == (413, "invalid_request_error")
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
     with keyed.http(ADMIN) as http:
@@ -156,7 +212,9 @@ def test_replies_carry_a_strict_policy(keyed: Live) -> None:
             assert headers["x-content-type-options"] == "nosniff"
 
 
-@pytest.mark.parametrize("name", ["../tiny/model", "..%2ftiny", "/etc/passwd", "nobody", "one.safetensors", "%00", "ü"])
+@pytest.mark.parametrize(
+    "name", ["../tiny/model", "..%2ftiny", "/etc/passwd", "nobody", "one.safetensors", "%00", "ü"]
+)
 def test_no_path_of_a_client_is_opened(keyed: Live, name: str) -> None:
     with keyed.http(ADMIN) as http:
         assert http.post("/v1/experts", json={"name": name}).status_code in (400, 404)
@@ -181,7 +239,10 @@ def test_experts_come_and_go(keyed: Live) -> None:
         assert http.post("/v1/experts/arm", json={"arm": "auto"}).json()["armed"] == ["one"]
         assert http.delete("/v1/experts/one").status_code == 200
         assert http.delete("/v1/experts/one").status_code == 404
-        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["tiny", "tiny+none"]
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [
+            "tiny",
+            "tiny+none",
+        ]
 
 
 def test_an_uploaded_pack_is_checked_and_plugged(keyed: Live) -> None:
@@ -192,14 +253,21 @@ def test_an_uploaded_pack_is_checked_and_plugged(keyed: Live) -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_pack")
             assert "/tmp" not in refused.text
         assert http.post("/v1/experts/upload", content=pack).json()["name"] == "two"
-        assert http.post("/v1/experts/upload", content=pack).status_code == 400  # it is there already
+        assert (
+            http.post("/v1/experts/upload", content=pack).status_code == 400
+        )  # it is there already
         assert http.delete("/v1/experts/two").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["..", "/etc", "out", "linked", "notes/../..", "missing", "\u0000", "a" * 5000])
+@pytest.mark.parametrize(
+    "path", ["..", "/etc", "out", "linked", "notes/../..", "missing", "\u0000", "a" * 5000]
+)
 def test_text_outside_the_teach_root_is_refused(keyed: Live, path: str) -> None:
     with keyed.http(ADMIN) as http:
-        assert http.post("/v1/teach", json={"name": "x", "kind": "folder", "path": path}).status_code == 400
+        assert (
+            http.post("/v1/teach", json={"name": "x", "kind": "folder", "path": path}).status_code
+            == 400
+        )
 
 
 def repository_with(folder: Path, change: Callable[[Path], object]) -> Path:
@@ -219,8 +287,12 @@ def moved_to(elsewhere: Path, leave: Callable[[Path, Path], object]) -> Callable
     return change
 
 
-def test_no_repository_is_read_that_lies_partly_outside_the_teach_root(keyed: Live, tmp_path: Path) -> None:
-    """Neither above, nor by a `.git` file, a link, a shared folder, alternates, or links among its objects."""
+def test_no_repository_is_read_that_lies_partly_outside_the_teach_root(
+    keyed: Live, tmp_path: Path
+) -> None:
+    """Neither above, nor by a `.git` file, a link, a shared folder, alternates, or links among its
+    objects.
+    """
     root = keyed.service.settings.teach_root
     assert root is not None
     outside = tmp_path / "outside"
@@ -229,7 +301,9 @@ def test_no_repository_is_read_that_lies_partly_outside_the_teach_root(keyed: Li
         "file": moved_to(tmp_path / "a", lambda own, there: own.write_text(f"gitdir: {there}\n")),
         "link": moved_to(tmp_path / "b", lambda own, there: own.symlink_to(there)),
         "shared": lambda own: (own / "commondir").write_text(f"{outside / '.git'}\n"),
-        "alternates": lambda own: (own / "objects" / "info" / "alternates").write_text(f"{outside}/.git/objects\n"),
+        "alternates": lambda own: (own / "objects" / "info" / "alternates").write_text(
+            f"{outside}/.git/objects\n"
+        ),
         "object": lambda own: (own / "objects" / "aa").symlink_to(outside / ".git" / "objects"),
         "refs": lambda own: (own / "refs" / "heads" / "main").symlink_to("/etc/passwd"),
     }
@@ -238,18 +312,28 @@ def test_no_repository_is_read_that_lies_partly_outside_the_teach_root(keyed: Li
     pygit2.init_repository(root / "sound")
     (root / "sound" / "below").mkdir()
     with keyed.http(ADMIN) as http:
-        for path in [*(f"repository-{name}" for name in changes), "sound/below", "notes", "missing"]:
+        for path in [
+            *(f"repository-{name}" for name in changes),
+            "sound/below",
+            "notes",
+            "missing",
+        ]:
             told = http.post("/v1/teach", json={"name": "x", "kind": "git", "path": path})
             assert told.status_code == 400, path
             assert str(tmp_path) not in told.text
-        assert http.post("/v1/teach", json={"name": "x", "kind": "git", "path": "sound"}).status_code == 202
+        assert (
+            http.post("/v1/teach", json={"name": "x", "kind": "git", "path": "sound"}).status_code
+            == 202
+        )
         http.delete("/v1/teach")
 
 
 def test_of_many_lessons_asked_for_at_once_one_begins(keyed: Live) -> None:
     def ask(number: int) -> int:
         with keyed.http(ADMIN) as http:
-            return http.post("/v1/teach", json={"name": f"n{number}", "kind": "folder", "path": "notes"}).status_code
+            return http.post(
+                "/v1/teach", json={"name": f"n{number}", "kind": "folder", "path": "notes"}
+            ).status_code
 
     with ThreadPoolExecutor(12) as pool:
         assert sorted(pool.map(ask, range(12))) == [202] + [409] * 11
@@ -260,13 +344,25 @@ def test_of_many_lessons_asked_for_at_once_one_begins(keyed: Live) -> None:
 def test_preferences_are_reviewed_and_recorded(keyed: Live) -> None:
     path = keyed.service.settings.preferences
     database = PreferenceDatabase(path)
-    number = database.add(Preference(({"role": "user", "content": "q"},), "worse", "better", "file"))
+    number = database.add(
+        Preference(({"role": "user", "content": "q"},), "worse", "better", "file")
+    )
     with keyed.http(ADMIN) as http:
         shown = http.get("/v1/preferences").json()
-        assert http.get(f"/v1/preferences?after={1 << 70}").status_code == 400  # more than a database can number
+        assert (
+            http.get(f"/v1/preferences?after={1 << 70}").status_code == 400
+        )  # more than a database can number
         assert (shown["pair"]["id"], shown["pair"]["answers"]) == (number, ["better", "worse"])
-        assert http.post(f"/v1/preferences/{number}", json={"choice": 0, "reviewer": "me"}).status_code == 200
-        assert http.get("/v1/preferences").json() == {"object": "preference", "pair": None, "pairs": 1, "reviewed": 1}
+        assert (
+            http.post(f"/v1/preferences/{number}", json={"choice": 0, "reviewer": "me"}).status_code
+            == 200
+        )
+        assert http.get("/v1/preferences").json() == {
+            "object": "preference",
+            "pair": None,
+            "pairs": 1,
+            "reviewed": 1,
+        }
         new = {"prompt": CHAT["messages"], "chosen": "x", "rejected": "y"}
         assert http.post("/v1/preferences", json=new).json()["new"] is True
         assert http.post("/v1/preferences", json=new).json()["new"] is False
@@ -292,11 +388,15 @@ def test_a_full_queue_says_when_to_come_back(keyed: Live) -> None:
         thread.join()
     statuses = {reply.status_code for reply in replies}
     assert statuses == {200, 429}
-    assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies if reply.status_code == 429)
+    assert all(
+        int(reply.headers["retry-after"]) >= 1 for reply in replies if reply.status_code == 429
+    )
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
-def test_a_full_queue_refuses_before_a_body_is_read(keyed: Live, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_refuses_before_a_body_is_read(
+    keyed: Live, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(keyed.engine, "_max_waiting", 0)
     with keyed.http(USER) as http:
         refused = http.post(path, content=b"no JSON", headers={"Content-Type": "application/json"})
@@ -304,7 +404,9 @@ def test_a_full_queue_refuses_before_a_body_is_read(keyed: Live, path: str, monk
         assert refused.json()["error"]["code"] == "queue_full"
         assert http.get("/v1/models").status_code == 200
     with keyed.http() as http:
-        assert http.post(path, content=b"no JSON").status_code == 401  # who has no key learns nothing of the queue
+        assert (
+            http.post(path, content=b"no JSON").status_code == 401
+        )  # who has no key learns nothing of the queue
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -320,7 +422,9 @@ def test_a_client_that_leaves_frees_its_place(keyed: Live, stream: bool) -> None
         while not keyed.engine.stats().running:
             time.sleep(0.002)
     deadline = time.monotonic() + 20
-    while keyed.engine.stats().finished.get("cancelled", 0) == before and time.monotonic() < deadline:
+    while (
+        keyed.engine.stats().finished.get("cancelled", 0) == before and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     assert keyed.engine.stats().finished.get("cancelled", 0) == before + 1
 
@@ -347,11 +451,19 @@ def test_an_answer_that_takes_too_long_is_given_up(served_folder: Path) -> None:
 
 def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
     with keyed.http(ADMIN) as http:
-        asked = {"name": "lecture", "kind": "folder", "path": "notes", "tokens": 2048, "layers": "last:1"}
+        asked = {
+            "name": "lecture",
+            "kind": "folder",
+            "path": "notes",
+            "tokens": 2048,
+            "layers": "last:1",
+        }
         assert http.post("/v1/teach", json=asked).status_code == 202
         assert http.post("/v1/teach", json={**asked, "name": "more"}).status_code == 409
         with http.stream("GET", "/v1/teach/events", timeout=300) as stream:
-            told = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+            told = [
+                json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")
+            ]
         assert http.delete("/v1/teach").json()["name"] == "lecture"  # nothing is under way any more
         names = [info["name"] for info in http.get("/v1/experts").json()["data"]]
         assert http.post("/v1/teach", json=asked).status_code == 409  # the name is taken
@@ -375,7 +487,9 @@ def first_state(server: Live) -> dict[str, Any]:
 
 def test_a_server_begins_with_a_lesson(served_folder: Path, tmp_path: Path) -> None:
     pygit2.init_repository(tmp_path)
-    (tmp_path / "out").symlink_to("/")  # a working tree may hold links; only what is committed is read
+    (tmp_path / "out").symlink_to(
+        "/"
+    )  # a working tree may hold links; only what is committed is read
     lesson = TeachRequest(name="history", kind="git")
     with live(served_folder, Settings(teach_root=tmp_path), lesson) as server:
         assert first_state(server)["state"] == "stopped"
@@ -401,8 +515,16 @@ def test_a_template_has_a_time_limit() -> None:
     ("text", "content", "calls"),
     [
         ("plain", 5, []),
-        ('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', 0, [{"name": "f", "arguments": '{"a": 1}'}]),
-        ('Sure.\n<tool_call>\n{"name": "f", "arguments": {}}', 6, [{"name": "f", "arguments": "{}"}]),
+        (
+            '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>',
+            0,
+            [{"name": "f", "arguments": '{"a": 1}'}],
+        ),
+        (
+            'Sure.\n<tool_call>\n{"name": "f", "arguments": {}}',
+            6,
+            [{"name": "f", "arguments": "{}"}],
+        ),
         ('{"name": "f", "parameters": {"a": 2}}', 0, [{"name": "f", "arguments": '{"a": 2}'}]),
         ('{"name": "g", "arguments": {}}', 0, []),
         ('{"name": {"first": "f"}}', 0, []),
@@ -415,7 +537,10 @@ def test_calls_are_read_out_of_texts(text: str, content: int, calls: list[dict[s
     assert calling.content_length(text) == content
     assert calling.read(text) == calls
     for end in range(len(text)):  # what was certain stays so
-        assert text[: calling.content_length(text[:end])] == text[: min(calling.content_length(text[:end]), len(text))]
+        assert (
+            text[: calling.content_length(text[:end])]
+            == text[: min(calling.content_length(text[:end]), len(text))]
+        )
 
 
 def test_addresses_are_checked_before_anything_is_loaded() -> None:
@@ -429,23 +554,30 @@ def test_addresses_are_checked_before_anything_is_loaded() -> None:
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def command(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`deepseek serve` in a process of its own, ready."""
     folder = tmp_path_factory.mktemp("command")
     base = save_model(folder / "tiny")
     save_expert(load(base, dtype="float32"), "one", folder, 1)
     arguments = ["serve", str(base), "--port", "0", "--experts", str(folder / "one.safetensors")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "deepseek", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "deepseek", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     try:
         found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
         assert found
         loading = set()
         while (ready := httpx.get(f"{found[0]}/ready", timeout=30)).status_code != 200:
-            loading.add((ready.status_code, ready.json()["error"]["code"], ready.headers["retry-after"]))
+            loading.add(
+                (ready.status_code, ready.json()["error"]["code"], ready.headers["retry-after"])
+            )
             time.sleep(0.02)
         assert loading <= {(503, "loading", "1")}  # empty where the model was quicker
         yield process, found[0]
@@ -454,9 +586,17 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproce
         process.communicate()
 
 
-def test_a_signal_lets_answers_end_and_takes_no_more(command: tuple[subprocess.Popen[str], str]) -> None:
+def test_a_signal_lets_answers_end_and_takes_no_more(
+    command: tuple[subprocess.Popen[str], str],
+) -> None:
     process, url = command
-    body = {**CHAT, "max_tokens": 600, "stream": True, "logit_bias": {"0": -100, "2": -100}, "model": "tiny+one"}
+    body = {
+        **CHAT,
+        "max_tokens": 600,
+        "stream": True,
+        "logit_bias": {"0": -100, "2": -100},
+        "model": "tiny+one",
+    }
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)

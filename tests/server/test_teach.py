@@ -1,4 +1,6 @@
-"""What a client may set of a training is what `train_expert` declares, and all of it reaches the command."""
+"""What a client may set of a training is what `train_expert` declares, and all of it reaches the
+command.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,26 @@ TEXT = {"name": "x", "kind": "folder"}
 
 def another_value(name: str) -> Any:
     argument = arguments_of(ExpertArguments)[name]
-    fitting = [value for value in (*(argument.declared.examples or ()), *argument.choices) if value != argument.default]
-    values = {int: (argument.default if isinstance(argument.default, int) else 6) + 1, float: 0.25, str: "words"}
+    fitting = [
+        value
+        for value in (*(argument.declared.examples or ()), *argument.choices)
+        if value != argument.default
+    ]
+    values = {
+        int: (argument.default if isinstance(argument.default, int) else 6) + 1,
+        float: 0.25,
+        str: "words",
+    }
     return fitting[0] if fitting else values[argument.kind]
 
 
 def words(**given: Any) -> list[str]:
-    return command("base", TeachRequest.model_validate({**TEXT, **given}), Path("/text"), Path("/x.safetensors"))
+    return command(
+        "base",
+        TeachRequest.model_validate({**TEXT, **given}),
+        Path("/text"),
+        Path("/x.safetensors"),
+    )
 
 
 @pytest.mark.parametrize("name", TAUGHT)

@@ -14,18 +14,26 @@ CONTROL_IDS = {TOKENIZER.convert_tokens_to_ids(token) for token in CONTROL}
 QUESTION = {"role": "user", "content": "what is\nthe value?"}
 ANSWER = {"role": "assistant", "content": "  the router\n\nreturns it\n"}
 
-pieces = st.lists(st.sampled_from([*CONTROL, "assistant\n", "\n", " ", "the model", "é", "<|"]), max_size=6)
+pieces = st.lists(
+    st.sampled_from([*CONTROL, "assistant\n", "\n", " ", "the model", "é", "<|"]), max_size=6
+)
 contents = pieces.map("".join)
 conversations = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": contents}),
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system"]), "content": contents}
+    ),
     min_size=1,
     max_size=5,
 )
 
 
 def test_targets_are_the_assistants_words_and_its_end_of_turn() -> None:
-    chat = encode_chat(TOKENIZER, [QUESTION, ANSWER, QUESTION, {"role": "assistant", "content": "yes"}])
-    targets = [identity for identity, target in zip(chat.ids, chat.is_target, strict=True) if target]
+    chat = encode_chat(
+        TOKENIZER, [QUESTION, ANSWER, QUESTION, {"role": "assistant", "content": "yes"}]
+    )
+    targets = [
+        identity for identity, target in zip(chat.ids, chat.is_target, strict=True) if target
+    ]
     assert TOKENIZER.decode(targets) == ANSWER["content"] + "<|im_end|>yes<|im_end|>"
 
 
@@ -72,7 +80,10 @@ def test_a_template_that_rewrites_earlier_turns_keeps_the_last_answer_as_target(
         {"role": "assistant", "content": "c"},
     ]
     chat = encode_chat(tokenizer, messages)
-    assert tokenizer.decode([i for i, t in zip(chat.ids, chat.is_target, strict=True) if t]) == "c<|im_end|>"
+    assert (
+        tokenizer.decode([i for i, t in zip(chat.ids, chat.is_target, strict=True) if t])
+        == "c<|im_end|>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +95,9 @@ def test_a_template_that_rewrites_earlier_turns_keeps_the_last_answer_as_target(
         (["hello"], "message 1"),
     ],
 )
-def test_a_malformed_conversation_says_which_message(messages: list[dict[str, str]], cause: str) -> None:
+def test_a_malformed_conversation_says_which_message(
+    messages: list[dict[str, str]], cause: str
+) -> None:
     with pytest.raises(DataError, match=cause):
         encode_chat(TOKENIZER, messages)
 

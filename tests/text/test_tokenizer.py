@@ -8,7 +8,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.errors import CheckpointError
-from deepseek.text.tokenizer import document_end_id, document_start_ids, load_tokenizer, tokenizer_digest
+from deepseek.text.tokenizer import (
+    document_end_id,
+    document_start_ids,
+    load_tokenizer,
+    tokenizer_digest,
+)
 
 
 def test_a_saved_tokenizer_comes_back_the_same(tmp_path: Path) -> None:
@@ -20,7 +25,10 @@ def test_a_saved_tokenizer_comes_back_the_same(tmp_path: Path) -> None:
 
 
 def test_the_digest_depends_on_vocabulary_and_template() -> None:
-    digests = {tokenizer_digest(t) for t in (tiny_tokenizer(), tiny_tokenizer(("<x>",)), tiny_tokenizer((), "other"))}
+    digests = {
+        tokenizer_digest(t)
+        for t in (tiny_tokenizer(), tiny_tokenizer(("<x>",)), tiny_tokenizer((), "other"))
+    }
     assert len(digests) == 3
 
 

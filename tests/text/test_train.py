@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from deepseek.errors import ConfigError
 from deepseek.text.tokenizer import document_end_id, encode_plain, train_tokenizer
 
-TOKENIZER = train_tokenizer(["the quick brown fox jumps over the lazy dog 12345\n    return x\n"] * 20, 320)
+TOKENIZER = train_tokenizer(
+    ["the quick brown fox jumps over the lazy dog 12345\n    return x\n"] * 20, 320
+)
 
 
 @given(st.text())

@@ -12,13 +12,32 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 
 WORDS = (
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
-    "omicron", "pi", "rho", "sigma", "tau",
-)  # fmt: skip
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+)
 
 
 def sentence(seed: int, length: int = 60) -> str:
-    """Return words of which each has three possible followers, so that a model has something to learn."""
+    """Return words of which each has three possible followers, so that a model has something to
+    learn.
+    """
     draw, place, words = random.Random(seed), seed, []
     for _ in range(length):
         words.append(WORDS[place % len(WORDS)])
@@ -34,16 +53,25 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator([sentence(seed) for seed in range(20)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256,
-    )  # fmt: skip
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     DeepSeekModel(config).save_pretrained(folder)
     return folder
 
@@ -66,11 +94,15 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(30):
         (root / "words" / f"{seed:02}.txt").write_text(sentence(seed, 90) + ".\n")
         body = "".join(f"    value += {word}\n" for word in sentence(seed + 40, 20).split())
-        (root / "code" / f"{seed:02}.py").write_text(f"def f{seed}(value):\n{body}    return value\n")
+        (root / "code" / f"{seed:02}.py").write_text(
+            f"def f{seed}(value):\n{body}    return value\n"
+        )
     return root
 
 
 @pytest.fixture
 def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute in fp32 also where the processor has units for bf16, for what is compared to the last digits."""
+    """Compute in fp32 also where the processor has units for bf16, for what is compared to the last
+    digits.
+    """
     monkeypatch.setattr("deepseek.train.loop.losses.fast_dtype", lambda _: torch.float32)

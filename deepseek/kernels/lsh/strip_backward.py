@@ -118,9 +118,9 @@ def _with_keys(changes, keys, part, count, width):  # type: ignore[no-untyped-de
 
 
 @njit
-def backward(
+def backward(  # type: ignore[no-untyped-def]
     queries, laid, values, out, lse, pairs, earlier, scale, buffers, grads_out, grads_in, grads_laid
-):  # type: ignore[no-untyped-def]
+):
     """Add to the gradients of queries, and of the keys and values of one list, what its intervals
     contribute.
     """

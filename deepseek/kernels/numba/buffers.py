@@ -1,8 +1,9 @@
 """Tables of buffers: the one declaration of what a kernel with many arguments is given.
 
-A `Table` lists buffers in order, each with its dtype and shape. From it come the arguments that a caller hands over
-(`Table.arguments`, which refuses what does not fit), zeroed memory (`Table.zeros`), and the named tuple that the kernel
-reads (`launch.reader`). So a buffer is added by one row.
+A `Table` lists buffers in order, each with its dtype and shape. From it come the arguments that a
+caller hands over (`Table.arguments`, which refuses what does not fit), zeroed memory
+(`Table.zeros`), and the named tuple that the kernel reads (`launch.reader`). So a buffer is added
+by one row.
 """
 
 import math
@@ -28,7 +29,8 @@ Value = int | list[int] | np.ndarray
 def aligned(nbytes: int) -> np.ndarray:
     """Return zeroed memory `[nbytes]` that begins at a cache line.
 
-    NumPy asks Linux for huge pages, whose addresses are found sooner, so what is large begins at one.
+    NumPy asks Linux for huge pages, whose addresses are found sooner, so what is large begins at
+    one.
     """
     unit = 64 if nbytes < HUGE else HUGE
     memory = np.zeros(nbytes + unit, np.uint8)
@@ -41,7 +43,8 @@ class Buffer:
     """One row of a table: an array, or a whole number if `shape` is empty.
 
     Attributes:
-        shape: names of the extents with a space between; "layers+1" is one more than `layers`, "2" is 2.
+        shape: names of the extents with a space between; "layers+1" is one more than `layers`, "2"
+            is 2.
         meaning: what the kernel finds there.
     """
 
@@ -54,7 +57,10 @@ class Buffer:
     def axes(self) -> list[tuple[str, int]]:
         """The extent's name and what is added to it, for each axis; a fixed extent has no name."""
         terms = [axis.partition("+") for axis in self.shape.split()]
-        return [("", int(name)) if name.isdecimal() else (name, int(more or 0)) for name, _, more in terms]
+        return [
+            ("", int(name)) if name.isdecimal() else (name, int(more or 0))
+            for name, _, more in terms
+        ]
 
     @property
     def is_number(self) -> bool:
@@ -79,7 +85,9 @@ class KernelArguments(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Buffers in the order in which a kernel is given them; `name` is that of the named tuple it reads."""
+    """Buffers in the order in which a kernel is given them; `name` is that of the named tuple it
+    reads.
+    """
 
     name: str
     buffers: tuple[Buffer, ...]
@@ -101,10 +109,12 @@ class Table:
     def arguments(self, values: Mapping[str, Value], extents: Extents) -> KernelArguments:
         """Return what a kernel is given for `values`, one for each buffer, by its name.
 
-        Lists of whole numbers are copied into one array, as an array for each would take longer to make.
+        Lists of whole numbers are copied into one array, as an array for each would take longer to
+        make.
 
         Raises:
-            ValueError: a value is missing or unknown, or its dtype or shape is not that of the table.
+            ValueError: a value is missing or unknown, or its dtype or shape is not that of the
+                table.
         """
         if values.keys() != self._names:
             wrong = ", ".join(sorted(values.keys() ^ self._names))
@@ -112,7 +122,9 @@ class Table:
                 f"The values for {self.name} do not have the names of its buffers; they differ in {wrong}."
             )
         ordered = [values[buffer.name] for buffer in self.buffers]
-        memory = np.array([*chain.from_iterable(value for value in ordered if isinstance(value, list))], np.int64)
+        memory = np.array(
+            [*chain.from_iterable(value for value in ordered if isinstance(value, list))], np.int64
+        )
         address = memory.ctypes.data
         numbers: list[int] = []
         arrays = [memory]
@@ -125,7 +137,9 @@ class Table:
             elif isinstance(value, np.ndarray):
                 self._check(buffer, value.dtype, value.shape, shape)
                 if not value.flags.c_contiguous:
-                    raise ValueError(f"{self.name}.{buffer.name} is not contiguous, as the kernel takes it to be.")
+                    raise ValueError(
+                        f"{self.name}.{buffer.name} is not contiguous, as the kernel takes it to be."
+                    )
                 numbers += [value.ctypes.data, *shape]
                 arrays.append(value)
             else:
@@ -138,7 +152,11 @@ class Table:
         return {buffer.name for buffer in self.buffers}
 
     def _check(
-        self, buffer: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...], expected_shape: tuple[int, ...]
+        self,
+        buffer: Buffer,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        expected_shape: tuple[int, ...],
     ) -> None:
         if dtype != buffer.dtype or shape != expected_shape:
             raise ValueError(

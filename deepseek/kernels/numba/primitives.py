@@ -30,14 +30,18 @@ def widen(_typing: Any, value: Any) -> Any:
         if value != types.uint16:
             return args[0]
         bits = builder.zext(args[0], context.get_value_type(types.uint32))
-        return builder.bitcast(builder.shl(bits, bits.type(16)), context.get_value_type(types.float32))
+        return builder.bitcast(
+            builder.shl(bits, bits.type(16)), context.get_value_type(types.float32)
+        )
 
     return types.float32(value), generate
 
 
 @intrinsic
 def narrow(_typing: Any, _value: Any, like: Any) -> Any:
-    """An fp32 number as what `like` is: itself, or the bits of the nearest bf16 number (ties to even)."""
+    """An fp32 number as what `like` is: itself, or the bits of the nearest bf16 number (ties to
+    even).
+    """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         if like != types.uint16:
@@ -45,7 +49,9 @@ def narrow(_typing: Any, _value: Any, like: Any) -> Any:
         bits = builder.bitcast(args[0], context.get_value_type(types.uint32))
         odd = builder.and_(builder.lshr(bits, bits.type(16)), bits.type(1))
         rounded = builder.add(bits, builder.add(odd, bits.type(0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, bits.type(16)), context.get_value_type(types.uint16))
+        return builder.trunc(
+            builder.lshr(rounded, bits.type(16)), context.get_value_type(types.uint16)
+        )
 
     return like(types.float32, like), generate
 
@@ -63,7 +69,9 @@ def _power_of_two(_typing: Any, _exponent: Any) -> Any:
 
 @njit(fastmath=True, inline="always")
 def exp(x):  # type: ignore[no-untyped-def]
-    """Exponential to 2e-7, of numbers between -87 and 87: Cephes' expf, which unlike libm's is vectorised in a loop."""
+    """Exponential to 2e-7, of numbers between -87 and 87: Cephes' expf, which unlike libm's is
+    vectorised in a loop.
+    """
     t = min(max(x, np.float32(-87.0)), np.float32(87.0))
     n = np.floor(t * np.float32(1.4426950408889634) + np.float32(0.5))
     r = t - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)

@@ -25,9 +25,9 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning import training_memory
 from deepseek.text.tokenizer import document_end_id, load_tokenizer, train_tokenizer
-from deepseek.train.jobs.arguments import PretrainArguments
 from deepseek.train.jobs.declaration import job
 from deepseek.train.jobs.language import LanguageTask
+from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.settings import DomainSettings
 from deepseek.train.loop.backends import Backend, current
 from deepseek.train.loop.loop import LoopConfig, TrainResult, train

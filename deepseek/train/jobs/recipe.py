@@ -16,15 +16,11 @@ from deepseek.errors import ConfigError
 from deepseek.registry import pick
 from deepseek.train.jobs.adapt import adapt
 from deepseek.train.jobs.align import align
-from deepseek.train.jobs.arguments import (
-    AdaptArguments,
-    AlignArguments,
-    ExpertArguments,
-    PretrainArguments,
-)
+from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
 from deepseek.train.jobs.declaration import Declaration, selected
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.pretrain import pretrain
+from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.settings import JobSettings
 from deepseek.train.loop.runs import write_page
 

@@ -1,4 +1,6 @@
-"""Everyday messages: enough in every language, well formed, all different, and part of the wheel."""
+"""Everyday messages: enough in every language, well formed, all different, and part of the
+wheel.
+"""
 
 import json
 import zipfile
@@ -20,7 +22,9 @@ def test_every_line_has_valid_fields() -> None:
         record = json.loads(line)
         assert list(record) == ["lang", "topic", "turns"], line
         assert isinstance(record["lang"], str) and isinstance(record["topic"], str), line
-        assert isinstance(record["turns"], list) and all(isinstance(turn, str) for turn in record["turns"]), line
+        assert isinstance(record["turns"], list) and all(
+            isinstance(turn, str) for turn in record["turns"]
+        ), line
         assert record["topic"] and record["topic"] == record["topic"].strip().lower(), line
 
 
@@ -42,14 +46,22 @@ def test_no_conversation_begins_like_another() -> None:
 
 def test_every_language_has_follow_ups_and_few_computer_topics() -> None:
     for language, count in COUNTS.items():
-        chosen = [conversation for conversation in everyday_conversations() if conversation.language == language]
+        chosen = [
+            conversation
+            for conversation in everyday_conversations()
+            if conversation.language == language
+        ]
         topics = Counter(conversation.topic for conversation in chosen)
-        assert 0.2 < sum(len(conversation.turns) == 2 for conversation in chosen) / count < 0.3, language
+        assert 0.2 < sum(len(conversation.turns) == 2 for conversation in chosen) / count < 0.3, (
+            language
+        )
         assert 0.1 < (topics["computer"] + topics["programming"]) / count < 0.2, language
         assert len(topics) >= 30, language
 
 
 def test_the_wheel_holds_the_file(tmp_path: Path) -> None:
-    (path,) = WheelBuilder(str(PACKAGE.parent)).build(directory=str(tmp_path), versions=["standard"])
+    (path,) = WheelBuilder(str(PACKAGE.parent)).build(
+        directory=str(tmp_path), versions=["standard"]
+    )
     with zipfile.ZipFile(path) as wheel:
         assert wheel.read("deepseek/data/builders/everyday.jsonl") == FILE.read_bytes()

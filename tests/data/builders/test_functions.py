@@ -37,10 +37,16 @@ TESTS = "def test_add():\n    assert add(1, 2) == 3\n\ndef test_other():\n    as
 
 
 def test_documented_functions_come_with_their_tests() -> None:
-    documents = [Document(SOURCE, "m.py", "code"), Document(TESTS, "test_m.py", "code"), Document("x", "a.txt")]
+    documents = [
+        Document(SOURCE, "m.py", "code"),
+        Document(TESTS, "test_m.py", "code"),
+        Document("x", "a.txt"),
+    ]
     peek, add = documented_functions(documents)
     assert (peek.name, add.name) == ("peek", "add")
-    assert peek.header.startswith("    @functools.cache\n    def peek") and peek.header.endswith('the top."""\n')
+    assert peek.header.startswith("    @functools.cache\n    def peek") and peek.header.endswith(
+        'the top."""\n'
+    )
     assert add.body == "    total = a + b\n    return total"
     assert add.tests == ("def test_add():\n    assert add(1, 2) == 3",) and peek.tests == ()
     assert ast.parse(add.text)

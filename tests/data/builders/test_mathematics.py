@@ -13,11 +13,15 @@ def test_problems_are_different_and_the_same_for_a_seed() -> None:
     assert len({document.text for document in made}) == 700
     assert made == list(problems(700, seed=3)) != list(problems(700, seed=4))
     question, answer = made[0].messages()
-    assert question["role"] == "user" and answer["content"].splitlines()[-1].startswith("The answer is x = ")
+    assert question["role"] == "user" and answer["content"].splitlines()[-1].startswith(
+        "The answer is x = "
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_passes_its_check(kind: "mathematics.Callable[[random.Random], Problem]") -> None:
+def test_every_kind_passes_its_check(
+    kind: "mathematics.Callable[[random.Random], Problem]",
+) -> None:
     for seed in range(200):
         problem = kind(random.Random(seed))
         assert problem.checked, problem

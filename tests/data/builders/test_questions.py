@@ -1,4 +1,6 @@
-"""Questions come from a source alone: answers are in it, the same text gives the same, odd text breaks nothing."""
+"""Questions come from a source alone: answers are in it, the same text gives the same, odd text
+breaks nothing.
+"""
 
 import ast
 from pathlib import Path
@@ -8,7 +10,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from deepseek.data import Document, read_folder, read_records
-from deepseek.data.builders.facts import common_length, first_sentence, is_right, sentences, shortened, tokens_of
+from deepseek.data.builders.facts import (
+    common_length,
+    first_sentence,
+    is_right,
+    sentences,
+    shortened,
+    tokens_of,
+)
 from deepseek.data.builders.phrasings import CODE, PROSE, RESERVED, language_of
 from deepseek.data.builders.questions import (
     MOST_PER_DOCUMENT,
@@ -57,7 +66,9 @@ names = st.sampled_from(["a/b.py", "b.py", "a/c.js", "a/d/e.md", "r@12", "x.json
 kinds = st.sampled_from(["code", "text", "commit"])
 
 
-def by_kind(text: str, name: str = "repo/src/stack.py", kind: str = "code") -> dict[str, list[Question]]:
+def by_kind(
+    text: str, name: str = "repo/src/stack.py", kind: str = "code"
+) -> dict[str, list[Question]]:
     found: dict[str, list[Question]] = {}
     for question in questions_of(Document(text, name, kind)):
         found.setdefault(question.kind, []).append(question)
@@ -67,7 +78,9 @@ def by_kind(text: str, name: str = "repo/src/stack.py", kind: str = "code") -> d
 def test_what_python_states_is_asked_for() -> None:
     found = by_kind(SOURCE)
     purposes = {question.answer: question.check for question in found["purpose"]}
-    assert purposes["A pile of things, e.g. plates. The last is the first."] == ("A pile of things, e.g. plates.",)
+    assert purposes["A pile of things, e.g. plates. The last is the first."] == (
+        "A pile of things, e.g. plates.",
+    )
     assert {q.check for q in found["default"]} == {("7",), ("3",), ("-1",), ("True",), ("'top'",)}
     assert {q.answer for q in found["returns"]} == {"`Stack.peek` returns `Item`."}
     assert [q.check for q in found["raises"]] == [("EmptyError",)]
@@ -96,7 +109,10 @@ def test_a_commit_is_its_message_and_its_changes() -> None:
         "--- old.py\n+++ /dev/null\n@@\n-x = 1\n"
     )
     found = by_kind(text, "repo@123", "commit")
-    assert found["commit"][0].answer == "A full stack made the program wait for ever; now it complains."
+    assert (
+        found["commit"][0].answer
+        == "A full stack made the program wait for ever; now it complains."
+    )
     assert found["commit files"][0].check == ("stack.py", "old.py")
     assert found["commit functions"][0].check == ("depth",)
     assert "Stacks have a limit" in found["commit"][0].question
@@ -105,16 +121,36 @@ def test_a_commit_is_its_message_and_its_changes() -> None:
 @pytest.mark.parametrize(
     ("language", "text", "ways"),
     [
-        ("en", "## Trees\n\nThe forest is a set of trees that do not touch each other. It can be empty.\n", "Trees"),
+        (
+            "en",
+            "## Trees\n\nThe forest is a set of trees that do not touch each other. It can be empty.\n",
+            "Trees",
+        ),
         (
             "de",
             "Bäume\n=====\n\nEin Wald ist eine Menge von Bäumen, die sich nicht berühren. Das ist die Regel.\n",
             "Bäume",
         ),
-        ("fr", "# Arbres\n\nUne forêt est un ensemble d'arbres qui ne se touchent pas dans le graphe.\n", "Arbres"),
-        ("es", "# Árboles\n\nUn bosque es un conjunto de árboles que no se tocan en el grafo de la red.\n", "Árboles"),
-        ("it", "# Alberi\n\nUna foresta è un insieme di alberi che non si toccano nel grafo della rete.\n", "Alberi"),
-        ("pt", "# Árvores\n\nUma floresta é um conjunto de árvores que não se tocam no grafo da rede.\n", "Árvores"),
+        (
+            "fr",
+            "# Arbres\n\nUne forêt est un ensemble d'arbres qui ne se touchent pas dans le graphe.\n",
+            "Arbres",
+        ),
+        (
+            "es",
+            "# Árboles\n\nUn bosque es un conjunto de árboles que no se tocan en el grafo de la red.\n",
+            "Árboles",
+        ),
+        (
+            "it",
+            "# Alberi\n\nUna foresta è un insieme di alberi che non si toccano nel grafo della rete.\n",
+            "Alberi",
+        ),
+        (
+            "pt",
+            "# Árvores\n\nUma floresta é um conjunto de árvores que não se tocam no grafo da rede.\n",
+            "Árvores",
+        ),
         (
             "zh",
             "# 树\n\n森林是由互不相交的树组成的集合，它可以是空集，也可以只含有一棵树，还可以含有许多棵不同的树。\n",
@@ -131,8 +167,12 @@ def test_prose_is_asked_about_in_its_own_language(language: str, text: str, ways
     assert language_of(text) == language
     found = by_kind(text, "folder/a.md", "text")
     asked = found["section"][0]
-    assert asked.question in {way.replace("{what}", ways) for way in PROSE["section"][language][:-RESERVED]}
-    assert asked.paraphrase in {way.replace("{what}", ways) for way in PROSE["section"][language][-RESERVED:]}
+    assert asked.question in {
+        way.replace("{what}", ways) for way in PROSE["section"][language][:-RESERVED]
+    }
+    assert asked.paraphrase in {
+        way.replace("{what}", ways) for way in PROSE["section"][language][-RESERVED:]
+    }
     assert len(found["definition"]) == 1
 
 
@@ -143,7 +183,9 @@ def test_an_unknown_language_only_quotes() -> None:
 
 
 def test_lists_are_asked_for_whole() -> None:
-    text = "## Colours\n\nThe flag has these:\n\n- dark red\n- pale blue\n\n## Long\n\n- a\n  b\n- c\n"
+    text = (
+        "## Colours\n\nThe flag has these:\n\n- dark red\n- pale blue\n\n## Long\n\n- a\n  b\n- c\n"
+    )
     found = by_kind(text, "folder/a.md", "text")
     assert [q.check for q in found["items"]] == [("dark red", "pale blue")]
     assert "section" not in found
@@ -178,7 +220,9 @@ def test_answers_are_taken_from_the_text(text: str, name: str, kind: str) -> Non
     said = set(tokens_of(f"{text} {name}"))
     for question in questions_of(Document(text, name, kind)):
         assert is_right(question.answer, question.check)
-        assert not is_right(question.question, question.check) and not is_right(question.paraphrase, question.check)
+        assert not is_right(question.question, question.check) and not is_right(
+            question.paraphrase, question.check
+        )
         assert question.question != question.paraphrase
         assert all(set(tokens_of(part)) <= said | set("()=.->") for part in question.check)
         assert Question.of_record(question.record()) == question
@@ -187,7 +231,9 @@ def test_answers_are_taken_from_the_text(text: str, name: str, kind: str) -> Non
 def test_this_package_answers_thousands_of_questions_and_none_twice() -> None:
     documents = list(read_folder(Path(__file__).parents[3] / "deepseek" / "data"))
     questions = all_questions(documents)
-    assert len(questions) > 300 and len({question.question for question in questions}) > 0.99 * len(questions)
+    assert len(questions) > 300 and len({question.question for question in questions}) > 0.99 * len(
+        questions
+    )
     asked = {question.question for question in questions}
     assert not asked & {question.paraphrase for question in questions}
     assert max(sum(q.source == d.name for q in questions) for d in documents) <= MOST_PER_DOCUMENT
@@ -197,7 +243,11 @@ def test_this_package_answers_thousands_of_questions_and_none_twice() -> None:
 
 def test_a_name_in_two_places_is_asked_for_with_its_file() -> None:
     documents = [Document(SOURCE, f"repo/src/{name}.py", "code") for name in "ab"]
-    questions = [question for question in all_questions(documents) if question.kind not in ("module", "constant")]
+    questions = [
+        question
+        for question in all_questions(documents)
+        if question.kind not in ("module", "constant")
+    ]
     assert questions and all(f"src/{q.source[-4]}.py" in q.question for q in questions)
 
 
@@ -205,8 +255,12 @@ def test_conversations_hold_every_question_once_and_one_source_each() -> None:
     questions = all_questions([Document(SOURCE, f"repo/src/{name}.py", "code") for name in "ab"])
     documents = list(conversations(questions))
     turns = [document.messages() for document in documents]
-    assert sorted(m["content"] for t in turns for m in t[::2]) == sorted(q.question for q in questions)
-    assert {len(t) for t in turns} <= {2 * n for n in range(1, TURNS + 1)} and len({len(t) for t in turns}) > 1
+    assert sorted(m["content"] for t in turns for m in t[::2]) == sorted(
+        q.question for q in questions
+    )
+    assert {len(t) for t in turns} <= {2 * n for n in range(1, TURNS + 1)} and len(
+        {len(t) for t in turns}
+    ) > 1
     assert len({document.name for document in documents}) == len(documents)
 
 
@@ -225,8 +279,16 @@ def test_conversations_hold_every_question_once_and_one_source_each() -> None:
         ("see data/digit.py", ("data/git.py",), False),
         ("`a` and `c`", ("a", "b"), False),
         ("`b` and `a`", ("a", "b"), True),
-        ("Return every token of a long text in order.", ("Return the tokens of a long text, in order.",), True),
-        ("order in text long a of token every Return", ("Return the tokens of a long text, in order.",), False),
+        (
+            "Return every token of a long text in order.",
+            ("Return the tokens of a long text, in order.",),
+            True,
+        ),
+        (
+            "order in text long a of token every Return",
+            ("Return the tokens of a long text, in order.",),
+            False,
+        ),
         ("x " * 70 + "4", ("4",), False),
         ("森是由树组成的集合", ("森是由树组成的集合。",), True),
         ("", ("4",), False),
@@ -234,7 +296,9 @@ def test_conversations_hold_every_question_once_and_one_source_each() -> None:
         ("anything", ("",), False),
     ],
 )
-def test_a_right_answer_states_all_of_the_check(answer: str, check: tuple[str, ...], right: bool) -> None:
+def test_a_right_answer_states_all_of_the_check(
+    answer: str, check: tuple[str, ...], right: bool
+) -> None:
     assert is_right(answer, check) is right
 
 
@@ -261,11 +325,16 @@ def test_sentences_join_to_the_text(text: str) -> None:
 
 
 def test_every_kind_keeps_a_way_for_evaluation() -> None:
-    for ways in [*CODE.values(), *(ways for languages in PROSE.values() for ways in languages.values())]:
+    for ways in [
+        *CODE.values(),
+        *(ways for languages in PROSE.values() for ways in languages.values()),
+    ]:
         assert len(set(ways)) == len(ways) > RESERVED + 1
 
 
-def test_the_command_writes_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_conversations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from deepseek.cli.main import main
 
     (tmp_path / "src").mkdir()

@@ -1,4 +1,6 @@
-"""The preference database: what is acknowledged stays, duplicates are refused, splits hold prompts together."""
+"""The preference database: what is acknowledged stays, duplicates are refused, splits hold prompts
+together.
+"""
 
 import json
 import os
@@ -13,7 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.data.preferences.database import REVIEWED, Preference, PreferenceDatabase
-from deepseek.data.preferences.files import preference, read_preferences, record_of, write_preferences
+from deepseek.data.preferences.files import (
+    preference,
+    read_preferences,
+    record_of,
+    write_preferences,
+)
 from deepseek.errors import DataError
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -21,8 +28,17 @@ KILLS = int(os.environ.get("KILLS", "20"))
 
 
 def pair(number: int, prompt: int | None = None) -> Preference:
-    asked = {"role": "user", "content": f"question {number if prompt is None else prompt} about\ntopic"}
-    return Preference((asked,), f"good answer {number}", f"bad answer {number}", "test", ("even",) * (number % 2 == 0))
+    asked = {
+        "role": "user",
+        "content": f"question {number if prompt is None else prompt} about\ntopic",
+    }
+    return Preference(
+        (asked,),
+        f"good answer {number}",
+        f"bad answer {number}",
+        "test",
+        ("even",) * (number % 2 == 0),
+    )
 
 
 @pytest.fixture
@@ -35,7 +51,12 @@ def test_what_goes_in_comes_out(database: PreferenceDatabase) -> None:
     number = database.add(judged)
     assert number is not None
     found = database.get(number)
-    assert (found.prompt, found.chosen, found.labels, found.scores) == (judged.prompt, "a", ("x", "y"), judged.scores)
+    assert (found.prompt, found.chosen, found.labels, found.scores) == (
+        judged.prompt,
+        "a",
+        ("x", "y"),
+        judged.scores,
+    )
     assert database.add(judged) is None
     assert database.add_all([pair(1), pair(2), pair(1)]).duplicates == 1
 
@@ -49,19 +70,25 @@ def test_words_are_found_wherever_they_stand(database: PreferenceDatabase) -> No
     assert len(database.search("", limit=5)) == 5
 
 
-def test_a_revision_is_found_by_its_new_words_and_keeps_the_old_ones(database: PreferenceDatabase) -> None:
+def test_a_revision_is_found_by_its_new_words_and_keeps_the_old_ones(
+    database: PreferenceDatabase,
+) -> None:
     database.add_all([pair(1), pair(2)])
     database.revise(1, chosen="splendid reply", labels=("checked",))
     assert [found.id for found in database.search("splendid")] == [1]
     assert database.search("good 1") == []
     assert [before["chosen"] for before in database.history(1)] == ["good answer 1"]
     with pytest.raises(DataError, match="duplicate"):
-        database.revise(1, **{name: getattr(pair(2), name) for name in ("prompt", "chosen", "rejected")})
+        database.revise(
+            1, **{name: getattr(pair(2), name) for name in ("prompt", "chosen", "rejected")}
+        )
     assert database.get(1).chosen == "splendid reply" and len(database.history(1)) == 1
     database.check()
 
 
-def test_pairs_of_a_prompt_stay_together_and_sides_do_not_change(database: PreferenceDatabase) -> None:
+def test_pairs_of_a_prompt_stay_together_and_sides_do_not_change(
+    database: PreferenceDatabase,
+) -> None:
     database.add_all(pair(i, prompt=i // 4) for i in range(800))
     held = {found.prompt[0]["content"] for found in database.pairs("eval")}
     assert not held & {found.prompt[0]["content"] for found in database.pairs("train")}
@@ -74,7 +101,14 @@ def test_pairs_of_a_prompt_stay_together_and_sides_do_not_change(database: Prefe
 
 
 def test_the_next_pair_to_review_is_the_first_without_the_label(tmp_path: Path) -> None:
-    labels = [(), (REVIEWED,), ("un" + REVIEWED, f'a "{REVIEWED}" label'), ("x", REVIEWED), (), (REVIEWED,)]
+    labels = [
+        (),
+        (REVIEWED,),
+        ("un" + REVIEWED, f'a "{REVIEWED}" label'),
+        ("x", REVIEWED),
+        (),
+        (REVIEWED,),
+    ]
     with_index = PreferenceDatabase(tmp_path / "p.db")
     with_index.add_all(replace(pair(number), labels=own) for number, own in enumerate(labels * 20))
     with_index.close()
@@ -82,7 +116,9 @@ def test_the_next_pair_to_review_is_the_first_without_the_label(tmp_path: Path) 
         file.execute("DROP INDEX unreviewed")  # as a database of before has none
     database = PreferenceDatabase(tmp_path / "p.db")
     for after in range(122):
-        expected = next((one for one in database.pairs() if one.id > after and REVIEWED not in one.labels), None)
+        expected = next(
+            (one for one in database.pairs() if one.id > after and REVIEWED not in one.labels), None
+        )
         assert database.unreviewed(after) == expected
     assert database.reviewed() == (120, 60)
     database.revise(1, labels=(REVIEWED,))
@@ -95,7 +131,9 @@ def test_the_next_pair_to_review_is_the_first_without_the_label(tmp_path: Path) 
 def test_finding_it_does_not_take_longer_with_more_pairs(database: PreferenceDatabase) -> None:
     steps, last = [], 0
     for start in (0, 1000):
-        database.add_all(replace(pair(number), labels=(REVIEWED,)) for number in range(start, start + 1000))
+        database.add_all(
+            replace(pair(number), labels=(REVIEWED,)) for number in range(start, start + 1000)
+        )
         after, last = last, database.add(pair(start + 99_999)) or 0
         steps.append(0)
 
@@ -116,7 +154,9 @@ def test_judges_are_counted(database: PreferenceDatabase) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
-def test_export_and_import_give_the_same_pairs(database: PreferenceDatabase, tmp_path: Path, name: str) -> None:
+def test_export_and_import_give_the_same_pairs(
+    database: PreferenceDatabase, tmp_path: Path, name: str
+) -> None:
     database.add_all(pair(i) for i in range(20))
     database.add(Preference(pair(99).prompt, "a\n", "b", "s", (), {"judge": (1.0, 0.0)}))
     assert write_preferences(database, tmp_path / name) == 21
@@ -125,18 +165,26 @@ def test_export_and_import_give_the_same_pairs(database: PreferenceDatabase, tmp
     assert again[-1].scores == {"judge": (1.0, 0.0)} and again[0].source == "test"
 
 
-@given(st.text(min_size=1), st.text(min_size=1), st.lists(st.sampled_from(["user", "assistant", "system"]), max_size=3))
+@given(
+    st.text(min_size=1),
+    st.text(min_size=1),
+    st.lists(st.sampled_from(["user", "assistant", "system"]), max_size=3),
+)
 def test_a_record_gives_its_pair_back(chosen: str, rejected: str, roles: list[str]) -> None:
     if chosen == rejected:
         return
-    prompt = ({"role": "user", "content": "q"}, *({"role": role, "content": role} for role in roles))
+    prompt = (
+        {"role": "user", "content": "q"},
+        *({"role": role, "content": role} for role in roles),
+    )
     one = Preference(prompt, chosen, rejected)
     assert preference(record_of(one), "x", "").digest == one.digest
 
 
 def test_the_forms_of_the_field_mean_the_same() -> None:
     user, good, bad = (
-        {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "g"), ("assistant", "b"))
+        {"role": role, "content": text}
+        for role, text in (("user", "q"), ("assistant", "g"), ("assistant", "b"))
     )
     forms = [
         {"prompt": "q", "chosen": "g", "rejected": "b"},
@@ -158,9 +206,16 @@ def test_the_forms_of_the_field_mean_the_same() -> None:
         ({"prompt": "q", "chosen": "a", "rejected": "b", "scores": {"j": 1}}, "must map a judge"),
     ],
 )
-def test_what_is_no_pair_is_named_with_its_line(tmp_path: Path, record: dict[str, object], why: str) -> None:
+def test_what_is_no_pair_is_named_with_its_line(
+    tmp_path: Path, record: dict[str, object], why: str
+) -> None:
     file = tmp_path / "bad.jsonl"
-    file.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n" + json.dumps(record) + "\n")
+    file.write_text(
+        json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})
+        + "\n"
+        + json.dumps(record)
+        + "\n"
+    )
     with pytest.raises(DataError, match=f"bad.jsonl line 2.*{why}"):
         list(read_preferences(file))
 
@@ -177,7 +232,9 @@ def test_other_files_are_refused_and_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def write_forever(path: Path, number: int, pipe: int) -> None:
-    """Add pairs, revise every third, and acknowledge each number on `pipe` once its calls have returned."""
+    """Add pairs, revise every third, and acknowledge each number on `pipe` once its calls have
+    returned.
+    """
     database = PreferenceDatabase(path)
     while True:
         added = database.add(pair(number))
@@ -188,7 +245,9 @@ def write_forever(path: Path, number: int, pipe: int) -> None:
 
 
 def killed_writer(path: Path, number: int, seconds: float) -> set[int]:
-    """Return the numbers that a writer in a process of its own acknowledged before it was killed."""
+    """Return the numbers that a writer in a process of its own acknowledged before it was
+    killed.
+    """
     reading, writing = os.pipe()
     writer = os.fork()
     if writer == 0:

@@ -56,14 +56,21 @@ def test_a_secret_leaves_only_its_kind(secret: str, kind: str) -> None:
 
 def test_only_the_secret_part_of_an_assignment_goes() -> None:
     source = "db_password = 'hunter2hunter2hunter2'\nurl = 'postgres://app:s3cr3tvalue@db/x'\n"
-    assert redact(source)[0] == "db_password = '<REDACTED:password>'\nurl = 'postgres://app:<REDACTED:password>@db/x'\n"
+    assert (
+        redact(source)[0]
+        == "db_password = '<REDACTED:password>'\nurl = 'postgres://app:<REDACTED:password>@db/x'\n"
+    )
 
 
 def test_ordinary_code_stays_as_it_is() -> None:
     assert redact(ORDINARY) == (ORDINARY, {})
 
 
-@given(st.lists(st.sampled_from([*SECRETS, *ASSIGNMENTS, ORDINARY, "x = '", "'"]), max_size=6).map("\n".join))
+@given(
+    st.lists(st.sampled_from([*SECRETS, *ASSIGNMENTS, ORDINARY, "x = '", "'"]), max_size=6).map(
+        "\n".join
+    )
+)
 def test_redacting_twice_changes_nothing(text: str) -> None:
     once, _ = redact(text)
     assert redact(once) == (once, {})
@@ -118,8 +125,11 @@ def test_counts_add_up_and_order_stays() -> None:
     assert [document.name for document in kept] == ["a", "secret", "b"]
     assert (report.read, report.kept) == (6, 3)
     assert report.changes == {
-        "exact duplicates": 1, "near duplicates": 1, "password redacted": 1, "skipped as empty": 1,
-    }  # fmt: skip
+        "exact duplicates": 1,
+        "near duplicates": 1,
+        "password redacted": 1,
+        "skipped as empty": 1,
+    }
     assert report.characters == sum(len(document.text) for document in kept)
     assert "3 documents" in str(report)
     assert "1 password redacted" in str(report)

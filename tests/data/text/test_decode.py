@@ -15,8 +15,12 @@ TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=80)
 
 
 @given(st.lists(st.tuples(TEXT, st.sampled_from(["code", "commit"])), min_size=1, max_size=5))
-def test_code_and_commits_come_back_as_they_were(tmp_path_factory: object, texts: list[tuple[str, str]]) -> None:
-    documents = [Document(text, f"repo/{place}.py", kind) for place, (text, kind) in enumerate(texts)]
+def test_code_and_commits_come_back_as_they_were(
+    tmp_path_factory: object, texts: list[tuple[str, str]]
+) -> None:
+    documents = [
+        Document(text, f"repo/{place}.py", kind) for place, (text, kind) in enumerate(texts)
+    ]
     folder: Path = tmp_path_factory.mktemp("shards") / "x"
     shards = TokenShards.build(documents, TOKENIZER, folder)
     assert list(decode_documents(shards, TOKENIZER)) == documents
@@ -25,6 +29,8 @@ def test_code_and_commits_come_back_as_they_were(tmp_path_factory: object, texts
 def test_prose_and_conversations_come_back_as_text(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
     documents = [Document("file: x\n\nOnce", "book"), conversation(turns, "c", "c")]
-    prose, chat = decode_documents(TokenShards.build(documents, TOKENIZER, tmp_path / "x"), TOKENIZER)
+    prose, chat = decode_documents(
+        TokenShards.build(documents, TOKENIZER, tmp_path / "x"), TOKENIZER
+    )
     assert prose == Document("file: x\n\nOnce", "text 1")
     assert chat.kind == "text" and "why?" in chat.text and "because" in chat.text

@@ -25,7 +25,10 @@ def text_of(document: Document, options: EncodeOptions, tokenizer: object = TOKE
 def test_code_and_commits_are_told_where_they_lie_and_prose_is_not() -> None:
     assert text_of(CODE, EncodeOptions()) == f"file: repo/f.py\n\n{CODE.text}<|endoftext|>"
     assert text_of(CODE, EncodeOptions(header=False)) == f"{CODE.text}<|endoftext|>"
-    assert text_of(Document("Fix it", "repo@12", "commit"), EncodeOptions()) == "commit: repo@12\n\nFix it<|endoftext|>"
+    assert (
+        text_of(Document("Fix it", "repo@12", "commit"), EncodeOptions())
+        == "commit: repo@12\n\nFix it<|endoftext|>"
+    )
     assert text_of(Document("Once", "book"), EncodeOptions()) == "Once<|endoftext|>"
 
 
@@ -61,7 +64,9 @@ def test_long_texts_are_cut_at_line_ends_only(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("tokenizer", [FIM_TOKENIZER, TOKENIZER], ids=["tokens", "spelled"])
 def test_the_middle_moves_to_the_end_and_nothing_is_lost(tokenizer: object) -> None:
-    text = text_of(CODE, EncodeOptions(fim_rate=1.0, header=False), tokenizer).removesuffix("<|endoftext|>")
+    text = text_of(CODE, EncodeOptions(fim_rate=1.0, header=False), tokenizer).removesuffix(
+        "<|endoftext|>"
+    )
     before, rest = text.removeprefix(FIM[0]).split(FIM[1])
     after, middle = rest.split(FIM[2])
     assert before + middle + after == CODE.text
@@ -75,7 +80,9 @@ def test_fill_in_markers_are_control_tokens_where_the_tokenizer_has_them() -> No
 
 def test_the_rate_holds_and_prose_is_never_rearranged() -> None:
     options = EncodeOptions(fim_rate=0.5)
-    documents = [Document("def f(): return 1\n", f"repo/{number}.py", "code") for number in range(400)]
+    documents = [
+        Document("def f(): return 1\n", f"repo/{number}.py", "code") for number in range(400)
+    ]
     rearranged = sum("<fim_middle>" in text_of(document, options) for document in documents)
     assert 150 < rearranged < 250
     prose = Document("Once upon a time", "repo/0.md", "text")
@@ -83,6 +90,9 @@ def test_the_rate_holds_and_prose_is_never_rearranged() -> None:
 
 
 def test_the_same_seed_cuts_in_the_same_place() -> None:
-    encoded = [next(DocumentEncoder(TOKENIZER, EncodeOptions(fim_rate=1.0, seed=s)).encode([CODE])) for s in (1, 1, 2)]
+    encoded = [
+        next(DocumentEncoder(TOKENIZER, EncodeOptions(fim_rate=1.0, seed=s)).encode([CODE]))
+        for s in (1, 1, 2)
+    ]
     assert np.array_equal(encoded[0], encoded[1])
     assert not np.array_equal(encoded[0], encoded[2])

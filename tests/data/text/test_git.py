@@ -27,7 +27,9 @@ def test_files_at_a_commit_with_the_time_they_were_added(repository: Path, commi
         "engine/c.py": ("c = 1\n", "code", 200),
         "engine/docs/b.md": ("prose\n", "text", 100),
     }
-    assert by_name(list(read_git(repository, first, commits=False)))["engine/a.py"].text == "a = 1\n"
+    assert (
+        by_name(list(read_git(repository, first, commits=False)))["engine/a.py"].text == "a = 1\n"
+    )
 
 
 def test_a_file_added_again_has_its_first_time(repository: Path, commit: Commit) -> None:
@@ -47,10 +49,14 @@ def test_commits_are_message_and_diff_newest_first(repository: Path, commit: Com
         "commit",
         200,
     )
-    assert oldest.text.startswith("Add f\n\nIt returns one.\n\n--- /dev/null\n+++ a.py\n@@\n+def f():\n")
+    assert oldest.text.startswith(
+        "Add f\n\nIt returns one.\n\n--- /dev/null\n+++ a.py\n@@\n+def f():\n"
+    )
 
 
-def test_the_form_of_a_diff_does_not_depend_on_git_settings(repository: Path, commit: Commit) -> None:
+def test_the_form_of_a_diff_does_not_depend_on_git_settings(
+    repository: Path, commit: Commit
+) -> None:
     commit({"a.py": "a = 1\n"}, "one", 100)
     commit({"a.py": "a = 2\n"}, "two", 200)
     before = list(read_git(repository))
@@ -74,7 +80,9 @@ def test_what_is_no_text_to_learn_from_is_counted(repository: Path, commit: Comm
     }
     commit(files, "all", 100)
     skipped = Skipped()
-    assert [d.name for d in read_git(repository, commits=False, skipped=skipped)] == ["engine/good.py"]
+    assert [d.name for d in read_git(repository, commits=False, skipped=skipped)] == [
+        "engine/good.py"
+    ]
     assert skipped == {
         "binary or data": 3,
         "generated": 2,
@@ -85,7 +93,9 @@ def test_what_is_no_text_to_learn_from_is_counted(repository: Path, commit: Comm
     }
 
 
-def test_merges_binary_changes_and_huge_commits_are_left_out(repository: Path, commit: Commit) -> None:
+def test_merges_binary_changes_and_huge_commits_are_left_out(
+    repository: Path, commit: Commit
+) -> None:
     base = commit({"a.py": "a = 1\n"}, "base", 100)
     commit({"blob.bin": b"\0\1"}, "binary only", 200)
     commit({"long.py": "".join(f"x{i} = {i}\n" for i in range(9000))}, "import", 300)

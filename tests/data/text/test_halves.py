@@ -8,10 +8,16 @@ from hypothesis import strategies as st
 from deepseek.data.text.document import Document
 from deepseek.data.text.halves import SMALLEST_PART, halve
 
-LINES = st.lists(st.integers(0, 10**9).map("line {}\n".format), min_size=1, max_size=40, unique=True)
+LINES = st.lists(
+    st.integers(0, 10**9).map("line {}\n".format), min_size=1, max_size=40, unique=True
+)
 DOCUMENTS = st.lists(LINES, min_size=1, max_size=12).map(
     lambda texts: [
-        Document("".join(f"{number} {line}" for line in lines), f"folder-{number % 3}/{number}.txt", time=number + 1)
+        Document(
+            "".join(f"{number} {line}" for line in lines),
+            f"folder-{number % 3}/{number}.txt",
+            time=number + 1,
+        )
         for number, lines in enumerate(texts)
     ]
 )
@@ -32,7 +38,9 @@ def test_every_word_is_in_one_part_alone(documents: list[Document], by: str, see
 def test_neither_part_is_small_where_text_can_be_cut(documents: list[Document], by: str) -> None:
     validation, test = halve(documents, by)  # type: ignore[arg-type]
     sizes = [sum(len(document.text) for document in part) for part in (validation, test)]
-    longest_line = max(len(line) for document in documents for line in document.text.splitlines(keepends=True))
+    longest_line = max(
+        len(line) for document in documents for line in document.text.splitlines(keepends=True)
+    )
     assert min(sizes) >= SMALLEST_PART * sum(sizes) - len(documents) * longest_line
 
 

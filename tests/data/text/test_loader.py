@@ -1,4 +1,6 @@
-"""Rows: every target once per epoch, documents apart, and a resumed order equal to an uninterrupted one."""
+"""Rows: every target once per epoch, documents apart, and a resumed order equal to an uninterrupted
+one.
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,10 @@ from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.data.text.loader import IGNORE
 from deepseek.errors import DataError
 
-ASK, ANSWER = {"role": "user", "content": "what is the value?"}, {"role": "assistant", "content": "the router"}
+ASK, ANSWER = (
+    {"role": "user", "content": "what is the value?"},
+    {"role": "assistant", "content": "the router"},
+)
 DOCUMENTS = [
     Document("the value of the expert\n" * 9, "long"),
     Document("a", "short"),
@@ -31,14 +36,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
 
 
 def oracle(shards: TokenShards) -> list[tuple[int, int, int]]:
-    """For each stored token: its id, the next target in its document or IGNORE, its place in the document."""
+    """For each stored token: its id, the next target in its document or IGNORE, its place in the
+    document.
+    """
     table = []
     for start, stop in zip(shards.offsets[:-1].tolist(), shards.offsets[1:].tolist(), strict=True):
         ids = shards.ids_N[start:stop].astype(np.int64)
         for place in range(stop - start):
             target = int(ids[place + 1]) if place + 1 < stop - start else IGNORE
             context = target != IGNORE and target & int(CONTEXT_BIT)
-            table.append((int(ids[place]) & ~int(CONTEXT_BIT), IGNORE if context else target, place))
+            table.append(
+                (int(ids[place]) & ~int(CONTEXT_BIT), IGNORE if context else target, place)
+            )
     return table
 
 
@@ -52,7 +61,9 @@ def test_rows_hold_every_token_with_its_target_and_place(shards: TokenShards, le
     loader = RowLoader(shards, 1, length)
     whole = loader.rows(np.arange(loader.num_rows))
     expected = oracle(shards)
-    ids, labels, positions = (t.flatten().tolist() for t in (whole.input_ids, whole.labels, whole.position_ids))
+    ids, labels, positions = (
+        t.flatten().tolist() for t in (whole.input_ids, whole.labels, whole.position_ids)
+    )
     count = min(len(expected), len(ids))
     assert count >= len(expected) - 1  # the very last token predicts nothing
     for place, (identity, target, position) in enumerate(expected[:count]):
@@ -64,23 +75,34 @@ def test_rows_hold_every_token_with_its_target_and_place(shards: TokenShards, le
 
 
 @given(length=st.integers(1, 300), rows=st.integers(1, 5), seed=st.integers(0, 2**40))
-def test_an_epoch_shows_every_row_once(shards: TokenShards, length: int, rows: int, seed: int) -> None:
+def test_an_epoch_shows_every_row_once(
+    shards: TokenShards, length: int, rows: int, seed: int
+) -> None:
     loader = RowLoader(shards, rows, length, seed)
-    shown = torch.cat([loader.next().row_ids for _ in range(-(-2 * loader.num_rows // rows))]).tolist()
+    shown = torch.cat(
+        [loader.next().row_ids for _ in range(-(-2 * loader.num_rows // rows))]
+    ).tolist()
     for epoch in range(2):
         part = shown[epoch * loader.num_rows : (epoch + 1) * loader.num_rows]
         assert sorted(part) == list(range(loader.num_rows))
     assert loader.cursor >= 2 * loader.num_rows
 
 
-@given(steps=st.integers(0, 40), more=st.integers(1, 20), rows=st.integers(1, 4), seed=st.integers(0, 99))
+@given(
+    steps=st.integers(0, 40),
+    more=st.integers(1, 20),
+    rows=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
 def test_resuming_anywhere_equals_not_stopping(
     shards: TokenShards, steps: int, more: int, rows: int, seed: int
 ) -> None:
     whole = RowLoader(shards, rows, 16, seed)
     for _ in range(steps):
         whole.next()
-    state = {name: int(str(value)) for name, value in whole.state().items()}  # as JSON would carry it
+    state = {
+        name: int(str(value)) for name, value in whole.state().items()
+    }  # as JSON would carry it
     resumed = RowLoader(TokenShards(shards.folder), rows, 16, seed)
     resumed.load(state)
     assert all(equal(whole.next(), resumed.next()) for _ in range(more))
@@ -91,7 +113,12 @@ def test_a_row_by_its_id_is_the_row_of_the_batch(shards: TokenShards) -> None:
     loader = RowLoader(shards, 3, 16)
     batch = loader.next()
     assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 16)
-    assert {batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype, batch.row_ids.dtype} == {torch.int64}
+    assert {
+        batch.input_ids.dtype,
+        batch.labels.dtype,
+        batch.position_ids.dtype,
+        batch.row_ids.dtype,
+    } == {torch.int64}
     for place, row in enumerate(batch.row_ids.tolist()):
         single = loader.rows(row)
         assert torch.equal(single.input_ids[0], batch.input_ids[place])

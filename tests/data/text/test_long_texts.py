@@ -1,4 +1,6 @@
-"""Texts of one length: long documents are cut, short ones joined, and too little text is said to be too little."""
+"""Texts of one length: long documents are cut, short ones joined, and too little text is said to be
+too little.
+"""
 
 import pytest
 from tiny_tokenizer import tiny_tokenizer

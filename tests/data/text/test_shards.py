@@ -12,17 +12,23 @@ from deepseek.data.text.encode import DocumentEncoder
 from deepseek.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
-DOCUMENTS = [Document(f"the value of the expert is {number}\n" * 3, f"d{number}") for number in range(10)]
+DOCUMENTS = [
+    Document(f"the value of the expert is {number}\n" * 3, f"d{number}") for number in range(10)
+]
 
 
 def stamp(folder: Path) -> list[tuple[str, int]]:
     return sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())
 
 
-def test_the_ids_are_those_of_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ids_are_those_of_the_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards_module, "BATCH_CHARACTERS", 200)
     seen: list[tuple[int, int, str]] = []
-    shards = TokenShards.build(DOCUMENTS, TOKENIZER, tmp_path / "s", progress=lambda *step: seen.append(step))
+    shards = TokenShards.build(
+        DOCUMENTS, TOKENIZER, tmp_path / "s", progress=lambda *step: seen.append(step)
+    )
     expected = list(DocumentEncoder(TOKENIZER, EncodeOptions()).encode(DOCUMENTS))
     assert len(shards.offsets) == 10 + 1
     assert shards.num_tokens == sum(map(len, expected))
@@ -51,7 +57,9 @@ def test_the_same_text_is_tokenised_once(tmp_path: Path) -> None:
     ],
     ids=["fewer", "edited", "tokenizer", "options"],
 )
-def test_any_change_builds_them_anew(tmp_path: Path, documents: object, tokenizer: object, options: object) -> None:
+def test_any_change_builds_them_anew(
+    tmp_path: Path, documents: object, tokenizer: object, options: object
+) -> None:
     first = TokenShards.build(DOCUMENTS, TOKENIZER, tmp_path / "s")
     source, expected = first.source, next(DocumentEncoder(tokenizer, options).encode(documents))
     second = TokenShards.build(documents, tokenizer, tmp_path / "s", options)
@@ -60,7 +68,10 @@ def test_any_change_builds_them_anew(tmp_path: Path, documents: object, tokenize
 
 
 def test_the_digest_names_the_content(tmp_path: Path) -> None:
-    digests = [TokenShards.build(d, TOKENIZER, tmp_path / f"{len(d)}").digest for d in (DOCUMENTS, DOCUMENTS[:9])]
+    digests = [
+        TokenShards.build(d, TOKENIZER, tmp_path / f"{len(d)}").digest
+        for d in (DOCUMENTS, DOCUMENTS[:9])
+    ]
     assert digests[0] != digests[1]
     moved = (tmp_path / "10").rename(tmp_path / "moved")
     assert TokenShards(moved).digest == digests[0]
@@ -78,7 +89,9 @@ def test_a_flipped_bit_is_noticed_and_mended(tmp_path: Path) -> None:
     assert mended.digest == digest
 
 
-def test_an_interrupted_build_leaves_the_old_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_leaves_the_old_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = TokenShards.build(DOCUMENTS, TOKENIZER, tmp_path / "s").digest
     monkeypatch.setattr(shards_module, "BATCH_CHARACTERS", 200)
 

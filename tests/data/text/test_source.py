@@ -100,7 +100,11 @@ def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, cause: s
 def test_files_that_are_no_jsonl_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "latin.jsonl").write_bytes('{"text": "ü"}'.encode("latin-1"))
-    for name, cause in [("empty.jsonl", "is empty"), ("latin.jsonl", "not UTF-8"), ("gone.jsonl", "does not exist")]:
+    for name, cause in [
+        ("empty.jsonl", "is empty"),
+        ("latin.jsonl", "not UTF-8"),
+        ("gone.jsonl", "does not exist"),
+    ]:
         with pytest.raises(DataError, match=cause):
             list(read_records(tmp_path / name))
 

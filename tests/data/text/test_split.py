@@ -15,7 +15,9 @@ def documents(names: list[str]) -> list[Document]:
 
 
 @given(names, st.floats(0.01, 0.99), st.sampled_from(["file", "time"]), st.integers(0, 5))
-def test_both_sides_have_something_and_together_everything(names: list[str], share: float, by: str, seed: int) -> None:
+def test_both_sides_have_something_and_together_everything(
+    names: list[str], share: float, by: str, seed: int
+) -> None:
     whole = documents(names)
     train, held_out = split(whole, share, by, seed)
     assert train and held_out
@@ -65,10 +67,17 @@ def test_the_share_by_time_is_the_one_asked_for() -> None:
         (documents(["a"]), 0.1, "file", "Of 1 documents"),
         (documents(["a", "b"]), 0.0, "file", "between 0 and 1"),
         (documents(["a", "b"]), 1.0, "file", "between 0 and 1"),
-        ([Document("x", "a", time=3), Document("y", "b", time=3)], 0.5, "time", "no different times"),
+        (
+            [Document("x", "a", time=3), Document("y", "b", time=3)],
+            0.5,
+            "time",
+            "no different times",
+        ),
         (documents(["d/a", "d/b"]), 0.5, "directory", "Of 2 documents"),
     ],
 )
-def test_an_impossible_split_says_why(whole: list[Document], share: float, by: str, cause: str) -> None:
+def test_an_impossible_split_says_why(
+    whole: list[Document], share: float, by: str, cause: str
+) -> None:
     with pytest.raises(DataError, match=cause):
         split(whole, share, by)

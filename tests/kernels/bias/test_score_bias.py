@@ -1,4 +1,6 @@
-"""Attention with a bias of scores: tiles and chunks agree with the formula, and memory grows with the length only."""
+"""Attention with a bias of scores: tiles and chunks agree with the formula, and memory grows with
+the length only.
+"""
 
 import subprocess
 import sys
@@ -38,9 +40,13 @@ def problem(
 
     slope = 0.1 * torch.rand(batch, heads, total, generator=generator, dtype=torch.double)
     parts = [
-        normal(batch, heads, length, width), normal(batch, groups, total, width), normal(batch, groups, total, width),
-        normal(batch, heads, length, NUM_BUCKETS), slope.cumsum(-1), 1 + 0.2 * normal(batch, heads, length),
-    ]  # fmt: skip
+        normal(batch, heads, length, width),
+        normal(batch, groups, total, width),
+        normal(batch, groups, total, width),
+        normal(batch, heads, length, NUM_BUCKETS),
+        slope.cumsum(-1),
+        1 + 0.2 * normal(batch, heads, length),
+    ]
     return [part.requires_grad_() for part in parts]
 
 
@@ -49,7 +55,9 @@ def from_start(batch: int, length: int, past: int = 0) -> Visible:
 
 
 def runs(seed: int, batch: int, length: int, past: int) -> Visible:
-    """Return first keys as packed documents, windows or padding make them: rising along a row, never past it."""
+    """Return first keys as packed documents, windows or padding make them: rising along a row,
+    never past it.
+    """
     generator = torch.Generator().manual_seed(seed)
     slots = torch.arange(past, past + length).expand(batch, length)
     cuts = torch.rand(batch, length, generator=generator) < 0.02
@@ -66,9 +74,14 @@ def both(function: object, parts: list[Tensor], visible: Visible) -> list[Tensor
 
 @settings(max_examples=25)
 @given(
-    seed=st.integers(0, 999), batch=st.integers(1, 2), groups=st.integers(1, 2), repeats=st.integers(1, 3),
-    length=st.integers(1, 300), past=st.integers(0, 300), packed=st.booleans(),
-)  # fmt: skip
+    seed=st.integers(0, 999),
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    repeats=st.integers(1, 3),
+    length=st.integers(1, 300),
+    past=st.integers(0, 300),
+    packed=st.booleans(),
+)
 def test_tiles_and_chunks_are_the_reference(
     seed: int, batch: int, groups: int, repeats: int, length: int, past: int, packed: bool
 ) -> None:
@@ -84,7 +97,9 @@ def test_far_buckets_and_long_sums_agree() -> None:
     parts = problem(0, 1, 1, 1, 40, 4000)
     visible = from_start(1, 40)
     for found, right in zip(
-        both(biased_attention, parts, visible), both(reference_attention, parts, visible), strict=True
+        both(biased_attention, parts, visible),
+        both(reference_attention, parts, visible),
+        strict=True,
     ):
         torch.testing.assert_close(found, right, atol=2e-5, rtol=1e-4)
 
@@ -102,13 +117,19 @@ def test_gradients_pass_the_numerical_check() -> None:
 def test_no_bias_is_plain_attention_to_the_bit() -> None:
     query, key, value, *_ = (part.detach() for part in problem(0, 2, 2, 2, 50, 0))
     zero = ScoreBias(
-        torch.zeros(2, 4, 50, NUM_BUCKETS), torch.zeros(2, 4, 50, dtype=torch.double), torch.ones(2, 4, 50)
+        torch.zeros(2, 4, 50, NUM_BUCKETS),
+        torch.zeros(2, 4, 50, dtype=torch.double),
+        torch.ones(2, 4, 50),
     )
     visible = from_start(2, 50)
     plain = reference_attention(query, key, value, ScoreBias(), visible)
     assert torch.equal(reference_attention(query, key, value, zero, visible), plain)
-    sdpa = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(biased_attention(query, key, value, zero, visible), sdpa, atol=1e-6, rtol=0)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(
+        biased_attention(query, key, value, zero, visible), sdpa, atol=1e-6, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -121,7 +142,9 @@ def test_padding_between_tokens_is_neither_seen_nor_counted() -> None:
         query, key, value, ScoreBias(table, slope, scale), Visible(from_start(1, 30).first_BT, real)
     )
     bias = ScoreBias(table[:, :, kept], slope[:, :, kept], scale[:, :, kept])
-    alone = biased_attention(query[:, :, kept], key[:, :, kept], value[:, :, kept], bias, from_start(1, len(kept)))
+    alone = biased_attention(
+        query[:, :, kept], key[:, :, kept], value[:, :, kept], bias, from_start(1, len(kept))
+    )
     torch.testing.assert_close(padded[:, :, kept], alone, atol=1e-6, rtol=1e-5)
 
 
@@ -132,7 +155,8 @@ def test_later_keys_change_nothing() -> None:
     for part in later:
         part[:, :, 150:] += 1
     before, after = (
-        biased_attention(*some[:3], ScoreBias(*some[3:]), from_start(1, 200))[:, :, :150] for some in (parts, later)
+        biased_attention(*some[:3], ScoreBias(*some[3:]), from_start(1, 200))[:, :, :150]
+        for some in (parts, later)
     )
     torch.testing.assert_close(before, after, atol=1e-6, rtol=0)
 

@@ -1,4 +1,6 @@
-"""Every way of computing LSH attention agrees with the dense mask, and nothing depends on what comes later."""
+"""Every way of computing LSH attention agrees with the dense mask, and nothing depends on what
+comes later.
+"""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,7 +41,9 @@ class Problem:
         return self.key_codes.shape[1] // self.key.shape[1]
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Queries, keys, values, and the table, terms (always fp64) and factors of the bias where there is one."""
+        """Queries, keys, values, and the table, terms (always fp64) and factors of the bias where
+        there is one.
+        """
         parts = (self.query, self.key, self.value, *self.bias)
         keeps = (part.dtype == torch.float64 for part in parts)
         return [
@@ -49,9 +53,15 @@ class Problem:
 
     def fast(self, query: Tensor, key: Tensor, value: Tensor, *bias: Tensor) -> Tensor:
         return lsh_attention(
-            query, key, value, self.query_codes, self.key_codes, num_buckets=BUCKETS,
-            bias=ScoreBias(*bias) if bias else None, **self.options,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            self.query_codes,
+            self.key_codes,
+            num_buckets=BUCKETS,
+            bias=ScoreBias(*bias) if bias else None,
+            **self.options,
+        )
 
     def slow(self, query: Tensor, key: Tensor, value: Tensor, *bias: Tensor) -> Tensor:
         if not bias:
@@ -60,7 +70,9 @@ class Problem:
         length, total = query.shape[2], key.shape[2]
         real = self.options.get("key_mask_BS", torch.ones(len(query), total, dtype=torch.bool))
         rank = real.cumsum(-1)
-        bucket = distance_buckets(rank[:, -length:, None] - rank[:, None])[:, None].expand(-1, HEADS, -1, -1)
+        bucket = distance_buckets(rank[:, -length:, None] - rank[:, None])[:, None].expand(
+            -1, HEADS, -1, -1
+        )
         added = table.gather(-1, bucket) + term[:, :, None]
         return masked_attention(query * scale[..., None], key, value, self.mask(), added_BHTS=added)
 
@@ -69,14 +81,24 @@ class Problem:
 
     def windows(self) -> Windows:
         return Windows(
-            self.options["local_window"], self.options["sinks"], self.options["bucket_window"], BUCKETS, self.rounds
+            self.options["local_window"],
+            self.options["sinks"],
+            self.options["bucket_window"],
+            BUCKETS,
+            self.rounds,
         )
 
 
 def problem(
-    seed: int, total: int, length: int, packed: bool, padded: bool, rounds: int = 1, biased: bool = False,
+    seed: int,
+    total: int,
+    length: int,
+    packed: bool,
+    padded: bool,
+    rounds: int = 1,
+    biased: bool = False,
     **windows: int,
-) -> Problem:  # fmt: skip
+) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     batch, probes = 2, 3
 
@@ -85,32 +107,52 @@ def problem(
 
     options: dict[str, Any] = {"local_window": 9, "sinks": 2, "bucket_window": 5} | windows
     if packed:
-        options["document_ids_BS"] = (torch.rand(batch, total, generator=generator) < 0.05).cumsum(-1)
+        options["document_ids_BS"] = (torch.rand(batch, total, generator=generator) < 0.05).cumsum(
+            -1
+        )
     if padded:
         options["key_mask_BS"] = torch.rand(batch, total, generator=generator) < 0.8
     # Buckets of very different sizes, some empty, some never probed.
     popularity = torch.rand(BUCKETS, generator=generator) ** 3
-    key_codes = torch.multinomial(popularity, batch * GROUPS * rounds * total, True, generator=generator)
-    query_codes = (torch.rand(batch, HEADS, length, rounds, BUCKETS, generator=generator) + popularity).argsort(-1)
+    key_codes = torch.multinomial(
+        popularity, batch * GROUPS * rounds * total, True, generator=generator
+    )
+    query_codes = (
+        torch.rand(batch, HEADS, length, rounds, BUCKETS, generator=generator) + popularity
+    ).argsort(-1)
     parts = normal(HEADS, length), normal(GROUPS, total), normal(GROUPS, total)
     terms = torch.rand(batch, HEADS, total, generator=generator, dtype=torch.float64).cumsum(-1)
     table = torch.randn(batch, HEADS, length, NUM_BUCKETS, generator=generator)
     bias = (table, terms, 1 + torch.rand(batch, HEADS, length, generator=generator))
     return Problem(
-        *parts, query_codes[..., :probes].flatten(-2), key_codes.view(batch, -1, total), options,
+        *parts,
+        query_codes[..., :probes].flatten(-2),
+        key_codes.view(batch, -1, total),
+        options,
         bias if biased else (),
-    )  # fmt: skip
+    )
 
 
 def problems(most: int = 120) -> st.SearchStrategy[Problem]:
     def build(total: int, part: float, **rest: Any) -> Problem:
         return problem(total=total, length=max(1, round(part * total)), **rest)
 
-    windows = {"local_window": st.integers(1, 40), "sinks": st.integers(0, 5), "bucket_window": st.integers(1, 30)}
+    windows = {
+        "local_window": st.integers(1, 40),
+        "sinks": st.integers(0, 5),
+        "bucket_window": st.integers(1, 30),
+    }
     return st.builds(
-        build, seed=st.integers(0, 10**6), total=st.integers(1, most), part=st.sampled_from([1.0, 1.0, 0.4, 0.0]),
-        packed=st.booleans(), padded=st.booleans(), rounds=st.integers(1, 3), biased=st.booleans(), **windows,
-    )  # fmt: skip
+        build,
+        seed=st.integers(0, 10**6),
+        total=st.integers(1, most),
+        part=st.sampled_from([1.0, 1.0, 0.4, 0.0]),
+        packed=st.booleans(),
+        padded=st.booleans(),
+        rounds=st.integers(1, 3),
+        biased=st.booleans(),
+        **windows,
+    )
 
 
 def outcome(way: Any, inputs: list[Tensor]) -> list[Tensor]:
@@ -122,7 +164,9 @@ def outcome(way: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture(params=["strips", "tiles"])
 def way(request, monkeypatch):
-    """Run a test with the compiled kernels, and with torch's operators as on a machine without numba."""
+    """Run a test with the compiled kernels, and with torch's operators as on a machine without
+    numba.
+    """
     if request.param == "tiles":
         monkeypatch.setattr("deepseek.kernels.numba.openmp.runtime", lambda: None)
         monkeypatch.setattr(tiles, "SPAN", 16)
@@ -141,7 +185,9 @@ def test_outputs_and_gradients_are_those_of_the_dense_mask():
     @settings(max_examples=40)
     @given(case=problems())
     def check(case: Problem) -> None:
-        assert_close(outcome(case.fast, case.inputs()), outcome(case.slow, case.inputs(torch.float64)))
+        assert_close(
+            outcome(case.fast, case.inputs()), outcome(case.slow, case.inputs(torch.float64))
+        )
 
     check()
 
@@ -149,7 +195,17 @@ def test_outputs_and_gradients_are_those_of_the_dense_mask():
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("length", [1100, 3])
 def test_units_of_work_meet_without_a_seam(length):
-    case = problem(0, 1100, length, packed=True, padded=True, rounds=2, biased=True, local_window=40, bucket_window=30)
+    case = problem(
+        0,
+        1100,
+        length,
+        packed=True,
+        padded=True,
+        rounds=2,
+        biased=True,
+        local_window=40,
+        bucket_window=30,
+    )
     assert_close(outcome(case.fast, case.inputs()), outcome(case.slow, case.inputs(torch.float64)))
 
 
@@ -158,7 +214,10 @@ def test_units_of_work_meet_without_a_seam(length):
 def test_one_bucket_or_a_short_sequence_is_exact_attention(biased):
     for windows in ({"bucket_window": 100}, {"local_window": 100}):
         case = problem(1, 90, 90, packed=False, padded=False, biased=biased, **windows)
-        case.query_codes, case.key_codes = torch.zeros_like(case.query_codes[..., :1]), torch.zeros_like(case.key_codes)
+        case.query_codes, case.key_codes = (
+            torch.zeros_like(case.query_codes[..., :1]),
+            torch.zeros_like(case.key_codes),
+        )
 
         def exact(query: Tensor, key: Tensor, value: Tensor, *bias: Tensor) -> Tensor:
             if bias:
@@ -170,11 +229,19 @@ def test_one_bucket_or_a_short_sequence_is_exact_attention(biased):
 
 
 def test_gradients_match_finite_differences():
-    case = problem(2, 7, 5, packed=True, padded=True, rounds=2, biased=True, local_window=3, bucket_window=2)
+    case = problem(
+        2, 7, 5, packed=True, padded=True, rounds=2, biased=True, local_window=3, bucket_window=2
+    )
     case.query, case.query_codes = case.query[:1, :2, :, :3], case.query_codes[:1, :2]
-    case.key, case.value, case.key_codes = case.key[:1, :1, :, :3], case.value[:1, :1, :, :3], case.key_codes[:1, :2]
+    case.key, case.value, case.key_codes = (
+        case.key[:1, :1, :, :3],
+        case.value[:1, :1, :, :3],
+        case.key_codes[:1, :2],
+    )
     case.bias = tuple(part[:1, :2] for part in case.bias)
-    case.options |= {name: part[:1] for name, part in case.options.items() if isinstance(part, Tensor)}
+    case.options |= {
+        name: part[:1] for name, part in case.options.items() if isinstance(part, Tensor)
+    }
     assert torch.autograd.gradcheck(case.fast, case.inputs(torch.float64), fast_mode=True)
 
 
@@ -182,7 +249,9 @@ def test_gradients_match_finite_differences():
 @given(case=problems(), cut=st.floats(0, 1), seed=st.integers(0, 10**6))
 def test_nothing_depends_on_later_tokens_to_the_last_bit(case: Problem, cut: float, seed: int):
     total, length = case.key.shape[2], case.query.shape[2]
-    other = problem(seed, total, length, packed=False, padded=False, rounds=case.rounds, biased=True)
+    other = problem(
+        seed, total, length, packed=False, padded=False, rounds=case.rounds, biased=True
+    )
     first = round(cut * length)
     before = case.fast(case.query, case.key, case.value, *case.bias)
     names = ("query", "query_codes", "key", "value", "key_codes")
@@ -197,7 +266,10 @@ def test_nothing_depends_on_later_tokens_to_the_last_bit(case: Problem, cut: flo
 def test_candidates_of_a_prefix_are_those_in_the_whole(case: Problem, cut: float):
     missing = case.query.shape[2] - max(1, round(cut * case.query.shape[2]))
     total, length = case.key.shape[2] - missing, case.query.shape[2] - missing
-    options = {name: part[:, :total] if isinstance(part, Tensor) else part for name, part in case.options.items()}
+    options = {
+        name: part[:, :total] if isinstance(part, Tensor) else part
+        for name, part in case.options.items()
+    }
     prefix = candidate_mask(
         case.query_codes[:, :, :length], case.key_codes[:, :, :total], rounds=case.rounds, **options
     )
@@ -208,7 +280,9 @@ def test_candidates_of_a_prefix_are_those_in_the_whole(case: Problem, cut: float
 @given(case=problems(60), start=st.integers(0, 60))
 def test_decoding_looks_at_the_same_keys_and_computes_the_same(case: Problem, start: int):
     if "document_ids_BS" in case.options or case.query.shape[2] != case.key.shape[2]:
-        case = problem(start, 50, 50, packed=False, padded=True, rounds=case.rounds, biased=bool(case.bias))
+        case = problem(
+            start, 50, 50, packed=False, padded=True, rounds=case.rounds, biased=bool(case.bias)
+        )
     whole, mask = case.fast(case.query, case.key, case.value, *case.bias), case.mask()
     real = case.options.get("key_mask_BS", torch.ones(case.key_codes[:, 0].shape, dtype=torch.bool))
     buckets, total = BucketCache(case.windows()), case.key.shape[2]
@@ -222,7 +296,9 @@ def test_decoding_looks_at_the_same_keys_and_computes_the_same(case: Problem, st
         seen = torch.where(valid, position, total).unflatten(2, (HEADS // GROUPS, -1)).flatten(3)
         assert all(
             len(set(row)) == len(row)
-            for row in (seen + (seen == total) * torch.arange(seen.shape[-1])).flatten(0, 2).tolist()
+            for row in (seen + (seen == total) * torch.arange(seen.shape[-1]))
+            .flatten(0, 2)
+            .tolist()
         )
         found = found.scatter_(3, seen, True).flatten(1, 2)[..., :total]
         found[..., max(0, t + 1 - buckets.windows.local) : t + 1] |= real[
@@ -230,12 +306,19 @@ def test_decoding_looks_at_the_same_keys_and_computes_the_same(case: Problem, st
         ]
         assert torch.equal(found[real[:, t]], mask[:, :, t][real[:, t]])
         out = buckets.attend(
-            case.query[:, :, one], case.key[:, :, : t + 1], case.value[:, :, : t + 1], case.query_codes[:, :, one],
-            bias=ScoreBias(case.bias[0][:, :, one], case.bias[1][..., : t + 1], case.bias[2][..., one])
+            case.query[:, :, one],
+            case.key[:, :, : t + 1],
+            case.value[:, :, : t + 1],
+            case.query_codes[:, :, one],
+            bias=ScoreBias(
+                case.bias[0][:, :, one], case.bias[1][..., : t + 1], case.bias[2][..., one]
+            )
             if case.bias
             else None,
-        )  # fmt: skip
-        torch.testing.assert_close(out[real[:, t]], whole[:, :, one][real[:, t]], atol=1e-5, rtol=1e-5)
+        )
+        torch.testing.assert_close(
+            out[real[:, t]], whole[:, :, one][real[:, t]], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_the_cache_of_buckets_follows_its_sequences():
@@ -257,7 +340,9 @@ def test_the_cache_of_buckets_follows_its_sequences():
             case.value[picked][:, :, : t + 1],
         )
         codes = case.query_codes[picked][:, :, t : t + 1]
-        assert torch.equal(buckets.attend(*query, codes, 0.25), expected.attend(*query, codes, 0.25))
+        assert torch.equal(
+            buckets.attend(*query, codes, 0.25), expected.attend(*query, codes, 0.25)
+        )
 
 
 @pytest.mark.usefixtures("way")
@@ -273,7 +358,9 @@ def test_padding_gives_zeros_and_gets_no_gradient():
 
 @pytest.mark.usefixtures("way")
 def test_bfloat16_is_as_exact_as_bfloat16_can_be():
-    case = problem(5, 100, 100, packed=True, padded=True)  # without a bias, whose gradients are sums of many parts
+    case = problem(
+        5, 100, 100, packed=True, padded=True
+    )  # without a bias, whose gradients are sums of many parts
     results = outcome(case.fast, case.inputs(torch.bfloat16))
     rounded = [part.detach().double().requires_grad_() for part in case.inputs(torch.bfloat16)]
     assert all(part.dtype == torch.bfloat16 for part in results)
@@ -330,10 +417,17 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.usefixtures("way", "small_blocks")
-@pytest.mark.parametrize(("length", "packed", "padded"), [(60, False, False), (60, True, True), (13, False, True)])
+@pytest.mark.parametrize(
+    ("length", "packed", "padded"), [(60, False, False), (60, True, True), (13, False, True)]
+)
 def test_the_far_field_is_what_it_says(length, packed, padded):
     case = problem(7, 60, length, packed=packed, padded=padded, far_field=True, sinks=0)
-    slow = Problem(**{name: getattr(case, name) for name in ("query", "key", "value", "query_codes", "key_codes")})
+    slow = Problem(
+        **{
+            name: getattr(case, name)
+            for name in ("query", "key", "value", "query_codes", "key_codes")
+        }
+    )
     slow.options = {name: value for name, value in case.options.items() if name != "far_field"}
     way = partial(far_field_oracle, slow)
     assert_close(outcome(case.fast, case.inputs()), outcome(way, case.inputs(torch.float64)))
@@ -351,13 +445,18 @@ def test_the_far_field_is_causal_and_the_same_in_decoding():
             buckets.change_rows(lambda part: part.flip(0))
             turned = True
         parts = (
-            case.key_codes[:, :, one], case.query[:, :, one], case.key[:, :, : t + 1], case.value[:, :, : t + 1],
+            case.key_codes[:, :, one],
+            case.query[:, :, one],
+            case.key[:, :, : t + 1],
+            case.value[:, :, : t + 1],
             case.query_codes[:, :, one],
-        )  # fmt: skip
+        )
         codes, *parts = (part.flip(0) for part in parts) if turned else parts
         buckets.append(codes)
         out = buckets.attend(*parts)
-        torch.testing.assert_close(out.flip(0) if turned else out, whole[:, :, one], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            out.flip(0) if turned else out, whole[:, :, one], atol=1e-5, rtol=1e-5
+        )
     for part in (case.query, case.key, case.value):
         part[:, :, 50:] = torch.randn_like(part[:, :, 50:])
     assert torch.equal(case.fast(case.query, case.key, case.value)[:, :, :50], whole[:, :, :50])
@@ -365,6 +464,10 @@ def test_the_far_field_is_causal_and_the_same_in_decoding():
 
 @pytest.mark.parametrize("shape", [(3, 5, 64), (7, 4), (1, 1, 2, 256)])
 def test_the_likeliest_buckets_are_those_that_sorting_finds(shape: tuple[int, ...]) -> None:
-    scores = torch.stack([torch.randperm(shape[-1]).float() for _ in range(prod(shape[:-1]))]).view(shape)
+    scores = torch.stack([torch.randperm(shape[-1]).float() for _ in range(prod(shape[:-1]))]).view(
+        shape
+    )
     for probes in (1, 4):
-        assert torch.equal(likeliest(scores - shape[-1], probes), scores.argsort(-1, descending=True)[..., :probes])
+        assert torch.equal(
+            likeliest(scores - shape[-1], probes), scores.argsort(-1, descending=True)[..., :probes]
+        )

@@ -7,18 +7,27 @@ from torch import Tensor
 from deepseek.kernels.moe.grouped_mm import mix_experts, mix_experts_grouped, mix_experts_reference
 
 D, F = 24, 16
-# (tokens, experts, slots a token): none, one, fewer slots than experts, many tokens an expert, all experts.
+# (tokens, experts, slots a token): none, one, fewer slots than experts, many tokens an expert, all
+# experts.
 SIZES = [(0, 4, 2), (1, 8, 2), (9, 32, 4), (200, 4, 2), (33, 3, 3)]
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
 def kernels(request, monkeypatch):
-    """Run every test with compiled kernels, however small the problem, and with torch's operators."""
-    monkeypatch.setattr("deepseek.kernels.moe.grouped_mm.SMALL", 0 if request.param == "compiled" else 1 << 60)
+    """Run every test with compiled kernels, however small the problem, and with torch's
+    operators.
+    """
+    monkeypatch.setattr(
+        "deepseek.kernels.moe.grouped_mm.SMALL", 0 if request.param == "compiled" else 1 << 60
+    )
 
 
-def problem(tokens: int, experts: int, slots: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Inputs of `mix_experts`, in which some slots take no part and the last expert gets no token."""
+def problem(
+    tokens: int, experts: int, slots: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """Inputs of `mix_experts`, in which some slots take no part and the last expert gets no
+    token.
+    """
     torch.manual_seed(tokens + experts)
     x = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
     gate_up = (torch.randn(experts, 2 * F, D) * 0.2).to(dtype).requires_grad_()
@@ -40,7 +49,9 @@ def outcome(way, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("way", [mix_experts, mix_experts_grouped], ids=["segments", "grouped_mm"])
 def test_fast_ways_agree_with_the_reference(way, size):
     inputs = problem(*size)
-    for fast, slow in zip(outcome(way, inputs), outcome(mix_experts_reference, inputs), strict=True):
+    for fast, slow in zip(
+        outcome(way, inputs), outcome(mix_experts_reference, inputs), strict=True
+    ):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
 
 
@@ -48,7 +59,9 @@ def test_fast_ways_agree_with_the_reference(way, size):
 def test_inference_agrees_with_the_reference(size):
     inputs = problem(*size)
     with torch.no_grad():
-        torch.testing.assert_close(mix_experts(*inputs), mix_experts_reference(*inputs), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            mix_experts(*inputs), mix_experts_reference(*inputs), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -67,7 +80,8 @@ def test_bfloat16_gradients_are_those_of_the_reference(size):
     exact = outcome(mix_experts_reference, wide)
     rounded = outcome(mix_experts_reference, inputs)
     for fast, reference, slow in zip(outcome(mix_experts, inputs), rounded, exact, strict=True):
-        # How much a sum in bf16 is off depends on the processor; the fast way may not be off by more than torch's own.
+        # How much a sum in bf16 is off depends on the processor; the fast way may not be off by
+        # more than torch's own.
         error, allowed = (fast.double() - slow).abs(), (reference.double() - slow).abs()
         assert error.norm() <= 1.2 * allowed.norm() + 1e-3 * slow.norm()
         assert not error.numel() or error.max() <= 2 * allowed.max() + 1e-2 * slow.abs().max()
@@ -118,12 +132,16 @@ def test_no_slot_in_use_gives_zeros_and_zero_gradients(way):
 def test_frozen_experts_get_no_gradient_but_the_tokens_do():
     x, gate_up, down, ids, weights = problem(6, 4, 2)
     mix_experts(x, gate_up.detach(), down.detach(), ids, weights).sum().backward()
-    expected = torch.autograd.grad(mix_experts_reference(x, gate_up, down, ids, weights).sum(), x)[0]
+    expected = torch.autograd.grad(mix_experts_reference(x, gate_up, down, ids, weights).sum(), x)[
+        0
+    ]
     torch.testing.assert_close(x.grad, expected, atol=1e-5, rtol=0)
 
 
 def test_compiled_agrees_forward_and_backward():
     inputs = problem(20, 6, 3)
     compiled = torch.compile(mix_experts, fullgraph=True, backend="aot_eager")
-    for fast, slow in zip(outcome(compiled, inputs), outcome(mix_experts_reference, inputs), strict=True):
+    for fast, slow in zip(
+        outcome(compiled, inputs), outcome(mix_experts_reference, inputs), strict=True
+    ):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)

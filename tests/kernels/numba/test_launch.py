@@ -31,14 +31,18 @@ if __name__ == "__main__":
 """
 
 
-def test_the_process_that_compiles_a_kernel_computes_what_those_that_load_it_do(tmp_path: Path) -> None:
+def test_the_process_that_compiles_a_kernel_computes_what_those_that_load_it_do(
+    tmp_path: Path,
+) -> None:
     program = tmp_path / "kernel.py"
     program.write_text(KERNEL)
 
     def printed() -> str:
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
         command = [sys.executable, str(program)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
 
     compiled = printed()
     assert list(tmp_path.rglob("*.nbc"))

@@ -14,17 +14,32 @@ HEADS, GROUPS, WIDTH, BUCKETS = 4, 2, 16, 6
 
 def some_hash(seed: int = 0) -> LinearHash:
     torch.manual_seed(seed)
-    shapes = ((GROUPS, WIDTH, BUCKETS), (GROUPS, BUCKETS), (HEADS, WIDTH, BUCKETS), (HEADS, BUCKETS))
+    shapes = (
+        (GROUPS, WIDTH, BUCKETS),
+        (GROUPS, BUCKETS),
+        (HEADS, WIDTH, BUCKETS),
+        (HEADS, BUCKETS),
+    )
     return LinearHash(*(torch.randn(shape) for shape in shapes))
 
 
 def small_model(**changes: object) -> DeepSeekModel:
     torch.manual_seed(0)
     shape = {
-        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "attention": "lsh", "lsh_num_buckets": BUCKETS,
-        "lsh_probes": 2, "lsh_bucket_window": 3, "lsh_local_window": 7, "lsh_exact_layers": [0],
-    }  # fmt: skip
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "attention": "lsh",
+        "lsh_num_buckets": BUCKETS,
+        "lsh_probes": 2,
+        "lsh_bucket_window": 3,
+        "lsh_local_window": 7,
+        "lsh_exact_layers": [0],
+    }
     return DeepSeekModel(ModelConfig(**(shape | changes))).eval()
 
 
@@ -52,7 +67,10 @@ def test_a_saved_hash_comes_back_bit_for_bit(tmp_path: Path) -> None:
     loaded = load_hashes(tmp_path / "lsh" / "hash.safetensors", "base")
     assert loaded.keys() == hashes.keys()
     for layer, one in hashes.items():
-        assert all(torch.equal(tensor, loaded[layer].tensors()[name]) for name, tensor in one.tensors().items())
+        assert all(
+            torch.equal(tensor, loaded[layer].tensors()[name])
+            for name, tensor in one.tensors().items()
+        )
 
 
 def test_a_missing_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
@@ -74,7 +92,9 @@ def test_a_model_takes_its_hashes_and_hashes_before_positions() -> None:
     read: list[torch.Tensor] = []
     codes = hashes[1].key_codes
     hashes[1].key_codes = lambda key: (read.append(key), codes(key))[1]  # type: ignore[method-assign, func-returns-value]
-    ids = torch.full((1, 40), 5)  # the same token everywhere: only positions could tell the keys of layer 1 apart
+    ids = torch.full(
+        (1, 40), 5
+    )  # the same token everywhere: only positions could tell the keys of layer 1 apart
     model(ids)
     first, last = read[0][0, :, 0], read[0][0, :, -1]
     torch.testing.assert_close(first, last, atol=1e-4, rtol=1e-4)
@@ -89,6 +109,8 @@ def test_a_model_takes_its_hashes_and_hashes_before_positions() -> None:
         ({"lsh_rounds": 2}, "one round"),
     ],
 )
-def test_a_hash_that_does_not_fit_the_model_is_refused(changes: dict[str, object], message: str) -> None:
+def test_a_hash_that_does_not_fit_the_model_is_refused(
+    changes: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         plug_hashes(small_model(**changes), {1: some_hash(), 2: some_hash(1)})

@@ -1,4 +1,6 @@
-"""LSH attention as a function, and inside a small model: training, packed and padded rows, cache, generation."""
+"""LSH attention as a function, and inside a small model: training, packed and padded rows, cache,
+generation.
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +22,22 @@ from deepseek.model.kv_cache import KVCache
 
 def small_config(**changes: Any) -> ModelConfig:
     shape: dict[str, Any] = {
-        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15, "attention": "lsh",
-        "lsh_num_buckets": 6, "lsh_probes": 2, "lsh_bucket_window": 3, "lsh_local_window": 7, "lsh_sinks": 2,
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.15,
+        "attention": "lsh",
+        "lsh_num_buckets": 6,
+        "lsh_probes": 2,
+        "lsh_bucket_window": 3,
+        "lsh_local_window": 7,
+        "lsh_sinks": 2,
         "lsh_exact_layers": [0],
-    }  # fmt: skip
+    }
     return ModelConfig(**(shape | changes))
 
 
@@ -65,13 +78,19 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def tensors(*shape: int, heads: int = 4, groups: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     batch, length, width = shape
-    sizes = ((batch, heads, length, width), (batch, groups, length, width), (batch, groups, length, width))
+    sizes = (
+        (batch, heads, length, width),
+        (batch, groups, length, width),
+        (batch, groups, length, width),
+    )
     query, key, value = (torch.randn(size, generator=generator) for size in sizes)
     return query, key, value
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("windows", [{"num_buckets": 1, "bucket_window": 90}, {"local_window": 90}], ids=str)
+@pytest.mark.parametrize(
+    "windows", [{"num_buckets": 1, "bucket_window": 90}, {"local_window": 90}], ids=str
+)
 def test_looking_everywhere_is_exact_attention(causal: bool, windows: dict[str, int]) -> None:
     query, key, value = tensors(2, 90, 16)
     exact = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
@@ -81,12 +100,19 @@ def test_looking_everywhere_is_exact_attention(causal: bool, windows: dict[str, 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_heads_and_batch_may_be_left_out(causal: bool) -> None:
-    options: dict[str, Any] = {"num_buckets": 8, "causal": causal, "local_window": 10, "bucket_window": 5}
+    options: dict[str, Any] = {
+        "num_buckets": 8,
+        "causal": causal,
+        "local_window": 10,
+        "bucket_window": 5,
+    }
     options["num_rounds"] = 2
     query, key, value = tensors(3, 80, 32, heads=1, groups=1)
     whole = sparse_attention(query, key, value, **options)
     assert whole.shape == query.shape
-    assert torch.equal(whole[:, 0], sparse_attention(query[:, 0], key[:, 0], value[:, 0], **options))
+    assert torch.equal(
+        whole[:, 0], sparse_attention(query[:, 0], key[:, 0], value[:, 0], **options)
+    )
     first = sparse_attention(query[0, 0], key[0, 0], value[0, 0], **options)
     torch.testing.assert_close(whole[0, 0], first, atol=1e-6, rtol=0)
 
@@ -94,8 +120,12 @@ def test_heads_and_batch_may_be_left_out(causal: bool) -> None:
 def test_without_causality_a_query_also_looks_ahead() -> None:
     query, key, value = tensors(1, 60, 16)
     options = {"num_buckets": 4, "probes": 2, "local_window": 5, "bucket_window": 6}
-    ahead = sparse_attention(query.flip(2), key.flip(2), value.flip(2), causal=False, sinks=0, **options).flip(2)
-    torch.testing.assert_close(sparse_attention(query, key, value, causal=False, sinks=0, **options), ahead)
+    ahead = sparse_attention(
+        query.flip(2), key.flip(2), value.flip(2), causal=False, sinks=0, **options
+    ).flip(2)
+    torch.testing.assert_close(
+        sparse_attention(query, key, value, causal=False, sinks=0, **options), ahead
+    )
 
 
 def test_any_hash_may_name_the_buckets() -> None:
@@ -110,7 +140,15 @@ def test_any_hash_may_name_the_buckets() -> None:
 
     query, key, value = tensors(1, 40, 16)
     out = sparse_attention(
-        query, key, value, num_buckets=2, local_window=1, bucket_window=40, sinks=0, probes=1, hash=Parity()
+        query,
+        key,
+        value,
+        num_buckets=2,
+        local_window=1,
+        bucket_window=40,
+        sinks=0,
+        probes=1,
+        hash=Parity(),
     )
     distance = torch.arange(40)[:, None] - torch.arange(40)
     expected = scaled_dot_product_attention(
@@ -134,14 +172,19 @@ def test_any_hash_may_name_the_buckets() -> None:
 def test_a_contradiction_is_a_clear_error(change: dict[str, Any], told: str) -> None:
     query, key, value = tensors(1, 40, 16)
     given = {"query": query, "key": key, "value": value}
-    given |= {name: torch.zeros(value) if isinstance(value, tuple) else value for name, value in change.items()}
+    given |= {
+        name: torch.zeros(value) if isinstance(value, tuple) else value
+        for name, value in change.items()
+    }
     with pytest.raises(ConfigError, match=told):
         sparse_attention(**given)
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(1, 47), max_size=30), seed=st.integers(0, 1000))
-def test_cached_steps_equal_one_forward(each_model: DeepSeekModel, cuts: list[int], seed: int) -> None:
+def test_cached_steps_equal_one_forward(
+    each_model: DeepSeekModel, cuts: list[int], seed: int
+) -> None:
     model = each_model
     ids = torch.randint(0, 97, (2, 48), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones(2, 48, dtype=torch.long)
@@ -158,13 +201,17 @@ def test_cached_steps_equal_one_forward(each_model: DeepSeekModel, cuts: list[in
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rounds"])  # blocks lie at fixed slots of a row
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind != "rounds"]
+)  # blocks lie at fixed slots of a row
 def test_padding_and_packing_change_nothing(kind: str) -> None:
     model = small_model(kind)
     ids = torch.randint(0, 97, (1, 60))
     padded = torch.cat((torch.zeros(1, 9, dtype=torch.long), ids), 1)
     mask = (torch.arange(69) >= 9).long()[None]
-    torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 9:], model(ids).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask).logits[:, 9:], model(ids).logits, atol=1e-4, rtol=0
+    )
     positions = torch.cat((torch.arange(35), torch.arange(25)))[None]
     packed = model(ids, position_ids=positions).logits
     torch.testing.assert_close(packed[:, :35], model(ids[:, :35]).logits, atol=1e-4, rtol=0)
@@ -177,7 +224,9 @@ def test_later_tokens_never_change_earlier_ones(each_model: DeepSeekModel) -> No
     ids = torch.randint(0, 97, (1, 60))
     changed = ids.clone()
     changed[:, 30:] = (changed[:, 30:] + 1) % 97
-    torch.testing.assert_close(model(ids).logits[:, :30], model(changed).logits[:, :30], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model(ids).logits[:, :30], model(changed).logits[:, :30], atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -186,7 +235,12 @@ def test_generation_with_and_without_cache(each_model: DeepSeekModel) -> None:
     ids = torch.randint(0, 97, (2, 20))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     for beams in (1, 3):
         cached = model.generate(ids, num_beams=beams, **options)
         assert torch.equal(cached, model.generate(ids, num_beams=beams, use_cache=False, **options))
@@ -204,7 +258,10 @@ def test_the_cache_can_be_cut_back_and_changed_row_by_row(each_model: DeepSeekMo
     cache.reorder_cache(torch.tensor([1, 0]))
     token = torch.tensor([[5], [6]])
     torch.testing.assert_close(
-        model(token, cache=cache).logits, model(torch.cat((ids, token), 1)).logits[:, -1:], atol=1e-4, rtol=0
+        model(token, cache=cache).logits,
+        model(torch.cat((ids, token), 1)).logits[:, -1:],
+        atol=1e-4,
+        rtol=0,
     )
 
 
@@ -223,13 +280,19 @@ def test_every_weight_learns_and_checkpointing_changes_nothing(kind: str) -> Non
 
 
 @torch.no_grad()
-def test_where_all_layers_are_exact_it_is_the_full_model(model: DeepSeekModel, tmp_path: Path) -> None:
+def test_where_all_layers_are_exact_it_is_the_full_model(
+    model: DeepSeekModel, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (2, 40))
     again = DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(again(ids).logits, model(ids).logits)
-    full = DeepSeekModel.from_pretrained(tmp_path, config=ModelConfig(attention="full"), dtype=torch.float32)
-    exact = DeepSeekModel.from_pretrained(tmp_path, config=ModelConfig(lsh_exact_layers=[0, 1, 2]), dtype=torch.float32)
+    full = DeepSeekModel.from_pretrained(
+        tmp_path, config=ModelConfig(attention="full"), dtype=torch.float32
+    )
+    exact = DeepSeekModel.from_pretrained(
+        tmp_path, config=ModelConfig(lsh_exact_layers=[0, 1, 2]), dtype=torch.float32
+    )
     assert torch.equal(full(ids).logits, exact(ids).logits)
     assert not torch.allclose(full(ids).logits, model(ids).logits, atol=1e-3)
 

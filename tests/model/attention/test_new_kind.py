@@ -1,4 +1,6 @@
-"""A new kind of attention is one class and one row in a table, what it keeps of past tokens included."""
+"""A new kind of attention is one class and one row in a table, what it keeps of past tokens
+included.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +48,11 @@ class LoudestKeys:
 
     def extend(self, segment: Self) -> None:
         if segment.loudest is not None:
-            self.loudest = segment.loudest if self.loudest is None else torch.cat((self.loudest, segment.loudest), 2)
+            self.loudest = (
+                segment.loudest
+                if self.loudest is None
+                else torch.cat((self.loudest, segment.loudest), 2)
+            )
 
     def crop(self, length: int) -> None:
         if self.loudest is not None:
@@ -66,14 +72,23 @@ class LoudAttention(FullAttention):
             raise ConfigError("attention='loud' has no sliding window; leave sliding_window out.")
 
     def state_bytes(self, length: int, itemsize: int) -> int:
-        return super().state_bytes(length, itemsize) + self.groups * self.head_dim * itemsize * length
+        return (
+            super().state_bytes(length, itemsize) + self.groups * self.head_dim * itemsize * length
+        )
 
     def attend(
-        self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, plain: tuple[Tensor, Tensor],
-        bias: ScoreBias | None, ctx: ForwardContext,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_BHTK: Tensor,
+        key_BGSK: Tensor,
+        value_BGSK: Tensor,
+        plain: tuple[Tensor, Tensor],
+        bias: ScoreBias | None,
+        ctx: ForwardContext,
+    ) -> Tensor:
         attended_BHTK = super().attend(query_BHTK, key_BGSK, value_BGSK, plain, bias, ctx)
-        state = layer_state(ctx.cache, self.layer_idx, LoudestKeys, LoudestKeys, "Loud attention needs")
+        state = layer_state(
+            ctx.cache, self.layer_idx, LoudestKeys, LoudestKeys, "Loud attention needs"
+        )
         loudest_BGTK = plain[1].cummax(2).values
         if state.loudest is not None:
             loudest_BGTK = torch.maximum(loudest_BGTK, state.loudest[:, :, -1:])
@@ -136,7 +151,9 @@ def test_a_cache_is_cropped_and_its_rows_are_changed(loud: Loaded) -> None:
     torch.testing.assert_close(model(ids[:, -4:], cache=cache).logits, whole_logits[:, -4:])
     cache.crop(-4)
     cache.reorder_cache(torch.tensor([1, 0]))
-    torch.testing.assert_close(model(ids.flip(0)[:, -4:], cache=cache).logits, whole_logits.flip(0)[:, -4:])
+    torch.testing.assert_close(
+        model(ids.flip(0)[:, -4:], cache=cache).logits, whole_logits.flip(0)[:, -4:]
+    )
 
 
 def test_the_config_knows_the_kind_and_asks_it(loud: Loaded) -> None:
@@ -147,6 +164,8 @@ def test_the_config_knows_the_kind_and_asks_it(loud: Loaded) -> None:
         ModelConfig(attention="lout")
 
 
-@pytest.mark.parametrize("name", ["engine/torch_runner.py", "runner.py", "model/kv_cache.py", "model/config.py"])
+@pytest.mark.parametrize(
+    "name", ["engine/torch_runner.py", "runner.py", "model/kv_cache.py", "model/config.py"]
+)
 def test_what_serves_every_kind_names_none(name: str) -> None:
     assert "lsh" not in (PACKAGE / name).read_text().lower()

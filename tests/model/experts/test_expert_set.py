@@ -44,9 +44,16 @@ def test_generation_is_bit_identical_before_plugged_unarmed_and_after(model, mak
 
     def run():
         output = model.generate(
-            ids, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+            ids,
+            max_new_tokens=16,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
         )
-        return torch.cat([output.sequences.float(), torch.stack(output.logits, 1).flatten(1).float()], dim=1)
+        return torch.cat(
+            [output.sequences.float(), torch.stack(output.logits, 1).flatten(1).float()], dim=1
+        )
 
     before = run()
     model.experts.plug(make_pack(bias=0.5))
@@ -70,7 +77,10 @@ def test_saved_model_and_state_do_not_know_plugged_experts(model, make_pack, tmp
 
 
 def test_every_plug_order_gives_the_same_bits(model, make_pack, ids):
-    packs = [make_pack(f"e{i}", layers=layers, seed=i, bias=0.4) for i, layers in enumerate([(3,), (1, 3), (0, 1, 3)])]
+    packs = [
+        make_pack(f"e{i}", layers=layers, seed=i, bias=0.4)
+        for i, layers in enumerate([(3,), (1, 3), (0, 1, 3)])
+    ]
     seen = []
     for order in itertools.permutations(packs):
         for pack in order:
@@ -81,7 +91,9 @@ def test_every_plug_order_gives_the_same_bits(model, make_pack, ids):
     assert all(torch.equal(seen[0], one) for one in seen)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(cuts=st.lists(st.integers(1, 39), max_size=6), padding=st.integers(0, 12))
 def test_decoding_in_pieces_equals_one_forward(model, make_pack, ids, cuts, padding):
     names = {info.name for info in model.experts.list()}
@@ -93,7 +105,8 @@ def test_decoding_in_pieces_equals_one_forward(model, make_pack, ids, cuts, padd
     bounds = [0, *sorted(set(cuts)), 40]
     cache = KVCache()
     pieces = [
-        logits_of(model, ids[:, i:j], attention_mask=mask[:, :j], cache=cache) for i, j in itertools.pairwise(bounds)
+        logits_of(model, ids[:, i:j], attention_mask=mask[:, :j], cache=cache)
+        for i, j in itertools.pairwise(bounds)
     ]
     real = mask.bool()
     torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=2e-4, rtol=1e-4)
@@ -116,7 +129,9 @@ def test_padding_changes_no_real_token_and_hears_no_expert(model, make_pack, ids
     plain = model(ids[:, 7:])
     torch.testing.assert_close(padded.logits[:, 7:], plain.logits, atol=1e-4, rtol=1e-4)
     assert padded.experts.attribution()[:, :7].eq(0).all()
-    torch.testing.assert_close(padded.experts.attribution()[:, 7:], plain.experts.attribution(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        padded.experts.attribution()[:, 7:], plain.experts.attribution(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_padding_at_the_end_hears_no_expert_either(model, make_pack, ids):
@@ -124,7 +139,9 @@ def test_padding_at_the_end_hears_no_expert_either(model, make_pack, ids):
     mask = torch.ones_like(ids)
     mask[0, 30:] = 0
     weights = model(ids, attention_mask=mask).experts.attribution()
-    assert weights[0, :30].gt(0).any() and weights[0, 30:].eq(0).all() and weights[1, 30:].gt(0).any()
+    assert (
+        weights[0, :30].gt(0).any() and weights[0, 30:].eq(0).all() and weights[1, 30:].gt(0).any()
+    )
 
 
 def test_a_sequence_in_flight_keeps_its_experts(model, make_pack, ids):
@@ -169,7 +186,9 @@ def test_plugging_while_other_threads_run_gives_only_whole_states(model, make_pa
 
 
 def test_unplugging_and_dropping_free_the_memory(make_pack, ids):
-    model = DeepSeekModel(ModelConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4))
+    model = DeepSeekModel(
+        ModelConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    )
     pack = make_pack()
     model.experts.base = pack.manifest.base
     model.experts.plug(pack)
@@ -210,9 +229,14 @@ def test_arming_chooses_and_explains(model, make_pack, ids):
         model.experts.plug(make_pack(name, seed=len(name), bias=0.5))
     assert model.experts.arm("auto") == ("german", "python")
     assert model.experts.arm(["python"]) == ("python",)
-    assert {info.name: info.armed for info in model.experts.list()} == {"python": True, "german": False}
+    assert {info.name: info.armed for info in model.experts.list()} == {
+        "python": True,
+        "german": False,
+    }
     assert model(ids).experts.names == ("python",)
-    assert model.experts.choose("python").roster is model.experts.armed().roster  # whose gates are solved once
+    assert (
+        model.experts.choose("python").roster is model.experts.armed().roster
+    )  # whose gates are solved once
     only_python = logits_of(model, ids)
     model.experts.plug(make_pack("later", seed=9, bias=0.5))
     assert torch.equal(logits_of(model, ids), only_python)
@@ -239,7 +263,12 @@ def test_names_are_unique_and_a_file_works_as_a_pack_does(model, make_pack, ids,
     pack = make_pack(bias=0.5)
     write_pack(tmp_path / "code.safetensors", pack)
     info = model.experts.plug(tmp_path / "code.safetensors")
-    assert (info.name, info.licence, info.layers, info.armed) == ("code", "Apache-2.0", (1, 3), True)
+    assert (info.name, info.licence, info.layers, info.armed) == (
+        "code",
+        "Apache-2.0",
+        (1, 3),
+        True,
+    )
     assert info.num_bytes == 2 * 3 * 24 * 32 * 4
     from_file = logits_of(model, ids)
     with pytest.raises(PackError, match="plugged already"):
@@ -251,7 +280,9 @@ def test_names_are_unique_and_a_file_works_as_a_pack_does(model, make_pack, ids,
 
 
 def test_a_model_without_a_folder_cannot_match_packs(make_pack):
-    model = DeepSeekModel(ModelConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4))
+    model = DeepSeekModel(
+        ModelConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    )
     with pytest.raises(PackError, match="not loaded from a folder"):
         model.experts.plug(make_pack())
 
@@ -353,7 +384,9 @@ def test_pack_round_trip_keeps_module_and_gates(make_module, base):
 
 def measured(pack, after):
     """Return the pack with a held-out loss of 2.0 before and `after` after it."""
-    manifest = pack.manifest.model_copy(update={"metrics": {"held-out": Metric(before=2.0, after=after)}})
+    manifest = pack.manifest.model_copy(
+        update={"metrics": {"held-out": Metric(before=2.0, after=after)}}
+    )
     return ExpertPack.seal(manifest, pack.tensors)
 
 

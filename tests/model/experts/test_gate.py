@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from deepseek.model.context import ForwardContext
 from deepseek.model.experts.armed import combine
-from deepseek.model.experts.gate import NATS, RIDGE, SHARPNESS, GateBank, arbitrate, contrasts, running_mean
+from deepseek.model.experts.gate import (
+    NATS,
+    RIDGE,
+    SHARPNESS,
+    GateBank,
+    arbitrate,
+    contrasts,
+    running_mean,
+)
 from deepseek.packs.manifest import MOMENTS
 
 seeds = st.integers(0, 10_000)
@@ -22,12 +30,22 @@ def mean_by_hand(scores_TRM, decay_M, real_T, documents_T):
             total, count = 0.0 * total, 0.0 * count
         if real_T[t]:
             total, count = total * decay_M + scores_TRM[t], count * decay_M + 1.0
-        means.append(total / count if real_T[: t + 1].any() and real_T[t] else torch.zeros_like(scores_TRM[t]))
+        means.append(
+            total / count
+            if real_T[: t + 1].any() and real_T[t]
+            else torch.zeros_like(scores_TRM[t])
+        )
     return torch.stack(means)
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, length=st.integers(1, 70), cut=st.integers(0, 70), padded=st.booleans(), packed=st.booleans())
+@given(
+    seed=seeds,
+    length=st.integers(1, 70),
+    cut=st.integers(0, 70),
+    padded=st.booleans(),
+    packed=st.booleans(),
+)
 def test_running_mean_equals_the_recursion_however_it_is_cut(seed, length, cut, padded, packed):
     random = torch.Generator().manual_seed(seed)
     scores = torch.randn(2, length, 2, 3, generator=random)
@@ -43,14 +61,18 @@ def test_running_mean_equals_the_recursion_however_it_is_cut(seed, length, cut, 
     if not packed:
         cut = min(cut, length - 1)
         masks = (None, None) if real is None else (real[:, :cut], real[:, cut:])
-        first, middle = running_mean(scores[:, :cut], decay, None, masks[0]) if cut else (scores[:, :0], None)
+        first, middle = (
+            running_mean(scores[:, :cut], decay, None, masks[0]) if cut else (scores[:, :0], None)
+        )
         second, end = running_mean(scores[:, cut:], decay, middle, masks[1])
         torch.testing.assert_close(torch.cat([first, second], 1), got, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(end, state, atol=1e-4, rtol=1e-5)
 
 
 def test_half_life_is_what_it_says():
-    bank = GateBank.stack([torch.zeros(5)], [torch.zeros(MOMENTS, 4)], [16.0], 5, torch.device("cpu"))
+    bank = GateBank.stack(
+        [torch.zeros(5)], [torch.zeros(MOMENTS, 4)], [16.0], 5, torch.device("cpu")
+    )
     scores = torch.zeros(1, 4000, 1, 1)
     scores[:, :3000] = 1.0
     mean, _ = running_mean(scores, bank.decay)
@@ -69,7 +91,9 @@ def test_arbitration_properties(seed, modules, most):
     assert (weights > 0).sum(-1).le(most).all()
     assert weights.sum(-1)[(detect > 0).any(-1)].ge(0.5 - 1e-6).all()
     order = torch.randperm(modules, generator=random)
-    torch.testing.assert_close(arbitrate(detect[..., order], contrast[..., order], most), weights[..., order])
+    torch.testing.assert_close(
+        arbitrate(detect[..., order], contrast[..., order], most), weights[..., order]
+    )
     shifted = arbitrate(detect, contrast + 3.0, most)
     torch.testing.assert_close(shifted, weights, atol=1e-5, rtol=1e-5)
 
@@ -80,7 +104,10 @@ def weights_by_hand(detect, contrast, most):
     claims = {m: a * math.exp(contrast[m]) for m, a in strength.items()}
     kept = sorted(claims, key=lambda m: claims[m], reverse=True)[:most]
     total = min(1.0, sum(strength[m] for m in kept))
-    return [total * claims[m] / sum(claims[k] for k in kept) if m in kept else 0.0 for m in range(len(detect))]
+    return [
+        total * claims[m] / sum(claims[k] for k in kept) if m in kept else 0.0
+        for m in range(len(detect))
+    ]
 
 
 @settings(max_examples=100, deadline=None)
@@ -96,7 +123,10 @@ def test_arbitration_is_its_formula(seed, modules, most, contrasted):
 
 def test_a_silent_module_changes_no_other_weight():
     random = torch.Generator().manual_seed(0)
-    detect, contrast = torch.randn(1, 50, 3, generator=random), torch.randn(1, 50, 3, generator=random)
+    detect, contrast = (
+        torch.randn(1, 50, 3, generator=random),
+        torch.randn(1, 50, 3, generator=random),
+    )
     silent = torch.full((1, 50, 1), -1.0)
     wider = arbitrate(torch.cat([detect, silent], -1), torch.cat([contrast, silent + 100], -1), 3)
     torch.testing.assert_close(wider[..., :3], arbitrate(detect, contrast, 3))
@@ -120,13 +150,17 @@ def test_contrasts_are_the_logarithms_of_gaussian_densities(seed, modules, width
     x = torch.randn(width, generator=random).double()
     score = rows[:, :-1].double() @ x + rows[:, -1]
     # log-density of each Gaussian, up to what is common to all
-    density = torch.stack([-0.5 * (x - m[0]) @ torch.linalg.solve(within, x - m[0]) for m in moments.double()])
+    density = torch.stack(
+        [-0.5 * (x - m[0]) @ torch.linalg.solve(within, x - m[0]) for m in moments.double()]
+    )
     torch.testing.assert_close(score - score.mean(), density - density.mean(), atol=1e-3, rtol=1e-3)
 
 
 def spoken(gates, words_BTM, admitted_BM=None):
     """Weights at two tokens of unit score 1 for each module of a bank without contrasts."""
-    bank = GateBank.stack(gates, [torch.zeros(MOMENTS, 4)] * len(gates), [16.0] * len(gates), 5, torch.device("cpu"))
+    bank = GateBank.stack(
+        gates, [torch.zeros(MOMENTS, 4)] * len(gates), [16.0] * len(gates), 5, torch.device("cpu")
+    )
     x_BTD = torch.zeros(1, 3, 4)
     ctx = ForwardContext(None, torch.arange(3)[None])
     return bank.weights(0, x_BTD, ctx, words_BTM, admitted_BM)[0, -1]
@@ -142,7 +176,9 @@ def constant_gate(score):
 def test_more_evidence_never_lowers_a_weight(score, lower, higher):
     lower, higher = sorted((lower, higher))
     gates = [constant_gate(score), constant_gate(0.5)]
-    weights = [spoken(gates, torch.tensor([nats, 0.0]).expand(1, 3, 2))[0] for nats in (lower, higher)]
+    weights = [
+        spoken(gates, torch.tensor([nats, 0.0]).expand(1, 3, 2))[0] for nats in (lower, higher)
+    ]
     assert weights[0] <= weights[1] + 1e-6
 
 
@@ -170,14 +206,18 @@ def test_who_is_not_admitted_claims_nothing():
 def test_contrasts_follow_the_set_and_not_its_order():
     moments = torch.randn(4, MOMENTS, 7)
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(contrasts(moments[order]), contrasts(moments)[order], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        contrasts(moments[order]), contrasts(moments)[order], atol=1e-4, rtol=1e-4
+    )
     assert contrasts(moments[:1]).abs().max() == 0  # nobody to be told from
     for width in (7, 60):
         assert contrasts(torch.full((2, MOMENTS, width), 3e38)).isfinite().all()
 
 
 def test_scores_stay_fp32_under_autocast():
-    bank = GateBank.stack([*torch.randn(2, 9)], [*torch.randn(2, MOMENTS, 8)], [8.0, 8.0], 5, torch.device("cpu"))
+    bank = GateBank.stack(
+        [*torch.randn(2, 9)], [*torch.randn(2, MOMENTS, 8)], [8.0, 8.0], 5, torch.device("cpu")
+    )
     x = torch.randn(1, 4, 8)
     with torch.autocast("cpu", torch.bfloat16):
         inside = bank.scores(x)

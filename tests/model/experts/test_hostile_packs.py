@@ -1,7 +1,8 @@
 """Packs that must be refused: quickly, with one sentence, and with the model untouched.
 
-Each case forges a file from a good one. A `Draft` keeps manifest, header and bytes apart so that a case can falsify one
-of them and leave the rest (digest and signature included, where they should not be the reason) in order.
+Each case forges a file from a good one. A `Draft` keeps manifest, header and bytes apart so that a
+case can falsify one of them and leave the rest (digest and signature included, where they should
+not be the reason) in order.
 """
 
 import hashlib
@@ -25,7 +26,9 @@ CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Draft:
-    """A pack taken apart: `manifest` and `header` are plain JSON values, `data` is the bytes of all tensors."""
+    """A pack taken apart: `manifest` and `header` are plain JSON values, `data` is the bytes of all
+    tensors.
+    """
 
     def __init__(self, pack: ExpertPack) -> None:
         self.pack = pack
@@ -34,18 +37,26 @@ class Draft:
         for name, tensor in pack.tensors.items():
             raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
             offsets = [len(self.data), len(self.data) + len(raw)]
-            self.header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            self.header[name] = {
+                "dtype": CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": offsets,
+            }
             self.data += raw
         self.metadata = {}
 
     def reseal(self) -> "Draft":
         """Give the manifest the digest that fits it and the tensors."""
-        self.pack = ExpertPack.seal(Manifest.model_validate_json(json.dumps(self.manifest)), self.pack.tensors)
+        self.pack = ExpertPack.seal(
+            Manifest.model_validate_json(json.dumps(self.manifest)), self.pack.tensors
+        )
         self.manifest = self.pack.manifest.model_dump(mode="json")
         return self
 
     def header_json(self) -> str:
-        return json.dumps({"__metadata__": {KEY: json.dumps(self.manifest)} | self.metadata} | self.header)
+        return json.dumps(
+            {"__metadata__": {KEY: json.dumps(self.manifest)} | self.metadata} | self.header
+        )
 
     def bytes(self, header: str | bytes | None = None) -> bytes:
         raw = self.header_json() if header is None else header
@@ -57,7 +68,9 @@ CASES = {}
 
 
 def case(message, policy=None):
-    """Register a forger: of a draft and a path it makes bytes or a draft to write, or writes itself and gives None."""
+    """Register a forger: of a draft and a path it makes bytes or a draft to write, or writes itself
+    and gives None.
+    """
 
     def add(forge):
         CASES[forge.__name__] = (forge, message, policy or PackPolicy())
@@ -184,7 +197,9 @@ def header_nested_deeply(draft, path):
 @case("a key is repeated")
 def header_with_duplicate_tensor(draft, path):
     name = next(iter(draft.header))
-    return draft.bytes(draft.header_json()[:-1] + f', "{name}": {json.dumps(draft.header[name])}' + "}")
+    return draft.bytes(
+        draft.header_json()[:-1] + f', "{name}": {json.dumps(draft.header[name])}' + "}"
+    )
 
 
 @case("a key is repeated")
@@ -335,16 +350,28 @@ def header_entry_is_text(draft, path):
 
 
 NAMES = {
-    "climbing": "../../etc/passwd", "absolute": "/etc/passwd", "with_nul": "ffn.1.down_proj\0", "long": "a" * 100_000,
-    "cyrillic": "ffn.1.d\u043ewn_proj", "empty": "", "zero_led": "ffn.01.down_proj", "escaping": "\x1b]0;owned\x07",
-    "two_lined": "ffn.1.down_proj\nerror: all is well", "full_width": "ffn.\uff11.down_proj", "windows": "C:\\x",
-    "surrogate": "ffn.\ud800", "of_the_base": "layers.0.feed_forward.down_proj.weight", "upper": "FFN.1.down_proj",
-}  # fmt: skip
+    "climbing": "../../etc/passwd",
+    "absolute": "/etc/passwd",
+    "with_nul": "ffn.1.down_proj\0",
+    "long": "a" * 100_000,
+    "cyrillic": "ffn.1.d\u043ewn_proj",
+    "empty": "",
+    "zero_led": "ffn.01.down_proj",
+    "escaping": "\x1b]0;owned\x07",
+    "two_lined": "ffn.1.down_proj\nerror: all is well",
+    "full_width": "ffn.\uff11.down_proj",
+    "windows": "C:\\x",
+    "surrogate": "ffn.\ud800",
+    "of_the_base": "layers.0.feed_forward.down_proj.weight",
+    "upper": "FFN.1.down_proj",
+}
 
 
 def name_case(kind, name):
     def forge(draft, path):
-        draft.header = {name if key == "ffn.1.down_proj" else key: value for key, value in draft.header.items()}
+        draft.header = {
+            name if key == "ffn.1.down_proj" else key: value for key, value in draft.header.items()
+        }
         return draft
 
     forge.__name__ = f"name_{kind}"
@@ -371,8 +398,15 @@ def manifest_case(title, message, policy=None, /, *, resealed=False, **changes):
     case(message, policy)(forge)
 
 
-manifest_case("base_other_weights", "another base.*weights is c", base={"weights": "c" * 64}, resealed=True)
-manifest_case("base_other_tokenizer", "another base.*tokenizer is c", base={"tokenizer": "c" * 64}, resealed=True)
+manifest_case(
+    "base_other_weights", "another base.*weights is c", base={"weights": "c" * 64}, resealed=True
+)
+manifest_case(
+    "base_other_tokenizer",
+    "another base.*tokenizer is c",
+    base={"tokenizer": "c" * 64},
+    resealed=True,
+)
 manifest_case("base_no_tokenizer", "tokenizer is none", base={"tokenizer": ""}, resealed=True)
 manifest_case("base_wider", "hidden_size is 64", base={"hidden_size": 64}, resealed=True)
 manifest_case("base_deeper", "num_layers is 9", base={"num_layers": 9}, resealed=True)
@@ -405,16 +439,25 @@ manifest_case("licence_invented", "not an SPDX licence", licence="Free-For-All")
 manifest_case("licence_of_parentheses", "not an SPDX licence", licence="(" * 100 + ")" * 100)
 manifest_case("licence_missing", "licence", licence=None)
 manifest_case(
-    "licence_forbidden", "licence GPL-3.0-only is not accepted", PackPolicy(deny=frozenset({"GPL-3.0-only"})),
-    licence="MIT OR (Apache-2.0 AND gpl-3.0-only)", resealed=True,
-)  # fmt: skip
-manifest_case("licence_not_allowed", "licence Apache-2.0 is not accepted", PackPolicy(allow=frozenset({"MIT"})))
+    "licence_forbidden",
+    "licence GPL-3.0-only is not accepted",
+    PackPolicy(deny=frozenset({"GPL-3.0-only"})),
+    licence="MIT OR (Apache-2.0 AND gpl-3.0-only)",
+    resealed=True,
+)
+manifest_case(
+    "licence_not_allowed",
+    "licence Apache-2.0 is not accepted",
+    PackPolicy(allow=frozenset({"MIT"})),
+)
 manifest_case("half_life_zero", "gate.half_life", gate={"half_life": 0.0})
 manifest_case("half_life_infinite", "half_life|not JSON", gate={"half_life": float("inf")})
 manifest_case("digest_absent", "does not match its digest", digest="")
 manifest_case("digest_other", "does not match its digest", digest="0" * 64)
 manifest_case("digest_upper_case", "digest", digest="A" * 64)
-manifest_case("metric_improved_afterwards", "does not match", metrics={"own": {"before": 9.0, "after": 1.0}})
+manifest_case(
+    "metric_improved_afterwards", "does not match", metrics={"own": {"before": 9.0, "after": 1.0}}
+)
 manifest_case("domain_changed_afterwards", "does not match its digest", domain="medicine")
 
 
@@ -555,7 +598,12 @@ def fingerprint(model):
 
 
 def is_one_sentence(message):
-    return message.isascii() and message.isprintable() and message.endswith(".") and ". " not in message
+    return (
+        message.isascii()
+        and message.isprintable()
+        and message.endswith(".")
+        and ". " not in message
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,7 +15,13 @@ from deepseek.engine.load import Loaded
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.model.experts import ExpertModule
-from deepseek.model.experts.relevance import DECAY, RULED_OUT, Relevance, RelevanceBank, text_evidence
+from deepseek.model.experts.relevance import (
+    DECAY,
+    RULED_OUT,
+    Relevance,
+    RelevanceBank,
+    text_evidence,
+)
 from deepseek.model.kv_cache import KVCache
 from deepseek.packs.pack import read_pack, write_pack
 
@@ -62,16 +68,22 @@ def test_padding_is_no_evidence_and_documents_do_not_mix(ids: list[int], padding
     alone_TM = bank.accumulate(torch.tensor([ids]))[0][0]
     padded = torch.tensor([[7] * padding + ids])
     counted = torch.arange(padded.shape[1])[None] >= padding
-    torch.testing.assert_close(bank.accumulate(padded, counted_BT=counted)[0][0, padding:], alone_TM)
+    torch.testing.assert_close(
+        bank.accumulate(padded, counted_BT=counted)[0][0, padding:], alone_TM
+    )
     documents = torch.tensor([[0] * padding + [1] * len(ids)])
-    torch.testing.assert_close(bank.accumulate(padded, document_ids_BT=documents)[0][0, padding:], alone_TM)
+    torch.testing.assert_close(
+        bank.accumulate(padded, document_ids_BT=documents)[0][0, padding:], alone_TM
+    )
 
 
 def test_more_candidates_need_more_evidence() -> None:
     one = RelevanceBank.stack([module_with(50)], torch.device("cpu"))
     eight = RelevanceBank.stack([module_with(50, seed) for seed in range(8)], torch.device("cpu"))
     assert one is not None and eight is not None
-    assert float(eight.threshold_M[0] - one.threshold_M[0]) == pytest.approx(torch.tensor(8.0).log().item())
+    assert float(eight.threshold_M[0] - one.threshold_M[0]) == pytest.approx(
+        torch.tensor(8.0).log().item()
+    )
 
 
 def test_modules_without_a_table_are_always_admitted() -> None:
@@ -86,7 +98,9 @@ def test_modules_without_a_table_are_always_admitted() -> None:
 
 
 def expert_about(loaded: Loaded, folder: Path, name: str = "code") -> Path:
-    """Write a pack whose gates fire everywhere; two tokens `ABOUT` ask for it, and `BESIDE` rules it out."""
+    """Write a pack whose gates fire everywhere; two tokens `ABOUT` ask for it, and `BESIDE` rules
+    it out.
+    """
     path = save_expert(loaded, name, folder)
     module = ExpertModule.from_pack(read_pack(path))
     table_V = torch.zeros(loaded.model.config.vocab_size)
@@ -112,7 +126,9 @@ def test_the_table_comes_back_from_the_pack(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_a_document_rules_an_expert_out_it_has_the_bits_of_the_base(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_where_a_document_rules_an_expert_out_it_has_the_bits_of_the_base(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     loaded = tiny_model()
     model = loaded.model.to(dtype)
     ids = torch.tensor([[BESIDE, *IRRELEVANT]])
@@ -133,7 +149,10 @@ def test_decoding_with_a_cache_is_one_pass_over_the_text(tmp_path: Path) -> None
     ids = torch.tensor([[*RELEVANT, 9, ABOUT, 7]])
     whole = loaded.model(ids, use_cache=False).logits
     cache = KVCache()
-    parts = [loaded.model(ids[:, start : start + 2], cache=cache).logits for start in range(0, ids.shape[1], 2)]
+    parts = [
+        loaded.model(ids[:, start : start + 2], cache=cache).logits
+        for start in range(0, ids.shape[1], 2)
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
     branch = copy.deepcopy(cache)
     branch.batch_repeat_interleave(2)
@@ -177,4 +196,8 @@ def test_how_far_a_text_is_from_the_threshold_can_be_asked(tmp_path: Path) -> No
     loaded = tiny_model()
     assert loaded.model.experts.relevance(RELEVANT) == {}
     loaded.model.experts.plug(expert_about(loaded, tmp_path))
-    assert loaded.model.experts.relevance(RELEVANT)["code"] > 0 > loaded.model.experts.relevance(IRRELEVANT)["code"]
+    assert (
+        loaded.model.experts.relevance(RELEVANT)["code"]
+        > 0
+        > loaded.model.experts.relevance(IRRELEVANT)["code"]
+    )

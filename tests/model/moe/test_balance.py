@@ -1,4 +1,6 @@
-"""The bias evens out the load, the temperature holds the mean number of experts, and neither counts a token twice."""
+"""The bias evens out the load, the temperature holds the mean number of experts, and neither counts
+a token twice.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ def routed(router, x):
 
 def test_bias_moves_against_the_load_and_stays_centred():
     router = TopKRouter(4, 2, top_k=1, balance_rate=0.5)
-    dispatch = router.choose(torch.tensor([[9.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 0, 9.0, 0]]))
+    dispatch = router.choose(
+        torch.tensor([[9.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 0, 9.0, 0]])
+    )
     router.balance.record(dispatch, None)
     router.balance.update()
     # loads 2, 1, 1, 0 around the mean of 1: steps -1, 0, 0, +1 times the rate
@@ -29,16 +33,22 @@ def test_the_bias_moves_in_proportion_and_at_most_by_the_rate():
     router = TopKRouter(4, 2, top_k=1, balance_rate=0.5)
     router.balance.counts.copy_(torch.tensor([12, 2, 1, 1, 16]))
     router.balance.update()
-    steps = torch.tensor([-1.0, 0.5, 0.75, 0.75]) * 0.5  # the first is three times too busy and moves as if by one
+    steps = (
+        torch.tensor([-1.0, 0.5, 0.75, 0.75]) * 0.5
+    )  # the first is three times too busy and moves as if by one
     assert torch.allclose(router.balance.bias, steps - steps.mean())
 
 
-@pytest.mark.parametrize("make", [lambda: DynamicRouter(16, 8, balance_rate=0.01), lambda: TopKRouter(16, 8, top_k=4)])
+@pytest.mark.parametrize(
+    "make", [lambda: DynamicRouter(16, 8, balance_rate=0.01), lambda: TopKRouter(16, 8, top_k=4)]
+)
 def test_load_evens_out(make):
     torch.manual_seed(0)
     router = make()
     router.weight.data = torch.randn(16, 8) * 0.3
-    offset = torch.randn(8)  # a common direction in all tokens, which makes some experts everybody's favourites
+    offset = torch.randn(
+        8
+    )  # a common direction in all tokens, which makes some experts everybody's favourites
 
     def share():
         load = routed(router, torch.randn(512, 8) + offset).load_E().float()
@@ -62,7 +72,9 @@ def test_temperature_holds_the_target_within_five_percent(target, spread):
     for _ in range(300):
         routed(router, torch.randn(256, 8))
         update_routers(router)
-    mean = torch.stack([routed(router, torch.randn(256, 8)).active_N.float().mean() for _ in range(20)]).mean()
+    mean = torch.stack(
+        [routed(router, torch.randn(256, 8)).active_N.float().mean() for _ in range(20)]
+    ).mean()
     assert float(mean) == pytest.approx(target, rel=0.05)
     assert router.threshold == 0.7
 
@@ -73,7 +85,9 @@ def test_temperature_follows_a_router_that_changes():
     start = torch.randn(16, 8)
     means = []
     for step in range(600):
-        router.weight.data = start * (0.1 + step / 600)  # logits grow tenfold, as they do in training
+        router.weight.data = start * (
+            0.1 + step / 600
+        )  # logits grow tenfold, as they do in training
         means.append(routed(router, torch.randn(256, 8)).active_N.float().mean())
         update_routers(router)
     assert float(torch.stack(means[300:]).mean()) == pytest.approx(2.5, rel=0.05)
@@ -101,11 +115,20 @@ def test_recomputed_tokens_are_counted_once(use_reentrant):
 def test_update_without_a_pass_changes_nothing():
     router = DynamicRouter(8, 4, target_experts=2.0)
     update_routers(router)
-    assert not router.balance.bias.any() and router.balance.temperature == 1 and router.balance.integral == 0
+    assert (
+        not router.balance.bias.any()
+        and router.balance.temperature == 1
+        and router.balance.integral == 0
+    )
 
 
 def test_steering_state_stays_fp32_and_is_saved_without_the_counts():
     router = DynamicRouter(8, 4).to(torch.bfloat16)
     assert router.weight.dtype == torch.bfloat16
     assert {router.balance.bias.dtype, router.balance.temperature.dtype} == {torch.float32}
-    assert set(router.state_dict()) == {"weight", "balance.bias", "balance.temperature", "balance.integral"}
+    assert set(router.state_dict()) == {
+        "weight",
+        "balance.bias",
+        "balance.temperature",
+        "balance.integral",
+    }

@@ -15,7 +15,10 @@ from deepseek.train.loop.optim import OptimConfig, adamw
 
 
 def config(**changes):
-    return ModelConfig(**{"hidden_size": 16, "num_attention_heads": 2, "num_experts": 8, "expert_dim": 12} | changes)
+    return ModelConfig(
+        **{"hidden_size": 16, "num_attention_heads": 2, "num_experts": 8, "expert_dim": 12}
+        | changes
+    )
 
 
 @dataclass
@@ -33,7 +36,11 @@ def test_output_is_shared_plus_weighted_experts(strategy, shared):
     x, ctx = torch.randn(2, 7, 16), Context()
     dispatch = layer.router.route(x)
     expected = mix_experts_reference(
-        x.flatten(0, 1), layer.experts.gate_up_proj, layer.experts.down_proj, dispatch.slots_NA, dispatch.weights
+        x.flatten(0, 1),
+        layer.experts.gate_up_proj,
+        layer.experts.down_proj,
+        dispatch.slots_NA,
+        dispatch.weights,
     ).view_as(x)
     if shared:
         expected = expected + layer.shared_experts(x)
@@ -66,7 +73,9 @@ def test_statistics_are_those_of_the_real_tokens():
     torch.testing.assert_close(b.mean_active, (dispatch.weights > 0).sum(-1).float().mean())
     torch.testing.assert_close(b.dropped_mass, 1 - dispatch.weights.sum(-1).mean().detach())
     p = dispatch.logits_NE.softmax(-1)
-    torch.testing.assert_close(b.entropy, torch.distributions.Categorical(p).entropy().mean().detach())
+    torch.testing.assert_close(
+        b.entropy, torch.distributions.Categorical(p).entropy().mean().detach()
+    )
 
 
 def test_layers_that_share_a_pool_hold_no_copy_of_it():
@@ -111,7 +120,9 @@ def test_inductor_agrees_forward_and_backward():
 
 @pytest.mark.parametrize("seed", [0, 4])
 def test_no_expert_is_dead_after_a_small_training(seed):
-    """300 steps on a task with 4 regimes, as the library trains and with few candidates, so that balance acts."""
+    """300 steps on a task with 4 regimes, as the library trains and with few candidates, so that
+    balance acts.
+    """
     torch.manual_seed(seed)
     layer = MoELayer(config(num_experts=16, target_experts=3.0, candidate_experts=5), 0)
     centres, targets = torch.randn(4, 16) * 2, torch.randn(4, 16, 16) / 4

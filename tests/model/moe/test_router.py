@@ -1,4 +1,6 @@
-"""Routing rules against oracles: ten lines of Python for the threshold rule, transformers' own routers for top-k."""
+"""Routing rules against oracles: ten lines of Python for the threshold rule, transformers' own
+routers for top-k.
+"""
 
 import math
 
@@ -16,7 +18,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from deepseek.errors import ConfigError
 from deepseek.model.moe.router import DynamicRouter, TopKRouter
 
-LOGITS = st.lists(st.integers(-40, 40), min_size=4, max_size=12, unique=True).map(lambda zs: [z / 7 for z in zs])
+LOGITS = st.lists(st.integers(-40, 40), min_size=4, max_size=12, unique=True).map(
+    lambda zs: [z / 7 for z in zs]
+)
 
 
 def oracle(
@@ -36,16 +40,29 @@ def oracle(
 
 
 @settings(max_examples=300, deadline=None)
-@given(LOGITS, st.floats(0.05, 0.99), st.floats(0.2, 4), st.integers(1, 3), st.integers(0, 2), st.randoms())
+@given(
+    LOGITS,
+    st.floats(0.05, 0.99),
+    st.floats(0.2, 4),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.randoms(),
+)
 def test_dynamic_rule_matches_the_oracle(z, threshold, temperature, low, more, random):
-    threshold += 1e-7 * math.pi  # off the round numbers at which fp32 and fp64 sums may fall on different sides
+    threshold += (
+        1e-7 * math.pi
+    )  # off the round numbers at which fp32 and fp64 sums may fall on different sides
     high = min(low + more, len(z))
-    router = DynamicRouter(len(z), 2, threshold=threshold, min_experts=low, max_experts=high, temperature=temperature)
+    router = DynamicRouter(
+        len(z), 2, threshold=threshold, min_experts=low, max_experts=high, temperature=temperature
+    )
     router.balance.bias.copy_(torch.tensor([random.uniform(-0.2, 0.2) for _ in z]))
     dispatch = router.choose(torch.tensor([z]))
     expected = oracle(z, router.balance.bias.tolist(), threshold, low, high, temperature)
     active = int(dispatch.active_N[0])
-    got = dict(zip(dispatch.ids[0, :active].tolist(), dispatch.weights[0, :active].tolist(), strict=True))
+    got = dict(
+        zip(dispatch.ids[0, :active].tolist(), dispatch.weights[0, :active].tolist(), strict=True)
+    )
     assert got.keys() == expected.keys()
     assert got == pytest.approx(expected, abs=1e-5)
 
@@ -102,10 +119,16 @@ THEIRS = {
         Qwen3MoeConfig(**SMALL, num_experts=12, norm_topk_prob=False),
         {"renormalize": False},
     ),
-    "olmoe": (OlmoeTopKRouter, OlmoeConfig(**SMALL, num_experts=12, norm_topk_prob=False), {"renormalize": False}),
+    "olmoe": (
+        OlmoeTopKRouter,
+        OlmoeConfig(**SMALL, num_experts=12, norm_topk_prob=False),
+        {"renormalize": False},
+    ),
     "deepseek-v3": (
         DeepseekV3TopkRouter,
-        DeepseekV3Config(**SMALL, num_local_experts=12, n_group=4, topk_group=2, routed_scaling_factor=2.5),
+        DeepseekV3Config(
+            **SMALL, num_local_experts=12, n_group=4, topk_group=2, routed_scaling_factor=2.5
+        ),
         {"score": "sigmoid", "groups": 4, "max_groups": 2, "scale": 2.5},
     ),
 }
@@ -148,16 +171,22 @@ def test_contradictory_arguments_are_one_clear_sentence(build):
         build()
 
 
-@pytest.mark.parametrize("router", [DynamicRouter(16, 4), TopKRouter(16, 4, top_k=3)], ids=["dynamic", "topk"])
+@pytest.mark.parametrize(
+    "router", [DynamicRouter(16, 4), TopKRouter(16, 4, top_k=3)], ids=["dynamic", "topk"]
+)
 def test_a_choice_is_kept_while_its_weights_follow_the_logits(router):
     x, other = torch.randn(2, 30, 4).unbind()
     first = router.route(x)
     with torch.no_grad():
         router.balance.bias.copy_(torch.linspace(-1, 1, 16))
-    assert not torch.equal(router.route(x).slots_NA, first.slots_NA), "the bias must change the routing here"
+    assert not torch.equal(router.route(x).slots_NA, first.slots_NA), (
+        "the bias must change the routing here"
+    )
     again = router.route(x, first.choice)
     assert torch.equal(again.slots_NA, first.slots_NA) and torch.equal(again.weights, first.weights)
     moved = router.route(other, first.choice)
-    assert torch.equal(moved.slots_NA, first.slots_NA) and not torch.equal(moved.weights, first.weights)
+    assert torch.equal(moved.slots_NA, first.slots_NA) and not torch.equal(
+        moved.weights, first.weights
+    )
     moved.weights.sum().backward()
     assert router.weight.grad is not None

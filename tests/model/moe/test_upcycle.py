@@ -1,4 +1,6 @@
-"""An upcycled layer computes what its dense network did, and everything in it can learn from the first step on."""
+"""An upcycled layer computes what its dense network did, and everything in it can learn from the
+first step on.
+"""
 
 from types import SimpleNamespace
 
@@ -16,12 +18,20 @@ CASES = {
     "wider than the dense network": {"num_experts": 4, "expert_dim": 300, "max_experts": 4},
     "threshold on the edge": {"num_experts": 16, "expert_dim": 32, "routing_threshold": 0.5},
     "six candidates": {"num_experts": 6, "expert_dim": 32, "candidate_experts": 6},
-    "raw top-k": {"num_experts": 8, "expert_dim": 32, "routing_strategy": "topk", "router_renormalize": False},
+    "raw top-k": {
+        "num_experts": 8,
+        "expert_dim": 32,
+        "routing_strategy": "topk",
+        "router_renormalize": False,
+    },
     "sigmoid": {
-        "num_experts": 8, "expert_dim": 32, "routing_strategy": "topk", "router_renormalize": False,
+        "num_experts": 8,
+        "expert_dim": 32,
+        "routing_strategy": "topk",
+        "router_renormalize": False,
         "router_score": "sigmoid",
     },
-}  # fmt: skip
+}
 
 
 def upcycled(pool=None, **changes):
@@ -49,7 +59,8 @@ def test_output_is_unchanged_and_the_router_gets_a_gradient(case):
     (y * torch.randn_like(y)).sum().backward()
     experts = layer.pool
     assert layer.router.weight.grad.any() and experts.gate_up_proj.grad.any()
-    # The experts' voice grows at full speed, which a router gradient of usual size follows at the next step.
+    # The experts' voice grows at full speed, which a router gradient of usual size follows at the
+    # next step.
     assert experts.down_proj.grad.abs().max() > 1e-2 * dense(x).std()
 
 

@@ -1,4 +1,6 @@
-"""Every positional encoding in a small model: cache, padding, documents, gradients, files, and what is refused."""
+"""Every positional encoding in a small model: cache, padding, documents, gradients, files, and what
+is refused.
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +23,15 @@ KINDS = sorted(POSITIONS)
 
 def small_config(**changes: Any) -> ModelConfig:
     shape: dict[str, Any] = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15,
-    }  # fmt: skip
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.15,
+    }
     return ModelConfig(**(shape | changes))
 
 
@@ -89,8 +97,15 @@ def test_packed_documents_do_not_see_each_other(kind: str) -> None:
 @torch.no_grad()
 def test_beams_reorder_the_cache_and_files_keep_every_bit(kind: str, tmp_path: Path) -> None:
     model, ids = small_model(kind), ids_of(2, 10)
-    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    options: dict[str, Any] = {
+        "num_beams": 3,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    assert torch.equal(
+        model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
+    )
     model.save_pretrained(tmp_path)
     again = DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -121,11 +136,16 @@ def test_dynamic_positions_start_as_rope_and_learn_from_there(tmp_path: Path) ->
     model = DeepSeekModel.from_pretrained(tmp_path, config=choice, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, rope(ids).logits)
-    torch.testing.assert_close(model(ids).logits, rope(ids).logits, atol=1e-5, rtol=0)  # the path of training
+    torch.testing.assert_close(
+        model(ids).logits, rope(ids).logits, atol=1e-5, rtol=0
+    )  # the path of training
     model(ids, labels=ids).loss.backward()
     for block in model.layers:
         bias = block.attention.score_bias
-        assert all(p.grad.any() for p in (bias.distance_HN, bias.context_HMN, bias.decay_H, bias.length_scale_H))
+        assert all(
+            p.grad.any()
+            for p in (bias.distance_HN, bias.context_HMN, bias.decay_H, bias.length_scale_H)
+        )
 
 
 def test_dynamic_positions_survive_checkpointing_of_activations() -> None:
@@ -184,11 +204,17 @@ def test_alibi_adds_its_slope_times_distance() -> None:
     [
         ({"positional_encoding": "rop"}, "perhaps 'rope' is meant"),
         (
-            {"positional_encoding": "alibi", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            {
+                "positional_encoding": "alibi",
+                "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
+            },
             "rotates nothing",
         ),
         (
-            {"positional_encoding": "dpe", "rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}},
+            {
+                "positional_encoding": "dpe",
+                "rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4},
+            },
             "'yarn' is meant",
         ),
         ({"train_len": 64}, "only 'dpe' has one"),
@@ -215,7 +241,9 @@ def test_additive_form() -> None:
     x, pos_ids = torch.randn(2, 40, 16), torch.arange(40).expand(2, 40)
     out = dpe(x, pos_ids)
     assert out.shape == x.shape
-    assert not torch.equal(out[:, 38] - x[:, 38], out[:, 39] - x[:, 39])  # sinusoids go on beyond max_len
+    assert not torch.equal(
+        out[:, 38] - x[:, 38], out[:, 39] - x[:, 39]
+    )  # sinusoids go on beyond max_len
     out.square().sum().backward()
     assert all(parameter.grad.any() for parameter in dpe.parameters())
     with pytest.raises(ConfigError, match="d_model=7"):

@@ -1,4 +1,6 @@
-"""Gates in closed form: the algebra, what the thresholds promise, and that no other module is looked at."""
+"""Gates in closed form: the algebra, what the thresholds promise, and that no other module is
+looked at.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +19,15 @@ from deepseek.model.passes import resume
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates import public_text as public_module
-from deepseek.train.gates.calibrate import OwnText, calibrate, crossed, detecting_row, factored, scores, solve_gate
+from deepseek.train.gates.calibrate import (
+    OwnText,
+    calibrate,
+    crossed,
+    detecting_row,
+    factored,
+    scores,
+    solve_gate,
+)
 from deepseek.train.gates.inputs import HALF_LIFE, GateInputs, Moments, blend, gate_inputs, smoothed
 from deepseek.train.gates.public_text import (
     ROW_LENGTH,
@@ -83,7 +93,9 @@ def test_the_detecting_row_is_ridge_regression_on_plus_and_minus_one() -> None:
 
 
 def test_factors_and_what_they_leave_make_up_the_covariance() -> None:
-    mixed = cloud(0, 1.0, width=16) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    mixed = cloud(0, 1.0, width=16) @ torch.randn(
+        16, 16, generator=torch.Generator().manual_seed(1)
+    )
     mean, left, *factors = factored(moments_of(mixed))
     covariance = torch.cov(mixed.double().T, correction=0)
     found = left.diag() + torch.stack(factors).T @ torch.stack(factors)
@@ -99,16 +111,22 @@ def test_factors_and_what_they_leave_make_up_the_covariance() -> None:
 @pytest.mark.parametrize("alpha", [0.01, 0.05])
 def test_threshold_and_scale_are_what_they_say(alpha: float) -> None:
     own, sample = cloud(1, 3.0), cloud(2, 0.0).view(40, 100, 12)
-    gate = solve_gate(OwnText(moments_of(own), cloud(13, 3.0)), moments_of(cloud(3, 0.0)), sample, alpha)
+    gate = solve_gate(
+        OwnText(moments_of(own), cloud(13, 3.0)), moments_of(cloud(3, 0.0)), sample, alpha
+    )
     detect = (scores(sample, gate.weight) - gate.threshold) / gate.scale
     assert float((detect > 0).float().mean()) == pytest.approx(alpha, abs=1e-3)
-    assert float(((scores(cloud(13, 3.0), gate.weight) - gate.threshold) / gate.scale).median()) == pytest.approx(1.0)
+    assert float(
+        ((scores(cloud(13, 3.0), gate.weight) - gate.threshold) / gate.scale).median()
+    ) == pytest.approx(1.0)
     assert gate.false_positives == pytest.approx(alpha, abs=0.6 * alpha)
 
 
 def test_false_positives_are_measured_on_rows_that_set_no_threshold() -> None:
     scores_RS = torch.rand(10, 100, generator=torch.Generator().manual_seed(0))
-    scores_RS[0::2] += 5  # one half lies wholly above the other: no threshold of the low half holds for it
+    scores_RS[0::2] += (
+        5  # one half lies wholly above the other: no threshold of the low half holds for it
+    )
     assert crossed(scores_RS, 0.01) == pytest.approx(0.5)
 
 
@@ -142,7 +160,9 @@ def test_moments_count_what_they_saw() -> None:
 def test_gate_inputs_are_what_the_experts_see(model: DeepSeekModel) -> None:
     batch = next(rows(0, 8, seed=0))
     inputs = next(gate_inputs(model, [batch], LAYERS))
-    hidden = model(batch.input_ids, position_ids=batch.position_ids, output_hidden_states=True).hidden_states
+    hidden = model(
+        batch.input_ids, position_ids=batch.position_ids, output_hidden_states=True
+    ).hidden_states
     step = resume(model, hidden[3], 3, position_ids=batch.position_ids)
     assert torch.allclose(inputs[3].x_BTD, step.gate_input(), atol=1e-5)
 
@@ -164,7 +184,9 @@ def test_a_calibrated_module_fires_on_its_own_text_and_nowhere_else(
         model.experts.unplug("own")
 
 
-def test_calibration_does_not_see_other_modules(model: DeepSeekModel, public: public_module.PublicStatistics) -> None:
+def test_calibration_does_not_see_other_modules(
+    model: DeepSeekModel, public: public_module.PublicStatistics
+) -> None:
     alone, beside = module_on(model), module_on(model)
     calibrate(model, alone, rows(0, 8, 1), rows(0, 8, 2), public)
     model.experts.plug(replace_name(alone, "neighbour").to_pack(model.experts.base, "Apache-2.0"))
@@ -176,7 +198,9 @@ def test_calibration_does_not_see_other_modules(model: DeepSeekModel, public: pu
 
 
 def speaks(model: DeepSeekModel, batches: Iterator[Batch]) -> float:
-    """Return the share of tokens, but the first of each document, at which the plugged module `own` has a weight."""
+    """Return the share of tokens, but the first of each document, at which the plugged module `own`
+    has a weight.
+    """
     shares = []
     for batch in batches:
         with model.experts.record() as trace:
@@ -190,14 +214,22 @@ def replace_name(module: ExpertModule, name: str) -> ExpertModule:
     return module
 
 
-def test_bad_calls_are_one_sentence(model: DeepSeekModel, public: public_module.PublicStatistics) -> None:
+def test_bad_calls_are_one_sentence(
+    model: DeepSeekModel, public: public_module.PublicStatistics
+) -> None:
     module = module_on(model)
     with pytest.raises(TrainError, match="share of public tokens"):
         calibrate(model, module, rows(0, 8, 1), rows(0, 8, 2), public, alpha=0.9)
     with pytest.raises(TrainError, match="at least 256 tokens"):
         calibrate(model, module, rows(0, 8, 1, count=1), rows(0, 8, 2), public)
     with pytest.raises(DataError, match="lack layer 3"):
-        calibrate(model, module, rows(0, 8, 1), rows(0, 8, 2), replace(public, moments={1: public.moments[1]}))
+        calibrate(
+            model,
+            module,
+            rows(0, 8, 1),
+            rows(0, 8, 2),
+            replace(public, moments={1: public.moments[1]}),
+        )
 
 
 def test_a_domain_like_the_public_text_seldom_fires_and_says_so(
@@ -212,10 +244,15 @@ def test_the_installation_holds_code_other_files_and_descriptions() -> None:
         assert len([text for text in texts if len(text) > 500]) >= 20
 
 
-def test_the_model_writes_the_same_public_text_whatever_is_armed(model: DeepSeekModel, tiny_base: Path) -> None:
+def test_the_model_writes_the_same_public_text_whatever_is_armed(
+    model: DeepSeekModel, tiny_base: Path
+) -> None:
     tokenizer = load_tokenizer(tiny_base)
     written = sampled_rows(model, tokenizer)
-    assert written.shape == (public_module.SAMPLES_PER_OPENING * len(public_module.OPENINGS), ROW_LENGTH)
+    assert written.shape == (
+        public_module.SAMPLES_PER_OPENING * len(public_module.OPENINGS),
+        ROW_LENGTH,
+    )
     assert torch.equal(sampled_rows(model, tokenizer), written)
     assert written.unique(dim=0).shape[0] == len(written)
 

@@ -5,7 +5,12 @@ from tiny_model import tiny_model
 
 from deepseek.data.builders.everyday import Conversation
 from deepseek.text.tokenizer import document_end_id, encode_plain
-from deepseek.train.gates.conversations import conversation_halves, conversation_rows, expected_frequencies, opening
+from deepseek.train.gates.conversations import (
+    conversation_halves,
+    conversation_rows,
+    expected_frequencies,
+    opening,
+)
 
 
 def test_both_halves_have_every_language_and_share_no_message() -> None:
@@ -16,7 +21,10 @@ def test_both_halves_have_every_language_and_share_no_message() -> None:
 
 def test_messages_read_side_by_side_are_read_as_alone() -> None:
     model, tokenizer = tiny_model()
-    messages = [Conversation("en", "a", ("hello there", "and?")), Conversation("de", "b", ("guten Tag",))]
+    messages = [
+        Conversation("en", "a", ("hello there", "and?")),
+        Conversation("de", "b", ("guten Tag",)),
+    ]
     messages += [Conversation("en", "c", ("what is a cat " * 4,))]
     found = expected_frequencies(model, tokenizer, messages)
     for language in ("en", "de"):

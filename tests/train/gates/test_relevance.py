@@ -1,11 +1,20 @@
-"""The table of words of a domain: it tells it from every kind of public text, and each kind counts."""
+"""The table of words of a domain: it tells it from every kind of public text, and each kind
+counts.
+"""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.model.experts.relevance import text_evidence
-from deepseek.train.gates.relevance import LEAST, MOST, THRESHOLD, Background, RelevanceFit, fit_relevance
+from deepseek.train.gates.relevance import (
+    LEAST,
+    MOST,
+    THRESHOLD,
+    Background,
+    RelevanceFit,
+    fit_relevance,
+)
 
 VOCABULARY = 400
 

@@ -15,7 +15,9 @@ from deepseek.train.text.trunk_cache import run_trunk
 
 @pytest.fixture
 def replay(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Replay:
-    rows = torch.randint(0, 300, (24, public_text.ROW_LENGTH), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(
+        0, 300, (24, public_text.ROW_LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     monkeypatch.setattr(public_text, "kept_rows", lambda *_: rows)
     monkeypatch.setattr(public_text, "kept", lambda _, compute: compute())
     model = DeepSeekModel.from_pretrained(tiny_base, dtype="float32").requires_grad_(False)
@@ -41,10 +43,15 @@ def test_streams_belong_to_their_rows(replay: Replay, tiny_base: Path) -> None:
     model = DeepSeekModel.from_pretrained(tiny_base, dtype="float32").requires_grad_(False)
     batch, stream_BTD = replay.at(1)
     assert torch.allclose(run_trunk(model, 2, batch), stream_BTD, atol=1e-5)
-    assert torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:]) and (batch.labels[:, -1] == IGNORE).all()
+    assert (
+        torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
+        and (batch.labels[:, -1] == IGNORE).all()
+    )
 
 
 def test_rows_that_set_thresholds_are_never_trained_on(replay: Replay) -> None:
-    rows = torch.randint(0, 300, (24, public_text.ROW_LENGTH), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(
+        0, 300, (24, public_text.ROW_LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     trained = {tuple(row.tolist()) for row in replay.rows.input_ids}
     assert trained == {tuple(row.tolist()) for row in rows[0::2]}

@@ -1,4 +1,6 @@
-"""Fitting a hash: it beats a random one where there is something to retrieve, resumes, and agrees with the kernel."""
+"""Fitting a hash: it beats a random one where there is something to retrieve, resumes, and agrees
+with the kernel.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,35 @@ from deepseek.model.attention.hash import LinearHash
 from deepseek.model.attention.lsh import Hash, RandomHash
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.train.hash.attention_inputs import HeadInputs, attention_scores, near_keys, recent_in_bucket
+from deepseek.train.hash.attention_inputs import (
+    HeadInputs,
+    attention_scores,
+    near_keys,
+    recent_in_bucket,
+)
 from deepseek.train.hash.distill import HashSettings, distill_hashes, fit_hash
 
 HEADS, GROUPS, WIDTH = 4, 2, 16
-SMALL = HashSettings(num_buckets=32, bucket_window=16, local_window=16, sinks=2, queries=96, solver_steps=30)
+SMALL = HashSettings(
+    num_buckets=32, bucket_window=16, local_window=16, sinks=2, queries=96, solver_steps=30
+)
 
 
 def retrieval(seed: int, length: int = 384, topics: int = 24) -> HeadInputs:
-    """Return heads whose queries look for the keys of one topic, in another direction than the keys point."""
+    """Return heads whose queries look for the keys of one topic, in another direction than the keys
+    point.
+    """
     fixed = torch.Generator().manual_seed(0)
     topic_CK = torch.nn.functional.normalize(torch.randn(topics, WIDTH, generator=fixed), dim=-1)
     wanted_HC = torch.stack([torch.randperm(topics, generator=fixed) for _ in range(HEADS)])
     generator = torch.Generator().manual_seed(seed)
     key = 4.0 * topic_CK[torch.randint(topics, (GROUPS, length), generator=generator)]
-    query = 8.0 * topic_CK[wanted_HC.gather(1, torch.randint(topics, (HEADS, length), generator=generator))]
-    # A direction that all keys share and queries do not look at, as real keys have; it misleads a random hash.
+    query = (
+        8.0
+        * topic_CK[wanted_HC.gather(1, torch.randint(topics, (HEADS, length), generator=generator))]
+    )
+    # A direction that all keys share and queries do not look at, as real keys have; it misleads a
+    # random hash.
     key = key + 6.0 * torch.randn(GROUPS, 1, WIDTH, generator=fixed)
     value = torch.randn(GROUPS, length, WIDTH, generator=generator)
     noise = [torch.randn(part.shape, generator=generator) * 0.3 for part in (query, key)]
@@ -73,19 +88,29 @@ def test_candidates_are_those_of_the_kernels_reference() -> None:
             return query_codes
 
     at_N = torch.arange(length)
-    scores = torch.zeros(HEADS, length, length).masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf)
+    scores = torch.zeros(HEADS, length, length).masked_fill(
+        ~torch.ones(length, length).tril().bool(), -torch.inf
+    )
     chosen = hashed_keys(windows, 2, {0: Given()})(0, retrieval(0, length), at_N, scores)
     assert torch.equal(chosen, dense)
-    assert not (recent_in_bucket(key_codes[0], at_N, windows) & near_keys(at_N, length, windows)).any()
+    assert not (
+        recent_in_bucket(key_codes[0], at_N, windows) & near_keys(at_N, length, windows)
+    ).any()
 
 
 @pytest.fixture(scope="module")
 def model() -> DeepSeekModel:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
     return DeepSeekModel(config).eval()
 
 
@@ -94,7 +119,9 @@ def fit(model: DeepSeekModel, state: Path, **changes: Any) -> dict[int, LinearHa
     return distill_hashes(model, ids, SMALL, [1, 2], state, **changes)
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(model: DeepSeekModel, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
+    model: DeepSeekModel, tmp_path: Path
+) -> None:
     whole = fit(model, tmp_path / "whole")
     assert whole.keys() == {1, 2}
 
@@ -108,7 +135,10 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(model: DeepSeekM
     assert [folder.name for folder in (tmp_path / "cut").iterdir()] == ["step-00000001"]
     resumed = fit(model, tmp_path / "cut")
     for layer, one in whole.items():
-        assert all(torch.equal(part, resumed[layer].tensors()[name]) for name, part in one.tensors().items())
+        assert all(
+            torch.equal(part, resumed[layer].tensors()[name])
+            for name, part in one.tensors().items()
+        )
 
 
 def test_short_texts_are_refused(model: DeepSeekModel, tmp_path: Path) -> None:
@@ -120,7 +150,11 @@ def test_the_best_keys_bound_what_any_way_keeps(model: DeepSeekModel) -> None:
     ids = torch.randint(97, (2, 128))
     windows = SMALL.windows
     random = {layer: RandomHash(SMALL.num_buckets, 8, layer) for layer in range(3)}
-    ways = {"local": local_keys(windows), "hash": hashed_keys(windows, 1, random), "best": best_keys(windows, 18 + 16)}
+    ways = {
+        "local": local_keys(windows),
+        "hash": hashed_keys(windows, 1, random),
+        "best": best_keys(windows, 18 + 16),
+    }
     for layer, kept in attention_kept(model, ids, ways, queries=8, first_layer=1):
         assert layer >= 1
         assert (kept["local"].recall <= kept["hash"].recall).all()

@@ -1,4 +1,6 @@
-"""Adaptation: each mode lowers the held-out loss, trains what it says, and leaves a folder that others can read."""
+"""Adaptation: each mode lowers the held-out loss, trains what it says, and leaves a folder that
+others can read.
+"""
 
 import json
 import re
@@ -23,9 +25,15 @@ def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_base / name).read_bytes())
@@ -35,7 +43,13 @@ def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(base: Path, text: Path, folder: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
     given = {"epochs": 4, "row_length": 64, "learning_rate": 1e-2, **changes}
     out = deepseek.adapt(
-        str(base), name="x", from_folder=text, out=folder / "out", run_folder=folder / "run", quiet=True, **given
+        str(base),
+        name="x",
+        from_folder=text,
+        out=folder / "out",
+        run_folder=folder / "run",
+        quiet=True,
+        **given,
     )
     return out, json.loads((folder / "run" / "result.json").read_text())
 
@@ -55,25 +69,35 @@ def test_a_mode_learns_and_stock_transformers_read_the_result(
         assert torch.allclose(ours(ids).logits, stock(ids).logits, atol=1e-5)
 
 
-def test_last_n_leaves_everything_below_as_it_was(llama: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_last_n_leaves_everything_below_as_it_was(
+    llama: Path, text_folder: Path, tmp_path: Path
+) -> None:
     out, result = adapted(llama, text_folder, tmp_path, last=1, epochs=1)
     before, after = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if name.startswith("model.layers.3.") or name == "model.norm.weight"}
+    assert changed == {
+        name for name in before if name.startswith("model.layers.3.") or name == "model.norm.weight"
+    }
     assert result["figures"]["trained_parameters"] == sum(before[name].numel() for name in changed)
     assert not (tmp_path / "run" / "trunk").exists()
 
 
-def test_last_n_computes_what_the_whole_model_does(llama: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_last_n_computes_what_the_whole_model_does(
+    llama: Path, text_folder: Path, tmp_path: Path
+) -> None:
     """Before the first step, the loss on cached streams is that of the base."""
     losses = [
-        adapted(llama, text_folder, tmp_path / mode, mode=mode, epochs=1)[1]["figures"]["held_out_loss_before"]
+        adapted(llama, text_folder, tmp_path / mode, mode=mode, epochs=1)[1]["figures"][
+            "held_out_loss_before"
+        ]
         for mode in ("last-n", "full")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
-def test_lora_is_merged(llama: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_is_merged(
+    llama: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Of a model this small a thousandth is less than rank 1.
     monkeypatch.setattr("deepseek.train.jobs.adapt.add_lora", lambda model: add_lora(model, 0.1))
     out, result = adapted(llama, text_folder, tmp_path, mode="lora", learning_rate=3e-2)
@@ -90,7 +114,11 @@ def test_the_rank_of_lora_stays_within_its_share(llama: Path) -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     each = 4 * ((32 + 16) + (32 + 32) + (64 + 32))  # v, o and down of four layers at rank 1
     for share in (0.02, 0.05, 0.1):
-        assert largest_rank(model, share) * each <= share * total < (largest_rank(model, share) + 1) * each
+        assert (
+            largest_rank(model, share) * each
+            <= share * total
+            < (largest_rank(model, share) + 1) * each
+        )
     with pytest.raises(ConfigError, match="LoRA of rank 1 has 832 parameters"):
         largest_rank(model, 1e-3)
 
@@ -98,18 +126,32 @@ def test_the_rank_of_lora_stays_within_its_share(llama: Path) -> None:
 def test_experts_beside_an_adapted_model_also_replay_what_it_was_adapted_to(
     llama: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(public_text, "kept_rows", lambda *_: torch.zeros(4, public_text.ROW_LENGTH, dtype=torch.long))
+    monkeypatch.setattr(
+        public_text,
+        "kept_rows",
+        lambda *_: torch.zeros(4, public_text.ROW_LENGTH, dtype=torch.long),
+    )
     once, _ = adapted(llama, text_folder, tmp_path / "once", epochs=1)
     twice, _ = adapted(once, text_folder, tmp_path / "twice", epochs=1, learning_rate=1e-3)
     model, tokenizer = deepseek.load(twice, dtype="float32")
-    own = [row for kept in (once, twice) for row in public_text._adapted_rows(fingerprint(kept).weights)]
-    assert [len(public_text._adapted_rows(fingerprint(kept).weights)) for kept in (llama, once, twice)] == [0, 80, 160]
+    own = [
+        row
+        for kept in (once, twice)
+        for row in public_text._adapted_rows(fingerprint(kept).weights)
+    ]
+    assert [
+        len(public_text._adapted_rows(fingerprint(kept).weights)) for kept in (llama, once, twice)
+    ] == [0, 80, 160]
     assert "alpha" in tokenizer.decode(own[0])
     assert torch.equal(public_text.training_rows(model, tokenizer)[2:], torch.stack(own[80:]))
-    assert torch.equal(torch.stack(own[80:160]), torch.stack(own[:80]))  # what the first one was adapted to
+    assert torch.equal(
+        torch.stack(own[80:160]), torch.stack(own[:80])
+    )  # what the first one was adapted to
 
 
-def test_the_same_call_again_changes_nothing(llama: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_the_same_call_again_changes_nothing(
+    llama: Path, text_folder: Path, tmp_path: Path
+) -> None:
     out, _ = adapted(llama, text_folder, tmp_path, epochs=1)
     time = (out / "model.safetensors").stat().st_mtime_ns
     adapted(llama, text_folder, tmp_path, epochs=1)
@@ -127,7 +169,12 @@ def test_a_dry_run_estimates_and_writes_nothing(
     llama: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     deepseek.adapt(
-        str(llama), name="x", from_folder=text_folder, out=tmp_path / "o", run_folder=tmp_path / "r", dry_run=True
+        str(llama),
+        name="x",
+        from_folder=text_folder,
+        out=tmp_path / "o",
+        run_folder=tmp_path / "r",
+        dry_run=True,
     )
     assert re.search(r"parameters train, about \d+\.\d minutes", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []

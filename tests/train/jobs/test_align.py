@@ -41,8 +41,14 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = PreferenceDatabase(path)
     names = ("beta", "gamma", "delta", "zeta", "eta", "theta", "iota", "kappa")
     for number in range(120):
-        ask = ({"role": "user", "content": f"{names[number % 8]} {names[number // 8 % 8]} {number}"},)
-        store.add(Preference(ask, f"alpha alpha {names[number % 7]}", f"omicron omicron {names[number % 5]}"))
+        ask = (
+            {"role": "user", "content": f"{names[number % 8]} {names[number // 8 % 8]} {number}"},
+        )
+        store.add(
+            Preference(
+                ask, f"alpha alpha {names[number % 7]}", f"omicron omicron {names[number % 5]}"
+            )
+        )
     store.set_eval_share(0.3)
     store.close()
     return path
@@ -52,8 +58,13 @@ def test_a_separable_preference_is_learnt_and_stated_with_the_right_certainty() 
     draw = torch.Generator().manual_seed(0)
     direction = torch.randn(16, generator=draw)
     chosen, rejected = torch.randn(2, 4000, 16, generator=draw)
-    prefers = torch.rand(4000, generator=draw) < torch.sigmoid((chosen - rejected) @ direction * 0.5)
-    best, worst = torch.where(prefers[:, None], chosen, rejected), torch.where(prefers[:, None], rejected, chosen)
+    prefers = torch.rand(4000, generator=draw) < torch.sigmoid(
+        (chosen - rejected) @ direction * 0.5
+    )
+    best, worst = (
+        torch.where(prefers[:, None], chosen, rejected),
+        torch.where(prefers[:, None], rejected, chosen),
+    )
     fitted = RewardModel.fit(None, 0, best[:3000], worst[:3000])
     assert torch.nn.functional.cosine_similarity(fitted.weight_D, direction, dim=0) > 0.98
     quality = fitted.quality(best[3000:], worst[3000:])
@@ -67,12 +78,19 @@ def test_the_penalty_is_chosen_on_prompts_that_were_not_fitted_to() -> None:
     draw = torch.Generator().manual_seed(0)
     direction = torch.randn(64, generator=draw)
     chosen, rejected = torch.randn(2, 1100, 64, generator=draw)
-    prefers = torch.rand(1100, generator=draw) < torch.sigmoid((chosen - rejected) @ direction * 0.2)
-    best, worst = torch.where(prefers[:, None], chosen, rejected), torch.where(prefers[:, None], rejected, chosen)
+    prefers = torch.rand(1100, generator=draw) < torch.sigmoid(
+        (chosen - rejected) @ direction * 0.2
+    )
+    best, worst = (
+        torch.where(prefers[:, None], chosen, rejected),
+        torch.where(prefers[:, None], rejected, chosen),
+    )
     prompts = [pair // 2 for pair in range(100)]
     picked = RewardModel.choose(None, 0, best[:100], worst[:100], prompts)
     losses = [
-        RewardModel.fit(None, 0, best[:100], worst[:100], ridge).quality(best[100:], worst[100:]).loss
+        RewardModel.fit(None, 0, best[:100], worst[:100], ridge)
+        .quality(best[100:], worst[100:])
+        .loss
         for ridge in RIDGES
     ]
     assert picked.quality(best[100:], worst[100:]).loss < min(losses) + 0.05 < losses[0] - 0.1
@@ -84,7 +102,9 @@ def test_features_do_not_depend_on_padding_or_on_the_batch(base: Path) -> None:
     model, _ = load(base, dtype="float32")
     prompts, answers = [[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], [17]]
     together = features_of(model, 2, prompts, answers)
-    alone = torch.cat([features_of(model, 2, [p], [a]) for p, a in zip(prompts, answers, strict=True)])
+    alone = torch.cat(
+        [features_of(model, 2, [p], [a]) for p, a in zip(prompts, answers, strict=True)]
+    )
     assert torch.allclose(together, alone, atol=0.02), "bf16 rounding apart"
     assert given(model, prompts, answers).answers() == answers
 
@@ -100,8 +120,15 @@ def test_the_reward_model_is_kept(base: Path, tmp_path: Path) -> None:
 def test_the_best_answer_meets_the_worst_and_both_scores_are_kept(base: Path) -> None:
     model, tokenizer = load(base)
     prompts = [({"role": "user", "content": name},) for name in ("alpha", "beta", "gamma")]
-    judges = {"long": lambda asked, texts: [len(text) / 10 for text in texts], "varied": judge.varied}
-    pairs = list(generate_pairs(model, tokenizer, prompts, judges, answers=5, new_tokens=8, source="test", seed=1))
+    judges = {
+        "long": lambda asked, texts: [len(text) / 10 for text in texts],
+        "varied": judge.varied,
+    }
+    pairs = list(
+        generate_pairs(
+            model, tokenizer, prompts, judges, answers=5, new_tokens=8, source="test", seed=1
+        )
+    )
     assert [pair.prompt for pair in pairs] == prompts
     for pair in pairs:
         assert pair.scores["long"] == (len(pair.chosen) / 10, len(pair.rejected) / 10)
@@ -111,7 +138,11 @@ def test_the_best_answer_meets_the_worst_and_both_scores_are_kept(base: Path) ->
 
 def test_prompts_are_read_from_records() -> None:
     assert prompt_of({"prompt": "Hello"}, "line 1") == [{"role": "user", "content": "Hello"}]
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     assert prompt_of({"prompt": turns}, "line 1") == turns
     with pytest.raises(DataError, match="line 7 has no prompt"):
         prompt_of({"text": "Hello"}, "line 7")
@@ -119,18 +150,34 @@ def test_prompts_are_read_from_records() -> None:
 
 def test_judges_tell_good_from_bad() -> None:
     asked = ["?"] * 2
-    assert judge.willing(asked, ["Paris is the capital.", "I'm sorry, but I can't help with that."]) == [1.0, 0.0]
-    assert judge.varied(asked, ["one two three four", "a b c a b c a b c"]) == [1.0, pytest.approx(3 / 7)]
+    assert judge.willing(
+        asked, ["Paris is the capital.", "I'm sorry, but I can't help with that."]
+    ) == [1.0, 0.0]
+    assert judge.varied(asked, ["one two three four", "a b c a b c a b c"]) == [
+        1.0,
+        pytest.approx(3 / 7),
+    ]
     polite, rude = judge.clean(asked, ["Have a lovely day.", "You stupid idiot, shut the hell up."])
     assert polite > 0.9 and rude < 0.1
 
 
 def run(base: Path, database: Path, folder: Path, **changes: object) -> Path:
-    small = {"rollouts": 6, "rollout_size": 16, "new_tokens": 6, "layers": "last:2", "learning_rate": 3e-3}
+    small = {
+        "rollouts": 6,
+        "rollout_size": 16,
+        "new_tokens": 6,
+        "layers": "last:2",
+        "learning_rate": 3e-3,
+    }
     return align(
-        str(base), prefs=database, name="x", out=folder / "model", run_folder=folder / "run", quiet=True,
+        str(base),
+        prefs=database,
+        name="x",
+        out=folder / "model",
+        run_folder=folder / "run",
+        quiet=True,
         **(small | changes),
-    )  # fmt: skip
+    )
 
 
 def test_a_full_disk_is_named_where_no_checkpoint_is_written_yet(
@@ -139,13 +186,18 @@ def test_a_full_disk_is_named_where_no_checkpoint_is_written_yet(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(TrainError, match="is full; free some space"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(TrainError, match="is full; free some space"),
+    ):
         patched.setattr(RewardModel, "save", full)
         run(base, database, tmp_path)
     assert run(base, database, tmp_path).is_dir()
 
 
-def test_the_stage_raises_the_reward_and_leaves_a_model(base: Path, database: Path, tmp_path: Path) -> None:
+def test_the_stage_raises_the_reward_and_leaves_a_model(
+    base: Path, database: Path, tmp_path: Path
+) -> None:
     folder = run(base, database, tmp_path, rollouts=20, target_kl=20.0)
     records = read_metrics(tmp_path / "run" / "training" / "metrics.jsonl")
     scores = [record["held_out_score"] for record in records if "held_out_score" in record]
@@ -153,7 +205,9 @@ def test_the_stage_raises_the_reward_and_leaves_a_model(base: Path, database: Pa
     aligned, before = load(folder).model.state_dict(), load(base).model.state_dict()
     changed = {name for name in before if not torch.equal(aligned[name], before[name])}
     assert changed and all(name.startswith(("layers.2", "layers.3", "norm")) for name in changed)
-    assert run(base, database, tmp_path, rollouts=20, target_kl=20.0) == folder, "a finished run is not repeated"
+    assert run(base, database, tmp_path, rollouts=20, target_kl=20.0) == folder, (
+        "a finished run is not repeated"
+    )
 
 
 def test_errors_name_the_mend(base: Path, tmp_path: Path, database: Path) -> None:
@@ -169,7 +223,9 @@ def test_errors_name_the_mend(base: Path, tmp_path: Path, database: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["dpo", "rloo"])
-def test_trl_trains_the_twin_of_a_checkpoint(database: Path, base: Path, tmp_path: Path, method: str) -> None:
+def test_trl_trains_the_twin_of_a_checkpoint(
+    database: Path, base: Path, tmp_path: Path, method: str
+) -> None:
     twin = hugging_face_twin(base, tmp_path / "twin")
     folder = run(twin, database, tmp_path, method=method, rollouts=2, rollout_size=16)
     aligned, before = (DeepSeekModel.from_pretrained(f).state_dict() for f in (folder, twin))
@@ -182,11 +238,22 @@ def hugging_face_twin(base: Path, folder: Path) -> Path:
 
     _, tokenizer = load(base)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(
-        vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **sizes,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)

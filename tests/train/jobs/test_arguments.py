@@ -1,4 +1,6 @@
-"""Every argument of every job reaches it from Python, command line and recipe; the cases are the declarations' own."""
+"""Every argument of every job reaches it from Python, command line and recipe; the cases are the
+declarations' own.
+"""
 
 import inspect
 import json
@@ -19,6 +21,7 @@ from deepseek.errors import ConfigError
 from deepseek.evaluate import stage as evaluation
 from deepseek.train.jobs import adapt, align, arguments, distill_hash, expert, pretrain
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
+from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.recipe import STAGES, train_recipe
 
 MODEL_BY_POSITION = {"adapt", "align"}
@@ -32,7 +35,12 @@ TO_BEGIN: dict[str | None, dict[str, Any]] = {
     "train_expert": {"name": "x", "run_folder": "/x", "from_git": "/git"},
     "adapt": {"name": "x", "run_folder": "/x", "from_git": "/git"},
     "align": {"name": "x", "run_folder": "/x"},
-    "pretrain": {"name": "x", "run_folder": "/x", "tokens": 1000, "domains": {"a": {"folder": "/a"}}},
+    "pretrain": {
+        "name": "x",
+        "run_folder": "/x",
+        "tokens": 1000,
+        "domains": {"a": {"folder": "/a"}},
+    },
     "distill_hash": {},
 }
 """What each job is given beside the argument in question."""
@@ -124,24 +132,39 @@ def by_command(job: PublicJob, given: dict[str, Any]) -> None:
 
 
 def by_recipe(job: PublicJob, given: dict[str, Any]) -> None:
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    train_recipe({"name": "recipe", "stages": [{"stage": job.stage, "with": values}]}, {"eval": evaluation.STAGE})
+    values = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in given.items()
+    }
+    train_recipe(
+        {"name": "recipe", "stages": [{"stage": job.stage, "with": values}]},
+        {"eval": evaluation.STAGE},
+    )
 
 
 def another_value(argument: Argument) -> Any:
     """Return a value of an argument that is not its default."""
-    fitting = [value for value in (*(argument.declared.examples or ()), *argument.choices) if value != argument.default]
+    fitting = [
+        value
+        for value in (*(argument.declared.examples or ()), *argument.choices)
+        if value != argument.default
+    ]
     if fitting:
         return fitting[0]
     if get_origin(argument.kind) is tuple:
         return (f"/one/{argument.name}", f"/two/{argument.name}")
     if argument.kind in (int, float):
-        return (argument.default or 6) + 1 if argument.kind is int else (argument.default or 0.5) / 2
-    return {bool: True, str: f"another-{argument.name}", Path: f"/another/{argument.name}"}[argument.kind]
+        return (
+            (argument.default or 6) + 1 if argument.kind is int else (argument.default or 0.5) / 2
+        )
+    return {bool: True, str: f"another-{argument.name}", Path: f"/another/{argument.name}"}[
+        argument.kind
+    ]
 
 
 def cases() -> list[Any]:
-    """Return a job and one of its arguments each, but for `config`, which is not an argument but a place of others."""
+    """Return a job and one of its arguments each, but for `config`, which is not an argument but a
+    place of others.
+    """
     pairs = [(job, argument) for job in JOBS for argument in arguments_of(job.arguments).values()]
     return [
         pytest.param(*pair, id=f"{pair[0].function or pair[0].stage}-{pair[1].name}")
@@ -173,13 +196,25 @@ def test_an_argument_of_adapt_reaches_the_expert_of_mode_expert(name: str, recor
     without = record.copy()
     for way in (by_python, by_command):
         record.clear()
-        way(the_job("adapt"), {**given, name: another_value(arguments_of(arguments.AdaptArguments)[name])})
+        way(
+            the_job("adapt"),
+            {**given, name: another_value(arguments_of(arguments.AdaptArguments)[name])},
+        )
         assert record != without, f"{name} is dropped {way.__name__}"
 
 
 def test_mode_expert_keeps_learning_rate_and_batch_rows(record: Record) -> None:
     """Both were dropped in silence once."""
-    options = ("--mode", "expert", "--from-git", "/git", "--learning-rate", "0.0123", "--batch-rows", "17")
+    options = (
+        "--mode",
+        "expert",
+        "--from-git",
+        "/git",
+        "--learning-rate",
+        "0.0123",
+        "--batch-rows",
+        "17",
+    )
     with pytest.raises(SystemExit):
         main(["adapt", *options])
     assert "'learning_rate': 0.0123" in record[0] and "'batch_rows': 17" in record[0]
@@ -229,16 +264,34 @@ def test_a_misspelt_argument_is_one_sentence_with_the_right_one(
 @pytest.mark.parametrize(
     ("declaration", "given", "message"),
     [
-        (arguments.AdaptArguments, {"name": "x", "mode": "lorra"}, "mode 'lorra' is unknown; perhaps 'lora' is meant"),
-        (arguments.ExpertArguments, {"name": "x", "width": 0}, "width: Input should be greater than or equal to 1"),
-        (arguments.ExpertArguments, {"name": "x", "layers": "top"}, "layers='top' is not understood; write all, last"),
-        (arguments.ExpertArguments, {"name": "x", "minutes": float("inf")}, "minutes: Input should be a finite number"),
+        (
+            arguments.AdaptArguments,
+            {"name": "x", "mode": "lorra"},
+            "mode 'lorra' is unknown; perhaps 'lora' is meant",
+        ),
+        (
+            arguments.ExpertArguments,
+            {"name": "x", "width": 0},
+            "width: Input should be greater than or equal to 1",
+        ),
+        (
+            arguments.ExpertArguments,
+            {"name": "x", "layers": "top"},
+            "layers='top' is not understood; write all, last",
+        ),
+        (
+            arguments.ExpertArguments,
+            {"name": "x", "minutes": float("inf")},
+            "minutes: Input should be a finite number",
+        ),
         (arguments.ExpertArguments, {}, "no text to learn from; give from_git"),
-        (arguments.PretrainArguments, {"name": "x", "domains": {"a": {}}}, "tokens is missing; give it"),
-        (arguments.PretrainArguments, {"name": "x", "tokens": 5}, "domains is missing; give it"),
+        (PretrainArguments, {"name": "x", "domains": {"a": {}}}, "tokens is missing; give it"),
+        (PretrainArguments, {"name": "x", "tokens": 5}, "domains is missing; give it"),
     ],
-)  # fmt: skip
-def test_a_wrong_value_is_one_sentence(declaration: type[Declaration], given: dict[str, Any], message: str) -> None:
+)
+def test_a_wrong_value_is_one_sentence(
+    declaration: type[Declaration], given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         declaration.read(**given)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
@@ -277,7 +330,16 @@ def test_the_stored_request_has_the_keys_that_runs_were_started_with(
     by_python(the_job(function), TO_BEGIN[function])
     assert stored.keys() == set(keys.split())
     if "source" in stored:
-        assert stored["source"].keys() == {"git", "folder", "jsonl", "parquet", "held_out", "by", "seed", "questions"}
+        assert stored["source"].keys() == {
+            "git",
+            "folder",
+            "jsonl",
+            "parquet",
+            "held_out",
+            "by",
+            "seed",
+            "questions",
+        }
 
 
 def test_every_stage_and_declaration_is_in_the_table_of_jobs() -> None:
@@ -285,7 +347,11 @@ def test_every_stage_and_declaration_is_in_the_table_of_jobs() -> None:
     assert {job.stage: job.arguments for job in JOBS if job.stage} == {
         name: stage.arguments for name, stage in stages.items()
     }
-    declared = [one for one in vars(arguments).values() if isinstance(one, type) and issubclass(one, Declaration)]
+    declared = [
+        one
+        for one in vars(arguments).values()
+        if isinstance(one, type) and issubclass(one, Declaration)
+    ]
     groups = {base for one in declared for base in one.__bases__}
     assert {job.arguments for job in CALLED} == set(declared) - groups
 

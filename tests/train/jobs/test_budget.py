@@ -27,15 +27,21 @@ SPEEDS = st.builds(
 
 
 def plan_of(
-    speed: Speed, seconds: float | None, rows: int, tokens: int | None = None, epochs: int | None = None,
+    speed: Speed,
+    seconds: float | None,
+    rows: int,
+    tokens: int | None = None,
+    epochs: int | None = None,
     held_out_rows: int = 500,
-) -> TrainingPlan:  # fmt: skip
+) -> TrainingPlan:
     amount = Amount(tokens, epochs, shortest=3, row_length=512, batch_rows=4, held_out_tokens=8192)
     return make_plan(amount, seconds, speed, RowCounts(rows, held_out_rows, held_out_rows))
 
 
 @given(SPEEDS, st.floats(200, 20_000), st.integers(4, 10_000), st.none() | st.integers(1, 5))
-def test_a_plan_fits_its_minutes(speed: Speed, seconds: float, rows: int, epochs: int | None) -> None:
+def test_a_plan_fits_its_minutes(
+    speed: Speed, seconds: float, rows: int, epochs: int | None
+) -> None:
     plan = plan_of(speed, seconds, rows, epochs=epochs)
     assert 1 <= plan.rows <= rows and plan.steps >= 1
     assert plan.seconds <= seconds * 1.001
@@ -44,7 +50,9 @@ def test_a_plan_fits_its_minutes(speed: Speed, seconds: float, rows: int, epochs
     passes = epochs or passes_for(plan.rows * 512)
     assert plan.steps * 4 <= passes * plan.rows + 4
     text_used_up = plan.rows == rows and plan.steps * 4 >= passes * plan.rows - 4
-    assert text_used_up or plan.seconds >= 0.7 * seconds, "time was left over although there was text"
+    assert text_used_up or plan.seconds >= 0.7 * seconds, (
+        "time was left over although there was text"
+    )
     assert (plan.limit == "text") == (text_used_up and plan.limit != "time")
 
 
@@ -63,7 +71,9 @@ def test_a_token_dial_fixes_rows_and_passes(speed: Speed, tokens: int, epochs: i
     assert plan.rows == (min(300, -(-tokens // 512)) if tokens else 300)
     assert abs(plan.steps * 4 - plan.rows * epochs) <= 4
     assert plan.held_out_rows == 16
-    assert plan == plan_of(Speed(0.0, 0.0, 0.0), None, 300, tokens, epochs) or plan.seconds, "speed decides nothing"
+    assert plan == plan_of(Speed(0.0, 0.0, 0.0), None, 300, tokens, epochs) or plan.seconds, (
+        "speed decides nothing"
+    )
 
 
 @given(st.integers(1, 10**9), st.integers(1, 10**9))
@@ -74,7 +84,10 @@ def test_more_text_needs_fewer_passes(fewer: int, more: int) -> None:
 
 def test_more_minutes_never_mean_less_training() -> None:
     speed = Speed(0.9, 0.3, 0.4)
-    steps = [plan_of(speed, seconds, 2000, held_out_rows=100).steps for seconds in (150, 300, 890, 950, 3600)]
+    steps = [
+        plan_of(speed, seconds, 2000, held_out_rows=100).steps
+        for seconds in (150, 300, 890, 950, 3600)
+    ]
     assert steps == sorted(steps)
 
 
@@ -85,5 +98,7 @@ def test_minutes_beyond_what_the_text_is_worth_are_not_used() -> None:
 
 
 def test_too_few_minutes_are_one_sentence() -> None:
-    with pytest.raises(TrainError, match="do not suffice for one training step here; give more minutes"):
+    with pytest.raises(
+        TrainError, match="do not suffice for one training step here; give more minutes"
+    ):
         plan_of(Speed(5, 5, 5), 2, 100, held_out_rows=10)

@@ -1,4 +1,6 @@
-"""One call from text to pack: learns, keeps the base, resumes to the same bytes, says what is wrong."""
+"""One call from text to pack: learns, keeps the base, resumes to the same bytes, says what is
+wrong.
+"""
 
 import signal
 import subprocess
@@ -19,18 +21,32 @@ from deepseek.train.jobs.expert import train_expert
 from deepseek.train.loop.layers import parse_layers
 
 DIALS: dict[str, Any] = {
-    "name": "words", "layers": "last:2", "width": 24, "tokens": 3000, "epochs": 6, "row_length": 32, "batch_rows": 4,
-    "learning_rate": 1e-2, "held_out_tokens": 400, "quiet": True,
-}  # fmt: skip
+    "name": "words",
+    "layers": "last:2",
+    "width": 24,
+    "tokens": 3000,
+    "epochs": 6,
+    "row_length": 32,
+    "batch_rows": 4,
+    "learning_rate": 1e-2,
+    "held_out_tokens": 400,
+    "quiet": True,
+}
 
 
 def run(base: Path, text: Path, folder: Path, **dials: Any) -> Path:
     return train_expert(
-        str(base), from_folder=text, out=folder / "words.safetensors", run_folder=folder / "run", **{**DIALS, **dials}
+        str(base),
+        from_folder=text,
+        out=folder / "words.safetensors",
+        run_folder=folder / "run",
+        **{**DIALS, **dials},
     )
 
 
-def test_the_expert_learns_its_text_and_the_pack_says_so(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_the_expert_learns_its_text_and_the_pack_says_so(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
     pack = read_pack(run(tiny_base, text_folder, tmp_path))
     metric = pack.manifest.metrics["held-out"]
     assert metric.after < 0.95 * metric.before
@@ -54,7 +70,9 @@ def test_reported_losses_are_those_of_base_and_plugged_model(
     metric = pack.manifest.metrics["held-out"]
     assert held_out_loss(model, [loader.rows(rows)]).loss == pytest.approx(metric.before, abs=1e-5)
     with model.experts.forced(ExpertModule.from_pack(pack, torch.float32)):
-        assert held_out_loss(model, [loader.rows(rows)]).loss == pytest.approx(metric.after, abs=5e-3)
+        assert held_out_loss(model, [loader.rows(rows)]).loss == pytest.approx(
+            metric.after, abs=5e-3
+        )
 
 
 @pytest.mark.parametrize("layers", ["all", "0,2"])
@@ -66,7 +84,9 @@ def test_without_a_frozen_trunk_nothing_is_cached(
     assert pack.manifest.metrics["held-out"].after < pack.manifest.metrics["held-out"].before
 
 
-def test_killed_twice_and_called_again_gives_the_same_pack(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_killed_twice_and_called_again_gives_the_same_pack(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
     whole = run(tiny_base, text_folder, tmp_path / "whole").read_bytes()
     folder = tmp_path / "killed"
     script = (
@@ -83,7 +103,9 @@ def test_killed_twice_and_called_again_gives_the_same_pack(tiny_base: Path, text
     assert run(tiny_base, text_folder, folder).read_bytes() == whole
 
 
-def test_what_stops_a_run_is_not_what_is_reported(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_what_stops_a_run_is_not_what_is_reported(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
     run(tiny_base, text_folder, tmp_path, epochs=1)
     documents = {}
     for part in ("train", "validation", "held-out"):
@@ -104,7 +126,9 @@ def test_a_base_that_cannot_gain_gets_an_expert_that_changes_nothing(
     assert pack.manifest.verdict == "no better than the base"
 
 
-def test_a_finished_run_is_not_done_again(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_done_again(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
     pack = run(tiny_base, text_folder, tmp_path, epochs=1)
     before = pack.stat().st_mtime_ns
     assert run(tiny_base, text_folder, tmp_path, epochs=1).stat().st_mtime_ns == before
@@ -129,13 +153,20 @@ def test_dry_run_measures_and_changes_nothing(
     ],
 )
 def test_bad_dials_are_one_sentence(
-    tiny_base: Path, text_folder: Path, tmp_path: Path, dials: dict[str, Any], error: type[Exception], words: str
+    tiny_base: Path,
+    text_folder: Path,
+    tmp_path: Path,
+    dials: dict[str, Any],
+    error: type[Exception],
+    words: str,
 ) -> None:
     with pytest.raises(error, match=words):
         run(tiny_base, text_folder, tmp_path, **dials)
 
 
-def test_a_refused_call_leaves_the_name_free(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_a_refused_call_leaves_the_name_free(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="No text is given"):
         train_expert(str(tiny_base), run_folder=tmp_path / "run", **DIALS)
     with pytest.raises(DataError, match="does not exist"):
@@ -143,7 +174,9 @@ def test_a_refused_call_leaves_the_name_free(tiny_base: Path, text_folder: Path,
     assert run(tiny_base, text_folder, tmp_path, epochs=1).is_file()
 
 
-def test_too_little_text_is_refused_before_training(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_too_little_text_is_refused_before_training(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
     few = tmp_path / "few"
     few.mkdir()
     for file in sorted(text_folder.iterdir())[:3]:
@@ -152,7 +185,9 @@ def test_too_little_text_is_refused_before_training(tiny_base: Path, text_folder
         run(tiny_base, few, tmp_path)
 
 
-def test_another_setting_in_the_same_run_folder_is_refused(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_another_setting_in_the_same_run_folder_is_refused(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
     run(tiny_base, text_folder, tmp_path, epochs=1)
     with pytest.raises(TrainError, match=r"another learning_rate \(0.01, now 0.02\)"):
         run(tiny_base, text_folder, tmp_path, epochs=1, learning_rate=0.02)

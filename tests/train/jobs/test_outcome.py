@@ -9,14 +9,22 @@ from deepseek.train.loop.position import Position
 
 
 def test_the_story_of_a_run() -> None:
-    def story(best_step: int, step: int, limit: str = "text", cooling: list[int] | None = None) -> str:
+    def story(
+        best_step: int, step: int, limit: str = "text", cooling: list[int] | None = None
+    ) -> str:
         return tell(Position(step=step, best_step=best_step, cooling=cooling or []), 60, 10, limit)
 
     assert story(0, 40) == "no gain: the base knows this text already, or there is too little of it"
     assert story(21, 60) == "best after 2.1 of 6.0 passes; more text would help more than more time"
-    assert story(60, 60) == "best at the end of 6.0 passes; more text would help more than more time"
-    assert story(60, 60, "time") == "still falling at the end of 6.0 passes; more minutes would help"
-    assert story(60, 60, "tokens") == "still falling at the end of 6.0 passes; more tokens would help"
+    assert (
+        story(60, 60) == "best at the end of 6.0 passes; more text would help more than more time"
+    )
+    assert (
+        story(60, 60, "time") == "still falling at the end of 6.0 passes; more minutes would help"
+    )
+    assert (
+        story(60, 60, "tokens") == "still falling at the end of 6.0 passes; more tokens would help"
+    )
     assert "had stopped falling by 3.0" in story(36, 37, "time", [30, 37])
 
 

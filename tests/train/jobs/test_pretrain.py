@@ -11,7 +11,7 @@ from train.loop.tiny_pretrain import settings
 import deepseek
 from deepseek.checkpoint import store
 from deepseek.errors import ConfigError, DataError, TrainError
-from deepseek.train.jobs.arguments import PretrainArguments
+from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.loop import loop
 from deepseek.train.loop.metrics import read_metrics
 
@@ -35,9 +35,12 @@ def test_the_run_folder_tells_the_run(whole: Path) -> None:
     evaluations = [record for record in records if "held_out_loss" in record]
     assert [record["step"] for record in evaluations] == [0, 5, 10, 12]
     assert evaluations[-1]["held_out_loss"] < evaluations[0]["held_out_loss"] - 0.5
-    assert {"held_out_loss.words", "held_out_loss.code", "held_out_max_violation", "idle_experts"} <= set(
-        evaluations[0]
-    )
+    assert {
+        "held_out_loss.words",
+        "held_out_loss.code",
+        "held_out_max_violation",
+        "idle_experts",
+    } <= set(evaluations[0])
     last = evaluations[-1]
     of_the_mix = (2 * last["held_out_loss.words"] + last["held_out_loss.code"]) / 3
     assert last["held_out_loss"] == pytest.approx(of_the_mix)
@@ -74,17 +77,23 @@ def test_stopped_and_called_again_ends_with_the_same_bits(
     assert not (tmp_path / "model").exists()
     deepseek.pretrain(config, quiet=True)
     for name in ("model.safetensors", "tokenizer.json"):
-        assert (tmp_path / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
+        assert (tmp_path / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), (
+            name
+        )
 
 
 def test_a_misspelt_key_is_one_sentence_with_the_right_name(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("name: x\ntokens: 1000\nlearning_rat: 1\ndomains: {a: {folder: .}}\n")
-    with pytest.raises(ConfigError, match=r"run.yaml: .*'learning_rat' is no field here; perhaps 'learning_rate'"):
+    with pytest.raises(
+        ConfigError, match=r"run.yaml: .*'learning_rat' is no field here; perhaps 'learning_rate'"
+    ):
         PretrainArguments.read(path)
     path = tmp_path / "run.toml"
     path.write_text('name = "x"\ntokens = 1000\n[domains.a]\nfolde = "."\n')
-    with pytest.raises(ConfigError, match=r"domains\.a: 'folde' is no field here; perhaps 'folder'"):
+    with pytest.raises(
+        ConfigError, match=r"domains\.a: 'folde' is no field here; perhaps 'folder'"
+    ):
         PretrainArguments.read(path)
     with pytest.raises(ConfigError, match="tokens: "):
         PretrainArguments.read({"name": "x", "tokens": "many", "domains": {"a": {"folder": "."}}})
@@ -93,7 +102,9 @@ def test_a_misspelt_key_is_one_sentence_with_the_right_name(tmp_path: Path) -> N
         PretrainArguments.read(path)
 
 
-def test_a_damaged_shard_is_named_before_training_goes_on(whole: Path, domains: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named_before_training_goes_on(
+    whole: Path, domains: Path, tmp_path: Path
+) -> None:
     config = settings(domains, tmp_path, steps=2)
     deepseek.pretrain(config, quiet=True)
     (tmp_path / "run" / "result.json").unlink()
@@ -126,7 +137,10 @@ def test_a_full_disk_stops_with_a_sentence_and_costs_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(folder, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(TrainError, match="checkpoint step-00000009 was not written"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainError, match="checkpoint step-00000009 was not written"),
+    ):
         patch.setattr(store, "save_state", full)
         deepseek.pretrain(config, quiet=True)
     deepseek.pretrain(config, quiet=True)

@@ -1,4 +1,6 @@
-"""Recipes: stages in order, each finished once, a card and a page at the end; runs can be looked at."""
+"""Recipes: stages in order, each finished once, a card and a page at the end; runs can be looked
+at.
+"""
 
 import json
 from pathlib import Path
@@ -33,7 +35,9 @@ def test_a_recipe_runs_its_stages_and_writes_a_card(domains: Path, tmp_path: Pat
     assert result["model"] == str(tmp_path / "adapted")
     digest = result["results"][1]["data"]["text"]["digest"]
     assert "license: Apache-2.0" in card and digest in card and "held_out_loss: " in card
-    assert (tmp_path / "adapted" / "loss-two-stages-2-adapt.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        (tmp_path / "adapted" / "loss-two-stages-2-adapt.png").read_bytes().startswith(b"\x89PNG")
+    )
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "<script" not in page
     before = (tmp_path / "adapted" / "model.safetensors").stat().st_mtime_ns
@@ -48,12 +52,21 @@ def test_mistakes_are_found_before_anything_runs(domains: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="stage 'adept' is unknown; perhaps 'adapt'"):
         train_recipe(wrong, quiet=True)
     assert not (tmp_path / "adapted").exists()
-    with pytest.raises(ConfigError, match=r"stage 1 \(adapt\): 'epoch' is no field here; perhaps 'epochs'"):
-        train_recipe({"name": "x", "base": "nowhere", "stages": [{"stage": "adapt", "with": {"epoch": 1}}]}, quiet=True)
+    with pytest.raises(
+        ConfigError, match=r"stage 1 \(adapt\): 'epoch' is no field here; perhaps 'epochs'"
+    ):
+        train_recipe(
+            {"name": "x", "base": "nowhere", "stages": [{"stage": "adapt", "with": {"epoch": 1}}]},
+            quiet=True,
+        )
 
 
-def test_evaluation_is_a_stage_of_its_own(tiny_base: Path, text_folder: Path, tmp_path: Path) -> None:
-    evaluate_stage(str(tiny_base), run_folder=tmp_path, data=[str(text_folder)], tokens=512, quiet=True)
+def test_evaluation_is_a_stage_of_its_own(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    evaluate_stage(
+        str(tiny_base), run_folder=tmp_path, data=[str(text_folder)], tokens=512, quiet=True
+    )
     figures = json.loads((tmp_path / "result.json").read_text())["figures"]
     assert figures[f"loss.{text_folder}"] > 0 and "loss.public code" in figures
 

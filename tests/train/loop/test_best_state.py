@@ -1,4 +1,6 @@
-"""The best state of a run: found, kept, given back with the same bits after any end, and never worse than the start."""
+"""The best state of a run: found, kept, given back with the same bits after any end, and never
+worse than the start.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,11 @@ def run(folder: Path, task: Regression, hooks: Hooks | None = None, **changes: A
 
 
 def held_out(folder: Path) -> list[float]:
-    return [record["held_out_loss"] for record in read_metrics(folder / "metrics.jsonl") if "held_out_loss" in record]
+    return [
+        record["held_out_loss"]
+        for record in read_metrics(folder / "metrics.jsonl")
+        if "held_out_loss" in record
+    ]
 
 
 def test_a_run_that_overfits_ends_with_its_best_state(tmp_path: Path) -> None:
@@ -30,8 +36,12 @@ def test_a_run_that_overfits_ends_with_its_best_state(tmp_path: Path) -> None:
     losses = held_out(tmp_path)
     assert losses[-1] > min(losses), "the run is no test if it does not overfit"
     assert result.metrics == task.evaluate() == {"held_out_loss": min(losses)}
-    assert result.position.best_step == 2 * losses.index(min(losses)) and result.position.step == STEPS
-    assert [folder.name for folder in (tmp_path / "best").iterdir()] == [f"step-{result.position.best_step:08d}"]
+    assert (
+        result.position.best_step == 2 * losses.index(min(losses)) and result.position.step == STEPS
+    )
+    assert [folder.name for folder in (tmp_path / "best").iterdir()] == [
+        f"step-{result.position.best_step:08d}"
+    ]
 
 
 def test_it_goes_back_once_cools_down_and_stops(tmp_path: Path) -> None:
@@ -55,7 +65,9 @@ class Hopeless(Regression):
     def evaluate(self) -> dict[str, float]:
         with torch.no_grad():
             pairs = zip(self.parameters.values(), START, strict=True)
-            return {"held_out_loss": float(sum((now - before).abs().sum() for now, before in pairs))}
+            return {
+                "held_out_loss": float(sum((now - before).abs().sum() for now, before in pairs))
+            }
 
 
 START = [parameter.detach().clone() for parameter in Regression().parameters.values()]
@@ -74,7 +86,9 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("kill", [1, 7, 13, 15])
 @pytest.mark.parametrize("patience", [0, 3])
-def test_killed_and_started_again_gives_the_same_best_bits(tmp_path: Path, kill: int, patience: int) -> None:
+def test_killed_and_started_again_gives_the_same_best_bits(
+    tmp_path: Path, kill: int, patience: int
+) -> None:
     whole, again = Overfitting(), Overfitting()
     expected = run(tmp_path / "whole", whole, patience=patience)
     steps = 0

@@ -1,4 +1,6 @@
-"""Several processes equal one, survive the death of one, and pass checkpoints on to another number of processes."""
+"""Several processes equal one, survive the death of one, and pass checkpoints on to another number
+of processes.
+"""
 
 import os
 import subprocess
@@ -23,12 +25,31 @@ STEPS = 50
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.2"]
 
 
-def launch(processes: int, texts: Path, folder: Path, kind: str, *end: str, restarts: int = 0) -> None:
+def launch(
+    processes: int, texts: Path, folder: Path, kind: str, *end: str, restarts: int = 0
+) -> None:
     """Run the script in so many processes, by torchrun unless it is 0."""
-    start = [*TORCHRUN, "--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-    command = [*(start if processes else [sys.executable]), SCRIPT, str(texts), str(folder), kind, str(STEPS), *end]
+    start = [
+        *TORCHRUN,
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "--max-restarts",
+        str(restarts),
+    ]
+    command = [
+        *(start if processes else [sys.executable]),
+        SCRIPT,
+        str(texts),
+        str(folder),
+        kind,
+        str(STEPS),
+        *end,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -39,7 +60,11 @@ def assert_same_result(folder: Path, other: Path) -> None:
     for name, tensor in weights.items():
         assert (tensor - others[name]).abs().max() <= 1e-6, name
     logs = [
-        [record["loss"] for record in read_metrics(f / "run" / "training" / "metrics.jsonl") if "loss" in record]
+        [
+            record["loss"]
+            for record in read_metrics(f / "run" / "training" / "metrics.jsonl")
+            if "loss" in record
+        ]
         for f in (folder, other)
     ]
     assert len(logs[0]) == STEPS and logs[0] == pytest.approx(logs[1], abs=1e-6)
@@ -52,19 +77,28 @@ def alone(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_of_which_one_dies_equal_one(alone: Path, domains: Path, tmp_path: Path) -> None:
+def test_two_processes_of_which_one_dies_equal_one(
+    alone: Path, domains: Path, tmp_path: Path
+) -> None:
     launch(2, domains, tmp_path, "experts", "25", "die", restarts=1)
     assert (tmp_path / "died").exists()
     assert_same_result(tmp_path, alone)
-    parts = sorted((tmp_path / "run" / "training" / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
+    parts = sorted(
+        (tmp_path / "run" / "training" / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")
+    )
     sizes = [part.stat().st_size for part in parts]
     assert len(parts) == 2 and max(sizes) <= 0.55 * sum(sizes)
-    held = [float((folder / f"held-{rank}").read_text()) for folder, rank in ((alone, 0), (tmp_path, 0), (tmp_path, 1))]
+    held = [
+        float((folder / f"held-{rank}").read_text())
+        for folder, rank in ((alone, 0), (tmp_path, 0), (tmp_path, 1))
+    ]
     assert held[0] == 1.0 and max(held[1:]) <= 0.55, "of parameters, gradients and moments"
 
 
 @pytest.mark.slow
-def test_checkpoints_go_from_two_processes_to_one_and_back(alone: Path, domains: Path, tmp_path: Path) -> None:
+def test_checkpoints_go_from_two_processes_to_one_and_back(
+    alone: Path, domains: Path, tmp_path: Path
+) -> None:
     for processes, end in ((2, ("13", "stop")), (1, ("28", "stop")), (2, ())):
         launch(processes, domains, tmp_path, "experts", *end)
     assert_same_result(tmp_path, alone)
@@ -80,9 +114,16 @@ def test_a_dense_model_in_two_processes_equals_one(domains: Path, tmp_path: Path
 @pytest.mark.parametrize("rank", [0, 1, 100, 255])
 def test_each_of_256_processes_holds_exactly_its_part(rank: int) -> None:
     config = ModelConfig(
-        vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_experts=8, expert_dim=32, num_shared_experts=1, expert_sharing=2,
-    )  # fmt: skip
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_experts=8,
+        expert_dim=32,
+        num_shared_experts=1,
+        expert_sharing=2,
+    )
     model = DeepSeekModel(config)
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=256)

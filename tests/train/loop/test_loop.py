@@ -25,19 +25,25 @@ SCRIPT = Path(__file__).with_name("tiny_run.py")
 
 
 def run(folder: Path, steps: int = STEPS, task: Regression | None = None) -> TrainResult:
-    return train(task or Regression(), Numbers(), config(steps), folder, progress=ProgressBar(quiet=True))
+    return train(
+        task or Regression(), Numbers(), config(steps), folder, progress=ProgressBar(quiet=True)
+    )
 
 
 def start(folder: Path, pause: float) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder), str(STEPS), str(pause)], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(SCRIPT), str(folder), str(STEPS), str(pause)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
 def wait_for_checkpoint(folder: Path, process: "subprocess.Popen[str]", limit: float = 120) -> None:
     deadline = time.monotonic() + limit
     while not list((folder / "checkpoints").glob("step-*")):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it wrote a checkpoint"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it wrote a checkpoint"
+        )
         time.sleep(0.02)
 
 
@@ -51,7 +57,10 @@ def assert_same_end(folder: Path, other: Path) -> None:
     assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
     assert any(name.endswith("exp_avg_sq") for name in tensors) and "random.cpu" in tensors
     quiet = [
-        [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(f / "metrics.jsonl")]
+        [
+            {k: v for k, v in record.items() if k != "tokens_per_second"}
+            for record in read_metrics(f / "metrics.jsonl")
+        ]
         for f in (folder, other)
     ]
     assert quiet[0] == quiet[1]
@@ -66,7 +75,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_killed_and_started_again_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again_ends_with_the_same_bits(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     process = start(tmp_path, 0.05)
     wait_for_checkpoint(tmp_path, process)
     process.send_signal(signal.SIGKILL)
@@ -78,7 +89,9 @@ def test_killed_and_started_again_ends_with_the_same_bits(uninterrupted: Path, t
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     process = start(tmp_path, 0.05)
     wait_for_checkpoint(tmp_path, process)
     process.send_signal(signal.SIGINT)
@@ -92,7 +105,9 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(uninterrupted: Path, tmp
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_damaged_newest_checkpoint_gives_way_to_the_one_before(uninterrupted: Path, tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     run(tmp_path)
     newest = tmp_path / "checkpoints" / f"step-{STEPS:08d}" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-8])
@@ -116,7 +131,9 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
     result = run(tmp_path / "spoiled", 1, spoiled)
     assert (result.position.step, result.position.skipped) == (1, 1)
     for name, parameter in clean.parameters.items():
-        assert torch.equal(parameter, spoiled.parameters[name]), "a skipped step moved the parameters"
+        assert torch.equal(parameter, spoiled.parameters[name]), (
+            "a skipped step moved the parameters"
+        )
     half = run(tmp_path / "half", 20, Regression(spoil=frozenset({10})))
     assert half.position.skipped == 1
     assert all(parameter.isfinite().all() for parameter in spoiled.parameters.values())
@@ -180,9 +197,9 @@ def test_buffers_and_hooks_belong_to_the_run(tmp_path: Path) -> None:
     hooks = loop.Hooks({"count": count}, stepped, seen.append)
     quiet = ProgressBar(quiet=True)
     train(task, Numbers(), config(10), tmp_path, progress=quiet, hooks=hooks)
-    assert [record["count"] for record in read_metrics(tmp_path / "metrics.jsonl") if "count" in record] == [
-        *range(1, 11)
-    ]
+    assert [
+        record["count"] for record in read_metrics(tmp_path / "metrics.jsonl") if "count" in record
+    ] == [*range(1, 11)]
     assert seen == [0, 7, 10]
     count.zero_()
     train(task, Numbers(), config(10), tmp_path, progress=quiet, hooks=hooks)

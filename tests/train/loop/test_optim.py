@@ -12,7 +12,9 @@ def test_schedule_rises_to_the_peak_once_and_ends_at_its_final_share() -> None:
     rates = [learning_rate(config, step, 100) for step in range(100)]
     assert max(rates) == pytest.approx(1e-3)
     peak = rates.index(max(rates))
-    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(
+        rates[peak:], reverse=True
+    )
     assert rates[0] == pytest.approx(1e-4) and rates[-1] == pytest.approx(5e-5)
 
 

@@ -21,7 +21,9 @@ class Clock:
         return self.now
 
 
-def test_without_a_terminal_there_is_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_there_is_a_line_every_few_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(progress, "time", Clock())
     stream = io.StringIO()
     with ProgressBar(stream) as bar:
@@ -53,4 +55,10 @@ def test_a_resumed_log_tells_no_step_twice(tmp_path: Path) -> None:
     again = MetricsLog(tmp_path, 4)
     again.write(4, loss=40.0)
     again.close()
-    assert [(r["step"], r["loss"]) for r in read_metrics(log.path)] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
+    assert [(r["step"], r["loss"]) for r in read_metrics(log.path)] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]

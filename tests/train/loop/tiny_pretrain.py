@@ -7,24 +7,52 @@ from pathlib import Path
 from typing import Any
 
 TINY_MODEL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}  # fmt: skip
-TINY_EXPERTS = {"num_experts": 4, "expert_dim": 16, "num_shared_experts": 1, "expert_sharing": 2, "max_experts": 2}
+}
+TINY_EXPERTS = {
+    "num_experts": 4,
+    "expert_dim": 16,
+    "num_shared_experts": 1,
+    "expert_sharing": 2,
+    "max_experts": 2,
+}
 
 
-def settings(texts: Path, folder: Path, *, experts: bool = True, steps: int = 12, **changes: Any) -> dict[str, Any]:
+def settings(
+    texts: Path, folder: Path, *, experts: bool = True, steps: int = 12, **changes: Any
+) -> dict[str, Any]:
     """Return a configuration: two domains below `texts`, everything written below `folder`."""
     return {
-        "name": "tiny", "vocab_size": 300, "row_length": 32, "batch_rows": 4, "tokens": steps * 32 * 4,
-        "domains": {"words": {"folder": str(texts / "words"), "weight": 2}, "code": {"folder": str(texts / "code")}},
-        "model": {**TINY_MODEL, **(TINY_EXPERTS if experts else {})}, "evaluate_every": 5, "checkpoint_every": 3,
-        "held_out": 0.2, "held_out_tokens": 256, "samples": ["alpha"], "learning_rate": 3e-3, "curriculum": True,
-        "out": str(folder / "model"), "run_folder": str(folder / "run"), **changes,
-    }  # fmt: skip
+        "name": "tiny",
+        "vocab_size": 300,
+        "row_length": 32,
+        "batch_rows": 4,
+        "tokens": steps * 32 * 4,
+        "domains": {
+            "words": {"folder": str(texts / "words"), "weight": 2},
+            "code": {"folder": str(texts / "code")},
+        },
+        "model": {**TINY_MODEL, **(TINY_EXPERTS if experts else {})},
+        "evaluate_every": 5,
+        "checkpoint_every": 3,
+        "held_out": 0.2,
+        "held_out_tokens": 256,
+        "samples": ["alpha"],
+        "learning_rate": 3e-3,
+        "curriculum": True,
+        "out": str(folder / "model"),
+        "run_folder": str(folder / "run"),
+        **changes,
+    }
 
 
-def main(texts: Path, folder: Path, kind: str, steps: int, end_at: int | None = None, how: str = "stop") -> None:
+def main(
+    texts: Path, folder: Path, kind: str, steps: int, end_at: int | None = None, how: str = "stop"
+) -> None:
     """Train; before step `end_at` stop, or in one process and the first time only, be killed."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -48,16 +76,25 @@ def main(texts: Path, folder: Path, kind: str, steps: int, end_at: int | None = 
 
     loop._Run.step = ending_step  # type: ignore[method-assign]
     register_optimizer_step_post_hook(lambda optimizer, *_: note_held(optimizer, folder))
-    deepseek.pretrain(settings(texts, folder, experts=kind == "experts", steps=steps, checkpoint_every=10), quiet=True)
+    deepseek.pretrain(
+        settings(texts, folder, experts=kind == "experts", steps=steps, checkpoint_every=10),
+        quiet=True,
+    )
 
 
 def note_held(optimizer: Any, folder: Path) -> None:
     """Write which share of all parameters, gradients and moments this process holds."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = [optimizer.state[parameter][name] for parameter in trained for name in ("exp_avg", "exp_avg_sq")]
+    moments = [
+        optimizer.state[parameter][name]
+        for parameter in trained
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
     tensors = [*trained, *(parameter.grad for parameter in trained), *moments]
     held = sum(getattr(tensor, "_local_tensor", tensor).numel() for tensor in tensors)
-    (folder / f"held-{os.environ.get('RANK', '0')}").write_text(str(held / sum(tensor.numel() for tensor in tensors)))
+    (folder / f"held-{os.environ.get('RANK', '0')}").write_text(
+        str(held / sum(tensor.numel() for tensor in tensors))
+    )
 
 
 if __name__ == "__main__":

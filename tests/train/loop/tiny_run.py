@@ -1,4 +1,6 @@
-"""A training run of a second, as a script that tests can kill: `python tiny_run.py FOLDER STEPS [PAUSE]`."""
+"""A training run of a second, as a script that tests can kill:
+`python tiny_run.py FOLDER STEPS [PAUSE]`.
+"""
 
 import sys
 import time
@@ -32,7 +34,9 @@ class Numbers:
 
 
 class Regression:
-    """Learn to sum, with dropout so that the random state matters; `spoil` makes chosen steps non-finite."""
+    """Learn to sum, with dropout so that the random state matters; `spoil` makes chosen steps
+    non-finite.
+    """
 
     def __init__(self, pause: float = 0.0, spoil: frozenset[int] = frozenset()) -> None:
         torch.manual_seed(1)
@@ -43,7 +47,9 @@ class Regression:
     def loss(self, batch: Tensor, step: int) -> LossOutput:
         time.sleep(self.pause)
         factor = float("nan") if step in self.spoil else 1.0
-        return LossOutput((self.net(batch)[:, 0] - batch.sum(-1)).square().mean() * factor, len(batch))
+        return LossOutput(
+            (self.net(batch)[:, 0] - batch.sum(-1)).square().mean() * factor, len(batch)
+        )
 
     def evaluate(self) -> dict[str, float]:
         self.net.eval()
@@ -67,9 +73,11 @@ class Overfitting(Regression):
 
 def config(steps: int, **changes: Any) -> LoopConfig:
     return LoopConfig(
-        OptimConfig(learning_rate=0.05), steps=steps, accumulate=2,
+        OptimConfig(learning_rate=0.05),
+        steps=steps,
+        accumulate=2,
         **{"evaluate_every": 7, "checkpoint_every": 5, "seed": 4, **changes},
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

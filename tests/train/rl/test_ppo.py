@@ -28,20 +28,28 @@ def batch(seed: int, rows: int = 4, length: int = 7) -> tuple[Tensor, ...]:
     return (*parts, mask)
 
 
-def oracle_advantages(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+def oracle_advantages(
+    rewards: list[float], values: list[float], gamma: float, lam: float
+) -> list[float]:
     """The sum of arXiv:1506.02438, eq. 11 and 16, term by term."""
     after = [*values[1:], 0.0][: len(values)]
     deltas = [r + gamma * n - v for r, v, n in zip(rewards, values, after, strict=True)]
-    return [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))]
+    return [
+        sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))
+    ]
 
 
 @given(st.integers(0, 10_000), st.sampled_from([1.0, 0.99, 0.5]), st.sampled_from([1.0, 0.95, 0.0]))
-def test_advantages_are_the_papers_sum_over_the_real_tokens(seed: int, gamma: float, lam: float) -> None:
+def test_advantages_are_the_papers_sum_over_the_real_tokens(
+    seed: int, gamma: float, lam: float
+) -> None:
     rewards, values, _, mask = batch(seed)
     found, returns = advantages(rewards, values, mask, gamma, lam)
     for row in range(len(mask)):
         real = mask[row] > 0
-        expected = oracle_advantages(rewards[row, real].tolist(), values[row, real].tolist(), gamma, lam)
+        expected = oracle_advantages(
+            rewards[row, real].tolist(), values[row, real].tolist(), gamma, lam
+        )
         assert found[row, real].tolist() == pytest.approx(expected, abs=1e-5)
         assert not found[row, ~real].any() and not returns[row, ~real].any()
     assert torch.allclose(returns, torch.where(mask > 0, found + values, 0.0))
@@ -98,7 +106,9 @@ def test_the_clipped_loss_is_that_of_the_paper(seed: int, clip: float) -> None:
     for row, column in (mask > 0).nonzero().tolist():
         ratio = math.exp(float(logprobs[row, column] - old[row, column]))
         held = min(max(ratio, 1 - clip), 1 + clip)
-        terms.append(min(ratio * float(advantage[row, column]), held * float(advantage[row, column])))
+        terms.append(
+            min(ratio * float(advantage[row, column]), held * float(advantage[row, column]))
+        )
     expected = -sum(terms) / max(1, len(terms))
     found = policy_loss(logprobs, old, advantage, mask, clip)
     assert float(found.loss) == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -120,7 +130,9 @@ def test_values_are_not_moved_by_more_than_the_clip_for_the_better() -> None:
     moved = torch.full((1, 1), 0.5, requires_grad=True)
     value_loss(moved, old, returns, mask, clip=0.2).backward()
     assert moved.grad is not None and not moved.grad.any()
-    assert float(value_loss(torch.full((1, 1), 0.1), old, returns, mask)) == pytest.approx(0.5 * 0.81)
+    assert float(value_loss(torch.full((1, 1), 0.1), old, returns, mask)) == pytest.approx(
+        0.5 * 0.81
+    )
 
 
 def test_whitened_values_have_mean_zero_and_variance_one() -> None:
@@ -151,6 +163,8 @@ def test_a_bandit_is_solved() -> None:
             advantage = whiten(advantage, mask)
         for _ in range(4):
             optimizer.zero_grad()
-            policy_loss(torch.log_softmax(logits, -1)[actions, None], old, advantage, mask).loss.backward()
+            policy_loss(
+                torch.log_softmax(logits, -1)[actions, None], old, advantage, mask
+            ).loss.backward()
             optimizer.step()
     assert float(torch.softmax(logits, -1)[-1]) > 0.9

@@ -1,4 +1,6 @@
-"""RLPO learns small tasks from scratch; replayed routing makes the first update start at a ratio of exactly 1."""
+"""RLPO learns small tasks from scratch; replayed routing makes the first update start at a ratio of
+exactly 1.
+"""
 
 from pathlib import Path
 
@@ -25,9 +27,19 @@ MOE = {"num_experts": 16, "expert_dim": 8, "routing_strategy": "dynamic"}
 
 def tiny(seed: int = 0, **changes: object) -> DeepSeekModel:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return DeepSeekModel(
-        ModelConfig(vocab_size=VOCABULARY, initializer_range=0.2, max_position_embeddings=64, **(sizes | changes))
+        ModelConfig(
+            vocab_size=VOCABULARY,
+            initializer_range=0.2,
+            max_position_embeddings=64,
+            **(sizes | changes),
+        )
     ).eval()
 
 
@@ -36,7 +48,9 @@ def share_of_sevens(responses: Responses) -> Tensor:
 
 
 def prompts(count: int = 16) -> list[list[int]]:
-    return torch.randint(2, VOCABULARY, (count, 2), generator=torch.Generator().manual_seed(5)).tolist()
+    return torch.randint(
+        2, VOCABULARY, (count, 2), generator=torch.Generator().manual_seed(5)
+    ).tolist()
 
 
 def learner(model: DeepSeekModel, layers: str = "all", **changes: object) -> Learner:
@@ -46,10 +60,21 @@ def learner(model: DeepSeekModel, layers: str = "all", **changes: object) -> Lea
 
 def test_a_bandit_is_solved() -> None:
     """One token, one answer that pays: it ends up nearly certain."""
-    config = RLPOConfig(new_tokens=1, minibatch=32, epochs=4, beta=0.0, target_kl=None, kl_stop=1.0, entropy_floor=0.0)
+    config = RLPOConfig(
+        new_tokens=1,
+        minibatch=32,
+        epochs=4,
+        beta=0.0,
+        target_kl=None,
+        kl_stop=1.0,
+        entropy_floor=0.0,
+    )
     state = RLPOState(tiny(), share_of_sevens, config, optim=OptimConfig(learning_rate=3e-3))
     batch = {"prompts": [[3, 4]] * 64}
-    scores = [rlpo_update(state.learner.policy.model, share_of_sevens, batch, state=state)["score"] for _ in range(25)]
+    scores = [
+        rlpo_update(state.learner.policy.model, share_of_sevens, batch, state=state)["score"]
+        for _ in range(25)
+    ]
     assert scores[0] < 0.5 and scores[-1] > 0.95
 
 
@@ -59,9 +84,13 @@ def test_an_update_that_is_not_finite_moves_nothing_and_ten_in_a_row_end_it() ->
     def broken(responses: Responses) -> Tensor:
         return torch.full((len(responses.targets_BT),), float("nan"))
 
-    state = RLPOState(tiny(), broken, RLPOConfig(new_tokens=2, minibatch=4, epochs=1, value_rollouts=0))
+    state = RLPOState(
+        tiny(), broken, RLPOConfig(new_tokens=2, minibatch=4, epochs=1, value_rollouts=0)
+    )
     before = {name: one.detach().clone() for name, one in state.learner.parameters.items()}
-    metrics = rlpo_update(state.learner.policy.model, broken, {"prompts": [[3, 4]] * 8}, state=state)
+    metrics = rlpo_update(
+        state.learner.policy.model, broken, {"prompts": [[3, 4]] * 8}, state=state
+    )
     assert metrics["skipped"] == 2
     assert all(torch.equal(before[name], one) for name, one in state.learner.parameters.items())
     with pytest.raises(TrainError, match="not finite"):
@@ -74,7 +103,15 @@ def test_copying_is_learnt_from_reward_alone() -> None:
     def copied(responses: Responses) -> Tensor:
         return (responses.targets_BT == responses.input_ids_BS[:, :2]).float().mean(1)
 
-    config = RLPOConfig(new_tokens=2, minibatch=64, epochs=4, beta=0.0, target_kl=None, kl_stop=0.2, entropy_floor=0.0)
+    config = RLPOConfig(
+        new_tokens=2,
+        minibatch=64,
+        epochs=4,
+        beta=0.0,
+        target_kl=None,
+        kl_stop=0.2,
+        entropy_floor=0.0,
+    )
     state = RLPOState(tiny(), copied, config, optim=OptimConfig(learning_rate=5e-3))
     draw = torch.Generator().manual_seed(0)
     scores = []
@@ -86,7 +123,9 @@ def test_copying_is_learnt_from_reward_alone() -> None:
 
 @pytest.mark.parametrize("layers", ["all", "last:1"])
 @pytest.mark.parametrize("changes", [{}, MOE, MOE | {"routing_strategy": "topk", "max_experts": 2}])
-def test_the_first_update_starts_at_a_ratio_of_exactly_one(changes: dict[str, object], layers: str) -> None:
+def test_the_first_update_starts_at_a_ratio_of_exactly_one(
+    changes: dict[str, object], layers: str
+) -> None:
     trained = learner(tiny(**changes), layers)
     rollout, metrics = trained.collect(prompts(), torch.Generator().manual_seed(1), learn=True)
     assert metrics["kl"] == 0.0, "the policy is still its reference"
@@ -96,7 +135,9 @@ def test_the_first_update_starts_at_a_ratio_of_exactly_one(changes: dict[str, ob
 
 
 def drifted_ratio(replay: bool) -> float:
-    """Return how far ratios are from 1 before any update if the routers' biases move after the rollout."""
+    """Return how far ratios are from 1 before any update if the routers' biases move after the
+    rollout.
+    """
     trained = learner(tiny(**MOE), replay_routing=replay)
     rollout, _ = trained.collect(prompts(), torch.Generator().manual_seed(1), learn=True)
     for layer in trained.policy.model.layers:
@@ -138,7 +179,9 @@ def test_responses_end_at_an_end_token_and_do_not_depend_on_padding() -> None:
 def test_sampling_follows_the_distribution() -> None:
     model = tiny()
     expected = torch.softmax(model(torch.tensor([[3, 4]])).logits[0, -1].detach() / 0.7, -1)
-    sampled = generate(model, [[3, 4]] * 4000, 1, (), torch.Generator().manual_seed(0), temperature=0.7)
+    sampled = generate(
+        model, [[3, 4]] * 4000, 1, (), torch.Generator().manual_seed(0), temperature=0.7
+    )
     share = torch.bincount(sampled.targets_BT[:, 0], minlength=VOCABULARY) / 4000
     assert (share - expected).abs().max() < 0.03
 
@@ -151,7 +194,9 @@ def test_learning_values_never_changes_the_policy() -> None:
     for _ in range(6):
         trained.loss(batches.next(), 0).loss.backward()
         optimizer.step()
-    changed = {name for name, p in trained.policy.parameters.items() if not torch.equal(p, before[name])}
+    changed = {
+        name for name, p in trained.policy.parameters.items() if not torch.equal(p, before[name])
+    }
     assert changed == {"value_head.weight", "value_head.bias"}
 
 
@@ -197,14 +242,18 @@ def test_layers_that_share_experts_with_the_trunk_are_refused() -> None:
     with pytest.raises(ConfigError, match="multiple of 2"):
         Policy(tiny(**shared), "last:1")
     policy = Policy(tiny(**shared), "last:2")
-    assert {name.split(".")[1] for name in policy.parameters if name.startswith("expert_pools")} == {"1"}
+    assert {
+        name.split(".")[1] for name in policy.parameters if name.startswith("expert_pools")
+    } == {"1"}
 
 
 def run(folder: Path, stop_after: int = 0) -> None:
     """Train 14 steps on the loop, or be interrupted in the middle of a rollout."""
     trained = learner(tiny(**MOE), epochs=3, target_kl=1.0, beta=0.1, value_rollouts=1)
     batches = RolloutBatches(trained, prompts(40), 16, seed=3)
-    config = LoopConfig(OptimConfig(learning_rate=2e-3), steps=14, evaluate_every=5, checkpoint_every=4)
+    config = LoopConfig(
+        OptimConfig(learning_rate=2e-3), steps=14, evaluate_every=5, checkpoint_every=4
+    )
     trained.evaluate = lambda: {"held_out_loss": float(trained.scalars["mean"])}
     if stop_after:
         original = trained.loss
@@ -215,7 +264,14 @@ def run(folder: Path, stop_after: int = 0) -> None:
             return original(batch, step)
 
         trained.loss = loss  # type: ignore[method-assign]
-    train(trained, batches, config, folder, progress=ProgressBar(quiet=True), hooks=Hooks(buffers=batches.buffers))
+    train(
+        trained,
+        batches,
+        config,
+        folder,
+        progress=ProgressBar(quiet=True),
+        hooks=Hooks(buffers=batches.buffers),
+    )
 
 
 def test_a_run_stopped_within_a_rollout_ends_with_the_same_bits(tmp_path: Path) -> None:
@@ -224,12 +280,16 @@ def test_a_run_stopped_within_a_rollout_ends_with_the_same_bits(tmp_path: Path) 
         run(tmp_path / "cut", stop_after=9)
     run(tmp_path / "cut")
     (tensors, meta), (others, other_meta) = (
-        store.load_state(tmp_path / name / "checkpoints" / "step-00000014") for name in ("whole", "cut")
+        store.load_state(tmp_path / name / "checkpoints" / "step-00000014")
+        for name in ("whole", "cut")
     )
     assert meta == other_meta and tensors.keys() == others.keys()
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
     records = [
-        [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / n / "metrics.jsonl")]
+        [
+            {k: v for k, v in r.items() if k != "tokens_per_second"}
+            for r in read_metrics(tmp_path / n / "metrics.jsonl")
+        ]
         for n in ("whole", "cut")
     ]
     assert records[0] == records[1] and any("score" in record for record in records[0])

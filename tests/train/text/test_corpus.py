@@ -19,7 +19,9 @@ def commit(repository: pygit2.Repository, name: str, text: str, time: int) -> No
     repository.index.add(name)
     author = pygit2.Signature("a", "a@example.org", time)
     parents = [] if repository.head_is_unborn else [repository.head.target]
-    repository.create_commit("HEAD", author, author, f"add {name}", repository.index.write_tree(), parents)
+    repository.create_commit(
+        "HEAD", author, author, f"add {name}", repository.index.write_tree(), parents
+    )
 
 
 @pytest.fixture
@@ -28,7 +30,10 @@ def repository(tmp_path: Path) -> Path:
     made = pygit2.init_repository(tmp_path / "repo")
     for number in range(10):
         commit(
-            made, f"f{number}.py", f"def function_{number}(value):\n    return value + {number}\n" * 5, 1000 + number
+            made,
+            f"f{number}.py",
+            f"def function_{number}(value):\n    return value + {number}\n" * 5,
+            1000 + number,
         )
     commit(made, "f0.py", "SECRET_OF_THE_FUTURE = True\n" * 5, 2000)
     return tmp_path / "repo"
@@ -36,9 +41,12 @@ def repository(tmp_path: Path) -> Path:
 
 def test_the_past_knows_nothing_of_the_future(repository: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    corpus = build_corpus(Source(git=repository, by="time", held_out=0.3), tokenizer, tmp_path / "corpus")
+    corpus = build_corpus(
+        Source(git=repository, by="time", held_out=0.3), tokenizer, tmp_path / "corpus"
+    )
     past, future = (
-        tokenizer.decode([int(i) & 0x7FFFFFFF for i in shards.ids_N]) for shards in (corpus.train, corpus.held_out)
+        tokenizer.decode([int(i) & 0x7FFFFFFF for i in shards.ids_N])
+        for shards in (corpus.train, corpus.held_out)
     )
     assert "SECRET_OF_THE_FUTURE" not in past and "function_0" in past
     assert "SECRET_OF_THE_FUTURE" in future and "function_9" in future and "function_9" not in past
@@ -46,10 +54,16 @@ def test_the_past_knows_nothing_of_the_future(repository: Path, tmp_path: Path) 
 
 def test_time_needs_git_alone(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="git repository alone"):
-        build_corpus(Source(git=repository, folder=tmp_path, by="time"), tiny_tokenizer(), tmp_path / "corpus")
+        build_corpus(
+            Source(git=repository, folder=tmp_path, by="time"),
+            tiny_tokenizer(),
+            tmp_path / "corpus",
+        )
 
 
-def test_by_time_what_stops_a_run_is_older_than_what_is_reported(repository: Path, tmp_path: Path) -> None:
+def test_by_time_what_stops_a_run_is_older_than_what_is_reported(
+    repository: Path, tmp_path: Path
+) -> None:
     tokenizer = tiny_tokenizer()
     source = Source(git=repository, by="time", held_out=0.5)
     corpus = build_corpus(source, tokenizer, tmp_path / "corpus", validation=True)
@@ -60,7 +74,10 @@ def test_by_time_what_stops_a_run_is_older_than_what_is_reported(repository: Pat
     )
     assert "SECRET_OF_THE_FUTURE" in last and "SECRET_OF_THE_FUTURE" not in middle + past
     assert "function_9" in last and "function_9" not in middle + past
-    newest = [max(number for number in range(10) if f"function_{number}" in text) for text in (past, middle, last)]
+    newest = [
+        max(number for number in range(10) if f"function_{number}" in text)
+        for text in (past, middle, last)
+    ]
     assert newest == sorted(set(newest))
 
 
@@ -77,19 +94,26 @@ def test_questions_are_made_after_the_split(tmp_path: Path) -> None:
         (source / f"f{number}.py").write_text(text * (1 + number % 2))
     share = 0.4
     plain = build_corpus(Source(folder=source, held_out=0.3), tiny_tokenizer(), tmp_path / "plain")
-    mixed = build_corpus(Source(folder=source, held_out=0.3, questions=share), tiny_tokenizer(), tmp_path / "mixed")
+    mixed = build_corpus(
+        Source(folder=source, held_out=0.3, questions=share), tiny_tokenizer(), tmp_path / "mixed"
+    )
     assert mixed.held_out.digest == plain.held_out.digest
     assert '"set": "asked"' not in (tmp_path / "plain" / "questions.jsonl").read_text()
     assert asked_about(tmp_path / "plain" / "questions.jsonl")
     added = 1 - plain.train.num_tokens / mixed.train.num_tokens
     assert 0.5 * share < added <= share + 0.05
-    records = [json.loads(line) for line in (tmp_path / "mixed" / "questions.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "mixed" / "questions.jsonl").read_text().splitlines()
+    ]
     trained = asked_in(mixed.train)
     for record in records:
         question = record["messages"][0]["content"]
         assert (question in trained) == (record["set"] == "asked")
         assert record["paraphrase"] not in trained
-    sources = {name: {r["source"] for r in records if r["set"] == name} for name in ("asked", "held out")}
+    sources = {
+        name: {r["source"] for r in records if r["set"] == name} for name in ("asked", "held out")
+    }
     assert sources["asked"] and sources["held out"] and not sources["asked"] & sources["held out"]
 
 

@@ -1,4 +1,6 @@
-"""The mix: shares, easy rows first, every row once an epoch, resumed from its state; and what counts as easy."""
+"""The mix: shares, easy rows first, every row once an epoch, resumed from its state; and what
+counts as easy.
+"""
 
 from pathlib import Path
 
@@ -28,14 +30,18 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Domain]:
 
 
 @given(num_rows=st.integers(1, 200), easy=st.integers(0, 300), seed=st.integers(0, 9))
-def test_every_row_comes_before_any_comes_again_in_the_main_phase(num_rows: int, easy: int, seed: int) -> None:
+def test_every_row_comes_before_any_comes_again_in_the_main_phase(
+    num_rows: int, easy: int, seed: int
+) -> None:
     order = Order(num_rows, easy, seed)
     first = [order.row(place) for place in range(easy)]
     most_easy = max(1, round(EASY_TEXT * num_rows))
     assert all(row < most_easy for row in first)
     unseen = num_rows - len(set(first))
     main = [order.row(easy + place) for place in range(unseen + num_rows)]
-    assert sorted({*first, *main[:unseen]}) == list(range(num_rows)), "what the easy phase left comes first"
+    assert sorted({*first, *main[:unseen]}) == list(range(num_rows)), (
+        "what the easy phase left comes first"
+    )
     assert sorted(main[unseen:]) == list(range(num_rows)), "then come whole epochs"
 
 
@@ -67,7 +73,9 @@ def test_well_formed_text_counts_as_easy() -> None:
         Document("x = (1, 2\n" * 30, "broken.py", "code"),
         Document("def f(x):\n    return x + 1\n" * 4, "good.py", "code"),
         Document("".join(chr(33 + (i * 7919) % 90) for i in range(900)), "noise.txt"),
-        Document(prose + "She read him the letter from his brother in the south. " + prose, "prose.txt"),
+        Document(
+            prose + "She read him the letter from his brother in the south. " + prose, "prose.txt"
+        ),
     ]
     names = [document.name for document in easiest_first(documents)]
     assert names[-1] == "broken.py" and names.index("prose.txt") < names.index("noise.txt")

@@ -1,4 +1,6 @@
-"""The trunk cache: same numbers as the whole model, filled across interruptions, refused when anything changed."""
+"""The trunk cache: same numbers as the whole model, filled across interruptions, refused when
+anything changed.
+"""
 
 import errno
 from pathlib import Path
@@ -28,12 +30,18 @@ def model(tiny_base: Path) -> DeepSeekModel:
 @pytest.fixture(scope="module")
 def loader(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RowLoader:
     documents = [Document(sentence(seed, 12), f"d{seed}") for seed in range(12)]
-    shards = TokenShards.build(documents, load_tokenizer(tiny_base), tmp_path_factory.mktemp("shards"))
+    shards = TokenShards.build(
+        documents, load_tokenizer(tiny_base), tmp_path_factory.mktemp("shards")
+    )
     return RowLoader(shards, 2, LENGTH, seed=0)
 
 
-def open_cache(folder: Path, rows: int, dtype: torch.dtype = torch.float32, **key: object) -> TrunkCache:
-    return TrunkCache(folder / "cache", KEY | key, np.arange(rows)[::-1].copy(), LENGTH, WIDTH, dtype)
+def open_cache(
+    folder: Path, rows: int, dtype: torch.dtype = torch.float32, **key: object
+) -> TrunkCache:
+    return TrunkCache(
+        folder / "cache", KEY | key, np.arange(rows)[::-1].copy(), LENGTH, WIDTH, dtype
+    )
 
 
 def nothing(_done: int, _total: int) -> None: ...
@@ -41,7 +49,9 @@ def nothing(_done: int, _total: int) -> None: ...
 
 @pytest.mark.usefixtures("fp32")
 @pytest.mark.parametrize("layer", [0, 1, 3])
-def test_trunk_and_the_rest_are_the_model(model: DeepSeekModel, loader: RowLoader, layer: int) -> None:
+def test_trunk_and_the_rest_are_the_model(
+    model: DeepSeekModel, loader: RowLoader, layer: int
+) -> None:
     batch = loader.rows([0, 3])
     whole = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     split = resume_rows(model, batch, run_trunk(model, layer, batch), layer).logits()
@@ -57,7 +67,9 @@ def test_what_is_read_is_what_was_computed(
     cache.fill(loader, lambda batch: run_trunk(model, LAYER, batch), 3, nothing)
     batch = loader.rows([5, 0, 6])
     expected = torch.cat([run_trunk(model, LAYER, loader.rows(row)) for row in (5, 0, 6)])
-    torch.testing.assert_close(cache.read(batch.row_ids).float(), expected, rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(
+        cache.read(batch.row_ids).float(), expected, rtol=tolerance, atol=1e-6
+    )
     assert (tmp_path / "cache" / "hidden.bin").stat().st_size == cache.num_bytes
 
 

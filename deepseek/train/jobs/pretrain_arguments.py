@@ -1,0 +1,121 @@
+"""The arguments of pre-training, declared like those of the other jobs in `arguments.py`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from deepseek.errors import ConfigError
+from deepseek.train.jobs.arguments import UNKNOWN_LICENCE, AnyPath, RunArguments
+from deepseek.train.jobs.declaration import DECLARED
+from deepseek.train.jobs.settings import DomainSettings, read_file
+
+if TYPE_CHECKING:
+    from deepseek.model.config import ModelConfig
+
+
+@dataclass(kw_only=True, frozen=True, config=DECLARED)
+class PretrainArguments(RunArguments):
+    """Pre-training"""
+
+    unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {"config"}
+
+    config: str | Path | Mapping[str, Any] | None = Field(default=None, kw_only=False)
+    """YAML or TOML file (in Python also a mapping) with any of the arguments below, which win over
+    it; default: none
+    """
+
+    name: str = Field(default="", min_length=1)
+    """Name of the model and of its run folder; there is no default"""
+
+    domains: dict[str, DomainSettings] = Field(
+        default_factory=dict, min_length=1, examples=[{"code": {"folder": "src"}}]
+    )
+    """Texts by name, each with `folder`, `git`, `jsonl` or `parquet`, and its `weight` in the mix;
+    there is no default"""
+
+    tokens: int = Field(default=0, gt=0)
+    """Tokens to train on in all; there is no default"""
+
+    model: dict[str, Any] = Field(
+        default_factory=lambda: {"preset": "deepseek-nano"}, examples=[{"preset": "deepseek-29m"}]
+    )
+    """Shape of the model: `preset` and fields of `ModelConfig`"""
+
+    vocab_size: int = Field(default=8192, gt=0)
+    """Entries of the tokenizer that is trained on the mix"""
+
+    tokenizer: str | None = None
+    """Model or folder whose tokenizer to take; default: one is trained"""
+
+    row_length: int = Field(default=512, ge=2)
+    """Tokens of a packed row"""
+
+    batch_rows: int = Field(default=8, ge=1)
+    """Rows of a batch"""
+
+    accumulate: int = Field(default=1, ge=1)
+    """Batches of a step"""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak of the learning rate"""
+
+    final_learning_rate: float = Field(default=1e-5, ge=0)
+    """Learning rate at the end, to which it falls along a cosine"""
+
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises to its peak"""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Weight decay of AdamW"""
+
+    curriculum: bool = False
+    """Take easy text first; saves steps with some seeds only (docs/log/pretraining.md)"""
+
+    held_out: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the documents that is never trained on"""
+
+    held_out_tokens: int = Field(default=8192, ge=1)
+    """Tokens of each domain to evaluate on"""
+
+    evaluate_every: int = Field(default=100, ge=1)
+    """Steps between evaluations"""
+
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between checkpoints"""
+
+    samples: tuple[str, ...] = ("The ", "def ")
+    """Prompts that the model continues after every evaluation"""
+
+    licence: str = UNKNOWN_LICENCE
+    """Licence of the model, an SPDX expression"""
+
+    out: AnyPath = None
+    """Folder of the new model; default: `models/<name>` in the library's home"""
+
+    @classmethod
+    def read(cls, config: str | Path | Mapping[str, Any] | None = None, **given: Any) -> Self:
+        """Return the arguments of a file or mapping, with those that are `given` in their place."""
+        if not isinstance(config, str | Path):
+            return super().read(**{**(config or {}), **given})
+        values = read_file(Path(config))
+        try:
+            return super().read(**{**values, **given})
+        except ConfigError as error:
+            raise ConfigError(f"{config}: {error}") from None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that hold `tokens`."""
+        return max(1, round(self.tokens / (self.row_length * self.batch_rows * self.accumulate)))
+
+    def model_config_for(self, vocab_size: int, end: int) -> "ModelConfig":
+        """Return the model's shape with this vocabulary, whose id `end` ends a document."""
+        from deepseek.model.config import ModelConfig
+
+        fields = {"max_position_embeddings": self.row_length, **self.model}
+        preset = fields.pop("preset", None)
+        fields |= {"vocab_size": vocab_size, "eos_token_id": end}
+        return ModelConfig.preset(preset, **fields) if preset else ModelConfig(**fields)
