@@ -16,12 +16,14 @@ from deepseek.kernels.lsh.reference import candidate_mask
 from deepseek.model.attention.hash import LinearHash
 from deepseek.model.attention.lsh import Hash, RandomHash
 from deepseek.model.config import ModelConfig
+from deepseek.model.kv_cache import KVCache
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.hash.attention_inputs import (
     HeadInputs,
     attention_scores,
     near_keys,
     recent_in_bucket,
+    stream_layers,
 )
 from deepseek.train.hash.distill import HashSettings, distill_hashes, fit_hash
 
@@ -160,3 +162,28 @@ def test_the_best_keys_bound_what_any_way_keeps(model: DeepSeekModel) -> None:
         assert (kept["local"].recall <= kept["hash"].recall).all()
         assert (kept["hash"].recall <= kept["best"].recall + 1e-6).all()
         assert (kept["best"].keys == 34).all()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@torch.no_grad()
+def test_the_heads_see_what_they_see_in_the_model(positions: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        positional_encoding=positions,
+    )
+    model = DeepSeekModel(config).eval()
+    ids = torch.randint(97, (2, 20))
+    cache = KVCache()
+    model(ids, cache=cache)
+    for layer, texts in stream_layers(model, ids):
+        for row, inputs in enumerate(texts):
+            torch.testing.assert_close(inputs.key_GTK, cache.layers[layer].keys[row])
+            torch.testing.assert_close(inputs.value_GTK, cache.layers[layer].values[row])

@@ -11,6 +11,7 @@ from torch import Tensor
 from deepseek.checkpoint import store
 from deepseek.errors import ConfigError, TrainError
 from deepseek.model.config import ModelConfig
+from deepseek.model.context import ForwardContext
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.loop import Hooks, LoopConfig, train
 from deepseek.train.loop.metrics import read_metrics
@@ -18,7 +19,7 @@ from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.rl.policy import Policy
 from deepseek.train.rl.rlpo import Learner, Minibatch, RLPOConfig, RolloutBatches
-from deepseek.train.rl.rollout import Responses, generate
+from deepseek.train.rl.rollout import Responses, generate, mixed
 from deepseek.train.rl.update import RLPOState, rlpo_update
 
 VOCABULARY = 12
@@ -149,6 +150,39 @@ def drifted_ratio(replay: bool) -> float:
 def test_without_replay_a_change_of_routing_moves_the_ratio() -> None:
     assert drifted_ratio(replay=True) == 0.0
     assert drifted_ratio(replay=False) > 0.0
+
+
+class ByWords:
+    """An armed expert that speaks where token 7 was just read, and everywhere where it is not given
+    the words.
+    """
+
+    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+        ids_BT = ctx.input_ids_BT
+        return y_BTD + 1.0 if ids_BT is None else y_BTD + (ids_BT == 7)[..., None]
+
+    def with_rows(self, change: object) -> "ByWords":
+        return self
+
+
+@pytest.mark.parametrize("layers", ["all", "last:1"])
+def test_experts_are_judged_by_the_words_as_in_the_rollout(
+    layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    monkeypatch.setattr(model.experts, "armed", ByWords)
+    policy = Policy(model, layers)
+    responses = generate(model, [[2, 3, 7], [5, 7, 4]], 6, (), torch.Generator().manual_seed(0))
+    with torch.no_grad(), mixed(model.device):
+        output = model(
+            responses.input_ids_BS[:, :-1],
+            attention_mask=responses.real_BS[:, :-1],
+            use_cache=False,
+        )
+    log_p_BTV = output.logits[:, -6:].float().log_softmax(-1)
+    expected_BT = log_p_BTV.gather(-1, responses.targets_BT[..., None])[..., 0]
+    found = policy.score(responses, policy.trunk(responses)).logprobs_BT
+    torch.testing.assert_close(found, expected_BT, atol=0.02, rtol=0)
 
 
 def test_the_recorded_experts_are_those_of_a_whole_pass() -> None:
