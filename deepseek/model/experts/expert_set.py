@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
 from deepseek.model.experts.module import ExpertModule
-from deepseek.model.experts.state import AUTO, ExpertInfo, Plugged, State, roster_of
+from deepseek.model.experts.state import AUTO, ExpertInfo, Plugged, PlugState, roster_of
 from deepseek.packs.manifest import BaseDescription, Manifest
 from deepseek.packs.pack import ExpertPack, check_pack, read_pack
 from deepseek.packs.policy import PackPolicy
@@ -39,7 +39,7 @@ class ExpertSet:
             model
         )  # a plain reference would keep a dropped model alive until the next collection
         self._lock = threading.RLock()
-        self._state = State()
+        self._state = PlugState()
         self._forced: Roster | None = None
         self._traces: list[Trace] = []
         self._base: BaseDescription | None = None
@@ -284,7 +284,7 @@ class ExpertSet:
         """Return the papers of a plugged module. Raises `PackError` if it is not plugged."""
         return self._state.require(name).manifest
 
-    def _current(self) -> State:
+    def _current(self) -> PlugState:
         """Return the state, its modules moved after the model if that changed device or dtype
         since.
         """
@@ -302,7 +302,7 @@ class ExpertSet:
         """Make `plugged` and `arming` the state in one assignment, which is what makes plugging
         atomic.
         """
-        state = State(plugged, arming)
+        state = PlugState(plugged, arming)
         modules = tuple(one.module for one in plugged if state.arms(one.manifest.name))
         if modules:
             roster = Roster(modules, self.max_experts)

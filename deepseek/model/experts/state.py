@@ -39,7 +39,7 @@ class ExpertInfo:
 
 
 @dataclass(frozen=True)
-class State:
+class PlugState:
     """Everything that plugging and arming change, replaced as a whole so that a reader sees all of
     it or nothing.
 
@@ -72,7 +72,7 @@ class State:
         raise PackError(f"No expert named {name!r} is plugged; {known}.")
 
 
-def roster_of(state: State, names: tuple[str, ...], max_experts: int) -> Roster | None:
+def roster_of(state: PlugState, names: tuple[str, ...], max_experts: int) -> Roster | None:
     """Return the roster of the modules `names`, sorted, which is made once; None without any."""
     if not names:
         return None
