@@ -15,19 +15,27 @@ UNLOCKED := torch triton mpmath networkx sympy cuda-bindings cuda-pathfinder cud
 	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \
 	nvidia-nvtx
 
-.PHONY: run test check docs bench house setup lock clean
+.PHONY: run test test-quick check docs bench house setup lock clean
 
 run: $(READY)
 	@$(BIN)/deepseek run
 
+# Each worker takes whole files, so that what a file sets up is made once. Threads that wait yield their processor.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 test: $(TOOLS)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# The essential third: the model, its experts and packs, the engine, data, and the rules of the house.
+test-quick: $(TOOLS)
+	$(PYTEST) -m "not slow" tests/checkpoint tests/data tests/engine tests/model tests/packs tests/retrieval tests/text \
+		tests/test_*.py
 
 check: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(MAKE) docs
 
 # The site, into build/site; a broken link, anchor or docstring is an error.
