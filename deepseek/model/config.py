@@ -21,7 +21,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Keys that Hugging Face itself writes into or passes along with a config; they carry no meaning
 # here.
-_FOREIGN_KEYS = {
+FOREIGN_KEYS = {
     "attn_implementation",
     "experts_implementation",
     "model_type",
@@ -139,7 +139,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs:
             if (
-                key not in _FOREIGN_KEYS
+                key not in FOREIGN_KEYS
                 and key not in self.attribute_map
                 and not key.startswith("_")
             ):

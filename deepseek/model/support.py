@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from deepseek.model.config import ModelConfig
+from deepseek.model.config import FOREIGN_KEYS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,14 @@ MIXTURE_FIELDS = (
 
 
 def config_fields(config: ModelConfig) -> list[str]:
-    """Return the names of all fields of a config, those that were only set on the object
-    included.
+    """Return the names of all fields of a config, those that were only set on the object included.
+
+    What Hugging Face itself sets there, such as `model_type` where a config is made of the
+    dictionary of another, is no field.
     """
     declared = {field.name for field in fields(config)}
     assigned = {name for name in vars(config) if not name.startswith("_")}
-    return sorted(declared | assigned)
+    return sorted(declared | (assigned - FOREIGN_KEYS))
 
 
 def unsupported(config: ModelConfig, rules: Mapping[str, FieldRule]) -> str | None:

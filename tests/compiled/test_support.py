@@ -18,7 +18,14 @@ from deepseek.errors import ConfigError
 from deepseek.export import graph, stock
 from deepseek.kernels.numba import openmp
 from deepseek.model.config import ModelConfig
-from deepseek.model.support import ANY, LSH_FIELDS, MIXTURE_FIELDS, NOT_COMPUTED_WITH, FieldRule
+from deepseek.model.support import (
+    ANY,
+    LSH_FIELDS,
+    MIXTURE_FIELDS,
+    NOT_COMPUTED_WITH,
+    FieldRule,
+    unsupported,
+)
 from deepseek.model.transformer import DeepSeekModel
 
 SHAPE: dict[str, Any] = {
@@ -123,6 +130,12 @@ def test_a_new_field_means_the_reference_runner() -> None:
         graph.Graph(model)
     with pytest.raises(ConfigError, match=r"fake_scale=1\.0"):
         stock.stock_config(model.config)
+
+
+def test_a_config_made_of_the_dictionary_of_another_is_computed_too() -> None:
+    again = ModelConfig(**ModelConfig(**SHAPE).to_dict())
+    assert unsupported(again, support.RULES) is None
+    assert unsupported(again, graph.RULES) is None
 
 
 def test_a_field_that_was_set_on_the_object_counts(model: DeepSeekModel) -> None:
