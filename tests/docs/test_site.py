@@ -30,4 +30,5 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     commands = (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
     assert "deepseek expert train" in commands and "--from-git" in commands
-    assert "from_folder" in (tmp_path / "site" / "reference" / "api" / "index.html").read_text()
+    declared = (tmp_path / "site" / "reference" / "arguments" / "index.html").read_text()
+    assert "from_folder" in declared
