@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
@@ -19,3 +21,17 @@ def test_example_runs(path: Path, smollm2: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(smollm2.parents[1]))
+    path = EXAMPLES[0].with_name("tour.ipynb")
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs for cell in code), "outputs are those of one machine: clear them"
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}}).execute()
+    printed = ["".join(output.get("text", "") for output in cell.outputs) for cell in code]
+    assert "held-out loss" in printed[1]
+    assert printed[-1].strip() == "same bits: True"
