@@ -228,7 +228,9 @@ TASKS: dict[str, Callable[[AdaptRun, Texts], TaskAndTest]] = {
 
 
 class LastLayersTask(ExpertTask):
-    """Training of the last blocks and the final norm in fp32, on cached inputs; the rest is frozen."""
+    """Training of the last blocks and the final norm in fp32, on cached inputs; the rest is
+    frozen.
+    """
 
     def __init__(
         self,

@@ -208,7 +208,9 @@ class AdaptArguments(TextArguments):
     """Folder of the new model; default: `models/<name>` in the library's home"""
 
     def for_expert(self) -> ExpertArguments:
-        """Return the arguments of mode "expert": all that the two jobs share, and the last layers."""
+        """Return the arguments of mode "expert": all that the two jobs share, and the last
+        layers.
+        """
         shared = arguments_of(ExpertArguments).keys() & arguments_of(AdaptArguments).keys()
         return ExpertArguments(
             **{name: getattr(self, name) for name in shared}, layers=f"last:{self.last}"

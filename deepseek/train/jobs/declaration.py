@@ -71,7 +71,9 @@ class Declaration:
         """Check rules that involve several arguments; raise `ConfigError` if one is broken."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the arguments that decide the result, as JSON values for the run's `request.json`."""
+        """Return the arguments that decide the result, as JSON values for the run's
+        `request.json`.
+        """
         values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return {name: value for name, value in values.items() if name not in self.unstored}
 
@@ -116,7 +118,9 @@ class Argument:
 
     @property
     def about(self) -> str:
-        """Description, range and default, as shown by `--help`, docstrings and the reference page."""
+        """Description, range and default, as shown by `--help`, docstrings and the reference
+        page.
+        """
         description = " ".join((self.declared.description or "").split())
         text, _, default = description.partition("; default: ")
         if not default and not isinstance(self.default, bool) and "no default" not in text:
@@ -217,7 +221,9 @@ def selected(values: Mapping[str, Any], declaration: type[Declaration]) -> dict[
 
 
 def _kind(annotation: Any) -> Any:
-    """Return `int` for `int | None`, and `Path`, the more specific type, for `str | Path | None`."""
+    """Return `int` for `int | None`, and `Path`, the more specific type, for `str | Path |
+    None`.
+    """
     if get_origin(annotation) not in (Union, UnionType):
         return annotation
     return [kind for kind in get_args(annotation) if kind is not type(None)][-1]

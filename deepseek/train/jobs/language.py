@@ -20,7 +20,9 @@ from deepseek.train.loop.packed import begin_rows
 
 
 class NextToken(nn.Module):
-    """Model and loss as one module, so that FSDP can gather the parameters around its forward pass."""
+    """Model and loss as one module, so that FSDP can gather the parameters around its forward
+    pass.
+    """
 
     def __init__(self, model: DeepSeekModel) -> None:
         super().__init__()

@@ -44,7 +44,8 @@ def tell(position: Position, steps: int, steps_a_pass: float, limit: str) -> str
     passes = f"{position.best_step / steps_a_pass:.1f} of {steps / steps_a_pass:.1f} passes"
     if position.cooling:
         stalled_passes = position.cooling[0] / steps_a_pass
-        return f"best after {passes}, held-out loss had stopped falling by {stalled_passes:.1f}; {MORE_TEXT}"
+        stalled = f"held-out loss had stopped falling by {stalled_passes:.1f}"
+        return f"best after {passes}, {stalled}; {MORE_TEXT}"
     if position.best_step < position.step:
         return f"best after {passes}; {MORE_TEXT}"
     if limit == "text":

@@ -82,9 +82,11 @@ class PretrainRun:
         self.started = time.monotonic()
 
     def run(self) -> dict[str, Any] | None:
-        """Train and write the model; return the figures of the run (None outside the main process)."""
+        """Train and write the model; return the figures of the run (None outside the main
+        process).
+        """
         if not self.backend.main:
-            # The main process trains the tokenizer and writes the shards; the others only open them.
+            # The main process trains the tokenizer and writes the shards; others only open them.
             self.backend.barrier()
         self.tokenizer = self.known_tokenizer()
         self.domains = [self.domain(name, text) for name, text in self.settings.domains.items()]
@@ -94,7 +96,9 @@ class PretrainRun:
         return self.write(self.train())
 
     def estimate(self) -> str:
-        """Return the estimated steps, memory and time; the time only if the model fits into memory."""
+        """Return the estimated steps, memory and time; the time only if the model fits into
+        memory.
+        """
         settings = self.settings
         for domain in settings.domains.values():
             next(read_source(domain.source(settings.held_out, settings.seed), Skipped()))
@@ -204,7 +208,9 @@ class PretrainRun:
 
     @torch.no_grad()
     def write_samples(self, step: int) -> None:
-        """Write sampled continuations of the prompts without touching the training's random state."""
+        """Write sampled continuations of the prompts without touching the training's random
+        state.
+        """
         texts = []
         self.model.eval()
         with torch.random.fork_rng(devices=[]):
@@ -268,7 +274,9 @@ def build_model(settings: PretrainArguments, tokenizer: PreTrainedTokenizerFast)
 
 
 def mixed_texts(settings: PretrainArguments) -> Iterator[str]:
-    """Yield text of the domains in turn, each up to its weight's share of `TOKENIZER_CHARACTERS`."""
+    """Yield text of the domains in turn, each up to its weight's share of
+    `TOKENIZER_CHARACTERS`.
+    """
     total = sum(domain.weight for domain in settings.domains.values())
     parts = [
         cut(domain, round(TOKENIZER_CHARACTERS * domain.weight / total), settings)
