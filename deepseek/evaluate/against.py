@@ -140,7 +140,7 @@ class Against:
         self.tokenizer = load_tokenizer(resolve(self.base))
         self.held_out = TokenShards(self.run / "corpus" / "held-out")
         documents = list(decode_documents(self.held_out, self.tokenizer))
-        self.cases = next_line_cases(self._fair(documents), count, seed)
+        self.cases = next_line_cases(self._eligible(documents), count, seed)
         if not self.cases:
             raise DataError(
                 f"The held-out text of {name!r} has no line to ask for; hold out more of it."
@@ -177,7 +177,7 @@ class Against:
         write_json(self.folder / "result.json", as_json(result))
         return result
 
-    def _fair(self, documents: Sequence[Document]) -> list[Document]:
+    def _eligible(self, documents: Sequence[Document]) -> list[Document]:
         """Return the documents that cases may come from.
 
         Commits are excluded unless the run was split by time: they add lines to files whose present

@@ -72,7 +72,7 @@ def _drawn_lines(document: Document, seed: int) -> tuple[Document, list[int]] | 
         for number, line in enumerate(lines)
         if number >= LEAST_LINES
         and line.startswith(added)
-        and _says_something(line.removeprefix(added))
+        and _is_informative(line.removeprefix(added))
     ]
     if not suitable:
         return None
@@ -82,7 +82,7 @@ def _drawn_lines(document: Document, seed: int) -> tuple[Document, list[int]] | 
     return document, [suitable[place] for place in order]
 
 
-def _says_something(line: str) -> bool:
+def _is_informative(line: str) -> bool:
     line = line.strip()
     return (
         len(line) >= LEAST_CHARACTERS

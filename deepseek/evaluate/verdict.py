@@ -50,7 +50,7 @@ def verdicts(rows: Mapping[str, CompletionScores]) -> list[str]:
     rivals = tuple(("expert", name) for name in ("LoRA", "full fine-tuning"))
     return [
         f"{name} against {other}: "
-        f"{_in_words(paired_difference(rows[name].exact, rows[other].exact))}"
+        f"{_description(paired_difference(rows[name].exact, rows[other].exact))}"
         for name, other in (*pairs, *rivals)
         if name in rows and other in rows
     ]
@@ -90,7 +90,7 @@ def _over(rows: Mapping[str, CompletionScores], name: str, other: str) -> Interv
     return paired_difference(rows[name].exact, rows[other].exact)
 
 
-def _in_words(difference: Interval) -> str:
+def _description(difference: Interval) -> str:
     """Describe a difference of shares: better, worse, or not significant."""
     bounds = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
     points = f"{100 * difference.mean:+.1f} points ({bounds})"

@@ -119,7 +119,7 @@ def distill_hashes(
             progress(layer + 1, len(model.layers), "distil")
             if interrupt.asked:
                 raise KeyboardInterrupt(
-                    f"stopped after layer {layer}, nothing is lost; the same call goes on"
+                    f"stopped after layer {layer}, nothing is lost; the same call resumes the run"
                 )
             if layer >= max(layers):
                 break

@@ -218,7 +218,7 @@ class _Run:
                         self.save()
                         raise KeyboardInterrupt(
                             f"stopped after step {position.step} of {self.last_step}, "
-                            "nothing is lost; the same call goes on"
+                            "nothing is lost; the same call resumes the run"
                         )
                     if position.step % self.config.checkpoint_every == 0:
                         self.save()

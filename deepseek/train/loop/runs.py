@@ -68,7 +68,7 @@ def run_once(
                 record = job(request, folder, out=made, progress=progress).run()
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
-                *stop.args or ["stopped, what is done is kept; the same call goes on"]
+                *stop.args or ["stopped, finished work is stored; the same call resumes the run"]
             ) from None
         if record is not None:
             write_json(folder / "result.json", record)
@@ -163,17 +163,17 @@ def write_page(folder: Path, title: str, sections: dict[str, Any], plots: list[P
     path = folder / "index.html"
     with atomic_write(path) as temporary:
         text = PAGE.render(
-            title=title, sections=sections, plots=plots, spoken=_spoken, encoded=_encoded
+            title=title, sections=sections, plots=plots, spoken=_formatted, encoded=_base64
         )
         temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def _encoded(plot: Path) -> str:
+def _base64(plot: Path) -> str:
     return b64encode(plot.read_bytes()).decode()
 
 
-def _spoken(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return (
         f"{value:,.4g}"
         if isinstance(value, float)

@@ -203,12 +203,12 @@ class Order:
     def row(self, place: int) -> int:
         """Return the row at `place` of the endless order."""
         if place < self.easy:
-            return self._one(place, self.easy_rows)
+            return self._shuffled_row(place, self.easy_rows)
         place -= self.easy
         if place < len(self.rest):
-            return int(self.rest[self._one(place, len(self.rest))])
+            return int(self.rest[self._shuffled_row(place, len(self.rest))])
         # Add one epoch, since the first one has been used up above.
-        return self._one(place - len(self.rest) + self.num_rows, self.num_rows)
+        return self._shuffled_row(place - len(self.rest) + self.num_rows, self.num_rows)
 
-    def _one(self, place: int, size: int) -> int:
+    def _shuffled_row(self, place: int, size: int) -> int:
         return int(endless(place, place + 1, size, self.seed)[0])
