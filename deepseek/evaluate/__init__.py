@@ -1,3 +1,1 @@
-"""How good a model or an expert is: losses, next lines, generated code, safety, and rivals side by
-side.
-"""
+"""Evaluation of models and experts: loss, next lines, generated code, safety, comparisons."""

@@ -1,11 +1,10 @@
-"""Expert, retrieval or fine-tuning: each answers the same cases of text that none has seen
-(`deepseek eval --against`).
+"""Compare an expert with retrieval and fine-tuning on held-out lines (`deepseek eval --against`).
 
 run folder -> held-out documents -> cases -> rows (base, retrieval, expert, both, LoRA, full) ->
 table, JSON, picture
 
-A row is kept once it is computed, under a digest of all that decides it, so the same call goes on
-where it stopped.
+Each computed row is stored under a digest of everything that decides it, so that the same call
+resumes.
 """
 
 import hashlib
@@ -34,22 +33,20 @@ from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import find_run
 
 FORMAT = 1
-"""Raised when cases, prompts or scores change, so that rows of another kind are not taken for
-these.
-"""
+"""Part of the digest of stored rows; increase it when cases, prompts or scores change."""
 
 RIVALS = ("rag", "lora", "full")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to answer.
+    """One system in the comparison.
 
     Attributes:
-        name: as the table has it.
-        model: "base", or the rival that changed it.
+        name: name in the table.
+        model: "base", or the rival whose fine-tuned model is used.
         expert: whether the expert is plugged.
-        retrieval: whether passages stand before the text.
+        retrieval: whether retrieved passages precede the text.
     """
 
     name: str
@@ -67,8 +64,13 @@ FULL = Row("full fine-tuning", model="full")
 
 
 def rows_against(rivals: Sequence[str]) -> list[Row]:
-    """Return the rows of a table against `rivals`; raise `ConfigError` naming one that there is
-    not.
+    """Return the rows of a table against `rivals`.
+
+    Args:
+        rivals: any of "rag", "lora" and "full".
+
+    Raises:
+        ConfigError: a rival is unknown; the message names it.
     """
     for rival in rivals:
         if rival not in RIVALS:
@@ -82,14 +84,16 @@ def rows_against(rivals: Sequence[str]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Result:
-    """All rows on the same cases.
+    """Scores of all rows on the same cases.
 
     Attributes:
-        name: of the expert.
-        documents: of how many held-out documents the cases are.
-        scores: by row, in the order of the table.
-        training_seconds: what was trained, and how long.
-        notes: what to know before believing the figures.
+        name: name of the expert.
+        cases: the cases.
+        documents: number of held-out documents that the cases come from.
+        dials: settings of the prompts.
+        scores: scores by row, in the order of the table.
+        training_seconds: training time by row, for rows that were trained.
+        notes: caveats of the comparison.
     """
 
     name: str
@@ -102,15 +106,16 @@ class Result:
 
 
 class Against:
-    """One expert's run and the cases made of what it held out.
+    """A finished expert run, with cases from its held-out text.
 
     Args:
-        name: of the expert.
-        count: cases at most.
+        name: name of the expert.
+        count: most cases.
+        seed: seed of the choice of cases.
+        dials: settings of the prompts; default: `Dials()`.
 
     Raises:
-        DataError: there is no finished run of this name, or no line in its held-out text to ask
-            for.
+        DataError: there is no finished run of this name, or its held-out text has no suitable line.
     """
 
     def __init__(
@@ -122,28 +127,33 @@ class Against:
         self.folder = self.run / "against"
         if not (self.run / "result.json").is_file():
             raise DataError(
-                f"The run {name!r} is not finished; let `deepseek expert train` end first."
+                f"The run {name!r} is not finished; complete `deepseek expert train` first."
             )
         self.request = read_json(self.run / "request.json")
         self.record = read_json(self.run / "result.json")
         if "pack" not in self.record:
             raise DataError(
-                f"The run {name!r} made no expert; name one that `deepseek expert train` made."
+                f"The run {name!r} made no expert; name a run of `deepseek expert train`."
             )
         self.name = str(self.request["name"])
         self.base = str(self.request["base"])
         self.tokenizer = load_tokenizer(resolve(self.base))
         self.held_out = TokenShards(self.run / "corpus" / "held-out")
         documents = list(decode_documents(self.held_out, self.tokenizer))
-        self.cases = next_line_cases(self._fair(documents), count, seed)
+        self.cases = next_line_cases(self._eligible(documents), count, seed)
         if not self.cases:
             raise DataError(
                 f"The held-out text of {name!r} has no line to ask for; hold out more of it."
             )
 
     def compare(self, rivals: Sequence[str], quiet: bool = False) -> Result:
-        """Return the scores of all rows, training what is missing; `result.json` in `folder` has
-        them too.
+        """Return the scores of all rows, and write them to `result.json` in `folder`.
+
+        Rivals are trained, and rows computed, only if missing.
+
+        Args:
+            rivals: any of "rag", "lora" and "full".
+            quiet: show no progress.
         """
         rows = rows_against(rivals)
         scores: dict[str, CompletionScores] = {}
@@ -167,11 +177,11 @@ class Against:
         write_json(self.folder / "result.json", as_json(result))
         return result
 
-    def _fair(self, documents: Sequence[Document]) -> list[Document]:
-        """Return the documents whose lines may be asked for.
+    def _eligible(self, documents: Sequence[Document]) -> list[Document]:
+        """Return the documents that cases may come from.
 
-        Later commits add to files that were trained on as they are now, unless the run split its
-        text by time.
+        Commits are excluded unless the run was split by time: they add lines to files whose present
+        content was trained on.
         """
         by_time = self.request["source"]["by"] == "time"
         return [document for document in documents if by_time or document.kind != "commit"]
@@ -181,29 +191,29 @@ class Against:
         source = self.request["source"]
         if source["git"] and source["by"] != "time":
             notes.append(
-                "The expert was also trained on commits that changed held-out files, retrieval was not; for a clean "
-                "comparison train with --split time."
+                "The expert was also trained on commits that changed held-out files, retrieval was "
+                "not; for a clean comparison train with --split time."
             )
         if fim_marker_ids(self.tokenizer) is None:
             notes.append("The base has no tokens for fill-in-the-middle.")
         return notes
 
     def _scores(self, rows: Sequence[Row], quiet: bool) -> dict[str, CompletionScores]:
-        """Return the scores of rows that share a model; it is loaded only if a row is missing."""
+        """Return the scores of rows that share a model, loading it only if a row is missing."""
         answers = {row: self._stored(row) for row in rows}
-        missing = [row for row, found in answers.items() if found is None]
+        missing = [row for row, row_answers in answers.items() if row_answers is None]
         if missing:
             with self._engine(missing) as engine, ProgressBar(quiet=quiet) as progress:
                 for row in missing:
                     answers[row] = self._answer(row, engine, progress)
         return {
-            row.name: score_answers(self.cases, found)
-            for row, found in answers.items()
-            if found is not None
+            row.name: score_answers(self.cases, row_answers)
+            for row, row_answers in answers.items()
+            if row_answers is not None
         }
 
     def _answer(self, row: Row, engine: Engine, progress: ProgressBar) -> list[Completion]:
-        """Compute a row and keep it."""
+        """Compute and store the answers of a row."""
         index = expert_index(self.name, self.run, self.tokenizer) if row.retrieval else None
         choice = ExpertChoice((self.name,) if row.expert else ())
         writer = Writer(engine, choice, index, self.dials)
@@ -223,7 +233,7 @@ class Against:
         )
 
     def _path(self, row: Row) -> Path:
-        """Return the file of a row, named by a digest of all that decides it."""
+        """Return the file of a row, whose name is a digest of everything that decides it."""
         key: dict[str, Any] = {
             "format": FORMAT,
             "row": asdict(row),
@@ -241,7 +251,7 @@ class Against:
 
     @contextmanager
     def _engine(self, rows: Sequence[Row]) -> Iterator[Engine]:
-        """Give the engine of rows that share a model, as it would be served."""
+        """Yield a serving engine for rows that share a model."""
         model = rows[0].model
         experts = [Path(self.record["pack"])] if any(row.expert for row in rows) else []
         name = self.base if model == "base" else self.folder / model / "model"

@@ -1,6 +1,4 @@
-"""How much of a model's attention sparse attention keeps, per layer and head, and how far its
-output is off.
-"""
+"""Recall of sparse attention per layer and head, and the error of its output."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +20,8 @@ from deepseek.train.hash.attention_inputs import (
 )
 
 Choose = Callable[[int, HeadInputs, Tensor, Tensor], Tensor]
-"""(layer, inputs, positions `[N]`, scores `[H, N, S]`) to True `[H, N, S]` at the keys that are
-looked at.
+"""Function of layer, inputs, positions `[N]` and scores `[H, N, S]` that returns True `[H, N, S]`
+at the keys to attend to.
 """
 
 
@@ -32,9 +30,9 @@ class Kept:
     """Means over queries, each `[H]`.
 
     Attributes:
-        recall: share of the attention that falls on the keys looked at.
-        error: norm of the output's error relative to the exact output's.
-        keys: number of keys looked at.
+        recall: share of the full attention that falls on the chosen keys.
+        error: norm of the output's error relative to the exact output.
+        keys: number of chosen keys.
     """
 
     recall: Tensor
@@ -43,15 +41,16 @@ class Kept:
 
 
 def local_keys(windows: Windows) -> Choose:
-    """Look at the local window and the sinks."""
+    """Choose the local window and the sinks."""
     return lambda _, __, at_N, scores_HNS: near_keys(at_N, scores_HNS.shape[-1], windows).expand_as(
         scores_HNS
     )
 
 
 def best_keys(windows: Windows, count: int) -> Choose:
-    """Look at local window, sinks and the keys of highest score, `count` in all: the most that a
-    budget allows.
+    """Choose the local window, the sinks and the keys of highest score, `count` in total.
+
+    This is the upper bound of the recall for a budget of keys.
     """
 
     def choose(_: int, __: HeadInputs, at_N: Tensor, scores_HNS: Tensor) -> Tensor:
@@ -68,8 +67,13 @@ def best_keys(windows: Windows, count: int) -> Choose:
 def hashed_keys(
     windows: Windows, probes: int, hashes: Mapping[int, Hash], positioned: bool = False
 ) -> Choose:
-    """Look at what LSH attention looks at; `positioned` lets the hash read rotated queries and
-    keys.
+    """Choose the keys of LSH attention.
+
+    Args:
+        windows: local window, sinks and bucket window.
+        probes: buckets that each query probes.
+        hashes: hash of each layer.
+        positioned: let the hash read queries and keys after positions are applied; default: before.
     """
 
     def choose(layer: int, inputs: HeadInputs, at_N: Tensor, scores_HNS: Tensor) -> Tensor:
@@ -97,19 +101,21 @@ def attention_kept(
     queries: int = 64,
     first_layer: int = 0,
 ) -> Iterator[tuple[int, dict[str, Kept]]]:
-    """Yield, for each layer from `first_layer` on, what each way of choosing keys keeps.
+    """Yield each layer's index with the recall of each way of choosing keys, from `first_layer` on.
 
     Args:
-        model: with full attention.
-        ids_RT: R texts of T tokens; `queries` positions of the second half of each are looked at,
-            evenly spread.
+        model: model with full attention.
+        ids_RT: R texts of T tokens.
+        ways: functions that choose keys, by name.
+        queries: positions per text, evenly spaced in its second half.
+        first_layer: first layer to measure.
     """
     length = ids_RT.shape[1]
     at_N = torch.linspace(length // 2, length - 1, queries).long()
     for layer, texts in stream_layers(model, ids_RT):
         if layer >= first_layer:
-            found = [_kept(layer, inputs, at_N, ways) for inputs in texts]
-            yield layer, {name: _mean([one[name] for one in found]) for name in ways}
+            parts = [_kept(layer, inputs, at_N, ways) for inputs in texts]
+            yield layer, {name: _mean([part[name] for part in parts]) for name in ways}
 
 
 def _kept(
@@ -119,16 +125,16 @@ def _kept(
     weights_HNS = scores_HNS.softmax(-1)
     value_HSK = inputs.value_GTK.repeat_interleave(len(scores_HNS) // len(inputs.value_GTK), 0)
     exact_HNK = weights_HNS @ value_HSK
-    kept = {}
+    results = {}
     for name, choose in ways.items():
         chosen_HNS = choose(layer, inputs, at_N, scores_HNS)
         sparse_HNK = scores_HNS.masked_fill(~chosen_HNS, -torch.inf).softmax(-1) @ value_HSK
         error_HN = (sparse_HNK - exact_HNK).norm(dim=-1) / exact_HNK.norm(dim=-1)
         recall_HN = (weights_HNS * chosen_HNS).sum(-1)
-        kept[name] = Kept(
+        results[name] = Kept(
             recall_HN.mean(-1), error_HN.mean(-1), chosen_HNS.sum(-1).float().mean(-1)
         )
-    return kept
+    return results
 
 
 def _mean(parts: list[Kept]) -> Kept:
@@ -141,7 +147,7 @@ def _mean(parts: list[Kept]) -> Kept:
 
 
 def draw_recall(path: Path, recall_LH: Tensor, layers: list[int], title: str) -> None:
-    """Draw recall by layer and head as a PNG picture."""
+    """Plot recall by layer and head to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(

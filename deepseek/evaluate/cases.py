@@ -1,6 +1,4 @@
-"""What a model is asked about text that nobody trained on: the next line, or a line that was taken
-out.
-"""
+"""Evaluation cases from held-out text: predict the next line, or infill a removed one."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,27 +11,29 @@ from deepseek.data.text.encode import FIM_TOKENS, header
 from deepseek.text.tokenizer import document_start_ids, plain_encoder
 
 LEAST_LINES = 10
-"""Lines before a line that is asked for: with fewer there is nothing to go on from."""
+"""Lines that must precede a target line, as context."""
 
 LEAST_CHARACTERS = 6
-"""Of a line that is asked for: brackets and `else:` say nothing about who knows the text."""
+"""Characters of a target line at least: brackets and `else:` don't distinguish models."""
 
 SUFFIX_LINES = 10
-"""Lines after a line that was taken out."""
+"""Lines of context after a removed line."""
 
 PROSE_CHARACTERS = 200
-"""Of a line of prose that is asked for; paragraphs can be lines."""
+"""Most characters of a target line in prose, where a line may be a paragraph."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A line of a document, to be written again.
+    """A line of a document to predict.
 
     Attributes:
-        name, kind: of the document.
-        line: its number, from 0.
-        before, after: the text on both sides of it; `before` ends with the line's indentation.
-        target: the line, without blanks around it.
+        name: name of the document.
+        kind: kind of the document.
+        line: line number, from 0.
+        before: text before the line, ending with the line's indentation.
+        after: text after the line.
+        target: the line without surrounding whitespace.
     """
 
     name: str
@@ -45,10 +45,14 @@ class Case:
 
 
 def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) -> list[Case]:
-    """Return at most `count` cases, spread evenly over the documents and drawn by `seed` and the
-    documents' names.
+    """Return at most `count` cases, spread evenly over the documents.
 
-    In a commit, only lines that it added are asked for.
+    In commits, only added lines are targets.
+
+    Args:
+        documents: held-out documents.
+        count: most cases.
+        seed: with the documents' names, decides the choice.
     """
     queues = [queue for document in documents if (queue := _drawn_lines(document, seed))]
     chosen: list[Case] = []
@@ -60,27 +64,25 @@ def next_line_cases(documents: Iterable[Document], count: int, seed: int = 0) ->
 
 
 def _drawn_lines(document: Document, seed: int) -> tuple[Document, list[int]] | None:
-    """Return a document and the numbers of its lines worth asking for in a random order, None if
-    there are none.
-    """
+    """Return a document and its suitable line numbers in random order, None if there are none."""
     lines = document.text.splitlines()
     added = "+" if document.kind == "commit" else ""
-    worth = [
+    suitable = [
         number
         for number, line in enumerate(lines)
         if number >= LEAST_LINES
         and line.startswith(added)
-        and _says_something(line.removeprefix(added))
+        and _is_informative(line.removeprefix(added))
     ]
-    if not worth:
+    if not suitable:
         return None
     order = np.random.default_rng(
         int(uniform(f"lines:{seed}:{document.name}") * 2**53)
-    ).permutation(len(worth))
-    return document, [worth[place] for place in order]
+    ).permutation(len(suitable))
+    return document, [suitable[place] for place in order]
 
 
-def _says_something(line: str) -> bool:
+def _is_informative(line: str) -> bool:
     line = line.strip()
     return (
         len(line) >= LEAST_CHARACTERS
@@ -104,11 +106,11 @@ def _case(document: Document, number: int) -> Case:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A case in tokens.
+    """A tokenised case.
 
     Attributes:
-        ids: what is given.
-        target_ids: what goes on from it in the document.
+        ids: tokens of the prompt.
+        target_ids: tokens of the target line.
     """
 
     ids: tuple[int, ...]
@@ -116,11 +118,11 @@ class Prompt:
 
 
 class CaseEncoder:
-    """Makes prompts of cases for one tokenizer.
+    """Encodes cases as prompts for one tokenizer.
 
     Args:
-        most_tokens: of the document before the line; what is further away is cut off at a line's
-            start.
+        tokenizer: tokenizer of the model.
+        most_tokens: most tokens of the document before the line; earlier lines are dropped.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, most_tokens: int) -> None:
@@ -135,24 +137,24 @@ class CaseEncoder:
         return len(self._encoder.encode(text, add_special_tokens=False).ids)
 
     def next_line(self, case: Case, context: str = "") -> Prompt:
-        """Return `context`, the document's header and its text up to the line, and the line.
+        """Return the prompt of `context`, the document's header and its text up to the line.
 
-        The tokens are those of the text as a whole: a prompt encoded alone would end with tokens,
-        such as a run of blanks, that never stand before the line in a document.
+        The text is tokenised as a whole. A prompt tokenised alone would end with tokens, such as a
+        run of spaces, that never precede the line in a document.
         """
         head = context + (header(Document("", case.name, case.kind)) if case.kind != "text" else "")
-        given = head + self._shortened(case.before)
-        encoding = self._encoder.encode(given + case.target, add_special_tokens=False)
+        prefix = head + self._shortened(case.before)
+        encoding = self._encoder.encode(prefix + case.target, add_special_tokens=False)
         first = next(
-            (n for n, (_, stop) in enumerate(encoding.offsets) if stop > len(given)),
+            (n for n, (_, stop) in enumerate(encoding.offsets) if stop > len(prefix)),
             len(encoding.ids),
         )
         first = max(first, 0 if self.start else 1)
         return Prompt((*self.start, *encoding.ids[:first]), tuple(encoding.ids[first:]))
 
     def infill(self, case: Case, context: str = "") -> Prompt | None:
-        """Return the text on both sides of the line in the tokenizer's fill-in-the-middle form,
-        None if it has none.
+        """Return the fill-in-the-middle prompt of a case, None if the tokenizer has no such
+        markers.
         """
         if self.markers is None:
             return None
@@ -164,7 +166,7 @@ class CaseEncoder:
         return Prompt((*self.start, *ids), tuple(middle))
 
     def _shortened(self, text: str) -> str:
-        """Return the last lines of a text that have at most `most_tokens` tokens together."""
+        """Return the last lines of a text that fit into `most_tokens` tokens."""
         offsets = self._encoder.encode(text, add_special_tokens=False).offsets
         if len(offsets) <= self.most_tokens:
             return text
@@ -174,10 +176,11 @@ class CaseEncoder:
 
 
 def fim_marker_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int, int] | None:
-    """Return the tokens that open prefix, suffix and middle, None where the vocabulary has none.
+    """Return the ids of the markers of prefix, suffix and middle, None if the vocabulary lacks
+    them.
 
-    Unlike `data.encode.fim_markers` it spells nothing: a model that never met the markers cannot be
-    asked by them.
+    Unlike `data.encode.fim_markers`, it doesn't spell out the markers as text, which a model
+    without them has never seen.
     """
     vocabulary = tokenizer.get_added_vocab()
     for prefix, suffix, middle in FIM_TOKENS:
@@ -187,5 +190,5 @@ def fim_marker_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int, int] |
 
 
 def by_document(cases: Sequence[Case]) -> int:
-    """Return of how many documents the cases are."""
+    """Return the number of documents that the cases come from."""
     return len({case.name for case in cases})

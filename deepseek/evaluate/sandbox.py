@@ -1,8 +1,7 @@
-"""Running code that a model wrote: another process with limits on time, memory and files, and
-without a network.
+"""Sandbox for generated code: a subprocess with limits on time, memory and files, without network.
 
-A guard against mistakes, not a prison for an attacker: the process runs as this user and can read
-what this user can.
+It guards against mistakes, not against attackers: the process runs as this user and can read the
+user's files.
 """
 
 import contextlib
@@ -17,16 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LARGEST_FILE = 1 << 24
+"""Most bytes per written file."""
 OUTPUT = 2_000
-"""Characters of output kept."""
+"""Characters of output to keep, from its end."""
 
 NO_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
 
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended: whether with exit code 0, whether its time was up, and the end of what
-    it printed.
+    """Result of a program: whether it exited with code 0, whether it timed out, and its last
+    output.
     """
 
     passed: bool
@@ -35,11 +35,12 @@ class ProgramResult:
 
 
 def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> ProgramResult:
-    """Run Python source in an empty temporary folder, without the network where the system allows.
+    """Run Python source in an empty temporary folder, without network if the system allows.
 
     Args:
-        seconds: of processor and of wall time.
-        memory: bytes of address space.
+        source: the program.
+        seconds: limit of processor time and of wall time.
+        memory: limit of the address space in bytes.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.py"
@@ -71,7 +72,7 @@ def run_program(source: str, seconds: float = 5.0, memory: int = 1 << 30) -> Pro
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """Set the limits, in the new process before it runs anything."""
+    """Set the limits, in the new process before it executes the program."""
     whole = max(1, int(seconds + 0.999))
     for kind, most in (
         (resource.RLIMIT_CPU, whole),
@@ -84,17 +85,15 @@ def _limit(seconds: float, memory: int) -> None:
 
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """End the program and whatever it started."""
+    """Kill the program and its child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
 
 
 @functools.cache
 def _isolation() -> list[str]:
-    """Return the words that take the network from a command, or none where the system has no such
-    thing.
-    """
+    """Return the command prefix that disables the network; empty if the system has none."""
     if shutil.which("unshare") is None:
         return []
-    tried = subprocess.run([*NO_NETWORK, "true"], capture_output=True, check=False)
-    return NO_NETWORK if tried.returncode == 0 else []
+    probe = subprocess.run([*NO_NETWORK, "true"], capture_output=True, check=False)
+    return NO_NETWORK if probe.returncode == 0 else []

@@ -1,4 +1,4 @@
-"""Scores of written lines against the true ones, and how sure they are."""
+"""Scores of predicted lines, and their confidence intervals."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,15 @@ from difflib import SequenceMatcher
 import numpy as np
 
 CONFIDENCE_Z = 1.959963984540054
-"""Standard deviations on both sides of the mean that hold 95 % of a normal distribution."""
+"""Two-sided 95 % quantile of the normal distribution."""
 
 RESAMPLES = 2000
+"""Bootstrap samples."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with the bounds between which it lies with 95 % confidence."""
+    """A mean with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -23,26 +24,24 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the sign of the figure is beyond doubt."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def is_exact(written: str, target: str) -> bool:
-    """Whether a written line is the true one, blanks at its ends aside."""
+    """Return whether a line equals the target, except for whitespace at its ends."""
     return written.strip() == target.strip()
 
 
 def edit_similarity(written: str, target: str) -> float:
-    """Return twice the length of the matching blocks over the length of both lines, 1.0 for equal
-    ones (`difflib`).
+    """Return twice the length of the matching blocks over that of both lines (`difflib`), 1.0 if
+    equal.
     """
     return SequenceMatcher(None, written.strip(), target.strip(), autojunk=False).ratio()
 
 
 def wilson(right: int, total: int) -> Interval:
-    """Return a share with its Wilson score interval (Wilson 1927,
-    doi:10.1080/01621459.1927.10502953).
-    """
+    """Return a share with its Wilson score interval (1927, doi:10.1080/01621459.1927.10502953)."""
     if total == 0:
         return Interval(0.0, 0.0, 1.0)
     share = right / total
@@ -58,10 +57,10 @@ def wilson(right: int, total: int) -> Interval:
 
 
 def paired_difference(mine: Sequence[float], other: Sequence[float], seed: int = 0) -> Interval:
-    """Return the mean of `mine - other`, case by case, with the bootstrap interval of that mean
-    (Efron 1979).
+    """Return the mean of `mine - other`, paired by case, with its bootstrap interval (Efron 1979).
 
-    The same cases are drawn for both, so what makes a case hard for either does not widen it.
+    Both are resampled with the same cases, so that the difficulty of cases doesn't widen the
+    interval.
     """
     difference_N = np.asarray(mine, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     if len(difference_N) == 0:

@@ -1,4 +1,4 @@
-"""A line that shows what an expert knows: chosen by rule, from text that it was not trained on."""
+"""Choose, by rule, a held-out line that shows what an expert knows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,18 @@ from deepseek.evaluate.quality import held_out_folder
 from deepseek.evaluate.scores import is_exact
 
 CASES = 48
-"""Lines that are compared."""
+"""Number of lines to compare."""
 
 
 @dataclass(frozen=True)
 class Showcase:
-    """One line, written again without and with the expert.
+    """One line, completed without and with the expert.
 
     Attributes:
         case: the line, and the text before it.
-        before, after: what the base and what the expert make of it.
-        compared: lines that it was chosen from.
+        before: completion of the base.
+        after: completion of the expert.
+        compared: number of lines that it was chosen from.
     """
 
     case: Case
@@ -41,19 +42,20 @@ def showcase(
     dials: Dials | None = None,
     progress: Progress = silent,
 ) -> Showcase:
-    """Return the held-out line of a plugged expert at which it gains most over its base.
+    """Return the held-out line on which a plugged expert gains most over its base.
 
-    Lines that the expert writes exactly and the base does not come first; among these, or all if
-    there are none, the one whose true text the expert finds likelier by most.
+    Lines that only the expert completes exactly take precedence. Among these, or among all lines if
+    there are none, the gain is that of the true line's log-probability.
 
     Args:
-        engine: with the expert plugged.
-        expert: name of a trained expert whose run is there.
+        engine: engine with the expert plugged.
+        expert: name of a trained expert that still has its run folder.
         cases: held-out lines to compare.
-        dials: how much text stands before a line; None: `Dials()`.
+        dials: settings of the prompts; default: `Dials()`.
+        progress: shows the progress.
 
     Raises:
-        DataError: no held-out document has a line worth asking for.
+        DataError: no held-out document has a suitable line.
     """
     documents = decode_documents(TokenShards(held_out_folder(expert)), engine.tokenizer)
     dials = dials or Dials()
@@ -77,7 +79,7 @@ def showcase(
 def largest_gain(
     cases: Sequence[Case], before: Sequence[Completion], after: Sequence[Completion]
 ) -> int:
-    """Return the place of the case that shows most (see `showcase`)."""
+    """Return the index of the case with the largest gain (see `showcase`)."""
 
     def rank(place: int) -> tuple[bool, float]:
         target = cases[place].target

@@ -1,6 +1,4 @@
-"""Evaluation as a stage of a recipe: held-out loss of texts, and function bodies written for
-code.
-"""
+"""Evaluation as a recipe's stage: held-out loss of texts, and scores of generated code."""
 
 import time
 from dataclasses import asdict
@@ -28,22 +26,22 @@ class EvaluationArguments(Declaration):
     """Model to evaluate: a known name, a folder or a hub id"""
 
     data: tuple[str | Path, ...] = ()
-    """Texts to evaluate on beside public ones: folders, JSONL or Parquet files; default: none"""
+    """Texts to evaluate on besides public ones: folders, JSONL or Parquet files; default: none"""
 
     experts: tuple[str, ...] = ()
     """Experts to plug: names or packs; default: none"""
 
     functions: str | Path | None = None
-    """Folder of code whose functions are written again and scored by BLEU; default: none"""
+    """Folder of code whose function bodies are generated and scored by BLEU; default: none"""
 
     most_functions: int = Field(default=20, ge=1)
-    """Most functions of it"""
+    """Most functions to generate"""
 
     human_eval: int = Field(default=0, ge=0)
-    """Problems of HumanEval, the first ones, to score by pass@1"""
+    """Number of first HumanEval problems to score by pass@1"""
 
     tokens: int = Field(default=8192, ge=1)
-    """Most tokens of each text"""
+    """Most tokens per text"""
 
     run_folder: str | Path | None = None
     """Folder of the result; default: `runs/evaluation` in the library's home"""
@@ -54,13 +52,10 @@ class EvaluationArguments(Declaration):
 
 @job(EvaluationArguments)
 def evaluate_stage(arguments: EvaluationArguments) -> None:
-    """Write the losses of a model on texts, and what its code is worth, to `result.json` in the run
-    folder.
-
-    Where the result is there already, nothing is done.
+    """Evaluate a model and write its figures to `result.json` in the run folder, unless it exists.
 
     Raises:
-        DataError, ConfigError, HubError: with the cause and the mend.
+        DataError, ConfigError, HubError: the message states the cause and the fix.
     """
     folder = Path(arguments.run_folder or home() / "runs" / "evaluation")
     if (folder / "result.json").is_file():

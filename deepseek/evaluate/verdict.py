@@ -1,4 +1,4 @@
-"""The table of `deepseek eval --against` in words and as a picture."""
+"""Summarise the table of `deepseek eval --against` in words and as a plot."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +11,16 @@ from deepseek.evaluate.scores import Interval, paired_difference, wilson
 
 @dataclass(frozen=True)
 class Compared:
-    """A row beside the base and beside retrieval.
+    """Scores of a row, and its differences from the base and from retrieval.
 
     Attributes:
-        exact: share of lines written exactly.
-        over_base, over_retrieval: difference of that share, paired by case; None for the row itself
-            or where there is no such row.
+        exact: share of lines completed exactly.
+        over_base: difference of this share from the base, paired by case; None for the base itself
+            or without it.
+        over_retrieval: difference of this share from retrieval, likewise.
         similarity: mean edit similarity.
-        infilled: share of lines written exactly between the text on both sides; None: not supported
-            by the model.
+        infilled: share of lines infilled exactly between the text on both sides; None: the model
+            doesn't support infilling.
     """
 
     exact: Interval
@@ -30,7 +31,7 @@ class Compared:
 
 
 def compared(rows: Mapping[str, CompletionScores]) -> dict[str, Compared]:
-    """Return every row with its intervals and differences."""
+    """Return every row with its confidence intervals and differences."""
     return {
         name: Compared(
             exact=_share(scores.exact),
@@ -44,18 +45,19 @@ def compared(rows: Mapping[str, CompletionScores]) -> dict[str, Compared]:
 
 
 def verdicts(rows: Mapping[str, CompletionScores]) -> list[str]:
-    """Return what the table says, a sentence for each question that it can answer."""
-    asked = (("expert", "base"), ("expert", "retrieval"), ("expert + retrieval", "retrieval"))
+    """Return one sentence for each pair of rows that can be compared."""
+    pairs = (("expert", "base"), ("expert", "retrieval"), ("expert + retrieval", "retrieval"))
     rivals = tuple(("expert", name) for name in ("LoRA", "full fine-tuning"))
     return [
-        f"{mine} against {other}: {_in_words(paired_difference(rows[mine].exact, rows[other].exact))}"
-        for mine, other in (*asked, *rivals)
-        if mine in rows and other in rows
+        f"{name} against {other}: "
+        f"{_description(paired_difference(rows[name].exact, rows[other].exact))}"
+        for name, other in (*pairs, *rivals)
+        if name in rows and other in rows
     ]
 
 
 def draw(rows: Mapping[str, CompletionScores], title: str, path: Path) -> None:
-    """Draw the share of exact lines of every row, with its interval, as a PNG."""
+    """Plot the share of exact lines of every row, with confidence intervals, to a PNG file."""
     from matplotlib.figure import Figure
 
     names = list(rows)[::-1]
@@ -88,9 +90,10 @@ def _over(rows: Mapping[str, CompletionScores], name: str, other: str) -> Interv
     return paired_difference(rows[name].exact, rows[other].exact)
 
 
-def _in_words(difference: Interval) -> str:
-    """Return a difference of shares as better, worse or not told apart."""
-    points = f"{100 * difference.mean:+.1f} points ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+def _description(difference: Interval) -> str:
+    """Describe a difference of shares: better, worse, or not significant."""
+    bounds = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+    points = f"{100 * difference.mean:+.1f} points ({bounds})"
     if not difference.excludes_zero:
         return f"not told apart, {points}"
     return f"{'better' if difference.mean > 0 else 'worse'}, {points}"

@@ -1,5 +1,5 @@
-"""Retrieval: passages of a user's own text that are put into a prompt.
+"""Retrieval: find passages of a user's own text and add them to a prompt.
 
-documents -> passages (`passages`) -> words (`words`) -> BM25 index (`index`) -> snippets before a
-text (`prompt`)
+documents -> passages (`passages`) -> words (`words`) -> BM25 index (`index`) -> excerpts in the
+prompt (`prompt`)
 """

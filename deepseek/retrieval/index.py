@@ -1,4 +1,4 @@
-"""A BM25 index over passages, in memory and as a folder without code or pickles in it.
+"""BM25 index of passages, stored as a folder without code or pickles.
 
 BM25 (Robertson and Zaragoza 2009, doi:10.1561/1500000019) by the library bm25s (arXiv:2407.03618).
 """
@@ -18,25 +18,24 @@ from deepseek.retrieval.words import search_words
 
 FORMAT = 1
 DEFAULT_PASSAGES = 4
+"""Passages to retrieve by default."""
 CANDIDATES = 8
-"""Ranked passages that are looked at for each one wanted: neighbours overlap, and some do not
-fit.
-"""
+"""Ranked candidates per requested passage, since neighbours overlap and some exceed the budget."""
 
 Length = Callable[[str], int]
-"""The size of a text, in tokens."""
+"""Function that returns the length of a text in tokens."""
 
 
 class Index:
-    """Passages and the statistics that rank them.
+    """Passages and the BM25 statistics that rank them.
 
     Attributes:
-        passages: all of them.
-        source: what they were made from: the digest of the token shards, or "".
+        passages: all passages.
+        source: digest of the token shards that they were made from, or "".
     """
 
     def __init__(self, passages: list[Passage], ranking: Any, source: str = "") -> None:
-        """Take passages and the bm25s index over them, in the same order."""
+        """Create an index from passages and the bm25s index over them, in the same order."""
         self.passages = passages
         self.source = source
         self._ranking = ranking
@@ -51,20 +50,21 @@ class Index:
         """Return an index of `documents`.
 
         Args:
-            without: names of documents that must not be found, in commits that changed them
-                neither.
-            source: kept with the index.
+            documents: documents to index.
+            without: names of documents to exclude, along with their changes in commits.
+            source: digest to store with the index.
 
-        Raises `DataError` if no text is left.
+        Raises:
+            DataError: there is no text to index.
         """
         import bm25s
 
-        left_out = frozenset(without)
-        kept: list[Passage] = []
+        excluded = frozenset(without)
+        indexed: list[Passage] = []
         words: list[list[str]] = []
         for document in documents:
-            for passage, matched in _allowed(document, left_out):
-                kept.append(passage)
+            for passage, matched in _allowed(document, excluded):
+                indexed.append(passage)
                 words.append(search_words(matched))
         if not any(words):
             raise DataError("There is no text to index; give documents with words in them.")
@@ -75,16 +75,16 @@ class Index:
         ids = [[vocabulary[word] for word in each] for each in words]
         ranking = bm25s.BM25(backend="numpy")
         ranking.index((ids, vocabulary), show_progress=False)
-        return cls(kept, ranking, source)
+        return cls(indexed, ranking, source)
 
     def rank(self, query: str, count: int) -> list[Passage]:
-        """Return the `count` passages that match best, best first; those that share no word are
-        left out.
+        """Return up to `count` best-matching passages, best first; each shares a word with the
+        query.
         """
-        known = self._ranking.get_tokens_ids(search_words(query))
-        if not known:
+        word_ids = self._ranking.get_tokens_ids(search_words(query))
+        if not word_ids:
             return []
-        scores = self._ranking.get_scores_from_ids(known)
+        scores = self._ranking.get_scores_from_ids(word_ids)
         order = np.argsort(-scores, kind="stable")[:count]
         return [self.passages[place] for place in order.tolist() if scores[place] > 0]
 
@@ -95,31 +95,33 @@ class Index:
         max_tokens: int | None = None,
         length: Length = len,
     ) -> list[Passage]:
-        """Return at most `k` passages for a query, best first, none of which overlap.
+        """Return up to `k` passages for a query, best first, without overlaps.
 
         Args:
-            max_tokens: most that all of them together may have, by `length`; what does not fit is
-                passed over.
-            length: counts the tokens of a text; without it, characters are counted.
+            query: text to search with.
+            k: most passages.
+            max_tokens: budget for all passages together, as measured by `length`; passages that
+                don't fit are skipped. None: no limit.
+            length: returns the tokens of a text; default: the number of characters.
         """
         chosen: list[Passage] = []
-        left = max_tokens
+        budget = max_tokens
         for passage in self.rank(query, k * CANDIDATES):
             if len(chosen) == k:
                 break
             if any(passage.overlaps(other) or passage.text == other.text for other in chosen):
                 continue
-            if left is not None:
+            if budget is not None:
                 size = length(passage.text)
-                if size > left:
+                if size > budget:
                     continue
-                left -= size
+                budget -= size
             chosen.append(passage)
         return chosen
 
     def save(self, folder: str | Path) -> None:
-        """Write the index as a folder: passages as JSON lines, the statistics as NumPy arrays;
-        whole or not at all.
+        """Write the index atomically as a folder: passages as JSON lines, statistics as NumPy
+        arrays.
         """
         with atomic_folder(folder) as temporary:
             self._ranking.save(str(temporary), show_progress=False)
@@ -129,8 +131,10 @@ class Index:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Open what `save` wrote; raise `DataError` if it is missing, damaged or of another
-        version.
+        """Load an index from the folder that `save` wrote.
+
+        Raises:
+            DataError: it is missing, damaged or of another version.
         """
         import bm25s
 
@@ -140,9 +144,9 @@ class Index:
             if meta["format"] != FORMAT:
                 raise DataError(f"The index in {folder} is of another version; build it again.")
             lines = (folder / "passages.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [Passage(*json.loads(line)) for line in lines]
+            loaded = [Passage(*json.loads(line)) for line in lines]
             ranking = bm25s.BM25.load(str(folder), show_progress=False, allow_pickle=False)
-            if ranking.scores["num_docs"] != len(kept):
+            if ranking.scores["num_docs"] != len(loaded):
                 raise ValueError("it lacks passages")
         except CheckpointError:
             raise DataError(f"There is no index in {folder}; build one first.") from None
@@ -150,13 +154,13 @@ class Index:
             raise DataError(
                 f"The index in {folder} is damaged ({error}); build it again."
             ) from None
-        return cls(kept, ranking, meta["source"])
+        return cls(loaded, ranking, meta["source"])
 
 
-def _allowed(document: Document, left_out: frozenset[str]) -> Iterator[tuple[Passage, str]]:
-    """Yield the passages of a document that may be found."""
-    if document.name in left_out:
+def _allowed(document: Document, excluded: frozenset[str]) -> Iterator[tuple[Passage, str]]:
+    """Yield the passages of a document that are not excluded, with the text that queries match."""
+    if document.name in excluded:
         return
     for passage, matched in passages(document):
-        if passage.path not in left_out:
+        if passage.path not in excluded:
             yield passage, matched

@@ -1,4 +1,4 @@
-"""Passages: the pieces of documents that are found and shown."""
+"""Passages: the pieces of documents that retrieval finds and shows."""
 
 import re
 from collections.abc import Iterator
@@ -8,20 +8,21 @@ from typing import Any
 from deepseek.data.text.document import Document, Kind
 
 MATCHED_LINES = 12
-"""Lines of code that a query is compared with."""
+"""Lines of a code passage that queries are matched with."""
 
 SHOWN_LINES = 18
-"""Lines of code that are shown: those matched and what follows them, since what comes next is what
-is asked for (RepoCoder, arXiv:2303.12570)."""
+"""Lines of a code passage that are shown: the matched ones and what follows, since completion asks
+for the continuation (RepoCoder, arXiv:2303.12570).
+"""
 
 STRIDE = 6
-"""Lines from one passage of code to the next."""
+"""Lines between the starts of two code passages."""
 
 PARAGRAPH_CHARACTERS = 900
-"""Size that paragraphs of prose are joined to."""
+"""Characters up to which paragraphs of prose are joined."""
 
 LONGEST = 2400
-"""Characters of a passage at most: minified code and tables have lines without an end."""
+"""Most characters per passage, as minified code and tables have very long lines."""
 
 PATCH = re.compile(r"^(?=--- .*\n\+\+\+ )", re.MULTILINE)
 TARGET = re.compile(r"\+\+\+ (\S+)")
@@ -32,12 +33,13 @@ class Passage:
     """A piece of a document.
 
     Attributes:
-        name: of the document.
-        kind: of the document.
-        start, stop: its lines, `[start, stop)`, counted from 0.
-        text: what is shown.
-        path: of the file that it belongs to where that is not the document's name, as in a commit;
-            else empty.
+        name: name of the document.
+        kind: kind of the document.
+        start: first line, counted from 0.
+        stop: line after the last one.
+        text: text to show.
+        path: file that it belongs to, if that is not the document's name, as in a commit; else
+            empty.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Passage:
     path: str = ""
 
     def overlaps(self, other: "Passage") -> bool:
-        """Whether both show some line of one document."""
+        """Return whether both share a line of the same document."""
         return self.name == other.name and self.start < other.stop and other.start < self.stop
 
     def as_json(self) -> list[Any]:
@@ -57,7 +59,7 @@ class Passage:
 
 
 def passages(document: Document) -> Iterator[tuple[Passage, str]]:
-    """Yield the passages of a document, each with the text that queries are compared with."""
+    """Yield the passages of a document, each with the text that queries are matched with."""
     if document.kind == "code":
         yield from _windows(document, document.text, 0)
     elif document.kind == "commit":
@@ -69,8 +71,13 @@ def passages(document: Document) -> Iterator[tuple[Passage, str]]:
 def _windows(
     document: Document, text: str, first: int, path: str = ""
 ) -> Iterator[tuple[Passage, str]]:
-    """Yield overlapping windows of lines; `first` is the number of the first line of `text` in the
-    document.
+    """Yield overlapping windows of lines.
+
+    Args:
+        document: document of the text.
+        text: the text, or a part of it.
+        first: line number of the text's first line in the document.
+        path: file that the text belongs to; empty: the document.
     """
     lines = text.splitlines(keepends=True)
     for start in range(0, max(1, len(lines) - MATCHED_LINES + STRIDE), STRIDE):
@@ -78,12 +85,15 @@ def _windows(
         whole = "".join(shown)[:LONGEST]
         if whole.strip():
             matched = "".join(shown[:MATCHED_LINES])[:LONGEST]
-            at = first + start
-            yield Passage(document.name, document.kind, at, at + len(shown), whole, path), matched
+            line = first + start
+            yield (
+                Passage(document.name, document.kind, line, line + len(shown), whole, path),
+                matched,
+            )
 
 
 def _changes(document: Document) -> Iterator[tuple[Passage, str]]:
-    """Yield the message of a commit, and the changes of each file in windows."""
+    """Yield windows of a commit's message and of each file's changes."""
     first = 0
     repository = document.name.rsplit("@", 1)[0]
     for part in PATCH.split(document.text):
@@ -93,7 +103,7 @@ def _changes(document: Document) -> Iterator[tuple[Passage, str]]:
 
 
 def _paragraphs(document: Document) -> Iterator[tuple[Passage, str]]:
-    """Yield paragraphs joined to a size worth showing; a long one is cut."""
+    """Yield paragraphs joined to a useful size; long ones are cut."""
     start = 0
     lines = document.text.splitlines(keepends=True)
     size = 0
@@ -107,6 +117,7 @@ def _paragraphs(document: Document) -> Iterator[tuple[Passage, str]]:
 
 
 def _cut(document: Document, start: int, lines: list[str]) -> Iterator[tuple[Passage, str]]:
+    """Yield the lines as passages of at most `LONGEST` characters."""
     text = "".join(lines)
     for begin in range(0, len(text), LONGEST):
         piece = text[begin : begin + LONGEST]

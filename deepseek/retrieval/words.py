@@ -1,4 +1,4 @@
-"""The words by which text is found: identifiers whole and in their parts."""
+"""Tokenise text for search: identifiers as a whole and in parts."""
 
 import re
 
@@ -8,11 +8,11 @@ WITHOUT_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 
 
 def search_words(text: str) -> list[str]:
-    """Return the words of a text in lower case, for BM25.
+    """Return the lower-case search terms of a text for BM25.
 
-    An identifier counts as a whole and by its parts: `parseHeader_v2` gives `parseheader_v2`,
-    `parse`, `header`, `v`, `2`. Chinese, Japanese and Korean give pairs of characters, as their
-    words are not set apart by blanks.
+    An identifier yields itself and its parts: `parseHeader_v2` gives `parseheader_v2`, `parse`,
+    `header`, `v`, `2`. Chinese, Japanese and Korean yield character bigrams, since their words are
+    not separated by spaces.
     """
     words: list[str] = []
     for match in WORD.finditer(text):

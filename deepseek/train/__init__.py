@@ -1,1 +1,1 @@
-"""Training: one loop, the jobs that run it, and what they need: text, gates, rewards, hashes."""
+"""Training: one loop, the jobs that run it, and their parts: text, gates, rewards and hashes."""

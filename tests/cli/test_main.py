@@ -125,9 +125,9 @@ def test_mistakes_exit_2_with_one_sentence(
         ),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
-            KeyboardInterrupt("stopped at step 7; the same call goes on"),
+            KeyboardInterrupt("stopped at step 7; the same call resumes the run"),
             130,
-            "stopped at step 7; the same call goes on: deepseek fake",
+            "stopped at step 7; the same call resumes the run: deepseek fake",
         ),
         (
             RuntimeError("odd"),

@@ -1,7 +1,7 @@
-"""What an expert's domain is told from by its words: public text of many kinds, kept once a base.
+"""Background of an expert's relevance table: public text of many kinds, cached once per base.
 
-More of it than of what gates are solved against, as nothing but tokens is needed: source files and
-descriptions of the Python installation by the hundred, besides the rows of public text and everyday
+It has more text than the calibration of gates, since only tokens are needed: hundreds of source
+files and package descriptions of the Python installation, besides the public rows and everyday
 conversations in fifteen languages.
 """
 
@@ -22,17 +22,18 @@ from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, plac
 from deepseek.train.gates.relevance import Background
 
 FILES = 800
-"""Source files, of all installed packages alike."""
+"""Number of source files, spread evenly over the installed packages."""
 
 FILES_OF_A_PACKAGE = 6
+"""Most source files of one folder of a package."""
 CHARACTERS = 3000
-"""Of one file, from its middle."""
+"""Characters from the middle of one file."""
 
 
 def background(
     model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Background:
-    """Return the background of a base, from the cache in the library's home if it is there."""
+    """Return the background of a base, cached in the library's home."""
     rows = kept_rows(model, tokenizer, progress)
     root, name = place(model)
     stored = kept(root / f"words-{name}", lambda: _measured(model, tokenizer, rows, progress))
@@ -56,11 +57,11 @@ def _measured(
     ]
     expected = expected_frequencies(model, tokenizer, fitted, progress)
     for language, frequency_V in expected.items():
-        own = [conversation for conversation in fitted if conversation.language == language]
-        seen_V = torch.cat(_messages(tokenizer, own)).bincount(minlength=size).float()
-        # What the base expects counts as much as what was seen: of few messages it knows the other
-        # words.
-        counts.append(seen_V + seen_V.sum() * frequency_V)
+        of_language = [conversation for conversation in fitted if conversation.language == language]
+        observed_V = torch.cat(_messages(tokenizer, of_language)).bincount(minlength=size).float()
+        # Expected frequencies weigh as much as observed ones: they cover the words that the few
+        # messages lack.
+        counts.append(observed_V + observed_V.sum() * frequency_V)
     chats = _messages(tokenizer, reserved)
     return {
         "counts": torch.stack(counts),
@@ -82,10 +83,10 @@ def _encoded(
 
 
 def installed_source() -> Iterator[str]:
-    """Yield the middles of source files of the Python installation, at most a few of each package's
-    folders.
+    """Yield the middles of source files of the Python installation, a few per folder of a package.
 
-    Modules at the top of the standard library are left out, so that they can be evaluated on.
+    Modules at the top of the standard library are excluded, so that they remain unseen for
+    evaluation.
     """
     folders: dict[tuple[str, ...], list[Path]] = {}
     for name in ("stdlib", "purelib"):

@@ -1,16 +1,16 @@
-"""The gates of an expert module in closed form: no gradient, and no other module is looked at.
+"""Calibrate the gates of an expert module in closed form, independently of other modules.
 
-With A, s, n the sums of x~ x~^T, of x~ and the count over a text, x~ = [x; 1] a layer's gate input,
-i the module's own text and 0 the public one, the gate at that layer *detects* by ridge regression
-on +1 and -1,
+Let x~ = [x; 1] be a layer's gate input, and A, s, n the sums of x~ x~^T, of x~ and the count over a
+text, with index i for the module's own text and 0 for public text. The gate's detector at that
+layer is a ridge regression on the targets +1 and -1,
 
     w = (A_i/n_i + rho A_0/n_0 + lambda I)^-1 (s_i/n_i - rho s_0/n_0),
 
-shifted and scaled so that a share alpha of public scores is positive and the own text's median is
-1. Beside it goes what the own text looks like: its mean, and its covariance in 8 factors and the
-variances that they leave. By that, modules that are candidates together are told apart
-(`model/experts/gate.py`), though none has seen the other's text. Scores are compared after a
-running mean, so the sums are over running means.
+shifted so that a share alpha of the public scores is positive, and scaled so that the median of the
+own text is 1. The gate also stores moments of the own text: its mean, and its covariance as 8
+factors and the residual variances. With these, the router distinguishes modules that are candidates
+for the same token (`model/experts/gate.py`), although none has seen the other's text. Scores are
+compared after a running mean, so the sums are over running means.
 """
 
 import time
@@ -33,21 +33,24 @@ from deepseek.train.gates.relevance import Background, fit_relevance
 from deepseek.train.text.trunk_cache import Stream
 
 ALPHA = 0.05
+"""Default false-positive rate of the gates on public text."""
 RHO = 1.0
+"""Weight of public text relative to own text in the regression."""
 
 FEWEST_TOKENS = 256
+"""Fewest tokens of own text for fitting a gate, and for checking it."""
 
 
 @dataclass(frozen=True)
 class GateCalibration:
-    """What calibration found, on text that it did not fit.
+    """Result of a calibration, measured on text that was not fitted.
 
     Attributes:
-        recall: share of the own held-out tokens at which the gates fire, mean over the layers.
-        false_positives: the same of public tokens.
+        recall: share of the own held-out tokens at which the gates fire, averaged over layers.
+        false_positives: the same share of public tokens.
         tokens: own tokens that the gates were fitted on.
-        seconds: how long it took.
-        admitted_chats, admitted_own: errors of the table of words (see `RelevanceFit`); None
+        seconds: duration of the calibration.
+        admitted_chats, admitted_own: error rates of the relevance table (see `RelevanceFit`); None
             without a background.
     """
 
@@ -63,8 +66,9 @@ class GateCalibration:
 class OwnText:
     """Gate inputs of one layer on the module's own text.
 
-    moments: over the text to fit on. held_out: smoothed gate inputs `[N, D]` of other text of the
-    same domain.
+    Attributes:
+        moments: moments over the calibration set.
+        held_out: smoothed gate inputs `[N, D]` of other text of the same domain.
     """
 
     moments: Moments
@@ -73,8 +77,15 @@ class OwnText:
 
 @dataclass(frozen=True)
 class LayerGate:
-    """A gate and its errors: detect = (weight . x~ - threshold) / scale, `weight` `[D+1]`; moments
-    of the own text.
+    """Gate of one layer: score = (weight . x~ - threshold) / scale.
+
+    Attributes:
+        weight: detector `[D+1]`.
+        threshold: value of weight . x~ above which the gate fires.
+        scale: divisor of the score.
+        moments: moments of the own text, see `factored`.
+        recall: share of own held-out tokens at which the gate fires.
+        false_positives: share of public tokens at which it fires, cross-validated.
     """
 
     weight: Tensor
@@ -96,19 +107,24 @@ def calibrate(
     words: Background | None = None,
     own_kinds: Sequence[Tensor] = (),
 ) -> GateCalibration:
-    """Set the gates and settings of `module`, a trained expert beside the frozen `model`.
+    """Calibrate `module`, a trained expert of the frozen `model`, by setting its gates and
+    settings.
 
     Args:
+        model: frozen base model.
+        module: trained expert.
         own: packed rows of the module's own text; about 20,000 tokens are enough.
-        held_out: rows of the same domain that are not among `own`.
-        public: of the same model, at least at the module's layers.
-        alpha: share of public tokens at which the module may fire.
-        streams: where the streams of `own` and of `held_out` below the module come from, if
-            computed before.
-        words: what the domain is told from by its words; None: every text counts as relevant to the
-            module.
-        own_kinds: tokens `[N]` of each kind of own text to learn the domain's words from, the more
-            the better; none: those of `own`.
+        held_out: rows of the same domain that are not in `own`.
+        public: public statistics of the same model, for at least the module's layers.
+        alpha: false-positive rate on public tokens, in (0, 0.5).
+        streams: functions that give the residual stream of `own` and of `held_out` below the
+            module; None: compute it.
+        words: background for the relevance table; None: every text counts as relevant.
+        own_kinds: token ids `[N]` of each kind of own text for the relevance table, the more the
+            better; default: those of `own`.
+
+    Returns:
+        The error rates on held-out text.
 
     Raises:
         TrainError: too little text, or an `alpha` outside (0, 0.5).
@@ -134,7 +150,7 @@ def calibrate(
         if words is None
         else fit_relevance(own_kinds or (tokens_of(own),), tokens_of(held_out), words)
     )
-    found = GateCalibration(
+    calibration = GateCalibration(
         recall=sum(gate.recall for gate in gates.values()) / len(gates),
         false_positives=sum(gate.false_positives for gate in gates.values()) / len(gates),
         tokens=int(texts[module.layers[0]].moments.count),
@@ -143,29 +159,31 @@ def calibrate(
         admitted_own=None if fit is None else fit.admitted_own,
     )
     module.relevance = None if fit is None else fit.relevance
-    module.settings = settings_of(found, alpha, module.relevance)
-    return found
+    module.settings = settings_of(calibration, alpha, module.relevance)
+    return calibration
 
 
-def settings_of(found: GateCalibration, alpha: float, relevance: Relevance | None) -> GateSettings:
-    """Return what the pack says about its gates and its table of words."""
+def settings_of(
+    calibration: GateCalibration, alpha: float, relevance: Relevance | None
+) -> GateSettings:
+    """Return the gate settings for the pack's manifest."""
     return GateSettings(
         half_life=HALF_LIFE,
         alpha=alpha,
         ridge=RIDGE,
         rho=RHO,
-        tokens=found.tokens,
-        false_positives=found.false_positives,
-        recall=found.recall,
+        tokens=calibration.tokens,
+        false_positives=calibration.false_positives,
+        recall=calibration.recall,
         relevance_threshold=0.0 if relevance is None else relevance.threshold,
         relevance_offset=0.0 if relevance is None else relevance.offset,
-        admitted_chats=found.admitted_chats,
-        admitted_own=found.admitted_own,
+        admitted_chats=calibration.admitted_chats,
+        admitted_own=calibration.admitted_own,
     )
 
 
 def tokens_of(batches: Iterable[Batch]) -> Tensor:
-    """Return the ids `[N]` of packed rows, one after another."""
+    """Return the concatenated ids `[N]` of packed rows."""
     return torch.cat([batch.input_ids.flatten() for batch in batches])
 
 
@@ -176,33 +194,41 @@ def own_text(
     held_out: Iterable[Batch],
     streams: tuple[Stream | None, Stream | None],
 ) -> dict[int, OwnText]:
-    """Run the module's own text through the model with the module on; raises `TrainError` if there
-    is too little.
+    """Return gate inputs of the module's own text, with the module forced on.
+
+    Raises:
+        TrainError: there is too little text.
     """
     moments = {layer: Moments.none(model.config.hidden_size) for layer in module.layers}
     unseen: dict[int, list[Tensor]] = {layer: [] for layer in module.layers}
     with model.experts.forced(module):
         for inputs in gate_inputs(model, own, module.layers, streams[0]):
-            for layer, found in inputs.items():
-                moments[layer] += blend(found)
+            for layer, layer_inputs in inputs.items():
+                moments[layer] += blend(layer_inputs)
         for inputs in gate_inputs(model, held_out, module.layers, streams[1]):
-            for layer, found in inputs.items():
-                unseen[layer].append(found.smooth_BTD[found.real_BT])
+            for layer, layer_inputs in inputs.items():
+                unseen[layer].append(layer_inputs.smooth_BTD[layer_inputs.real_BT])
     for layer in module.layers:
         fewest = min(moments[layer].count, sum(map(len, unseen[layer])))
         if fewest < FEWEST_TOKENS:
             raise TrainError(
-                f"The gates need at least {FEWEST_TOKENS} tokens of the expert's own text to fit and as many to check; "
-                f"there are {fewest:.0f}. Give it more text."
+                f"The gates need at least {FEWEST_TOKENS} tokens of the expert's own text to fit "
+                f"and as many to check; there are {fewest:.0f}. Give it more text."
             )
     return {layer: OwnText(moments[layer], torch.cat(unseen[layer])) for layer in module.layers}
 
 
 def solve_gate(own: OwnText, public: Moments, sample_RSD: Tensor, alpha: float) -> LayerGate:
-    """Return the gate of one layer from own text, public moments and public sample `[R, S, D]`.
+    """Return the gate of one layer.
 
-    Where most of the own text cannot be told from public text, the scale is that of the public
-    scores: the gate then seldom fires, and its recall says so.
+    If most of the own text scores below the threshold, the scale is the spread of the public
+    scores. The gate then seldom fires, which shows in its recall.
+
+    Args:
+        own: gate inputs of the own text.
+        public: moments of public text.
+        sample_RSD: smoothed gate inputs `[R, S, D]` of other public text.
+        alpha: false-positive rate on public tokens.
     """
     weight = detecting_row(own.moments, public)
     public_RS = scores(sample_RSD, weight)
@@ -221,24 +247,24 @@ def solve_gate(own: OwnText, public: Moments, sample_RSD: Tensor, alpha: float) 
 
 
 def detecting_row(own: Moments, public: Moments) -> Tensor:
-    """Return w, `[D+1]`, in double precision."""
+    """Return the detector w `[D+1]` in double precision."""
     matrix = own.mean_second + RHO * public.mean_second
     row: Tensor = torch.linalg.solve(_ridged(matrix), own.mean - RHO * public.mean)
     return row
 
 
 def factored(own: Moments) -> Tensor:
-    """Return mean, left variances and factors `[MOMENTS, D]`: the covariance's largest
-    eigenvectors, scaled.
+    """Return `[MOMENTS, D]`: mean, residual variances, and scaled leading covariance
+    eigenvectors.
     """
     mean = own.mean[:-1]
     covariance = own.mean_second[:-1, :-1] - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(covariance)
-    kept = min(MOMENTS - 2, len(values))
+    rank = min(MOMENTS - 2, len(values))
     factors = torch.zeros(MOMENTS - 2, len(values), dtype=torch.float64)
-    factors[:kept] = (vectors[:, -kept:] * values[-kept:].clamp(min=0.0).sqrt()).mT
-    left = (covariance.diagonal() - factors.square().sum(0)).clamp(min=0.0)
-    return torch.cat([torch.stack([mean, left]), factors])
+    factors[:rank] = (vectors[:, -rank:] * values[-rank:].clamp(min=0.0).sqrt()).mT
+    residual_D = (covariance.diagonal() - factors.square().sum(0)).clamp(min=0.0)
+    return torch.cat([torch.stack([mean, residual_D]), factors])
 
 
 def scores(x: Tensor, row: Tensor) -> Tensor:
@@ -247,9 +273,7 @@ def scores(x: Tensor, row: Tensor) -> Tensor:
 
 
 def crossed(scores_RS: Tensor, alpha: float) -> float:
-    """Return the false positives of thresholds that each half of the rows `[R, S]` sets for the
-    other.
-    """
+    """Return the false-positive rate by two-fold cross-validation over the rows `[R, S]`."""
     halves = scores_RS[0::2], scores_RS[1::2]
     thresholds = [torch.quantile(half.flatten(), 1.0 - alpha) for half in halves]
     fired = [
@@ -260,7 +284,7 @@ def crossed(scores_RS: Tensor, alpha: float) -> float:
 
 
 def _ridged(matrix: Tensor) -> Tensor:
-    """Return the matrix with lambda on its diagonal, which also makes it invertible."""
+    """Return the matrix with lambda added to its diagonal, which also makes it invertible."""
     size = matrix.shape[0]
     return matrix + RIDGE * matrix.diagonal().mean() * torch.eye(
         size, dtype=matrix.dtype, device=matrix.device

@@ -1,9 +1,9 @@
-"""Conversations as public text: everyday messages that the base answers, and conversations that it
-invents.
+"""Conversations as public text: everyday messages with the base's replies, and sampled
+conversations.
 
-They are rows like the other public text (`public.py`), so that experts replay them and gates are
-solved against them. Each row is what a chat gives the model: the template with its system prompt,
-what the user says, the base's own reply.
+Their rows are used like other public text (`public_text.py`): experts replay them, and gates are
+calibrated against them. Each row is the model's input in a chat: the template with its system
+prompt, a user message, and the base's own reply.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,17 +24,17 @@ from deepseek.text.chat_template import encode_prompt, encode_rendered, render
 from deepseek.text.tokenizer import document_end_id, encode_plain
 
 PAIR_STRIDE = 8
-"""One pair of neighbouring everyday conversations in so many becomes two rows."""
+"""One of this many pairs of neighbouring everyday conversations becomes two rows."""
 
 INVENTED = 32
-"""Rows of conversations whose first message the base writes, too."""
+"""Number of rows in which the base also writes the user message."""
 
 PLACEHOLDER = "placeholder"
 
 
 def conversation_halves() -> tuple[list[Conversation], list[Conversation]]:
-    """Return the everyday conversations to fit on, and those to set thresholds by; both of every
-    language.
+    """Return the everyday conversations for fitting and those for thresholds, both in all
+    languages.
     """
     conversations = everyday_conversations()
     return list(conversations[0::2]), list(conversations[1::2])
@@ -46,10 +46,9 @@ def conversation_rows(
     length: int,
     progress: Progress = silent,
 ) -> Tensor:
-    """Return ids `[R, length]`; even rows come from conversations to fit on, odd ones from those
-    for thresholds.
+    """Return ids `[R, length]`: even rows for fitting, odd rows for thresholds.
 
-    There are none where the model's context is no longer than a row.
+    There are no rows if the model's context is not longer than a row.
     """
     if model.config.max_position_embeddings <= length:
         return torch.empty(0, length, dtype=torch.long)
@@ -61,12 +60,12 @@ def conversation_rows(
             opening(tokenizer, reserved[place].turns[0]),
         ]
     openings += [open_turn(tokenizer)] * INVENTED
-    freely = Sampling(length, temperature=0.8, top_k=50)
+    sampling = Sampling(length, temperature=0.8, top_k=50)
     rows = []
     with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(openings)) as engine:
         requests = [
             Request(
-                tuple(ids[:length]), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True
+                tuple(ids[:length]), replace(sampling, seed=seed), ExpertChoice(()), ignore_end=True
             )
             for seed, ids in enumerate(openings)
         ]
@@ -80,16 +79,14 @@ def conversation_rows(
 
 
 def opening(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:
-    """Return the ids after which the model answers a first message; plain text where it has no chat
-    template.
-    """
+    """Return the prompt ids of a first message; plain text if there is no chat template."""
     if tokenizer.chat_template is None:
         return [document_end_id(tokenizer), *encode_plain(tokenizer, [f"{message}\n"])[0]]
     return encode_prompt(tokenizer, [{"role": "user", "content": message}])
 
 
 def open_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids after which the model writes what a user says."""
+    """Return the prompt ids after which the model writes a user message."""
     if tokenizer.chat_template is None:
         return [document_end_id(tokenizer)]
     text = render(tokenizer, [{"role": "user", "content": PLACEHOLDER}])
@@ -97,7 +94,7 @@ def open_turn(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 PACKED_TOKENS = 512
-"""Tokens of messages that one forward pass reads side by side."""
+"""Most tokens of messages that share one forward pass."""
 
 
 @torch.no_grad()
@@ -107,11 +104,10 @@ def expected_frequencies(
     conversations: Sequence[Conversation],
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """Return, for each language, the frequencies `[V]` of tokens that the base expects in what
-    users say.
+    """Return for each language the token frequencies `[V]` that the base expects in user messages.
 
-    It is the mean of the base's next-token distributions over the messages, so it knows far more
-    words than they hold.
+    They are the mean of the base's next-token distributions over the messages, and so cover many
+    more words than the messages contain.
     """
     longest = min(PACKED_TOKENS, model.config.max_position_embeddings)
     end = document_end_id(tokenizer)
@@ -123,7 +119,7 @@ def expected_frequencies(
     sums: dict[str, Tensor] = {}
     with model.experts.arming(None):
         for start, stop in _packed([len(ids) for ids in messages], longest):
-            # Positions restart with every message, so that none sees the one before it.
+            # Positions restart with every message, so that none attends to the previous one.
             ids = [token for message in messages[start:stop] for token in message]
             positions = [place for message in messages[start:stop] for place in range(len(message))]
             logits_TV = model(
@@ -140,9 +136,7 @@ def expected_frequencies(
 
 
 def _packed(lengths: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, past the last) of neighbouring messages that fit into one row of `longest`
-    tokens.
-    """
+    """Yield (start, stop) of consecutive messages that fit into one row of `longest` tokens."""
     start = 0
     used = 0
     for place, length in enumerate(lengths):

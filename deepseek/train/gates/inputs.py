@@ -1,6 +1,4 @@
-"""What a gate sees: the gate inputs of chosen layers, their running mean, and their second
-moments.
-"""
+"""Gate inputs of chosen layers, their running mean, and their second moments."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +15,12 @@ from deepseek.train.loop.packed import resume_rows
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
 HALF_LIFE = 16.0
-"""Tokens after which a past score counts half. Longer is steadier within a text, shorter follows a
-change sooner.
+"""Half-life of the running mean of scores, in tokens. A longer one is steadier within a text, a
+shorter one reacts sooner to a change.
 """
 
 TOKEN_SHARE = 0.1
+"""Weight of single-token moments in `blend`."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Moments:
     """Sums over gate inputs x~ = [x; 1].
 
     Attributes:
-        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision; its last column is `sum x~`, its
-            corner the count.
+        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision. The last column is `sum x~`, and
+            its last entry the count.
     """
 
     second: Tensor
@@ -52,7 +51,7 @@ class Moments:
 
     @staticmethod
     def none(hidden_size: int) -> "Moments":
-        """Return the moments of no input of width D."""
+        """Return the moments of zero inputs of width `hidden_size`."""
         return Moments(torch.zeros(hidden_size + 1, hidden_size + 1, dtype=torch.float64))
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -60,7 +59,7 @@ class Moments:
 
     @staticmethod
     def of(x_BTD: Tensor, keep_BT: Tensor) -> "Moments":
-        """Return the moments of the inputs `[B, T, D]` where `keep_BT`."""
+        """Return the moments of the inputs `[B, T, D]` selected by `keep_BT`."""
         x_ND = torch.cat([x_BTD[keep_BT], x_BTD.new_ones(int(keep_BT.sum()), 1)], dim=1)
         return Moments((x_ND.mT @ x_ND).double())
 
@@ -70,10 +69,10 @@ class GateInputs:
     """Gate inputs of one layer on packed rows.
 
     Attributes:
-        x_BTD: as they are. smooth_BTD: their running mean, of which a gate's smoothed score is an
-            affine function.
-        real_BT: where a token has one before it in its document; the first one of a document tells
-            nothing.
+        x_BTD: inputs.
+        smooth_BTD: running mean of the inputs; a gate's smoothed score is an affine function of it.
+        real_BT: whether a token has a predecessor in its document; the first token carries no
+            information.
     """
 
     x_BTD: Tensor
@@ -82,10 +81,10 @@ class GateInputs:
 
 
 def blend(inputs: GateInputs) -> Moments:
-    """Return moments of the smoothed inputs, with a share `TOKEN_SHARE` of those of single tokens.
+    """Return moments of the smoothed inputs, mixed with a share `TOKEN_SHARE` of single-token ones.
 
-    The gate decides on smoothed scores, so their spread is what separates domains best; but
-    neighbouring means are alike, and the moments of single tokens steady the estimate.
+    The gate decides on smoothed scores, so their spread separates domains best. But neighbouring
+    means are correlated, and single-token moments stabilise the estimate.
     """
     single, smooth = (
         Moments.of(x_BTD, inputs.real_BT) for x_BTD in (inputs.x_BTD, inputs.smooth_BTD)
@@ -99,12 +98,13 @@ def gate_inputs(
     layers: Sequence[int],
     stream: Stream | None = None,
 ) -> Iterator[dict[int, GateInputs]]:
-    """Yield, for each batch, the gate inputs at `layers`; experts take part as they are armed or
-    forced.
+    """Yield for each batch the gate inputs at `layers`; armed or forced experts take part.
 
     Args:
-        stream: where the stream below the first of `layers` comes from if it has been computed
-            before.
+        model: model to run.
+        batches: packed rows.
+        layers: layers whose gate inputs are needed.
+        stream: gives the residual stream below the first of `layers`; None: compute it.
     """
     for batch in batches:
         with torch.no_grad(), autocast(model.device):

@@ -1,12 +1,11 @@
-"""What ordinary text looks like to a base model: the public half of every gate, computed once per
-base.
+"""Statistics of a base model on public text: the background of every gate, computed once per base.
 
-A gate tells its own domain from everything else, and "everything else" must be there on any
-machine, offline. Half of it is text that the base samples from itself, which is the prose, the
-conversations and the code that it was trained on; the other half are source files and package
-descriptions of the Python installation, one of each kind per package. Conversations are a part of
-it (`conversations.py`). Breadth matters more than amount: a gate fires wrongly on the kinds of text
-that are missing here.
+A gate separates its own domain from everything else, and a sample of "everything else" must be
+available offline on any machine. Half of it is text sampled from the base, which resembles the
+prose, conversations and code of its training. The other half is source files and package
+descriptions of the Python installation, one of each kind per package. Conversations are included
+(`conversations.py`). Variety matters more than quantity: gates have false positives on kinds of
+text that are missing here.
 """
 
 import sysconfig
@@ -38,23 +37,22 @@ from deepseek.train.gates.inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
 VERSION = 5
+"""Part of the cache names; increase it when public text changes."""
 ROW_LENGTH = 128
-"""Tokens of one public row, each row out of another text."""
+"""Tokens of a public row; each row comes from a different text."""
 
 ROWS_PER_KIND = 80
 SAMPLES_PER_OPENING = 10
 BATCH_ROWS = 6
 STRIDE = 4
-"""One smoothed gate input in so many is kept to set thresholds by; neighbours say nearly the
-same.
-"""
+"""Stride of the smoothed gate inputs that thresholds are set by; neighbours are nearly equal."""
 
 FILE_KINDS = (
     frozenset({".py"}),
     frozenset(
         {".h", ".hpp", ".c", ".pyx", ".js", ".css", ".html", ".sh", ".json", ".toml", ".yaml"}
     ),
-    frozenset({"", ".md", ".rst"}),  # a package's description is called METADATA
+    frozenset({"", ".md", ".rst"}),  # "" for METADATA, a package's description
 )
 
 OPENINGS = (
@@ -75,12 +73,12 @@ OPENINGS = (
     "When I",
     "Most people",
 )
-"""How sampled documents begin, so that every seed covers stories, reports, letters, instructions
-and so on.
+"""Prompts of the sampled documents, so that every seed covers stories, reports, letters,
+instructions and so on.
 """
 
 SAMPLED_ROWS = len(OPENINGS) * SAMPLES_PER_OPENING
-"""Rows of documents that the base writes itself, the last ones of all."""
+"""Number of rows sampled from the base; they come last."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,9 @@ class PublicStatistics:
     """Gate inputs on public text.
 
     Attributes:
-        moments: layer -> second moments over half of the rows.
-        sample: layer -> smoothed gate inputs `[rows, samples, D]` of the other half, which the
-            moments have not seen.
-        tokens: public tokens in all.
+        moments: second moments by layer, over half of the rows.
+        sample: smoothed gate inputs `[rows, samples, D]` by layer, over the other half.
+        tokens: total number of public tokens.
     """
 
     moments: dict[int, Moments]
@@ -103,7 +100,8 @@ class PublicStatistics:
         missing = sorted(set(layers) - set(self.moments))
         if missing:
             raise DataError(
-                f"The public statistics lack layer {missing[0]}; compute them for the module's layers."
+                f"The public statistics lack layer {missing[0]}; "
+                "compute them for the module's layers."
             )
 
 
@@ -113,18 +111,25 @@ def public_statistics(
     layers: Sequence[int],
     progress: Progress = silent,
 ) -> PublicStatistics:
-    """Return the statistics of `model` at `layers`, from the cache in the library's home if they
-    are there.
+    """Return the public statistics of `model` at `layers`, cached in the library's home.
+
+    Args:
+        model: base model; experts are switched off.
+        tokenizer: tokenizer of the base.
+        layers: layers whose gate inputs are needed.
+        progress: shows the progress.
     """
     root, name = place(model)
     rows = kept_rows(model, tokenizer, progress)
 
     def measured() -> dict[str, Tensor]:
-        kept = public_streams(model, tokenizer, min(layers), progress)
-        found = measure_public(model, rows, layers, lambda batch: kept[batch.row_ids], progress)
-        moments = {f"moments.{layer}": found.moments[layer].second.float() for layer in layers}
+        cached_BTD = public_streams(model, tokenizer, min(layers), progress)
+        statistics = measure_public(
+            model, rows, layers, lambda batch: cached_BTD[batch.row_ids], progress
+        )
+        moments = {f"moments.{layer}": statistics.moments[layer].second.float() for layer in layers}
         return moments | {
-            f"sample.{layer}": found.sample[layer].to(torch.bfloat16) for layer in layers
+            f"sample.{layer}": statistics.sample[layer].to(torch.bfloat16) for layer in layers
         }
 
     digest = sha256(str(sorted(layers)).encode()).hexdigest()[:16]
@@ -139,8 +144,8 @@ def public_statistics(
 def training_rows(
     model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Tensor:
-    """Return the half of the rows `[R, ROW_LENGTH]` that no threshold is set by, and what the base
-    was adapted to.
+    """Return the public rows `[R, ROW_LENGTH]` not used for thresholds, and rows of adapted
+    text.
     """
     return torch.cat(
         [kept_rows(model, tokenizer, progress)[0::2], _adapted_rows(model.experts.base.weights)]
@@ -153,7 +158,7 @@ def public_streams(
     first: int,
     progress: Progress = silent,
 ) -> Tensor:
-    """Return the stream `[R, ROW_LENGTH, D]` of `training_rows` below the experts of block
+    """Return the residual stream `[R, ROW_LENGTH, D]` of `training_rows` below the experts of block
     `first`.
     """
     rows = training_rows(model, tokenizer, progress)
@@ -170,9 +175,10 @@ def public_streams(
 
 
 def remember_adapted(folder: Path, base: Path, shards: TokenShards | None = None) -> None:
-    """Keep rows of the texts that the model in `folder` was adapted to: those of `base`, which it
-    was made of, and some of `shards`. Experts beside it are trained to do no harm there either;
-    their gates may know such text as their own.
+    """Store rows of the texts that the model in `folder` was adapted to.
+
+    These are the rows of `base`, its origin, and some of `shards`. Experts of the model replay
+    them, so that they do no harm there. Gates may still count such text as their own.
     """
     rows = _adapted_rows(fingerprint(base).weights)
     if shards is not None:
@@ -192,10 +198,10 @@ def _adapted(weights: str) -> Path:
 
 
 def _adapted_rows(weights: str) -> Tensor:
-    kept = _adapted(weights)
+    folder = _adapted(weights)
     return (
-        load_state(kept)[0]["ids"]
-        if kept.is_dir()
+        load_state(folder)[0]["ids"]
+        if folder.is_dir()
         else torch.empty(0, ROW_LENGTH, dtype=torch.long)
     )
 
@@ -203,7 +209,7 @@ def _adapted_rows(weights: str) -> Tensor:
 def public_rows(
     model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Tensor:
-    """Return token ids `[R, ROW_LENGTH]`, every row the beginning of another text."""
+    """Return token ids `[R, ROW_LENGTH]`, every row from a different text."""
     installed = [
         torch.tensor(cut_rows(tokenizer, texts, ROWS_PER_KIND)) for texts in installed_texts()
     ]
@@ -214,7 +220,7 @@ def public_rows(
 def cut_rows(
     tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], most: int
 ) -> list[list[int]]:
-    """Return the first `ROW_LENGTH` ids of the first `most` texts that are that long."""
+    """Return the first `ROW_LENGTH` ids of the first `most` texts that have as many."""
     rows: list[list[int]] = []
     for text in texts:
         ids = encode_plain(tokenizer, [text[: 20 * ROW_LENGTH]])[0]
@@ -226,11 +232,10 @@ def cut_rows(
 
 
 def installed_texts() -> list[Iterator[str]]:
-    """Return, for each kind of file, texts out of the Python installation: one file of each ending
-    per package.
+    """Return texts of the Python installation by kind of file: one file per ending and package.
 
-    Pages and modules at the top of the standard library are left out, so that they can be evaluated
-    on.
+    Pages and modules at the top of the standard library are excluded, so that they remain unseen
+    for evaluation.
     """
     found: list[dict[tuple[str, str], Path]] = [{} for _ in FILE_KINDS]
     for name in ("stdlib", "purelib"):
@@ -239,33 +244,32 @@ def installed_texts() -> list[Iterator[str]]:
             key = (path.relative_to(root).parts[0], path.suffix)
             for files, endings in zip(found, FILE_KINDS, strict=True):
                 if path.suffix in endings and key[0] != "site-packages":
-                    files[key] = min(path, files.get(key, path), key=_lot)
-    return [_middles(sorted(files.values(), key=_lot)) for files in found]
+                    files[key] = min(path, files.get(key, path), key=_pseudo_random)
+    return [_middles(sorted(files.values(), key=_pseudo_random)) for files in found]
 
 
 def sampled_rows(
     model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Tensor:
-    """Return ids `[R, ROW_LENGTH]` of documents that the model writes itself, the same ones at
-    every call.
-    """
+    """Return ids `[R, ROW_LENGTH]` of documents sampled from the model, the same at every call."""
     end = document_end_id(tokenizer)
     rows = []
     openings = encode_plain(tokenizer, OPENINGS) * SAMPLES_PER_OPENING
-    freely = Sampling(ROW_LENGTH, temperature=1.0, top_k=100, logit_bias={end: -100.0})
+    sampling = Sampling(ROW_LENGTH, temperature=1.0, top_k=100, logit_bias={end: -100.0})
     with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(openings)) as engine:
-        written = [
+        generations = [
             engine.submit(
-                Request((end, *ids), replace(freely, seed=seed), ExpertChoice(()), ignore_end=True)
+                Request(
+                    (end, *ids), replace(sampling, seed=seed), ExpertChoice(()), ignore_end=True
+                )
             )
             for seed, ids in enumerate(openings)
         ]
-        for done, (ids, events) in enumerate(zip(openings, written, strict=True)):
+        for done, (ids, events) in enumerate(zip(openings, generations, strict=True)):
             progress(done, len(openings), "public text")
             rows.append([*ids, *(event.token_id for event in events)][:ROW_LENGTH])
-    whole = [
-        row for row in rows if len(row) == ROW_LENGTH
-    ]  # none where the model's context is shorter
+    # No row is complete if the model's context is shorter.
+    whole = [row for row in rows if len(row) == ROW_LENGTH]
     return torch.tensor(whole, dtype=torch.long).view(-1, ROW_LENGTH)
 
 
@@ -276,23 +280,26 @@ def measure_public(
     stream: Stream | None = None,
     progress: Progress = silent,
 ) -> PublicStatistics:
-    """Run `rows` `[R, T]` through the bare model; even rows give the moments and odd ones the
-    sample.
+    """Return statistics of the bare model: moments over even rows, sample over odd rows.
 
     Args:
-        stream: where the stream of the even rows, numbered from 0, below `layers` comes from, if
-            computed before.
+        model: base model.
+        rows: token ids `[R, T]`.
+        layers: layers whose gate inputs are needed.
+        stream: gives the residual stream of the even rows, numbered from 0, below `layers`; None:
+            compute it.
+        progress: shows the progress.
     """
     moments = {layer: Moments.none(model.config.hidden_size) for layer in layers}
     sample: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     halves = [public_batches(rows[start::2], BATCH_ROWS) for start in (0, 1)]
     with model.experts.arming(None):
         for inputs in gate_inputs(model, halves[0], layers, stream):
-            for layer, found in inputs.items():
-                moments[layer] += blend(found)
+            for layer, layer_inputs in inputs.items():
+                moments[layer] += blend(layer_inputs)
         for done, inputs in enumerate(gate_inputs(model, halves[1], layers)):
-            for layer, found in inputs.items():
-                sample[layer].append(found.smooth_BTD[:, 1::STRIDE])
+            for layer, layer_inputs in inputs.items():
+                sample[layer].append(layer_inputs.smooth_BTD[:, 1::STRIDE])
             progress(min(len(rows), 2 * (done + 1) * BATCH_ROWS), len(rows), "public statistics")
     return PublicStatistics(
         moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel()
@@ -300,7 +307,7 @@ def measure_public(
 
 
 def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
-    """Yield `size` of the rows `[R, T]` at a time, each a document of its own."""
+    """Yield batches of `size` rows `[R, T]`, each row a separate document."""
     for start in range(0, len(rows), size):
         ids = rows[start : start + size]
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
@@ -309,9 +316,7 @@ def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
 
 
 def place(model: DeepSeekModel) -> tuple[Path, str]:
-    """Return the folder of what is kept for a base, and the part of a name that says how it was
-    made.
-    """
+    """Return the cache folder of a base, and the cache key describing how the text was made."""
     name = f"built-in-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
     return home() / "public" / model.experts.base.weights[:32], name
 
@@ -319,6 +324,7 @@ def place(model: DeepSeekModel) -> tuple[Path, str]:
 def kept_rows(
     model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress
 ) -> Tensor:
+    """Return the public rows `[R, ROW_LENGTH]` of a base, cached in the library's home."""
     root, name = place(model)
     return kept(root / f"rows-{name}", lambda: {"ids": public_rows(model, tokenizer, progress)})[
         "ids"
@@ -326,26 +332,25 @@ def kept_rows(
 
 
 def kept(folder: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors kept in `folder`; compute and keep them if they are not there or
-    damaged.
-    """
+    """Return the tensors cached in `folder`; compute and store them if missing or damaged."""
     if folder.is_dir():
         try:
             return load_state(folder)[0]
         except CheckpointError:
-            pass  # written anew below
+            pass  # damaged; overwritten below
     tensors = compute()
     save_state(folder, tensors, {})
     return tensors
 
 
-def _lot(path: Path) -> float:
+def _pseudo_random(path: Path) -> float:
+    """Return a pseudo-random number in [0, 1) that depends on the end of the path only."""
     return uniform("/".join(path.parts[-3:]))
 
 
 def _middles(paths: list[Path]) -> Iterator[str]:
-    """Yield each file's text from a line about a third in: most files begin alike, with a
-    licence.
+    """Yield each file's text from a line a third in; many files start with the same licence
+    text.
     """
     for path in paths:
         if (

@@ -1,17 +1,16 @@
-"""The table of relevance of an expert, in closed form: which words speak for its domain, and how
-loudly.
+"""Fit an expert's relevance table in closed form: the evidence of each token for its domain.
 
 A token's evidence is the log-ratio of its frequency in the expert's own text to its largest
 frequency in any kind of public text (conversations in fifteen languages, prose, source code,
 descriptions):
 
-    table[v] = log max_k p_own,k(v) - log max_g p_public,g(v),   cut to [-LEAST, MOST]
+    table[v] = log max_k p_own,k(v) - log max_g p_public,g(v),   clipped to [-LEAST, MOST]
 
-Summed over a text, that is at most its log-likelihood ratio against each kind, so that a domain
-must be likelier than all of them: a German manual's expert is not asked because a text is German.
-It is cross-entropy difference as for the selection of training text (Moore and Lewis, 2010) with a
-robust background. A word that is in neither is no evidence for a domain, and the more of the domain
-has been read, the more it is evidence against.
+Summed over a text, this is at most the log-likelihood ratio against each kind, so that the domain
+must be likelier than all of them: German text alone does not admit the expert of a German manual.
+It is the cross-entropy difference of training data selection (Moore and Lewis, 2010) with a robust
+background. A word that occurs in neither is not evidence for a domain; the more text of the domain
+was read, the stronger its absence counts against it.
 """
 
 from collections.abc import Sequence
@@ -23,28 +22,29 @@ from torch import Tensor
 from deepseek.model.experts.relevance import Relevance, text_evidence
 
 PRIOR_TOKENS = 200.0
-"""Tokens that the prior counts for in each frequency (a Dirichlet prior)."""
+"""Weight of the Dirichlet prior in each frequency, in tokens."""
 
 LEAST = 1.0
+"""Largest evidence of one token against a domain, in nats. It is small, since a question about a
+domain consists of everyday words but for a name or two."""
 MOST = 8.0
-"""Most that one token says against a domain and for it, in nats. Everyday words are poor evidence
-against: a question about a domain is made of them but for a name or two."""
+"""Largest evidence of one token for a domain, in nats."""
 
 THRESHOLD = 5.0
-"""Evidence that a conversation must give to admit the only expert plugged, in nats."""
+"""Evidence in nats at which a conversation admits the only plugged expert."""
 
 PIECE = 64
-"""Tokens of the pieces by which recall is measured."""
+"""Tokens of the pieces on which recall is measured."""
 
 
 @dataclass(frozen=True)
 class Background:
-    """Everything that an expert's domain is told from.
+    """Public text that a domain is compared with.
 
     Attributes:
-        counts_GV: tokens of each kind of public text, seen or expected.
-        chats: what users say in everyday conversations that are not counted, to measure errors by:
-            ids of each.
+        counts_GV: token counts of each kind of public text, observed or expected.
+        chats: token ids of user messages in everyday conversations that are not counted, for
+            measuring false positives.
     """
 
     counts_GV: Tensor
@@ -53,13 +53,13 @@ class Background:
 
 @dataclass(frozen=True)
 class RelevanceFit:
-    """A table and its errors on text that it has not seen.
+    """A relevance table and its error rates on held-out text.
 
     Attributes:
         relevance: the table and its thresholds.
         admitted_chats: share of everyday conversations that admit the expert.
-        admitted_own: share of pieces of `PIECE` tokens of held-out own text that do not rule it
-            out.
+        admitted_own: share of held-out pieces of own text, `PIECE` tokens each, that admit the
+            expert.
     """
 
     relevance: Relevance
@@ -70,13 +70,13 @@ class RelevanceFit:
 def fit_relevance(
     own: Sequence[Tensor], held_out_N: Tensor, background: Background
 ) -> RelevanceFit:
-    """Return the table of a domain.
+    """Return the relevance table of a domain.
 
     Args:
-        own: token ids `[N]` of each kind of own text (documents, questions about them); the more
+        own: token ids `[N]` of each kind of own text (documents, questions about them), the more
             the better.
-        held_out_N: tokens of the same domain that are not among them.
-        background: what the domain is told from.
+        held_out_N: token ids of the same domain that are not in `own`.
+        background: public text to compare with.
     """
     counts_GV = background.counts_GV.double()
     prior_V = (counts_GV / counts_GV.sum(1, keepdim=True)).mean(0)
@@ -89,7 +89,7 @@ def fit_relevance(
     table_V = ratio_V.clamp(-LEAST, MOST).half().float()
     means_G = (counts_GV @ table_V.double()) / counts_GV.sum(1)
     own_mean = float(table_V[held_out_N].double().mean())
-    # Half-way between the own text and the kind of public text that resembles it most.
+    # Centre the scores between the own text and the most similar kind of public text.
     offset = -(own_mean + float(means_G.max())) / 2.0
     relevance = Relevance(table_V, THRESHOLD, offset)
     chats = [text_evidence(relevance, ids_N) > THRESHOLD for ids_N in background.chats]
@@ -99,7 +99,7 @@ def fit_relevance(
 
 
 def _frequencies(counts: Tensor, prior_V: Tensor) -> Tensor:
-    """Return frequencies `[..., V]` with the prior mixed in."""
+    """Return frequencies `[..., V]` smoothed by the prior."""
     return (counts + PRIOR_TOKENS * prior_V) / (counts.sum(-1, keepdim=True) + PRIOR_TOKENS)
 
 

@@ -1,11 +1,10 @@
-"""A little public text in every step of an expert, so that what it learns is not paid for
-elsewhere.
+"""Replay: public text in every training step of an expert, against forgetting.
 
-Training on its own text alone teaches an expert to be louder than it must be on everything else.
-One part in five of each step is therefore public text (see `public.py`), half of it written by the
-base itself: on that the loss is, up to a constant, the divergence of the expert from its base
-(replay, arXiv:1811.11682). The gate keeps an expert silent where it does not belong; replay makes
-it do little harm where the gate errs.
+An expert trained only on its own text deviates from the base more than necessary on other text.
+Therefore a fifth of each step's tokens is public text (see `public_text.py`). Half of it is sampled
+from the base; on this half the loss is, up to a constant, the KL divergence of the expert from its
+base (replay, arXiv:1811.11682). The gate keeps an expert inactive outside its domain, and replay
+limits the harm where the gate errs.
 """
 
 from dataclasses import dataclass
@@ -20,17 +19,17 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.gates.public_text import public_batches, public_streams, training_rows
 
 SHARE = 0.2
-"""Part of the tokens of a step."""
+"""Share of replay in the tokens of a step."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Public rows and their streams below an expert, a few of them for each step.
+    """Public rows and their residual streams below an expert, a few for each step.
 
     Attributes:
-        rows: all of them.
-        stream_BTD: their frozen stream, one entry a row.
-        per_step: rows a step.
+        rows: all public rows.
+        stream_BTD: residual stream of each row, from the frozen trunk.
+        per_step: rows per step.
     """
 
     rows: Batch
@@ -45,8 +44,14 @@ class Replay:
         own_tokens: int,
         progress: Progress = silent,
     ) -> "Replay":
-        """Return the replay of an expert whose first layer is `first` and whose steps have
-        `own_tokens` of its own.
+        """Return the replay of an expert.
+
+        Args:
+            model: base model.
+            tokenizer: tokenizer of the base.
+            first: first layer of the expert.
+            own_tokens: tokens per step of the expert's own text.
+            progress: shows the progress.
         """
         ids = training_rows(model, tokenizer, progress)
         stream_BTD = public_streams(model, tokenizer, first, progress)
@@ -56,7 +61,7 @@ class Replay:
         return Replay(rows, stream_BTD[order], min(max(1, wanted), len(ids)))
 
     def at(self, step: int) -> tuple[Batch, Tensor]:
-        """Return the rows of one step and their streams, a function of `step` alone."""
+        """Return the rows of one step and their residual streams, which depend on `step` alone."""
         chosen = torch.arange(step * self.per_step, (step + 1) * self.per_step) % len(
             self.rows.row_ids
         )

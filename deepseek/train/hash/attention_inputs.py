@@ -1,6 +1,4 @@
-"""What the heads of a frozen model see: queries, keys and values of one layer after the other, and
-who looks where.
-"""
+"""Attention inputs of a frozen model, layer by layer, and which keys its queries attend to."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +17,11 @@ class HeadInputs:
     """Inputs of one layer's heads on one text.
 
     Attributes:
-        plain_query_HTK, plain_key_GTK: before positions are applied, which is what a hash reads.
-        query_HTK, key_GTK, value_GTK: what attention works on.
+        plain_query_HTK: queries before positions are applied, as hashes read them.
+        plain_key_GTK: keys before positions are applied.
+        query_HTK: queries of the attention.
+        key_GTK: keys of the attention.
+        value_GTK: values of the attention.
     """
 
     plain_query_HTK: Tensor
@@ -32,10 +33,10 @@ class HeadInputs:
 
 @torch.no_grad()
 def stream_layers(model: DeepSeekModel, ids_RT: Tensor) -> Iterator[tuple[int, list[HeadInputs]]]:
-    """Yield each layer's number and its inputs on R texts of T tokens.
+    """Yield each layer's index and its attention inputs on R texts of T tokens.
 
-    The texts go through the layers together, so that one layer's inputs are in memory at a time and
-    each block runs once. `model` has full attention.
+    All texts pass through the layers together, so that each block runs once and only one layer's
+    inputs are in memory. `model` must have full attention.
     """
     steps = [begin(model, ids_T[None].to(model.device)) for ids_T in ids_RT]
     for layer in range(len(model.layers)):
@@ -56,17 +57,15 @@ def _of_one_text(inputs: AttentionInputs) -> HeadInputs:
 
 
 def attention_scores(inputs: HeadInputs, at_N: Tensor) -> Tensor:
-    """Return the masked scores `[H, N, S]` of the queries at positions `at_N`; `-inf` after the
-    query.
-    """
+    """Return causal attention scores `[H, N, S]` of the queries at positions `at_N`."""
     key_HTK = _per_head(inputs.key_GTK, inputs.query_HTK)
     scores_HNS = inputs.query_HTK[:, at_N] @ key_HTK.mT * inputs.query_HTK.shape[-1] ** -0.5
     return scores_HNS.masked_fill_(torch.arange(key_HTK.shape[1]) > at_N[:, None], -torch.inf)
 
 
 def near_keys(at_N: Tensor, length: int, windows: Windows) -> Tensor:
-    """Return True `[N, S]` at the keys that a query sees whatever their bucket: the last ones and
-    the first ones.
+    """Return True `[N, S]` at keys in the local window or among the sinks, visible in any
+    bucket.
     """
     keys_S = torch.arange(length)
     age_NS = at_N[:, None] - keys_S
@@ -74,11 +73,11 @@ def near_keys(at_N: Tensor, length: int, windows: Windows) -> Tensor:
 
 
 def recent_in_bucket(codes_GS: Tensor, at_N: Tensor, windows: Windows) -> Tensor:
-    """Return True `[G, N, S]` where a key is one of the `windows.bucket` latest of its bucket,
-    neither near nor a sink.
+    """Return True `[G, N, S]` at the `windows.bucket` latest keys of each bucket, before the local
+    window.
 
-    This is the candidate rule of `kernels/lsh/reference.py` for all buckets at once; the tests hold
-    both together.
+    Sinks are excluded. This is the candidate rule of `kernels/lsh/reference.py` for all buckets at
+    once; tests compare the two.
     """
     keys_S = torch.arange(codes_GS.shape[1])
     in_bucket_GSC = torch.nn.functional.one_hot(codes_GS, windows.num_buckets)
@@ -93,9 +92,7 @@ def recent_in_bucket(codes_GS: Tensor, at_N: Tensor, windows: Windows) -> Tensor
 
 
 def bucket_mass(weights_HNS: Tensor, codes_GS: Tensor, recent_GNS: Tensor) -> Tensor:
-    """Return the attention `[H, N, C]` that each query pays to the reachable keys of every
-    bucket.
-    """
+    """Return the attention `[H, N, C]` of each query to the reachable keys of every bucket."""
     reached_HNS = weights_HNS * _per_head(recent_GNS, weights_HNS)
     codes_HNS = _per_head(codes_GS, weights_HNS)[:, None].expand_as(reached_HNS)
     mass_HNC = weights_HNS.new_zeros(*weights_HNS.shape[:2], int(codes_GS.max()) + 1)
@@ -103,5 +100,5 @@ def bucket_mass(weights_HNS: Tensor, codes_GS: Tensor, recent_GNS: Tensor) -> Te
 
 
 def _per_head(part_G: Tensor, like_H: Tensor) -> Tensor:
-    """Repeat what belongs to a key/value head for each of its query heads."""
+    """Repeat a key/value head's tensor for each of its query heads."""
     return part_G.repeat_interleave(like_H.shape[0] // part_G.shape[0], 0)

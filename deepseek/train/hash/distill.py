@@ -1,14 +1,13 @@
-"""Fits the hashes of LSH attention to a frozen model's own attention; no gradient step through the
-model.
+"""Fit the hashes of LSH attention to a frozen model's attention, without training the model.
 
-Calibration groups keys: k-means per key/value head in the metric of the queries, M = E[q q^T] over
-queries rotated by random distances and weighted by the attention that they pay far away, so that a
-bucket's keys get like scores. A query probes by its score with the bucket's centre, plus the
-logarithm of the bucket's size.
+Calibration clusters the keys by k-means per key/value head. The metric is that of the queries, M =
+E[q q^T] over queries rotated by random distances and weighted by their attention to far keys, so
+that the keys of a bucket get similar scores. A query probes buckets by its score with the bucket's
+centre plus the logarithm of the bucket's size.
 
-Distillation then learns what to probe: with the buckets fixed, the attention that a query pays to
-each bucket is known, and the cross-entropy between it and softmax(W q + b) is convex in each head's
-W and b. L-BFGS solves it, from the calibrated start, in seconds and without a learning rate.
+Distillation then trains the probing. With fixed buckets, the attention of a query to each bucket is
+known, and its cross-entropy with softmax(W q + b) is convex in each head's W and b. L-BFGS
+minimises it from the calibrated start, in seconds and without a learning rate.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,30 +34,33 @@ from deepseek.train.hash.attention_inputs import (
 from deepseek.train.loop.progress import InterruptGuard
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
-"""Maps queries `[H, N, K]` and distances `[N]` to the queries as a key that far behind sees
-them.
+"""Function of queries `[H, N, K]` and distances `[N]` that returns the queries as seen by keys at
+these distances.
 """
 
 DISTANCES = 8
-"""Random distances at which each sampled query enters the metric."""
+"""Number of random distances per sampled query in the metric."""
 
 LARGEST_SAMPLE = 16_384
-"""Keys of a head that k-means sees; more change nothing that can be measured."""
+"""Most keys per head for k-means; more have no measurable effect."""
 
 
 @dataclass(frozen=True)
 class HashSettings:
-    """What decides a hash, beside model and text.
+    """Settings that, with model and text, decide a hash.
 
     Attributes:
-        num_buckets: of every key/value head; independent of the text's length.
-        bucket_window, local_window, sinks: those of the attention that will use it.
-        queries: positions of each text whose attention is looked at.
-        rounds: of k-means.
-        solver_steps: iterations of L-BFGS; 0 leaves the calibrated hash.
-        ridge: pull towards the calibrated map, in nats per squared unit of a weight on normed
-            queries.
-        seed: of every draw.
+        num_buckets: buckets per key/value head, independent of the text's length.
+        bucket_window: keys of a bucket that a query attends to, as in the model that will use the
+            hash.
+        local_window: length of the local window of that model.
+        sinks: number of first keys that are always visible in that model.
+        queries: positions per text whose attention is sampled.
+        rounds: iterations of k-means.
+        solver_steps: iterations of L-BFGS; 0: keep the calibrated hash.
+        ridge: penalty on the distance from the calibrated map, in nats per squared unit of a weight
+            on normed queries.
+        seed: seed of all sampling.
     """
 
     num_buckets: int = 64
@@ -89,13 +91,17 @@ def distill_hashes(
     """Return a hash for each of `layers`, fitted to the model's attention on R texts of T tokens.
 
     Args:
-        model: with full attention.
-        state: folder in which finished layers are kept; calling again goes on after them.
-        identity: names model and texts, so that a state of others is not taken up.
+        model: model with full attention.
+        ids_RT: token ids of the texts.
+        settings: settings of the hashes.
+        layers: layers that get a hash.
+        state: folder of finished layers, from which the same call resumes.
+        identity: fingerprint of model and texts; a state with another one is ignored.
+        progress: called with finished layers, all layers and a label.
 
     Raises:
-        TrainError: the texts are too short to have anything beyond the local window.
-        KeyboardInterrupt: after Ctrl-C, with the finished layers kept.
+        TrainError: the texts are too short to have keys beyond the local window.
+        KeyboardInterrupt: after Ctrl-C; finished layers are stored.
     """
     if ids_RT.shape[1] < 4 * settings.local_window:
         raise TrainError(
@@ -113,7 +119,7 @@ def distill_hashes(
             progress(layer + 1, len(model.layers), "distil")
             if interrupt.asked:
                 raise KeyboardInterrupt(
-                    f"stopped after layer {layer}, nothing is lost; the same call goes on"
+                    f"stopped after layer {layer}, nothing is lost; the same call resumes the run"
                 )
             if layer >= max(layers):
                 break
@@ -124,8 +130,8 @@ def _finished(state: Path, meta: dict[str, Any]) -> dict[int, LinearHash]:
     newest = latest_state(state)
     if newest is None:
         return {}
-    tensors, found = load_state(newest)
-    return from_named_tensors(tensors) if found == meta else {}
+    tensors, stored_meta = load_state(newest)
+    return from_named_tensors(tensors) if stored_meta == meta else {}
 
 
 def _rotation(model: DeepSeekModel) -> Rotate:
@@ -138,33 +144,34 @@ def _rotation(model: DeepSeekModel) -> Rotate:
 
 
 def fit_hash(texts: Sequence[HeadInputs], settings: HashSettings, rotate: Rotate) -> LinearHash:
-    """Return the hash of one layer: calibrated, then, unless `solver_steps` is 0, distilled."""
+    """Return the hash of one layer: calibrated, and distilled unless `solver_steps` is 0."""
     generator = torch.Generator().manual_seed(settings.seed)
-    at = [_positions(text, settings, generator) for text in texts]
+    positions = [_positions(text, settings, generator) for text in texts]
     weights = [
-        attention_scores(text, at_N).softmax(-1) for text, at_N in zip(texts, at, strict=True)
+        attention_scores(text, at_N).softmax(-1)
+        for text, at_N in zip(texts, positions, strict=True)
     ]
-    metric_GKK = _metric(texts, at, weights, settings, rotate, generator)
+    metric_GKK = _metric(texts, positions, weights, settings, rotate, generator)
     calibrated = _calibrate(texts, metric_GKK, settings, generator)
     if not settings.solver_steps:
         return calibrated
     mass = []
-    for text, at_N, weights_HNS in zip(texts, at, weights, strict=True):
+    for text, at_N, weights_HNS in zip(texts, positions, weights, strict=True):
         codes_GS = calibrated.key_codes(text.plain_key_GTK[None])[0]
-        found_HNC = bucket_mass(
+        mass_HNC = bucket_mass(
             weights_HNS, codes_GS, recent_in_bucket(codes_GS, at_N, settings.windows)
         )
         mass.append(
-            torch.nn.functional.pad(found_HNC, (0, settings.num_buckets - found_HNC.shape[-1]))
+            torch.nn.functional.pad(mass_HNC, (0, settings.num_buckets - mass_HNC.shape[-1]))
         )
     query_HNK = torch.cat(
-        [text.plain_query_HTK[:, at_N] for text, at_N in zip(texts, at, strict=True)], 1
+        [text.plain_query_HTK[:, at_N] for text, at_N in zip(texts, positions, strict=True)], 1
     )
     return distill_queries(calibrated, query_HNK, torch.cat(mass, 1), settings)
 
 
 def _positions(text: HeadInputs, settings: HashSettings, generator: torch.Generator) -> Tensor:
-    """Draw positions that have far keys."""
+    """Sample positions that have keys beyond the local window."""
     length = text.key_GTK.shape[1]
     first = 2 * settings.local_window
     return (
@@ -181,8 +188,8 @@ def _metric(
     rotate: Rotate,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return `E[q q^T]` `[G, K, K]` of the far-looking queries of each key/value head, seen from
-    random distances.
+    """Return `E[q q^T]` `[G, K, K]` of each key/value head, over queries weighted by far
+    attention.
     """
     total: Tensor | int = 0
     for text, at_N, weights_HNS in zip(texts, at, weights, strict=True):
@@ -203,9 +210,7 @@ def _calibrate(
     settings: HashSettings,
     generator: torch.Generator,
 ) -> LinearHash:
-    """Return buckets by k-means in the metric, probed by the score with their centre and the log of
-    their size.
-    """
+    """Return buckets by k-means in the metric; probing scores add the log of the bucket's size."""
     heads = texts[0].plain_query_HTK.shape[0]
     width = texts[0].plain_query_HTK.shape[-1]
     key_GNK = torch.cat([text.plain_key_GTK for text in texts], 1)
@@ -213,13 +218,13 @@ def _calibrate(
     mean_G1K = key_GNK.mean(1, keepdim=True)
     values_GK, vectors_GKK = torch.linalg.eigh(metric_GKK + 1e-4 * torch.eye(width))
     root_GKK = vectors_GKK * values_GK.sqrt()[:, None] @ vectors_GKK.mT
-    found = [
+    clusters = [
         kmeans(x_NK, settings.num_buckets, settings.rounds)
         for x_NK in (key_GNK - mean_G1K) @ root_GKK
     ]
-    centre_GCK, size_GC = (torch.stack(part) for part in zip(*found, strict=True))
+    centre_GCK, size_GC = (torch.stack(part) for part in zip(*clusters, strict=True))
     key_weight_GKC = root_GKK @ centre_GCK.mT
-    # |x - c|^2 is least where x.c - |c|^2 / 2 is greatest.
+    # argmin |x - c|^2 = argmax x.c - |c|^2 / 2
     key_bias_GC = -0.5 * centre_GCK.square().sum(-1) - (mean_G1K @ key_weight_GKC)[:, 0]
     query_weight_GKC = torch.linalg.solve(root_GKK, centre_GCK.mT) * width**-0.5
     share = heads // len(key_GNK)
@@ -230,11 +235,10 @@ def _calibrate(
 
 
 def kmeans(x_NK: Tensor, clusters: int, rounds: int) -> tuple[Tensor, Tensor]:
-    """Return centres `[C, K]` and sizes `[C]` after Lloyd's iterations from the first rows, which
-    come shuffled.
+    """Return centres `[C, K]` and sizes `[C]` of Lloyd's algorithm, started from the first rows.
 
-    A centre that loses all its points takes a point again; with fewer points than clusters the rest
-    stay at points.
+    The rows must be shuffled. A centre without points is moved to another row. With fewer points
+    than clusters, the surplus centres stay at points.
     """
     centre_CK = x_NK[torch.arange(clusters) % len(x_NK)].clone()
     size_C = x_NK.new_zeros(clusters)
@@ -252,12 +256,14 @@ def kmeans(x_NK: Tensor, clusters: int, rounds: int) -> tuple[Tensor, Tensor]:
 def distill_queries(
     start: LinearHash, query_HNK: Tensor, mass_HNC: Tensor, settings: HashSettings
 ) -> LinearHash:
-    """Return `start` with query maps that predict where attention goes.
+    """Return `start` with query maps trained to predict the attention to each bucket.
 
     Args:
-        query_HNK: queries before positions.
-        mass_HNC: attention that each pays to the reachable keys of each bucket; its sum is the
+        start: calibrated hash.
+        query_HNK: queries before positions are applied.
+        mass_HNC: attention of each query to the reachable keys of each bucket; its sum is the
             query's weight.
+        settings: solver settings.
     """
     norm_H11 = query_HNK.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
     query_HNK = query_HNK / norm_H11

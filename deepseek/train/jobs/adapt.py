@@ -1,7 +1,7 @@
-"""`deepseek.adapt`: an existing model and a pile of text become a better model of that text.
+"""`deepseek.adapt`: adapt an existing model to text.
 
-Four ways, by what trains: the last layers on a cached trunk, low-rank adapters, everything, or an
-expert module beside the untouched model.
+There are four modes: train the last layers on a cached trunk, low-rank adapters, all parameters, or
+an expert module beside the frozen model.
 """
 
 import shutil
@@ -41,29 +41,29 @@ from deepseek.train.loop.runs import run_once
 from deepseek.train.text.trunk_cache import Stream
 
 LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
-"""Peaks; adapters of rank 1 take forty times that of full fine-tuning (docs/log/adaptation.md,
-2026-11-26).
+"""Peak learning rates by mode. Rank-1 adapters need forty times that of full fine-tuning
+(docs/log/adaptation.md, 2026-11-26).
 """
 
 BATCH_ROWS = 4
 
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
-"""Files of a base that its adapted copy keeps: config, tokenizer, chat template."""
+"""Files of the base that are copied to the adapted model: config, tokenizer, chat template."""
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
 class AdaptRequest(TextRequest, AdaptArguments):
-    """The arguments of an adaptation with nothing left open; stored as `request.json`."""
+    """Resolved arguments of an adaptation, stored as `request.json`."""
 
 
 @job(AdaptArguments)
 def adapt(arguments: AdaptArguments) -> Path:
-    """Adapt a model to text; return the folder of the new model (mode "expert": the pack). The same
-    call resumes.
+    """Adapt a model to text and return the folder of the new model (in mode "expert", its pack).
+    The same call resumes a run.
 
     Raises:
-        DataError, TrainError, ConfigError, HubError: with the cause and the mend.
-        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+        DataError, TrainError, ConfigError, HubError: the message states the cause and the fix.
+        KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     if arguments.mode == "expert":
         return train_expert(**vars(arguments.for_expert()))
@@ -81,7 +81,7 @@ def adapt(arguments: AdaptArguments) -> Path:
 
 
 class AdaptRun(TextRun):
-    """One request in its run folder."""
+    """One adaptation in its run folder."""
 
     def __init__(
         self, request: AdaptRequest, folder: Path, out: Path, progress: ProgressBar
@@ -92,8 +92,8 @@ class AdaptRun(TextRun):
         self.first = len(self.model.layers) - request.last
         if request.mode == "last-n" and not 0 < self.first < len(self.model.layers):
             raise ConfigError(
-                f"last={request.last} is impossible; the model has {len(self.model.layers)} layers, and one at least "
-                "stays below."
+                f"last={request.last} is impossible; the model has {len(self.model.layers)} "
+                "layers, and at least one must stay frozen: give a lower number."
             )
 
     def run(self) -> dict[str, Any]:
@@ -109,25 +109,27 @@ class AdaptRun(TextRun):
         return record
 
     def estimate(self) -> str:
-        """Say what a request would take, from one step."""
+        """Return the estimated tokens, time and memory, from one timed step."""
         request = self.request
         texts = self.texts(self.corpus())
         rows = self.plan(texts).rows
-        few = texts.first(min(request.batch_rows, rows), 1, 1)
+        sample = texts.first(min(request.batch_rows, rows), 1, 1)
         started = time.perf_counter()
-        task, _ = TASKS[request.mode](self, few)
-        trunk = (time.perf_counter() - started) / len(few.train.row_ids)
-        batch = few.train.rows(few.train.row_ids)
+        task, _ = TASKS[request.mode](self, sample)
+        trunk = (time.perf_counter() - started) / len(sample.train.row_ids)
+        batch = sample.train.rows(sample.train.row_ids)
         seconds, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), batch, batch)
         trained = sum(parameter.numel() for parameter in task.parameters.values())
         minutes = (trunk + seconds * request.epochs) * rows / 60
         return (
-            f"{rows * request.row_length:,} tokens, {request.epochs} times; {trained:,} parameters train, about "
-            f"{minutes:.1f} minutes, memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
+            f"{rows * request.row_length:,} tokens, {request.epochs} times; "
+            f"{trained:,} trainable parameters, about {minutes:.1f} minutes, "
+            # 12 bytes a parameter: gradient and two moments in fp32
+            f"memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
         )
 
     def plan(self, texts: Texts) -> TrainingPlan:
-        """Return what this run will do; as no time is set, none has to be measured."""
+        """Return the plan of this run. There is no time budget, so that no speed is measured."""
         request = self.request
         rows = RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows)
         amount = Amount(
@@ -141,12 +143,12 @@ class AdaptRun(TextRun):
         return make_plan(amount, None, Speed(0.0, 0.0, 0.0), rows)
 
     def last_layers(self, texts: Texts) -> "TaskAndTest":
-        """Return the task of the last layers, what lies below them computed once a row."""
+        """Return the task for the last layers; the trunk below is run and cached once per row."""
         self.model.requires_grad_(False)
         compute = partial(stream_into, self.model, self.first)
-        computed = f"input, {self.model.dtype}"
+        computed_as = f"input, {self.model.dtype}"
         streams = [
-            self.cached(name, text, self.first, compute, computed)
+            self.cached(name, text, self.first, compute, computed_as)
             for name, text in (
                 ("train", texts.train),
                 ("validation", texts.validation),
@@ -159,19 +161,24 @@ class AdaptRun(TextRun):
         return task, partial(task.loss_on, texts.held_out.batches(), streams[2])
 
     def adapters(self, texts: Texts) -> "TaskAndTest":
-        """Return the task of low-rank adapters."""
+        """Return the task for low-rank adapters."""
         torch.manual_seed(self.request.seed)
         self.adapter = add_lora(self.model)
         return self.whole(texts)
 
     def whole(self, texts: Texts) -> "TaskAndTest":
-        """Return the task of all parameters that require gradients."""
+        """Return the task for all parameters that require gradients."""
         task = LanguageTask(self.model.train(), {"text": texts.validation.batches()})
         return task, partial(task.loss_on, texts.held_out.batches())
 
     def write(self, outcome: Outcome, digest: str) -> dict[str, Any]:
-        """Write the model, under the names and in the dtype of its family; return the figures of
-        the run.
+        """Write the model and return the figures of the run.
+
+        Tensors have the names and the dtype of the base's family.
+
+        Args:
+            outcome: result of the training.
+            digest: digest of the training text.
         """
         if self.request.mode == "lora":
             self.model = self.adapter.merge_and_unload()
@@ -211,7 +218,7 @@ class AdaptRun(TextRun):
 
 
 TaskAndTest = tuple[Task[Batch], Callable[[], float]]
-"""What is trained, and what returns its exact loss on the rows that are reported."""
+"""The training task, and a function that returns its exact loss on the reported held-out rows."""
 
 TASKS: dict[str, Callable[[AdaptRun, Texts], TaskAndTest]] = {
     "last-n": AdaptRun.last_layers,
@@ -221,7 +228,7 @@ TASKS: dict[str, Callable[[AdaptRun, Texts], TaskAndTest]] = {
 
 
 class LastLayersTask(ExpertTask):
-    """The last blocks and the final norm, in fp32, on cached inputs of the first of them; all else
+    """Training of the last blocks and the final norm in fp32, on cached inputs; the rest is
     frozen.
     """
 
@@ -252,7 +259,7 @@ class LastLayersTask(ExpertTask):
             }
 
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
-        """Return the normed last hidden states `[B, T, D]`."""
+        """Return the final normed hidden states `[B, T, D]`."""
         model = self.model
         stream_BTD = stream_BTD.to(model.device).float()
         with autocast(model.device):
@@ -262,24 +269,29 @@ class LastLayersTask(ExpertTask):
 
 @torch.no_grad()
 def stream_into(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
-    """Return the stream `[B, T, D]` that enters block `layer`."""
+    """Return the hidden states `[B, T, D]` that enter block `layer`."""
     with autocast(model.device):
         return begin_rows(model, batch).run_to(layer)
 
 
 SHARE = 1e-3
-"""Most of the model's parameters that may train."""
+"""Largest share of the model's parameters that adapters may have."""
 
 TARGETS = ("v_proj", "o_proj", "down_proj")
-"""Products that get an adapter: at so few parameters, reaching into every feed-forward network is
-worth more than a higher rank in the attention alone."""
+"""Projections that get an adapter. With so few parameters, adapting every feed-forward network
+gains more than a higher rank in the attention alone.
+"""
 
 
 def add_lora(model: DeepSeekModel, share: float = SHARE) -> Any:
-    """Freeze `model`, put adapters into it and return the PEFT model around it; `merge_and_unload`
-    merges them.
+    """Freeze `model`, add adapters and return the PEFT model; `merge_and_unload` merges them.
 
-    Raises `ConfigError` if even rank 1 exceeds the share.
+    Args:
+        model: model to adapt, changed in place.
+        share: largest share of the parameters that the adapters may have.
+
+    Raises:
+        ConfigError: even rank 1 exceeds the share.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -291,7 +303,11 @@ def add_lora(model: DeepSeekModel, share: float = SHARE) -> Any:
 
 
 def largest_rank(model: nn.Module, share: float = SHARE) -> int:
-    """Return the largest rank at which adapters hold at most `share` of the parameters."""
+    """Return the largest rank whose adapters have at most `share` of the parameters.
+
+    Raises:
+        ConfigError: even rank 1 exceeds the share.
+    """
     targets = [
         module
         for name, module in model.named_modules()
@@ -301,6 +317,7 @@ def largest_rank(model: nn.Module, share: float = SHARE) -> int:
     budget = share * sum(parameter.numel() for parameter in model.parameters())
     if not each or budget < each:
         raise ConfigError(
-            f"LoRA of rank 1 has {each:,} parameters, more than {budget:,.0f}; use mode last-n or expert."
+            f"LoRA of rank 1 has {each:,} parameters, more than {budget:,.0f}; "
+            "use mode last-n or expert."
         )
     return int(budget // each)

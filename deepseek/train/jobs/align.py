@@ -1,11 +1,11 @@
-"""`deepseek.align`: from preferences to a model that answers as preferred.
+"""`deepseek.align`: align a model with preferences.
 
 pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO by TRL) -> a model
 folder
 
-TRL, to compare RLPO with, gets the same pairs and the same budget. It puts a forward pass of its
-own into the Hugging Face model that it trains, so it trains the checkpoint's twin in
-`transformers`; the folder that it leaves is read by `DeepSeekModel` as any other of its family. It
+TRL serves as a comparison and gets the same pairs and the same budget. It patches the forward pass
+of the Hugging Face model that it trains, so it trains the `transformers` equivalent of the
+checkpoint; `DeepSeekModel` reads the resulting folder like any other of that family. TRL runs
 cannot be resumed.
 """
 
@@ -47,40 +47,40 @@ from deepseek.train.rl.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
 from deepseek.train.rl.rollout import generate, given
 
 FEWEST_PAIRS = 8
-"""Pairs below which no reward can be learnt."""
+"""Fewest pairs for training and for the held-out set."""
 
 HELD_OUT_PROMPTS = 32
-"""Held-out prompts that are answered at each evaluation."""
+"""Held-out prompts to answer at each evaluation."""
 
 
 DPO_BETA = 0.1
+"""KL coefficient of DPO, TRL's default."""
+
 RLOO_BETA = 0.05
-"""Strength of the pull to the reference in either method: TRL's default, and RLPO's first
-coefficient.
-"""
+"""KL coefficient of RLOO, equal to RLPO's initial one."""
 
 ANSWERS = 4
-"""Answers that RLOO samples to a prompt, each judged against the mean of the others."""
+"""Answers that RLOO samples per prompt; the baseline of each is the mean reward of the others."""
 
 MINIBATCH = 16
-"""Pairs or answers a step, as many as RLPO takes."""
+"""Pairs or answers per optimizer step, as in RLPO."""
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
 class AlignRequest(AlignArguments):
-    """The arguments of an alignment with nothing left open; stored as `request.json`."""
+    """Resolved arguments of an alignment, stored as `request.json`."""
 
     prefs: str
 
 
 @job(AlignArguments)
 def align(arguments: AlignArguments) -> Path:
-    """Align a model with preferences and return the folder of the new one; interrupted, the same
-    call goes on.
+    """Align a model with preferences and return the folder of the new model. The same call resumes
+    a run.
 
     Raises:
-        DataError, TrainError, ConfigError, HubError: with the cause and the mend.
-        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+        DataError, TrainError, ConfigError, HubError: the message states the cause and the fix.
+        KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     prefs = Path(arguments.prefs or home() / "preferences.db").expanduser().resolve()
     request = AlignRequest(**{**vars(arguments), "prefs": str(prefs)})
@@ -92,7 +92,7 @@ def align(arguments: AlignArguments) -> Path:
 
 
 class AlignRun:
-    """One request in its run folder."""
+    """One alignment in its run folder."""
 
     def __init__(
         self, request: AlignRequest, folder: Path, out: Path, progress: ProgressBar
@@ -111,17 +111,19 @@ class AlignRun:
         database.close()
         if min(len(self.pairs), len(self.held_out)) < FEWEST_PAIRS:
             raise DataError(
-                f"There are {len(self.pairs)} pairs to learn from and {len(self.held_out)} held out; at least "
-                f"{FEWEST_PAIRS} of each are needed, so import more or hold out another share."
+                f"There are {len(self.pairs)} pairs to learn from and {len(self.held_out)} held "
+                f"out; at least {FEWEST_PAIRS} of each are needed, so import more or hold out "
+                "another share."
             )
         self.base = resolve(request.base)
         self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
 
     def estimate(self) -> str:
-        """Say what there is to do."""
+        """Return the amount of work: pairs, prompts and sampled answers."""
         answers = self.request.rollouts * self.request.rollout_size
         return (
-            f"{len(self.pairs)} pairs of {len(prompts_of(self.pairs))} prompts, {len(self.held_out)} held out; "
+            f"{len(self.pairs)} pairs of {len(prompts_of(self.pairs))} prompts, "
+            f"{len(self.held_out)} held out; "
             f"{answers:,} answers of at most {self.request.new_tokens} tokens"
         )
 
@@ -133,7 +135,7 @@ class AlignRun:
         return {"model": str(self.out), **figures}
 
     def ppo(self) -> dict[str, Any]:
-        """Run RLPO on the loop and write the model."""
+        """Train with RLPO, write the model, and return KL and held-out score."""
         request = self.request
         model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
         dtype = model.dtype
@@ -147,7 +149,7 @@ class AlignRun:
         policy = Policy(model, request.layers, request.temperature)
         ends = tuple(Vocabulary(model, self.tokenizer).ends)
         prompts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts_of(self.pairs)]
-        asked = [
+        unseen = [
             encode_prompt(self.tokenizer, prompt)
             for prompt in prompts_of(self.held_out)[:HELD_OUT_PROMPTS]
         ]
@@ -155,7 +157,7 @@ class AlignRun:
         def evaluate() -> dict[str, float]:
             draw = torch.Generator(model.device).manual_seed(request.seed)
             answers = generate(
-                model, asked, config.new_tokens, ends, draw, temperature=config.temperature
+                model, unseen, config.new_tokens, ends, draw, temperature=config.temperature
             )
             return {"held_out_score": float(reward(answers).mean())}
 
@@ -192,30 +194,35 @@ class AlignRun:
         }
 
     def reward(self, model: DeepSeekModel, layer: int) -> tuple[Reward, dict[str, Any]]:
-        """Return the reward that is asked for, and how good a fitted one is on the held-out
-        pairs.
+        """Return the requested reward, and the quality of a fitted one on the held-out pairs.
+
+        Args:
+            model: model whose trunk computes the reward model's features.
+            layer: block whose input the reward model reads.
         """
         if self.request.reward != "model":
             return TextReward(self.tokenizer, pick(JUDGES, self.request.reward, "reward")), {}
-        kept = self.folder / "reward"
-        if not kept.is_dir():
-            number = {repr(prompt): index for index, prompt in enumerate(prompts_of(self.pairs))}
-            prompts = [number[repr(pair.prompt)] for pair in self.pairs]
+        saved = self.folder / "reward"
+        if not saved.is_dir():
+            prompt_index = {
+                repr(prompt): index for index, prompt in enumerate(prompts_of(self.pairs))
+            }
+            prompts = [prompt_index[repr(pair.prompt)] for pair in self.pairs]
             RewardModel.choose(
                 model, layer, *self.features(model, layer, self.pairs), prompts
-            ).save(kept)
-        fitted = RewardModel.load(model, kept)
+            ).save(saved)
+        fitted = RewardModel.load(model, saved)
         quality = fitted.quality(*self.features(model, layer, self.held_out))
         self.progress.say(
-            f"reward model: {quality.accuracy:.1%} of {quality.pairs} held-out pairs right, calibration error "
-            f"{quality.calibration_error:.3f}"
+            f"reward model: {quality.accuracy:.1%} of {quality.pairs} held-out pairs right, "
+            f"calibration error {quality.calibration_error:.3f}"
         )
         return fitted, asdict(quality)
 
     def features(
         self, model: DeepSeekModel, layer: int, pairs: list[Preference]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the features of the chosen and of the rejected answers."""
+        """Return the reward model's features of the chosen and of the rejected answers."""
         prompts = [encode_prompt(self.tokenizer, pair.prompt) for pair in pairs]
         chosen, rejected = (
             [ids[: self.request.new_tokens] for ids in encode_plain(self.tokenizer, texts)]
@@ -226,14 +233,14 @@ class AlignRun:
         )
 
     def by_trl(self) -> dict[str, Any]:
-        """Let TRL train the checkpoint's Hugging Face twin, and write it; return the last figures
-        that TRL logged.
+        """Train the checkpoint's Hugging Face equivalent with TRL, write it, and return TRL's last
+        log.
 
-        The budget is RLPO's: as many optimizer steps on answers of the same length, and as many
-        sampled answers.
+        The budget is RLPO's: the same number of optimizer steps, sampled answers and tokens per
+        answer.
 
         Raises:
-            TrainError: TRL is not installed, or `transformers` has no model of this family.
+            TrainError: TRL is not installed, or `transformers` does not support this family.
         """
         if find_spec("trl") is None:
             raise TrainError(
@@ -264,15 +271,14 @@ class AlignRun:
         )
         trainer.train()
         with atomic_folder(self.out) as temporary:
-            trainer.model.to(fast_dtype(twin.device)).save_pretrained(
-                temporary
-            )  # as PPO keeps its model
+            # RLPO saves its model in this dtype too.
+            trainer.model.to(fast_dtype(twin.device)).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         logged = [record for record in trainer.state.log_history if "loss" in record]
         return {"trl": logged[-1] if logged else {}}
 
     def dpo_trainer(self, twin: Any, common: dict[str, Any]) -> Any:
-        """Return TRL's trainer by direct preference optimisation (arXiv:2305.18290)."""
+        """Return TRL's trainer for direct preference optimisation (arXiv:2305.18290)."""
         from datasets import Dataset
         from trl.trainer.dpo_config import DPOConfig
         from trl.trainer.dpo_trainer import DPOTrainer
@@ -289,7 +295,7 @@ class AlignRun:
         )
 
     def rloo_trainer(self, twin: Any, common: dict[str, Any]) -> Any:
-        """Return TRL's trainer by REINFORCE leave-one-out (arXiv:2402.14740)."""
+        """Return TRL's trainer for REINFORCE leave-one-out (arXiv:2402.14740)."""
         from datasets import Dataset
         from trl.trainer.rloo_config import RLOOConfig
         from trl.trainer.rloo_trainer import RLOOTrainer
@@ -298,8 +304,10 @@ class AlignRun:
         tokenizer = self.tokenizer
         model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
         reward = self.reward(model, parse_layers(request.layers, len(model.layers))[0])[0]
-        asked = [[dict(message) for message in prompt] for prompt in prompts_of(self.pairs)]
-        rows = Dataset.from_list([{"prompt": prompt} for prompt in asked])
+        prompt_messages = [
+            [dict(message) for message in prompt] for prompt in prompts_of(self.pairs)
+        ]
+        rows = Dataset.from_list([{"prompt": prompt} for prompt in prompt_messages])
 
         def score(
             prompts: list[Any], completion_ids: list[list[int]], **_: Any
@@ -322,19 +330,23 @@ METHODS = {"ppo": AlignRun.ppo, "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
 
 
 def prompts_of(pairs: list[Preference]) -> list[Any]:
-    """Return the distinct prompts of pairs in their order."""
+    """Return the distinct prompts of pairs, in order of first appearance."""
     return list({repr(pair.prompt): pair.prompt for pair in pairs}.values())
 
 
 def twin_of(base: Path, layers: str) -> Any:
-    """Return the Hugging Face model of a checkpoint in fp32, frozen but for `layers`."""
+    """Return the checkpoint as a Hugging Face model in fp32 with all but `layers` frozen.
+
+    Raises:
+        TrainError: `transformers` does not support this family.
+    """
     try:
         twin = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, trust_remote_code=False
         )
         blocks = twin.model.layers
     except (ValueError, AttributeError):
-        raise TrainError(f"{base} is of no family that TRL can train; take --method ppo.") from None
+        raise TrainError(f"TRL can't train the model family of {base}; use --method ppo.") from None
     twin.requires_grad_(False)
     for index in parse_layers(layers, len(blocks)):
         blocks[index].requires_grad_(True)

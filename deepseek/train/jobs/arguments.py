@@ -1,10 +1,11 @@
-"""The arguments of all training jobs, each declared once: a field is an argument of the Python
-function, an option of the command line, and a key of a recipe; its docstring is what `--help`,
-`help()` and the reference page say of it.
+"""Arguments of all training jobs, each declared once.
 
-To add an argument, add a field here with type, range, default and docstring, and use it in the job.
-Where the default depends on other things the field is None, and its docstring says what is taken
-then. The docstring of a class is the title of its group of arguments.
+A field is an argument of the Python function, an option of the command line, and a key of a recipe.
+Its docstring is the text of `--help`, `help()` and the reference page.
+
+To add an argument, add a field with type, range, default and docstring, and use it in the job. If
+the default depends on other values, the field is None and its docstring states the rule. The
+docstring of a class is the title of its group of arguments.
 """
 
 import re
@@ -27,7 +28,7 @@ AnyPath = str | Path | None
 LAYERS = r"^(all|last:[0-9]{1,4}|[0-9]{1,4}(-[0-9]{1,4})?(, ?[0-9]{1,4}(-[0-9]{1,4})?)*)$"
 
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
-"""No control characters, as the manifest of a pack has none."""
+"""No control characters, as in a pack's manifest."""
 
 UNKNOWN_LICENCE = "LicenseRef-Unknown"
 
@@ -51,7 +52,7 @@ class RunArguments(JobArguments):
     """Folder of the run's state and metrics; default: `runs/<name>` in the library's home"""
 
     dry_run: bool = False
-    """Check everything, estimate memory and time, change nothing"""
+    """Check the arguments and estimate memory and time, without changing anything"""
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
@@ -72,7 +73,7 @@ class TextArguments(RunArguments):
     """Base model: a known name, a folder or a hub id"""
 
     name: str = ""
-    """Name of what is made and of its run folder; default: that of the source"""
+    """Name of the result and of its run folder; default: that of the source"""
 
     from_git: AnyPath = None
     """Git repository to learn from; default: none"""
@@ -87,43 +88,42 @@ class TextArguments(RunArguments):
     """Parquet file to learn from; default: none"""
 
     held_out: float = Field(default=0.1, ge=0.01, le=0.9)
-    """Share of the documents that is never trained on"""
+    """Share of the documents that is held out, never trained on"""
 
     held_out_tokens: int = Field(default=8192, ge=1)
-    """Most held-out tokens that the result is reported on, and most that the best state is chosen
-    by
-    """
+    """Most held-out tokens in the report, and most validation tokens for choosing the best state"""
 
     row_length: int = Field(default=512, ge=2)
-    """Tokens of a packed row"""
+    """Tokens per packed row"""
 
     batch_rows: int | None = Field(default=None, ge=1)
-    """Rows of a batch; default: 4, or 2 for an expert that begins at layer 0"""
+    """Rows per batch; default: 4, or 2 for an expert that begins at layer 0"""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak of the learning rate; default: 4e-3 for an expert, 3e-3 for one that begins at layer 0,
-    and of the other modes 1e-3 for last-n, 8e-3 for lora, 2e-4 for full"""
+    """Peak learning rate; default: 4e-3 for an expert, 3e-3 for one that begins at layer 0;
+    otherwise 1e-3 for last-n, 8e-3 for lora and 2e-4 for full
+    """
 
     @property
     def source(self) -> "Source":
-        """The text, and how some of it is held out."""
+        """The text source, with the rule for its held-out set."""
         from deepseek.train.text.corpus import Source
 
         paths = (self.from_git, self.from_folder, self.from_jsonl, self.from_parquet)
         return Source.at(*paths, held_out=self.held_out, seed=self.seed)
 
     def check(self) -> None:
-        """Raise `ConfigError` if there is neither a name nor a source that gives one."""
+        """Raise `ConfigError` if there is neither a name nor a source to take it from."""
         self.named()
 
     def named(self) -> str:
-        """Return the name, or that of the source."""
+        """Return `name`, or else the name of the source."""
         return self.name or source_name(
             self.from_git, self.from_folder, self.from_jsonl, self.from_parquet
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return what decides the result, the paths of the text absolute."""
+        """Return the arguments that decide the result, with absolute paths for the text."""
         source = vars(self.source)
         return super().as_json() | {
             "source": {k: str(v) if isinstance(v, Path) else v for k, v in source.items()}
@@ -135,48 +135,46 @@ class ExpertArguments(TextArguments):
     """Expert"""
 
     layers: str = Field(default="last:3", pattern=LAYERS, examples=["all", "last:3", "0-9,20"])
-    """Layers that get an expert: last:3 is fast, all is strong; also last:N, or indices such as
+    """Layers that get an expert: last:3 is fast, all is strongest; also last:N, or indices such as
     0-9,20
     """
 
     width: int | None = Field(default=None, ge=1)
-    """Width of the expert's feed-forward network at each layer; default: 512, or 256 if it begins
+    """Width of the expert's feed-forward network in each layer; default: 512, or 256 if it begins
     at layer 0
     """
 
     minutes: float | None = Field(default=None, gt=0)
-    """Minutes for trunk, training and evaluation; default: 5 if `tokens` is not given"""
-
-    tokens: int | None = Field(default=None, ge=0)
-    """Distinct tokens to train on instead of `minutes`, 0 for all; default: as many as the minutes
-    suffice for
+    """Time budget for trunk, training and evaluation, in minutes; default: 5 if `tokens` is not
+    given
     """
 
+    tokens: int | None = Field(default=None, ge=0)
+    """Distinct tokens to train on, 0 for all; default: as many as fit into `minutes`"""
+
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the text; default: as many as its amount is worth"""
+    """Passes over the text; default: chosen by the amount of text"""
 
     split: Literal["file", "directory", "time"] = "file"
-    """What is held out: whole files, whole directories, or with time what came last in a git
+    """What to hold out: whole files, whole directories, or with time the latest commits of a git
     history
     """
 
     questions: float | None = Field(default=None, ge=0, le=0.9)
-    """Share of the training tokens that are questions about the text, made from it; default: 0,
-    none
-    """
+    """Share of the training tokens that are questions generated from the text; default: 0, none"""
 
     licence: str = Field(default=UNKNOWN_LICENCE, pattern=PRINTABLE, max_length=200)
     """Licence of the pack, an SPDX expression"""
 
     domain: str = Field(default="", pattern=PRINTABLE, max_length=200)
-    """What the expert knows, in a few words; default: nothing is said"""
+    """What the expert knows, in a few words; default: empty"""
 
     out: AnyPath = None
     """Pack file to write; default: `<name>.safetensors` in the folder of trained experts"""
 
     @property
     def source(self) -> "Source":
-        """The text, how some of it is held out, and how much is asked about it."""
+        """The text source, with the split of the held-out set and the share of questions."""
         from dataclasses import replace
 
         from deepseek.train.text.question_mix import QUESTIONS
@@ -192,24 +190,25 @@ class AdaptArguments(TextArguments):
     unstored: ClassVar[frozenset[str]] = TextArguments.unstored | {"name"}
 
     mode: Mode = "last-n"
-    """What is trained: last-n the last layers on a cached trunk; lora adapters of at most 0.1 % of
-    the parameters, merged at the end; full everything; expert a module beside the model, as
-    `train_expert` does"""
+    """What to train: last-n trains the last layers on a cached trunk; lora trains adapters of at
+    most 0.1 % of the parameters and merges them; full trains all parameters; expert trains a module
+    beside the model, as `train_expert` does
+    """
 
     last: int = Field(default=3, ge=1)
-    """Layers that the modes last-n and expert train"""
+    """Number of last layers to train in the modes last-n and expert"""
 
     tokens: int = Field(default=0, ge=0)
     """Distinct tokens to train on, 0 for all"""
 
     epochs: int = Field(default=2, ge=1)
-    """Passes over them"""
+    """Passes over the text"""
 
     out: AnyPath = None
     """Folder of the new model; default: `models/<name>` in the library's home"""
 
     def for_expert(self) -> ExpertArguments:
-        """Return what mode "expert" trains: every argument that an expert has too, and the last
+        """Return the arguments of mode "expert": all that the two jobs share, and the last
         layers.
         """
         shared = arguments_of(ExpertArguments).keys() & arguments_of(AdaptArguments).keys()
@@ -234,35 +233,35 @@ class AlignArguments(RunArguments):
     """Name of the new model and of its run folder"""
 
     method: Method = "ppo"
-    """How it learns: ppo is RLPO; dpo and rloo are those of TRL"""
+    """Algorithm: ppo is RLPO; dpo and rloo are TRL's"""
 
     reward: str = "model"
-    """What judges answers: model fits a reward model to the pairs; clean, willing and varied are
+    """Reward: model fits a reward model to the pairs; clean, willing and varied are rule-based
     judges
     """
 
     layers: str = Field(default="last:6", pattern=LAYERS, examples=["all", "last:3", "0-9,20"])
-    """Layers that are trained: last:N or all; the reward model reads what enters the first of
-    them
+    """Layers to train: last:N or all; the reward model reads the hidden states that enter the first
+    one
     """
 
     rollouts: int = Field(default=40, ge=1)
-    """How often the model answers prompts and learns from it"""
+    """Number of rollouts, each followed by updates"""
 
     rollout_size: int = Field(default=48, ge=1)
-    """Prompts answered each time"""
+    """Prompts per rollout"""
 
     learning_rate: float = Field(default=5e-5, gt=0)
-    """Peak of the learning rate"""
+    """Peak learning rate"""
 
     new_tokens: int = Field(default=32, ge=1)
-    """Most tokens of an answer"""
+    """Most tokens per answer"""
 
     temperature: float = Field(default=0.8, ge=0.1)
-    """Temperature at which answers are sampled"""
+    """Sampling temperature of the answers"""
 
     target_kl: float = Field(default=8.0, ge=0.01)
-    """Distance to keep to the untouched base, in nats an answer"""
+    """Target KL divergence from the untouched base, in nats per answer"""
 
     out: AnyPath = None
     """Folder of the new model; default: `models/<name>` in the library's home"""
@@ -276,35 +275,37 @@ class DistillHashArguments(JobArguments):
     """Base model: a known name, a folder or a hub id"""
 
     data: tuple[str | Path, ...] = ()
-    """Texts to learn from: folders, JSONL or Parquet files; default: Python's own pages and
-    library
+    """Texts to learn from: folders, JSONL or Parquet files; default: the documentation and standard
+    library of Python
     """
 
     texts: int = Field(default=6, ge=1)
     """Number of texts"""
 
     length: int = Field(default=4096, ge=512)
-    """Tokens of each text"""
+    """Tokens per text"""
 
     buckets: int = Field(default=64, ge=2)
-    """Buckets of keys of every head; `lsh_num_buckets` of the model that will use them"""
+    """Key buckets per head; must equal the model's `lsh_num_buckets`"""
 
     window: int = Field(default=40, ge=1)
-    """Keys of a bucket that a query looks at; `lsh_bucket_window` of that model"""
+    """Keys that a query attends to in each bucket; must equal the model's `lsh_bucket_window`"""
 
     exact: int = Field(default=2, ge=0)
-    """First layers that keep exact attention"""
+    """Number of first layers that keep exact attention"""
 
     calibrate_only: bool = False
-    """Group keys, but do not learn what to probe"""
+    """Cluster the keys, but don't train the probing"""
 
     out: AnyPath = None
     """File to write; default: beside the model"""
 
 
 def source_name(*paths: AnyPath) -> str:
-    """Return a name for what is made from the first path given: `~/src/My Project` gives
-    `My-Project`.
+    """Return a name made from the first path that is set: `~/src/My Project` gives `My-Project`.
+
+    Raises:
+        ConfigError: no path is set.
     """
     source = next((Path(path) for path in paths if path), None)
     if source is None:

@@ -1,12 +1,11 @@
-"""How a job's arguments are declared once: the class, its checks, and the words that describe each
-argument.
+"""Base of the argument declarations: validation, docstrings and error messages.
 
-A job has one pydantic dataclass in `arguments.py`. A field there is an argument: its name, type,
-range, default and docstring. From the class come the Python function (`job`), the command line
+Each job has one pydantic dataclass in `arguments.py`. A field is an argument: name, type, range,
+default and docstring. The class drives the Python function (`job`), the command line
 (`cli/job_command.py`), the keys of a recipe (`read`), the request of `/v1/teach` and the reference
 page (`cli/job_reference.py`).
 
-Nothing heavy is imported here, so that `--help` is quick.
+This module imports nothing heavy, so that `--help` is fast.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -37,24 +36,29 @@ from deepseek.registry import nearest
 DECLARED = ConfigDict(
     extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
 )
-"""Of every declaration: no unknown key, a docstring under each field, defaults checked like values,
-finite numbers.
+"""Pydantic configuration of every declaration: unknown keys are errors, a field's docstring is its
+description, defaults are validated, and numbers are finite.
 """
 
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-"""Bounds of `Field` and how they are said."""
+"""Bounds of `Field`, and their wording in messages."""
 
 
 class Declaration:
-    """What all declarations can do; see `arguments.py` for how one is written."""
+    """Base class of all declarations; `arguments.py` shows how to write one."""
 
     unstored: ClassVar[frozenset[str]] = frozenset({"out", "run_folder", "quiet", "dry_run"})
-    """Arguments that do not decide the result, so that a run can go on with others."""
+    """Arguments that do not decide the result. A run can be resumed with other values of these."""
 
     @classmethod
     def read(cls, **given: Any) -> Self:
-        """Return the arguments that are given by name, checked; `ConfigError` names a wrong one and
-        what to do.
+        """Return validated arguments.
+
+        Args:
+            given: arguments by name.
+
+        Raises:
+            ConfigError: an argument is wrong or missing; the message names it and the fix.
         """
         try:
             arguments = cls(**given)
@@ -64,10 +68,12 @@ class Declaration:
         return arguments
 
     def check(self) -> None:
-        """Raise `ConfigError` for what no argument shows alone."""
+        """Check rules that involve several arguments; raise `ConfigError` if one is broken."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return what decides the result, as JSON values: `request.json` of the run."""
+        """Return the arguments that decide the result, as JSON values for the run's
+        `request.json`.
+        """
         values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return {name: value for name, value in values.items() if name not in self.unstored}
 
@@ -77,11 +83,11 @@ class Argument:
     """One field of a declaration.
 
     Attributes:
-        name: as it is in Python and in recipes.
-        declared: what pydantic knows about it: description, default, range, examples.
-        kind: its type without `None`: a class, a `Literal`, or a generic type such as
-            `tuple[str, ...]`.
-        owner: the class that declares it, whose docstring titles a group of arguments.
+        name: name in Python and in recipes.
+        declared: pydantic's field: description, default, range, examples.
+        kind: type without `None`: a class, a `Literal`, or a generic type such as `tuple[str,
+            ...]`.
+        owner: class that declares the field; its docstring is the title of the group.
     """
 
     name: str
@@ -91,19 +97,17 @@ class Argument:
 
     @property
     def default(self) -> Any:
-        """The value where none is given."""
+        """The default value."""
         return self.declared.get_default(call_default_factory=True)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values of a `Literal`, else nothing."""
+        """The values of a `Literal`; empty for other types."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
     def limits(self) -> str:
-        """The range in words, empty where there is none; that a count is not negative goes without
-        saying.
-        """
+        """The range in words, empty if there is none. A lower bound of 0 is left out as obvious."""
         words = []
         for bound in self.declared.metadata:
             for name, phrase in LIMITS.items():
@@ -114,8 +118,8 @@ class Argument:
 
     @property
     def about(self) -> str:
-        """What it is, its range and its default, as `--help`, docstrings and the reference page
-        show it.
+        """Description, range and default, as shown by `--help`, docstrings and the reference
+        page.
         """
         description = " ".join((self.declared.description or "").split())
         text, _, default = description.partition("; default: ")
@@ -125,18 +129,16 @@ class Argument:
 
 
 def arguments_of(declaration: type[Declaration]) -> dict[str, Argument]:
-    """Return the arguments of a job by name: its own first, then those that it shares with
-    others.
-    """
-    found: dict[str, Argument] = {}
+    """Return the arguments of a job by name, its own before those that it inherits."""
+    by_name: dict[str, Argument] = {}
     for owner in declaration.__mro__:
-        # Pydantic reads docstrings in the class that declares a field; classes below inherit it
-        # without.
+        # Pydantic sets the description only in the class that declares the field; subclasses
+        # inherit the field without it.
         fields: dict[str, FieldInfo] = owner.__dict__.get("__pydantic_fields__", {})
         for name in get_annotations(owner):
-            if name in fields and name not in found:
-                found[name] = Argument(name, fields[name], _kind(fields[name].annotation), owner)
-    return found
+            if name in fields and name not in by_name:
+                by_name[name] = Argument(name, fields[name], _kind(fields[name].annotation), owner)
+    return by_name
 
 
 P = ParamSpec("P")
@@ -145,10 +147,10 @@ R = TypeVar("R")
 
 
 def job(declaration: Callable[P, D]) -> Callable[[Callable[[D], R]], Callable[P, R]]:
-    """Turn a function of checked arguments into one that is called with the arguments themselves.
+    """Decorate a function of a declaration so that it is called with the arguments themselves.
 
-    Signature and docstring of the function are those of the declaration, for editors, type checkers
-    and `help`.
+    The decorated function has the signature and `Args` section of the declaration, for editors,
+    type checkers and `help`.
     """
     declared = cast(type[D], declaration)
     public = signature(declaration)
@@ -168,7 +170,7 @@ def job(declaration: Callable[P, D]) -> Callable[[Callable[[D], R]], Callable[P,
 
 
 def documented(text: str, declaration: type[Declaration]) -> str:
-    """Return a docstring with an `Args` section made of the declaration, before its `Raises`."""
+    """Return a docstring with the declaration's `Args` section, placed before `Raises`."""
     summary, raises, errors = cleandoc(text).partition("\n\nRaises:")
     lines = [
         f"    {argument.name}: {argument.about}" for argument in arguments_of(declaration).values()
@@ -177,12 +179,12 @@ def documented(text: str, declaration: type[Declaration]) -> str:
 
 
 def explain(error: Any, declaration: type[Declaration]) -> str:
-    """Return a mistake in arguments in one line: the argument, what is wrong with it, and what is
-    right.
+    """Return a one-line message for an invalid argument: its name, what is wrong, and what is
+    valid.
 
     Args:
-        error: one of pydantic's `ValidationError.errors()`.
-        declaration: of the arguments.
+        error: one entry of pydantic's `ValidationError.errors()`.
+        declaration: the declaration that the arguments belong to.
     """
     where = ".".join(str(part) for part in error["loc"])
     value = error["input"]
@@ -208,18 +210,20 @@ def explain(error: Any, declaration: type[Declaration]) -> str:
 
 
 def unknown(key: str, names: Iterable[str]) -> str:
-    """Return what is said of a key that no field has."""
+    """Return the message for a key that is not a field, with the nearest name."""
     return f"{key!r} is no field here; {nearest(key, names)}"
 
 
 def selected(values: Mapping[str, Any], declaration: type[Declaration]) -> dict[str, Any]:
-    """Return those of the values that a declaration has an argument for."""
+    """Return the values whose names are arguments of the declaration."""
     names = arguments_of(declaration)
     return {name: value for name, value in values.items() if name in names}
 
 
 def _kind(annotation: Any) -> Any:
-    """Return `int` for `int | None`, and the more telling `Path` for `str | Path | None`."""
+    """Return `int` for `int | None`, and `Path`, the more specific type, for `str | Path |
+    None`.
+    """
     if get_origin(annotation) not in (Union, UnionType):
         return annotation
     return [kind for kind in get_args(annotation) if kind is not type(None)][-1]

@@ -1,5 +1,4 @@
-"""`deepseek.distill_hash`: from a model and some text to the hashes of its LSH attention; the model
-stays as it is.
+"""`deepseek.distill_hash`: learn the hashes of LSH attention for a model, which stays unchanged.
 
 texts -> attention inputs, layer by layer -> k-means and L-BFGS -> one file beside the model
 """
@@ -24,19 +23,20 @@ from deepseek.train.loop.progress import ProgressBar
 
 @job(DistillHashArguments)
 def distill_hash(arguments: DistillHashArguments) -> Path:
-    """Learn which keys a frozen model's heads look for; return the file of hashes. The same call
-    resumes.
+    """Learn LSH hashes from a frozen model's attention and return their file. The same call resumes
+    a run.
 
     Raises:
-        ConfigError, DataError, TrainError, HubError: with the cause and the mend.
-        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+        ConfigError, DataError, TrainError, HubError: the message states the cause and the fix.
+        KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     folder = resolve(arguments.base)
     model, tokenizer = load(arguments.base, dtype="float32")
     layers = range(arguments.exact, len(model.layers))
     if not layers:
         raise ConfigError(
-            f"exact={arguments.exact} leaves none of the {len(model.layers)} layers to LSH; give a lower number."
+            f"exact={arguments.exact} leaves none of the {len(model.layers)} layers to LSH; "
+            "give a lower number."
         )
     path = Path(arguments.out or hash_file(folder))
     documents = documents_at([Path(place) for place in arguments.data])
@@ -55,7 +55,7 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
 
 
 def hash_settings(arguments: DistillHashArguments) -> HashSettings:
-    """Return what decides the hashes, beside model and text."""
+    """Return the settings that, with model and text, decide the hashes."""
     settings = HashSettings(
         num_buckets=arguments.buckets, bucket_window=arguments.window, seed=arguments.seed
     )

@@ -1,4 +1,4 @@
-"""LoRA and full fine-tuning on the text of an expert's run, for as long as the expert took."""
+"""LoRA or full fine-tuning on an expert's text, within the time that the expert took."""
 
 import shutil
 import tempfile
@@ -23,24 +23,27 @@ from deepseek.train.loop.progress import ProgressBar
 Rival = Literal["lora", "full"]
 
 EVALUATION_COST = 1 / 3
-"""Of a row's training step: a forward pass without a backward one."""
+"""Cost of scoring a row relative to a training step: a forward pass without a backward one."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much text fits into the time: so many tokens, so often."""
+    """Amount of training that fits into the time: distinct tokens, and passes over them."""
 
     tokens: int
     epochs: int
 
 
 def adapt_for_equal_time(run: Path, mode: Rival, folder: Path, quiet: bool = False) -> Path:
-    """Return the model made by `mode` on the training text of an expert's run in the seconds that
-    the run records.
+    """Train a model by `mode` in the time that an expert's run took, and return its folder.
+
+    The same call resumes a run.
 
     Args:
-        run: run folder of a finished expert.
-        folder: of this run; the model goes to `model` in it. The same call resumes.
+        run: run folder of a finished expert; its corpus and duration are used.
+        mode: "lora" or "full".
+        folder: run folder of this training; the model goes to its subfolder `model`.
+        quiet: show no progress.
     """
     request = read_json(run / "request.json")
     shared = {name: request[name] for name in ("base", "row_length", "held_out_tokens", "seed")}
@@ -61,8 +64,10 @@ def adapt_for_equal_time(run: Path, mode: Rival, folder: Path, quiet: bool = Fal
 
 
 def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -> Effort:
-    """Time a step of `mode` on the corpus in `folder` and return what fits into `seconds`, loading
-    included.
+    """Time a step of `mode` on the corpus in `folder` and return the effort that fits into
+    `seconds`.
+
+    Loading the model counts against the seconds.
     """
     started = time.monotonic()
     rate = LEARNING_RATES[mode]
@@ -70,10 +75,10 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
     with tempfile.TemporaryDirectory() as empty:
         run = AdaptRun(request, folder, Path(empty) / "model", ProgressBar(quiet=True))
         texts = run.texts(run.corpus())
-        few = texts.first(min(request.batch_rows, texts.train.num_rows), 1, 1)
-        task, _ = TASKS[mode](run, few)
+        sample = texts.first(min(request.batch_rows, texts.train.num_rows), 1, 1)
+        task, _ = TASKS[mode](run, sample)
         loading = time.monotonic() - started
-        batch = few.train.rows(few.train.row_ids)
+        batch = sample.train.rows(sample.train.row_ids)
 
         def step(rows: Batch) -> None:
             task.loss(rows, 0).loss.backward()
@@ -86,8 +91,13 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
 
 
 def fit(seconds: float, row_seconds: float, rows: int, row_length: int) -> Effort:
-    """Return how many tokens to take and how often, for `rows` rows that take `row_seconds` each; a
-    row at least.
+    """Return the tokens and passes that fit into `seconds`, at least one row.
+
+    Args:
+        seconds: time budget.
+        row_seconds: seconds per row.
+        rows: available rows.
+        row_length: tokens per row.
     """
     steps = max(1, int(seconds / row_seconds))
     epochs = min(int(MOST_PASSES), max(1, -(-steps // rows)))

@@ -1,9 +1,9 @@
-"""`deepseek.train_expert`: from a pile of text to an expert pack, the base untouched.
+"""`deepseek.train_expert`: train an expert pack on text; the base stays frozen.
 
 documents -> clean -> split -> token shards -> plan -> trunk cache -> train -> calibrate the gates
 -> pack
 
-Each stage is kept in the run folder once it is done.
+The run folder stores the result of each finished stage, so that a run can be resumed.
 """
 
 import time
@@ -46,24 +46,25 @@ from deepseek.train.text.question_mix import asked_about
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
 CALIBRATION_TOKENS = 40_000
-"""Of the expert's own text, for its gates."""
+"""Tokens of the expert's own training text for calibrating its gates."""
 
 UNSEEN_TOKENS = 16_384
-"""Most tokens of the validation text that gates are scaled and checked by."""
+"""Most validation tokens for scaling and checking the gates."""
 
 RELEVANCE_TOKENS = 1_000_000
-"""Of the expert's own text, for its table of words, which needs no model."""
+"""Tokens of the expert's own text for its relevance table; larger, as this needs no forward pass.
+"""
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
 class ExpertRequest(TextRequest, ExpertArguments):
-    """The arguments of an expert with nothing left open; stored as `request.json`."""
+    """Resolved arguments of an expert, stored as `request.json`."""
 
     width: int
 
 
 class ExpertRun(TextRun):
-    """One request in its run folder: the base loaded and frozen, the module beside it."""
+    """One training of an expert in its run folder, with the base loaded and frozen."""
 
     def __init__(
         self, request: ExpertRequest, folder: Path, out: Path, progress: ProgressBar
@@ -81,22 +82,22 @@ class ExpertRun(TextRun):
         self.check_papers()
 
     def run(self) -> dict[str, Any]:
-        """Go through all stages to the pack; return the figures of the run."""
+        """Run all stages, write the pack, and return the figures of the run."""
         corpus = self.corpus()
         texts = self.texts(corpus)
         write_json(self.folder / "request.json", self.request.as_json())
         plan = self.plan(texts)
         outcome = self.train(texts, plan)
-        seconds = (
-            time.monotonic() - self.started
-        )  # of this call, as the minutes are counted: without the gates
+        # The budget in minutes doesn't cover the calibration of the gates, so neither does this.
+        seconds = time.monotonic() - self.started
         self.progress.say("calibrating the gates")
         gates = self.calibrate(texts, plan)
         write_pack(self.out, self.pack(outcome.reported, (corpus.train.digest,), corpus.commit))
         self.drop_trunk()
         self.progress.say(
             f"{self.request.name} is {outcome}; recall {gates.recall:.1%}, "
-            f"false positives {gates.false_positives:.1%}, peak memory {peak_memory() / 1e9:.1f} GB, {self.out}"
+            f"false positives {gates.false_positives:.1%}, "
+            f"peak memory {peak_memory() / 1e9:.1f} GB, {self.out}"
         )
         return {
             "pack": str(self.out),
@@ -111,7 +112,7 @@ class ExpertRun(TextRun):
         }
 
     def estimate(self) -> str:
-        """Measure what a run would take."""
+        """Return the estimated tokens, time, memory and disk space, from a timed batch."""
         texts = self.texts(self.corpus())
         plan = self.plan_for(texts, self.measure(texts))
         request = self.request
@@ -120,19 +121,28 @@ class ExpertRun(TextRun):
         cache = (plan.rows * 2 + scored) * row_bytes if self.cached_below else 0
         pack = sum(parameter.numel() * 2 for parameter in self.module.parameters())
         return (
-            f"{plan.rows * request.row_length:,} tokens in {plan.steps} steps, about {plan.seconds / 60:.1f} minutes; "
-            f"memory {peak_memory() / 1e9:.1f} GB, trunk cache {cache / 1e6:,.0f} MB, pack {pack / 1e6:,.0f} MB"
+            f"{plan.rows * request.row_length:,} tokens in {plan.steps} steps, "
+            f"about {plan.seconds / 60:.1f} minutes; memory {peak_memory() / 1e9:.1f} GB, "
+            f"trunk cache {cache / 1e6:,.0f} MB, pack {pack / 1e6:,.0f} MB"
         )
 
     def check_papers(self) -> None:
-        """Raise `PackError` now, not after hours of training, if the pack could not be made."""
+        """Raise `PackError` before hours of training if the pack's manifest would be invalid."""
         try:
             self.pack(Metric(before=0.0, after=0.0), data=(), commit=None)
         except ValidationError as error:
-            raise PackError(f"The expert's papers are invalid, {explain(error)}.") from None
+            raise PackError(
+                f"The expert's manifest would be invalid: {explain(error)}; correct the argument."
+            ) from None
 
     def pack(self, held_out: Metric, data: tuple[str, ...], commit: str | None) -> ExpertPack:
-        """Return the module as a pack."""
+        """Return the module as a pack.
+
+        Args:
+            held_out: loss on the held-out set before and after training, in nats per token.
+            data: digests of the training text.
+            commit: git commit of the text, if it has one.
+        """
         base = self.model.experts.base
         request = self.request
         metrics = {HELD_OUT: held_out}
@@ -141,20 +151,22 @@ class ExpertRun(TextRun):
         )
 
     def texts(self, corpus: Corpus) -> Texts:
-        """Return the packed rows of a corpus; raise `DataError` if they are too few to ever make an
-        expert of.
+        """Return the packed rows of a corpus.
+
+        Raises:
+            DataError: the corpus is too small to train or calibrate an expert.
         """
         validation = corpus.validation.num_tokens if corpus.validation else 0
         held_out = corpus.held_out.num_tokens + validation
         if min(corpus.train.num_tokens, held_out) < FEWEST_TOKENS:
             raise DataError(
-                f"There are {corpus.train.num_tokens} tokens to train on and {held_out} held out; at least "
-                f"{FEWEST_TOKENS} of each are needed, so give more text."
+                f"There are {corpus.train.num_tokens} tokens to train on and {held_out} held out; "
+                f"at least {FEWEST_TOKENS} of each are needed, so give more text."
             )
         return super().texts(corpus)
 
     def plan(self, texts: Texts) -> TrainingPlan:
-        """Return the plan of this run, measuring and storing it the first time."""
+        """Return the plan of this run; the first call measures the speed and stores the plan."""
         path = self.folder / "plan.json"
         if not path.is_file():
             speed = self.measure(texts)
@@ -162,11 +174,9 @@ class ExpertRun(TextRun):
         return TrainingPlan(**read_json(path)["plan"])
 
     def plan_for(self, texts: Texts, speed: Speed) -> TrainingPlan:
-        """Fit the work to the minutes that are left at this speed, or estimate the time of the
-        tokens.
-        """
+        """Return a plan that fits the remaining minutes, or one for the tokens of the request."""
         request = self.request
-        left = (
+        seconds_left = (
             None
             if request.minutes is None
             else request.minutes * 60 - (time.monotonic() - self.started)
@@ -181,21 +191,21 @@ class ExpertRun(TextRun):
         )
         return make_plan(
             amount,
-            left,
+            seconds_left,
             speed,
             RowCounts(texts.train.num_rows, texts.validation.num_rows, texts.held_out.num_rows),
         )
 
     def measure(self, texts: Texts) -> Speed:
-        """Time one batch through trunk, training step and evaluation; gradients are thrown away."""
+        """Time one batch through trunk, training step and evaluation, and discard its gradients."""
         text = texts.train.first(self.request.batch_rows)
         warm_up = text.rows(text.row_ids[:1])
         batch = text.rows(text.row_ids)
         stream: Stream = partial(run_trunk, self.model, self.first)
         seconds = 0.0
         if self.cached_below:
-            seconds, kept_BTD = timed(stream, warm_up, batch)
-            stream = lambda rows: kept_BTD[: len(rows.row_ids)]  # noqa: E731
+            seconds, cached_BTD = timed(stream, warm_up, batch)
+            stream = lambda rows: cached_BTD[: len(rows.row_ids)]  # noqa: E731
         task = self.task(text, [], (stream, stream))
         step, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), warm_up, batch)
         self.module.zero_grad()
@@ -203,7 +213,7 @@ class ExpertRun(TextRun):
         return Speed(seconds, step, evaluate)
 
     def train(self, texts: Texts, plan: TrainingPlan) -> Outcome:
-        """Fill the trunk caches and run the loop to its end."""
+        """Fill the trunk caches and run the training loop."""
         texts = texts.planned(plan)
         train, held_out = self.streams(texts)
         validation = self.exact_stream("validation", texts.validation)
@@ -213,9 +223,7 @@ class ExpertRun(TextRun):
         )
 
     def calibrate(self, texts: Texts, plan: TrainingPlan) -> GateCalibration:
-        """Solve the gates of the trained module from some of its own text and the base's public
-        text.
-        """
+        """Calibrate the gates of the trained module on some of its own text and on public text."""
         public = public_statistics(
             self.model, self.tokenizer, self.module.layers, progress=self.progress
         )
@@ -226,15 +234,16 @@ class ExpertRun(TextRun):
         questions = encode_plain(
             self.tokenizer, asked_about(self.folder / "corpus" / "questions.jsonl")
         )
-        asked_N = torch.tensor([token for ids in questions for token in ids], dtype=torch.long)
+        question_ids_N = torch.tensor(
+            [token for ids in questions for token in ids], dtype=torch.long
+        )
         unseen = texts.validation.first(UNSEEN_TOKENS // texts.validation.length).batches()
-        if (
-            texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS
-        ):  # then all that is held out checks the gates
+        # Too little validation text to check the gates alone: add the reported held-out rows.
+        if texts.validation.shards.num_tokens < 2 * FEWEST_TOKENS:
             unseen += texts.held_out.batches()
         texts = texts.planned(plan)
         train, _ = self.streams(texts)
-        computed = partial(run_trunk, self.model, self.first)
+        compute = partial(run_trunk, self.model, self.first)
         rows = min(plan.rows, max(1, CALIBRATION_TOKENS // texts.train.length))
         return calibrate(
             self.model,
@@ -242,13 +251,15 @@ class ExpertRun(TextRun):
             texts.train.first(rows).batches(),
             unseen,
             public,
-            streams=(train, computed),
+            streams=(train, compute),
             words=words,
-            own_kinds=[own_ids_N, asked_N],
+            own_kinds=[own_ids_N, question_ids_N],
         )
 
     def streams(self, texts: Texts) -> tuple[Stream, Stream]:
-        """Return where the streams of the rows to train on and to report on come from."""
+        """Return functions that give the trunk's hidden states of training rows and of held-out
+        rows.
+        """
         if not self.cached_below:
             compute = partial(run_trunk, self.model, self.first)  # nothing is below layer 0
             return compute, compute
@@ -257,22 +268,22 @@ class ExpertRun(TextRun):
         )
 
     def exact_stream(self, name: str, text: RowLoader) -> Stream:
-        """Return where the streams of rows to score come from, in the model's own dtype."""
+        """Return a function that gives the trunk's hidden states in the model's dtype, for exact
+        scores.
+        """
         if not self.cached_below:
             return partial(run_trunk, self.model, self.first)
         return self.cached_stream(name, text, self.model.dtype)
 
     def cached_stream(self, name: str, text: RowLoader, dtype: torch.dtype) -> Stream:
-        """Return where the cached streams of rows come from."""
+        """Return a function that reads the trunk's hidden states from a cache."""
         compute = partial(run_trunk, self.model, self.first)
         return self.cached(name, text, self.first, compute, str(self.model.dtype), dtype)
 
     def task(
         self, text: RowLoader, held_out: list[Batch], streams: tuple[Stream, Stream]
     ) -> ExpertTask:
-        """Return the task, its head restricted to what occurs as a label in the rows to train
-        on.
-        """
+        """Return the training task; its output head covers only the labels of the training rows."""
         return ExpertTask(
             self.model,
             self.module,
@@ -285,8 +296,9 @@ class ExpertRun(TextRun):
 
     @cached_property
     def replay(self) -> Replay:
-        """Public text to train on beside the expert's own; making it, once a base, is not counted
-        in the minutes.
+        """Public text to train on along with the expert's own.
+
+        Building it is done once per base, and does not count against the minutes.
         """
         before = time.monotonic()
         tokens = self.request.batch_rows * self.request.row_length
@@ -296,18 +308,19 @@ class ExpertRun(TextRun):
 
 
 DEFAULT_MINUTES = 5.0
+"""Time budget if neither `minutes` nor `tokens` is given."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Dials that a user need not know; measured, see docs/log/experts.md.
+    """Hyperparameters with measured defaults; see docs/log/experts.md.
 
     Attributes:
-        width: of the expert's feed-forward networks.
-        shortest: passes over as much text as the minutes suffice for, where they do not suffice for
-            all of it.
-        batch_rows: rows a step; small, as steps are what is scarce.
-        learning_rate: the peak.
+        width: width of the expert's feed-forward networks.
+        shortest: passes to make at least, over less text, if the minutes don't suffice for all of
+            it.
+        batch_rows: rows per step; small, since the number of steps is the bottleneck.
+        learning_rate: peak learning rate.
     """
 
     width: int
@@ -317,20 +330,19 @@ class Recipe:
 
 
 CACHED = Recipe(width=512, shortest=3, batch_rows=4, learning_rate=4e-3)
-"""With a trunk cache: further passes are cheap."""
+"""For experts on a trunk cache, where further passes are cheap."""
 
 WHOLE = Recipe(width=256, shortest=1, batch_rows=2, learning_rate=3e-3)
-"""Experts from layer 0 on: every pass costs the same, so new text at each."""
+"""For experts that begin at layer 0. Every pass costs the same, so each one takes new text."""
 
 
 @job(ExpertArguments)
 def train_expert(arguments: ExpertArguments) -> Path:
-    """Train an expert module on text and return the path of its pack; interrupted, the same call
-    goes on.
+    """Train an expert module on text and return the path of its pack. The same call resumes a run.
 
     Raises:
-        DataError, TrainError, ConfigError, HubError: with the cause and the mend.
-        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+        DataError, TrainError, ConfigError, HubError: the message states the cause and the fix.
+        KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     request = expert_request(arguments)
     pack = Path(arguments.out or experts_folder() / f"{request.name}{SUFFIX}")
@@ -341,7 +353,9 @@ def train_expert(arguments: ExpertArguments) -> Path:
 
 
 def expert_request(arguments: ExpertArguments) -> ExpertRequest:
-    """Return the arguments with what suits the layers, and five minutes, where nothing is given."""
+    """Return the arguments with the defaults that depend on the layers, and a time budget, filled
+    in.
+    """
     num_layers = read_config(resolve(arguments.base))["num_hidden_layers"]
     recipe = _recipe(parse_layers(arguments.layers, num_layers)[0])
     minutes = arguments.minutes
@@ -358,5 +372,5 @@ def expert_request(arguments: ExpertArguments) -> ExpertRequest:
 
 
 def _recipe(first: int) -> Recipe:
-    """Return the recipe for experts whose first layer this is."""
+    """Return the recipe for an expert whose lowest layer is `first`."""
     return CACHED if first > 0 else WHOLE

@@ -1,4 +1,4 @@
-"""The retrieval index of what an expert was trained on, beside its pack."""
+"""Retrieval index of an expert's training text, stored beside its pack."""
 
 from pathlib import Path
 
@@ -16,31 +16,28 @@ from deepseek.train.loop.runs import find_run
 
 
 def index_expert(name: str) -> Path:
-    """Build the index of an expert's training text from its run folder, unless it is there; return
-    its folder.
+    """Return the folder of an expert's index, building it from its run folder if necessary.
 
-    Raises `DataError` if there is no such run, or no text in it.
+    Raises:
+        DataError: there is no such run, or it has no text.
     """
     run = find_run(name)
     path = run / "request.json"
     if not path.is_file():
         raise DataError(
-            f"The run {run} has not read its text yet; let `deepseek expert train` go on first."
+            f"The run {run} has not read its text yet; resume `deepseek expert train` first."
         )
     request = read_json(path)
     if "name" not in request:
-        raise DataError(
-            f"The run {run} trains no expert; name one that `deepseek expert train` trains."
-        )
+        raise DataError(f"The run {run} trains no expert; name a run of `deepseek expert train`.")
     expert_index(request["name"], run, load_tokenizer(resolve(request["base"])))
     return index_folder(request["name"])
 
 
 def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> Index:
-    """Return the index of the text that the run of an expert trains on, built the first time and
-    kept.
+    """Return the index of an expert's training text, building it if missing or outdated.
 
-    What is held out is never in it, commits that changed a held-out file neither.
+    The index never contains held-out documents, nor commits that changed a held-out file.
     """
     shards = TokenShards(run / "corpus" / "train")
     folder = index_folder(name)

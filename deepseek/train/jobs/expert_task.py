@@ -1,6 +1,4 @@
-"""What the loop is given to train an expert module: its loss on own text and replay, its score on
-held-out text.
-"""
+"""Task for training an expert module: loss on its own text and on replay, held-out score."""
 
 from collections.abc import Sequence
 
@@ -19,10 +17,10 @@ from deepseek.train.text.trunk_cache import Stream
 
 
 class ExpertTask:
-    """The module forced on at every token; everything else of the model frozen.
+    """Next-token loss with the module forced on at every token and the rest of the model frozen.
 
     Attributes:
-        parameters: those of the module.
+        parameters: parameters of the module by name.
     """
 
     def __init__(
@@ -36,8 +34,16 @@ class ExpertTask:
         held_out_stream: Stream,
         replay: Replay | None = None,
     ) -> None:
-        """Train `module` on what `stream` gives and some `replay`, scored by `head`; `held_out` is
-        scored exactly.
+        """Create the task.
+
+        Args:
+            model: frozen base model.
+            module: expert to train.
+            head: output head of the training loss.
+            stream: gives the trunk's hidden states of a training batch.
+            held_out: batches that `evaluate` scores with the whole output head.
+            held_out_stream: gives the trunk's hidden states of a held-out batch.
+            replay: public text to train on in the same steps; default: none.
         """
         self.model = model
         self.module = module
@@ -50,8 +56,9 @@ class ExpertTask:
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
 
     def loss(self, batch: Batch, step: int) -> LossOutput:
-        """Return the loss of one batch of packed rows and of the step's replay; `tokens` counts the
-        batch's own.
+        """Return the loss of one batch of packed rows and of the step's replay rows.
+
+        `tokens` in the result counts the batch without the replay.
         """
         parts = [(batch, self.stream(batch))]
         if self.replay is not None:
@@ -69,18 +76,18 @@ class ExpertTask:
         return {"held_out_loss": self.loss_on(self.held_out, self.held_out_stream)}
 
     def loss_on(self, batches: Sequence[Batch], stream: Stream) -> float:
-        """Return the exact mean loss on batches with the module on."""
+        """Return the exact mean loss on batches with the module on, in nats per token."""
         parts = ((self.score(rows, stream(rows)), rows.labels.flatten()) for rows in batches)
         return mean_loss(parts).loss
 
     @torch.no_grad()
     def score(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
-        """Return the exact loss `[N]` of every token of a batch, 0 where ignored."""
+        """Return the exact loss `[N]` of every token of a batch, 0 for ignored labels."""
         hidden_ND = self.hidden(batch, stream_BTD).flatten(0, 1)
         return token_losses(hidden_ND, self.model.lm_head.weight, batch.labels.flatten())
 
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
-        """Return the normed last hidden states `[B, T, D]` with the module forced on."""
+        """Return the final normed hidden states `[B, T, D]` with the module forced on."""
         with self.model.experts.forced(self.module), autocast(self.model.device):
             stream_BTD = stream_BTD.to(self.model.device, self.model.dtype)
             return resume_rows(self.model, batch, stream_BTD, self.layer).finish()

@@ -1,5 +1,6 @@
-"""Training a whole language model, or a part of it, on packed rows: the task of pre-training and of
-adaptation.
+"""Task for training a language model, or some of its parameters, on packed rows.
+
+Pre-training and adaptation use it.
 """
 
 import math
@@ -19,8 +20,8 @@ from deepseek.train.loop.packed import begin_rows
 
 
 class NextToken(nn.Module):
-    """A model and its loss as one module, whose forward pass a distributed engine can gather
-    parameters for.
+    """Model and loss as one module, so that FSDP can gather the parameters around its forward
+    pass.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
@@ -28,8 +29,12 @@ class NextToken(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, load_LE: Tensor | None = None) -> Tensor:
-        """Return the mean loss of a batch; or, given `load_LE` to add expert calls to, every
-        token's `[N]`, exactly.
+        """Return the mean loss of a batch, or the exact loss `[N]` of every token.
+
+        Args:
+            batch: packed rows.
+            load_LE: if given, the calls of each expert are added to it, and the losses are exact
+                and per token.
         """
         model = self.model
         step = begin_rows(model, batch)
@@ -46,8 +51,8 @@ class LanguageTask:
     """Next-token prediction with all parameters of a model that require gradients.
 
     Attributes:
-        parameters: these, by name.
-        hooks: router state to save, and the routers' one update a step.
+        parameters: trainable parameters by name.
+        hooks: router state to checkpoint, and the routers' update after each step.
     """
 
     def __init__(
@@ -57,8 +62,13 @@ class LanguageTask:
         backend: Backend = SINGLE,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Train `model`, spread by `backend`; `held_out` are batches by domain, `weights` their
-        parts of the mix.
+        """Create the task.
+
+        Args:
+            model: model to train.
+            held_out: held-out batches by domain.
+            backend: shards the model over processes; default: a single process.
+            weights: weights of the domains in the mix; default: equal ones.
         """
         self.model = model
         self.held_out = held_out
@@ -77,13 +87,12 @@ class LanguageTask:
         return LossOutput(self.module(batch), int((batch.labels != IGNORED_LABEL).sum()))
 
     def balance(self, pace: float) -> dict[str, float]:
-        """Let the routers act on what they counted in this step, once; return how uneven the load
-        was.
+        """Update the routers' biases once from the load of this step; return the load's imbalance.
 
         Args:
-            pace: the learning rate's share of its peak. The biases move by its root: as slow as the
-                weights they would lag behind these for ever, at full speed they would follow the
-                domains of the last few rows.
+            pace: learning rate as a share of its peak. The biases' rate is its square root:
+                proportional to the learning rate, they would always lag behind the weights; at a
+                constant rate, they would follow the domains of the last few rows.
         """
         if not self.routers:
             return {}
@@ -93,11 +102,11 @@ class LanguageTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the exact held-out loss of each domain and of the mix, and how evenly the mix uses
-        the experts.
+        """Return the exact held-out loss of each domain and of the mix, and the expert load of the
+        mix.
 
-        The mix is that of training, whatever number of tokens each domain holds out: it is what the
-        routers balance.
+        Domains have the weights of the training mix, whatever their numbers of held-out tokens,
+        since the routers balance the load over the training mix.
         """
         self.model.eval()
         load_LE = torch.zeros(len(self.routers), self.model.config.num_experts, dtype=torch.float64)
@@ -119,7 +128,7 @@ class LanguageTask:
 
     @torch.no_grad()
     def loss_on(self, batches: Sequence[Batch]) -> float:
-        """Return the exact mean loss on batches."""
+        """Return the exact mean loss on batches, in nats per token."""
         self.model.eval()
         load_LE = torch.zeros(len(self.routers), self.model.config.num_experts, dtype=torch.float64)
         total, targets = self._sum(batches, load_LE).tolist()
@@ -127,8 +136,8 @@ class LanguageTask:
         return float(total / targets)
 
     def _sum(self, batches: Sequence[Batch], load_LE: Tensor) -> Tensor:
-        """Return the mean over processes of (sum of losses, number of targets); count the experts'
-        calls.
+        """Return sum of losses and number of targets as means over processes; add up the expert
+        load.
         """
         pair = torch.zeros(2, dtype=torch.float64)
         for whole in batches:
@@ -142,8 +151,9 @@ class LanguageTask:
 
 
 def max_violation(load_LE: Tensor) -> float:
-    """Return by what share the busiest expert exceeds the mean load, averaged over layers: MaxVio,
-    arXiv:2408.15664.
+    """Return by how much the busiest expert exceeds the mean load, averaged over layers.
+
+    This is MaxVio of arXiv:2408.15664.
     """
     mean_L = load_LE.mean(-1).clamp(min=1e-9)
     return float((load_LE.amax(-1) / mean_L - 1).mean())

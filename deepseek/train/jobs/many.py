@@ -1,6 +1,4 @@
-"""Many experts at once: each is trained alone, so each is one task of Ray, on this machine or on a
-cluster.
-"""
+"""Train many experts in parallel, each as one Ray task, on this machine or on a cluster."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,12 +14,12 @@ from deepseek.train.jobs.settings import JobSettings
 
 
 class ExpertsSettings(JobSettings):
-    """What `deepseek expert train-all` reads.
+    """Configuration file of `deepseek expert train-all`.
 
     Attributes:
-        base: model of all experts.
-        cpus: processors of each task; as many tasks run at once as fit the machine or the cluster.
-        experts: by name, the arguments of `deepseek.train_expert` (see `ExpertArguments`).
+        base: base model of all experts.
+        cpus: processors per task; Ray runs as many tasks at once as fit.
+        experts: arguments of `deepseek.train_expert` (see `ExpertArguments`) by the expert's name.
     """
 
     base: str = "smollm2-135m"
@@ -30,26 +28,30 @@ class ExpertsSettings(JobSettings):
 
 
 def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Path | Exception]]:
-    """Yield (name, pack or what went wrong) as the trainings end; the same call goes on after an
-    interruption.
+    """Yield (name, pack or exception) as the trainings end. The same call resumes interrupted ones.
 
-    Raises `ConfigError` if Ray is missing, or an argument of any expert is wrong.
+    Args:
+        config: YAML or TOML file, or mapping; see `ExpertsSettings`.
+
+    Raises:
+        ConfigError: Ray is missing, or an argument of any expert is wrong.
     """
     settings = ExpertsSettings.read(config)
-    for name, given in settings.experts.items():
+    for name, arguments in settings.experts.items():
         try:
-            ExpertArguments.read(**{"base": settings.base, "name": name, **given})
+            ExpertArguments.read(**{"base": settings.base, "name": name, **arguments})
         except ConfigError as error:
             raise ConfigError(f"experts.{name}: {error}") from None
     ray = connect("Training in parallel")
     task = ray.remote(num_cpus=settings.cpus, max_retries=3)(_train)
     names = {
-        task.remote(settings.base, name, given): name for name, given in settings.experts.items()
+        task.remote(settings.base, name, arguments): name
+        for name, arguments in settings.experts.items()
     }
-    left = list(names)
+    pending = list(names)
     try:
-        while left:
-            (done, *_), left = ray.wait(left, num_returns=1)
+        while pending:
+            (done, *_), pending = ray.wait(pending, num_returns=1)
             try:
                 yield names[done], Path(ray.get(done))
             except ray.exceptions.RayTaskError as error:
@@ -58,5 +60,5 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
         ray.shutdown()
 
 
-def _train(base: str, name: str, given: dict[str, Any]) -> str:
-    return str(train_expert(**{"base": base, "name": name, "quiet": True, **given}))
+def _train(base: str, name: str, arguments: dict[str, Any]) -> str:
+    return str(train_expert(**{"base": base, "name": name, "quiet": True, **arguments}))

@@ -1,8 +1,7 @@
-"""How much text, how many passes and how many evaluations: from the amount of text, the minutes and
-the measured speed.
+"""Choose the amount of text, passes and evaluations for a time budget and a measured speed.
 
-A plan is made once and kept in the run folder, so that a resumed run does exactly what the first
-call set out to do, however fast the machine is then.
+A plan is stored in the run folder, so that a resumed run follows the plan of the first call even if
+the machine's speed differs.
 """
 
 import math
@@ -17,32 +16,34 @@ from deepseek.errors import TrainError
 T = TypeVar("T")
 
 MARGIN = 0.05
-"""Share of the minutes left for what is not measured: checkpoints, plots, the pack."""
+"""Share of the minutes reserved for unmeasured work: checkpoints, plots, the pack."""
 
 EVALUATION_SHARE = 0.15
-"""Most of the time that the reported figures, before and after, may take."""
+"""Largest share of the time for the reported scores before and after training."""
 
 VALIDATION_ROWS = 0.2
-"""Validation rows scored for each row trained on. The whole head makes scoring a row nearly as dear
-as training on one: with the trunk below both, this is a tenth of the time at most."""
+"""Validation rows scored per training row. Scoring a row against the whole vocabulary costs nearly
+as much as a training step; with the cost of the trunk for both, this is at most a tenth of the
+time.
+"""
 
 EVALUATIONS_A_PASS = 4
 
 FEWEST_VALIDATION_ROWS = 4
-"""Where there is time for them: one row alone says little."""
+"""Validation rows to score at least, if time allows: the loss of one row is too noisy."""
 
 FEWEST_EVALUATIONS = 16
 MOST_EVALUATIONS = 33
-"""Of a run, whatever its passes."""
+"""Bounds of the evaluations in a run, regardless of its passes."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds that one packed row takes.
+    """Seconds per packed row.
 
     Attributes:
-        trunk: through the frozen layers below the expert, once a row; 0 where nothing is cached.
-        step: forward and backward through the layers above and the head, and the optimizer's part.
+        trunk: forward through the frozen layers below the expert; 0 without a cache.
+        step: forward and backward through the layers above and the head, and the optimizer's share.
         evaluate: forward through the layers above and the whole head.
     """
 
@@ -53,7 +54,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Packed rows there are to train on, to choose the best state by, and to report on."""
+    """Available packed rows for training, for choosing the best state, and for the report."""
 
     train: int
     validation: int
@@ -62,16 +63,16 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run will do; stored as `plan.json`.
+    """Amount of work of a run, stored as `plan.json`.
 
     Attributes:
         rows: distinct packed rows to train on.
-        validation_rows: packed rows that the best state is chosen by.
-        held_out_rows: packed rows to report on.
+        validation_rows: packed rows for choosing the best state.
+        held_out_rows: packed rows for the report.
         steps: optimizer steps.
-        evaluations: how often validation rows are scored, the start and the end included.
-        seconds: estimated duration from here.
-        limit: what ended the plan: the "text", the "time", or the "tokens" asked for.
+        evaluations: number of times that validation rows are scored, including start and end.
+        seconds: estimated duration from now on.
+        limit: what bounds the plan: the "text", the "time", or the requested "tokens".
     """
 
     rows: int
@@ -84,18 +85,18 @@ class TrainingPlan:
 
 
 def passes_for(tokens: int) -> float:
-    """Return how many passes over a text of this many tokens are worth planning.
+    """Return how many passes to plan over a text of `tokens` tokens.
 
-    A small text needs passes to get its steps at all; of a large one, what is still learned falls
-    with every pass and what is learned by heart rises. A run that is at its best earlier ends there
-    (see `loop.py`): a pass too many costs time, a pass too few costs gain. Measured, see
-    docs/log/experts.md.
+    A small text needs several passes for enough steps. On a large one, each further pass
+    generalises less and memorises more. A run whose best state comes earlier ends there (see
+    `loop.py`), so that a pass too many costs time, whereas a pass too few costs quality. The
+    constants are measured, see docs/log/experts.md.
     """
     return min(MOST_PASSES, max(FEWEST_PASSES, TOKENS_OF_A_RUN / max(1, tokens)))
 
 
 TOKENS_OF_A_RUN = 200_000
-"""Tokens that a run should see, all passes together."""
+"""Training tokens to aim for, over all passes."""
 
 FEWEST_PASSES = 3.0
 MOST_PASSES = 5.0
@@ -103,16 +104,16 @@ MOST_PASSES = 5.0
 
 @dataclass(frozen=True)
 class Amount:
-    """How much a request wants.
+    """Amount of training that a request asks for.
 
     Attributes:
-        tokens: distinct tokens to train on; 0 or None: all there are.
-        epochs: passes over them; None: as many as the text is worth.
-        shortest: passes that a text is to get at least where the minutes do not suffice for all of
+        tokens: distinct tokens to train on; 0 or None: all.
+        epochs: passes; None: chosen by the amount of text.
+        shortest: passes to make at least, over less text, if the minutes don't suffice for all of
             it.
-        row_length, batch_rows: tokens of a packed row, rows of a batch.
-        held_out_tokens: most tokens that are reported on, and most that the best state is chosen
-            by.
+        row_length: tokens per packed row.
+        batch_rows: rows per batch.
+        held_out_tokens: most tokens in the report, and most for choosing the best state.
     """
 
     tokens: int | None
@@ -128,15 +129,19 @@ class Amount:
 
 
 def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: RowCounts) -> TrainingPlan:
-    """Return how many rows, passes and evaluations fit; raise `TrainError` if not a single step
-    does.
+    """Return the rows, passes and evaluations that fit into a time budget.
 
-    Text that is used up in fewer minutes than there are ends the run early: further passes would
-    not help it.
+    If the text suffices for less than the budget, the run ends early, since further passes would
+    not help.
 
     Args:
-        seconds: time left for all of it; None: as long as the tokens of the request take.
-        rows: packed rows there are.
+        amount: what the request asks for.
+        seconds: time budget; None: unlimited.
+        speed: measured seconds per row.
+        rows: available packed rows.
+
+    Raises:
+        TrainError: not even one step fits.
     """
     most = max(1, amount.held_out_tokens // amount.row_length)
     held_out = min(rows.held_out, most)
@@ -150,15 +155,16 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: RowCoun
     row_steps = train * amount.passes(train)
     if seconds is not None:
         held_out = max(1, min(held_out, int(EVALUATION_SHARE * seconds / reported)))
-        first_row = (
-            speed.trunk + MOST_EVALUATIONS * speed.evaluate
-        )  # one row is scored, however short the run
-        left = (1 - MARGIN) * seconds - held_out * reported - first_row
-        if train * speed.trunk + row_steps * step > left:
+        # Even the shortest run scores one validation row.
+        first_row = speed.trunk + MOST_EVALUATIONS * speed.evaluate
+        seconds_left = (1 - MARGIN) * seconds - held_out * reported - first_row
+        if train * speed.trunk + row_steps * step > seconds_left:
             limit = "time"
             passes = min(amount.shortest, amount.passes(train))
-            train = max(1, min(train, int(left / (speed.trunk + passes * step))))
-            row_steps = min((left - train * speed.trunk) / step, train * amount.passes(train))
+            train = max(1, min(train, int(seconds_left / (speed.trunk + passes * step))))
+            row_steps = min(
+                (seconds_left - train * speed.trunk) / step, train * amount.passes(train)
+            )
     steps = (
         round(row_steps / amount.batch_rows)
         if seconds is None
@@ -174,26 +180,28 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: RowCoun
     wanted = int(VALIDATION_ROWS * steps * amount.batch_rows / evaluations)
     validation = max(1, min(rows.validation, most, wanted))
     scored = max(1e-9, speed.trunk + evaluations * speed.evaluate)
-    taken = (
+    seconds_used = (
         train * speed.trunk
         + steps * amount.batch_rows * speed.step
         + held_out * reported
         + validation * scored
     )
-    spare = (
+    affordable_rows = (
         FEWEST_VALIDATION_ROWS
         if seconds is None
-        else int(max(0.0, (1 - MARGIN) * seconds - taken) / scored)
+        else int(max(0.0, (1 - MARGIN) * seconds - seconds_used) / scored)
     )
-    few = max(0, min(FEWEST_VALIDATION_ROWS, rows.validation, most) - validation)
-    validation += min(few, spare)
-    taken += min(few, spare) * scored
-    return TrainingPlan(train, validation, held_out, steps, evaluations, round(taken, 1), limit)
+    missing_rows = max(0, min(FEWEST_VALIDATION_ROWS, rows.validation, most) - validation)
+    validation += min(missing_rows, affordable_rows)
+    seconds_used += min(missing_rows, affordable_rows) * scored
+    return TrainingPlan(
+        train, validation, held_out, steps, evaluations, round(seconds_used, 1), limit
+    )
 
 
 def timed(action: Callable[[Batch], T], warm_up: Batch, batch: Batch) -> tuple[float, T]:
-    """Return the seconds that `action` takes for each row of `batch`, after a call on `warm_up`,
-    and its result.
+    """Return the seconds that `action` takes per row of `batch` after a warm-up call, and its
+    result.
     """
     action(warm_up)
     started = time.perf_counter()

@@ -1,5 +1,4 @@
-"""`deepseek.pretrain`: from several piles of text to a tokenizer and a language model, both from
-scratch.
+"""`deepseek.pretrain`: train a tokenizer and a language model from scratch on several domains.
 
 texts -> tokenizer -> token shards, easy documents first -> mix -> model -> loop -> a model folder
 """
@@ -39,21 +38,22 @@ from deepseek.train.text.corpus import build_corpus, read_source
 from deepseek.train.text.mix import EASY_STEPS, Domain, MixedRows, easiest_first
 
 TOKENIZER_CHARACTERS = 20_000_000
-"""Text that merges are learned from; more hardly changes them."""
+"""Characters of text for learning the tokenizer's merges; more text hardly changes them."""
 
 SAMPLE_TOKENS = 48
+"""Tokens per sample."""
 
 
 @job(PretrainArguments)
 def pretrain(arguments: PretrainArguments) -> Path:
-    """Train a language model from scratch and return its folder; interrupted, the same call goes
-    on.
+    """Train a language model from scratch and return its folder. The same call resumes a run.
 
-    Under `torchrun` the parameters, gradients and moments are spread over the processes (FSDP2).
+    Under `torchrun`, parameters, gradients and optimizer moments are sharded over the processes
+    (FSDP2).
 
     Raises:
-        ConfigError, DataError, TrainError: with the cause and the mend.
-        KeyboardInterrupt: after Ctrl-C; its message says how to go on.
+        ConfigError, DataError, TrainError: the message states the cause and the fix.
+        KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     out = Path(arguments.out or home() / "models" / arguments.name)
     folder = Path(arguments.run_folder or home() / "runs" / arguments.name)
@@ -64,7 +64,7 @@ def pretrain(arguments: PretrainArguments) -> Path:
 
 
 class PretrainRun:
-    """One configuration in its run folder."""
+    """One pre-training in its run folder."""
 
     def __init__(
         self,
@@ -82,9 +82,12 @@ class PretrainRun:
         self.started = time.monotonic()
 
     def run(self) -> dict[str, Any] | None:
-        """Train and write the model; return the figures of the run in the main process."""
+        """Train and write the model; return the figures of the run (None outside the main
+        process).
+        """
         if not self.backend.main:
-            self.backend.barrier()  # the main process reads, trains the tokenizer and writes shards; others open them
+            # The main process trains the tokenizer and writes the shards; others only open them.
+            self.backend.barrier()
         self.tokenizer = self.known_tokenizer()
         self.domains = [self.domain(name, text) for name, text in self.settings.domains.items()]
         if self.backend.main:
@@ -93,7 +96,9 @@ class PretrainRun:
         return self.write(self.train())
 
     def estimate(self) -> str:
-        """Say what a run would take; one step is timed where the model fits the memory."""
+        """Return the estimated steps, memory and time; the time only if the model fits into
+        memory.
+        """
         settings = self.settings
         for domain in settings.domains.values():
             next(read_source(domain.source(settings.held_out, settings.seed), Skipped()))
@@ -114,7 +119,7 @@ class PretrainRun:
         return f"{words}, about {seconds / 60:.1f} minutes here, evaluation and reading not counted"
 
     def known_tokenizer(self) -> PreTrainedTokenizerFast:
-        """Return the tokenizer, trained on the mix the first time."""
+        """Return the tokenizer, training it on the mix if necessary."""
         if self.settings.tokenizer:
             return load_tokenizer(resolve(self.settings.tokenizer))
         folder = self.folder / "tokenizer"
@@ -126,7 +131,11 @@ class PretrainRun:
         return load_tokenizer(folder)
 
     def domain(self, name: str, text: DomainSettings) -> Domain:
-        """Return the packed rows of one domain; raise `DataError` if its shards are damaged."""
+        """Return one domain with its packed rows.
+
+        Raises:
+            DataError: its token shards are damaged.
+        """
         settings = self.settings
         source = text.source(settings.held_out, settings.seed)
         corpus = build_corpus(
@@ -137,7 +146,11 @@ class PretrainRun:
         return Domain(name, loaders[0], loaders[1], text.weight)
 
     def loader(self, shards: TokenShards) -> RowLoader:
-        """Return the packed rows of token shards, after checking these."""
+        """Return the packed rows of token shards.
+
+        Raises:
+            DataError: the shards are damaged.
+        """
         if not shards.is_intact():
             raise DataError(
                 f"The token shards in {shards.folder} are damaged; delete {shards.folder.parent}."
@@ -147,7 +160,7 @@ class PretrainRun:
         )
 
     def train(self) -> TrainResult:
-        """Run the loop to its end."""
+        """Run the training loop."""
         settings = self.settings
         self.model = build_model(settings, self.tokenizer)
         held_out = {domain.name: self.held_out_batches(domain.held_out) for domain in self.domains}
@@ -170,9 +183,13 @@ class PretrainRun:
         rows = settings.batch_rows * settings.accumulate
         easy = round(EASY_STEPS * config.steps) * rows if settings.curriculum else 0
         batches = MixedRows(self.domains, settings.batch_rows, easy, settings.seed)
-        # A model that is spread out can only run as a whole, and `generate` runs its parts.
-        alone = self.backend.world == 1
-        hooks = replace(self.task.hooks, evaluated=self.write_samples) if alone else self.task.hooks
+        # A sharded model only runs as a whole module, whereas `generate` calls its parts.
+        single_process = self.backend.world == 1
+        hooks = (
+            replace(self.task.hooks, evaluated=self.write_samples)
+            if single_process
+            else self.task.hooks
+        )
         return train(
             self.task,
             batches,
@@ -184,15 +201,15 @@ class PretrainRun:
         )
 
     def held_out_batches(self, loader: RowLoader) -> list[Batch]:
-        """Return a domain's rows to evaluate on, whole batches where there are enough."""
+        """Return a domain's held-out batches, full ones if it has enough rows."""
         size = self.settings.batch_rows
         rows = min(loader.num_rows, max(size, self.settings.held_out_tokens // loader.length))
         return loader.first(max(rows // size * size, min(rows, size))).batches()
 
     @torch.no_grad()
     def write_samples(self, step: int) -> None:
-        """Write how the model continues the sample prompts; training's random numbers are left
-        alone.
+        """Write sampled continuations of the prompts without touching the training's random
+        state.
         """
         texts = []
         self.model.eval()
@@ -200,21 +217,22 @@ class PretrainRun:
             torch.manual_seed(self.settings.seed)
             for prompt in self.settings.samples:
                 ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-                room = self.model.config.max_position_embeddings - ids.shape[1]
-                written = self.model.generate(
+                token_budget = self.model.config.max_position_embeddings - ids.shape[1]
+                sampled_ids = self.model.generate(
                     ids,
-                    max_new_tokens=max(1, min(SAMPLE_TOKENS, room)),
+                    max_new_tokens=max(1, min(SAMPLE_TOKENS, token_budget)),
                     do_sample=True,
                     temperature=0.8,
                     pad_token_id=0,
                 )
-                texts.append(self.tokenizer.decode(written[0]))
+                texts.append(self.tokenizer.decode(sampled_ids[0]))
         self.model.train()
         write_json(self.folder / "samples" / f"step-{step:08d}.json", texts)
 
     def write(self, result: TrainResult) -> dict[str, Any] | None:
         """Write the model with its tokenizer; return the figures of the run."""
-        # Gathered, tied ones would no longer be known as one tensor.
+        # `own_tensors` drops the duplicates of tied weights first: gathered copies no longer share
+        # storage, so that `save_pretrained` couldn't detect them.
         whole = {
             name: self.backend.whole(tensor) for name, tensor in self.model.own_tensors().items()
         }
@@ -238,14 +256,15 @@ class PretrainRun:
             for d in self.domains
         }
         self.progress.say(
-            f"held-out loss {result.metrics['held_out_loss']:.4f} after {position.tokens:,} tokens, {self.out}"
+            f"held-out loss {result.metrics['held_out_loss']:.4f} "
+            f"after {position.tokens:,} tokens, {self.out}"
         )
         record = {"stage": "pretrain", "model": str(self.out), "figures": figures, "data": data}
         return record | {"licence": self.settings.licence}
 
 
 def build_model(settings: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> DeepSeekModel:
-    """Return the model with its first weights, which the seed decides."""
+    """Return the model with weights initialised from the seed, in fp32."""
     torch.manual_seed(settings.seed)
     return (
         DeepSeekModel(settings.model_config_for(len(tokenizer), document_end_id(tokenizer)))
@@ -255,7 +274,9 @@ def build_model(settings: PretrainArguments, tokenizer: PreTrainedTokenizerFast)
 
 
 def mixed_texts(settings: PretrainArguments) -> Iterator[str]:
-    """Yield text of the domains in turn, of each as much as its weight asks for."""
+    """Yield text of the domains in turn, each up to its weight's share of
+    `TOKENIZER_CHARACTERS`.
+    """
     total = sum(domain.weight for domain in settings.domains.values())
     parts = [
         cut(domain, round(TOKENIZER_CHARACTERS * domain.weight / total), settings)
@@ -266,7 +287,7 @@ def mixed_texts(settings: PretrainArguments) -> Iterator[str]:
 
 
 def cut(domain: DomainSettings, characters: int, settings: PretrainArguments) -> Iterator[str]:
-    """Yield texts of one domain until they hold `characters`."""
+    """Yield texts of one domain until they add up to `characters`."""
     for document in read_source(domain.source(settings.held_out, settings.seed), Skipped()):
         yield document.text
         characters -= len(document.text)
@@ -275,7 +296,7 @@ def cut(domain: DomainSettings, characters: int, settings: PretrainArguments) ->
 
 
 def step_seconds(config: ModelConfig, settings: PretrainArguments) -> float:
-    """Return the seconds of one optimizer step here, measured on random tokens."""
+    """Return the seconds of one optimizer step on this machine, measured on random tokens."""
     task = LanguageTask(DeepSeekModel(config).float().train(), {})
     batch = partial(_random_batch, config.vocab_size, settings.row_length)
     task.loss(batch(1), 0).loss.backward()  # the first pass compiles and allocates

@@ -1,4 +1,4 @@
-"""The arguments of pre-training, declared like those of the other jobs in `arguments.py`."""
+"""Arguments of pre-training, declared like those of the other jobs in `arguments.py`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +23,8 @@ class PretrainArguments(RunArguments):
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {"config"}
 
     config: str | Path | Mapping[str, Any] | None = Field(default=None, kw_only=False)
-    """YAML or TOML file (in Python also a mapping) with any of the arguments below, which win over
-    it; default: none
+    """YAML or TOML file (in Python also a mapping) with any of the arguments below; explicit
+    arguments take precedence; default: none
     """
 
     name: str = Field(default="", min_length=1)
@@ -33,37 +33,38 @@ class PretrainArguments(RunArguments):
     domains: dict[str, DomainSettings] = Field(
         default_factory=dict, min_length=1, examples=[{"code": {"folder": "src"}}]
     )
-    """Texts by name, each with `folder`, `git`, `jsonl` or `parquet`, and its `weight` in the mix;
-    there is no default"""
+    """Text sources by name, each with `folder`, `git`, `jsonl` or `parquet`, and its `weight` in
+    the mix; there is no default
+    """
 
     tokens: int = Field(default=0, gt=0)
-    """Tokens to train on in all; there is no default"""
+    """Total tokens to train on; there is no default"""
 
     model: dict[str, Any] = Field(
         default_factory=lambda: {"preset": "deepseek-nano"}, examples=[{"preset": "deepseek-29m"}]
     )
-    """Shape of the model: `preset` and fields of `ModelConfig`"""
+    """Model configuration: `preset` and fields of `ModelConfig`"""
 
     vocab_size: int = Field(default=8192, gt=0)
-    """Entries of the tokenizer that is trained on the mix"""
+    """Vocabulary size of the tokenizer that is trained on the mix"""
 
     tokenizer: str | None = None
-    """Model or folder whose tokenizer to take; default: one is trained"""
+    """Model or folder to take the tokenizer from; default: train one"""
 
     row_length: int = Field(default=512, ge=2)
-    """Tokens of a packed row"""
+    """Tokens per packed row"""
 
     batch_rows: int = Field(default=8, ge=1)
-    """Rows of a batch"""
+    """Rows per batch"""
 
     accumulate: int = Field(default=1, ge=1)
-    """Batches of a step"""
+    """Batches per optimizer step"""
 
     learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak of the learning rate"""
+    """Peak learning rate"""
 
     final_learning_rate: float = Field(default=1e-5, ge=0)
-    """Learning rate at the end, to which it falls along a cosine"""
+    """Learning rate at the end of the cosine decay"""
 
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises to its peak"""
@@ -72,13 +73,13 @@ class PretrainArguments(RunArguments):
     """Weight decay of AdamW"""
 
     curriculum: bool = False
-    """Take easy text first; saves steps with some seeds only (docs/log/pretraining.md)"""
+    """Train on easy text first; saves steps with some seeds only (docs/log/pretraining.md)"""
 
     held_out: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the documents that is never trained on"""
+    """Share of the documents that is held out, never trained on"""
 
     held_out_tokens: int = Field(default=8192, ge=1)
-    """Tokens of each domain to evaluate on"""
+    """Held-out tokens per domain to evaluate on"""
 
     evaluate_every: int = Field(default=100, ge=1)
     """Steps between evaluations"""
@@ -97,7 +98,15 @@ class PretrainArguments(RunArguments):
 
     @classmethod
     def read(cls, config: str | Path | Mapping[str, Any] | None = None, **given: Any) -> Self:
-        """Return the arguments of a file or mapping, with those that are `given` in their place."""
+        """Return the arguments of a file or mapping, overridden by those that are `given` by name.
+
+        Args:
+            config: YAML or TOML file, or mapping; None: only `given`.
+            given: arguments by name.
+
+        Raises:
+            ConfigError: an argument is wrong or missing; the message names it, and the file.
+        """
         if not isinstance(config, str | Path):
             return super().read(**{**(config or {}), **given})
         values = read_file(Path(config))
@@ -108,11 +117,16 @@ class PretrainArguments(RunArguments):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that hold `tokens`."""
+        """Number of optimizer steps for `tokens`."""
         return max(1, round(self.tokens / (self.row_length * self.batch_rows * self.accumulate)))
 
     def model_config_for(self, vocab_size: int, end: int) -> "ModelConfig":
-        """Return the model's shape with this vocabulary, whose id `end` ends a document."""
+        """Return the model configuration.
+
+        Args:
+            vocab_size: entries of the vocabulary.
+            end: id of the token that ends a document.
+        """
         from deepseek.model.config import ModelConfig
 
         fields = {"max_position_embeddings": self.row_length, **self.model}

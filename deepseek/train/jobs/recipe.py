@@ -1,7 +1,7 @@
-"""`deepseek train`: a recipe runs stages in order; each goes on where it was, and what is finished
-is not done again.
+"""`deepseek train`: run the stages of a recipe in order.
 
-stages -> their results -> a model card beside the last model, and a page of the whole run
+Running the same recipe again skips finished stages and resumes an interrupted one. The results are
+a model card beside the last model and a page of the whole run.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,11 +27,11 @@ from deepseek.train.loop.runs import write_page
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage of a recipe takes, and the function that does it.
+    """Declaration and function behind a stage of a recipe.
 
     Attributes:
-        arguments: the declaration of the arguments that `with` may hold.
-        run: takes them and returns the path of what it made, if anything.
+        arguments: declaration of the arguments that `with` may hold.
+        run: takes these arguments and returns the path of its result, if it has one.
     """
 
     arguments: type[Declaration]
@@ -39,13 +39,13 @@ class Stage:
 
 
 class StageSettings(JobSettings):
-    """One stage: what it does, its name, and the arguments of the function behind it.
+    """One stage of a recipe.
 
     Attributes:
         stage: pretrain, adapt, align, expert or eval.
-        name: of its run folder; default: recipe, number and stage.
-        with_: arguments of that stage (`with` in the file), as `arguments.py` declares them. `base`
-            is the model that the stage before made, unless it is given.
+        name: name of its run folder; default: recipe, number and stage.
+        with_: arguments of the stage (`with` in the file), as declared in `arguments.py`. `base`
+            defaults to the model of the previous stage.
     """
 
     stage: str
@@ -54,13 +54,13 @@ class StageSettings(JobSettings):
 
 
 class RecipeSettings(JobSettings):
-    """What `deepseek train` reads.
+    """Contents of a recipe file.
 
     Attributes:
-        name: of the run folder and in the card.
-        base: model that the first stage starts from, if it does not start from scratch.
+        name: name of the run folder, and title of the model card.
+        base: model that the first stage starts from, unless it starts from scratch.
         licence: SPDX expression of the results.
-        stages: in order.
+        stages: the stages in order.
     """
 
     name: str
@@ -75,15 +75,21 @@ def train_recipe(
     *,
     quiet: bool = False,
 ) -> Path:
-    """Run the stages of a recipe and return its run folder; the same call goes on after an
-    interruption.
+    """Run the stages of a recipe and return its run folder. The same call resumes a run.
 
     Args:
-        extra: further stages; those that live on higher floors come from the command line.
+        config: YAML or TOML file, or mapping.
+        extra: further stages by name. The command line adds those of packages that may not be
+            imported here.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError: the recipe or an argument of any stage is wrong; raised before the first stage.
     """
     recipe = RecipeSettings.read(config)
     table = {**STAGES, **(extra or {})}
-    for number, step in enumerate(recipe.stages, 1):  # all of them before the first runs for hours
+    # Check the arguments of all stages before the first one runs for hours.
+    for number, step in enumerate(recipe.stages, 1):
         stage = pick(table, step.stage, "stage")
         try:
             stage.arguments.read(**given_to(stage, recipe, number, recipe.base, quiet))
@@ -94,12 +100,14 @@ def train_recipe(
     results = []
     for number, step in enumerate(recipe.stages, 1):
         stage = table[step.stage]
-        given = given_to(stage, recipe, number, model, quiet)
-        made = stage.run(**given)
-        model = str(made) if made is not None and Path(made).is_dir() else model
-        run = Path(given["run_folder"])
+        arguments = given_to(stage, recipe, number, model, quiet)
+        result_path = stage.run(**arguments)
+        model = (
+            str(result_path) if result_path is not None and Path(result_path).is_dir() else model
+        )
+        run = Path(arguments["run_folder"])
         results.append(
-            {"stage": step.stage, "run": str(run), "made": str(made or ""), **_result(run)}
+            {"stage": step.stage, "run": str(run), "made": str(result_path or ""), **_result(run)}
         )
     write_json(folder / "result.json", {"stage": "recipe", "model": model, "results": results})
     _report(recipe, folder, results, model)
@@ -109,9 +117,7 @@ def train_recipe(
 def given_to(
     stage: Stage, recipe: RecipeSettings, number: int, model: str, quiet: bool
 ) -> dict[str, Any]:
-    """Return the arguments of a stage by name: what its `with` says, and what every recipe
-    gives.
-    """
+    """Return the arguments of a stage by name: those of the recipe, overridden by its `with`."""
     step = recipe.stages[number - 1]
     name = step.name or f"{recipe.name}-{number}-{step.stage}"
     shared = {"base": model, "name": name, "run_folder": home() / "runs" / name, "quiet": quiet}
@@ -127,7 +133,7 @@ STAGES = {
 
 
 def _result(run: Path) -> dict[str, Any]:
-    """Return data and figures of a stage's run, as it left them."""
+    """Return figures and data digests of a stage from its run folder."""
     if not (run / "result.json").is_file():
         return {"figures": {}, "data": {}}
     result = read_json(run / "result.json")
@@ -140,7 +146,7 @@ def _result(run: Path) -> dict[str, Any]:
 def _report(
     recipe: RecipeSettings, folder: Path, results: list[dict[str, Any]], model: str
 ) -> None:
-    """Write the page of the run, and a model card into the run folder and beside the last model."""
+    """Write the page of the run, and the model card to the run folder and beside the last model."""
     plots = [plot for result in results for plot in sorted(Path(result["run"]).glob("*/loss.png"))]
     sections = {
         f"{number}. {result['stage']}": result["figures"]
@@ -161,9 +167,7 @@ def _report(
 
 
 def model_card(recipe: RecipeSettings, results: list[dict[str, Any]]) -> str:
-    """Return a model card as the Hugging Face hub has them: licence and base in front, then data,
-    figures and plots.
-    """
+    """Return a model card in the format of the Hugging Face hub, with data, figures and plots."""
     lines = [
         "---",
         f"license: {recipe.licence}",

@@ -1,6 +1,4 @@
-"""Configuration files, YAML or TOML, as frozen objects; a misspelt key is one sentence that names
-the right one.
-"""
+"""Configuration files in YAML or TOML, read into frozen objects."""
 
 import tomllib
 from collections.abc import Mapping
@@ -18,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class JobSettings(BaseModel):
-    """Fields of a configuration file; subclasses list them."""
+    """Base class of the contents of a configuration file; subclasses declare the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        """Refuse a key that no field has, naming the nearest field."""
+        """Reject unknown keys and suggest the nearest field."""
         names = {field.alias or name for name, field in cls.model_fields.items()}
         for key in values if isinstance(values, Mapping) else ():
             if key not in names:
@@ -34,8 +32,13 @@ class JobSettings(BaseModel):
 
     @classmethod
     def read(cls, given: str | Path | Mapping[str, Any] | Self) -> Self:
-        """Return the settings of a file, of a mapping, or as they are; `ConfigError` says what is
-        wrong with them.
+        """Return validated settings.
+
+        Args:
+            given: a file, a mapping, or settings, which are returned unchanged.
+
+        Raises:
+            ConfigError: the file or a field is invalid.
         """
         if isinstance(given, cls):
             return given
@@ -51,7 +54,7 @@ class JobSettings(BaseModel):
 
 
 class TextSettings(JobSettings):
-    """Where text comes from: any of a folder, a git history, JSONL and Parquet files."""
+    """Text sources: any of a folder, a git history, JSONL and Parquet files."""
 
     folder: Path | None = None
     git: Path | None = None
@@ -59,7 +62,12 @@ class TextSettings(JobSettings):
     parquet: Path | None = None
 
     def source(self, held_out: float, seed: int) -> "Source":
-        """Return the source that these settings name."""
+        """Return the source of the text.
+
+        Args:
+            held_out: share of the documents to hold out.
+            seed: seed of the split.
+        """
         from deepseek.train.text.corpus import Source
 
         return Source.at(
@@ -68,13 +76,17 @@ class TextSettings(JobSettings):
 
 
 class DomainSettings(TextSettings):
-    """One kind of text and its share of the mix, relative to the others'."""
+    """One domain of the mix, with its weight relative to the other domains."""
 
     weight: float = Field(default=1.0, gt=0)
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML or TOML file; `ConfigError` says what is wrong with it."""
+    """Return the content of a YAML or TOML file.
+
+    Raises:
+        ConfigError: the file is missing, malformed, or not a mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
@@ -82,7 +94,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist; give a YAML or TOML file.") from None
     except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         cause = " ".join(str(error).split())
-        raise ConfigError(f"{path} is neither YAML nor TOML ({cause}); correct it there.") from None
+        raise ConfigError(f"{path} is neither YAML nor TOML ({cause}); fix the file.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} has no fields; write them as `name: value`.")
     return content

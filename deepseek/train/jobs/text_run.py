@@ -1,9 +1,8 @@
-"""What every training on a user's text shares: the request, the corpus, the cached trunk, the way
-into the loop.
+"""What all trainings on a user's text share: request, corpus, trunk cache and loop.
 
-Held-out text has two parts. By the validation part the loop chooses the state that is kept; the
-other part has decided nothing, and is scored exactly before the first step and after the last one:
-these are the figures that are reported.
+Held-out text has two parts. The loop chooses the best state by the validation part. The other part
+influences nothing; it is scored exactly before the first and after the last step, and the report
+shows these figures.
 """
 
 import shutil
@@ -35,27 +34,25 @@ from deepseek.train.text.corpus import Corpus, build_corpus
 from deepseek.train.text.trunk_cache import Stream, TrunkCache
 
 FREQUENT_TOKENS = 4096
-"""The first ids of a byte-pair vocabulary are its most frequent ones; they join the candidates of
-the training loss.
+"""Number of first ids that always join the candidates of the training loss. The first ids of a
+byte-pair vocabulary are its most frequent tokens.
 """
 
 SAMPLED_TOKENS = 1024
 """Further ids drawn at every step to estimate the rest of the partition function."""
 
 FEWEST_HELD_OUT = 32
-"""Tokens of validation text, and of the text that is reported on, below which nothing can be
-told.
-"""
+"""Fewest tokens of validation text, and of reported held-out text, for a meaningful loss."""
 
 PATIENCE = 4
-"""Evaluations in a row without a lower loss after which a run goes back to its best state: about a
-pass.
+"""Consecutive evaluations without a lower loss, about one pass, after which a run returns to its
+best state.
 """
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
 class TextRequest(TextArguments):
-    """The arguments of a training on text with nothing left open; stored as `request.json`."""
+    """Resolved arguments of a training on text, stored as `request.json`."""
 
     batch_rows: int
     learning_rate: float
@@ -63,27 +60,27 @@ class TextRequest(TextArguments):
 
 @dataclass(frozen=True)
 class Texts:
-    """Packed rows to train on, to report on, and to choose the best state by."""
+    """Packed rows for training, for the report, and for choosing the best state."""
 
     train: RowLoader
     held_out: RowLoader
     validation: RowLoader
 
     def first(self, rows: int, held_out_rows: int, validation_rows: int) -> "Texts":
-        """Return some of the rows, the same ones at every call."""
+        """Return a subset of the rows, the same one at every call."""
         validation = self.validation.first(validation_rows)
         return Texts(self.train.first(rows), self.held_out.first(held_out_rows), validation)
 
     def planned(self, plan: TrainingPlan) -> "Texts":
-        """Return the rows of a plan."""
+        """Return the rows that a plan uses."""
         return self.first(plan.rows, plan.held_out_rows, plan.validation_rows)
 
 
 class TextRun:
-    """One request in its run folder, and the model that it is about.
+    """One training in its run folder, with its model.
 
     Attributes:
-        started: when, by the monotonic clock.
+        started: start of the run in seconds of the monotonic clock.
     """
 
     def __init__(
@@ -99,7 +96,7 @@ class TextRun:
         self._request = request
 
     def corpus(self) -> Corpus:
-        """Return the token shards, reading the source only the first time."""
+        """Return the corpus as token shards; only the first call reads the source."""
         folder = self.folder / "corpus"
         corpus = build_corpus(
             self._request.source, self.tokenizer, folder, self.progress, validation=True
@@ -108,15 +105,19 @@ class TextRun:
         return corpus
 
     def texts(self, corpus: Corpus) -> Texts:
-        """Return the packed rows of a corpus; raise `DataError` if one of its parts has none."""
+        """Return the packed rows of a corpus.
+
+        Raises:
+            DataError: there is too little held-out text.
+        """
         request = self._request
         if (
             corpus.validation is None
             or min(corpus.validation.num_tokens, corpus.held_out.num_tokens) < FEWEST_HELD_OUT
         ):
             raise DataError(
-                f"Of the text that is held out, at least {FEWEST_HELD_OUT} tokens are needed to choose the best state, "
-                "and as many to report on; give more text."
+                f"The held-out set is too small: at least {FEWEST_HELD_OUT} tokens are needed to "
+                "choose the best state, and as many to report on; give more text."
             )
         parts = (
             RowLoader(shards, request.batch_rows, request.row_length, request.seed)
@@ -125,8 +126,11 @@ class TextRun:
         return Texts(*parts)
 
     def head(self, text: RowLoader, *further: Tensor) -> CandidateHead:
-        """Return the head restricted to what occurs as a label in the rows of `text` or among
-        `further` labels.
+        """Return an output head restricted to likely tokens.
+
+        Args:
+            text: rows whose labels are candidates.
+            further: more labels that are candidates.
         """
         labels = torch.cat(
             [
@@ -149,18 +153,19 @@ class TextRun:
         computed: str,
         dtype: torch.dtype = torch.bfloat16,
     ) -> Stream:
-        """Return where the streams that enter the trained part come from: a cache, filled by
-        `compute`.
+        """Return a function that reads the hidden states entering the trained part from a cache.
 
         Args:
-            name: of the cache.
+            name: name of the cache.
+            text: rows to cache.
             layer: first block of the trained part.
-            computed: how the streams are computed, in words that change when they would.
-            dtype: of the cache.
+            compute: computes the hidden states `[B, T, D]` of a batch, to fill the cache.
+            computed: cache key describing how the hidden states are computed.
+            dtype: dtype of the cache.
         """
         base = self.model.experts.base.weights
         width = self.model.config.hidden_size
-        what = f"trunk ({name})"
+        label = f"trunk ({name})"
         key = {"base": base, "shards": text.shards.digest, "layer": layer, "computed": computed}
         cache = TrunkCache(
             self.folder / "trunk" / name, key, text.row_ids, text.length, width, dtype
@@ -169,17 +174,20 @@ class TextRun:
             text,
             compute,
             self._request.batch_rows,
-            lambda done, total: self.progress(done, total, what),
+            lambda done, total: self.progress(done, total, label),
         )
         return lambda batch: cache.read(batch.row_ids)
 
     def loop(
         self, task: Task[Batch], text: RowLoader, plan: TrainingPlan, test: Callable[[], float]
     ) -> Outcome:
-        """Run the loop until the task is at its best on validation rows.
+        """Train and return to the state with the lowest loss on validation rows.
 
         Args:
-            test: returns the exact loss on the rows that are reported; called before and after.
+            task: what to train.
+            text: training rows.
+            plan: steps and evaluations.
+            test: returns the exact loss on the reported held-out rows; called before and after.
         """
         path = self.folder / "base.json"
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Which layers an expert lives in: `all`, `last:3`, or a list such as `0-9,20`."""
+"""Parse the layers of an expert: `all`, `last:3`, or a list such as `0-9,20`."""
 
 import re
 
@@ -8,8 +8,14 @@ PART = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Return the sorted layer indices that `text` names in a model of `num_layers`; `ConfigError`
-    if it cannot be.
+    """Return the sorted layer indices that `text` names.
+
+    Args:
+        text: `all`, `last:N`, or indices and ranges separated by commas.
+        num_layers: number of layers of the model.
+
+    Raises:
+        ConfigError: `text` is malformed or exceeds the model.
     """
     words = text.replace(" ", "")
     if words == "all":

@@ -1,15 +1,13 @@
-"""The training loop, the only one: a task says what is trained and how it is scored, the loop does
-everything else.
+"""The training loop: a task defines what to train and how to score it, the loop does the rest.
 
-A run lives in a folder: `config.json` (resolved), `metrics.jsonl`, `loss.png`, `tensorboard/` and
-`checkpoints/`. Calling `train` again with the same arguments continues after the newest checkpoint
-and ends with the same bits as a run that was never interrupted: weights, moments, random state and
-the place in the data are all restored.
+A run has a folder: `config.json` (resolved), `metrics.jsonl`, `loss.png`, `tensorboard/` and
+`checkpoints/`. Calling `train` again with the same arguments resumes from the newest checkpoint. A
+resumed run ends with the same bits as an uninterrupted one, since weights, moments, random state
+and data position are all restored.
 
-A run may keep its best state (`LoopConfig.keep_best`): the weights at its lowest held-out figure
-lie in `best/` and are those of the task when `train` returns, whatever came after. Where the figure
-no longer falls, the run goes back to them once, lets the rate fall to its end over a few more
-steps, and stops.
+A run may keep its best state (`LoopConfig.keep_best`): `best/` holds the weights at the lowest
+held-out figure, and the task has these weights when `train` returns. Once the figure stops falling,
+the run returns to them a single time, cools down over a few more steps, and stops.
 """
 
 import math
@@ -41,7 +39,7 @@ from deepseek.train.loop.progress import InterruptGuard, ProgressBar
 from deepseek.train.loop.runs import check_config
 
 PLOT_SECONDS = 20.0
-"""Time between two plots; drawing one takes as long as some steps."""
+"""Seconds between two plots; drawing one takes as long as several steps."""
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
@@ -50,11 +48,11 @@ B_contra = TypeVar("B_contra", contravariant=True)
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a task returns for one batch.
+    """Loss of one batch.
 
     Attributes:
-        loss: scalar to minimise.
-        tokens: how many targets it is the mean over.
+        loss: scalar to minimise, in nats per target.
+        tokens: number of targets that the loss is averaged over.
         metrics: further figures to record.
     """
 
@@ -64,7 +62,7 @@ class LossOutput:
 
 
 class Batches(Protocol[B_co]):
-    """An endless stream of batches whose place is a few integers (`data.RowLoader` is one)."""
+    """An endless stream of batches whose position is a few integers, such as `data.RowLoader`."""
 
     def next(self) -> B_co: ...
     def state(self) -> dict[str, int]: ...
@@ -72,11 +70,11 @@ class Batches(Protocol[B_co]):
 
 
 class Task(Protocol[B_contra]):
-    """What is trained.
+    """What to train and how to score it.
 
-    `loss` may depend on the step (counted in batches), never on hidden state of its own; `evaluate`
-    returns named figures, `held_out_loss` among them if there is held-out text, and is called
-    between steps.
+    `loss` may depend on the step (counted in batches) but not on hidden state of its own, or
+    resumed runs would differ. `evaluate` is called between steps and returns named figures,
+    including `held_out_loss` if there is held-out text.
     """
 
     @property
@@ -87,13 +85,13 @@ class Task(Protocol[B_contra]):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a task may add to the loop.
+    """Callbacks and state that a task adds to the loop.
 
     Attributes:
-        buffers: tensors beside the parameters that training changes, saved and restored with them.
-        stepped: called after every optimizer step with its rate's share of the peak; returns
-            figures to record.
-        evaluated: called with the number of steps done after every evaluation.
+        buffers: tensors besides the parameters that training changes; checkpoints include them.
+        stepped: called after every optimizer step with the learning rate as a share of its peak;
+            returns figures to record.
+        evaluated: called after every evaluation with the number of finished steps.
     """
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
@@ -103,22 +101,22 @@ class Hooks:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and how often.
+    """Length of a run, and intervals of evaluations and checkpoints.
 
     Attributes:
         optim: optimizer and schedule.
-        steps: optimizer steps in all.
-        accumulate: batches a step.
-        evaluate_every: steps between evaluations; the first comes before step 0 and the last after
-            the end.
+        steps: total optimizer steps.
+        accumulate: batches per step.
+        evaluate_every: steps between evaluations; there is one before the first and one after the
+            last step.
         checkpoint_every: steps between checkpoints.
-        keep: checkpoints kept.
-        seed: of PyTorch's random numbers.
-        keep_best: figure of the evaluations at whose lowest value the weights are kept and given
-            back at the end; "" ends with the last ones.
-        patience: evaluations in a row without a lower figure after which the run cools down, then
-            ends; 0: never.
-        cooldown: steps of that cool-down, as a share of those that led to the best state.
+        keep: number of checkpoints to keep.
+        seed: seed of PyTorch's random numbers.
+        keep_best: evaluation figure whose lowest value selects the final weights; "" ends with the
+            last weights.
+        patience: consecutive evaluations without a lower figure before the cool-down; 0: no early
+            stop.
+        cooldown: steps of the cool-down as a share of the steps up to the best state.
     """
 
     optim: OptimConfig
@@ -135,8 +133,8 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended, and its last evaluation; where the best state is kept, the figure of that
-    one.
+    """Final position of a run and its last evaluation; with `keep_best`, the figure of the best
+    state.
     """
 
     position: Position
@@ -153,18 +151,22 @@ def train(
     hooks: Hooks | None = None,
     backend: Backend = SINGLE,
 ) -> TrainResult:
-    """Train `task` to the end of `config.steps`, or until it is at its best, from the newest
-    checkpoint in `folder`.
+    """Train `task` for `config.steps` steps or until its figure stops falling.
+
+    The run resumes from the newest checkpoint in `folder`.
 
     Args:
-        folder: of the run.
-        hooks: what the task adds to the loop.
-        backend: one process or many, each of which takes its part of every batch and of every
-            parameter.
+        task: what to train.
+        batches: training data.
+        config: length, intervals, optimizer and seed.
+        folder: folder of the run.
+        progress: shows the steps.
+        hooks: callbacks and state of the task; default: none.
+        backend: a single process, or many that share every batch and shard every parameter.
 
     Raises:
         TrainError: the run in `folder` had another configuration, it diverged, or the disk is full.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, with the step finished and a checkpoint written.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step is finished and checkpointed.
     """
     check_config(folder / "config.json", asdict(config))
     backend.barrier()
@@ -200,9 +202,8 @@ class _Run:
     def run(self) -> TrainResult:
         self.restore()
         position = self.position
-        first_record = (
-            position.step + self.is_evaluated
-        )  # a resumed run writes again what comes after
+        # Later records are dropped: a resumed run writes them again.
+        first_record = position.step + self.is_evaluated
         self.log = MetricsLog(self.folder, first_record) if self.backend.main else None
         figures: dict[str, float] = {}
         try:
@@ -216,8 +217,8 @@ class _Run:
                     if self.backend.any(interrupt.asked):
                         self.save()
                         raise KeyboardInterrupt(
-                            f"stopped after step {position.step} of {self.last_step}, nothing is lost; the same call "
-                            "goes on"
+                            f"stopped after step {position.step} of {self.last_step}, "
+                            "nothing is lost; the same call resumes the run"
                         )
                     if position.step % self.config.checkpoint_every == 0:
                         self.save()
@@ -228,21 +229,19 @@ class _Run:
                     figures = {self.config.keep_best: position.best}
         finally:
             if self.log is not None:
-                with suppress(OSError):  # a full disk has been reported; the plot must not hide it
+                with suppress(OSError):  # don't mask the error of a full disk
                     self.log.close()
                     plot_losses(self.folder)
         return TrainResult(position, figures)
 
     @property
     def last_step(self) -> int:
-        """Steps after which the run ends, as things stand."""
+        """Step at which the run currently plans to end."""
         return self.position.cooling[1] if self.position.cooling else self.config.steps
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether this step's evaluation is done and counts among those that the best state was
-        chosen from.
-        """
+        """Whether the evaluation at this step is done and has been compared with the best state."""
         return bool(self.config.keep_best) and self.position.evaluated == self.position.step
 
     @property
@@ -258,11 +257,10 @@ class _Run:
         )
 
     def is_settled(self) -> bool:
-        """Whether to end here, as the figure no longer falls; the first time, begin to cool down
-        from the best state.
+        """Return whether to end the run; start the cool-down the first time that the figure stalls.
 
-        At a high rate the figure stops falling long before the text is used up; with a falling one,
-        the same state still gains. A run that was never better than at its start has nothing to
+        At a high learning rate the figure stalls long before the text is used up, and a decaying
+        rate still lowers it from the best state. A run whose best state is its start has nothing to
         cool down from.
         """
         position = self.position
@@ -275,13 +273,14 @@ class _Run:
         self.load_best()
         position.cooling = [position.step, min(config.steps, position.step + steps)]
         self.progress.say(
-            f"{config.keep_best.replace('_', ' ')} was lowest after step {position.best_step} of {config.steps}; going "
-            f"back there to end with {position.cooling[1] - position.step} steps at a falling rate"
+            f"{config.keep_best.replace('_', ' ')} was lowest after step {position.best_step} of "
+            f"{config.steps}; returning there for a cool-down of "
+            f"{position.cooling[1] - position.step} steps"
         )
         return False
 
     def step(self) -> None:
-        """Make one optimizer step, or skip it if loss or gradient is not finite or the loss is a
+        """Make one optimizer step; skip it if loss or gradient is not finite, or the loss is a
         spike.
         """
         started = time.perf_counter()
@@ -292,15 +291,15 @@ class _Run:
             group["lr"] = rate * group["pace"]
         loss, tokens, extra = self.backward()
         norm = clip_gradients(self.parameters.values(), optim.clip_norm)
-        taken = position.takes(loss, norm)
+        applied = position.takes(loss, norm)
         position.tokens += tokens
-        if taken:
+        if applied:
             self.optimizer.step()
         else:
             self.write(position.step - 1, skipped=position.skipped)
         self.optimizer.zero_grad()
         position.check_divergence(optim.learning_rate)
-        if taken:
+        if applied:
             extra = {**extra, **self.hooks.stepped(rate / optim.learning_rate)}
             speed = tokens / (time.perf_counter() - started)
             self.write(
@@ -316,8 +315,8 @@ class _Run:
             self.progress(position.step, self.last_step, "train", note)
 
     def backward(self) -> tuple[float, int, Mapping[str, float]]:
-        """Accumulate the gradients of one step's batches; return its mean loss, its targets and
-        further figures.
+        """Accumulate the gradients of one step; return its mean loss, targets and further
+        figures.
         """
         losses = []
         tokens = 0
@@ -326,25 +325,25 @@ class _Run:
             with autocast(self.device):
                 batch = self.backend.share(self.batches.next())
                 output = self.task.loss(batch, self.position.step * parts + part)
-            weight, seen = self.backend.weigh(output.tokens)
+            weight, part_tokens = self.backend.weigh(output.tokens)
             (output.loss * weight / parts).backward()
             losses.append(output.loss.detach() * weight)
-            tokens += seen
+            tokens += part_tokens
         return float(self.backend.mean(torch.stack(losses)).mean()), tokens, output.metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate, record the figures and keep the best state; {} where this step was evaluated
-        before.
+        """Evaluate, record the figures and save the best state; return {} if this step is
+        evaluated.
         """
         if self.is_evaluated:
             return {}
         position = self.position
-        wanted = self.config.keep_best
+        criterion = self.config.keep_best
         figures = self.task.evaluate()
         position.evaluated = position.step
         if figures:
             self.write(position.step, **figures)
-        if wanted in figures and position.is_best(figures[wanted]):
+        if criterion in figures and position.is_best(figures[criterion]):
             self.backend.save(self.best / f"step-{position.step:08d}", self.weights, {})
         if figures and self.backend.main and time.monotonic() > self.plotted + PLOT_SECONDS:
             plot_losses(self.folder)
@@ -353,12 +352,12 @@ class _Run:
         return figures
 
     def write(self, step: int, **figures: float) -> None:
-        """Record figures, in the main process alone."""
+        """Record figures; only the main process writes."""
         if self.log is not None:
             self.log.write(step, **figures)
 
     def save(self) -> None:
-        """Write a checkpoint unless this step has one, then drop old ones."""
+        """Write a checkpoint unless this step has one, then delete old ones."""
         position = self.position
         if self.saved_step == position.step:
             return
@@ -371,11 +370,11 @@ class _Run:
             store.prune_before(self.best, store.oldest_step(self.checkpoints))
 
     def load_best(self) -> None:
-        """Put the best weights back."""
+        """Restore the best weights."""
         self.backend.load(self.best / f"step-{self.position.best_step:08d}", self.weights)
 
     def restore(self) -> None:
-        """Continue from the newest checkpoint, or seed a fresh run."""
+        """Resume from the newest checkpoint, or seed a new run."""
         torch.manual_seed(self.config.seed)
         newest = store.latest_state(self.checkpoints)
         if newest is None:
@@ -384,4 +383,4 @@ class _Run:
         self.batches.load(meta["batches"])
         self.position = Position(**meta["position"])
         self.saved_step = self.position.step
-        self.progress.say(f"going on after step {self.position.step} of {self.config.steps}")
+        self.progress.say(f"resuming after step {self.position.step} of {self.config.steps}")

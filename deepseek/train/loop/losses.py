@@ -1,4 +1,4 @@
-"""The loss on held-out text, as training and evaluation both report it."""
+"""Held-out loss as training and evaluation report it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,24 +15,23 @@ from deepseek.train.loop.packed import begin_rows
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss in nats per predicted token, and over how many tokens."""
+    """Mean loss in nats per predicted token, and the number of tokens."""
 
     loss: float
     tokens: int
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Return the mixed precision in which matrix products are fastest on `device`; off where that
-    is fp32.
-    """
+    """Return mixed precision in the fastest dtype for matrix products on `device`; off for fp32."""
     dtype = fast_dtype(device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
 @torch.no_grad()
 def row_losses(model: DeepSeekModel, batch: Batch) -> Tensor:
-    """Return the exact loss `[B, T]` of every token of packed rows under `model` as it is armed, 0
-    where ignored.
+    """Return the exact loss `[B, T]` of every token of packed rows, 0 for ignored labels.
+
+    Armed experts take part.
     """
     with autocast(model.device):
         hidden_BTD = begin_rows(model, batch).finish()

@@ -1,6 +1,4 @@
-"""Metrics of a run: one JSON object a line, the same figures for TensorBoard, and the loss curve as
-a picture.
-"""
+"""Metrics of a run as JSON lines and for TensorBoard, and a plot of the loss."""
 
 import json
 import resource
@@ -11,28 +9,28 @@ from deepseek.checkpoint.store import atomic_write
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` in a run folder.
+    """Writer of `metrics.jsonl` in a run folder.
 
-    A resumed run cuts what lies after its checkpoint, so that the file never tells a step twice.
+    A resumed run first drops the records after its checkpoint, so that no step appears twice.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Keep the records of steps before `first_step` and open the file for more."""
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # slow to load, and readers of a log need not
+        """Open the log, keeping the records of steps before `first_step`."""
+        # Slow to import, and only writers need it.
+        from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.path) if record["step"] < first_step]
+        earlier_records = [
+            record for record in read_metrics(self.path) if record["step"] < first_step
+        ]
         with atomic_write(self.path) as temporary:
             temporary.write_text(
-                "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
+                "".join(json.dumps(record) + "\n" for record in earlier_records), encoding="utf-8"
             )
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step
-        )  # hides later steps
+        # `purge_step` hides the records after the checkpoint.
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, **values: float) -> None:
         """Append one record."""
@@ -47,7 +45,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the whole records of a metrics file; a line that a crash cut off is left out."""
+    """Return the complete records of a metrics file, up to a line truncated by a crash."""
     if not path.is_file():
         return []
     records = []
@@ -60,9 +58,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def plot_losses(folder: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder as `loss.png` beside it: training and held-out loss, the
-    best one marked.
-    """
+    """Plot training and held-out loss of a run folder to `loss.png`, with the best state marked."""
     from matplotlib.figure import Figure
 
     records = read_metrics(folder / "metrics.jsonl")
@@ -97,6 +93,6 @@ def plot_losses(folder: Path) -> Path:
 
 
 def peak_memory() -> int:
-    """Return the largest resident size so far, in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes elsewhere

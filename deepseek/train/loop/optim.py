@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedule, and everything that decides how a run goes on, as tensors."""
+"""AdamW, learning-rate schedules, and the state of a run as tensors."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,21 +12,22 @@ from torch.distributed.tensor import DTensor
 
 ROUTER = "router.weight"
 ROUTER_PACE = 0.1
-"""Routers learn at a tenth of the rate: where all tokens agree on an expert, its logit moves by
-about the rate times the width in one step, and no balancing follows that."""
+"""Routers learn at a tenth of the learning rate. Where all tokens agree on an expert, one step
+moves its logit by about rate times width, too fast for load balancing to follow.
+"""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How parameters move.
+    """Optimizer settings.
 
     Attributes:
-        learning_rate: the peak, reached after the warm-up.
-        warmup: share of all steps in which the rate rises linearly.
-        final: share of the peak at the last step, reached along a cosine.
-        weight_decay: decoupled decay (arXiv:1711.05101) of matrices; vectors are left alone.
+        learning_rate: peak learning rate, reached after the warm-up.
+        warmup: share of the steps in which the rate rises linearly.
+        final: learning rate at the last step, as a share of the peak; the decay is a cosine.
+        weight_decay: decoupled decay (arXiv:1711.05101) of matrices; vectors have none.
         betas: decay rates of the two moments.
-        clip_norm: gradients are scaled down to this norm over all parameters.
+        clip_norm: largest norm of the gradient over all parameters; larger ones are scaled down.
     """
 
     learning_rate: float
@@ -38,7 +39,7 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Return the rate of step `step` (from 0) of `steps`: linear warm-up, then half a cosine."""
+    """Return the learning rate of `step` (from 0) of `steps`: linear warm-up, then cosine decay."""
     warmup = max(1, round(config.warmup * steps))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -48,8 +49,9 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def cooling_rate(config: OptimConfig, step: int, first: int, last: int, peak: float) -> float:
-    """Return the rate of step `step` of a cool-down over steps [first, last): half a cosine from
-    `peak` to the end.
+    """Return the learning rate of `step` in a cool-down over steps [first, last).
+
+    The decay is a cosine from `peak` to the final learning rate.
     """
     progress = (step - first) / max(1, last - first - 1)
     final = config.learning_rate * config.final
@@ -57,7 +59,7 @@ def cooling_rate(config: OptimConfig, step: int, first: int, last: int, peak: fl
 
 
 def adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """Return the optimizer of named parameters, its state keyed in their order."""
+    """Return the optimizer of named parameters: matrices, vectors without decay, slow routers."""
     routers = [parameter for name, parameter in parameters.items() if name.endswith(ROUTER)]
     matrices = [p for name, p in parameters.items() if p.dim() > 1 and not name.endswith(ROUTER)]
     vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
@@ -78,7 +80,7 @@ def adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.opt
 def optimizer_tensors(
     optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return the moments and step counts as `<parameter>.<moment>`."""
+    """Return moments and step counts as `<parameter>.<moment>`."""
     return {
         f"{name}.{moment}": value
         for name, parameter in parameters.items()
@@ -89,13 +91,12 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizer: torch.optim.AdamW, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` returned."""
+    """Restore the tensors of `optimizer_tensors`."""
     for name, parameter in parameters.items():
         moments = {
             moment: tensors.get(f"{name}.{moment}") for moment in ("step", "exp_avg", "exp_avg_sq")
         }
-        # The step count stays on the CPU, as AdamW keeps it; the moments lie beside their
-        # parameter.
+        # AdamW keeps the step count on the CPU, and the moments on the parameter's device.
         optimizer.state[parameter] = {
             moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
             for moment, value in moments.items()
@@ -104,32 +105,32 @@ def load_optimizer_tensors(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> float:
-    """Scale gradients down to `norm` and return the norm they had; a non-finite one is returned
-    untouched.
+    """Scale gradients down to `norm` and return their norm before; non-finite ones stay
+    unscaled.
     """
     trained = list(parameters)
-    found = nn.utils.get_total_norm(p.grad for p in trained if p.grad is not None)
-    if isinstance(found, DTensor):  # of parameters sharded over processes
-        found = found.full_tensor()
-    if bool(found.isfinite()):
-        nn.utils.clip_grads_with_norm_(trained, norm, found)
-    return float(found)
+    total_norm = nn.utils.get_total_norm(p.grad for p in trained if p.grad is not None)
+    if isinstance(total_norm, DTensor):  # parameters are sharded over processes
+        total_norm = total_norm.full_tensor()
+    if bool(total_norm.isfinite()):
+        nn.utils.clip_grads_with_norm_(trained, norm, total_norm)
+    return float(total_norm)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a trained model consists of.
+    """Tensors of a trained model.
 
     Attributes:
-        parameters: by name.
-        buffers: further tensors, by name.
+        parameters: parameters by name.
+        buffers: further tensors by name.
     """
 
     parameters: dict[str, nn.Parameter]
     buffers: Mapping[str, Tensor]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all of it under one flat naming."""
+        """Return all tensors by a flat name."""
         return {
             **{f"parameter.{name}": parameter for name, parameter in self.parameters.items()},
             **{f"buffer.{name}": value for name, value in self.buffers.items()},
@@ -137,7 +138,7 @@ class Weights:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put what `tensors` returned back where it was."""
+        """Copy the values of `tensors` back."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
         for name, value in self.buffers.items():
@@ -146,16 +147,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class TrainingState(Weights):
-    """What training changes.
+    """Weights, optimizer state and random state.
 
     Attributes:
-        optimizer: of the parameters.
+        optimizer: optimizer of the parameters.
     """
 
     optimizer: torch.optim.AdamW
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all of it, PyTorch's random states among them, under one flat naming."""
+        """Return all tensors, including PyTorch's random states, by a flat name."""
         return {
             **super().tensors(),
             **{
@@ -166,17 +167,17 @@ class TrainingState(Weights):
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put what `tensors` returned back where it was."""
+        """Copy the values of `tensors` back."""
         super().restore(tensors)
         load_optimizer_tensors(self.optimizer, self.parameters, _below(tensors, "optimizer."))
         _restore_random(_below(tensors, "random."))
 
 
 def no_room_for(folder: Path) -> str:
-    """Return what to say where a checkpoint does not fit the disk."""
+    """Return the message for a checkpoint that does not fit on the disk."""
     return (
-        f"The disk of {folder.parent} is full, the checkpoint {folder.name} was not written; the one before is intact, "
-        "so free some space and run the same command."
+        f"The disk of {folder.parent} is full, the checkpoint {folder.name} was not written; "
+        "the previous one is intact, so free some space and run the same command."
     )
 
 
@@ -189,7 +190,7 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _random_states() -> dict[str, Tensor]:
-    """Return the states of PyTorch's generators, by device."""
+    """Return the states of PyTorch's random generators by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {

@@ -1,5 +1,6 @@
-"""Forward passes over packed rows: `model/passes.py` for a `Batch`, which may lie on another device
-than the model.
+"""Forward passes over packed rows.
+
+They adapt `model/passes.py` to a `Batch`, which may be on another device than the model.
 """
 
 from torch import Tensor
@@ -10,25 +11,25 @@ from deepseek.model.transformer import DeepSeekModel
 
 
 def begin_rows(model: DeepSeekModel, batch: Batch) -> ForwardPass:
-    """Return a pass over packed rows that stands before layer 0.
+    """Return a forward pass over packed rows that starts before layer 0.
 
     Args:
-        model: the model to run; experts take part as they are armed or forced.
-        batch: rows of T tokens, whose positions restart at each document.
+        model: model to run; experts take part if armed or forced.
+        batch: rows of T tokens whose positions restart at each document.
     """
     position_ids_BT = batch.position_ids.to(model.device)
     return begin(model, batch.input_ids.to(model.device), position_ids=position_ids_BT)
 
 
 def resume_rows(model: DeepSeekModel, batch: Batch, stream_BTD: Tensor, layer: int) -> ForwardPass:
-    """Return a pass over packed rows that stands after the attention of a layer.
+    """Return a forward pass over packed rows that starts after the attention of a layer.
 
     Args:
-        model: the model to run; experts take part as they are armed or forced.
-        batch: the rows that the stream was computed from.
-        stream_BTD: the residual stream `[B, T, D]` after the attention of `layer`, on the model's
+        model: model to run; experts take part if armed or forced.
+        batch: rows that the residual stream was computed from.
+        stream_BTD: residual stream `[B, T, D]` after the attention of `layer`, on the model's
             device.
-        layer: where the pass goes on.
+        layer: layer at which to resume.
     """
     return resume(
         model,

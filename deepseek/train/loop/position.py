@@ -1,7 +1,7 @@
-"""Where a run of the loop stands: what decides how it goes on, beside weights, moments and the
-place in the data.
+"""Position of a run, and the guards against spikes and divergence.
 
-Steps made outside the loop (`rlpo_update`) are guarded by the same rules.
+With weights, moments and the position in the data, it decides how a run continues. `rlpo_update`,
+which steps outside the loop, uses the same guards.
 """
 
 import math
@@ -11,37 +11,37 @@ from statistics import fmean, pstdev
 from deepseek.errors import TrainError
 
 SPIKE_WINDOW = 64
-"""Losses of past steps that a new one is compared with."""
+"""Number of past losses that a new one is compared with."""
 
 SPIKE_SIGMAS = 6.0
-"""Standard deviations above their mean at which a loss is a spike: its step is skipped."""
+"""Standard deviations above the mean at which a loss is a spike, whose step is skipped."""
 
 MAX_SPIKES_IN_A_ROW = 3
-"""A loss that stays up is no spike but a new level, harder text for one, and is then learned
-from.
+"""Spikes to skip in a row. A loss that stays high is a new level, for example of harder text, and
+is trained on.
 """
 
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""Non-finite steps in a row after which the run has diverged and going on is of no use."""
+"""Consecutive non-finite steps after which a run counts as diverged."""
 
 
 @dataclass
 class Position:
-    """Where a run stands.
+    """Position of a run.
 
     Attributes:
-        step: steps done.
-        skipped: those among them that moved nothing, for non-finite values or a spike of the loss.
-        skipped_in_a_row: latest steps skipped for non-finite values.
-        spikes_in_a_row: latest steps skipped for a spike.
-        tokens: targets seen.
-        recent: latest losses, which tell a spike from the usual noise.
+        step: finished steps, including skipped ones.
+        skipped: steps that were not applied because of non-finite values or a spike of the loss.
+        skipped_in_a_row: latest consecutive steps skipped for non-finite values.
+        spikes_in_a_row: latest consecutive steps skipped for a spike.
+        tokens: targets trained on.
+        recent: latest losses, to detect spikes.
         evaluated: step of the latest evaluation; -1 before the first.
         best: lowest figure of all evaluations, if the run keeps its best state.
-        best_step: steps done when it was measured.
-        stale: evaluations since then.
-        cooling: first and last step of the cool-down, once it has begun.
+        best_step: step of that evaluation.
+        stale: number of evaluations since then.
+        cooling: first and last step of the cool-down; empty before it.
     """
 
     step: int = 0
@@ -57,35 +57,31 @@ class Position:
     cooling: list[int] = field(default_factory=list)
 
     def takes(self, loss: float, grad_norm: float) -> bool:
-        """Count a step; return whether to apply it: loss and gradient are finite, and the loss is
-        no spike.
+        """Count a step; return whether to apply it.
+
+        A step is skipped if its loss or gradient is not finite, or its loss is a spike.
         """
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        taken = finite and not self.is_spike(loss)
+        applied = finite and not self.is_spike(loss)
         self.step += 1
-        self.skipped += not taken
+        self.skipped += not applied
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        return taken
+        return applied
 
     def check_divergence(self, learning_rate: float) -> None:
-        """Raise `TrainError` where nothing but non-finite values comes; `learning_rate` is named in
-        the message.
-        """
+        """Raise `TrainError` if only non-finite steps come; its message names `learning_rate`."""
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainError(
-                f"The last {MAX_SKIPPED_IN_A_ROW} steps had a loss or gradient that is not finite; start a new run "
-                f"with a lower learning rate than {learning_rate}."
+                f"The last {MAX_SKIPPED_IN_A_ROW} steps had a loss or gradient that is not finite; "
+                f"start a new run with a lower learning rate than {learning_rate}."
             )
 
     def is_spike(self, loss: float) -> bool:
-        """Whether `loss` lies far above the recent ones; a level that stays is accepted and the
-        window begun anew.
-        """
+        """Return whether `loss` is far above the recent ones; accept a level that persists."""
         spike = False
         if len(self.recent) == SPIKE_WINDOW:
             mean = fmean(self.recent)
-            # Nearly constant losses have no noise to measure by: a hundredth of their size is the
-            # least that counts.
+            # Nearly constant losses have almost no deviation; assume at least 1 % of their size.
             spike = loss > mean + SPIKE_SIGMAS * max(pstdev(self.recent), 0.01 * abs(mean))
         if spike and self.spikes_in_a_row == MAX_SPIKES_IN_A_ROW:
             self.recent.clear()
@@ -96,8 +92,8 @@ class Position:
         return spike
 
     def is_best(self, figure: float) -> bool:
-        """Take in the figure of an evaluation at this step; return whether it is the lowest so far
-        (NaN never is).
+        """Record the figure of an evaluation; return whether it is the lowest so far (NaN never
+        is).
         """
         if self.best is None or figure < self.best:
             self.best = figure

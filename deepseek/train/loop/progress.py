@@ -1,5 +1,7 @@
-"""Long jobs: their progress, as a bar on a terminal and a line every few seconds elsewhere, and
-Ctrl-C without loss.
+"""Progress and interruption of long jobs.
+
+Progress is a bar on a terminal, and a line every few seconds elsewhere. Ctrl-C stops at a safe
+point.
 """
 
 import signal
@@ -14,14 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_SECONDS = 5.0
-"""Time between two lines where there is no terminal, so that logs stay short."""
+"""Seconds between two lines without a terminal, so that logs stay short."""
 
 
 class ProgressBar:
-    """Shows jobs one after another; called as `bar(done, total, what)`, with total 0 where it is
-    unknown.
+    """Progress of jobs that run one after another, called as `bar(done, total, what)`.
 
-    A call is cheap and may come at every step. The total may change; a new `what` begins a new job.
+    Calls are cheap enough for every step. A total of 0 means unknown, and the total may change. A
+    new `what` starts a new bar.
     """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
@@ -77,10 +79,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptGuard:
-    """Within the block, the first SIGINT or SIGTERM only sets `asked`; a second one interrupts at
-    once.
+    """Context in which the first SIGINT or SIGTERM only sets `asked`, and the second interrupts.
 
-    Signal handlers belong to the main thread; elsewhere the guard does nothing.
+    Only the main thread can handle signals; in other threads the guard does nothing.
     """
 
     def __init__(self) -> None:

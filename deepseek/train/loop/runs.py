@@ -1,6 +1,4 @@
-"""Run folders: a job in its own, which is the one that was begun there, and what past runs say
-about themselves.
-"""
+"""Run folders: start or resume a job, and summarise finished runs."""
 
 import json
 from base64 import b64encode
@@ -18,16 +16,16 @@ from deepseek.train.loop.progress import ProgressBar
 
 
 class RunJob(Protocol):
-    """A request in a folder."""
+    """A job in its run folder."""
 
     def run(self) -> dict[str, Any] | None:
-        """Do it, and return the record to keep; None in a process that only helps.
+        """Run the job and return its record to store; None in a process that is not the main one.
 
-        `request.json` is written as soon as it is known that the request is possible.
+        Implementations write `request.json` as soon as the request has proven possible.
         """
 
     def estimate(self) -> str:
-        """Check the request and say what it would take; what is written goes to the folder."""
+        """Check the request and return its estimated cost; writes only to its folder."""
 
 
 def run_once(
@@ -39,16 +37,20 @@ def run_once(
     quiet: bool,
     dry_run: bool,
 ) -> Path:
-    """Return `made` once `job` has made it in `folder`, at once if it did before; a `dry_run` only
-    estimates.
+    """Run a job in its folder, resuming or skipping what is finished, and return the result's path.
 
     Args:
-        job: takes the request, the folder, `out` (which is `made`) and `progress`.
-        stored: the request as JSON values.
+        job: takes the request, the folder, `out` (the path `made`) and `progress`.
+        request: resolved arguments, passed to `job`.
+        stored: the request as JSON values, compared with `request.json` of an earlier run.
+        made: path of the result.
+        folder: run folder.
+        quiet: show no progress.
+        dry_run: only print the estimate.
 
     Raises:
-        TrainError: the run in `folder` is of another request.
-        KeyboardInterrupt: after Ctrl-C, saying that the same call goes on.
+        TrainError: the run in `folder` belongs to another request.
+        KeyboardInterrupt: after Ctrl-C; the message says that the same call resumes.
     """
     with ProgressBar(quiet=quiet) as progress:
         if dry_run:
@@ -66,7 +68,7 @@ def run_once(
                 record = job(request, folder, out=made, progress=progress).run()
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
-                *stop.args or ["stopped, what is done is kept; the same call goes on"]
+                *stop.args or ["stopped, finished work is stored; the same call resumes the run"]
             ) from None
         if record is not None:
             write_json(folder / "result.json", record)
@@ -74,8 +76,10 @@ def run_once(
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Raise `TrainError` naming the first field in which a configuration differs from the one
-    stored in `path`.
+    """Compare a configuration with the one stored at `path`, if there is one.
+
+    Raises:
+        TrainError: they differ; the message names the first such field.
     """
     if not path.is_file():
         return
@@ -85,13 +89,14 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
     if changed:
         name = changed[0]
         raise TrainError(
-            f"{path.parent} holds a run with another {name} ({before.get(name)}, now {now.get(name)}); give the old "
-            "value to resume it, or another name to start a new run."
+            f"{path.parent} holds a run with another {name} ({before.get(name)}, now "
+            f"{now.get(name)}); give the old value to resume it, or another name to start a new "
+            "run."
         )
 
 
 def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested fields as `outer.inner`."""
+    """Flatten nested fields to `outer.inner`."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= (
@@ -103,7 +108,7 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def all_runs() -> dict[str, Path]:
-    """Return the run folders in the library's home, by name."""
+    """Return the run folders in the library's home by name."""
     root = home() / "runs"
     return (
         {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
@@ -113,7 +118,11 @@ def all_runs() -> dict[str, Path]:
 
 
 def find_run(name: str) -> Path:
-    """Return the folder of a run, by name or path; raise `DataError` if there is none."""
+    """Return the folder of a run, given its name or path.
+
+    Raises:
+        DataError: there is no such run.
+    """
     if Path(name).is_dir():
         return Path(name)
     runs = all_runs()
@@ -125,7 +134,7 @@ def find_run(name: str) -> Path:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """Return stage, state and figures of a run as one flat table."""
+    """Return stage, state and figures of a run as a flat mapping."""
     if not (folder / "result.json").is_file():
         return {"state": "unfinished"}
     result = read_json(folder / "result.json")
@@ -150,23 +159,21 @@ img{max-width:100%}</style><h1>{{ title }}</h1>
 
 
 def write_page(folder: Path, title: str, sections: dict[str, Any], plots: list[Path]) -> Path:
-    """Write a page without scripts or links to elsewhere, `index.html` in `folder`: tables, then
-    plots.
-    """
+    """Write `index.html` with tables and plots to `folder`; it has no scripts or external links."""
     path = folder / "index.html"
     with atomic_write(path) as temporary:
         text = PAGE.render(
-            title=title, sections=sections, plots=plots, spoken=_spoken, encoded=_encoded
+            title=title, sections=sections, plots=plots, spoken=_formatted, encoded=_base64
         )
         temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def _encoded(plot: Path) -> str:
+def _base64(plot: Path) -> str:
     return b64encode(plot.read_bytes()).decode()
 
 
-def _spoken(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return (
         f"{value:,.4g}"
         if isinstance(value, float)

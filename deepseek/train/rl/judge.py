@@ -1,7 +1,7 @@
-"""Judges of answers: each gives every answer a number, higher is better.
+"""Judges score answers; higher is better.
 
-They make rewards, and synthetic pairs: the model answers each prompt several times, the best meets
-the worst.
+They serve as rewards, and to generate preference pairs: of several sampled answers to a prompt, the
+best is preferred to the worst.
 """
 
 import re
@@ -22,45 +22,46 @@ from deepseek.text.chat_template import Message, check_messages, encode_prompt
 from deepseek.train.rl.rollout import Responses, generate
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[float]]
-"""Scores each answer to its prompt."""
+"""Function of prompts and answers that returns a score for each answer."""
 
 REFUSAL = re.compile(
     r"\b(i('m| am) (sorry|unable|not able)|as an ai"
     r"|i (can('t|not)|won't|will not|must decline)\b.{0,40}\b(help|assist|provide|do))\b",
     re.IGNORECASE,
 )
+"""Phrases of a refusal."""
 
 
 def clean(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Return the probability that each answer is not offensive.
 
-    By alt-profanity-check, a linear classifier that its authors trained on comments labelled by
-    people.
+    The classifier is alt-profanity-check, a linear model trained on comments labelled by people.
     """
     predict_prob = package("profanity_check", "alt-profanity-check").predict_prob
     return [1.0 - float(p) for p in predict_prob(list(answers))] if answers else []
 
 
 def willing(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Return 0 for an answer that is empty or refuses, and 1 for others."""
+    """Return 0 for an empty answer or a refusal, and 1 for others."""
     return [float(bool(answer.strip()) and not REFUSAL.search(answer)) for answer in answers]
 
 
 def varied(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Return the share of an answer's runs of three words that occur once; an answer in circles is
-    no answer.
-    """
-    runs = [
+    """Return the share of distinct word trigrams of each answer; low for repetitive text."""
+    trigrams = [
         list(zip(words, words[1:], words[2:], strict=False)) for words in map(str.split, answers)
     ]
-    return [len(set(run)) / len(run) if run else 1.0 for run in runs]
+    return [
+        len(set(answer_trigrams)) / len(answer_trigrams) if answer_trigrams else 1.0
+        for answer_trigrams in trigrams
+    ]
 
 
 JUDGES: dict[str, Judge] = {"clean": clean, "willing": willing, "varied": varied}
 
 
 class TextReward:
-    """A judge as a reward: the responses are decoded for it."""
+    """A judge as a reward, which decodes the responses."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, judge: Judge) -> None:
         self.tokenizer = tokenizer
@@ -72,15 +73,15 @@ class TextReward:
         return torch.tensor(self.judge(prompts, answers), device=responses.mask_BT.device)
 
     def texts(self, ids: list[list[int]]) -> list[str]:
-        """Return the texts of ids without control tokens."""
+        """Return the decoded texts without special tokens."""
         return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 LEAST_MARGIN = 0.1
-"""Difference of the summed scores below which two answers are taken to be equally good."""
+"""Smallest difference of the summed scores between a preferred and a rejected answer."""
 
 ROWS = 32
-"""Answers sampled at once, at least those of one prompt."""
+"""Answers to sample per batch, at least those of one prompt."""
 
 
 def generate_pairs(
@@ -96,16 +97,19 @@ def generate_pairs(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Iterator[Preference]:
-    """Yield at most one pair a prompt: the answers of the highest and the lowest sum of scores, if
-    they differ.
+    """Yield at most one pair per prompt: the answers with the highest and lowest sum of scores.
 
     Args:
-        prompts: conversations that end with the user's turn.
-        judges: by the name under which their scores are stored.
-        answers: answers sampled to each prompt.
-        new_tokens, temperature: of the answers.
-        source: what is put down as the pairs' source.
-        progress: told of prompts done.
+        model: model that answers.
+        tokenizer: its tokenizer.
+        prompts: conversations that end with a user turn.
+        judges: judges by the name under which their scores are stored.
+        answers: answers to sample per prompt.
+        new_tokens: most tokens per answer.
+        temperature: sampling temperature.
+        source: source to store with the pairs.
+        seed: seed of the sampling.
+        progress: called with the number of finished prompts.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     ends = Vocabulary(model, tokenizer).ends
@@ -117,22 +121,24 @@ def generate_pairs(
         texts = [
             str(text).strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)
         ]
-        asked = [prompt[-1]["content"] for prompt in group for _ in range(answers)]
-        scores = {name: judge(asked, texts) for name, judge in judges.items()}
+        prompt_texts = [prompt[-1]["content"] for prompt in group for _ in range(answers)]
+        scores = {name: judge(prompt_texts, texts) for name, judge in judges.items()}
         totals = [sum(each) for each in zip(*scores.values(), strict=True)]
         for number, prompt in enumerate(group):
             of_prompt = range(number * answers, (number + 1) * answers)
             best = max(of_prompt, key=totals.__getitem__)
             worst = min(of_prompt, key=totals.__getitem__)
             if totals[best] - totals[worst] >= LEAST_MARGIN:
-                both = {name: (found[best], found[worst]) for name, found in scores.items()}
+                both = {name: (values[best], values[worst]) for name, values in scores.items()}
                 yield Preference(tuple(prompt), texts[best], texts[worst], source, scores=both)
         progress(start + len(group), len(prompts), "generating pairs")
 
 
 def prompt_of(record: Mapping[str, Any], where: str) -> list[Message]:
-    """Return the conversation under `prompt`, a text or messages; raise `DataError` naming `where`
-    if there is none.
+    """Return the conversation under `prompt`, which is a text or messages.
+
+    Raises:
+        DataError: there is none; the message names `where`.
     """
     prompt = record.get("prompt")
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -1,6 +1,4 @@
-"""A language model as a policy: what is trained of it, its frozen reference, and the value of a
-state.
-"""
+"""A language model as a policy: its trained layers, frozen reference and value head."""
 
 import copy
 from collections.abc import Mapping
@@ -20,12 +18,12 @@ from deepseek.train.rl.rollout import Responses, mixed
 
 @dataclass(frozen=True)
 class Scored:
-    """What the policy thinks of each response token, all `[B, T]` and 0 at padding.
+    """Scores of each response token, all `[B, T]` and 0 at padding.
 
     Attributes:
-        logprobs_BT: log-probability of the token taken.
-        values_BT: reward that is expected from here on, before the token is taken.
-        entropy_BT: of the distribution that it was taken from, in nats.
+        logprobs_BT: log-probability of the sampled token.
+        values_BT: expected future reward before the token is sampled.
+        entropy_BT: entropy of the next-token distribution, in nats.
     """
 
     logprobs_BT: Tensor
@@ -34,30 +32,34 @@ class Scored:
 
 
 class Policy:
-    """A model of which the last layers are trained.
+    """A model whose last layers are trained.
 
-    The trunk below them, the embeddings and the head are frozen and shared with the reference, a
-    frozen copy of the trained layers as they were at the start. The value of a state is read off
-    the policy's last hidden state by a linear head through which no gradient reaches the policy, so
-    that learning values never changes what is said.
+    The trunk below, the embeddings and the head are frozen and shared with the reference, a frozen
+    copy of the initial trained layers. A linear value head reads the policy's last hidden state. No
+    gradient flows from it into the policy, so that value training never changes the responses.
 
     Attributes:
-        parameters: what is trained, in fp32: layers, last norm and value head.
-        first: first layer that is trained.
+        parameters: trained parameters in fp32: layers, final norm and value head.
+        first: first trained layer.
     """
 
     def __init__(self, model: DeepSeekModel, layers: str = "all", temperature: float = 1.0) -> None:
-        """Freeze `model` but for `layers` ("all" or "last:N").
+        """Freeze `model` except for `layers`.
+
+        Args:
+            model: model to train, changed in place.
+            layers: "all" or "last:N".
+            temperature: sampling temperature, at which log-probabilities are taken.
 
         Raises:
-            ConfigError: no such layers, or they share their experts with a layer below them.
+            ConfigError: no such layers, or they share experts with a layer below them.
         """
         self.model = model.eval().requires_grad_(False)
         self.temperature = temperature
         chosen = parse_layers(layers, len(model.layers))
         self.first = chosen[0]
         if chosen != tuple(range(self.first, len(model.layers))):
-            raise ConfigError(f"layers={layers!r} is no end of the model; write all or last:N.")
+            raise ConfigError(f"layers={layers!r} are not the last layers; write all or last:N.")
         self.value_head = nn.Linear(model.config.hidden_size, 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -65,7 +67,7 @@ class Policy:
         self.parameters: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             if name.startswith(trained):
-                parameter.data = parameter.data.float()  # steps are too small for bf16
+                parameter.data = parameter.data.float()  # bf16 would round the updates away
                 parameter.requires_grad_(True)
                 self.parameters[name] = parameter
         self.reference = copy.deepcopy(self.upper()).requires_grad_(False)
@@ -74,21 +76,24 @@ class Policy:
         }
 
     def upper(self) -> UpperLayers:
-        """Return the trained layers and the last norm."""
+        """Return the trained layers and the final norm."""
         return UpperLayers(self.model, self.first)
 
     @torch.no_grad()
     def trunk(self, responses: Responses) -> Tensor:
-        """Return the stream `[B, S - 1, D]` that enters the first trained layer, the same at every
-        call.
+        """Return the residual stream `[B, S - 1, D]` that enters the first trained layer; it never
+        changes.
         """
         ids_BS = responses.input_ids_BS[:, :-1]
         real_BS = responses.real_BS[:, :-1]
         return below(self.model, self.first, ids_BS, real_BS, responses.routing(self.model))
 
     def score(self, responses: Responses, stream_BSD: Tensor) -> Scored:
-        """Return what the policy thinks of responses whose trunk is `stream_BSD`; differentiable
-        where grad is on.
+        """Return the scores of responses; differentiable if gradients are enabled.
+
+        Args:
+            responses: responses to score.
+            stream_BSD: their residual stream, from `trunk`.
         """
         hidden_BTD = self.above(self.upper(), responses, stream_BSD)
         values_BT = self.value_head(hidden_BTD.detach().float())[..., 0]
@@ -101,9 +106,7 @@ class Policy:
         return self.logprobs(self.above(self.reference, responses, stream_BSD), responses)[0]
 
     def above(self, upper: UpperLayers, responses: Responses, stream_BSD: Tensor) -> Tensor:
-        """Return the normed hidden states `[B, T, D]` that the response tokens are predicted
-        from.
-        """
+        """Return the final normed hidden states `[B, T, D]` that predict the response tokens."""
         with mixed(self.model.device):
             step = resume(
                 self.model,
@@ -117,9 +120,10 @@ class Policy:
             return step.finish(last=responses.mask_BT.shape[1])
 
     def logprobs(self, hidden_BTD: Tensor, responses: Responses) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of the tokens taken and entropies, `[B, T]` each.
+        """Return log-probabilities of the sampled tokens and entropies, `[B, T]` each, in fp32.
 
-        In fp32: a logit of 20 has a step of 0.125 in bf16, as large as what clipping allows.
+        In bf16, logits near 20 have a spacing of 0.125, as large as the changes that clipping
+        allows.
         """
         real_BT = responses.mask_BT > 0
         with torch.autocast(hidden_BTD.device.type, enabled=False):
@@ -142,21 +146,26 @@ def below(
     real_BS: Tensor,
     routing: Mapping[int, RoutingDecision],
 ) -> Tensor:
-    """Return the stream `[B, S, D]` that enters block `layer`, with tokens routed as `routing` says
-    or else anew.
+    """Return the residual stream `[B, S, D]` that enters block `layer`.
+
+    Tokens follow the routing decisions in `routing`; layers without one choose anew.
     """
     with mixed(model.device):
         return begin(model, ids_BS, attention_mask=real_BS, routing=routing).run_to(layer)
 
 
 def trained_prefixes(model: DeepSeekModel, first: int) -> tuple[str, ...]:
-    """Return what the names of the parameters begin with that belong to layers from `first` on."""
+    """Return the name prefixes of the parameters that belong to layers from `first` on.
+
+    Raises:
+        ConfigError: layer `first` shares experts with layers below it.
+    """
     layers = [f"layers.{index}." for index in range(first, len(model.layers))]
     sharing = model.config.expert_sharing if len(model.expert_pools) else 1
     if first % sharing:
         raise ConfigError(
-            f"Layer {first} shares its experts with layers below it, which stay frozen; begin at a multiple of "
-            f"{sharing} or take all layers."
+            f"Layer {first} shares its experts with layers below it, which stay frozen; "
+            f"begin at a multiple of {sharing} or take all layers."
         )
     pools = [f"expert_pools.{index}." for index in range(first // sharing, len(model.expert_pools))]
     return (*layers, *pools, "norm.")

@@ -1,9 +1,9 @@
-"""Proximal policy optimisation as pure functions on plain tensors: rewards, advantages, losses, the
-KL controller.
+"""Proximal policy optimisation as pure functions on tensors: rewards, advantages, losses, KL
+control.
 
-Nothing here knows a model. Rows are responses of B prompts, columns their T tokens; `mask_BT` is
-1.0 at real response tokens and 0.0 at padding, and what lies under a 0 never matters. Sources: PPO
-arXiv:1707.06347, GAE arXiv:1506.02438, the per-token KL penalty and its controller
+These functions don't depend on a model. Rows are the responses of B prompts, columns their T
+tokens. `mask_BT` is 1.0 at response tokens and 0.0 at padding; values at padding have no effect.
+Sources: PPO arXiv:1707.06347, GAE arXiv:1506.02438, the per-token KL penalty and its controller
 arXiv:1909.08593, the k3 estimator joschu.net/blog/kl-approx.html.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean over real tokens, 0 if there are none."""
+    """Return the mean over response tokens, 0 if there are none."""
     return torch.where(mask_BT > 0, x_BT, 0.0).sum() / mask_BT.sum().clamp(min=1.0)
 
 
 def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return x with mean 0 and variance 1 over real tokens, and 0 elsewhere."""
+    """Return x with mean 0 and variance 1 over response tokens, and 0 elsewhere."""
     centred_BT = torch.where(mask_BT > 0, x_BT - masked_mean(x_BT, mask_BT), 0.0)
     return centred_BT * torch.rsqrt(masked_mean(centred_BT.square(), mask_BT) + 1e-8)
 
@@ -27,11 +27,18 @@ def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def token_rewards(
     scores_B: Tensor, logprobs_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, beta: float
 ) -> Tensor:
-    """Return rewards `[B, T]`: -beta (log p - log p_reference) at every token, and the score at the
-    last one.
+    """Return rewards `[B, T]`: -beta (log p - log p_reference) per token, plus the score at the
+    last.
 
-    (arXiv:1909.08593, eq. 2, spread over tokens.) A response without tokens has no place for its
+    This is arXiv:1909.08593, eq. 2, distributed over the tokens. A response without tokens gets no
     score.
+
+    Args:
+        scores_B: score of each response.
+        logprobs_BT: log-probabilities under the policy.
+        reference_BT: log-probabilities under the reference.
+        mask_BT: response tokens.
+        beta: coefficient of the KL penalty.
     """
     rewards_BT = torch.where(mask_BT > 0, -beta * (logprobs_BT - reference_BT), 0.0)
     places = torch.arange(mask_BT.shape[1], device=mask_BT.device)
@@ -42,12 +49,10 @@ def token_rewards(
 def advantages(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Return generalised advantages and what values should learn, both `[B, T]` (arXiv:1506.02438,
-    eq. 16).
+    """Return generalised advantages and value targets, both `[B, T]` (arXiv:1506.02438, eq. 16).
 
-    A_t = d_t + gamma lam A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t over the real tokens of a
-    row; the value after the last one is 0. Padding may stand on either side of the response and
-    within it.
+    A_t = d_t + gamma lam A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t over the response tokens of a
+    row; the value after the last one is 0. Padding may come before, after and within the response.
     """
     advantage_B = torch.zeros_like(rewards_BT[:, 0])
     next_value_B = torch.zeros_like(rewards_BT[:, 0])
@@ -64,11 +69,11 @@ def advantages(
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The clipped loss and what to watch beside it.
+    """Clipped loss and its diagnostics.
 
     Attributes:
         loss: scalar to minimise.
-        clipped: share of the tokens at which clipping decides.
+        clipped: share of the tokens whose loss is clipped.
         kl: k3 estimate of KL(old policy || new policy), never negative.
         ratio: largest distance of a probability ratio from 1.
     """
@@ -82,40 +87,45 @@ class PolicyLoss:
 def policy_loss(
     logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip: float = 0.2
 ) -> PolicyLoss:
-    """Return -mean min(rho A, clip(rho, 1 - clip, 1 + clip) A) with rho = p / p_old
-    (arXiv:1707.06347, eq. 7).
+    """Return the clipped loss -mean min(rho A, clip(rho, 1 - clip, 1 + clip) A), rho = p / p_old.
+
+    Source: arXiv:1707.06347, eq. 7.
     """
     log_ratio_BT = torch.where(mask_BT > 0, logprobs_BT - old_BT, 0.0)
     ratio_BT = log_ratio_BT.exp()
-    free_BT = ratio_BT * advantages_BT
-    held_BT = ratio_BT.clamp(1.0 - clip, 1.0 + clip) * advantages_BT
+    unclipped_BT = ratio_BT * advantages_BT
+    clipped_BT = ratio_BT.clamp(1.0 - clip, 1.0 + clip) * advantages_BT
     with torch.no_grad():
-        clipped = masked_mean((held_BT < free_BT).float(), mask_BT)
+        clipped = masked_mean((clipped_BT < unclipped_BT).float(), mask_BT)
         kl = masked_mean(ratio_BT - 1.0 - log_ratio_BT, mask_BT)
         furthest = (ratio_BT - 1.0).abs().amax()
-    return PolicyLoss(-masked_mean(torch.minimum(free_BT, held_BT), mask_BT), clipped, kl, furthest)
+    return PolicyLoss(
+        -masked_mean(torch.minimum(unclipped_BT, clipped_BT), mask_BT), clipped, kl, furthest
+    )
 
 
 def value_loss(
     values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float = 0.2
 ) -> Tensor:
-    """Return half the squared error of values, at least that of values moved by `clip` from the old
-    ones.
+    """Return half the squared error of the values, or of values clipped near the old ones if
+    larger.
     """
-    near_BT = old_BT + (values_BT - old_BT).clamp(-clip, clip)
-    worse_BT = torch.maximum((values_BT - returns_BT).square(), (near_BT - returns_BT).square())
+    clipped_BT = old_BT + (values_BT - old_BT).clamp(-clip, clip)
+    worse_BT = torch.maximum((values_BT - returns_BT).square(), (clipped_BT - returns_BT).square())
     return 0.5 * masked_mean(worse_BT, mask_BT)
 
 
 def steered(
     beta: float, kl: float, responses: int, target: float | None, horizon: int = 10_000
 ) -> float:
-    """Return the coefficient of the KL penalty after `responses` responses with a mean KL of `kl`
-    nats.
+    """Return the updated coefficient of the KL penalty (arXiv:1909.08593, eq. 3).
 
-    It says how dear it is to leave the reference, and steers the KL of a response to `target`
-    (arXiv:1909.08593, eq. 3); None keeps it as it is. `horizon` is the number of responses over
-    which an error is answered in full.
+    Args:
+        beta: present coefficient.
+        kl: mean KL of the responses, in nats per response.
+        responses: number of responses that `kl` was measured on.
+        target: KL to aim for, in nats per response; None: keep the coefficient.
+        horizon: number of responses over which an error is corrected in full.
     """
     if target is None:
         return beta

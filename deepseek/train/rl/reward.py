@@ -1,6 +1,4 @@
-"""A reward model from pairs: Bradley and Terry's model (1952) on what a frozen base already knows
-of an answer.
-"""
+"""Reward model from pairs: a Bradley-Terry model (1952) on hidden states of a frozen base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,26 +14,27 @@ from deepseek.train.rl.policy import below
 from deepseek.train.rl.rollout import Responses, given
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Penalties on squared weights of standardised features to choose from; without one, separable
-pairs would drive them to infinity."""
+"""Candidates for the L2 penalty on weights of standardised features. Without a penalty, separable
+pairs would drive the weights to infinity.
+"""
 
 FOLD = 4
-"""Of as many prompts, the pairs of one choose the penalty."""
+"""One prompt in this many is held out to choose the penalty."""
 
 BINS = 10
-"""Bins of equal width in which calibration is measured."""
+"""Bins of equal width for the calibration error."""
 
 
 @dataclass(frozen=True)
 class RewardQuality:
-    """How well a reward model predicts which answer is preferred.
+    """Quality of a reward model on held-out pairs.
 
     Attributes:
-        pairs: how many it was asked for.
-        accuracy: share in which the preferred answer scores higher.
-        loss: mean -log P(preferred), in nats; a coin has 0.693.
-        calibration_error: mean distance, over bins of the stated probability that the answer taken
-            to be better is, between that probability and how often it is right.
+        pairs: number of pairs.
+        accuracy: share of pairs whose preferred answer scores higher.
+        loss: mean -log P(preferred), in nats; chance level is 0.693.
+        calibration_error: expected calibration error: mean distance over bins between the predicted
+            probability of the better answer and its accuracy.
     """
 
     pairs: int
@@ -45,15 +44,17 @@ class RewardQuality:
 
 
 class RewardModel:
-    """`r(answer) = w . f(answer)`, with f the mean over the answer's tokens of the stream entering
-    a layer of the base.
+    """Linear reward `r(answer) = w . f(answer)` on features of a frozen base.
 
-    P(a is preferred to b) = sigmoid(r(a) - r(b)). The layers below that one must not change while
-    the model is used; a policy that trains later layers may share them.
+    The features are the mean, over the answer's tokens, of the residual stream entering a layer.
+    P(a is preferred to b) = sigmoid(r(a) - r(b)). The layers below must not change while the model
+    is used; a policy that trains later layers may share them.
     """
 
     def __init__(self, base: DeepSeekModel, layer: int, weight_D: Tensor) -> None:
-        """Read the stream that enters block `layer` of `base`."""
+        """Create the reward from weights `[D]` on the residual stream that enters block `layer` of
+        `base`.
+        """
         self.base = base
         self.layer = layer
         self.weight_D = weight_D
@@ -71,11 +72,15 @@ class RewardModel:
         rejected_PD: Tensor,
         prompts: Sequence[int],
     ) -> "RewardModel":
-        """Return the model of all pairs, with the penalty that predicts best what it was not fitted
-        to.
+        """Return a model fitted to all pairs, with the penalty that generalises best to held-out
+        prompts.
 
         Args:
-            prompts: index of the prompt of each pair; the pairs of a prompt are not torn apart.
+            base: frozen base model.
+            layer: block whose input is read.
+            chosen_PD: features of the preferred answers.
+            rejected_PD: features of the rejected answers.
+            prompts: index of each pair's prompt; pairs of a prompt stay on one side of the split.
         """
         held_P = torch.tensor([prompt % FOLD == 0 for prompt in prompts])
         if held_P.all() or not held_P.any():
@@ -97,9 +102,7 @@ class RewardModel:
         rejected_PD: Tensor,
         ridge: float = 1e-3,
     ) -> "RewardModel":
-        """Return the model under which the preferences, given as features of P pairs, are
-        likeliest.
-        """
+        """Return the maximum-likelihood model of P pairs with an L2 penalty of `ridge`."""
         difference_PD = (chosen_PD - rejected_PD).double()
         scale_D = difference_PD.square().mean(0).sqrt().clamp(min=1e-6)
         standard_PD = difference_PD / scale_D
@@ -116,7 +119,7 @@ class RewardModel:
         return cls(base, layer, (weight_D.detach() / scale_D).float())
 
     def quality(self, chosen_PD: Tensor, rejected_PD: Tensor) -> RewardQuality:
-        """Return how well held-out preferences are predicted."""
+        """Return the quality on held-out pairs, given their features `[P, D]`."""
         margin_P = (chosen_PD - rejected_PD) @ self.weight_D
         stated_P = torch.sigmoid(margin_P.abs())
         right_P = (margin_P > 0).float()
@@ -129,19 +132,19 @@ class RewardModel:
         )
 
     def save(self, folder: Path) -> None:
-        """Write the weights as a state folder."""
+        """Write the weights to a folder."""
         store.save_state(folder, {"weight": self.weight_D}, {"layer": self.layer})
 
     @classmethod
     def load(cls, base: DeepSeekModel, folder: Path) -> "RewardModel":
-        """Read what `save` wrote."""
+        """Read the weights that `save` wrote."""
         tensors, meta = store.load_state(folder)
         return cls(base, meta["layer"], tensors["weight"].to(base.device))
 
 
 def features(base: DeepSeekModel, layer: int, responses: Responses) -> Tensor:
-    """Return the features `[B, D]` of responses: streams at their tokens, each of root mean square
-    1, averaged.
+    """Return the features `[B, D]` of responses: RMS-normalised residual streams, averaged over
+    tokens.
     """
     stream_BSD = below(base, layer, responses.input_ids_BS, responses.real_BS, {}).float()
     stream_BTD = stream_BSD[:, -responses.mask_BT.shape[1] :]
@@ -158,7 +161,7 @@ def features_of(
     answers: Sequence[Sequence[int]],
     rows: int = 32,
 ) -> Tensor:
-    """Return the features `[N, D]` of given answers, `rows` at a time."""
+    """Return the features `[N, D]` of given answers, computed `rows` at a time."""
     parts = range(0, len(prompts), rows)
     return torch.cat(
         [

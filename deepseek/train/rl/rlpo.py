@@ -1,8 +1,8 @@
-"""RLPO: reinforcement learning from preferences by PPO, as a step of its own and as a stream of
-batches for the loop.
+"""RLPO: reinforcement learning from preferences by PPO.
 
-One step: sample responses, score them, then several passes of clipped updates over them. See
-`ppo.py` for the formulas, `rollout.py` for the sampling and `policy.py` for what is trained.
+Each iteration samples responses, scores them, and makes several passes of clipped updates over
+them. `ppo.py` has the formulas, `rollout.py` the sampling, and `policy.py` the trained model. The
+training loop runs it as a task with a stream of batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,33 +27,32 @@ from deepseek.train.rl.ppo import (
 from deepseek.train.rl.rollout import Responses, empty_responses, generate
 
 Reward = Callable[[Responses], Tensor]
-"""Scores responses `[B]`."""
+"""Function that returns scores `[B]` of responses."""
 
 
 @dataclass(frozen=True)
 class RLPOConfig:
-    """How a policy learns from its own responses.
+    """Hyperparameters of RLPO.
 
     Attributes:
-        new_tokens: most tokens of a response.
-        temperature: at which responses are sampled; their log-probabilities are taken at the same
-            one.
-        minibatch: responses an optimizer step.
+        new_tokens: most tokens per response.
+        temperature: sampling temperature; log-probabilities are taken at the same temperature.
+        minibatch: responses per optimizer step.
         epochs: passes over the responses of a rollout.
-        gamma, lam: discount and the decay of generalised advantages.
-        clip, value_clip: how far a probability ratio, and a value, may move from the rollout's.
-        value_weight: of the value loss.
-        value_rollouts: first rollouts in which only values are learnt.
-        beta: first and least coefficient of the KL penalty (nats of standardised reward a nat).
-        target_kl: KL to the reference above which the coefficient rises, in nats a response; None
-            leaves it alone.
-        kl_horizon: responses over which an error of the KL is answered in full.
-        kl_stop: KL to the rollout's own policy, in nats a token, at which the rollout is left for a
-            new one.
+        gamma: discount per token.
+        lam: decay of generalised advantage estimation.
+        clip: largest change of a probability ratio from the rollout's before clipping.
+        value_clip: largest change of a value from the rollout's before clipping.
+        value_weight: weight of the value loss.
+        value_rollouts: number of first rollouts that train only the value head.
+        beta: initial and smallest coefficient of the KL penalty, in standardised reward per nat.
+        target_kl: KL to the reference above which the coefficient rises, in nats per response;
+            None: constant coefficient.
+        kl_horizon: number of responses over which the controller corrects an error of the KL.
+        kl_stop: KL to the rollout's policy, in nats per token, at which a new rollout starts.
         entropy_floor: share of the first rollout's entropy below which the policy counts as
             collapsed.
-        replay_routing: whether the updates send each token to the experts that it was sent to when
-            it was sampled.
+        replay_routing: replay the routing decisions of the rollout in the updates.
     """
 
     new_tokens: int = 32
@@ -76,11 +75,13 @@ class RLPOConfig:
 
 @dataclass(frozen=True)
 class Rollout(Responses):
-    """Responses, and what their updates learn from.
+    """Responses with the targets of their updates.
 
     Attributes:
-        logprobs_BT, values_BT: of the policy that sampled them.
-        advantages_BT, returns_BT: whitened advantages, and what values should learn.
+        logprobs_BT: log-probabilities under the policy that sampled them.
+        values_BT: values under that policy.
+        advantages_BT: whitened advantages.
+        returns_BT: targets of the value head.
     """
 
     logprobs_BT: Tensor
@@ -94,10 +95,10 @@ class Minibatch:
     """Some rows of a rollout.
 
     Attributes:
-        rows: these rows.
-        place: which minibatch of the rollout it is.
-        learn: False while only values are learnt.
-        metrics: figures of a rollout just made.
+        rows: the rows.
+        place: index of the minibatch in the rollout.
+        learn: whether to train the policy; False while only the value head is trained.
+        metrics: figures of a new rollout, else empty.
     """
 
     rows: Rollout
@@ -107,14 +108,14 @@ class Minibatch:
 
 
 class Learner:
-    """A policy, its reward, and what steers learning: the task of the loop.
+    """Policy, reward and controllers: the task of the training loop.
 
     Attributes:
-        parameters: those of the policy.
-        evaluate: returns whatever the caller measures between steps.
-        scalars: the controller's beta, running moments of the scores, the first entropy, and
-            whether the rollout is to be left: 0-dimensional fp64 tensors, changed in place so that
-            a checkpoint can hold them.
+        parameters: parameters of the policy by name.
+        evaluate: returns the figures that the caller measures between steps.
+        scalars: coefficient of the KL penalty, running moments of the scores, initial entropy, and
+            whether to start a new rollout. They are 0-dimensional fp64 tensors that change in
+            place, so that checkpoints can hold them.
     """
 
     def __init__(
@@ -125,7 +126,15 @@ class Learner:
         ends: Sequence[int] = (),
         evaluate: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        """Learn with `config`; the tokens `ends` end a response."""
+        """Create the task.
+
+        Args:
+            policy: policy to train.
+            reward: scores responses.
+            config: hyperparameters.
+            ends: ids of the tokens that end a response.
+            evaluate: returns figures between steps; default: none.
+        """
         self.policy = policy
         self.reward = reward
         self.config = config
@@ -152,8 +161,13 @@ class Learner:
         learn: bool,
         width: int | None = None,
     ) -> tuple[Rollout, dict[str, float]]:
-        """Sample and score one response to each prompt; return what to learn from it and figures to
-        record.
+        """Sample and score one response per prompt; return the rollout and its figures.
+
+        Args:
+            prompts: token ids of each prompt.
+            generator: random generator of the sampling.
+            learn: whether the policy is trained on it, so that the KL controller counts it.
+            width: columns of the prompts; None: those of the longest prompt.
         """
         config = self.config
         target = self.config.target_kl
@@ -190,7 +204,7 @@ class Learner:
             "entropy": float(masked_mean(entropy_BT, mask_BT)),
         }
         if learn:
-            # A KL below its budget needs no cheaper penalty: made so, it overshoots later.
+            # Never go below the initial coefficient while the KL is small: the KL would overshoot.
             self.scalars["beta"].fill_(
                 max(config.beta, steered(beta, kl, len(prompts), target, config.kl_horizon))
             )
@@ -208,11 +222,11 @@ class Learner:
     def look(
         self, place: int, responses: Responses
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return log-probabilities, values, entropies, reference log-probabilities `[B, T]` and
-        scores `[B]`.
+        """Return log-probabilities, values, entropies, reference log-probabilities `[B, T]`, scores
+        `[B]`.
 
-        In the minibatches of the updates, so that the first of them finds the same numbers bit for
-        bit.
+        It uses the minibatches of the updates, so that the first update sees the same numbers bit
+        for bit.
         """
         responses = self.routed(responses)
         stream_BSD = self.stream(place, responses)
@@ -221,38 +235,38 @@ class Learner:
         return *vars(scored).values(), reference_BT, self.reward(responses).float()
 
     def loss(self, batch: Minibatch, step: int) -> LossOutput:
-        """Return the loss of one minibatch, and ask for a new rollout once the policy has left this
-        one's.
+        """Return the loss of one minibatch; request a new rollout if the policy has moved too
+        far.
         """
         config = self.config
         rows = batch.rows
         responses = self.routed(rows)
         scored = self.policy.score(responses, self.stream(batch.place, responses))
-        values = value_loss(
+        value_part = value_loss(
             scored.values_BT, rows.values_BT, rows.returns_BT, rows.mask_BT, config.value_clip
         )
-        acted = policy_loss(
+        policy_part = policy_loss(
             scored.logprobs_BT, rows.logprobs_BT, rows.advantages_BT, rows.mask_BT, config.clip
         )
         metrics = {
-            "value_loss": float(values.detach()),
-            "policy_loss": float(acted.loss.detach()),
-            "clipped": float(acted.clipped),
-            "ratio": float(acted.ratio),
-            "step_kl": float(acted.kl),
+            "value_loss": float(value_part.detach()),
+            "policy_loss": float(policy_part.loss.detach()),
+            "clipped": float(policy_part.clipped),
+            "ratio": float(policy_part.ratio),
+            "step_kl": float(policy_part.kl),
         }
         self.scalars["stop"].fill_(metrics["step_kl"] > config.kl_stop)
-        loss = config.value_weight * values + (acted.loss if batch.learn else 0.0)
+        loss = config.value_weight * value_part + (policy_part.loss if batch.learn else 0.0)
         return LossOutput(loss, int(rows.mask_BT.sum()), {**metrics, **batch.metrics})
 
     def stream(self, place: int, responses: Responses) -> Tensor:
-        """Return the trunk of the minibatch at `place` of the present rollout, computed once."""
+        """Return the trunk's hidden states of a minibatch of this rollout, cached by `place`."""
         if place not in self.streams:
             self.streams[place] = self.policy.trunk(responses)
         return self.streams[place]
 
     def routed(self, responses: Responses) -> Responses:
-        """Return responses with the routing to be replayed, if it is."""
+        """Return the responses, without their routing decisions if these are not replayed."""
         if self.config.replay_routing:
             return responses
         return replace(
@@ -262,9 +276,7 @@ class Learner:
         )
 
     def standardised(self, scores_B: Tensor) -> Tensor:
-        """Return scores less their running mean, divided by their running deviation, and at most 5
-        of them away.
-        """
+        """Return scores standardised by running mean and deviation, clipped to [-5, 5]."""
         count, mean, squares = (self.scalars[name] for name in ("count", "mean", "squares"))
         for score in scores_B.double():
             count += 1
@@ -275,27 +287,33 @@ class Learner:
         return ((scores_B - mean) / deviation).clamp(-5.0, 5.0).to(scores_B.dtype)
 
     def check_entropy(self, entropy: float) -> None:
-        """Raise `TrainError` if the policy hardly varies any more; the last checkpoint is from
-        before that.
+        """Raise `TrainError` if the policy has collapsed, before the loop writes another
+        checkpoint.
         """
         first = self.scalars["entropy"]
         if first == 0.0:
             first.fill_(entropy)
         if entropy < self.config.entropy_floor * float(first):
             raise TrainError(
-                f"The policy has collapsed: its entropy fell from {float(first):.2f} to {entropy:.2f} nats a token; "
-                "start a new run with a higher beta, a lower target_kl or a lower learning rate."
+                f"The policy has collapsed: its entropy fell from {float(first):.2f} to "
+                f"{entropy:.2f} nats a token; start a new run with a higher beta, a lower "
+                "target_kl or a lower learning rate."
             )
 
 
 class RolloutBatches:
-    """Minibatches of rollouts for the loop, each rollout made when the one before it is used up."""
+    """Endless minibatches for the loop; a new rollout starts when the previous one is used up."""
 
     def __init__(
         self, learner: Learner, prompts: Sequence[Sequence[int]], size: int, seed: int
     ) -> None:
-        """Answer `size` of the prompts a rollout, in an order that `seed` and the place alone
-        decide.
+        """Create the stream.
+
+        Args:
+            learner: samples and scores the rollouts.
+            prompts: token ids of each prompt.
+            size: prompts per rollout.
+            seed: with the position, decides the order of the prompts and the sampling.
         """
         self.learner = learner
         self.prompts = prompts
@@ -311,16 +329,16 @@ class RolloutBatches:
 
     @property
     def steps_a_rollout(self) -> int:
-        """Optimizer steps that a rollout is used for, unless it is left before."""
+        """Optimizer steps per rollout, unless it is abandoned earlier."""
         return -(-self.size // self.learner.config.minibatch) * self.learner.config.epochs
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside the parameters."""
+        """Tensors that a checkpoint must hold besides the parameters."""
         return {**self.rollout.tensors(), **self.learner.scalars}
 
     def next(self) -> Minibatch:
-        """Return the next minibatch, of a new rollout if need be."""
+        """Return the next minibatch, sampling a new rollout if necessary."""
         config = self.learner.config
         metrics = {}
         if self.made == 0 or self.used >= self.steps_a_rollout or self.learner.scalars["stop"]:
@@ -332,7 +350,7 @@ class RolloutBatches:
         return Minibatch(rows, place, self.made > config.value_rollouts, metrics)
 
     def make(self) -> dict[str, float]:
-        """Make the next rollout and return its figures."""
+        """Sample the next rollout and return its figures."""
         generator = torch.Generator(self.learner.policy.model.device).manual_seed(
             mix(mix(self.seed) ^ self.made) >> 1
         )
@@ -341,19 +359,19 @@ class RolloutBatches:
         )
         prompts = [self.prompts[index] for index in chosen]
         learn = self.made >= self.learner.config.value_rollouts
-        made, metrics = self.learner.collect(prompts, generator, learn, self.width)
+        rollout, metrics = self.learner.collect(prompts, generator, learn, self.width)
         for name, tensor in self.rollout.tensors().items():
-            tensor.copy_(getattr(made, name))
+            tensor.copy_(getattr(rollout, name))
         self.made = self.made + 1
         self.used = 0
         self.learner.scalars["stop"].zero_()
         return metrics
 
     def state(self) -> dict[str, int]:
-        """Return the place; the rollout itself is in `buffers`."""
+        """Return the position; the rollout itself is in `buffers`."""
         return {"made": self.made, "used": self.used}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on at a place."""
+        """Resume from a position."""
         self.made = state["made"]
         self.used = state["used"]

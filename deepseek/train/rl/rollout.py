@@ -1,6 +1,4 @@
-"""Responses sampled from a policy, many prompts at once, with the experts that every token was sent
-to.
-"""
+"""Rollouts: responses sampled in batches, with their routing decisions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,10 +16,10 @@ from deepseek.model.transformer import DeepSeekModel
 
 @dataclass(frozen=True)
 class RowTensors:
-    """Tensors whose first axis is the same B rows."""
+    """Tensors that share their first axis of B rows."""
 
     def rows(self, start: int, stop: int) -> Self:
-        """Return the same of rows `start` to `stop - 1`."""
+        """Return the rows `start` to `stop - 1`."""
         return type(self)(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -31,16 +29,15 @@ class RowTensors:
 
 @dataclass(frozen=True)
 class Responses(RowTensors):
-    """Prompts, padded on the left to P columns, and the T columns of their responses; S = P + T.
+    """Prompts, left-padded to P columns, and T columns of responses; S = P + T.
 
     Attributes:
         input_ids_BS: token ids, 0 at padding.
         real_BS: False at padding.
-        mask_BT: 1.0 at the tokens of a response, the one that ends it among them.
-        choices_BLSC: experts that each token but the last was sent to, in the L mixture-of-experts
-            layers, as `RoutingDecision.ids_NC` names them `[B, L, S - 1, C]`; empty for a dense
-            model.
-        active_BLS: how many of them were in use `[B, L, S - 1]`.
+        mask_BT: 1.0 at response tokens, including the one that ends a response.
+        choices_BLSC: routing decisions of all tokens but the last in the L mixture-of-experts
+            layers, as in `RoutingDecision.ids_NC`, `[B, L, S - 1, C]`; empty for a dense model.
+        active_BLS: number of chosen experts that were used, `[B, L, S - 1]`.
     """
 
     input_ids_BS: Tensor
@@ -51,14 +48,13 @@ class Responses(RowTensors):
 
     @property
     def targets_BT(self) -> Tensor:
-        """Ids of the responses."""
+        """Token ids `[B, T]` of the responses."""
         return self.input_ids_BS[:, -self.mask_BT.shape[1] :]
 
     def routing(self, model: DeepSeekModel) -> dict[int, RoutingDecision]:
-        """Return what a pass over all tokens but the last takes to send each to the same experts
-        again.
+        """Return the routing decisions to replay by layer, without the last token.
 
-        Nothing where no choices were kept: the experts are then chosen anew.
+        Empty if none were recorded: the routers then choose anew.
         """
         if not self.choices_BLSC.shape[1]:
             return {}
@@ -85,12 +81,12 @@ class Responses(RowTensors):
 def empty_responses(
     model: DeepSeekModel, rows: int, prompt_width: int, new_tokens: int
 ) -> Responses:
-    """Return padding alone, in the shapes that `generate` fills."""
+    """Return padding only, in the shapes that `generate` fills."""
     width = prompt_width + new_tokens
     layers = model.sparse_layers
     device = model.device
     candidates = model.routing_width()
-    # Padding goes to experts 0, 1, ...: a token is never sent to the same one twice.
+    # Route padding to experts 0, 1, ..., since the experts of a token must be distinct.
     choices = (
         torch.arange(candidates, device=device)
         .expand(rows, len(layers), width - 1, candidates)
@@ -108,10 +104,15 @@ def empty_responses(
 def given(
     model: DeepSeekModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> Responses:
-    """Return responses that were not sampled, without a routing.
+    """Return responses from given answers, without routing decisions.
+
+    Args:
+        model: model that will read them.
+        prompts: token ids of each prompt.
+        answers: token ids of each answer.
 
     Raises:
-        ConfigError: a prompt is empty, or one with its answer is longer than the model's context.
+        ConfigError: a prompt is empty, or too long for the model's context with its answer.
     """
     width = max(map(len, prompts))
     length = max(map(len, answers))
@@ -139,11 +140,16 @@ def generate(
     temperature: float = 1.0,
     prompt_width: int | None = None,
 ) -> Responses:
-    """Return one response to each prompt, sampled from the whole distribution at `temperature`.
+    """Sample one response per prompt from the full distribution at `temperature`.
 
     Args:
-        ends: tokens that end a response.
-        prompt_width: columns of the prompts; None: as many as the longest has.
+        model: model to sample from.
+        prompts: token ids of each prompt.
+        new_tokens: most tokens per response.
+        ends: ids of the tokens that end a response.
+        generator: random generator of the sampling.
+        temperature: sampling temperature.
+        prompt_width: columns of the prompts; None: those of the longest prompt.
 
     Raises:
         ConfigError: a prompt is empty, or longer than `prompt_width` or the model's context allow.
@@ -185,7 +191,7 @@ def generate(
 def record(
     responses: Responses, place: int, choice: RoutingDecision, start: int, stop: int
 ) -> None:
-    """Write down which experts one layer sent the tokens of columns `start` to `stop - 1` to."""
+    """Record the experts to which one layer routed the tokens of columns `start` to `stop - 1`."""
     shape = (len(responses.real_BS), stop - start, -1)
     responses.choices_BLSC[:, place, start:stop] = choice.ids_NC.view(shape)
     if choice.active_N is not None:
@@ -193,19 +199,19 @@ def record(
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], most: int) -> None:
-    """Raise `ConfigError` unless there are prompts, and each has 1 to `most` tokens."""
+    """Raise `ConfigError` unless there are prompts and each has 1 to `most` tokens."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1 or max(lengths) > most:
         raise ConfigError(
-            f"Prompts must have 1 to {most} tokens; these have {min(lengths, default=0)} to {max(lengths, default=0)}."
+            f"Prompts must have 1 to {most} tokens; these have {min(lengths, default=0)} to "
+            f"{max(lengths, default=0)}."
         )
 
 
 def mixed(device: torch.device) -> torch.autocast:
-    """Return mixed precision for passes without gradients.
+    """Return mixed precision for inference, without autocast's weight cache.
 
-    It keeps no cast weights: those of a pass without gradients would be taken for a training pass
-    that follows.
+    Weights cast without gradients would otherwise be reused in a following training pass.
     """
     dtype = fast_dtype(device)
     return torch.autocast(

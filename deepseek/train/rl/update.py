@@ -1,4 +1,4 @@
-"""`rlpo_update`: one step of RLPO outside the loop, for those who write a loop of their own."""
+"""`rlpo_update`: one RLPO iteration for custom training loops."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +17,8 @@ from deepseek.train.rl.rlpo import Learner, Minibatch, Reward, RLPOConfig
 
 
 class RLPOState:
-    """What lasts from one `rlpo_update` of a model to the next: reference, values, optimizer,
-    controller, guards.
+    """State between calls of `rlpo_update`: reference, value head, optimizer, controllers,
+    guards.
     """
 
     def __init__(
@@ -32,7 +32,17 @@ class RLPOState:
         ends: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
-        """Take `model`, from now on in fp32, as it is for the reference."""
+        """Use the present `model` as the reference, and cast it to fp32.
+
+        Args:
+            model: model to train.
+            reward_model: scores responses.
+            config: hyperparameters; default: `RLPOConfig()`.
+            layers: layers to train, "all" or "last:N".
+            optim: optimizer settings; default: a learning rate of 1e-5.
+            ends: ids of the tokens that end a response.
+            seed: seed of the sampling.
+        """
         self.optim = optim or OptimConfig(learning_rate=1e-5)
         self.learner = Learner(
             Policy(model.float(), layers), reward_model, config or RLPOConfig(), ends
@@ -51,23 +61,24 @@ def rlpo_update(
     tokenizer: PreTrainedTokenizerFast | None = None,
     state: RLPOState | None = None,
 ) -> dict[str, float]:
-    """Make one RLPO step: answer the prompts, score the answers, update the model by PPO.
+    """Make one RLPO iteration: sample answers to the prompts, score them, update the model by PPO.
 
     Args:
-        reward_model: scores responses, see `Reward`; a `RewardModel` or a `TextReward` is one.
-        data_batch: `prompts`, a list of texts (with a `tokenizer`), of id lists, or a tensor of
-            ids.
-        state: what the step before left behind, from `RLPOState(model, reward_model, ...)`, which
-            takes all options; None makes a first step with default ones.
+        model: model to train.
+        reward_model: scores responses, see `Reward`; for example a `RewardModel` or a `TextReward`.
+        data_batch: `prompts` as a list of texts (with a `tokenizer`), a list of id lists, or a
+            tensor of ids.
+        tokenizer: encodes prompts that are texts; default: none.
+        state: state of the previous call, initially `RLPOState(model, reward_model, ...)`, which
+            takes all options; None: a new state with default options.
 
     Returns:
-        `score` (before the update), `kl` to the reference in nats a response, `entropy`, `beta`,
-        `loss`, `skipped`
-        (optimizer steps left out so far, as by the loop: for non-finite values or a spike of the
-            loss) and others.
+        `score` (before the update), `kl` to the reference in nats per response, `entropy`, `beta`,
+        `loss`, `skipped` (optimizer steps skipped so far for non-finite values or a spike of the
+        loss) and others.
 
     Raises:
-        TrainError: the policy has collapsed, or ten steps in a row had values that are not finite.
+        TrainError: the policy has collapsed, or ten steps in a row had non-finite values.
     """
     state = state or RLPOState(model, reward_model)
     learner = state.learner
@@ -100,7 +111,7 @@ def rlpo_update(
 
 
 def prompt_ids(prompts: Any, tokenizer: PreTrainedTokenizerFast | None) -> list[list[int]]:
-    """Return prompts as lists of ids."""
+    """Return prompts as lists of ids; raise `TrainError` for texts without a tokenizer."""
     if isinstance(prompts, Tensor):
         return [[int(i) for i in row] for row in prompts]
     if prompts and isinstance(prompts[0], str):

@@ -1,6 +1,4 @@
-"""From a source of text to the token shards of one run: read, clean, split, tokenise; done once a
-run folder.
-"""
+"""Build the token shards of a run, once per run folder: read, clean, split, tokenise."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,17 +28,18 @@ from deepseek.train.text.question_mix import mix_questions
 
 @dataclass(frozen=True)
 class Source:
-    """Where text comes from: any of a git history, a folder, a JSONL or Parquet file, and how to
-    hold some of it out.
+    """Text sources of a run, and the rule for its held-out set.
 
     Attributes:
-        git, folder, jsonl, parquet: paths; at least one.
-        held_out: share of the documents that is never trained on.
-        by: how they are chosen: "file", "directory" or "time" (train on the past, test on what came
-            later).
-        seed: of that choice.
-        questions: share of the training tokens that are questions about the training documents; 0:
-            none.
+        git: path of a git repository.
+        folder: path of a folder of text files.
+        jsonl: path of a JSONL file.
+        parquet: path of a Parquet file. At least one of the four paths is set.
+        held_out: share of the documents to hold out.
+        by: rule of the split: "file", "directory" or "time" (train on the past, test on later
+            commits).
+        seed: seed of the split.
+        questions: share of questions about the documents in the training tokens; 0: none.
     """
 
     git: Path | None = None
@@ -61,9 +60,7 @@ class Source:
         seed: int,
         questions: float = 0.0,
     ) -> "Source":
-        """Return the source of the four `paths`, in the order of the fields, wherever a later call
-        is made from.
-        """
+        """Return the source of the four `paths`, in the order of the fields, made absolute."""
         git, folder, jsonl, parquet = (
             Path(path).expanduser().resolve() if path else None for path in paths
         )
@@ -75,11 +72,11 @@ class Corpus:
     """Token shards of one run.
 
     Attributes:
-        train: to train on.
-        held_out: to report on.
-        validation: held out as well, to choose by where to stop; None if the run does not.
-        report: what cleaning did.
-        commit: what was learned from, None if it is no git repository.
+        train: training text.
+        held_out: text for the report.
+        validation: held-out text for choosing the best state; None if the run needs none.
+        report: summary of the cleaning.
+        commit: commit of the git repository; None for other sources.
     """
 
     train: TokenShards
@@ -97,11 +94,18 @@ def build_corpus(
     order: Callable[[list[Document]], list[Document]] = list,
     validation: bool = False,
 ) -> Corpus:
-    """Return the corpus in `folder`, built from `source` unless it is there already.
+    """Return the corpus in `folder`, building it from `source` if it is missing.
 
-    What is there stays as it is even if the source has changed since, so that a resumed run sees
-    the same text. `order` puts the documents to train on in the order in which they are to lie in
-    the shards. With `validation`, half of the held-out text goes there (see `halve`).
+    An existing corpus is not updated even if the source has changed, so that a resumed run sees the
+    same text.
+
+    Args:
+        source: text sources and split.
+        tokenizer: tokenizer of the model.
+        folder: folder of the corpus.
+        progress: shows the progress.
+        order: sorts the training documents before they are written; default: as read.
+        validation: move half of the held-out text to a validation set (see `halve`).
     """
     notes = folder / "corpus.json"
     if not notes.is_file():
@@ -121,28 +125,30 @@ def build_corpus(
         TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
         commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
         write_json(notes, {"report": str(report), "commit": commit})
-    known = read_json(notes)
+    stored = read_json(notes)
     return Corpus(
         TokenShards(folder / "train"),
         TokenShards(folder / "held-out"),
         TokenShards(folder / "validation") if validation else None,
-        known["report"],
-        known["commit"],
+        stored["report"],
+        stored["commit"],
     )
 
 
 def past_and_future(
     source: Source, skipped: Skipped, progress: Progress
 ) -> tuple[list[Document], list[Document], CleanReport]:
-    """Return a repository as it was before its last commits and what these brought, cleaned
-    together.
+    """Return the documents before the last commits and those that these commits changed.
 
-    Together, because what repeats the past is no test. Raises `DataError` if the source has other
-    parts as well.
+    Both are cleaned together, since text that repeats the past is no test.
+
+    Raises:
+        DataError: the source has other parts besides a git repository.
     """
     if source.git is None or any((source.folder, source.jsonl, source.parquet)):
         raise DataError(
-            "Splitting by time needs a git repository alone; split by file, or leave the other texts out."
+            "Splitting by time needs a git repository alone; split by file, or leave the other "
+            "texts out."
         )
     past, future = read_git_by_time(source.git, source.held_out, skipped=skipped)
     documents, report = clean([*past, *future], skipped, progress)
@@ -152,7 +158,11 @@ def past_and_future(
 
 
 def read_source(source: Source, skipped: Skipped) -> Iterator[Document]:
-    """Yield the documents of every part of a source; raise `DataError` if it names none."""
+    """Yield the documents of every part of a source.
+
+    Raises:
+        DataError: the source has no path.
+    """
     if not any((source.git, source.folder, source.jsonl, source.parquet)):
         raise DataError(
             "No text is given; name a git repository, a folder, a JSONL or a Parquet file."

@@ -1,14 +1,13 @@
-"""Several domains of text as one stream of batches: weighted, easy rows first where asked, resumed
-from a few integers.
+"""Mix several domains into one stream of batches, optionally with easy rows first.
 
-Which domain a row of a batch comes from is a function of its place alone: a golden-ratio sequence,
-in which every stretch of rows holds the domains in very nearly their shares. Within a domain every
-row comes once an epoch.
+The position in the stream is a few integers, from which it resumes. The domain of a row depends on
+its position alone, by a golden-ratio sequence: any stretch of rows contains the domains almost
+exactly in their shares. Within a domain every row occurs once per epoch.
 
-What is easy is told by three signals that need no model: how well a text compresses (both noise and
-boilerplate lie away from ordinary prose), whether it parses where it is code, and how short its
-words and sentences are. They are compared as ranks within a domain, so that neither units nor
-languages matter. Evidence that easy text first saves early steps: arXiv:2506.11300.
+Three signals that need no model define easy text: how well it compresses (noise and boilerplate
+both differ from ordinary prose), whether code parses, and how short words and sentences are. They
+are compared as ranks within a domain, so that units and languages don't matter. Evidence that easy
+text first saves early steps: arXiv:2506.11300.
 """
 
 import re
@@ -26,16 +25,16 @@ from deepseek.data.text.loader import Batch, RowLoader, endless
 from deepseek.errors import DataError
 
 EASY_STEPS = 0.2
-"""Share of the steps that the easy phase takes."""
+"""Share of the steps in the easy phase."""
 
 EASY_TEXT = 0.4
 """Share of each domain's rows that count as easy."""
 
 SAMPLE = 20_000
-"""Characters of a document that are looked at."""
+"""Characters of a document to examine."""
 
 ORDINARY_RATIO = 0.45
-"""Compressed size over size of ordinary prose and code."""
+"""Compression ratio (compressed over original size) of ordinary prose and code."""
 
 PAIRS = {")": "(", "]": "[", "}": "{"}
 SENTENCE = re.compile(r"[.!?。！？]+\s|\n+")
@@ -49,20 +48,18 @@ def easiest_first(documents: Sequence[Document]) -> list[Document]:
         [[compression(d.text), malformed(d), reading_effort(d.text)] for d in documents]
     )
     ranks = signals.argsort(axis=0, kind="stable").argsort(axis=0).astype(float)
-    ranks[:, 1] = signals[:, 1] * len(documents)  # what does not parse comes last
+    ranks[:, 1] = signals[:, 1] * len(documents)  # malformed code comes last
     return [documents[index] for index in ranks.sum(axis=1).argsort(kind="stable")]
 
 
 def compression(text: str) -> float:
-    """Return how far the compression ratio of a text is from that of ordinary text."""
+    """Return the distance of a text's compression ratio from that of ordinary text."""
     data = text[:SAMPLE].encode("utf-8", "surrogatepass")
     return abs(len(zlib.compress(data, 6)) / max(1, len(data)) - ORDINARY_RATIO)
 
 
 def malformed(document: Document) -> float:
-    """Return 1.0 for Python that does not parse and other code whose brackets do not match, else
-    0.0.
-    """
+    """Return 1.0 for Python that doesn't parse or other code with unmatched brackets, else 0.0."""
     if document.kind != "code":
         return 0.0
     python = document.name.endswith(".py")
@@ -71,9 +68,7 @@ def malformed(document: Document) -> float:
 
 
 def reading_effort(text: str) -> float:
-    """Return words a sentence plus ten times characters a word, near what Flesch-Kincaid weighs in
-    any language.
-    """
+    """Return words per sentence plus ten times characters per word, similar to Flesch-Kincaid."""
     sample = text[:SAMPLE]
     words = sample.split()
     sentences = SENTENCE.split(sample)
@@ -92,16 +87,18 @@ def _brackets_match(text: str) -> bool:
 
 
 GOLDEN = 0.6180339887498949
+"""Golden ratio less 1: its multiples modulo 1 are evenly distributed."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Packed rows of one kind of text.
+    """Packed rows of one domain.
 
     Attributes:
-        name: as reports call it.
-        train, held_out: its rows; those to train on lie from easy to hard.
-        weight: its share of the mix, relative to the others'.
+        name: name in reports.
+        train: training rows, from easy to hard.
+        held_out: held-out rows.
+        weight: weight in the mix, relative to the other domains.
     """
 
     name: str
@@ -111,11 +108,17 @@ class Domain:
 
 
 class MixedRows:
-    """Batches of `rows` rows from several domains; the first `easy_rows` are drawn from the easy
-    part of each.
-    """
+    """Batches from several domains."""
 
     def __init__(self, domains: Sequence[Domain], rows: int, easy_rows: int, seed: int) -> None:
+        """Create the stream.
+
+        Args:
+            domains: domains to mix.
+            rows: rows per batch.
+            easy_rows: number of first rows that come from the easy part of each domain.
+            seed: seed of the order within domains.
+        """
         self.domains = domains
         self.rows = rows
         self.easy_rows = easy_rows
@@ -131,13 +134,13 @@ class MixedRows:
         self.taken = np.zeros(len(domains), dtype=np.int64)
 
     def domains_at(self, start: int, stop: int) -> NDArray[np.intp]:
-        """Return the index of the domain of each row at places [start, stop) of the stream."""
+        """Return the domain index of each row at positions [start, stop) of the stream."""
         return np.searchsorted(
             self.bounds, np.arange(start + 1, stop + 1) * GOLDEN % 1.0, side="right"
         )
 
     def next(self) -> Batch:
-        """Return the next batch and move on."""
+        """Return the next batch and advance."""
         parts = []
         for index in self.domains_at(self.place, self.place + self.rows):
             row = self.orders[index].row(int(self.taken[index]))
@@ -152,18 +155,21 @@ class MixedRows:
         )
 
     def state(self) -> dict[str, int]:
-        """Return what `load` needs to go on from here."""
+        """Return the position, for `load`."""
         taken = {f"taken.{d.name}": int(n) for d, n in zip(self.domains, self.taken, strict=True)}
         return {"place": self.place, **taken, **self.identity()}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken; raise `DataError` if the text, its order or the row length
-        is another.
+        """Resume from `state`.
+
+        Raises:
+            DataError: text, seed, curriculum or row length differ.
         """
         for name, value in self.identity().items():
             if state.get(name) != value:
                 raise DataError(
-                    f"The run was started with another {name}; restore it or start a new run folder."
+                    f"The run was started with another {name}; "
+                    "restore it or start a new run folder."
                 )
         self.place = state["place"]
         self.taken = np.array(
@@ -171,7 +177,7 @@ class MixedRows:
         )
 
     def identity(self) -> dict[str, int]:
-        """Return what decides the stream."""
+        """Return everything that decides the stream, as integers."""
         texts = {f"text of {d.name}": int(d.train.shards.digest[:15], 16) for d in self.domains}
         return {
             "seed": self.seed,
@@ -182,8 +188,8 @@ class MixedRows:
 
 
 class Order:
-    """The rows of a domain in the order they are trained on: `easy` of its first ones, the rest,
-    then whole epochs.
+    """Endless order of a domain's rows: `easy` rows of its easy part, the remaining rows, then
+    epochs.
     """
 
     def __init__(self, num_rows: int, easy: int, seed: int) -> None:
@@ -197,13 +203,12 @@ class Order:
     def row(self, place: int) -> int:
         """Return the row at `place` of the endless order."""
         if place < self.easy:
-            return self._one(place, self.easy_rows)
+            return self._shuffled_row(place, self.easy_rows)
         place -= self.easy
         if place < len(self.rest):
-            return int(self.rest[self._one(place, len(self.rest))])
-        return self._one(
-            place - len(self.rest) + self.num_rows, self.num_rows
-        )  # the first epoch is behind us
+            return int(self.rest[self._shuffled_row(place, len(self.rest))])
+        # Add one epoch, since the first one has been used up above.
+        return self._shuffled_row(place - len(self.rest) + self.num_rows, self.num_rows)
 
-    def _one(self, place: int, size: int) -> int:
+    def _shuffled_row(self, place: int, size: int) -> int:
         return int(endless(place, place + 1, size, self.seed)[0])

@@ -1,8 +1,7 @@
-"""Questions about the training documents as further documents, so that an expert answers in a chat
-what it has read.
+"""Questions about the training documents as additional documents, for answers in a chat.
 
-Made after the split: training documents give what is trained on, held-out ones only what is asked
-afterwards.
+They are generated after the split: training documents yield training questions, held-out documents
+only test questions.
 """
 
 import json
@@ -21,21 +20,23 @@ from deepseek.data.text.encode import DocumentEncoder
 from deepseek.errors import DataError
 
 QUESTIONS = 0.0
-"""Default share of an expert's training tokens: none. At a fifth an expert learns the form of the
-answers and not what they say, and its gate fires on every conversation (docs/log/questions.md,
-2026-11-26)."""
+"""Default share of questions in an expert's training tokens: none. With a fifth, an expert learns
+the form of the answers but not their content, and its gate fires on every conversation
+(docs/log/questions.md, 2026-11-26).
+"""
 
 SAMPLE = 1 << 20
-"""Characters by which the tokens of all documents are estimated."""
+"""Characters from which the token count of all documents is extrapolated."""
 
 
 @dataclass(frozen=True)
 class QuestionMix:
-    """What is trained on, and which questions are part of it.
+    """Training documents with questions.
 
     Attributes:
         documents: each training document, followed by conversations about it.
-        asked, unasked: questions about them that fit into the share, and the others.
+        asked: questions in these conversations.
+        unasked: further questions about the documents, beyond the share.
     """
 
     documents: list[Document]
@@ -50,10 +51,16 @@ def mix_questions(
     share: float,
     notes: Path,
 ) -> list[Document]:
-    """Return the training documents with questions, and write to `notes` all questions and what
-    became of them.
+    """Return the training documents with questions, and write all questions to `notes`.
 
-    Without a share, or a chat template to ask in, the documents stay as they are.
+    Without a share or a chat template, the documents are returned unchanged.
+
+    Args:
+        train: training documents.
+        held_out: held-out documents; questions about them are only written to `notes`.
+        tokenizer: tokenizer with a chat template.
+        share: share of questions in the training tokens.
+        notes: JSONL file for all questions, with their set: asked, unasked or held out.
     """
     if share == 0 or tokenizer.chat_template is None:
         mix = QuestionMix(train, [], all_questions(train))
@@ -71,9 +78,7 @@ def mix_questions(
 
 
 def asked_about(notes: Path) -> list[str]:
-    """Return the questions about training documents that `mix_questions` wrote to `notes`; none if
-    it did not.
-    """
+    """Return the questions about training documents from `notes`; empty without the file."""
     if not notes.is_file():
         return []
     records = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
@@ -83,10 +88,10 @@ def asked_about(notes: Path) -> list[str]:
 def with_questions(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, share: float
 ) -> QuestionMix:
-    """Return the documents with as many conversations about them as make up `share` of all tokens,
-    drawn by hash.
+    """Return the documents with conversations that make up `share` of all tokens, drawn by hash.
 
-    Raises `DataError` for a share outside [0, 1).
+    Raises:
+        DataError: the share is outside [0, 1).
     """
     if not 0 <= share < 1:
         raise DataError(f"The share of questions must be at least 0 and below 1; it is {share}.")
@@ -96,7 +101,7 @@ def with_questions(
     shuffled = sorted(
         questions, key=lambda question: (question.source, uniform(f"mix:{question.question}"))
     )
-    about = {question.question: question for question in questions}
+    question_by_text = {question.question: question for question in questions}
     talks: dict[str, list[Document]] = defaultdict(list)
     asked: set[str] = set()
     for talk in sorted(conversations(shuffled), key=lambda talk: uniform(f"mix:{talk.name}")):
@@ -105,7 +110,7 @@ def with_questions(
         if budget < 0:
             break
         asked |= {message["content"] for message in messages[::2]}
-        talks[about[messages[0]["content"]].source].append(talk)
+        talks[question_by_text[messages[0]["content"]].source].append(talk)
     mixed = []
     for document in documents:
         mixed += [document, *talks[document.name]]
@@ -117,13 +122,13 @@ def with_questions(
 
 
 def estimated_tokens(documents: Iterable[Document], encoder: DocumentEncoder) -> float:
-    """Return about how many tokens documents have, from those of some of them."""
-    drawn = sorted(documents, key=lambda document: uniform(f"sample:{document.name}"))
+    """Return the number of tokens of documents, extrapolated from a sample."""
+    shuffled = sorted(documents, key=lambda document: uniform(f"sample:{document.name}"))
     sample: list[Document] = []
-    for document in drawn:
-        if sum(len(one.text) for one in sample) > SAMPLE:
+    for document in shuffled:
+        if sum(len(drawn.text) for drawn in sample) > SAMPLE:
             break
         sample.append(document)
     tokens = sum(len(ids) for ids in encoder.encode(sample))
     characters = sum(len(document.text) for document in sample)
-    return tokens * sum(len(document.text) for document in drawn) / max(1, characters)
+    return tokens * sum(len(document.text) for document in shuffled) / max(1, characters)

@@ -1,9 +1,9 @@
-"""The frozen trunk under an expert, computed once.
+"""Cache of the frozen trunk below an expert.
 
-An expert module whose first layer is L changes nothing before the feed-forward part of block L.
-What enters that part is computed once per packed row, kept on disk, and read at every further pass:
-training then costs the layers above and the head. The first pass reads the cache too, so that every
-epoch sees the same numbers, and so does a resumed run.
+An expert whose first layer is L changes nothing before the feed-forward part of block L. The
+residual stream that enters this part is computed once per packed row and stored on disk. Further
+passes read it, so that training costs only the layers above and the head. The first pass reads the
+cache too, so that every epoch, and a resumed run, sees the same numbers.
 """
 
 import os
@@ -25,17 +25,17 @@ from deepseek.train.loop.losses import autocast
 from deepseek.train.loop.packed import begin_rows
 
 Stream = Callable[[Batch], Tensor]
-"""Where the frozen stream `[B, T, D]` of a batch comes from: computed, or read from a cache."""
+"""Function that computes, or reads from a cache, the residual stream `[B, T, D]` of a batch."""
 
 
 @torch.no_grad()
 def run_trunk(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
-    """Return the residual stream `[B, T, D]` after the attention of `layer`, which no expert there
-    has changed.
+    """Return the residual stream `[B, T, D]` after the attention of `layer`, unaffected by its
+    experts.
 
     Args:
-        model: the model to run, in the precision that is fastest on its device.
-        layer: the first layer that an expert is plugged beside.
+        model: model to run, in the fastest precision of its device.
+        layer: first layer that has an expert.
         batch: packed rows of T tokens.
     """
     with autocast(model.device):
@@ -45,11 +45,10 @@ def run_trunk(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
 
 
 class TrunkCache:
-    """Streams `[T, D]` of packed rows on disk, in a folder of `rows.npy` (which), `hidden.bin` and
+    """Residual streams `[T, D]` of packed rows in a folder with `key.json`, `hidden.bin` and
     `done.bin`.
 
-    Filling can be interrupted at any moment: a row counts as done only after it has reached the
-    disk.
+    Filling may be interrupted at any time: a row is marked as done only once it is on disk.
     """
 
     def __init__(
@@ -61,12 +60,16 @@ class TrunkCache:
         width: int,
         dtype: torch.dtype,
     ) -> None:
-        """Open the cache of `row_ids` in `folder`, or begin an empty one if another key or other
-        rows are there.
+        """Open the cache in `folder`, or start an empty one if its key or rows differ.
 
         Args:
-            key: what the numbers depend on, beside the rows and their form, as JSON values.
-            length, width: tokens of a row, and width of the stream.
+            folder: folder of the cache.
+            key: cache key as JSON values: what the numbers depend on, besides rows, shape and
+                dtype.
+            row_ids: rows to cache.
+            length: tokens per row.
+            width: width of the residual stream.
+            dtype: dtype on disk.
         """
         self.folder = folder
         self.row_ids = row_ids
@@ -90,7 +93,7 @@ class TrunkCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole cache on disk."""
+        """Size of the complete cache on disk in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def fill(
@@ -100,27 +103,34 @@ class TrunkCache:
         rows: int,
         progress: Callable[[int, int], None],
     ) -> None:
-        """Compute the rows that are missing, `rows` at a time, with `compute` (batch ->
-        `[B, T, D]`).
+        """Compute and store the missing rows.
 
-        Raises `TrainError` if the disk is full; what was written stays good.
+        Args:
+            loader: gives the rows by id.
+            compute: returns the residual stream `[B, T, D]` of a batch.
+            rows: rows per batch.
+            progress: called with the rows done and their total.
+
+        Raises:
+            TrainError: the disk is full; rows already written stay valid.
         """
         missing = np.flatnonzero(~self.done)
         for start in range(0, len(missing), rows):
             slots = missing[start : start + rows]
             stream_BTD = compute(loader.rows(self.row_ids[slots]))
             with disk_full_explained(
-                f"The disk of {self.folder} is full ({self.num_bytes / 1e6:,.0f} MB are needed for the trunk cache); "
+                f"The disk of {self.folder} is full "
+                f"({self.num_bytes / 1e6:,.0f} MB are needed for the trunk cache); "
                 "free some space and run the same command, or lower the number of tokens."
             ):
                 self._write(slots, stream_BTD)
             progress(int(self.done.sum()), len(self.done))
 
     def read(self, row_ids: Tensor) -> Tensor:
-        """Return the streams `[B, T, D]` of these rows in the cache's dtype."""
+        """Return the residual streams `[B, T, D]` of these rows in the cache's dtype."""
         slots = [self._slots[int(row)] for row in row_ids]
         rows, length, width = self.shape
-        shape = (rows, length, width * self.dtype.itemsize)  # in bytes: numpy has no bfloat16
+        shape = (rows, length, width * self.dtype.itemsize)  # bytes, as NumPy has no bfloat16
         stored = np.memmap(self.folder / "hidden.bin", np.uint8, mode="r", shape=shape)
         return torch.from_numpy(stored[slots]).view(self.dtype)
 
@@ -132,8 +142,9 @@ class TrunkCache:
         return same and (self.folder / "done.bin").stat().st_size == self.shape[0]
 
     def _write(self, slots: NDArray[np.intp], stream_BTD: Tensor) -> None:
-        """Write rows, then mark them; plain writes, as a full disk under a memory map would kill
-        the process.
+        """Write rows, then mark them as done.
+
+        Plain writes raise an error on a full disk, where a memory map would kill the process.
         """
         rows = stream_BTD.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         with open(self.folder / "hidden.bin", "r+b") as file:

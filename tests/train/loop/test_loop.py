@@ -97,7 +97,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(
     process.send_signal(signal.SIGINT)
     message, _ = process.communicate()
     assert process.returncode == 130
-    assert "nothing is lost; the same call goes on" in message
+    assert "nothing is lost; the same call resumes the run" in message
     stopped_at = int(message.split("step ")[1].split()[0])
     assert (tmp_path / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
     again = start(tmp_path, 0)

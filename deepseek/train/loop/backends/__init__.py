@@ -1,7 +1,7 @@
-"""Where parameters live and who else trains: one process, or many that each hold a part (FSDP2
-under `torchrun`).
+"""Backends: train in a single process, or in many that shard the parameters (FSDP2 with
+`torchrun`).
 
-The loop speaks to `Backend` alone; `current` returns the one that this process was started for.
+The loop only uses the interface `Backend`; `current` returns the backend of this process.
 """
 
 import os
@@ -19,7 +19,7 @@ B = TypeVar("B")
 
 
 class Backend:
-    """One of W processes that train together; this one is alone, W = 1.
+    """One of W training processes. This base class is the single-process backend, W = 1.
 
     Attributes:
         main: whether this process writes metrics, plots and results.
@@ -30,17 +30,17 @@ class Backend:
     world = 1
 
     def shard(self, module: nn.Module, parts: list[nn.Module]) -> None:
-        """Spread the parameters of `module` over the processes; those of each of `parts` are
-        gathered as one.
-        """
+        """Shard the parameters of `module`; each of `parts` is gathered as one unit."""
 
     def share(self, batch: B) -> B:
-        """Return this process's rows of a batch that all processes have."""
+        """Return this process's rows of a global batch."""
         return batch
 
     def weigh(self, tokens: int) -> tuple[float, int]:
-        """Return the factor that makes the mean over processes of their mean losses the mean over
-        all targets, and how many targets there are in all.
+        """Return the weight of this process's mean loss, and the number of targets of all
+        processes.
+
+        With these weights, the mean over processes equals the mean over all targets.
         """
         return 1.0, tokens
 
@@ -49,26 +49,28 @@ class Backend:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process."""
+        """Return whether `flag` is set in any process."""
         return flag
 
     def barrier(self) -> None:
         """Wait for all processes."""
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """Return a parameter of which this process holds a part, complete."""
+        """Return the full tensor of a sharded parameter."""
         return tensor
 
     def save(self, folder: Path, state: Weights, meta: dict[str, Any]) -> None:
-        """Write a checkpoint that is either whole or absent; raise `TrainError` if the disk is
-        full.
+        """Write a checkpoint atomically.
+
+        Raises:
+            TrainError: the disk is full.
         """
         with store.disk_full_explained(no_room_for(folder)):
             store.save_state(folder, state.tensors(), meta)
 
     def load(self, folder: Path, state: Weights) -> dict[str, Any]:
-        """Restore a checkpoint, whatever the number of processes that wrote it, and return its
-        meta.
+        """Restore a checkpoint, regardless of how many processes wrote it, and return its
+        metadata.
         """
         tensors, meta = store.load_state(folder)
         state.restore(tensors)
@@ -80,9 +82,7 @@ SINGLE = Backend()
 
 @contextmanager
 def current() -> Iterator[Backend]:
-    """Give the backend of this process: FSDP2 where `torchrun` started it, else one process
-    alone.
-    """
+    """Yield this process's backend: FSDP2 if `torchrun` started it, else the single-process one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield SINGLE
         return

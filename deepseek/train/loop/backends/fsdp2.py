@@ -1,9 +1,7 @@
-"""Many processes that each hold a part of every parameter, gradient and moment: FSDP2 (ZeRO-3)
-under `torchrun`.
+"""FSDP2 backend (ZeRO-3): processes shard parameters, gradients and moments, under `torchrun`.
 
-Checkpoints are written by PyTorch's distributed checkpointing as safetensors, one file a process
-and nothing pickled, and read back by any number of processes. They appear under their name only
-when all parts are on disk.
+PyTorch's distributed checkpointing writes safetensors, one file per process and nothing pickled;
+any number of processes can read them. A checkpoint gets its name only once all parts are on disk.
 """
 
 import os
@@ -36,22 +34,27 @@ from deepseek.train.loop.optim import TrainingState, Weights, no_room_for
 B = TypeVar("B")
 
 CONNECT = timedelta(minutes=1)
+"""Timeout for joining the process group."""
 WORK = timedelta(minutes=30)
-"""How long processes wait for one another when they join, and later."""
+"""Timeout of later collective operations."""
 
 
 @contextmanager
 def joined() -> Iterator["FSDP2"]:
-    """Join the processes that `torchrun` started, and leave them at the end."""
+    """Join the process group that `torchrun` started, and leave it at the end."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torchrun keeps one store over its restarts: under a prefix of its own no start finds addresses
-    # of those who died.
+    # torchrun reuses one store across restarts. A prefix per restart hides the addresses of dead
+    # processes.
     shared, rank, size = next(rendezvous("env://", timeout=CONNECT))
-    own = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    store_of_start = PrefixStore(
+        f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared
+    )
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=CONNECT)
+    dist.init_process_group(
+        backend, store=store_of_start, rank=rank, world_size=size, timeout=CONNECT
+    )
     dist.distributed_c10d._set_pg_timeout(WORK)
     try:
         yield FSDP2(init_device_mesh(device, (dist.get_world_size(),)))
@@ -60,7 +63,7 @@ def joined() -> Iterator["FSDP2"]:
 
 
 class FSDP2(Backend):
-    """The backend of one of the processes of `mesh`."""
+    """Backend of one process of `mesh`."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
@@ -69,8 +72,8 @@ class FSDP2(Backend):
         self.main = self.rank == 0
 
     def shard(self, module: nn.Module, parts: list[nn.Module]) -> None:
-        """Spread `module`; each of `parts`, a block or a pool of experts that blocks share, is
-        gathered by itself.
+        """Shard `module`; each of `parts`, a block or a shared pool of experts, is gathered by
+        itself.
         """
         on_cpu = self.mesh.device_type == "cpu"
         policy = (
@@ -82,10 +85,10 @@ class FSDP2(Backend):
             fully_shard(part, mesh=self.mesh, mp_policy=policy)
         for part in module.modules():
             if isinstance(part, FSDPModule) and on_cpu:
-                part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
+                part.set_force_sum_reduction_for_comms(True)  # gloo has no average reduction
 
     def share(self, batch: B) -> B:
-        """Return every W-th row, from the own rank on, of a dataclass of tensors."""
+        """Return every W-th row, starting at this rank, of a dataclass of tensors."""
         rows = slice(self.rank, None, self.world)
         return type(batch)(*(getattr(batch, field.name)[rows] for field in fields(batch)))  # type: ignore[arg-type]
 
@@ -106,7 +109,7 @@ class FSDP2(Backend):
         return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
     def save(self, folder: Path, state: Weights, meta: dict[str, Any]) -> None:
-        """Write one file a process into a hidden folder, then give it its name."""
+        """Write one file per process to a temporary folder, then rename it."""
         temporary = folder.with_name(f".{folder.name}.parts.tmp")
         if self.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -124,9 +127,8 @@ class FSDP2(Backend):
 
     def load(self, folder: Path, state: Weights) -> dict[str, Any]:
         if isinstance(state, TrainingState):
-            for (
-                parameter
-            ) in state.parameters.values():  # moments to read into, laid out as their parameters
+            # Allocate moments with the sharding of their parameters to load into.
+            for parameter in state.parameters.values():
                 state.optimizer.state[parameter] = {
                     "step": torch.tensor(0.0),
                     "exp_avg": torch.zeros_like(parameter),
