@@ -1,8 +1,8 @@
-"""What the engine asks of whatever computes the model: ragged batches of chunks, one forward pass a
-step.
+"""The interface between the engine and the runners that compute the model: ragged batches of
+chunks, one forward pass a step.
 
-`engine/torch_runner.py` has the reference, which runs every architecture and every expert;
-`compiled/runner.py` a faster one, which need only behave as it does.
+`engine/torch_runner.py` is the reference, which supports every architecture and every expert.
+`compiled/runner.py` is faster, supports fewer models, and has to behave like the reference.
 """
 
 from collections.abc import Sequence
@@ -16,60 +16,69 @@ from deepseek.model.experts.module import ExpertModule
 
 
 class Segment(Protocol):
-    """A copy of what a stretch of tokens left in a state; the prefix cache keeps it. Nobody changes
-    it.
-    """
+    """An immutable copy of the state of a range of tokens, for the prefix cache."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Memory of the segment in bytes."""
 
 
 class SequenceState(Protocol):
-    """Keys, values and running sums of one sequence.
+    """Keys, values and running gate sums of one sequence.
 
-    A state is used by one thread at a time, and by one chunk of a batch at most.
+    A state is used by one thread at a time, and by at most one chunk of a batch.
     """
 
     @property
     def length(self) -> int:
-        """Number of tokens that it holds."""
+        """Number of tokens in the state."""
 
     @property
     def nbytes(self) -> int:
-        """Memory that it occupies now, at most `Runner.state_bytes` of its capacity."""
+        """Current memory in bytes, at most `Runner.state_bytes` of its capacity."""
 
     @property
     def rewinds(self) -> bool:
-        """Whether `rewind` works."""
+        """Whether `rewind` is supported."""
 
     def rewind(self, length: int) -> None:
-        """Forget the tokens from `length` on, all of the last chunk."""
+        """Drop the tokens from position `length` on, which must all belong to the last chunk.
+
+        Args:
+            length: number of tokens to keep.
+        """
 
     def segment(self, start: int) -> Segment:
-        """Return a copy of what the tokens from `start` to the last one left behind.
+        """Return a copy of the state of the tokens from `start` to the last one.
 
-        The running sums of the experts' gates after the last token are part of it, so that a state
-        into which it has been put goes on as this one does.
+        It includes the running sums of the experts' gates after the last token, so that a state
+        that it is appended to continues exactly as this one does.
+
+        Args:
+            start: position of the first token to copy.
         """
 
     def extend(self, segment: Segment) -> None:
-        """Append the tokens of `segment`, taken at this state's length from a state with the same
-        armed experts.
+        """Append the tokens of a segment.
+
+        Args:
+            segment: taken at this state's length, from a state with the same armed experts.
         """
 
     def close(self) -> None:
-        """Free the memory; the state is not used again."""
+        """Free the memory; the state must not be used again."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """New tokens of one sequence: a piece of a prompt, or the one token chosen last.
+    """New tokens of one sequence: a piece of its prompt, or the last sampled token.
 
     Attributes:
-        state: the tokens before them; the forward pass adds the new ones.
-        ids: the new tokens, at least one; where the state rewinds, guesses may follow the token
-            chosen last.
-        keep: how many of them, the last ones, need logits; within a prompt none.
+        state: state of the preceding tokens; the forward pass appends the new ones.
+        ids: the new tokens, at least one. If the state can rewind, guessed tokens may follow the
+            last sampled one.
+        keep: number of tokens, at the end of the chunk, whose logits are needed; 0 within a prompt,
+            default 1.
     """
 
     state: SequenceState
@@ -79,13 +88,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RunnerOutput:
-    """What a forward pass says about the kept tokens, in the order of chunks and of tokens within
-    them.
+    """Result of a forward pass for the kept tokens, ordered by chunk and position.
 
     Attributes:
-        logits_RV: next-token logits in fp32, one row for each kept token, on the CPU. The caller
-            may overwrite them.
-        experts: for each row the name of the expert with the largest weight there, None where none
+        logits_RV: next-token logits in fp32 on the CPU, one row for each kept token. The caller may
+            overwrite them.
+        experts: for each row, the name of the expert with the largest weight; None if no expert
             fired.
     """
 
@@ -96,27 +104,42 @@ class RunnerOutput:
 class Runner(Protocol):
     """Computes a model for many sequences at once.
 
-    The result for a chunk depends on that chunk and its state alone, to the last bit, never on the
-    other chunks of the batch: that is what makes the same request give the same tokens whatever
-    else runs.
+    The result for a chunk depends, bit for bit, on that chunk and its state alone, never on the
+    rest of the batch. This is why a request gives the same tokens whatever else runs.
     """
 
     def prepare(self, module: ExpertModule) -> None:
-        """Do ahead what sequences with this expert will need (such as rounding weights).
+        """Do the one-time work for an expert in advance, such as quantising its weights.
 
-        Called by the thread that plugs it, before a sequence can have it; another thread may be in
-        `forward`.
+        The thread that plugs the expert calls this before any sequence can use it; another thread
+        may be in `forward`.
+
+        Args:
+            module: the expert.
         """
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        """Return the most memory that a state of `length` tokens occupies. Any thread may ask."""
-
-    def start(self, armed: ArmedExperts | None, capacity: int) -> SequenceState:
-        """Return the empty state of a new sequence that will hold up to `capacity` tokens.
+        """Return the maximum memory of a state in bytes; thread safe.
 
         Args:
-            armed: the experts that speak in it until it ends; None for the base alone.
+            length: number of tokens in the state.
+            armed: the sequence's experts; None for the base alone.
+        """
+
+    def start(self, armed: ArmedExperts | None, capacity: int) -> SequenceState:
+        """Return the empty state of a new sequence.
+
+        Args:
+            armed: the experts for the whole sequence; None for the base alone.
+            capacity: maximum number of tokens.
         """
 
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
-        """Add the chunks' tokens to their states and return the logits of those that are kept."""
+        """Run one forward pass: append the chunks' tokens to their states.
+
+        Args:
+            chunks: at most one chunk for each state.
+
+        Returns:
+            Logits and experts of the kept tokens.
+        """

@@ -1,25 +1,25 @@
-"""What the compiled step reads and writes: one table for each group of buffers, with name, dtype
-and shape.
+"""ABI of the compiled step: one table for each group of buffers that it reads or writes, with name,
+dtype and shape.
 
-To add a buffer, add a row here and its value where the group's values are put together:
-`PackedModel` for `WEIGHTS`, `Sites` for `SITES`, `Scratch` for `BATCH`; what the step itself fills
-(`WORK`) needs no value.
+To add a buffer, add a row here and supply its value where the group's values are assembled: in
+`PackedModel` for `WEIGHTS`, in `Sites` for `SITES`, in `Scratch` for `BATCH`. Buffers that the step
+itself fills (`WORK`) need no value.
 
-Addresses are of memory that has no array of its own for the kernel: packed panels of weights
+Memory without an array of its own is passed by address: packed panels of weights
 (`kernels/int8.py`), pages of keys and values (`compiled/state.py`), and quantised rows of
 activations (`compiled/rows.py`).
 """
 
 from deepseek.kernels.numba.buffers import BF16, FP32, INT64, Buffer, Table
 
-PAGE = 64  # tokens whose keys and values lie together
-RECENT = 8  # positions whose running sums of gate scores are kept, so that a step's last tokens can be taken back
-SUMS = 3  # running sums of a gate: detecting scores, contrasting scores, and their weights
-BLOCK = 64  # rows that a panel of weights is multiplied by before their results are used
-QUERIES = 6  # most queries of a unit of attention: with four vectors each they fill the registers
-SYNC_STRIDE = (
-    8  # counters lie a cache line apart, so that threads at one do not disturb those at another
-)
+PAGE = 64  # tokens in a page of keys and values
+# Number of latest positions with running sums of gate scores; a state can rewind by RECENT - 1.
+RECENT = 8
+SUMS = 3  # running sums of a gate: detecting scores, contrasting scores, and the token weights
+BLOCK = 64  # rows that a panel of weights is multiplied by before the results are used
+# Maximum number of queries in a unit of attention; with four vectors each, they fill the registers.
+QUERIES = 6
+SYNC_STRIDE = 8  # int64s between counters: a cache line, against false sharing
 
 WEIGHTS = Table(
     "Weights",
@@ -38,7 +38,7 @@ WEIGHTS = Table(
         Buffer("lm_head", INT64, "", "address of the head"),
         Buffer("embed_tokens", INT64, "", "address of the embedding"),
         Buffer(
-            "norms", FP32, "norms hidden", "scales of each layer's two norms, and of the last one"
+            "norms", FP32, "norms hidden", "scales of each layer's two norms, and of the final one"
         ),
         Buffer(
             "head_norms",
@@ -48,10 +48,10 @@ WEIGHTS = Table(
         ),
         Buffer("qkv_bias", FP32, "layers qkv_width", "zeros where the projections have none"),
         Buffer("out_bias", FP32, "layers hidden", "zeros where the projection has none"),
-        Buffer("windows", INT64, "layers", "tokens that a query sees; 0: all before it"),
+        Buffer("windows", INT64, "layers", "sliding window in tokens; 0: full causal attention"),
         Buffer("cosine", FP32, "positions half_width", "rotary angles of each position"),
         Buffer("sine", FP32, "positions half_width", "rotary angles of each position"),
-        Buffer("eps", FP32, "1", "what norms add to the mean square"),
+        Buffer("eps", FP32, "1", "epsilon that the norms add to the mean square"),
     ),
 )
 
@@ -59,47 +59,39 @@ BATCH = Table(
     "Batch",
     (
         Buffer("input_ids", INT64, "rows", "new tokens of all chunks"),
-        Buffer("position_ids", INT64, "rows", "their positions"),
-        Buffer("chunk_of_row", INT64, "rows", "the chunk that each belongs to"),
+        Buffer("position_ids", INT64, "rows", "positions of the new tokens"),
+        Buffer("chunk_of_row", INT64, "rows", "chunk of each row"),
         Buffer(
             "first_row",
             INT64,
             "chunks+1",
-            "row of each chunk's first token, and the number of rows",
+            "row of each chunk's first token, then the number of rows",
         ),
         Buffer(
-            "pages", INT64, "chunks pages", "addresses of each chunk's pages, filled up with zeros"
+            "pages", INT64, "chunks pages", "addresses of each chunk's pages, padded with zeros"
         ),
         Buffer(
             "first_unit",
             INT64,
             "chunks+1",
-            "first unit of attention of each chunk, and the number of units",
+            "first unit of attention of each chunk, then the number of units",
         ),
-        Buffer(
-            "unit_queries",
-            INT64,
-            "",
-            "queries, of one group of heads, that are a unit of attention",
-        ),
-        Buffer("kept_rows", INT64, "kept", "rows that need logits"),
+        Buffer("unit_queries", INT64, "", "queries of one group of heads in a unit of attention"),
+        Buffer("kept_rows", INT64, "kept", "rows whose logits are needed"),
         Buffer(
             "first_member",
             INT64,
             "chunks+1",
-            "first of each chunk's members, and the number of members",
+            "first member of each chunk, then the number of members",
         ),
         Buffer(
             "member_sites",
             INT64,
             "members",
-            "site of each member of the chunks' sets of experts, by layers",
+            "site of each member of the chunks' rosters, ordered by layer",
         ),
         Buffer(
-            "member_gates",
-            INT64,
-            "members",
-            "row of `Sites.gates`, which depends on the other members too",
+            "member_gates", INT64, "members", "row of `Sites.gates`; it depends on the whole roster"
         ),
         Buffer(
             "gate_sums",
@@ -111,9 +103,9 @@ BATCH = Table(
             "max_experts",
             INT64,
             "chunks",
-            "most experts at one token; 0: all of them, with weight 1",
+            "maximum number of experts at one token; 0: all of them, with weight 1",
         ),
-        Buffer("logits", FP32, "kept vocabulary", "what the step computes"),
+        Buffer("logits", FP32, "kept vocabulary", "result of the step"),
     ),
 )
 
@@ -124,7 +116,7 @@ SITES = Table(
             "first_site",
             INT64,
             "layers+1",
-            "first site of each layer; a site is an expert at a layer",
+            "first site of each layer, where a site is an expert at a layer",
         ),
         Buffer("gate_up", INT64, "sites", "addresses of the gate and up projections"),
         Buffer("down", INT64, "sites", "addresses of the down projections"),
@@ -133,9 +125,9 @@ SITES = Table(
             "gates",
             FP32,
             "gates 2 hidden+1",
-            "detecting and contrasting row of each member of each set",
+            "detecting and contrasting row of each member of each roster",
         ),
-        Buffer("decay", FP32, "sites", "what a running sum keeps per token"),
+        Buffer("decay", FP32, "sites", "decay of the running sums per token"),
     ),
 )
 
@@ -143,9 +135,7 @@ WORK = Table(
     "Work",
     (
         Buffer("residual", FP32, "capacity hidden", "the residual stream"),
-        Buffer(
-            "projected", FP32, "capacity qkv_width", "queries, keys and values before positions"
-        ),
+        Buffer("projected", FP32, "capacity qkv_width", "queries, keys and values before rotation"),
         Buffer(
             "queries",
             BF16,
@@ -166,28 +156,28 @@ WORK = Table(
             "gate_scores",
             FP32,
             "capacity layer_sites 2",
-            "detecting and contrasting score of a layer's sites",
+            "detecting and contrasting gate scores of a layer's sites",
         ),
-        Buffer("expert_weights", FP32, "capacity sites", "how much each expert adds at each row"),
+        Buffer("expert_weights", FP32, "capacity sites", "weight of each expert at each row"),
         Buffer(
             "expert_rows",
             INT64,
             "sites",
             "address of the first quantised row of each site's hidden values",
         ),
-        Buffer("attention_scores", FP32, "threads queries span", "of a unit's queries"),
-        Buffer("attention_probs", BF16, "threads queries span", "the same, after softmax"),
+        Buffer("attention_scores", FP32, "threads queries span", "scores of a unit's queries"),
+        Buffer("attention_probs", BF16, "threads queries span", "the scores after softmax"),
         Buffer(
             "selected_rows",
             INT64,
             "threads capacity",
-            "addresses of the rows at which an expert speaks",
+            "addresses of the rows at which an expert fires",
         ),
         Buffer(
             "sync",
             INT64,
             "counters",
-            "the barrier's counters, then each layer's next unit of attention",
+            "the barrier's counters, then the next unit of attention of each layer",
         ),
     ),
 )

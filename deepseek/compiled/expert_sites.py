@@ -1,5 +1,5 @@
-"""Plugged experts in the compiled step: their gates (`model/experts/gate.py`) and their
-feed-forward networks.
+"""Plugged experts in the compiled step: their gates (`model/experts/gate.py`) and feed-forward
+networks.
 """
 
 import numpy as np
@@ -11,12 +11,12 @@ from deepseek.kernels.int8 import GROUP
 from deepseek.kernels.numba.primitives import share
 from deepseek.model.experts.gate import SHARPNESS
 
-COUNT = SUMS - 1  # the running sum that counts: of ones, where the others are of scores
+COUNT = SUMS - 1  # index of the running sum of token weights, the denominator of the means
 
 
 @njit(error_model="numpy")
 def members_at(batch, sites, chunk, layer):  # type: ignore[no-untyped-def]
-    """Return the first member of a chunk at a layer and the one past its last."""
+    """Return the range of a chunk's members at a layer: the first, and the one past the last."""
     start = batch.first_member[chunk]
     stop = batch.first_member[chunk + 1]
     while start < stop and batch.member_sites[start] < sites.first_site[layer]:
@@ -29,6 +29,7 @@ def members_at(batch, sites, chunk, layer):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True, error_model="numpy")
 def _affine(gate, x):  # type: ignore[no-untyped-def]
+    """Return the gate score: dot product with the gate's weights, plus its bias."""
     total = gate[len(gate) - 1]
     for d in range(len(gate) - 1):
         total += gate[d] * x[d]
@@ -37,7 +38,9 @@ def _affine(gate, x):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def score_row(batch, sites, work, layer, r, x):  # type: ignore[no-untyped-def]
-    """Score the gate input x of row r for the experts of its sequence."""
+    """Compute the gate scores of row `r`, whose gate input is `x`, for the experts of its
+    sequence.
+    """
     first_site = sites.first_site[layer]
     start, end = members_at(batch, sites, batch.chunk_of_row[r], layer)
     for member in range(start, end):
@@ -50,8 +53,10 @@ def score_row(batch, sites, work, layer, r, x):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
-    """Weigh each expert at each row: running means of its scores, then arbitration. Threads share
-    the chunks.
+    """Compute the weight of each expert at each row: running means of the gate scores, then
+    arbitration.
+
+    The threads share the chunks.
     """
     first_site = sites.first_site[layer]
     first, last = share(len(batch.first_row) - 1)
@@ -71,7 +76,7 @@ def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
             sums = recent[position % RECENT, place:]
             for j in range(count):
                 site = batch.member_sites[start + j]
-                if batch.max_experts[chunk] == 0:
+                if batch.max_experts[chunk] == 0:  # forced experts have no gates
                     work.expert_weights[r, site] = 1
                     continue
                 for kind in range(SUMS):
@@ -80,8 +85,8 @@ def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
                         if kind == COUNT
                         else work.gate_scores[r, site - first_site, kind]
                     )
-                    # The first token of a text does not count: attention sinks there, whatever the
-                    # text.
+                    # The first token is left out: it is an attention sink, whose hidden state does
+                    # not depend on the text.
                     sums[j, kind] = (
                         before[j, kind] * sites.decay[site] + score
                         if position > 0
@@ -98,11 +103,11 @@ def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[no-untyped-def]
-    """Set `weights[members]` from smoothed scores, as `model.experts.gate.arbitrate` does.
+    """Set `weights[members]` from smoothed gate scores, as `model.experts.gate.arbitrate` does.
 
-    `contrast` is overwritten with the members' claims, by which they are ranked: the contrast plus
-    log sigmoid of the sharpened detecting score, minus infinity where it does not fire. Of equal
-    claims the first member's comes first.
+    Members are ranked by their claims: the contrasting score plus the log sigmoid of the sharpened
+    detecting score, or minus infinity if the expert does not fire. Ties go to the first member. The
+    claims overwrite `contrast`.
     """
     claims = contrast
     count = len(members)
@@ -111,6 +116,8 @@ def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[
             claims[j] -= np.float32(np.log1p(np.exp(-SHARPNESS * detect[j])))
         else:
             claims[j] = -np.inf
+    # Softmax over the claims of the selected members, relative to the largest one for stability,
+    # scaled down if the members' total strength is below 1.
     largest = np.float32(-np.inf)
     strength = np.float32(0)
     total = np.float32(0)
@@ -135,8 +142,10 @@ def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[
 
 @njit(error_model="numpy")
 def _select_rows(work, site, selected, places, factors):  # type: ignore[no-untyped-def]
-    """List the rows at which a site has weight: the addresses of their inputs, numbers and weights.
-    Return how many.
+    """List the rows at which a site has a positive weight; return their number.
+
+    Fills `selected` with the addresses of the rows' inputs, `places` with the row numbers and
+    `factors` with the weights.
     """
     count = 0
     for r in range(len(places)):
@@ -150,7 +159,7 @@ def _select_rows(work, site, selected, places, factors):  # type: ignore[no-unty
 
 @njit(error_model="numpy")
 def activate_experts(weights, sites, work, layer, thread, rows):  # type: ignore[no-untyped-def]
-    """Compute the hidden values of a layer's experts at the rows where they have weight."""
+    """Compute the hidden values of a layer's experts at the rows where they fire."""
     groups = (weights.hidden + GROUP - 1) // GROUP
     places = np.empty(rows, np.int64)
     factors = np.empty(rows, np.float32)
@@ -175,7 +184,9 @@ def activate_experts(weights, sites, work, layer, thread, rows):  # type: ignore
 
 @njit(error_model="numpy")
 def add_experts(sites, work, layer, thread, rows, first, last, zeros):  # type: ignore[no-untyped-def]
-    """Add a layer's experts to panels `first` to `last - 1` of the residual stream."""
+    """Add the outputs of a layer's experts to panels `first` to `last - 1` of the residual
+    stream.
+    """
     places = np.empty(rows, np.int64)
     factors = np.empty(rows, np.float32)
     selected = work.selected_rows[thread]

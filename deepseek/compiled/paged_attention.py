@@ -1,4 +1,4 @@
-"""Attention of new tokens over the pages of their sequences, in bf16 with fp32 sums."""
+"""Paged attention: new tokens attend to the pages of their sequences, in bf16 with fp32 sums."""
 
 import numpy as np
 from numba import carray, njit
@@ -9,13 +9,13 @@ from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3,
 from deepseek.kernels.int8 import GROUP
 from deepseek.kernels.numba.primitives import exp, narrow, pointer, share, thread_number
 
-BFLOAT16 = np.uint16(0)  # the type that its bits are stored as
+BFLOAT16 = np.uint16(0)  # a value of the type that stores the bits of bf16
 
 
 @njit(error_model="numpy")
 def plane(pages, chunk, page, layer, group, kind, groups, width):  # type: ignore[no-untyped-def]
-    """Return the address of the keys (kind 0) `[K/2, 64, 2]` or values (kind 1) `[K/64, 32, 64, 2]`
-    of a page.
+    """Return the address of a page's keys (kind 0) `[K/2, 64, 2]` or values (kind 1) `[K/64, 32,
+    64, 2]` at a layer and group.
     """
     return pages[chunk, page] + ((layer * groups + group) * 2 + kind) * width * PAGE * 2
 
@@ -24,7 +24,9 @@ def plane(pages, chunk, page, layer, group, kind, groups, width):  # type: ignor
 # whole slices.
 @njit(fastmath=True, error_model="numpy")
 def _rotate(first, second, cosine, sine, factor, left, right):  # type: ignore[no-untyped-def]
-    """Rotate the halves of a head to its position, times `factor`, as bf16."""
+    """Apply the rotary embedding to the two halves of a head, multiply by `factor`, and store as
+    bf16.
+    """
     for k in range(len(first)):
         a = first[k]
         b = second[k]
@@ -40,7 +42,7 @@ def _add(x, bias):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _put_key(rotated, page, slot):  # type: ignore[no-untyped-def]
-    """Put a key, given as pairs of bf16 numbers `[K/2]`, into its place of a page."""
+    """Store a key, given as pairs of bf16 numbers `[K/2]`, in slot `slot` of a page."""
     keys = carray(pointer(page), (len(rotated), PAGE), np.uint32)
     for k in range(len(rotated)):
         keys[k, slot] = rotated[k]
@@ -48,6 +50,7 @@ def _put_key(rotated, page, slot):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
+    """Store a value in slot `slot` of a page, as bf16."""
     values = carray(pointer(page), (len(x) // GROUP, PAGE // 2, GROUP, 2), np.uint16)
     for part in range(len(x) // GROUP):
         target = values[part, slot // 2, :, slot % 2]
@@ -58,17 +61,16 @@ def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
-    """Rotate queries and keys, and put keys and values into their pages."""
+    """Rotate queries and keys, and store keys and values in their pages."""
     heads = weights.heads
     groups = weights.groups
     width = weights.width
-    parts = (
-        heads + 2 * groups
-    )  # of a row of `projected`: the heads' queries, then the groups' keys, then their values
+    # A row of `projected` holds the queries of all heads, then keys and values of all groups.
+    parts = heads + 2 * groups
     half = width // 2
     group_heads = heads // groups
     rotated = np.empty(width, np.uint16)
-    scale = np.float32(1 / np.sqrt(width))
+    scale = np.float32(1 / np.sqrt(width))  # of the attention scores, applied to the queries
     first, last = share(len(batch.input_ids) * parts)
     for item in range(first, last):
         r = item // parts
@@ -101,7 +103,7 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no-untyped-def]
-    """Add A B to C for `count` rows (see `vector.py`)."""
+    """Add A B to C for `count` rows, with the largest row blocks that fit (see `vector.py`)."""
     i = 0
     while i + 6 <= count:
         pair_dot_6(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride, following)
@@ -118,8 +120,9 @@ def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no
 
 @njit(fastmath=True, error_model="numpy")
 def _softmax(scores, probs):  # type: ignore[no-untyped-def]
-    """Fill `probs` with the exponentials of the scores, the largest being 1; return one over their
-    sum.
+    """Set `probs` to the exponentials of the scores minus the largest score.
+
+    Returns the reciprocal of their sum, by which the caller normalises.
     """
     largest = scores[0]
     for s in range(len(scores)):
@@ -136,10 +139,10 @@ def _softmax(scores, probs):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, count):  # type: ignore[no-untyped-def]
-    """Add to `scores` the products of `count` queries, at the address `queries`, with the keys of
-    pages from `low` on.
+    """Add to `scores` the products of `count` queries, at address `queries`, with the keys of pages
+    `low` to `pages - 1`.
 
-    Meanwhile the next page is asked for; behind the last keys come the first values.
+    The next page is prefetched meanwhile; after the last keys, the first values.
     """
     groups = weights.groups
     width = weights.width
@@ -162,7 +165,7 @@ def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, cou
 
 @njit(error_model="numpy")
 def _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count):  # type: ignore[no-untyped-def]
-    """Add to `attended` the values of keys `low * PAGE` to `ends - 1`, weighted by `probs`."""
+    """Add to `attended` the values at positions `low * PAGE` to `ends - 1`, weighted by `probs`."""
     groups = weights.groups
     width = weights.width
     pages = (ends + PAGE - 1) // PAGE
@@ -182,8 +185,10 @@ def _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
 
 @njit(error_model="numpy")
 def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ignore[no-untyped-def]
-    """Attend from queries `start` to `start + count - 1` of a group's, tokens first, to the keys
-    that they see.
+    """Compute one unit of attention: queries `start` to `start + count - 1` of a chunk's group of
+    heads.
+
+    Queries are ordered by token, then by head.
     """
     width = weights.width
     group_heads = weights.heads // weights.groups
@@ -224,7 +229,10 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
 
 @njit(error_model="numpy")
 def attend(weights, batch, work, layer):  # type: ignore[no-untyped-def]
-    """Take units of attention, whose costs differ, until none is left; the longest come first."""
+    """Compute units of attention until none is left.
+
+    Units differ in cost, so the threads take them from a shared counter, the longest first.
+    """
     groups = weights.groups
     group_heads = weights.heads // groups
     counter = work.sync[SYNC_STRIDE * (1 + layer) :].ctypes.data

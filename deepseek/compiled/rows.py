@@ -1,8 +1,8 @@
-"""Rows of activations: quantising them, and their products with panels of weights.
+"""Rows of activations: quantisation, and products with panels of weights.
 
-A quantised row of G groups lies in memory as 64 G bytes, G scales in fp32 and G corrections in
-int32 (see `kernels/int8.py`). Rows are given by a table of their addresses. The result for a row
-never depends on the rows beside it.
+A quantised row of G groups is stored as 64 G bytes, G scales in fp32 and G corrections in int32
+(see `kernels/int8.py`). Rows are passed as a table of their addresses. The result for a row never
+depends on the other rows.
 """
 
 import platform
@@ -27,7 +27,8 @@ from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, LANES
 from deepseek.kernels.numba import openmp
 from deepseek.kernels.numba.primitives import pointer, sigmoid, thread_count
 
-# Linux's call for sleeping until a number in memory changes; elsewhere the thread only yields.
+# System call number of Linux's futex, which sleeps until a number in memory changes. On other
+# systems a waiting thread only yields.
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
 _WAIT = 0
 _WAKE = 1
@@ -36,18 +37,19 @@ _syscall = openmp.external("syscall", types.int64(*[types.int64] * 7))
 _yield = openmp.external("sched_yield", types.int32())
 
 row_bytes = njit(int8.row_bytes)
-# Looks at the barrier, about 40 microseconds, before the core is given to another process. To sleep
-# sooner, within the time by which two threads drift apart in a stage, costs more than it saves: a
-# thread that slept is late at the next barrier too, and the other one sleeps there.
+# Number of spins at the barrier, about 40 microseconds, before the thread gives up its core. The
+# threads drift apart within a stage; sleeping within that time costs more than it saves, because a
+# thread that slept is late at the next barrier too, where the other one then sleeps.
 SPINS = 40_000
 
 
 @njit(error_model="numpy")
 def barrier(counter):  # type: ignore[no-untyped-def]
-    """Wait until every thread has called this; `counter` is the address of two numbers, at first 0.
+    """Wait until every thread has called this.
 
-    The first counts arrivals, the second those that sleep. Waiting is short where cores are free,
-    so a thread looks for a while before it sleeps.
+    `counter` is the address of two int64s, initially 0: the number of arrivals, and the number of
+    sleeping threads. Waits are short while cores are free, so a thread spins for a while before it
+    sleeps.
     """
     threads = thread_count()
     sleepers = counter + 8
@@ -62,9 +64,8 @@ def barrier(counter):  # type: ignore[no-untyped-def]
         spins += 1
         if spins > SPINS and _FUTEX:
             arrive(sleepers, 1)
-            _syscall(
-                _FUTEX, counter, _WAIT, seen, 0, 0, 0
-            )  # returns at once if the number is not `seen` any more
+            # Returns at once if the number is no longer `seen`, so that no wake-up is missed.
+            _syscall(_FUTEX, counter, _WAIT, seen, 0, 0, 0)
         elif spins > SPINS:
             _yield()
         seen = look(counter)
@@ -72,7 +73,7 @@ def barrier(counter):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def floats(address, *shape):  # type: ignore[no-untyped-def]
-    """Return the fp32 numbers at an address as an array."""
+    """Return the fp32 numbers at an address as an array of the given shape."""
     return carray(pointer(address), shape, np.float32)
 
 
@@ -85,7 +86,7 @@ def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True, error_model="numpy")
 def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
-    """Set `out` to the normed x (see `model/norm.py`)."""
+    """Set `out` to the RMS-normalised `x` (see `model/norm.py`)."""
     total = np.float32(0)
     for d in range(len(weight)):
         total += x[d] * x[d]
@@ -96,7 +97,7 @@ def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
-    """Set `out` to the row of a packed matrix that belongs to `token`."""
+    """Set `out` to the embedding of `token`, dequantised from a packed matrix."""
     tile = token % COLUMNS // LANES
     lane = token % LANES
     rotated = np.empty(GROUP, np.float32)
@@ -116,7 +117,7 @@ def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def multiply(panel, table, count, groups, out):  # type: ignore[no-untyped-def]
-    """Multiply a panel by `count` rows; `out` is the address of fp32 `[count, 32]`."""
+    """Multiply a panel by `count` rows; `out` is the address of the product, fp32 `[count, 32]`."""
     row = 0
     while row + 8 <= count:
         panel_dot_8(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
@@ -133,7 +134,7 @@ def multiply(panel, table, count, groups, out):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def project(panels, first, last, table, count, groups, out):  # type: ignore[no-untyped-def]
-    """Set the columns of `out` `[count, F]` that panels `first` to `last - 1` give."""
+    """Compute the columns of `out` `[count, F]` that belong to panels `first` to `last - 1`."""
     product = np.empty((BLOCK, COLUMNS), np.float32)
     for panel in range(first, last):
         columns = min(COLUMNS, out.shape[1] - panel * COLUMNS)
@@ -158,8 +159,9 @@ def _add(target, product, bias, factor):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def add_projected(panels, first, last, table, places, factors, groups, bias, residual):  # type: ignore[no-untyped-def]
-    """Add to `residual[places[i]]` the product of row i, and `bias`, times `factors[i]`, in columns
-    as in `project`.
+    """Add `factors[i]` times (product of row i + `bias`) to `residual[places[i]]`.
+
+    Only the columns of panels `first` to `last - 1` are computed, as in `project`.
     """
     product = np.empty((BLOCK, COLUMNS), np.float32)
     for panel in range(first, last):
@@ -185,14 +187,17 @@ def add_projected(panels, first, last, table, places, factors, groups, bias, res
 
 @njit(fastmath=True, error_model="numpy")
 def _gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
+    """Compute SwiGLU: SiLU of the gates, times the ups."""
     for f in range(len(hidden)):
         hidden[f] = gates[f] * sigmoid(gates[f]) * ups[f]
 
 
 @njit(error_model="numpy")
 def activate(panels, first, last, table, count, groups, inner, out):  # type: ignore[no-untyped-def]
-    """Quantise groups `first` to `last - 1` of the hidden values of `count` rows of `inner` groups,
-    from `out` on.
+    """Compute and quantise groups `first` to `last - 1` of the SwiGLU hidden values of `count`
+    rows.
+
+    A row of hidden values has `inner` groups; the first one is at address `out`.
     """
     product = np.empty((BLOCK, COLUMNS), np.float32)
     hidden = np.empty((BLOCK, GROUP), np.float32)

@@ -25,17 +25,19 @@ from deepseek.model.experts.module import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk, RunnerOutput
 
-FEWEST = 3  # queries of a unit: fewer leave vector units idle, and keys and values are read again by every unit
-UNITS = 4  # units for each thread that are enough to share attention evenly
-SITES_CACHED = 16  # sets of rosters whose sites are kept
+# Minimum number of queries in a unit of attention. Fewer leave vector units idle, and each unit
+# reads the keys and values again.
+FEWEST = 3
+UNITS = 4  # units of attention for each thread that suffice for load balance
+SITES_CACHED = 16  # size of the cache of `Sites`, in sets of rosters
 
 
 class BatchRows(NamedTuple):
-    """The rows of a batch: its chunks' new tokens, one behind the other.
+    """The rows of a batch: the new tokens of its chunks, concatenated.
 
     Attributes:
-        first: row of each chunk's first token, and the number of rows.
-        kept: rows that need logits.
+        first: row of each chunk's first token, followed by the number of rows.
+        kept: rows whose logits are needed.
     """
 
     first: list[int]
@@ -43,14 +45,17 @@ class BatchRows(NamedTuple):
 
 
 def _rows(chunks: Sequence[Chunk]) -> BatchRows:
+    """Return the row layout of a batch."""
     first = [0, *accumulate(len(chunk.ids) for chunk in chunks)]
     kept = [range(end - chunk.keep, end) for chunk, end in zip(chunks, first[1:], strict=True)]
     return BatchRows(first, [*chain.from_iterable(kept)])
 
 
 class Scratch:
-    """Memory that grows with the largest batch so far and is used by every step (`WORK` in
-    `compiled/abi.py`).
+    """Work buffers of the step (`WORK` in `compiled/abi.py`), sized for the largest batch so far.
+
+    Args:
+        model: the packed weights.
     """
 
     def __init__(self, model: PackedModel) -> None:
@@ -63,7 +68,17 @@ class Scratch:
     def step(
         self, chunks: Sequence[Chunk], states: list[CompiledState], rows: BatchRows, sites: Sites
     ) -> tuple[Tensor, np.ndarray]:
-        """Compute a batch; return the logits `[R, V]` and the experts' weights `[N, sites]`."""
+        """Compute one batch.
+
+        Args:
+            chunks: the chunks of the batch.
+            states: the state of each chunk, with pages allocated for its new tokens.
+            rows: the row layout of the batch.
+            sites: the experts of the batch.
+
+        Returns:
+            Logits `[R, V]` of the kept rows, and weights `[N, sites]` of the experts in all rows.
+        """
         longest = max(
             state.length + len(chunk.ids) for state, chunk in zip(states, chunks, strict=True)
         )
@@ -88,7 +103,7 @@ class Scratch:
         threads: int,
         logits_RV: np.ndarray,
     ) -> KernelArguments:
-        """Return what the step is given of a batch (`BATCH` in `compiled/abi.py`)."""
+        """Return the step's arguments that describe the batch (`BATCH` in `compiled/abi.py`)."""
         extents = self.model.extents
         lengths = [len(chunk.ids) for chunk in chunks]
         starts = [state.length for state in states]
@@ -120,7 +135,7 @@ class Scratch:
             "member_sites": _joined(members),
             "member_gates": _joined(gates),
             "gate_sums": [state.sums.ctypes.data for state in states],
-            # A roster without a limit is of forced experts.
+            # A roster has no limit if its experts are forced, that is, run without gates.
             "max_experts": [0 if roster is None else roster.max_experts or 0 for roster in rosters],
             "logits": logits_RV,
         }
@@ -135,7 +150,7 @@ class Scratch:
         return BATCH.arguments(values, sizes)
 
     def _grow(self, rows: int, span: int, threads: int, sites: Sites) -> None:
-        """Allocate for at least so many rows, attention over so many keys, and the experts of
+        """Allocate buffers for at least `rows` rows, attention over `span` keys, and the experts of
         `sites`.
         """
         if (
@@ -146,6 +161,7 @@ class Scratch:
         ):
             return
         self._capacity = max(rows, self._capacity)
+        # Doubling avoids an allocation for every new page of a long sequence.
         self._span = self._span if span <= self._span else max(span, 2 * self._span)
         self._threads = threads
         self._sites = sites
@@ -165,7 +181,7 @@ class Scratch:
             "attended_rows": model["heads"] * model["width"] // GROUP,
             "inner_rows": model["inner"],
         }
-        self._row_memory = []  # of quantised rows, which the kernel finds by their addresses
+        self._row_memory = []  # owns the quantised rows, which the kernel reads by address
         for name, count in groups.items():
             stride = row_bytes(count)
             memory = aligned(self._capacity * stride)
@@ -187,21 +203,32 @@ def _state(chunk: Chunk) -> CompiledState:
 
 
 def supports(model: DeepSeekModel) -> bool:
-    """Whether the compiled runner computes `model`: dense, on the CPU, rotary positions, heads of
-    64 or 128.
+    """Whether the compiled runner supports `model`.
+
+    It supports dense models on the CPU with rotary positions and heads of a multiple of 64 (see
+    `compiled/support.py`).
+
+    Args:
+        model: the model to check.
     """
     return unsupported_reason(model) is None
 
 
 class CompiledRunner:
-    """Runs a model that it `supports`. Its logits are those of a model whose weights are quantised
-    to 8 bits.
+    """Runs a model that it `supports`, with weights quantised to 8 bits.
 
-    The result for a token depends neither on the batch nor on the pieces in which a prompt comes,
-    to the last bit.
+    Its logits are those of the quantised model. The result for a token depends, bit for bit,
+    neither on the batch nor on how the prompt is cut into chunks.
+
+    Args:
+        model: the model; its weights are packed here, which takes a while.
+
+    Attributes:
+        model: as passed.
+        weight_bytes: bytes of packed weights, which every step reads once.
 
     Raises:
-        ConfigError: it does not support the model; the message names the fields.
+        ConfigError: the model is not supported; the message names the fields.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
@@ -209,19 +236,19 @@ class CompiledRunner:
         if reason is not None:
             raise ConfigError(f"{reason} Use TorchRunner instead.")
         self.model = model
-        self._packed = WeakKeyDictionary[
-            ExpertModule, Packed
-        ]()  # each expert that some sequence uses, quantised once
+        # Each expert is packed once, for as long as some sequence uses it.
+        self._packed = WeakKeyDictionary[ExpertModule, Packed]()
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
         self._shape = PageShape(
             weights.extents["layers"] * weights.extents["groups"], weights.extents["width"]
         )
-        self.weight_bytes = weights.nbytes  # read once in every step
+        self.weight_bytes = weights.nbytes
         self._work = Scratch(weights)
         self._lock = threading.Lock()
 
     def prepare(self, module: ExpertModule) -> None:
+        """Quantise and pack an expert."""
         self._packed_of(module)
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
@@ -247,13 +274,13 @@ class CompiledRunner:
             )
 
     def _packed_of(self, module: ExpertModule) -> Packed:
-        """Return an expert, quantised and packed. Any thread may ask."""
+        """Return the packed weights of an expert; thread safe."""
         if module not in self._packed:
             self._packed[module] = pack_module(module)
         return self._packed[module]
 
     def _sites_of(self, rosters: list[Roster]) -> Sites:
-        """Return the sites of the experts of these rosters."""
+        """Return the sites of the experts in these rosters, from the cache if possible."""
         distinct = {id(roster): roster for roster in rosters}
         key = tuple(sorted(distinct))
         if key not in self._sites:
@@ -272,7 +299,9 @@ class CompiledRunner:
         sites: Sites,
         expert_weights_NS: np.ndarray,
     ) -> tuple[str | None, ...]:
-        """Return for each kept row the expert of the largest weight, or None."""
+        """Return, for each kept row, the expert with the largest weight; None if no expert
+        fired.
+        """
         if not sites.count:
             return (None,) * len(kept)
         names: list[str | None] = []
@@ -286,5 +315,7 @@ class CompiledRunner:
 
 
 def _members(armed: ArmedExperts | None) -> int:
-    """Return the number of layers at which experts of a sequence have gates, over all experts."""
+    """Return the number of gates of a sequence: pairs of an expert and a layer at which it has a
+    gate.
+    """
     return sum(map(len, armed.roster.owners.values())) if armed is not None else 0

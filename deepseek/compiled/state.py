@@ -1,4 +1,4 @@
-"""Keys and values of one sequence for the compiled runner, in pages of 64 tokens."""
+"""Paged key/value cache of one sequence for the compiled runner, in pages of 64 tokens."""
 
 from dataclasses import dataclass
 
@@ -10,26 +10,31 @@ from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.runner import Segment
 
-SLAB = 8  # most pages that a state gets at once
+SLAB = 8  # maximum number of pages to allocate ahead of need
 
-Page = (
-    np.ndarray
-)  # bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then values [K/64, 32, 64, 2]
+# bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then values [K/64, 32, 64, 2].
+Page = np.ndarray
 
 
 @dataclass(frozen=True)
 class PageShape:
-    """Shape of a page: planes (layers x groups of heads), and the width of a head."""
+    """Shape of a page.
+
+    Attributes:
+        planes: layers x key/value heads.
+        width: width of a head.
+    """
 
     planes: int
     width: int
 
     @property
     def nbytes(self) -> int:
+        """Bytes of a page: keys and values in bf16."""
         return self.planes * 2 * PAGE * self.width * 2
 
     def new(self, count: int) -> list[Page]:
-        """Return empty pages."""
+        """Return `count` zeroed pages."""
         return list(
             aligned(count * self.nbytes)
             .view(np.uint16)
@@ -37,7 +42,7 @@ class PageShape:
         )
 
     def copy_token(self, source: Page, slot: int, target: Page, place: int) -> None:
-        """Copy what one token left in `source` to another place."""
+        """Copy keys and values of one token from `slot` of `source` to slot `place` of `target`."""
         keys = (self.planes, self.width // 2, PAGE, 2)
         target[:, 0].reshape(keys)[:, :, place] = source[:, 0].reshape(keys)[:, :, slot]
         values = (self.planes, self.width // GROUP, PAGE // 2, GROUP, 2)
@@ -47,10 +52,14 @@ class PageShape:
 
 @dataclass(frozen=True)
 class PageSegment:
-    """Tokens `start` to `stop - 1` of a sequence. The pages are shared: what is written there once
-    never changes.
+    """Tokens `start` to `stop - 1` of a sequence, in shared pages; slots of a page are written only
+    once.
 
-    pages: those that hold the tokens. sums: `[members, SUMS]` of the gates after the last one.
+    Attributes:
+        shape: shape of the pages.
+        pages: the pages that hold the tokens.
+        start, stop: positions of the first token, and past the last one.
+        sums: running gate sums `[members, SUMS]` after the last token.
     """
 
     shape: PageShape
@@ -65,12 +74,19 @@ class PageSegment:
 
 
 class CompiledState:
-    """Pages of one sequence, its experts, and the running sums `[RECENT, members, SUMS]` of their
-    gates.
+    """Pages and running gate sums of one sequence.
+
+    Args:
+        shape: shape of a page.
+        armed: the sequence's experts; None for the base alone.
+        members: number of the experts' gates.
+        capacity: maximum number of tokens.
 
     Attributes:
         length: number of tokens.
-        addresses: where the pages lie.
+        pages: the pages, in order.
+        addresses: addresses of the pages.
+        sums: running gate sums `[RECENT, members, SUMS]`; those after position p are at p % RECENT.
     """
 
     rewinds = True
@@ -81,7 +97,7 @@ class CompiledState:
         self.shape = shape
         self.armed = armed
         self.capacity = capacity
-        self.sums = np.zeros((RECENT, members, SUMS), np.float32)  # after position p at p % RECENT
+        self.sums = np.zeros((RECENT, members, SUMS), np.float32)
         self.pages: list[Page] = []
         self.addresses: list[int] = []
         self.length = 0
@@ -91,11 +107,13 @@ class CompiledState:
         return len(self.pages) * self.shape.nbytes + self.sums.nbytes
 
     def reserve(self, count: int) -> None:
-        """Allocate the pages for `count` more tokens."""
+        """Allocate pages for `count` more tokens."""
         missing = -(-(self.length + count) // PAGE) - len(self.pages)
         if missing > 0:
-            most = -(-self.capacity // PAGE) - len(self.pages)  # it may ever need
-            self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, most))))
+            pages_left = -(-self.capacity // PAGE) - len(
+                self.pages
+            )  # until the capacity is reached
+            self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, pages_left))))
 
     def rewind(self, length: int) -> None:
         self.length = length
@@ -110,6 +128,7 @@ class CompiledState:
         first = segment.start // PAGE
         while token < segment.stop:
             source = segment.pages[token // PAGE - first]
+            # Whole aligned pages are shared; other tokens are copied one by one.
             if token % PAGE == 0 and self.length % PAGE == 0 and token + PAGE <= segment.stop:
                 self._insert(self.length // PAGE, [source])
                 step = PAGE
@@ -124,7 +143,7 @@ class CompiledState:
         self._sums()[:] = segment.sums
 
     def _sums(self) -> np.ndarray:
-        """The sums after the last token."""
+        """Return the running sums after the last token."""
         sums: np.ndarray = self.sums[(self.length - 1) % RECENT]
         return sums
 

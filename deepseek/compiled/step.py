@@ -1,9 +1,9 @@
-"""One forward pass of a dense transformer over a ragged batch, on all threads of torch's pool, in
-one call.
+"""One forward pass of a dense transformer over a ragged batch, in one call on all threads of
+torch's pool.
 
-The weights are read once, whatever the number of rows. Between two stages, of which each needs all
-of the one before, threads meet at a barrier; within a stage they share panels of weights, rows or
-units of attention.
+Each weight is read once, whatever the number of rows. Within a stage, the threads share panels of
+weights, rows or units of attention. A barrier separates two stages if the second needs all results
+of the first.
 """
 
 from functools import cache
@@ -46,7 +46,7 @@ SOURCES = (
     openmp,
     primitives,
 )
-"""The modules that the step is compiled from, besides this one."""
+"""The other modules that the step is compiled from."""
 
 read_tables = launch.reader(*TABLES)
 
@@ -58,16 +58,17 @@ def _blocks(count, size):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _panels(outputs):  # type: ignore[no-untyped-def]
-    """Return the panels, first and past the last, of a matrix with so many outputs that this thread
-    computes.
+    """Return this thread's panels of a matrix with `outputs` outputs: the first, and the one past
+    the last.
     """
     return share(_blocks(outputs, COLUMNS))
 
 
 @njit(error_model="numpy")
 def _norm_and_round(weights, work, place, source, target, normed):  # type: ignore[no-untyped-def]
-    """Quantise the normed row `source` of the residual stream as input number `target`; `normed`
-    holds the norm.
+    """Normalise and quantise row `source` of the residual stream as input row `target`.
+
+    `place` is the index of the norm's scales; `normed` receives the normalised row.
     """
     groups = _blocks(weights.hidden, GROUP)
     norm_row(work.residual[source], weights.norms[place], weights.eps[0], normed)
@@ -77,7 +78,10 @@ def _norm_and_round(weights, work, place, source, target, normed):  # type: igno
 
 @njit(error_model="numpy")
 def _prepare(weights, batch, sites, work, place, layer):  # type: ignore[no-untyped-def]
-    """Norm and quantise this thread's rows; where `layer` has experts, score the rows for them."""
+    """Normalise and quantise this thread's rows, and compute the gate scores of `layer`'s experts.
+
+    A `layer` of -1 computes no gate scores.
+    """
     normed = np.zeros(_blocks(weights.hidden, GROUP) * GROUP, np.float32)
     first, last = share(len(batch.input_ids))
     for r in range(first, last):
@@ -111,9 +115,7 @@ def _attention(weights, batch, sites, work, layer, counter, places, ones):  # ty
 
 @njit(error_model="numpy")
 def _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zeros):  # type: ignore[no-untyped-def]
-    """Add the feed-forward network of a layer, and the experts beside it, to the residual
-    stream.
-    """
+    """Add the feed-forward network of a layer and its experts to the residual stream."""
     rows = len(batch.input_ids)
     groups = _blocks(weights.hidden, GROUP)
     _prepare(weights, batch, sites, work, 2 * layer + 1, layer)
@@ -139,6 +141,7 @@ def _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zer
 
 @njit(error_model="numpy")
 def _run(weights, batch, sites, work):  # type: ignore[no-untyped-def]
+    """Run the forward pass; every thread calls this."""
     rows = len(batch.input_ids)
     groups = _blocks(weights.hidden, GROUP)
     counter = work.sync.ctypes.data
@@ -163,18 +166,18 @@ def _run(weights, batch, sites, work):  # type: ignore[no-untyped-def]
 
 @cache
 def address() -> int:
-    """Return the address of the compiled step, `void step(int64 *numbers)`; `read_tables` reads the
-    numbers there.
+    """Return the address of the compiled step, `void step(int64 *numbers)`, whose numbers
+    `read_tables` reads.
 
-    Numba keeps compiled code until the file that it comes from changes. It looks at this file
-    alone, so the key under which it keeps the step also has a checksum of the other files, and the
-    constant that comes from outside of them.
+    Numba invalidates its cache of compiled code only when this file changes. So the cache key of
+    the step also includes a checksum of the other source files and the value of a constant from
+    elsewhere.
     """
     files = [Path(__file__), *(Path(str(module.__file__)) for module in SOURCES)]
     key = (crc32(b"".join(path.read_bytes() for path in files)), gate.SHARPNESS)
 
     def step(data):  # type: ignore[no-untyped-def]
-        _ = key
+        _ = key  # a captured value is part of numba's cache key
         weights, batch, sites, work = read_tables(data)
         _run(weights, batch, sites, work)
 
@@ -184,6 +187,10 @@ def address() -> int:
 def run(
     weights: KernelArguments, batch: KernelArguments, sites: KernelArguments, work: KernelArguments
 ) -> None:
-    """Compute one forward pass over the arguments of the four `TABLES`."""
+    """Run one forward pass.
+
+    Args:
+        weights, batch, sites, work: the arguments of the four `TABLES`.
+    """
     groups = (weights, batch, sites, work)
     openmp.parallel(address(), [*chain.from_iterable(arguments.numbers for arguments in groups)])

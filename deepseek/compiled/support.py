@@ -1,4 +1,4 @@
-"""Which models the compiled step computes: rules for every field of the config that it honours."""
+"""Which models the compiled step supports: a rule for every config field that it honours."""
 
 from typing import Any
 
@@ -15,12 +15,13 @@ from deepseek.model.support import (
 )
 from deepseek.model.transformer import DeepSeekModel
 
-# Angles are computed once for each position; "dynamic" ones, which `transformers` also has, depend
-# on the length.
+# The angles of each position are precomputed. This excludes the "dynamic" type of `transformers`,
+# whose angles depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def _has_fixed_angles(rope_parameters: dict[str, Any] | None) -> bool:
+    """Whether the rotary angles depend on the position alone."""
     return (rope_parameters or {}).get("rope_type", "default") in ROPE_TYPES
 
 
@@ -41,7 +42,7 @@ RULES = (
             "num_key_value_heads",
             "rms_norm_eps",
             "tie_word_embeddings",
-            "train_len",  # of "dpe"
+            "train_len",  # used only by positional_encoding="dpe"
             "vocab_size",
         )
     )
@@ -58,16 +59,20 @@ RULES = (
         ),
         "sliding_window": FieldRule(
             lambda window: window is None or window >= 1, "None or at least 1"
-        ),  # 0 codes None
+        ),  # the kernel encodes None as 0
     }
 )
-"""Field -> what the step computes of it. To honour a new field, add it here, with a test that it
-changes the logits.
+"""Field -> the values that the step supports. To honour a new field, add it here, with a test that
+it changes the logits.
 """
 
 
 def unsupported_reason(model: DeepSeekModel) -> str | None:
-    """Return a sentence on why the compiled runner does not compute `model`; None if it does."""
+    """Return one sentence on why the compiled runner does not support `model`; None if it does.
+
+    Args:
+        model: the model to check.
+    """
     reason = unsupported(model.config, RULES)
     if reason is not None:
         return f"The compiled runner does not compute models with {reason}."

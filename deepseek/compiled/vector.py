@@ -1,9 +1,9 @@
-"""The innermost loops of the compiled decode step, written as vectors in LLVM's language.
+"""The innermost loops of the compiled decode step, written as vector instructions in LLVM IR.
 
-Numba has no vector type, and it does not compile loops over bytes to the one instruction that
-matters here, which multiplies 64 bytes and adds them by fours (vpdpbusd). So each of these
-functions emits its instructions itself. Where the processor lacks one, the same function is built
-from instructions that every processor has; sums of integers are exact, so that both give the same
+Numba has no vector type and does not compile loops over bytes to the one instruction that matters
+here, vpdpbusd, which multiplies 64 pairs of bytes and adds the products in groups of four. So these
+functions emit their instructions themselves. Where the processor lacks an instruction, a function
+is built from ones that every processor has. Integer sums are exact, so both versions give the same
 bits.
 """
 
@@ -27,13 +27,22 @@ STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
 
 
 class Emit:
-    """Writes instructions into a function under construction."""
+    """Emits instructions into a function under construction.
+
+    Args:
+        context: numba's target context.
+        builder: the IR builder of the function.
+
+    Attributes:
+        features: the processor's features.
+        sums_bytes: whether the processor has vpdpbusd.
+    """
 
     def __init__(self, context: Any, builder: Any) -> None:
         self.builder = builder
         features = context.codegen().magic_tuple()[2]
         self.features = set(features.split(","))
-        self.sums_bytes = "+avx512vnni" in self.features  # in one instruction
+        self.sums_bytes = "+avx512vnni" in self.features
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
         """Call an LLVM intrinsic."""
@@ -45,40 +54,42 @@ class Emit:
         return self.builder.add(base, base.type(offset) if isinstance(offset, int) else offset)
 
     def load(self, kind: Any, address: Any, align: int) -> Any:
+        """Load a value of type `kind`."""
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
 
     def prefetch(self, address: Any) -> None:
-        """Ask for a cache line, to be brought into the second level; there need not be memory at
-        the address.
-        """
+        """Prefetch a cache line into the second-level cache; the address need not be valid."""
         place = self.builder.inttoptr(address, BYTE.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [place.type, WORD, WORD, WORD])
         function = self.builder.module.declare_intrinsic("llvm.prefetch", (place.type,), kind)
         self.builder.call(function, [place, WORD(0), WORD(2), WORD(1)])
 
     def store(self, value: Any, address: Any, align: int) -> None:
+        """Store a value."""
         self.builder.store(
             value, self.builder.inttoptr(address, value.type.as_pointer()), align=align
         )
 
     def splat(self, value: Any, lanes: int = LANES) -> Any:
         """Return the vector whose lanes all hold `value`."""
-        one = self.builder.insert_element(
+        single = self.builder.insert_element(
             ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, WORD(0)
         )
-        return self.shuffle(one, [0] * lanes)
+        return self.shuffle(single, [0] * lanes)
 
     def shuffle(self, vector: Any, order: list[int]) -> Any:
+        """Return the lanes of `vector` in the given order."""
         undefined = ir.Constant(vector.type, ir.Undefined)
         return self.builder.shuffle_vector(
             vector, undefined, ir.Constant(ir.VectorType(WORD, len(order)), order)
         )
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """Return a * b + c, rounded once."""
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
     def widen(self, shorts: Any) -> Any:
-        """Return bf16 numbers, given as 16-bit integers, as fp32."""
+        """Convert bf16 numbers, given as 16-bit integers, to fp32."""
         words = self.builder.zext(shorts, ir.VectorType(WORD, shorts.type.count))
         return self.builder.bitcast(self._shift(words), ir.VectorType(FLOAT, shorts.type.count))
 
@@ -86,7 +97,7 @@ class Emit:
         return self.builder.shl(words, ir.Constant(words.type, [16] * words.type.count))
 
     def add_products(self, sums: Any, signed: Any, unsigned: Any) -> Any:
-        """Add to each of 16 sums the products of its four signed and four unsigned bytes."""
+        """Add to each of 16 int32 sums the dot product of four signed and four unsigned bytes."""
         if self.sums_bytes:
             return self.call("llvm.x86.avx512.vpdpbusd.512", WORDS, sums, unsigned, signed)
         shorts = ir.VectorType(SHORT, 2 * LANES)
@@ -97,10 +108,8 @@ class Emit:
         b = self.builder.bitcast(signed, shorts)
         odd = (self.builder.lshr(a, eight), self.builder.ashr(b, eight))
         even = (self.builder.and_(a, low), self.builder.ashr(self.builder.shl(b, eight), eight))
-        for left, right in (
-            even,
-            odd,
-        ):  # products of 16-bit numbers added by twos: one instruction of x86
+        # LLVM turns this pattern, products of 16-bit numbers added in pairs, into x86's pmaddwd.
+        for left, right in (even, odd):
             products = self.builder.mul(
                 self.builder.sext(left, wide), self.builder.sext(right, wide)
             )
@@ -111,8 +120,8 @@ class Emit:
         return sums
 
     def add_pairs(self, sums: Any, a: Any, b: Any) -> Any:
-        """Add to each of 16 sums the products of its two bf16 numbers in `a` and in `b`, given as
-        words.
+        """Add to each of 16 fp32 sums the dot product of two bf16 numbers of `a` and two of `b`,
+        given as 32-bit words.
         """
         if "+avx512bf16" in self.features:
             return self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, a, b)
@@ -126,8 +135,18 @@ class Emit:
 def loop(
     builder: Any, count: Any, start: list[Any], body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """Emit `for i in range(count)` (at least once) that carries values from turn to turn; return
-    the last ones.
+    """Emit `for i in range(count)` with values carried from one iteration to the next.
+
+    The body runs at least once.
+
+    Args:
+        builder: the IR builder.
+        count: number of iterations.
+        start: initial values.
+        body: emits the body, given the index and the current values; returns the next values.
+
+    Returns:
+        The final values.
     """
     before = builder.block
     inside = builder.append_basic_block("loop")
@@ -151,8 +170,9 @@ def loop(
 def _scaled(
     emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any, totals: list[Any]
 ) -> list[Any]:
-    """Return the totals of all rows and tiles, with a group's whole sums added that the scales of
-    both sides turn into numbers."""
+    """Return the totals of all rows and tiles plus the integer sums of one group, multiplied by the
+    scales of weights and rows.
+    """
     shorts = ir.VectorType(SHORT, LANES)
     results = []
     scales = [
@@ -167,7 +187,7 @@ def _scaled(
 
 
 def _panel_dot(rows: int) -> Any:
-    """Return the function that multiplies a panel of weights by `rows` rows at once (see
+    """Return the intrinsic that multiplies a panel of weights by `rows` rows at once (see
     `kernels/int8.py`).
     """
 
@@ -211,7 +231,7 @@ def _panel_dot(rows: int) -> Any:
                 if emit.sums_bytes:
                     for step in range(STEPS):
                         sums = one_step(g.type(step), sums)
-                else:  # unrolled, LLVM would hold more values at a time than there are registers
+                else:  # unrolled, LLVM would keep more values alive than there are registers
                     sums = loop(builder, g.type(STEPS), sums, one_step)
                 factors = [emit.load(FLOAT, emit.address(base, place), 4) for base in scales]
                 return _scaled(emit, sums, factors, emit.address(block, TILES * STEPS * 64), totals)
@@ -233,10 +253,10 @@ panel_dot_1, panel_dot_2, panel_dot_4, panel_dot_8 = (_panel_dot(rows) for rows 
 
 
 def _pair_dot(rows: int) -> Any:
-    """Return the function that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32
+    """Return the intrinsic that adds A B to C: A bf16 `[rows, 2n]`, B bf16 `[n, 64, 2]`, C fp32
     `[rows, 64]`.
 
-    Meanwhile it prefetches the next B: pages lie too far apart for the processor to guess.
+    It prefetches the next B, because pages are too far apart for the hardware prefetcher.
     """
 
     @intrinsic
@@ -283,8 +303,8 @@ pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6 = (_pair_dot(rows) for rows in (1
 
 
 def _rotated(emit: Emit, address: Any) -> Any:
-    """Return the 64 fp32 numbers at an address times the Hadamard matrix of signs, whose rows have
-    length 8.
+    """Return the 64 fp32 numbers at an address times the unnormalised Hadamard matrix, whose
+    entries are 1 and -1.
     """
     floats = ir.VectorType(FLOAT, GROUP)
     value = emit.load(floats, address, 4)
@@ -299,7 +319,7 @@ def _rotated(emit: Emit, address: Any) -> Any:
 
 @intrinsic
 def rotate(_typing: Any, _x: Any) -> Any:
-    """Rotate 64 fp32 numbers in place by the Hadamard matrix that keeps lengths."""
+    """Rotate 64 fp32 numbers in place by the orthogonal Hadamard matrix."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         value = _rotated(Emit(context, builder), args[0])
@@ -312,8 +332,8 @@ def rotate(_typing: Any, _x: Any) -> Any:
 
 @intrinsic
 def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correction: Any) -> Any:
-    """Write a group of 64 fp32 numbers, rotated by the Hadamard matrix, as bytes with their scale
-    and correction.
+    """Quantise a group of 64 fp32 numbers after the Hadamard rotation; store its bytes, its scale
+    and its correction.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -335,8 +355,9 @@ def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correctio
             emit.call(f"llvm.rint.v{GROUP}f32", floats, builder.fmul(value, inverse)), words
         )
         emit.store(builder.trunc(rounded, ir.VectorType(BYTE, GROUP)), args[1], 1)
-        # The Hadamard matrix that keeps lengths is an eighth of the one of signs.
+        # The orthogonal Hadamard matrix is the unnormalised one divided by 8 = sqrt(GROUP).
         emit.store(builder.fmul(largest, FLOAT(1.0 / (127.0 * GROUP**0.5))), args[2], 4)
+        # Weights are stored as q + 128; the correction subtracts 128 times the sum of the row.
         total = emit.call(f"llvm.vector.reduce.add.v{GROUP}i32", WORD, rounded)
         emit.store(builder.mul(total, WORD(-128)), args[3], 4)
         return context.get_dummy_value()
@@ -347,7 +368,7 @@ def rotate_and_round(_typing: Any, _x: Any, _bytes: Any, _scale: Any, _correctio
 
 @intrinsic
 def arrive(_typing: Any, _counter: Any, _amount: Any) -> Any:
-    """Add to the int64 at an address atomically; return the value before."""
+    """Atomically add to the int64 at an address; return the previous value."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         place = builder.inttoptr(args[0], args[1].type.as_pointer())
@@ -358,7 +379,7 @@ def arrive(_typing: Any, _counter: Any, _amount: Any) -> Any:
 
 @intrinsic
 def look(_typing: Any, _counter: Any) -> Any:
-    """Return the int64 at an address atomically, with all that was written before it (acquire)."""
+    """Atomically read the int64 at an address, with acquire ordering."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         place = builder.inttoptr(args[0], args[0].type.as_pointer())

@@ -1,6 +1,4 @@
-"""Weights as the compiled step reads them, quantised and packed: a model's, and plugged
-experts'.
-"""
+"""Quantised and packed weights for the compiled step: those of a model and of plugged experts."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import accumulate, chain
@@ -20,7 +18,8 @@ from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.positions.rope import Rope
 from deepseek.model.transformer import DeepSeekModel
 
-FIRST_POSITIONS = 1024  # positions whose angles are computed when a model is packed; more follow when they are needed
+# Number of positions whose rotary angles are computed when a model is packed; others on demand.
+FIRST_POSITIONS = 1024
 
 NUMBERS = {buffer.name for buffer in WEIGHTS.buffers if buffer.is_number}
 
@@ -28,7 +27,12 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class PackedLayer(NamedTuple):
-    """An expert at one layer: packed projections, and groups of 64 hidden values."""
+    """An expert's weights at one layer.
+
+    Attributes:
+        gate_up, down: packed projections.
+        inner: width of the hidden layer in groups of 64 values.
+    """
 
     gate_up: np.ndarray
     down: np.ndarray
@@ -36,12 +40,12 @@ class PackedLayer(NamedTuple):
 
 
 Packed = dict[int, PackedLayer]
-"""The layers of an expert."""
+"""Layer -> packed weights of an expert."""
 
 
 def contiguous(matrices: Mapping[Key, np.ndarray]) -> dict[Key, np.ndarray]:
-    """Return copies of packed matrices, one behind the other in one stretch of memory, under the
-    same keys.
+    """Return copies of packed matrices under the same keys, one after the other in one stretch of
+    memory.
     """
     memory = aligned(sum(matrix.nbytes for matrix in matrices.values()))
     copies = {}
@@ -68,37 +72,42 @@ def pack_module(module: ExpertModule) -> Packed:
 
 
 def _gates(roster: Roster, hidden: int) -> np.ndarray:
-    """Return the gates `[members, 2, D + 1]` of a roster, layer by layer; zeros where it is
-    forced.
+    """Return the gates `[members, 2, D + 1]` of a roster, ordered by layer; zeros if its experts
+    are forced.
     """
     if roster.banks is None:
         return np.zeros((sum(map(len, roster.owners.values())), 2, hidden + 1), np.float32)
     rows = []
     for _, bank in sorted(roster.banks.items()):
-        affine = torch.cat(
-            [bank.weight, bank.bias[:, None]], 1
-        )  # detecting rows of all members, then contrasting ones
+        # Rows: the detecting ones of all members, then the contrasting ones.
+        affine = torch.cat([bank.weight, bank.bias[:, None]], 1)
         rows.append(affine.unflatten(0, (2, -1)).transpose(0, 1))
     return torch.cat(rows).cpu().numpy()
 
 
 def _owners(roster: Roster) -> list[tuple[int, ExpertModule]]:
-    """Return layer and module of each member of a roster, layer by layer."""
+    """Return the layer and the expert of each member of a roster, ordered by layer."""
     return [
         (layer, module) for layer, modules in sorted(roster.owners.items()) for module in modules
     ]
 
 
 class Sites:
-    """The sites of all experts in a batch, layer by layer, and each roster's members among them.
+    """The sites of all experts in a batch, ordered by layer; a site is an expert at a layer.
+
+    Args:
+        rosters: the rosters of the batch, all different.
+        packed: returns the packed weights of an expert.
+        layers: number of layers of the model.
+        hidden: width D of the residual stream.
 
     Attributes:
         count: number of sites.
-        most_at_one_layer: largest number at one layer.
-        arguments: what the step is given (`SITES` in `compiled/abi.py`).
-        row_bytes: of the quantised hidden values of one row, for each site.
-        members: by identity of a roster, the sites of its members.
-        gates: by identity of a roster, the rows of its members in the array of gates.
+        most_at_one_layer: maximum number of sites at a layer.
+        arguments: arguments of the step (`SITES` in `compiled/abi.py`).
+        row_bytes: for each site, bytes of one row of quantised hidden values.
+        members: id of a roster -> sites of its members.
+        gates: id of a roster -> rows of its members in the array of gates.
     """
 
     def __init__(
@@ -108,24 +117,23 @@ class Sites:
         layers: int,
         hidden: int,
     ) -> None:
-        self.rosters = tuple(
-            rosters
-        )  # keeps them alive, so that no later roster has the identity of one of these
+        # The references keep the rosters alive, so that no later roster can reuse one of their ids.
+        self.rosters = tuple(rosters)
         owners = {id(roster): _owners(roster) for roster in rosters}
         modules = {
             (layer, id(module)): module for layer, module in chain.from_iterable(owners.values())
         }
-        # By digest, as in a roster: sums of experts then have the same bits whatever other rosters
-        # are in the batch.
+        # Ordered by digest, as in a roster: the order of summation, and so the bits of the result,
+        # must not depend on the other rosters of the batch.
         keys = sorted(modules, key=lambda key: (key[0], modules[key].digest, key[1]))
-        number = {key: site for site, key in enumerate(keys)}
+        site_of = {key: site for site, key in enumerate(keys)}
         self._parts = [packed(modules[key])[key[0]] for key in keys]
         self.count = len(keys)
         at_layer = np.bincount([layer for layer, _ in keys], minlength=layers)[:layers]
         self.most_at_one_layer = int(at_layer.max(initial=0))
         self.row_bytes = [row_bytes(part.inner) for part in self._parts]
         self.members = {
-            roster: [number[layer, id(module)] for layer, module in members]
+            roster: [site_of[layer, id(module)] for layer, module in members]
             for roster, members in owners.items()
         }
         ends = accumulate(len(members) for members in self.members.values())
@@ -133,8 +141,8 @@ class Sites:
             roster: range(end - len(members), end)
             for (roster, members), end in zip(self.members.items(), ends, strict=True)
         }
-        none = np.zeros((0, 2, hidden + 1), np.float32)
-        gates = np.concatenate([none, *(_gates(roster, hidden) for roster in rosters)])
+        no_gates = np.zeros((0, 2, hidden + 1), np.float32)
+        gates = np.concatenate([no_gates, *(_gates(roster, hidden) for roster in rosters)])
         decays = _decays(rosters)
         self.arguments = SITES.arguments(
             {
@@ -149,8 +157,14 @@ class Sites:
         )
 
     def speakers(self, roster: Roster, weights_RS: np.ndarray) -> list[str | None]:
-        """Return for each row the module of the largest weight, averaged over its layers, or
-        None.
+        """Return, for each row, the expert whose weight, averaged over its layers, is largest.
+
+        Args:
+            roster: the roster of the rows' sequence.
+            weights_RS: weights of all sites at each row.
+
+        Returns:
+            The experts' names; None where no expert fired.
         """
         owners = [module.name for _, module in _owners(roster)]
         modules = [module.name for module in roster.modules]
@@ -166,8 +180,9 @@ class Sites:
 
 
 def _decays(rosters: Sequence[Roster]) -> dict[tuple[int, int], float]:
-    """Return by layer and identity of a module what its gate keeps of a score per token; forced
-    ones have no gate.
+    """Return the decay of the running gate sums, by layer and id of the expert.
+
+    Forced experts have no gate and are left out.
     """
     decays: dict[tuple[int, int], float] = {}
     for roster in rosters:
@@ -178,13 +193,16 @@ def _decays(rosters: Sequence[Roster]) -> dict[tuple[int, int], float]:
 
 
 class PackedModel:
-    """A model's weights as the step reads them.
+    """Quantised and packed weights of a model.
+
+    Args:
+        model: a model that the compiled runner supports.
 
     Attributes:
-        extents: sizes of the model, by the names that `compiled/abi.py` has for them.
-        arguments: what the step is given (`WEIGHTS` there).
-        positions: for how many positions there are angles.
-        nbytes: memory of the matrices.
+        extents: sizes of the model, under their names in `compiled/abi.py`.
+        arguments: arguments of the step (`WEIGHTS` there).
+        positions: number of positions with precomputed rotary angles.
+        nbytes: bytes of the packed matrices.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
@@ -209,7 +227,7 @@ class PackedModel:
         self.reach(FIRST_POSITIONS)
 
     def reach(self, positions: int) -> None:
-        """Compute angles for at least so many positions."""
+        """Precompute the rotary angles of at least `positions` positions."""
         if positions <= self.positions:
             return
         self.positions = max(positions, 2 * self.positions)
@@ -224,6 +242,7 @@ class PackedModel:
 
 
 def _extents(model: DeepSeekModel) -> dict[str, int]:
+    """Return the sizes of a model under their names in `compiled/abi.py`."""
     config = model.config
     layers = len(model.layers)
     heads = config.num_attention_heads
@@ -246,10 +265,9 @@ def _extents(model: DeepSeekModel) -> dict[str, int]:
 
 
 def _pack_model(model: DeepSeekModel) -> dict[tuple[str, int], np.ndarray]:
-    """Return the packed matrices by name and layer, in the order in which a step reads them; head
-    and embedding have 0.
+    """Return the packed matrices by name and layer, in the order in which a step reads them.
 
-    A head whose weights are those of the embedding is not packed a second time.
+    Head and embedding have layer 0. A head that shares the embedding's weights is not packed again.
     """
     packed = {}
     for layer, block in enumerate(model.layers):
@@ -263,9 +281,8 @@ def _pack_model(model: DeepSeekModel) -> dict[tuple[str, int], np.ndarray]:
 
 def matrix_of(layer: nn.Module) -> Int8Matrix:
     """Return the quantised weights of a linear layer or an embedding."""
-    stored = getattr(
-        layer, "int8", None
-    )  # where the checkpoint holds 8-bit weights (see `model/int8.py`)
+    # Checkpoints with 8-bit weights provide the quantised matrix (see `model/int8.py`).
+    stored = getattr(layer, "int8", None)
     if isinstance(stored, Int8Matrix):
         return stored
     weight = layer.weight
@@ -290,7 +307,9 @@ def _pack_block(block: nn.Module) -> dict[str, np.ndarray]:
 
 
 def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
-    """Return the norms, the norms of heads, both biases and the windows of all layers."""
+    """Return the weights of norms and head norms, the biases and the attention windows of all
+    layers.
+    """
     norms: list[torch.Tensor] = []
     head_norms: list[torch.Tensor] = []
     qkv_biases: list[torch.Tensor] = []
@@ -321,6 +340,7 @@ def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
 
 
 def _bias(layer: nn.Linear) -> torch.Tensor:
+    """Return a layer's bias, or zeros if it has none."""
     return (
         layer.bias
         if layer.bias is not None
@@ -329,4 +349,5 @@ def _bias(layer: nn.Linear) -> torch.Tensor:
 
 
 def _floats(tensors: list[torch.Tensor]) -> np.ndarray:
+    """Stack tensors into one fp32 array."""
     return np.ascontiguousarray(torch.stack(tensors).detach().float().numpy())

@@ -1,1 +1,1 @@
-"""The inference engine: requests are scheduled into ragged batches, one forward pass a step."""
+"""The inference engine: schedules requests into ragged batches and runs one forward pass a step."""

@@ -1,4 +1,6 @@
-"""The engine: many requests at once over one model, while experts come and go."""
+"""The engine: serves many concurrent requests from one model while experts are plugged and
+unplugged.
+"""
 
 import logging
 import threading
@@ -31,22 +33,29 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs requests side by side: each step is one ragged batch of prompt pieces and next tokens.
+    """Continuous-batching inference engine.
 
-    Every public method may be called from any thread. One thread of its own runs the steps. The
-    same request gives the same tokens whatever else runs.
+    Each step runs one forward pass over a ragged batch of prefill chunks and decode tokens. Every
+    public method is thread safe; a dedicated worker thread runs the steps. The output of a request
+    does not depend on the other requests in its batch.
 
     >>> with Engine(model, tokenizer) as engine:
     ...     for event in engine.submit(Request(tuple(ids))):
     ...         print(event.text, end="")
 
     Args:
-        runner: computes the model; default `TorchRunner(model)`.
-        cache_bytes: budget of keys and values, of running requests and stored prefixes together.
-        max_running: most requests in a batch.
-        max_waiting: most requests that wait for their turn.
-        prefill_chunk: most prompt tokens in one step, and the tokens of one block of the prefix
-            cache. A smaller chunk holds up the other sequences for a shorter time.
+        model: the model with its expert set.
+        tokenizer: the model's tokenizer.
+        runner: computes the forward passes; default `TorchRunner(model)`.
+        cache_bytes: key/value budget in bytes, shared by running requests and the prefix cache;
+            default 1 GiB.
+        max_running: maximum number of requests in a batch; default 16.
+        max_waiting: maximum length of the queue; default 64.
+        prefill_chunk: maximum number of prompt tokens in one step, and the block size of the prefix
+            cache in tokens; default 64. Smaller chunks delay the decoding sequences less.
+
+    Attributes:
+        model, tokenizer, runner: as passed.
     """
 
     def __init__(
@@ -79,15 +88,22 @@ class Engine:
         self._worker.start()
 
     def submit(self, request: Request) -> Generation:
-        """Queue `request`; its experts are those armed now, whatever is plugged or unplugged before
-        it ends.
+        """Queue a request and return its stream of events.
+
+        The request uses the experts that are armed now. Plugging or unplugging experts later does
+        not affect it.
+
+        Args:
+            request: the prompt and its options.
 
         Raises:
-            QueueFullError: too many wait; it says when to come back.
-            EngineStoppedError: the engine drains or is closed.
-            ConfigError: it can never run: too long for the model or for `cache_bytes`, ids outside
-                the vocabulary, or a grammar that does not compile.
-            PackError: it names an expert that is not plugged.
+            QueueFullError: the queue is full; the error carries the number of seconds to wait
+                before a retry.
+            EngineStoppedError: the engine is draining or closed.
+            ConfigError: the request can never run: it is too long for the model or for
+                `cache_bytes`, has token ids outside the vocabulary, or its grammar does not
+                compile.
+            PackError: the request names an expert that is not plugged.
         """
         self.check_open()
         sequence = activate(request, self.model, self._vocabulary, self._scheduler.prefill_chunk)
@@ -95,7 +111,8 @@ class Engine:
         budget = self._scheduler.cache_bytes
         if need > budget:
             raise ConfigError(
-                f"{sequence.capacity} tokens need {need} bytes of keys and values, but the cache has {budget}; "
+                f"{sequence.capacity} tokens need {need} bytes of keys and values, "
+                f"but the cache has {budget}; "
                 "shorten the prompt, ask for fewer tokens or give the engine a larger cache."
             )
         generation = Generation(sequence)
@@ -106,23 +123,37 @@ class Engine:
         return generation
 
     def check_open(self) -> None:
-        """Raise what `submit` would raise if no more requests are taken, for good or for now,
-        without reading one.
+        """Raise the error that `submit` would raise when the engine takes no requests.
+
+        A server calls this before it parses a request.
+
+        Raises:
+            QueueFullError: the queue is full.
+            EngineStoppedError: the engine is draining or closed.
         """
         if self._draining:
             raise EngineStoppedError(STOPPED)
         waiting = len(self._scheduler.waiting)
-        ended = self._scheduler.finished.total()
+        finished_count = self._scheduler.finished.total()
         if waiting >= self._max_waiting:
-            pace = self._seconds / ended if ended else 1.0
-            raise QueueFullError(waiting, min(max(1.0, waiting * pace), 60.0))
+            seconds_per_request = self._seconds / finished_count if finished_count else 1.0
+            raise QueueFullError(waiting, min(max(1.0, waiting * seconds_per_request), 60.0))
 
     def embed(self, ids: Sequence[int]) -> list[float]:
-        """Return the mean of the last hidden states of a text, of length 1, by the base alone.
-        Blocks.
+        """Return the mean of the last hidden states of a text, normalised to length 1.
 
-        Raises `ConfigError` if there are no ids or more than the model's context;
-        `EngineStoppedError`.
+        Only the base model is used, without experts. The call blocks until the engine's thread has
+        computed it.
+
+        Args:
+            ids: tokens of the text, at least one and at most the model's context.
+
+        Returns:
+            The embedding: `hidden_size` numbers.
+
+        Raises:
+            ConfigError: there are no ids, or more than the model's context.
+            EngineStoppedError: the engine is draining or closed.
         """
         context = self.model.config.max_position_embeddings
         if not 1 <= len(ids) <= context:
@@ -136,27 +167,44 @@ class Engine:
         return done.result()
 
     def plug(self, source: str | Path | ExpertPack) -> ExpertInfo:
-        """Plug an expert for requests that are submitted from now on (see `ExpertSet.plug`). Raises
-        `PackError`.
+        """Plug an expert for requests submitted from now on (see `ExpertSet.plug`).
+
+        Args:
+            source: an expert pack, loaded or as the path of its file.
+
+        Raises:
+            PackError: the pack cannot be read, or does not fit the base model.
         """
         return self.model.experts.plug(source, self.runner.prepare)
 
     def unplug(self, name: str) -> None:
-        """Unplug an expert; requests under way keep it until they end. Raises `PackError` if there
-        is none.
+        """Unplug an expert; requests in flight keep it until they finish.
+
+        Args:
+            name: name of the expert.
+
+        Raises:
+            PackError: no expert of this name is plugged.
         """
         self.model.experts.unplug(name)
 
     def arm(self, names: str | Iterable[str] | None = "auto") -> tuple[str, ...]:
-        """Choose who speaks in requests that do not choose themselves (see `ExpertSet.arm`)."""
+        """Choose the experts for requests that do not choose any themselves (see `ExpertSet.arm`).
+
+        Args:
+            names: a name, several names, "auto" or None, as in `ExpertSet.arm`; default "auto".
+
+        Returns:
+            The names of the armed experts.
+        """
         return self.model.experts.arm(names)
 
     def experts(self) -> tuple[ExpertInfo, ...]:
-        """Return what is plugged, sorted by name."""
+        """Return the plugged experts, sorted by name."""
         return self.model.experts.list()
 
     def stats(self) -> EngineStats:
-        """Return what the engine is doing and has done."""
+        """Return the engine's counters and its current load."""
         scheduler = self._scheduler
         return EngineStats(
             running=len(scheduler.running),
@@ -173,15 +221,20 @@ class Engine:
         )
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait for those submitted. Returns whether all ended within
-        `timeout` seconds.
+        """Refuse new requests and wait for those already submitted.
+
+        Args:
+            timeout: maximum time to wait, in seconds; None waits without limit.
+
+        Returns:
+            Whether all requests finished in time.
         """
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: self._scheduler.idle and not self._jobs, timeout)
 
     def close(self) -> None:
-        """Cancel what runs or waits and end the engine's thread. It may be called twice."""
+        """Cancel all requests and stop the engine's thread. Further calls do nothing."""
         with self._changed:
             self._draining = self._closed = True
             self._changed.notify_all()
@@ -194,7 +247,7 @@ class Engine:
         self.close()
 
     def _run(self) -> None:
-        """Step while there is something to do, until the engine is closed."""
+        """Run steps while there is work, until the engine is closed."""
         while True:
             with self._changed:
                 self._changed.wait_for(
@@ -206,7 +259,7 @@ class Engine:
             self._do_jobs()
             try:
                 self._scheduler.step()
-            except Exception as error:  # the batch is lost, the engine is not
+            except Exception as error:  # fail the batch, keep the engine running
                 log.exception("a step failed")
                 for sequence in list(self._scheduler.running):
                     self._scheduler.end(sequence, "error", f"{type(error).__name__}: {error}")
@@ -218,22 +271,28 @@ class Engine:
             done.set_exception(EngineStoppedError(STOPPED))
 
     def _do_jobs(self) -> None:
+        """Run the queued jobs other than generation, such as embeddings."""
         while self._jobs:
             done, job = self._jobs[0]
             try:
                 done.set_result(job())
-            except Exception as error:  # it is the caller's
+            except Exception as error:  # passed on to the caller of `embed`
                 done.set_exception(error)
             self._jobs.popleft()
 
 
 @torch.inference_mode()
 def embedding(model: DeepSeekModel, ids: Sequence[int]) -> list[float]:
-    """Return the mean of the last hidden states over the tokens `ids`, scaled to length 1, by the
-    base alone.
+    """Return the mean of the base model's last hidden states over a text, normalised to length 1.
+
+    Args:
+        model: the model; its experts are not used.
+        ids: tokens of the text.
     """
     cache = KVCache()
-    cache.started = True  # without experts, so that texts stay comparable whatever is plugged
+    # Embeddings must stay comparable when experts come and go, so no expert is armed: a cache that
+    # has started does not arm any.
+    cache.started = True
     output = model(
         torch.tensor([list(ids)], device=model.device),
         cache=cache,

@@ -1,4 +1,4 @@
-"""A request under way, as the caller sees it: its events, in a thread or in an event loop."""
+"""The caller's view of a running request: its events, for a thread or for an event loop."""
 
 import asyncio
 import contextlib
@@ -11,11 +11,15 @@ from deepseek.engine.sequence import ActiveSequence
 
 
 class Generation:
-    """A request under way: iterate over its `TokenEvent`s, in one thread (`for`) or one coroutine
-    (`async for`).
+    """A running request.
+
+    Iterate over its `TokenEvent`s from one thread (`for`) or one coroutine (`async for`).
+
+    Args:
+        sequence: the request's state in the engine.
 
     Attributes:
-        request: what was asked.
+        request: the request that was submitted.
     """
 
     def __init__(self, sequence: ActiveSequence) -> None:
@@ -28,7 +32,7 @@ class Generation:
         sequence.deliver = self._deliver
 
     def __iter__(self) -> Iterator[TokenEvent]:
-        """Yield events as they come, waiting for them; the last one has a finish reason."""
+        """Yield events as they arrive, blocking between them; the last one has a finish reason."""
         while not self._over:
             with self._arrived:
                 self._arrived.wait_for(lambda: self._events)
@@ -37,8 +41,9 @@ class Generation:
             yield event
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """Yield events as they come, without blocking the event loop. Leaving early does not
-        cancel.
+        """Yield events as they arrive, without blocking the event loop.
+
+        Leaving the loop early does not cancel the request; call `cancel` for that.
         """
         queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self.subscribe(queue.put_nowait)
@@ -48,47 +53,52 @@ class Generation:
             yield event
 
     def subscribe(self, put: Callable[[TokenEvent], object]) -> None:
-        """Have `put` called in the running event loop with every event, those that came before
-        first.
+        """Have `put` called with every event, in the running event loop.
+
+        Events that arrived earlier are delivered first.
+
+        Args:
+            put: takes one event and must not block.
         """
         loop = asyncio.get_running_loop()
 
-        def soon(event: TokenEvent) -> None:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the event loop has closed, and nobody waits any more
+        def put_in_loop(event: TokenEvent) -> None:
+            # A closed event loop raises RuntimeError; then nobody waits for the event.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(put, event)
 
         with self._arrived:
             while self._events:
-                soon(self._events.popleft())
-            self._put = soon
+                put_in_loop(self._events.popleft())
+            self._put = put_in_loop
 
     def cancel(self) -> None:
-        """End it before the next step; its last event says "cancelled". It may have finished
-        already. Thread safe.
+        """Stop the request before the next step; thread safe.
+
+        Its last event then has the finish reason "cancelled", unless it has finished already.
         """
         self._sequence.cancelled = True
 
     @property
     def usage(self) -> TokenUsage:
-        """What it has used so far."""
+        """Tokens used so far."""
         return self._sequence.usage
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
-        """Of each prompt token, None for the first, which nothing predicts; complete before the
-        first event.
+        """Log probabilities of the prompt tokens, complete before the first event.
 
-        Empty unless the request asks for them.
+        The first token has None, because nothing predicts it. Empty unless the request asks for
+        them.
         """
         return tuple(self._sequence.prompt_logprobs)
 
     def _deliver(self, event: TokenEvent) -> None:
+        """Pass an event on to the consumer; called by the engine's thread."""
         with self._arrived:
             self._put(event)
-            if (
-                event.finish_reason is not None
-            ):  # the last one: then nothing refers to itself, and all goes at once
+            # The last event breaks the reference cycles, so that memory is freed at once, without
+            # the garbage collector.
+            if event.finish_reason is not None:
                 self._put = self._sequence.deliver = self._events.append
             self._arrived.notify()

@@ -1,4 +1,4 @@
-"""`deepseek.load`: a model and its tokenizer, experts plugged, in one call."""
+"""`deepseek.load`: load a model, its tokenizer and its experts in one call."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,18 +33,27 @@ def load(
 ) -> Loaded:
     """Load a base model and its tokenizer, and plug experts into it.
 
-    With attention="lsh" the hashes that `deepseek distill-hash` has put beside the model are used.
+    With attention="lsh", the hashes that `deepseek distill-hash` has stored with the model are
+    used.
 
     Args:
-        name: a known base (fetched if needed), a local folder or a hub id.
-        experts: packs to plug, by file or by the name of a trained expert; they are armed
+        name: a known base (downloaded if needed), a local folder or a hub id; default
+            "smollm2-135m".
+        experts: expert packs to plug, as paths or as names of trained experts; they are armed
             automatically.
-        config: choices laid over the checkpoint's config (see `DeepSeekModel.from_pretrained`).
-        dtype: "auto" takes the fastest on the device.
-        device: "cpu", "cuda", ...; None takes the CPU.
+        config: config fields that override those of the checkpoint (see
+            `DeepSeekModel.from_pretrained`).
+        dtype: dtype of the weights; "auto" selects the fastest one on the device.
+        device: "cpu", "cuda", ...; None selects the CPU.
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
-        HubError, CheckpointError, ConfigError, PackError: with the cause and the mend.
+        HubError: the checkpoint cannot be downloaded.
+        CheckpointError: the checkpoint is missing or damaged.
+        ConfigError: the config is invalid.
+        PackError: a pack cannot be read, or does not fit the model.
     """
     folder = resolve(str(name))
     model = DeepSeekModel.from_pretrained(folder, config=config, dtype=dtype, device_map=device)

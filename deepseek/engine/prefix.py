@@ -1,9 +1,9 @@
-"""The prefix cache: what prompts that were seen before left in the key/value cache, block by block.
+"""The prefix cache: stores the key/value blocks of earlier prompts for reuse.
 
-A block is found by a digest of everything that decides its content: the experts' own digests and
-all tokens up to its end. An expert reloaded under the same name with other content has another
-digest, so that an old entry is never hit. The model itself is no part of the key: a cache belongs
-to one engine and so to one model.
+The cache key of a block is a digest of everything that determines its content: the digests of the
+armed experts and all tokens up to the block's end. An expert reloaded under the same name with
+other content has another digest, so it never hits a stale entry. The model is not part of the key,
+because a cache belongs to one engine and so to one model.
 """
 
 import hashlib
@@ -15,8 +15,15 @@ from deepseek.runner import Segment
 
 
 def block_keys(identity: str, ids: Sequence[int], block: int) -> list[bytes]:
-    """Return the key of each full block of `ids`; it depends on `identity` and on all tokens up to
-    the block's end.
+    """Return the cache key of each full block of `ids`.
+
+    Args:
+        identity: identifies the armed experts by their digests.
+        ids: tokens of the prompt.
+        block: tokens in a block.
+
+    Returns:
+        One digest for each full block; it covers `identity` and all tokens up to the block's end.
     """
     digest = hashlib.sha256(identity.encode())
     keys = []
@@ -27,7 +34,7 @@ def block_keys(identity: str, ids: Sequence[int], block: int) -> list[bytes]:
 
 
 class PrefixCache:
-    """Blocks, of which the least recently used ones go first.
+    """Blocks of keys and values with least-recently-used eviction.
 
     Attributes:
         nbytes: memory of all blocks.
@@ -41,20 +48,31 @@ class PrefixCache:
         return key in self._blocks
 
     def match(self, keys: Sequence[bytes]) -> list[Segment]:
-        """Return the blocks of the longest stored prefix of `keys`, which count as used now."""
-        found = []
+        """Return the blocks of the longest stored prefix of `keys` and mark them as recently used.
+
+        Args:
+            keys: cache keys of a prompt's blocks, in order.
+        """
+        segments = []
         for key in keys:
             if key not in self._blocks:
                 break
-            found.append(self._blocks[key])
-        for key in reversed(
-            keys[: len(found)]
-        ):  # the first block last, because without it no other is found
+            segments.append(self._blocks[key])
+        # In reverse, so that the first block is evicted last: without it no later one can match.
+        for key in reversed(keys[: len(segments)]):
             self._blocks.move_to_end(key)
-        return found
+        return segments
 
     def add(self, key: bytes, segment: Segment, limit: int) -> None:
-        """Store a block, if older ones can make room so that all take at most `limit` bytes."""
+        """Store a block and evict older ones so that all take at most `limit` bytes.
+
+        A block that is larger than `limit` is not stored.
+
+        Args:
+            key: cache key of the block.
+            segment: content of the block.
+            limit: budget in bytes.
+        """
         if segment.nbytes > limit or key in self._blocks:
             return
         self.shrink(limit - segment.nbytes)
@@ -62,7 +80,7 @@ class PrefixCache:
         self.nbytes += segment.nbytes
 
     def shrink(self, limit: int) -> None:
-        """Forget the least recently used blocks until all take at most `limit` bytes."""
+        """Evict the least recently used blocks until all take at most `limit` bytes."""
         while self.nbytes > limit and self._blocks:
             _, segment = self._blocks.popitem(last=False)
             self.nbytes -= segment.nbytes

@@ -1,6 +1,4 @@
-"""What is asked of the engine, and what it answers. All of it is plain data that threads and
-servers may share.
-"""
+"""Requests and results of the engine: plain data that threads and servers can share."""
 
 import math
 from collections.abc import Mapping
@@ -16,10 +14,10 @@ MAX_LOGPROBS = 20
 
 
 class QueueFullError(UserError):
-    """Too many requests wait already.
+    """The queue is full.
 
     Attributes:
-        retry_after: seconds, an estimate, after which it makes sense to ask again.
+        retry_after: estimated number of seconds until a retry can succeed.
     """
 
     def __init__(self, waiting: int, retry_after: float) -> None:
@@ -35,13 +33,15 @@ class EngineStoppedError(UserError):
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """Which plugged experts may speak in one request.
+    """The plugged experts that may fire in one request.
 
     Attributes:
-        arm: "auto" takes those that the engine has armed; else the names of plugged ones, () for
-            the base alone.
-        deny: names that must not speak, whatever `arm` says; they need not be plugged.
-        max_experts: most experts that one token is given to; None takes the engine's limit.
+        arm: "auto" (default) selects those that the engine has armed; otherwise the names of
+            plugged experts, () for the base alone.
+        deny: names of experts that must not fire, even if `arm` selects them; they need not be
+            plugged.
+        max_experts: maximum number of experts at one token; None (default) selects the engine's
+            limit.
     """
 
     arm: tuple[str, ...] | Literal["auto"] = "auto"
@@ -51,8 +51,11 @@ class ExpertChoice:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the text must look like: a JSON schema (as JSON text), a regular expression, or a Lark
-    grammar.
+    """A constraint on the generated text.
+
+    Attributes:
+        kind: "json_schema", "regex" or "lark".
+        text: the schema as JSON text, the regular expression, or the Lark grammar.
     """
 
     kind: GrammarKind
@@ -61,24 +64,24 @@ class Grammar:
 
 @dataclass(frozen=True)
 class Request:
-    """One text to go on from.
+    """One prompt to continue.
 
     Attributes:
-        prompt_ids: its tokens, at least one.
-        sampling: how the next ones are chosen, and how many at most.
-        experts: which plugged experts may speak.
-        user_ids: what the user says in a conversation, without the template: these tokens decide
-            which experts "auto" admits. None: the prompt is a document to be continued, and any
-            expert may that it does not rule out.
-        stop: texts that end the generation; they are not part of it.
-        stop_token_ids: tokens that end it, beside the model's own end tokens.
-        ignore_end: go on past the model's end tokens; for measurements.
-        logprobs: how many of the likeliest tokens to tell at each place (0: only the chosen one's
-            log probability); None tells nothing.
-        prompt_logprobs: tell the same of each prompt token.
-        scored_from: first prompt token of which it is told; what comes before may come out of the
-            prefix cache.
-        grammar: what the text must look like; None leaves it free.
+        prompt_ids: tokens of the prompt, at least one.
+        sampling: how tokens are chosen, and how many at most.
+        experts: the plugged experts that may fire.
+        user_ids: the user's words in a conversation, without the chat template; with "auto", these
+            tokens decide which experts are admitted. None: the prompt is a document to continue,
+            and it admits every expert that it does not rule out.
+        stop: strings that end the generation; they are not part of the text.
+        stop_token_ids: tokens that end the generation, in addition to the model's end tokens.
+        ignore_end: continue past the model's end tokens; for benchmarks.
+        logprobs: number of likeliest tokens to report at each position, at most 20; 0 reports only
+            the log probability of the chosen token, None reports nothing.
+        prompt_logprobs: report the same for each prompt token.
+        scored_from: index of the first prompt token to report; the tokens before it may come from
+            the prefix cache. Default 1, since nothing predicts token 0.
+        grammar: constraint on the generated text; None leaves it free.
 
     Raises:
         ConfigError: the prompt is empty, `logprobs` or `scored_from` is out of range, or a stop
@@ -102,11 +105,13 @@ class Request:
             raise ConfigError("The prompt has 0 tokens, but at least 1 is needed; give some text.")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise ConfigError(
-                f"logprobs={self.logprobs} is out of range; it must be between 0 and {MAX_LOGPROBS}."
+                f"logprobs={self.logprobs} is out of range; "
+                f"it must be between 0 and {MAX_LOGPROBS}."
             )
         if not 1 <= self.scored_from <= len(self.prompt_ids):
             raise ConfigError(
-                f"scored_from={self.scored_from} is no place after the first prompt token."
+                f"scored_from={self.scored_from} is out of range; "
+                f"it must be between 1 and {len(self.prompt_ids)}, the number of prompt tokens."
             )
         if not all(self.stop):
             raise ConfigError("A stop text is empty; leave it out.")
@@ -114,12 +119,14 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The natural-log probability of a token under the model's own distribution, before temperature
-    and penalties.
+    """Log probability of a token under the model's own distribution, before temperature and
+    penalties.
 
     Attributes:
-        top: the likeliest tokens at its place with theirs, likeliest first; as many as
-            `Request.logprobs`.
+        token_id: the token.
+        logprob: its natural-log probability.
+        top: the likeliest tokens at its position with their log probabilities, likeliest first;
+            `Request.logprobs` of them.
     """
 
     token_id: int
@@ -132,16 +139,16 @@ class TokenEvent:
     """One generated token; the last event of a generation has a `finish_reason`.
 
     Attributes:
-        token_id: its id. An end token has its event too, without text. None where nothing was
-            generated: the last event of a generation that was cancelled or failed.
-        text: what is added to the text. Empty while a character is incomplete or while the text may
-            become a stop text; what is held back so comes with a later event. All events' texts
-            joined are the answer.
+        token_id: the token. An end token has an event too, without text. None in the last event of
+            a generation that was cancelled or failed, since no token was generated.
+        text: text to append. It is empty while a character is incomplete or while the text may be
+            the start of a stop text; a later event then delivers what was held back. The answer is
+            the concatenation of all events' texts.
         logprob: None unless the request asks for `logprobs`.
-        expert: name of the expert that spoke, or None for the base alone.
-        finish_reason: "stop" at an end token, a stop text or a finished grammar; "length" at a
-            limit.
-        error: one sentence, where the reason is "error".
+        expert: name of the expert with the largest weight at this token; None if no expert fired.
+        finish_reason: "stop" after an end token, a stop text or a completed grammar; "length" at a
+            token limit; "cancelled"; "error".
+        error: one sentence on the failure, if the reason is "error".
     """
 
     token_id: int | None
@@ -154,12 +161,13 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class TokenUsage:
-    """What a generation has used so far.
+    """Tokens that a generation has used so far.
 
     Attributes:
-        cached_tokens: prompt tokens that came out of the prefix cache.
-        completion_tokens: generated tokens, an end token included.
-        experts: how many of these each expert spoke; None stands for the base alone.
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: prompt tokens that came from the prefix cache.
+        completion_tokens: generated tokens, including the end token.
+        experts: number of generated tokens by expert; None counts those of the base alone.
     """
 
     prompt_tokens: int
@@ -170,17 +178,19 @@ class TokenUsage:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine is doing and has done since it started.
+    """Current load of an engine, and its counters since it started.
 
     Attributes:
-        running, waiting: requests now.
-        cache_bytes: the budget of keys and values; `reserved_bytes` of it belong to running
-            requests, `prefix_bytes` to stored prefixes.
-        prompt_tokens: of all requests admitted, of which `cached_tokens` came out of the prefix
-            cache.
-        finished: requests by finish reason.
-        steps: forward passes.
-        step_seconds: time spent in them and around them, waiting excluded.
+        running, waiting: current number of requests.
+        cache_bytes: key/value budget in bytes.
+        reserved_bytes: part of the budget that is reserved for running requests.
+        prefix_bytes: part of the budget that the prefix cache occupies.
+        prompt_tokens: prompt tokens of all admitted requests.
+        cached_tokens: those of them that came from the prefix cache.
+        completion_tokens: generated tokens.
+        finished: number of requests by finish reason.
+        steps: number of forward passes.
+        step_seconds: time spent in steps, without the time spent waiting for requests.
     """
 
     running: int

@@ -1,7 +1,7 @@
-"""From logits to the next token.
+"""Sampling: from logits to the next token.
 
-In NumPy, one sequence at a time: the processor's cores belong to the forward pass, and threads that
-wait for each other would cost more than they save on one row of logits.
+NumPy, one sequence at a time. The forward pass keeps the cores busy, and for one row of logits the
+synchronisation of threads would cost more than it saves.
 """
 
 from collections import Counter
@@ -16,30 +16,36 @@ from deepseek.errors import ConfigError
 Logits = NDArray[np.float32]
 
 FLOORS = (1e-3, 1e-5, 0.0)
-"""Tokens less likely than this beside the likeliest are looked at only when those above it are too
-few.
+"""Relative probability floors for the candidate search; a lower floor is tried only if the tokens
+above the previous one do not suffice.
 """
 
 COLD = 1e-4
-"""Temperatures below this choose the likeliest token; dividing by them would overflow."""
+"""Temperatures below this choose the likeliest token, because dividing by them would overflow."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Sampling parameters.
 
     Attributes:
-        max_new_tokens: most tokens to generate.
-        temperature: 0 (or below 0.0001) takes the likeliest token; higher values spread the choice.
-        top_k: only the k likeliest tokens (0 = all).
-        top_p: only the likeliest tokens that together hold this probability.
-        min_p: only tokens at least this fraction as likely as the likeliest.
-        repetition_penalty: divides the logits of tokens already seen (1 = off, at least 0.01;
-            arXiv:1909.05858).
-        presence_penalty: is taken off the logits of tokens that were generated already.
-        frequency_penalty: likewise, once for each time that they were.
-        logit_bias: token id -> what is added to its logit.
-        seed: same seed, same text; None draws one.
+        max_new_tokens: maximum number of tokens to generate.
+        temperature: 0 to 10; 0 (or below 0.0001) takes the likeliest token, higher values flatten
+            the distribution.
+        top_k: sample from the k likeliest tokens only; 0 means all.
+        top_p: sample from the smallest set of likeliest tokens whose total probability reaches this
+            value; 1 means all.
+        min_p: sample only tokens whose probability is at least this fraction of the likeliest
+            token's; 0 means all.
+        repetition_penalty: divides the positive logits of tokens in the prompt or the text, and
+            multiplies the negative ones (1 = off, at least 0.01; arXiv:1909.05858).
+        presence_penalty: subtracted from the logits of tokens that were generated already; -2 to 2.
+        frequency_penalty: subtracted likewise, once for each occurrence; -2 to 2.
+        logit_bias: token id -> value added to its logit, -100 to 100.
+        seed: seed of the random generator; the same seed gives the same text. None draws one.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     max_new_tokens: int = 256
@@ -79,10 +85,11 @@ def _check(holds: bool, name: str, value: float, rule: str) -> None:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence; what it chooses depends on nothing else.
+    """Chooses the tokens of one sequence; the choice depends on nothing outside the sequence.
 
     Args:
-        prompt_ids: the tokens before the first one that it chooses.
+        sampling: the sampling parameters.
+        prompt_ids: tokens of the prompt, for the repetition penalty.
     """
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int] = ()) -> None:
@@ -94,11 +101,14 @@ class Sampler:
         )
 
     def next_token(self, logits_V: Logits, allowed_V: NDArray[np.bool_] | None = None) -> int:
-        """Return the id of the next token and count it as written.
+        """Choose the next token and count it as generated.
 
         Args:
-            logits_V: its logits `[V]`.
-            allowed_V: False at tokens that must not come; None allows all.
+            logits_V: logits `[V]` of the next token.
+            allowed_V: mask `[V]`, False at tokens that must not be chosen; None allows all.
+
+        Returns:
+            The id of the token.
         """
         logits_V = self._adjust(logits_V)
         if allowed_V is not None:
@@ -117,26 +127,30 @@ class Sampler:
         return token
 
     def _adjust(self, logits_V: Logits) -> Logits:
-        """Return the logits with penalties and biases."""
-        wanted = self.sampling
-        written = list(self._written)
-        if wanted.repetition_penalty != 1.0:
-            logits_V = penalise(logits_V, [*self._prompt, *written], wanted.repetition_penalty)
-        if written and (wanted.presence_penalty or wanted.frequency_penalty):
+        """Return the logits with penalties and biases applied."""
+        sampling = self.sampling
+        generated_ids = list(self._written)
+        if sampling.repetition_penalty != 1.0:
+            logits_V = penalise(
+                logits_V, [*self._prompt, *generated_ids], sampling.repetition_penalty
+            )
+        if generated_ids and (sampling.presence_penalty or sampling.frequency_penalty):
             counts = np.array(list(self._written.values()))
             logits_V = raised(
-                logits_V, written, -(wanted.presence_penalty + wanted.frequency_penalty * counts)
+                logits_V,
+                generated_ids,
+                -(sampling.presence_penalty + sampling.frequency_penalty * counts),
             )
-        if wanted.logit_bias:
+        if sampling.logit_bias:
             logits_V = raised(
-                logits_V, list(wanted.logit_bias), np.array(list(wanted.logit_bias.values()))
+                logits_V, list(sampling.logit_bias), np.array(list(sampling.logit_bias.values()))
             )
         return logits_V
 
 
 def penalise(logits_V: Logits, seen: Sequence[int], penalty: float) -> Logits:
-    """Make tokens that were `seen` less likely: positive logits are divided by `penalty`, negative
-    multiplied.
+    """Return the logits with those of the tokens `seen` lowered: positive ones divided by
+    `penalty`, negative ones multiplied.
     """
     ids = np.array(seen, dtype=np.int64)
     changed_V = logits_V.copy()
@@ -146,28 +160,31 @@ def penalise(logits_V: Logits, seen: Sequence[int], penalty: float) -> Logits:
 
 
 def raised(logits_V: Logits, ids: Sequence[int], added: NDArray[np.float64]) -> Logits:
-    """Return the logits with `added` to those of `ids`, all different."""
+    """Return the logits with `added` added at `ids`, which must be distinct."""
     changed_V = logits_V.copy()
     changed_V[np.array(ids)] += added.astype(np.float32)
     return changed_V
 
 
 def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
-    """Return the tokens that top-k, top-p and min-p all admit, likeliest first; None if every token
-    is.
+    """Return the ids of the tokens that pass top-k, top-p and min-p, likeliest first.
 
     Args:
         weights_V: probabilities up to a common factor.
+        sampling: the sampling parameters.
+
+    Returns:
+        The ids; None if every token passes.
     """
     if sampling.top_p == 1.0 and sampling.min_p == 0.0 and not sampling.top_k:
         return None
     nucleus = sampling.top_p * weights_V.sum(dtype=np.float64) if sampling.top_p < 1.0 else np.inf
-    # Few tokens are admitted as a rule, and these are found among the likely ones, without sorting
-    # the vocabulary.
+    # Usually few tokens pass, and all of them are likely ones: searching those first avoids sorting
+    # the whole vocabulary.
     for floor in FLOORS:
         ids = np.flatnonzero(weights_V >= floor * weights_V.max())
-        found = weights_V[ids].sum(dtype=np.float64)
-        if sampling.min_p >= floor or 0 < sampling.top_k <= len(ids) or found > nucleus:
+        found_weight = weights_V[ids].sum(dtype=np.float64)
+        if sampling.min_p >= floor or 0 < sampling.top_k <= len(ids) or found_weight > nucleus:
             break
     ids = ids[np.argsort(-weights_V[ids])]
     ordered = weights_V[ids].astype(np.float64)
@@ -179,9 +196,9 @@ def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
 
 
 def draw(weights_V: Logits, generator: np.random.Generator) -> int:
-    """Return an index with probability proportional to its weight, from one random number."""
+    """Draw an index with probability proportional to its weight, from one random number."""
     sums_V = weights_V.cumsum(dtype=np.float64)
     point = generator.random() * sums_V[-1]
-    # The first sum above the point; the point may round up to the last sum, whose first place is
-    # meant then.
+    # The first cumulative sum above the point. Rounding can put the point on the last sum; then the
+    # first index that reaches this sum is the one to return.
     return int(min(np.searchsorted(sums_V, point, "right"), np.searchsorted(sums_V, sums_V[-1])))

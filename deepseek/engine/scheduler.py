@@ -1,5 +1,5 @@
-"""Which sequences run, and what each step computes, within a budget of key/value bytes. No threads
-here.
+"""The scheduler: admits sequences and composes each step within a key/value budget. It has no
+threads.
 """
 
 from collections import Counter, deque
@@ -15,26 +15,30 @@ from deepseek.runner import Chunk, Runner
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
-MAX_GUESSES = (
-    RECENT - 1
-)  # of all sequences together: with more rows a step takes longer (see `engine/sequence.py`)
+# Maximum number of guessed tokens in a step, over all sequences (see `engine/sequence.py`). A step
+# with more rows takes longer, and the compiled state can rewind at most RECENT - 1 tokens.
+MAX_GUESSES = RECENT - 1
 CACHE_BYTES = 1 << 30
 
 
 class Scheduler:
-    """Runs sequences side by side, first come, first served.
+    """Runs sequences side by side; admission is first in, first out.
 
-    A sequence starts only when all the memory that it can ever need is free, and keeps it reserved
-    until it ends: those that run never fail or wait because of others. Stored prefixes live in what
-    is not reserved.
+    A sequence is admitted only when its worst-case memory is free, and that memory stays reserved
+    until it ends. So a running sequence never fails or stalls because of others, and no preemption
+    is needed. The prefix cache uses what is not reserved.
 
     Args:
+        runner: computes the forward passes.
         cache_bytes, max_running, prefill_chunk: see `Engine`.
 
     Attributes:
-        waiting: sequences that have not started; any thread may append.
-        running: those that have, in the order of their start.
-        reserved: bytes that the running ones may need.
+        waiting: the queue of sequences that have not been admitted; any thread may append.
+        running: admitted sequences, in the order of admission.
+        prefixes: the prefix cache.
+        reserved: bytes reserved for the running sequences.
+        steps, prompt_tokens, cached_tokens, completion_tokens, finished: counters, see
+            `EngineStats`.
     """
 
     def __init__(
@@ -59,17 +63,17 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs or waits."""
+        """Whether no sequence runs or waits."""
         return not self.running and not self.waiting
 
     def need(self, sequence: ActiveSequence) -> int:
-        """Return the bytes that are reserved for a sequence while it runs."""
+        """Return the number of bytes to reserve for a sequence while it runs."""
         return self.runner.state_bytes(sequence.capacity, sequence.armed)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Drop what is cancelled, start what fits, and compute one batch."""
-        for sequence in [one for one in (*self.running, *self.waiting) if one.cancelled]:
+        """Remove cancelled sequences, admit waiting ones, and compute one batch."""
+        for sequence in [queued for queued in (*self.running, *self.waiting) if queued.cancelled]:
             self.end(sequence, "cancelled")
         self._admit()
         batch = self._batch()
@@ -85,19 +89,26 @@ class Scheduler:
             self._advance(sequence, logits_RV[rows], output.experts[rows])
 
     def end(self, sequence: ActiveSequence, reason: FinishReason, error: str | None = None) -> None:
-        """End a sequence before its time."""
+        """End a sequence early and deliver its last event.
+
+        Args:
+            sequence: the sequence, running or waiting.
+            reason: its finish reason.
+            error: one sentence on the failure, if the reason is "error".
+        """
         self._release(sequence)
         self.finished[reason] += 1
         sequence.deliver(sequence.finish(reason, error))
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> None:
-        """End all that runs or waits."""
+        """End all running and waiting sequences (see `end`)."""
         for sequence in (*self.running, *self.waiting):
             self.end(sequence, reason, error)
 
     def _admit(self) -> None:
-        """Start waiting sequences while there is room; the first one waits for room, and those
-        behind it for it.
+        """Admit waiting sequences while the budget allows.
+
+        Admission is first in, first out: a blocked sequence holds up those behind it.
         """
         while self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting[0]
@@ -105,9 +116,8 @@ class Scheduler:
             if self.reserved + need > self.cache_bytes:
                 return
             self.reserved += need
-            self.prefixes.match(
-                sequence.reusable
-            )  # they count as used, so that others are forgotten first
+            # Marks the reusable blocks as recently used, so that `shrink` evicts others first.
+            self.prefixes.match(sequence.reusable)
             self.prefixes.shrink(self.cache_bytes - self.reserved)
             sequence.state = self.runner.start(sequence.armed, sequence.capacity)
             self.running.append(self.waiting.popleft())
@@ -118,44 +128,46 @@ class Scheduler:
             self.cached_tokens += sequence.cached_tokens
 
     def _batch(self) -> list[tuple[ActiveSequence, Chunk]]:
-        """Return the next token of every sequence that speaks, and prompt pieces of `prefill_chunk`
-        tokens at most.
+        """Return the next chunk of each decoding sequence, and prefill chunks of at most
+        `prefill_chunk` tokens in total.
         """
         batch = []
-        room = self.prefill_chunk
+        free_tokens = self.prefill_chunk
         guesses = MAX_GUESSES // max(1, len(self.running))
         for sequence in self.running:
             chunk = sequence.next_chunk(guesses)
             if sequence.prefilling:
-                room -= len(chunk.ids)
-                if room < 0:
+                free_tokens -= len(chunk.ids)
+                if free_tokens < 0:
                     continue
             batch.append((sequence, chunk))
         return batch
 
     def _store(self, sequence: ActiveSequence) -> None:
-        """Put the block of the prompt that has just been completed into the prefix cache."""
+        """Store the prompt block that the last step completed, if any, in the prefix cache."""
         assert sequence.state is not None
-        blocks, rest = divmod(sequence.state.length, self.prefill_chunk)
-        room = self.cache_bytes - self.reserved
+        blocks, remainder = divmod(sequence.state.length, self.prefill_chunk)
+        free_bytes = self.cache_bytes - self.reserved
         if (
-            room > 0
-            and rest == 0
+            free_bytes > 0
+            and remainder == 0
             and blocks <= len(sequence.keys)
             and sequence.keys[blocks - 1] not in self.prefixes
         ):
             segment = sequence.state.segment(sequence.state.length - self.prefill_chunk)
-            self.prefixes.add(sequence.keys[blocks - 1], segment, room)
+            self.prefixes.add(sequence.keys[blocks - 1], segment, free_bytes)
 
     def _advance(
         self, sequence: ActiveSequence, logits_RV: Logits, experts: tuple[str | None, ...]
     ) -> None:
-        """Hand a sequence its logits; what goes wrong there, such as too complex a grammar, ends it
-        alone.
+        """Pass logits on to their sequence and deliver its new events.
+
+        An error in a sequence, such as a grammar that turns out to be too complex, ends only that
+        sequence.
         """
         try:
             events = sequence.advance(logits_RV, experts)
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # other sequences must not be affected
             self.end(sequence, "error", f"{type(error).__name__}: {error}")
             return
         for event in events:
@@ -166,6 +178,7 @@ class Scheduler:
             sequence.deliver(event)
 
     def _release(self, sequence: ActiveSequence) -> None:
+        """Take a sequence off its list, and free its memory and its reservation."""
         if sequence.state is None:
             self.waiting.remove(sequence)
             return

@@ -1,10 +1,10 @@
-"""A request while it runs: the one thing in the engine that changes with every step.
+"""A running request: its state, which changes with every step.
 
-Its next tokens are guessed from what followed the same words earlier in its text. A step reads all
-weights whether it computes one token or a few, so guesses that turn out right are nearly free, and
-those that turn out wrong change nothing: the token after each of them is chosen as it would have
-been without them (prompt lookup, a speculative decoding without a second model: arXiv:2302.01318,
-arXiv:2304.04487).
+Decoding is speculative, by prompt lookup: the next tokens are guessed from what followed the same
+tokens earlier in the text. Decoding is bound by reading the weights, so a step costs about the same
+for one token as for a few, and accepted guesses are nearly free. Rejected guesses change nothing:
+each token is chosen as it would be without them (speculative decoding without a draft model:
+arXiv:2302.01318, arXiv:2304.04487).
 """
 
 from collections import Counter
@@ -21,20 +21,23 @@ from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk, SequenceState
 
-WORDS = 2  # tokens that must be the same
+WORDS = 2  # tokens that must match for a guess
 
 
 class Lookup:
-    """The tokens of one text, and where each pair of them was last followed by what.
+    """The tokens of one text, indexed by pairs of tokens, for guessing the next ones.
+
+    Args:
+        ids: tokens of the text so far.
 
     Attributes:
-        guesses: those made last, which have not been judged.
+        guesses: the latest guesses, which have not been verified.
     """
 
     def __init__(self, ids: Iterable[int]) -> None:
         self._ids: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
-        self._most = 1
+        self._limit = 1
         self.guesses: list[int] = []
         for token in ids:
             self.push(token)
@@ -45,32 +48,43 @@ class Lookup:
         self._ids.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """Return the tokens, `most` at most, that followed the last ones where these stood
-        before.
+        """Return at most `most` tokens that followed the latest earlier occurrence of the last two
+        tokens.
         """
         start = self._after.get(tuple(self._ids[-WORDS:]), len(self._ids))
-        self.guesses = self._ids[start : start + max(0, min(most, self._most))]
+        self.guesses = self._ids[start : start + max(0, min(most, self._limit))]
         return self.guesses
 
     def judge(self, right: int) -> None:
-        """Take note of how many of the guesses were right: where most were, more come next time."""
+        """Adapt the number of guesses to how many of the last ones were accepted.
+
+        Args:
+            right: number of accepted guesses; the next step guesses up to one more than twice as
+                many.
+        """
         if self.guesses:
-            self._most = 1 + 2 * right
+            self._limit = 1 + 2 * right
             self.guesses = []
 
 
 class ActiveSequence:
-    """One request: its prompt is computed chunk by chunk, then one token a step, until something
-    ends it.
+    """A running request: prefills its prompt chunk by chunk, then decodes until it finishes.
+
+    Args:
+        request: the prompt and its options.
+        armed: experts for the whole request; None for the base alone.
+        vocabulary: the model's tokens.
+        capacity: maximum number of tokens, including the prompt.
+        block: tokens in a prefill chunk and in a block of the prefix cache.
 
     Attributes:
-        armed: the experts that speak in it until it ends.
-        capacity: most tokens, prompt included.
-        keys: of the prompt's full blocks, or none where its prefix cannot be stored.
-        state: what the runner keeps of it; None before its first step and after its last one.
-        cancelled: set by any thread; it ends before the next step.
-        finish_reason: why it is over; None while it is not.
-        deliver: whoever waits for the events; the scheduler calls it with each.
+        keys: cache keys of the prompt's full blocks; empty if its prefix cannot be cached.
+        state: the runner's state of the sequence; None before its admission and after its end.
+        cancelled: set by any thread to end the sequence before the next step.
+        finish_reason: None while the sequence runs.
+        deliver: consumer of the events; the scheduler calls it with each one.
+        prompt_logprobs: log probabilities of the prompt tokens computed so far.
+        cached_tokens: prompt tokens that came from the prefix cache.
 
     Raises:
         ConfigError: the request's grammar does not compile.
@@ -97,7 +111,7 @@ class ActiveSequence:
         unscored = request.scored_from if request.prompt_logprobs else 0
         self.prompt_logprobs: list[TokenLogprob | None] = [None] * unscored
         self.cached_tokens = 0
-        self._spoken = Counter[str | None]()
+        self._expert_counts = Counter[str | None]()
         self._sampler = Sampler(request.sampling, request.prompt_ids)
         self._text = TextStream(vocabulary.tokenizer, request.stop)
         self._matcher = vocabulary.matcher(request.grammar) if request.grammar is not None else None
@@ -106,39 +120,48 @@ class ActiveSequence:
 
     @property
     def usage(self) -> TokenUsage:
-        """What it has used so far."""
-        spoken = dict(self._spoken)
+        """Tokens used so far."""
+        expert_counts = dict(self._expert_counts)
         return TokenUsage(
-            len(self.request.prompt_ids), self.cached_tokens, sum(spoken.values()), spoken
+            len(self.request.prompt_ids),
+            self.cached_tokens,
+            sum(expert_counts.values()),
+            expert_counts,
         )
 
     @property
     def reusable(self) -> Sequence[bytes]:
-        """Keys of the blocks that need not be computed: not the last token, whose logits are
-        wanted.
+        """Cache keys of the blocks that may come from the prefix cache.
+
+        They exclude tokens whose logits are needed: the last prompt token, or all from
+        `scored_from` on.
         """
-        wanted = (
+        first_needed = (
             self.request.scored_from
             if self.request.prompt_logprobs
             else len(self.request.prompt_ids)
         )
-        return self.keys[: (wanted - 1) // self.block]
+        return self.keys[: (first_needed - 1) // self.block]
 
     @property
     def prefilling(self) -> bool:
-        """Whether some of the prompt is still to be computed."""
+        """Whether a part of the prompt has not been computed yet."""
         return self.state is not None and self.state.length < len(self.request.prompt_ids)
 
     def next_chunk(self, guesses: int = 0) -> Chunk:
-        """Return what to compute next, a token with `guesses` of those after it at most.
+        """Return the next chunk to compute: a piece of the prompt, or the last token and guesses.
 
-        A prompt is cut at multiples of the block whatever else runs and wherever a stored prefix
-        ends, so that the numbers are the same to the last bit.
+        A prompt is cut at multiples of the block size, whatever else runs and wherever a cached
+        prefix ends, so that the logits are bit-identical in every case.
+
+        Args:
+            guesses: maximum number of guessed tokens.
         """
         assert self.state is not None
         if not self.prefilling:
-            room = self.capacity - self.state.length - 2 if self.state.rewinds else 0
-            ids = (self._token, *self._lookup.guess(min(guesses, room)))
+            # Guesses must fit the capacity together with the last token and the one that follows.
+            free_tokens = self.capacity - self.state.length - 2 if self.state.rewinds else 0
+            ids = (self._token, *self._lookup.guess(min(guesses, free_tokens)))
             return Chunk(self.state, ids, len(ids))
         prompt = self.request.prompt_ids
         start = self.state.length
@@ -149,14 +172,18 @@ class ActiveSequence:
         return Chunk(self.state, prompt[start:stop], keep)
 
     def advance(self, logits_RV: Logits, experts: Sequence[str | None]) -> list[TokenEvent]:
-        """Take in what the runner said about the chunk, and return the tokens that it leads to.
+        """Process the logits of the last chunk and return the events of the tokens that they yield.
 
-        Each is chosen as if it were the only one; the next counts only if this one had been
-        guessed.
+        Each token is sampled as if it were the only one. The logits after a guess are used only if
+        the sampled token equals that guess; the state is rewound to the last accepted one.
 
         Args:
-            logits_RV: of the kept tokens.
-            experts: who spoke at each of them.
+            logits_RV: logits of the kept tokens.
+            experts: for each kept token, the expert with the largest weight; None if no expert
+                fired.
+
+        Returns:
+            One event for each new token; none within the prompt.
         """
         assert self.state is not None
         length = self.state.length
@@ -171,7 +198,7 @@ class ActiveSequence:
         guesses = self._lookup.guesses
         events = list[TokenEvent]()
         for row in range(-1 - len(guesses), 0):
-            events.append(self._speak(logits_RV[row], experts[row]))
+            events.append(self._sample(logits_RV[row], experts[row]))
             if self.finish_reason is not None or row == -1 or self._token != guesses[row + 1]:
                 break
         if len(events) <= len(guesses):
@@ -180,24 +207,29 @@ class ActiveSequence:
         return events
 
     def finish(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
-        """End it from outside, cancelled or failed, and return its last event."""
+        """Mark the sequence as cancelled or failed and return its last event.
+
+        Args:
+            reason: the finish reason.
+            error: one sentence on the failure, if the reason is "error".
+        """
         self.finish_reason = reason
         return TokenEvent(None, self._text.flush(), finish_reason=reason, error=error)
 
-    def _speak(self, logits_V: Logits, expert: str | None) -> TokenEvent:
-        """Choose the next token."""
-        wanted = self.request.logprobs
+    def _sample(self, logits_V: Logits, expert: str | None) -> TokenEvent:
+        """Sample the next token and return its event."""
+        top = self.request.logprobs
         self._token = token = self._sampler.next_token(
             logits_V, self._matcher.allowed() if self._matcher else None
         )
         self._lookup.push(token)
-        self._spoken[expert] += 1
-        logprob = None if wanted is None else logprobs(logits_V[None], [token], wanted)[0]
-        text, self.finish_reason = self._read(token)
+        self._expert_counts[expert] += 1
+        logprob = None if top is None else logprobs(logits_V[None], [token], top)[0]
+        text, self.finish_reason = self._decode(token)
         return TokenEvent(token, text, logprob, expert, self.finish_reason)
 
-    def _read(self, token: int) -> tuple[str, FinishReason | None]:
-        """Return the text that `token` adds and why it is the last one, if it is."""
+    def _decode(self, token: int) -> tuple[str, FinishReason | None]:
+        """Return the text that `token` adds, and the finish reason if it is the last token."""
         if token in self._ends:
             return self._text.flush(), "stop"
         complete = self._matcher is not None and self._matcher.take(token)
@@ -212,26 +244,31 @@ class ActiveSequence:
 def activate(
     request: Request, model: DeepSeekModel, vocabulary: Vocabulary, block: int
 ) -> ActiveSequence:
-    """Return `request` ready to run, with the experts that it chooses among those plugged now.
+    """Validate a request and return its sequence, with its experts chosen among those plugged now.
 
     Args:
-        block: tokens by which its prompt is cut.
+        request: the prompt and its options.
+        model: the model, with its plugged experts.
+        vocabulary: the model's tokens.
+        block: tokens in a prefill chunk.
 
     Raises:
-        ConfigError: it is too long for the model, has ids outside the vocabulary, or a grammar that
-            does not compile.
-        PackError: it names an expert that is not plugged.
+        ConfigError: the request is too long for the model, has ids outside the vocabulary, or its
+            grammar does not compile.
+        PackError: the request names an expert that is not plugged.
     """
     context = model.config.max_position_embeddings
-    given = len(request.prompt_ids)
-    if given >= context:
+    prompt_tokens = len(request.prompt_ids)
+    if prompt_tokens >= context:
         raise ConfigError(
-            f"The prompt has {given} tokens, but 1 to {context - 1} are possible; shorten it."
+            f"The prompt has {prompt_tokens} tokens, but 1 to {context - 1} are possible; "
+            "shorten it."
         )
     ids = (*request.prompt_ids, *request.sampling.logit_bias)
     if min(ids) < 0 or max(ids) >= vocabulary.size:
         raise ConfigError(
-            f"Token ids are 0 to {vocabulary.size - 1}; another one is in the prompt or in logit_bias."
+            f"The prompt or logit_bias has a token id outside 0 to {vocabulary.size - 1}; "
+            "use the model's own tokenizer."
         )
     choice = request.experts
     armed = model.experts.choose(
@@ -241,12 +278,18 @@ def activate(
         user_ids=request.user_ids,
         document=request.prompt_ids,
     )
-    capacity = min(given + request.sampling.max_new_tokens, context)
+    capacity = min(prompt_tokens + request.sampling.max_new_tokens, context)
     return ActiveSequence(request, armed, vocabulary, capacity, block)
 
 
 def logprobs(logits_RV: Logits, targets: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Return for each row the log probability of its target and of the `top` likeliest tokens."""
+    """Return the log probabilities of each row's target and of its likeliest tokens.
+
+    Args:
+        logits_RV: logits `[R, V]`.
+        targets: one token id for each row.
+        top: number of likeliest tokens to report.
+    """
     return [
         row_logprob(logits_V, target, top)
         for logits_V, target in zip(logits_RV, targets, strict=True)
@@ -254,7 +297,7 @@ def logprobs(logits_RV: Logits, targets: Sequence[int], top: int) -> list[TokenL
 
 
 def row_logprob(logits_V: Logits, target: int, top: int) -> TokenLogprob:
-    """Return the log probability of `target` and of the `top` likeliest tokens."""
+    """Return the log probabilities of `target` and of the `top` likeliest tokens."""
     logs_V = logits_V - logits_V.max()
     logs_V -= np.log(np.exp(logs_V).sum(dtype=np.float64)).astype(np.float32)
     ids = np.argpartition(-logs_V, top)[:top] if top else np.array([], np.int64)

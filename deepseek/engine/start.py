@@ -1,4 +1,4 @@
-"""From the name of a model to an engine that answers at once."""
+"""Start an engine from the name of a model, compiled and ready for requests."""
 
 import logging
 from collections.abc import Iterable
@@ -25,17 +25,23 @@ def start_engine(
     int8: bool = True,
     **dials: Any,
 ) -> Engine:
-    """Load a model, plug experts, and return an engine over the quickest runner that computes it.
+    """Load a model, plug experts, and return an engine with the fastest runner that supports it.
 
-    What is compiled at the first step is compiled here, before anybody waits for an answer.
+    One token is generated before the function returns, so that the first request does not wait for
+    compilation.
 
     Args:
-        name, experts: see `load`.
-        int8: quantise weights to 8 bits where the compiled runner computes the model, which is
-            several times as fast; otherwise, and for other models, the weights stay as they are.
-        dials: see `Engine`.
+        name: a known base, a local folder or a hub id (see `load`); default "smollm2-135m".
+        experts: expert packs to plug (see `load`).
+        int8: quantise the weights to 8 bits if the compiled runner supports the model, which is
+            several times as fast; default True. Other models keep their weights.
+        dials: passed on to `Engine`.
 
-    Raises what `load` raises.
+    Returns:
+        The running engine.
+
+    Raises:
+        HubError, CheckpointError, ConfigError, PackError: see `load`.
     """
     model, tokenizer = load(name, experts=experts)
     engine = Engine(model, tokenizer, quickest_runner(model) if int8 else None, **dials)
@@ -45,10 +51,10 @@ def start_engine(
 
 
 def quickest_runner(model: DeepSeekModel) -> Runner:
-    """Return the compiled runner, with 8-bit weights, where it computes `model`, else the one for
-    every model.
+    """Return the compiled runner with 8-bit weights if it supports `model`, else the reference
+    runner.
 
-    Why it is not the compiled one is logged at level INFO.
+    The reason why the compiled runner is not used is logged at level INFO.
     """
     reason = unsupported_reason(model)
     if reason is None:

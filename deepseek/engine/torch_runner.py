@@ -1,5 +1,5 @@
-"""The reference runner: the model itself, one sequence after another. Every architecture and every
-expert works.
+"""The reference runner: runs the PyTorch model, one sequence after another. It supports every
+architecture and every expert.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,15 @@ from deepseek.runner import Chunk, RunnerOutput, Segment
 
 
 class TorchState:
-    """The `KVCache` of one sequence and its experts."""
+    """The key/value cache of one sequence.
 
-    rewinds = False  # the bits of a token depend on those computed with it, so nothing is guessed
+    Args:
+        armed: the sequence's experts; None for the base alone.
+    """
+
+    # PyTorch's results for a token can differ in the last bits with the tokens computed beside it,
+    # so guessed tokens would change the output.
+    rewinds = False
 
     def __init__(self, armed: ArmedExperts | None) -> None:
         self.cache = KVCache()
@@ -47,21 +53,25 @@ class TorchState:
 
 
 class TorchRunner:
-    """Runs a `DeepSeekModel` on the device where it is."""
+    """Runs a `DeepSeekModel` on its own device.
+
+    Args:
+        model: the model to run.
+    """
 
     def __init__(self, model: DeepSeekModel) -> None:
         self.model = model
 
     def prepare(self, module: ExpertModule) -> None:
-        """Nothing is left to do: `plug` puts experts on the model's device."""
+        """Do nothing: `plug` has already moved the expert to the model's device."""
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        sums = (
+        gate_bytes = (
             sum(12 * len(owners) for owners in armed.roster.owners.values())
             if armed is not None
             else 0
         )
-        return self.model.state_bytes(length) + sums
+        return self.model.state_bytes(length) + gate_bytes
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> TorchState:
         return TorchState(armed)
@@ -73,7 +83,8 @@ class TorchRunner:
         for chunk in chunks:
             assert isinstance(chunk.state, TorchState)
             ids = torch.tensor([chunk.ids], device=self.model.device)
-            keep = chunk.keep or torch.tensor([], dtype=torch.long)  # the number 0 would mean all
+            # `logits_to_keep=0` would mean all logits; an empty index means none.
+            keep = chunk.keep or torch.tensor([], dtype=torch.long)
             output = self.model(ids, cache=chunk.state.cache, logits_to_keep=keep)
             rows.append(output.logits[0].float().cpu())
             experts += speakers(output, len(rows[-1]))
@@ -81,8 +92,14 @@ class TorchRunner:
 
 
 def speakers(output: ModelOutput, count: int) -> list[str | None]:
-    """Return for each of the last `count` positions of one sequence the expert that weighed most,
-    or None.
+    """Return, for each of the last `count` positions, the expert with the largest weight.
+
+    Args:
+        output: a forward pass over one sequence.
+        count: number of positions.
+
+    Returns:
+        The experts' names; None where no expert fired.
     """
     if output.experts is None or count == 0:
         return [None] * count

@@ -1,6 +1,4 @@
-"""Tokens as the engine sees them: which end a text, what text they make, and what a grammar
-allows.
-"""
+"""The engine's view of tokens: end tokens, detokenisation, and the tokens that a grammar allows."""
 
 import json
 from collections.abc import Sequence
@@ -20,42 +18,52 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import document_end_id
 
 WHITESPACE = r"\n?[ \t]{0,32}"
-"""What may stand between the parts of a JSON text: room for pretty printing, none to go on with
-blanks for ever.
+"""Pattern of the whitespace between JSON tokens: it allows pretty printing, but no endless run of
+blanks.
 """
 
 REAL_YEAR = r"^([1-9]|0[1-9]|00[1-9]|000[1-9])"
-"""How a date begins. The formats allow the year 0, which the date types of most languages cannot
-hold.
+"""Pattern for the start of a date. JSON Schema's formats allow the year 0, which the date types of
+most languages cannot represent.
 """
 
 
 class Vocabulary:
     """The tokens of a model.
 
+    Args:
+        model: the model, for its number of logits and its end tokens.
+        tokenizer: the model's tokenizer.
+
     Attributes:
-        size: number of the model's logits.
-        ends: ids after which a text is over.
+        tokenizer: as passed.
+        size: number of logits.
+        ends: ids of the end tokens.
     """
 
     def __init__(self, model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.size = model.config.vocab_size
         configured = model.generation_config.eos_token_id if model.generation_config else None
-        listed = configured if isinstance(configured, list) else [configured]
+        end_ids = configured if isinstance(configured, list) else [configured]
         self.ends = frozenset(
-            {int(i) for i in listed if i is not None} | {document_end_id(tokenizer)}
+            {int(i) for i in end_ids if i is not None} | {document_end_id(tokenizer)}
         )
 
     def matcher(self, grammar: Grammar) -> "Matcher":
-        """Return a matcher at the start of `grammar`; raise `ConfigError` if it does not
-        compile.
+        """Return a matcher at the start of a grammar.
+
+        Args:
+            grammar: the grammar to follow.
+
+        Raises:
+            ConfigError: the grammar does not compile.
         """
         try:
             matcher = llguidance.LLMatcher(self._tokens, _compiled(grammar), log_level=0)
         except ValueError as error:
             raise ConfigError(
-                f"The {grammar.kind} is no JSON object ({error}); correct it."
+                f"The {grammar.kind} is not a JSON object ({error}); correct it."
             ) from error
         if matcher.is_error():
             raise ConfigError(
@@ -65,13 +73,14 @@ class Vocabulary:
 
     @cached_property
     def _tokens(self) -> llguidance.LLTokenizer:
-        # It takes a while to make, and only requests with a grammar need it.
+        # Created lazily: construction is slow, and only requests with a grammar need it.
         return llguidance.hf.from_tokenizer(
             self.tokenizer, n_vocab=self.size, eos_token=sorted(self.ends)
         )
 
 
 def _compiled(grammar: Grammar) -> str:
+    """Compile a grammar to the form that llguidance reads."""
     if grammar.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "lark":
@@ -83,8 +92,8 @@ def _compiled(grammar: Grammar) -> str:
 
 
 def _with_real_years(schema: Any) -> Any:
-    """Return a JSON schema whose dates, where they have no pattern of their own, begin with a year
-    after 0.
+    """Return a JSON schema whose date formats exclude the year 0, unless they have their own
+    pattern.
     """
     if isinstance(schema, list):
         return [_with_real_years(part) for part in schema]
@@ -102,22 +111,35 @@ def _with_real_years(schema: Any) -> Any:
 
 
 class Matcher:
-    """Follows one text through its grammar."""
+    """Position of one text in its grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Return which tokens `[V]` may come next; end tokens may where the grammar can end.
+        """Return the mask `[V]` of the tokens that may come next.
 
-        Raises `RuntimeError` if the grammar turns out to be too complex.
+        It includes the end tokens if the grammar may end here.
+
+        Raises:
+            RuntimeError: the grammar turns out to be too complex.
         """
-        marks = self._matcher.compute_logit_bias()
+        mask = self._matcher.compute_logit_bias()
         self._check()
-        return np.frombuffer(marks, np.uint8) != 0
+        return np.frombuffer(mask, np.uint8) != 0
 
     def take(self, token: int) -> bool:
-        """Go on by an allowed `token`; return whether the text is complete and cannot go on."""
+        """Advance by an allowed token.
+
+        Args:
+            token: its id.
+
+        Returns:
+            Whether the text is complete and cannot continue.
+
+        Raises:
+            RuntimeError: the grammar turns out to be too complex.
+        """
         self._matcher.consume_token(token)
         self._check()
         return bool(self._matcher.is_stopped())
@@ -132,41 +154,52 @@ def _first_line(matcher: llguidance.LLMatcher) -> str:
 
 
 class TextStream:
-    """Turns tokens into text that is safe to show: whole characters, and no beginning of a stop
-    text.
+    """Incremental detokeniser.
+
+    It emits only whole characters, and holds back text that may be the start of a stop text.
 
     Args:
-        stop: texts that end the text; they are not part of it.
+        tokenizer: the model's tokenizer.
+        stop: strings that end the text; they are not part of it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stop = stop
         self._decoder = DecodeStream(skip_special_tokens=True)
-        self._held = ""
+        self._pending = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Return the text that `token` sets free, and whether a stop text has come."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
-        places = [place for place in map(self._held.find, self._stop) if place >= 0]
-        if places:
-            return self._release(min(places)), True
-        return self._release(len(self._held) - begun(self._held, self._stop)), False
+        """Append a token.
+
+        Args:
+            token: its id.
+
+        Returns:
+            The text that can be emitted now, and whether a stop text has been reached.
+        """
+        self._pending += self._decoder.step(self._tokenizer, token) or ""
+        stop_starts = [start for start in map(self._pending.find, self._stop) if start >= 0]
+        if stop_starts:
+            return self._release(min(stop_starts)), True
+        return self._release(len(self._pending) - begun(self._pending, self._stop)), False
 
     def flush(self) -> str:
-        """Return what was held back because it might have become a stop text; an incomplete
-        character is dropped.
+        """Return the text that was held back as a possible stop text; an incomplete character is
+        dropped.
         """
-        return self._release(len(self._held))
+        return self._release(len(self._pending))
 
     def _release(self, count: int) -> str:
-        text = self._held[:count]
-        self._held = self._held[count:]
+        text = self._pending[:count]
+        self._pending = self._pending[count:]
         return text
 
 
 def begun(text: str, stop: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` with which one of the `stop` texts begins."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of one of the
+    `stop` texts.
+    """
     return max(
         (
             n

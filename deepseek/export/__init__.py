@@ -1,1 +1,1 @@
-"""Models in other formats: Hugging Face, ONNX, OpenVINO, TensorRT, 8-bit checkpoints."""
+"""Export of models: Hugging Face, ONNX, OpenVINO, TensorRT, and 8-bit checkpoints."""

@@ -1,8 +1,8 @@
-"""A model for other runtimes: ONNX, OpenVINO, TensorRT, or a folder that stock `transformers`
-reads.
+"""Export a model to another runtime: ONNX, OpenVINO, TensorRT, or a folder for stock
+`transformers`.
 
-What was written is read back and run against the model before it gets its name. The packages are
-imported at use.
+Every export is loaded again and compared with the model before it gets its final name. Optional
+packages are imported when they are used.
 """
 
 import logging
@@ -24,7 +24,7 @@ from deepseek.registry import package, pick
 EXTRA = "'deepseek-dmoe[export]'"
 GPU = "cuda"
 SIZES = ((1, 1, 0), (1, 1, 512), (16, 512, 4096))
-"""Least, usual and largest batch, new tokens and past that a TensorRT engine is built for."""
+"""Minimum, usual and maximum (batch, new tokens, past length) of a TensorRT engine."""
 
 
 def export_model(
@@ -35,70 +35,82 @@ def export_model(
     dtype: str | None = None,
     experts: Iterable[str | Path] = (),
 ) -> float:
-    """Write `base`, with `experts` plugged in, into the new folder `out`; return the `difference`
-    that it makes.
+    """Export a base model, with plugged experts, to a new folder.
 
     Args:
+        base: a known base, a local folder or a hub id.
+        out: the folder to create.
         to: "onnx", "openvino", "tensorrt" or "hf".
-        dtype: of the weights written; None takes the format's first.
+        dtype: dtype of the exported weights; None selects the first one of the format in `FORMATS`.
+        experts: expert packs to plug, as paths or names; default none.
+
+    Returns:
+        The largest `difference` of the exported model's logits.
 
     Raises:
-        ConfigError: `out` exists, a package or the GPU is missing, or the format cannot hold such a
-            model.
-        CheckpointError: what was written does not compute what the model does.
+        ConfigError: `out` exists, a package or the GPU is missing, or the format cannot represent
+            the model.
+        CheckpointError: the exported model's logits differ from the model's by more than the
+            format's limit.
     """
-    form = pick(FORMATS, to, "format")
-    dtype = dtype or next(iter(form.limits))
-    limit = pick(form.limits, dtype, f"dtype of {to}")
+    target = pick(FORMATS, to, "format")
+    dtype = dtype or next(iter(target.limits))
+    limit = pick(target.limits, dtype, f"dtype of {to}")
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another folder or delete it.")
     model, tokenizer = load(base, experts=experts, dtype="float32" if to == "openvino" else dtype)
     with atomic_folder(out) as folder:
-        step = form.write(model, folder, dtype)
-        found = difference(model.float(), step)
-        if not found <= limit:
+        step = target.write(model, folder, dtype)
+        error = difference(model.float(), step)
+        if not error <= limit:
             raise CheckpointError(
-                f"The exported model's logits differ from those of {base} by {found:.1e} of the largest one, more than "
-                f"{limit:.0e}; nothing was written. Choose another dtype or format."
+                f"The exported model's logits differ from those of {base} by {error:.1e} of the "
+                f"largest one, more than {limit:.0e}; nothing was written. "
+                "Choose another dtype or format."
             )
         tokenizer.save_pretrained(folder)
-    return found
+    return error
 
 
 @torch.inference_mode()
 def difference(model: DeepSeekModel, step: Step) -> float:
-    """Return the largest difference of `step`'s logits from the model's own, relative to the
-    largest of those.
+    """Return the largest absolute difference between the logits of `step` and of the model,
+    relative to the largest logit.
 
-    A row alone, then two with padding before one of them; each in two pieces and two single tokens.
+    Compared are one row alone, and two rows of which the first is padded; each in two prefill
+    chunks and two decode steps.
+
+    Args:
+        model: the model, in fp32.
+        step: runs the exported model.
     """
-    worst = []
+    errors = []
     for batch, padding in ((1, 0), (2, 5)):
         ids = torch.randint(
             model.config.vocab_size, (batch, 24), generator=torch.Generator().manual_seed(batch)
         )
         mask = torch.ones_like(ids)
         mask[0, :padding] = 0
-        # A graph is given no words to judge: its experts are those armed at export, and their gates
-        # decide.
+        # Embeddings rather than ids: without ids, the model does not choose experts by the prompt.
+        # An exported graph does not either; it has the experts armed at export, and their gates.
         embedded = model.embed_tokens(ids)
         expected = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         past = None
-        found = []
+        chunks = []
         for start, stop in ((0, 14), (14, 22), (22, 23), (23, 24)):
             logits, past = step(
                 (ids[:, start:stop], mask[:, :stop], positions[:, start:stop]), past
             )
-            found.append(logits.float().cpu())
-        worst.append(
-            (torch.cat(found, dim=1) - expected)[mask.bool()].abs().max() / expected.abs().max()
+            chunks.append(logits.float().cpu())
+        errors.append(
+            (torch.cat(chunks, dim=1) - expected)[mask.bool()].abs().max() / expected.abs().max()
         )
-    return float(torch.stack(worst).max())
+    return float(torch.stack(errors).max())
 
 
 def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
-    """Write `model.onnx` and `model.onnx.data`, which holds the weights."""
+    """Write `model.onnx` and its weights, `model.onnx.data`; return how to run them."""
     runtime = package("onnxruntime", EXTRA)
     graph = Graph(model)
     package("onnxscript", EXTRA)
@@ -108,7 +120,7 @@ def write_onnx(model: DeepSeekModel, folder: Path) -> Step:
 
 
 def write_openvino(model: DeepSeekModel, folder: Path, dtype: str) -> Step:
-    """Write `openvino_model.xml` and `.bin`, with weights in `dtype`."""
+    """Write `openvino_model.xml` and `.bin` with weights in `dtype`; return how to run them."""
     openvino = package("openvino", EXTRA)
     graph = Graph(model)
     graph.write(folder / "model.onnx")
@@ -121,15 +133,19 @@ def write_openvino(model: DeepSeekModel, folder: Path, dtype: str) -> Step:
     openvino.save_model(converted, path, compress_to_fp16=dtype == "float16")
     for source in folder.glob("model.onnx*"):
         source.unlink()
-    # What was written is checked, without the roundings that the processor's plugin adds for speed.
+    # The comparison is of the written weights, so the CPU plugin's own quantisation is turned off.
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     compiled = openvino.Core().compile_model(path, "CPU", exact)
     return _stateless(graph, lambda feeds: list(compiled(feeds).values()))
 
 
 def write_tensorrt(model: DeepSeekModel, folder: Path) -> Step:
-    """Write `model.plan`, an engine for the GPU of this machine, in the types of the model
-    itself.
+    """Write `model.plan`, an engine for this machine's GPU in the model's own dtypes; return how to
+    run it.
+
+    Raises:
+        ConfigError: there is no GPU.
+        CheckpointError: TensorRT cannot read the graph or build the engine.
     """
     if GPU == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -151,7 +167,7 @@ def write_tensorrt(model: DeepSeekModel, folder: Path) -> Step:
     with torch.device("meta"):
         examples = [graph.example(*sizes) for sizes in SIZES]
     for name, *inputs in zip(graph.inputs, *examples, strict=True):
-        profile.set_shape(name, *(tuple(one.shape) for one in inputs))
+        profile.set_shape(name, *(tuple(example.shape) for example in inputs))
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -166,7 +182,7 @@ def write_tensorrt(model: DeepSeekModel, folder: Path) -> Step:
 
 
 def _stateless(graph: Graph, run: Callable[[dict[str, Any]], list[Any]]) -> Step:
-    """Return the step of a runtime that maps arrays by name to a list of arrays."""
+    """Return the step of a runtime whose `run` maps named arrays to a list of arrays."""
 
     def step(new: tuple[Tensor, ...], past: Any) -> tuple[Tensor, Any]:
         feeds = dict(zip(graph.inputs, (*new, *(past or graph.past(len(new[0])))), strict=True))
@@ -178,14 +194,13 @@ def _stateless(graph: Graph, run: Callable[[dict[str, Any]], list[Any]]) -> Step
 
 def _execute(context: Any, graph: Graph, feeds: dict[str, Any]) -> list[Any]:
     """Run a TensorRT engine on the default stream."""
-    held = []
+    tensors = []
     for name, array in feeds.items():
         tensor = torch.from_numpy(array).to(GPU).contiguous()
         context.set_input_shape(name, tuple(tensor.shape))
-        held.append(
-            tensor if tensor.numel() else torch.empty(1, device=GPU)
-        )  # an empty past needs an address too
-        context.set_tensor_address(name, held[-1].data_ptr())
+        # TensorRT needs a valid address for an empty past, too.
+        tensors.append(tensor if tensor.numel() else torch.empty(1, device=GPU))
+        context.set_tensor_address(name, tensors[-1].data_ptr())
     outputs = []
     for name in graph.outputs:
         dtype = torch.float32 if "gates" in name else graph.dtype
@@ -199,12 +214,12 @@ def _execute(context: Any, graph: Graph, feeds: dict[str, Any]) -> list[Any]:
 
 
 class Format(NamedTuple):
-    """How a format is written.
+    """An export format.
 
     Attributes:
-        write: writes a model into a folder, with weights in a dtype, and returns how to run what it
-            wrote.
-        limits: dtype of the weights -> largest `difference` that passes; the first is the default.
+        write: writes a model to a folder, with weights in a dtype, and returns how to run the
+            result.
+        limits: dtype of the weights -> maximum `difference`; the first dtype is the default.
     """
 
     write: Callable[[DeepSeekModel, Path, str], Step]

@@ -1,4 +1,4 @@
-"""A model's forward pass as a pure function of tensors, made of the model's own blocks, for
+"""A model's forward pass as a pure function of tensors, built from the model's own blocks, for
 runtimes without Python.
 """
 
@@ -25,15 +25,15 @@ from deepseek.model.support import (
 from deepseek.model.transformer import DeepSeekModel
 
 Step = Callable[[tuple[Tensor, ...], Any], tuple[Tensor, Any]]
-"""Runs what was exported: (ids, mask, positions) of new tokens and the past (None at first) ->
-logits and new past.
+"""Runs an exported model: (ids, mask, positions) of the new tokens and the past (None at first) ->
+logits and the new past.
 """
 
 NEW = ("input_ids", "attention_mask", "position_ids")
 
-# A graph is traced from the model's own blocks, which honour all fields. But what LSH attention
-# reads depends on values in the prompt, and of positions a graph holds only those that add no
-# scores and have no table of a fixed length.
+# A graph is traced from the model's own blocks, which honour all fields. Two things cannot be
+# traced for any length: LSH attention, whose reads depend on values in the prompt, and position
+# encodings that bias the scores or have a table of fixed length.
 RULES = (
     any_of(NOT_COMPUTED_WITH)
     | any_of(LSH_FIELDS)
@@ -57,7 +57,7 @@ RULES = (
             "rope_parameters",
             "sliding_window",
             "tie_word_embeddings",
-            "train_len",  # of "dpe"
+            "train_len",  # used only by positional_encoding="dpe"
             "vocab_size",
         )
     )
@@ -67,21 +67,29 @@ RULES = (
         "positional_encoding": one_of("rope", "none"),
     }
 )
-"""Field -> what a graph computes of it."""
+"""Field -> the values that a graph supports."""
 
 
 class Graph(nn.Module):
     """Maps `input_ids` `[B, T]`, `attention_mask` `[B, S]`, `position_ids` `[B, T]` and the past to
     logits `[B, T, V]`.
 
-    The past is `past_key_values.0.key` and so on, `[B, G, S - T, K]`, as `optimum` names it; with
-    plugged experts also `past_gates.N`, the sums `[B, 3, M]` of layer N, zeros at the start. The
-    present, to be handed in as the past next time, comes out as `present.0.key` and
-    `present_gates.N`.
+    The past is `past_key_values.0.key` and so on, `[B, G, S - T, K]`, with the names that `optimum`
+    uses. With plugged experts it also has `past_gates.N`, the running gate sums `[B, 3, M]` of
+    layer N, initially zeros. The outputs `present.0.key` and so on, and `present_gates.N`, are the
+    past of the next call.
+
+    Args:
+        model: the model, with its armed experts.
+
+    Attributes:
+        inputs, outputs: names of the graph's inputs and outputs, in order.
+        gated: layer -> number of experts with a gate there.
+        dtype: dtype of the model, and of keys and values.
 
     Raises:
-        ConfigError: the model's attention or positions are none that a graph for any length can
-            hold.
+        ConfigError: the model's attention or positions cannot be represented in a graph for any
+            length.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
@@ -89,15 +97,15 @@ class Graph(nn.Module):
         reason = unsupported(model.config, RULES)
         if reason is not None:
             raise ConfigError(
-                f"A model with {reason} has no exported form that holds for any length; use `deepseek serve` instead."
+                f"A model with {reason} has no exported form that holds for any length; "
+                "use `deepseek serve` instead."
             )
         self.model = model
         self.dtype = model.dtype
         self.armed = model.experts.armed()
         roster = self.armed.roster if self.armed else None
-        self.modules_armed = nn.ModuleList(
-            roster.modules if roster else ()
-        )  # so that their weights are the graph's
+        # Registered as submodules, so that the experts' weights become weights of the graph.
+        self.modules_armed = nn.ModuleList(roster.modules if roster else ())
         self.gated = (
             {layer: len(owners) for layer, owners in roster.owners.items()} if roster else {}
         )
@@ -120,6 +128,9 @@ class Graph(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> list[Tensor]:
+        """Run the forward pass on the inputs in the order of `inputs`; return the outputs in the
+        order of `outputs`.
+        """
         model = self.model
         layers = model.config.num_hidden_layers
         keys = past[0 : 2 * layers : 2]
@@ -149,8 +160,8 @@ class Graph(nn.Module):
         return [*states, *(torch.zeros(batch, 3, count) for count in self.gated.values())]
 
     def example(self, batch: int, length: int, past: int) -> list[Tensor]:
-        """Return inputs of these sizes; no two are one tensor, which a trace would take for one
-        input.
+        """Return example inputs of the given sizes, all distinct tensors: the tracer would merge
+        inputs that share one.
         """
         new = (
             torch.ones(batch, size, dtype=torch.long) for size in (length, past + length, length)
@@ -166,7 +177,8 @@ class Graph(nn.Module):
         ids, mask, positions, *past = self.example(2, 3, 5)
         states = [{0: "batch", 2: "past"} if state.dim() == 4 else {0: "batch"} for state in past]
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own: names of equal axes, deprecated calls
+            # Silences torch's warnings about equal axes with several names and deprecated calls.
+            warnings.simplefilter("ignore")
             torch.onnx.export(
                 self.eval(),
                 (ids, mask, positions, past),
@@ -184,8 +196,10 @@ class Graph(nn.Module):
 def _stable_sort(
     values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> Any:
-    """Return ONNX's sorted values and indices along the last axis; of equals the first comes first,
-    as it says.
+    """Translate a stable sort along the last axis to ONNX.
+
+    TopK over the whole axis is stable: its specification puts the lower index first among equal
+    values.
     """
     from onnxscript import opset18
 

@@ -21,10 +21,10 @@ from deepseek.model.support import (
 from deepseek.model.transformer import DeepSeekModel
 
 SAVED = {"architectures", "dtype", "transformers_version"}
-"""What `save_pretrained` adds to a config."""
+"""Keys that `save_pretrained` adds to a config."""
 
 UNREAD = {"balance_rate", "target_experts", "use_cache"}
-"""Fields of ours that no forward pass reads, so that an architecture need not have them."""
+"""Fields that no forward pass reads, so that an architecture need not have them."""
 
 RULES = any_of(
     (
@@ -55,16 +55,22 @@ RULES = any_of(
         "vocab_size",
     )
 )
-"""Fields that are compared with what an architecture computes. No other field can be, so a model
-with one has none.
+"""Fields that are compared with those of an architecture. No architecture has any other field, so a
+model that uses one cannot be exported.
 """
 
 
 def write_stock(model: DeepSeekModel, folder: Path) -> Step:
-    """Write the model as the Hugging Face architecture that computes the same.
+    """Write the model as the Hugging Face architecture that computes the same; return how to run
+    it.
+
+    Args:
+        model: the model, without armed experts.
+        folder: an existing, empty folder.
 
     Raises:
-        ConfigError: there is none; the message names what stands in the way.
+        ConfigError: there is no such architecture; the message names the fields without a
+            counterpart.
     """
     if model.experts.armed() is not None:
         raise ConfigError(
@@ -80,11 +86,13 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
         raise ConfigError("No stock architecture has this router's balance bias; use --to onnx.")
     stock.generation_config = model.generation_config
     stock.save_pretrained(folder)
-    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def step(new: tuple[Tensor, ...], past: Any) -> tuple[Tensor, Any]:
         ids, mask, positions = new
-        output = read(ids, attention_mask=mask, position_ids=positions, cache=past, use_cache=True)
+        output = reloaded(
+            ids, attention_mask=mask, position_ids=positions, cache=past, use_cache=True
+        )
         return output.logits, output.cache
 
     return step
@@ -94,8 +102,11 @@ def stock_config(config: ModelConfig) -> Any:
     """Return the config of the first Hugging Face family that, converted to our fields, equals
     `config`.
 
+    Args:
+        config: the model's config.
+
     Raises:
-        ConfigError: no family does; the fields that differ from the nearest one are named.
+        ConfigError: no family does; the message names the fields that differ from the nearest one.
     """
     reason = unsupported(config, RULES)
     if reason is not None:
@@ -103,31 +114,32 @@ def stock_config(config: ModelConfig) -> Any:
     compared = ModelConfig.__annotations__.keys() - UNREAD
     if all(config.is_sparse(layer) for layer in range(config.num_hidden_layers)):
         compared -= {"intermediate_size"}
-    missed = {}
+    differences = {}
     for family in FAMILIES:
-        known = CONFIG_MAPPING[family]().to_dict().keys() | {"head_dim"}
+        family_fields = CONFIG_MAPPING[family]().to_dict().keys() | {"head_dim"}
         raw = {
             key: value
             for key, value in _in_their_names(config, family).items()
-            if key in known - SAVED
+            if key in family_fields - SAVED
         }
-        again = ModelConfig(**convert_config(raw))
-        missed[family] = [
+        converted = ModelConfig(**convert_config(raw))
+        differences[family] = [
             name
             for name in compared
-            if (getattr(again, name) or None) != (getattr(config, name) or None)
+            if (getattr(converted, name) or None) != (getattr(config, name) or None)
         ]
-        if not missed[family]:
+        if not differences[family]:
             return CONFIG_MAPPING[family](**raw)
-    nearest = min(missed, key=lambda family: len(missed[family]))
-    reason = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(missed[nearest]))
+    nearest = min(differences, key=lambda family: len(differences[family]))
+    reason = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(differences[nearest]))
     raise ConfigError(
-        f"No stock architecture has {reason} (the nearest is {nearest}); keep the model's own folder."
+        f"No stock architecture has {reason} (the nearest is {nearest}); "
+        "keep the model's own folder."
     )
 
 
 def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
-    """Return the fields of `config` under the names of all families, too.
+    """Return the fields of `config`, also under the names that the families use.
 
     Mixtral and OLMoE call `expert_dim` intermediate_size.
     """

@@ -1,1 +1,1 @@
-"""Kernels by subject, each with a slow reference."""
+"""Compute kernels by subject, each with a slow reference implementation."""

@@ -1,4 +1,4 @@
-"""What this processor is fast at."""
+"""Detect which dtypes this processor computes fast."""
 
 import platform
 from functools import cache
@@ -9,7 +9,7 @@ import torch
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bf16 numbers itself."""
+    """Whether the processor has instructions for bf16 products."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
@@ -17,22 +17,25 @@ def has_bfloat16() -> bool:
 def has_fast_bfloat16() -> bool:
     """Whether bf16 matrix products are faster than fp32 ones; emulated, they are about 8x slower.
 
-    AMX makes them so, and so does AVX-512 BF16 where both vector ports have it (AMD); Intel has it
-    on one of two, so that its products run at 0.7 of the speed of fp32 (docs/log/kernels.md,
+    They are faster with AMX, and with AVX-512 BF16 if both vector ports support it (AMD). Intel
+    supports it on one of two ports, which gives 0.7 of the speed of fp32 (docs/log/kernels.md,
     2026-11-25).
     """
     return torch.cpu._is_amx_tile_supported() or (has_bfloat16() and "Intel" not in _vendor())
 
 
 def _vendor() -> str:
-    """Return a text with the name of the processor's maker in it."""
-    listed = Path("/proc/cpuinfo")
-    return listed.read_text()[:256] if listed.is_file() else platform.processor()
+    """Return a text that contains the name of the processor's vendor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text()[:256] if cpuinfo.is_file() else platform.processor()
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """Return the dtype in which matrix products are fastest on `device` without leaving the range
-    of fp32.
+    """Return the dtype with the fastest matrix products on `device` among those with the range of
+    fp32.
+
+    Args:
+        device: a torch device; default "cpu".
     """
     if torch.device(device).type != "cpu":
         return torch.bfloat16

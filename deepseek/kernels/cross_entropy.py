@@ -1,14 +1,14 @@
-"""Cross-entropy of a linear head without the whole `[N, V]` logits.
+"""Cross-entropy of a linear head without materialising the `[N, V]` logits.
 
-`linear_cross_entropy` is exact: it walks over chunks of tokens, and while a chunk's logits exist it
-also computes their gradient, so that a step costs two matrix products per chunk (three when the
-head is trained) and nothing is computed twice. The idea of fusing head and loss is from
-Liger-Kernel (arXiv:2410.10989) and Cut Cross-Entropy (arXiv:2411.09009); the code here is plain
-PyTorch because the matrix products are where the time goes.
+`linear_cross_entropy` is exact. It processes chunks of tokens and computes the gradient of a
+chunk's logits together with its loss. A step costs two matrix products per chunk (three if the head
+is trained), and nothing is recomputed. Fusing head and loss follows Liger-Kernel (arXiv:2410.10989)
+and Cut Cross-Entropy (arXiv:2411.09009); this version is plain PyTorch, because the matrix products
+dominate.
 
-`CandidateHead` makes the same loss cheaper while training: exact over the tokens that can be a
-label, sampled over the rest of the vocabulary (importance sampling of the partition function,
-Bengio & Senecal 2008).
+`CandidateHead` is a cheaper loss for training: exact over the tokens that can be labels, sampled
+over the rest of the vocabulary (importance sampling of the partition function, Bengio & Senecal
+2008).
 """
 
 from typing import Any
@@ -23,14 +23,14 @@ from deepseek.kernels.cpu import fast_dtype
 IGNORED_LABEL = -100
 
 CHUNK_LOGITS = 1 << 23
-"""Logits that exist at once: 32 MB in fp32, about a processor's last cache, and large enough for
-full matmul speed.
+"""Maximum number of logits in memory: 32 MB in fp32, about the size of a last-level cache, and
+large enough for full matmul speed.
 """
 
 
 def reference_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Return the mean loss over labels that are not ignored, by the textbook; all else here agrees
-    with it.
+    """Return the mean loss over labels that are not ignored: the definition that the fast versions
+    are tested against.
     """
     return F.cross_entropy((hidden_ND @ head_VD.T).float(), labels_N, ignore_index=IGNORED_LABEL)
 
@@ -38,11 +38,17 @@ def reference_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor
 def linear_cross_entropy(
     hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None = None
 ) -> Tensor:
-    """Return the mean cross-entropy (nats, fp32 scalar) of `hidden_ND @ head_VD.T + log_weight_V`
-    against the labels.
+    """Return the mean cross-entropy of `hidden_ND @ head_VD.T + log_weight_V` against the labels.
 
-    Labels of -100 are ignored; with no label left the loss is 0. Gradients flow to `hidden_ND`, and
-    to `head_VD` if it requires them.
+    Args:
+        hidden_ND: hidden states `[N, D]`.
+        head_VD: weights of the head `[V, D]`.
+        labels_N: token ids `[N]`; -100 is ignored.
+        log_weight_V: added to the logits; None (default) adds nothing.
+
+    Returns:
+        The mean loss in nats, an fp32 scalar; 0 if all labels are ignored. Gradients flow to
+        `hidden_ND`, and to `head_VD` if it requires them.
     """
     loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, log_weight_V)
     return loss
@@ -50,7 +56,14 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def token_losses(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Return every token's exact loss (nats, fp32 `[N]`, 0 where ignored), for evaluation."""
+    """Return the exact loss of every token, for evaluation.
+
+    Args:
+        hidden_ND, head_VD, labels_N: see `linear_cross_entropy`.
+
+    Returns:
+        Losses in nats, fp32 `[N]`; 0 where the label is ignored.
+    """
     losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
     for part in _chunks(len(labels_N), len(head_VD)):
         losses_N[part], _ = _chunk_loss(hidden_ND[part], head_VD, labels_N[part], None)
@@ -58,18 +71,22 @@ def token_losses(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor
 
 
 class CandidateHead:
-    """A head restricted to candidate tokens, with the rest of the vocabulary estimated from a
-    sample.
+    """A frozen head restricted to candidate tokens, with a sampled estimate for the rest of the
+    vocabulary.
 
-    With C the candidates and S a uniform sample of m of the R other tokens, the partition function
-    is estimated without bias by `sum_C e^z + (R/m) sum_S e^z`. Every label must be a candidate. For
-    a frozen head (its rows are copied).
+    With C the candidates and S a uniform sample of m of the R other tokens, `sum_C e^z + (R/m)
+    sum_S e^z` is an unbiased estimate of the partition function. Every label must be a candidate.
+    The head's rows are copied, so later changes to it have no effect.
+
+    Args:
+        head_VD: weights of the head `[V, D]`.
+        candidates_C: token ids of the candidates.
+        sampled: number m of other tokens, drawn anew at every step.
+        seed: seed of the samples.
     """
 
     def __init__(self, head_VD: Tensor, candidates_C: Tensor, sampled: int, seed: int) -> None:
-        """Copy the candidate rows of `head_VD`; `sampled` tokens of the rest are drawn anew at
-        every step.
-        """
+        """Copy the candidate rows of the head."""
         vocab_size, hidden_size = head_VD.shape
         keep_V = torch.zeros(vocab_size, dtype=torch.bool)
         keep_V[candidates_C] = True
@@ -92,9 +109,18 @@ class CandidateHead:
         self._position_V[self.candidates_C] = torch.arange(len(self.candidates_C))
 
     def loss(self, hidden_ND: Tensor, labels_N: Tensor, step: int) -> Tensor:
-        """Return the estimated mean loss; the sample is a function of the seed and `step` alone."""
-        # Not a torch.Generator: it takes 32 bits of seed, and seed 1 at step 3 must not be seed 3
-        # at step 1.
+        """Return the estimated mean loss in nats.
+
+        Args:
+            hidden_ND: hidden states `[N, D]`.
+            labels_N: token ids `[N]`; -100 is ignored.
+            step: the sample depends on the seed and on `step` alone.
+
+        Raises:
+            ValueError: a label is not a candidate.
+        """
+        # NumPy accepts the pair as its seed. A torch.Generator takes one number, and seed 1 at step
+        # 3 must differ from seed 3 at step 1.
         drawn = np.random.default_rng((self.seed, step)).choice(
             len(self.rest_R), self.sampled, replace=False
         )
@@ -115,7 +141,7 @@ def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
 def _chunk_loss(
     hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the losses `[N]` and the log-probabilities `[N, V]` of one chunk, in fp32."""
+    """Return the losses `[N]` and the log probabilities `[N, V]` of one chunk, in fp32."""
     logits_NV = F.linear(hidden_ND.to(head_VD.dtype), head_VD).float()
     if log_weight_V is not None:
         logits_NV += log_weight_V
@@ -125,7 +151,9 @@ def _chunk_loss(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in the forward pass; the backward pass only scales them."""
+    """Computes loss and gradients in the forward pass; the backward pass only scales the
+    gradients.
+    """
 
     @staticmethod
     def forward(
@@ -166,8 +194,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logit_gradient(log_probs_NV: Tensor, labels_N: Tensor, count: Tensor) -> Tensor:
-    """Overwrite log-probabilities by d(mean loss)/d(logits) = (softmax - one_hot) / count, 0 where
-    ignored.
+    """Overwrite log probabilities with d(mean loss)/d(logits) = (softmax - one_hot) / count; 0
+    where the label is ignored.
     """
     real_N = labels_N != IGNORED_LABEL
     grad_NV = log_probs_NV.exp_()

@@ -1,10 +1,10 @@
-"""Matrices of 8-bit integers: how they are rounded and how they lie in memory.
+"""8-bit quantisation: how matrices are quantised, and how they lie in memory.
 
-Numbers are rounded in groups of 64 along the input, weights and activations alike, after a Hadamard
-rotation of the group (QuaRot, arXiv:2404.00456): it spreads the few large activations that language
-models have over their group, and the product does not see it, because the matrix H is orthogonal
-and symmetric: (H w) . (H x) = w . x. A weight is q * s with q in -127..127 and s in bf16; an
-activation has its own scale, found when it is rounded.
+Weights and activations are quantised in groups of 64 along the input, after a Hadamard rotation of
+the group (QuaRot, arXiv:2404.00456). The rotation spreads the few outlier activations of language
+models over their group. It cancels in the product, because the matrix H is orthogonal and
+symmetric: (H w) . (H x) = w . x. A weight is q * s, with q in -127..127 and a bf16 scale s for each
+group; activations get their scales when they are quantised.
 """
 
 import math
@@ -17,18 +17,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP = 64
-DAMPING = 0.01  # of the mean square of inputs, added to every one: so much is not trusted to what was seen of them
+# Fraction of the mean square of the inputs that is added to the diagonal of the Gram matrix;
+# regularises the second-moment estimate.
+DAMPING = 0.01
 LANES = 16
 TILES = 2
-COLUMNS = LANES * TILES  # outputs of one panel
-GROUP_BYTES = COLUMNS * GROUP + COLUMNS * 2  # of a panel: the weights of a group, then their scales
+COLUMNS = LANES * TILES  # outputs in a panel
+GROUP_BYTES = COLUMNS * GROUP + COLUMNS * 2  # of a panel: a group's weights, then its bf16 scales
 
 
 @dataclass(frozen=True)
 class Int8Matrix:
-    """A rounded matrix `[F, D]`.
+    """A quantised matrix `[F, D]`.
 
-    values: int8 `[F, D']`, D' the next multiple of 64. scales: bf16 `[F, D'/64]`. width: D.
+    Attributes:
+        values: int8 `[F, D']`, where D' is D rounded up to a multiple of 64.
+        scales: bf16 `[F, D'/64]`.
+        width: D.
     """
 
     values: Tensor
@@ -37,10 +42,11 @@ class Int8Matrix:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
 
     def float(self) -> Tensor:
-        """Return the matrix `[F, D]` in fp32."""
+        """Return the dequantised matrix `[F, D]` in fp32."""
         groups = self.values.unflatten(-1, (-1, GROUP)).float() * self.scales.float()[..., None]
         return rotate(groups).flatten(-2)[..., : self.width]
 
@@ -55,27 +61,31 @@ def hadamard() -> Tensor:
 
 
 def rotate(groups: Tensor) -> Tensor:
-    """Turn vectors `[..., 64]` by the Hadamard matrix; twice gives them back."""
+    """Multiply vectors `[..., 64]` by the Hadamard matrix, which is its own inverse."""
     return groups.float() @ hadamard().to(groups.device)
 
 
 def _grouped(x: Tensor) -> Tensor:
-    """Return `[..., D]` as rotated groups `[..., D'/64, 64]`."""
+    """Split `[..., D]` into rotated groups `[..., D'/64, 64]`, padded with zeros."""
     return rotate(pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)))
 
 
 def quantize(weight_FD: Tensor, gram_DD: Tensor | None = None) -> Int8Matrix:
-    """Round a matrix to 8-bit integers, each group of 64 with a scale of its own.
+    """Quantise a matrix to 8 bits, with one scale for each group of 64.
 
     Args:
-        gram_DD: sum of x x^T over inputs x that the matrix meets. What the rounding of a column
-            changes in their products is then made up for by the columns after it. None rounds every
-            number to the nearest.
+        weight_FD: the matrix.
+        gram_DD: sum of x x^T over calibration activations x. Later columns then compensate for the
+            quantisation error of earlier ones (GPTQ, arXiv:2210.17323). None (default) rounds each
+            weight to the nearest value.
+
+    Returns:
+        The quantised matrix.
     """
     groups = _grouped(weight_FD)
     largest = groups.abs().amax(-1)
-    # The scale is rounded first, and upwards, so that the values are rounded to what it is and none
-    # is cut off.
+    # The scale is rounded to bf16 first, and upwards: the values then use the stored scale, and
+    # none is clipped.
     scales = (largest * (1 + 2**-7) / 127).clamp(min=1e-30).bfloat16()
     steps = scales.float()[..., None].expand_as(groups)
     if gram_DD is None:
@@ -89,14 +99,15 @@ def quantize(weight_FD: Tensor, gram_DD: Tensor | None = None) -> Int8Matrix:
 
 
 def _nearest(weights: Tensor, steps: Tensor) -> Tensor:
+    """Round weights to the nearest multiple of their scale."""
     return (weights / steps).round().clamp(-127, 127)
 
 
 def _compensated(weight_DF: Tensor, steps_DF: Tensor, gram_DD: Tensor) -> Tensor:
-    """Round one input's weights after the other, and take from the rest what makes up for it (GPTQ,
+    """Quantise one input column after the other and compensate its error in the later ones (GPTQ,
     arXiv:2210.17323).
 
-    `weight_DF` is used up.
+    `weight_DF` is overwritten.
     """
     gram = gram_DD.double()
     gram += (DAMPING * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
@@ -116,7 +127,7 @@ def _compensated(weight_DF: Tensor, steps_DF: Tensor, gram_DD: Tensor) -> Tensor
 
 
 def product_reference(x_ND: Tensor, matrix: Int8Matrix) -> Tensor:
-    """Return `x W^T`, `[N, F]` in fp32, with x rounded as the kernel rounds it."""
+    """Return `x W^T`, fp32 `[N, F]`, with x quantised as in the kernel."""
     groups_NGK = _grouped(x_ND)
     scales_NG = groups_NGK.abs().amax(-1).clamp(min=1e-30) / 127
     rounded_NGK = (groups_NGK / scales_NG[..., None]).round()
@@ -126,44 +137,51 @@ def product_reference(x_ND: Tensor, matrix: Int8Matrix) -> Tensor:
 
 
 def row_bytes(groups: int) -> int:
-    """Return the distance in memory between two rounded rows of `groups` groups (see
+    """Return the distance in bytes between two quantised rows of activations (see
     `compiled/rows.py`).
+
+    Args:
+        groups: number of groups of 64 in a row.
     """
     return ((GROUP + 8) * groups + 63) // 64 * 64
 
 
 def pack(matrices: list[Int8Matrix]) -> np.ndarray:
-    """Return the panels of matrices, whose tiles of 16 outputs take turns, in the order in which a
-    kernel reads them.
+    """Return the panels of one or two matrices in the order in which a kernel reads them.
 
-    A panel holds 32 outputs. For each group of 64 inputs come 16 steps of two tiles, each 16
-    outputs by 4 inputs, as unsigned bytes q + 128, then the 32 scales. Outputs are filled up with
-    zeros to whole panels. One matrix lies there in order; gate and up projection alternate, so that
-    a panel has both numbers of 16 hidden values, and are filled up to whole groups of those.
+    A panel holds 32 outputs. For each group of 64 inputs it has 16 steps of two tiles, then 32
+    scales; a tile is 16 outputs by 4 inputs, as unsigned bytes q + 128. Outputs are padded with
+    zeros to whole panels. A single matrix lies in order. Gate and up projections alternate by tile,
+    so that a panel holds both numbers of 16 hidden values; they are padded to whole groups of
+    hidden values.
+
+    Args:
+        matrices: one matrix, or a gate projection and an up projection.
     """
     unit = COLUMNS if len(matrices) == 1 else GROUP
     blocks = [_padded(matrix, -matrix.values.shape[0] % unit) for matrix in matrices]
     steps = GROUP // 4
     groups = blocks[0][1].shape[1]
     panels = sum(len(scales) for _, scales in blocks) // COLUMNS
-    words = np.empty(
-        (panels, groups, GROUP_BYTES // 4), np.uint32
-    )  # a word is four inputs of one output
+    # A word holds four inputs of one output.
+    words = np.empty((panels, groups, GROUP_BYTES // 4), np.uint32)
     weights = words[:, :, : COLUMNS * steps].reshape(panels, groups, steps, TILES, LANES)
     scales = words[:, :, COLUMNS * steps :].view(np.uint16).reshape(panels, groups, TILES, LANES)
-    tiles = TILES // len(blocks)  # of each matrix in a panel
+    tiles = TILES // len(blocks)  # tiles of each matrix in a panel
     for i, (values_FW, scales_FG) in enumerate(blocks):
-        own = slice(i * tiles, (i + 1) * tiles)
-        weights[:, :, :, own] = values_FW.reshape(panels, tiles, LANES, groups, steps).transpose(
-            0, 3, 4, 1, 2
+        matrix_tiles = slice(i * tiles, (i + 1) * tiles)
+        weights[:, :, :, matrix_tiles] = values_FW.reshape(
+            panels, tiles, LANES, groups, steps
+        ).transpose(0, 3, 4, 1, 2)
+        scales[:, :, matrix_tiles] = scales_FG.reshape(panels, tiles, LANES, groups).transpose(
+            0, 3, 1, 2
         )
-        scales[:, :, own] = scales_FG.reshape(panels, tiles, LANES, groups).transpose(0, 3, 1, 2)
     return words.view(np.uint8)
 
 
 def _padded(matrix: Int8Matrix, missing: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values as words of four unsigned bytes and the bits of the scales, with `missing`
-    more outputs.
+    """Return the values as words of four unsigned bytes and the bits of the scales, padded with
+    `missing` outputs.
     """
     values = pad(matrix.values, (0, 0, 0, missing)).contiguous().numpy().view(np.uint8) ^ 128
     return values.view(np.uint32), pad(

@@ -1,9 +1,9 @@
-"""The tiles of `score_bias.py`, on torch's own threads and BLAS.
+"""Tiled kernels of `score_bias.py`, on torch's own threads and BLAS.
 
-Along a row of a tile, distance falls by one from key to key, so the keys of one bucket lie side by
-side: a far tile has one or two such runs a row, and adding a table costs one addition an element.
-Exponents need no more than fp32 because the keys' own terms are taken relative to the tile's last
-query first.
+Along a row of a tile, the distance falls by one from key to key, so the keys of one bucket are
+contiguous. A far tile has one or two such runs in a row, and adding the table costs one addition
+per element. The keys' own terms are taken relative to the tile's last query, so fp32 suffices for
+the exponents.
 """
 
 from functools import cache
@@ -17,27 +17,26 @@ from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.matrix_product import product
 from deepseek.kernels.numba.primitives import exp, thread_count, thread_number
 
-QUERIES, KEYS = 128, 256  # of a tile: scores and both factors stay in half a megabyte of cache
+QUERIES, KEYS = 128, 256  # of a tile; its scores and both factors fit in 512 KB of cache
 
 _ENDS = np.array([*STARTS[1:], 2**62])  # first distance past each bucket
-_BUCKET = np.searchsorted(
-    _ENDS, np.arange(STARTS[-1] + 1), side="right"
-)  # of each distance, up to the last bucket's
+# Bucket of each distance, up to the start of the last bucket.
+_BUCKET = np.searchsorted(_ENDS, np.arange(STARTS[-1] + 1), side="right")
 _LOWEST = np.float32(-1e30)
-_NOTHING = np.float32(
-    -60
-)  # a weight below e to this power is none; smaller ones would slow BLAS down as denormals
+# Weights below exp(_NOTHING) are set to 0; as denormals they would slow BLAS down.
+_NOTHING = np.float32(-60)
 
 
 @njit(fastmath=True)
 def _add(row, slope, value):  # type: ignore[no-untyped-def]
-    for j in range(len(row)):  # from 0, which the compiler turns into vector instructions
+    """Add slopes and a value to a row of scores."""
+    for j in range(len(row)):  # starts at 0, so that the compiler vectorises it
         row[j] += slope[j] + value
 
 
 @njit(fastmath=True)
 def _add_bias(row, table, slope, distance):  # type: ignore[no-untyped-def]
-    """Add to the scores of neighbouring keys, the last of which lies at `distance`, their bias."""
+    """Add the bias to the scores of consecutive keys, the last of which is at `distance`."""
     stop = len(row)
     bucket = _BUCKET[min(distance, len(_BUCKET) - 1)]
     while stop > 0:
@@ -57,12 +56,13 @@ def _largest(row):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True, inline="always")
 def _weight(score):  # type: ignore[no-untyped-def]
+    """Return exp(score), or 0 for scores below `_NOTHING`."""
     return exp(score) if score > _NOTHING else np.float32(0)
 
 
 @njit(fastmath=True)
 def _exponentials(row, shift):  # type: ignore[no-untyped-def]
-    """Replace scores by the exponentials of what they lie below `shift`; return the sum."""
+    """Replace scores by exp(score - shift); return their sum."""
     total = np.float32(0)
     for j in range(len(row)):
         row[j] = _weight(row[j] - shift)
@@ -78,7 +78,7 @@ def _multiply(row, factor):  # type: ignore[no-untyped-def]
 
 @njit
 def _clear(row, low, high):  # type: ignore[no-untyped-def]
-    """Zero what lies outside low to high - 1."""
+    """Zero the elements outside low to high - 1."""
     for j in range(low):
         row[j] = 0
     for j in range(high, len(row)):
@@ -87,14 +87,15 @@ def _clear(row, low, high):  # type: ignore[no-untyped-def]
 
 @njit
 def _slopes(slope, start, stop, reference, out):  # type: ignore[no-untyped-def]
+    """Set `out` to the keys' terms relative to `reference`, in fp32."""
     for j in range(start, stop):
         out[j - start] = np.float32(slope[j] - reference)
 
 
 @njit
 def _limits(first, slot, start, stop):  # type: ignore[no-untyped-def]
-    """Return the columns of the tile of keys `start` to `stop - 1` that the query in `slot`
-    sees.
+    """Return the columns that the query in `slot` sees in the tile of keys `start` to `stop -
+    1`.
     """
     low = min(max(first - start, 0), stop - start)
     return low, max(min(slot + 1, stop) - start, low)
@@ -102,7 +103,9 @@ def _limits(first, slot, start, stop):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores, bias):  # type: ignore[no-untyped-def]
-    """Attend from queries begin to end - 1 of one head."""
+    """Compute attention of queries begin to end - 1 of one head, with an online softmax over tiles
+    of keys.
+    """
     largest = np.full(end - begin, _LOWEST)
     total = np.zeros(end - begin, np.float32)
     out[begin:end] = 0
@@ -136,7 +139,9 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
 
 @njit
 def _forward(q, k, v, table, slope, first, out, lse):  # type: ignore[no-untyped-def]
-    """Share out tiles of queries in turn: neighbours cost about the same."""
+    """Compute this thread's tiles of queries, dealt out in turn because neighbours cost about the
+    same.
+    """
     batch, heads, length, _ = q.shape
     past = k.shape[2] - length
     repeats = heads // k.shape[1]
@@ -176,9 +181,7 @@ def _sum(row):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _add_table_gradient(row, distance, out):  # type: ignore[no-untyped-def]
-    """Add up the gradients of neighbouring keys, the last of which lies at `distance`, by
-    bucket.
-    """
+    """Sum the gradients of consecutive keys by bucket; the last key is at `distance`."""
     stop = len(row)
     bucket = _BUCKET[min(distance, len(_BUCKET) - 1)]
     while stop > 0:
@@ -190,8 +193,8 @@ def _add_table_gradient(row, distance, out):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _row_backward(row, grad, lse, delta, slope_grad):  # type: ignore[no-untyped-def]
-    """Turn scores into weights, in `row`, and gradients of weights into those of scores, in
-    `grad`.
+    """Replace scores in `row` by weights, and gradients of weights in `grad` by gradients of
+    scores.
     """
     for j in range(len(row)):
         weight = _weight(row[j] - lse)
@@ -203,7 +206,7 @@ def _row_backward(row, grad, lse, delta, slope_grad):  # type: ignore[no-untyped
 
 @njit(fastmath=True)
 def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds):  # type: ignore[no-untyped-def]
-    """All tiles of one head."""
+    """Compute all tiles of one head."""
     length = len(q)
     past = len(k) - len(q)
     scores = np.empty((QUERIES, KEYS), np.float32)
@@ -241,7 +244,7 @@ def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, d
 
 @njit
 def _backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds):  # type: ignore[no-untyped-def]
-    """Share out heads, so that no two threads add to the same gradient."""
+    """Compute this thread's heads; whole heads, so that no two threads add to the same gradient."""
     batch, heads = q.shape[:2]
     repeats = heads // k.shape[1]
     for unit in range(thread_number(), batch * heads, thread_count()):
@@ -287,7 +290,14 @@ def forward(
     """Return the attended values and each row's log-sum-exp, the latter up to a constant of the
     row's tile.
 
-    All contiguous; queries already scaled; fp32 but for `slope_BHS` (fp64) and `first_BT` (int64).
+    All tensors are contiguous, and fp32 unless noted.
+
+    Args:
+        query_BHTK: queries, already scaled.
+        key_BGSK, value_BGSK: keys and values.
+        table_BHTN: bias of each query and bucket of distance.
+        slope_BHS: term of each key, fp64.
+        first_BT: slot of the first visible key of each query, int64.
     """
     out_BHTK = query_BHTK.new_empty(query_BHTK.shape)
     lse_BHT = query_BHTK.new_empty(query_BHTK.shape[:3])
@@ -306,8 +316,10 @@ def forward(
 
 
 def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of `forward`'s first five inputs from its inputs, its outputs and the
-    output's gradient.
+    """Return the gradients of `forward`'s first five inputs.
+
+    Args:
+        tensors: inputs of `forward`, its outputs, and the gradient of the attended values.
     """
     *inputs, out_BHTK, lse_BHT, grad_BHTK = tensors
     query, key, value, table, slope, _ = inputs

@@ -1,11 +1,11 @@
-"""Buckets of causal distance: near keys one by one, far ones by half octaves."""
+"""Buckets of causal distance: one for each short distance, half-octave ranges for longer ones."""
 
 import torch
 from torch import Tensor
 
 EXACT = 16
-"""Distances 0 to 15 have a bucket each; beyond, a bucket ends where the distance has grown by the
-root of two.
+"""Distances 0 to 15 have a bucket each; above, each bucket ends at about sqrt(2) times its
+start.
 """
 
 STARTS = (
@@ -27,16 +27,18 @@ STARTS = (
     2048,
     2896,
 )
-"""First distance of each bucket; the last bucket has no end. Whole numbers, so that no rounding
-moves a border.
+"""First distance of each bucket; the last bucket is unbounded. Integers, so that no rounding shifts
+a boundary.
 """
 
 NUM_BUCKETS = len(STARTS)
 
 
 def distance_buckets(distance: Tensor) -> Tensor:
-    """Return the bucket (int64, 0 to 31) of each causal distance query - key, in tokens; negative
-    ones are in 0.
+    """Return the bucket (int64, 0 to 31) of each distance.
+
+    Args:
+        distance: causal distances query - key, in tokens; negative ones are in bucket 0.
     """
     starts = torch.tensor(STARTS[1:], device=distance.device)
     return torch.bucketize(distance, starts, right=True)

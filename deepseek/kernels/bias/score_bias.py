@@ -1,11 +1,10 @@
-"""Exact attention whose scores carry a position bias that depends on query, distance and key.
+"""Exact attention with a position bias that depends on query, distance and key.
 
     s[i, j] = scale[i] * q[i] . k[j] / sqrt(K) + table[i, bucket(i - j)] + key[j]
 
-The bias is three tensors that grow with the length, never one with its square.
-`reference_attention` writes the formula down; `biased_attention` computes it in tiles
-(`biased_tiles.py`), or in chunks of queries where those cannot run, and recomputes its scores in
-the backward pass.
+The bias consists of three tensors that grow linearly with the length. `reference_attention`
+implements the formula. `biased_attention` computes it in tiles (`biased_tiles.py`), or in chunks of
+queries where those are not available, and recomputes the scores in the backward pass.
 """
 
 from dataclasses import dataclass
@@ -20,19 +19,20 @@ from deepseek.kernels.bias.distance import NUM_BUCKETS, distance_buckets
 from deepseek.kernels.numba import openmp
 
 CHUNK = 128
-"""Queries whose scores the chunked path holds at once."""
+"""Number of queries whose scores the chunked path holds in memory at once."""
 
 
 @dataclass(frozen=True)
 class ScoreBias:
-    """What a position encoding adds to the scores of T queries and S keys; a part that is None adds
-    nothing.
+    """The bias that a position encoding adds to the scores of T queries and S keys.
+
+    A part that is None adds nothing.
 
     Attributes:
-        table_BHTN: one value for each query and bucket of distance (N = 32, see `distance.py`).
-        key_BHS: one value for each key, in fp64: only differences count, small beside the sums of a
-            long row.
-        scale_BHT: factor of the query.
+        table_BHTN: value for each query and bucket of distance (N = 32, see `distance.py`).
+        key_BHS: value for each key, in fp64, because only differences matter, and these are small
+            relative to the sums over a long row.
+        scale_BHT: factor of each query.
     """
 
     table_BHTN: Tensor | None = None
@@ -48,8 +48,12 @@ class ScoreBias:
         )
 
     def terms(self, query_BHTK: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """Return table `[B, H, T, 32]`, at least in fp32, and the terms `[B, H, S]` of `total` keys
-        in fp64.
+        """Return the table `[B, H, T, 32]`, at least in fp32, and the keys' terms `[B, H, S]` in
+        fp64.
+
+        Args:
+            query_BHTK: the queries.
+            total: number of keys S.
         """
         (batch, heads, length, _), zero = query_BHTK.shape, query_BHTK.new_zeros(())
         table = (zero if self.table_BHTN is None else self.table_BHTN).expand(
@@ -63,39 +67,46 @@ class ScoreBias:
 
 @dataclass(frozen=True)
 class Visible:
-    """Which keys a query sees: its own slot and all before it down to `first_BT`.
+    """The keys that a query sees: its own slot and earlier ones, down to `first_BT`.
 
     Attributes:
-        first_BT: slot of the first key that each query may see, its own at the latest; B is 1 where
-            rows are alike.
-        real_BS: False at padding between real tokens, which is not seen and not counted as
-            distance; None if there is no such padding.
+        first_BT: slot of the first key that each query may see, at most its own; B is 1 if all rows
+            are alike.
+        real_BS: False at padding between real tokens, which is neither seen nor counted in
+            distances; None if there is no such padding.
     """
 
     first_BT: Tensor
     real_BS: Tensor | None = None
 
     def mask(self, total: int) -> Tensor:
-        """Return True `[B or 1, T, S]` where a query sees a key; the queries have the last T of
-        `total` slots.
+        """Return the mask `[B or 1, T, S]`, True where a query sees a key.
+
+        Args:
+            total: number of slots S; the queries have the last T of them.
         """
         slots_S = torch.arange(total, device=self.first_BT.device)
-        own_T1 = torch.arange(total - self.first_BT.shape[1], total, device=self.first_BT.device)[
+        query_T1 = torch.arange(total - self.first_BT.shape[1], total, device=self.first_BT.device)[
             :, None
         ]
-        seen_BTS = (slots_S <= own_T1) & (slots_S >= self.first_BT[..., None])
+        visible_BTS = (slots_S <= query_T1) & (slots_S >= self.first_BT[..., None])
         return (
-            seen_BTS
+            visible_BTS
             if self.real_BS is None
-            else (seen_BTS & self.real_BS[:, None]) | (slots_S == own_T1)
+            else (visible_BTS & self.real_BS[:, None]) | (slots_S == query_T1)
         )
 
 
 def reference_attention(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, bias: ScoreBias, visible: Visible
 ) -> Tensor:
-    """Return the attended values `[B, H, T, K]` by the formula, all scores at once; queries are the
-    last T slots.
+    """Return the attended values `[B, H, T, K]`, with all scores in memory at once.
+
+    Args:
+        query_BHTK: queries of the last T slots.
+        key_BGSK, value_BGSK: keys and values; H is a multiple of G.
+        bias: the bias of the scores.
+        visible: the keys that each query sees.
     """
     length = query_BHTK.shape[2]
     total = key_BGSK.shape[2]
@@ -116,19 +127,21 @@ def reference_attention(
 
 
 def scaled_query(query_BHTK: Tensor, bias: ScoreBias) -> Tensor:
-    """Return the queries times `bias.scale_BHT` and over the root of K."""
+    """Return the queries times `bias.scale_BHT`, divided by sqrt(K)."""
     return bias.scaled(query_BHTK) * query_BHTK.shape[-1] ** -0.5
 
 
 def biased_attention(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, bias: ScoreBias, visible: Visible
 ) -> Tensor:
-    """Return what `reference_attention` returns, forward and backward in memory that grows with the
-    length only.
+    """Compute `reference_attention`, forward and backward, in memory linear in the length.
+
+    Args:
+        query_BHTK, key_BGSK, value_BGSK, bias, visible: see `reference_attention`.
     """
     parts = (query_BHTK, key_BGSK, value_BGSK)
-    # fp64 is for checks; numbers of 16 bits are widened, which costs memory in proportion to the
-    # length.
+    # The tiles compute in fp32. fp64 is used only by gradient checks; 16-bit numbers are converted,
+    # which costs memory linear in the length.
     quick = (
         query_BHTK.device.type == "cpu" and query_BHTK.dtype != torch.double and openmp.has_sgemm()
     )
@@ -147,8 +160,8 @@ def biased_attention(
 def chunked_attention(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, bias: ScoreBias, visible: Visible
 ) -> Tensor:
-    """Return what `reference_attention` returns, a chunk of queries at a time, each recomputed in
-    the backward pass.
+    """Compute `reference_attention` for one chunk of queries at a time; the backward pass
+    recomputes each chunk.
     """
     length = query_BHTK.shape[2]
     past = key_BGSK.shape[2] - query_BHTK.shape[2]
@@ -175,6 +188,7 @@ def chunked_attention(
 
 
 def _rows(bias: ScoreBias, rows: slice, stop: int) -> ScoreBias:
+    """Return the bias of a range of queries and the first `stop` keys."""
     table = None if bias.table_BHTN is None else bias.table_BHTN[:, :, rows]
     scale = None if bias.scale_BHT is None else bias.scale_BHT[:, :, rows]
     return ScoreBias(table, _upto(bias.key_BHS, stop), scale)
@@ -185,7 +199,7 @@ def _upto(parts: Tensor | None, stop: int) -> Tensor | None:
 
 
 class _Tiled(torch.autograd.Function):
-    """Attention in tiles; the backward pass recomputes them from the inputs and each row's
+    """Tiled attention; the backward pass recomputes the tiles from the inputs and each row's
     log-sum-exp.
     """
 

@@ -1,1 +1,1 @@
-"""LSH attention in time and memory that grow as the number of tokens. Start with `attention.py`."""
+"""LSH attention, with time and memory linear in the number of tokens. Start with `attention.py`."""

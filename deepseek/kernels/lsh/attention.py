@@ -1,8 +1,8 @@
-"""LSH attention: each query looks at its neighbourhood and at recent keys that its hash calls
-alike.
+"""LSH attention: each query attends to its local window and to recent keys in the hash buckets that
+it probes.
 
-`lsh_attention` is the one entry. `reference.py` says what it computes; the equivalence tests hold
-them together.
+`lsh_attention` is the entry point. `reference.py` defines the result; the equivalence tests compare
+them.
 """
 
 from typing import Any
@@ -38,28 +38,34 @@ def lsh_attention(
     bias: ScoreBias | None = None,
     far_field: bool = False,
 ) -> Tensor:
-    """Return causal softmax attention `[B, H, T, K]` over each query's candidates; zero where there
-    are none.
+    """Return causal softmax attention over each query's candidate keys.
 
-    Time and memory grow as the number of tokens. What a query sees depends on nothing after it, and
-    on a processor its result does not either, to the last bit.
+    Time and memory are linear in the number of tokens. A query's candidates do not depend on later
+    tokens; on a CPU, neither does its result, bit for bit.
 
     Args:
-        query_BHTK: queries of the last T of S positions, H a multiple of G.
-        query_codes_BHTP: the buckets that each query probes, 0 to `num_buckets` - 1; with several
-            rounds of hashing equally many of each round, one round after the other. Those of a
-            round are all different.
-        key_codes_BJS: bucket of each key, J = GR: in each of R rounds, those of one key head side
-            by side.
-        bucket_window: most recent keys of a probed bucket that a query looks at.
-        local_window: most recent keys, itself included, that a query looks at whatever their
-            bucket.
-        sinks: keys at the start of its document that a query always looks at (arXiv:2309.17453).
-        scale: factor of the scores (default `K ** -0.5`).
-        document_ids_BS: document of each token in packed rows, equal in runs.
-        key_mask_BS: False at padding, which nobody sees and which sees nobody.
-        bias: what is added to the scores; not together with a far field.
-        far_field: whether to look at summaries of the rest, too (see `far_field.py`).
+        query_BHTK: queries of the last T of S positions; H is a multiple of G.
+        key_BGSK, value_BGSK: keys and values.
+        query_codes_BHTP: the buckets that each query probes, 0 to `num_buckets` - 1. With several
+            rounds of hashing, an equal number for each round, round after round. The buckets of a
+            round are distinct.
+        key_codes_BJS: bucket of each key, J = GR: the R rounds of a key head are adjacent.
+        num_buckets: number of buckets of a round.
+        bucket_window: number of most recent keys of a probed bucket that a query attends to.
+        local_window: number of most recent keys, including its own, that a query attends to
+            regardless of their bucket.
+        sinks: number of keys at the start of its document that a query always attends to
+            (arXiv:2309.17453).
+        scale: factor of the scores; default `K ** -0.5`.
+        document_ids_BS: document of each token in packed rows, as runs of equal ids; None for one
+            document per row.
+        key_mask_BS: False at padding, which neither attends nor is attended to; None for no
+            padding.
+        bias: added to the scores; not supported together with a far field.
+        far_field: whether to attend to summaries of all other keys, too (see `far_field.py`).
+
+    Returns:
+        Attended values `[B, H, T, K]`; zero where a query has no candidates.
     """
     rounds = key_codes_BJS.shape[1] // key_BGSK.shape[1]
     windows = Windows(local_window, sinks, bucket_window, num_buckets, rounds, far_field)
@@ -81,8 +87,12 @@ def attend(
     scale: float | None = None,
     bias: ScoreBias | None = None,
 ) -> Tensor:
-    """Do what `lsh_attention` does, with all keys in `buckets`; `first_BS` as
-    `intervals.document_starts` says.
+    """Compute `lsh_attention` with the codes of all keys in `buckets`.
+
+    Args:
+        query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, scale, bias: see `lsh_attention`.
+        buckets: codes of all keys so far.
+        first_BS: see `intervals.document_starts`.
     """
     scale = query_BHTK.shape[-1] ** -0.5 if scale is None else scale
     windows = buckets.windows
@@ -100,10 +110,14 @@ def attend(
 
 @torch.no_grad()
 def likeliest(scores: Tensor, probes: int) -> Tensor:
-    """Return the indices `[..., probes]`, int64, of the largest scores `[..., C]`, largest first,
-    as `torch.topk` does.
+    """Return the indices of the largest scores, largest first, as `torch.topk` does.
 
-    Scores are finite.
+    Args:
+        scores: finite scores `[..., C]`.
+        probes: number of indices.
+
+    Returns:
+        Indices `[..., probes]`, int64.
     """
     compiling = torch.compiler.is_compiling() or torch.compiler.is_exporting()
     if (
@@ -119,8 +133,8 @@ def likeliest(scores: Tensor, probes: int) -> Tensor:
 
 
 def _kernels(query_BHTK: Tensor) -> Any:
-    """Return the module that does the work: compiled kernels where they can, else torch's
-    operators.
+    """Return the module that computes the attention: compiled kernels if they support it, else
+    torch's operators.
     """
     dtypes = (torch.float32, torch.bfloat16)
     if (
@@ -131,17 +145,18 @@ def _kernels(query_BHTK: Tensor) -> Any:
         return tiles
     if openmp.runtime() is None:
         return tiles
-    from deepseek.kernels.lsh import strips  # it imports numba, which nothing else needs
+    # Imported here because it imports numba, which nothing else needs.
+    from deepseek.kernels.lsh import strips
 
     return strips
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps inputs, output and denominators for the backward pass; intervals and scores are
-    computed again.
+    """Attention over intervals; returns the attended values and the logarithms of the denominators.
 
-    Returns the logarithms of the denominators too. The bias is a table `[B, H, T, 32]` in fp32 and
-    a term of each key `[B, H, S]` in fp64, or two times None.
+    Inputs, output and denominators are saved for the backward pass, which recomputes intervals and
+    scores. The bias is a table `[B, H, T, 32]` in fp32 and a term of each key `[B, H, S]` in fp64,
+    or both are None.
     """
 
     @staticmethod
@@ -173,8 +188,8 @@ class _Attention(torch.autograd.Function):
         )
         return (
             *(
-                part.to(own.dtype) if own is not None else None
-                for part, own in zip(grads, inputs, strict=True)
+                part.to(source.dtype) if source is not None else None
+                for part, source in zip(grads, inputs, strict=True)
             ),
             None,
             None,

@@ -1,9 +1,9 @@
-"""LSH attention for one new token a step, with work that does not grow with the number of cached
+"""LSH attention for decoding: one new token per step, with work independent of the number of cached
 tokens.
 
-Each bucket keeps the positions of its most recent keys in a ring; a step moves one key, the one
-that leaves the local window, into its bucket's ring. The candidates are those of
-`attention.lsh_attention` to the last key.
+Each bucket stores the positions of its most recent keys in a ring buffer. A step moves one key, the
+one that leaves the local window, into its bucket's ring. The candidates are exactly those of
+`attention.lsh_attention`.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,18 @@ from deepseek.kernels.lsh.intervals import Windows
 
 
 class BucketCache:
-    """Buckets of the keys of one layer in the cache, J = GR rows: the R rounds of a key head side
-    by side.
+    """Hash buckets of the cached keys of one layer, as J = GR rows: the R rounds of a key head are
+    adjacent.
+
+    Args:
+        windows: sizes of the windows.
 
     Attributes:
-        codes_BJS: codes of the keys so far, int32; `num_buckets` at sinks in the first round, and
-            `num_buckets + 1`, which nobody probes, at sinks in the others and at padding.
+        length: number of keys so far.
+        codes_BJS: codes of the keys, int32: `num_buckets` at sinks in the first round; `num_buckets
+            + 1`, which no query probes, at sinks in other rounds and at padding.
         seen_B: number of real tokens so far.
-        sums: those of the far field; None without one.
+        sums: block sums of the far field; None without one.
     """
 
     def __init__(self, windows: Windows) -> None:
@@ -33,16 +37,15 @@ class BucketCache:
         self.length = 0
         self.seen_B: Tensor | None = None
         self.sums = BlockSums() if windows.far_field else None
-        self._room_BJS: Tensor | None = (
-            None  # codes with room for more, so that a step does not copy them
-        )
-        self._ring_BJCW: Tensor | None = (
-            None  # positions, C buckets and W places; built at the first single step
-        )
+        # Codes with spare capacity, so that a step does not copy them.
+        self._room_BJS: Tensor | None = None
+        # Rings of W positions for each of C buckets; built at the first decoding step.
+        self._ring_BJCW: Tensor | None = None
         self._count_BJC: Tensor | None = None  # keys that have entered each bucket so far
 
     @property
     def codes_BJS(self) -> Tensor:
+        """Codes of the keys so far."""
         assert self._room_BJS is not None
         return self._room_BJS[:, :, : self.length]
 
@@ -56,16 +59,20 @@ class BucketCache:
 
     @property
     def nbytes(self) -> int:
+        """Memory in bytes."""
         parts = (self.seen_B, self._room_BJS, self._ring_BJCW, self._count_BJC, self.sums)
         return sum(part.nbytes for part in parts if part is not None)
 
     @staticmethod
     def most_bytes(windows: Windows, groups: int, width: int, length: int) -> int:
-        """Return the most that the buckets of one sequence occupy: codes with room to double, rings
-        and their counts.
+        """Return the maximum memory of one sequence's buckets in bytes.
+
+        It covers the codes with capacity to double, the rings and their counts.
 
         Args:
-            groups, width: key heads of the layer, and numbers in a key.
+            windows: sizes of the windows.
+            groups: key heads of the layer.
+            width: numbers in a key.
             length: tokens of the sequence.
         """
         ring = (windows.num_buckets + 2) * (1 + max(windows.bucket, windows.sinks))
@@ -75,8 +82,9 @@ class BucketCache:
         return total
 
     def segment(self, start: int) -> "BucketCache":
-        """Return a copy of what the keys from `start` on left behind; rings and sums are made anew
-        where needed.
+        """Return a copy of the keys from `start` on.
+
+        Rings and sums are not copied; they are rebuilt when needed.
         """
         copied = BucketCache(self.windows)
         copied._room_BJS = self.codes_BJS[:, :, start:].clone()
@@ -94,7 +102,8 @@ class BucketCache:
         """Add new keys.
 
         Args:
-            real_BT: False at padding.
+            key_codes_BJT: codes of the new keys.
+            real_BT: False at padding; None for no padding.
             first_BT: index of the first token of each token's document; only if there are no keys
                 yet.
         """
@@ -119,11 +128,14 @@ class BucketCache:
             self._ring_BJCW = None
 
     def candidates(self, query_codes_BH1P: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the places of keys outside the local window that the newest query looks at, and
-        which count.
+        """Return the candidates of the newest query outside its local window.
 
-        Both are `[B, G, N, W]` for N buckets, the sinks' first, of all the queries that share a key
-        head.
+        Args:
+            query_codes_BH1P: the buckets that it probes.
+
+        Returns:
+            Positions and their validity, both `[B, G, N, W]`, for the N buckets, the sinks' first,
+            of all queries that share a key head.
         """
         if self._ring_BJCW is None:
             self._build()
@@ -153,7 +165,7 @@ class BucketCache:
         return position.flatten(2, 4), valid.flatten(2, 4)
 
     def _first_finds(self, position_BGMN: Tensor, valid_BGMN: Tensor) -> Tensor:
-        """Return which of a query's valid positions are the first of their kind."""
+        """Return which valid positions of a query are the first occurrence."""
         sorted_BGMN, order_BGMN = torch.where(valid_BGMN, position_BGMN, self.length).sort(
             dim=-1, stable=True
         )
@@ -172,7 +184,15 @@ class BucketCache:
         scale: float | None = None,
         bias: ScoreBias | None = None,
     ) -> Tensor:
-        """Return the attention `[B, H, 1, K]` of the newest token, whose key is the last one."""
+        """Return the attention `[B, H, 1, K]` of the newest token, whose key is the last one.
+
+        Args:
+            query_BH1K: its queries.
+            key_BGSK, value_BGSK: all keys and values, including its own.
+            query_codes_BH1P: the buckets that it probes.
+            scale: factor of the scores; default `K ** -0.5`.
+            bias: added to the scores; None adds nothing.
+        """
         scale = query_BH1K.shape[-1] ** -0.5 if scale is None else scale
         query_BH1K = query_BH1K if bias is None else bias.scaled(query_BH1K)
         query_BGMK = query_BH1K.view(*key_BGSK.shape[:2], -1, key_BGSK.shape[-1]) * scale
@@ -182,9 +202,8 @@ class BucketCache:
         old = [
             _rows(part, position_BGNW).unflatten(2, (shared, -1)) for part in (key_BGSK, value_BGSK)
         ]
-        scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(
-            -2
-        )  # five times as fast as keys times query
+        # Five times as fast as keys times query.
+        scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(-2)
         scores_old = scores_old.masked_fill(~valid_BGNW.view_as(scores_old), lowest)
         near = slice(max(0, self.length - self.windows.local), self.length)
         padding_B11S = ~self._real(near)[:, None, None]
@@ -214,8 +233,8 @@ class BucketCache:
     def _added(
         self, bias: ScoreBias, query_BH1K: Tensor, first: int, position_BGMN: Tensor
     ) -> Tensor:
-        """Return the bias `[B, G, M, N]` of the newest query's scores: with keys from `first` on,
-        and at positions.
+        """Return the bias `[B, G, M, N]` of the newest query for the keys from `first` on, then for
+        those at the given positions.
         """
         batch, groups, shared, _ = position_BGMN.shape
         near_BGMS = torch.arange(first, self.length, device=position_BGMN.device).expand(
@@ -231,8 +250,10 @@ class BucketCache:
         return added_BHN.view(batch, groups, shared, -1)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change`, which picks, repeats or reorders sequences along the first axis, to all
-        that is kept.
+        """Apply `change` to the batch.
+
+        Args:
+            change: selects, repeats or reorders sequences along the first axis.
         """
         for name in ("seen_B", "_room_BJS", "_ring_BJCW", "_count_BJC"):
             value = getattr(self, name)
@@ -241,7 +262,7 @@ class BucketCache:
             self.sums.change_rows(change)
 
     def crop(self, length: int) -> None:
-        """Forget all keys from `length` on."""
+        """Drop all keys from position `length` on."""
         self.length = length
         self._ring_BJCW = None
         self.seen_B = self.real_BS.sum(-1)
@@ -249,6 +270,7 @@ class BucketCache:
             self.sums.crop(length)
 
     def _mark(self, key_codes_BJT: Tensor, ones_BT: Tensor, rank_BT: Tensor) -> Tensor:
+        """Return the codes of new keys with those of sinks and padding replaced."""
         later_J = (
             torch.arange(key_codes_BJT.shape[1], device=ones_BT.device) % self.windows.rounds > 0
         )
@@ -257,7 +279,7 @@ class BucketCache:
         return sinks_BJT.masked_fill((ones_BT == 0)[:, None], self.windows.num_buckets + 1)
 
     def _push(self, position: int) -> None:
-        """Let the key at `position` enter its bucket."""
+        """Insert the key at `position` into its bucket's ring."""
         assert self._ring_BJCW is not None and self._count_BJC is not None
         if position >= 0:
             bucket_BJ1 = self.codes_BJS[:, :, position, None].long()

@@ -1,12 +1,12 @@
-"""What lies beyond a query's candidates, in few summaries: mean keys and values of blocks that
-double with distance.
+"""Far field: summaries of the keys beyond a query's candidates, as mean keys and values of blocks
+that double in size with distance.
 
-A row is cut into blocks of `BLOCK` slots. Of the blocks whose keys have all left the local window,
-a query sees the latest ones alone, earlier ones by twos, fours and so on, each as one key with the
-logarithm of its number of keys added to its score, which is what equal keys would weigh. Only what
-is complete counts, so nothing depends on later tokens. Candidates are not taken out of the means,
-although a pair is looked at twice then: measured, that is nearer to exact attention than taking
-them out, perhaps because a mean key underrates its block.
+A row is divided into blocks of `BLOCK` slots. Of the blocks whose keys have all left the local
+window, a query attends to the latest ones one by one, to earlier ones in groups of two, four and so
+on. Each group is one key whose score is increased by the logarithm of its number of keys, which is
+exact for equal keys. Only complete blocks count, so nothing depends on later tokens. Candidates are
+not removed from the means, so such a pair counts twice: measured, this is closer to exact attention
+than removing them, perhaps because a mean key underestimates its block.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 BLOCK = 64
 PER_LEVEL = 2
-"""Summaries of each size that a query sees at least, or PER_LEVEL + 1."""
+"""Minimum number of summaries of each size that a query attends to; the maximum is PER_LEVEL +
+1.
+"""
 
 LOWEST = -1e30
 
 
 class BlockSums:
-    """Sums over the first M blocks of a row, for M from 0 to the number of complete ones.
+    """Prefix sums over the first M blocks of a row, for M from 0 to the number of complete blocks.
 
     Attributes:
-        sums_BGMK: of keys and values, side by side, in fp64.
+        sums_BGMK: sums of keys and values, concatenated, in fp64.
         count_BM: number of real keys.
     """
 
@@ -35,10 +37,16 @@ class BlockSums:
 
     @property
     def nbytes(self) -> int:
+        """Memory in bytes."""
         return sum(part.nbytes for part in (self.sums_BGMK, self.count_BM) if part is not None)
 
     def append(self, key_BGSK: Tensor, value_BGSK: Tensor, real_BS: Tensor) -> None:
-        """Add the blocks that have become complete; given are all keys and values so far."""
+        """Add the blocks that have become complete.
+
+        Args:
+            key_BGSK, value_BGSK: all keys and values so far.
+            real_BS: False at padding.
+        """
         known = 0 if self.count_BM is None else self.count_BM.shape[1] - 1
         new = slice(known * BLOCK, key_BGSK.shape[2] // BLOCK * BLOCK)
         if self.count_BM is not None and new.start == new.stop:
@@ -57,25 +65,34 @@ class BlockSums:
             self.count_BM = torch.cat((self.count_BM, self.count_BM[:, -1:] + count_BM), 1)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change`, which picks, repeats or reorders sequences along the first axis."""
+        """Apply `change` to the batch.
+
+        Args:
+            change: selects, repeats or reorders sequences along the first axis.
+        """
         if self.sums_BGMK is not None and self.count_BM is not None:
             self.sums_BGMK = change(self.sums_BGMK)
             self.count_BM = change(self.count_BM)
 
     def crop(self, length: int) -> None:
-        """Forget all keys from `length` on."""
+        """Drop all keys from position `length` on."""
         if self.sums_BGMK is not None and self.count_BM is not None:
-            kept = slice(length // BLOCK + 1)
-            self.sums_BGMK = self.sums_BGMK[:, :, kept]
-            self.count_BM = self.count_BM[:, kept]
+            remaining = slice(length // BLOCK + 1)
+            self.sums_BGMK = self.sums_BGMK[:, :, remaining]
+            self.count_BM = self.count_BM[:, remaining]
 
     def summaries(
         self, blocks_N: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what those see who have so many complete blocks behind them, F summaries each.
+        """Return the F summaries for queries with `blocks_N` complete blocks behind them.
 
-        Returns keys and values `[B, G, N, F, K]`, what is added to their scores `[B, N, F]`, and
-        the slot of the first key of each `[N, F]`.
+        Args:
+            blocks_N: number of complete blocks, for each of N groups of queries.
+            dtype: dtype of the keys and values.
+
+        Returns:
+            Keys and values `[B, G, N, F, K]`, terms to add to their scores `[B, N, F]`, and the
+            slot of the first key of each summary `[N, F]`.
         """
         assert self.sums_BGMK is not None and self.count_BM is not None
         first_NF, last_NF = edges(blocks_N, self.count_BM.shape[1] - 1)
@@ -89,10 +106,13 @@ class BlockSums:
 
 
 def edges(blocks_N: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return first block and the one past the last of each summary of the first `blocks_N` <=
-    `most` blocks, `[N, F]`.
+    """Return the first block of each summary, and the one past its last, `[N, F]`.
 
-    The latest come first; some are empty.
+    Summaries are ordered from late to early; some are empty.
+
+    Args:
+        blocks_N: number of blocks to summarise, at most `most`.
+        most: maximum number of blocks, which determines F.
     """
     rest_N = blocks_N
     edges_N = [blocks_N]
@@ -119,8 +139,9 @@ def merge_far_field(
 
     Args:
         near: attention over the candidates, and the logarithm of its denominator `[B, H, T]`.
-        query_BHTK: queries of the last T of S slots, times the factor of scores.
-        local: keys of the local window.
+        query_BHTK: queries of the last T of S slots, already scaled.
+        sums: sums over all complete blocks.
+        local: number of keys in the local window.
         first_BS: see `intervals.document_starts`.
         real_BS: False at padding.
     """
@@ -128,7 +149,7 @@ def merge_far_field(
     (batch, heads, length, width), total = query_BHTK.shape, real_BS.shape[1]
     assert sums.sums_BGMK is not None
     groups = sums.sums_BGMK.shape[1]
-    # Queries with equally many complete blocks, of which there are `BLOCK`, stand together.
+    # Group the queries by number of complete blocks; each group has `BLOCK` queries.
     oldest = total - length - local + 1
     before = oldest % BLOCK
     count = (oldest % BLOCK + length + BLOCK - 1) // BLOCK
@@ -139,9 +160,8 @@ def merge_far_field(
         batch, groups, -1, count, BLOCK, width
     )
     first_BT = torch.zeros_like(real_BS, dtype=torch.long) if first_BS is None else first_BS
-    first_BT = torch.where(real_BS, first_BT, total)[
-        :, total - length :
-    ]  # padding looks at nothing
+    # Padding queries attend to nothing.
+    first_BT = torch.where(real_BS, first_BT, total)[:, total - length :]
     first_BNM = nn.functional.pad(first_BT, around).view(batch, count, BLOCK)
     hidden_BNMF = slot_NF[:, None] < first_BNM[..., None]
     scores = (query @ key[:, :, None].mT).to(lse_BHT.dtype) + added_BNF[:, None, None, :, None]

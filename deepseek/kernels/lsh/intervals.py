@@ -1,13 +1,15 @@
-"""Candidates as intervals: keys are laid out so that all that a query looks at lies in a few
-unbroken stretches.
+"""Candidates as intervals: keys are laid out so that the candidates of a query form a few
+contiguous intervals.
 
-The S keys of a key/value head are laid out 1 + R times: in their own order, padding last; and, for
-each of R rounds of hashing, sorted by bucket, then position. A query's local window is one interval
-of the first part, its sinks one interval of the second, and each bucket that it probes another one
-of its round's part. Sinks count as one more bucket of the first round, which every query probes,
-and padding as another, which none does. No key is in two intervals of a query in the same round,
-because it enters its bucket when it leaves the local window; one that an earlier round has found
-already is left out by its place in that round's part.
+The S keys of a key/value head are laid out 1 + R times: once in order, padding last, and once for
+each of R rounds of hashing, sorted by bucket, then by position. A query's local window is an
+interval of the first part. Each bucket that it probes is an interval of its round's part. Sinks
+form an additional bucket of the first round, which every query probes; padding forms another, which
+none does.
+
+No key is in two intervals of a query in the same round, because it enters its bucket when it leaves
+the local window. A key that an earlier round has already found is excluded by its place in that
+round's part.
 """
 
 from dataclasses import dataclass
@@ -18,11 +20,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Windows:
-    """How much a query looks at: keys of the local window, sinks, and keys of each bucket that it
-    probes.
+    """Sizes of the windows of LSH attention.
 
-    `num_buckets` counts those of one round of hashing, of which there are `rounds`. `far_field`
-    adds summaries of the rest (see `far_field.py`).
+    Attributes:
+        local: keys in the local window.
+        sinks: sink keys at the start of a document.
+        bucket: keys of each probed bucket.
+        num_buckets: buckets of one round of hashing.
+        rounds: rounds of hashing.
+        far_field: whether to attend to summaries of the other keys (see `far_field.py`).
     """
 
     local: int
@@ -34,26 +40,27 @@ class Windows:
 
     @property
     def num_lists(self) -> int:
-        """Stretches of keys that belong together: the keys in their order, and all buckets with
-        those of sinks.
+        """Number of lists of keys: the local one, and the buckets of each round, including that of
+        the sinks.
         """
         return 1 + self.rounds * (self.num_buckets + 1)
 
     def longest(self) -> int:
+        """Return the length of the longest window."""
         return max(self.local, self.sinks, self.bucket)
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """Where the candidates of each query lie; I = 1 + R(1 + P) intervals a query: local, and each
-    round's sinks and probed buckets. Only the first round has sinks.
+    """The candidates of each query as I = 1 + R(1 + P) intervals: the local one, then the sinks and
+    the probed buckets of each round. Only the first round has sinks.
 
     Attributes:
-        order_BGZ: which key lies at each of the Z = (1 + R)S places.
-        start_BHTI, stop_BHTI: first place of an interval and the one past its last, int32; equal
-            where it is empty.
-        codes_BHTP: the buckets of all intervals but the local ones and those of sinks, int32.
-            Intervals of later queries in the same list (see `Windows.num_lists`) neither start nor
+        order_BGZ: key at each of the Z = (1 + R)S places of the layout.
+        start_BHTI, stop_BHTI: first place of each interval, and the one past its last, int32; equal
+            if it is empty.
+        codes_BHTP: bucket of each interval except the local ones and those of the sinks, int32.
+            Within a list (see `Windows.num_lists`), intervals of later queries neither start nor
             stop earlier.
         place_BGRS: place of each key in the parts of all rounds but the last, int32.
         rank_BS: number of real tokens up to each token, int32; differences are distances.
@@ -68,8 +75,10 @@ class Intervals:
 
 
 def document_starts(document_ids_BS: Tensor | None) -> Tensor | None:
-    """Return the index `[B, S]` of the first token of each token's document; documents are runs of
-    equal ids.
+    """Return the index `[B, S]` of the first token of each token's document; None for None.
+
+    Args:
+        document_ids_BS: document of each token; documents are runs of equal ids.
     """
     if document_ids_BS is None:
         return None
@@ -83,9 +92,10 @@ def find_intervals(
     """Return the intervals of the last T of S tokens.
 
     Args:
-        query_codes_BHTP: distinct buckets that each query probes, P of each round.
-        marked_BJS: codes of all keys as `decode.BucketCache` keeps them, J = GR.
+        query_codes_BHTP: distinct buckets that each query probes, P in each round.
+        marked_BJS: codes of all keys as stored in `decode.BucketCache`, J = GR.
         first_BS: see `document_starts`.
+        windows: sizes of the windows.
     """
     (batch, rows, total), (_, heads, length, _), rounds = (
         marked_BJS.shape,
@@ -115,17 +125,19 @@ def find_intervals(
     start[..., 0] = local_start_BS[:, None, new]
     stop[..., 0] = so_far_BS[:, None, new]
     starts, stops = (part[..., 1:].unflatten(-1, (rounds, -1)) for part in (start, stop))
-    for j, sorted_BS in enumerate(
-        sorted_BJS.unbind(1)
-    ):  # one by one, as the searches take eight bytes an interval
-        own = slice(j // rounds * heads // groups, (j // rounds + 1) * heads // groups)
+    # One row at a time, because the searches need eight bytes per interval.
+    for j, sorted_BS in enumerate(sorted_BJS.unbind(1)):
+        heads_of_group = slice(j // rounds * heads // groups, (j // rounds + 1) * heads // groups)
         r = j % rounds
-        buckets = nn.functional.pad(codes[:, own, :, r], (1, 0), value=windows.num_buckets)
-        near = _bucket_intervals(sorted_BS.contiguous(), buckets, first_BS, windows)
-        starts[:, own, :, r], stops[:, own, :, r] = (part + (1 + r) * total for part in near)
-    start = torch.where(
-        real_BS[:, None, new, None], start, stop
-    )  # a padding query looks at nothing
+        buckets = nn.functional.pad(
+            codes[:, heads_of_group, :, r], (1, 0), value=windows.num_buckets
+        )
+        bounds = _bucket_intervals(sorted_BS.contiguous(), buckets, first_BS, windows)
+        starts[:, heads_of_group, :, r], stops[:, heads_of_group, :, r] = (
+            part + (1 + r) * total for part in bounds
+        )
+    # Padding queries attend to nothing.
+    start = torch.where(real_BS[:, None, new, None], start, stop)
     return Intervals(
         order_BGZ, start, stop, codes.flatten(-2), _places(order_BGZ, total), so_far_BS.int()
     )
@@ -134,14 +146,14 @@ def find_intervals(
 def _bucket_intervals(
     sorted_BS: Tensor, bucket_BRTJ: Tensor, first_BS: Tensor | None, windows: Windows
 ) -> tuple[Tensor, Tensor]:
-    """Return start and stop, counted in their part, of the intervals of the sinks, J = 0, and of
-    the probed buckets.
+    """Return start and stop, within their part, of the intervals of the sinks (J = 0) and of the
+    probed buckets.
     """
     (batch, total), length = sorted_BS.shape, bucket_BRTJ.shape[2]
     position_T = torch.arange(total - length, total, device=sorted_BS.device)
 
     def before(position_BRTJ: Tensor) -> Tensor:
-        """The number of places before that of a key of the bucket at this position."""
+        """Return the number of keys before this bucket and position in sorted order."""
         limits = (bucket_BRTJ.long() * total + position_BRTJ).view(batch, -1)
         return torch.searchsorted(sorted_BS, limits, out_int32=True).view_as(bucket_BRTJ)
 
@@ -157,7 +169,7 @@ def _bucket_intervals(
 
 
 def _places(order_BGZ: Tensor, total: int) -> Tensor:
-    """Return the place of each key in every part of the layout but the first and the last."""
+    """Return the place of each key in every part of the layout except the first and the last."""
     order_BGRS = order_BGZ.unflatten(-1, (-1, total))[:, :, 1:-1]
     place_BGRS = torch.arange(
         total, order_BGRS[0, 0].numel() + total, device=order_BGZ.device, dtype=torch.int32

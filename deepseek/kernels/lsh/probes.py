@@ -1,4 +1,4 @@
-"""The likeliest buckets of each query."""
+"""Top-k selection of the buckets that each query probes."""
 
 from functools import cache
 
@@ -13,8 +13,9 @@ from deepseek.kernels.numba.primitives import share
 
 @njit
 def _run(scores, codes):  # type: ignore[no-untyped-def]
-    """Keep the best of each row in order while walking over it: most scores meet one comparison,
-    with the last kept.
+    """Keep the best scores of each row sorted while scanning it.
+
+    Most scores need only one comparison, with the last of the best.
     """
     probes = codes.shape[1]
     best = np.empty(probes, np.float32)
@@ -42,7 +43,7 @@ def _kernel(kinds: str) -> int:
 
 
 def likeliest(scores: Tensor, probes: int) -> Tensor:
-    """See `attention.likeliest`, for fp32 on a processor."""
+    """Compute `attention.likeliest` for fp32 scores on a CPU."""
     codes = torch.empty(*scores.shape[:-1], probes, dtype=torch.int64)
     launch(_kernel, scores.contiguous().view(-1, scores.shape[-1]), codes.view(-1, probes))
     return codes

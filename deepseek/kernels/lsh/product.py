@@ -1,10 +1,10 @@
-"""Small matrix products in registers: 4 rows by 16 columns of fp32 at a time, 8 rows where vectors
-hold 16 numbers.
+"""Small matrix products in registers: tiles of 8 rows by 16 columns of fp32 with vectors of 16
+numbers, of 4 rows otherwise.
 
-A BLAS picks its order of summation by the size of the matrices, so a row's result would depend on
-how many other rows stand beside it: later tokens would change the last bits of earlier ones. Here
-every element is summed from the first term to the last, whatever stands beside it; and at these
-sizes there is no packing to pay for.
+A BLAS chooses its order of summation by the sizes of the matrices, so a row's result would depend
+on the number of other rows: later tokens would change the last bits of earlier ones. Here every
+element is summed from the first term to the last, whatever the other rows. At these sizes no
+packing is needed.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,20 @@ from numba.extending import intrinsic
 
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 COLUMNS = 16
-ROWS = 8 * LANES // COLUMNS  # eight sums at a time keep both units for products busy
+ROWS = 8 * LANES // COLUMNS  # eight independent sums keep both FMA units busy
 FLOAT = ir.FloatType()
 INT = ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 
 
 def _load(builder: Any, address: Any, offset: Any, kind: Any = VECTOR) -> Any:
-    """The `kind` that lies `offset` floats past `address`."""
+    """Load a value of type `kind` at `offset` floats past `address`."""
     place = builder.add(address, builder.mul(offset, INT(4)))
     return builder.load(builder.inttoptr(place, kind.as_pointer()), align=4, typ=kind)
 
 
 def _splat(builder: Any, number: Any) -> Any:
+    """Return the vector whose lanes all hold `number`."""
     single = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), number, ir.IntType(32)(0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(single, ir.Constant(VECTOR, ir.Undefined), zeros)
@@ -38,7 +39,7 @@ def _splat(builder: Any, number: Any) -> Any:
 def _step(
     builder: Any, k: Any, sums: list[Any], a: Any, row_a: Any, step_a: Any, b: Any, row_b: Any
 ) -> list[Any]:
-    """Add the products of column k of a with row k of b to the sums."""
+    """Add the products of column k of a and row k of b to the sums."""
     start = builder.mul(k, row_b)
     rights = [
         _load(builder, b, builder.add(start, INT(LANES * part))) for part in range(COLUMNS // LANES)
@@ -54,8 +55,8 @@ def _step(
 
 
 def _tile(keep: bool) -> Callable[..., None]:
-    """The intrinsic that sets, or with `keep` increases, ROWS x 16 elements of c by the product of
-    a and b.
+    """Return the intrinsic that sets ROWS x 16 elements of c to the product of a and b, or with
+    `keep` adds it.
     """
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -101,9 +102,9 @@ _increase = _tile(keep=True)
 def multiply(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # type: ignore[no-untyped-def]
     """Set c[i, j] to the sum over k of a[i, k] b[k, j].
 
-    a, b and c are addresses; a[i, k] lies `i * row_a + k * step_a` floats from its start, rows of b
-    and c are contiguous. `rows` is rounded up to a multiple of ROWS, `columns` to one of 16: the
-    memory must be there.
+    a, b and c are addresses. a[i, k] is `i * row_a + k * step_a` floats from the start of a; rows
+    of b and c are contiguous. `rows` is rounded up to a multiple of ROWS and `columns` to one of
+    16, and the memory must be large enough for that.
     """
     for j in range(0, columns, COLUMNS):
         for i in range(0, rows, ROWS):
@@ -121,7 +122,7 @@ def multiply(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # typ
 
 @njit
 def multiply_add(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # type: ignore[no-untyped-def]
-    """Increase c by the product that `multiply` sets it to."""
+    """Add to c the product that `multiply` computes."""
     for j in range(0, columns, COLUMNS):
         for i in range(0, rows, ROWS):
             _increase(

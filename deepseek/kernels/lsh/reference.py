@@ -1,8 +1,7 @@
-"""What LSH attention computes, as a dense mask: the definition that every faster way is tested
-against.
+"""Definition of LSH attention as a dense mask; the fast versions are tested against it.
 
-Tensor names follow `deepseek.model`; P is the number of buckets that a query probes in each
-of R rounds of hashing, J = GR.
+Tensor names follow `deepseek.model`. P is the number of buckets that a query probes in each of R
+rounds of hashing, and J = GR.
 """
 
 import torch
@@ -22,14 +21,18 @@ def candidate_mask(
     document_ids_BS: Tensor | None = None,
     key_mask_BS: Tensor | None = None,
 ) -> Tensor:
-    """Return True `[B, H, T, S]` where a query looks at a key; see `attention.lsh_attention` for
-    the arguments.
+    """Return the mask `[B, H, T, S]`, True where a query attends to a key.
 
-    A query at i looks, within its document and never at padding, at the keys j <= i with i - j <
-    `local_window`, and among the older ones at the document's first `sinks` keys and, of each
-    bucket that it probes, at the `bucket_window` most recent others. A key thus enters its bucket
-    when it leaves the local window. Several rounds of hashing have buckets each; what any of them
-    finds is looked at.
+    Within its document, and never at padding, a query at i attends to the keys j <= i with i - j <
+    `local_window`. Among the older ones, it attends to the document's first `sinks` keys and, in
+    each bucket that it probes, to the `bucket_window` most recent others. So a key enters its
+    bucket when it leaves the local window. Each round of hashing has its own buckets, and the
+    candidates of all rounds are combined.
+
+    Args:
+        query_codes_BHTP, key_codes_BJS, bucket_window, local_window, sinks, document_ids_BS,
+            key_mask_BS: see `attention.lsh_attention`.
+        rounds: number R of rounds of hashing.
     """
     (batch, heads, length, _), (_, rows, total) = query_codes_BHTP.shape, key_codes_BJS.shape
     device = key_codes_BJS.device
@@ -74,8 +77,14 @@ def masked_attention(
     scale: float | None = None,
     added_BHTS: Tensor | None = None,
 ) -> Tensor:
-    """Return softmax attention `[B, H, T, K]` over the keys that the mask lets through; zero where
-    it lets none.
+    """Return softmax attention `[B, H, T, K]` over the keys in a mask; zero where the mask has
+    none.
+
+    Args:
+        query_BHTK, key_BGSK, value_BGSK: queries, keys and values.
+        mask_BHTS: True where a query attends to a key.
+        scale: factor of the scores; default `K ** -0.5`.
+        added_BHTS: added to the scores; None adds nothing.
     """
     share = query_BHTK.shape[1] // key_BGSK.shape[1]
     key, value = (part.repeat_interleave(share, 1) for part in (key_BGSK, value_BGSK))

@@ -1,5 +1,5 @@
-"""One strip backward: its weights are computed again from the denominators, and five products make
-the gradients.
+"""Backward pass of one strip: recomputes its weights from the denominators; five matrix products
+give the gradients.
 """
 
 import numpy as np
@@ -12,8 +12,8 @@ from deepseek.kernels.numba.primitives import exp
 
 @njit(fastmath=True)
 def _denominators(rows, grad, grad_lse, out, lse, lse_m, dots_m):  # type: ignore[no-untyped-def]
-    """Set for each query the logarithm of its denominator, and what all gradients of its weights
-    have in common.
+    """Set, for each query, the logarithm of its denominator and the term common to the gradients of
+    its scores.
     """
     for m in range(len(rows)):
         t = rows[m] // out.shape[1]
@@ -27,7 +27,7 @@ def _denominators(rows, grad, grad_lse, out, lse, lse_m, dots_m):  # type: ignor
 
 @njit(fastmath=EXACT)
 def _through_softmax(weights, grads, lse_m, dots_m):  # type: ignore[no-untyped-def]
-    """From scores to weights, and from the gradient of weights to that of scores."""
+    """Replace scores by weights, and gradients of weights by gradients of scores."""
     for j in range(len(weights)):
         for m in range(COLUMNS):
             below = weights[j, m] - lse_m[m]
@@ -38,6 +38,7 @@ def _through_softmax(weights, grads, lse_m, dots_m):  # type: ignore[no-untyped-
 
 @njit(fastmath=EXACT)
 def _add_rows(rows, scale, part, target):  # type: ignore[no-untyped-def]
+    """Add scaled rows of `part` to the given rows of `target`."""
     for m in range(len(rows)):
         row = target[rows[m] // target.shape[1], rows[m] % target.shape[1]]
         for k in range(len(row)):
@@ -46,7 +47,7 @@ def _add_rows(rows, scale, part, target):  # type: ignore[no-untyped-def]
 
 @njit
 def _add_outer(left, count, x, rows, scale, part, target):  # type: ignore[no-untyped-def]
-    """Add to the first rows of `target` the products of `left` `[count, 16]` with the given rows of
+    """Add to the first rows of `target` the product of `left` `[count, 16]` and the given rows of
     x, scaled.
     """
     part[len(rows) :] = 0
@@ -71,6 +72,7 @@ def _add_outer(left, count, x, rows, scale, part, target):  # type: ignore[no-un
 
 @njit
 def _add_bias_gradients(queries, laid, pairs, grads, grad_tables, grad_terms):  # type: ignore[no-untyped-def]
+    """Add the gradients of the bias tables and of the keys' terms."""
     (_, ranks, tables, _, _, _), (_, key_ranks, _, _), (rows, starts, stops) = queries, laid, pairs
     for m in range(len(rows)):
         t = rows[m] // tables.shape[1]
@@ -85,7 +87,7 @@ def _add_bias_gradients(queries, laid, pairs, grads, grad_tables, grad_terms):  
 
 @njit
 def _with_values(values, side, changes, count, width):  # type: ignore[no-untyped-def]
-    """Set `changes` to the products of `count` values with the gradients of a strip's outputs."""
+    """Set `changes` to the product of `count` values and the gradients of a strip's outputs."""
     multiply(
         values.ctypes.data,
         width,
@@ -102,7 +104,9 @@ def _with_values(values, side, changes, count, width):  # type: ignore[no-untype
 
 @njit
 def _with_keys(changes, keys, part, count, width):  # type: ignore[no-untyped-def]
-    """Set `part` to the gradients of a strip's queries: the changed scores times `count` keys."""
+    """Set `part` to the gradients of a strip's queries: the gradients of the scores times `count`
+    keys.
+    """
     multiply(
         changes.ctypes.data,
         1,
@@ -121,9 +125,7 @@ def _with_keys(changes, keys, part, count, width):  # type: ignore[no-untyped-de
 def backward(  # type: ignore[no-untyped-def]
     queries, laid, values, out, lse, pairs, earlier, scale, buffers, grads_out, grads_in, grads_laid
 ):
-    """Add to the gradients of queries, and of the keys and values of one list, what its intervals
-    contribute.
-    """
+    """Add the contribution of one list of keys to the gradients of queries, keys and values."""
     rows, starts, stops = pairs
     side, part, weights, changes = buffers
     q = queries[0]
@@ -142,19 +144,19 @@ def backward(  # type: ignore[no-untyped-def]
         base = starts[first]
         count = stops[last - 1] - starts[first]
         strip = rows[first:last], starts[first:last], stops[first:last]
-        mine = strip[0]
-        gather(grad, mine, one, side)
+        strip_rows = strip[0]
+        gather(grad, strip_rows, one, side)
         _with_values(values[base:], side, changes, count, width)
-        gather(q, mine, scale, side)
+        gather(q, strip_rows, scale, side)
         score(queries, laid, strip, earlier, side, weights)
-        _denominators(mine, grad, grad_lse, out, lse, lse_m, dots_m)
+        _denominators(strip_rows, grad, grad_lse, out, lse, lse_m, dots_m)
         _through_softmax(weights[:count], changes[:count], lse_m, dots_m)
         if grad_tables.shape[2] > 0:
             _add_bias_gradients(queries, laid, strip, changes, grad_tables, grad_terms)
         weights[count : count + ROWS] = 0
         changes[count : count + ROWS] = 0
         _with_keys(changes, keys[base:], part, count, width)
-        _add_rows(mine, scale, part, grad_q)
-        _add_outer(changes, count, q, mine, scale, part, grad_keys[base:])
-        _add_outer(weights, count, grad, mine, one, part, grad_values[base:])
+        _add_rows(strip_rows, scale, part, grad_q)
+        _add_outer(changes, count, q, strip_rows, scale, part, grad_keys[base:])
+        _add_outer(weights, count, grad, strip_rows, one, part, grad_values[base:])
         first = last

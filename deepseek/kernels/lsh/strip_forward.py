@@ -1,4 +1,4 @@
-"""One strip forward: up to 16 queries, in the columns of small matrices, over one stretch of
+"""Forward pass of one strip: up to 16 queries, as columns of small matrices, over one range of
 keys.
 """
 
@@ -12,7 +12,7 @@ from deepseek.kernels.numba.primitives import exp
 
 @njit(fastmath=EXACT)
 def _soften(scores, top, total):  # type: ignore[no-untyped-def]
-    """Replace scores by their exponentials below `top`, which rises to the highest; set `total` to
+    """Raise `top` to the highest score, replace scores by exp(score - top), and set `total` to
     their sums.
     """
     for j in range(len(scores)):
@@ -29,20 +29,20 @@ def _soften(scores, top, total):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=EXACT)
 def _merge(rows, top, total, part, highest, sums, out):  # type: ignore[no-untyped-def]
-    """Add a strip's results to what its queries have gathered so far."""
+    """Merge a strip's results into the running results of its queries (online softmax)."""
     for m in range(len(rows)):
         r = rows[m]
-        kept = exp(highest[r] - top[m])
+        rescale = exp(highest[r] - top[m])
         highest[r] = top[m]
-        sums[r] = sums[r] * kept + total[m]
+        sums[r] = sums[r] * rescale + total[m]
         target = out[r // out.shape[1], r % out.shape[1]]
         for k in range(len(target)):
-            target[k] = target[k] * kept + part[m, k]
+            target[k] = target[k] * rescale + part[m, k]
 
 
 @njit
 def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest, sums):  # type: ignore[no-untyped-def]
-    """Add to outputs and their denominators what the queries see of one list of keys."""
+    """Add the contribution of one list of keys to the queries' outputs and denominators."""
     (rows, starts, stops), (side, part, scores, _), width = pairs, buffers, values.shape[1]
     top = np.empty(COLUMNS, np.float32)
     total = np.empty(COLUMNS, np.float32)
@@ -77,7 +77,7 @@ def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest,
 
 @njit(fastmath=EXACT)
 def divide(out, lse, highest, sums):  # type: ignore[no-untyped-def]
-    """Divide outputs by their denominators, and note the logarithms of these."""
+    """Divide outputs by their denominators, and store the logarithms of the denominators."""
     for r in range(len(sums)):
         t = r // out.shape[1]
         h = r % out.shape[1]

@@ -1,10 +1,9 @@
-"""The scores of one strip: up to 16 queries, in the columns of a small matrix, over one stretch of
-keys.
+"""The scores of one strip: up to 16 queries, as columns of a small matrix, over one range of keys.
 
-`queries` are those of a unit: themselves `[T, H/G, K]`, their rank among real tokens, their tables
-of biases and terms (see `score_bias.py`; tables of no columns where there is no bias), and the
-starts and stops of their intervals. `laid` are the keys of a list: themselves, their ranks and
-terms, and their places in the parts of earlier rounds.
+`queries` describes the queries of a unit: the vectors `[T, H/G, K]`, their ranks among real tokens,
+the tables and terms of their bias (see `score_bias.py`; tables without columns mean no bias), and
+the starts and stops of their intervals. `laid` describes the keys of a list: the vectors, their
+ranks and terms, and their places in the parts of earlier rounds.
 """
 
 import numpy as np
@@ -14,27 +13,22 @@ from deepseek.kernels.bias.distance import STARTS
 from deepseek.kernels.lsh.product import COLUMNS, multiply
 
 LOWEST = np.float32(-1e30)
-EXACT = {
-    "contract",
-    "nnan",
-    "ninf",
-    "nsz",
-    "arcp",
-}  # fast arithmetic, but sums in the order that the code says
-_BUCKETS = (np.searchsorted(STARTS, np.arange(STARTS[-1] + 1), side="right") - 1).astype(
-    np.uint8
-)  # of each distance
+# Fast-math without reassociation: sums keep the order of the code.
+EXACT = {"contract", "nnan", "ninf", "nsz", "arcp"}
+# Bucket of each distance, up to the start of the last bucket.
+_BUCKETS = (np.searchsorted(STARTS, np.arange(STARTS[-1] + 1), side="right") - 1).astype(np.uint8)
 
 
 @njit(inline="always")
 def bucket(distance):  # type: ignore[no-untyped-def]
+    """Return the bucket of a distance (see `distance.py`)."""
     return _BUCKETS[min(distance, len(_BUCKETS) - 1)]
 
 
 @njit
 def strip_end(first, starts, stops, most):  # type: ignore[no-untyped-def]
-    """Return the end of the strip that begins with interval `first`: up to 16 intervals over at
-    most `most` keys.
+    """Return the end of the strip that starts at interval `first`: up to 16 intervals over at most
+    `most` keys.
     """
     last = first + 1
     while last < min(first + COLUMNS, len(starts)) and stops[last] - starts[first] <= most:
@@ -44,8 +38,8 @@ def strip_end(first, starts, stops, most):  # type: ignore[no-untyped-def]
 
 @njit
 def gather(x, rows, scale, side):  # type: ignore[no-untyped-def]
-    """Set the columns of `side` to rows of x `[T, H/G, K]`, counted over T and H/G, times
-    `scale`.
+    """Set the columns of `side` to `scale` times the given rows of x `[T, H/G, K]`, numbered over T
+    and H/G.
     """
     for m in range(len(rows)):
         row = x[rows[m] // x.shape[1], rows[m] % x.shape[1]]
@@ -55,11 +49,11 @@ def gather(x, rows, scale, side):  # type: ignore[no-untyped-def]
 
 @njit
 def score(queries, laid, pairs, earlier, side, scores):  # type: ignore[no-untyped-def]
-    """Set `scores[j, m]` to the score of the strip's key j for query m, the lowest outside its
-    interval.
+    """Set `scores[j, m]` to the score of the strip's key j for query m, or `LOWEST` outside the
+    query's interval.
 
-    The first `earlier` intervals after the local one are those of earlier rounds; what they have
-    found has the lowest score as well. The columns of `side` are the queries.
+    The columns of `side` are the queries. The first `earlier` intervals after the local one belong
+    to earlier rounds; keys that those have found get `LOWEST` as well.
     """
     (_, starts, stops), key = pairs, laid[0]
     base = starts[0]
@@ -91,6 +85,7 @@ def score(queries, laid, pairs, earlier, side, scores):  # type: ignore[no-untyp
 
 @njit
 def _add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
+    """Add the bias to the scores."""
     (_, ranks, tables, terms, _, _), (_, key_ranks, key_terms, _), (rows, starts, stops) = (
         queries,
         laid,
@@ -103,7 +98,7 @@ def _add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
         table = tables[t, h]
         term = terms[t, h]
         for j in range(starts[m], stops[m]):
-            # The difference in fp64: terms are sums over a whole text.
+            # The difference is taken in fp64, because terms are sums over a whole text.
             scores[j - starts[0], m] += table[bucket(rank - key_ranks[j])] + np.float32(
                 key_terms[j, h] - term
             )
@@ -111,7 +106,7 @@ def _add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
 
 @njit
 def _leave_out(queries, laid, pairs, earlier, scores):  # type: ignore[no-untyped-def]
-    """Give those keys the lowest score whose places lie in an interval of an earlier round."""
+    """Set the score of keys whose places lie in an interval of an earlier round to `LOWEST`."""
     (_, _, _, _, firsts, lasts), (_, _, _, places), (rows, starts, stops) = queries, laid, pairs
     a_round = (firsts.shape[2] - 1) // (len(places) + 1)
     for m in range(len(rows)):
@@ -120,7 +115,7 @@ def _leave_out(queries, laid, pairs, earlier, scores):  # type: ignore[no-untype
         for i in range(earlier):
             first = firsts[h, t, i + 1]
             last = lasts[h, t, i + 1]
-            there = places[i // a_round]
+            places_of_round = places[i // a_round]
             for j in range(starts[m], stops[m]):
-                if first <= there[j] < last:
+                if first <= places_of_round[j] < last:
                     scores[j - starts[0], m] = LOWEST

@@ -1,11 +1,10 @@
-"""Attention over intervals on a processor: 16 queries at a time, side by side in the lanes of its
-vectors.
+"""Attention over intervals on a CPU: 16 queries at a time, in the lanes of its vectors.
 
-A unit of work is a stretch of `CHUNK` queries of one key/value head, with all heads that share it.
-Its intervals are sorted into their lists; the keys of a list are copied together once, and 16
-neighbouring intervals form a strip, which walks over nearly the same of them (`strip_forward.py`,
-`strip_backward.py`). A query belongs to one unit, so results need no locks. Gradients of keys come
-from many units: each thread has its own, over the stretch of time it works on.
+A unit of work is a chunk of `CHUNK` queries of one key/value head, for all heads that share it. Its
+intervals are sorted by list, and the keys of a list are copied to contiguous memory once. 16
+neighbouring intervals form a strip, which scans their largely common keys (`strip_forward.py`,
+`strip_backward.py`). Each query belongs to one unit, so results need no locks. Gradients of keys
+come from many units, so each thread accumulates its own, over its range of chunks.
 """
 
 from functools import cache
@@ -25,7 +24,8 @@ from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.primitives import share
 
 CHUNK = 512
-MOST_LANES = 4  # of gradients of keys and values, which each take as much memory as these
+# Maximum number of copies of the gradients of keys and values; each takes as much memory as those.
+MOST_LANES = 4
 
 _backward = strip_backward.backward
 _forward = strip_forward.forward
@@ -34,16 +34,14 @@ _divide = strip_forward.divide
 
 @njit
 def _sorted(codes, start, stop, rounds, num_lists):  # type: ignore[no-untyped-def]
-    """Return query, start and stop of all intervals that are not empty, sorted by list, and the end
-    of each list.
+    """Return query, start and stop of all non-empty intervals, sorted by list, and the end of each
+    list.
 
-    The first list is the local one, the others are the buckets, the sinks last in their round.
+    The first list is the local one; the others are the buckets, with the sinks last in their round.
     """
     heads, length, count = start.shape
-    looks, buckets = (
-        (count - 1) // rounds,
-        (num_lists - 1) // rounds,
-    )  # of a round, with those of sinks
+    # Intervals and buckets of a round, including those of the sinks.
+    looks, buckets = ((count - 1) // rounds, (num_lists - 1) // rounds)
     rows = np.empty(start.size, np.int32)
     starts = np.empty(start.size, np.int32)
     stops = np.empty(start.size, np.int32)
@@ -72,19 +70,21 @@ def _sorted(codes, start, stop, rounds, num_lists):  # type: ignore[no-untyped-d
 
 @njit
 def _load(x, places, keys):  # type: ignore[no-untyped-def]
+    """Copy the rows `places` of x to `keys`."""
     for j in range(len(places)):
         keys[j] = x[places[j]]
 
 
 @njit
 def _store(keys, places, x):  # type: ignore[no-untyped-def]
+    """Add `keys` to the rows `places` of x."""
     for j in range(len(places)):
         x[places[j]] += keys[j]
 
 
 @njit
 def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, backwards):  # type: ignore[no-untyped-def]
-    """All lists of one unit, forward or backward."""
+    """Process all lists of one unit, forward or backward."""
     (key, value, rank, term, place, order), (out, lse) = sources, results
     laid, values, grads_laid, small = buffers
     (keys, ranks, terms, places), (grad_keys, grad_values, grad_terms) = laid, grads_laid
@@ -99,22 +99,22 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
     for c in range(num_lists):
         if ends[c] == first:
             continue
-        own = slice(first, ends[c])
+        list_slice = slice(first, ends[c])
         base = starts[first]
-        pairs = rows[own], starts[own] - base, stops[own] - base
-        which = order[base : stops[ends[c] - 1]]
+        pairs = rows[list_slice], starts[list_slice] - base, stops[list_slice] - base
+        key_ids = order[base : stops[ends[c] - 1]]
         first = ends[c]
-        _load(key, which, keys)
-        _load(value, which, values)
+        _load(key, key_ids, keys)
+        _load(value, key_ids, values)
         if tables.shape[2] > 0:
-            _load(rank, which, ranks)
-            _load(term, which, terms)
-        earlier = max(c - 1, 0) * rounds // (num_lists - 1)  # rounds before that of this list
+            _load(rank, key_ids, ranks)
+            _load(term, key_ids, terms)
+        earlier = max(c - 1, 0) * rounds // (num_lists - 1)  # number of rounds before this list's
         for r in range(earlier):
-            _load(place[r], which, places[r])
+            _load(place[r], key_ids, places[r])
         if backwards:
             for part in grads_laid:
-                part[: len(which) + ROWS] = 0
+                part[: len(key_ids) + ROWS] = 0
             _backward(
                 queries,
                 laid,
@@ -129,10 +129,10 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
                 grads_in,
                 grads_laid,
             )
-            _store(grad_keys, which, grad_key)
-            _store(grad_values, which, grad_value)
+            _store(grad_keys, key_ids, grad_key)
+            _store(grad_values, key_ids, grad_value)
             if tables.shape[2] > 0:
-                _store(grad_terms, which, grad_term)
+                _store(grad_terms, key_ids, grad_term)
         else:
             _forward(
                 queries, laid, values, out, pairs, earlier * a_round, scale, small, highest, sums
@@ -142,20 +142,22 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
 
 
 @njit
-def _buffers(most, longest, own, width, rounds):  # type: ignore[no-untyped-def]
-    """Room for the keys of a list, for their gradients, and for the small matrices of a strip."""
+def _buffers(most, longest, heads_per_group, width, rounds):  # type: ignore[no-untyped-def]
+    """Allocate buffers for the keys of a list, for their gradients, and for the small matrices of a
+    strip.
+    """
     wide = (most, width)
     narrow = (2 * longest + ROWS, COLUMNS)
     laid = (
         np.zeros(wide, np.float32),
         np.empty(most, np.int32),
-        np.empty((most, own), np.float64),
+        np.empty((most, heads_per_group), np.float64),
         np.empty((rounds - 1, most), np.int32),
     )
     grads = (
         np.empty(wide, np.float32),
         np.empty(wide, np.float32),
-        np.empty((most, own), np.float32),
+        np.empty((most, heads_per_group), np.float32),
     )
     small = (
         np.zeros((width, COLUMNS), np.float32),
@@ -198,15 +200,15 @@ def _run(  # type: ignore[no-untyped-def]
 ):
     (batch, length, heads, width), groups, past = q.shape, key.shape[2], key.shape[1] - q.shape[1]
     lanes = 1 + len(early_key)
-    own = heads // groups
+    heads_per_group = heads // groups
     chunks = (length + CHUNK - 1) // CHUNK
-    buffers = _buffers(CHUNK + longest + ROWS, longest, own, width, place.shape[2] + 1)
+    buffers = _buffers(CHUNK + longest + ROWS, longest, heads_per_group, width, place.shape[2] + 1)
     begin, end = share(batch * groups * lanes)
     for unit in range(begin, end):
         b = unit // (groups * lanes)
         g = unit // lanes % groups
         lane = unit % lanes
-        h = slice(g * own, (g + 1) * own)
+        h = slice(g * heads_per_group, (g + 1) * heads_per_group)
         sources = key[b, :, g], value[b, :, g], rank[b], term[b, :, h], place[b, g], order[b, g]
         grads_keys = grad_key[b, :, g], grad_value[b, :, g], grad_term[b, :, h]
         if lane < lanes - 1:
@@ -251,12 +253,14 @@ def _kernel(kinds: str) -> int:
 
 
 def _by_token(part_BHT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor `[B, T, H, ...]`, contiguous and converted to `dtype`."""
     return part_BHT.transpose(1, 2).to(dtype).contiguous()
 
 
 def _inputs(inputs: Inputs) -> list[Tensor]:
-    """Return query, key, value, table and term by token; without a bias a table of no columns and
-    no terms.
+    """Return query, key, value, table and term, ordered by token.
+
+    Without a bias, the table has no columns and there are no terms.
     """
     query, key, value, table, term = inputs
     arrays = [_by_token(part) for part in (query, key, value)]
@@ -277,6 +281,7 @@ def _call(
     scale: float,
     backwards: bool,
 ) -> None:
+    """Launch the kernel, forward or backward."""
     places = (intervals.order_BGZ, intervals.start_BHTI, intervals.stop_BHTI, intervals.codes_BHTP)
     parts = (part.contiguous() for part in (*places, intervals.place_BGRS, intervals.rank_BS))
     limits = (windows.num_lists, min(windows.longest(), arrays[1].shape[1]), int(backwards))
@@ -286,17 +291,19 @@ def _call(
 def forward(
     inputs: Inputs, intervals: Intervals, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See `tiles.forward`; in fp32 throughout."""
+    """Do what `tiles.forward` does, in fp32."""
     query, key, value, table, _ = arrays = _inputs(inputs)
     out = torch.zeros_like(query)
     lse = query.new_empty(query.shape[:3])
-    # Any address will do for gradients, which are not touched.
-    kept = key, value, lse[:, :0]
-    lanes = [part[None].expand(-(-query.shape[1] // CHUNK) - 1, *part.shape) for part in kept]
+    # The forward pass does not access the gradients, so any tensor can stand in for them.
+    placeholders = key, value, lse[:, :0]
+    lanes = [
+        part[None].expand(-(-query.shape[1] // CHUNK) - 1, *part.shape) for part in placeholders
+    ]
     _call(
         [*arrays, out, lse],
         intervals,
-        [query, lse, query, table, *kept, *lanes],
+        [query, lse, query, table, *placeholders, *lanes],
         windows,
         scale,
         False,
@@ -314,28 +321,28 @@ def backward(
     windows: Windows,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """See `tiles.backward`; in fp32 throughout."""
+    """Do what `tiles.backward` does, in fp32."""
     arrays = _inputs(inputs)
     query, key, value, table, term = arrays
     threads = torch.get_num_threads()
     heads = key.shape[0] * key.shape[2]
     length = query.shape[1]
     chunks = -(-length // CHUNK)
-    lanes = min(threads // gcd(threads, heads), MOST_LANES, chunks)  # all equally busy
-    early = (
-        key.shape[1] - length + (lanes - 1) * chunks // lanes * CHUNK
-    )  # keys that lanes before the last may see
-    kept = key, value, term
-    summed = [part.new_zeros(part.shape, dtype=torch.float32) for part in kept]
+    lanes = min(threads // gcd(threads, heads), MOST_LANES, chunks)  # for equal load
+    # Number of keys that the lanes before the last can see.
+    early = key.shape[1] - length + (lanes - 1) * chunks // lanes * CHUNK
+    key_tensors = key, value, term
+    summed = [part.new_zeros(part.shape, dtype=torch.float32) for part in key_tensors]
     earlier = [
-        part.new_zeros(lanes - 1, *part[:, :early].shape, dtype=torch.float32) for part in kept
+        part.new_zeros(lanes - 1, *part[:, :early].shape, dtype=torch.float32)
+        for part in key_tensors
     ]
-    own = [torch.zeros_like(query), torch.zeros_like(table)]
-    given = [_by_token(part) for part in (out_BHTK, lse_BHT, grad_BHTK, grad_lse_BHT)]
+    query_grads = [torch.zeros_like(query), torch.zeros_like(table)]
+    results = [_by_token(part) for part in (out_BHTK, lse_BHT, grad_BHTK, grad_lse_BHT)]
     _call(
-        [*arrays, *given[:2]],
+        [*arrays, *results[:2]],
         intervals,
-        [*given[2:], *own, *summed, *earlier],
+        [*results[2:], *query_grads, *summed, *earlier],
         windows,
         scale,
         True,
@@ -343,5 +350,5 @@ def backward(
     for part, of_lanes in zip(summed, earlier, strict=True):
         for of_lane in of_lanes:
             part[:, :early] += of_lane
-    grads = own[0], *summed[:2], own[1], summed[2]
+    grads = query_grads[0], *summed[:2], query_grads[1], summed[2]
     return tuple(part.transpose(1, 2) for part in grads)

@@ -1,9 +1,9 @@
-"""Attention over intervals with torch's own operators and static shapes: the path of a GPU, and of
-any dtype.
+"""Attention over intervals with torch's own operators and static shapes: the path for GPUs and for
+every dtype.
 
-One pass for each of a query's intervals. A tile holds up to `QUERIES` queries whose intervals end
-within the same `SPAN` places, so its keys lie in one stretch of fixed length. How many tiles each
-span needs depends on the data, but their total does not, up to a known bound; what is left over is
+It makes one pass for each of a query's intervals. A tile holds up to `QUERIES` queries whose
+intervals end within the same `SPAN` places, so its keys lie in one range of fixed length. The
+number of tiles per span depends on the data, but their total has a known bound; unused entries are
 masked.
 """
 
@@ -18,7 +18,7 @@ from deepseek.kernels.lsh.intervals import Intervals, Windows
 
 QUERIES = 64
 SPAN = 64
-SLAB = 1 << 24  # scores held at once
+SLAB = 1 << 24  # maximum number of scores in memory
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """Queries, keys, values, and table and terms of the bias (see `attention._Attention`) or None."""
@@ -26,8 +26,13 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Tiles:
-    """Some tiles of one pass: rows of queries `[t, m]` and of keys `[t, w]`, counted over B, H, T
-    and B, G, S; the mask says who sees whom."""
+    """Some tiles of one pass.
+
+    Attributes:
+        rows_tm: rows of queries, numbered over B, H, T.
+        keys_tw: rows of keys, numbered over B, G, S.
+        mask_tmw: True where a query attends to a key.
+    """
 
     rows_tm: Tensor
     keys_tw: Tensor
@@ -35,7 +40,7 @@ class Tiles:
 
 
 def _passes(intervals: Intervals, windows: Windows) -> Iterator[Iterator[Tiles]]:
-    """The passes over all heads."""
+    """Yield the passes, each over all heads."""
     batch, groups, places = intervals.order_BGZ.shape
     total = intervals.rank_BS.shape[1]
     offset_BG1 = torch.arange(batch * groups, device=intervals.order_BGZ.device).view(
@@ -56,41 +61,42 @@ def _passes(intervals: Intervals, windows: Windows) -> Iterator[Iterator[Tiles]]
         window = windows.local if i == 0 else windows.bucket if (i - 1) % a_round else windows.sinks
         tiles = _tiles(*limits(i), min(window, places), keys)
         for r in range((i - 1) // a_round if i else 0):
-            there = (intervals.place_BGRS[:, :, r] + offset_BG1 * places).flatten()
-            found = [limits(1 + r * a_round + n) for n in range(a_round)]
-            tiles = _leave_out(tiles, there, found)
+            places_N = (intervals.place_BGRS[:, :, r] + offset_BG1 * places).flatten()
+            earlier_limits = [limits(1 + r * a_round + n) for n in range(a_round)]
+            tiles = _leave_out(tiles, places_N, earlier_limits)
         yield tiles
 
 
 def _leave_out(
-    tiles: Iterator[Tiles], there_S: Tensor, found: list[tuple[Tensor, Tensor]]
+    tiles: Iterator[Tiles], places_S: Tensor, earlier_limits: list[tuple[Tensor, Tensor]]
 ) -> Iterator[Tiles]:
-    """Yield the tiles without the keys whose places in an earlier round's part lie in a query's
-    intervals there.
+    """Yield the tiles with those keys masked that an earlier round has found: their places lie in
+    its intervals.
     """
     for tile in tiles:
         mask_tmw = tile.mask_tmw
-        rows_tm1 = tile.rows_tm.clamp(max=len(found[0][0]) - 1)[..., None]
-        there_t1w = there_S[tile.keys_tw][:, None]
-        for start_N, stop_N in found:
+        rows_tm1 = tile.rows_tm.clamp(max=len(earlier_limits[0][0]) - 1)[..., None]
+        places_t1w = places_S[tile.keys_tw][:, None]
+        for start_N, stop_N in earlier_limits:
             mask_tmw = mask_tmw & (
-                (there_t1w < start_N[rows_tm1]) | (there_t1w >= stop_N[rows_tm1])
+                (places_t1w < start_N[rows_tm1]) | (places_t1w >= stop_N[rows_tm1])
             )
         yield replace(tile, mask_tmw=mask_tmw)
 
 
 def _tiles(start_N: Tensor, stop_N: Tensor, window: int, keys_P: Tensor) -> Iterator[Tiles]:
-    """The tiles of one pass, as many at a time as `SLAB` scores allow; `window` is the length of an
-    interval.
+    """Yield the tiles of one pass, as many at a time as `SLAB` allows; `window` is the maximum
+    length of an interval.
     """
     span_N, order_N = ((stop_N - 1).clamp(min=0) // SPAN).sort(stable=True)
     spans = torch.arange(len(keys_P) // SPAN + 1, device=start_N.device)
-    first = torch.searchsorted(span_N, spans)  # of each span, in sorted rows
+    first = torch.searchsorted(span_N, spans)  # first sorted row of each span
     needed = (torch.searchsorted(span_N, spans, right=True) - first + QUERIES - 1) // QUERIES
     tile_of_span = needed.cumsum(0) - needed
     rank_N = torch.arange(len(span_N), device=span_N.device) - first[span_N]
     total = len(start_N) // QUERIES + len(spans)
-    rows = order_N.new_full((total * QUERIES,), len(start_N))  # one past the last row: nobody
+    # One past the last row marks an unused entry.
+    rows = order_N.new_full((total * QUERIES,), len(start_N))
     rows[tile_of_span[span_N] * QUERIES + rank_N] = order_N
     rows_TM = rows.view(total, QUERIES)
     span_T = (
@@ -110,13 +116,13 @@ def _tiles(start_N: Tensor, stop_N: Tensor, window: int, keys_P: Tensor) -> Iter
 
 
 def _rows(x_BHT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the rows `[B * H * T + 1, ...]`, the last one of zeros for nobody."""
+    """Return the rows `[B * H * T + 1, ...]`; the last one is zeros, for unused entries."""
     rows = x_BHT.flatten(0, 2).to(dtype)
     return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
 
 
 class _Bias:
-    """What is added to the scores of tiles, and its gradients."""
+    """The bias of the scores of tiles, and its gradients."""
 
     def __init__(self, table_BHTN: Tensor, term_BHS: Tensor, rank_BS: Tensor) -> None:
         (_, self.heads, self.length, _), self.total = table_BHTN.shape, term_BHS.shape[2]
@@ -127,33 +133,33 @@ class _Bias:
         self.grad_terms = torch.zeros_like(self.terms)
 
     def _find(self, tile: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each pair's bucket of distance `[t, m, w]`, and where the terms of its key and its
-        query are.
+        """Return each pair's bucket of distance `[t, m, w]`, and the indices of the terms of its
+        key and its query.
         """
         row_tm1 = tile.rows_tm.clamp(max=len(self.rows) - 2)[..., None]
         head_tm1 = row_tm1 // self.length
         key_t1w = tile.keys_tw[:, None] % self.total
-        own_tm1 = self.total - self.length + row_tm1 % self.length
+        query_tm1 = self.total - self.length + row_tm1 % self.length
         text_tm1 = head_tm1 // self.heads
         distance_tmw = (
-            self.ranks[text_tm1 * self.total + own_tm1]
+            self.ranks[text_tm1 * self.total + query_tm1]
             - self.ranks[text_tm1 * self.total + key_t1w]
         )
         return (
             distance_buckets(distance_tmw),
             head_tm1 * self.total + key_t1w,
-            head_tm1 * self.total + own_tm1,
+            head_tm1 * self.total + query_tm1,
         )
 
     def of(self, tile: Tiles) -> Tensor:
         """Return the bias `[t, m, w]`."""
-        bucket_tmw, key_tmw, own_tm1 = self._find(tile)
+        bucket_tmw, key_tmw, query_tm1 = self._find(tile)
         return self.rows[tile.rows_tm].gather(-1, bucket_tmw) + (
-            self.terms[key_tmw] - self.terms[own_tm1]
+            self.terms[key_tmw] - self.terms[query_tm1]
         )
 
     def collect(self, grad_tmw: Tensor, tile: Tiles) -> None:
-        """Add up gradients; that of nobody's scores is zero."""
+        """Accumulate gradients; those of unused entries are zero."""
         bucket_tmw, key_tmw, _ = self._find(tile)
         grad_tmN = grad_tmw.new_zeros(*tile.rows_tm.shape, self.rows.shape[1])
         self.grad_rows[tile.rows_tm] += grad_tmN.scatter_add_(-1, bucket_tmw, grad_tmw)
@@ -161,6 +167,7 @@ class _Bias:
 
 
 def _bias(inputs: Inputs, intervals: Intervals) -> _Bias | None:
+    """Return the bias of the inputs, if any."""
     table, term = inputs[3:]
     return None if table is None or term is None else _Bias(table, term, intervals.rank_BS)
 
@@ -170,6 +177,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return attention `[B, H, T, K]` and the logarithm of its denominator `[B, H, T]`, both at
     least in fp32.
+
+    Args:
+        inputs: queries, keys, values and bias.
+        intervals: the candidates of each query.
+        windows: sizes of the windows.
+        scale: factor of the scores.
     """
     query_BHTK, key_BGSK, value_BGSK, *_ = inputs
     wide = torch.promote_types(query_BHTK.dtype, torch.float32)
@@ -196,6 +209,7 @@ def forward(
 
 
 def _scores(query: Tensor, key: Tensor, tile: Tiles, scale: float, bias: _Bias | None) -> Tensor:
+    """Return the scores of a tile, with their bias."""
     scores = (query[tile.rows_tm] @ key[tile.keys_tw].mT).to(
         torch.promote_types(query.dtype, torch.float32)
     ) * scale
@@ -212,7 +226,14 @@ def backward(
     windows: Windows,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of all inputs, of both parts of the bias only where there is one."""
+    """Return the gradients of all inputs; None for the two parts of the bias if there is none.
+
+    Args:
+        grad_BHTK: gradient of the attended values.
+        grad_lse_BHT: gradient of the logarithms of the denominators.
+        inputs, intervals, windows, scale: as in `forward`.
+        out_BHTK, lse_BHT: results of `forward`.
+    """
     query_BHTK, key_BGSK, value_BGSK, table, term = inputs
     dtype = query_BHTK.dtype
     wide = out_BHTK.dtype
@@ -237,9 +258,9 @@ def backward(
                 bias.collect(grad_scores, tile)
             weights = weights.to(dtype)
             grad_scores = (grad_scores * scale).to(dtype)
-            grad_query[rows] += (grad_scores @ key[keys]).to(
-                wide
-            )  # a query has one row a pass; nobody's gets zeros
+            # A query occurs once per pass, so indices do not collide, except those of unused
+            # entries, which add zeros.
+            grad_query[rows] += (grad_scores @ key[keys]).to(wide)
             grad_key.index_add_(
                 0, keys.flatten(), (grad_scores.mT @ query[rows]).to(wide).flatten(0, 1)
             )

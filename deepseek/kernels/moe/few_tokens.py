@@ -1,9 +1,9 @@
-"""The experts of a mixture when each has only a few tokens: bound by reading the weights, so they
-are read once.
+"""Mixture of experts for few tokens per expert: bound by reading the weights, so they are read
+once.
 
-The kernel walks over the weight rows of every expert that has tokens and holds each row against all
-of them. bf16 rows are widened in registers. Threads split the rows, never the tokens, so no two of
-them write to the same place.
+The kernel iterates over the weight rows of every expert with tokens and multiplies each row by all
+of them. bf16 rows are converted in registers. The threads split the rows, not the tokens, so no two
+of them write to the same place.
 """
 
 from functools import cache
@@ -19,7 +19,9 @@ from deepseek.kernels.numba.primitives import barrier, share, sigmoid, widen
 
 @njit(fastmath=True)
 def _sort(ids_S, order_S, ends_E):  # type: ignore[no-untyped-def]
-    """Counting sort of the slots by expert."""
+    """Sort the slots by expert (counting sort); `ends_E` receives the end of each expert's
+    slots.
+    """
     ends_E[:] = 0
     num_experts = len(ends_E)
     for s in range(len(ids_S)):
@@ -40,6 +42,7 @@ def _sort(ids_S, order_S, ends_E):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _dot1(row, a):  # type: ignore[no-untyped-def]
+    """Return the dot product of a weight row and a vector."""
     s = np.float32(0)
     for i in range(len(row)):
         s += widen(row[i]) * a[i]
@@ -48,6 +51,7 @@ def _dot1(row, a):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _dot4(row, a, b, c, d):  # type: ignore[no-untyped-def]
+    """Return the dot products of a weight row and four vectors."""
     s = np.float32(0)
     t = np.float32(0)
     u = np.float32(0)
@@ -63,7 +67,7 @@ def _dot4(row, a, b, c, d):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _rows(row, x, tokens, start, stop, out):  # type: ignore[no-untyped-def]
-    """Set `out[j]` to the product of `row` with token `tokens[start + j]` of x."""
+    """Set `out[j]` to the dot product of `row` and token `tokens[start + j]` of x."""
     s = start
     while s + 4 <= stop:
         j = s - start
@@ -78,7 +82,7 @@ def _rows(row, x, tokens, start, stop, out):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, gate, up):  # type: ignore[no-untyped-def]
-    """Fill columns first to last - 1 of the gate and up projections and of the weighted hidden
+    """Compute columns first to last - 1 of the gate and up projections and of the weighted hidden
     values.
     """
     width = gate_up.shape[1] // 2
@@ -100,7 +104,7 @@ def _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, gate,
 
 @njit(fastmath=True)
 def _combine(hidden, down, slots, tokens, ends, y, first, last, out):  # type: ignore[no-untyped-def]
-    """Fill columns first to last - 1 of y."""
+    """Compute columns first to last - 1 of y."""
     y[:, first:last] = 0
     start = 0
     for e in range(len(ends)):
@@ -115,8 +119,8 @@ def _combine(hidden, down, slots, tokens, ends, y, first, last, out):  # type: i
 
 @njit(fastmath=True)
 def sorted_slots(ids, slot_weights, ends):  # type: ignore[no-untyped-def]
-    """Return slot number, token and weight of the slots in use, sorted by expert, and fill `ends`
-    per expert.
+    """Return slot number, token and weight of the slots in use, sorted by expert; `ends` receives
+    each expert's end.
     """
     slots = ids.size
     num_slots = ids.shape[1]
@@ -156,11 +160,15 @@ def forward(
     weights_NA: Tensor,
     proj_SP: Tensor | None,
 ) -> Tensor:
-    """Return y `[N, D]` in fp32, and fill `proj_SP` with the gate and up projections of the slots
-    sorted by expert.
+    """Return y `[N, D]` in fp32.
 
-    x, the weights of the slots and `proj_SP` are fp32, the expert weights fp32 or bf16, all
-    contiguous.
+    All tensors are contiguous. x, the weights of the slots and `proj_SP` are fp32; the experts'
+    weights are fp32 or bf16.
+
+    Args:
+        x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA: see `grouped_mm.mix_experts`.
+        proj_SP: receives the gate and up projections of the slots sorted by expert; None discards
+            them.
     """
     proj_SP = x_ND.new_empty(ids_NA.numel(), gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
     y_ND = torch.empty_like(x_ND)

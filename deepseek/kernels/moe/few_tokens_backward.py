@@ -1,5 +1,5 @@
-"""The backward pass of `few_tokens`: each weight row is read once and its gradient written once, in
-the same visit.
+"""Backward pass of `few_tokens`: reads each weight row once and writes its gradient at the same
+time.
 """
 
 from functools import cache
@@ -16,13 +16,14 @@ from deepseek.kernels.numba.primitives import barrier, narrow, share, sigmoid, t
 
 @njit(fastmath=True)
 def _add4(a, b, c, d, p, q, r, s, out):  # type: ignore[no-untyped-def]
+    """Add four weighted rows to `out`."""
     for i in range(len(out)):
         out[i] += a * widen(p[i]) + b * widen(q[i]) + c * widen(r[i]) + d * widen(s[i])
 
 
 @njit(fastmath=True)
 def _rows_back(scales, s, k, rows, first, last, out):  # type: ignore[no-untyped-def]
-    """Add to `out` four weight rows from k on, columns first to last - 1, each times its scale for
+    """Add four weight rows from k on, columns first to last - 1, to `out`, each times its scale for
     slot s.
     """
     _add4(
@@ -40,25 +41,24 @@ def _rows_back(scales, s, k, rows, first, last, out):  # type: ignore[no-untyped
 
 @njit(fastmath=True)
 def _outer(scales, j, vectors, rows, span, columns, row, out):  # type: ignore[no-untyped-def]
-    """Set the gradient `out` of a weight row to the sum over slots s in `span` of
-    `scales[s, j] * vectors[rows[s]]`.
+    """Set the gradient `out` of a weight row to the sum over slots s in `span` of `scales[s, j] *
+    vectors[rows[s]]`.
 
-    Columns are cut here, row by row: a row of a cut matrix counts as strided, and loops over it are
-    not vectorised.
+    Columns are sliced row by row, because numba treats a row of a sliced matrix as strided and does
+    not vectorise loops over it.
     """
-    (start, stop), (c, d), none = span, columns, np.float32(0)
+    (start, stop), (c, d), zero = span, columns, np.float32(0)
     row[:] = 0
-    for s in range(
-        start, stop, 4
-    ):  # the last time one to four are left; missing ones weigh nothing
+    # The last iteration has one to four slots; those that are missing get a scale of zero.
+    for s in range(start, stop, 4):
         t = min(s + 1, stop - 1)
         u = min(s + 2, stop - 1)
         v = min(s + 3, stop - 1)
         _add4(
             scales[s, j],
-            scales[t, j] if t > s else none,
-            scales[u, j] if u > t else none,
-            scales[v, j] if v > u else none,
+            scales[t, j] if t > s else zero,
+            scales[u, j] if u > t else zero,
+            scales[v, j] if v > u else zero,
             vectors[rows[s], c:d],
             vectors[rows[t], c:d],
             vectors[rows[u], c:d],
@@ -71,7 +71,7 @@ def _outer(scales, j, vectors, rows, span, columns, row, out):  # type: ignore[n
 
 @njit(fastmath=True)
 def _activate(weights, proj, hidden, grad_hidden, start, stop, first):  # type: ignore[no-untyped-def]
-    """Set the weighted hidden values of an expert's slots again, and their gradient to zero."""
+    """Recompute the weighted hidden values of an expert's slots, and set their gradient to zero."""
     width = proj.shape[1] // 2
     for s in range(start, stop):
         for f in range(hidden.shape[1]):
@@ -82,7 +82,9 @@ def _activate(weights, proj, hidden, grad_hidden, start, stop, first):  # type: 
 
 @njit(fastmath=True)
 def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, grad_weights):  # type: ignore[no-untyped-def]
-    """Set the gradients of the gate and up projections, and add to those of the slots' weights."""
+    """Compute the gradients of the gate and up projections, and add to those of the slots'
+    weights.
+    """
     one = np.float32(1)
     width = proj.shape[1] // 2
     for s in range(start, stop):
@@ -101,8 +103,8 @@ def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, g
 
 @njit(fastmath=True)
 def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_weights, first, last):  # type: ignore[no-untyped-def]
-    """Columns first to last - 1 of the hidden values: their gradients, and that of the down
-    projection.
+    """Compute the gradients of hidden columns first to last - 1, and those columns of the down
+    projection's gradient.
     """
     slots = len(tokens)
     width = last - first
@@ -121,7 +123,7 @@ def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_we
                     scales[s] = grad[tokens[s], d : d + 4]
                     _rows_back(scales, s, d, down[e], first, last, grad_hidden[s])
                 if len(grad_down):
-                    mine = grad_down[e]
+                    expert_grad = grad_down[e]
                     for j in range(4):
                         _outer(
                             scales,
@@ -131,7 +133,7 @@ def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_we
                             (start, stop),
                             (0, width),
                             row,
-                            mine[d + j, first:last],
+                            expert_grad[d + j, first:last],
                         )
             _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, grad_weights)
         start = stop
@@ -139,7 +141,9 @@ def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_we
 
 @njit(fastmath=True)
 def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, last):  # type: ignore[no-untyped-def]
-    """Columns first to last - 1 of x: their gradients, and that of the gate and up projections."""
+    """Compute the gradients of columns first to last - 1 of x, and those columns of the gate and up
+    projections' gradient.
+    """
     row = np.empty(last - first, np.float32)
     scales = np.empty((len(tokens), 4), np.float32)
     start = 0
@@ -152,7 +156,7 @@ def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, l
                     scales[s] = grad_proj[s, p : p + 4]
                     _rows_back(scales, s, p, gate_up[e], first, last, grad_x[tokens[s], first:last])
                 if len(grad_gate_up):
-                    mine = grad_gate_up[e]
+                    expert_grad = grad_gate_up[e]
                     for j in range(4):
                         _outer(
                             scales,
@@ -162,7 +166,7 @@ def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, l
                             (start, stop),
                             (first, last),
                             row,
-                            mine[p + j, first:last],
+                            expert_grad[p + j, first:last],
                         )
         start = stop
 
@@ -184,11 +188,11 @@ def _run(  # type: ignore[no-untyped-def]
 ):
     ends = np.empty(len(down), np.int64)
     order, tokens, weights = sorted_slots(ids, slot_weights, ends)
-    mine = np.zeros(ids.size, np.float32)
+    partial_grads = np.zeros(ids.size, np.float32)
     first, last = share(down.shape[2])
-    _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, mine, first, last)
+    _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, partial_grads, first, last)
     for s in range(ends[len(ends) - 1]):
-        grad_weights[thread_number(), order[s]] = mine[s]
+        grad_weights[thread_number(), order[s]] = partial_grads[s]
     barrier()
     first, last = share(x.shape[1])
     _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, last)
@@ -200,10 +204,13 @@ def _kernel(kinds: str) -> int:
 
 
 def untouched_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return zeros whose memory the system hands out page by page when it is first written.
+    """Return zeros whose memory the system allocates page by page at the first write.
 
-    The gradients of experts that no token went to then cost nothing; `torch.zeros` would write them
-    all.
+    The gradients of experts without tokens then cost nothing; `torch.zeros` would write them all.
+
+    Args:
+        shape: shape of the tensor.
+        dtype: fp32 or bf16.
     """
     return torch.from_numpy(
         np.zeros(shape, np.float32 if dtype == torch.float32 else np.uint16)
@@ -220,8 +227,14 @@ def backward(
     proj_SP: Tensor,
     train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, gate_up and down (empty unless `train_experts`), and the slots'
-    weights.
+    """Return the gradients of x, gate_up and down (both empty unless `train_experts`) and the
+    slots' weights.
+
+    Args:
+        grad_ND: gradient of y.
+        x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA: inputs of `few_tokens.forward`.
+        proj_SP: the projections that it computed.
+        train_experts: whether to compute the gradients of the experts' weights.
     """
     grad_x = torch.empty_like(x_ND)
     grad_proj = torch.empty_like(proj_SP)

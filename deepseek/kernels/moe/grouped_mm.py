@@ -1,11 +1,11 @@
-"""The experts of a mixture: each token through its own few feed-forward networks.
+"""Mixture of experts: each token passes through the few feed-forward networks that it is routed to.
 
-`mix_experts` is the one entry. `mix_experts_reference` says what it computes; the equivalence test
-holds them together. Expert ids equal to E mark slots that take no part.
+`mix_experts` is the entry point. `mix_experts_reference` defines the result; the equivalence test
+compares them. An expert id of E marks an idle slot.
 
-On a processor slots are sorted by expert, with one matrix product per expert and projection, and an
-expert's rows are gathered and multiplied while they are in the cache. Where bf16 products are
-emulated, an expert's weights are widened to fp32 just before use.
+On a CPU, slots are sorted by expert, with one matrix product per expert and projection; an expert's
+rows are gathered and multiplied while they are in the cache. Where bf16 products are emulated, an
+expert's weights are converted to fp32 just before use.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ from deepseek.kernels.numba import openmp
 def mix_experts_reference(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """Return `y_n = sum over slots a of weights[n, a] * E_{ids[n, a]}(x_n)`, `[N, D]`, one expert
-    after the other.
+    """Return `y_n = sum over slots a of weights[n, a] * E_{ids[n, a]}(x_n)`, `[N, D]`, computed one
+    expert after the other.
     """
     y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, weights_NA.dtype))
     for expert in range(len(down_EDF)):
@@ -36,8 +36,9 @@ def mix_experts_reference(
 def mix_experts_grouped(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """The same as two grouped matrix products with static shapes and no device-to-host copy: the
-    path of a GPU.
+    """Compute `mix_experts` as two grouped matrix products, the path for GPUs.
+
+    Shapes are static, and nothing is copied from the device to the host.
     """
     num_experts = len(down_EDF)
     num_slots = ids_NA.shape[1]
@@ -46,8 +47,8 @@ def mix_experts_grouped(
         ids_S, torch.arange(num_experts, device=ids_S.device), right=True
     ).int()
     idle_S1 = (ids_S == num_experts)[:, None]
-    # grouped_mm leaves rows past the last end uninitialised, in its gradients too, and NaN times 0
-    # is NaN: so each of its inputs and outputs is masked.
+    # grouped_mm leaves rows past the last end uninitialised, in its gradients too. Weights of 0 do
+    # not help, because NaN times 0 is NaN, so each of its inputs and outputs is masked.
     x_SD = x_ND[order_S // num_slots].to(gate_up_E2FD.dtype).masked_fill(idle_S1, 0)
     gate, up = (
         grouped_mm(x_SD, gate_up_E2FD.mT, offs=ends_E).masked_fill(idle_S1, 0).chunk(2, dim=-1)
@@ -65,8 +66,9 @@ def mix_experts_grouped(
 def mix_experts_everywhere(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """The same with every expert at every token, in plain products: what a graph for other runtimes
-    can hold.
+    """Compute `mix_experts` by applying every expert to every token.
+
+    It consists of plain products, which exported graphs can represent.
     """
     weights_NE = weights_NA.new_zeros(x_ND.shape[0], len(down_EDF) + 1).scatter_add(
         1, ids_NA, weights_NA
@@ -78,14 +80,14 @@ def mix_experts_everywhere(
 def mix_experts(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """Return each token's weighted sum of expert outputs by the fastest way on its device.
+    """Return each token's weighted sum of expert outputs, by the fastest path on its device.
 
     Args:
         x_ND: tokens `[N, D]`.
         gate_up_E2FD: gate and up projections `[E, 2F, D]`, the gate's rows first.
         down_EDF: down projections `[E, D, F]`.
-        ids_NA: expert of each slot `[N, A]`, E where the slot takes no part; an expert at most once
-            a token.
+        ids_NA: expert of each slot `[N, A]`, E for an idle slot; a token has an expert at most
+            once.
         weights_NA: weight of each slot, fp32 `[N, A]`.
 
     Returns:
@@ -98,19 +100,19 @@ def mix_experts(
     return mix_experts_sorted(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA)
 
 
-# Up to this many slots per expert, on average, reading the weights takes longer than the arithmetic
-# on them.
+# Up to this many slots per expert, on average, reading the weights takes longer than the
+# arithmetic.
 FEW = 8
-# Pools below this number of parameters are not worth the seconds that compiling a kernel takes the
-# first time.
+# Expert pools with fewer parameters are not worth the seconds that compiling a kernel takes at its
+# first use.
 SMALL = 1 << 18
 
 
 def mix_experts_sorted(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> Tensor:
-    """The same with the slots sorted by expert, in compiled kernels where they are faster: the path
-    of a processor.
+    """Compute `mix_experts` with the slots sorted by expert, in compiled kernels where they are
+    faster: the path for CPUs.
     """
     tensors = (x_ND, gate_up_E2FD, down_EDF, weights_NA)
     if torch.compiler.is_compiling() or (
@@ -122,8 +124,10 @@ def mix_experts_sorted(
 
 
 def _is_slow(gate_up_E2FD: Tensor, ids_NA: Tensor) -> bool:
-    """Whether grouped products train these experts faster: where bf16 products are native, widening
-    weights is not.
+    """Whether grouped products are faster than the CPU path for training these experts.
+
+    They are where bf16 products are native, because the kernels for few tokens convert the weights
+    to fp32.
     """
     native = gate_up_E2FD.dtype == torch.bfloat16 and has_bfloat16()
     trained = torch.is_grad_enabled() and gate_up_E2FD.requires_grad
@@ -131,11 +135,12 @@ def _is_slow(gate_up_E2FD: Tensor, ids_NA: Tensor) -> bool:
 
 
 def _has_few_tokens(ids_NA: Tensor, num_experts: int) -> bool:
+    """Whether the experts have so few tokens that reading their weights dominates."""
     return ids_NA.numel() <= FEW * num_experts
 
 
 def _has_kernel(ids_NA: Tensor, *weights: Tensor) -> bool:
-    """Whether a compiled kernel can take these weights, four rows at a time, and be faster than
+    """Whether a compiled kernel supports these weights, four rows at a time, and is faster than
     torch's operators.
     """
     dtypes = (torch.float32, torch.bfloat16)
@@ -152,19 +157,20 @@ def _has_kernel(ids_NA: Tensor, *weights: Tensor) -> bool:
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the matrix products for inputs of `dtype`."""
     return dtype if dtype in (torch.float32, torch.float64) else fast_dtype("cpu")
 
 
 def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the projections kept for the backward pass: at least fp32, whichever way computed
-    them.
+    """Return the dtype of the projections saved for the backward pass: at least fp32 on every
+    path.
     """
     return torch.promote_types(dtype, torch.float32)
 
 
 def _segments(ids_NA: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Return the slots sorted by expert `[N * A]`, and (expert, start, stop) of every expert that
-    has any.
+    """Return the slots sorted by expert `[N * A]`, and (expert, start, stop) of every expert with
+    slots.
     """
     ids_S = ids_NA.flatten()
     counts = torch.bincount(ids_S, minlength=num_experts)[:num_experts]
@@ -181,8 +187,8 @@ def _forward(
     weights_NA: Tensor,
     proj_SP: Tensor | None,
 ) -> Tensor:
-    """Return y `[N, D]`; where `proj_SP` is given, fill it with the gate and up projections of the
-    sorted slots.
+    """Return y `[N, D]`; fill `proj_SP`, if any, with the gate and up projections of the sorted
+    slots.
     """
     if _has_kernel(ids_NA, gate_up_E2FD, down_EDF):
         return _forward_compiled(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP)
@@ -203,13 +209,12 @@ def _forward(
 def _combine(
     out_SD: Tensor, order_S: Tensor, segments: list[tuple[int, int, int]], weights_NA: Tensor
 ) -> Tensor:
-    """Return each token's weighted sum `[N, D]` of its slots' rows, which lie by expert, the idle
-    ones last.
+    """Return each token's weighted sum `[N, D]` over the rows of its slots, which are sorted by
+    expert, idle ones last.
     """
     out_SD[segments[-1][2] if segments else 0 :] = 0
     back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
-    # Adding an expert's rows to their tokens, `index_add_`, takes ten times as long as this product
-    # does.
+    # `index_add_` of the experts' rows takes ten times as long as this product.
     return (weights_NA[:, None].to(out_SD.dtype) @ out_SD[back_S].unflatten(0, weights_NA.shape))[
         :, 0
     ]
@@ -223,10 +228,8 @@ def _forward_compiled(
     weights_NA: Tensor,
     proj_SP: Tensor | None,
 ) -> Tensor:
-    from deepseek.kernels.moe import (
-        few_tokens,
-        many_tokens,
-    )  # they import numba, which nothing else needs
+    # Imported here because they import numba, which nothing else needs.
+    from deepseek.kernels.moe import few_tokens, many_tokens
 
     kernel = few_tokens if _has_few_tokens(ids_NA, len(down_EDF)) else many_tokens
     x = x_ND.float().contiguous()
@@ -239,7 +242,7 @@ def _forward_compiled(
 def _mix_op(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ids_NA: Tensor, weights_NA: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return y and the gate and up projections `[N * A, 2F]` that the backward pass needs."""
+    """Return y, and the gate and up projections `[N * A, 2F]` for the backward pass."""
     proj_SP = torch.empty(ids_NA.numel(), gate_up_E2FD.shape[1], dtype=_saved_dtype(x_ND.dtype))
     return _forward(x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP), proj_SP
 
@@ -263,7 +266,9 @@ def _backward_op(
     proj_SP: Tensor,
     train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, the projections (empty unless `train_experts`) and the weights."""
+    """Return the gradients of x, of the projections (empty unless `train_experts`) and of the
+    weights.
+    """
     if _has_kernel(ids_NA, gate_up_E2FD, down_EDF):
         return _backward_compiled(
             grad_ND, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, proj_SP, train_experts
@@ -311,7 +316,7 @@ def _backward_compiled(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from deepseek.kernels.moe import few_tokens_backward, many_tokens
 
-    # Gradients of weights take more arithmetic than reading the weights takes time.
+    # With gradients of the weights, the arithmetic dominates, and `many_tokens` uses BLAS for it.
     products = (
         train_experts and len(ids_NA) > 1 and down_EDF.dtype == torch.float32 and openmp.has_sgemm()
     )
@@ -325,7 +330,7 @@ def _backward_compiled(
 
 
 def _swiglu_backward(proj: Tensor, grad_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hidden values `silu(gate) * up` and the gradient of the gate and up
+    """Return the hidden values `silu(gate) * up`, and the gradient of the gate and up
     projections.
     """
     gate, up = proj.chunk(2, dim=-1)

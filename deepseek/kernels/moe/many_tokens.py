@@ -1,11 +1,10 @@
-"""The experts of a mixture when each has many tokens, forward and backward, each in one parallel
-region.
+"""Mixture of experts for many tokens per expert; forward and backward are one parallel region each.
 
-The slots, sorted by expert, are cut into equal shares, one a thread; so threads finish together
-however uneven the experts' loads are. A thread takes its share piece by piece through gather,
-product, activation and product, all in its own cache, calling torch's BLAS on one thread. Calling
-torch's operators instead would start and join all threads at each of them. Backward, threads take
-whole experts, so that each weight gradient has one writer.
+The slots, sorted by expert, are divided into equal shares, one for each thread, so that the threads
+finish together even if the experts' loads are uneven. A thread processes its share in pieces
+through gather, product, activation and product, all in its own cache, with single-threaded calls of
+torch's BLAS. Torch's operators would start and join all threads for each of these stages. In the
+backward pass, a thread processes whole experts, so that each weight gradient has one writer.
 """
 
 from functools import cache
@@ -28,12 +27,13 @@ from deepseek.kernels.numba.primitives import (
     widen,
 )
 
-PIECE = 256  # rows that a thread takes at once: gathered rows and projections stay in a cache of a megabyte or two
+# Maximum number of rows in a piece; gathered rows and projections then stay in a cache of 1-2 MB.
+PIECE = 256
 
 
 @njit
 def wide(matrix, buffer):  # type: ignore[no-untyped-def]
-    """Return `matrix` as fp32 in `buffer`."""
+    """Convert `matrix` to fp32 in `buffer`; return `buffer`."""
     for i in range(matrix.shape[0]):
         for j in range(matrix.shape[1]):
             buffer[i, j] = widen(matrix[i, j])
@@ -42,7 +42,7 @@ def wide(matrix, buffer):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True)
 def _piece(x, gate_up, down, tokens, weights, proj, rows, hidden, out, start, stop):  # type: ignore[no-untyped-def]
-    """Rows start to stop - 1 of the sorted slots, all of one expert."""
+    """Compute rows start to stop - 1 of the sorted slots, all of one expert."""
     width = down.shape[1]
     count = stop - start
     for j in range(count):
@@ -58,28 +58,41 @@ def _piece(x, gate_up, down, tokens, weights, proj, rows, hidden, out, start, st
 
 @njit
 def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out):  # type: ignore[no-untyped-def]
+    """Compute this thread's share of the slots."""
     first, last = share(ends[len(ends) - 1])
     rows = np.empty((PIECE, x.shape[1]), np.float32)
     hidden = np.empty((PIECE, down.shape[2]), np.float32)
-    own = np.empty((PIECE, gate_up.shape[1]), np.float32)
+    scratch_proj = np.empty((PIECE, gate_up.shape[1]), np.float32)
     wide_up = np.empty(gate_up.shape[1:], np.float32)
     wide_down = np.empty(down.shape[1:], np.float32)
     start = first
     for e in range(len(ends)):
         stop = min(ends[e], last)
         if stop > start:
-            up = wide(gate_up[e], wide_up)
-            low = wide(down[e], wide_down)
+            wide_up_proj = wide(gate_up[e], wide_up)
+            wide_down_proj = wide(down[e], wide_down)
         while start < stop:
             end = min(start + PIECE, stop)
-            target = proj[start:end] if len(proj) else own
-            _piece(x, up, low, tokens, weights, target, rows, hidden, out, start, end)
+            target = proj[start:end] if len(proj) else scratch_proj
+            _piece(
+                x,
+                wide_up_proj,
+                wide_down_proj,
+                tokens,
+                weights,
+                target,
+                rows,
+                hidden,
+                out,
+                start,
+                end,
+            )
             start = end
 
 
 @njit(fastmath=True)
 def combine(out, order, used, y, num_slots):  # type: ignore[no-untyped-def]
-    """Add up each token's rows of `out`, this thread's tokens only."""
+    """Sum the rows of `out` that belong to each token, for this thread's tokens."""
     place = np.full(len(order), -1, np.int64)
     for s in range(used):
         place[order[s]] = s
@@ -114,18 +127,20 @@ def forward(
     weights_NA: Tensor,
     proj_SP: Tensor | None,
 ) -> Tensor:
-    """See `few_tokens.forward`; without `proj_SP` the projections are not kept."""
+    """Do what `few_tokens.forward` does; if `proj_SP` is None, the projections are not stored."""
     y_ND = torch.empty_like(x_ND)
     out_SD = x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
-    kept_SP = x_ND.new_empty(0, gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
-    launch(_kernel, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, kept_SP, out_SD)
+    stored_SP = x_ND.new_empty(0, gate_up_E2FD.shape[1]) if proj_SP is None else proj_SP
+    launch(_kernel, x_ND, gate_up_E2FD, down_EDF, ids_NA, weights_NA, y_ND, stored_SP, out_SD)
     return y_ND
 
 
 @njit(fastmath=True)
 def _through_swiglu(weights, proj, hidden, grad_hidden, grad_proj, grad_weights):  # type: ignore[no-untyped-def]
-    """From the gradient of the unweighted hidden values to those of projections and weights; hidden
-    is weighted.
+    """Compute the gradients of projections and slot weights from that of the unweighted hidden
+    values.
+
+    `hidden` receives the weighted hidden values.
     """
     one = np.float32(1)
     width = hidden.shape[1]
@@ -149,7 +164,9 @@ def _through_swiglu(weights, proj, hidden, grad_hidden, grad_proj, grad_weights)
 def _experts(  # type: ignore[no-untyped-def]
     grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate_up, grad_down, grad_weights
 ):
-    """The experts whose middle slot lies in this thread's share of the slots."""
+    """Compute the gradients of the experts whose middle slot lies in this thread's share of the
+    slots.
+    """
     used = ends[len(ends) - 1]
     most = ends[0]
     start = 0
@@ -239,7 +256,7 @@ def backward(
     proj_SP: Tensor,
     train_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `few_tokens_backward.backward`."""
+    """Do what `few_tokens_backward.backward` does."""
     grad_x = torch.empty_like(x_ND)
     out_SD = x_ND.new_empty(ids_NA.numel(), x_ND.shape[1])
     grad_weights = torch.zeros_like(weights_NA).flatten()

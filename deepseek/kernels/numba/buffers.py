@@ -1,9 +1,8 @@
-"""Tables of buffers: the one declaration of what a kernel with many arguments is given.
+"""Tables of buffers: the single declaration of the arguments of a kernel.
 
-A `Table` lists buffers in order, each with its dtype and shape. From it come the arguments that a
-caller hands over (`Table.arguments`, which refuses what does not fit), zeroed memory
-(`Table.zeros`), and the named tuple that the kernel reads (`launch.reader`). So a buffer is added
-by one row.
+A `Table` lists buffers in order, each with its dtype and shape. It defines the arguments that a
+caller passes (`Table.arguments`, which validates them), zeroed memory (`Table.zeros`), and the
+named tuple that the kernel reads (`launch.reader`). So a buffer is added by adding one row.
 """
 
 import math
@@ -18,7 +17,7 @@ import numpy as np
 
 INT64 = np.dtype(np.int64)
 FP32 = np.dtype(np.float32)
-BF16 = np.dtype(np.uint16)  # NumPy has no bf16: the bits of its numbers
+BF16 = np.dtype(np.uint16)  # NumPy has no bf16; arrays hold the bits of the numbers
 
 HUGE = 1 << 21  # bytes of a huge page
 
@@ -27,10 +26,12 @@ Value = int | list[int] | np.ndarray
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """Return zeroed memory `[nbytes]` that begins at a cache line.
+    """Return zeroed memory `[nbytes]`, aligned to a cache line or a huge page.
 
-    NumPy asks Linux for huge pages, whose addresses are found sooner, so what is large begins at
-    one.
+    Large arrays start at a huge page. NumPy asks Linux for huge pages, which reduce TLB misses.
+
+    Args:
+        nbytes: size in bytes.
     """
     unit = 64 if nbytes < HUGE else HUGE
     memory = np.zeros(nbytes + unit, np.uint8)
@@ -40,12 +41,14 @@ def aligned(nbytes: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One row of a table: an array, or a whole number if `shape` is empty.
+    """One row of a table: an array, or an integer if `shape` is empty.
 
     Attributes:
-        shape: names of the extents with a space between; "layers+1" is one more than `layers`, "2"
+        name: name of the field that the kernel reads.
+        dtype: dtype of the elements.
+        shape: names of the extents, separated by spaces; "layers+1" is one more than `layers`, "2"
             is 2.
-        meaning: what the kernel finds there.
+        meaning: description of the content.
     """
 
     name: str
@@ -55,7 +58,7 @@ class Buffer:
 
     @cached_property
     def axes(self) -> list[tuple[str, int]]:
-        """The extent's name and what is added to it, for each axis; a fixed extent has no name."""
+        """Name and increment of the extent of each axis; a fixed extent has the name ""."""
         terms = [axis.partition("+") for axis in self.shape.split()]
         return [
             ("", int(name)) if name.isdecimal() else (name, int(more or 0))
@@ -64,6 +67,7 @@ class Buffer:
 
     @property
     def is_number(self) -> bool:
+        """Whether the buffer is an integer."""
         return not self.axes
 
     def extent(self, extents: Extents) -> tuple[int, ...]:
@@ -72,11 +76,12 @@ class Buffer:
 
 
 class KernelArguments(NamedTuple):
-    """The arguments that one table describes.
+    """The arguments described by one table.
 
     Attributes:
-        numbers: each number, and address and shape of each array, as `launch.reader` reads them.
-        arrays: what the addresses point to, to be kept until the kernel has run.
+        numbers: integers, and the address and shape of each array, in the order that
+            `launch.reader` reads.
+        arrays: the arrays at those addresses; they must stay alive until the kernel has run.
     """
 
     numbers: list[int]
@@ -85,8 +90,11 @@ class KernelArguments(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Buffers in the order in which a kernel is given them; `name` is that of the named tuple it
-    reads.
+    """The buffers of a kernel, in order.
+
+    Attributes:
+        name: name of the named tuple that the kernel reads.
+        buffers: the rows of the table.
     """
 
     name: str
@@ -94,7 +102,7 @@ class Table:
 
     @cached_property
     def form(self) -> Any:
-        """The class of the named tuple."""
+        """Class of the named tuple."""
         return namedtuple(self.name, [buffer.name for buffer in self.buffers])
 
     def zeros(self, extents: Extents) -> dict[str, np.ndarray]:
@@ -107,19 +115,23 @@ class Table:
         return arrays
 
     def arguments(self, values: Mapping[str, Value], extents: Extents) -> KernelArguments:
-        """Return what a kernel is given for `values`, one for each buffer, by its name.
+        """Return the kernel's arguments for the given values.
 
-        Lists of whole numbers are copied into one array, as an array for each would take longer to
-        make.
+        Lists of integers are copied into one common array, which is faster than an array for each.
+
+        Args:
+            values: name of each buffer -> its value.
+            extents: name of each extent -> its size.
 
         Raises:
-            ValueError: a value is missing or unknown, or its dtype or shape is not that of the
-                table.
+            ValueError: a value is missing, unknown or not contiguous, or its dtype or shape differs
+                from the table's.
         """
         if values.keys() != self._names:
             wrong = ", ".join(sorted(values.keys() ^ self._names))
             raise ValueError(
-                f"The values for {self.name} do not have the names of its buffers; they differ in {wrong}."
+                f"The values for {self.name} do not have the names of its buffers; "
+                f"they differ in {wrong}."
             )
         ordered = [values[buffer.name] for buffer in self.buffers]
         memory = np.array(
@@ -138,7 +150,7 @@ class Table:
                 self._check(buffer, value.dtype, value.shape, shape)
                 if not value.flags.c_contiguous:
                     raise ValueError(
-                        f"{self.name}.{buffer.name} is not contiguous, as the kernel takes it to be."
+                        f"{self.name}.{buffer.name} is not contiguous, as the kernel requires."
                     )
                 numbers += [value.ctypes.data, *shape]
                 arrays.append(value)
@@ -160,6 +172,6 @@ class Table:
     ) -> None:
         if dtype != buffer.dtype or shape != expected_shape:
             raise ValueError(
-                f"{self.name}.{buffer.name} has dtype {dtype} and shape {shape}; the kernel reads {buffer.dtype} of "
-                f"shape {expected_shape} ({buffer.shape or 'a number'})."
+                f"{self.name}.{buffer.name} has dtype {dtype} and shape {shape}; the kernel reads "
+                f"{buffer.dtype} of shape {expected_shape} ({buffer.shape or 'a number'})."
             )

@@ -1,15 +1,16 @@
-"""Handing tensors to a numba kernel that runs on torch's own threads.
+"""Launch numba kernels on torch's own threads, with tensors as arguments.
 
-A kernel is a C function of one pointer. `launch` writes addresses, shapes and numbers there,
-`unpack` makes a tuple of arrays and numbers of them again. Between both stands a function in each
-kernel's own module, for numba keeps compiled code by the file that it comes from:
+A kernel is a C function with one pointer argument. `launch` writes addresses, shapes and integers
+to memory, and `unpack` turns them back into a tuple of arrays and integers. The function that
+connects the two must be defined in each kernel's own module, because numba caches compiled code by
+source file:
 
     @cache
     def _kernel(kinds: str) -> int:
         return compiled(lambda data: _run(*unpack(data, kinds)))
 
-A kernel of many arguments has tables of them (see `buffers.py`), which `reader` gives it as named
-tuples.
+A kernel with many arguments declares tables of them (see `buffers.py`), which `reader` passes to it
+as named tuples.
 """
 
 from collections.abc import Callable
@@ -46,11 +47,11 @@ ELEMENTS = {
 
 
 class _Closed(JITCodeLibrary):
-    """Compiled code that calls nothing but its own copies of other functions.
+    """A code library whose functions call only their own copies of other functions.
 
-    Otherwise the process that compiles a kernel runs copies that were optimized alone, and every
-    later one, which loads the kernel from disk, those inside it: with fast arithmetic their last
-    bits differ.
+    Otherwise the process that compiles a kernel would run copies that were optimised separately,
+    and every later process, which loads the kernel from the cache, the copies inside it. With
+    fast-math, their last bits differ.
     """
 
     def _optimize_final_module(self) -> None:
@@ -61,6 +62,8 @@ class _Closed(JITCodeLibrary):
 
 
 class _KernelCompiler(Compiler):
+    """Numba's compiler with `_Closed` as its code library."""
+
     def __init__(self, typing: Any, target: Any, _library: None, *rest: Any) -> None:
         library = _Closed(target.codegen(), "kernel")
         library.enable_object_caching()
@@ -68,17 +71,18 @@ class _KernelCompiler(Compiler):
 
 
 def compiled(kernel: Callable[[Any], None]) -> int:
-    """Compile a kernel, or load it from disk; return its address."""
+    """Compile a kernel, or load it from numba's cache; return its address."""
     signature = types.void(types.CPointer(types.int64))
     return int(cfunc(signature, cache=True, pipeline_class=_KernelCompiler)(kernel).address)
 
 
 def launch(kernel: Callable[[str], int], *arguments: Tensor | int) -> None:
-    """Run a kernel on each of torch's threads, all with the same contiguous tensors and whole
-    numbers.
+    """Run a kernel on each of torch's threads, with the same arguments.
 
-    `kernel` returns the address of the C function for `kinds`: of each argument a letter and the
-    number of dimensions, or "n" for a number.
+    Args:
+        kernel: returns the address of the C function for a string of kinds: for each argument, a
+            letter for the dtype and the number of dimensions, or "n" for an integer.
+        arguments: contiguous tensors and integers.
     """
     kinds: list[str] = []
     numbers: list[int] = []
@@ -93,7 +97,7 @@ def launch(kernel: Callable[[str], int], *arguments: Tensor | int) -> None:
 
 
 class _Reader:
-    """Reads arguments one behind the other, in a function under construction."""
+    """Emits code that reads consecutive arguments, in a function under construction."""
 
     def __init__(self, context: Any, builder: Any, data: Any) -> None:
         self.context = context
@@ -124,7 +128,7 @@ class _Reader:
 
 @intrinsic(prefer_literal=True)
 def unpack(_typing: Any, data: Any, kinds: Any) -> Any:
-    """The arguments of `launch` as a tuple; bf16 numbers are the bits that an uint16 holds."""
+    """Return the arguments of `launch` as a tuple; bf16 numbers are the bits in a uint16."""
     words = kinds.literal_value.split()
     members = [
         types.int64 if word == "n" else types.Array(ELEMENTS[word[0]], int(word[1:]), "C")
@@ -152,11 +156,14 @@ def tuple_type(table: Table) -> Any:
 
 
 def reader(*tables: Table) -> Any:
-    """Return the function that gives a kernel what `Table.arguments` wrote for each table, as a
-    tuple of named tuples.
+    """Return the function that gives a kernel the `Table.arguments` of each table, as a tuple of
+    named tuples.
 
-    The caller hands the numbers of all tables to `openmp.parallel`, in the same order. The result
-    must be a global name of its module, so that numba finds the kernel's compiled code again.
+    The caller passes the numbers of all tables to `openmp.parallel`, in the same order. The result
+    must be a global name of its module, so that numba finds the cached kernel again.
+
+    Args:
+        tables: the tables, in order.
     """
     forms = [tuple_type(table) for table in tables]
 

@@ -1,8 +1,8 @@
-"""Running a numba kernel on torch's own OpenMP threads.
+"""Run numba kernels on torch's own OpenMP threads.
 
-Numba brings its own thread pool. Beside torch's, each pool's idle workers spin on the cores that
-the other one needs, and a decoding step pays milliseconds for it. So a kernel is compiled to a C
-function, which the OpenMP runtime that torch has loaded calls on its own threads.
+Numba has its own thread pool. With two pools, the idle workers of each one spin on the cores that
+the other needs, which costs milliseconds per decoding step. So a kernel is compiled to a C
+function, and the OpenMP runtime that torch has loaded calls it on its threads.
 """
 
 import ctypes
@@ -15,13 +15,14 @@ import torch
 
 @cache
 def runtime() -> ctypes.CDLL | None:
-    """Return the OpenMP runtime inside torch, or None where it cannot be reached."""
+    """Return torch's OpenMP runtime, with its symbols made known to kernels; None if it cannot be
+    reached.
+    """
     import llvmlite.binding as llvm
 
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
-        library = ctypes.CDLL(
-            str(path)
-        )  # already loaded by torch: this is the same runtime, not a second one
+        # Torch has loaded the library already, so this returns the same runtime, not a second one.
+        library = ctypes.CDLL(str(path))
         if hasattr(library, "GOMP_parallel"):
             for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
                 llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
@@ -38,7 +39,7 @@ def runtime() -> ctypes.CDLL | None:
 
 @cache
 def has_sgemm() -> bool:
-    """Whether torch's own BLAS can be called from kernels; makes its `sgemm_` known to them."""
+    """Whether kernels can call torch's own BLAS; makes its `sgemm_` known to them."""
     if runtime() is None:
         return False
     import llvmlite.binding as llvm
@@ -48,21 +49,28 @@ def has_sgemm() -> bool:
         llvm.add_symbol("sgemm_", ctypes.cast(blas.sgemm_, ctypes.c_void_p).value)
     except (OSError, AttributeError):
         return False
-    return (
-        torch.backends.mkl.is_available()
-    )  # MKL runs on one thread when it is called from a parallel region
+    # MKL runs on one thread if it is called from a parallel region.
+    return torch.backends.mkl.is_available()
 
 
 def external(name: str, signature: Any) -> Any:
-    """Return a C function of a loaded library for use inside numba code."""
+    """Return a C function of a loaded library for use in numba code.
+
+    Args:
+        name: its symbol.
+        signature: its numba signature.
+    """
     from numba.core import types
 
     return types.ExternalFunction(name, signature)
 
 
 def parallel(address: int, arguments: list[int]) -> None:
-    """Call the C function `void f(int64*)` at `address` once on each of torch's threads, with the
-    same arguments.
+    """Call a C function once on each of torch's threads, with the same arguments.
+
+    Args:
+        address: address of `void f(int64*)`.
+        arguments: the integers that the pointer refers to.
     """
     library = runtime()
     assert library is not None

@@ -1,4 +1,6 @@
-"""Parts of kernels: threads and their shares, bf16 numbers, addresses, the exponential."""
+"""Building blocks of kernels: threads and their shares, bf16 conversion, addresses, the
+exponential.
+"""
 
 from typing import Any
 
@@ -8,7 +10,8 @@ from numba.extending import intrinsic
 
 from deepseek.kernels.numba import openmp
 
-openmp.runtime()  # makes the runtime's symbols known before a kernel that names them is compiled or read from the cache
+# The runtime's symbols must be known before a kernel that uses them is compiled or loaded.
+openmp.runtime()
 _thread = openmp.external("omp_get_thread_num", types.int32())
 _threads = openmp.external("omp_get_num_threads", types.int32())
 barrier = openmp.external("GOMP_barrier", types.void())
@@ -16,6 +19,8 @@ barrier = openmp.external("GOMP_barrier", types.void())
 
 @intrinsic
 def pointer(_typing: Any, _address: Any) -> Any:
+    """Return an int64 address as a pointer."""
+
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
 
@@ -24,7 +29,7 @@ def pointer(_typing: Any, _address: Any) -> Any:
 
 @intrinsic
 def widen(_typing: Any, value: Any) -> Any:
-    """A weight as fp32: itself, or the bf16 number whose bits an uint16 holds."""
+    """Return a weight as fp32; a uint16 holds the bits of a bf16 number."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         if value != types.uint16:
@@ -39,8 +44,8 @@ def widen(_typing: Any, value: Any) -> Any:
 
 @intrinsic
 def narrow(_typing: Any, _value: Any, like: Any) -> Any:
-    """An fp32 number as what `like` is: itself, or the bits of the nearest bf16 number (ties to
-    even).
+    """Convert an fp32 number to the type of `like`: fp32, or the bits of the nearest bf16 number
+    (ties to even).
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -58,7 +63,7 @@ def narrow(_typing: Any, _value: Any, like: Any) -> Any:
 
 @intrinsic
 def _power_of_two(_typing: Any, _exponent: Any) -> Any:
-    """2 to the power of an int32, as fp32."""
+    """Return 2 to the power of an int32, as fp32."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         bits = builder.shl(builder.add(args[0], args[0].type(127)), args[0].type(23))
@@ -69,8 +74,9 @@ def _power_of_two(_typing: Any, _exponent: Any) -> Any:
 
 @njit(fastmath=True, inline="always")
 def exp(x):  # type: ignore[no-untyped-def]
-    """Exponential to 2e-7, of numbers between -87 and 87: Cephes' expf, which unlike libm's is
-    vectorised in a loop.
+    """Return the exponential of x, accurate to 2e-7; x is clamped to -87..87.
+
+    This is Cephes' expf, which is vectorised in loops, unlike libm's.
     """
     t = min(max(x, np.float32(-87.0)), np.float32(87.0))
     n = np.floor(t * np.float32(1.4426950408889634) + np.float32(0.5))
@@ -86,23 +92,25 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=True, inline="always")
 def sigmoid(x):  # type: ignore[no-untyped-def]
-    """Logistic function to 2e-7."""
+    """Return the logistic function of x, accurate to 2e-7."""
     return np.float32(1) / (np.float32(1) + exp(-x))
 
 
 @njit
 def thread_number():  # type: ignore[no-untyped-def]
+    """Return the number of the calling thread."""
     return np.int64(_thread())
 
 
 @njit
 def thread_count():  # type: ignore[no-untyped-def]
+    """Return the number of threads in the parallel region."""
     return np.int64(_threads())
 
 
 @njit
 def share(columns):  # type: ignore[no-untyped-def]
-    """Return the columns, first and past the last, that this thread works on."""
+    """Return this thread's share of `columns` columns: the first, and the one past the last."""
     thread = thread_number()
     threads = thread_count()
     return columns * thread // threads, columns * (thread + 1) // threads
