@@ -349,7 +349,7 @@ def test_every_stage_and_declaration_is_in_the_table_of_jobs() -> None:
     }
     declared = [
         one
-        for one in vars(arguments).values()
+        for one in [*vars(arguments).values(), PretrainArguments]
         if isinstance(one, type) and issubclass(one, Declaration)
     ]
     groups = {base for one in declared for base in one.__bases__}
