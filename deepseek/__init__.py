@@ -1,18 +1,19 @@
-"""Language models made of expert modules: each trained alone, plugged into a live model, gone when
-unplugged.
+"""Language models with hot-pluggable expert modules.
 
-The flow, from a name to an answer:
+Each expert is trained on its own beside a frozen base model, plugged into a live model, and
+removed without a trace when it is unplugged. From a model's name to an answer:
 
     import deepseek
-    pack = deepseek.train_expert("smollm2-135m", name="repository", from_git="path/to/repository")  # base frozen
+    # The base stays frozen while the expert trains.
+    pack = deepseek.train_expert("smollm2-135m", name="repository", from_git="path/to/repository")
     model, tokenizer = deepseek.load("smollm2-135m")
-    model.experts.plug(pack)      # checked first: base, tokenizer, digests, licence
-    model.experts.arm("auto")     # each prompt wakes the experts that it needs; the others cost nothing
+    model.experts.plug(pack)      # verifies base, tokenizer, digests and licence first
+    model.experts.arm("auto")     # a prompt uses only the experts whose domain it is about
     prompt = tokenizer("def main():", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=64)
-    model.experts.unplug(model.experts.list()[0].name)  # bit for bit the base again
+    model.experts.unplug(model.experts.list()[0].name)  # bit-identical to the base again
 
-Names are loaded at first use, so `import deepseek` is instant.
+Public names are imported at first use, so `import deepseek` is instant.
 """
 
 from importlib import import_module

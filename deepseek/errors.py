@@ -1,21 +1,20 @@
 """Errors that a user can act on.
 
-Every message is one sentence that names the cause and the mend. The command line prints it and
-exits with code 2; a library user catches `UserError` (a `ValueError`, as such mistakes are
-elsewhere in the Python world).
+Every message is one sentence that says what is wrong and what to do. The command line prints it and
+exits with code 2. Library users can catch `UserError`, a `ValueError`.
 """
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong, and the message says what to do about it."""
+    """Base class of errors with a cause outside this library; the message says what to do."""
 
 
 class ConfigError(UserError):
-    """A field, option or combination of them is unknown or contradictory."""
+    """A field or option is unknown or invalid, or several contradict each other."""
 
 
 class DataError(UserError):
-    """A text source cannot be read or holds nothing usable."""
+    """A text source cannot be read or has no usable content."""
 
 
 class CheckpointError(UserError):
@@ -31,4 +30,4 @@ class PackError(UserError):
 
 
 class TrainError(UserError):
-    """Training cannot start or go on."""
+    """Training cannot start or continue."""

@@ -1,10 +1,10 @@
-"""What a training run needs: memory, time, communication, and how it scales. Arithmetic only,
-nothing is allocated.
+"""Estimate the memory, time, communication and scaling of a training run, without allocating it.
 
-Memory is that of mixed precision under ZeRO-3 semantics (arXiv:1910.02054): 16 bytes a parameter
-for weights, gradients and two moments in fp32, spread over N processes; the unit being computed is
-gathered whole. Each step gathers the weights twice and reduces the gradients once. (Not `plan.py`,
-as `deepseek.plan` is the function.)
+The model is mixed-precision training with ZeRO-3 (arXiv:1910.02054). Weights, gradients and two
+moments in fp32 take 16 bytes per parameter, sharded over N processes. The unit that is being
+computed is gathered whole. Each step gathers the weights twice and reduces the gradients once.
+
+This file is not called `plan.py`, because `deepseek.plan` is the function.
 """
 
 from collections.abc import Mapping
@@ -22,21 +22,22 @@ from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
 
 STATE_BYTES = 16
-"""A trained parameter: fp32 weight and gradient, two fp32 moments."""
+"""Bytes per trained parameter: fp32 weight, fp32 gradient and two fp32 moments."""
 
 NODE = 8
-"""Devices that share the fast link."""
+"""Number of devices per node, which share the fast link."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator, as its vendor states it.
+    """Data-sheet figures of an accelerator.
 
     Attributes:
-        memory: bytes.
-        flops: dense bf16, per second.
-        node_link, link: bytes per second to its neighbours in a node, and to other nodes.
-        utilisation: share of `flops` that training reaches.
+        memory: memory in bytes.
+        flops: dense bf16 FLOP per second.
+        node_link: bandwidth within a node, in bytes per second.
+        link: bandwidth between nodes, in bytes per second.
+        utilisation: share of `flops` that training achieves (default 0.4).
     """
 
     memory: float
@@ -58,13 +59,14 @@ class Shape:
     """Sizes of a model.
 
     Attributes:
-        parameters: in all.
-        active: those that take part in one token; of routed experts, as many as `target_experts` or
-            `max_experts`.
-        largest_unit: parameters gathered at once: a block, a shared pool, or what lies outside of
-            both.
-        activations: bytes that one token keeps for the backward pass, in bf16.
-        attention_flops: of one token's scores and values at full length, forward and backward.
+        parameters: total parameters.
+        active: parameters used per token, with `target_experts` routed experts per layer, or
+            `max_experts` if there is no target.
+        largest_unit: largest number of parameters gathered at once: a block, a shared pool, or
+            everything outside of both.
+        activations: bytes of bf16 activations that one token saves for the backward pass.
+        attention_flops: FLOP of attention scores and values per token at full length, forward and
+            backward.
     """
 
     parameters: int
@@ -75,7 +77,7 @@ class Shape:
 
     @staticmethod
     def of(config: ModelConfig) -> "Shape":
-        """Measure a model on the meta device."""
+        """Return the sizes of a model, measured on the meta device."""
         with torch.device("meta"):
             model = DeepSeekModel(config)
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -85,9 +87,8 @@ class Shape:
         routed = sum(_size(module) for module in model.modules() if isinstance(module, Experts))
         chosen = config.target_experts or config.max_experts
         expert = 3 * config.hidden_size * config.expert_dim
-        embedding = (
-            0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        )  # a row is looked up
+        # Untied embeddings are only looked up; tied ones also compute the logits.
+        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         active = total - embedding - routed + int(calls * chosen * expert)
         return Shape(
             total, active, max(units), _activations(config, chosen), _attention_flops(config)
@@ -96,14 +97,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scale:
-    """A run on `gpus` devices, each with its own `tokens` a step.
+    """Estimates for a run on a number of devices, with constant tokens per device and step.
 
     Attributes:
-        gathered, reduced: bytes that each device receives for weights and sends for gradients in a
-            step.
-        memory: bytes on each device.
-        seconds: of a step.
-        efficiency: speed per device relative to one that never waits.
+        gpus: number of devices.
+        memory: bytes per device.
+        gathered: bytes that each device receives for weights per step.
+        reduced: bytes that each device sends for gradients per step.
+        seconds: duration of a step.
+        efficiency: throughput per device relative to a device that never waits for communication.
     """
 
     gpus: int
@@ -116,13 +118,16 @@ class Scale:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, a device and an amount of text.
+    """A planned training run.
 
     Attributes:
-        tokens: to train on in all.
-        tokens_per_gpu: of a step.
-        recompute: whether blocks are computed again in the backward pass, so that only their inputs
-            are kept.
+        config: the model.
+        device: the accelerator.
+        gpus: number of devices.
+        tokens: total training tokens.
+        tokens_per_gpu: tokens per device and step.
+        recompute: whether to use activation checkpointing: save only the inputs of blocks and
+            recompute the blocks in the backward pass.
     """
 
     config: ModelConfig
@@ -138,25 +143,25 @@ class Plan:
         return Shape.of(self.config)
 
     def at(self, gpus: int) -> Scale:
-        """Return memory, traffic and time on so many devices."""
+        """Return the estimates for a number of devices."""
         shape = self.shape
         device = self.device
-        away = (gpus - 1) / gpus
-        gathered, reduced = (
-            2 * shape.parameters * 2 * away,
-            shape.parameters * 4 * away,
-        )  # bf16 twice, fp32 once
+        remote_share = (gpus - 1) / gpus
+        gathered = 2 * shape.parameters * 2 * remote_share  # bf16, twice
+        reduced = shape.parameters * 4 * remote_share  # fp32, once
         computing = self.flops_per_token * self.tokens_per_gpu / (device.flops * device.utilisation)
         link = device.node_link if gpus <= NODE else device.link
         moving = (gathered + reduced) / link
         memory = shape.parameters * STATE_BYTES / gpus + self.working_bytes
-        seconds = max(computing, moving)  # gathering the next unit while this one is computed
+        # Communication overlaps with computation: the next unit is gathered during this one.
+        seconds = max(computing, moving)
         return Scale(gpus, memory, gathered, reduced, seconds, computing / seconds)
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward, and the forward pass again under recomputation (arXiv:2001.08361,
-        section 2.1).
+        """FLOP per token of forward and backward pass, recomputation included.
+
+        Source: arXiv:2001.08361, section 2.1.
         """
         return (self.shape.active * 6 + self.shape.attention_flops) * (
             4 / 3 if self.recompute else 1
@@ -164,23 +169,26 @@ class Plan:
 
     @property
     def working_bytes(self) -> float:
-        """What a device needs beside its part of the state: two gathered units, gradients of one,
-        activations.
+        """Bytes per device beside its shard of the state.
+
+        These are two gathered units, the gradients of one unit, and activations.
         """
-        kept: float = self.shape.activations * self.tokens_per_gpu
+        activations: float = self.shape.activations * self.tokens_per_gpu
         layers = self.config.num_hidden_layers
         if self.recompute:
-            kept = kept / layers + 2 * self.config.hidden_size * layers * self.tokens_per_gpu
-        return self.shape.largest_unit * (2 * 2 + 4) + kept
+            # The activations of one block, and the bf16 inputs of all blocks.
+            inputs = 2 * self.config.hidden_size * layers * self.tokens_per_gpu
+            activations = activations / layers + inputs
+        return self.shape.largest_unit * (2 * 2 + 4) + activations
 
     @property
     def days(self) -> float:
-        """Duration of the whole run."""
+        """Duration of the whole run in days."""
         steps = self.tokens / (self.gpus * self.tokens_per_gpu)
         return steps * self.at(self.gpus).seconds / 86400
 
     def table(self) -> list[Scale]:
-        """Return the powers of two up to `gpus`, and `gpus`."""
+        """Return the estimates for the powers of two below `gpus`, and for `gpus`."""
         counts = [2**power for power in range(self.gpus.bit_length()) if 2**power < self.gpus]
         return [self.at(count) for count in [*counts, self.gpus]]
 
@@ -194,13 +202,15 @@ def plan(
     rows_per_gpu: int = 2,
     recompute: bool = True,
 ) -> Plan:
-    """Return the plan of a training run; print nothing, allocate nothing.
+    """Estimate memory, time and communication of a training run.
 
     Args:
-        model: a preset's name, a config, or the fields of one.
-        device: one of `DEVICES`.
-        tokens, recompute: see `Plan`.
-        rows_per_gpu: rows of the longest context that a device takes a step.
+        model: name of a preset, a config, or the fields of a config.
+        gpus: number of devices.
+        device: accelerator, one of `DEVICES`.
+        tokens: total training tokens.
+        rows_per_gpu: rows per device and step, each as long as the longest context.
+        recompute: whether to use activation checkpointing.
 
     Raises:
         ConfigError: the preset or the device is unknown.
@@ -220,8 +230,16 @@ def deepspeed_config(
     steps: int,
     weight_decay: float,
 ) -> dict[str, Any]:
-    """Return the `ds_config.json` of the same run for DeepSpeed: ZeRO-3, bf16, AdamW with warm-up
-    and cosine.
+    """Return the content of a `ds_config.json` for DeepSpeed: ZeRO-3, bf16, AdamW, cosine decay.
+
+    Args:
+        gpus: number of devices.
+        rows_per_gpu: rows per device and step.
+        learning_rate: peak learning rate.
+        final_learning_rate: learning rate at the last step.
+        warmup_steps: steps of warm-up.
+        steps: total steps.
+        weight_decay: weight decay of AdamW.
     """
     return {
         "train_micro_batch_size_per_gpu": rows_per_gpu,
@@ -246,7 +264,7 @@ def deepspeed_config(
 
 
 def training_memory(config: ModelConfig, tokens: int) -> float:
-    """Return the bytes that training in one process takes with so many tokens a batch."""
+    """Return the bytes that training in one process needs with `tokens` tokens per batch."""
     shape = Shape.of(config)
     return float(shape.parameters * STATE_BYTES + shape.activations * tokens)
 
@@ -260,8 +278,9 @@ def _size(module: nn.Module) -> int:
 
 
 def _activations(config: ModelConfig, chosen: float) -> int:
-    """Return the bytes that a token keeps: inputs of every product and norm (arXiv:2205.05198,
-    without its dropout).
+    """Return the bytes of activations per token: the inputs of every matrix product and norm.
+
+    Source: arXiv:2205.05198, without its dropout.
     """
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     total = 0.0
@@ -278,6 +297,5 @@ def _activations(config: ModelConfig, chosen: float) -> int:
 
 def _attention_flops(config: ModelConfig) -> float:
     width = config.num_attention_heads * config.head_dim
-    return (
-        6.0 * config.num_hidden_layers * width * config.max_position_embeddings
-    )  # half of 12: causal
+    # Half of 12, because the causal mask leaves half of the scores.
+    return 6.0 * config.num_hidden_layers * width * config.max_position_embeddings

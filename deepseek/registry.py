@@ -1,4 +1,4 @@
-"""Look a name up in a literal table or among the installed packages, or say what is to be done."""
+"""Look up names in tables and optional packages, with error messages that suggest a fix."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -11,12 +11,15 @@ T = TypeVar("T")
 
 
 LISTED = 12
-"""Longer tables are not listed in a message, unless nothing in them is close."""
+"""Tables with more entries are listed in a message only if no entry is similar to the name."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the likeliest meaning of `name` among `names`, with the whole list where that is
-    short.
+    """Return a hint for an unknown name: the most similar valid name, and a short list of all.
+
+    Args:
+        name: the unknown name.
+        names: the valid names.
     """
     known = sorted(names)
     close = get_close_matches(name, known, n=1, cutoff=0.4)
@@ -27,8 +30,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """Return `table[name]`; raise `ConfigError` naming `what`, the bad value and the nearest valid
-    one.
+    """Return `table[name]`.
+
+    Args:
+        table: the valid names and their values.
+        name: the name to look up.
+        what: kind of the name, such as "preset", for the error message.
+
+    Raises:
+        ConfigError: the name is not in the table.
     """
     try:
         return table[name]
@@ -37,8 +47,14 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def package(name: str, install: str) -> Any:
-    """Return a package that not every installation has; raise `ConfigError` saying what to
-    `install` for it.
+    """Import and return an optional package.
+
+    Args:
+        name: name of the module.
+        install: what to pass to `pip install`, for the error message.
+
+    Raises:
+        ConfigError: the package is not installed.
     """
     try:
         return import_module(name)

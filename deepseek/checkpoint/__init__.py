@@ -1,1 +1,1 @@
-"""Model folders: found by name, converted, fingerprinted and written whole or not at all."""
+"""Model folders: resolve names, convert, fingerprint, and write atomically."""

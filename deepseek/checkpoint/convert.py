@@ -1,7 +1,7 @@
-"""Checkpoints of Hugging Face families, in our names.
+"""Convert checkpoints of Hugging Face families to our config fields and tensor names.
 
-Pure dictionaries in, pure dictionaries out: this module knows no model class of ours. A new family
-is one row in `FAMILIES`; its defaults are those of its config class in `transformers`.
+This module maps dictionaries to dictionaries and depends on no model class. To add a family, add a
+row to `FAMILIES`. Config defaults come from the family's config class in `transformers`.
 """
 
 import re
@@ -41,7 +41,7 @@ _COMMON_FIELDS = (
     "rope_scaling",
 )
 
-# Our name of each tensor, by what Hugging Face calls it; rules apply in order.
+# Rules from Hugging Face's tensor names to ours, applied in order.
 _RENAMES: tuple[tuple[str, str], ...] = (
     (r"^model\.", ""),
     (r"\.self_attn\.", ".attention."),
@@ -57,7 +57,7 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 
 
-# Families that load, and what each of them fixes in our fields without saying it in its config.
+# Supported families, and the field values that a family implies without listing them in its config.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -69,39 +69,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def _translated(theirs: Any) -> dict[str, Any]:
-    """Return in our fields what a Hugging Face config says; it knows what its family takes where
-    nothing is given.
-    """
-    said = {field.name: getattr(theirs, field.name) for field in fields(theirs)}
-    layers = range(said["num_hidden_layers"])
-    types = said.get("layer_types")
-    bias = bool(said.get("attention_bias"))
+def _translate_config(hf_config: Any) -> dict[str, Any]:
+    """Return the `ModelConfig` fields of a Hugging Face config, with its family's defaults."""
+    values = {field.name: getattr(hf_config, field.name) for field in fields(hf_config)}
+    layers = range(values["num_hidden_layers"])
+    types = values.get("layer_types")
+    bias = bool(values.get("attention_bias"))
     ours = {
         "attention_bias": bias,
         "attention_output_bias": bias,
-        "clip_qkv": said.get("clip_qkv"),
-        "sliding_window": said.get("sliding_window"),
+        "clip_qkv": values.get("clip_qkv"),
+        "sliding_window": values.get("sliding_window"),
     }
     if ours["sliding_window"] and types:
         ours["full_attention_layers"] = [i for i in layers if types[i] == "full_attention"]
-    if count := said.get("num_experts") or said.get("num_local_experts"):
-        skipped = said.get("mlp_only_layers") or ()
-        step = said.get("decoder_sparse_step", 1)
+    if count := values.get("num_experts") or values.get("num_local_experts"):
+        skipped = values.get("mlp_only_layers") or ()
+        step = values.get("decoder_sparse_step", 1)
         ours |= {
             "num_experts": count,
-            "expert_dim": said.get("moe_intermediate_size") or said["intermediate_size"],
-            "max_experts": said["num_experts_per_tok"],
+            "expert_dim": values.get("moe_intermediate_size") or values["intermediate_size"],
+            "max_experts": values["num_experts_per_tok"],
             "routing_strategy": "topk",
             "router_score": "softmax",
-            "router_renormalize": bool(said.get("norm_topk_prob", True)),
+            "router_renormalize": bool(values.get("norm_topk_prob", True)),
             "dense_layers": [i for i in layers if i in skipped or (i + 1) % step],
         }
     return ours
 
 
 def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return `ModelConfig` fields for the content of a `config.json`.
+    """Return the `ModelConfig` fields for the content of a `config.json`.
+
+    Args:
+        raw: content of the `config.json` of any supported family.
 
     Raises:
         CheckpointError: the family or one of its features is not supported.
@@ -131,12 +132,14 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
             "Checkpoints with mlp_bias=true are not supported; use one without biases in the MLP."
         )
     common = {key: raw[key] for key in _COMMON_FIELDS if raw.get(key) is not None}
-    return common | _translated(CONFIG_MAPPING[family](**raw)) | FAMILIES[family]
+    return common | _translate_config(CONFIG_MAPPING[family](**raw)) | FAMILIES[family]
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the model in `folder`, memory-mapped; raise `CheckpointError` if a file
-    is damaged.
+    """Yield name and memory-mapped tensor of every weight in a model folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
     """
     for name, _, tensor in each_tensor(weight_files(folder)):
         yield name, tensor
@@ -147,9 +150,16 @@ def convert_tensors(
 ) -> dict[str, Tensor]:
     """Return a checkpoint's tensors under our names.
 
-    Per-expert matrices are stacked into `gate_up_proj` `[E, 2F, D]` and `down_proj` `[E, D, F]`.
-    Where a dense checkpoint is loaded into a config with experts, its feed-forward networks become
+    Per-expert matrices are stacked into `gate_up_proj` `[E, 2F, D]` and `down_proj` `[E, D, F]`. If
+    a dense checkpoint is loaded into a config with routed experts, its feed-forward networks become
     the shared experts.
+
+    Args:
+        tensors: name and tensor of every weight.
+        config: `ModelConfig` fields of the model to load.
+
+    Raises:
+        CheckpointError: a matrix of an expert is missing.
     """
     dense: set[int] = set(config.get("dense_layers") or ())
     renamed = {our_name(name): tensor for name, tensor in tensors}
@@ -164,25 +174,32 @@ def convert_tensors(
 def restore_names(
     tensors: Iterator[tuple[str, Tensor]], changed: Mapping[str, Tensor]
 ) -> dict[str, Tensor] | None:
-    """Return a checkpoint's tensors under its own names and in its own dtypes with the values of
-    `changed`.
+    """Return a checkpoint with changed values, under its original names and in its dtypes.
 
-    `changed` has our names; a value that is the checkpoint's own, rounded to another dtype, counts
-    as unchanged. None where a name has no single tensor there (experts that were stacked).
+    A value that equals the original one after a cast to its dtype counts as unchanged, so that the
+    original precision is preserved.
+
+    Args:
+        tensors: name and tensor of every weight of the checkpoint.
+        changed: changed tensors under our names.
+
+    Returns:
+        The tensors, or None if a changed tensor corresponds to several in the checkpoint (stacked
+        experts).
     """
-    found = {}
-    left = set(changed)
+    originals = {}
+    unmatched = set(changed)
     for name, tensor in tensors:
         ours = our_name(name)
-        left.discard(ours)
+        unmatched.discard(ours)
         value = changed.get(ours, tensor).detach().cpu()
         same = torch.equal(tensor.to(value.dtype), value)
-        found[name] = (tensor if same else value.to(tensor.dtype)).contiguous()
-    return None if left else found
+        originals[name] = (tensor if same else value.to(tensor.dtype)).contiguous()
+    return None if unmatched else originals
 
 
 def our_name(name: str) -> str:
-    """Return our name of a tensor that Hugging Face calls `name`."""
+    """Return our name for the Hugging Face tensor name `name`."""
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name, count=1)
     return name

@@ -1,7 +1,7 @@
-"""What identifies a base model: a digest of its weights and one of its tokenizer.
+"""Fingerprint of a base model: a digest of its weights and a digest of its tokenizer.
 
-An expert pack names the base it was trained on by these two, so they depend on the values alone:
-not on the number of shards, their order, file names or metadata.
+An expert pack identifies its base model by these digests. They depend on values only, not on the
+number of shards, their order, file names or metadata.
 """
 
 import hashlib
@@ -20,8 +20,11 @@ from deepseek.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """SHA-256 digests, in hexadecimal, of a model's weights and tokenizer ("" if it has no
-    tokenizer.json).
+    """SHA-256 digests of a model in hexadecimal.
+
+    Attributes:
+        weights: digest of the weights.
+        tokenizer: digest of the tokenizer; "" without a tokenizer.json.
     """
 
     weights: str
@@ -29,11 +32,13 @@ class Fingerprint:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """Return the safetensors files that make up the model in `folder`.
+    """Return the safetensors files of a model folder.
 
-    Some folders hold the same weights twice in different layouts, so an index, then
-    `model.safetensors`, come first. Raises `CheckpointError` if there is none or a shard is
-    missing.
+    Some folders hold the same weights twice in different layouts. The shards of an index take
+    precedence over `model.safetensors`, and that over any other safetensors files.
+
+    Raises:
+        CheckpointError: there are no weights, or a shard is missing.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
@@ -56,10 +61,13 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def fingerprint(folder: str | Path) -> Fingerprint:
-    """Return the fingerprint of a model folder; computed once per state of its files, then read
-    from the cache.
+    """Return the fingerprint of a model folder.
 
-    Raises `CheckpointError` if a file is missing or malformed.
+    The result is cached on disk. The cache key covers path, size and modification time of the
+    files.
+
+    Raises:
+        CheckpointError: a file is missing or malformed.
     """
     folder = Path(folder)
     files = weight_files(folder)
@@ -68,29 +76,33 @@ def fingerprint(folder: str | Path) -> Fingerprint:
     states = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources
     ]
-    cached = home() / "fingerprints" / f"{hashlib.sha256(canonical_json(states)).hexdigest()}.json"
-    if cached.is_file():
-        return Fingerprint(**read_json(cached))
+    cache_key = hashlib.sha256(canonical_json(states)).hexdigest()
+    cache_file = home() / "fingerprints" / f"{cache_key}.json"
+    if cache_file.is_file():
+        return Fingerprint(**read_json(cache_file))
     result = Fingerprint(
         weights=weights_digest(files),
         tokenizer=tokenizer_digest(tokenizer) if tokenizer.is_file() else "",
     )
-    write_json(cached, asdict(result))
+    write_json(cache_file, asdict(result))
     return result
 
 
 def weights_digest(files: list[Path]) -> str:
-    """Return the SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of all tensors
-    in `files`.
+    """Return the SHA-256 over the tensors in safetensors files.
+
+    It covers the sorted list of name, dtype, shape and SHA-256 of the bytes of every tensor.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        table = pool.map(_described, each_tensor(files))
+        table = pool.map(_tensor_digest, each_tensor(files))
         return hashlib.sha256(canonical_json(sorted(table))).hexdigest()
 
 
 def each_tensor(files: list[Path]) -> Iterator[tuple[str, str, Any]]:
-    """Give name, dtype as the file spells it, and the memory-mapped tensor of each;
-    `CheckpointError` on damage.
+    """Yield name, dtype as spelled in the file, and memory-mapped tensor of every weight.
+
+    Raises:
+        CheckpointError: a file is damaged.
     """
     for path in files:
         try:
@@ -104,7 +116,11 @@ def each_tensor(files: list[Path]) -> Iterator[tuple[str, str, Any]]:
 
 
 def tokenizer_digest(path: Path) -> str:
-    """Return the SHA-256 over vocabulary, merges and added tokens of a tokenizer.json."""
+    """Return the SHA-256 over vocabulary, merges and added tokens of a tokenizer.json.
+
+    Raises:
+        CheckpointError: the file is not a tokenizer file.
+    """
     content = read_json(path)
     try:
         model = content["model"]
@@ -121,8 +137,9 @@ def tokenizer_digest(path: Path) -> str:
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the shard names of an index; only plain names, so that an index cannot point outside
-    its folder.
+    """Return the shard names of an index.
+
+    Only plain file names are accepted, so that an index cannot point outside its folder.
     """
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -134,9 +151,9 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def _described(entry: tuple[str, str, Any]) -> tuple[str, str, list[int], str]:
+def _tensor_digest(entry: tuple[str, str, Any]) -> tuple[str, str, list[int], str]:
     """Return name, dtype, shape and digest of a tensor."""
-    import torch  # it takes seconds, which `deepseek pull` need not wait for
+    import torch  # here, because the import takes seconds and `deepseek pull` may not need it
 
     name, dtype, tensor = entry
     return (

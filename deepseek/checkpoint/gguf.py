@@ -1,7 +1,7 @@
-"""A Llama in a GGUF file turned into a Hugging Face model folder.
+"""Convert a Llama model in a GGUF file to a Hugging Face model folder.
 
-`transformers` reads such files too, but parses them three times and guesses the tokenizer's split
-rule; one pass here takes a quarter of its time, of which every first start has to wait.
+`transformers` reads GGUF as well, but parses the file three times and guesses the tokenizer's split
+rule. This single pass takes a quarter of the time, which every first start has to wait for.
 """
 
 from pathlib import Path
@@ -46,12 +46,19 @@ SPLIT_RULES = {
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
-    """Write the model of the GGUF file `source` into `folder` as bf16 safetensors, config and
-    tokenizer.
+    """Convert a GGUF file to bf16 safetensors, config and tokenizer files.
 
-    Weights are rounded to bf16, the precision that such models were trained in: the rounding (2^-9
-    of a value) is far below the step of a 4-bit code. The same source gives the same bytes. Raises
-    `CheckpointError` for another architecture, `ConfigError` for an unknown split rule.
+    The weights are dequantised to bf16, the precision that such models were trained in. Its
+    rounding error (2^-9 of a value) is far below the step of a 4-bit code. The output is
+    deterministic.
+
+    Args:
+        source: the GGUF file.
+        folder: existing folder to write to.
+
+    Raises:
+        CheckpointError: the architecture is not llama.
+        ConfigError: the tokenizer's split rule is unknown.
     """
     reader = GGUFReader(source)
     facts = {name: field.contents() for name, field in reader.fields.items()}
@@ -70,7 +77,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 def _weights(reader: GGUFReader, facts: dict[str, Any]) -> dict[str, Tensor]:
-    """Return all tensors under their Hugging Face names, in bf16."""
+    """Return all tensors under their Hugging Face names in bf16."""
     heads = {
         "attn_q": facts["llama.attention.head_count"],
         "attn_k": facts["llama.attention.head_count_kv"],
@@ -80,15 +87,16 @@ def _weights(reader: GGUFReader, facts: dict[str, Any]) -> dict[str, Tensor]:
         *block, part, kind = tensor.name.split(".")  # blk.0.attn_q.weight, output_norm.weight
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
         if part in heads:
-            value = _halves(value, heads[part])
+            value = _restore_row_order(value, heads[part])
         layer = f"model.layers.{block[1]}." if block else ""
         weights[f"{layer}{NAMES[part]}.{kind}"] = value.bfloat16().contiguous()
     return weights
 
 
-def _halves(rows_KD: Tensor, heads: int) -> Tensor:
-    """Undo llama.cpp's order of a projection's rows: it rotates neighbours, Hugging Face the halves
-    of a head.
+def _restore_row_order(rows_KD: Tensor, heads: int) -> Tensor:
+    """Return the rows of a query or key projection in Hugging Face's order.
+
+    RoPE in llama.cpp rotates pairs of adjacent rows of a head; Hugging Face pairs the two halves.
     """
     return rows_KD.reshape(heads, -1, 2, rows_KD.shape[1]).transpose(1, 2).reshape(rows_KD.shape)
 
@@ -102,8 +110,8 @@ def _config(facts: dict[str, Any], tied: bool) -> LlamaConfig:
         num_attention_heads=facts["llama.attention.head_count"],
         num_key_value_heads=facts["llama.attention.head_count_kv"],
         max_position_embeddings=facts["llama.context_length"],
-        # GGUF stores the value in fp32; its shortest decimal form is what the model's authors
-        # wrote.
+        # GGUF stores epsilon in fp32. Its shortest decimal form is the value in the original
+        # config.
         rms_norm_eps=float(f"{facts['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": facts["llama.rope.freq_base"]},
         tie_word_embeddings=tied,

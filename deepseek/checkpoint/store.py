@@ -1,8 +1,8 @@
-"""Files that survive a crash: whole or absent, never half written.
+"""Atomic writes: after a crash, a file is either complete or absent.
 
-Every writer works on a temporary neighbour, forces it to disk and renames it. A training state is a
-folder `step-00001200/` with `state.safetensors` and `meta.json`; the latter carries a digest over
-both, so that damage is noticed when the state is read and an older whole state can take over.
+Every writer fills a temporary file beside the target, flushes it to disk and renames it. A training
+state is a folder `step-00001200/` with `state.safetensors` and `meta.json`. The latter contains a
+digest over both, so that a damaged state is detected and training can resume from an older one.
 """
 
 import errno
@@ -26,20 +26,22 @@ STATE_NAME = re.compile(r"step-\d{8,}")
 
 
 def home() -> Path:
-    """Return the folder for downloaded models and caches: `$DEEPSEEK_HOME`, else
-    `~/.cache/deepseek`.
+    """Return the folder for downloaded models and caches.
+
+    It is `$DEEPSEEK_HOME` if that is set, else `~/.cache/deepseek`.
     """
     return Path(os.environ.get("DEEPSEEK_HOME") or Path.home() / ".cache" / "deepseek")
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well it replaces `path`, otherwise
-    it is removed.
+    """Yield a temporary path beside `path`.
+
+    The temporary file replaces `path` when the block succeeds, and is deleted when it fails.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _neighbour(path)
+    temporary = _temporary_path(path)
     try:
         yield temporary
         _sync(temporary)
@@ -51,14 +53,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `path`; when the block ends well it takes the place of
-    `path`.
+    """Yield an empty temporary folder beside `path`.
 
-    A folder that was there before is gone afterwards. The block may put files in it, not folders.
+    The temporary folder replaces `path` when the block succeeds, and is deleted when it fails. The
+    block may create files in it, but no folders.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _neighbour(path)
+    temporary = _temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -68,13 +70,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def install(temporary: Path, path: Path) -> None:
-    """Force a folder of files to disk and give it the name `path`; a folder that was there before
-    is gone then.
-    """
+    """Flush a folder of files to disk and rename it to `path`, replacing an existing folder."""
     for file in temporary.iterdir():
         _sync(file)
     _sync(temporary)
-    replaced = _neighbour(path)
+    replaced = _temporary_path(path)
     if path.exists():
         path.replace(replaced)
     temporary.replace(path)
@@ -84,7 +84,7 @@ def install(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def disk_full_explained(message: str) -> Iterator[None]:
-    """Turn a lack of space within the block into a `TrainError` with this message."""
+    """Raise a `TrainError` with this message if the disk is full within the block."""
     try:
         yield
     except Exception as error:
@@ -94,14 +94,12 @@ def disk_full_explained(message: str) -> Iterator[None]:
 
 
 def canonical_json(value: object) -> bytes:
-    """Return the one JSON spelling of `value` (sorted keys, no spaces) that digests are taken
-    over.
-    """
+    """Return the canonical JSON of a value, sorted keys and no spaces, for digests."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as readable JSON, atomically."""
+    """Write a value as indented JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(
             json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -127,7 +125,13 @@ def file_digest(path: str | Path) -> str:
 
 
 def save_state(folder: str | Path, tensors: dict[str, "Tensor"], meta: dict[str, Any]) -> None:
-    """Write `tensors` and `meta` (JSON values) as one folder that is either whole or absent."""
+    """Write a training state atomically.
+
+    Args:
+        folder: folder to write.
+        tensors: tensors by name.
+        meta: JSON values.
+    """
     from safetensors.torch import save_file
 
     with atomic_folder(folder) as temporary:
@@ -141,8 +145,10 @@ def save_state(folder: str | Path, tensors: dict[str, "Tensor"], meta: dict[str,
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Return the tensors (on the CPU) and meta of a state folder; raise `CheckpointError` if it is
-    damaged.
+    """Return the tensors (on the CPU) and meta of a state folder.
+
+    Raises:
+        CheckpointError: the folder is damaged.
     """
     from safetensors.torch import load_file
 
@@ -151,8 +157,12 @@ def load_state(folder: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]
 
 
 def seal_state(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
-    """Give a hidden folder, into which several processes have written safetensors, its meta and its
-    name.
+    """Complete a state that several processes have written: add the meta and rename the folder.
+
+    Args:
+        temporary: hidden folder with the safetensors files.
+        folder: final name of the folder.
+        meta: JSON values.
     """
     write_json(temporary / "meta.json", {"meta": meta, "digest": _state_digest(temporary, meta)})
     install(temporary, folder)
@@ -189,9 +199,7 @@ def latest_state(root: str | Path) -> Path | None:
 
 
 def prune(root: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` state folders under `root`, and what interrupted writes left
-    there.
-    """
+    """Delete all but the newest `keep` state folders under `root`, and unfinished writes."""
     for folder in _states(Path(root))[keep:]:
         shutil.rmtree(folder)
     for leftover in Path(root).glob(".step-*.tmp"):
@@ -227,15 +235,16 @@ def _state_digest(folder: Path, meta: dict[str, Any]) -> str:
     return hashlib.sha256(files.encode() + canonical_json(meta)).hexdigest()
 
 
-def _neighbour(path: Path) -> Path:
-    """Return an unused hidden name beside `path`, on the same file system so that a rename is
-    atomic.
+def _temporary_path(path: Path) -> Path:
+    """Return an unused hidden name beside `path`.
+
+    It is on the same file system, so that renaming it to `path` is atomic.
     """
     return path.with_name(f".{path.name}.{token_hex(4)}.tmp")
 
 
 def _sync(path: Path) -> None:
-    """Force a file's or folder's content to disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -244,7 +253,7 @@ def _sync(path: Path) -> None:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    """Whether writing failed for lack of space; safetensors reports it by message alone."""
+    """Return whether the error means a full disk; safetensors reports it by message only."""
     number = getattr(error, "errno", None)
     return (
         number in (errno.ENOSPC, errno.EDQUOT)

@@ -1,6 +1,6 @@
 """The model. Start with `transformer.py`.
 
-Tensors carry their shape as a suffix: B batch, T query length, S key length, D width, H heads, G
-key/value heads, K head width, E experts, A active experts, N = B*T tokens, F expert width, V
-vocabulary, M plugged modules.
+Tensor names end in their shape: B batch, T query length, S key length, D width of the residual
+stream, H query heads, G key/value heads, K head width, E routed experts, A active experts, N = B*T
+tokens, F expert width, V vocabulary, M plugged expert modules.
 """

@@ -1,8 +1,8 @@
-"""The fields of a model's config that belong to one kind of attention alone.
+"""Config fields that only one kind of attention reads.
 
-A new kind with choices of its own adds its class here and to the bases of `AttentionFields`; its
-attention checks them (see `FullAttention.check`). The names begin with the kind's, as all fields
-lie side by side in a checkpoint's config.
+A new kind with fields of its own adds a class here and to the bases of `AttentionFields`. Its
+attention class validates them (see `FullAttention.check`). Field names start with the name of the
+kind, because all fields share one namespace in `config.json`.
 """
 
 from dataclasses import dataclass
@@ -10,18 +10,19 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True)
 class LshFields:
-    """Choices of LSH attention (`model/attention/lsh.py`).
+    """Fields of LSH attention (`model/attention/lsh.py`).
 
     Attributes:
-        lsh_num_buckets, lsh_probes: buckets of keys, and how many of them a query looks into.
-        lsh_rounds: independent hashes, each with its buckets and probes; a query looks at what any
-            of them finds.
-        lsh_bucket_window, lsh_local_window, lsh_sinks: most recent keys it looks at in each such
-            bucket, most recent keys and first keys of its document it looks at whatever their
-            bucket.
-        lsh_far_field: whether a query looks at a few summaries of all other past keys, too.
-        lsh_exact_layers: layers that keep full attention; None = the first two, which look
-            everywhere.
+        lsh_num_buckets: number of buckets that keys are hashed into.
+        lsh_probes: number of buckets that a query probes.
+        lsh_rounds: number of independent hashes, each with its own buckets and probes. A query
+            attends to the union of their candidates.
+        lsh_bucket_window: most recent keys that a query attends to in each probed bucket.
+        lsh_local_window: most recent keys that a query attends to in any bucket.
+        lsh_sinks: first keys of its document that a query attends to in any bucket.
+        lsh_far_field: whether a query also attends to a few summaries of all other past keys.
+        lsh_exact_layers: layers that keep full attention; None: the first two, whose attention is
+            spread over all keys.
     """
 
     lsh_num_buckets: int = 64
@@ -36,4 +37,4 @@ class LshFields:
 
 @dataclass(kw_only=True)
 class AttentionFields(LshFields):
-    """The fields of all kinds."""
+    """The fields of all kinds of attention."""

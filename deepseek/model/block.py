@@ -1,4 +1,4 @@
-"""One layer of the transformer."""
+"""One transformer layer."""
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -15,8 +15,9 @@ from deepseek.registry import pick
 
 
 class Block(GradientCheckpointingLayer):
-    """Attention, then feed-forward (dense or mixture of experts), each on a normed copy added back
-    to the stream.
+    """A pre-norm layer: attention, then a dense or mixture-of-experts feed-forward network.
+
+    Each sublayer reads a normed copy of the residual stream and adds its output to the stream.
     """
 
     def __init__(self, config: ModelConfig, layer_idx: int, pool: Experts | None) -> None:
@@ -36,16 +37,15 @@ class Block(GradientCheckpointingLayer):
         return self.transform(self.attend(hidden_BTD, ctx), ctx)
 
     def attend(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
-        """Return the stream `[B, T, D]` after this block's attention, which no plugged expert of
-        the block changes.
+        """Return the residual stream `[B, T, D]` after this block's attention.
+
+        Plugged experts of this block have no effect on it.
         """
-        attended: Tensor = self.attention(self.attention_norm(hidden_BTD), ctx)
-        return hidden_BTD + attended
+        attention_BTD: Tensor = self.attention(self.attention_norm(hidden_BTD), ctx)
+        return hidden_BTD + attention_BTD
 
     def transform(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
-        """Return the stream `[B, T, D]` after this block's feed-forward part and the experts
-        plugged beside it.
-        """
+        """Return the residual stream `[B, T, D]` after the feed-forward network and the experts."""
         x_BTD = self.gate_input(hidden_BTD)
         y_BTD: Tensor = self.feed_forward(x_BTD, ctx) if self.sparse else self.feed_forward(x_BTD)
         if ctx.armed is not None:
@@ -53,20 +53,22 @@ class Block(GradientCheckpointingLayer):
         return hidden_BTD + y_BTD
 
     def attention_inputs(self, hidden_BTD: Tensor, ctx: ForwardContext) -> AttentionInputs:
-        """Return the queries, keys and values of this block's attention on the stream `[B, T, D]`
-        that enters it.
-        """
+        """Return this block's queries, keys and values for the residual stream `[B, T, D]`."""
         return self.attention.inputs(self.attention_norm(hidden_BTD), ctx)
 
     def state_bytes(self, length: int, itemsize: int) -> int:
-        """Return the most bytes that this block keeps in the cache for one sequence (see
-        `FullAttention`).
+        """Return an upper bound on this block's bytes in the cache for one sequence.
+
+        Args:
+            length: tokens of the sequence.
+            itemsize: bytes per number in keys and values.
         """
         return self.attention.state_bytes(length, itemsize)
 
     def gate_input(self, hidden_BTD: Tensor) -> Tensor:
-        """Return what the feed-forward part, the experts and their gates read of the stream
-        `[B, T, D]`.
+        """Return the normed hidden states `[B, T, D]` after the attention.
+
+        The feed-forward network, the experts and their gates read them.
         """
         normed_BTD: Tensor = self.feed_forward_norm(hidden_BTD)
         return normed_BTD

@@ -1,4 +1,4 @@
-"""`ModelConfig`: every choice about a model's shape, as a Hugging Face config."""
+"""`ModelConfig`: the architecture of a model, as a Hugging Face config."""
 
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -19,8 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 ROTARY = ("dpe", "rope")  # encodings that rotate queries and keys
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-# Keys that Hugging Face itself writes into or passes along with a config; they carry no meaning
-# here.
+# Keys that Hugging Face itself writes into a config or passes along with it. They are ignored.
 FOREIGN_KEYS = {
     "attn_implementation",
     "experts_implementation",
@@ -36,40 +35,61 @@ FOREIGN_KEYS = {
 
 
 class ModelConfig(AttentionFields, PreTrainedConfig):
-    """Shape of a `DeepSeekModel`. Field names are those of Hugging Face where a field exists there.
+    """Architecture of a `DeepSeekModel`. Fields that Hugging Face also has keep its names.
 
-    A field that is not given keeps its default; `from_pretrained(name, config=...)` takes it from
+    A field that is not passed keeps its default. `from_pretrained(name, config=...)` takes it from
     the checkpoint instead. An unknown or contradictory value raises `ConfigError`, which names the
     field and the nearest valid one.
 
     Backbone:
+        vocab_size: number of token ids V.
         hidden_size: width D of the residual stream.
         intermediate_size: width of the dense feed-forward networks.
-        head_dim: width K of one attention head (default `hidden_size // num_attention_heads`).
-        qk_norm: RMS norm on queries and keys: "none", per "head" (Qwen3) or over the whole "width" (OLMoE).
-        clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE).
-        sliding_window: number of past tokens, itself included, that a token attends to; None = all.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number H of query heads.
+        num_key_value_heads: number G of key/value heads, which must divide H (default: H).
+        head_dim: width K of one attention head (default: `hidden_size // num_attention_heads`).
+        hidden_act: activation of the feed-forward networks; only "silu".
+        initializer_range: standard deviation of initial weights.
+        rms_norm_eps: epsilon of the RMS norms.
+        use_cache: whether a forward pass outside training creates a KV cache.
+        tie_word_embeddings: whether the LM head shares the weights of the embeddings.
+        pad_token_id, bos_token_id, eos_token_id: ids of special tokens, None if there are none.
+        qk_norm: RMS norm on queries and keys: "none", per "head" (Qwen3) or over the full "width"
+            (OLMoE).
+        clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE); None: no clamp.
+        attention_bias, attention_output_bias: whether the query, key and value projections, and the
+            output projection, have biases.
+        sliding_window: number of tokens, itself included, that a token attends to; None: all.
         full_attention_layers: layers that ignore `sliding_window` (Qwen2 and Qwen3 mix both kinds).
-        attention: how tokens look at each other, "full" or another name in `model/attention/__init__.py`; the fields of
-            one kind alone are in `model/attention_fields.py`.
-        max_position_embeddings: longest context in tokens; `max_len` is another name for it.
-        positional_encoding: "rope", "dpe" (rope and a learned bias of scores, see `model/positions/dynamic.py`),
-            "alibi", "learned" (a vector for each position) or "none".
-        rope_parameters: of "rope" and "dpe", as Hugging Face has them: `rope_theta`, `rope_type` ("yarn" and others).
-        train_len: tokens of the rows that "dpe" is trained on, where those are fewer than the longest context.
+        attention: kind of attention, "full" or another name in `model/attention/__init__.py`.
+            Fields of one kind only are in `model/attention_fields.py`.
+        max_position_embeddings: longest context in tokens; `max_len` is an alias.
+        positional_encoding: "rope", "dpe" (rope plus a learned score bias, see
+            `model/positions/dynamic.py`), "alibi", "learned" (one vector per position) or "none".
+        rope_parameters: parameters of "rope" and "dpe" in Hugging Face's form: `rope_theta`,
+            `rope_type` ("yarn" and others).
+        train_len: tokens per row that "dpe" is trained on (default: the longest context).
     Mixture of experts (`num_experts` = 0 makes a dense model):
-        num_experts, expert_dim: routed experts per pool and their width F.
-        num_shared_experts, shared_expert_dim: always-on experts and their total width (default: number x `expert_dim`).
-        routing_strategy: "dynamic" (as many experts as the cumulative threshold needs), "topk" or "dense" (all).
-        routing_threshold: cumulative weight after which no further expert is taken (dynamic).
-        min_experts, max_experts: bounds of the number of experts a token (dynamic); `max_experts` is the k of "topk".
-        candidate_experts: experts the dynamic softmax is taken over.
-        expert_sharing: number of adjacent layers that share one pool of routed experts (1 = none).
-        target_experts: mean number of experts a token that temperature control holds (None = no control).
-        router_temperature: start value of that temperature.
-        router_score, router_renormalize, router_scale: gate function, whether kept weights sum to 1, and their factor.
+        num_experts, expert_dim: routed experts per pool, and width F of each.
+        num_shared_experts, shared_expert_dim: number of always-active experts, and their total
+            width (default: `num_shared_experts * expert_dim`).
+        routing_strategy: "dynamic" (as many experts as the cumulative threshold needs), "topk" or
+            "dense" (all).
+        routing_threshold: cumulative weight at which dynamic routing stops adding experts.
+        min_experts, max_experts: bounds on the number of experts per token with dynamic routing;
+            `max_experts` is the k of "topk".
+        candidate_experts: number of experts that the softmax of dynamic routing runs over.
+        expert_sharing: number of adjacent layers that share one pool of routed experts (1: every
+            layer owns its pool).
+        target_experts: mean number of experts per token that temperature control aims at (None: no
+            control).
+        router_temperature: initial value of that temperature.
+        router_score: "softmax" over all experts or "sigmoid" of each ("topk").
+        router_renormalize, router_scale: whether the weights of a token are normalised to sum to 1,
+            and a factor on them ("topk").
         num_expert_groups, max_expert_groups: group-limited top-k (DeepSeek-V3, arXiv:2412.19437).
-        balance_rate: step of the loss-free balance bias (arXiv:2408.15664).
+        balance_rate: step size of the loss-free balance bias (arXiv:2408.15664).
         dense_layers: layers that keep a dense feed-forward network.
     """
 
@@ -85,7 +105,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
     intermediate_size: int = 1536
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below, as the next one
+    num_key_value_heads: int = None  # type: ignore[assignment]  # set in __post_init__, as head_dim
     head_dim: int = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -131,9 +151,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
     def __new__(cls, *_: Any, **kwargs: Any) -> "ModelConfig":
         config = super().__new__(cls)
-        config.__dict__["_given"] = tuple(
-            sorted(kwargs)
-        )  # what the caller chose, as opposed to defaults
+        # Remember which fields the caller set: `merged_into` must tell them from defaults.
+        config.__dict__["_given"] = tuple(sorted(kwargs))
         return config
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -157,21 +176,30 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
-        """Return the named preset (`deepseek-nano`, `-29m`, `-1b`, `-8b`, `-175b`) with `changes`
-        applied.
+        """Return a named preset with some fields changed.
+
+        Args:
+            name: `deepseek-nano`, `-29m`, `-1b`, `-8b` or `-175b`.
+            **changes: fields that replace those of the preset.
+
+        Raises:
+            ConfigError: the preset or a field is unknown, or the fields contradict each other.
         """
         return cls(**(pick(PRESETS, name, "preset") | changes))
 
     @property
     def given(self) -> dict[str, Any]:
-        """The fields that the caller chose, with their values."""
+        """The fields that the caller set explicitly, with their values."""
         return {name: getattr(self, name) for name in self._given if name in field_names()}
 
     def merged_into(self, checkpoint: dict[str, Any]) -> "ModelConfig":
-        """Return the config of a checkpoint with the choices of this one laid over it.
+        """Return a checkpoint's config, overridden by the fields that were set on this one.
+
+        Args:
+            checkpoint: the `ModelConfig` fields of the checkpoint.
 
         Raises:
-            ConfigError: a chosen field contradicts the shape of the checkpoint's weights.
+            ConfigError: a field that was set contradicts the shape of the checkpoint's weights.
         """
         for name in sorted(WEIGHT_FIELDS & self.given.keys() & checkpoint.keys()):
             if self.given[name] != checkpoint[name]:
@@ -182,7 +210,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         return type(self)(**(checkpoint | self.given))
 
     def is_sparse(self, layer_idx: int) -> bool:
-        """Whether the feed-forward part of layer `layer_idx` is a mixture of experts."""
+        """Return whether the feed-forward network of layer `layer_idx` is a mixture of experts."""
         return self.num_experts > 0 and layer_idx not in (self.dense_layers or ())
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,7 +219,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         return output
 
 
-# Fields that fix the shape of the backbone's weights, which no later choice can change.
+# Fields that determine the shape of the backbone's weights; a checkpoint fixes them.
 WEIGHT_FIELDS = {
     "attention_bias",
     "attention_output_bias",
@@ -207,7 +235,7 @@ WEIGHT_FIELDS = {
 
 
 def field_names() -> set[str]:
-    """Names that `ModelConfig(...)` accepts."""
+    """Return the names that `ModelConfig(...)` accepts, aliases included."""
     return {field.name for field in fields(ModelConfig)} | set(ModelConfig.attribute_map)
 
 
@@ -243,8 +271,8 @@ def _validate_backbone(config: ModelConfig) -> None:
         )
     if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
         raise ConfigError(
-            f"head_dim={head_dim!r} must be a positive even number; set it, or a hidden_size that {heads} heads divide "
-            "evenly."
+            f"head_dim={head_dim!r} must be a positive even number; set it, or choose a "
+            f"hidden_size that {heads} heads divide evenly."
         )
 
 
@@ -255,16 +283,18 @@ def _validate_positions(config: ModelConfig) -> None:
     longest = config.max_position_embeddings
     if rope_type not in ROPE_TYPES:
         raise ConfigError(
-            f"rope_parameters['rope_type']={rope_type!r} is not supported; {nearest(rope_type, ROPE_TYPES)}."
+            f"rope_parameters['rope_type']={rope_type!r} is not supported; "
+            f"{nearest(rope_type, ROPE_TYPES)}."
         )
     if kind not in ROTARY and rope_type != "default":
         raise ConfigError(
-            f"rope_parameters of type {rope_type!r} contradict positional_encoding={kind!r}, which rotates nothing; "
-            "leave them out or use 'rope' or 'dpe'."
+            f"rope_parameters of type {rope_type!r} contradict positional_encoding={kind!r}, which "
+            "rotates nothing; leave them out or use 'rope' or 'dpe'."
         )
     if train_len is not None and kind != "dpe":
         raise ConfigError(
-            f"train_len={train_len} contradicts positional_encoding={kind!r}: only 'dpe' has one; leave it out."
+            f"train_len={train_len} contradicts positional_encoding={kind!r}: only 'dpe' has one; "
+            "leave it out."
         )
     if train_len is not None and not 0 < train_len <= longest:
         raise ConfigError(
@@ -273,11 +303,13 @@ def _validate_positions(config: ModelConfig) -> None:
 
 
 def _validate_attention(config: ModelConfig) -> None:
-    from deepseek.model.attention import ATTENTION  # here, as every attention is made from a config
+    # Imported here because every attention module imports this one.
+    from deepseek.model.attention import ATTENTION
 
     if config.attention not in ATTENTION:
         raise ConfigError(
-            f"attention={config.attention!r} is unknown; {nearest(str(config.attention), ATTENTION)}."
+            f"attention={config.attention!r} is unknown; "
+            f"{nearest(str(config.attention), ATTENTION)}."
         )
     ATTENTION[config.attention].check(config)
 
@@ -288,12 +320,13 @@ def _validate_experts(config: ModelConfig) -> None:
     most = config.max_experts
     if experts < 1 or config.expert_dim < 1:
         raise ConfigError(
-            f"num_experts={experts} needs a positive expert_dim (it is {config.expert_dim}), the width of one expert."
+            f"num_experts={experts} needs a positive expert_dim (it is {config.expert_dim}), the "
+            "width of one expert."
         )
     if not 1 <= least <= most <= experts:
         raise ConfigError(
-            f"min_experts={least} and max_experts={most} must satisfy 1 <= min_experts <= max_experts <= "
-            f"num_experts={experts}."
+            f"min_experts={least} and max_experts={most} must satisfy 1 <= min_experts <= "
+            f"max_experts <= num_experts={experts}."
         )
     if not 0.0 < config.routing_threshold <= 1.0:
         raise ConfigError(f"routing_threshold={config.routing_threshold} must lie in (0, 1].")
@@ -303,15 +336,16 @@ def _validate_experts(config: ModelConfig) -> None:
         )
     if config.target_experts is not None and not least <= config.target_experts <= most:
         raise ConfigError(
-            f"target_experts={config.target_experts} must lie between min_experts={least} and max_experts={most}."
+            f"target_experts={config.target_experts} must lie between min_experts={least} and "
+            f"max_experts={most}."
         )
     if (
         experts % config.num_expert_groups
         or not 1 <= config.max_expert_groups <= config.num_expert_groups
     ):
         raise ConfigError(
-            f"num_expert_groups={config.num_expert_groups} must divide num_experts={experts} and be at least "
-            f"max_expert_groups={config.max_expert_groups}."
+            f"num_expert_groups={config.num_expert_groups} must divide num_experts={experts} and "
+            f"be at least max_expert_groups={config.max_expert_groups}."
         )
     if config.expert_sharing < 1:
         raise ConfigError(

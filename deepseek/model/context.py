@@ -1,4 +1,4 @@
-"""What all layers of one forward pass share."""
+"""The context that all layers of one forward pass share: positions, masks, cache and experts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from deepseek.model.positions import PreparedPositions
 
 
 class Armed(Protocol):
-    """Plugged experts that take part in one forward pass (see `model/experts`)."""
+    """The armed experts of one forward pass (see `model/experts`)."""
 
     def apply(
         self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: "ForwardContext"
@@ -25,24 +25,23 @@ class Armed(Protocol):
 
 @dataclass
 class ForwardContext:
-    """Built once per forward pass and handed to every block.
+    """Context of one forward pass, built once and passed to every block.
 
     Attributes:
-        positions: maps queries and keys to positioned ones.
-        position_ids_BT: position of each token in its own document.
+        positions: applies positions to queries and keys.
+        position_ids_BT: position of each token in its document.
         past: number of tokens in the cache.
-        window: of layers with a sliding window, in tokens; None when no layer has one.
-        real_BS: False at padding, past and new; None when every token is real.
-        document_ids_BT: which document of a packed row a token belongs to; None when rows hold one
-            document each.
-        cache: keys and values of past tokens, or None.
-        input_ids_BT: ids of the new tokens, of which experts judge whether they are relevant; None:
-            embeddings were given, and every armed expert counts as relevant.
-        armed: plugged experts that take part, or None when not one is armed.
-        words_BTM: evidence of the words so far for each armed expert, computed at the first layer
-            that asks.
+        window: width of the sliding window in tokens; None: no layer has one.
+        real_BS: False at padding, over past and new tokens; None: no padding.
+        document_ids_BT: document of each token in packed rows; None: one document per row.
+        cache: keys and values of past tokens; None: no cache.
+        input_ids_BT: ids of the new tokens, by which relevance is scored; None: the pass runs on
+            embeddings, and every armed expert counts as relevant.
+        armed: the armed experts; None: no expert is armed.
+        words_BTM: relevance evidence of the tokens so far for each armed expert, in nats, computed
+            by the first layer that needs it.
         router_stats: one entry per mixture-of-experts layer, appended as the layers run.
-        routing: layer -> experts chosen in an earlier pass over the same tokens, to be used again.
+        routing: layer -> routing decisions of an earlier pass over the same tokens, to replay.
     """
 
     positions: PreparedPositions
@@ -65,35 +64,35 @@ class ForwardContext:
 
     @cached_property
     def token_mask_BT(self) -> Tensor | None:
-        """False at padding among the new tokens; None when every token is real."""
+        """Mask `[B, T]` of the new tokens, False at padding; None: no padding."""
         return None if self.real_BS is None else self.real_BS[:, self.past :]
 
     @cached_property
     def places_BS(self) -> Tensor:
-        """Place `[B or 1, S]` of each token, past and new, among the real ones of its row."""
+        """Index `[B or 1, S]` of each past and new token among the real tokens of its row."""
         if self.real_BS is not None:
             return self.real_BS.cumsum(-1)
         return torch.arange(self.past + self.length, device=self.position_ids_BT.device)[None]
 
-    # Masks grow with the square of the length, so they are made only for attention that asks.
+    # A mask takes memory quadratic in the length, so it is built only if an attention reads it.
     @cached_property
     def mask_B1TS(self) -> Tensor | None:
-        """True where a query may attend to a key; None when plain causal attention says it all."""
+        """Mask that is True where a query may attend to a key; None: causal attention suffices."""
         return attention_mask(*self._rows, None, self.position_ids_BT.device)
 
     @cached_property
     def window_mask_B1TS(self) -> Tensor | None:
-        """The same for layers with a sliding window."""
+        """The same mask for layers with a sliding window."""
         return attention_mask(*self._rows, self.window, self.position_ids_BT.device)
 
     @cached_property
     def visible(self) -> Visible:
-        """The same as `mask_B1TS`, in memory that grows with the length."""
+        """The visibility of `mask_B1TS` in memory linear in the length."""
         return visible(*self._rows, None, self.position_ids_BT.device)
 
     @cached_property
     def window_visible(self) -> Visible:
-        """The same as `window_mask_B1TS`."""
+        """The visibility of `window_mask_B1TS` in memory linear in the length."""
         return visible(*self._rows, self.window, self.position_ids_BT.device)
 
     @property
@@ -102,7 +101,7 @@ class ForwardContext:
 
 
 def past_length(cache: KVCache | None) -> int:
-    """Number of tokens that `cache` already holds."""
+    """Return the number of tokens that `cache` already holds; 0 without a cache."""
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
@@ -114,8 +113,10 @@ def resolve_positions(
     position_ids: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """Return positions `[B, T]`: as given, else counted over real tokens, else counted from the
-    cache's length.
+    """Return the positions `[B, T]` of the new tokens.
+
+    These are `position_ids` if passed; otherwise tokens are counted, without padding if there is an
+    attention mask, else from the length of the cache on.
     """
     if position_ids is not None:
         return position_ids.expand(batch, length)
@@ -125,24 +126,30 @@ def resolve_positions(
 
 
 def real_tokens(attention_mask: Tensor | None, total: int) -> Tensor | None:
-    """Return the padding mask `[B, S]` as booleans, or None when there is no padding.
+    """Return the padding mask `[B, S]` as booleans, or None if there is no padding.
+
+    Args:
+        attention_mask: 1 for real tokens and 0 for padding, `[B, S]`; None: no padding.
+        total: number S of past and new tokens.
 
     Raises:
-        ConfigError: the mask is not `[B, S]` over past and new tokens.
+        ConfigError: the mask is not `[B, S]`.
     """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[1] != total:
         raise ConfigError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, {total}], past and new tokens."
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, {total}], "
+            "past and new tokens."
         )
     mask = attention_mask.bool()
     return None if bool(mask.all()) else mask
 
 
 def document_ids(position_ids_BT: Tensor) -> Tensor | None:
-    """Return document numbers `[B, T]` of packed rows, whose positions restart; None when no row is
-    packed.
+    """Return the document number `[B, T]` of each token, or None if no row is packed.
+
+    A new document starts where positions restart.
     """
     restarts = torch.diff(position_ids_BT, dim=-1, prepend=position_ids_BT[:, :1] - 1) != 1
     restarts[:, 0] = False
@@ -157,8 +164,9 @@ def attention_mask(
     window: int | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Return the boolean mask `[B or 1, 1, T, S]` of keys that a query may see, or None if
-    causality alone decides.
+    """Return the boolean mask `[B or 1, 1, T, S]` of keys that a query may attend to.
+
+    None means that causal attention without a mask gives the same result. Args: see `visible`.
     """
     plain = length == 1 or past == 0
     total = past + length
@@ -175,10 +183,17 @@ def visible(
     window: int | None,
     device: torch.device,
 ) -> Visible:
-    """Return the keys that each of `length` queries after `past` tokens may see, as one run of
-    slots a query.
+    """Return the keys that each query may attend to, as one run of cache slots per query.
 
-    Padding sees itself alone, so that its softmax has one entry and no NaN arises.
+    A padding token attends to itself only: a softmax over no keys would be NaN.
+
+    Args:
+        length: number of queries.
+        past: number of tokens before them.
+        real_BS: False at padding; None: no padding.
+        documents_BT: document number of each query; None: one document per row.
+        window: width of the sliding window in tokens; None: no window.
+        device: device of the result.
     """
     slots_1T = torch.arange(past, past + length, device=device)[None]
     first_BT = (
@@ -195,6 +210,7 @@ def visible(
         torch.diff(real_BS.int(), dim=-1, prepend=torch.zeros_like(real_BS[:, :1], dtype=torch.int))
         > 0
     ).sum(-1)
-    if torch.compiler.is_exporting():  # a graph says the same whatever its inputs hold
+    # An exported graph cannot branch on values, so it always keeps the padding mask.
+    if torch.compiler.is_exporting():
         return Visible(first_BT, real_BS)
     return Visible(first_BT, real_BS if bool((runs_B > 1).any()) else None)

@@ -5,9 +5,7 @@ from torch.nn.functional import silu
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate x) * up x)` (arXiv:2002.05202) from `[..., D]` over width F back to
-    `[..., D]`.
-    """
+    """SwiGLU (arXiv:2002.05202): `down(silu(gate x) * up x)` maps `[..., D]` to `[..., D]`."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()

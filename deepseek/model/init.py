@@ -1,4 +1,4 @@
-"""Initial weights."""
+"""Weight initialisation."""
 
 from torch import nn
 from torch.nn.init import normal_, ones_, zeros_
@@ -9,8 +9,10 @@ from deepseek.model.norm import RMSNorm
 
 
 def init_module(module: nn.Module, std: float) -> None:
-    """Initialise the parameters that `module` itself owns: matrices normal with `std`, norms one,
-    biases zero.
+    """Initialise the parameters of `module`, but not those of its submodules.
+
+    Matrices are drawn from a normal distribution with standard deviation `std`; norms are set to
+    one and biases to zero.
     """
     if isinstance(module, RMSNorm):
         ones_(module.weight)

@@ -1,5 +1,6 @@
-"""Checkpoints whose matrices are 8-bit integers: `X.weight` lies there as `X.weight_int8` and
-`X.weight_scale`.
+"""Checkpoints with 8-bit quantised weights.
+
+The checkpoint stores `X.weight` as `X.weight_int8` and `X.weight_scale`.
 """
 
 from collections.abc import Mapping
@@ -11,12 +12,13 @@ from deepseek.kernels.int8 import GROUP, Int8Matrix, quantize
 
 VALUES = "_int8"
 SCALES = "_scale"
-SMALLEST = 1 << 12  # numbers of a matrix that is worth rounding
+SMALLEST = 1 << 12  # elements; quantising smaller matrices saves nothing
 
 
 def is_large(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a matrix to round: of whole groups, and no router, which decides by small
-    differences.
+    """Return whether to quantise a tensor: a large matrix whose rows divide into groups.
+
+    Routers stay unquantised, because they decide by small differences between logits.
     """
     return (
         tensor.dim() >= 2
@@ -27,8 +29,12 @@ def is_large(name: str, tensor: Tensor) -> bool:
 
 
 def rounded(tensors: dict[str, Tensor], done: Mapping[str, Int8Matrix]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors with the large matrices rounded, those that are not `done` to
-    the nearest.
+    """Return a checkpoint's tensors with the large matrices quantised.
+
+    Args:
+        tensors: the tensors by name.
+        done: matrices that are already quantised, with calibration, by name. The others are
+            rounded to the nearest value.
     """
     output = {}
     for name, tensor in tensors.items():
@@ -42,32 +48,35 @@ def rounded(tensors: dict[str, Tensor], done: Mapping[str, Int8Matrix]) -> dict[
 
 
 def restored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Int8Matrix]]:
-    """Return tensors with their rounded matrices as fp32, and those matrices by name. Others pass
-    through.
+    """Return a checkpoint's tensors with quantised matrices dequantised to fp32.
+
+    Returns:
+        All tensors under their plain names, and the quantised matrices by the same names.
 
     Raises:
-        CheckpointError: a matrix lacks its scales, or they do not fit.
+        CheckpointError: the scales of a matrix are missing or have the wrong shape.
     """
     plain = {}
     matrices = {}
     for name, tensor in tensors.items():
         if name.endswith(VALUES):
-            own = name.removesuffix(VALUES)
-            scales = tensors.get(own + SCALES)
+            plain_name = name.removesuffix(VALUES)
+            scales = tensors.get(plain_name + SCALES)
             if scales is None or scales.shape != (*tensor.shape[:-1], tensor.shape[-1] // GROUP):
                 raise CheckpointError(
                     f"The checkpoint has no scales that fit {name}; quantise the model again."
                 )
-            matrices[own] = Int8Matrix(tensor, scales, tensor.shape[-1])
-            plain[own] = matrices[own].float()
+            matrices[plain_name] = Int8Matrix(tensor, scales, tensor.shape[-1])
+            plain[plain_name] = matrices[plain_name].float()
         elif not (name.endswith(SCALES) and name.removesuffix(SCALES) + VALUES in tensors):
             plain[name] = tensor
     return plain, matrices
 
 
 def keep_matrices(model: nn.Module, matrices: dict[str, Int8Matrix]) -> None:
-    """Hang rounded matrices on the layers whose weights came from them, so that a kernel need not
-    round again.
+    """Attach quantised matrices to the layers that they belong to.
+
+    Kernels then use them as they are instead of quantising the weights a second time.
     """
     for name, matrix in matrices.items():
         path, _, kind = name.rpartition(".")

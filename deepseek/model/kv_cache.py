@@ -1,4 +1,4 @@
-"""Keys and values of past tokens, and what layers and plugged experts keep beside them."""
+"""The KV cache: keys and values of past tokens, and the state of layers and plugged experts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,51 +11,46 @@ from transformers import DynamicCache
 from deepseek.errors import ConfigError
 
 Change = Callable[[Tensor], Tensor]
-"""Picks, repeats or reorders the sequences of a batch, along the first axis of whatever it is
-given.
-"""
+"""Selects, repeats or reorders the sequences of a batch along the first axis of a tensor."""
 
 
 class LayerState(Protocol):
-    """What one layer keeps of past tokens beside their keys and values, such as running sums of its
-    inputs.
+    """State of one layer beside keys and values, such as running sums over past tokens.
 
-    Each kind of attention or of positions that keeps something has a class of its own. A copy of a
-    stretch of tokens is of the same class, so that nobody else has to know what is in it.
+    Each kind of attention or positional encoding that needs state defines a class. A segment, the
+    state of a range of tokens, has the same class, so that other code never looks inside.
     """
 
     @property
     def nbytes(self) -> int:
-        """Memory that it occupies now."""
+        """Memory in use, in bytes."""
 
     def segment(self, start: int) -> Self:
-        """Return a copy of what the tokens from `start` to the last one left behind; nothing is
-        shared with it.
-        """
+        """Return a copy of the state of the tokens from `start` to the end; no memory is shared."""
 
     def extend(self, segment: Self) -> None:
-        """Append the tokens of `segment`, which was taken at this state's length."""
+        """Append the tokens of `segment`, whose `start` must equal this state's length."""
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on."""
+        """Drop the tokens from position `length` on."""
 
     def change_rows(self, change: Change) -> None:
-        """Apply `change` to everything that has a row for each sequence."""
+        """Apply `change` to every tensor that has one row per sequence."""
 
 
 State = TypeVar("State", bound=LayerState)
 Key = tuple[int, type[LayerState]]
-"""A layer and the class of what it keeps."""
+"""Layer index and class of the state."""
 
 
 @dataclass(frozen=True)
 class CacheSegment:
-    """What a stretch of tokens left in a `KVCache`. Nobody changes it.
+    """The cache entries of a range of tokens. Segments are immutable.
 
     Attributes:
-        keys, values: `[B, G, T, K]` of each layer.
-        gates: layer -> the gates' sums `[B, 3, M]` after the last token.
-        states: what layers keep beside keys and values.
+        keys, values: `[B, G, T, K]` per layer.
+        gates: layer -> running sums of the gates `[B, 3, M]` after the last token.
+        states: state of layers beside keys and values.
     """
 
     keys: tuple[Tensor, ...]
@@ -65,24 +60,23 @@ class CacheSegment:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it occupies."""
+        """Memory in use, in bytes."""
         tensors = sum(part.nbytes for part in (*self.keys, *self.values, *self.gates.values()))
         return tensors + sum(state.nbytes for state in self.states.values())
 
 
 class KVCache(DynamicCache):
-    """A Hugging Face `DynamicCache` that also holds what layers and plugged experts keep of past
-    tokens.
+    """A Hugging Face `DynamicCache` that also holds the state of layers and plugged experts.
 
     Attributes:
-        states: what layers keep beside keys and values (see `layer_state`).
-        gate_state: layer -> `[B, 3, M]`: the sums of both gate scores of M modules and their common
-            denominator (see `model/experts/gate.py`).
-        relevance_state: `[B, M+1]`, the evidence so far that the text is about each expert's domain
-            (see `model/experts/relevance.py`).
-        armed: the experts that the sequence started with, so that plugging or unplugging between
-            two steps never changes a sequence in flight.
-        started: whether `armed` has been decided.
+        states: state of layers beside keys and values (see `layer_state`).
+        gate_state: layer -> `[B, 3, M]`: the running sums of both gate scores of M modules, and
+            their common denominator (see `model/experts/gate.py`).
+        relevance_state: `[B, M+1]`, the accumulated evidence that the text is about each expert's
+            domain (see `model/experts/relevance.py`).
+        armed: the experts that the sequence started with. They are pinned here so that plugging or
+            unplugging between two steps never changes a sequence in flight.
+        started: whether `armed` has been set.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +89,7 @@ class KVCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Memory that keys, values, gates' sums and the layers' states occupy now."""
+        """Memory in use by keys, values, gate sums and layer states, in bytes."""
         layers: Any = self.layers
         parts = [
             part for layer in layers if layer.is_initialized for part in (layer.keys, layer.values)
@@ -104,7 +98,7 @@ class KVCache(DynamicCache):
         return tensors + sum(state.nbytes for state in self.states.values())
 
     def segment(self, start: int) -> CacheSegment:
-        """Return a copy of what the tokens from `start` to the last one left behind."""
+        """Return a copy of the cache entries of the tokens from `start` to the end."""
         layers = list[Any](self.layers)
         return CacheSegment(
             keys=tuple(layer.keys[:, :, start:].clone() for layer in layers),
@@ -114,7 +108,9 @@ class KVCache(DynamicCache):
         )
 
     def extend(self, segment: CacheSegment) -> None:
-        """Append the tokens of `segment`, which was taken at this cache's length, with the same
+        """Append the tokens of `segment`.
+
+        Its `start` must equal this cache's length, and it must come from a sequence with the same
         experts.
         """
         for layer, (keys, values) in enumerate(zip(segment.keys, segment.values, strict=True)):
@@ -123,10 +119,10 @@ class KVCache(DynamicCache):
             if key in self.states:
                 self.states[key].extend(state)
             else:
-                self.states[key] = state.segment(
-                    0
-                )  # a copy: the segment may be put into other caches, too
-        self.gate_state = dict(segment.gates)  # a step replaces sums, it never writes into them
+                # Copy: the same segment may be appended to other caches.
+                self.states[key] = state.segment(0)
+        # No copy of the tensors: a step replaces the sums and never writes into them.
+        self.gate_state = dict(segment.gates)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -143,8 +139,8 @@ class KVCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         if self.gate_state:
             raise ConfigError(
-                "A cache with armed experts cannot be shortened, because their gates keep running sums; "
-                "disarm the experts for assisted decoding."
+                "A cache with armed experts cannot be cropped, because their gates keep running "
+                "sums; disarm the experts for assisted decoding."
             )
         super().crop(tokens_to_remove)
         for state in self.states.values():
@@ -163,17 +159,17 @@ class KVCache(DynamicCache):
 def layer_state(
     cache: KVCache | None, layer_idx: int, kind: type[State], make: Callable[[], State], user: str
 ) -> State:
-    """Return what a layer keeps in `cache`, made at the first call.
+    """Return the state of a layer in `cache`, creating it at the first call.
 
     Args:
-        cache: the cache of the pass; None: what is returned lasts for this pass alone.
-        layer_idx: number of the layer.
-        kind: class of the state; a layer has one of each class.
-        make: makes an empty one.
-        user: what asks, as the beginning of an error message, such as "Dynamic positions need".
+        cache: the cache of the pass; None: return a new state that lasts for this pass only.
+        layer_idx: index of the layer.
+        kind: class of the state; a layer has at most one state per class.
+        make: returns an empty state.
+        user: beginning of the error message, such as "Dynamic positions need".
 
     Raises:
-        ConfigError: the cache is one of Hugging Face's, which keeps keys and values alone.
+        ConfigError: the cache is not a `KVCache` and so cannot hold layer state.
     """
     if cache is None:
         return make()
@@ -189,10 +185,10 @@ def layer_state(
 
 @dataclass
 class TokenState:
-    """A `LayerState` of one tensor that has an entry for each past token on its last axis.
+    """A `LayerState` of one tensor with one entry per past token on its last axis.
 
     Attributes:
-        values: `[B, ..., S]`; None: no token yet.
+        values: `[B, ..., S]`; None: no tokens yet.
     """
 
     values: Tensor | None = None
@@ -209,7 +205,7 @@ class TokenState:
             self.append(segment.values)
 
     def append(self, values: Tensor) -> Tensor:
-        """Add the entries `[B, ..., T]` of new tokens; return those of all tokens."""
+        """Append the entries `[B, ..., T]` of new tokens and return those of all tokens."""
         self.values = values if self.values is None else torch.cat((self.values, values), dim=-1)
         return self.values
 

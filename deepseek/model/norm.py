@@ -5,9 +5,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Scale `[..., D]` to unit root mean square, computed in fp32, then by a learned weight
-    `[D]`.
-    """
+    """Normalise `[..., D]` to unit root mean square in fp32, then scale by a learned weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a forward pass returns."""
+"""The output of a forward pass."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +8,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 @dataclass
 class ModelOutput(CausalLMOutputWithPast):
-    """Hugging Face's causal language model output, with what the experts did.
+    """Hugging Face's output of a causal language model, with expert statistics.
 
     Attributes:
-        router_stats: one entry per mixture-of-experts layer, or None for a dense model.
-        experts: plugged experts that took part, whose `attribution()` tells which spoke at which
-            token; or None.
+        router_stats: one `RouterStats` per mixture-of-experts layer; None for a dense model.
+        experts: the armed experts; their `attribution()` returns the weight of each at each token.
+            None if no expert was armed.
     """
 
     router_stats: Any = None

@@ -1,13 +1,13 @@
-"""The forward pass in pieces, for all that runs a part of a model by itself.
+"""The forward pass as an object that can be stopped and resumed at any layer.
 
-    step = begin(model, input_ids)         # embeddings, and the context that all layers share
-    step.run_to(8)                         # the residual stream that enters layer 8
-    step.attend()                          # after layer 8's attention, before its feed-forward part and its experts
-    step.finish()                          # the layers that are left, then the last norm
+    step = begin(model, input_ids)    # embeddings, and the context that all layers share
+    step.run_to(8)                    # the residual stream that enters layer 8
+    step.attend()                     # after layer 8's attention, before its feed-forward network
+    step.finish()                     # the remaining layers, then the final norm
 
-`resume` goes on from a residual stream that an earlier pass has computed. Nobody outside `model/`
-calls a layer, its norms, its attention or its feed-forward part: a model that changes within a
-layer changes nothing elsewhere.
+`resume` starts from a residual stream that an earlier pass computed. Code outside `model/` never
+calls a layer, norm, attention or feed-forward network directly, so that a change inside a layer
+stays inside `model/`.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from deepseek.model.positions import Positions
 
 
 class Decoder(Protocol):
-    """The parts of a model that a pass goes through; `DeepSeekModel` is one."""
+    """The parts of a model that a forward pass uses. `DeepSeekModel` implements it."""
 
     config: ModelConfig
     embed_tokens: nn.Module
@@ -42,10 +42,10 @@ class Decoder(Protocol):
 
 
 class UpperLayers(nn.Module):
-    """The layers of a model from `first` on and its last norm.
+    """The layers of a model from `first` on, and its final norm.
 
-    `resume` runs them in place of the model's own, so that a deep copy is a reference which shares
-    all that lies below.
+    `resume` can run them in place of the model's own layers. A deep copy of this module thus serves
+    as a frozen reference model that shares the lower layers.
     """
 
     def __init__(self, model: Decoder, first: int) -> None:
@@ -57,16 +57,16 @@ class UpperLayers(nn.Module):
 
 @dataclass
 class ForwardPass:
-    """One forward pass and where it stands. Every method moves it forward or leaves it where it is.
+    """A forward pass in progress. No method moves it backwards.
 
     Attributes:
-        model: what runs.
-        hidden_BTD: the residual stream.
-        ctx: what all layers share; `armed`, `routing` and the like may be set before the first
-            layer runs.
-        layer: the layer that runs next, or of which only the attention has run.
-        attended: whether that layer's attention has run.
-        upper: layers that run in place of the model's own; None: the model's.
+        model: the model to run.
+        hidden_BTD: the residual stream at the current position.
+        ctx: the context that all layers share. Fields such as `armed` and `routing` may be set
+            before the first layer runs.
+        layer: the next layer to run, or the one of which only the attention has run.
+        attended: whether the attention of `layer` has run.
+        upper: layers to run in place of the model's own; None: the model's.
     """
 
     model: Decoder
@@ -77,11 +77,13 @@ class ForwardPass:
     upper: UpperLayers | None = None
 
     def run_to(self, layer: int) -> Tensor:
-        """Return the residual stream `[B, T, D]` that enters `layer`; the number of layers runs
-        them all.
+        """Run up to `layer` and return the residual stream `[B, T, D]` that enters it.
+
+        Args:
+            layer: index of a layer; the number of layers runs all of them.
 
         Raises:
-            ConfigError: the pass is beyond that layer, or the model has fewer.
+            ConfigError: the pass is already past that layer, or the model has fewer layers.
         """
         self._check(layer, self.layer + self.attended, len(self.model.layers))
         if self.attended:
@@ -89,19 +91,19 @@ class ForwardPass:
             self.attended = False
             self.layer += 1
         while self.layer < layer:
-            # The whole block is called, not its two halves: that call recomputes activations and
-            # gathers parameters.
+            # Call the block as a module, not its two halves: activation checkpointing and the
+            # parameter gathering of FSDP2 hook into `__call__`.
             self.hidden_BTD = self._block()(self.hidden_BTD, self.ctx)
             self.layer += 1
         return self.hidden_BTD
 
     def attend(self) -> Tensor:
-        """Return the residual stream `[B, T, D]` after the attention of the next layer.
+        """Run the next layer's attention and return the residual stream `[B, T, D]` after it.
 
-        No expert of that layer or of one above it has had a part in it.
+        No expert of this or a higher layer has contributed to the result.
 
         Raises:
-            ConfigError: that attention has run, or no layer is left.
+            ConfigError: that attention has already run, or no layer is left.
         """
         self._check(self.layer, self.layer + self.attended, len(self.model.layers) - 1)
         self.hidden_BTD = self._block().attend(self.hidden_BTD, self.ctx)
@@ -109,20 +111,19 @@ class ForwardPass:
         return self.hidden_BTD
 
     def attention_inputs(self) -> AttentionInputs:
-        """Return the queries, keys and values that the next layer's attention works on; the pass
-        stays where it is.
+        """Return the queries, keys and values of the next layer's attention without running it.
 
         Raises:
-            ConfigError: that attention has run, or no layer is left.
+            ConfigError: that attention has already run, or no layer is left.
         """
         self._check(self.layer, self.layer + self.attended, len(self.model.layers) - 1)
         return self._block().attention_inputs(self.hidden_BTD, self.ctx)
 
     def gate_input(self) -> Tensor:
-        """Return the normed stream `[B, T, D]` that this layer's feed-forward part, experts and
-        gates read.
+        """Return the normed hidden states `[B, T, D]` that this layer's gates read.
 
-        The attention runs if it has not; the pass then stands behind it.
+        The feed-forward network and the experts read the same hidden states. The layer's attention
+        runs first if it has not run yet.
 
         Raises:
             ConfigError: no layer is left.
@@ -132,11 +133,10 @@ class ForwardPass:
         return self._block().gate_input(self.hidden_BTD)
 
     def finish(self, last: int | None = None) -> Tensor:
-        """Run the layers that are left; return the normed hidden states `[B, T, D]` that the head
-        reads.
+        """Run the remaining layers and return the final hidden states `[B, T, D]` after the norm.
 
         Args:
-            last: number of tokens at the end of each row that are wanted; None: all.
+            last: return only the last `last` tokens of each row; None: all tokens.
         """
         hidden_BTD = self.run_to(len(self.model.layers))
         norm = self.model.norm if self.upper is None else self.upper.norm
@@ -144,7 +144,7 @@ class ForwardPass:
         return normed_BTD
 
     def logits(self) -> Tensor:
-        """Run the layers that are left; return the next-token logits `[B, T, V]`."""
+        """Run the remaining layers and return the next-token logits `[B, T, V]`."""
         logits_BTV: Tensor = self.model.lm_head(self.finish())
         return logits_BTV
 
@@ -162,8 +162,8 @@ class ForwardPass:
                 else f"before layer {self.layer}"
             )
             raise ConfigError(
-                f"This pass stands {place} of {len(self.model.layers)} layers and cannot go to layer {layer}; begin "
-                "another one."
+                f"This pass is {place} of {len(self.model.layers)} layers and cannot go to layer "
+                f"{layer}; begin another one."
             )
 
 
@@ -177,26 +177,27 @@ def begin(
     cache: KVCache | None = None,
     routing: Mapping[int, RoutingDecision] | None = None,
 ) -> ForwardPass:
-    """Return a pass that stands before layer 0, with positions added to the embeddings where the
-    encoding does so.
+    """Return a forward pass that is about to run layer 0.
+
+    Positions are already added to the embeddings if the encoding is additive.
 
     Args:
-        model: the model to run; the experts armed in it, or those that the sequence in `cache`
-            began with, take part.
-        input_ids_BT: token ids `[B, T]`.
-        inputs_embeds: embeddings `[B, T, D]` in their place; experts then count as relevant
-            everywhere.
-        attention_mask: 1 at real and 0 at padding tokens, `[B, S]` over past and new tokens; None:
-            all are real.
+        model: the model to run, with the experts that the sequence in `cache` started with, or else
+            the experts that are armed now.
+        input_ids_BT: token ids `[B, T]`. Pass either these or `inputs_embeds`.
+        inputs_embeds: embeddings `[B, T, D]`. Without ids, relevance cannot be scored, so every
+            armed expert counts as relevant.
+        attention_mask: 1 for real tokens and 0 for padding, `[B, S]` over past and new tokens;
+            None: no padding.
         position_ids: positions `[B, T]`, restarting at each document of a packed row; None: counted
             over real tokens.
-        cache: past keys and values, to which the new ones are added; None: nothing is kept.
-        routing: layer -> experts chosen in an earlier pass over the same tokens, to be used again;
-            None: chosen anew.
+        cache: keys and values of past tokens; new ones are appended. None: no cache.
+        routing: layer -> routing decisions of an earlier pass over the same tokens, to replay;
+            None: the router decides.
 
     Raises:
-        ConfigError: not exactly one of ids and embeddings, a mask of another shape, or experts and
-            a foreign cache.
+        ConfigError: both or neither of ids and embeddings, a mask of the wrong shape, or armed
+            experts with a cache that is not a `KVCache`.
     """
     if (input_ids_BT is None) == (inputs_embeds is None):
         raise ConfigError("Exactly one of input_ids and inputs_embeds must be given.")
@@ -220,25 +221,28 @@ def resume(
     routing: Mapping[int, RoutingDecision] | None = None,
     upper: UpperLayers | None = None,
 ) -> ForwardPass:
-    """Return a pass that goes on from a residual stream, without a cache.
+    """Return a forward pass that continues from a residual stream, without a cache.
 
     Args:
-        model: the model to run; the experts armed in it take part.
-        hidden_BTD: the stream `[B, T, D]` that enters `layer`, as `run_to` returned it.
-        layer: the layer at which the pass stands.
-        attended: whether that layer's attention has run, as `attend` returned the stream.
-        input_ids: token ids `[B, T]` by which experts judge their relevance; None: they are
-            relevant everywhere.
+        model: the model to run, with the experts that are armed now.
+        hidden_BTD: the residual stream `[B, T, D]` that `run_to` or `attend` returned.
+        layer: the layer that the stream belongs to.
+        attended: whether that layer's attention has run, that is, whether the stream is from
+            `attend`. Default: False.
+        input_ids: token ids `[B, T]` to score the relevance of experts by; None: every armed expert
+            counts as relevant.
         attention_mask, position_ids, routing: those of the pass that computed the stream (see
             `begin`).
-        upper: layers from `layer` on to run in place of the model's; None: the model's own.
+        upper: layers to run in place of the model's own, from `layer` or a lower one on; None: the
+            model's.
 
     Raises:
-        ConfigError: a mask of another shape, or `upper` begins above `layer`.
+        ConfigError: a mask of the wrong shape, or `upper` starts above `layer`.
     """
     if upper is not None and upper.first > layer:
         raise ConfigError(
-            f"The upper layers begin at {upper.first}; they cannot go on from layer {layer}."
+            f"The upper layers start at {upper.first} and cannot continue from layer {layer}; "
+            "resume at their first layer or above."
         )
     ctx = _context(model, hidden_BTD, input_ids, attention_mask, position_ids, None)
     ctx.routing = routing or {}
@@ -253,7 +257,7 @@ def _context(
     position_ids: Tensor | None,
     cache: KVCache | None,
 ) -> ForwardContext:
-    """Build what all layers of one forward pass share."""
+    """Build the context that all layers of one forward pass share."""
     batch, length, _ = hidden_BTD.shape
     past = ctx_of.past_length(cache)
     device = hidden_BTD.device
@@ -276,9 +280,7 @@ def _context(
 
 
 def _armed(experts: ExpertSet, cache: KVCache | None) -> Armed | None:
-    """Return the experts that take part: those the sequence in `cache` started with, else those
-    armed now.
-    """
+    """Return the experts that the sequence in `cache` started with, or else those armed now."""
     if cache is None:
         return experts.armed()
     if not isinstance(cache, KVCache):

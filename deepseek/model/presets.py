@@ -1,4 +1,4 @@
-"""Named model shapes. Sizes are total parameters; only the shapes are published, no weights."""
+"""Named model shapes, called by their total parameters. No weights are published for them."""
 
 from typing import Any
 

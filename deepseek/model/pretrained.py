@@ -1,4 +1,4 @@
-"""From a folder of weights to a model: read, convert, upcycle where asked."""
+"""Load a model from a checkpoint folder: read, convert and, if asked, upcycle to experts."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="DeepSeekModel")
 
-# Arguments that Hugging Face's own callers (AutoModel, PEFT, pipelines) pass along and that change
-# nothing here.
+# Arguments that Hugging Face's own callers (AutoModel, PEFT, pipelines) pass. They are ignored.
 _PASSED_ALONG = {
     "_commit_hash",
     "_from_auto",
@@ -51,11 +50,26 @@ def load_pretrained(
     upcycle_seed: int = 0,
     **kwargs: Any,
 ) -> Model:
-    """Load `cls` from a name, folder or hub id (see `DeepSeekModel.from_pretrained`)."""
+    """Load a model from a name, folder or hub id (see `DeepSeekModel.from_pretrained`).
+
+    Args:
+        cls: class of the model.
+        name_or_path: model name, folder or hub id.
+        config: overrides of the checkpoint's config; None: use the checkpoint's.
+        dtype: dtype of the weights; None or "auto": the fastest on the device.
+        torch_dtype: older name of `dtype`.
+        device_map: one device; None: the CPU; "auto": CUDA if there is one.
+        upcycle_seed: seed of the routed experts and routers of an upcycled model.
+        **kwargs: arguments of Hugging Face, which are ignored.
+
+    Raises:
+        HubError, CheckpointError, ConfigError: see `DeepSeekModel.from_pretrained`.
+    """
     for key in kwargs:
         if key not in _PASSED_ALONG:
             raise ConfigError(
-                f"from_pretrained has no argument {key!r}; {nearest(key, ['config', 'dtype', 'device_map'])}."
+                f"from_pretrained has no argument {key!r}; "
+                f"{nearest(key, ['config', 'dtype', 'device_map'])}."
             )
     folder = resolve(str(name_or_path))
     device = _single_device(device_map)
@@ -65,9 +79,11 @@ def load_pretrained(
     upcycled = merged.num_experts > 0 and not checkpoint.get("num_experts")
     if upcycled:
         merged = _shared_from_dense(merged)
-    found, matrices = restored(convert_tensors(read_tensors(folder), merged.to_dict()))
+    plain, matrices = restored(convert_tensors(read_tensors(folder), merged.to_dict()))
     tensors = {
-        name: t.to(device, t.dtype if ".balance." in name else target) for name, t in found.items()
+        # Balance buffers stay fp32: their updates vanish in bf16.
+        name: t.to(device, t.dtype if ".balance." in name else target)
+        for name, t in plain.items()
     }
     converted = merged.positional_encoding != ModelConfig(**checkpoint).positional_encoding
     model = (
@@ -83,8 +99,10 @@ def load_pretrained(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the `ModelConfig` fields of the checkpoint in `folder`, whatever supported family it
-    is of.
+    """Return the `ModelConfig` fields of a checkpoint folder of any supported family.
+
+    Raises:
+        CheckpointError: `config.json` cannot be read, or the family is not supported.
     """
     return convert_config(read_json(folder / "config.json"))
 
@@ -98,7 +116,8 @@ def _single_device(device_map: Any) -> torch.device:
         return torch.device(device_map)
     except (TypeError, RuntimeError):
         raise ConfigError(
-            f"device_map={device_map!r} is not supported; name one device, such as 'cpu' or 'cuda:0'."
+            f"device_map={device_map!r} is not supported; name one device, such as 'cpu' or "
+            "'cuda:0'."
         ) from None
 
 
@@ -108,7 +127,8 @@ def _as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dt
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype):
         raise ConfigError(
-            f"dtype={dtype!r} is unknown; {nearest(str(dtype), ['auto', 'bfloat16', 'float16', 'float32'])}."
+            f"dtype={dtype!r} is unknown; "
+            f"{nearest(str(dtype), ['auto', 'bfloat16', 'float16', 'float32'])}."
         )
     return resolved
 
@@ -116,11 +136,10 @@ def _as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dt
 def _fill(
     cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], converted: bool
 ) -> Model:
-    """Build `cls` without spending time on initial values, then hang the checkpoint's tensors into
-    it.
+    """Build the model on the meta device, then assign the checkpoint's tensors.
 
-    A checkpoint that is `converted` has another positional encoding and lacks the weights of this
-    one.
+    The meta device skips weight initialisation. With `converted`, the checkpoint has another
+    positional encoding, so the weights of the new one get their initial values.
     """
     with torch.device("meta"):
         model = cls(config)
@@ -129,7 +148,7 @@ def _fill(
 
 
 def _start_positions(model: "DeepSeekModel") -> dict[str, Tensor]:
-    """Return start values of the weights of the model's positional encoding."""
+    """Return the initial weights of the model's positional encoding."""
     start: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if (name == "positions" or name.endswith(".score_bias")) and list(module.parameters()):
@@ -139,7 +158,7 @@ def _start_positions(model: "DeepSeekModel") -> dict[str, Tensor]:
 
 
 def _upcycle(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], seed: int) -> Model:
-    """Build a mixture of experts around a dense checkpoint, its logits unchanged."""
+    """Upcycle a dense checkpoint to a mixture of experts with the same logits."""
     model = nn.Module.to(cls(config), next(iter(tensors.values())).dtype)
     _load(model, {**model.state_dict(), **tensors})
     generator = torch.Generator().manual_seed(seed)
@@ -150,12 +169,12 @@ def _upcycle(cls: type[Model], config: ModelConfig, tensors: dict[str, Tensor], 
 
 
 def _shared_from_dense(config: ModelConfig) -> ModelConfig:
-    """Return `config` with the dense feed-forward network as its one shared expert."""
+    """Return `config` with the dense feed-forward network as its only shared expert."""
     if config.shared_expert_dim not in (0, config.intermediate_size):
         raise ConfigError(
-            f"shared_expert_dim={config.shared_expert_dim} contradicts the dense checkpoint, whose feed-forward "
-            f"networks of width {config.intermediate_size} become the shared expert; leave num_shared_experts and "
-            "shared_expert_dim out."
+            f"shared_expert_dim={config.shared_expert_dim} contradicts the dense checkpoint, whose "
+            f"feed-forward networks of width {config.intermediate_size} become the shared expert; "
+            "leave num_shared_experts and shared_expert_dim out."
         )
     config.num_shared_experts = 1
     config.shared_expert_dim = config.intermediate_size
@@ -169,7 +188,8 @@ def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
         result = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f"The checkpoint's tensors do not fit its config.json: {str(error).splitlines()[-1].strip()}"
+            "The checkpoint's tensors do not fit its config.json: "
+            f"{str(error).splitlines()[-1].strip()}"
         ) from None
     model.tie_weights()
     missing = sorted(name for name in result.missing_keys if ".balance." not in name)
@@ -180,16 +200,14 @@ def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
             else f"has an unknown tensor {result.unexpected_keys[0]}"
         )
         raise CheckpointError(
-            f"The checkpoint {what} ({len(missing)} missing, {len(result.unexpected_keys)} unknown); its weights do "
-            "not match its config.json."
+            f"The checkpoint {what} ({len(missing)} missing, {len(result.unexpected_keys)} "
+            "unknown); its weights do not match its config.json."
         )
     _materialise_buffers(model)
 
 
 def _materialise_buffers(model: "DeepSeekModel") -> None:
-    """Give buffers that a foreign checkpoint does not have (balance bias and the like) their start
-    values.
-    """
+    """Initialise buffers that the checkpoint does not have, such as the balance bias."""
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.reset_buffers()  # type: ignore[operator]

@@ -1,10 +1,8 @@
-"""Which models a piece of code computes that computes only some: rules by config field, closed by
-default.
+"""Support by allow-list: which model configs a restricted implementation can compute.
 
-The compiled step, the exported graph and the stock converter each list every field of `ModelConfig`
-that they honour, with the values that they can compute. A field that is not listed, such as one
-that was added after the list was made, is not computed, whatever its value: so no new field is ever
-ignored in silence.
+The compiled step, the exported graph and the stock converter each list every `ModelConfig` field
+that they honour, with the values that they support. A config with any other field, such as one
+added after the list was written, is unsupported. A new field is thus never ignored silently.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,11 +14,11 @@ from deepseek.model.config import FOREIGN_KEYS, ModelConfig
 
 @dataclass(frozen=True)
 class FieldRule:
-    """The values of a field that are computed.
+    """The supported values of a field.
 
     Attributes:
-        allows: whether a value is.
-        needed: what a value must be, for a message.
+        allows: returns whether a value is supported.
+        needed: the supported values in words, for a message.
     """
 
     allows: Callable[[Any], bool]
@@ -28,18 +26,16 @@ class FieldRule:
 
 
 ANY = FieldRule(lambda _: True, "anything")
-"""Every value is honoured, or the field changes no logits of the models that the other rules let
-through.
-"""
+"""Every value is supported, or no model that the other rules admit depends on the field."""
 
 
 def one_of(*values: Any) -> FieldRule:
-    """Return the rule of a field that has to be one of `values`."""
+    """Return the rule that a field is one of `values`."""
     return FieldRule(lambda value: value in values, " or ".join(map(repr, values)))
 
 
 def any_of(names: Iterable[str]) -> dict[str, FieldRule]:
-    """Return the rule `ANY` for each of the fields."""
+    """Return the rule `ANY` for each field name."""
     return dict.fromkeys(names, ANY)
 
 
@@ -61,8 +57,8 @@ NOT_COMPUTED_WITH = (
     "transformers_version",
     "use_cache",
 )
-"""Fields that no logits depend on: what Hugging Face notes, what training reads, and what
-generation stops at.
+"""Fields that no logits depend on: Hugging Face's metadata, and fields that only training and
+generation read.
 """
 
 LSH_FIELDS = (
@@ -75,7 +71,7 @@ LSH_FIELDS = (
     "lsh_rounds",
     "lsh_sinks",
 )
-"""Fields that are read with `attention` = "lsh" only."""
+"""Fields that are read only if `attention` is "lsh"."""
 
 MIXTURE_FIELDS = (
     "candidate_experts",
@@ -96,11 +92,11 @@ MIXTURE_FIELDS = (
     "shared_expert_dim",
     "target_experts",
 )
-"""Fields that are read with `num_experts` > 0 only."""
+"""Fields that are read only if `num_experts` > 0."""
 
 
 def config_fields(config: ModelConfig) -> list[str]:
-    """Return the names of all fields of a config, those that were only set on the object included.
+    """Return the names of all fields of a config, including attributes set on the instance.
 
     What Hugging Face itself sets there, such as `model_type` where a config is made of the
     dictionary of another, is no field.
@@ -111,8 +107,11 @@ def config_fields(config: ModelConfig) -> list[str]:
 
 
 def unsupported(config: ModelConfig, rules: Mapping[str, FieldRule]) -> str | None:
-    """Return what is not computed of `config`, as "field=value (what is needed)"; None if all of it
-    is.
+    """Return the unsupported fields of `config` as "field=value (reason)", or None.
+
+    Args:
+        config: the config to check.
+        rules: field -> its supported values; a field without a rule is unsupported.
     """
     reasons = []
     for name in config_fields(config):

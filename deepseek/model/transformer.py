@@ -1,5 +1,6 @@
-"""The model, top to bottom: embed, run the blocks, norm, project to the vocabulary. Read this file
-first.
+"""The model from input to logits: embeddings, transformer blocks, final norm, LM head.
+
+Read this file first.
 """
 
 from typing import Any, Self
@@ -25,12 +26,11 @@ from deepseek.registry import pick
 
 
 class DeepSeekModel(PreTrainedModel, GenerationMixin):
-    """A causal language model, dense or mixture of experts, into which expert modules can be
-    plugged.
+    """A causal language model, dense or mixture of experts, with pluggable expert modules.
 
-    >>> model = DeepSeekModel(ModelConfig.preset("deepseek-nano"))          # random weights
-    >>> model = DeepSeekModel.from_pretrained("smollm2-135m")               # a name, a folder or a
-    hub id >>> model.experts.plug("code.safetensors")
+    >>> model = DeepSeekModel(ModelConfig.preset("deepseek-nano"))  # random weights
+    >>> model = DeepSeekModel.from_pretrained("smollm2-135m")  # a name, a folder or a hub id
+    >>> model.experts.plug("code.safetensors")
     """
 
     config_class = ModelConfig
@@ -64,22 +64,27 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         config: ModelConfig | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a base model by name, folder or hub id, of our own or of a supported Hugging Face
-        family.
+        """Load a base model of our own format or of a supported Hugging Face family.
 
-        With a `config` that asks for experts, a dense checkpoint is upcycled: its logits are
-        unchanged at the start.
+        A dense checkpoint loaded with a `config` that asks for routed experts is upcycled. The
+        upcycled model starts with the logits of the dense one.
 
         Args:
-            config: choices laid over the checkpoint's own config; fields that are not given come
-                from the checkpoint.
-            **kwargs: `dtype` ("auto" = the fastest on the device: bf16 where the processor has
-                units for it, else fp32), `device_map` (a single device), and the hub arguments of
-                Hugging Face.
+            pretrained_model_name_or_path: model name, folder or hub id.
+            *model_args: ignored; part of Hugging Face's signature.
+            config: overrides of the checkpoint's config. Fields that it does not set come from the
+                checkpoint. Default: None, use the checkpoint's config as it is.
+            **kwargs: `dtype` (default "auto", the fastest dtype on the device: bf16 if the
+                processor has bf16 units, else fp32), `device_map` (a single device, default CPU),
+                `upcycle_seed` (default 0), and Hugging Face's hub arguments, which are ignored.
+
+        Returns:
+            The model in eval mode.
 
         Raises:
-            HubError, CheckpointError, ConfigError: no such model, a damaged folder, a contradictory
-                `config`.
+            HubError: the model does not exist or cannot be fetched.
+            CheckpointError: the folder is damaged or of an unsupported family.
+            ConfigError: `config` contradicts the checkpoint, or an argument is unknown.
         """
         return load_pretrained(cls, pretrained_model_name_or_path, config, **kwargs)
 
@@ -98,16 +103,33 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
-        """Return next-token logits `[B, T, V]`, or `[B, logits_to_keep, V]` for the last tokens
-        only.
+        """Run one forward pass and return next-token logits `[B, T, V]`.
 
         Args:
-            input_ids: token ids `[B, T]`; or `inputs_embeds` `[B, T, D]`.
-            attention_mask: 1 at real and 0 at padding tokens, `[B, S]` over past and new tokens.
-            position_ids: positions `[B, T]`. Where they restart in a row, a new document begins
-                that cannot see the one before it.
-            cache: past keys and values; `past_key_values` is its older name.
-            labels: targets `[B, T]`, shifted inside as Hugging Face does; -100 is ignored.
+            input_ids: token ids `[B, T]`. Pass either these or `inputs_embeds`.
+            attention_mask: 1 for real tokens and 0 for padding, `[B, S]` over past and new tokens;
+                None: no padding.
+            position_ids: positions `[B, T]`. A position that restarts within a row starts a new
+                document, whose tokens do not attend to the previous one. None: counted.
+            cache: keys and values of past tokens; new ones are appended.
+            inputs_embeds: embeddings `[B, T, D]` in place of `input_ids`.
+            labels: target ids `[B, T]`, shifted internally as Hugging Face does; -100 is ignored.
+            use_cache: whether to create a cache if none is passed; None: `config.use_cache`. A
+                model in training mode never creates one.
+            logits_to_keep: compute logits for the last n tokens only, or for the indices in a
+                tensor; 0: all tokens.
+            past_key_values: older name of `cache`.
+            output_hidden_states: whether to return the residual stream before each layer and the
+                final hidden states.
+            return_dict: False returns a tuple.
+            **kwargs: ignored; Hugging Face's callers pass them.
+
+        Returns:
+            `ModelOutput`; `loss` is set if `labels` are passed, in nats.
+
+        Raises:
+            ConfigError: both or neither of ids and embeddings, a mask of the wrong shape, or armed
+                experts with a cache that is not a `KVCache`.
         """
         cache = cache if cache is not None else past_key_values
         if (
@@ -141,8 +163,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def log_probs(self, input_ids: Tensor) -> Tensor:
-        """Return the log probability `[B, T - 1]` of every token but the first, given those before
-        it.
+        """Return each token's log probability given its prefix, in nats, `[B, T - 1]`.
+
+        The first token has no prefix and therefore no entry.
         """
         logits = self(input_ids, use_cache=False).logits[:, :-1].float()
         targets = input_ids[:, 1:, None]
@@ -150,11 +173,11 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
     @property
     def sparse_layers(self) -> list[int]:
-        """Indices of the mixture-of-experts layers."""
+        """The indices of the mixture-of-experts layers."""
         return [layer for layer in range(len(self.layers)) if self.config.is_sparse(layer)]
 
     def routing_width(self) -> int:
-        """Return how many experts a `RoutingDecision` names for each token, 0 for a dense model."""
+        """Return the number of experts per token in a `RoutingDecision`; 0 for a dense model."""
         for module in self.modules():
             if isinstance(module, MoELayer):
                 logits_NE = torch.zeros(1, module.router.num_experts, device=self.device)
@@ -162,8 +185,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         return 0
 
     def state_bytes(self, length: int) -> int:
-        """Return the most bytes that a `KVCache` of one sequence of `length` tokens occupies,
-        without experts.
+        """Return an upper bound on the bytes of a `KVCache` for one sequence of `length` tokens.
+
+        The state of plugged experts is not included.
         """
         total = 0
         for block in self.layers:
@@ -172,7 +196,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         return total
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Return the state, of tensors that have two names each under its first."""
+        """Return the state dict with each tied tensor under its first name only."""
         return {
             name: tensor
             for name, tensor in self.state_dict().items()
@@ -185,14 +209,14 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        # Hugging Face would make a plain DynamicCache, which has no room for the gates' running
+        # Hugging Face would create a plain DynamicCache, which cannot hold the gates' running
         # sums.
         if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = KVCache()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        # The prompt as a whole decides which experts may contribute; what is generated is no
-        # evidence.
+        # Admission of experts depends on the whole prompt only: generated tokens are no evidence
+        # of what the user asked about.
         cache = kwargs.get("cache")
         if isinstance(cache, KVCache) and not cache.started and kwargs.get("inputs_embeds") is None:
             cache.armed = self.experts.decided(input_ids, kwargs.get("attention_mask"))
@@ -209,8 +233,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
 
 def build_pools(config: ModelConfig) -> list[Experts]:
-    """Return one pool of routed experts per `expert_sharing` layers, or none where every layer owns
-    its experts.
+    """Return one pool of routed experts per `expert_sharing` layers.
+
+    The list is empty for a dense model, or if every layer owns its experts.
     """
     if config.num_experts == 0 or config.expert_sharing == 1:
         return []
@@ -221,8 +246,9 @@ def build_pools(config: ModelConfig) -> list[Experts]:
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of `labels[:, t + 1]` under `logits[:, t]`; -100 is
-    ignored.
+    """Return the mean cross-entropy of `labels[:, t + 1]` under `logits[:, t]`, in nats.
+
+    Labels of -100 are ignored.
     """
     return cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), ignore_index=-100

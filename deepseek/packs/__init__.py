@@ -1,1 +1,1 @@
-"""Expert packs: one safetensors file with its papers. Start with `pack.py`."""
+"""Expert packs: one safetensors file with weights, gates and a manifest. Start with `pack.py`."""

@@ -1,9 +1,9 @@
-"""A strict reader of one safetensors file.
+"""A strict safetensors reader for untrusted pack files.
 
-The format: 8 bytes little-endian header length, a JSON header
-`{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`, then the tensors' bytes. The library
-that reads it for everyone else accepts more than a pack needs; here each entry must be the one that
-follows from the manifest and the entries before it, before a byte of a tensor is read.
+The format is an 8-byte little-endian header length, a JSON header
+`{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`, and the tensors' bytes. The
+safetensors library accepts more than a pack needs. This reader requires every header entry to equal
+the one that follows from the manifest and the preceding entries before it reads any tensor.
 """
 
 import json
@@ -28,8 +28,12 @@ DAMAGED = "the file is damaged, fetch it again"
 
 @dataclass(frozen=True)
 class Header:
-    """The parsed header of an open pack: metadata, the tensors' entries as they stand there, and
-    bytes of data.
+    """The parsed header of an open pack.
+
+    Attributes:
+        metadata: the `__metadata__` table.
+        entries: tensor name -> its unchecked header entry.
+        data_size: bytes after the header.
     """
 
     metadata: dict[str, str]
@@ -38,8 +42,14 @@ class Header:
 
 
 def open_regular(path: Path, max_bytes: int) -> BinaryIO:
-    """Open a regular file that is not a symbolic link; never blocks on a pipe. Raises
-    `PackError`.
+    """Open a regular file for reading, without following a symbolic link or blocking on a pipe.
+
+    Args:
+        path: file to open.
+        max_bytes: size of the largest file to accept.
+
+    Raises:
+        PackError: the path is missing, is no regular file, is too large or cannot be opened.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -64,15 +74,17 @@ def open_regular(path: Path, max_bytes: int) -> BinaryIO:
 
 
 def read_header(file: BinaryIO) -> Header:
-    """Read and check the header of `file`, and leave `file` at its first tensor. Raises
-    `PackError`.
+    """Read and check the header of `file`, and leave the file position at the first tensor.
+
+    Raises:
+        PackError: the header is truncated, too long, malformed or not safetensors.
     """
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
         raise PackError(_bad_length(prefix, length))
-    content = parse_json(_text(file.read(length)))
+    content = parse_json(_decode_header(file.read(length)))
     if not isinstance(content, dict):
         raise PackError(f"its header is not a table; {DAMAGED}")
     metadata = content.pop("__metadata__", {})
@@ -84,10 +96,16 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
-    """Read the data part and return its tensors, which share one buffer.
+    """Read the tensors of a pack. They share one buffer.
 
-    Raises `PackError` unless the header lists just the tensors of `specs`, back to back, and the
-    file holds no more.
+    Args:
+        file: the open pack, at its first tensor.
+        header: its header.
+        specs: dtype and shape of each tensor that the manifest calls for.
+
+    Raises:
+        PackError: the header does not list exactly the tensors of `specs`, contiguously, or the
+            file holds more or fewer bytes.
     """
     check_names(header.entries.keys(), specs.keys())
     starts = {}
@@ -96,13 +114,19 @@ def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -
         dtype, shape = specs[name]
         starts[name] = end
         end = end + math.prod(shape) * dtype.itemsize
-        wanted = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
+        expected = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [starts[name], end],
+        }
+        # Compare as JSON text, in which True and 1 or 1.0 and 1 differ.
         if (
-            json.dumps(entry, sort_keys=True) != json.dumps(wanted, sort_keys=True)
+            json.dumps(entry, sort_keys=True) != json.dumps(expected, sort_keys=True)
             or starts[name] % dtype.itemsize
         ):
             raise PackError(
-                f"its tensor {name} is ({printable(entry)}) and by its manifest should be {wanted}"
+                f"its tensor {name} is ({printable(entry)}) and by its manifest should be "
+                f"{expected}"
             )
     if end != header.data_size:
         raise PackError(f"its tensors need {end} bytes and it holds {header.data_size}; {DAMAGED}")
@@ -117,27 +141,31 @@ def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -
     }
 
 
-def check_names(found: Collection[str], expected: Collection[str]) -> None:
-    """Raise `PackError` unless there are just the tensors of the manifest."""
-    for name in sorted({*found} - {*expected}):
+def check_names(names: Collection[str], expected: Collection[str]) -> None:
+    """Raise `PackError` unless the tensor names in a pack are exactly those of its manifest."""
+    for name in sorted({*names} - {*expected}):
         raise PackError(
             f"it holds a tensor '{printable(name, 60)}' that its manifest does not call for"
         )
-    for name in sorted({*expected} - {*found}):
+    for name in sorted({*expected} - {*names}):
         raise PackError(f"its tensor {name} is missing; {DAMAGED}")
 
 
 def _bad_length(prefix: bytes, length: int) -> str:
-    # A length may begin like a pickle, but no instruction of a pickle comes before "(".
+    # A valid length can start with the same two bytes as a pickle. The third byte tells them apart:
+    # every pickle opcode is "(" or above.
     pickled = prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5" and prefix[2:3] >= b"("
     if pickled or prefix.startswith(b"PK"):
-        return "it is a zip or pickle archive under another name, which could run code; packs are safetensors files"
+        return (
+            "it is a zip or pickle archive under another name, which could run code; packs are "
+            "safetensors files"
+        )
     if len(prefix) == 8 and length > MAX_HEADER:
         return f"its header claims {length} bytes and {MAX_HEADER} are allowed"
     return f"its header is cut short; {DAMAGED}"
 
 
-def _text(header: bytes) -> str:
+def _decode_header(header: bytes) -> str:
     try:
         return header.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The folder of trained experts: where `expert train` puts packs and where names are looked up."""
+"""The library of trained experts: the folder where `expert train` writes packs, and look-ups."""
 
 from pathlib import Path
 
@@ -11,29 +11,38 @@ SUFFIX = ".safetensors"
 
 
 def experts_folder() -> Path:
-    """Return the folder of this user's trained experts (it may not exist yet)."""
+    """Return the folder of this user's trained experts, which may not exist yet."""
     return home() / "experts"
 
 
 def index_folder(name: str, folder: Path | None = None) -> Path:
-    """Return where the retrieval index of an expert lies: beside its pack, in `folder` or that of
-    trained experts.
+    """Return the path of an expert's retrieval index, which is stored beside its pack.
+
+    Args:
+        name: name of the expert.
+        folder: folder of the pack; None: the folder of trained experts.
     """
     return (folder or experts_folder()) / f"{name}.index"
 
 
 def installed(folder: Path | None = None) -> dict[str, Path]:
-    """Return the packs in `folder`, or in that of trained experts, name to file, sorted by name."""
+    """Return the packs in a folder as name -> file, sorted by name.
+
+    Args:
+        folder: None: the folder of trained experts.
+    """
     return {path.stem: path for path in sorted((folder or experts_folder()).glob(f"*{SUFFIX}"))}
 
 
 def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], list[str]]:
-    """Return the packs in a folder that were trained beside `base`, name to file, and what is wrong
-    with unusable ones.
+    """Return the packs in a folder that were trained for a base model.
 
     Args:
         base: name of the base model.
-        folder: None takes that of trained experts.
+        folder: None: the folder of trained experts.
+
+    Returns:
+        The packs as name -> file, and one message per file that cannot be used.
     """
     fitting: dict[str, Path] = {}
     problems: list[str] = []
@@ -49,24 +58,28 @@ def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], l
 
 
 def find_pack(name_or_path: str | Path) -> Path:
-    """Return the file of an expert given by path or by the name of a trained one.
+    """Return the pack file of an expert.
+
+    Args:
+        name_or_path: path of a pack file, or the name of a trained expert.
 
     Raises:
-        PackError: neither a file nor a known name.
+        PackError: there is no such file or expert.
     """
     path = Path(name_or_path)
     if path.suffix == SUFFIX or len(path.parts) > 1:
         if path.is_file():
             return path
         raise PackError(
-            f"There is no expert pack at {path}; give the path of a {SUFFIX} file or a trained expert's name."
+            f"There is no expert pack at {path}; give the path of a {SUFFIX} file or a trained "
+            "expert's name."
         )
-    known = installed()
-    if str(name_or_path) in known:
-        return known[str(name_or_path)]
+    packs = installed()
+    if str(name_or_path) in packs:
+        return packs[str(name_or_path)]
     hint = (
-        nearest(str(name_or_path), known)
-        if known
+        nearest(str(name_or_path), packs)
+        if packs
         else "none is trained yet, see `deepseek expert train --help`"
     )
     raise PackError(f"There is no expert named {str(name_or_path)!r}; {hint}.")

@@ -1,6 +1,4 @@
-"""What an expert pack says about itself: a strict schema, and the exact set of tensors that follows
-from it.
-"""
+"""The manifest of an expert pack: a strict schema that determines the tensors of the pack."""
 
 import json
 import re
@@ -24,17 +22,17 @@ from deepseek.errors import CheckpointError, PackError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOMENTS = 10
-"""Rows that say what a domain looks like at a layer: mean, variances, and 8 factors of the
-covariance. More tell domains apart no better (docs/log/gates.md, 2026-11-25)."""
+"""Rows of moments per layer: mean, variances, and 8 factors of the covariance of a domain. More
+factors do not separate domains better (docs/log/gates.md, 2026-11-25).
+"""
 HELD_OUT = "held-out"
-"""Name of the metric that tells better from worse: the loss on text that training neither saw nor
-was stopped by.
+"""Name of the metric that decides whether an expert helps: the loss on a held-out set that neither
+training nor early stopping used.
 """
 LEAST_GAIN = 0.0005
-"""Share by which a loss must fall to count as lower: what would be written as 0.0 % is no gain."""
-RESERVED_NAMES = frozenset(
-    {"all", "auto", "none"}
-)  # words that `--experts` and `arm` give a meaning of their own
+"""Smallest relative gain that counts: a smaller one would be displayed as 0.0 %."""
+# Names with a special meaning in `--experts` and `arm`.
+RESERVED_NAMES = frozenset({"all", "auto", "none"})
 
 
 class TensorSpec(NamedTuple):
@@ -82,8 +80,13 @@ class _Strict(BaseModel):
 
 
 class BaseDescription(_Strict):
-    """The base model that an expert belongs to: what `checkpoint.fingerprint` gives, and its
-    shape.
+    """Identity of the base model that an expert belongs to.
+
+    Attributes:
+        name: name of the model, for messages only.
+        weights, tokenizer: SHA-256 digests (see `checkpoint.fingerprint`).
+        hidden_size: width D of the residual stream.
+        num_layers: number of layers.
     """
 
     name: Text = ""
@@ -94,11 +97,17 @@ class BaseDescription(_Strict):
 
     @staticmethod
     def of(folder: Path, name: str) -> "BaseDescription":
-        """Describe the model in `folder`, known as `name`; raise `CheckpointError` if its config
-        says too little.
+        """Return the description of a model folder.
+
+        Args:
+            folder: folder of the model.
+            name: name of the model.
+
+        Raises:
+            CheckpointError: a file is missing or malformed, or the config lacks the model's shape.
         """
         config = read_json(folder / "config.json")
-        mark = fingerprint(folder)
+        digests = fingerprint(folder)
         try:
             size = config["hidden_size"]
             layers = config["num_hidden_layers"]
@@ -108,16 +117,21 @@ class BaseDescription(_Strict):
             ) from None
         return BaseDescription(
             name=name,
-            weights=mark.weights,
-            tokenizer=mark.tokenizer,
+            weights=digests.weights,
+            tokenizer=digests.tokenizer,
             hidden_size=size,
             num_layers=layers,
         )
 
 
 class Metric(_Strict):
-    """A held-out figure (a loss in nats per token, unless its name says otherwise) without and with
-    the expert.
+    """A metric on a held-out set without and with the expert.
+
+    It is a loss in nats per token unless its name says otherwise.
+
+    Attributes:
+        before: value of the base.
+        after: value of the base with the expert.
     """
 
     before: float
@@ -125,12 +139,12 @@ class Metric(_Strict):
 
     @property
     def gain(self) -> float:
-        """Share by which the figure is lower with the expert, negative where it is higher."""
+        """Relative reduction of the metric by the expert; negative if the metric is higher."""
         return 1 - self.after / self.before if self.before else 0.0
 
     @property
     def verdict(self) -> str:
-        """What to tell a person: better or worse, and by how much."""
+        """The result in words: better or worse, and by how many per cent."""
         if abs(self.gain) < LEAST_GAIN:
             return "no better than the base"
         return f"{'better' if self.gain > 0 else 'worse'} by {abs(self.gain):.1%}".replace(
@@ -139,16 +153,19 @@ class Metric(_Strict):
 
 
 class GateSettings(_Strict):
-    """How the gates decide, and how they were calibrated (see docs/concepts/experts.md).
+    """Calibration of the gates and of relevance (see docs/concepts/experts.md).
 
-    half_life: tokens after which a past score counts half in the running mean of scores.
-    alpha: share of public tokens that the threshold lets fire by design.
-    ridge, rho: regularisation and weight of the public text in the closed form.
-    tokens: tokens of the own domain that the statistics were taken from.
-    false_positives, recall: shares of firing tokens measured on held-out public and own text.
-    relevance_threshold, relevance_offset: see `model/experts/relevance.py`, in nats.
-    admitted_chats: share of everyday conversations, held out, that admit the expert where it is the
-    only one plugged. admitted_own: share of pieces of held-out own text that do not rule it out.
+    Attributes:
+        half_life: half-life of past scores in the running mean, in tokens.
+        alpha: target false-positive rate of the threshold: share of public tokens that fire.
+        ridge, rho: regularisation, and weight of the public text, in the closed form.
+        tokens: number of tokens of the domain that the statistics were computed from.
+        false_positives: measured share of firing tokens on held-out public text.
+        recall: measured share of firing tokens on held-out text of the domain.
+        relevance_threshold, relevance_offset: see `model/experts/relevance.py`, in nats.
+        admitted_chats: share of held-out everyday conversations that admit the expert if it is the
+            only one plugged.
+        admitted_own: share of pieces of held-out text of the domain that admit the expert.
     """
 
     half_life: Annotated[float, Field(gt=0, le=1e6)] = 64.0
@@ -165,20 +182,31 @@ class GateSettings(_Strict):
 
 
 class Signature(_Strict):
-    """Ed25519 (RFC 8032) public key and signature, in hexadecimal."""
+    """An Ed25519 public key and signature (RFC 8032), in hexadecimal."""
 
     public_key: Sha256
     value: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
 class Manifest(_Strict):
-    """What is in a pack, where it comes from and what it fits.
+    """Content, origin and base model of a pack.
 
-    width: width F of the feed-forward network at each of `layers`.
-    data: SHA-256 digests of the training data. licence: SPDX expression. commit: of the repository
-    learned from. vocabulary: length of the table of relevance; 0: the pack has none.
-    metrics: name of a held-out text -> loss before and after. digest, signature: see
-    `packs/pack.py`.
+    Attributes:
+        format: version of the pack format.
+        name: name of the expert.
+        domain: short description of its domain.
+        base: the base model that the expert belongs to.
+        layers: base layers that have an expert layer, ascending.
+        width: width F of the feed-forward network at each layer.
+        dtype: dtype of the feed-forward weights.
+        gate: calibration of the gates.
+        data: SHA-256 digests of the training data.
+        licence: SPDX expression.
+        commit: commit of the repository that the expert was trained on.
+        vocabulary: length of the relevance table; 0: the pack has none.
+        metrics: name of a held-out text -> loss before and after.
+        profile: free text; this version neither writes nor reads it.
+        digest, signature: see `packs/pack.py`.
     """
 
     format: Literal[2] = 2
@@ -202,20 +230,18 @@ class Manifest(_Strict):
 
     @property
     def verdict(self) -> str:
-        """What the held-out loss says of the expert, in words."""
+        """The result on the held-out set in words."""
         metric = self.metrics.get(HELD_OUT)
         return metric.verdict if metric else "not measured"
 
     @property
     def helps(self) -> bool:
-        """Whether to arm the expert where it is not named: not if it was measured to be no better
-        than the base.
-        """
+        """Whether "auto" arms the expert: unless it was measured to be no better than the base."""
         metric = self.metrics.get(HELD_OUT)
         return metric is None or metric.gain >= LEAST_GAIN
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Return the tensors that a pack with this manifest holds, no more and no fewer."""
+        """Return dtype and shape of exactly the tensors that a pack with this manifest holds."""
         dtype = DTYPES[self.dtype]
         hidden_size = self.base.hidden_size
         specs: dict[str, TensorSpec] = {}
@@ -229,17 +255,18 @@ class Manifest(_Strict):
         return specs
 
     def signed_part(self) -> bytes:
-        """Return the canonical JSON of everything but digest and signature."""
+        """Return the canonical JSON of the manifest without digest and signature."""
         return canonical_json(self.model_dump(mode="json", exclude={"digest", "signature"}))
 
 
 def parse_manifest(text: str) -> Manifest:
-    """Return the manifest written in `text`; raises `PackError` with one sentence about the first
-    mistake.
+    """Return the manifest in a JSON text.
+
+    Raises:
+        PackError: the manifest is invalid; the message names the first mistake.
     """
-    fields = parse_json(
-        text
-    )  # it also refuses repeated keys and other liberties that the next line would let pass
+    # `parse_json` also rejects repeated keys and other things that pydantic's parser accepts.
+    fields = parse_json(text)
     if isinstance(fields, dict) and fields.get("format") == 1:
         raise PackError(
             "it is of format 1, whose gates do not know conversations; train the expert again"
@@ -250,44 +277,53 @@ def parse_manifest(text: str) -> Manifest:
         raise PackError(f"its manifest is invalid, {explain(error)}") from None
     if manifest.layers[-1] >= manifest.base.num_layers:
         raise PackError(
-            f"layer {manifest.layers[-1]} does not exist in a base of {manifest.base.num_layers} layers"
+            f"layer {manifest.layers[-1]} does not exist in a base of {manifest.base.num_layers} "
+            "layers"
         )
     return manifest
 
 
 def explain(error: ValidationError) -> str:
-    """Return the first mistake of a pydantic error in one printable line."""
+    """Return the first mistake in a pydantic error as one printable line."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "manifest"
     return printable(f"{where}: {first['msg'].removeprefix('Value error, ')}")
 
 
 def printable(text: object, limit: int = 160) -> str:
-    """Return `text` in ASCII without control characters, cut to `limit`, so that no file can write
-    to a terminal.
+    """Return text as printable ASCII, so that a file cannot send escape codes to a terminal.
+
+    Args:
+        text: text or object from an untrusted file.
+        limit: maximum length in characters.
     """
     plain = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], str(text))
     return plain if len(plain) <= limit else f"{plain[:limit]}..."
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; refuses repeated keys, NaN, excessive nesting and
-    numbers.
+    """Return the value of an untrusted JSON text.
+
+    Raises:
+        PackError: the text is malformed, repeats a key, contains NaN or infinity, is nested too
+            deeply or has a number that is too long.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(
+            text, object_pairs_hook=_reject_repeated_keys, parse_constant=_reject_constant
+        )
     except RecursionError:
         raise PackError("its JSON is nested too deeply") from None
     except ValueError as error:
         raise PackError(f"its JSON is malformed, {printable(error)}") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a key is repeated")
     return table
 
 
-def _no_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")

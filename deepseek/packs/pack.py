@@ -1,10 +1,9 @@
-"""The expert pack: one `.safetensors` file that holds an expert module and its papers.
+"""The expert pack: one `.safetensors` file with an expert module and its manifest.
 
-Metadata has one key, `deepseek.expert`, with the manifest as JSON. The manifest's digest is a
-SHA-256 over the rest of the manifest and the bytes of all tensors; a signature is made over the
-digest. The same pack always has the same bytes. Reading refuses a file before anything of it is
-used: header, manifest, licence, base and tensor table are checked before the tensors are read, and
-their digest, signature and values before the pack is returned.
+The file's metadata has one key, `deepseek.expert`, with the manifest as JSON. The digest in the
+manifest is a SHA-256 over the rest of the manifest and the bytes of all tensors, and the signature
+signs that digest. Writing is deterministic. Reading checks header, manifest, licence, base and
+tensor table before it reads the tensors, and digest, signature and values before it returns them.
 """
 
 import hashlib
@@ -29,8 +28,11 @@ DEFAULT_POLICY = PackPolicy()
 
 @dataclass(frozen=True)
 class ExpertPack:
-    """A manifest and its tensors (names and shapes: `Manifest.tensors`). Make one with
-    `ExpertPack.seal`.
+    """A manifest and its tensors. Create one with `ExpertPack.seal`.
+
+    Attributes:
+        manifest: the manifest.
+        tensors: the tensors, with the names and shapes of `Manifest.tensors`.
     """
 
     manifest: Manifest
@@ -38,14 +40,14 @@ class ExpertPack:
 
     @staticmethod
     def seal(manifest: Manifest, tensors: dict[str, Tensor]) -> "ExpertPack":
-        """Return a pack whose manifest carries the digest of its content and no signature yet."""
+        """Return an unsigned pack whose manifest contains the digest of the content."""
         digest = content_digest(manifest, tensors)
         return ExpertPack(
             manifest.model_copy(update={"digest": digest, "signature": None}), tensors
         )
 
     def sign(self, key: Ed25519PrivateKey) -> "ExpertPack":
-        """Return this pack with a signature."""
+        """Return a copy of this pack that is signed with `key`."""
         return ExpertPack(
             self.manifest.model_copy(update={"signature": sign(self.manifest.digest, key)}),
             self.tensors,
@@ -53,15 +55,15 @@ class ExpertPack:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def content_digest(manifest: Manifest, tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 over the manifest (without digest and signature) and the tensors' bytes in
-    order of name.
+    """Return the SHA-256 over a manifest and its tensors, in hexadecimal.
 
-    Names, dtypes and shapes need no place of their own in it: they follow from the manifest.
+    The manifest counts without digest and signature, and tensors in the order of their names.
+    Names, dtypes and shapes need not be hashed, because they follow from the manifest.
     """
     digest = hashlib.sha256(CONTEXT + manifest.signed_part() + b"\0")
     for name in sorted(tensors):
@@ -72,9 +74,15 @@ def content_digest(manifest: Manifest, tensors: dict[str, Tensor]) -> str:
 def write_pack(
     path: str | Path, pack: ExpertPack, key: Ed25519PrivateKey | None = None
 ) -> ExpertPack:
-    """Write `pack` to `path` in one step, signed if `key` is given; return it as written.
+    """Write a pack atomically and return it as written.
 
-    Raises `PackError` if it is not a pack that `read_pack` would accept.
+    Args:
+        path: file to write.
+        pack: the pack.
+        key: private key to sign the pack with; None: leave the signature as it is.
+
+    Raises:
+        PackError: `read_pack` would not accept the pack.
     """
     pack = pack.sign(key) if key else pack
     check_pack(pack)
@@ -88,9 +96,15 @@ def write_pack(
 def read_pack(
     path: str | Path, policy: PackPolicy = DEFAULT_POLICY, base: BaseDescription | None = None
 ) -> ExpertPack:
-    """Read and check a pack file; with `base`, also that it belongs to that model.
+    """Read and check a pack file.
 
-    Raises `PackError`: one sentence that names the file and the first reason to refuse it.
+    Args:
+        path: the pack file.
+        policy: rules on licence, signature and size; by default any licence and any signer.
+        base: base model that the pack must belong to; None: any.
+
+    Raises:
+        PackError: the pack is refused; the message names the file and the first reason.
     """
     path = Path(path)
     try:
@@ -99,7 +113,7 @@ def read_pack(
             if header.metadata.keys() != {KEY}:
                 raise PackError("its header holds no expert manifest; it is not an expert pack")
             manifest = parse_manifest(header.metadata[KEY])
-            _check_papers(manifest, policy, base)
+            _check_manifest(manifest, policy, base)
             pack = ExpertPack(manifest, read_tensors(file, header, manifest.tensors()))
         _check_content(pack, policy)
     except PackError as error:
@@ -110,22 +124,32 @@ def read_pack(
 def check_pack(
     pack: ExpertPack, policy: PackPolicy = DEFAULT_POLICY, base: BaseDescription | None = None
 ) -> None:
-    """Make the checks of `read_pack` on a pack in memory. Raises `PackError`."""
+    """Run the checks of `read_pack` on a pack in memory.
+
+    Args:
+        pack: the pack.
+        policy: rules on licence and signature; by default any licence and any signer.
+        base: base model that the pack must belong to; None: any.
+
+    Raises:
+        PackError: the pack is refused.
+    """
     try:
-        _check_papers(pack.manifest, policy, base)
+        _check_manifest(pack.manifest, policy, base)
         specs = pack.manifest.tensors()
         check_names(pack.tensors.keys(), specs.keys())
         for name, tensor in pack.tensors.items():
             if (tensor.dtype, tuple(tensor.shape)) != specs[name]:
                 raise PackError(
-                    f"its tensor {name} is {tensor.dtype} {[*tensor.shape]}, its manifest says {specs[name]}"
+                    f"its tensor {name} is {tensor.dtype} {[*tensor.shape]}, its manifest says "
+                    f"{specs[name]}"
                 )
         _check_content(pack, policy)
     except PackError as error:
         raise PackError(f"expert pack {pack.manifest.name} is refused: {error}.") from None
 
 
-def _check_papers(manifest: Manifest, policy: PackPolicy, base: BaseDescription | None) -> None:
+def _check_manifest(manifest: Manifest, policy: PackPolicy, base: BaseDescription | None) -> None:
     check_licence(manifest, policy)
     if base is not None:
         check_base(manifest, base)
@@ -139,9 +163,14 @@ def _check_content(pack: ExpertPack, policy: PackPolicy) -> None:
 
 
 def check_finite(tensors: dict[str, Tensor], where: str = "") -> None:
-    """Raise `PackError` if a value is NaN or infinite."""
+    """Raise `PackError` if a value is NaN or infinite.
+
+    Args:
+        tensors: the tensors by name.
+        where: words to add to the message.
+    """
     for name, tensor in tensors.items():
-        # The largest magnitude is NaN or infinite if any value is; three times as fast as
-        # isfinite() on all of them.
+        # The maximum magnitude is NaN or infinite if any value is. This is three times as fast as
+        # isfinite() on every value.
         if not tensor.detach().abs().amax().isfinite():
             raise PackError(f"its tensor {name} holds NaN or infinity {where}".rstrip())

@@ -1,4 +1,4 @@
-"""Which packs this installation accepts: their base, their licence and their signer."""
+"""Rules by which an installation accepts packs: base model, licence and signer."""
 
 import re
 from dataclasses import dataclass
@@ -13,12 +13,14 @@ SignaturePolicy = Literal["any", "signed", "trusted"]
 
 @dataclass(frozen=True)
 class PackPolicy:
-    """Rules for packs. A signature that is present must be valid under every rule.
+    """Rules by which packs are accepted. A signature that is present must always be valid.
 
-    signature: "any" pack, only "signed" ones, or only those signed with a "trusted" key.
-    allow: licences (SPDX identifiers) that are accepted; None accepts all that `deny` does not
-    name. trusted: public keys in hexadecimal; None reads those in the trust folder.
-    max_bytes: size of the largest file that is opened.
+    Attributes:
+        signature: accept "any" pack, only "signed" ones, or only those with a "trusted" signer.
+        allow: SPDX identifiers of accepted licences; None: all that are not in `deny`.
+        deny: SPDX identifiers of refused licences.
+        trusted: trusted public keys in hexadecimal; None: the keys in the trust folder.
+        max_bytes: size of the largest pack file to open, in bytes (default 4 GiB).
     """
 
     signature: SignaturePolicy = "any"
@@ -29,10 +31,10 @@ class PackPolicy:
 
 
 def check_licence(manifest: Manifest, policy: PackPolicy) -> None:
-    """Raise `PackError` if a licence in the manifest's expression is not accepted.
+    """Raise `PackError` if a licence in the manifest's SPDX expression is not accepted.
 
-    Every identifier counts, also the alternatives of an OR: a policy should not depend on which one
-    a reader picks.
+    Every identifier must be accepted, including the alternatives of an OR, so that the result does
+    not depend on which alternative a user picks.
     """
     words = re.split(r"[\s()]+", manifest.licence)
     for licence in [word for word in words if word and word not in ("AND", "OR", "WITH")]:
@@ -43,9 +45,7 @@ def check_licence(manifest: Manifest, policy: PackPolicy) -> None:
 
 
 def check_signature(manifest: Manifest, policy: PackPolicy) -> None:
-    """Raise `PackError` if the signature is wrong, or missing or unknown where the policy asks for
-    it.
-    """
+    """Raise `PackError` if the signature is invalid, or not sufficient for the policy."""
     signature = manifest.signature
     if signature is None:
         if policy.signature != "any":
@@ -60,16 +60,20 @@ def check_signature(manifest: Manifest, policy: PackPolicy) -> None:
     )
     if policy.signature == "trusted" and signature.public_key not in (trusted or ()):
         raise PackError(
-            f"its signer {signature.public_key[:16]} is not trusted; put their .pub into the trust folder"
+            f"its signer {signature.public_key[:16]} is not trusted; put their .pub into the trust "
+            "folder"
         )
 
 
 def check_base(manifest: Manifest, base: BaseDescription) -> None:
     """Raise `PackError` unless the pack was made for exactly this base model and tokenizer."""
     for field in ("weights", "tokenizer", "hidden_size", "num_layers"):
-        made_for, found = (str(getattr(one, field))[:12] or "none" for one in (manifest.base, base))
+        required, actual = (
+            str(getattr(description, field))[:12] or "none" for description in (manifest.base, base)
+        )
         if getattr(manifest.base, field) != getattr(base, field):
             raise PackError(
-                f"it was made for another base ({manifest.base.name or 'unnamed'}), whose {field} is {made_for} where "
-                f"this model's is {found}; load that base or train the expert on this one"
+                f"it was made for another base ({manifest.base.name or 'unnamed'}), whose {field} "
+                f"is {required} where this model's is {actual}; load that base or train the expert "
+                "on this one"
             )

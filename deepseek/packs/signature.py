@@ -1,8 +1,8 @@
 """Ed25519 keys and signatures (RFC 8032) of packs.
 
-A key pair is two PEM files: `NAME.pem` (private, readable by its owner only) and `NAME.pub`. Every
-`.pub` in the trust folder, `home()/keys`, names a signer whose packs are trusted; to trust somebody
-is to copy their `.pub` there.
+A key pair consists of two PEM files, `NAME.pem` (private, readable by its owner only) and
+`NAME.pub`. Every `.pub` file in the trust folder, `home()/keys`, is the key of a trusted signer. To
+trust somebody, copy their `.pub` file there.
 """
 
 import os
@@ -23,19 +23,24 @@ from deepseek.checkpoint.store import home
 from deepseek.errors import PackError
 from deepseek.packs.manifest import Signature
 
-CONTEXT = b"deepseek expert pack 1\0"  # keeps a signature from meaning anything elsewhere
+# Domain separation: a signature of a pack is not valid for any other kind of data.
+CONTEXT = b"deepseek expert pack 1\0"
 
 
 def trust_folder() -> Path:
-    """Return the folder whose `.pub` files are the trusted keys."""
+    """Return the folder of the trusted public keys (`*.pub`)."""
     return home() / "keys"
 
 
 def keygen(name: str, folder: Path | None = None) -> tuple[Path, Path]:
-    """Write a new key pair `NAME.pem` (mode 0600) and `NAME.pub`; return both paths.
+    """Write a new key pair and return the paths of the private and the public key.
 
-    Raises `PackError` if `name` is no plain file name or one of the files exists: a key is never
-    overwritten.
+    Args:
+        name: name of the key; the files are `NAME.pem` (mode 0600) and `NAME.pub`.
+        folder: folder to write to; None: the trust folder.
+
+    Raises:
+        PackError: `name` is not a plain file name, or a file exists; keys are never overwritten.
     """
     if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
         raise PackError(f"key name {name!r} must consist of letters, digits, - and _.")
@@ -57,8 +62,11 @@ def keygen(name: str, folder: Path | None = None) -> tuple[Path, Path]:
 
 
 def load_key(path: Path) -> Ed25519PrivateKey:
-    """Read a private key; raises `PackError` if it is missing, open to others, or not an Ed25519
-    key.
+    """Return the private key in a PEM file.
+
+    Raises:
+        PackError: the file cannot be read, is accessible to other users, or is not an unencrypted
+            Ed25519 key.
     """
     try:
         mode = path.stat().st_mode
@@ -73,14 +81,20 @@ def load_key(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise PackError(
-            f"{path} is not an unencrypted Ed25519 private key; make one with `deepseek expert keygen`."
+            f"{path} is not an unencrypted Ed25519 private key; make one with "
+            "`deepseek expert keygen`."
         )
     return key
 
 
 def trusted_keys(folder: Path | None = None) -> frozenset[str]:
-    """Return the public keys (hexadecimal) in the trust folder; raises `PackError` if one is
-    malformed.
+    """Return the trusted public keys in hexadecimal.
+
+    Args:
+        folder: folder of `.pub` files; None: the trust folder.
+
+    Raises:
+        PackError: a file is not an Ed25519 public key.
     """
     return frozenset(_public_hex(path) for path in sorted((folder or trust_folder()).glob("*.pub")))
 
@@ -92,7 +106,7 @@ def sign(digest: str, key: Ed25519PrivateKey) -> Signature:
 
 
 def is_valid(signature: Signature, digest: str) -> bool:
-    """Whether `signature` was made over `digest` with the private half of its public key."""
+    """Return whether `signature` is a valid signature of `digest` under its public key."""
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature.public_key))
         key.verify(bytes.fromhex(signature.value), CONTEXT + bytes.fromhex(digest))
@@ -112,9 +126,7 @@ def _public_hex(path: Path) -> str:
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file, never over another, that from its first moment is open to no more than
-    `mode` allows.
-    """
+    """Create a file with mode `mode` from the start; raise `FileExistsError` if it exists."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(content)

@@ -1,1 +1,1 @@
-"""Text to tokens and back, and chats to prompts."""
+"""Tokenizers and chat templates: text to token ids, and conversations to prompts."""

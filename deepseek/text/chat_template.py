@@ -1,5 +1,6 @@
-"""Conversations: messages to ids and a loss mask, with the model's own chat template (transformers'
-jinja sandbox).
+"""Chat templates: encode a conversation as token ids and a loss mask.
+
+The model's own chat template runs in the Jinja sandbox of `transformers`.
 """
 
 import re
@@ -14,22 +15,25 @@ from deepseek.errors import DataError
 from deepseek.text.tokenizer import encode_plain
 
 Message = Mapping[str, Any]
-"""`{"role": "system" | "user" | "assistant", "content": text}`; templates that know tools read
+"""`{"role": "system" | "user" | "assistant", "content": text}`. Templates with tool support read
 further fields.
 """
 
 USER_ROLES = ("user", "tool")
 
 FIRST_STAND_IN = 0x10F000
-"""Start of a private-use range; see `render`."""
+"""First code point of a private-use range that stands in for control tokens (see `render`)."""
 
 STAND_INS = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(0x10FFFF)}]")
 
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Ids of a whole conversation; `is_target[t]` says whether token t was written by the
-    assistant.
+    """A whole conversation as token ids with a loss mask.
+
+    Attributes:
+        ids: token ids.
+        is_target: whether the assistant wrote each token.
     """
 
     ids: list[int]
@@ -37,8 +41,11 @@ class EncodedChat:
 
 
 def check_messages(messages: Sequence[Message], where: str = "The conversation") -> None:
-    """Raise `DataError`, saying `where`, unless there are messages and every one has a role and a
-    text.
+    """Raise `DataError` unless there are messages and each has a text role and a text content.
+
+    Args:
+        messages: the conversation.
+        where: beginning of the error message.
     """
     if not messages:
         raise DataError(f"{where} has no messages; give at least one with a role and a content.")
@@ -47,7 +54,8 @@ def check_messages(messages: Sequence[Message], where: str = "The conversation")
             isinstance(message.get(k), str) for k in ("role", "content")
         ):
             raise DataError(
-                f"{where}: message {number} needs a text role and a text content; it is {message!r:.80}."
+                f"{where}: message {number} needs a text role and a text content; it is "
+                f"{message!r:.80}."
             )
 
 
@@ -57,17 +65,27 @@ def render(
     open_turn: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """Return the conversation as the template writes it; `open_turn` adds the start of the
-    assistant's answer.
+    """Return the conversation as text, rendered by the chat template.
 
-    Control tokens inside messages and tools are replaced by private-use characters, one for each,
-    so that nobody can end a turn or begin another from within; `encode_rendered` writes them back
-    as ordinary characters.
+    Control tokens inside messages and tools are replaced by private-use characters, so that content
+    cannot end a turn or start another one. `encode_rendered` turns them back into ordinary
+    characters.
+
+    Args:
+        tokenizer: tokenizer with a chat template.
+        messages: the conversation.
+        open_turn: whether to append the start of the assistant's answer (default: False).
+        tools: descriptions of tools for templates that support them; None: no tools.
+
+    Raises:
+        DataError: a message is malformed, there is no chat template, or the template refuses the
+            messages.
     """
     check_messages(messages)
     if tokenizer.chat_template is None:
         raise DataError(
-            "The model has no chat template; use an instruct model or give plain text instead of messages."
+            "The model has no chat template; use an instruct model or give plain text instead of "
+            "messages."
         )
     tokens = control_tokens(tokenizer)
     try:
@@ -85,8 +103,11 @@ def render(
 
 
 def guard(tokens: Sequence[str], value: Any) -> Any:
-    """Return `value` with each control token in a text within it replaced by its stand-in
-    character.
+    """Return a value with every control token in its texts replaced by a stand-in character.
+
+    Args:
+        tokens: control tokens, longest first (see `control_tokens`).
+        value: text, or nested mappings and lists with texts.
     """
     if isinstance(value, str):
         for index, token in enumerate(tokens):
@@ -98,49 +119,52 @@ def guard(tokens: Sequence[str], value: Any) -> Any:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return the texts of all added tokens, longest first, so that none is found inside another."""
+    """Return the texts of all added tokens, longest first.
+
+    In this order, replacing one token never breaks another that contains it.
+    """
     return sorted(tokenizer.get_added_vocab(), key=lambda token: (-len(token), token))
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Return the ids of a rendered text: the template's control tokens count, stand-ins become
-    ordinary characters.
+    """Return the ids of a text from `render`.
+
+    Control tokens of the template become control tokens. Stand-ins become the ordinary characters
+    of the token that they replaced.
     """
     tokens = control_tokens(tokenizer)
     ids: list[int] = []
     start = 0
-    for found in STAND_INS.finditer(text):
-        index = ord(found[0]) - FIRST_STAND_IN
+    for match in STAND_INS.finditer(text):
+        index = ord(match[0]) - FIRST_STAND_IN
         if index < len(tokens):
-            ids += tokenizer(text[start : found.start()], add_special_tokens=False).input_ids
+            ids += tokenizer(text[start : match.start()], add_special_tokens=False).input_ids
             ids += encode_plain(tokenizer, [tokens[index]])[0]
-            start = found.end()
+            start = match.end()
     return ids + list(tokenizer(text[start:], add_special_tokens=False).input_ids)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[int]:
-    """Return the ids after which the model writes the assistant's answer."""
+    """Return the ids of a prompt that ends where the assistant's answer starts."""
     return encode_rendered(tokenizer, render(tokenizer, messages, open_turn=True))
 
 
 def user_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Return the ids of what tells what a conversation is about: the words of its user, and what
-    tools returned.
+    """Return the ids of the user's messages and tool results, by which relevance is scored.
 
-    Neither the template, nor what the system says to every user, nor what a model wrote is
-    evidence.
+    The template, the system prompt and the assistant's answers are left out, because they are no
+    evidence of what the user asks about.
     """
     texts = [str(message["content"]) for message in messages if message["role"] in USER_ROLES]
     return tuple(encode_plain(tokenizer, ["\n".join(texts)])[0])
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> EncodedChat:
-    """Return the ids of a finished conversation with the assistant's turns, end-of-turn token
-    included, as targets.
+    """Return a finished conversation with the assistant's turns as targets.
 
-    A turn is what the template adds after the open turn. Templates that rewrite earlier turns
-    (reasoning models drop old thoughts) leave no such boundary there; those turns are then context
-    only.
+    A target turn is the text that the template adds after the open turn, including the end-of-turn
+    token. Some templates rewrite earlier turns (those of reasoning models drop old thoughts), so
+    that their boundaries cannot be found. Such turns are context only.
     """
     whole = render(tokenizer, messages)
     ids: list[int] = []
@@ -155,20 +179,25 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message])
 def turns(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], whole: str
 ) -> list[tuple[str, bool]]:
-    """Cut `whole` into (text, written by the assistant) parts that join to it."""
+    """Split a rendered conversation into parts (text, whether the assistant wrote it).
+
+    Args:
+        tokenizer: tokenizer with a chat template.
+        messages: the conversation.
+        whole: the rendered conversation; the parts concatenate to it.
+    """
     parts: list[tuple[str, bool]] = []
-    done = 0
+    position = 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:
             continue
         before = render(tokenizer, messages[:index], open_turn=True)
         after = render(tokenizer, messages[: index + 1])
-        if not (whole.startswith(before) and whole.startswith(after) and len(before) >= done):
+        if not (whole.startswith(before) and whole.startswith(after) and len(before) >= position):
             continue
         answer = after[len(before) :]
-        end = len(before) + len(
-            answer.rstrip("\n")
-        )  # the template's line break after a turn is not the answer
-        parts += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
-        done = end
-    return [part for part in [*parts, (whole[done:], False)] if part[0]]
+        # The line break that the template writes after a turn is not part of the answer.
+        end = len(before) + len(answer.rstrip("\n"))
+        parts += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
+        position = end
+    return [part for part in [*parts, (whole[position:], False)] if part[0]]

@@ -1,6 +1,4 @@
-"""Tokenizers: always the Hugging Face fast kind, loaded from a model folder, never from remote
-code, or learned.
-"""
+"""Load or train Hugging Face fast tokenizers. Remote code is never run."""
 
 import hashlib
 import json
@@ -14,14 +12,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from deepseek.errors import CheckpointError, ConfigError
 
 DOCUMENT_END = "<|endoftext|>"
-"""What most open models saw between pre-training documents; their `eos_token` is often the end of a
-chat turn.
+"""Separator of pre-training documents in most open models, whose `eos_token` often ends a chat turn
+instead.
 """
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer saved in `folder`; raise `CheckpointError` where there is none or it has
-    no fast form.
+    """Return the tokenizer in a model folder.
+
+    Raises:
+        CheckpointError: there is no tokenizer, it cannot be read, or it is not a fast tokenizer.
     """
     folder = Path(folder)
     if (
@@ -48,10 +48,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 @lru_cache(maxsize=4)
 def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy of the backend that reads control tokens such as `<|im_end|>` in a text as
-    ordinary characters.
+    """Return a copy of the backend that encodes control tokens in a text as ordinary characters.
 
-    Foreign text must never become control tokens: a source file that mentions `<|im_end|>` would
+    Untrusted text must never become control tokens: a source file that mentions `<|im_end|>` would
     end a turn.
     """
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -62,35 +61,40 @@ def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text (all cores), without control tokens, beginning or end of
-    sequence.
-    """
+    """Return the ids of each text, without control, BOS or EOS tokens. Uses all cores."""
     encodings = plain_encoder(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 
 def document_start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return what this tokenizer puts before every text: `[bos]` for Llama and Mistral, nothing for
-    GPT-2 kinds.
+    """Return the ids that this tokenizer puts before every text.
+
+    These are `[bos]` for Llama and Mistral, and none for tokenizers of the GPT-2 kind.
     """
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and bos in tokenizer("").input_ids else []
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return the id that ends a document: `<|endoftext|>` where the vocabulary has it, else
-    `eos_token`.
+    """Return the id that ends a document: `<|endoftext|>` if the vocabulary has it, else EOS.
+
+    Raises:
+        CheckpointError: the tokenizer has neither.
     """
-    identity = tokenizer.get_vocab().get(DOCUMENT_END, tokenizer.eos_token_id)
-    if identity is None:
+    end_id = tokenizer.get_vocab().get(DOCUMENT_END, tokenizer.eos_token_id)
+    if end_id is None:
         raise CheckpointError(
-            "The tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json."
+            "The tokenizer has no end-of-sequence token; set eos_token in its "
+            "tokenizer_config.json."
         )
-    return int(identity)
+    return int(end_id)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return a sha256 over everything that decides which ids a text or a conversation gets."""
+    """Return a SHA-256 over everything that determines the ids of a text or a conversation.
+
+    It serves as a cache key of tokenised data.
+    """
     parts = (
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
@@ -100,27 +104,30 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 CONTROL = (DOCUMENT_END, "<|im_start|>", "<|im_end|>")
-"""The end of a document and ChatML's marks of a turn."""
+"""Control tokens of a trained tokenizer: end of document, and ChatML's start and end of turn."""
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How text is cut before merges are learned: GPT-4's pattern, with which runs of spaces and digits
-stay short.
-"""
+"""Pre-tokenisation pattern, that of GPT-4. It keeps runs of digits and spaces short."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer (arXiv:1508.07909) of `vocab_size` ids, learned from
-    `texts`.
+    """Train a byte-level BPE tokenizer (arXiv:1508.07909).
 
-    Raises `ConfigError` if the size has no room for all bytes and control tokens.
+    Args:
+        texts: training texts.
+        vocab_size: number of ids, control tokens included.
+
+    Raises:
+        ConfigError: `vocab_size` is too small for all bytes and control tokens.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(alphabet) + len(CONTROL)

@@ -1,10 +1,8 @@
-"""How tokens look at each other. One table; a new kind is one class in a file of its own and one
-row.
+"""The kinds of attention. To add one, write a class in its own file and add a row to the table.
 
-A kind maps (x `[B, T, D]`, `ForwardContext`) to `[B, T, D]` and derives from `FullAttention`, which
-says what it may override. What it keeps of past tokens beside keys and values is a state of its own
-(`model/kv_cache.py`), and fields of the config that nobody else needs go to
-`model/attention_fields.py`.
+An attention maps (x `[B, T, D]`, `ForwardContext`) to `[B, T, D]` and derives from `FullAttention`,
+which documents what to override. State beside keys and values goes to a `LayerState`
+(`model/kv_cache.py`), and config fields of one kind go to `model/attention_fields.py`.
 """
 
 from deepseek.model.attention.full import FullAttention

@@ -14,11 +14,11 @@ from deepseek.model.positions import POSITIONS
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the heads of one layer work on, of the new tokens.
+    """Queries, keys and values of the new tokens at one layer.
 
     Attributes:
-        plain_query_BHTK, plain_key_BGTK: before positions are applied, which is what a hash reads.
-        query_BHTK, key_BGTK: after that.
+        plain_query_BHTK, plain_key_BGTK: before positions are applied; LSH hashes read these.
+        query_BHTK, key_BGTK: after positions are applied.
         value_BGTK: values.
     """
 
@@ -32,16 +32,13 @@ class AttentionInputs:
 class FullAttention(nn.Module):
     """Causal multi-head attention with grouped key/value heads (arXiv:2305.13245).
 
-    Other kinds derive from it. What they keep of past tokens beside keys and values is a
-    `LayerState`, which they find by `layer_state`; no one else needs to know of it. They override
-    `attend`, and where they differ in that `check` and `state_bytes`.
+    Other kinds derive from this class. They override `attend`, and `check` and `state_bytes` if
+    they have config fields or cache state of their own. They get that state from `layer_state`.
     """
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
-        """Raise `ConfigError` where the fields of this kind of attention contradict each other or
-        the others.
-        """
+        """Raise `ConfigError` if the fields of this kind of attention contradict the config."""
 
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
@@ -87,11 +84,11 @@ class FullAttention(nn.Module):
         return output
 
     def state_bytes(self, length: int, itemsize: int) -> int:
-        """Return the most bytes that this layer keeps in the cache for one sequence.
+        """Return an upper bound on this layer's bytes in the cache for one sequence.
 
         Args:
             length: tokens of the sequence.
-            itemsize: bytes of a number in keys and values.
+            itemsize: bytes per number in keys and values.
         """
         positions = 0 if self.score_bias is None else self.score_bias.state_bytes(length)
         return 2 * self.groups * self.head_dim * itemsize * length + positions
@@ -105,13 +102,15 @@ class FullAttention(nn.Module):
         bias: ScoreBias | None,
         ctx: ForwardContext,
     ) -> Tensor:
-        """Return the weighted values `[B, H, T, K]`.
+        """Return the attention-weighted values `[B, H, T, K]`.
 
         Args:
-            key_BGSK, value_BGSK: those of past tokens, then of new ones.
-            plain: new queries and keys before positions; a hash reads them, exact attention does
-                not.
-            bias: what is added to the scores.
+            query_BHTK: queries of the new tokens.
+            key_BGSK, value_BGSK: keys and values of past tokens, then of new ones.
+            plain: queries and keys of the new tokens before positions are applied, for hashing;
+                exact attention does not read them.
+            bias: bias of the scores; None: no bias.
+            ctx: context of the forward pass.
         """
         if bias is not None:
             visible = ctx.window_visible if self.windowed else ctx.visible
@@ -128,7 +127,7 @@ class FullAttention(nn.Module):
         )
 
     def inputs(self, x_BTD: Tensor, ctx: ForwardContext) -> AttentionInputs:
-        """Return what the heads work on, for normed inputs `[B, T, D]`."""
+        """Return queries, keys and values for normed hidden states `[B, T, D]`."""
         query = self.q_proj(x_BTD)
         key = self.k_proj(x_BTD)
         value = self.v_proj(x_BTD)

@@ -1,8 +1,8 @@
-"""Hashes fitted to a model: which keys lie together, and which buckets a query should look into.
+"""Learned LSH hashes: assign keys to buckets and choose the buckets that a query probes.
 
-A hash reads queries and keys *before* positions are applied. A rotated key points elsewhere at
-every place of a text, so that buckets of rotated keys are places, not contents;
-docs/log/attention.md has the figures. C is the number of buckets.
+A hash reads queries and keys *before* positions are applied. Rotated keys with the same content
+point in different directions at different positions, so hashing them would group by position
+instead of content (figures in docs/log/attention.md). C is the number of buckets.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,12 @@ PARTS = ("key_weight", "key_bias", "query_weight", "query_bias")
 
 
 class LinearHash(nn.Module):
-    """Affine scores of buckets: a key falls into its best one, a query looks into its best ones.
+    """A learned hash that scores buckets by affine maps.
 
-    Keys of one key/value head share a map; every query head has its own, as heads look for
-    different things. Nothing depends on the other tokens, so the hash is causal, and the same in
-    prefill and in decode.
+    A key goes into the bucket with its highest score; a query probes the buckets with its highest
+    scores. Each key/value head has one map for its keys, and each query head has its own map for
+    queries. A code depends on one token only, so the hash is causal and gives the same codes in
+    prefill and decode.
     """
 
     key_weight: Tensor
@@ -44,8 +45,8 @@ class LinearHash(nn.Module):
         super().__init__()
         tensors = (key_weight_GKC, key_bias_GC, query_weight_HKC, query_bias_HC)
         for name, tensor in zip(PARTS, tensors, strict=True):
-            # Not persistent: a hash has a file of its own, and checkpoints stay what every other
-            # reader expects.
+            # Not persistent: hashes have their own file, and checkpoints stay readable by other
+            # libraries.
             self.register_buffer(name, tensor.detach().float(), persistent=False)
 
     @property
@@ -53,11 +54,11 @@ class LinearHash(nn.Module):
         return self.key_bias.shape[-1]
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
-        """Return the bucket `[B, G, S]` of each key, which depends on that key alone."""
+        """Return the bucket `[B, G, S]` of each key."""
         return (key_BGSK.float() @ self.key_weight + self.key_bias[:, None]).argmax(-1)
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
-        """Return `probes` different buckets `[B, H, T, P]` for each query, the likeliest first."""
+        """Return `probes` distinct buckets `[B, H, T, P]` per query, in descending score."""
         return likeliest(query_BHTK.float() @ self.query_weight + self.query_bias[:, None], probes)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -65,30 +66,36 @@ class LinearHash(nn.Module):
 
 
 def hash_file(folder: Path) -> Path:
-    """Return where the hash of the model in `folder` lies: below it, where no reader takes it for
+    """Return the path of the hash file of the model in `folder`.
+
+    It is in a subfolder, because readers take every safetensors file beside config.json for
     weights.
     """
     return folder / "lsh" / "hash.safetensors"
 
 
 def named_tensors(hashes: dict[int, LinearHash]) -> dict[str, Tensor]:
-    """Return all tensors of the hashes of some layers, as `layer.part`."""
+    """Return the tensors of all hashes (layer -> hash), named `layer.part`."""
     return {
         f"{layer}.{name}": tensor
-        for layer, one in hashes.items()
-        for name, tensor in one.tensors().items()
+        for layer, layer_hash in hashes.items()
+        for name, tensor in layer_hash.tensors().items()
     }
 
 
 def from_named_tensors(tensors: dict[str, Tensor]) -> dict[int, LinearHash]:
-    """Undo `named_tensors`; raise `KeyError` where a part is missing."""
+    """Return the hashes whose `named_tensors` are given; raise `KeyError` if a part is missing."""
     layers = sorted({int(name.partition(".")[0]) for name in tensors})
     return {layer: LinearHash(*(tensors[f"{layer}.{part}"] for part in PARTS)) for layer in layers}
 
 
 def save_hashes(path: Path, hashes: dict[int, LinearHash], base: str) -> None:
-    """Write the hashes of some layers; `base` is the weights' fingerprint of the model that they
-    were fitted to.
+    """Write hashes to a file.
+
+    Args:
+        path: file to write.
+        hashes: layer -> its hash.
+        base: fingerprint of the weights that the hashes were fitted to.
     """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in named_tensors(hashes).items()}
     with atomic_write(path) as temporary:
@@ -96,18 +103,22 @@ def save_hashes(path: Path, hashes: dict[int, LinearHash], base: str) -> None:
 
 
 def load_hashes(path: Path, base: str) -> dict[int, LinearHash]:
-    """Read what `save_hashes` wrote.
+    """Return the hashes in a file that `save_hashes` wrote, by layer.
+
+    Args:
+        path: file to read.
+        base: fingerprint of the weights that the hashes must belong to.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no hash, or was fitted to another model
-            than `base`.
+        CheckpointError: the file is missing, is damaged, is no hash file, or belongs to other
+            weights.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; make it with `deepseek distill-hash`.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("format") != FORMAT:
             raise KeyError("format")
         hashes = from_named_tensors(tensors)
@@ -121,18 +132,22 @@ def load_hashes(path: Path, base: str) -> dict[int, LinearHash]:
 
 
 def plug_hashes(model: nn.Module, hashes: dict[int, LinearHash]) -> None:
-    """Put the hashes into the LSH layers of a model.
+    """Install hashes in the LSH layers of a model.
+
+    Args:
+        model: a model with LSH layers.
+        hashes: layer -> its hash.
 
     Raises:
-        ConfigError: a layer has no hash, or one for other heads, another number of buckets or of
-            rounds.
+        ConfigError: a layer has no hash, or the number of heads, buckets or rounds differs.
     """
     for layer, attention in _hashed_layers(model):
         if attention.windows.rounds > 1:
             raise ConfigError("A fitted hash has one round; set lsh_rounds=1, and more lsh_probes.")
         if layer not in hashes:
             raise ConfigError(
-                f"The file has no hash for layer {layer}; name it in lsh_exact_layers or make it anew."
+                f"The file has no hash for layer {layer}; name it in lsh_exact_layers or make it "
+                "anew."
             )
         chosen = hashes[layer]
         heads = (
@@ -142,20 +157,21 @@ def plug_hashes(model: nn.Module, hashes: dict[int, LinearHash]) -> None:
         )
         if tuple(chosen.query_weight.shape) != heads:
             raise ConfigError(
-                f"The hash of layer {layer} is for {tuple(chosen.query_weight.shape)} heads, head_dim and "
-                f"lsh_num_buckets, the model has {heads}; set lsh_num_buckets={chosen.num_buckets} or make it anew."
+                f"The hash of layer {layer} is for {tuple(chosen.query_weight.shape)} heads, "
+                f"head_dim and lsh_num_buckets, the model has {heads}; set "
+                f"lsh_num_buckets={chosen.num_buckets} or make it anew."
             )
         attention.hash = chosen.to(attention.q_proj.weight.device)
 
 
 def _hashed_layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
-    found = [
+    lsh_modules = [
         module
         for module in model.modules()
         if hasattr(module, "hash") and hasattr(module, "windows")
     ]
-    if not found:
+    if not lsh_modules:
         raise ConfigError('The model has no LSH layer; load it with ModelConfig(attention="lsh").')
-    for module in found:
+    for module in lsh_modules:
         attention: Any = module
         yield attention.layer_idx, attention

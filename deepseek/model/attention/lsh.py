@@ -1,8 +1,7 @@
-"""LSH attention: each query looks at its neighbourhood, the first tokens, and recent keys that its
-hash calls alike.
+"""LSH attention: a query attends to a local window, attention sinks, and keys with similar hashes.
 
-`deepseek.kernels.lsh` computes it; here is how hash, heads, documents, padding and the cache come
-together.
+The kernels are in `deepseek.kernels.lsh`. This file connects them to the hash, the heads, packed
+documents, padding and the KV cache.
 """
 
 from typing import Any, Protocol
@@ -23,37 +22,37 @@ from deepseek.model.kv_cache import layer_state
 
 
 class Hash(Protocol):
-    """Names the bucket of each key and the likeliest buckets of each query, of one layer.
+    """A hash of one layer: the bucket of each key and the buckets that each query probes.
 
-    R rounds of hashing are R numbers for each key, those of a key head side by side `[B, GR, S]`,
-    and `probes` numbers of each round, one round after the other, for each query `[B, H, T, RP]`
-    (see `HashRounds`).
+    With R rounds of hashing, keys have codes `[B, GR, S]`, the rounds of a key head side by side,
+    and queries have codes `[B, H, T, RP]`, round after round (see `HashRounds`).
     """
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
-        """Return a bucket number `[B, G, S]` for each key, which depends on that key alone."""
+        """Return the bucket `[B, G, S]` of each key, which must depend on that key only."""
         ...
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
-        """Return `probes` different bucket numbers `[B, H, T, P]` for each query, the likeliest
-        first.
-        """
+        """Return `probes` distinct buckets `[B, H, T, P]` per query, most likely first."""
         ...
 
 
 class HashRounds(nn.ModuleList):
-    """Several hashes as one: a query looks at what any of them finds."""
+    """Several independent hashes; a query attends to the union of their candidates."""
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
-        return torch.stack([one.key_codes(key_BGSK) for one in list[Any](self)], 2).flatten(1, 2)
+        codes = [layer_hash.key_codes(key_BGSK) for layer_hash in list[Any](self)]
+        return torch.stack(codes, 2).flatten(1, 2)
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
-        return torch.cat([one.query_codes(query_BHTK, probes) for one in list[Any](self)], -1)
+        codes = [layer_hash.query_codes(query_BHTK, probes) for layer_hash in list[Any](self)]
+        return torch.cat(codes, -1)
 
 
 class RandomHash(nn.Module):
-    """Random directions, one a bucket: a vector falls into the bucket whose direction is nearest
-    (arXiv:1509.02897).
+    """A hash by random directions, one per bucket (arXiv:1509.02897).
+
+    A vector goes into the bucket whose direction has the largest dot product with it.
     """
 
     directions_CK: Tensor
@@ -70,18 +69,20 @@ class RandomHash(nn.Module):
         self.directions_CK = nn.functional.normalize(normal_CK, dim=-1).to(self.directions_CK.dtype)
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
-        return self._likeness(key_BGSK).argmax(-1)
+        return self._similarity(key_BGSK).argmax(-1)
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
-        return kernel.likeliest(self._likeness(query_BHTK), probes)
+        return kernel.likeliest(self._similarity(query_BHTK), probes)
 
-    def _likeness(self, x: Tensor) -> Tensor:
+    def _similarity(self, x: Tensor) -> Tensor:
         return x.float() @ self.directions_CK.float().mT
 
 
 def random_hash(num_buckets: int, head_dim: int, rounds: int, seed: int) -> Hash:
-    """Return `RandomHash`es of seeds far from each other, so that neighbouring layers share
-    none.
+    """Return a `RandomHash` of `rounds` rounds.
+
+    Seeds of different rounds are 1000 apart, so that adjacent layers, whose seeds are their
+    indices, share no hash.
     """
     hashes = [RandomHash(num_buckets, head_dim, seed + 1000 * r) for r in range(rounds)]
     return hashes[0] if rounds == 1 else HashRounds(hashes)
@@ -106,29 +107,37 @@ def sparse_attention(
     document_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Return attention in which each query looks at few keys, chosen by their hash; shape and dtype
-    of `query`.
+    """Return sparse attention over keys selected by locality-sensitive hashing.
 
-    Time and memory grow as the number of tokens. Each query looks at the last `local_window` keys,
-    the first `sinks` ones, and the `bucket_window` most recent keys of each of its `probes`
-    likeliest buckets. With one bucket and a window as long as the sequence, or a sequence within
-    the local window, this is exact attention.
+    Time and memory are linear in the number of tokens. Each query attends to the last
+    `local_window` keys, the first `sinks` keys, and the `bucket_window` most recent keys of each of
+    its `probes` most likely buckets. The result equals exact attention if the sequence fits into
+    the local window, or with one bucket and a bucket window as long as the sequence.
 
     Args:
-        query: `[batch, heads, seq, head_dim]`; `[batch, seq, head_dim]` and `[seq, head_dim]` count
-            as one head.
-        key, value: likewise; fewer heads are shared by equal groups of query heads. If they are
-            longer than the queries, the queries are those of their last tokens.
-        causal: without it a query also looks at as many later keys, and at no summaries; that path
-            makes a dense mask and is slow.
-        num_rounds: independent hashes of this kind, each with its buckets and probes.
-        hash: names buckets; default `RandomHash` of `seed`, good enough for clustered keys only.
-        far_field: whether to look at summaries of all other past keys, too; then it is never exact
-            attention.
-        scale: factor of the scores (default `head_dim ** -0.5`).
-        document_ids: document of each token `[batch, seq]` in packed rows; documents do not see
-            each other.
-        key_mask: False at padding `[batch, seq]`; its own outputs are zero.
+        query: `[batch, heads, seq, head_dim]`; `[batch, seq, head_dim]` and `[seq, head_dim]` are
+            read as one head.
+        key, value: the same layout, with as many heads or fewer (grouped-query attention). If they
+            have more tokens than `query`, the queries are those of the last tokens.
+        num_buckets: number of buckets per hash.
+        causal: False lets a query also attend to as many later keys, without the far field. That
+            path builds a dense mask and is slow.
+        probes: number of buckets that a query probes, per hash.
+        num_rounds: number of independent hashes, each with its own buckets and probes.
+        bucket_window: number of most recent keys per probed bucket.
+        local_window: number of most recent keys, in any bucket.
+        sinks: number of first keys of the document, in any bucket.
+        hash: the hash to use; None: a `RandomHash`, which suits clustered keys only.
+        seed: seed of the `RandomHash`.
+        far_field: whether to attend to summaries of all other past keys as well. The result is then
+            never exact.
+        scale: factor on the scores; None: `head_dim ** -0.5`.
+        document_ids: document of each token `[batch, seq]` in packed rows; tokens attend only
+            within their document. None: one document per row.
+        key_mask: False at padding, `[batch, seq]`; outputs at padding are zero. None: no padding.
+
+    Returns:
+        A tensor with the shape and dtype of `query`.
 
     Raises:
         ConfigError: shapes or sizes contradict each other.
@@ -206,9 +215,9 @@ def _check(
 
 
 class LshAttention(FullAttention):
-    """Attention over the candidates of a hash; exact in the layers that `lsh_exact_layers` names.
+    """LSH attention, with exact attention in the layers that `lsh_exact_layers` names.
 
-    `hash` names the buckets; put a trained one there to replace the random one.
+    `hash` is a random hash until `plug_hashes` replaces it by a learned one.
     """
 
     @classmethod
@@ -220,13 +229,13 @@ class LshAttention(FullAttention):
                 raise ConfigError(f"lsh_{name}={value!r} must be at least {least}.")
         if config.lsh_far_field and config.positional_encoding in ("alibi", "dpe"):
             raise ConfigError(
-                f"lsh_far_field=True contradicts positional_encoding={config.positional_encoding!r}, as a summary of "
-                "keys has no bias; leave lsh_far_field out."
+                f"lsh_far_field=True contradicts positional_encoding={config.positional_encoding!r}"
+                ", because a summary of keys has no bias; leave lsh_far_field out."
             )
         if config.sliding_window is not None:
             raise ConfigError(
-                f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window is "
-                "lsh_local_window; leave sliding_window out."
+                f"sliding_window={config.sliding_window} contradicts attention='lsh', whose window "
+                "is lsh_local_window; leave sliding_window out."
             )
 
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
@@ -261,7 +270,8 @@ class LshAttention(FullAttention):
         if self.exact or (ctx.cache is None and total <= self.windows.local):
             return super().attend(query_BHTK, key_BGSK, value_BGSK, plain, bias, ctx)
         with torch.no_grad():
-            # Before positions: rotated keys would fall into buckets by place, not by content.
+            # Hash before positions are applied: rotated keys would be grouped by position instead
+            # of content.
             buckets = layer_state(
                 ctx.cache, self.layer_idx, BucketCache, self._no_buckets, "LSH attention needs"
             )
@@ -277,12 +287,10 @@ class LshAttention(FullAttention):
         )
 
     def state_bytes(self, length: int, itemsize: int) -> int:
-        kept = super().state_bytes(length, itemsize)
-        return (
-            kept
-            if self.exact
-            else kept + BucketCache.most_bytes(self.windows, self.groups, self.head_dim, length)
-        )
+        num_bytes = super().state_bytes(length, itemsize)
+        if not self.exact:
+            num_bytes += BucketCache.most_bytes(self.windows, self.groups, self.head_dim, length)
+        return num_bytes
 
     def _no_buckets(self) -> BucketCache:
         return BucketCache(self.windows)

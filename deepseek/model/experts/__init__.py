@@ -1,4 +1,4 @@
-"""Expert modules plugged into a model at run time. Start with `expert_set.py`."""
+"""Expert modules that are plugged into a model at run time. Start with `expert_set.py`."""
 
 from deepseek.model.experts.expert_set import ExpertSet
 from deepseek.model.experts.module import ExpertModule

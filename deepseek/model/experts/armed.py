@@ -1,4 +1,4 @@
-"""The plugged experts that take part in one forward pass."""
+"""The armed experts of one sequence: evaluate their gates and add their outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,26 +15,27 @@ from deepseek.model.experts.relevance import RelevanceBank
 
 @dataclass
 class Trace:
-    """What the experts did over several forward passes (see `ExpertSet.record`).
+    """Recorded expert weights over several forward passes (see `ExpertSet.record`).
 
-    parts: (module name, layer) -> weights `[B, T]` of each pass, on the CPU.
+    Attributes:
+        parts: (module name, layer) -> the weights `[B, T]` of each pass, on the CPU.
     """
 
     parts: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the modules that took part, sorted."""
+        """Names of the recorded modules, sorted."""
         return tuple(sorted({name for name, _ in self.parts}))
 
     def weights(self, name: str) -> Tensor:
-        """Return the weight `[B, T]` of module `name` at every token, averaged over its layers."""
+        """Return the weights `[B, T]` of module `name`, averaged over its layers."""
         return torch.stack(
             [torch.cat(parts, dim=1) for (owner, _), parts in self.parts.items() if owner == name]
         ).mean(0)
 
     def add(self, modules: Sequence[ExpertModule], layer_idx: int, weights_BTM: Tensor) -> None:
-        """Append the weights of one layer in one forward pass."""
+        """Append the weights `[B, T, M]` of one layer in one forward pass."""
         for module, weights_BT in zip(
             modules, weights_BTM.detach().float().cpu().unbind(-1), strict=True
         ):
@@ -43,15 +44,15 @@ class Trace:
 
 @dataclass(frozen=True)
 class Roster:
-    """Which modules are candidates, layer by layer.
+    """The candidate modules and their gates, by layer.
 
-    Modules are in the order of their content digests, never of their plugging, so that every plug
-    order gives the same bits.
+    Modules are sorted by content digest, not by plug order, so that outputs are bit-identical for
+    every plug order.
 
     Attributes:
         modules: all candidates.
-        max_experts: most of them that one token is given to, as gates decide; None: all speak
-            everywhere with weight 1.
+        max_experts: maximum number of modules that fire at one token; None: no gates, every module
+            fires at every token with weight 1.
     """
 
     modules: tuple[ExpertModule, ...]
@@ -59,7 +60,7 @@ class Roster:
 
     @cached_property
     def owners(self) -> dict[int, tuple[ExpertModule, ...]]:
-        """Layer -> the candidates with an expert layer there, in the same order."""
+        """Layer -> the candidates that have an expert layer there, in the same order."""
         layers = sorted({layer for module in self.modules for layer in module.layers})
         return {
             layer: tuple(module for module in self.modules if layer in module.layers)
@@ -68,18 +69,19 @@ class Roster:
 
     @cached_property
     def banks(self) -> dict[int, GateBank] | None:
-        """Layer -> the gates of its owners; None without gates. Made when first asked for: few sets
-        are ever used.
+        """Layer -> the gates of its owners; None without gates.
+
+        Built at first use, because most rosters are never used.
         """
         if self.max_experts is None:
             return None
-        return {layer: _bank(own, layer, self.max_experts) for layer, own in self.owners.items()}
+        return {
+            layer: _bank(modules, layer, self.max_experts) for layer, modules in self.owners.items()
+        }
 
     @cached_property
     def relevance(self) -> RelevanceBank | None:
-        """The candidates' tables of relevance; None if they have none, or are forced and not
-        asked.
-        """
+        """The relevance tables of the candidates; None if no candidate has one or gates are off."""
         if self.max_experts is None:
             return None
         device = next(self.modules[0].parameters()).device
@@ -87,39 +89,40 @@ class Roster:
 
     @cached_property
     def columns(self) -> dict[int, list[int]]:
-        """Layer -> the places of its owners among all candidates."""
-        places = {module: place for place, module in enumerate(self.modules)}
-        return {layer: [places[module] for module in own] for layer, own in self.owners.items()}
+        """Layer -> the indices of its owners among all candidates."""
+        indices = {module: index for index, module in enumerate(self.modules)}
+        return {
+            layer: [indices[module] for module in modules] for layer, modules in self.owners.items()
+        }
 
 
 class ArmedExperts:
-    """The experts of one sequence: taken when it starts and kept until it ends, whatever is plugged
-    meanwhile.
+    """The experts of one sequence, pinned from its first to its last token.
+
+    Plugging and unplugging in between have no effect on the sequence.
 
     Args:
         roster: the candidates.
-        traces: recordings under way, shared with the `ExpertSet`.
-        decided_BM: which candidates each row admits, where its text has been judged as a whole (B =
-            1: every row the same ones); None: each token is judged by the tokens up to it.
+        traces: active recordings, shared with the `ExpertSet`.
+        decided_BM: the admitted candidates of each row, if admission was decided for the text as a
+            whole (B = 1: the same for every row). None: relevance is accumulated token by token.
     """
 
     def __init__(
         self, roster: Roster, traces: Sequence[Trace] = (), decided_BM: Tensor | None = None
     ) -> None:
         self._roster = roster
-        self._banks = roster.banks  # made in the thread that asks, not in an engine's
+        self._banks = roster.banks  # built here, in the caller's thread, not in the engine's
         self._traces = traces
         self._decided_BM = decided_BM
         self._weights: dict[int, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ArmedExperts":
-        # A copied cache goes on with the same experts; their weights are not copied with it.
+        # A copied cache continues with the same experts and must not copy their weights.
         return ArmedExperts(self._roster, self._traces, self._decided_BM)
 
     def with_rows(self, change: Callable[[Tensor], Tensor]) -> "ArmedExperts":
-        """Return the experts of a cache whose rows are changed by `change`, which maps what has a
-        row each.
-        """
+        """Return the experts for a cache whose rows are selected or reordered by `change`."""
         if self._decided_BM is None or len(self._decided_BM) == 1:
             return self
         return ArmedExperts(self._roster, self._traces, change(self._decided_BM))
@@ -136,10 +139,9 @@ class ArmedExperts:
 
     @property
     def identity(self) -> str | None:
-        """What these experts do, in words that equal those of no other set: content digests and
-        most at one token.
+        """Cache key that identifies this set of experts: `max_experts` and the content digests.
 
-        None if that cannot be said: a module is forced, or was made in memory.
+        None if the set has no unique key because a module is forced or was created in memory.
         """
         digests = [module.digest for module in self._roster.modules]
         if self._banks is None or not all(digests):
@@ -147,8 +149,15 @@ class ArmedExperts:
         return f"[{self._roster.max_experts}] {digests}"
 
     def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: ForwardContext) -> Tensor:
-        """Return `y` plus what the modules add at this layer; tokens at which none fires keep their
-        bits.
+        """Return `y` plus the weighted outputs of the modules at this layer, `[B, T, D]`.
+
+        Tokens at which no module fires keep `y` bit for bit.
+
+        Args:
+            layer_idx: index of the layer.
+            x_BTD: gate input, the normed hidden states.
+            y_BTD: output of the layer's own feed-forward network.
+            ctx: context of the forward pass.
         """
         modules = self._roster.owners.get(layer_idx, ())
         if not modules:
@@ -174,8 +183,10 @@ class ArmedExperts:
         return y_BTD
 
     def _words(self, ctx: ForwardContext) -> Tensor | None:
-        """Return the evidence of a document's words so far for each candidate `[B, T, M]`; None:
-        they do not count.
+        """Return the accumulated relevance evidence `[B, T, M]` of a document, in nats.
+
+        None if relevance plays no part: admission is already decided, no candidate has a table, or
+        the pass runs on embeddings.
         """
         bank = self._roster.relevance
         if self._decided_BM is not None or bank is None or ctx.input_ids_BT is None:
@@ -191,10 +202,9 @@ class ArmedExperts:
         return ctx.words_BTM
 
     def attribution(self) -> Tensor:
-        """Return the weights `[B, T, M]` of the latest forward pass, averaged over each module's
-        layers.
+        """Return the weights `[B, T, M]` of the latest forward pass, averaged over layers.
 
-        The order of M is that of `names`. Layers that have not run count as not there.
+        M is in the order of `names`. Layers that have not run are left out of the average.
         """
         trace = Trace()
         for layer, weights_BTM in self._weights.items():
@@ -209,28 +219,31 @@ def combine(
     y_BTD: Tensor,
     weights_BTM: Tensor,
 ) -> Tensor:
-    """Return `y + sum_m weight_m module_m(x)`, computing each module only at the tokens where its
-    weight is not 0.
+    """Return `y + sum_m weight_m module_m(x)`.
+
+    Each module is computed only at the tokens where its weight is not 0.
     """
-    if torch.compiler.is_exporting():  # a graph computes every module everywhere
-        added = [one(layer_idx, x_BTD) * weights_BTM[..., m, None] for m, one in enumerate(modules)]
+    # An exported graph cannot branch on values, so it computes every module at every token.
+    if torch.compiler.is_exporting():
+        added = [
+            module(layer_idx, x_BTD) * weights_BTM[..., m, None] for m, module in enumerate(modules)
+        ]
         return y_BTD + torch.stack(added).sum(0).to(y_BTD.dtype)
     weights_NM = weights_BTM.flatten(0, 1)
     x_ND = x_BTD.flatten(0, 1)
     y_ND = y_BTD.flatten(0, 1)
-    for m, speaks in enumerate((weights_NM > 0).any(dim=0).tolist()):
-        if speaks:
+    for m, fires in enumerate((weights_NM > 0).any(dim=0).tolist()):
+        if fires:
             rows = weights_NM[:, m].nonzero().squeeze(1)
             added = modules[m](layer_idx, x_ND[rows]) * weights_NM[rows, m, None]
             y_ND = y_ND.index_add(0, rows, added.to(y_ND.dtype))
     return y_ND.view_as(y_BTD)
 
 
-def _bank(own: tuple[ExpertModule, ...], layer: int, max_experts: int) -> GateBank:
+def _bank(modules: tuple[ExpertModule, ...], layer: int, max_experts: int) -> GateBank:
     gates, moments = zip(
-        *((module.gates[layer], module.moments[layer]) for module in own), strict=True
+        *((module.gates[layer], module.moments[layer]) for module in modules), strict=True
     )
-    device = own[0].at(layer).down_proj.device
-    return GateBank.stack(
-        gates, moments, [module.settings.half_life for module in own], max_experts, device
-    )
+    device = modules[0].at(layer).down_proj.device
+    half_lives = [module.settings.half_life for module in modules]
+    return GateBank.stack(gates, moments, half_lives, max_experts, device)

@@ -22,22 +22,22 @@ from deepseek.packs.policy import PackPolicy
 
 
 class ExpertSet:
-    """The expert modules plugged into a model. It is no `nn.Module`: the model's own tensors never
-    include them.
+    """The expert modules plugged into a model.
 
-    Plugging is safe while other threads generate: a sequence keeps the modules that were armed when
-    it started.
+    This is no `nn.Module`, so that the model's state dict never includes plugged modules. Plugging
+    is safe while other threads generate: a sequence keeps the modules that were armed when it
+    started.
 
     Attributes:
-        policy: which packs `plug` accepts.
-        base_folder: folder that the model's weights came from, whose fingerprint packs must name.
-        max_experts: most modules that one token is given to.
+        policy: rules by which `plug` accepts packs.
+        base_folder: folder that the model was loaded from; packs must name its fingerprint.
+        max_experts: maximum number of modules that fire at one token (default 5).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = weakref.ref(
-            model
-        )  # a plain reference would keep a dropped model alive until the next collection
+        # Weak, because a reference cycle would keep a dropped model in memory until the next
+        # garbage collection.
+        self._model = weakref.ref(model)
         self._lock = threading.RLock()
         self._state = PlugState()
         self._forced: Roster | None = None
@@ -59,16 +59,19 @@ class ExpertSet:
 
     @property
     def base(self) -> BaseDescription:
-        """What identifies the model: the fingerprint of its folder. It can be set for a model made
-        in memory.
+        """Identity of the base model: the fingerprint of its folder, and its shape.
 
-        Raises `PackError` if there is neither.
+        Set it for a model that was created in memory.
+
+        Raises:
+            PackError: it was not set, and the model was not loaded from a folder.
         """
         if self._base is None:
             if self.base_folder is None:
                 raise PackError(
-                    "This model was not loaded from a folder, so no expert pack can be matched to it; save it with "
-                    "save_pretrained and load it with from_pretrained, or set model.experts.base."
+                    "This model was not loaded from a folder, so no expert pack can be matched to "
+                    "it; save it with save_pretrained and load it with from_pretrained, or set "
+                    "model.experts.base."
                 )
             self._base = BaseDescription.of(
                 self.base_folder, Path(str(self._live_model().config.name_or_path)).name
@@ -84,18 +87,22 @@ class ExpertSet:
         source: str | Path | ExpertPack,
         prepare: Callable[[ExpertModule], object] | None = None,
     ) -> ExpertInfo:
-        """Check a pack and plug its module in; it takes part from the next sequence on if arming is
-        "auto".
+        """Check a pack and plug its module into the model.
 
-        With "auto", a module whose papers say that it is no better than the base is plugged and not
-        armed.
+        If arming is "auto", the module is armed from the next sequence on, unless its manifest
+        reports that it is no better than the base.
 
         Args:
-            prepare: is given the module before it is plugged: for what must be done until it can
-                speak.
+            source: path of a pack file, or a pack in memory.
+            prepare: called with the module before it is plugged, for set-up that must be complete
+                before the module can fire; None: no set-up.
 
-        Raises `PackError`, with nothing changed, if the pack is damaged, does not belong to this
-        base, is refused by `policy`, or has the name of a module that is plugged already.
+        Returns:
+            The plugged module's details.
+
+        Raises:
+            PackError: the pack is damaged, belongs to another base, is refused by `policy`, or has
+                the name of a plugged module. Nothing is changed then.
         """
         if isinstance(source, ExpertPack):
             check_pack(source, self.policy, self.base)
@@ -109,34 +116,52 @@ class ExpertSet:
         with self._lock:
             if pack.manifest.name in self._state.names:
                 raise PackError(
-                    f"An expert named {pack.manifest.name} is plugged already; unplug it first or train this one under "
-                    "another name."
+                    f"An expert named {pack.manifest.name} is plugged already; unplug it first or "
+                    "train this one under another name."
                 )
-            together = sorted((*self._state.plugged, plugged), key=lambda one: one.manifest.digest)
-            self._install(tuple(together), self._state.arming)
+            experts = sorted(
+                (*self._state.plugged, plugged), key=lambda expert: expert.manifest.digest
+            )
+            self._install(tuple(experts), self._state.arming)
             return self._info(plugged)
 
     def unplug(self, name: str) -> None:
-        """Remove a module and free its memory once no sequence in flight uses it. Raises
-        `PackError` if unknown.
+        """Remove a module. Its memory is freed once no sequence in flight uses it.
+
+        Args:
+            name: name of the module.
+
+        Raises:
+            PackError: no module of that name is plugged.
         """
         with self._lock:
             self._state.require(name)
-            rest = tuple(one for one in self._state.plugged if one.manifest.name != name)
+            remaining = tuple(
+                expert for expert in self._state.plugged if expert.manifest.name != name
+            )
             arming = self._state.arming
             if not isinstance(arming, str):
-                arming = tuple(armed for armed in arming if armed != name)
-            self._install(rest, arming)
+                arming = tuple(armed_name for armed_name in arming if armed_name != name)
+            self._install(remaining, arming)
 
     def arm(self, names: str | Iterable[str] | None = AUTO) -> tuple[str, ...]:
-        """Choose the candidates: "auto" (every plugged module that helps, also later ones), one
-        name, several, or None.
+        """Choose the modules whose gates are evaluated, from the next sequence on.
 
-        Candidates speak at the tokens that their gates recognise. Without any, nothing of them is
-        read. Returns the candidates' names; raises `PackError` if one is not plugged.
+        An armed module contributes at the tokens where its gate fires. A module that is not armed
+        costs nothing.
+
+        Args:
+            names: "auto" (every plugged module that is better than the base, including modules
+                plugged later), one name, several names, or None to disarm all.
+
+        Returns:
+            The names of the armed modules.
+
+        Raises:
+            PackError: a named module is not plugged.
         """
         with self._lock:
-            arming = _arming(names)
+            arming = _parse_arming(names)
             for name in arming if not isinstance(arming, str) else ():
                 self._state.require(name)
             self._install(self._state.plugged, arming)
@@ -144,27 +169,32 @@ class ExpertSet:
 
     @contextmanager
     def arming(self, names: str | Iterable[str] | None) -> Iterator[None]:
-        """Arm `names` within the block, and what was armed before after it."""
+        """Arm `names` within the block and restore the previous arming afterwards."""
         before = self._state.arming
         self.arm(names)
         try:
             yield
         finally:
             with self._lock:
-                still = (
+                # Modules may have been unplugged within the block.
+                restored = (
                     before
                     if isinstance(before, str)
                     else tuple(n for n in before if n in self._state.names)
                 )
-                self._install(self._state.plugged, still)
+                self._install(self._state.plugged, restored)
 
     @contextmanager
     def forced(self, module: str | ExpertModule) -> Iterator[ExpertModule]:
-        """Within the block, switch one module on at every token with weight 1, and every other one
-        off.
+        """Within the block, use one module with weight 1 at every token, and no other.
 
-        For training and stand-alone evaluation; `module` need not be plugged. Gradients reach its
-        parameters.
+        For training and stand-alone evaluation. Gradients reach the module's parameters.
+
+        Args:
+            module: a module, which need not be plugged, or the name of a plugged one.
+
+        Raises:
+            PackError: no module of that name is plugged.
         """
         chosen = self._state.require(module).module if isinstance(module, str) else module
         before = self._forced
@@ -176,7 +206,7 @@ class ExpertSet:
 
     @contextmanager
     def record(self) -> Iterator[Trace]:
-        """Record within the block which module speaks at which token, over all forward passes."""
+        """Record the weights of all modules at all tokens within the block."""
         trace = Trace()
         self._traces.append(trace)
         try:
@@ -185,19 +215,23 @@ class ExpertSet:
             self._traces.remove(trace)
 
     def armed(self) -> ArmedExperts | None:
-        """Return the experts for a sequence that starts now, or None if there is no candidate."""
+        """Return the experts for a sequence that starts now, or None if no module is armed."""
         roster = self._forced or self._current().roster
         return None if roster is None else ArmedExperts(roster, self._traces)
 
     def decided(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> ArmedExperts | None:
-        """Return the experts for sequences that begin with these prompts, each judged as a
-        document, as a whole.
+        """Return the experts that are admitted for sequences with these prompts.
+
+        Each prompt is scored as one document, as a whole.
 
         Args:
             input_ids: prompts `[B, T]`.
-            attention_mask: 0 at padding, `[B, T]`.
+            attention_mask: 0 at padding, `[B, T]`; None: no padding.
+
+        Returns:
+            The experts, or None if no module is armed or admitted.
         """
         armed = self.armed()
         if armed is None or armed.roster.relevance is None:
@@ -211,11 +245,12 @@ class ExpertSet:
         return ArmedExperts(armed.roster, self._traces, decided_BM)
 
     def relevance(self, ids: Sequence[int]) -> dict[str, float]:
-        """Return by how many nats what a user says is above the threshold of each armed expert;
-        above 0 it is admitted.
+        """Return the relevance of a user's text minus the threshold of each armed expert, in nats.
+
+        A value above 0 means that the expert is admitted.
 
         Args:
-            ids: tokens of what the user says.
+            ids: token ids of the user's messages.
         """
         armed = self.armed()
         bank = armed.roster.relevance if armed is not None else None
@@ -234,40 +269,44 @@ class ExpertSet:
         user_ids: Sequence[int] | None = None,
         document: Sequence[int] | None = None,
     ) -> ArmedExperts | None:
-        """Return the experts for one sequence with a choice of its own, or None if there is no
-        candidate.
+        """Return the experts for one sequence that makes its own choice of modules.
 
         Args:
-            arm: "auto" for those armed now; else one name, several, or None. Experts that are named
-                are admitted: whoever names them knows that the text is about their domain.
-            deny: names that are no candidates, whatever `arm` says; they need not be plugged.
-            max_experts: most modules that one token is given to; None takes the set's own limit.
-            user_ids: tokens of what the user of a conversation says; with "auto", only experts that
-                they ask for take part, until the sequence ends.
-            document: tokens of a text that is to be continued, in place of `user_ids`; with "auto",
-                experts that they rule out take no part. With neither, each token is judged by those
-                before it.
+            arm: "auto" for the modules that are armed now; else one name, several names, or None.
+                Named modules are always admitted, without a relevance test.
+            deny: names to exclude in any case; they need not be plugged.
+            max_experts: maximum number of modules that fire at one token; None: the limit of this
+                set.
+            user_ids: token ids of the user's messages in a conversation. With "auto", only experts
+                whose relevance exceeds their threshold are admitted, for the whole sequence.
+            document: token ids of a text to continue, in place of `user_ids`. With "auto", experts
+                that the text rules out are not admitted. Without `user_ids` and `document`,
+                relevance is accumulated token by token.
 
-        Raises `PackError` if a name in `arm` is not plugged, `ConfigError` if `max_experts` is
-        below 1.
+        Returns:
+            The experts, or None if there is no candidate.
+
+        Raises:
+            PackError: a name in `arm` is not plugged.
+            ConfigError: `max_experts` is below 1.
         """
-        wanted = _arming(arm)
+        requested = _parse_arming(arm)
         denied = set(deny)
         state = self._current()
         if max_experts is not None and max_experts < 1:
             raise ConfigError(f"max_experts={max_experts} is out of range; it must be at least 1.")
-        if self._forced is not None and wanted == AUTO:
+        if self._forced is not None and requested == AUTO:
             return self.armed()
-        for name in wanted if wanted != AUTO else ():
+        for name in requested if requested != AUTO else ():
             state.require(name)
-        chooser = state if wanted == AUTO else replace(state, arming=wanted)
+        chooser = state if requested == AUTO else replace(state, arming=requested)
         names = tuple(name for name in state.names if chooser.arms(name) and name not in denied)
-        most = max_experts or self.max_experts
-        roster = roster_of(state, names, most)
-        if roster is None or (wanted == AUTO and user_ids is None and document is None):
+        limit = max_experts or self.max_experts
+        roster = roster_of(state, names, limit)
+        if roster is None or (requested == AUTO and user_ids is None and document is None):
             return None if roster is None else ArmedExperts(roster, self._traces)
-        if wanted == AUTO and roster.relevance is not None:
-            roster = roster_of(state, _admitted(roster, user_ids, document), most)
+        if requested == AUTO and roster.relevance is not None:
+            roster = roster_of(state, _admitted_names(roster, user_ids, document), limit)
         if roster is None:
             return None
         return ArmedExperts(
@@ -275,43 +314,38 @@ class ExpertSet:
         )
 
     def list(self) -> tuple[ExpertInfo, ...]:
-        """Return what is plugged, sorted by name."""
-        return tuple(
-            sorted((self._info(one) for one in self._state.plugged), key=lambda info: info.name)
-        )
+        """Return the details of all plugged modules, sorted by name."""
+        infos = (self._info(expert) for expert in self._state.plugged)
+        return tuple(sorted(infos, key=lambda info: info.name))
 
     def manifest(self, name: str) -> Manifest:
-        """Return the papers of a plugged module. Raises `PackError` if it is not plugged."""
+        """Return the manifest of a plugged module; raise `PackError` if it is not plugged."""
         return self._state.require(name).manifest
 
     def _current(self) -> PlugState:
-        """Return the state, its modules moved after the model if that changed device or dtype
-        since.
-        """
+        """Return the state, after moving the modules to the model's current device and dtype."""
         state = self._state
         model = self._live_model()
         first = next(state.plugged[0].module.parameters()) if state.plugged else None
         if first is not None and (first.dtype != model.dtype or first.device != model.device):
             with self._lock:
-                for one in self._state.plugged:
-                    one.module.to(model.device, model.dtype)
+                for expert in self._state.plugged:
+                    expert.module.to(model.device, model.dtype)
                 self._install(self._state.plugged, self._state.arming)
         return self._state
 
     def _install(self, plugged: tuple[Plugged, ...], arming: tuple[str, ...] | str) -> None:
-        """Make `plugged` and `arming` the state in one assignment, which is what makes plugging
-        atomic.
-        """
+        """Replace the state in a single assignment, which makes plugging and arming atomic."""
         state = PlugState(plugged, arming)
-        modules = tuple(one.module for one in plugged if state.arms(one.manifest.name))
+        modules = tuple(expert.module for expert in plugged if state.arms(expert.manifest.name))
         if modules:
             roster = Roster(modules, self.max_experts)
             names = tuple(sorted(module.name for module in modules))
             state = replace(state, roster=roster, rosters={(names, self.max_experts): roster})
         self._state = state
 
-    def _info(self, one: Plugged) -> ExpertInfo:
-        manifest = one.manifest
+    def _info(self, expert: Plugged) -> ExpertInfo:
+        manifest = expert.manifest
         return ExpertInfo(
             name=manifest.name,
             domain=manifest.domain,
@@ -320,7 +354,7 @@ class ExpertSet:
             licence=manifest.licence,
             digest=manifest.digest,
             signer=manifest.signature.public_key if manifest.signature else None,
-            num_bytes=sum(parameter.nbytes for parameter in one.module.parameters()),
+            num_bytes=sum(parameter.nbytes for parameter in expert.module.parameters()),
             armed=self._state.arms(manifest.name),
             verdict=manifest.verdict,
         )
@@ -332,11 +366,13 @@ class ExpertSet:
         return model
 
 
-def _admitted(
+def _admitted_names(
     roster: Roster, user_ids: Sequence[int] | None, document: Sequence[int] | None
 ) -> tuple[str, ...]:
-    """Return the names, sorted, of the modules that a conversation asks for or a document does not
-    rule out.
+    """Return the sorted names of the modules that a conversation or a document admits.
+
+    A conversation admits a module above its relevance threshold; a document admits every module
+    that it does not rule out.
     """
     bank = roster.relevance
     assert bank is not None
@@ -347,13 +383,13 @@ def _admitted(
     )
     names = [
         module.name
-        for module, yes in zip(roster.modules, admitted_BM[0].tolist(), strict=True)
-        if yes
+        for module, is_admitted in zip(roster.modules, admitted_BM[0].tolist(), strict=True)
+        if is_admitted
     ]
     return tuple(sorted(names))
 
 
-def _arming(names: str | Iterable[str] | None) -> tuple[str, ...] | str:
+def _parse_arming(names: str | Iterable[str] | None) -> tuple[str, ...] | str:
     if names is None:
         return ()
     if isinstance(names, str):

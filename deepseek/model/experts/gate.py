@@ -1,16 +1,19 @@
-"""When a plugged expert speaks, and how loud: score -> running mean -> arbitration.
+"""The gates of plugged experts: at which tokens a module fires, and with what weight.
 
-A module scores a layer's gate input x by two affine functions, rows of D+1 numbers whose last is
-the constant term. The first *detects*: it is positive where the module's domain is recognised and 1
-at its median, with threshold and scale of the closed form (docs/concepts/gates.md) folded in, and
-depends on the module and the base alone. The second *contrasts*: a log-likelihood by which modules
-that fire on the same token share it. It is the linear discriminant between the domains of all
-candidates, so it depends on the set of them, and not on the order in which they were plugged.
+A gate works in three steps: score -> running mean -> arbitration. A module has two affine functions
+of a layer's gate input x, each a row of D+1 numbers whose last is the constant term.
 
-In a document the evidence of its words (`experts/relevance.py`) is added to both. It is a
-log-likelihood ratio, so the contrast takes it as it is, and the detection in units of `NATS`. There
-no gate counts for more than the median of its domain, so that `NATS` against an expert silence it
-whatever its gate makes of a kind of text that it never met.
+The *detection* score is above 0 if the gate recognises the module's domain, and 1 at the domain's
+median. The threshold and scale of the closed form (docs/concepts/gates.md) are folded into the row,
+which depends on the module and the base only. The *contrast* score is a log-likelihood by which
+modules that fire at the same token share it. It is the linear discriminant between the domains of
+all candidates, so it depends on the set of candidates, but not on their plug order.
+
+In a document, the relevance evidence of its tokens (`experts/relevance.py`) is added to both
+scores. The evidence is a log-likelihood ratio, so the contrast adds it as it is, and the detection
+adds it in units of `NATS`. There the detection score is clamped to 1, the median of its domain, so
+that an evidence of -`NATS` keeps an expert from firing even if its gate gives an extreme score to a
+kind of text that it was not calibrated on.
 """
 
 from collections.abc import Sequence
@@ -23,22 +26,26 @@ from torch.nn.functional import linear, logsigmoid
 from deepseek.model.context import ForwardContext
 from deepseek.model.experts.scan import scan
 
-SHARPNESS = 16.0  # steepness of the detection score's sigmoid: at a fifth of the median score a token is let in at 0.96
+SHARPNESS = 16.0
+"""Slope of the sigmoid of the detection score: a fifth of the median score gives weight 0.96."""
 NATS = 15.0
-"""Evidence of words that weighs as much as the median detection score of a domain, in nats
+"""Relevance evidence, in nats, that equals the median detection score of a domain
 (docs/log/gates.md).
 """
 
 RIDGE = 0.3
-"""What is added to the diagonal of a covariance, in units of its mean."""
+"""Ridge on the diagonal of a covariance, as a multiple of the diagonal's mean."""
 
 
 @dataclass(frozen=True)
 class GateBank:
-    """The gates of all candidate modules that own one layer, evaluated together.
+    """The gates of all candidate modules at one layer, evaluated together.
 
-    weight: `[2M, D]`, detecting rows first. bias: `[2M]`. decay: `[M]`, what a past score keeps per
-    token.
+    Attributes:
+        weight: `[2M, D]`, the detection rows first, then the contrast rows.
+        bias: `[2M]`.
+        decay: `[M]`, factor on past scores per token.
+        max_experts: maximum number of modules that fire at one token.
     """
 
     weight: Tensor
@@ -54,8 +61,14 @@ class GateBank:
         max_experts: int,
         device: torch.device,
     ) -> "GateBank":
-        """Return the bank of modules with `gates` (each `[D+1]`), `moments` (see `contrasts`),
-        half-lives in tokens.
+        """Return the gates of several modules as one bank.
+
+        Args:
+            gates: detection row `[D+1]` of each module.
+            moments: moments of each module's domain (see `contrasts`).
+            half_lives: half-life of past scores of each module, in tokens.
+            max_experts: maximum number of modules that fire at one token.
+            device: device of the bank.
         """
         rows = torch.cat([torch.stack([*gates]).float(), contrasts(torch.stack([*moments]))]).to(
             device
@@ -72,16 +85,14 @@ class GateBank:
         words_BTM: Tensor | None,
         admitted_BM: Tensor | None,
     ) -> Tensor:
-        """Return the modules' weights `[B, T, M]` in fp32, and carry the running sums on in
-        `ctx.cache`.
+        """Return the modules' weights `[B, T, M]` in fp32 and update the sums in `ctx.cache`.
 
         Args:
-            layer_idx: of the layer whose modules these are.
-            x_BTD: its gate input.
-            ctx: of the forward pass.
-            words_BTM: evidence of the words so far, in nats; None: hidden states decide alone.
-            admitted_BM: which modules take part at all, B = 1: every row has the same ones; None:
-                all.
+            layer_idx: index of the layer.
+            x_BTD: gate input of the layer.
+            ctx: context of the forward pass.
+            words_BTM: accumulated relevance evidence, in nats; None: only hidden states count.
+            admitted_BM: the admitted modules (B = 1: the same for every row); None: all.
         """
         scores_BTRM = self.scores(x_BTD)
         state = ctx.cache.gate_state.get(layer_idx) if ctx.cache is not None else None
@@ -103,50 +114,49 @@ class GateBank:
         return weights_BTM * counted_BT[..., None]
 
     def scores(self, x_BTD: Tensor) -> Tensor:
-        """Return each token's own scores `[B, T, 2, M]`, in fp32 whatever autocast says."""
+        """Return the gate scores `[B, T, 2, M]` of each token, in fp32 even under autocast."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores = linear(x_BTD.float(), self.weight, self.bias)
         return scores.view(*x_BTD.shape[:2], 2, -1)
 
 
 def contrasts(moments_MRD: Tensor) -> Tensor:
-    """Return the contrasting rows `[M, D+1]` of modules: linear discriminants with the covariance
-    within domains.
+    """Return the contrast rows `[M, D+1]`: linear discriminants between the modules' domains.
 
-    With mu_i and C_i mean and covariance of module i's own text, mu and C their means over the
-    modules, v_i = (C + lambda I)^-1 (mu_i - mu) and the constant is -((mu_i + mu) / 2) . v_i
-    (Fisher, 1936; equal priors). The covariance of public text in place of C finds the right one at
-    91 % of tokens, this at 96 % (docs/log/gates.md, 2026-11-25).
+    Let mu_i and C_i be the mean and covariance of module i's training text, and mu and C their
+    means over the modules. Then v_i = (C + lambda I)^-1 (mu_i - mu), with the constant term
+    -((mu_i + mu) / 2) . v_i (Fisher, 1936; equal priors). With the within-domain covariance C the
+    right module wins at 96 % of tokens; with the covariance of public text it wins at 91 %
+    (docs/log/gates.md, 2026-11-25).
 
     Args:
-        moments_MRD: for each module its mean, the variances that its factors leave, and factors f
-            with C_i = diag(variances) + f^T f; all zero where nothing is known of it.
+        moments_MRD: for each module the mean, the residual variances, and the factors f of its
+            covariance C_i = diag(variances) + f^T f; all zero if they were not measured.
     """
     means_MD = moments_MRD[:, 0].float()
     variances_MD = moments_MRD[:, 1].float().clamp(min=0.0)
     factors_FD = moments_MRD[:, 2:].float().flatten(0, 1)
-    own_D = variances_MD.mean(0)
+    diagonal_D = variances_MD.mean(0)
     factors_FD = factors_FD * len(means_MD) ** -0.5
-    own_D = (
-        own_D
-        + RIDGE * (own_D + factors_FD.square().sum(0)).mean()
+    # The smallest normal number keeps the diagonal positive if all moments are zero.
+    diagonal_D = (
+        diagonal_D
+        + RIDGE * (diagonal_D + factors_FD.square().sum(0)).mean()
         + torch.finfo(torch.float32).tiny
     )
     centre_D = means_MD.mean(0)
     shift_MD = means_MD - centre_D
-    if len(factors_FD) < len(
-        own_D
-    ):  # few factors: the inverse goes by way of them (Woodbury, 1950)
-        scaled_FD = factors_FD / own_D
-        rows_MD = shift_MD / own_D
-        gram_FF = torch.eye(len(factors_FD), device=own_D.device) + scaled_FD @ factors_FD.mT
+    if len(factors_FD) < len(diagonal_D):
+        # Invert an F x F matrix instead of a D x D one (Woodbury, 1950).
+        scaled_FD = factors_FD / diagonal_D
+        rows_MD = shift_MD / diagonal_D
+        gram_FF = torch.eye(len(factors_FD), device=diagonal_D.device) + scaled_FD @ factors_FD.mT
         rows_MD = rows_MD - torch.linalg.solve(gram_FF, factors_FD @ rows_MD.mT).mT @ scaled_FD
     else:
-        rows_MD = torch.linalg.solve(factors_FD.mT @ factors_FD + own_D.diag(), shift_MD.mT).mT
+        rows_MD = torch.linalg.solve(factors_FD.mT @ factors_FD + diagonal_D.diag(), shift_MD.mT).mT
     constants_M1 = -((shift_MD / 2 + centre_D) * rows_MD).sum(1, keepdim=True)
-    return torch.cat([rows_MD, constants_M1], dim=1).nan_to_num(
-        0.0, 0.0, 0.0
-    )  # a pack may hold any finite number
+    # A pack may hold any finite numbers, so the products can overflow.
+    return torch.cat([rows_MD, constants_M1], dim=1).nan_to_num(0.0, 0.0, 0.0)
 
 
 def running_mean(
@@ -156,19 +166,21 @@ def running_mean(
     counted_BT: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the causal, exponentially forgetting mean of scores, and the state to go on from.
+    """Return the causal, exponentially weighted mean of scores, and the running sums.
 
-    mean_t = sum_s decay^(t-s) z_s / sum_s decay^(t-s) over the tokens s <= t of the same document,
-    so that the first tokens of a text count as much as they are. What is not counted does not age
-    the sums either; a new document clears them. Padding is not counted, and neither is the first
-    token of a document: whatever the text, attention sinks there and its stream is the same, so
-    that it tells nothing and would drown the tokens after it.
+    mean_t = sum_s decay^(t-s) z_s / sum_s decay^(t-s) over the tokens s <= t of the same document.
+    The denominator makes the mean unbiased at the start of a text. A token that is not counted does
+    not decay the sums either, and a new document resets them. Callers do not count padding, nor
+    the first token of a document: it is an attention sink, whose hidden state is the same for
+    every text, so its score carries no information and would dominate the next tokens.
 
     Args:
         scores_BTRM: `[B, T, R, M]`, R scores of each of M modules.
-        counted_BT: False where a token does not count; None: every one does.
-        state_BRM: sums `[B, R+1, M]` after the tokens before these (the last row is the
-            denominator).
+        decay_M: factor on past scores per token.
+        state_BRM: sums `[B, R+1, M]` of the preceding tokens (the last row is the denominator);
+            None: no preceding tokens.
+        counted_BT: False for tokens to skip; None: count all.
+        document_ids_BT: document of each token in packed rows; None: one document per row.
 
     Returns:
         Means `[B, T, R, M]`, and the sums `[B, R+1, M]` after the last token.
@@ -186,17 +198,27 @@ def running_mean(
     if state_BRM is not None:
         terms = torch.cat([terms[:, :1] + keep[:, :1] * state_BRM[:, None], terms[:, 1:]], dim=1)
     sums = scan(keep, terms)
-    # The denominator is at least 1 once a token counted; before that it is 0 and so is the sum.
+    # The denominator is at least 1 after the first counted token. Before that, it and the sums
+    # are 0, and the clamp avoids 0 / 0.
     return sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1.0), sums[:, -1]
 
 
 def arbitrate(detect_BTM: Tensor, contrast_BTM: Tensor, max_experts: int) -> Tensor:
     """Return the weights `[B, T, M]` of modules from their smoothed scores.
 
-    With S the modules that fire (detect > 0), at most `max_experts`, and strength a =
-    sigmoid(SHARPNESS * detect): weight_i = min(1, sum_S a) * a_i exp(contrast_i) / sum_S a_j
-    exp(contrast_j). A module that fires alone has weight a_i; without contrast this is a_i / max(1,
-    sum_S a). Where none fires every weight is exactly 0.
+    Let S be the modules that fire (detect > 0), at most `max_experts` of them, and a =
+    sigmoid(SHARPNESS * detect). Then
+
+        weight_i = min(1, sum_S a) * a_i exp(contrast_i) / sum_S a_j exp(contrast_j)
+
+    A module that fires alone has weight a_i. With equal contrasts the weight is
+    a_i / max(1, sum_S a). If no module fires, every weight is exactly 0.
+
+    Args:
+        detect_BTM: smoothed detection scores.
+        contrast_BTM: smoothed contrast scores, in nats.
+        max_experts: maximum number of modules that fire at one token; the modules with the largest
+            a_i exp(contrast_i) stay.
     """
     fires = detect_BTM > 0
     strength = torch.sigmoid(SHARPNESS * detect_BTM).where(fires, 0.0)

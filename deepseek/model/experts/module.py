@@ -1,4 +1,4 @@
-"""An expert module: feed-forward networks beside those of some layers of a frozen base."""
+"""An expert module: feed-forward networks in parallel to those of a frozen base model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.ite
 
 
 class ExpertLayer(nn.Module):
-    """A SwiGLU with fused gate and up projection `[2F, D]`, zero at the start.
+    """A SwiGLU with a fused gate and up projection `[2F, D]` whose output is initially zero.
 
-    It has no norm scale of its own: the columns of `gate_up_proj` already scale its input.
+    It has no norm weight, because the columns of `gate_up_proj` can scale its input as well.
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
@@ -35,8 +35,11 @@ class ExpertLayer(nn.Module):
 
     @torch.no_grad()
     def copy_rows(self, ffn: SwiGLU, seed: int) -> None:
-        """Start from rows of the base's own feed-forward network: all, or a sample if this is
-        narrower.
+        """Initialise from the base's feed-forward network: all its rows, or a random sample.
+
+        Args:
+            ffn: the feed-forward network of the base layer.
+            seed: seed of the sample.
         """
         width = self.down_proj.shape[1]
         available = ffn.gate_proj.out_features
@@ -50,20 +53,18 @@ class ExpertLayer(nn.Module):
 
 
 class ExpertModule(nn.Module):
-    """An expert: one `ExpertLayer` of width F at each of `layers`, and the gates that say where it
-    speaks.
+    """An expert: one `ExpertLayer` of width F at each of `layers`, and their gates.
 
     Attributes:
         ffn: the expert layers, keyed by layer index.
-        gates: layer -> the detecting row `[D+1]` in fp32 (see `model/experts/gate.py`). It is
-            computed, not trained, and so no parameter; zeros, the start value, never fire.
-        moments: layer -> `[MOMENTS, D]` in fp32, what the module's own text looks like to its gate
-            (`gate.contrasts`).
-        relevance: what the words of a text say about the module's domain (see
-            `model/experts/relevance.py`); None: nothing is known, and every text counts as
-            relevant.
-        settings: how gates and relevance were calibrated.
-        digest: of the content of the pack that it came from; "" for a module made in memory.
+        gates: layer -> detection row `[D+1]` in fp32 (see `model/experts/gate.py`). It is computed
+            in closed form, not trained, so it is no parameter. The initial zeros never fire.
+        moments: layer -> `[MOMENTS, D]` in fp32, moments of the gate inputs on the module's
+            training text (see `gate.contrasts`).
+        relevance: log-odds table of the module's domain (see `model/experts/relevance.py`); None:
+            every text counts as relevant.
+        settings: calibration settings of gates and relevance.
+        digest: content digest of the pack that the module came from; "" if created in memory.
     """
 
     def __init__(self, name: str, layers: Sequence[int], hidden_size: int, width: int) -> None:
@@ -85,12 +86,20 @@ class ExpertModule(nn.Module):
     def beside(
         blocks: Any, name: str, layers: Sequence[int], width: int, *, seed: int = 0
     ) -> "ExpertModule":
-        """Return a new module for the `blocks` of a model (`model.layers`), on their device, in
-        fp32.
+        """Return a new fp32 module for a model, on the model's device.
 
-        Its inner projections start from rows of the block's dense feed-forward network where that
-        has enough of them, else random; its output is zero either way. Raises `ConfigError` if a
-        layer does not exist.
+        The gate and up projections are copied from the block's dense feed-forward network if that
+        has at least `width` rows, and are random otherwise. The output is initially zero.
+
+        Args:
+            blocks: the model's layers (`model.layers`).
+            name: name of the module.
+            layers: indices of the layers that get an expert layer.
+            width: width F of the expert layers.
+            seed: seed of the initial weights.
+
+        Raises:
+            ConfigError: a layer does not exist.
         """
         for layer in layers:
             if not 0 <= layer < len(blocks):
@@ -114,7 +123,7 @@ class ExpertModule(nn.Module):
         return part
 
     def forward(self, layer: int, x: Tensor) -> Tensor:
-        """Return what the module adds at base layer `layer` to gate inputs `[..., D]`."""
+        """Return the module's output at base layer `layer` for gate inputs `[..., D]`."""
         y: Tensor = self.ffn[str(layer)](x)
         return y
 
@@ -126,8 +135,14 @@ class ExpertModule(nn.Module):
         scale: float = 1.0,
         moments: Tensor | None = None,
     ) -> None:
-        """Set the gate of `layer`: detect = (weight . [x; 1] - threshold) / scale; without
-        `moments` they stay.
+        """Set the gate of a layer to detect = (weight . [x; 1] - threshold) / scale.
+
+        Args:
+            layer: base layer.
+            weight: row `[D+1]`, the constant term last.
+            threshold: score at which the gate starts to fire.
+            scale: difference between the domain's median score and the threshold.
+            moments: moments `[MOMENTS, D]` of the domain; None: keep the present ones.
         """
         self.gates[layer] = weight.detach().float().cpu() / scale
         self.gates[layer][-1] -= threshold / scale
@@ -145,7 +160,17 @@ class ExpertModule(nn.Module):
         metrics: dict[str, Metric] | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> ExpertPack:
-        """Return the module with its papers (see `Manifest`), its weights rounded to `dtype`."""
+        """Return the module as an unsigned pack.
+
+        Args:
+            base: the base model that the module was trained beside.
+            licence: SPDX expression.
+            domain: short description of the domain.
+            data: SHA-256 digests of the training data.
+            commit: commit of the repository that the module was trained on; None: no repository.
+            metrics: name of a held-out text -> loss before and after, in nats per token.
+            dtype: dtype of the stored weights.
+        """
         manifest = Manifest(
             name=self.name,
             domain=domain,
@@ -174,10 +199,15 @@ class ExpertModule(nn.Module):
     def from_pack(
         pack: ExpertPack, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> "ExpertModule":
-        """Return the module in a checked pack, without gradients; in the pack's own dtype if none
-        is given.
+        """Return the module of a checked pack, frozen and in eval mode.
 
-        Raises `PackError` if a weight is too large for `dtype`.
+        Args:
+            pack: a pack that passed `check_pack` or `read_pack`.
+            dtype: dtype of the weights; None: the pack's.
+            device: device of the weights; None: the CPU.
+
+        Raises:
+            PackError: a weight overflows `dtype`.
         """
         manifest = pack.manifest
         with torch.device("meta"):
@@ -189,7 +219,7 @@ class ExpertModule(nn.Module):
             for name, tensor in pack.tensors.items()
             if name.startswith("ffn.")
         }
-        if dtype == torch.float16:  # the one dtype of a smaller range than a pack's own
+        if dtype == torch.float16:  # the only dtype with a smaller range than a pack's
             check_finite(tensors, "in the model's float16")
         module.load_state_dict(tensors, assign=True)
         module.gates = {layer: pack.tensors[f"gate.{layer}"] for layer in module.layers}

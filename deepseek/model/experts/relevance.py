@@ -1,15 +1,14 @@
-"""Whether a text is about an expert's domain at all: evidence token by token, before any gate is
-asked.
+"""Relevance: decides from token ids alone whether a text is about an expert's domain.
 
-A gate reads hidden states. It recognises its domain after few tokens, and it also fires on kinds of
-text that its public set lacks. Relevance is the opposite, evidence from the words alone: a table
-gives each token's log-odds for the expert's domain against everything else
-(`train/gates/relevance.py`), and words of an unknown kind are never evidence for it.
+A gate reads hidden states. It recognises its domain after a few tokens, but it also fires on kinds
+of text that its public calibration set lacks. Relevance complements it: a table holds each token's
+log-odds for the expert's domain against all other text (`train/gates/relevance.py`), and unfamiliar
+tokens never count as evidence for the domain.
 
-A conversation must ask for an expert: what its user says, as a whole, must give more evidence than
-a threshold. In a document, the evidence of what has been read is added to the gates' scores, token
-by token (`experts/gate.py`). Evidence adds up as in a sequential probability ratio test (Wald,
-1945), with a half-life, so that a text may change its subject.
+In a conversation, an expert is admitted only if the user's messages as a whole give more evidence
+than a threshold. In a document, the evidence so far is added to the gate scores token by token
+(`experts/gate.py`). Evidence accumulates as in a sequential probability ratio test (Wald, 1945),
+but decays with a half-life, so that a text may change its subject.
 """
 
 from collections.abc import Sequence
@@ -27,25 +26,24 @@ if TYPE_CHECKING:
     from deepseek.model.experts.module import ExpertModule
 
 HALF_LIFE = 64.0
-"""Tokens after which evidence counts half."""
+"""Half-life of evidence, in tokens."""
 
 DECAY = 0.5 ** (1.0 / HALF_LIFE)
 
 RULED_OUT = -NATS
-"""Evidence of a prompt, offset included, below which an expert takes no part in what follows it, in
-nats.
-"""
+"""Evidence in nats, offset included, at or below which a prompt rules out an expert."""
 
 
 @dataclass(frozen=True)
 class Relevance:
-    """What the words of a text say about one expert's domain.
+    """The relevance table of one expert.
 
     Attributes:
-        table_V: evidence of each token of the vocabulary, in nats.
-        threshold: evidence that a conversation must give where this is the only candidate, in nats.
-        offset: what each token of a document adds, so that own text has evidence above 0 and other
-            text below, in nats.
+        table_V: log-odds of each token of the vocabulary, in nats.
+        threshold: evidence above which a conversation admits the expert if it is the only
+            candidate, in nats.
+        offset: evidence added per token of a document, so that text of the domain has evidence
+            above 0 and other text below 0, in nats.
     """
 
     table_V: Tensor
@@ -53,23 +51,21 @@ class Relevance:
     offset: float
 
     def keeps(self, ids_N: Tensor) -> bool:
-        """Return whether a document that begins with the tokens `[N]` does not rule the expert
-        out.
-        """
+        """Return whether a document that starts with the tokens `[N]` admits the expert."""
         shifted = Relevance(self.table_V + self.offset, self.threshold, 0.0)
         return text_evidence(shifted, ids_N) > RULED_OUT
 
 
 @dataclass(frozen=True)
 class RelevanceBank:
-    """The relevance of all candidate modules.
+    """The relevance tables of all candidate modules, evaluated together.
 
     Attributes:
-        table_MV: zeros for modules that have no table.
+        table_MV: log-odds in nats; zeros for modules without a table.
         threshold_M: evidence above which a conversation admits a module; minus infinity for modules
-            without a table. It contains log M, the price of asking M modules: the odds that one of
-            them is relevant are shared among them.
-        offset_M: 0 for modules without a table, of which no document says anything.
+            without a table. It includes log M to correct for testing M modules: the prior odds that
+            one of them is relevant are shared among them.
+        offset_M: evidence added per token of a document; 0 for modules without a table.
     """
 
     table_MV: Tensor
@@ -78,16 +74,19 @@ class RelevanceBank:
 
     @staticmethod
     def stack(modules: "Sequence[ExpertModule]", device: torch.device) -> "RelevanceBank | None":
-        """Return the bank of `modules` in their order, or None if not one of them has a table."""
-        known = [module.relevance for module in modules]
-        size = max((len(one.table_V) for one in known if one is not None), default=0)
+        """Return the tables of `modules`, in their order, or None if no module has one."""
+        entries = [module.relevance for module in modules]
+        size = max((len(entry.table_V) for entry in entries if entry is not None), default=0)
         if size == 0:
             return None
-        tables = [torch.zeros(size) if one is None else one.table_V.float() for one in known]
-        thresholds = [
-            -torch.inf if one is None else one.threshold + log(len(modules)) for one in known
+        tables = [
+            torch.zeros(size) if entry is None else entry.table_V.float() for entry in entries
         ]
-        offsets = [0.0 if one is None else one.offset for one in known]
+        thresholds = [
+            -torch.inf if entry is None else entry.threshold + log(len(modules))
+            for entry in entries
+        ]
+        offsets = [0.0 if entry is None else entry.offset for entry in entries]
         return RelevanceBank(
             torch.stack(tables).to(device),
             torch.tensor(thresholds, device=device),
@@ -95,7 +94,7 @@ class RelevanceBank:
         )
 
     def evidence(self, ids_BT: Tensor) -> Tensor:
-        """Return each token's own evidence `[B, T, M]`; ids beyond the tables say nothing."""
+        """Return the evidence of each token `[B, T, M]`, in nats; 0 for ids beyond the tables."""
         known_BT = ids_BT < self.table_MV.shape[1]
         evidence_BTM = self.table_MV[:, ids_BT.where(known_BT, 0)].permute(1, 2, 0)
         return evidence_BTM * known_BT[..., None]
@@ -107,27 +106,27 @@ class RelevanceBank:
         counted_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the sums so far at every token, s_t = DECAY s_{t-1} + term_t, and those after the
-        last one.
+        """Return the decayed running sums of evidence, s_t = DECAY s_{t-1} + term_t.
 
         Args:
             ids_BT: token ids `[B, T]`.
-            state_BM: sums before these tokens `[B, M+1]`; None: none.
-            counted_BT: False at padding, which neither counts nor ages what came before; None: all
-                are real.
-            document_ids_BT: of packed rows; a new document starts from nothing.
+            state_BM: sums of the preceding tokens `[B, M+1]`; None: no preceding tokens.
+            counted_BT: False at padding, which neither counts nor decays the sums; None: no
+                padding.
+            document_ids_BT: document of each token in packed rows; a new document resets the sums.
+                None: one document per row.
 
         Returns:
-            Sums of evidence `[B, T, M+1]`, of which the last column counts the tokens, and
-            `[B, M+1]`.
+            The sums `[B, T, M+1]` at every token and `[B, M+1]` after the last one. The last column
+            is the decayed count of tokens.
         """
         if ids_BT.shape[1] == 0:
-            none_BM = (
+            sums_BM = (
                 self.table_MV.new_zeros(len(ids_BT), len(self.table_MV) + 1)
                 if state_BM is None
                 else state_BM
             )
-            return none_BM[:, None][:, :0], none_BM
+            return sums_BM[:, None][:, :0], sums_BM
         evidence_BTM = self.evidence(ids_BT)
         terms = torch.cat([evidence_BTM, torch.ones_like(evidence_BTM[..., :1])], dim=-1)[
             :, :, None
@@ -147,23 +146,25 @@ class RelevanceBank:
         return sums_BTM, sums_BTM[:, -1]
 
     def of_document(self, sums_BTM: Tensor) -> Tensor:
-        """Return the evidence of a document for each module `[B, T, M]`, in nats, given its sums
-        `[B, T, M+1]`.
+        """Return a document's evidence for each module `[B, T, M]`, in nats, offset included.
+
+        Args:
+            sums_BTM: sums `[B, T, M+1]` from `accumulate`; `[B, M+1]` works as well.
         """
         return sums_BTM[..., :-1] + self.offset_M * sums_BTM[..., -1:]
 
     def above_threshold(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
-        """Return by how much a conversation is above each module's threshold, in nats, `[B, M]`."""
+        """Return a conversation's evidence minus each module's threshold `[B, M]`, in nats."""
         _, sums_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
         return sums_BM[:, :-1] - self.threshold_M
 
     def document_keeps(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
-        """Return which modules `[B, M]` a document as a whole does not rule out."""
+        """Return which modules `[B, M]` a document as a whole admits."""
         _, sums_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
         return self.of_document(sums_BM) > RULED_OUT
 
 
 def text_evidence(relevance: Relevance, ids_N: Tensor) -> float:
-    """Return the evidence after the tokens `[N]` of a text, in nats."""
+    """Return the decayed evidence after the tokens `[N]` of a text, in nats, without offset."""
     ages_N = torch.arange(len(ids_N) - 1, -1, -1, dtype=torch.float64)
     return float((relevance.table_V[ids_N].double() * DECAY**ages_N).sum())

@@ -1,18 +1,17 @@
-"""Linear recurrences over the tokens of a row, for running sums of scores and of evidence."""
+"""Linear recurrences along the sequence, for running sums of gate scores and of evidence."""
 
 import torch
 from torch import Tensor
 
 
 def scan(keep: Tensor, terms: Tensor) -> Tensor:
-    """Return s_t = keep_t s_{t-1} + terms_t along dimension 1, in log2(T) steps (Hillis and Steele,
-    1986).
+    """Return s_t = keep_t s_{t-1} + terms_t along dimension 1 by a parallel scan in log2(T) steps.
 
-    Every factor lies in [0, 1] and nothing is divided, so that the error does not grow with T.
+    Source: Hillis and Steele, 1986. The factors must lie in [0, 1]. The scan never divides, so the
+    error does not grow with T.
     """
-    if (
-        torch.compiler.is_exporting()
-    ):  # steps whose number depends on T cannot be in a graph for any T
+    # A graph with a symbolic T cannot contain a number of steps that depends on T.
+    if torch.compiler.is_exporting():
         return scan_at_once(keep, terms)
     step = 1
     length = terms.shape[1]
@@ -26,8 +25,10 @@ def scan(keep: Tensor, terms: Tensor) -> Tensor:
 
 
 def scan_at_once(keep: Tensor, terms: Tensor) -> Tensor:
-    """The same for factors above 0, in memory that grows with T squared: s_t = sum_u<=t keep_u+1 ..
-    keep_t terms_u.
+    """Return the result of `scan` without a loop, in memory quadratic in T.
+
+    It computes s_t as the sum over u <= t of keep_{u+1} ... keep_t terms_u. The factors must be
+    above 0.
     """
     logs_BTRM = keep.log().cumsum(1)
     past_TT = torch.ones(keep.shape[1], keep.shape[1], dtype=torch.bool, device=keep.device).tril()[

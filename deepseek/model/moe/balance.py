@@ -1,4 +1,4 @@
-"""Keeping experts equally busy and their mean number on target, without an auxiliary loss."""
+"""Load balancing of experts and control of their mean number, without an auxiliary loss."""
 
 import math
 from collections.abc import Callable
@@ -9,28 +9,36 @@ from torch import Tensor, nn
 
 from deepseek.model.moe.stats import Dispatch
 
-# Gains of the temperature controller on the error of the mean number of experts, held to one
-# expert. Found on simulated routers with logits of standard deviation 0.02 to 3: they settle within
-# 100 steps and do not oscillate.
+# Gains of the temperature controller. Its error is that of the mean number of experts, clamped to
+# one expert. The gains were tuned on simulated routers with logits of standard deviation 0.02 to 3,
+# where they settle within 100 steps without oscillating.
 PROPORTIONAL_GAIN = 0.3
 INTEGRAL_GAIN = 0.15
 LOG_TEMPERATURE_RANGE = 7.0
 
 
 class Balance(nn.Module):
-    """State that steers a router: a bias that only chooses, and the softmax temperature.
+    """The control state of a router: a bias on the choice of experts, and a softmax temperature.
 
-    Forward passes only count. `update` applies the counts once per optimiser step, so that a layer
-    recomputed in the backward pass (activation checkpointing) routes exactly as it did the first
-    time.
+    Forward passes only count expert calls. `update` applies the counts once per optimiser step, so
+    that a layer recomputed in the backward pass (activation checkpointing) routes exactly as it did
+    the first time.
+
+    Args:
+        num_experts: number E of experts.
+        rate: step size of the bias.
+        target: mean number of experts per token to aim at; None: no temperature control.
+        temperature: initial temperature.
 
     Buffers:
-        bias: added to the scores when experts are chosen `[E]`; never part of a weight (arXiv:2408.15664). It moves in
-            proportion to what an expert lacks to the mean load, not by its sign: in short runs steps of one size turn
-            whole loads over.
-        temperature: divides the logits, a scalar.
+        bias: added to the scores when experts are chosen `[E]`, but never part of a weight
+            (arXiv:2408.15664). Its step is proportional to the relative shortfall from the mean
+            load. The paper's steps of constant size make loads swing from one expert to another in
+            short runs.
+        temperature: divisor of the logits, a scalar.
         integral: sum of the controller's past errors, a scalar.
-        counts: expert calls since the last update, then the number of tokens, int64 `[E + 1]`; not saved.
+        counts: expert calls since the last update, then the number of tokens, int64 `[E + 1]`; not
+            saved.
     """
 
     bias: Tensor
@@ -46,18 +54,23 @@ class Balance(nn.Module):
         self.rate = rate
         self.target = target
         self.start = temperature
-        for name, value in self._fresh().items():
+        for name, value in self._initial_values().items():
             self.register_buffer(name, value, persistent=name != "counts")
 
     def reset_buffers(self) -> None:
-        """Give buffers that are still on the meta device their start values."""
-        for name, value in self._fresh().items():
+        """Initialise the buffers that are still on the meta device."""
+        for name, value in self._initial_values().items():
             if getattr(self, name).is_meta:
                 setattr(self, name, value)
 
     def record(self, dispatch: Dispatch, token_mask_N: Tensor | None) -> None:
-        """Count the expert calls of a training forward pass; a recomputed pass is not counted
-        again.
+        """Count the expert calls of a forward pass in training mode.
+
+        A pass that activation checkpointing recomputes is not counted again.
+
+        Args:
+            dispatch: the routing result.
+            token_mask_N: False at padding; None: no padding.
         """
         if not self.training or _recomputing():
             return
@@ -70,8 +83,12 @@ class Balance(nn.Module):
 
     @torch.no_grad()
     def update(self, group: dist.ProcessGroup | None = None, pace: float = 1.0) -> None:
-        """Apply and clear the counts, summed over the ranks of `group` where torch.distributed is
-        initialised.
+        """Apply the counts to bias and temperature, then clear them.
+
+        Args:
+            group: process group whose counts are summed if torch.distributed is initialised; None:
+                the default group.
+            pace: factor on the step size of the bias.
         """
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts, group=group)
@@ -88,13 +105,13 @@ class Balance(nn.Module):
         self.counts.zero_()
 
     def _steer(self, error: Tensor, seen: Tensor) -> None:
-        """One step of a proportional-integral controller on the logarithm of the temperature."""
+        """Run one step of a proportional-integral controller on the log of the temperature."""
         limit = LOG_TEMPERATURE_RANGE / INTEGRAL_GAIN
         self.integral.add_(error).clamp_(-limit, limit)
         log_t = math.log(self.start) + PROPORTIONAL_GAIN * error + INTEGRAL_GAIN * self.integral
         self.temperature.copy_(torch.where(seen > 0, log_t.exp(), self.temperature))
 
-    def _fresh(self) -> dict[str, Tensor]:
+    def _initial_values(self) -> dict[str, Tensor]:
         return {
             "bias": torch.zeros(self.num_experts, dtype=torch.float32),
             "temperature": torch.tensor(self.start, dtype=torch.float32),
@@ -103,8 +120,7 @@ class Balance(nn.Module):
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
-        # Steps of 1e-3 vanish in bf16, so `.to(bfloat16)` of the model moves these buffers but
-        # leaves them fp32.
+        # Keep these buffers fp32 when the model moves to bf16, where steps of 1e-3 would be lost.
         super()._apply(fn, recurse)
         for name in ("bias", "temperature", "integral"):
             setattr(self, name, getattr(self, name).float())
@@ -114,12 +130,14 @@ class Balance(nn.Module):
 def update_routers(
     model: nn.Module, group: dist.ProcessGroup | None = None, pace: float = 1.0
 ) -> None:
-    """Apply what the routers of `model` counted since the last call: call it once after every
-    optimiser step.
+    """Update the bias and temperature of all routers. Call it once after every optimiser step.
 
     Args:
-        pace: share of `balance_rate` by which the biases move, so that they can come to rest with
-            the weights.
+        model: the model whose routers to update.
+        group: process group whose counts are summed if torch.distributed is initialised; None: the
+            default group.
+        pace: factor on `balance_rate` (default 1). Lower it with the learning rate, so that the
+            biases settle together with the weights.
     """
     for module in model.modules():
         if isinstance(module, Balance):
@@ -127,5 +145,5 @@ def update_routers(
 
 
 def _recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass, as activation checkpointing does."""
+    """Return whether this forward pass runs inside a backward pass (activation checkpointing)."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -7,10 +7,10 @@ from deepseek.kernels.moe.grouped_mm import mix_experts
 
 
 class Experts(nn.Module):
-    """E feed-forward networks (SwiGLU) of width F, stored fused as `transformers` 5 does.
+    """E SwiGLU feed-forward networks of width F, stored fused as in `transformers` 5.
 
-    One layer may own it, or several layers may share it (`expert_sharing`); then the model
-    registers it once.
+    A pool belongs to one layer, or several layers share it (`expert_sharing`). The model registers
+    a shared pool once.
 
     Parameters:
         gate_up_proj: `[E, 2F, D]`, the gate's rows first.
@@ -25,7 +25,11 @@ class Experts(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """Return each token's weighted sum of expert outputs `[N, D]`; slots whose id is E take no
-        part.
+        """Return the weighted sum of expert outputs of each token `[N, D]`.
+
+        Args:
+            x_ND: inputs.
+            ids_NA: expert ids; slots with id E are unused.
+            weights_NA: expert weights.
         """
         return mix_experts(x_ND, self.gate_up_proj, self.down_proj, ids_NA, weights_NA)

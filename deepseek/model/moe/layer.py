@@ -1,6 +1,4 @@
-"""The mixture-of-experts layer: route, dispatch, compute, combine; and how one grows beside a dense
-network.
-"""
+"""The mixture-of-experts layer (route, dispatch, compute, combine) and its upcycling."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -16,7 +14,7 @@ from deepseek.model.moe.stats import Dispatch, RouterStats, RoutingDecision
 
 
 class RoutingContext(Protocol):
-    """The part of `ForwardContext` that this layer reads and fills."""
+    """The part of `ForwardContext` that this layer reads and writes."""
 
     token_mask_BT: Tensor | None
     router_stats: list[Any]
@@ -28,9 +26,9 @@ class MoELayer(nn.Module):
 
     Args:
         config: a `ModelConfig`.
-        layer_idx: this layer's number, for the statistics.
-        pool: experts shared with other layers and registered by the model; None gives the layer its
-            own.
+        layer_idx: index of this layer, for the statistics.
+        pool: experts that are shared with other layers and registered by the model; None: the layer
+            owns its experts.
     """
 
     def __init__(self, config: ModelConfig, layer_idx: int, pool: Experts | None = None) -> None:
@@ -42,9 +40,8 @@ class MoELayer(nn.Module):
             if pool is None
             else None
         )
-        self._pool = (
-            pool,
-        )  # in a tuple, so that torch does not register the shared pool a second time
+        # In a tuple, so that torch does not register the shared pool a second time.
+        self._pool = (pool,)
         self.shared_experts = (
             SwiGLU(config.hidden_size, config.shared_expert_dim)
             if config.shared_expert_dim
@@ -53,13 +50,15 @@ class MoELayer(nn.Module):
 
     @property
     def pool(self) -> Experts:
-        """The routed experts, own or shared."""
+        """The routed experts, owned or shared."""
         pool = self.experts if self.experts is not None else self._pool[0]
         assert pool is not None
         return pool
 
     def forward(self, x_BTD: Tensor, ctx: RoutingContext) -> Tensor:
-        """Return the layer's output `[B, T, D]` and append its `RouterStats` to
+        """Return the layer's output `[B, T, D]`.
+
+        Routing decisions in `ctx.routing` are replayed. The layer's `RouterStats` are appended to
         `ctx.router_stats`.
         """
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -77,20 +76,25 @@ class MoELayer(nn.Module):
 
 
 WHISPER = 1e-14
-"""Scale of a new expert's output. It is lost in the rounding of the fp32 sum, so the model's logits
-keep their bits, yet it is not zero, so the router has a gradient from the first step. Nothing
-larger will do: at 1e-9 a few last bits of the residual stream flip, and 30 layers of SmolLM2
-amplify them to 6e-5 in the logits (docs/log/moe.md, 2026-11-24)."""
+"""Scale of a new expert's output. It is small enough to vanish when it is added in fp32, so the
+logits stay bit-identical, but it is not zero, so the router has a gradient from the first step. A
+larger scale does not work: at 1e-9 some last bits of the residual stream flip, and the 30 layers of
+SmolLM2 amplify them to 6e-5 in the logits (docs/log/moe.md, 2026-11-24).
+"""
 
 
 @torch.no_grad()
 def init_upcycled(layer: MoELayer, generator: Generator) -> None:
-    """Initialise the routed experts of `layer`, whose `shared_experts` hold a dense network, so
-    that it decides alone.
+    """Initialise the routed experts of a layer so that its output does not change.
 
-    Experts and router start random and so different from each other; only `down_proj` is scaled to
-    a whisper. Its own gradient does not depend on that scale: the first optimiser step of usual
-    size gives the experts a voice.
+    The layer's `shared_experts` hold the dense network that is upcycled. Experts and router are
+    random, which breaks their symmetry, and `down_proj` is scaled by `WHISPER`. The gradient of
+    `down_proj` does not depend on that scale, so the first optimiser step of normal size gives the
+    experts an effect.
+
+    Args:
+        layer: the layer to initialise.
+        generator: source of the random weights.
     """
     for weight, scale in (
         (layer.pool.gate_up_proj, 1.0),
@@ -101,5 +105,5 @@ def init_upcycled(layer: MoELayer, generator: Generator) -> None:
 
 
 def _random(weight: Tensor, generator: Generator) -> Tensor:
-    """Return values that keep the variance of an input of unit variance."""
+    """Return normal values that map an input of unit variance to an output of unit variance."""
     return torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight."""
+"""Routers: choose the experts of each token and their weights."""
 
 from abc import ABC, abstractmethod
 
@@ -14,8 +14,15 @@ from deepseek.registry import pick
 
 
 class Router(nn.Module, ABC):
-    """A linear map from a token to one logit per expert; what is made of the logits is up to the
-    subclass.
+    """A linear map from a token to one logit per expert. Subclasses turn logits into a dispatch.
+
+    Args:
+        num_experts: number E of experts.
+        input_dim: width D of the input.
+        balance_rate, target_experts, temperature: see `Balance`.
+
+    Raises:
+        ConfigError: a size is below 1.
     """
 
     def __init__(
@@ -29,7 +36,8 @@ class Router(nn.Module, ABC):
         super().__init__()
         if num_experts < 1 or input_dim < 1:
             raise ConfigError(
-                f"A router needs at least one expert and one input, not {num_experts} and {input_dim}."
+                f"A router needs at least one expert and one input, not {num_experts} and "
+                f"{input_dim}."
             )
         self.num_experts = num_experts
         self.input_dim = input_dim
@@ -50,34 +58,42 @@ class Router(nn.Module, ABC):
         return softmax(self.logits(x) / self.balance.temperature, dim=-1)
 
     def route(self, x: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
-        """Return the experts and weights of every token of x `[..., D]`, with N the product of its
-        leading sizes.
+        """Return the experts and weights of every token.
 
-        A `choice` made before is kept: only the weights follow the logits.
+        Args:
+            x: inputs `[..., D]`; N is the product of the leading sizes.
+            choice: routing decision to replay: experts come from it, weights from the logits. None:
+                choose experts.
         """
         with torch.autocast(x.device.type, enabled=False):
             return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
 
     @abstractmethod
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
-        """Return the dispatch that the logits lead to, with the experts of `choice` if one is
-        given.
+        """Return the dispatch for router logits `[N, E]`.
+
+        Args:
+            logits_NE: router logits.
+            choice: routing decision to replay; None: choose experts.
         """
 
 
 class DynamicRouter(Router):
-    """As many experts a token as its cumulative weight needs to reach a threshold.
+    """Routes each token to as many experts as its cumulative weight needs to reach a threshold.
 
-    The candidates C are the experts with the highest sigmoid(z) + b. With q = softmax(z_C / T),
-    sorted by z, expert j is kept while j < `min_experts` or the q before j sum to less than
-    `threshold`, and at most `max_experts` are. Its weight is q_j, not renormalised: at one expert
-    that would be the constant 1 and the router would get no gradient.
+    The candidates C are the experts with the highest sigmoid(z) + b, for logits z and balance bias
+    b. Let q = softmax(z_C / T), sorted by z. Expert j is active if j < `min_experts` or the q
+    before j sum to less than `threshold`, up to `max_experts` experts. Its weight is q_j without
+    renormalisation, which would make the weight of a single expert the constant 1 and leave the
+    router without a gradient.
 
     Args:
-        threshold: in (0, 1]; the user's choice, which nothing changes. `target_experts` is held by
-            T instead.
-        min_experts, max_experts: bounds of the number of experts a token.
-        candidates: size of C.
+        num_experts: number E of experts.
+        input_dim: width D of the input.
+        threshold: cumulative weight in (0, 1]. It stays fixed: the controller of `target_experts`
+            changes T instead.
+        min_experts, max_experts: bounds on the number of experts per token.
+        candidates: number of candidates C.
         balance_rate, target_experts, temperature: see `Balance`.
 
     Raises:
@@ -104,8 +120,9 @@ class DynamicRouter(Router):
         self.min_experts = min_experts
         if not 1 <= min_experts <= self.max_experts <= self.candidates:
             raise ConfigError(
-                f"min_experts={min_experts}, max_experts={max_experts}, candidates={candidates} must satisfy "
-                f"1 <= min_experts <= max_experts <= candidates for {num_experts} experts."
+                f"min_experts={min_experts}, max_experts={max_experts}, candidates={candidates} "
+                "must satisfy 1 <= min_experts <= max_experts <= candidates for "
+                f"{num_experts} experts."
             )
         if not 0 < threshold <= 1:
             raise ConfigError(f"threshold={threshold} must lie in (0, 1].")
@@ -125,8 +142,9 @@ class DynamicRouter(Router):
     def _candidates(
         self, logits_NE: Tensor, choice: RoutingDecision | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the candidates `[N, C]` and their logits, sorted downwards or as `choice` has
-        them.
+        """Return the candidates `[N, C]` and their logits, descending or in the order of `choice`.
+
+        An order from `choice` makes `active_N` select the same experts when routing is replayed.
         """
         if choice is not None:
             return choice.ids_NC, logits_NE.gather(1, choice.ids_NC)
@@ -138,24 +156,32 @@ class DynamicRouter(Router):
 
 
 def count_active(q_NC: Tensor, threshold: float, min_experts: int, max_experts: int) -> Tensor:
-    """Return how many experts, a prefix of each row of q (sorted downwards), the threshold rule
-    keeps `[N]`.
+    """Return the number of active experts of each token `[N]` under the threshold rule.
+
+    Args:
+        q_NC: weights of the candidates, in descending order.
+        threshold, min_experts, max_experts: see `DynamicRouter`.
     """
     cumulative_NC = q_NC.cumsum(-1)
-    below = (cumulative_NC[:, :-1] < threshold).sum(-1) + 1  # nothing comes before the first expert
-    return below.clamp(min_experts, max_experts)
+    # Plus one for the first expert, before which the cumulative weight is 0.
+    below_N = (cumulative_NC[:, :-1] < threshold).sum(-1) + 1
+    return below_N.clamp(min_experts, max_experts)
 
 
 class TopKRouter(Router):
-    """The same number of experts for every token: Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3.
+    """Routes every token to the same number of experts (Mixtral, Qwen-MoE, OLMoE, DeepSeek-V3).
 
     Args:
-        top_k: number of experts a token.
+        num_experts: number E of experts.
+        input_dim: width D of the input.
+        top_k: number of experts per token.
         score: "softmax" over all experts, or "sigmoid" of each.
         renormalize: whether a token's weights are divided by their sum.
-        groups, max_groups: experts are split into `groups`; only the `max_groups` groups whose two
-            best experts score highest take part (DeepSeek-V3, arXiv:2412.19437).
+        groups, max_groups: experts are split into `groups` groups, and only the `max_groups` groups
+            whose two best experts have the highest sum of scores are eligible (DeepSeek-V3,
+            arXiv:2412.19437).
         scale: factor on the weights.
+        balance_rate: see `Balance`.
 
     Raises:
         ConfigError: sizes contradict each other, or the score is unknown.
@@ -192,7 +218,7 @@ class TopKRouter(Router):
 
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         scores_NE = self.score(logits_NE)
-        ids_NA = self._best(scores_NE.detach()) if choice is None else choice.ids_NC
+        ids_NA = self._best_experts(scores_NE.detach()) if choice is None else choice.ids_NC
         weights_NA = scores_NE.gather(1, ids_NA)
         if self.renormalize:
             weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
@@ -200,15 +226,15 @@ class TopKRouter(Router):
             weights_NA = weights_NA * self.scale
         return Dispatch(ids_NA, weights_NA, None, logits_NE)
 
-    def _best(self, scores_NE: Tensor) -> Tensor:
-        """Return the experts of the highest biased scores `[N, A]`."""
+    def _best_experts(self, scores_NE: Tensor) -> Tensor:
+        """Return the experts with the highest biased scores `[N, A]`."""
         choice_NE = scores_NE + self.balance.bias
         if self.max_groups < self.groups:
-            choice_NE = choice_NE.masked_fill(~self._allowed(choice_NE), float("-inf"))
+            choice_NE = choice_NE.masked_fill(~self._allowed_experts(choice_NE), float("-inf"))
         return choice_NE.topk(self.top_k).indices
 
-    def _allowed(self, choice_NE: Tensor) -> Tensor:
-        """Return which experts are in the best groups, boolean `[N, E]`."""
+    def _allowed_experts(self, choice_NE: Tensor) -> Tensor:
+        """Return whether each expert is in one of the best groups, boolean `[N, E]`."""
         grouped = choice_NE.unflatten(1, (self.groups, -1))
         strength = grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
         best = strength.topk(self.max_groups).indices
@@ -248,9 +274,7 @@ def _topk(config: ModelConfig) -> Router:
 
 
 def _dense(config: ModelConfig) -> Router:
-    """Every expert for every token, weighted by the full softmax: the upper bound that sparse
-    routing is held to.
-    """
+    """Return a router of every token to every expert, the upper bound for sparse routing."""
     return TopKRouter(
         config.num_experts, config.hidden_size, top_k=config.num_experts, balance_rate=0.0
     )

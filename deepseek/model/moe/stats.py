@@ -1,4 +1,4 @@
-"""What a router decided, and what can be read off it afterwards."""
+"""The result of routing: decisions, dispatch and statistics."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """Which experts were chosen, without what they weigh: enough to route the same tokens the same
-    way again.
+    """The chosen experts without their weights, for routing replay on the same tokens.
 
     Attributes:
-        ids_NC: the experts whose scores a weight is computed from, the chosen ones first `[N, C]`.
-        active_N: how many of them are in use; None when all are.
+        ids_NC: the experts that the weights are normalised over, active ones first, `[N, C]`.
+        active_N: number of active experts per token; None: all.
     """
 
     ids_NC: Tensor
@@ -22,16 +21,16 @@ class RoutingDecision:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Which experts each token goes to, and with what weight.
+    """The experts of each token and their weights.
 
     Attributes:
-        ids_NA: expert ids `[N, A]`, A the same for every token; the first `active_N` of a row are
-            in use.
-        weights_NA: their weights, fp32 `[N, A]`; exactly 0 in the unused slots.
-        active_N: number of slots in use per token; None when all A are.
-        logits_NE: router logits that the weights were computed from, fp32 `[N, E]`.
-        candidates_NC: experts that the weights were normalised over, the first A being `ids_NA`;
-            None when just those.
+        ids_NA: expert ids `[N, A]`, with the same A for every token. The first `active_N` slots of
+            a row are in use.
+        weights_NA: expert weights, fp32 `[N, A]`; exactly 0 in unused slots.
+        active_N: number of slots in use per token; None: all A.
+        logits_NE: router logits, fp32 `[N, E]`.
+        candidates_NC: experts that the weights were normalised over, starting with `ids_NA`; None:
+            just `ids_NA`.
     """
 
     ids_NA: Tensor
@@ -42,7 +41,7 @@ class Dispatch:
 
     @property
     def choice(self) -> RoutingDecision:
-        """What to hand to the router to have it choose the same experts again."""
+        """The decision to pass to `Router.route` to replay this routing."""
         return RoutingDecision(
             self.ids_NA if self.candidates_NC is None else self.candidates_NC, self.active_N
         )
@@ -59,7 +58,7 @@ class Dispatch:
 
     @property
     def kept_NA(self) -> Tensor:
-        """True in the slots in use `[N, A]`."""
+        """Mask `[N, A]` of the slots in use."""
         if self.active_N is None:
             return torch.ones_like(self.ids_NA, dtype=torch.bool)
         return (
@@ -68,9 +67,7 @@ class Dispatch:
 
     @property
     def slots_NA(self) -> Tensor:
-        """Expert ids `[N, A]` with E, which is no expert, in the unused slots: what the kernels
-        take.
-        """
+        """Expert ids `[N, A]` as the kernels expect them, with the invalid id E in unused slots."""
         return (
             self.ids_NA
             if self.active_N is None
@@ -78,7 +75,7 @@ class Dispatch:
         )
 
     def load_E(self, token_mask_N: Tensor | None = None) -> Tensor:
-        """Return the number of (real) tokens per expert, int64 `[E]`."""
+        """Return the number of tokens per expert, without padding, int64 `[E]`."""
         kept_NA = self.kept_NA if token_mask_N is None else self.kept_NA & token_mask_N[:, None]
         load_E = torch.zeros(self.logits_NE.shape[1], dtype=torch.int64, device=self.ids_NA.device)
         return load_E.scatter_add_(0, self.ids_NA.flatten(), kept_NA.flatten().long())
@@ -86,11 +83,10 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class RouterStats:
-    """Statistics of one layer's routing in one forward pass; every property is a tensor on the
-    model's device.
+    """Routing statistics of one layer in one forward pass.
 
-    Only references are kept in the forward pass. The figures are computed when they are read, so
-    decoding pays nothing.
+    Every property is a tensor on the model's device. The forward pass only stores references, and
+    statistics are computed when they are read, so decoding does not pay for them.
     """
 
     layer_idx: int
@@ -99,25 +95,23 @@ class RouterStats:
 
     @property
     def load(self) -> Tensor:
-        """Share of all expert calls per expert `[E]`; sums to 1."""
+        """Share of each expert in all expert calls `[E]`; sums to 1."""
         load_E = self.dispatch.load_E(self.token_mask_N).float()
         return load_E / load_E.sum().clamp(min=1)
 
     @property
     def mean_active(self) -> Tensor:
-        """Mean number of experts a token, a scalar."""
+        """Mean number of experts per token, a scalar."""
         return self._mean(self.dispatch.kept_NA.sum(-1).float())
 
     @property
     def dropped_mass(self) -> Tensor:
-        """Mean weight that the tokens' unused experts would have had, a scalar; 0 when weights are
-        renormalised.
-        """
+        """Mean weight of experts that were not chosen, a scalar; 0 if weights are renormalised."""
         return self._mean((1 - self.dispatch.weights_NA.detach().sum(-1)).clamp(min=0))
 
     @property
     def entropy(self) -> Tensor:
-        """Mean entropy in nats of the softmax over all experts, a scalar."""
+        """Mean entropy of the softmax over all experts in nats, a scalar."""
         log_p_NE = self.dispatch.logits_NE.detach().log_softmax(-1)
         return self._mean(-(log_p_NE.exp() * log_p_NE).sum(-1))
 

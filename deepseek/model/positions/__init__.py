@@ -1,7 +1,6 @@
-"""How a model knows the order of its tokens. One protocol, one table; a new kind is one file and
-one row.
+"""Positional encodings. To add one, write it in its own file and add a row to the table.
 
-A kind may act in three places: on the embeddings (learned), on queries and keys (rope), on the
+An encoding can act on the embeddings (learned), on queries and keys (rope), or on the attention
 scores (alibi, dpe).
 """
 
@@ -17,8 +16,11 @@ from deepseek.model.positions.rope import Rope
 
 
 class Encoding(NamedTuple):
-    """A kind of encoding: what the model owns of it and, where it acts on scores, what each layer
-    owns.
+    """A kind of positional encoding.
+
+    Attributes:
+        positions: makes the part that the model owns.
+        score_bias: makes the part that each layer owns; None: the encoding has no score bias.
     """
 
     positions: Callable[[ModelConfig], Positions]

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 class AlibiBias(nn.Module):
-    """Lowers a score by a fixed slope a token of distance; of a key that is a constant, its place
-    times the slope.
+    """A score bias that falls linearly with the distance between query and key.
+
+    Softmax ignores a constant per query, so the bias depends on the key only: index times slope.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -31,8 +32,10 @@ class AlibiBias(nn.Module):
 
 
 def slopes(heads: int) -> list[float]:
-    """Return the slope of each head: powers of 2 down to 2^-8, those between for counts that are no
-    power of 2.
+    """Return the slope of each head (arXiv:2108.12409, section 3).
+
+    The slopes are powers of 2 down to 2^-8. For a number of heads that is no power of 2, the
+    remaining heads get slopes in between.
     """
     whole = 2 ** int(math.log2(heads))
     series = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]

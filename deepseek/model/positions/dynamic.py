@@ -1,17 +1,19 @@
-"""Dynamic positional encoding, relative and aware of context: a bias of attention scores that a
-layer learns.
+"""Dynamic positional encoding: a learned, context-dependent, relative bias of attention scores.
 
     s[i, j] = tau_i * q_i . R(i - j) k_j / sqrt(K) + t_i[bucket(i - j)] + kappa_j
-    t_i     = A + sum_m tanh(W_g x_i)_m U_m                  a learned table over distances, shifted by context
-    kappa_j = sum of gamma * slope * softplus(W_f x_l), l <= j   a learned forget gate (arXiv:2503.02130)
-    tau_i   = 1 + s * log(max(1, (i + 1) / n))                   sharper scores far into a document
+    t_i     = A + sum_m tanh(W_g x_i)_m U_m
+    kappa_j = sum of gamma * slope * softplus(W_f x_l) over l <= j
+    tau_i   = 1 + s * log(max(1, (i + 1) / n))
 
-A, U, gamma and s (each for every head) start at zero, so that the model starts as one with rotary
-positions alone; W_g and W_f do not, so that each of the four has a gradient from the first step.
-The slopes are ALiBi's: heads forget at different speeds, and a step of gamma moves no score by
-hundreds. A gamma below zero, which would make a head prefer the beginning ever more as the text
-grows, counts a hundredth. n is an eighth of the training length, so that s has something to learn
-from within it.
+t is a learned table over distances, shifted by context. kappa is a learned forget gate
+(arXiv:2503.02130). tau sharpens scores far into a document.
+
+A, U, gamma and s exist per head and start at zero, so that the model starts with rotary positions
+only. W_g and W_f start at random values, so that all four have a gradient from the first step. The
+slopes are those of ALiBi: heads forget at different rates, and one step of gamma cannot move a
+score by hundreds. A negative gamma would make a head prefer the beginning more and more as the text
+grows, so it is scaled by 0.01. n is an eighth of the training length, so that s is trained on
+positions beyond n.
 """
 
 from typing import TYPE_CHECKING
@@ -30,22 +32,20 @@ if TYPE_CHECKING:
     from deepseek.model.context import ForwardContext
 
 CONTEXTS = 8
-"""Directions of context (m above) that shift a layer's tables."""
+"""Number of context directions (m above) that shift the tables of a layer."""
 
 PACE = 64
-"""Factor of A, U and gamma. At a learning rate fit for weights, a bias of some nats would take
-thousands of steps.
+"""Factor on A, U and gamma. Without it, a bias of a few nats would take thousands of steps at a
+learning rate that suits weights.
 """
 
 
 class KeyBiasState(TokenState):
-    """kappa `[B, H, S]` of the keys of one layer in the cache, in fp64."""
+    """kappa `[B, H, S]` of the cached keys of one layer, in fp64."""
 
 
 class DynamicBias(nn.Module):
-    """The parameters of one layer: a table of biases by distance, its context, forget gate and
-    length scale.
-    """
+    """The parameters of one layer: biases by distance, context, forget gate, length scale."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class DynamicBias(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start at zero bias."""
+        """Reset to initial values, at which the bias is zero."""
         for parameter in (self.distance_HN, self.context_HMN, self.decay_H, self.length_scale_H):
             nn.init.zeros_(parameter)
         for linear in (self.gate, self.forget):
@@ -93,20 +93,20 @@ class DynamicBias(nn.Module):
     def _table(self, x_BTD: Tensor) -> Tensor:
         """Return t `[B, H, T, 32]`.
 
-        Distances from half the training length on share a value: each is too rare in training, or
-        never seen there.
+        Distances of half the training length or more share one value, because each of them is rare
+        in training or never occurs.
         """
-        seen_N = torch.arange(NUM_BUCKETS, device=x_BTD.device)
-        seen_N = seen_N.clamp(max=int(distance_buckets(torch.tensor(self.train_len // 2))))
+        buckets_N = torch.arange(NUM_BUCKETS, device=x_BTD.device)
+        buckets_N = buckets_N.clamp(max=int(distance_buckets(torch.tensor(self.train_len // 2))))
         contexts_B1TM = self.gate(x_BTD).float().tanh()[:, None]
         tables_BHTN = (
-            contexts_B1TM @ self.context_HMN.float()[..., seen_N]
-            + self.distance_HN.float()[:, None, seen_N]
+            contexts_B1TM @ self.context_HMN.float()[..., buckets_N]
+            + self.distance_HN.float()[:, None, buckets_N]
         )
         return PACE * tables_BHTN
 
     def _key_bias(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> Tensor:
-        """Return kappa `[B, H, S]`, past tokens' from the cache; padding forgets nothing."""
+        """Return kappa `[B, H, S]`, with past tokens from the cache; padding adds nothing."""
         slopes_H = torch.tensor(slopes(len(self.decay_H)), device=x_BTD.device)
         rates_BTH = (
             softplus(self.forget(x_BTD).float())

@@ -1,4 +1,4 @@
-"""What a positional encoding must offer."""
+"""The interface of a positional encoding."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,36 +13,38 @@ if TYPE_CHECKING:
 
 
 class PreparedPositions(Protocol):
-    """Positions of one forward pass: maps queries `[B, H, T, K]` and keys `[B, G, T, K]` to
-    positioned ones.
+    """Applies the positions of one forward pass to queries `[B, H, T, K]` and keys.
+
+    Keys have the shape `[B, G, T, K]`.
     """
 
     def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Positions:
-    """What the model owns; both methods are called once per forward pass with the positions
-    `[B, T]` of its tokens.
+    """The part of a positional encoding that the model owns.
 
-    As it stands it leaves everything as it is: the order is told by causal attention alone (NoPE,
-    arXiv:2305.19466) or by the scores.
+    Both methods are called once per forward pass with the positions `[B, T]` of its tokens. This
+    base class changes nothing: token order then follows from causal attention only (NoPE,
+    arXiv:2305.19466), or from a score bias.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         pass
 
     def embed(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
-        """Return the embeddings with what the encoding adds to them."""
+        """Return the embeddings `[B, T, D]` with positions added."""
         return x_BTD
 
     def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> PreparedPositions:
-        """Return what is done to queries and keys."""
+        """Return the function that applies positions to queries and keys."""
         return lambda query, key: (query, key)
 
 
 class ScoreBiasSource(Protocol):
-    """What a layer owns, a module: maps the layer's input to the bias of its scores, or to None
-    where it is zero.
+    """The part of a positional encoding that each layer owns, a module.
+
+    It maps the layer's input to the bias of its attention scores, or to None for a zero bias.
     """
 
     def __call__(
@@ -50,4 +52,4 @@ class ScoreBiasSource(Protocol):
     ) -> ScoreBias | None: ...
 
     def state_bytes(self, length: int) -> int:
-        """Return the most bytes that it keeps in the cache for one sequence of `length` tokens."""
+        """Return an upper bound on its bytes in the cache for one sequence of `length` tokens."""

@@ -11,10 +11,10 @@ from deepseek.model.positions.protocol import Positions
 
 
 class Rope(Positions):
-    """Rotates queries and keys by angles that grow with their position.
+    """Rotates queries and keys by angles proportional to their position.
 
-    Frequencies of scaled variants ("linear", "llama3", "yarn") come from `transformers`, so that
-    checkpoints agree.
+    Frequencies of the scaled variants ("linear", "llama3", "yarn") come from `transformers`, so
+    that results agree with it for its checkpoints.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -31,8 +31,9 @@ class Rope(Positions):
                 )
 
     def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> "Rotation":
-        """Return the rotation for these positions; its tables are computed in fp32 and kept in
-        `dtype`.
+        """Return the rotation for positions `[B, T]`.
+
+        Its tables are computed in fp32 and stored in `dtype`.
         """
         self.inv_freq = self.inv_freq.to(position_ids_BT.device)
         angles = position_ids_BT[:, None, :, None].float() * self.inv_freq
@@ -43,9 +44,7 @@ class Rope(Positions):
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine tables `[B, 1, T, K]`; calling it rotates queries `[B, H, T, K]` and keys
-    `[B, G, T, K]`.
-    """
+    """Cosine and sine tables `[B, 1, T, K]` that rotate queries and keys when called."""
 
     cos: Tensor
     sin: Tensor
