@@ -139,7 +139,7 @@ class Guard:
         return None
 
     def _role(self, headers: Headers) -> str | None:
-        """Return the role ("admin" or "user") that these headers prove, None without a valid key."""
+        """Return the role ("admin" or "user") of a request, None without a valid key."""
         if not self.keys:
             return "admin"
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -130,7 +130,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         if time.monotonic() > deadline:
             raise ApiError(
                 400,
-                f"The chat template took longer than {seconds:g} s on these messages; shorten them.",
+                f"The chat template took longer than {seconds:g} s on these messages; "
+                "shorten them.",
             )
         return watch
 

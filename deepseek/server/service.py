@@ -257,10 +257,8 @@ class Service:
         return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
 
     def named_experts(self, model: str) -> tuple[str, ...] | None:
-        """Return the experts in a model name, None for the plain base name.
-
-        Raises:
-            ApiError: an expert in the name is not plugged.
+        """Return the experts in a model name, None for the plain base name. Raises `ApiError`
+        if one is not plugged.
         """
         base = self.settings.model
         plugged = {info.name for info in self.engine.experts()}
@@ -354,9 +352,7 @@ def ask(
             `Settings.answer_tokens`.
         choice: index among the answers to one prompt, added to the seed so that they differ.
         schema: JSON schema that constrains the answer; default: none.
-        logprobs: see `Request`.
-        prompt_logprobs: see `Request`.
-        user_ids: see `Request`.
+        logprobs, prompt_logprobs, user_ids: see `Request`.
 
     Raises:
         ApiError, UserError: the request is invalid; the message says what to do.
