@@ -6,6 +6,6 @@ from deepseek.train.jobs.arguments import AdaptArguments
 adapt = job_command(
     "adapt:adapt",
     AdaptArguments,
-    "Adapt a model to your text; interrupted, the same command goes on where it was.",
+    "Fine-tune a model on your text. If interrupted, the same command resumes it.",
     positional="base",
 )

@@ -12,11 +12,22 @@ from deepseek.evaluate.verdict import Compared, compared, draw, verdicts
 
 
 def print_against(experts: str, rivals: str, cases: int) -> None:
-    """Compare one expert with `rivals` and print the table, what it says, and where it is kept."""
+    """Compare one expert with rival methods; print the tables, the conclusions and the result's
+    files.
+
+    Args:
+        experts: name of the expert.
+        rivals: comma-separated methods: rag, lora, full.
+        cases: number of held-out lines to write.
+
+    Raises:
+        ConfigError: `experts` is not the name of one expert.
+    """
     chosen = names(experts)
     if len(chosen) != 1 or chosen == ["all"]:
         raise ConfigError(
-            "--against compares one expert at a time; name it, as in `deepseek eval NAME --against rag`."
+            "--against compares one expert at a time; name it, as in "
+            "`deepseek eval NAME --against rag`."
         )
     against = Against(chosen[0], cases)
     result = against.compare(names(rivals))
@@ -36,22 +47,22 @@ def print_against(experts: str, rivals: str, cases: int) -> None:
 
 
 def against_tables(result: Result) -> list[Table]:
-    """Return what each row achieves, then what lies between them and what they cost, a line a row.
+    """Return two tables with one line per row: quality, then differences and cost.
 
-    Shares are in per cent and differences in points, both with 95 % intervals.
+    Shares are in per cent and differences in percentage points, both with 95 % intervals.
     """
     rows = compared(result.scores)
-    title = f"{result.name}: {len(result.cases)} lines of {result.documents} held-out documents, greedy, as served"
+    title = (
+        f"{result.name}: {len(result.cases)} lines of {result.documents} held-out documents, "
+        "greedy, as served"
+    )
     quality = [_quality(name, row, result.scores[name]) for name, row in rows.items()]
     cost = [_cost(name, row, result) for name, row in rows.items()]
-    return [
-        _table(title, quality),
-        _table("differences in exact lines, and what a reply costs", cost),
-    ]
+    return [_table(title, quality), _table("differences in exact lines, and cost of a reply", cost)]
 
 
 def _table(title: str, lines: list[dict[str, str]]) -> Table:
-    """Return a table of cells by heading."""
+    """Return a table of lines, each a mapping from heading to cell."""
     table = Table(title=title, title_justify="left")
     for heading in lines[0]:
         table.add_column(heading, justify="left" if heading == "row" else "right")

@@ -1,4 +1,4 @@
-"""`deepseek align`: make a model answer as preferred."""
+"""`deepseek align`: align a model with preferences."""
 
 from deepseek.cli.job_command import job_command
 from deepseek.train.jobs.arguments import AlignArguments
@@ -6,6 +6,6 @@ from deepseek.train.jobs.arguments import AlignArguments
 align = job_command(
     "align:align",
     AlignArguments,
-    "Align a model with preferences; interrupted, the same command goes on where it was.",
+    "Align a model with preferences. If interrupted, the same command resumes it.",
     positional="base",
 )

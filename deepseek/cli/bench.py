@@ -1,4 +1,4 @@
-"""`deepseek bench`: run a measurement of this repository."""
+"""`deepseek bench`: run one of the repository's benchmarks."""
 
 import subprocess
 import sys
@@ -13,9 +13,7 @@ from deepseek.registry import pick
 app = typer.Typer(add_completion=False)
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-"""Measurements are no part of the wheel: what they compare with, and the text that they read, is
-not either.
-"""
+"""Benchmarks are not part of the wheel, since their baselines and input texts are not either."""
 
 ALIASES = {
     "attention": "attention_scaling",
@@ -26,7 +24,7 @@ ALIASES = {
 
 
 def measurements() -> dict[str, str]:
-    """Return name -> the first line of its description, of every measurement in the checkout."""
+    """Return name -> first line of its docstring for every benchmark in the checkout."""
     sources = {file.stem: file.read_text() for file in FOLDER.glob("*.py")}
     lines = {
         name: text.partition("\n")[0].strip('"')
@@ -47,21 +45,22 @@ def measurements() -> dict[str, str]:
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(help="Which measurement; without a name they are listed.")
+        str, typer.Argument(help="Name of the benchmark; without a name, all are listed.")
     ] = "",
 ) -> None:
-    """Run a measurement; all that follows its name is handed on:
+    """Run a benchmark; everything after its name is passed on to it:
     `deepseek bench attention --help`.
     """
     known = measurements()
     if not known:
         raise UserError(
-            "the benchmarks are not part of the installed package; run this in a clone of the repository."
+            "the benchmarks are not part of the installed package; "
+            "run this in a clone of the repository."
         )
     if name in ("", "--help"):
         typer.echo("usage: deepseek bench NAME [OPTIONS]\n\nmeasurements:")
-        for one, line in sorted(known.items()):
-            typer.echo(f"  {one:20}{line}")
+        for measurement, line in sorted(known.items()):
+            typer.echo(f"  {measurement:20}{line}")
         return
     pick(known, name, "measurement")
     script = FOLDER / f"{ALIASES.get(name, name)}.py"

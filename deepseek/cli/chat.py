@@ -1,4 +1,4 @@
-"""`deepseek chat`: talk to a model in the terminal, and plug experts while it lives."""
+"""`deepseek chat`: chat with a model in the terminal, and plug experts meanwhile."""
 
 from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temperature, TopP
 
@@ -13,8 +13,8 @@ def chat(
     seed: Seed = None,
     int8: Int8 = True,
 ) -> None:
-    """Talk to a model; /help lists what else can be typed. Each token has the colour of the expert
-    that spoke.
+    """Chat with a model; /help lists the commands. Each token has the colour of the expert that
+    wrote it.
     """
     from rich.console import Console
 

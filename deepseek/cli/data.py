@@ -1,5 +1,5 @@
-"""`deepseek data`: training text made from code, questions about a source, and problems made from
-nothing.
+"""`deepseek data`: make training text: documented functions, questions about a source, and
+synthetic problems.
 """
 
 from collections.abc import Iterable
@@ -15,8 +15,10 @@ Source = Annotated[Path | None, typer.Option(rich_help_panel="Text (at least one
 
 
 @app.command()
-def code(folder: Annotated[Path, typer.Argument(help="Python files.")], out: Out) -> None:
-    """Documented functions of a folder, each with the tests that call it."""
+def code(
+    folder: Annotated[Path, typer.Argument(help="Folder with Python files.")], out: Out
+) -> None:
+    """Write the documented functions of a folder, each with the tests that call it."""
     from deepseek.data import clean, read_folder
     from deepseek.data.builders.functions import documented_functions
     from deepseek.errors import DataError
@@ -24,7 +26,8 @@ def code(folder: Annotated[Path, typer.Argument(help="Python files.")], out: Out
     functions = documented_functions(clean(read_folder(folder))[0])
     if not functions:
         raise DataError(
-            f"{folder} holds no documented Python functions; give other code, or train on it as it is."
+            f"{folder} holds no documented Python functions; "
+            "give other code, or train on it as it is."
         )
     _write(out, ({"text": function.text} for function in functions))
 
@@ -37,7 +40,9 @@ def questions(
     from_jsonl: Source = None,
     from_parquet: Source = None,
 ) -> None:
-    """Questions that a source answers in its own words, each with what a right answer states."""
+    """Write questions that a source answers in its own words, each with the facts of a correct
+    answer.
+    """
     from deepseek.data import clean
     from deepseek.data.builders.questions import all_questions
     from deepseek.data.text.filters import Skipped
@@ -48,21 +53,22 @@ def questions(
     source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
     skipped = Skipped()
     documents, _ = clean(read_source(source, skipped), skipped)
-    asked = all_questions(documents)
-    if not asked:
+    found_questions = all_questions(documents)
+    if not found_questions:
         raise DataError(
-            f"Nothing is documented in {len(documents)} documents; give code with docstrings or texts with headings."
+            f"Nothing is documented in {len(documents)} documents; "
+            "give code with docstrings or texts with headings."
         )
-    _write(out, (question.record() for question in asked))
+    _write(out, (question.record() for question in found_questions))
 
 
 @app.command()
 def mathematics(
     out: Out,
-    count: Annotated[int, typer.Option(min=1, help="Problems.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Same seed, same problems.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same problems.")] = 0,
 ) -> None:
-    """Problems with worked answers, each checked by another computation."""
+    """Write problems with worked answers, each checked by a second computation."""
     from deepseek.data.builders.mathematics import problems
 
     _write(out, ({"messages": problem.messages()} for problem in problems(count, seed)))

@@ -1,5 +1,5 @@
-"""`deepseek eval`: compare held-out loss before and after plugging experts, or an expert with its
-rivals.
+"""`deepseek eval`: compare held-out loss before and after plugging experts, or compare an expert
+with rival methods.
 """
 
 from pathlib import Path
@@ -14,37 +14,35 @@ def evaluate(
     experts: Annotated[
         str,
         typer.Argument(
-            help="Names or pack files of experts to plug, separated by commas; 'all' = every trained one."
+            help="Experts to plug: names or pack files, comma-separated; 'all': every trained one."
         ),
     ] = "all",
     base: Base = "smollm2-135m",
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Further text: a folder, .jsonl or .parquet file; may be repeated."),
+        typer.Option(help="Additional text: a folder, .jsonl or .parquet file; repeatable."),
     ] = None,
     tokens: Annotated[
         int, typer.Option(min=512, help="Tokens of each text to evaluate on.")
     ] = 8192,
     human_eval: Annotated[
-        int, typer.Option(min=0, max=164, help="Problems of HumanEval to answer and run.")
+        int, typer.Option(min=0, max=164, help="Number of HumanEval problems to solve and run.")
     ] = 0,
     against: Annotated[
         str,
-        typer.Option(
-            help="Compare one expert with: rag (retrieval), lora, full; separated by commas."
-        ),
+        typer.Option(help="Compare one expert with: rag (retrieval), lora, full; comma-separated."),
     ] = "",
     cases: Annotated[
-        int, typer.Option(min=1, help="With --against: lines of held-out text to write.")
+        int, typer.Option(min=1, help="With --against: number of held-out lines to write.")
     ] = 200,
 ) -> None:
-    """Print the loss of the base and of the plugged set: on each expert's own held-out text, on
-    that of other trained experts, on public prose and code, and on text of yours. Code that the
-    model writes runs in a sandboxed process.
+    """Print the held-out loss of the base and of the plugged experts on each expert's own held-out
+    text, on that of other trained experts, on public prose and code, and on your text. Generated
+    code (HumanEval) runs in a sandboxed process.
 
-    With --against: how well the base, retrieval, the expert, both, LoRA and full fine-tuning write
-    lines of the text that the expert's run held out, the last two trained as long as the expert.
-    The same command goes on where it was.
+    With --against: compare the base, retrieval, the expert, both together, LoRA and full
+    fine-tuning by the lines that they write of the expert's held-out text. LoRA and full
+    fine-tuning train as long as the expert did. If interrupted, the same command resumes it.
     """
     if against:
         from deepseek.cli.against import print_against
@@ -69,14 +67,15 @@ def evaluate(
     )
     with collected(tokenizer, data or [], known) as texts, ProgressBar() as progress:
         rows = list(compare(model, texts, tokens, progress))
-        both = (ExpertChoice(()), ExpertChoice()) if problems else ()
-        passed = [
-            pass_at_1(model, tokenizer, problems, progress=progress, experts=who) for who in both
+        choices = (ExpertChoice(()), ExpertChoice()) if problems else ()
+        pass_rates = [
+            pass_at_1(model, tokenizer, problems, progress=progress, experts=choice)
+            for choice in choices
         ]
     Console().print(comparison_table(rows))
     if problems:
         print(
             "HumanEval pass@1 ({} problems): base {:.1%}, plugged {:.1%}".format(
-                len(problems), *passed
+                len(problems), *pass_rates
             )
         )

@@ -19,7 +19,8 @@ Pack = Annotated[
 train = job_command(
     "expert:train_expert",
     ExpertArguments,
-    "Train an expert on your text with the base frozen; interrupted, the same command goes on where it was.",
+    "Train an expert on your text with the base frozen. "
+    "If interrupted, the same command resumes it.",
 )
 app.command("train")(train)
 
@@ -27,10 +28,10 @@ app.command("train")(train)
 @app.command()
 def train_all(
     experts: Annotated[
-        Path, typer.Argument(help="YAML or TOML file: `base` and, by name, `experts`.")
+        Path, typer.Argument(help="YAML or TOML file with `base` and a mapping `experts` by name.")
     ],
 ) -> None:
-    """Train many experts side by side as Ray tasks, and print each pack as it comes."""
+    """Train many experts in parallel as Ray tasks, and print each pack when it is finished."""
     from deepseek.errors import TrainError
     from deepseek.packs.pack import read_pack
     from deepseek.train.jobs.many import train_all as run
@@ -44,16 +45,17 @@ def train_all(
         failed += [expert] if isinstance(result, Exception) else []
     if failed:
         raise TrainError(
-            f"Of the experts {', '.join(failed)} failed; mend them and run the same command."
+            f"Of the experts {', '.join(failed)} failed; fix them and run the same command."
         )
 
 
 @app.command()
 def index(name: Annotated[str, typer.Argument(help="Name of a trained expert.")]) -> None:
-    """Build the retrieval index of the text that an expert was trained on, beside its pack, for
-    `retrieve` in requests.
+    """Build the retrieval index of an expert's training text, for `retrieve` in requests, and
+    store it beside the pack.
 
-    What the run held out is never in it."""
+    The held-out set of the run is never indexed.
+    """
     from deepseek.train.jobs.expert_index import index_expert
 
     print(index_expert(name))
@@ -76,25 +78,23 @@ def list_experts() -> None:
                 f"{what} {metric.before:.3f} -> {metric.after:.3f}"
                 for what, metric in manifest.metrics.items()
             ]
-            said = "  ".join(
+            details = "  ".join(
                 [f"{len(manifest.layers)} layers", manifest.verdict, *losses, manifest.domain]
             ).rstrip()
         except (PackError, OSError) as error:
-            said = str(error)
-        print(f"{name:24}  {path.lstat().st_size / 1e6:6.1f} MB  {said}")
+            details = str(error)
+        print(f"{name:24}  {path.lstat().st_size / 1e6:6.1f} MB  {details}")
 
 
 @app.command()
 def inspect(pack: Pack) -> None:
-    """Print the manifest of a pack as JSON, after checking the pack, and its verdict on standard
-    error.
-    """
+    """Check a pack, print its manifest as JSON, and its verdict on standard error."""
     from deepseek.packs.library import find_pack
     from deepseek.packs.pack import read_pack
 
     manifest = read_pack(find_pack(pack)).manifest
     print(manifest.model_dump_json(indent=2))
-    armed = "" if manifest.helps else "; it is armed only where it is named"
+    armed = "" if manifest.helps else "; it is armed only if named"
     print(f"{manifest.name}: {manifest.verdict}{armed}", file=sys.stderr)
 
 
@@ -102,13 +102,13 @@ def inspect(pack: Pack) -> None:
 def verify(
     pack: Pack,
     base: Annotated[
-        str | None, typer.Option(help="Also check that the pack was made for this model.")
+        str | None, typer.Option(help="Also check that the pack was trained on this model.")
     ] = None,
     signature: Annotated[
-        Literal["any", "signed", "trusted"], typer.Option(help="What its signature must be.")
+        Literal["any", "signed", "trusted"], typer.Option(help="The required kind of signature.")
     ] = "any",
 ) -> None:
-    """Check a pack: structure, digest, values, signature, and its base if one is given."""
+    """Check a pack: structure, digest, values, signature, and the base if --base is given."""
     from deepseek.checkpoint.hub import resolve
     from deepseek.packs.library import find_pack
     from deepseek.packs.manifest import BaseDescription
@@ -128,7 +128,7 @@ def verify(
 @app.command()
 def sign(
     pack: Pack,
-    key: Annotated[Path, typer.Option(help="A private key that `deepseek expert keygen` made.")],
+    key: Annotated[Path, typer.Option(help="A private key from `deepseek expert keygen`.")],
 ) -> None:
     """Sign a pack in place."""
     from deepseek.packs.library import find_pack
@@ -143,13 +143,13 @@ def sign(
 
 @app.command()
 def keygen(
-    name: Annotated[str, typer.Argument(help="Name of the key, such as your own.")],
+    name: Annotated[str, typer.Argument(help="Name of the key, such as your name.")],
     folder: Annotated[
         Path | None, typer.Option(help="Where to write; default: the folder of trusted keys.")
     ] = None,
 ) -> None:
-    """Make a key pair for signing packs: NAME.pem, which stays with you, and NAME.pub, which others
-    trust.
+    """Make a key pair for signing packs: NAME.pem, the private key, and NAME.pub, the public key
+    for others to trust.
     """
     from deepseek.packs.signature import keygen as make_keys
 

@@ -1,4 +1,4 @@
-"""`deepseek export`: a model for other runtimes."""
+"""`deepseek export`: export a model to other runtimes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,20 +12,19 @@ def export(
     model: Annotated[str, typer.Argument(help="Model: a known name, a folder or a hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
     to: Annotated[
-        str,
-        typer.Option(
-            help="onnx, openvino, tensorrt, or hf: a folder that stock transformers reads."
-        ),
+        str, typer.Option(help="onnx, openvino, tensorrt, or hf (a folder for stock transformers).")
     ],
     experts: Experts = "",
     dtype: Annotated[
-        str, typer.Option(help="Of the weights, such as int8 for openvino; default: the format's.")
+        str,
+        typer.Option(help="Type of the weights, such as int8 for openvino; default: the format's."),
     ] = "",
 ) -> None:
-    """Write a model in another runtime's format, run what was written, and compare its logits with
-    the model's own.
+    """Export a model to another runtime's format, run the result there, and compare its logits with
+    the original model's.
     """
     from deepseek.export.export import export_model
 
-    found = export_model(model, out, to, dtype=dtype or None, experts=expert_packs(experts, model))
-    print(f"{out}: logits differ from the model's own by {found:.1e} of the largest at most")
+    packs = expert_packs(experts, model)
+    difference = export_model(model, out, to, dtype=dtype or None, experts=packs)
+    print(f"{out}: logits differ by at most {difference:.1e} of the largest logit")

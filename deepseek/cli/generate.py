@@ -9,14 +9,12 @@ from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temp
 
 
 def generate(
-    prompt: Annotated[
-        str, typer.Argument(help="The text to go on from, or '-' for standard input.")
-    ],
+    prompt: Annotated[str, typer.Argument(help="The text to complete, or '-' for standard input.")],
     base: Base = "smollm2-135m",
     experts: Experts = "",
     arm: Arm = "auto",
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask it as a question instead of completing the text.")
+        bool, typer.Option("--chat", help="Answer PROMPT as a question instead of completing it.")
     ] = False,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -24,8 +22,8 @@ def generate(
     seed: Seed = None,
     int8: Int8 = True,
 ) -> None:
-    """Print what the model writes after PROMPT, each token in the colour of the expert that
-    spoke.
+    """Print the model's completion of PROMPT, each token in the colour of the expert that wrote
+    it.
     """
     from rich.console import Console
 
@@ -38,16 +36,16 @@ def generate(
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = sys.stdin.read() if prompt == "-" else prompt
     with opened(base, experts, arm, int8) as engine:
-        asked = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": text}]
         ids = (
-            encode_prompt(engine.tokenizer, asked)
+            encode_prompt(engine.tokenizer, messages)
             if chat
             else encode_plain(engine.tokenizer, [text])[0]
         )
-        spoken_ids = user_ids(engine.tokenizer, asked) if chat else None
+        question_ids = user_ids(engine.tokenizer, messages) if chat else None
         palette = Palette(info.name for info in engine.experts())
         _, shares = speak(
-            engine, Request(tuple(ids), sampling, user_ids=spoken_ids), Console(), palette
+            engine, Request(tuple(ids), sampling, user_ids=question_ids), Console(), palette
         )
         if engine.experts():
             Console(stderr=True).print(legend(shares, palette))

@@ -1,4 +1,4 @@
-"""`deepseek inspect`: look inside a model."""
+"""`deepseek inspect`: diagnostics of a model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.callback()
 def inspect() -> None:
-    """Look inside a model."""
+    """Diagnostics of a model."""
 
 
 @app.command()
@@ -23,14 +23,14 @@ def attention(
         list[Path] | None,
         typer.Option(help="Text: a folder, .jsonl or .parquet file; default: Python's own."),
     ] = None,
-    length: Annotated[int, typer.Option(min=512, help="Tokens to look at.")] = 4096,
-    probes: Annotated[int, typer.Option(min=1, help="Buckets that a query looks into.")] = 10,
-    window: Annotated[int, typer.Option(min=1, help="Most recent keys of each.")] = 48,
+    length: Annotated[int, typer.Option(min=512, help="Tokens of text to use.")] = 4096,
+    probes: Annotated[int, typer.Option(min=1, help="Buckets probed by each query.")] = 10,
+    window: Annotated[int, typer.Option(min=1, help="Keys per bucket: the most recent ones.")] = 48,
     hash_path: Annotated[
-        Path | None, typer.Option("--hash", help="Hashes; default: those beside the model.")
+        Path | None, typer.Option("--hash", help="File of hashes; default: the one in the model.")
     ] = None,
 ) -> None:
-    """Draw the share of attention that LSH attention keeps, by layer and head, and print its
+    """Draw the share of attention that LSH attention keeps, by layer and head, and print the
     means.
     """
     import torch
@@ -61,20 +61,22 @@ def attention(
         "hash": hashed_keys(windows, min(probes, first.num_buckets), hashes),
         f"best {length // 8}": best_keys(windows, length // 8),
     }
-    found = {}
+    results = {}
     with ProgressBar() as progress:
         ids_RT = long_texts(documents_at(data or []), tokenizer, 1, length)
-        for layer, kept in attention_kept(model, ids_RT, ways, first_layer=min(hashes)):
-            found[layer] = kept
+        for layer, recalls in attention_kept(model, ids_RT, ways, first_layer=min(hashes)):
+            results[layer] = recalls
             progress(layer + 1, len(model.layers), "inspect")
     for name in ways:
         recall, error, keys = (
-            torch.stack([getattr(kept[name], what) for kept in found.values()]).mean()
-            for what in ("recall", "error", "keys")
+            torch.stack([getattr(recalls[name], field) for recalls in results.values()]).mean()
+            for field in ("recall", "error", "keys")
         )
         print(
-            f"{name:10} keeps {recall:.1%} of the attention with {keys:.0f} keys a query, output off by {error:.1%}"
+            f"{name:10} keeps {recall:.1%} of the attention with {keys:.0f} keys per query, "
+            f"output error {error:.1%}"
         )
-    recall_LH = torch.stack([kept["hash"].recall for kept in found.values()])
-    draw_recall(out, recall_LH, list(found), f"{base}, {length} tokens: attention kept by the hash")
+    recall_LH = torch.stack([recalls["hash"].recall for recalls in results.values()])
+    title = f"{base}, {length} tokens: attention kept by the hash"
+    draw_recall(out, recall_LH, list(results), title)
     print(out)

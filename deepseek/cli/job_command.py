@@ -1,5 +1,5 @@
-"""The command of a training job, its options made of the declaration of its arguments in
-`train/jobs/arguments.py`.
+"""Build the command of a training job from the declaration of its arguments
+(`train/jobs/arguments.py`).
 """
 
 from collections.abc import Callable
@@ -19,29 +19,29 @@ from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 def job_command(
     place: str, declaration: type[Declaration], summary: str, positional: str | None = None
 ) -> Callable[..., None]:
-    """Return the command of a job: an option for each of its arguments, and the path of what it
-    made on the output.
+    """Return the command of a job, with one option per argument; it prints the path of the result.
 
-    Options have no defaults of their own: what is not given on the command line is left to the
+    Options have no defaults of their own. Values missing on the command line are filled in by the
     declaration.
 
     Args:
         place: `module:function` below `deepseek.train.jobs`.
         declaration: the job's arguments.
-        summary: what `--help` says of the command; default: nothing else.
-        positional: name of the argument that stands without an option name; default: none.
+        summary: description of the command in `--help`.
+        positional: name of the argument that is given by position; default: none.
     """
     arguments = arguments_of(declaration)
 
     def command(**options: Any) -> None:
-        given = {name: value for name, value in options.items() if value not in (None, [])}
-        checked = declaration.read(**given)
+        values = {name: value for name, value in options.items() if value not in (None, [])}
+        checked = declaration.read(**values)
         if "base" in arguments:
-            fetch(checked.base)  # type: ignore[attr-defined]  # with a progress bar; the library would be silent
+            # Fetched here for the progress bar; the job would download without one.
+            fetch(checked.base)  # type: ignore[attr-defined]
         module, _, function = place.partition(":")
-        made = getattr(import_module(f"deepseek.train.jobs.{module}"), function)(**given)
+        result = getattr(import_module(f"deepseek.train.jobs.{module}"), function)(**values)
         if not getattr(checked, "dry_run", False):
-            print(made)
+            print(result)
 
     kind = Parameter.KEYWORD_ONLY
     annotations = {
@@ -49,7 +49,8 @@ def job_command(
         for name, argument in arguments.items()
     }
     parameters = [
-        Parameter(name, kind, default=None, annotation=found) for name, found in annotations.items()
+        Parameter(name, kind, default=None, annotation=parameter_annotation)
+        for name, parameter_annotation in annotations.items()
     ]
     command.__doc__ = summary
     command.__annotations__ = {**annotations, "return": None}
@@ -58,8 +59,12 @@ def job_command(
 
 
 def annotation(argument: Argument, declaration: type[Declaration], positional: bool) -> Any:
-    """Return what Typer takes for an argument: its type on the command line, and the text of
-    `--help`.
+    """Return Typer's annotation of an argument: its type on the command line and its help text.
+
+    Args:
+        argument: the declared argument.
+        declaration: the job's arguments; inherited ones get a help panel of their own.
+        positional: whether the argument is given by position.
     """
     if positional:
         return Annotated[str | None, typer.Argument(metavar="MODEL", help=argument.about)]
@@ -72,18 +77,18 @@ def annotation(argument: Argument, declaration: type[Declaration], positional: b
 
 
 def _plain(kind: Any) -> Any:
-    """Return the type of an option: of several values a list, of what may be a file its path."""
+    """Return the type of an option: a list for several values, `Path` for what can be a file."""
     if get_origin(kind) is tuple:
         return list[_plain(get_args(kind)[0])]  # type: ignore[misc]
     return kind if kind in (int, float, bool, str) or get_origin(kind) is Literal else Path
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    """Return a mapping that is written as YAML on the command line."""
+    """Parse a mapping written as YAML on the command line."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
-        raise ConfigError(f"{text!r} is no mapping; write it as '{{name: value}}'.")
+        raise ConfigError(f"{text!r} is not a mapping; write it as '{{name: value}}'.")
     return value

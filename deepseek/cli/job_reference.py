@@ -1,7 +1,7 @@
-"""The reference page of all arguments, `docs/reference/arguments.md`, written from their
+"""Generate the reference of all job arguments, `docs/reference/arguments.md`, from the
 declarations.
 
-`python -m deepseek.cli.job_reference docs/reference/arguments.md` writes it anew.
+Run `python -m deepseek.cli.job_reference docs/reference/arguments.md` to update it.
 """
 
 import sys
@@ -22,13 +22,13 @@ from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 
 @dataclass(frozen=True)
 class PublicJob:
-    """A job as users see it.
+    """The public names of a job.
 
     Attributes:
         arguments: the declaration of its arguments.
-        stage: its name in a recipe, None where it is no stage.
-        function: its name in `deepseek`, None where it is a stage only.
-        command: its words on the command line, None where it is a stage only.
+        stage: its name in a recipe; None if it cannot be a stage.
+        function: its name in `deepseek`; None if it is only a stage.
+        command: its words on the command line; None if it is only a stage.
     """
 
     arguments: type[Declaration]
@@ -57,12 +57,12 @@ This page is written by `python -m deepseek.cli.job_reference docs/reference/arg
 
 
 def page() -> str:
-    """Return the page, one section a job and one table a group of arguments."""
+    """Return the page: one section per job, one table per group of arguments."""
     return "\n".join([TOP, *(section(job) for job in JOBS)])
 
 
 def section(job: PublicJob) -> str:
-    """Return what the page says of one job."""
+    """Return the section of one job."""
     places = [f"`deepseek.{job.function}`, `deepseek {job.command}`"] if job.function else []
     places += [f"Stage `{job.stage}` of a recipe"] if job.stage else []
     lines = [f"## {job.command or job.stage}", "", f"{'. '.join(places)}.", ""]
@@ -79,7 +79,7 @@ def section(job: PublicJob) -> str:
 
 
 def shown_kind(argument: Argument) -> str:
-    """Return the type of an argument as the page shows it."""
+    """Return the type of an argument in plain words."""
     if argument.choices:
         return ", ".join(f"`{choice}`" for choice in argument.choices)
     if get_origin(argument.kind) is tuple:

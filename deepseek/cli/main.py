@@ -1,10 +1,9 @@
-"""The command line: one table of commands, each imported only when it is called, and one place that
-ends in errors.
+"""Entry point of the command line: dispatches to commands, imported on demand, and reports errors.
 
-A command is at `module:name` in this folder: a function, or a Typer application where it has
-commands of its own.
+`COMMANDS` names each command as `module:name` in this folder: a function, or a Typer application if
+it has subcommands.
 
-Exit codes: 0 done, 1 a defect of ours, 2 a mistake that the message says how to mend, 130
+Exit codes: 0 success, 1 a bug in this package, 2 a user error (the message says what to do), 130
 interrupted.
 """
 
@@ -18,63 +17,64 @@ from deepseek import __version__
 from deepseek.errors import UserError
 
 COMMANDS = {
-    "run": ("run:run", "From nothing to a chat with an expert trained on a git history."),
+    "run": ("run:run", "Serve a model and train an expert on a git history meanwhile."),
     "pull": ("pull:pull", "Fetch a base model."),
     "chat": ("chat:chat", "Talk to a model in the terminal."),
     "generate": ("generate:generate", "Complete one prompt."),
     "pretrain": (
         "pretrain:pretrain",
-        "Train a tokenizer and a model from scratch on several kinds of text.",
+        "Train a tokenizer and a model from scratch on a mix of texts.",
     ),
     "adapt": (
         "adapt:adapt",
-        "Fine-tune a model: its last layers, adapters, everything, or a module.",
+        "Fine-tune a model: its last layers, LoRA adapters, all weights, or a module.",
     ),
-    "align": ("align:align", "Make a model answer as preferred: RLPO, or DPO and RLOO by TRL."),
-    "data": ("data:app", "Make training text: functions with their tests, checked problems."),
-    "train": (
-        "train:train",
-        "Run a recipe: several stages, one after the other, with a model card.",
-    ),
+    "align": ("align:align", "Align a model with preferences: RLPO, or DPO and RLOO by TRL."),
+    "data": ("data:app", "Make training text: functions with tests, questions, checked problems."),
+    "train": ("train:train", "Run a recipe of several training stages and write a model card."),
     "runs": ("runs:app", "List, show and compare training runs."),
-    "plan": ("plan:plan", "What a training run would need on so many devices."),
+    "plan": ("plan:plan", "Estimate memory, traffic and time of a training run on many devices."),
     "eval": ("eval:evaluate", "Compare held-out loss before and after plugging experts."),
     "distill-hash": ("distill_hash:distill_hash", "Fit the hashes of LSH attention to a model."),
-    "inspect": ("inspect:app", "Draw what the attention heads look at."),
+    "inspect": ("inspect:app", "Draw how much attention LSH attention keeps."),
     "prefs": (
         "prefs:app",
         "The preference database: import, add, generate, search, stats, split, export.",
     ),
-    "bench": ("bench:app", "Run a measurement: speed, memory, accuracy, rivals beside it."),
-    "quantize": ("quantize:quantize", "Round a model's weights to 8 bits."),
+    "bench": ("bench:app", "Run a benchmark: speed, memory, accuracy, comparison with others."),
+    "quantize": ("quantize:quantize", "Quantise a model's weights to 8 bits."),
     "export": (
         "export:export",
-        "Write a model for ONNX, OpenVINO, TensorRT or stock transformers.",
+        "Export a model to ONNX, OpenVINO, TensorRT or stock transformers.",
     ),
-    "serve": ("serve:app", "Serve a model: OpenAI's routes, live experts, a web page."),
+    "serve": ("serve:app", "Serve a model: OpenAI's API, hot-pluggable experts, a web page."),
     "expert": ("expert:app", "Train, list, inspect, verify and sign expert packs."),
 }
 
 TRAINS = frozenset({"adapt", "align", "expert", "pretrain", "train"})
-"""Commands whose parallel parts are long: their threads sleep while they wait for one another.
-Threads that spin, as is right for a decoder's many short parts, keep a core busy for nothing when
-another process has taken theirs."""
+"""Commands whose OpenMP threads sleep at barriers. Their parallel regions are long, so spinning
+would only burn cores that other processes need. The decoder has many short regions, for which
+spinning (the default) is faster."""
 
 INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command that `arguments` (default: those of the process) name, and exit."""
+    """Run a command and exit the process with its status.
+
+    Args:
+        arguments: words of the command line; default: `sys.argv[1:]`.
+    """
     debug, arguments = _take_debug(sys.argv[1:] if arguments is None else arguments)
     try:
         status = _run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt as stop:  # a long job says what it has kept
+    except KeyboardInterrupt as stop:  # a long job's message says what it has saved
         stopped = f"{stop}: {shlex.join(['deepseek', *arguments])}" if stop.args else "interrupted"
         status = _say(stopped, INTERRUPTED, debug)
     except UserError as error:
         status = _say(f"error: {error}", 2, debug)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output is gone, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
@@ -95,9 +95,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     place, _ = _command(arguments[0])
     if arguments[0] in TRAINS:
-        os.environ.setdefault(
-            "OMP_WAIT_POLICY", "PASSIVE"
-        )  # read when PyTorch is loaded, which is later
+        # PyTorch reads it when it is loaded, which happens later.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return _call(place, f"deepseek {arguments[0]}", arguments[1:])
 
 
@@ -111,36 +110,34 @@ def _command(name: str) -> tuple[str, str]:
 
 
 def _call(place: str, program: str, arguments: list[str]) -> int:
-    """Run the command at `place`; usage mistakes become `UserError`."""
+    """Run the command at `place` and return its exit status; usage errors become `UserError`."""
     from typer.exceptions import Exit, TyperException
     from typer.main import get_command
 
     command = get_command(_application(place))
     try:
-        # Not `command.main`, which would keep Ctrl-C and what it has to say from us.
+        # Not `command.main`, which would swallow KeyboardInterrupt and its message.
         with command.make_context(program, arguments) as context:
             command.invoke(context)
     except Exit as done:
         return done.exit_code
     except TyperException as error:
-        where = getattr(error, "ctx", None)
-        page = where.command_path if where else program
-        raise UserError(f"{_sentence(error.format_message())}; see `{page} --help`.") from error
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else program
+        raise UserError(f"{_sentence(error.format_message())}; see `{path} --help`.") from error
     return 0
 
 
 def _application(place: str) -> Any:
-    """Return the Typer application at `module:name`; a function that stands there is its only
-    command.
-    """
+    """Return the Typer application at `module:name`; a plain function is wrapped in one."""
     from typer import Typer
 
     module, _, name = place.partition(":")
-    found = getattr(import_module(f"deepseek.cli.{module}"), name)
-    if isinstance(found, Typer):
-        return found
+    target = getattr(import_module(f"deepseek.cli.{module}"), name)
+    if isinstance(target, Typer):
+        return target
     application = Typer(add_completion=False)
-    application.command()(found)
+    application.command()(target)
     return application
 
 
@@ -148,36 +145,34 @@ def _help() -> str:
     rows = "\n".join(f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: deepseek COMMAND [OPTIONS]\n\n"
-        f"Expert modules for language models: trained alone, plugged into a live model.\n\ncommands:\n{rows}\n\n"
-        "options:\n  --help      This text, or that of a command: deepseek COMMAND --help\n"
-        "  --version   The version.\n  --debug     With any command: show the traceback of an error."
+        "Expert modules for language models: trained separately, plugged into a live model.\n\n"
+        f"commands:\n{rows}\n\n"
+        "options:\n  --help      Show this text, or a command's: deepseek COMMAND --help\n"
+        "  --version   Show the version.\n"
+        "  --debug     With any command: show the traceback of an error."
     )
 
 
 def _sentence(message: str) -> str:
-    """Return Typer's message in one line without its full stop."""
+    """Return Typer's message on one line, without its final punctuation."""
     return " ".join(message.split()).rstrip(".?")
 
 
 def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
-    """Return whether `--debug` is among the options (before any `--`), and the arguments without
-    it.
-    """
+    """Return whether `--debug` is given (before any `--`), and the arguments without it."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [argument for argument in arguments[:end] if argument != "--debug"]
     return len(options) < end, options + arguments[end:]
 
 
 def _os_cause(error: OSError) -> str:
-    """Return an operating system's error as one sentence."""
+    """Return an `OSError` as one sentence."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}."
 
 
 def _say(message: str, status: int, debug: bool) -> int:
-    """Print a message (with the traceback that led to it if `debug`) on standard error and return
-    `status`.
-    """
+    """Print a message on standard error, after the traceback if `debug`, and return `status`."""
     if debug:
         import traceback
 

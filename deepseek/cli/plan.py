@@ -1,4 +1,4 @@
-"""`deepseek plan`: what a training run would need on so many devices."""
+"""`deepseek plan`: estimate what a training run needs on a number of devices."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,26 +12,28 @@ if TYPE_CHECKING:
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="A preset of ModelConfig.")] = "deepseek-8b",
+    preset: Annotated[str, typer.Option(help="Preset of ModelConfig.")] = "deepseek-8b",
     config: Annotated[
-        Path | None, typer.Option(help="A configuration of `deepseek pretrain` instead.")
+        Path | None, typer.Option(help="Configuration of `deepseek pretrain`, instead of --preset.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices.")] = 8,
-    device: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 8,
+    device: Annotated[str, typer.Option(help="Type of device: a100, h100 or h200.")] = "h100",
     tokens: Annotated[
-        float | None, typer.Option(help="To train on; default: 300 billion, or the config's.")
+        float | None, typer.Option(help="Training tokens; default: the config's, or 300 billion.")
     ] = None,
     rows_per_gpu: Annotated[
-        int, typer.Option(min=1, help="Rows of the longest context a device takes a step.")
+        int, typer.Option(min=1, help="Rows of full context length per device and step.")
     ] = 2,
     recompute: Annotated[
-        bool, typer.Option(help="Compute blocks again in the backward pass to save memory.")
+        bool, typer.Option(help="Recompute activations in the backward pass to save memory.")
     ] = True,
     deepspeed: Annotated[
         Path | None, typer.Option(help="Also write a DeepSpeed ZeRO-3 configuration here.")
     ] = None,
 ) -> None:
-    """Print memory, traffic, time and the scaling table of a run; nothing is allocated."""
+    """Print estimates of memory, traffic and time of a training run, and its scaling table.
+    Nothing is allocated.
+    """
     from rich.console import Console
 
     from deepseek.checkpoint.store import write_json
@@ -41,24 +43,31 @@ def plan(
 
     settings = PretrainArguments.read(config) if config else None
     model = settings.model_config_for(settings.vocab_size, 0) if settings else preset
-    wanted = tokens or (settings.tokens if settings else 300e9)
-    made = make(
-        model, gpus, device=device, tokens=wanted, rows_per_gpu=rows_per_gpu, recompute=recompute
+    num_tokens = tokens or (settings.tokens if settings else 300e9)
+    estimate = make(
+        model,
+        gpus,
+        device=device,
+        tokens=num_tokens,
+        rows_per_gpu=rows_per_gpu,
+        recompute=recompute,
     )
-    shape = made.shape
-    last = made.at(gpus)
+    shape = estimate.shape
+    scale = estimate.at(gpus)
     print(
-        f"{shape.parameters:,} parameters, {shape.active:,} active a token; {wanted:,.0f} tokens on {gpus} {device}: "
-        f"{made.days:,.1f} days, {made.days * 24 * gpus:,.0f} device hours"
+        f"{shape.parameters:,} parameters, {shape.active:,} active per token; "
+        f"{num_tokens:,.0f} tokens on {gpus} {device}: "
+        f"{estimate.days:,.1f} days, {estimate.days * 24 * gpus:,.0f} device hours"
     )
-    if last.memory > made.device.memory:
+    if scale.memory > estimate.device.memory:
         print(
-            f"does not fit: {last.memory / 1e9:.0f} GB of {made.device.memory / 1e9:.0f} GB on each device"
+            f"does not fit: {scale.memory / 1e9:.0f} GB needed, "
+            f"{estimate.device.memory / 1e9:.0f} GB on each device"
         )
-    Console().print(_scaling_table(made))
+    Console().print(_scaling_table(estimate))
     if deepspeed:
-        steps = max(1, round(wanted / (made.tokens_per_gpu * gpus)))
-        made_config = deepspeed_config(
+        steps = max(1, round(num_tokens / (estimate.tokens_per_gpu * gpus)))
+        zero_config = deepspeed_config(
             gpus=gpus,
             rows_per_gpu=rows_per_gpu,
             learning_rate=3e-4,
@@ -67,18 +76,18 @@ def plan(
             steps=steps,
             weight_decay=0.1,
         )
-        write_json(deepspeed, made_config)
+        write_json(deepspeed, zero_config)
         print(deepspeed)
 
 
-def _scaling_table(made: "Plan") -> "Table":
-    """Return the table of what a step needs on ever more devices."""
+def _scaling_table(estimate: "Plan") -> "Table":
+    """Return a table of the needs of one step for growing numbers of devices."""
     from rich.table import Table
 
     table = Table(
-        "devices", "memory GB", "gathered GB", "reduced GB", "seconds a step", "efficiency"
+        "devices", "memory GB", "gathered GB", "reduced GB", "seconds per step", "efficiency"
     )
-    for scale in made.table():
+    for scale in estimate.table():
         table.add_row(
             str(scale.gpus),
             f"{scale.memory / 1e9:.1f}",

@@ -18,7 +18,7 @@ app = typer.Typer(
 
 Database = Annotated[
     Path | None,
-    typer.Option("--database", help="The file; default: preferences.db in the library's home."),
+    typer.Option("--database", help="Database file; default: preferences.db in the home folder."),
 ]
 
 
@@ -28,32 +28,30 @@ def import_file(
         Path, typer.Argument(help="JSONL or Parquet with prompt, chosen and rejected.")
     ],
     source: Annotated[
-        str | None, typer.Option(help="What to put down as source; default: the file's name.")
+        str | None, typer.Option(help="Source to record for the pairs; default: the file's name.")
     ] = None,
     database: Database = None,
 ) -> None:
-    """Add the pairs of a file; those that are there already are left out, so that a cut import can
-    be run again.
+    """Add the pairs of a file. Pairs already in the database are skipped, so that an interrupted
+    import can be repeated.
 
-    If a line is no pair, those before it stay; mend it and import the file again.
+    An invalid line stops the import; the pairs before it stay. Fix it and import the file again.
     """
     from deepseek.data.preferences.files import read_preferences
     from deepseek.train.loop.progress import ProgressBar
 
     with opened(database) as store, ProgressBar() as bar:
         added = store.add_all(read_preferences(file, source), bar)
-    print(f"{added.new:,} pairs added, {added.duplicates:,} were there already")
+    print(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
 
 
 @app.command()
 def add(
-    prompt: Annotated[str, typer.Option(help="What the user said.")],
+    prompt: Annotated[str, typer.Option(help="The user's message.")],
     chosen: Annotated[str, typer.Option(help="The better answer.")],
     rejected: Annotated[str, typer.Option(help="The worse answer.")],
-    source: Annotated[str, typer.Option(help="Who says so.")] = "by hand",
-    label: Annotated[
-        list[str] | None, typer.Option(help="A topic or flag; may be repeated.")
-    ] = None,
+    source: Annotated[str, typer.Option(help="Source of the preference.")] = "by hand",
+    label: Annotated[list[str] | None, typer.Option(help="A topic or flag; repeatable.")] = None,
     database: Database = None,
 ) -> None:
     """Add one pair."""
@@ -62,30 +60,30 @@ def add(
     record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "labels": label or []}
     with opened(database) as store:
         number = store.add(preference(record, "the pair", source))
-    print(f"preference {number}" if number else "this pair is there already")
+    print(f"preference {number}" if number else "this pair is already in the database")
 
 
 @app.command()
 def generate(
     file: Annotated[
-        Path, typer.Argument(help="JSONL with a prompt a line: a text or a list of messages.")
+        Path, typer.Argument(help="JSONL with one prompt per line: a text or a list of messages.")
     ],
     base: Base = "smollm2-135m",
     judges: Annotated[
-        str, typer.Option(help="Who judges: clean, willing, varied.")
+        str, typer.Option(help="Judges, comma-separated: clean, willing, varied.")
     ] = "clean,willing,varied",
-    answers: Annotated[int, typer.Option(min=2, help="Answers to each prompt.")] = 4,
+    answers: Annotated[int, typer.Option(min=2, help="Answers per prompt.")] = 4,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")
     ] = 32,
     temperature: Annotated[
-        float, typer.Option(min=0.1, help="At which answers are sampled.")
+        float, typer.Option(min=0.1, help="Sampling temperature of the answers.")
     ] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     database: Database = None,
 ) -> None:
-    """Let a model answer prompts several times and judges choose the better and the worse
-    answer.
+    """Sample several answers to each prompt, let judges pick the better and the worse one, and add
+    the pairs.
     """
     from deepseek.cli.options import names
     from deepseek.data.text.source import records
@@ -111,24 +109,24 @@ def generate(
             progress=bar,
         )
         added = store.add_all(pairs)
-    print(f"{added.new:,} pairs added, {added.duplicates:,} were there already")
+    print(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
 
 
 @app.command()
 def search(
     words: Annotated[
-        str, typer.Argument(help="Words that all must occur; none: the first pairs.")
+        str, typer.Argument(help="Words that must all occur; default: show all pairs.")
     ] = "",
-    limit: Annotated[int, typer.Option(help="Most pairs to show.")] = 10,
+    limit: Annotated[int, typer.Option(help="Maximum number of pairs.")] = 10,
     database: Database = None,
 ) -> None:
     """Show pairs, newest first."""
     with opened(database) as store:
-        found = store.search(words, limit)
-    for pair in found:
+        pairs = store.search(words, limit)
+    for pair in pairs:
         print(f"{pair.id}  {pair.source}  {' '.join(pair.labels)}".rstrip())
-        spoken = [(message["role"], message["content"]) for message in pair.prompt]
-        for name, text in (*spoken, ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        turns = [(message["role"], message["content"]) for message in pair.prompt]
+        for name, text in (*turns, ("chosen", pair.chosen), ("rejected", pair.rejected)):
             print(f"  {name:9} {' '.join(text.split())[:200]}")
 
 
@@ -137,30 +135,28 @@ def stats(database: Database = None) -> None:
     """Count pairs by split, source and label, and how often each judge agrees."""
     with opened(database) as store:
         store.check()
-        counted = store.statistics()
-    print(
-        f"{counted.pairs:,} pairs of {counted.prompts:,} prompts, {counted.revisions:,} revisions"
-    )
+        totals = store.statistics()
+    print(f"{totals.pairs:,} pairs of {totals.prompts:,} prompts, {totals.revisions:,} revisions")
     for title, counts in (
-        ("split", counted.splits),
-        ("source", counted.sources),
-        ("label", counted.labels),
+        ("split", totals.splits),
+        ("source", totals.sources),
+        ("label", totals.labels),
     ):
         for name, count in list(counts.items())[:20]:
             print(f"  {title:7} {name or '(none)':32} {count:10,}")
-    for judge, share in counted.agreement.items():
+    for judge, share in totals.agreement.items():
         print(f"  judge   {judge:32} prefers the chosen answer in {share:.1%}")
 
 
 @app.command()
 def split(
     share: Annotated[
-        float, typer.Argument(help="Share of the prompts that is held out for evaluation.")
+        float, typer.Argument(help="Share of the prompts to hold out for evaluation, 0 to 1.")
     ],
     database: Database = None,
 ) -> None:
-    """Set how much is held out; all pairs of a prompt are on the same side, and which one never
-    changes by itself.
+    """Set the share of held-out prompts. All pairs of a prompt are in the same split, and the
+    assignment is deterministic.
     """
     with opened(database) as store:
         store.set_eval_share(share)
@@ -174,7 +170,7 @@ def export(
     split: Annotated[Literal["train", "eval"] | None, typer.Option(help="Only this split.")] = None,
     database: Database = None,
 ) -> None:
-    """Write pairs in TRL's conversational form."""
+    """Write pairs in TRL's conversational format."""
     from deepseek.data.preferences.files import write_preferences
 
     with opened(database) as store:
@@ -182,7 +178,11 @@ def export(
 
 
 def opened(path: Path | None) -> "closing[PreferenceDatabase]":
-    """Give the open database, to be closed after the block."""
+    """Return a context manager that opens the database and closes it after the block.
+
+    Args:
+        path: database file; None: `preferences.db` in the library's home folder.
+    """
     from deepseek.checkpoint.store import home
     from deepseek.data.preferences.database import PreferenceDatabase
 

@@ -11,15 +11,17 @@ def pull(
         str, typer.Argument(help="A known name, or a hub id (owner/name).")
     ] = "smollm2-135m",
 ) -> None:
-    """Fetch a base model into the local cache; interrupted, the same command goes on where it
-    was.
+    """Fetch a base model into the local cache and print its folder. If interrupted, the same
+    command resumes it.
     """
     print(fetch(name))
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of a model, showing progress on standard error if it has to be fetched
-    first.
+    """Return the folder of a model; if it has to be fetched, show progress on standard error.
+
+    Args:
+        name: a known name, a folder or a hub id.
     """
     from deepseek.checkpoint.hub import resolve
     from deepseek.train.loop.progress import ProgressBar

@@ -1,4 +1,4 @@
-"""`deepseek quantize`: a model with 8-bit weights."""
+"""`deepseek quantize`: quantise a model's weights to 8 bits."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +10,13 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Model: a known name, a folder or a hub id.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
 ) -> None:
-    """Round the matrices of a model to 8 bits, check the result against the model, and write it."""
+    """Quantise a model's weight matrices to 8 bits, compare its predictions with the original, and
+    write it.
+    """
     from deepseek.export.quantize import quantize_model
 
     result = quantize_model(model, out)
     print(
         f"{out}: {result.num_bytes / 1e6:.1f} MB, {result.ratio:.3f} of fp32; "
-        f"predictions differ by {result.divergence:.5f} nats"
+        f"predictions differ by {result.divergence:.5f} nats per token"
     )

@@ -1,6 +1,4 @@
-"""`deepseek run` (and `make run`): from nothing to a model that learns a git history while it
-serves.
-"""
+"""`deepseek run` (and `make run`): serve a model and train an expert on a git history meanwhile."""
 
 import sys
 from dataclasses import replace
@@ -17,21 +15,20 @@ if TYPE_CHECKING:
     from deepseek.engine.engine import Engine
 
 SHOWN_LINES = 8
-"""Of the text before the line that is asked for."""
+"""Lines of context to show before the line to be completed."""
 
 EVALUATION_TOKENS = 4096
 
 
 def run(
-    from_git: Annotated[Path, typer.Option(help="The repository to learn from.")] = Path(),
+    from_git: Annotated[Path, typer.Option(help="Git repository to train on.")] = Path(),
     base: Base = "smollm2-135m",
-    minutes: Annotated[float, typer.Option(min=0.1, help="Time to train the expert.")] = 3.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Minutes to train the expert.")] = 3.0,
 ) -> None:
-    """Fetch the base and serve it with its web page; an expert trains from a git history meanwhile,
-    if there is none.
+    """Fetch the base and serve it with its web page. If there is no expert for the git repository
+    yet, train one meanwhile.
 
-    Without a terminal, train first, show what the expert gained and one line that shows it, and
-    end.
+    Without a terminal: train first, print the expert's gain and one example line, and exit.
     """
     from rich.console import Console
 
@@ -52,7 +49,9 @@ def run(
 def _serve(
     base: str, name: str, repository: Path, minutes: float | None, console: "Console"
 ) -> None:
-    """Serve on the usual port, or any free one, with the expert, or training it in `minutes`."""
+    """Serve with the expert, or train it for `minutes` while serving; take a free port if the
+    default one is in use.
+    """
     import socket
 
     from deepseek.server.run import serve
@@ -74,7 +73,8 @@ def _serve(
         )
         if lesson is not None:
             console.print(
-                f"Meanwhile the expert [bold]{name}[/] learns {repository.resolve()}; the page shows how far it is."
+                f"Meanwhile the expert [bold]{name}[/] trains on {repository.resolve()}; "
+                "the page shows its progress."
             )
 
     serve(
@@ -113,28 +113,28 @@ def _show_gain(engine: "Engine", name: str, console: "Console") -> None:
 
 
 def _answer(engine: "Engine", name: str, console: "Console") -> None:
-    """Write a held-out line again without and with the expert: the one at which it gains most."""
+    """Complete one held-out line without and with the expert: the line with the largest gain."""
     from deepseek.evaluate.showcase import showcase
     from deepseek.train.loop.progress import ProgressBar
 
     with ProgressBar() as progress:
-        shown = showcase(engine, name, progress=progress)
-    case = shown.case
+        example = showcase(engine, name, progress=progress)
+    case = example.case
     lines = case.before.splitlines()
-    console.rule(f"{case.name}, which the expert has not seen")
+    console.rule(f"{case.name}, held out from the expert's training")
     console.print("\n".join(lines[-SHOWN_LINES:]), markup=False, highlight=False, soft_wrap=True)
     console.rule("its next line")
     rows = [
-        ("as it is", case.target),
-        ("the base", shown.before.written),
-        (f"with {name}", shown.after.written),
+        ("original", case.target),
+        ("the base", example.before.written),
+        (f"with {name}", example.after.written),
     ]
     for title, line in rows:
         console.print(f"{title:>16}  {line.strip()}", markup=False, highlight=False, soft_wrap=True)
-    gain = shown.before.nats - shown.after.nats
+    gain = example.before.nats - example.after.nats
     console.print(
-        f"Chosen by rule: of {shown.compared} held-out lines the one at which the expert gains most "
-        f"({gain:.1f} nats). `deepseek eval {name} --against rag` says what it is worth on average.",
+        f"Chosen by rule: the line with the largest gain ({gain:.1f} nats) of {example.compared} "
+        f"held-out lines. `deepseek eval {name} --against rag` measures the average gain.",
         style="dim",
         soft_wrap=True,
     )

@@ -15,16 +15,15 @@ def list_runs() -> None:
     from deepseek.train.loop.runs import all_runs, summary
 
     for name, folder in all_runs().items():
-        known = summary(folder)
-        loss = known.get("held_out_loss", known.get("after"))
-        print(
-            f"{name:28}{known['state']:12}{'' if loss is None else f'held-out loss {loss:.4f}'}".rstrip()
-        )
+        figures = summary(folder)
+        loss = figures.get("held_out_loss", figures.get("after"))
+        result = "" if loss is None else f"held-out loss {loss:.4f}"
+        print(f"{name:28}{figures['state']:12}{result}".rstrip())
 
 
 @app.command()
 def show(name: Name) -> None:
-    """Print what a run says about itself."""
+    """Print the folder, state and figures of a run."""
     from deepseek.train.loop.runs import find_run, summary
 
     folder = find_run(name)
@@ -35,7 +34,7 @@ def show(name: Name) -> None:
 
 @app.command()
 def compare(first: Name, second: Name) -> None:
-    """Print the figures of two runs beside each other."""
+    """Print the figures of two runs side by side."""
     from rich.console import Console
     from rich.table import Table
 

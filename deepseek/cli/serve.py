@@ -13,7 +13,7 @@ app = typer.Typer(add_completion=False)
 
 KeyFile = Annotated[
     Path | None,
-    typer.Option(help="File with one key a line; lines that begin with # are comments."),
+    typer.Option(help="File with one key per line; lines that begin with # are comments."),
 ]
 
 
@@ -24,31 +24,38 @@ def serve(
     ] = "smollm2-135m",
     experts: Experts = "all",
     host: Annotated[
-        str, typer.Option(help="Address to listen on; other than loopback only with a key.")
+        str, typer.Option(help="Address to listen on; any but loopback needs a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")
+    ] = 8000,
     allow_host: Annotated[
-        str, typer.Option(help="Names that it may be addressed by, separated by commas.")
+        str, typer.Option(help="Further accepted Host names, comma-separated.")
     ] = "",
     api_key_file: KeyFile = None,
     admin_key_file: KeyFile = None,
     experts_folder: Annotated[
-        Path | None, typer.Option(help="Where packs are plugged from by name.")
+        Path | None, typer.Option(help="Folder from which packs are plugged by name.")
     ] = None,
     teach_root: Annotated[
-        Path | None, typer.Option(help="Experts may be taught from text below this folder.")
+        Path | None,
+        typer.Option(help="Allow training experts on text below this folder; default: off."),
     ] = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Most requests in a batch.")] = 16,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Most requests in the queue.")] = 64,
+    max_running: Annotated[int, typer.Option(min=1, help="Maximum requests in a batch.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Maximum requests in the queue.")] = 64,
     int8: Int8 = True,
-    cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values.")] = 1.0,
+    cache_gib: Annotated[
+        float, typer.Option(min=0.01, help="Budget of the KV cache, in GiB.")
+    ] = 1.0,
     ray: Annotated[
         bool, typer.Option("--ray", help="Serve with many replicas, on Ray Serve.")
     ] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="How many, with --ray.")] = 2,
-    cpus: Annotated[float, typer.Option(min=0.01, help="Processors of each of them.")] = 1.0,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: number of replicas.")] = 2,
+    cpus: Annotated[
+        float, typer.Option(min=0.01, help="With --ray: processors of each replica.")
+    ] = 1.0,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; keys also come from DEEPSEEK_API_KEY and
+    """Serve a model until SIGTERM or Ctrl-C. Keys are also read from DEEPSEEK_API_KEY and
     DEEPSEEK_ADMIN_KEY.
     """
     from deepseek.packs.library import experts_folder as usual_folder
@@ -83,11 +90,11 @@ def serve(
 
 
 def _keys(file: Path | None, variable: str, option: str) -> frozenset[str]:
-    """Return the keys in a file, one a line, comments aside, and in an environment variable.
+    """Return the keys in a file (one per line, without comments) and an environment variable.
 
     Raises:
-        ConfigError: the file cannot be read or holds no key. To go on without keys would let
-            everybody in.
+        ConfigError: the file cannot be read or holds no key. Continuing without keys would open
+            the server to everyone.
     """
     keys = {os.environ.get(variable, "").strip()} - {""}
     if file is None:
@@ -96,11 +103,12 @@ def _keys(file: Path | None, variable: str, option: str) -> frozenset[str]:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{option} {file} cannot be read ({error}); give a text file with one key a line."
+            f"{option} {file} cannot be read ({error}); give a text file with one key per line."
         ) from None
-    found = {line for line in lines if line and not line.startswith("#")}
-    if not found:
+    file_keys = {line for line in lines if line and not line.startswith("#")}
+    if not file_keys:
         raise ConfigError(
-            f"{option} {file} holds no key; write one key a line into it, or leave the option out."
+            f"{option} {file} holds no key; write one key per line into it, or leave the option "
+            "out."
         )
-    return frozenset(keys | found)
+    return frozenset(keys | file_keys)

@@ -18,10 +18,15 @@ from deepseek.text.tokenizer import encode_plain
 
 
 class ChatSession:
-    """Reads lines, answers them, and obeys commands that begin with a slash.
+    """Reads lines, answers them, and runs commands that begin with a slash.
 
-    The engine's prefix cache holds what was said, so that a turn costs no more than what is new in
-    it.
+    The engine's prefix cache holds the conversation so far, so that a turn costs only the prefill
+    of its new tokens.
+
+    Args:
+        engine: a running engine.
+        sampling: sampling parameters of all answers.
+        console: where to print.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, console: Console) -> None:
@@ -43,7 +48,7 @@ class ChatSession:
         }
 
     def run(self) -> None:
-        """Converse until the input ends or `/quit`."""
+        """Answer lines until the input ends or `/quit`."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() a history and line editing
         self._list("")
@@ -57,7 +62,7 @@ class ChatSession:
                 self._turn(line)
 
     def _turn(self, line: str) -> None:
-        """Answer one line; a mistake in it is told and the conversation goes on."""
+        """Answer one line; report a user error in it and continue the conversation."""
         try:
             if line.startswith("/"):
                 self._command(line)
@@ -71,17 +76,17 @@ class ChatSession:
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
         if name not in self.commands:
-            raise UserError(f"{name} is no command; {nearest(name, self.commands)}.")
+            raise UserError(f"{name} is not a command; {nearest(name, self.commands)}.")
         self.commands[name](argument.strip())
 
     def _answer(self, line: str) -> None:
-        asked = [*self.messages, {"role": "user", "content": line}]
+        messages = [*self.messages, {"role": "user", "content": line}]
         tokenizer = self.engine.tokenizer
-        text = self._speak(encode_prompt(tokenizer, asked), user_ids(tokenizer, asked))
-        self.messages = [*asked, {"role": "assistant", "content": text}]
+        text = self._speak(encode_prompt(tokenizer, messages), user_ids(tokenizer, messages))
+        self.messages = [*messages, {"role": "assistant", "content": text}]
 
     def _raw(self, text: str) -> None:
-        """Complete the text that follows instead of answering it."""
+        """Complete the text after the command instead of answering it."""
         self._speak(encode_plain(self.engine.tokenizer, [text])[0])
 
     def _speak(self, ids: list[int], user_ids: tuple[int, ...] | None = None) -> str:
@@ -105,23 +110,23 @@ class ChatSession:
     def _plug(self, argument: str) -> None:
         """Plug an expert: a pack file or the name of a trained one."""
         info = self.engine.plug(find_pack(argument))
-        armed = "" if info.armed else "; not armed, `/arm` it by name to hear it"
+        armed = "" if info.armed else "; not armed, `/arm` it by name to use it"
         self.console.print(
             f"plugged [{self.palette.style(info.name)}]{info.name}[/], {info.verdict}{armed}"
         )
 
     def _unplug(self, argument: str) -> None:
-        """Unplug the expert of this name; the model is bit for bit what it was."""
+        """Unplug an expert by name; the model is then bit-identical to before."""
         self.engine.unplug(argument)
         self.console.print(f"unplugged {argument}")
 
     def _arm(self, argument: str) -> None:
-        """Let only these speak: names separated by commas, 'auto' or 'none'."""
+        """Arm only these experts: comma-separated names, 'auto' or 'none'."""
         armed = self.engine.arm(arming(argument or "auto"))
         self.console.print(f"armed: {', '.join(armed) or 'none'}")
 
     def _reset(self, _: str) -> None:
-        """Forget the conversation."""
+        """Start a new conversation."""
         self.messages = []
         self.console.print("[dim]forgotten[/]")
 

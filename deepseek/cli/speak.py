@@ -1,4 +1,4 @@
-"""Print a generated text as it comes, each token in the colour of the expert that spoke."""
+"""Print generated text as it streams, each token in the colour of the expert that wrote it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +14,10 @@ COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "
 
 
 class Palette:
-    """Hands out one colour per expert; a name keeps its colour for the whole session. Text of the
-    base has none.
+    """Assigns one colour per expert for the whole session; text of the base has no colour.
+
+    Args:
+        names: experts that get the first colours, in this order; default: none.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -24,7 +26,7 @@ class Palette:
             self.style(name)
 
     def style(self, expert: str | None) -> str:
-        """Return the style in which a token of `expert` (None: the base alone) is printed."""
+        """Return the Rich style for tokens of an expert; None means the base alone."""
         if expert is None:
             return ""
         return self._colours.setdefault(expert, COLOURS[len(self._colours) % len(COLOURS)])
@@ -32,7 +34,14 @@ class Palette:
 
 @contextmanager
 def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
-    """Give the engine that the options of `chat` and `generate` ask for, within the block."""
+    """Start the engine for the options of `chat` and `generate`; close it after the block.
+
+    Args:
+        base: option `--base`.
+        experts: option `--experts`.
+        arm: option `--arm`.
+        int8: option `--int8`.
+    """
     with Console(stderr=True).status(f"loading {base}"):
         engine = start_engine(base, experts=expert_packs(experts, base), int8=int8)
     with engine:
@@ -43,10 +52,18 @@ def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
 def speak(
     engine: Engine, request: Request, console: Console, palette: Palette
 ) -> tuple[str, Mapping[str | None, int]]:
-    """Print the answer to `request` and return it, and how many tokens each expert (None: the base
-    alone) spoke.
+    """Print the answer to a request and return it.
 
-    However the caller leaves, Ctrl-C among others, the engine computes no more of it.
+    If the caller is interrupted, for example by Ctrl-C, the generation is cancelled.
+
+    Args:
+        engine: a running engine.
+        request: the request to submit.
+        console: where to print.
+        palette: colours of the experts.
+
+    Returns:
+        The text, and the number of tokens written by each expert (None: the base alone).
     """
     generation = engine.submit(request)
     texts = []
@@ -66,7 +83,7 @@ def speak(
 
 
 def legend(shares: Mapping[str | None, int], palette: Palette) -> str:
-    """Return one line of Rich markup that says who spoke how many tokens."""
+    """Return one line of Rich markup with the number of tokens written by each expert."""
     parts = []
     for expert, count in sorted(shares.items(), key=lambda share: -share[1]):
         style = palette.style(expert)

@@ -1,4 +1,4 @@
-"""The before/after table."""
+"""The table of held-out losses before and after plugging experts."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from deepseek.evaluate.quality import Comparison
 
 
 def comparison_table(rows: Iterable[Comparison]) -> Table:
-    """Return a table of held-out losses: the base, the plugged set, and each text's own expert
+    """Return a table of held-out losses: the base, all plugged experts, and each text's own expert
     alone.
     """
     table = Table(title="held-out loss in nats per token (lower is better)", title_justify="left")

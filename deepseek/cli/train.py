@@ -1,4 +1,4 @@
-"""`deepseek train`: a recipe of several stages."""
+"""`deepseek train`: run a recipe of several training stages."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,10 +8,10 @@ import typer
 
 def train(
     recipe: Annotated[
-        Path, typer.Argument(help="YAML or TOML file; docs/how-to/pretraining.md shows one.")
+        Path, typer.Argument(help="YAML or TOML file; see docs/how-to/pretraining.md.")
     ],
 ) -> None:
-    """Run the stages of a recipe in order; interrupted, the same command goes on where it was."""
+    """Run the stages of a recipe in order. If interrupted, the same command resumes it."""
     from deepseek.evaluate.stage import STAGE
     from deepseek.train.jobs.recipe import train_recipe
 

@@ -1,4 +1,4 @@
-"""From sources of text to batches: read, clean, split, tokenise once, load rows."""
+"""Training data: read text sources, clean, split, tokenise once into shards, load batches."""
 
 from deepseek.data.text.clean import CleanReport as CleanReport
 from deepseek.data.text.clean import clean as clean

@@ -1,7 +1,7 @@
-"""The application: routes, the guard before them, and the page.
+"""The ASGI application: routes, the guard middleware and the web page.
 
-request -> guard (host, origin, key, size, readiness) -> route -> ask -> engine -> job -> reply or
-server-sent events
+A request passes these steps: guard (host, origin, key, size, readiness) -> route -> `ask` ->
+engine -> `GenerationJob` -> JSON reply or server-sent events.
 """
 
 import asyncio
@@ -40,11 +40,13 @@ def create_app(
     settings: Settings | None = None,
     lesson: TeachRequest | None = None,
 ) -> FastAPI:
-    """Return the ASGI application. Without an engine it says that it is loading until
-    `app.state.service.attach`.
+    """Return the ASGI application.
 
     Args:
-        lesson: an expert to train as soon as there is an engine.
+        engine: the engine that answers requests. Default: none yet; the server answers 503
+            ("loading") until `app.state.service.attach` is called.
+        settings: the server's settings; default: `Settings()`.
+        lesson: an expert to train as soon as an engine is attached; default: none.
     """
     service = Service(settings or Settings())
     if engine is not None:
@@ -52,12 +54,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        first = asyncio.create_task(app.state.teacher.begin(lesson)) if lesson is not None else None
+        teaching = (
+            asyncio.create_task(app.state.teacher.begin(lesson)) if lesson is not None else None
+        )
         yield
-        if first is not None:
-            first.cancel()
+        if teaching is not None:
+            teaching.cancel()
         await app.state.teacher.stop()
-        gc.unfreeze()  # see `Service.attach`
+        gc.unfreeze()  # undoes the freeze in `Service.attach`
 
     app = FastAPI(
         title="deepseek",
@@ -69,8 +73,8 @@ def create_app(
     )
     app.state.service, app.state.teacher = service, teach.Teacher(service)
     install(app)
-    for room in ROUTERS:
-        app.include_router(room.router)
+    for module in ROUTERS:
+        app.include_router(module.router)
     add_state_routes(app, service)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(Guard, service=service)
@@ -78,43 +82,44 @@ def create_app(
 
 
 def add_state_routes(app: FastAPI, service: Service) -> None:
-    """Add the routes that tell about the server itself, and the page."""
+    """Add the routes that report the server's own state, and the web page."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Say that the process lives; needs no key."""
+        """Report that the process is alive; needs no key."""
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, Any]:
-        """Say whether requests are served; 503 while the model is loaded and while the server shuts
-        down.
-        """
+        """Report whether requests are served; 503 while the model loads or the server drains."""
         if service.refusal is not None:
             raise service.refusal
         return {"status": "ready", "model": service.settings.model}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Tell figures in Prometheus' text form."""
+        """Return the metrics in Prometheus' text format."""
         fleet = service.fleet
         text = service.metrics.text() if fleet is None else await asyncio.to_thread(fleet.metrics)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        """Show the web page."""
+        """Serve the web page."""
         return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
     @app.get("/v1/me", include_in_schema=False)
     async def me(request: HttpRequest) -> Response:
-        """Tell the page what it may offer."""
+        """Tell the page which actions to offer."""
         settings = service.settings
-        may = {"admin": request.state.role == "admin", "teach": settings.teach_root is not None}
+        permissions = {
+            "admin": request.state.role == "admin",
+            "teach": settings.teach_root is not None,
+        }
         return JSONResponse(
             {
                 "model": settings.model,
-                **may,
+                **permissions,
                 "keyed": bool(settings.api_keys or settings.admin_keys),
             }
         )

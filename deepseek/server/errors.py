@@ -1,5 +1,5 @@
-"""What a refused request gets: a status and `{"error": {"message", "type", "param", "code"}}`,
-whatever refused it.
+"""Error replies: every failure becomes a status and `{"error": {"message", "type", "param",
+"code"}}`.
 """
 
 import math
@@ -28,11 +28,11 @@ TYPES = {
 }
 
 RETRY_SECONDS = 1
-"""After which a client may try again where the queue was full or the server is loading."""
+"""Default of the `Retry-After` header, in seconds, when the queue is full or the model loads."""
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, in one sentence; `param` names the field, `code` is for programs."""
+    """The error in one sentence; `param` names the field, `code` is for programs."""
 
     message: str
     type: str
@@ -41,19 +41,27 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every reply that is no success."""
+    """The body of every error reply."""
 
     error: ErrorDetail
 
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is refused; the message says why."},
+    "4XX": {"model": ErrorBody, "description": "The request was refused; the message says why."},
     "5XX": {"model": ErrorBody, "description": "The server cannot answer now."},
 }
 
 
 class ApiError(Exception):
-    """Ends a request with `status` and one sentence."""
+    """Ends a request with an error reply.
+
+    Args:
+        status: HTTP status.
+        message: the error in one sentence, with what to do.
+        param: the field at fault; default: none.
+        code: identifier for programs; default: none.
+        retry_after: seconds in the `Retry-After` header of status 429 and 503.
+    """
 
     def __init__(
         self,
@@ -83,12 +91,12 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """Return the reply."""
+        """Return the HTTP reply."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def explained(mistake: dict[str, Any]) -> ApiError:
-    """Return the refusal for one mistake that validation found, naming the field."""
+    """Return the error reply for one Pydantic validation error, naming the field."""
     where = printable(".".join(str(part) for part in mistake["loc"][1:]))
     if mistake["type"] == "extra_forbidden":
         message = f"The field {where} is not supported; leave it out."
@@ -103,13 +111,13 @@ def explained(mistake: dict[str, Any]) -> ApiError:
 
 
 def refused(error: HTTPException) -> ApiError:
-    """Return what Starlette refuses in our form."""
+    """Return Starlette's HTTP error as an `ApiError`."""
     refusal = ApiError(error.status_code, f"{printable(error.detail).capitalize()}.")
-    refusal.headers |= error.headers or {}  # the methods that are allowed, after a 405
+    refusal.headers |= error.headers or {}  # `Allow` after a 405
     return refusal
 
 
-TOLD: dict[type[Exception], Callable[[Any], ApiError]] = {
+CONVERTERS: dict[type[Exception], Callable[[Any], ApiError]] = {
     ApiError: lambda error: error,
     QueueFullError: lambda error: ApiError(
         429, str(error), code="queue_full", retry_after=error.retry_after
@@ -120,7 +128,7 @@ TOLD: dict[type[Exception], Callable[[Any], ApiError]] = {
     UserError: lambda error: ApiError(400, str(error), code="invalid_value"),
     RequestValidationError: lambda error: explained(error.errors()[0]),
     HTTPException: refused,
-    # half of a surrogate pair, which JSON can say and UTF-8 cannot
+    # A lone surrogate, which JSON can express and UTF-8 cannot.
     UnicodeEncodeError: lambda _: ApiError(
         400, "The request holds characters that are no Unicode text.", code="invalid_value"
     ),
@@ -130,21 +138,21 @@ TOLD: dict[type[Exception], Callable[[Any], ApiError]] = {
         code="internal_error",
     ),
 }
-"""What a client is told of an error, by the first kind that fits; of a defect of ours no more than
-its name.
+"""Conversion of exceptions into error replies; the first matching type wins. For a bug in the
+server, the client sees only the exception's name.
 """
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Return what a client is told of `error`."""
-    return next(tell(error) for kind, tell in TOLD.items() if isinstance(error, kind))
+    """Return the error reply for any exception."""
+    return next(convert(error) for kind, convert in CONVERTERS.items() if isinstance(error, kind))
 
 
 def install(app: FastAPI) -> None:
-    """Let every error of `app` end in an `ErrorBody`."""
+    """Make every exception in `app` end in an `ErrorBody`."""
 
-    def told(_request: Request, error: Exception) -> JSONResponse:
+    def handle(_request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in TOLD:
-        app.add_exception_handler(kind, told)
+    for kind in CONVERTERS:
+        app.add_exception_handler(kind, handle)

@@ -1,12 +1,12 @@
-"""Many replicas, one set of experts: a change counts once every replica has confirmed it, and else
-it is taken back.
+"""Many replicas with one set of experts: a change is committed once every replica has confirmed it,
+else rolled back.
 
-request -> one replica's fleet -> ledger -> the new state to every replica -> reports -> kept, or
-the old state again
+A change passes these steps: request -> one replica's fleet -> ledger -> new state to every replica
+-> reports -> commit, or roll back to the old state.
 
-The ledger is the only place where the state changes. Replicas fetch it there, each bring their
-engine to it and report; one that starts does so before it serves. Nothing here knows what carries
-the calls.
+The ledger is the only place where the state changes. Replicas fetch the state from it, apply it to
+their engine and report; a starting replica does so before it serves. This module does not depend on
+the transport of the calls (Ray, in `replicas.py`).
 """
 
 import asyncio
@@ -28,22 +28,22 @@ from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.server.errors import ApiError, as_api_error
 
 LOOK_SECONDS = 1.0
-"""How long a report may be awaited before somebody looks whether its replica still lives."""
+"""Seconds to wait for a report before each check that its replica is alive."""
 
 LOOKS = 60
-"""After which a replica that lives and does not report is struck off."""
+"""Number of such checks after which a replica that is alive but does not report is removed."""
 
 SILENT = "it does not answer"
 
 
 @dataclass(frozen=True)
 class State:
-    """What every replica must hold.
+    """The state that every replica must have.
 
     Attributes:
-        experts: name -> content digest of what is plugged.
+        experts: name -> content digest of the plugged experts.
         arming: see `ExpertSet.arm`.
-        draining: whether no more requests are taken.
+        draining: whether new requests are refused.
     """
 
     experts: dict[str, str] = field(default_factory=dict)
@@ -53,11 +53,13 @@ class State:
 
 @dataclass(frozen=True)
 class Report:
-    """How a replica is.
+    """The status of a replica.
 
     Attributes:
-        experts: what it holds. refusal: why it does not hold what it should, "" if it does.
-        active: requests under way. metrics: its figures in Prometheus' text form.
+        experts: name -> content digest of its plugged experts.
+        refusal: why it could not apply the state; "" if it could.
+        active: number of running requests.
+        metrics: its metrics in Prometheus' text format.
     """
 
     experts: dict[str, str]
@@ -66,13 +68,15 @@ class Report:
     metrics: str = ""
 
     def mismatch(self, state: State) -> str:
-        """Return why this does not confirm that a replica holds `state`, "" if it does."""
+        """Return why this report does not confirm `state`, "" if it does."""
         return self.refusal or ("" if self.experts == state.experts else "its digests differ")
 
 
 class Member:
-    """A replica as the ledger sees it. `actor`: its Ray actor, which can be asked whether it
-    lives.
+    """A replica as seen by the ledger.
+
+    Args:
+        actor: its Ray actor, used to check that it is alive.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -81,7 +85,7 @@ class Member:
         self.reports: asyncio.Queue[Report] = asyncio.Queue()
 
     async def hold(self, state: State) -> Report:
-        """Return what the replica reports on a state."""
+        """Send a state to the replica and return its report, a silent one if it does not answer."""
         self.states.put_nowait(state)
         for _ in range(LOOKS):
             with suppress(TimeoutError):
@@ -89,17 +93,17 @@ class Member:
             try:
                 await asyncio.wait_for(self.actor.__ray_ready__.remote(), LOOK_SECONDS)
             except TimeoutError:
-                pass  # it may be busy
-            except Exception:  # Ray has several for an actor that has ended
+                pass  # possibly busy
+            except Exception:  # Ray has several exceptions for a dead actor
                 break
         return Report({}, SILENT)
 
 
 class Ledger:
-    """What all replicas hold, and who they are. One task at a time changes it.
+    """The shared state of all replicas, and the list of replicas; a lock serialises changes.
 
     Args:
-        packs: what is plugged from the start.
+        packs: packs plugged at start; default: none.
     """
 
     def __init__(self, packs: Sequence[ExpertPack] = ()) -> None:
@@ -109,15 +113,20 @@ class Ledger:
         self._changing = asyncio.Lock()
 
     async def join(self, name: str, actor: Any) -> State:
-        """Count in a replica that starts; return what it must hold before it serves."""
+        """Add a starting replica; return the state that it must have before it serves.
+
+        Args:
+            name: unique name of the replica.
+            actor: its Ray actor.
+        """
         async with self._changing:
             self._members[name] = Member(actor)
             return self._state
 
     async def fetch(self, name: str, report: Report | None) -> State | None:
-        """Take a replica's latest report and return the next state to hold, when there is one.
+        """Take a replica's latest report, wait for the next state and return it.
 
-        None tells a replica that it was struck off and must end.
+        None means that the replica was removed and must exit.
         """
         member = self._members.get(name)
         if member is not None and report is not None:
@@ -125,40 +134,49 @@ class Ledger:
         return None if member is None else await member.states.get()
 
     async def pack(self, digest: str) -> ExpertPack:
-        """Return what to plug for a digest."""
+        """Return the pack with this content digest."""
         return self._packs[digest]
 
     async def change(
         self, before: State, after: State, pack: ExpertPack | None = None
     ) -> dict[str, str]:
-        """Let every replica hold `after`, for which `pack` may be needed; unless all confirm, all
-        hold `before` again.
+        """Move every replica from `before` to `after`; unless all confirm, roll back to `before`.
 
-        Returns why it is not confirmed, by replica, "" for those that do confirm.
+        Args:
+            before: the state from which the change was computed.
+            after: the new state.
+            pack: the pack that `after` adds; default: none.
+
+        Returns:
+            By replica, why it did not confirm; "" for those that did.
         """
         async with self._changing:
             if before != self._state:
                 return {"": "", "another": "it had a change of its own"}
             if pack is not None:
                 self._packs[pack.manifest.digest] = pack
-            found = {
-                name: report.mismatch(after) for name, report in (await self._tell(after)).items()
-            }
-            self._state = before if any(found.values()) else after
-            for name, report in (await self._tell(before)).items() if self._state is before else ():
+            reports = await self._broadcast(after)
+            reasons = {name: report.mismatch(after) for name, report in reports.items()}
+            self._state = before if any(reasons.values()) else after
+            rollback = await self._broadcast(before) if self._state is before else {}
+            for name, report in rollback.items():
                 if report.mismatch(before):
-                    self._strike(name)  # it cannot go back
+                    self._strike(name)  # it failed to roll back
             self._packs = {digest: self._packs[digest] for digest in self._state.experts.values()}
-            return found
+            return reasons
 
     async def reports(self, draining: bool = False) -> dict[str, Report]:
-        """Return how every replica is; with `draining`, once it takes no more requests."""
+        """Return the reports of all replicas.
+
+        Args:
+            draining: make all replicas refuse new requests first; default: False.
+        """
         async with self._changing:
             self._state = replace(self._state, draining=draining or self._state.draining)
-            return await self._tell(self._state)
+            return await self._broadcast(self._state)
 
-    async def _tell(self, state: State) -> dict[str, Report]:
-        """Return what the replicas report on a state, and strike off those that are silent."""
+    async def _broadcast(self, state: State) -> dict[str, Report]:
+        """Send a state to all replicas, remove those that do not answer, and return the reports."""
         members = dict(self._members)
         reports = await asyncio.gather(*(member.hold(state) for member in members.values()))
         for name, report in zip(members, reports, strict=True):
@@ -167,22 +185,20 @@ class Ledger:
         return dict(zip(members, reports, strict=True))
 
     def _strike(self, name: str) -> None:
-        """Strike a replica off, which ends it; where it ran, Ray starts another one."""
+        """Remove a replica, which makes it exit; Ray starts another one in its place."""
         if name in self._members:
             self._members.pop(name).states.put_nowait(None)
 
 
 class Fleet:
-    """The replicas of one server as one of them sees them: it plugs as an engine does, but
-    everywhere.
+    """All replicas as seen by one of them: plugs, unplugs and arms like an engine, but everywhere.
 
     Args:
-        engine: this replica's own.
-        call: calls a method of the ledger, wherever that is, and waits for what it returns.
-        take: is told whether the server drains; returns the requests under way and the figures of
-            this replica.
-        lost: called from another thread when this replica no longer knows what the others have; it
-            must end then.
+        engine: the engine of this replica.
+        call: calls a method of the ledger and returns its result.
+        take: receives whether the server drains; returns the number of running requests and the
+            metrics of this replica.
+        lost: called from another thread when this replica has lost the ledger and must exit.
     """
 
     def __init__(
@@ -199,8 +215,14 @@ class Fleet:
         self._state = State()
 
     def join(self, name: str, actor: Any) -> None:
-        """Plug and arm what the others have, and follow the ledger from then on. Raises
-        `PackError`.
+        """Apply the shared state to this replica, then follow the ledger in a thread.
+
+        Args:
+            name: unique name of this replica.
+            actor: its Ray actor.
+
+        Raises:
+            PackError: the state cannot be applied here.
         """
         state = self._call("join", name, actor)
         if refusal := self._hold(state).mismatch(state):
@@ -208,8 +230,11 @@ class Fleet:
         threading.Thread(target=self._follow, args=(name,), name="follow", daemon=True).start()
 
     def plug(self, path: str | Path) -> ExpertInfo:
-        """Plug a pack file everywhere. Raises `PackError` as an engine does, `ApiError` if not all
-        could.
+        """Plug a pack file in all replicas and return its description.
+
+        Raises:
+            PackError: as `Engine.plug`.
+            ApiError: not all replicas confirmed (503); nothing has changed.
         """
         pack = read_pack(path)
         state = self._state
@@ -221,19 +246,23 @@ class Fleet:
         return next(info for info in self._engine.experts() if info.name == name)
 
     def unplug(self, name: str) -> None:
-        """Unplug an expert everywhere. Raises as `plug`."""
+        """Unplug an expert in all replicas. Raises as `plug`."""
         state = self._state
         rest = {other: digest for other, digest in state.experts.items() if other != name}
         arming = (
             state.arming
             if isinstance(state.arming, str)
-            else tuple(one for one in state.arming if one in rest)
+            else tuple(other for other in state.arming if other in rest)
         )
         self._change(state, replace(state, experts=rest, arming=arming))
 
     def arm(self, names: str | Iterable[str]) -> tuple[str, ...]:
-        """Choose everywhere who speaks where a request does not choose; return their names. Raises
-        as `plug`.
+        """Set the experts armed by default in all replicas; return their names.
+
+        Args:
+            names: names of experts, or "auto" (see `ExpertSet.arm`).
+
+        Raises as `plug`.
         """
         self._change(
             self._state,
@@ -242,9 +271,7 @@ class Fleet:
         return tuple(info.name for info in self._engine.experts() if info.armed)
 
     def metrics(self) -> bytes:
-        """Return the figures of all replicas in Prometheus' text form, each with a label that names
-        its replica.
-        """
+        """Return the metrics of all replicas in Prometheus' text format, labelled by replica."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(
             Figures({name: report.metrics for name, report in self._call("reports").items()})
@@ -252,13 +279,13 @@ class Fleet:
         return generate_latest(registry)
 
     def _change(self, before: State, after: State, *pack: ExpertPack) -> None:
-        found = self._call("change", before, after, *pack)
-        if (reasons := set(found.values())) == {""}:
+        results = self._call("change", before, after, *pack)
+        if (reasons := set(results.values())) == {""}:
             return
-        if len(reasons) == 1:
+        if len(reasons) == 1:  # all replicas agree, so the pack is at fault
             raise PackError(reasons.pop())
         why = (
-            "; ".join(f"{name}: {reason}" for name, reason in found.items() if reason)
+            "; ".join(f"{name}: {reason}" for name, reason in results.items() if reason)
             or "none is there"
         )
         message = f"Not all replicas confirmed, so nothing has changed ({why}); try again."
@@ -273,20 +300,20 @@ class Fleet:
             self._lost()
 
     def _hold(self, state: State) -> Report:
-        """Bring the engine to a state and report."""
+        """Apply a state to the engine and report."""
         engine = self._engine
         refusal = ""
         active, metrics = self._take(state.draining)
         try:
-            held = {info.name: info.digest for info in engine.experts()}
-            for name, _ in held.items() - state.experts.items():
+            plugged = {info.name: info.digest for info in engine.experts()}
+            for name, _ in plugged.items() - state.experts.items():
                 engine.unplug(name)
-            for _, digest in state.experts.items() - held.items():
+            for _, digest in state.experts.items() - plugged.items():
                 engine.plug(self._call("pack", digest))
             if state.arming != self._state.arming:
                 engine.arm(state.arming)
             self._state = state
-        except Exception as error:  # the others must hear of it, whatever it is
+        except Exception as error:  # any failure must reach the ledger, which rolls back
             refusal = as_api_error(error).message
         return Report(
             {info.name: info.digest for info in engine.experts()}, refusal, active, metrics
@@ -294,21 +321,25 @@ class Fleet:
 
 
 class Figures(Collector):
-    """The figures of several replicas. `texts`: in Prometheus' form, by name of the replica."""
+    """The metrics of several replicas.
+
+    Args:
+        texts: metrics in Prometheus' text format, by name of the replica.
+    """
 
     def __init__(self, texts: Mapping[str, str]) -> None:
         self.texts = texts
 
     def collect(self) -> Iterable[Metric]:
-        """Return all of them, each with a label that names its replica."""
+        """Return all metrics, labelled by replica."""
         families: dict[str, Metric] = {}
         for replica, text in self.texts.items():
             for family in text_string_to_metric_families(text):
-                kept = families.setdefault(
+                merged = families.setdefault(
                     family.name, Metric(family.name, family.documentation, family.type)
                 )
                 for sample in family.samples:
-                    kept.add_sample(
+                    merged.add_sample(
                         sample.name, {**sample.labels, "replica": replica}, sample.value
                     )
         return families.values()

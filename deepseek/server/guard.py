@@ -1,6 +1,4 @@
-"""What stands before every route: who asks, from where, how much, and whether the server is up to
-it.
-"""
+"""Middleware before every route: checks host, origin, key, body size and readiness."""
 
 import asyncio
 import hmac
@@ -29,7 +27,7 @@ UPLOAD_PATH = "/v1/experts/upload"
 ROLES = ("admin", "user")
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 BODY_SECONDS = 30.0
-"""Time for a client to send a body; for an upload, to send its next piece."""
+"""Time limit for receiving a body, or for an upload, for receiving its next chunk."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -45,7 +43,15 @@ LOGIN_PAGE = Path(__file__).parent / "static" / "login.html"
 
 
 class Guard:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application.
+
+    It refuses requests with a foreign host or origin, a wrong key, or a body that is too large or
+    too slow, and adds security headers to every reply.
+
+    Args:
+        app: the wrapped application.
+        service: the server's state.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -67,7 +73,7 @@ class Guard:
         started = time.perf_counter()
         status = 500
 
-        async def noting(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -78,14 +84,14 @@ class Guard:
 
         self.service.active += 1
         try:
-            await self._guarded(scope, receive, noting)
+            await self._guarded(scope, receive, send_with_headers)
         finally:
             self.service.active -= 1
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.replied(route, status, time.perf_counter() - started)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer it here."""
+        """Forward the request to the application, or answer it here."""
         settings = self.service.settings
         uploads = scope["path"] == UPLOAD_PATH
         body = LimitedBody(
@@ -100,8 +106,10 @@ class Guard:
         )
 
     async def _checked(self, scope: Scope, body: "LimitedBody") -> Response | None:
-        """Return a reply where the request must not or need not reach a route; raise `ApiError` to
-        refuse it.
+        """Check a request; return a reply if no route has to answer it, else None.
+
+        Raises:
+            ApiError, UserError: the request is refused.
         """
         headers = Headers(scope=scope)
         path = scope["path"]
@@ -126,11 +134,12 @@ class Guard:
         if refusal is not None and (path.startswith("/v1/") or path == "/tokenizer_info"):
             raise refusal
         if method == "POST" and path in GENERATING:
-            self.service.engine.check_open()  # before the body is read: under overload a refusal costs next to nothing
+            # Before the body is read, so that a refusal is cheap under overload.
+            self.service.engine.check_open()
         return None
 
     def _role(self, headers: Headers) -> str | None:
-        """Return what the sender of these headers may do, None for nothing."""
+        """Return the role ("admin" or "user") of a request, None without a valid key."""
         if not self.keys:
             return "admin"
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -140,25 +149,25 @@ class Guard:
         return role_of(session[1], self.sessions) if session else None
 
     def _login(self, form: bytes) -> Response:
-        """Trade the key that the page's form sends for a session cookie, so that scripts never hold
-        the key.
-        """
+        """Exchange the key in the login form for a session cookie, which scripts cannot read."""
         role = role_of(
             parse_qs(form.decode("utf-8", "replace")).get("key", [""])[0].strip(), self.keys
         )
         if role is None:
             return login_page()
-        session = next(token for token, of in self.sessions if of == role)
+        session = next(token for token, owner in self.sessions if owner == role)
         response = RedirectResponse("/", 303)
         response.set_cookie(COOKIE, session, httponly=True, samesite="strict")
         return response
 
 
 class LimitedBody:
-    """The body of a request, no longer than `limit` bytes and not slower than `BODY_SECONDS`.
+    """The body of a request, limited to `limit` bytes and `BODY_SECONDS` seconds.
 
     Args:
-        pieces: the time is for each piece rather than for all of them.
+        receive: ASGI's `receive`.
+        limit: most bytes.
+        pieces: whether the time limit holds for each chunk instead of the whole body.
     """
 
     def __init__(self, receive: Receive, limit: int, *, pieces: bool) -> None:
@@ -170,8 +179,11 @@ class LimitedBody:
         self._deadline = time.monotonic() + BODY_SECONDS
 
     async def receive(self) -> Message:
-        """Return the next message. Raises `HTTPException`, which FastAPI lets through, where the
-        limit is passed.
+        """Return the next ASGI message.
+
+        Raises:
+            HTTPException: the body is too long or too slow. FastAPI passes this type through while
+                it reads a body; an `ApiError` would become another error there.
         """
         if self._complete:
             return await self._receive()
@@ -187,7 +199,7 @@ class LimitedBody:
         return message
 
     async def whole(self) -> bytes:
-        """Return all of it."""
+        """Return the whole body."""
         body = b""
         while not self._complete:
             body += (await self.receive()).get("body", b"")
@@ -195,9 +207,10 @@ class LimitedBody:
 
 
 def check_host(headers: Headers, service: Service) -> None:
-    """Refuse a foreign `Host`: a page on another name that an attacker points here (DNS rebinding).
+    """Raise `ApiError` for a foreign `Host`, which protects against DNS rebinding.
 
-    Addresses are no names, so nothing can point them elsewhere; they are always accepted.
+    In such an attack, a page on the attacker's domain reaches this server by letting that domain
+    resolve to its address. An IP address cannot be rebound, so it is always accepted.
     """
     found = re.match(r"\[([^\]]*)\]|[^:]*", headers.get("host", ""))
     name = (found[1] or found[0]).lower() if found else ""
@@ -206,7 +219,7 @@ def check_host(headers: Headers, service: Service) -> None:
     ):
         raise ApiError(
             421,
-            f"This server is not {name!r:.100}; start it with --allow-host to be addressed so.",
+            f"This server is not {name!r:.100}; start it with --allow-host to accept this name.",
             code="foreign_host",
         )
 
@@ -221,29 +234,35 @@ def is_address(name: str) -> bool:
 
 
 def check_origin(headers: Headers) -> None:
-    """Refuse what a page of another site sends; programs send no `Origin`."""
+    """Raise `ApiError` for requests from pages of other sites; programs send no `Origin`."""
     origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2] != headers.get("host"):
         raise ApiError(403, "Another site must not send requests here.", code="foreign_origin")
 
 
 def check_length(headers: Headers, limit: int) -> None:
-    """Refuse a body that says itself that it is too long."""
+    """Raise `ApiError` for a body whose `Content-Length` is above `limit` bytes."""
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length) > limit:
         raise ApiError(413, f"The body is longer than {limit} bytes.", code="too_large")
 
 
-def role_of(given: str, known: Sequence[tuple[str, str]]) -> str | None:
-    """Return the role of a secret, None for a wrong one, in a time that does not depend on where it
-    is wrong.
+def role_of(candidate: str, known: Sequence[tuple[str, str]]) -> str | None:
+    """Return the role of a secret, None for a wrong one.
+
+    The comparison takes constant time, so that the time reveals nothing about the secrets.
+
+    Args:
+        candidate: the key or session token that the client sent.
+        known: pairs of secret and role.
     """
-    roles = [role for secret, role in known if hmac.compare_digest(given.encode(), secret.encode())]
+    sent = candidate.encode()
+    roles = [role for secret, role in known if hmac.compare_digest(sent, secret.encode())]
     return roles[0] if roles else None
 
 
 def login_page() -> Response:
-    """Return the page that asks for the key, with the status of a request that has none."""
+    """Return the login page with status 401."""
     policy = {
         "Content-Security-Policy": POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
     }
@@ -251,7 +270,7 @@ def login_page() -> Response:
 
 
 def require_admin(request: HttpRequest) -> None:
-    """Raise `ApiError` unless the request may change something."""
+    """Raise `ApiError` (403) unless the request has the admin role."""
     if request.state.role != "admin":
         raise ApiError(
             403,

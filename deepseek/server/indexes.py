@@ -1,4 +1,4 @@
-"""The retrieval indexes in the experts folder, in memory once they are asked for."""
+"""Retrieval indexes of the experts folder, loaded on first use."""
 
 import threading
 from dataclasses import dataclass
@@ -10,15 +10,16 @@ from deepseek.retrieval.index import Index
 
 @dataclass(frozen=True)
 class Stored:
-    """An index in memory, and the state of its files when it was read."""
+    """A loaded index, and the modification time (ns) of its files when it was read."""
 
     index: Index
     changed: int
 
 
 class Indexes:
-    """The indexes in one folder, each read at its first use and again when it has changed. Any
-    thread may ask.
+    """Indexes of one folder, loaded on first use and reloaded when their files change.
+
+    It is thread-safe.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,14 +28,15 @@ class Indexes:
         self._lock = threading.Lock()
 
     def find(self, name: str) -> Index | None:
-        """Return the index of an expert, None if there is none; raise `DataError` if it is
-        damaged.
+        """Return the index of an expert, None if there is none.
+
+        Raises:
+            DataError: the index is damaged.
         """
         folder = index_folder(name, self._folder)
         with self._lock:
-            if folder not in self._folder.glob(
-                "*.index"
-            ):  # a listing, so that no name becomes a path
+            # Compared with the listing, so that a client's name is never opened as a path.
+            if folder not in self._folder.glob("*.index"):
                 self._stored.pop(name, None)
                 return None
             try:

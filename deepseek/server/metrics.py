@@ -1,4 +1,4 @@
-"""Figures for Prometheus."""
+"""Prometheus metrics."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,7 +11,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 60
 
 
 class Metrics:
-    """The figures of one server, in a registry of its own."""
+    """The metrics of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -22,26 +22,26 @@ class Metrics:
         )
         self.seconds = Histogram(
             name("http_request_seconds"),
-            "From head to end of reply.",
+            "Seconds from request head to end of reply.",
             ("route",),
             buckets=SECONDS,
             registry=registry,
         )
         self.first_token = Histogram(
             name("first_token_seconds"),
-            "From submission to first token.",
+            "Seconds from submission to first token.",
             buckets=SECONDS,
             registry=registry,
         )
         self.tokens = Counter(
-            name("tokens"), "Tokens of generations.", ("kind",), registry=registry
+            name("tokens"), "Tokens processed or generated.", ("kind",), registry=registry
         )
         self.spoken = Counter(
-            name("expert_tokens"), "Tokens that an expert spoke.", ("expert",), registry=registry
+            name("expert_tokens"), "Tokens written by an expert.", ("expert",), registry=registry
         )
 
     def watch(self, engine: Engine) -> None:
-        """Show what `engine` is doing whenever somebody looks."""
+        """Add gauges that read the engine's state at each scrape."""
 
         def show(name: str, what: str, look: Callable[[], float]) -> None:
             Gauge(f"deepseek_{name}", what, registry=self.registry).set_function(look)
@@ -50,7 +50,7 @@ class Metrics:
         show("waiting", "Requests in the queue.", lambda: engine.stats().waiting)
         show(
             "cache_reserved_bytes",
-            "Cache that running requests own.",
+            "Cache reserved by running requests.",
             lambda: engine.stats().reserved_bytes,
         )
         show("cache_prefix_bytes", "Cache of stored prefixes.", lambda: engine.stats().prefix_bytes)
@@ -58,22 +58,22 @@ class Metrics:
         show("experts_plugged", "Experts plugged now.", lambda: len(engine.experts()))
 
     def replied(self, route: str, status: int, seconds: float) -> None:
-        """Count one reply."""
+        """Record one reply and its duration."""
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
 
     def count(self, usage: TokenUsage) -> None:
-        """Add what a job used."""
+        """Add the usage of one job."""
         for kind in ("prompt", "cached", "completion"):
             self.tokens.labels(kind).inc(getattr(usage, f"{kind}_tokens"))
         for name, tokens in spoken(usage.experts).items():
             self.spoken.labels(name).inc(tokens)
 
     def text(self) -> bytes:
-        """Return all figures in Prometheus' text form."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 def spoken(experts: Mapping[str | None, int]) -> dict[str, int]:
-    """Return how many tokens each expert spoke, without those of the base alone."""
+    """Return the number of tokens written by each expert, without those of the base alone."""
     return {name: tokens for name, tokens in experts.items() if name is not None and tokens}

@@ -1,7 +1,7 @@
-"""What clients get, for the OpenAPI description: the replies of the routes that generate, and of
-those that list.
+"""Reply models for the OpenAPI description.
 
-The routes build their replies by themselves; the fuzz test holds them against these.
+The routes build their replies without these models; the fuzz test validates the replies against
+them.
 """
 
 from typing import Any, Literal
@@ -12,16 +12,21 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 Described = dict[int | str, dict[str, Any]]
 
 STREAMED: Described = {200: {"content": {"text/event-stream": {"schema": {"type": "object"}}}}}
-"""What a route that streams says of its replies in the OpenAPI description."""
+"""OpenAPI description of the replies of a streaming route."""
 
 
 def described(model: type[BaseModel], *, streamed: bool = False) -> Described:
-    """Return what a route says of its reply, which may come as events too."""
+    """Return the OpenAPI description of a route's reply.
+
+    Args:
+        model: the reply.
+        streamed: whether the route can also stream server-sent events; default: False.
+    """
     return {200: {"model": model, **(STREAMED[200] if streamed else {})}}
 
 
 class Usage(BaseModel):
-    """Tokens."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -30,9 +35,9 @@ class Usage(BaseModel):
 
 
 class Answer(BaseModel):
-    """What all answers share; `experts` tells how many tokens each expert spoke.
+    """Fields of all answers; `experts` counts the tokens written by each expert.
 
-    `retrieved` tells which passages stand in the prompt; it is absent where none were asked for.
+    `retrieved` lists the passages in the prompt; it is absent if the request does not retrieve.
     """
 
     id: str
@@ -44,7 +49,7 @@ class Answer(BaseModel):
 
 
 class Choice(BaseModel):
-    """What all choices share."""
+    """Fields of all choices."""
 
     index: int
     logprobs: dict[str, Any] | None
@@ -52,7 +57,7 @@ class Choice(BaseModel):
 
 
 class Message(BaseModel):
-    """What the assistant said."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: str | None
@@ -67,27 +72,27 @@ class ChatChoice(Choice):
 
 
 class ChatReply(Answer):
-    """Of `/v1/chat/completions`."""
+    """Reply of `/v1/chat/completions`."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
 
 
 class TextChoice(Choice):
-    """One text that goes on."""
+    """One continuation of a prompt."""
 
     text: str
 
 
 class CompletionReply(Answer):
-    """Of `/v1/completions`."""
+    """Reply of `/v1/completions`."""
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
 
 
 class ResponseReply(BaseModel):
-    """Of `/v1/responses`."""
+    """Reply of `/v1/responses`."""
 
     id: str
     object: Literal["response"]
@@ -116,7 +121,7 @@ class Models(BaseModel):
 
 
 class Embedding(BaseModel):
-    """A vector, in base64 if that was asked for."""
+    """A vector, in base64 if requested."""
 
     object: Literal["embedding"]
     index: int
@@ -124,7 +129,7 @@ class Embedding(BaseModel):
 
 
 class Embeddings(BaseModel):
-    """Of `/v1/embeddings`."""
+    """Reply of `/v1/embeddings`."""
 
     object: Literal["list"]
     model: str

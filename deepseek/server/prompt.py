@@ -1,4 +1,4 @@
-"""From messages or a text to the tokens of a prompt, within limits of time and size."""
+"""Turn messages or plain text into prompt token ids, within limits of time and size."""
 
 import re
 import sys
@@ -16,14 +16,14 @@ from deepseek.server.tools import Calling, described, plain_messages, tool_messa
 from deepseek.text.chat_template import encode_rendered, render, user_ids
 
 TEMPLATE_SECONDS = 2.0
-"""Most time that a chat template may take; a plain one takes a millisecond."""
+"""Time limit for rendering a chat template; a typical one takes a millisecond."""
 
 
 class PromptWriter:
-    """Makes prompts for one model.
+    """Writes prompts for one model.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         context: most tokens of prompt and answer together.
     """
 
@@ -35,28 +35,40 @@ class PromptWriter:
         self.longest_text = context * max(len(token.encode()) for token in tokenizer.get_vocab())
 
     def chat(self, messages: Sequence[ChatMessage], calling: Calling) -> list[int]:
-        """Return the ids of a conversation after which the assistant speaks."""
+        """Return the ids of a conversation, up to the start of the assistant's turn.
+
+        Args:
+            messages: the conversation.
+            calling: the function calls to offer.
+
+        Raises:
+            ApiError: the prompt fills the context, or the template takes too long.
+        """
         self.check_size(sum(len(message.text) for message in messages))
         if self.knows_tools:
-            told = tool_messages(messages)
+            template_messages = tool_messages(messages)
             tools = described(calling.tools)
         else:
-            told = plain_messages(messages)
+            template_messages = plain_messages(messages)
             tools = []
             if calling.tools:
-                told = with_preamble(told, calling.tools)
+                template_messages = with_preamble(template_messages, calling.tools)
         with time_limit(TEMPLATE_SECONDS):
-            text = render(self.tokenizer, told, open_turn=True, tools=tools or None)
+            text = render(self.tokenizer, template_messages, open_turn=True, tools=tools or None)
         self.check_size(len(text.encode()))
         return self.check(encode_rendered(self.tokenizer, text))
 
     def user_ids(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Return the ids of what tells what a conversation is about (see `text.chat.user_ids`)."""
+        """Return the ids from which gates judge the topic (see `text.chat_template.user_ids`)."""
         return user_ids(self.tokenizer, [{"role": m.role, "content": m.text} for m in messages])
 
     def text(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the ids of a plain prompt, which may be ids already; an empty text starts from
-        nothing.
+        """Return the ids of a plain prompt, given as text or as ids.
+
+        An empty text becomes the single token that starts a document.
+
+        Raises:
+            ApiError: the prompt fills the context or holds ids outside the vocabulary.
         """
         if not isinstance(prompt, str):
             return self.check(list(prompt))
@@ -65,16 +77,18 @@ class PromptWriter:
         return self.check(ids or [self.start()])
 
     def start(self) -> int:
-        """Return the token that stands before any text."""
+        """Return the token that starts a document.
+
+        Raises:
+            ApiError: the tokenizer has no such token.
+        """
         for identity in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if identity is not None:
                 return int(identity)
         raise ApiError(400, "The prompt is empty; give some text.", param="prompt")
 
     def check(self, ids: list[int]) -> list[int]:
-        """Return `ids`; raise `ApiError` if they fill the context or are none of the
-        vocabulary's.
-        """
+        """Return `ids`; raise `ApiError` if they fill the context or are not in the vocabulary."""
         if len(ids) >= self.context:
             raise self.too_long(f"{len(ids)} tokens")
         if max(ids) >= len(self.tokenizer):
@@ -86,31 +100,38 @@ class PromptWriter:
         return ids
 
     def check_size(self, size: int) -> None:
-        """Raise `ApiError` for a text that cannot fit whatever its tokens are, before time is spent
-        on it.
+        """Raise `ApiError` for a text too long to fit however it tokenizes, before any work on it.
+
+        Args:
+            size: characters or bytes of the text.
         """
         if size > self.longest_text:
             raise self.too_long(f"more than {self.longest_text} bytes")
 
     def too_long(self, size: str) -> ApiError:
-        """Return the refusal of a prompt of this size."""
-        message = f"The prompt has {size}, but prompt and answer share a context of {self.context} tokens; shorten it."
+        """Return the error for a prompt of this size, such as "3000 tokens"."""
+        message = (
+            f"The prompt has {size}, but prompt and answer share a context of {self.context} "
+            "tokens; shorten it."
+        )
         return ApiError(400, message, param="messages", code="context_length_exceeded")
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Within the block, refuse the request once Python code has run for longer than `seconds` (in
-    this thread).
+    """Raise `ApiError` (400) once the Python code in the block has run for longer than `seconds`.
 
-    A thread cannot be stopped from outside; here every line that it runs looks at the clock.
+    A thread cannot be stopped from outside, so a trace function checks the clock at every line
+    that this thread runs.
     """
     deadline = time.monotonic() + seconds
 
     def watch(_frame: FrameType, _event: str, _value: Any) -> Any:
         if time.monotonic() > deadline:
             raise ApiError(
-                400, f"The chat template took longer than {seconds:g} s on these messages."
+                400,
+                f"The chat template took longer than {seconds:g} s on these messages; "
+                "shorten them.",
             )
         return watch
 

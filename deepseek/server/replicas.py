@@ -1,8 +1,8 @@
-"""Many replicas of the server on Ray Serve: each is our application with an engine of its own,
-behind Ray's proxy.
+"""Many replicas of the server on Ray Serve: each runs the application with its own engine, behind
+Ray's proxy.
 
-What belongs to all of them, the experts, is the ledger's (`fleet.py`), an actor beside them. A
-replica that no longer knows what the others have ends itself, and Ray starts another one.
+The ledger (`fleet.py`), a separate actor, holds the shared set of experts. A replica that loses the
+ledger exits, and Ray starts another one.
 """
 
 import os
@@ -32,8 +32,8 @@ from deepseek.train.jobs.cluster import connect
 APP = "deepseek"
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 PROXY_SECONDS = "60"
-"""In which Ray's proxy must have started; Ray's own 5 are too few where models are loaded beside
-it.
+"""Time limit in seconds for the start of Ray's proxy. Ray's default of 5 is too short while models
+are being loaded on the same machine.
 """
 
 
@@ -47,29 +47,36 @@ def serve_replicas(
     start: Callable[[], Engine],
     announce: Callable[[], None],
 ) -> None:
-    """Serve with many replicas until SIGTERM or Ctrl-C; answers under way are finished first.
+    """Serve with many replicas until SIGTERM or Ctrl-C; running requests are finished first.
 
     Args:
-        settings: of every replica. port: where Ray's proxy listens.
-        replicas, cpus: how many, and processors of each.
-        experts: see `serve`. start: makes the engine of a replica, there.
+        settings: settings of every replica.
+        port: port of Ray's proxy.
+        replicas: number of replicas.
+        cpus: processors of each replica.
+        experts: see `serve`.
+        start: creates a replica's engine; called in the replica's process.
         announce: called once, when all replicas are ready.
 
-    Raises `ConfigError` if Ray is missing, too small, or cannot start the replicas; else as
-    `start_engine`.
+    Raises:
+        ConfigError: Ray is missing, has too few processors, or cannot start the replicas.
+
+    Other errors are raised as by `start_engine`.
     """
     if settings.teach_root is not None:
         raise ConfigError(
-            "Lessons need a single server; leave --teach-root out, and plug what `expert train` makes."
+            "Lessons need a single server; leave --teach-root out, and plug what `expert train` "
+            "makes."
         )
     base = BaseDescription.of(resolve(settings.base), settings.model)
     packs = [read_pack(find_pack(expert), base=base) for expert in experts]
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", PROXY_SECONDS)
     ray = connect("Serving with many replicas", "ray.serve")
     try:
-        if replicas * cpus > (there := ray.cluster_resources().get("CPU", 0)):
+        if replicas * cpus > (available := ray.cluster_resources().get("CPU", 0)):
             raise ConfigError(
-                f"{replicas} x {cpus:g} processors are wanted, Ray has {there:g}; see --replicas, --cpus."
+                f"{replicas} x {cpus:g} processors are wanted, Ray has {available:g}; "
+                "lower --replicas or --cpus."
             )
         ledger = ray.remote(num_cpus=0, max_restarts=-1)(Ledger).remote(packs)
         deployment = ray.serve.deployment(
@@ -79,10 +86,10 @@ def serve_replicas(
             ray_actor_options={"num_cpus": cpus},
             logging_config=QUIET,
             graceful_shutdown_timeout_s=DRAIN_SECONDS,
-            max_ongoing_requests=1
-            << 16,  # each replica has a queue of its own, and says itself when it is full
+            # Never reached: each replica has its own queue and refuses requests when it is full.
+            max_ongoing_requests=1 << 16,
         )
-        with suppress(TimeoutError):  # in its 60 s the proxy has not come up; `run` looks again
+        with suppress(TimeoutError):  # the proxy is not up after 60 s; `run` checks again
             ray.serve.start(
                 http_options={"host": settings.host, "port": port}, logging_config=QUIET
             )
@@ -93,7 +100,7 @@ def serve_replicas(
             threading.Event().wait()
         end = time.monotonic() + DRAIN_SECONDS
         while (
-            any(one.active for one in call(ledger, "reports", True).values())
+            any(report.active for report in call(ledger, "reports", True).values())
             and time.monotonic() < end
         ):
             time.sleep(0.1)
@@ -107,15 +114,16 @@ def serve_replicas(
 
 
 def builder(settings: Settings, start: Callable[[], Engine], ledger: Any) -> Callable[[], FastAPI]:
-    """Return what a replica calls to become the application; model and engine are made there, and
-    never travel.
+    """Return the function that creates the application in a replica.
+
+    Model and engine are created in the replica's process and never serialised.
     """
 
     def build() -> FastAPI:
         import ray
 
         app = create_app(None, settings)
-        here = ray.get_runtime_context()
+        context = ray.get_runtime_context()
         service: Service = app.state.service
 
         def take(draining: bool) -> tuple[int, str]:
@@ -124,7 +132,7 @@ def builder(settings: Settings, start: Callable[[], Engine], ledger: Any) -> Cal
 
         engine = start()
         fleet = Fleet(engine, partial(call, ledger), take, partial(os._exit, 1))
-        fleet.join(str(here.get_actor_id()), here.current_actor)
+        fleet.join(str(context.get_actor_id()), context.current_actor)
         service.attach(engine, fleet)
         return app
 
@@ -132,7 +140,7 @@ def builder(settings: Settings, start: Callable[[], Engine], ledger: Any) -> Cal
 
 
 def call(ledger: Any, method: str, *arguments: Any) -> Any:
-    """Call a method of the ledger, which is an actor of Ray, and wait for what it returns."""
+    """Call a method of the ledger, a Ray actor, and return its result."""
     import ray
 
     return ray.get(getattr(ledger, method).remote(*arguments))

@@ -1,7 +1,7 @@
-"""The field `retrieve` of a request: passages of what experts were trained on, put into its prompt.
+"""The field `retrieve` of a request: puts passages of the experts' training text into the prompt.
 
-Passages come from indexes in the experts folder alone (`deepseek expert index NAME`); clients name
-them, never paths.
+Passages come only from indexes in the experts folder (`deepseek expert index NAME`). Clients send
+names of indexes, never paths.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from deepseek.server.service import Service
 from deepseek.text.tokenizer import document_start_ids, encode_plain
 
 MOST_TOKENS = 384
-"""Of all passages in a prompt; less where the context has no room for them."""
+"""Token budget of all passages in a prompt; smaller if the context has less free."""
 
 TEMPLATE_TOKENS = 32
-"""Kept free for the words around the passages in a chat."""
+"""Tokens reserved for the words around the passages in a chat."""
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What one request wants to have retrieved.
+    """The retrieval settings of one request.
 
     Attributes:
-        indexes: where from, in the order of their names.
-        passages: how many at most.
+        indexes: indexes to search, in the order of their names.
+        passages: most passages to retrieve.
     """
 
     indexes: Sequence[Index]
@@ -38,45 +38,54 @@ class Retrieval:
 
     @classmethod
     def of(cls, service: Service, body: GenerationFields) -> "Retrieval | None":
-        """Return what the field `retrieve` asks for, None where it is absent or false.
+        """Return the settings in the field `retrieve`, None if it is absent or false.
 
-        Raises `ApiError` if there is no index to take passages from.
+        Raises:
+            ApiError: there is no index to take passages from.
         """
         wanted = body.retrieve
         if wanted is None or wanted is False:
             return None
         if isinstance(wanted, str):
-            named = _find(service, wanted)
-            if named is None:
+            index = _find(service, wanted)
+            if index is None:
                 message = (
                     f"There is no index {wanted!r}; make one with `deepseek expert index {wanted}`."
                 )
                 raise ApiError(404, message, param="retrieve", code="index_not_found")
-            return cls([named], DEFAULT_PASSAGES)
-        names = _speakers(service, body)
-        found = [index for name in names if (index := _find(service, name)) is not None]
-        if not found:
+            return cls([index], DEFAULT_PASSAGES)
+        names = _allowed_experts(service, body)
+        indexes = [index for name in names if (index := _find(service, name)) is not None]
+        if not indexes:
             message = (
-                f"No expert that may speak ({', '.join(names) or 'none'}) has an index; make one with "
-                "`deepseek expert index NAME`, or leave retrieve out."
+                f"No expert that this request may use ({', '.join(names) or 'none'}) has an index; "
+                "make one with `deepseek expert index NAME`, or leave retrieve out."
             )
             raise ApiError(400, message, param="retrieve", code="index_not_found")
-        return cls(found, DEFAULT_PASSAGES if wanted is True else wanted)
+        return cls(indexes, DEFAULT_PASSAGES if wanted is True else wanted)
 
-    def find(self, query: str, service: Service, room: int) -> list[Passage]:
-        """Return the best passages for a query that fit into `room` tokens; several indexes take
-        turns.
+    def find(self, query: str, service: Service, budget: int) -> list[Passage]:
+        """Return the best passages for a query within a token budget.
+
+        Several indexes contribute in turn: the best passage of each, then the second best, and so
+        on.
+
+        Args:
+            query: search text.
+            service: the server's state.
+            budget: most tokens of all passages; capped at `MOST_TOKENS`.
         """
 
         def length(text: str) -> int:
             return len(encode_plain(service.engine.tokenizer, [text])[0])
 
-        left = min(MOST_TOKENS, room)
+        left = min(MOST_TOKENS, budget)
         ranked = [
             index.retrieve(query, self.passages, max(0, left), length) for index in self.indexes
         ]
         chosen: list[Passage] = []
-        for passage in (one for turn in zip_longest(*ranked) for one in turn if one is not None):
+        turns = zip_longest(*ranked)
+        for passage in (passage for turn in turns for passage in turn if passage is not None):
             size = length(passage.text)
             if len(chosen) < self.passages and size <= left:
                 chosen.append(passage)
@@ -86,37 +95,51 @@ class Retrieval:
     def before(
         self, ids: Sequence[int], service: Service, answer: int
     ) -> tuple[list[int], list[Passage]]:
-        """Return a plain prompt with passages before it, and these; `answer` tokens stay free."""
+        """Return a plain prompt with passages put before it, and the passages.
+
+        Args:
+            ids: token ids of the prompt.
+            service: the server's state.
+            answer: tokens to leave free for the answer.
+        """
         tokenizer = service.engine.tokenizer
         query = query_of(str(tokenizer.decode(list(ids), skip_special_tokens=True)))
-        found = self.find(
+        passages = self.find(
             query, service, service.writer.context - len(ids) - answer - TEMPLATE_TOKENS
         )
+        # The passages go behind the tokens that start a document, if the prompt has them.
         start = document_start_ids(tokenizer)
-        begun = len(start) if list(ids[: len(start)]) == start else 0
+        split = len(start) if list(ids[: len(start)]) == start else 0
         return [
-            *ids[:begun],
-            *encode_plain(tokenizer, [before_text(found)])[0],
-            *ids[begun:],
-        ], found
+            *ids[:split],
+            *encode_plain(tokenizer, [before_text(passages)])[0],
+            *ids[split:],
+        ], passages
 
     def in_chat(
-        self, messages: Sequence[ChatMessage], service: Service, room: int
+        self, messages: Sequence[ChatMessage], service: Service, budget: int
     ) -> tuple[list[ChatMessage], list[Passage]]:
-        """Return a conversation with passages in the last turn of its user, and these."""
-        asked = [place for place, message in enumerate(messages) if message.role == "user"]
-        if not asked:
+        """Return a conversation with passages in the user's last turn, and the passages.
+
+        Args:
+            messages: the conversation; without a user turn, it is returned unchanged.
+            service: the server's state.
+            budget: tokens for the passages and the words around them.
+        """
+        user_turns = [place for place, message in enumerate(messages) if message.role == "user"]
+        if not user_turns:
             return list(messages), []
-        last = messages[asked[-1]]
-        found = self.find(last.text, service, room - TEMPLATE_TOKENS)
-        turn = last.model_copy(update={"content": in_question(found, last.text)})
-        return [*messages[: asked[-1]], turn, *messages[asked[-1] + 1 :]], found
+        last_place = user_turns[-1]
+        question = messages[last_place].text
+        passages = self.find(question, service, budget - TEMPLATE_TOKENS)
+        turn = messages[last_place].model_copy(update={"content": in_question(passages, question)})
+        return [*messages[:last_place], turn, *messages[last_place + 1 :]], passages
 
 
-def described_passages(found: Sequence[Passage]) -> list[str]:
-    """Return where passages come from: document and lines, counted from 1."""
+def described_passages(passages: Sequence[Passage]) -> list[str]:
+    """Return the source of each passage as `document:first-last`, with lines counted from 1."""
     return [
-        f"{passage.path or passage.name}:{passage.start + 1}-{passage.stop}" for passage in found
+        f"{passage.path or passage.name}:{passage.start + 1}-{passage.stop}" for passage in passages
     ]
 
 
@@ -127,8 +150,8 @@ def _find(service: Service, name: str) -> Index | None:
         raise ApiError(500, str(error), param="retrieve", code="index_damaged") from None
 
 
-def _speakers(service: Service, body: GenerationFields) -> list[str]:
-    """Return the experts that may speak in a request, sorted by name."""
+def _allowed_experts(service: Service, body: GenerationFields) -> list[str]:
+    """Return the names of the experts that a request may use, sorted."""
     choice = service.experts(body.model, body.experts)
     plugged = service.engine.experts()
     armed = (

@@ -1,4 +1,4 @@
-"""`deepseek.serve`: bind, load, serve, drain."""
+"""`deepseek.serve`: bind the address, load the model, serve, drain on a signal."""
 
 import errno
 import socket
@@ -20,7 +20,7 @@ from deepseek.server.service import Service, Settings
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 DRAIN_SECONDS = 600.0
-"""After which a shutdown no longer waits for answers under way."""
+"""Longest time that a shutdown waits for running requests."""
 
 
 def serve(
@@ -35,26 +35,28 @@ def serve(
     lesson: TeachRequest | None = None,
     replicas: int | None = None,
     cpus: float = 1.0,
-    announce: Callable[[str], None] = partial(print, flush=True),  # noqa: B008 - it keeps nothing
+    announce: Callable[[str], None] = partial(print, flush=True),  # noqa: B008 - holds no state
 ) -> None:
-    """Serve a model until SIGTERM or Ctrl-C; answers under way are finished first.
+    """Serve a model until SIGTERM or Ctrl-C; running requests are finished first.
 
     Args:
-        model: a known base, a local folder or a hub id.
-        experts: packs to plug from the start, by file or by name.
-        settings: everything about the server but its engine; `model` and `base` in it are set here.
-        cache_gib: budget of keys and values.
-        max_running, max_waiting: most requests in a batch, and in the queue.
+        model: a known base, a local folder or a hub id; default: `smollm2-135m`.
+        experts: packs to plug at start, by file or by name; default: none.
+        settings: settings of the server other than its engine; default: `Settings()`. Its `model`
+            and `base` are overwritten.
+        cache_gib: budget of the KV cache, in GiB.
+        max_running: most requests in a batch.
+        max_waiting: most requests in the queue; further ones get status 429.
         int8: see `start_engine`.
-        lesson: an expert to train from the start, beside serving; it is plugged when it is done.
-        replicas: how many engines share the work on Ray Serve, each in a process of its own; None:
-            one, in this one.
-        cpus: processors of each replica.
-        announce: told the address once, when it can be reached.
+        lesson: an expert to train while the server runs, plugged when done; default: none.
+        replicas: number of engines on Ray Serve, each in its own process. Default: None, a single
+            engine in this process.
+        cpus: processors of each replica; used only with `replicas`.
+        announce: called once with the address, when it can be reached.
 
     Raises:
-        ConfigError: the address is taken, or open to others without a key; HubError,
-            CheckpointError, PackError: the model or an expert cannot be loaded.
+        ConfigError: the address is taken, or reachable by others without a key.
+        HubError, CheckpointError, PackError: the model or an expert cannot be loaded.
     """
     settings = replace(settings or Settings(), model=Path(model).name, base=str(model))
     listener = listen(settings)
@@ -94,8 +96,15 @@ def serve(
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that loads its engine while it already answers, and on a signal ends only when
-    nothing is under way.
+    """A Uvicorn server that loads its engine in the background and drains before it exits.
+
+    Until the engine is loaded, requests get status 503. After the first signal, the server refuses
+    new requests and exits when the running ones are finished.
+
+    Args:
+        config: Uvicorn's configuration.
+        service: the state shared by all routes; the engine is attached to it.
+        make_engine: loads the engine; called once, in a thread.
     """
 
     def __init__(
@@ -109,19 +118,19 @@ class DrainingServer(uvicorn.Server):
         self._loading.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop taking requests at the first signal, and wait for nothing more at the second."""
+        """Drain at the first signal; exit at once at the second."""
         if self.service.draining:
             self.should_exit = self.force_exit = True
         self.service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """End once all answers under way are finished (uvicorn asks ten times a second)."""
+        """Exit once the server is drained; Uvicorn calls this ten times a second."""
         if self.service.draining and self.service.active == 0:
             self.should_exit = True
         return await super().on_tick(counter)
 
     def close(self) -> None:
-        """Close the engine; raise what kept it from being loaded."""
+        """Close the engine; raise the error that loading it ended with, if any."""
         self._loading.join()
         if self.failure is not None:
             raise self.failure
@@ -136,29 +145,36 @@ class DrainingServer(uvicorn.Server):
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Return a socket bound to the server's address. Raises `ConfigError`."""
+    """Return a socket that listens on the server's address.
+
+    Raises:
+        ConfigError: the address is taken or invalid, or reachable by others without a key.
+    """
     if settings.host not in LOOPBACK and not settings.api_keys:
         raise ConfigError(
-            f"{settings.host} can be reached by others, so a key is needed: --api-key-file, or set DEEPSEEK_API_KEY."
+            f"{settings.host} can be reached by others, so a key is needed; "
+            "use --api-key-file or set DEEPSEEK_API_KEY."
         )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
-        listener.listen(2048)  # whoever comes before the event loop runs waits a moment
+        listener.listen(2048)  # the backlog holds connections made before the event loop runs
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"Port {settings.port} on {settings.host} is taken; choose another one with --port (0: any free one)."
+                f"Port {settings.port} on {settings.host} is taken; "
+                "choose another one with --port (0: any free port)."
             ) from None
         raise ConfigError(
-            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror})."
+            f"The server cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
+            "choose another --host or --port."
         ) from None
     return listener
 
 
 def address(listener: socket.socket, host: str) -> str:
-    """Return the address to type into a browser."""
+    """Return the URL of the server; `host` is the name to show in it."""
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

@@ -1,6 +1,4 @@
-"""What clients send: OpenAI's fields as far as they mean something here; any other one is refused
-by name.
-"""
+"""Request bodies: the supported subset of OpenAI's fields; any other field is refused by name."""
 
 from copy import copy
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +24,7 @@ FormatKind = Literal["text", "json_object", "json_schema"]
 
 
 class Body(BaseModel):
-    """JSON types as they are: no text is taken for a number, and no field goes unread."""
+    """Base of all bodies: strict JSON types without coercion, and no unknown fields."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True
@@ -34,7 +32,7 @@ class Body(BaseModel):
 
 
 class ExpertsField(Body):
-    """Which experts may speak (our extension): those armed here, but none that is denied."""
+    """Experts that may fire (our extension): those in `arm`, without those in `deny`."""
 
     arm: list[ExpertName] | Literal["auto"] = "auto"
     deny: list[ExpertName] = []
@@ -42,7 +40,7 @@ class ExpertsField(Body):
 
 
 class SamplingFields(Body):
-    """How tokens are chosen, in every route that generates."""
+    """Sampling fields of every route that generates."""
 
     model: ShortText
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -56,17 +54,17 @@ class SamplingFields(Body):
 
 
 class StreamOptions(Body):
-    """Whether the last chunk tells the usage."""
+    """Whether a last chunk reports the usage."""
 
     include_usage: bool = False
 
 
 class GenerationFields(SamplingFields):
-    """What chat and plain completions share.
+    """Fields shared by chat and plain completions.
 
-    `retrieve` (our extension) puts passages of what experts were trained on into the prompt: true
-    takes them from the indexes of the experts that may speak, a number says how many, a name says
-    from which expert's index.
+    `retrieve` (our extension) puts passages of the experts' training text into the prompt: true
+    takes them from the indexes of all experts that may fire, a number sets how many passages, a
+    name selects one expert's index.
     """
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -81,7 +79,7 @@ class GenerationFields(SamplingFields):
 
 
 class TextPart(Body):
-    """A piece of a message; images and sounds are not understood."""
+    """A text part of a message; images and audio are not supported."""
 
     type: Literal["text", "input_text", "output_text"]
     text: str
@@ -90,7 +88,7 @@ class TextPart(Body):
 
 
 class CalledFunction(Body):
-    """Which function was called, and its arguments as JSON text."""
+    """Name of a called function, and its arguments as JSON text."""
 
     name: ToolName
     arguments: str
@@ -116,7 +114,7 @@ class ChatMessage(Body):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content as one string."""
         return (
             "".join(p.text for p in self.content)
             if isinstance(self.content, list)
@@ -134,7 +132,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    """A tool, which is always a function; in `tool_choice` its name is enough."""
+    """A tool, always a function; in `tool_choice`, only its name is read."""
 
     type: Literal["function"]
     function: Function
@@ -190,19 +188,19 @@ class InputItem(ChatMessage):
 
 
 class TextFormat(JsonSchema):
-    """As `ResponseFormat`, in the flat form of `/v1/responses`."""
+    """`ResponseFormat` in the flat layout of `/v1/responses`."""
 
     type: FormatKind = "text"
 
 
 class TextConfig(Body):
-    """What the text of the answer looks like."""
+    """Format of the answer's text."""
 
     format: TextFormat = TextFormat()
 
 
 class ResponsesRequest(SamplingFields):
-    """`POST /v1/responses`; nothing is stored, so the whole conversation is sent each time."""
+    """`POST /v1/responses`; nothing is stored, so clients send the whole conversation each time."""
 
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=2048)]
     instructions: str | None = None
@@ -221,13 +219,13 @@ class EmbeddingsRequest(Body):
 
 
 class PlugRequest(Body):
-    """`POST /v1/experts`: a pack in the experts folder, by name."""
+    """`POST /v1/experts`: name of a pack in the experts folder."""
 
     name: ExpertName
 
 
 class ArmRequest(Body):
-    """`POST /v1/experts/arm`: who may speak where a request does not choose."""
+    """`POST /v1/experts/arm`: experts that may fire in requests that do not select any."""
 
     arm: list[ExpertName] | Literal["auto"]
 
@@ -257,8 +255,8 @@ TAUGHT = (
     "domain",
     "seed",
 )
-"""Arguments of `deepseek.train_expert` that a client may set: none that names a file, the base or
-what is printed.
+"""Arguments of `deepseek.train_expert` that a client may set. Arguments that name files, the base
+or the output are left out.
 """
 
 if TYPE_CHECKING:
@@ -274,7 +272,7 @@ else:
 
 
 class PreferenceRequest(Body):
-    """`POST /v1/preferences`: two answers of which one is better."""
+    """`POST /v1/preferences`: a prompt with a chosen and a rejected answer."""
 
     prompt: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     chosen: str
@@ -283,7 +281,7 @@ class PreferenceRequest(Body):
 
 
 class ReviewRequest(Body):
-    """`POST /v1/preferences/{id}`: which of the two answers shown is better."""
+    """`POST /v1/preferences/{id}`: index of the better one of the two shown answers."""
 
     choice: Literal[0, 1]
     reviewer: ShortText = "page"

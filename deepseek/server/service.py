@@ -1,5 +1,5 @@
-"""What all routes share: the engine, the settings, what a request's words mean to the engine, and
-what is under way.
+"""State shared by all routes: engine, settings, running jobs, and the translation of HTTP fields
+into engine requests.
 """
 
 import asyncio
@@ -32,12 +32,13 @@ from deepseek.server.schema import ExpertsField, JsonSchema, SamplingFields
 
 
 class GenerationJob:
-    """Generations under way; `close` must be called, and ends what has not ended.
+    """The running generations of one HTTP request; `close` must be called and cancels the rest.
 
     Args:
-        generations: in the order of the choices in the reply.
-        choices: how many of them, one after the other, share a prompt.
-        seconds: after which all of them are given up.
+        generations: the generations, in the order of the choices in the reply.
+        choices: number of consecutive generations that share a prompt (`n` in the request).
+        metrics: where time to first token and token usage are recorded.
+        seconds: time limit in seconds, after which all generations are cancelled.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class GenerationJob:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
-        """Yield the events of all generations as they come, with the number of the choice.
+        """Yield the events of all generations as they arrive, each with the index of its choice.
 
-        Raises `ApiError` if one fails or takes too long.
+        Raises:
+            ApiError: a generation failed, was cancelled or exceeded the time limit.
         """
         left = len(self.generations)
         first = True
@@ -71,7 +73,7 @@ class GenerationJob:
             yield index, event
 
     def usage(self) -> TokenUsage:
-        """Return what all generations used together; a prompt that several share counts once."""
+        """Return the total usage; a prompt shared by several generations counts once."""
         each = [generation.usage for generation in self.generations]
         experts: Counter[str | None] = Counter()
         for usage in each:
@@ -83,7 +85,7 @@ class GenerationJob:
         return TokenUsage(prompt, cached, sum(usage.completion_tokens for usage in each), experts)
 
     def close(self) -> None:
-        """Cancel what still runs and count what was used."""
+        """Cancel the unfinished generations and record the usage."""
         self._timer.cancel()
         for generation in self.generations:
             generation.cancel()
@@ -114,28 +116,30 @@ class GenerationJob:
 
 SEPARATOR = "+"
 BASE_ALONE = "none"
-"""`smollm2-135m+none`: no expert speaks. No expert can have this name."""
+"""`smollm2-135m+none` is the base with no expert armed. No expert can have this name."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server behaves.
+    """Settings of a server.
 
     Attributes:
-        model: the name under which clients know the base model; it has no path in it.
-        base: name, folder or hub id of the base, for trainings.
-        host, port: where it listens; port 0 takes a free one.
-        hosts: further names under which it may be addressed (`Host` header), beside loopback and
-            `host`.
-        api_keys: who may ask; none: everybody who reaches the server.
-        admin_keys: who may change something; none: nobody where `api_keys` are set, else everybody.
-        experts_folder: where packs are plugged from by name.
-        teach_root: folder below which text to learn from may lie; None: no teaching.
-        preferences: the preference database.
-        max_body, max_upload: bytes of a request, and of an uploaded pack.
-        request_seconds: after which an answer is given up.
-        answer_tokens: most tokens of an answer that asks for no limit.
-        secret: that the page's sessions are made of; replicas of one server share it.
+        model: the base model's name in the API, without a path.
+        base: name, folder or hub id of the base, passed to trainings.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        hosts: further accepted values of the `Host` header, beside loopback and `host`.
+        api_keys: keys that may send requests; empty: everyone who can reach the server.
+        admin_keys: keys that may change the server; empty: no one if `api_keys` are set, else
+            everyone.
+        experts_folder: folder from which packs are plugged by name.
+        teach_root: folder below which training text must lie; None turns teaching off.
+        preferences: file of the preference database.
+        max_body: most bytes of a request body.
+        max_upload: most bytes of an uploaded pack.
+        request_seconds: time limit of a request, in seconds.
+        answer_tokens: most tokens of an answer if the request sets no limit.
+        secret: secret from which session cookies are derived; replicas of one server share it.
     """
 
     model: str = "smollm2-135m"
@@ -156,8 +160,10 @@ class Settings:
 
 
 class Service:
-    """The state of one server; `engine` comes later than the server itself, so that it can say that
-    it is loading.
+    """The state of one server.
+
+    The engine is attached after the server has started, so that the server can answer with 503
+    while the model loads.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -165,24 +171,24 @@ class Service:
         self.metrics = Metrics()
         self.indexes = Indexes(settings.experts_folder)
         self.draining = False
-        self.active = 0  # requests under way
+        self.active = 0  # running HTTP requests
         self.fleet: Fleet | None = None
         self._engine: Engine | None = None
         self._writer: PromptWriter | None = None
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
 
     def attach(self, engine: Engine, fleet: Fleet | None = None) -> None:
-        """Begin to serve with `engine`, as one of a fleet or alone."""
+        """Start to serve with `engine`, alone or as a member of `fleet`."""
         self.fleet = fleet
         self._writer = PromptWriter(engine.tokenizer, engine.model.config.max_position_embeddings)
         self.metrics.watch(engine)
         gc.collect()
-        gc.freeze()  # a collection that goes over all that is loaded holds up every stream
+        gc.freeze()  # else a full collection scans all loaded objects and stalls every stream
         self._engine = engine
 
     @property
     def refusal(self) -> ApiError | None:
-        """Why no request can be served now, or None."""
+        """The reason why no request can be served now, or None."""
         if self.draining:
             return ApiError(503, "The server is shutting down; ask another one.", code="draining")
         if self._engine is None:
@@ -193,37 +199,49 @@ class Service:
 
     @property
     def engine(self) -> Engine:
-        """The engine; raises `ApiError` while there is none."""
+        """The engine. Raises `ApiError` (503) while none is attached."""
         if self._engine is None:
             raise self.refusal or ApiError(503, "There is no engine.")
         return self._engine
 
     @property
     def experts_owner(self) -> Engine | Fleet:
-        """What plugs, unplugs and arms experts for the whole server."""
+        """The fleet, or without one the engine: it plugs, unplugs and arms for the whole server."""
         return self.fleet or self.engine
 
     @property
     def writer(self) -> PromptWriter:
-        """What makes prompts for the engine's model."""
+        """The prompt writer of the engine's model."""
         assert self._writer is not None
         return self._writer
 
     async def start(self, plan: Callable[[], Sequence[Request]], choices: int = 1) -> GenerationJob:
-        """Submit the requests that `plan` makes, all or none, away from the event loop.
+        """Submit the requests that `plan` returns and return the job that follows them.
+
+        Planning (template, tokenizer, retrieval) and submission run in a thread, so that they do
+        not block the event loop. Either all requests are admitted or none.
 
         Args:
-            choices: how many of them, one after the other, share a prompt.
+            plan: returns the engine's requests.
+            choices: number of consecutive requests that share a prompt; default: 1.
+
+        Raises:
+            ApiError, UserError: a request is invalid.
+            QueueFullError: the queue has no room for all requests.
         """
         generations = await asyncio.to_thread(submit, self.engine, plan)
         return GenerationJob(generations, choices, self.metrics, self.settings.request_seconds)
 
     def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:
-        """Return who may speak under a model name such as `smollm2-135m+code+zh` and the field
-        `experts`.
+        """Return the experts that a request may use.
 
-        The plain name takes those that the server has armed. Raises `ApiError` if there is no such
-        model, or if name and field both choose.
+        Args:
+            model: model name of the request, such as `smollm2-135m+code+zh`. The plain name of the
+                base selects the experts that are armed on the server.
+            wanted: field `experts` of the request.
+
+        Raises:
+            ApiError: there is no such model, or name and field both select experts.
         """
         named = self.named_experts(model)
         if named is None:
@@ -239,8 +257,8 @@ class Service:
         return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
 
     def named_experts(self, model: str) -> tuple[str, ...] | None:
-        """Return the experts in a model name, None for the plain one. Raises `ApiError` if one is
-        not plugged.
+        """Return the experts in a model name, None for the plain base name. Raises `ApiError`
+        if one is not plugged.
         """
         base = self.settings.model
         plugged = {info.name for info in self.engine.experts()}
@@ -264,17 +282,15 @@ class Service:
         return tuple(names)
 
     def models(self) -> list[str]:
-        """Return the names to choose from: the base as armed, alone, with each expert, and with
-        all.
-        """
+        """Return the model names: the base as armed, alone, with each expert, and with all."""
         base = self.settings.model
         plugged = [info.name for info in self.engine.experts()]
-        every = [SEPARATOR.join([base, *plugged])] if len(plugged) > 1 else []
+        with_all = [SEPARATOR.join([base, *plugged])] if len(plugged) > 1 else []
         return [
             base,
             f"{base}{SEPARATOR}{BASE_ALONE}",
             *(f"{base}{SEPARATOR}{name}" for name in plugged),
-            *every,
+            *with_all,
         ]
 
     def _token_text(self, identity: int) -> str:
@@ -282,7 +298,7 @@ class Service:
 
 
 def submit(engine: Engine, plan: Callable[[], Sequence[Request]]) -> list[Generation]:
-    """Submit what `plan` makes; if one request is refused, none stays."""
+    """Submit the requests that `plan` returns; if one is refused, cancel the others."""
     generations: list[Generation] = []
     try:
         generations.extend(engine.submit(request) for request in plan())
@@ -298,7 +314,7 @@ async def _service_of(request: HttpRequest) -> Any:
 
 
 TheService = Annotated[Service, Depends(_service_of)]
-"""What a route names to be given the service of its app."""
+"""Type of a route parameter that receives the app's `Service`."""
 
 
 DIALS = (
@@ -329,20 +345,23 @@ def ask(
     """Return the engine's request for one answer.
 
     Args:
-        max_tokens: None takes the server's limit; more than the context has room for is cut to it.
-        choice: which of several answers to one prompt; each draws from a seed of its own.
-        schema: JSON schema that the answer follows.
-        logprobs, prompt_logprobs: see `Request`.
-        user_ids: its `user_ids`.
+        service: the server's state.
+        body: sampling fields of the HTTP request.
+        prompt_ids: token ids of the prompt.
+        max_tokens: most tokens of the answer, capped at the free context; None takes
+            `Settings.answer_tokens`.
+        choice: index among the answers to one prompt, added to the seed so that they differ.
+        schema: JSON schema that constrains the answer; default: none.
+        logprobs, prompt_logprobs, user_ids: see `Request`.
 
     Raises:
-        ApiError, UserError: with the cause and the mend.
+        ApiError, UserError: the request is invalid; the message says what to do.
     """
-    room = service.writer.context - len(prompt_ids)
+    free_tokens = service.writer.context - len(prompt_ids)
     stop = getattr(body, "stop", None) or ()
     return Request(
         tuple(prompt_ids),
-        sampling(body, min(max_tokens or service.settings.answer_tokens, room), choice),
+        sampling(body, min(max_tokens or service.settings.answer_tokens, free_tokens), choice),
         experts=service.experts(body.model, body.experts),
         user_ids=user_ids,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
@@ -353,20 +372,24 @@ def ask(
 
 
 def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
-    """Return how the tokens of one answer are chosen; what the request leaves open is as OpenAI has
-    it.
-    """
-    given = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
-    if "seed" in given:
-        given["seed"] = (given["seed"] + choice) % (1 << 63)
-    if "logit_bias" in given:
-        given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
-    return Sampling(**{"temperature": 1.0, **given, "max_new_tokens": max_tokens})
+    """Return the sampling parameters of one answer; unset fields take OpenAI's defaults."""
+    fields = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
+    if "seed" in fields:
+        fields["seed"] = (fields["seed"] + choice) % (1 << 63)
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    return Sampling(**{"temperature": 1.0, **fields, "max_new_tokens": max_tokens})
 
 
 def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:
-    """Return the schema of an answer of this kind, None for free text. Raises `ApiError` if it is
-    missing.
+    """Return the JSON schema for a response format, None for free text.
+
+    Args:
+        kind: "text", "json_object" or "json_schema".
+        described: the format's schema, read for "json_schema" only.
+
+    Raises:
+        ApiError: a format of type "json_schema" has no schema.
     """
     if kind == "json_schema" and described.schema_ is None:
         raise ApiError(

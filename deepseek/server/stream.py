@@ -1,5 +1,5 @@
-"""From a job's events to what is sent: OpenAI's chunks, as server-sent events or folded into one
-JSON object.
+"""Turn a job's events into OpenAI's chunks, streamed as server-sent events or folded into one JSON
+object.
 """
 
 import json
@@ -19,20 +19,22 @@ from deepseek.server.schema import GenerationFields
 from deepseek.server.service import GenerationJob, Service
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
+"""Stands for minus infinity, which JSON cannot represent."""
 
 Fields = dict[str, Any]
 
 
 class Reply(StreamingResponse):
-    """Sends chunks as server-sent events, or what `fold` makes of all of them; closes the job
-    whatever happens.
+    """Send chunks as server-sent events or folded into one JSON object; always close the job.
 
-    The status is sent with the first bytes, so that what goes wrong before is still an error reply.
-    If the client goes away, the job ends (Starlette stops the iteration).
+    The status is sent with the first bytes, so that an error before them still becomes an error
+    reply. If the client disconnects, Starlette stops the iteration and the job is closed.
 
     Args:
-        named: events have names (their `type`), and no `[DONE]` follows.
+        chunks: the chunks to send.
+        job: the job to close at the end; default: none.
+        named: whether events carry a name (their `type`) and no `[DONE]` follows; default: False.
+        fold: makes one JSON object of all chunks; default: stream the chunks.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Reply(StreamingResponse):
         self._job = job
 
     async def stream_response(self, send: Send) -> None:
-        """Send the status once there is something to say."""
+        """Send the status once the first chunk is there."""
         body = aiter(self.body_iterator)
         first = await anext(body)
 
@@ -79,7 +81,7 @@ class Reply(StreamingResponse):
         try:
             async for chunk in chunks:
                 yield (f"event: {chunk['type']}\n" if named else "") + _data(chunk)
-        except Exception as error:  # the status is sent already, so the error comes as an event
+        except Exception as error:  # the status is already sent, so the error becomes an event
             yield ("event: error\n" if named else "") + _data(as_api_error(error).body())
         if not named:
             yield "data: [DONE]\n\n"
@@ -90,12 +92,15 @@ def _data(chunk: Fields) -> str:
 
 
 class Chunks(ABC):
-    """What chat and plain completions have in common: one chunk a choice and token, and the usage
-    at the end.
+    """Chunks of chat and plain completions: one per choice and token, then the usage.
 
     Args:
-        kind: OpenAI's name of the whole reply; `suffix` makes that of a chunk.
-        prefix: of ids.
+        service: the server's state.
+        body: the request.
+        job: the running generations.
+        kind: `object` field of a whole reply.
+        prefix: prefix of the reply's id.
+        suffix: appended to `kind` for the `object` field of a chunk.
     """
 
     def __init__(
@@ -117,21 +122,20 @@ class Chunks(ABC):
         }
         self.kind = kind
         self.suffix = suffix
-        self.retrieved: list[str] | None = (
-            None  # where passages in the prompt come from, if any were asked for
-        )
+        # Sources of the retrieved passages, None if the request does not retrieve.
+        self.retrieved: list[str] | None = None
 
     @abstractmethod
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
-        """Yield what one more token adds to a choice."""
+        """Yield what one more token adds to the choice with this index."""
 
     def opening(self) -> Iterator[Fields]:
-        """Yield what choices begin with, before any token."""
+        """Yield the first chunks of the choices, before any token; default: none."""
         yield from ()
 
     def used(self) -> Fields:
-        """Return the usage, how many tokens each expert spoke, and where retrieved passages come
-        from.
+        """Return the usage, the number of tokens per expert, and the sources of retrieved
+        passages.
         """
         usage = self.job.usage()
         retrieved = {} if self.retrieved is None else {"retrieved": self.retrieved}
@@ -147,7 +151,7 @@ class Chunks(ABC):
             yield {**head, "choices": [], **self.used()}
 
     def fold(self, chunks: list[Fields]) -> Fields:
-        """Return the one reply that all chunks together are."""
+        """Return the whole reply that the chunks add up to."""
         choices: dict[int, Fields] = {}
         for chunk in chunks:
             for choice in chunk["choices"]:
@@ -158,7 +162,7 @@ class Chunks(ABC):
         return {**self.head, "object": self.kind, "choices": whole, **self.used()}
 
     def finished(self, choice: Fields) -> Fields:
-        """Return a folded choice in the form of a whole reply."""
+        """Return a folded choice in the layout of a whole reply."""
         return {name: value for name, value in choice.items() if name != "expert"}
 
     async def _all_choices(self) -> AsyncIterator[Fields]:
@@ -170,8 +174,8 @@ class Chunks(ABC):
 
 
 def joined(before: Any, more: Any) -> Any:
-    """Return what two pieces of a streamed value make together: texts and lists go on, tables field
-    by field.
+    """Return two pieces of a streamed value joined: strings and lists are concatenated, dicts are
+    joined field by field.
     """
     if isinstance(before, dict) and isinstance(more, dict):
         return {name: joined(before.get(name), more.get(name)) for name in {**before, **more}}
@@ -181,7 +185,7 @@ def joined(before: Any, more: Any) -> Any:
 
 
 def usage_fields(usage: TokenUsage) -> Fields:
-    """Return `usage` as OpenAI names it."""
+    """Return the usage with OpenAI's field names."""
     total = usage.prompt_tokens + usage.completion_tokens
     counts = {
         "prompt_tokens": usage.prompt_tokens,
@@ -192,11 +196,11 @@ def usage_fields(usage: TokenUsage) -> Fields:
 
 
 def chat_logprobs(service: Service, logprobs: Sequence[TokenLogprob]) -> Fields:
-    """Return tokens with their log probabilities and those of the likeliest, as chat tells them."""
+    """Return log probabilities in chat's layout: each token with its most likely alternatives."""
 
-    def told(identity: int, logprob: float) -> Fields:
+    def entry(identity: int, logprob: float) -> Fields:
         text = service.token_text(identity)
-        whole = "\ufffd" not in text  # a token may be a part of a character
+        whole = "\ufffd" not in text  # a token can be part of a character
         return {
             "token": text,
             "logprob": finite(logprob),
@@ -205,13 +209,16 @@ def chat_logprobs(service: Service, logprobs: Sequence[TokenLogprob]) -> Fields:
 
     return {
         "content": [
-            {**told(one.token_id, one.logprob), "top_logprobs": [told(*top) for top in one.top]}
-            for one in logprobs
+            {
+                **entry(token.token_id, token.logprob),
+                "top_logprobs": [entry(*top) for top in token.top],
+            }
+            for token in logprobs
         ],
         "refusal": None,
     }
 
 
 def finite(logprob: float) -> float:
-    """Return a log probability that JSON can say."""
+    """Return a log probability that JSON can represent."""
     return max(logprob, LEAST_LOGPROB)

@@ -1,5 +1,5 @@
-"""Function calls: told to the model, forced by a grammar where one must be made, and read out of
-its text.
+"""Function calls: described in the prompt, enforced by a grammar where required, and parsed from
+the model's text.
 """
 
 import json
@@ -16,7 +16,7 @@ PREAMBLE = (
     "{tools}\n</tools>\nFor each call, write its name and arguments as JSON like this:\n"
     '<tool_call>\n{{"name": "a_function", "arguments": {{}}}}\n</tool_call>'
 )
-"""The words of Hermes and Qwen, for models whose own template knows nothing of tools."""
+"""The tool prompt of Hermes and Qwen, for models whose chat template does not support tools."""
 
 CLOSED = {"type": "object", "required": ["name", "arguments"], "additionalProperties": False}
 MARKED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
@@ -26,12 +26,12 @@ STARTS = (MARK, "{", "[")
 
 @dataclass(frozen=True)
 class Calling:
-    """How functions may be called in one request.
+    """The function calls that one request allows.
 
     Attributes:
-        tools: those offered.
-        must: one of them has to be called; the whole text is then the call.
-        one: at most one call.
+        tools: the offered tools; default: none.
+        must: whether the answer has to be a call and nothing else; default: False.
+        one: whether at most one call is allowed; default: False.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -40,8 +40,10 @@ class Calling:
 
     @staticmethod
     def of(request: ChatRequest) -> "Calling":
-        """Return what a request asks for. Raises `ApiError` if it wants a tool that it does not
-        describe.
+        """Return the calls that a request allows.
+
+        Raises:
+            ApiError: `tool_choice` names a tool that the request does not describe.
         """
         tools = tuple(request.tools or ())
         choice = request.tool_choice
@@ -49,14 +51,16 @@ class Calling:
             tools = tuple(tool for tool in tools if tool.function.name == choice.function.name)
         if choice not in (None, "none", "auto") and not tools:
             raise ApiError(
-                400, "tool_choice wants a tool that is not among tools.", param="tool_choice"
+                400,
+                "tool_choice wants a tool that is not among tools; add it to tools.",
+                param="tool_choice",
             )
         if choice == "none":
             return Calling()
         return Calling(tools, choice not in (None, "auto"), request.parallel_tool_calls is False)
 
     def schema(self) -> dict[str, Any] | None:
-        """Return the JSON schema of a call that must be made, None where the text is free."""
+        """Return the JSON schema of a required call, None if no call is required."""
         if not self.must:
             return None
         schemas = {
@@ -76,8 +80,9 @@ class Calling:
         }
 
     def content_length(self, text: str) -> int:
-        """Return how many characters of `text`, an answer so far, are content whatever follows: no
-        call is in them.
+        """Return how many characters of a partial answer can be sent as content already.
+
+        The rest is, or may still become, a function call.
         """
         if not self.tools:
             return len(text)
@@ -95,21 +100,21 @@ class Calling:
         )
 
     def read(self, text: str) -> list[dict[str, Any]]:
-        """Return the calls in a finished answer."""
+        """Return the calls in a finished answer, each with `name` and `arguments` (JSON text)."""
         calls = [call for part in MARKED.findall(text) or [text] for call in self._calls(part)]
         return calls[:1] if self.one else calls
 
     def _calls(self, text: str) -> Iterator[dict[str, Any]]:
-        """Yield the calls of offered functions that a JSON text holds; Llama says "parameters" for
-        "arguments".
+        """Yield the calls of offered functions in a JSON text.
+
+        Llama writes "parameters" instead of "arguments"; both are accepted.
         """
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return
-        names = [
-            tool.function.name for tool in self.tools
-        ]  # a "name" in free JSON may be anything, unhashable too
+        # A list, not a set: "name" in free-form JSON can be any value, also an unhashable one.
+        names = [tool.function.name for tool in self.tools]
         for call in value if isinstance(value, list) else [value]:
             if isinstance(call, dict) and call.get("name") in names:
                 arguments = call.get("arguments", call.get("parameters", {}))
@@ -117,7 +122,7 @@ class Calling:
 
 
 def moved(schema: Any, root: str) -> Any:
-    """Return a JSON schema whose references still hold where it stands at `root` of another one."""
+    """Return a JSON schema with its references rewritten for embedding at the pointer `root`."""
     if isinstance(schema, list):
         return [moved(part, root) for part in schema]
     if not isinstance(schema, dict):
@@ -131,27 +136,27 @@ def moved(schema: Any, root: str) -> Any:
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Return messages for a template that knows a role and a text: calls and their results become
-    text.
-    """
+    """Return messages for templates without tool support: calls and their results become text."""
     return [_plain(message) for message in messages]
 
 
 def tool_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Return messages as templates that know tools read them: arguments as a table, not as text."""
-    told = [message.model_dump(exclude_none=True) | _said(message) for message in messages]
-    for call in [call for message in told for call in message.get("tool_calls", ())]:
+    """Return messages for templates with tool support, which expect parsed call arguments."""
+    rendered = [
+        message.model_dump(exclude_none=True) | _base_fields(message) for message in messages
+    ]
+    for call in [call for message in rendered for call in message.get("tool_calls", ())]:
         call["function"]["arguments"] = _arguments(call["function"]["arguments"])
-    return told
+    return rendered
 
 
 def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Return the tools as a template is given them."""
+    """Return the tools as chat templates expect them."""
     return [tool.model_dump(exclude_none=True) for tool in tools]
 
 
 def with_preamble(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Return messages whose system message also describes the tools."""
+    """Return messages with the tool descriptions appended to the system message."""
     preamble = PREAMBLE.format(
         tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in described(tools))
     )
@@ -163,7 +168,8 @@ def with_preamble(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> list
     return [{"role": "system", "content": preamble}, *messages]
 
 
-def _said(message: ChatMessage) -> dict[str, Any]:
+def _base_fields(message: ChatMessage) -> dict[str, Any]:
+    """Return role and text of a message; templates know the role "developer" as "system"."""
     return {
         "role": "system" if message.role == "developer" else message.role,
         "content": message.text,
@@ -173,19 +179,17 @@ def _said(message: ChatMessage) -> dict[str, Any]:
 def _plain(message: ChatMessage) -> dict[str, Any]:
     if message.role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.text}\n</tool_response>"}
-    said = _said(message)
+    fields = _base_fields(message)
     for call in message.tool_calls or ():
-        made = json.dumps(
+        call_json = json.dumps(
             {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
         )
-        said["content"] = f"{said['content']}\n{MARK}\n{made}\n</tool_call>".lstrip("\n")
-    return said
+        fields["content"] = f"{fields['content']}\n{MARK}\n{call_json}\n</tool_call>".lstrip("\n")
+    return fields
 
 
 def _arguments(text: str) -> Any:
-    """Return the arguments of an earlier call as a value, or as they were written where that is no
-    JSON.
-    """
+    """Return a call's arguments parsed from JSON, or unchanged if they are not valid JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

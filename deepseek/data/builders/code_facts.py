@@ -1,5 +1,5 @@
-"""What code states about itself: docstrings, signatures, defaults, constants, comments, and places;
-nothing is run.
+"""Extract facts from code: docstrings, signatures, defaults, constants, comments and locations. The
+code is never run.
 """
 
 import ast
@@ -21,10 +21,10 @@ from deepseek.data.text.document import Document
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 LONGEST_VALUE = 60
-"""Characters of a default or constant that somebody may know by heart."""
+"""Most characters of a default or constant that is worth asking for."""
 
 MOST_NAMES = 10
-"""Arguments, methods or exceptions in one answer."""
+"""Most arguments, methods or exceptions in one answer."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Definition:
     """A function, method or class.
 
     Attributes:
-        name: as one asks for it, `Class.method` for a method.
+        name: name in questions, `Class.method` for a method.
         node: its syntax tree.
-        method: whether its first argument is the object.
+        method: whether its first argument is `self` or `cls`; default: False.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Definition:
 
 
 def code_facts(document: Document) -> Iterator[Fact]:
-    """Yield what a file of code states: of Python by its syntax tree, of other languages by
-    comments before names.
+    """Yield the facts of a code file: from the syntax tree of Python, from the comments before
+    definitions in other languages.
     """
     place = shown_path(document.name)
     tree = parsed(document.text) if document.name.endswith(".py") else None
@@ -61,8 +61,8 @@ def code_facts(document: Document) -> Iterator[Fact]:
 
 
 def definitions(tree: ast.Module) -> Iterator[Definition]:
-    """Yield public functions and classes, and their public methods; nobody asks for tests and
-    nested functions.
+    """Yield public functions and classes, and their public methods, without tests and nested
+    functions.
     """
     for node in tree.body:
         if isinstance(node, FunctionNode | ast.ClassDef) and is_public(node.name):
@@ -75,12 +75,12 @@ def definitions(tree: ast.Module) -> Iterator[Definition]:
 
 
 def is_public(name: str) -> bool:
-    """Return whether somebody outside would ask for a name."""
+    """Return whether a name is public and not of a test."""
     return not name.startswith(("_", "test", "Test"))
 
 
 def is_static(node: FunctionNode) -> bool:
-    """Return whether a method is called without an object."""
+    """Return whether a method is a static method."""
     return any(
         isinstance(decorator, ast.Name) and decorator.id == "staticmethod"
         for decorator in node.decorator_list
@@ -88,14 +88,14 @@ def is_static(node: FunctionNode) -> bool:
 
 
 def definition_facts(definition: Definition, place: str) -> Iterator[Fact]:
-    """Yield all that the definition of one name states."""
+    """Yield the facts of one definition."""
     node = definition.node
     what = f"`{definition.name}`"
     docstring = ast.get_docstring(node) or ""
     paragraph = opening(docstring)
     if shortened(paragraph):
         yield Fact("purpose", what, shortened(paragraph), (first_sentence(paragraph),), place)
-    if "." not in definition.name:  # a method is where its class is
+    if "." not in definition.name:  # methods are in the same file as their class
         yield location(what, place)
     if isinstance(node, ast.ClassDef):
         yield from class_facts(node, what, place)
@@ -108,14 +108,14 @@ def definition_facts(definition: Definition, place: str) -> Iterator[Fact]:
 
 
 def location(what: str, place: str) -> Fact:
-    """Return where a name is defined; a path counts as known by its last two parts."""
+    """Return the fact where a name is defined; an answer needs only the path's last two parts."""
     return Fact(
         "location", what, f"{what} is defined in `{place}`.", ("/".join(place.split("/")[-2:]),)
     )
 
 
 def class_facts(node: ast.ClassDef, what: str, place: str) -> Iterator[Fact]:
-    """Yield bases, methods, defaults of fields, and how an object is made."""
+    """Yield bases, methods, defaults of fields, and the arguments of `__init__`."""
     bases = [written(base) for base in node.bases]
     if bases and all(bases):
         yield Fact("bases", what, f"{what} inherits from {listed(bases)}.", tuple(bases), place)
@@ -138,7 +138,7 @@ def class_facts(node: ast.ClassDef, what: str, place: str) -> Iterator[Fact]:
 
 
 def call_facts(node: FunctionNode, definition: Definition, place: str) -> Iterator[Fact]:
-    """Yield signature, arguments, defaults, what comes back and what is raised."""
+    """Yield signature, arguments, defaults, return type and exceptions of a function."""
     what = f"`{definition.name}`"
     yield from argument_facts(node, what, place, skipped=int(definition.method))
     call = f"{node.name}({written(node.args)})"
@@ -158,9 +158,7 @@ def call_facts(node: FunctionNode, definition: Definition, place: str) -> Iterat
 
 
 def argument_facts(node: FunctionNode, what: str, place: str, skipped: int) -> Iterator[Fact]:
-    """Yield the names and defaults of arguments without the first `skipped`, which are the object
-    itself.
-    """
+    """Yield the names and defaults of arguments, without the first `skipped` ones (`self`)."""
     positional = [*node.args.posonlyargs, *node.args.args]
     names = [argument.arg for argument in [*positional[skipped:], *node.args.kwonlyargs]]
     if 0 < len(names) <= MOST_NAMES:
@@ -175,7 +173,7 @@ def argument_facts(node: FunctionNode, what: str, place: str, skipped: int) -> I
 
 
 def default_facts(what: str, place: str, argument: str, value: ast.expr | None) -> Iterator[Fact]:
-    """Yield the default of one argument or field; None says nothing that a guess would not."""
+    """Yield the default of one argument or field, except None, which is too easy to guess."""
     text = simple(value)
     if text and text != "None":
         answer = f"The default of `{argument}` in {what} is `{text}`."
@@ -183,7 +181,7 @@ def default_facts(what: str, place: str, argument: str, value: ast.expr | None) 
 
 
 def constant_facts(tree: ast.Module, place: str) -> Iterator[Fact]:
-    """Yield the simple values of capitalised names at the top of a module."""
+    """Yield value and location of module constants (upper-case names) with simple values."""
     for node in tree.body:
         targets = (
             node.targets
@@ -206,7 +204,7 @@ def constant_facts(tree: ast.Module, place: str) -> Iterator[Fact]:
 
 
 def exceptions(node: FunctionNode) -> Iterator[str]:
-    """Yield the names of what a function raises itself."""
+    """Yield the names of the exceptions in a function's own `raise` statements."""
     for inner in ast.walk(node):
         raised = inner.exc if isinstance(inner, ast.Raise) else None
         name = raised.func if isinstance(raised, ast.Call) else raised
@@ -215,8 +213,8 @@ def exceptions(node: FunctionNode) -> Iterator[str]:
 
 
 def simple(value: ast.expr | None) -> str:
-    """Return a number, text, name, or short tuple or list of such as source; "" for all that is
-    computed.
+    """Return the source of a short value without calls (number, string, name, tuple, list), ""
+    for others.
     """
     if value is None or any(
         isinstance(node, ast.Call | ast.Lambda | ast.JoinedStr) for node in ast.walk(value)
@@ -227,7 +225,7 @@ def simple(value: ast.expr | None) -> str:
 
 
 def written(node: ast.AST) -> str:
-    """Return a syntax tree as source, "" if it is too deep."""
+    """Return the source of a syntax tree, "" if it is too deeply nested."""
     try:
         return ast.unparse(node)
     except RecursionError:
@@ -235,7 +233,7 @@ def written(node: ast.AST) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names as a person lists them."""
+    """Return names as an English list: `a`, `b` and `c`."""
     quoted = [f"`{name}`" for name in names]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
@@ -244,7 +242,7 @@ OPENING_END = re.compile(r"\n\s*\n|\n\s*(?:[A-Z][a-z]+:\s*(?:\n|$)|:\w+|>>>|[-*]
 
 
 def opening(docstring: str) -> str:
-    """Return the first paragraph of a docstring, which ends at a blank line, section, list or
+    """Return the first paragraph of a docstring; it ends at a blank line, section, list or
     example.
     """
     return OPENING_END.split(docstring, maxsplit=1)[0]
@@ -257,23 +255,23 @@ DASHED = re.compile(r"^(\s*)[-*]\s+\*\*(\w+)\*\*(?:\s*\([^)]*\))?\s+--\s+(\S.*)$
 
 
 def described_arguments(docstring: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, description) of arguments out of a docstring in one of the usual forms, one line
-    or several.
+    """Yield (name, description) of the arguments in a docstring in Google, Sphinx or dashed
+    style.
     """
     lines = docstring.split("\n")
     inside = False
     for number, line in enumerate(lines):
         inside = bool(SECTION.match(line)) or (inside and (not line or line[:1].isspace()))
         field = FIELD.match(line)
-        found = DASHED.match(line) or (ARGUMENT.match(line) if inside else None)
+        entry = DASHED.match(line) or (ARGUMENT.match(line) if inside else None)
         if field:
             yield field[1], " ".join([field[2], *continued(lines[number + 1 :], 0)])
-        elif found:
-            yield found[2], " ".join([found[3], *continued(lines[number + 1 :], len(found[1]))])
+        elif entry:
+            yield entry[2], " ".join([entry[3], *continued(lines[number + 1 :], len(entry[1]))])
 
 
 def continued(lines: Sequence[str], indent: int) -> Iterator[str]:
-    """Yield the lines that go on with a description: those indented deeper than it."""
+    """Yield the continuation lines of a description, which are indented deeper than it."""
     for line in lines:
         if len(line) - len(line.lstrip()) <= indent or ARGUMENT.match(line) or DASHED.match(line):
             return
@@ -288,15 +286,15 @@ COMMENT = re.compile(r"^\s*(?:///?!?|/\*\*?|\*/?|#+|--|;;)\s?(.*?)(?:\s*\*/)?$")
 
 
 def comment_facts(text: str, place: str) -> Iterator[Fact]:
-    """Yield where the names of a file that is not Python are defined, and what the comment before
-    each says.
+    """Yield the locations of the names defined in a file that is not Python, and their purpose from
+    the comments before them.
     """
     lines = text.split("\n")
     for number, line in enumerate(lines):
-        found = DEFINED.match(line)
-        if not found or not is_public(found[1]):
+        defined = DEFINED.match(line)
+        if not defined or not is_public(defined[1]):
             continue
-        what = f"`{found[1]}`"
+        what = f"`{defined[1]}`"
         yield location(what, place)
         comment = " ".join(comment_before(lines, number))
         if shortened(comment) and len(tokens_of(comment)) > 2:
@@ -305,14 +303,14 @@ def comment_facts(text: str, place: str) -> Iterator[Fact]:
 
 
 def comment_before(lines: Sequence[str], number: int) -> list[str]:
-    """Return the comment lines right before a line, without their signs and without tags such as
-    `@param`.
+    """Return the comment lines directly before a line, without comment signs, up to the first tag
+    such as `@param`.
     """
     first = number
     while first > 0 and COMMENT.match(lines[first - 1]):
         first -= 1
-    found = [COMMENT.match(line) for line in lines[first:number]]
-    texts = [match[1].strip() for match in found if match]
+    matches = [COMMENT.match(line) for line in lines[first:number]]
+    texts = [match[1].strip() for match in matches if match]
     tag = next(
         (index for index, text in enumerate(texts) if text.startswith(("@", "\\"))), len(texts)
     )

@@ -1,9 +1,9 @@
-"""Everyday user messages in fifteen languages: seeds of the conversations that gates are calibrated
-against.
+"""Everyday user messages in fifteen languages, the seeds of background conversations for gate
+calibration.
 
-Gates calibrated on public text alone fire in ordinary chats. The messages are packaged, so that
-background conversations can be made on any machine, offline: the base model answers them itself.
-They were written for this project and have its licence.
+Gates calibrated on public text alone fire in ordinary chats. The messages are part of the package,
+so that background conversations can be generated offline: the base model writes the answers. The
+messages were written for this project and have its licence.
 """
 
 import json
@@ -13,11 +13,11 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a user says in one conversation; the answers are left to a model.
+    """The user's messages of one conversation; a model writes the answers.
 
     Attributes:
         language: ISO 639-1 code, such as `en`.
-        topic: what it is about, in English, such as `cooking`.
+        topic: topic in English, such as `cooking`.
         turns: the user's messages in order, one or two.
     """
 
@@ -27,9 +27,7 @@ class Conversation:
 
 
 def everyday_conversations() -> tuple[Conversation, ...]:
-    """Return all packaged conversations, in the order of the file: language by language, English
-    first.
-    """
+    """Return all packaged conversations, grouped by language, English first."""
     with files("deepseek.data.builders").joinpath("everyday.jsonl").open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     return tuple(

@@ -1,30 +1,28 @@
-"""Facts that a document states, before anybody asks for them, and whether an answer states them
-too.
-"""
+"""Facts stated by documents, and the check whether an answer states them too."""
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Check = tuple[str, ...]
-"""What a right answer states, all of it: names, a value, a path, or a sentence in about these
+"""Parts that a correct answer must all state: names, a value, a path, or a sentence in about these
 words.
 """
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that a document states.
+    """One fact stated by a document.
 
     Attributes:
-        kind: a key of `PHRASINGS`.
-        what: what a question is about, as a question writes it: a name in backticks, a heading, a
-            commit's subject.
-        answer: in words of the document.
+        kind: a key of `phrasings.CODE` or `phrasings.PROSE`.
+        what: the subject as written in a question: a name in backticks, a heading, or a commit's
+            subject line.
+        answer: the answer, in words of the document.
         check: see `Check`.
-        place: the file, to tell things of the same name apart.
-        argument: name of the argument that is asked for, if one is.
-        language: in which to ask; "" if unknown.
+        place: the file, which distinguishes subjects of the same name; default: "".
+        argument: name of the argument that is asked for; default: "" (none).
+        language: language of the question; "" if unknown; default: `en`.
     """
 
     kind: str
@@ -37,7 +35,7 @@ class Fact:
 
 
 def shown_path(name: str) -> str:
-    """Return a document's path as its users write it: `repo/src/a.py` is `src/a.py`, `folder/a.py`
+    """Return a document's path as users write it: `repo/src/a.py` becomes `src/a.py`, `folder/a.py`
     stays.
     """
     parts = name.split("/")
@@ -45,26 +43,26 @@ def shown_path(name: str) -> str:
 
 
 LONGEST_ANSWER = 320
-"""Characters: what a small model can say in one turn."""
+"""Most characters of an answer, about what a small model can write in one turn."""
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=\S)|(?<=[。！？])")
 
 ABBREVIATION = re.compile(
     r"(?:\b(?:e\.g|i\.e|etc|vs|cf|z\.B|bzw|d\.h|ca|p\.ex|es|Dr|Mr|Nr|No|St|\w))\.$"
 )
-"""Ends that are no ends of a sentence."""
+"""Abbreviations, whose full stop does not end a sentence."""
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a paragraph, blanks and line ends as one blank."""
-    found = []
-    held = ""
+    """Return the sentences of a paragraph, with white space collapsed."""
+    complete = []
+    sentence = ""
     for part in SENTENCE_END.split(" ".join(text.split())):
-        held = f"{held} {part}".strip()
-        if held and not ABBREVIATION.search(held):
-            found.append(held)
-            held = ""
-    return [*found, held] if held else found
+        sentence = f"{sentence} {part}".strip()
+        if sentence and not ABBREVIATION.search(sentence):
+            complete.append(sentence)
+            sentence = ""
+    return [*complete, sentence] if sentence else complete
 
 
 def first_sentence(text: str) -> str:
@@ -73,16 +71,16 @@ def first_sentence(text: str) -> str:
 
 
 def shortened(paragraph: str, most: int = LONGEST_ANSWER) -> str:
-    """Return as many whole sentences from the start of a paragraph as fit, "" if the first one does
-    not.
+    """Return as many leading sentences of a paragraph as fit into `most` characters, "" if the
+    first one does not.
     """
-    kept = ""
+    text = ""
     for sentence in sentences(paragraph):
-        longer = f"{kept} {sentence}".strip()
+        longer = f"{text} {sentence}".strip()
         if len(longer) > most:
             break
-        kept = longer
-    return kept
+        text = longer
+    return text
 
 
 TOKEN = re.compile(
@@ -91,40 +89,43 @@ TOKEN = re.compile(
     r"|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]"
 )
 IGNORED = re.compile(r"[\"'`“”„«»‘’*,;]|(?<=\d)_(?=\d)")
-"""Quotes, emphasis and separators, which writers of the same answer choose differently."""
+"""Quotes, emphasis and separators, which vary between writings of the same answer."""
 
 REACH = 60
-"""Tokens from the start of an answer that count: who lists everything has not answered."""
+"""Tokens at the start of an answer that count, so that listing everything is no correct answer."""
 
 LONGEST_RUN = 6
-"""Tokens up to which a part of a check must stand in the answer as it is."""
+"""Longest part of a check, in tokens, that must occur verbatim in the answer."""
 
 OVERLAP = 0.7
-"""Share of a longer part's words that the answer must contain, in this order."""
+"""Share of a longer part's words that the answer must contain, in the same order."""
 
 
 def tokens_of(text: str) -> list[str]:
-    """Return what an answer is compared by: words, numbers and signs, without case and quotes."""
+    """Return the tokens for comparing answers: words, numbers and signs, without case and
+    quotes.
+    """
     return TOKEN.findall(IGNORED.sub("", text.casefold()))
 
 
 def is_right(answer: str, check: Sequence[str]) -> bool:
     """Return whether an answer states every part of `check`.
 
-    A short part must stand in it as it is, case, quotes and backticks aside, as whole words; of a
-    longer one 70 % of the words must come in the same order (the recall of ROUGE-L, Lin 2004). Only
-    the first 60 tokens count.
+    A short part must occur in the answer as whole words, regardless of case, quotes and backticks.
+    Of a longer part, 70 % of the words must occur in the same order (the recall of ROUGE-L, Lin
+    2004). Only the first 60 tokens of the answer count.
     """
-    said = tokens_of(answer)[:REACH]
-    return bool(check) and all(_states(said, tokens_of(part.rstrip(".。 "))) for part in check)
+    answer_tokens = tokens_of(answer)[:REACH]
+    parts = [tokens_of(part.rstrip(".。 ")) for part in check]
+    return bool(check) and all(_states(answer_tokens, part) for part in parts)
 
 
-def _states(said: list[str], part: list[str]) -> bool:
+def _states(answer_tokens: list[str], part: list[str]) -> bool:
     """Return whether the tokens of an answer state one part of a check."""
     if len(part) <= LONGEST_RUN:
-        return bool(part) and part in _runs(said, len(part))
+        return bool(part) and part in _runs(answer_tokens, len(part))
     words = [token for token in part if token[0].isalnum()]
-    return bool(words) and common_length(said, words) >= OVERLAP * len(words)
+    return bool(words) and common_length(answer_tokens, words) >= OVERLAP * len(words)
 
 
 def _runs(tokens: list[str], length: int) -> Iterator[list[str]]:

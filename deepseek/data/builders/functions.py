@@ -1,6 +1,4 @@
-"""Code as exercises: functions with their docstrings, their bodies as answers, and the tests that
-know them.
-"""
+"""Turn code into exercises: documented functions, with their bodies as answers and their tests."""
 
 import ast
 from collections import Counter, defaultdict
@@ -15,9 +13,9 @@ class DocumentedFunction:
     """A documented Python function.
 
     Attributes:
-        name: its own.
-        header: from decorators to the end of the docstring, as written; what a model is given.
-        body: the lines after it; what a model is to write.
+        name: name of the function.
+        header: source from decorators to the end of the docstring, the model's prompt.
+        body: the lines after the header, the expected answer.
         tests: sources of the test functions that call it.
         where: name of its document.
     """
@@ -30,19 +28,22 @@ class DocumentedFunction:
 
     @property
     def text(self) -> str:
-        """The function and its tests as one piece of source."""
+        """The function and its tests as one source text."""
         return "\n\n\n".join([self.header + self.body, *self.tests]) + "\n"
 
 
 def documented_functions(
     documents: Iterable[Document], shortest: int = 2
 ) -> list[DocumentedFunction]:
-    """Return the documented functions of Python documents whose bodies have at least `shortest`
-    lines.
+    """Return the documented functions in Python documents.
 
-    A test is a function `test_...` anywhere in the documents that calls the function by name; a
-    name that several functions have is too vague for that. Documents that do not parse are left
-    out.
+    A function's tests are the functions `test_...` anywhere in the documents that call it by name.
+    Functions that share their name with others get no tests. Documents that do not parse are
+    skipped.
+
+    Args:
+        documents: the documents; only Python code is read.
+        shortest: fewest lines of a body; default: 2.
     """
     python = [
         document
@@ -71,7 +72,7 @@ def documented_functions(
 
 
 def parsed(source: str) -> ast.Module | None:
-    """Return the syntax tree of Python source, None if it is no Python."""
+    """Return the syntax tree of Python source, None if it does not parse."""
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -79,7 +80,7 @@ def parsed(source: str) -> ast.Module | None:
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """Yield functions and methods; what is nested in a function belongs to it."""
+    """Yield functions and methods, without functions nested in them."""
     for node in tree.body:
         for inner in [node, *(node.body if isinstance(node, ast.ClassDef) else [])]:
             if isinstance(inner, ast.FunctionDef):
@@ -96,7 +97,7 @@ def _called(node: ast.FunctionDef) -> set[str]:
 
 
 def _halves(text: str, node: ast.FunctionDef, shortest: int) -> tuple[str, str] | None:
-    """Return header and body of a documented function, None of others."""
+    """Return header and body of a documented function, None for other functions."""
     if ast.get_docstring(node) is None or len(node.body) < 2:
         return None
     end = node.body[0].end_lineno or 0
@@ -111,7 +112,7 @@ def _first(node: ast.FunctionDef) -> int:
 
 
 def _lines(text: str, first: int, last: int) -> str:
-    """Return lines first to last (from 1) as `ast` counts them: form feeds and the like end no
-    line.
+    """Return lines first to last (from 1) as `ast` counts them: only newlines end a line, form
+    feeds and the like do not.
     """
     return "\n".join(text.split("\n")[first - 1 : last])

@@ -1,6 +1,4 @@
-"""Problems with worked answers: generated, each step written, each answer checked by another
-computation.
-"""
+"""Generate mathematical problems with worked answers, each checked by a second computation."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -13,7 +11,7 @@ from deepseek.data.text.document import Document, conversation
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the steps of its answer, the answer, and whether a second computation agrees."""
+    """Question, steps of the solution, answer, and whether a second computation agrees."""
 
     question: str
     steps: tuple[str, ...]
@@ -21,7 +19,7 @@ class Problem:
     checked: bool
 
     def document(self, name: str) -> Document:
-        """Return the problem as a conversation."""
+        """Return the problem as a conversation with this document name."""
         solution = "\n".join([*self.steps, f"The answer is {self.answer}."])
         messages = [
             {"role": "user", "content": self.question},
@@ -31,8 +29,14 @@ class Problem:
 
 
 def problems(count: int, seed: int = 0) -> Iterator[Document]:
-    """Yield `count` different problems of all kinds in turn; raise `ArithmeticError` if a check
-    fails.
+    """Yield `count` distinct problems, cycling through all kinds.
+
+    Args:
+        count: number of problems.
+        seed: seed of the problems; default: 0.
+
+    Raises:
+        ArithmeticError: a check fails, which is a bug in a generator.
     """
     draw, seen = random.Random(seed), set[str]()  # noqa: S311 - exercises, not secrets
     while len(seen) < count:
@@ -151,9 +155,8 @@ def derivative(draw: random.Random) -> Problem:
     def f(at: int) -> int:
         return a * at**3 + b * at**2 + c * at
 
-    checked = (
-        Fraction(f(x + 1) - f(x - 1), 2) - a == slope
-    )  # a central difference of a cubic is off by its a
+    # The central difference of a cubic with step 1 exceeds the derivative by its coefficient a.
+    checked = Fraction(f(x + 1) - f(x - 1), 2) - a == slope
     return Problem(f"f(x) = {a}x^3 + {b}x^2 + {c}x. What is f'({x})?", steps, str(slope), checked)
 
 

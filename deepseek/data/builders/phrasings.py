@@ -1,6 +1,4 @@
-"""How questions are asked: several ways for each kind of fact, the last of them kept for
-evaluation.
-"""
+"""Wordings of questions: several for each kind of fact, the last one reserved for evaluation."""
 
 import re
 from collections import Counter
@@ -10,8 +8,8 @@ from deepseek.data.text.document import uniform
 from deepseek.data.text.filters import words
 
 RESERVED = 1
-"""Last ways of each kind, which training never uses: who answers these has not learned a form of
-words.
+"""Number of last wordings of each kind that training never uses. A correct answer to these shows
+that the model has not just memorised a wording.
 """
 
 Ways = tuple[str, ...]
@@ -129,7 +127,7 @@ CODE: dict[str, Ways] = {
         "What new functions does the change {what} bring?",
     ),
 }
-"""Questions about code are asked in the language of its names."""
+"""Wordings of questions about code, in English like its names."""
 
 
 def _ways(text: str) -> Ways:
@@ -331,7 +329,9 @@ PROSE: dict[str, dict[str, Ways]] = {
         """),
     },
 }
-"""Questions about prose are asked in its own language; where that is unknown, they only quote."""
+"""Wordings of questions about prose, in its language; for an unknown language ("") they only quote
+the subject.
+"""
 
 COMMON = {
     "en": words("the of and to is in that for with this are be on you it or not can as from by"),
@@ -345,41 +345,44 @@ COMMON = {
     "it": words("il la che di e è una per non con si del della sono le gli nel come da un anche"),
     "pt": words("o a os as de e é uma em para que não com por se do da como ao pode um ou"),
 }
-"""Words that most sentences of a language have one of."""
+"""Common words by language; most sentences contain at least one."""
 
 WORD = re.compile(r"[^\W\d_]+")
 FEWEST = 3
-"""Common words without which a text's language is unknown."""
+"""Fewest common words for which a text's language counts as known."""
 
 
 def language_of(text: str) -> str:
-    """Return the language of a text as two letters, by script and common words; "" if it is none of
-    those known.
-    """
+    """Return the two-letter language code of a text, by script and common words; "" if unknown."""
     if re.search(r"[\u3040-\u30ff]", text):
         return "ja"
-    found = WORD.findall(text[:4000].lower())
-    if len(re.findall(r"[\u4e00-\u9fff]", text[:4000])) > len(found) // 2:
+    text_words = WORD.findall(text[:4000].lower())
+    if len(re.findall(r"[\u4e00-\u9fff]", text[:4000])) > len(text_words) // 2:
         return "zh"
     counts = Counter(
-        {language: sum(word in common for word in found) for language, common in COMMON.items()}
+        {
+            language: sum(word in common for word in text_words)
+            for language, common in COMMON.items()
+        }
     )
     (best, most), (_, second) = counts.most_common(2)
     return best if most >= FEWEST and most > second else ""
 
 
 def ways(fact: Fact) -> Ways:
-    """Return all ways to ask for a fact."""
+    """Return all wordings of the question for a fact."""
     if fact.kind in CODE:
         return CODE[fact.kind]
     return PROSE[fact.kind][fact.language]
 
 
 def ask(fact: Fact, reserved: bool = False, precise: bool = False) -> str:
-    """Return a question for a fact, its form chosen by a hash of the fact, or with `reserved` one
-    kept for evaluation.
+    """Return a question for a fact, with a wording selected by a hash of the fact.
 
-    `precise` adds the file; without it half of the questions have it anyway.
+    Args:
+        fact: the fact.
+        reserved: whether to use a wording reserved for evaluation; default: False.
+        precise: whether to name the file always; default: False, in half of the questions.
     """
     choices = ways(fact)[-RESERVED:] if reserved else ways(fact)[:-RESERVED]
     key = f"{fact.kind}:{fact.place}:{fact.what}:{fact.argument}"

@@ -1,5 +1,5 @@
-"""What prose and commits state: headings with what follows them, definitions, lists; changes and
-their places.
+"""Extract facts from prose and commits: sections, definitions, lists; messages, files and functions
+of commits.
 """
 
 import re
@@ -15,17 +15,17 @@ ITEM = re.compile(r"^\s{0,3}(?:[-*+•]|\d{1,2}[.)])\s+(\S.*)$")
 CODE_LINE = re.compile(r"^(?:```|~~~|\s{4}|\t|\.\. |\||>>>|[<{\[])")
 
 LONGEST_HEADING = 70
-"""Characters."""
+"""Most characters of a heading."""
 
 SHORTEST_PARAGRAPH = 40
-"""Characters of a paragraph that says something."""
+"""Fewest characters of a paragraph that is worth asking for."""
 
 LONGEST_NAME = 4
-"""Words of something that is defined."""
+"""Most words of a defined term."""
 
 MOST_ITEMS = 6
 LONGEST_ITEM = 80
-"""Characters of an item of a list to know."""
+"""Most characters of a list item."""
 
 A_NAME = r"[^\W\d_][^.,;:!?()\n]{1,40}?"
 DEFINITIONS = {
@@ -45,11 +45,11 @@ POINTERS = re.compile(
     r"isto|este|这|那|它|これ|それ|あれ)\b",
     re.IGNORECASE,
 )
-"""Words that only point at something said before: no subject of a definition."""
+"""Words that refer to an earlier sentence, so they cannot be the term of a definition."""
 
 
 def prose_facts(document: Document) -> Iterator[Fact]:
-    """Yield what the sections of a text state."""
+    """Yield the facts in the sections of a text."""
     for heading, blocks in sections(document.text):
         paragraph = first_paragraph(blocks)
         language = language_of(" ".join([heading, *blocks]))
@@ -71,33 +71,33 @@ def prose_facts(document: Document) -> Iterator[Fact]:
 
 
 def definition_facts(block: str, language: str) -> Iterator[Fact]:
-    """Yield the sentences of a paragraph that say what something is."""
+    """Yield the sentences of a paragraph that define a term."""
     pattern = DEFINITIONS.get(language)
     if pattern is None or not is_paragraph(block):
         return
     for sentence in sentences(block):
-        found = pattern.match(sentence)
-        named = (
-            found is not None
-            and len(found[1].split()) <= LONGEST_NAME
-            and not POINTERS.match(found[1])
+        match = pattern.match(sentence)
+        is_term = (
+            match is not None
+            and len(match[1].split()) <= LONGEST_NAME
+            and not POINTERS.match(match[1])
         )
-        if found and named and shortened(sentence):
-            yield Fact("definition", found[1].strip(), sentence, (sentence,), language=language)
+        if match and is_term and shortened(sentence):
+            yield Fact("definition", match[1].strip(), sentence, (sentence,), language=language)
 
 
 def sections(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (heading, blocks of lines under it); a heading is marked, underlined, or a short line
-    alone.
+    """Yield (heading, blocks of lines under it); a heading is marked, underlined, or a short
+    separate line.
     """
     heading = ""
     blocks: list[str] = []
     for block in re.split(r"\n[ \t]*\n", text):
-        found, rest = heading_of(block.strip("\n"))
-        if found:
+        new_heading, rest = heading_of(block.strip("\n"))
+        if new_heading:
             if blocks:
                 yield heading, blocks
-            heading = found
+            heading = new_heading
             blocks = []
         if rest.strip():
             blocks.append(rest)
@@ -106,7 +106,7 @@ def sections(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def heading_of(block: str) -> tuple[str, str]:
-    """Return the heading that a block of lines begins with, "" if none, and the other lines."""
+    """Return the heading at the start of a block of lines ("" if none), and the other lines."""
     lines = block.split("\n")
     marked = MARKED.match(lines[0])
     if marked and len(marked[1]) <= LONGEST_HEADING:
@@ -128,7 +128,7 @@ def heading_of(block: str) -> tuple[str, str]:
 
 
 def plain(text: str) -> str:
-    """Return a line without links and emphasis."""
+    """Return a line without link targets and emphasis."""
     return (
         re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
         .replace("`", "")
@@ -139,15 +139,15 @@ def plain(text: str) -> str:
 
 
 def first_paragraph(blocks: Sequence[str]) -> str:
-    """Return the first block if it is a paragraph, else ""; what comes later is not about the
-    heading alone.
+    """Return the first block if it is a paragraph, else ""; later blocks are not only about the
+    heading.
     """
     return blocks[0] if blocks and is_paragraph(blocks[0]) else ""
 
 
 def is_statement(paragraph: str) -> bool:
-    """Return whether a paragraph says something by itself; one that ends in a colon only leads to
-    what follows.
+    """Return whether a paragraph is self-contained; one that ends in a colon only introduces the
+    next block.
     """
     return len(paragraph) >= SHORTEST_PARAGRAPH and shortened(paragraph)[-1:] not in ("", ":", "：")
 
@@ -161,9 +161,7 @@ def is_paragraph(block: str) -> bool:
 
 
 def first_items(blocks: Sequence[str]) -> list[str]:
-    """Return the items of a list that stands first under a heading, or right after one paragraph;
-    else none.
-    """
+    """Return the items of a list directly under a heading or after one paragraph, else no items."""
     for block in blocks[:2]:
         items = [match[1].strip() for line in block.split("\n") if (match := ITEM.match(line))]
         if len(items) > 1:
@@ -173,16 +171,16 @@ def first_items(blocks: Sequence[str]) -> list[str]:
 
 
 MOST_FILES = 6
-"""Files or functions of a commit in one answer."""
+"""Most files or functions of a commit in one answer."""
 
 LONGEST_SUBJECT = 120
-"""Characters of a commit's first line by which somebody could ask for it."""
+"""Most characters of a commit's subject line; a longer one does not fit into a question."""
 
 ADDED = re.compile(r"^\+\s*(?:async\s+)?(?:def|function|func|fn)\s+([A-Za-z_]\w*)", re.MULTILINE)
 
 
 def commit_facts(document: Document) -> Iterator[Fact]:
-    """Yield what a commit's message says of it, the files that it touched, and the functions that
+    """Yield the facts of a commit: its message, the files that it changed, and the functions that
     it added.
     """
     message, _, changes = document.text.partition("\n\n--- ")
@@ -207,7 +205,7 @@ def commit_facts(document: Document) -> Iterator[Fact]:
 
 
 def touched_files(changes: str) -> list[str]:
-    """Return the paths of a diff, of deleted files the old ones."""
+    """Return the new paths of the files in a diff, and the old paths of deleted files."""
     pairs = re.findall(r"^--- (\S.*)\n\+\+\+ (\S.*)$", changes, re.MULTILINE)
     paths = [old if new == "/dev/null" else new for old, new in pairs]
     return list(dict.fromkeys(path for path in paths if path != "/dev/null"))

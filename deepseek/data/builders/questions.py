@@ -1,10 +1,9 @@
-"""Conversations made from a source: questions that its own words answer, and how a right answer is
-told.
+"""Make questions and conversations from documents, with checks that recognise a correct answer.
 
-document -> facts (`code_facts`, `prose_facts`) -> questions -> conversations
+Steps: document -> facts (`code_facts`, `prose_facts`) -> questions -> conversations.
 
-Nothing is invented: answers are docstrings, signatures, values, paths, commit messages and
-paragraphs as written.
+Nothing is invented: answers quote docstrings, signatures, values, paths, commit messages and
+paragraphs.
 """
 
 from collections import Counter
@@ -20,24 +19,24 @@ from deepseek.data.builders.prose_facts import commit_facts, prose_facts
 from deepseek.data.text.document import Document, conversation, uniform
 
 MOST_PER_DOCUMENT = 200
-"""Questions about one document, chosen by hash; a generated reference would otherwise outweigh
-everything else.
+"""Most questions about one document, selected by hash, so that a generated reference does not
+outweigh everything else.
 """
 
 TURNS = 3
-"""Most questions in one conversation: the template's own tokens are then paid once."""
+"""Most questions in one conversation; several share the cost of the template's tokens."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question that a source answers.
+    """A question that a document answers.
 
     Attributes:
-        question: as training asks it.
-        paraphrase: the same asked in a way that no training uses.
-        answer: in words of the source.
-        kind: of fact, such as `default` or `section`.
-        check: what a right answer states; see `is_right`.
+        question: wording used in training.
+        paraphrase: wording reserved for evaluation.
+        answer: the answer, in words of the document.
+        kind: kind of fact, such as `default` or `section`.
+        check: what a correct answer states; see `is_right`.
         source: name of the document.
     """
 
@@ -49,14 +48,14 @@ class Question:
     source: str
 
     def messages(self) -> list[dict[str, str]]:
-        """Return one turn."""
+        """Return question and answer as messages."""
         return [
             {"role": "user", "content": self.question},
             {"role": "assistant", "content": self.answer},
         ]
 
     def record(self) -> dict[str, Any]:
-        """Return the question as a line of a JSONL file."""
+        """Return the question as a JSONL record."""
         fields = {
             "kind": self.kind,
             "check": list(self.check),
@@ -67,7 +66,7 @@ class Question:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "Question":
-        """Return the question that `record` gave."""
+        """Return the question of a record written by `record`."""
         asked, answered = record["messages"]
         return cls(
             question=asked["content"],
@@ -97,7 +96,7 @@ def facts_of(document: Document) -> list[Fact]:
 
 
 def is_sayable(fact: Fact) -> bool:
-    """Return whether the answer to a fact is right by its own check."""
+    """Return whether the answer to a fact passes its own check."""
     return is_right(fact.answer, fact.check)
 
 
@@ -106,15 +105,15 @@ def _lot(document: Document, fact: Fact) -> float:
 
 
 def questions_of(document: Document) -> list[Question]:
-    """Return the questions that a document answers; the same document gives the same ones."""
+    """Return the questions that a document answers; the result is deterministic."""
     return all_questions([document])
 
 
 def all_questions(documents: Iterable[Document]) -> list[Question]:
-    """Return the questions that documents answer, in their order.
+    """Return the questions that documents answer, in the documents' order.
 
-    Questions about a name that several places define say the file, and where it is is not asked. A
-    question that gives its own answer away is left out.
+    For a name defined in several places, questions name the file, and its location is not asked.
+    Questions that give their own answer away are dropped.
     """
     stated = {document.name: facts_of(document) for document in documents}
     places = Counter(what for facts in stated.values() for what in {fact.what for fact in facts})
@@ -131,8 +130,13 @@ def all_questions(documents: Iterable[Document]) -> list[Question]:
 def questions_about(
     facts: Iterable[Fact], source: str, places: Mapping[str, int]
 ) -> Iterator[Question]:
-    """Yield a question for each fact of one document; those about what is in several `places` say
-    in which.
+    """Yield a question for each fact of one document.
+
+    Args:
+        facts: the document's facts.
+        source: name of the document.
+        places: subject of a fact -> number of documents that define it; questions about a subject
+            with several name the file.
     """
     for fact in facts:
         vague = places[fact.what] > 1
@@ -143,18 +147,18 @@ def questions_about(
 
 
 def conversations(questions: Sequence[Question], turns: int = TURNS) -> Iterator[Document]:
-    """Yield questions as conversations of one to `turns` turns about one document, their lengths
-    drawn by hash.
+    """Yield questions as conversations of 1 to `turns` turns about one document, with lengths drawn
+    by hash.
     """
-    held: list[Question] = []
+    pending: list[Question] = []
     for question in questions:
-        wanted = 1 + int(uniform(f"turns:{held[0].question}") * turns) if held else 1
-        if held and (len(held) >= wanted or held[0].source != question.source):
-            yield _conversation(held)
-            held = []
-        held.append(question)
-    if held:
-        yield _conversation(held)
+        length = 1 + int(uniform(f"turns:{pending[0].question}") * turns) if pending else 1
+        if pending and (len(pending) >= length or pending[0].source != question.source):
+            yield _conversation(pending)
+            pending = []
+        pending.append(question)
+    if pending:
+        yield _conversation(pending)
 
 
 def _conversation(questions: Sequence[Question]) -> Document:

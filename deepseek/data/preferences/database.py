@@ -1,9 +1,8 @@
-"""The preference database: pairs of answers of which one is preferred, with where they come from
-and who judged them.
+"""The preference database: pairs of a chosen and a rejected answer, with source and judges' scores.
 
-One SQLite file. What a call has returned for is on the disk (write-ahead log, `synchronous=FULL`),
-so a kill or a power cut loses nothing that was acknowledged, and an import that was cut goes on by
-running it again: duplicates are refused.
+It is one SQLite file. When a call returns, its changes are on disk (write-ahead log,
+`synchronous=FULL`), so a kill or a power cut loses nothing acknowledged. An interrupted import is
+resumed by repeating it, since duplicates are skipped.
 """
 
 import json
@@ -22,10 +21,10 @@ from deepseek.errors import DataError
 Split = Literal["train", "eval"]
 
 APPLICATION_ID = 0x44534B50
-"""Marks the file as ours; SQLite keeps it in the header."""
+"""Application id in the SQLite header, which identifies our files."""
 
 BATCH = 2_000
-"""Pairs a transaction of an import; each transaction waits for the disk once."""
+"""Pairs per transaction of an import; each transaction waits for the disk once."""
 
 SCHEMA = (
     """CREATE TABLE pairs (
@@ -49,33 +48,32 @@ SCHEMA = (
     END""",
     f"PRAGMA application_id = {APPLICATION_ID}",
 )
-"""`lot` decides a pair's side of the split; `spoken` is the prompt as plain text, for the index of
-words.
+"""Column `lot` decides the split of a pair; `spoken` is the prompt as plain text, for full-text
+search.
 """
 
 
 REVIEWED = "reviewed"
-"""Label of pairs that a person has judged."""
+"""Label of pairs judged by a person."""
 
 UNREVIEWED = (
     """CREATE INDEX IF NOT EXISTS unreviewed ON pairs (id) WHERE instr(labels, '"reviewed"') = 0"""
 )
-"""Leads to the pairs without that label; a database from before there was one gets it when it is
-opened.
-"""
+"""Partial index of the pairs without that label; older databases get it when they are opened."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One pair.
+    """One pair of answers.
 
     Attributes:
         prompt: the conversation before the answers, as `{"role", "content"}` messages.
-        chosen, rejected: the two answers.
-        source: where the pair comes from, such as a file or a judge's name.
-        labels: topics or flags.
-        scores: judge -> (score of `chosen`, score of `rejected`).
-        id: its number in the database; 0 before it is there.
+        chosen: the preferred answer.
+        rejected: the other answer.
+        source: source of the pair, such as a file or a judge's name; default: "".
+        labels: topics or flags; default: none.
+        scores: judge -> (score of `chosen`, score of `rejected`); default: none.
+        id: id in the database; 0 (default) before it is stored.
     """
 
     prompt: tuple[Mapping[str, str], ...]
@@ -88,7 +86,7 @@ class Preference:
 
     @property
     def digest(self) -> str:
-        """What two pairs share that are the same: prompt and answers."""
+        """SHA-256 of prompt and answers; equal digests mean duplicates."""
         return sha256(
             json.dumps([self._prompt_text, self.chosen, self.rejected]).encode()
         ).hexdigest()
@@ -100,7 +98,10 @@ class Preference:
         )
 
     def row(self) -> tuple[Any, ...]:
-        """Return the columns of `pairs` but the id; all pairs of a prompt have the same `lot`."""
+        """Return the columns of table `pairs` without the id.
+
+        `lot` depends only on the prompt, so that all pairs of a prompt are in the same split.
+        """
         text = self._prompt_text
         spoken = "\n".join(message["content"] for message in self.prompt)
         labels = json.dumps(self.labels)
@@ -119,7 +120,7 @@ class Preference:
 
     @staticmethod
     def of(row: Sequence[Any]) -> "Preference":
-        """Return the pair of a database row of the view `shown`."""
+        """Return the pair in a row of the view `shown`."""
         scores = {name: (both[0], both[1]) for name, both in json.loads(row[6]).items()}
         return Preference(
             tuple(json.loads(row[1])),
@@ -134,7 +135,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Added:
-    """What an import did: pairs added, and pairs refused because they were there."""
+    """Result of an import: number of pairs added, and of duplicates skipped."""
 
     new: int
     duplicates: int
@@ -142,13 +143,16 @@ class Added:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is in the database.
+    """Statistics of the database.
 
     Attributes:
-        pairs, prompts: how many, distinct prompts for the latter.
-        splits: pairs of each split. sources: pairs of each source. labels: pairs of each label.
-        agreement: judge -> share of the pairs it scored in which it scores `chosen` higher.
-        revisions: changes made to pairs.
+        pairs: number of pairs.
+        prompts: number of distinct prompts.
+        splits: pairs by split.
+        sources: pairs by source.
+        labels: pairs by label.
+        agreement: judge -> share of its scored pairs in which it scores `chosen` higher.
+        revisions: number of changes made to pairs.
     """
 
     pairs: int
@@ -167,14 +171,17 @@ UPDATE = """UPDATE pairs SET digest = ?, prompt = ?, chosen = ?, rejected = ?, s
 
 
 class PreferenceDatabase:
-    """The pairs in one file, which several processes may read while one writes.
+    """The pairs in one file; several processes can read it while one writes.
 
-    Raises `DataError` from every method if the file is not such a database, is damaged or locked
-    for half a minute.
+    Args:
+        path: the file; an empty database is created if it does not exist.
+
+    Raises:
+        DataError: from every method, if the file is not a preference database, is damaged, or is
+            locked for 30 seconds.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open the database at `path`, or make an empty one."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
@@ -192,7 +199,7 @@ class PreferenceDatabase:
         self._db.close()
 
     def add(self, pair: Preference) -> int | None:
-        """Add one pair and return its id, or None if it is there already."""
+        """Add one pair and return its id, or None if it is a duplicate."""
         added = self.add_all([pair])
         return (
             int(self._one("SELECT id FROM pairs WHERE digest = ?", pair.digest))
@@ -203,8 +210,12 @@ class PreferenceDatabase:
     def add_all(
         self, pairs: Iterable[Preference], progress: Progress = silent, total: int = 0
     ) -> Added:
-        """Add many pairs, in transactions of `BATCH`; what progress has been told of is on the
-        disk.
+        """Add many pairs, in transactions of `BATCH`; skip duplicates.
+
+        Args:
+            pairs: the pairs.
+            progress: called after each transaction, whose pairs are then on disk.
+            total: number of pairs, for `progress`; default: 0 (unknown).
         """
         before = self._one("SELECT count(*) FROM pairs")
         seen = 0
@@ -218,16 +229,17 @@ class PreferenceDatabase:
         return Added(new, seen - new)
 
     def get(self, pair_id: int) -> Preference:
-        """Return a pair; raise `DataError` if there is none of this id."""
+        """Return the pair with this id; raise `DataError` if there is none."""
         row = next(self._rows("SELECT * FROM shown WHERE id = ?", pair_id), None)
         if row is None:
             raise DataError(
-                f"There is no preference {pair_id} in {self.path}; `deepseek prefs search` lists some."
+                f"There is no preference {pair_id} in {self.path}; "
+                "`deepseek prefs search` lists some."
             )
         return Preference.of(row)
 
     def unreviewed(self, after: int = 0) -> Preference | None:
-        """Return the first pair after the id `after` that nobody has reviewed."""
+        """Return the first unreviewed pair with an id above `after`, None if there is none."""
         number = self._one(
             """SELECT min(id) FROM pairs INDEXED BY unreviewed WHERE id > ? AND instr(labels, '"reviewed"') = 0""",
             after,
@@ -235,15 +247,20 @@ class PreferenceDatabase:
         return None if number is None else self.get(number)
 
     def reviewed(self) -> tuple[int, int]:
-        """Return how many pairs there are, and how many of them somebody has reviewed."""
+        """Return the number of pairs, and how many of them are reviewed."""
         pairs = self._one("SELECT count(*) FROM pairs")
         left = """SELECT count(*) FROM pairs INDEXED BY unreviewed WHERE instr(labels, '"reviewed"') = 0"""
         return pairs, pairs - self._one(left)
 
     def revise(self, pair_id: int, **changes: Any) -> Preference:
-        """Change fields of a pair and keep what it was before; return the new one.
+        """Change fields of a pair, store its old state in the history, and return the new pair.
 
-        Raises `DataError` if another pair has this prompt and these answers already.
+        Args:
+            pair_id: id of the pair.
+            changes: fields of `Preference` with their new values.
+
+        Raises:
+            DataError: there is no such pair, or the change would make it a duplicate.
         """
         before = self.get(pair_id)
         after = replace(before, **changes)
@@ -261,12 +278,12 @@ class PreferenceDatabase:
         return after
 
     def history(self, pair_id: int) -> list[dict[str, Any]]:
-        """Return what a pair was before each of its revisions, oldest first."""
+        """Return the states of a pair before each of its revisions, oldest first."""
         rows = self._rows("SELECT before FROM revisions WHERE pair = ? ORDER BY id", pair_id)
         return [json.loads(before) for (before,) in rows]
 
     def search(self, text: str, limit: int = 20) -> list[Preference]:
-        """Return pairs that hold all words of `text` somewhere, newest first."""
+        """Return up to `limit` pairs that contain all words of `text`, newest first."""
         words = " ".join('"' + word.replace('"', '""') + '"' for word in text.split())
         if not words:
             return list(islice(self.pairs(), limit))
@@ -279,21 +296,21 @@ class PreferenceDatabase:
         return [Preference.of(row) for row in rows]
 
     def set_eval_share(self, share: float) -> None:
-        """Hold this share of the prompts out for evaluation; raise `DataError` outside [0, 1)."""
+        """Set the share of prompts held out for evaluation; raise `DataError` outside [0, 1)."""
         if not 0.0 <= share < 1.0:
             raise DataError(f"The share to hold out must lie in [0, 1); got {share}.")
         with self._transaction():
             self._db.execute("UPDATE settings SET value = ? WHERE name = 'eval_share'", (share,))
 
     def pairs(self, split: Split | None = None) -> Iterator[Preference]:
-        """Yield the pairs of a split (None: all) in the order of their ids."""
+        """Yield the pairs of a split (None: all pairs), ordered by id."""
         share = self._one("SELECT value FROM settings WHERE name = 'eval_share'")
         low, high = {None: (0.0, 1.0), "train": (share, 1.0), "eval": (0.0, share)}[split]
         rows = self._rows("SELECT * FROM shown WHERE lot >= ? AND lot < ? ORDER BY id", low, high)
         yield from map(Preference.of, rows)
 
     def statistics(self) -> Statistics:
-        """Count what is there."""
+        """Return the statistics of the database."""
         share = self._one("SELECT value FROM settings WHERE name = 'eval_share'")
         pairs = self._one("SELECT count(*) FROM pairs")
         held = self._one("SELECT count(*) FROM pairs WHERE lot < ?", share)
@@ -319,9 +336,9 @@ class PreferenceDatabase:
     def check(self) -> None:
         """Raise `DataError` if the file is damaged or its word index does not match its pairs."""
         with self._explained():
-            found = self._db.execute("PRAGMA integrity_check").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
+            result = self._db.execute("PRAGMA integrity_check").fetchone()[0]
+            if result != "ok":
+                raise sqlite3.DatabaseError(result)
             self._db.execute("INSERT INTO words (words) VALUES ('integrity-check')")
 
     def _create(self) -> None:
@@ -356,5 +373,6 @@ class PreferenceDatabase:
             raise
         except sqlite3.Error as error:
             raise DataError(
-                f"{self.path} cannot be used as a preference database ({error}); name another file, or restore a copy."
+                f"{self.path} cannot be used as a preference database ({error}); "
+                "name another file, or restore a copy."
             ) from error

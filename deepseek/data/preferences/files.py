@@ -1,5 +1,5 @@
-"""Preferences from and to JSONL and Parquet files, in the fields that the field uses: prompt,
-chosen, rejected.
+"""Read and write preferences as JSONL and Parquet files with the usual fields: prompt, chosen,
+rejected.
 """
 
 import json
@@ -17,12 +17,18 @@ Message = dict[str, str]
 
 
 def read_preferences(path: str | Path, source: str | None = None) -> Iterator[Preference]:
-    """Yield the pairs of a `.jsonl` or `.parquet` file; `source` (default: the file's name) is put
-    down for them.
+    """Yield the pairs of a `.jsonl` or `.parquet` file.
 
     A record holds `prompt`, `chosen` and `rejected`, each a text or a list of messages (TRL's two
-    forms; answers may repeat the prompt), or only the two conversations without `prompt`. `source`,
-    `labels` and `scores` are optional. Raises `DataError` naming file and line for anything else.
+    formats; answers may repeat the prompt), or two whole conversations without `prompt`. `source`,
+    `labels` and `scores` are optional.
+
+    Args:
+        path: the file.
+        source: source of pairs without one; default: the file's name.
+
+    Raises:
+        DataError: a record has other fields; the message names file and line.
     """
     file = Path(path)
     for number, record in records(file):
@@ -30,7 +36,16 @@ def read_preferences(path: str | Path, source: str | None = None) -> Iterator[Pr
 
 
 def preference(record: Mapping[str, Any], where: str, source: str) -> Preference:
-    """Return the pair of one record; raise `DataError` saying `where` if it is none."""
+    """Return the pair of one record.
+
+    Args:
+        record: fields of the record, see `read_preferences`.
+        where: file and line, named in errors.
+        source: source of the pair if the record has none.
+
+    Raises:
+        DataError: the record is not a pair.
+    """
     if "chosen" not in record or "rejected" not in record:
         fields = ", ".join(sorted(record)) or "nothing"
         raise DataError(f"{where} has no `chosen` and `rejected` but {fields}; rename its fields.")
@@ -55,22 +70,25 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
 
 
 def conversation_parts(prompt: object, answer: object, where: str) -> tuple[list[Message], str]:
-    """Return the messages before an answer and the answer; raise `DataError` saying `where` if they
-    are none.
+    """Return the messages before an answer, and the answer's text.
+
+    Raises:
+        DataError: prompt and answer do not form a conversation; the message names `where`.
     """
     messages = preferred(prompt, answer)
     check_messages(messages, where)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
-            f"{where}: an answer must be one text or end with an assistant's message after the prompt."
+            f"{where}: an answer must be one text or end with an assistant's message after the "
+            "prompt."
         )
-    kept = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return kept[:-1], kept[-1]["content"]
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return turns[:-1], turns[-1]["content"]
 
 
 def shared_prompt(chosen: object, rejected: object, where: str) -> list[Any]:
-    """Return the messages with which both conversations begin, as datasets without a `prompt` have
-    it.
+    """Return the messages shared by the start of both conversations, for records without
+    `prompt`.
     """
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         raise DataError(
@@ -83,7 +101,7 @@ def shared_prompt(chosen: object, rejected: object, where: str) -> list[Any]:
 
 
 def record_of(pair: Preference) -> dict[str, Any]:
-    """Return the record of a pair in TRL's conversational form, with what else is known of it."""
+    """Return a pair in TRL's conversational format, with source, labels and scores."""
     record: dict[str, Any] = {
         "prompt": [dict(message) for message in pair.prompt],
         "chosen": [{"role": "assistant", "content": pair.chosen}],
@@ -97,8 +115,14 @@ def record_of(pair: Preference) -> dict[str, Any]:
 def write_preferences(
     database: PreferenceDatabase, path: str | Path, split: Split | None = None
 ) -> int:
-    """Write a split of the database to a `.jsonl` or `.parquet` file, whole or not at all; return
-    how many pairs.
+    """Write a split of the database to a `.jsonl` or `.parquet` file; return the number of pairs.
+
+    The file is written atomically.
+
+    Args:
+        database: the open database.
+        path: file to write; its suffix selects the format.
+        split: "train" or "eval"; default: all pairs.
     """
     count = 0
     with atomic_write(path) as part:
@@ -111,7 +135,7 @@ def write_preferences(
 
 
 def write_parquet(database: PreferenceDatabase, part: Path, split: Split | None) -> int:
-    """Write the pairs with their scores as JSON text, since judges differ from pair to pair."""
+    """Write the pairs as Parquet; scores become JSON text, since judges differ between pairs."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Cleaning: secrets redacted, duplicates dropped, and a count of everything that was done."""
+"""Clean documents: redact secrets, drop duplicates, and report the changes."""
 
 import re
 import zlib
@@ -16,39 +16,42 @@ from deepseek.data.text.secrets import redact_document
 from deepseek.errors import DataError
 
 THRESHOLD = 0.8
-"""Jaccard similarity of the shingle sets from which two documents count as the same."""
+"""Jaccard similarity of shingle sets above which two documents are near duplicates."""
 
 SHINGLE = 5
-"""Words in a shingle."""
+"""Words per shingle."""
 
 PERMUTATIONS = 64
-"""Hashes in a sketch; candidates are confirmed exactly, so a small sketch only misses some pairs
-near the threshold.
+"""Hashes per MinHash sketch. Candidates are verified exactly, so a small sketch only misses some
+pairs near the threshold.
 """
 
 MAX_SHINGLES = 2_000
-"""Shingles sketched per document: those with the smallest hashes (bottom-k), a fair sample; long
-texts stay cheap.
+"""Most shingles per sketch, those with the smallest hashes (bottom-k, an unbiased sample), so that
+long texts stay cheap.
 """
 
 WORD = re.compile(r"\w+")
 
 
 def near_duplicates(texts: Sequence[str], progress: Progress = silent) -> set[int]:
-    """Return the indices of texts that nearly equal an earlier text that is kept."""
+    """Return the indices of texts that are near duplicates of an earlier, retained text.
+
+    Candidates come from MinHash LSH (Broder 1997) and are verified by exact Jaccard similarity.
+    """
     index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, weights=(0.2, 0.8))
     prototype = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
-    kept: dict[int, NDArray[np.uint32]] = {}
+    retained: dict[int, NDArray[np.uint32]] = {}
     dropped: set[int] = set()
     for number, text in enumerate(texts):
         shingles = shingle_hashes(text)
         sketch = prototype.copy()
         sketch.update_batch(shingles[:MAX_SHINGLES].tolist())
-        if any(jaccard(shingles, kept[other]) >= THRESHOLD for other in index.query(sketch)):
+        if any(jaccard(shingles, retained[other]) >= THRESHOLD for other in index.query(sketch)):
             dropped.add(number)
         else:
             index.insert(number, sketch)
-            kept[number] = shingles
+            retained[number] = shingles
         if number % 100 == 99:
             progress(number + 1, len(texts), "compare")
     return dropped
@@ -64,26 +67,27 @@ def shingle_hashes(text: str) -> NDArray[np.uint32]:
         return np.array([zlib.crc32(text.encode("utf-8", "replace"))], dtype=np.uint32)
     count = len(words) - SHINGLE + 1
     hashes = np.zeros(count, dtype=np.uint32)
-    for place in range(SHINGLE):  # a polynomial in an odd base, products wrap on purpose
+    for place in range(SHINGLE):  # polynomial rolling hash; the products wrap on purpose
         hashes = hashes * np.uint32(0x9E3779B1) + words[place : place + count]
         hashes ^= hashes >> np.uint32(15)
     return np.unique(hashes)
 
 
 def jaccard(left: NDArray[np.uint32], right: NDArray[np.uint32]) -> float:
-    """Return the shared part of two sets of hashes, each sorted and distinct."""
+    """Return the Jaccard similarity of two sets of hashes, each sorted and distinct."""
     shared = len(np.intersect1d(left, right, assume_unique=True))
     return shared / (len(left) + len(right) - shared)
 
 
 @dataclass
 class CleanReport:
-    """What cleaning found.
+    """The report of a cleaning run.
 
     Attributes:
-        read, kept: documents that came in and out.
-        characters: length of those kept.
-        changes: how much was dropped, redacted or left unread by the reader, by reason.
+        read: number of documents read.
+        kept: number of documents retained.
+        characters: total length of the retained documents.
+        changes: number of dropped, redacted or skipped items, by reason.
     """
 
     read: int = 0
@@ -102,19 +106,26 @@ class CleanReport:
 def clean(
     documents: Iterable[Document], skipped: Skipped | None = None, progress: Progress = silent
 ) -> tuple[list[Document], CleanReport]:
-    """Return the documents worth training on, in order, and a report.
+    """Return the documents to train on, in order, and a report.
 
-    Of equal or nearly equal documents the first is kept. `skipped` is the counter given to the
-    reader, filled while it is read here. Raises `DataError` if nothing is left.
+    Secrets are redacted. Of exact and near duplicates, the first document is retained.
+
+    Args:
+        documents: the documents, usually a reader's iterator.
+        skipped: the counter passed to the reader, which fills it during iteration; default: none.
+        progress: called now and then; default: no progress.
+
+    Raises:
+        DataError: no documents are left.
     """
     report = CleanReport()
     skipped = skipped if skipped is not None else Counter()
     seen: set[int] = set()
-    kept: list[Document] = []
+    distinct: list[Document] = []
     for original in documents:
         report.read += 1
-        document, found = redact_document(original)
-        report.changes.update({f"{kind} redacted": count for kind, count in found.items()})
+        document, secrets = redact_document(original)
+        report.changes.update({f"{kind} redacted": count for kind, count in secrets.items()})
         if report.read % 100 == 0:
             progress(report.read, 0, "clean")
         if not document.text.strip():
@@ -125,9 +136,9 @@ def clean(
             report.changes["exact duplicates"] += 1
             continue
         seen.add(key)
-        kept.append(document)
-    drop = near_duplicates([document.text for document in kept], progress)
-    result = [document for index, document in enumerate(kept) if index not in drop]
+        distinct.append(document)
+    drop = near_duplicates([document.text for document in distinct], progress)
+    result = [document for index, document in enumerate(distinct) if index not in drop]
     report.changes.update({"near duplicates": len(drop)} if drop else {})
     report.changes.update({f"skipped as {reason}": count for reason, count in skipped.items()})
     report.kept = len(result)

@@ -1,5 +1,5 @@
-"""From token shards back to documents: what a run trained on or held out, though its source may
-have changed since.
+"""Decode token shards back into documents, to recover a run's training or held-out text even if its
+source has changed since.
 """
 
 import re
@@ -18,10 +18,9 @@ KINDS: dict[str, Kind] = {"file": "code", "commit": "commit"}
 
 
 def decode_documents(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
-    """Yield the documents of `shards` in their order, as they were encoded without
-    fill-in-the-middle.
+    """Yield the documents of `shards` in order; they must be encoded without fill-in-the-middle.
 
-    Prose and conversations have no name in the shards; they are named by their place. A
+    Shards do not store the names of prose and conversations, so these are named by position. A
     conversation becomes the text of its turns, without the template's control tokens.
     """
     start = document_start_ids(tokenizer)
@@ -35,7 +34,13 @@ def decode_documents(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def _document(text: str, has_context: bool, place: int) -> Document:
-    """Return the document of a decoded text; `has_context`: its first token is no target."""
+    """Return the document of a decoded text.
+
+    Args:
+        text: the decoded text, with its header if any.
+        has_context: whether the first token is context, as a header is.
+        place: index of the document in the shards.
+    """
     header = HEADER.match(text) if has_context else None
     if header is not None:
         return Document(text[header.end() :], header[2], KINDS[header[1]])

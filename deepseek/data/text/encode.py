@@ -1,5 +1,5 @@
-"""One document to token ids: path header, fill-in-the-middle, conversation mask, end; and texts of
-one length.
+"""Encode documents as token ids, with path header, fill-in-the-middle and conversation mask; and
+cut texts of one length.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +17,11 @@ from deepseek.text.chat_template import encode_chat
 from deepseek.text.tokenizer import document_end_id, document_start_ids, encode_plain
 
 CONTEXT_BIT = np.uint32(1 << 31)
-"""Set on a stored id that is context only, never a target; no vocabulary comes near 2**31."""
+"""Bit set on stored ids that are context, not targets; every vocabulary is far below 2**31."""
 
 CHUNK = 1 << 16
-"""Characters encoded at once; a longer text is cut at a line end, so that all cores work and memory
-stays small.
+"""Characters per call of the tokenizer. Longer texts are cut at line ends, so that all cores work
+and memory stays small.
 """
 
 FIM_TOKENS = (
@@ -30,19 +30,20 @@ FIM_TOKENS = (
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
 )
-"""Names under which model families know (prefix, suffix, middle); the second is StarCoder's."""
+"""Fill-in-the-middle tokens (prefix, suffix, middle) of model families; the second is
+StarCoder's.
+"""
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What decides the ids of a document beside the tokenizer.
+    """Options that determine a document's ids, beside the tokenizer.
 
     Attributes:
-        header: put `file: <name>` before code and commits, as context, so that the model can use
-            where a text lies.
-        fim_rate: share of code documents rearranged for fill-in-the-middle (prefix, suffix,
-            middle).
-        seed: draws which documents and where they are cut, by document name.
+        header: whether to put `file: <name>` before code and `commit: <name>` before commits, as
+            context, so that the model can use the path; default: True.
+        fim_rate: share of code documents to rearrange for fill-in-the-middle; default: 0.0.
+        seed: seed that selects these documents and their cuts, by document name; default: 0.
     """
 
     header: bool = True
@@ -51,17 +52,15 @@ class EncodeOptions:
 
 
 def header(document: Document) -> str:
-    """Return the line that tells a model which file or commit follows, empty for prose and
-    conversations.
-    """
+    """Return the header line with the name of a file or commit."""
     return f"{'commit' if document.kind == 'commit' else 'file'}: {document.name}\n\n"
 
 
 def fim_markers(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int], list[int]]:
-    """Return the ids that open prefix, suffix and middle; without such tokens StarCoder's names
-    spelled as text.
+    """Return the ids that open prefix, suffix and middle.
 
-    Spelled markers work just as well after training on them, at a few more ids each.
+    A tokenizer without such tokens gets StarCoder's names spelled as text. They work as well after
+    training on them, but take a few more ids each.
     """
     vocabulary = tokenizer.get_added_vocab()
     for names in FIM_TOKENS:
@@ -73,7 +72,7 @@ def fim_markers(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int
 
 
 def fim_cuts(document: Document, options: EncodeOptions) -> tuple[int, int] | None:
-    """Return where this document's middle begins and ends, or None if it stays in reading order."""
+    """Return the bounds of this document's middle, or None if it is not rearranged."""
     if document.kind != "code" or options.fim_rate <= 0 or len(document.text) < 3:
         return None
     draws = [uniform(f"fim:{options.seed}:{document.name}:{index}") for index in range(3)]
@@ -84,7 +83,7 @@ def fim_cuts(document: Document, options: EncodeOptions) -> tuple[int, int] | No
 
 
 def pieces(text: str) -> list[str]:
-    """Cut a long text at line ends into parts of about `CHUNK` characters that join to it."""
+    """Split a long text at line ends into parts of about `CHUNK` characters."""
     parts = []
     start = 0
     while len(text) - start > CHUNK:
@@ -95,7 +94,12 @@ def pieces(text: str) -> list[str]:
 
 
 class DocumentEncoder:
-    """Turns documents into stored ids; built once per tokenizer and options."""
+    """Encodes documents as stored ids, with one tokenizer and options.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        options: see `EncodeOptions`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, options: EncodeOptions) -> None:
         self.tokenizer = tokenizer
@@ -105,7 +109,7 @@ class DocumentEncoder:
         self.markers = fim_markers(tokenizer) if options.fim_rate > 0 else ([], [], [])
 
     def encode(self, documents: Sequence[Document]) -> Iterator[NDArray[np.uint32]]:
-        """Yield the ids of each document, end included, with `CONTEXT_BIT` on what is no target."""
+        """Yield the ids of each document with its end token, and `CONTEXT_BIT` on non-targets."""
         sections = [[pieces(text) for text in self.sections(document)] for document in documents]
         flat = [piece for document in sections for section in document for piece in section]
         encoded = iter(encode_plain(self.tokenizer, flat))
@@ -125,10 +129,10 @@ class DocumentEncoder:
         return [head, document.text[:start], document.text[stop:], document.text[start:stop]]
 
     def join(self, sections: list[list[int]]) -> NDArray[np.uint32]:
-        """Return start, head, text and end; or with the fill-in-the-middle markers between the
-        parts.
+        """Return start, header, text and end tokens, with fill-in-the-middle markers if the text
+        was rearranged.
 
-        The head is context: in use it is given, never to be written.
+        The header is context, since at inference it is always part of the prompt.
         """
         head, *texts = sections
         if len(texts) == 1:
@@ -144,7 +148,7 @@ class DocumentEncoder:
         return ids
 
     def messages(self, document: Document) -> NDArray[np.uint32]:
-        """Return a conversation; only the assistant's tokens are targets."""
+        """Return the ids of a conversation; only the assistant's tokens are targets."""
         chat = encode_chat(self.tokenizer, document.messages())
         ids = np.array([*chat.ids, self.end], dtype=np.uint32)
         ids[~np.array([*chat.is_target, False])] |= CONTEXT_BIT
@@ -158,16 +162,24 @@ def long_texts(
     length: int,
     seed: int = 0,
 ) -> Tensor:
-    """Return `count` texts of `length` token ids, `[R, T]`, drawn by `seed` and the documents'
-    names.
+    """Return `count` texts of `length` token ids, `[R, T]`.
 
-    Each is the start of a document of at least that length while there are such; then shorter ones
-    are joined. Raises `DataError` if all the text is not enough.
+    Long documents are used first, each from its start; then shorter ones are concatenated.
+
+    Args:
+        documents: the source.
+        tokenizer: the model's tokenizer.
+        count: number of texts, R.
+        length: tokens per text, T.
+        seed: seed of the order of the documents; default: 0.
+
+    Raises:
+        DataError: there is not enough text.
     """
     encoder = DocumentEncoder(tokenizer, EncodeOptions())
     texts: list[list[int]] = []
     joined: list[int] = []
-    for document in sorted(documents, key=lambda one: uniform(f"long:{seed}:{one.name}")):
+    for document in sorted(documents, key=lambda item: uniform(f"long:{seed}:{item.name}")):
         ids = (next(encoder.encode([document])) & ~CONTEXT_BIT).tolist()
         if len(ids) >= length:
             texts.append(ids[:length])
@@ -180,6 +192,7 @@ def long_texts(
         joined = joined[length:]
     if len(texts) < count:
         raise DataError(
-            f"The text gives {len(texts)} pieces of {length} tokens, {count} are needed; add text or ask for less."
+            f"The text gives {len(texts)} pieces of {length} tokens, {count} are needed; "
+            "add text or ask for less."
         )
     return torch.tensor(texts)

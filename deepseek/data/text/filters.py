@@ -1,5 +1,5 @@
-"""What is no text to learn from: binary, generated, vendored and oversized files, told by path,
-size and content.
+"""Filter out files that are not training text: binary, generated, vendored and oversized ones, by
+path, size and content.
 """
 
 import re
@@ -9,17 +9,17 @@ from pathlib import PurePosixPath
 from deepseek.data.text.document import Document, Kind
 
 MAX_FILE_BYTES = 1 << 20
-"""Larger source files are nearly always data or generated."""
+"""Largest file to read; larger source files are nearly always data or generated."""
 
 MAX_LINE = 2_000
-"""Characters; no person writes such a line of code, minifiers and data dumps do."""
+"""Longest line of code, in characters; longer ones come from minifiers and data dumps."""
 
 Skipped = Counter[str]
-"""How many files were left out, by reason."""
+"""Number of skipped files by reason."""
 
 
 def words(text: str) -> frozenset[str]:
-    """Return the words of a text."""
+    """Return the set of words in a text."""
     return frozenset(text.split())
 
 
@@ -45,11 +45,11 @@ GENERATED = re.compile(
     re.IGNORECASE,
 )
 HEAD = 1_000
-"""Characters at the beginning in which a generator announces itself."""
+"""Characters at the start of a file that are searched for a generator's notice."""
 
 
 def reason_by_path(path: str) -> str | None:
-    """Return why a file with this path (slashes) is left out unread, or None."""
+    """Return why a file with this path (with slashes) is skipped unread, or None."""
     pure = PurePosixPath(path.lower())
     if any(part in VENDORED or part.endswith(".egg-info") for part in pure.parts[:-1]):
         return "vendored or built"
@@ -61,7 +61,7 @@ def reason_by_path(path: str) -> str | None:
 
 
 def reason_by_content(text: str, kind: Kind) -> str | None:
-    """Return why a decoded file is left out, or None."""
+    """Return why a decoded file is skipped, or None."""
     if not text.strip():
         return "empty"
     if kind == "code" and GENERATED.search(text, 0, HEAD):
@@ -77,9 +77,7 @@ def kind_of(path: str) -> Kind:
 
 
 def decode(data: bytes) -> str | None:
-    """Return the text of a file with line ends as `\\n`, or None if it is binary or not in a
-    Unicode encoding.
-    """
+    """Return the text of a file with `\\n` line ends, or None if it is not UTF-8 or UTF-16 text."""
     wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     if b"\0" in data and not wide:
         return None
@@ -93,7 +91,15 @@ def decode(data: bytes) -> str | None:
 def file_document(
     data: bytes, path: str, name: str, time: int, skipped: Skipped
 ) -> Document | None:
-    """Return the document of a file, or None after counting in `skipped` why it is left out."""
+    """Return the document of a file, or None after counting in `skipped` why it is skipped.
+
+    Args:
+        data: content of the file.
+        path: its path, which decides the kind.
+        name: name of the document.
+        time: creation time in seconds since 1970.
+        skipped: counter by reason.
+    """
     kind = kind_of(path)
     text = decode(data)
     reason = "binary or data" if text is None else reason_by_content(text, kind)
@@ -104,7 +110,7 @@ def file_document(
 
 
 def describe(skipped: Skipped) -> str:
-    """Return counts as `3 binary or data, 1 empty`."""
+    """Return the counts as text, such as `3 binary or data, 1 empty`."""
     return (
         "none at all"
         if not skipped

@@ -1,4 +1,4 @@
-"""A git history as documents: files at a commit, and commits as message and diff."""
+"""Read a git history as documents: files at a commit, and commits as message and diff."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -18,33 +18,36 @@ from deepseek.data.text.filters import (
 from deepseek.errors import DataError
 
 MAX_COMMIT_CHARACTERS = 32_000
-"""Larger diffs are imports, renames and reformattings, not changes to learn from."""
+"""Longest diff of a commit. Larger ones are imports, renames and reformattings, which teach
+nothing.
+"""
 
 MAX_STORES = 16
-"""Folders that one repository may be spread over."""
+"""Most folders over which a repository may be spread."""
 
 
 def open_repository(path: str | Path) -> pygit2.Repository:
-    """Return the repository that holds `path`; raise `DataError` if there is none."""
+    """Return the repository that contains `path`; raise `DataError` if there is none."""
     if not Path(path).exists():
         raise DataError(f"{path} does not exist; check the path.")
-    found = pygit2.discover_repository(str(path))
-    if found is None:
+    git_folder = pygit2.discover_repository(str(path))
+    if git_folder is None:
         raise DataError(
             f"{path} is not inside a git repository; give a clone, or read it as a folder."
         )
-    return pygit2.Repository(found)
+    return pygit2.Repository(git_folder)
 
 
 def repository_stores(path: Path) -> list[Path]:
-    """Return every folder that reading the repository at `path` reads, links resolved.
+    """Return every folder from which git reads the repository at `path`, links resolved.
 
-    These are its own folder (a `.git` file or link leads to it), the one that it shares with other
-    work trees, and the object stores of both with their alternates. Unlike `open_repository` this
-    looks nowhere above `path`.
+    These are its git folder (possibly through a `.git` file or link), the folder shared with other
+    work trees, and the object stores of both with their alternates. Unlike `open_repository`, this
+    does not search the parents of `path`.
 
     Raises:
-        DataError: `path` itself is no repository, or alternates refer to each other endlessly.
+        DataError: `path` itself is not a repository, or it has more than `MAX_STORES` stores (for
+            example a chain of alternates).
     """
     try:
         repository = pygit2.Repository(str(path), RepositoryOpenFlag.NO_SEARCH)
@@ -52,16 +55,15 @@ def repository_stores(path: Path) -> list[Path]:
         raise DataError(
             f"{path} is not a git repository itself; name the folder that holds its .git."
         ) from None
-    own = Path(repository.path).resolve()
-    stores = [own]
-    shared = own / "commondir"
-    if shared.is_file():
-        stores.append(
-            (own / shared.read_text(encoding="utf-8", errors="surrogateescape").strip()).resolve()
-        )
-    waiting = [(store / "objects").resolve() for store in stores]
-    while waiting:
-        objects = waiting.pop()
+    git_folder = Path(repository.path).resolve()
+    stores = [git_folder]
+    pointer = git_folder / "commondir"
+    if pointer.is_file():
+        target = pointer.read_text(encoding="utf-8", errors="surrogateescape").strip()
+        stores.append((git_folder / target).resolve())
+    pending = [(store / "objects").resolve() for store in stores]
+    while pending:
+        objects = pending.pop()
         if objects in stores:
             continue
         if len(stores) > MAX_STORES:
@@ -70,16 +72,14 @@ def repository_stores(path: Path) -> list[Path]:
         alternates = objects / "info" / "alternates"
         if alternates.is_file():
             lines = alternates.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            waiting += [
+            pending += [
                 (objects / line).resolve() for line in lines if line and not line.startswith("#")
             ]
     return stores
 
 
 def repository_name(repository: pygit2.Repository) -> str:
-    """Return the repository's name: from its origin where it has one, so that every clone agrees,
-    else its folder.
-    """
+    """Return the repository's name: from its origin, so that all clones agree, else its folder."""
     for remote in repository.remotes:
         if remote.name == "origin" and remote.url:
             return PurePosixPath(remote.url.replace("\\", "/").rstrip("/")).name.removesuffix(
@@ -89,8 +89,8 @@ def repository_name(repository: pygit2.Repository) -> str:
 
 
 def find_commit(repository: pygit2.Repository, revision: str) -> pygit2.Commit:
-    """Return the commit that a revision (branch, tag, `HEAD~3`, id) names; raise `DataError` if
-    there is none.
+    """Return the commit of a revision (branch, tag, `HEAD~3`, id); raise `DataError` if there is
+    none.
     """
     if repository.is_empty or repository.head_is_unborn:
         raise DataError(f"{repository.path} has no commits; commit something first.")
@@ -110,13 +110,22 @@ def read_git(
     commits: bool = True,
     skipped: Skipped | None = None,
 ) -> Iterator[Document]:
-    """Yield the files at a commit (named `repo/path`), then the commits up to it, newest first
-    (`repo@id`).
+    """Yield the files at a commit (named `repo/path`), then the commits up to it (named `repo@id`),
+    newest first.
 
-    A file's time is that of the commit that added it. Merges are left out: their changes are in the
-    commits merged. `skipped` counts what is left out and why. Raises `DataError` at once if `path`
-    is no repository, has no commits or lacks the revision, and after reading if nothing usable was
-    found.
+    A file's time is that of the commit that added it. Merges are skipped, since their changes are
+    in the merged commits.
+
+    Args:
+        path: the repository, or a folder in it.
+        revision: branch, tag or commit id; default: HEAD.
+        files: whether to yield files; default: True.
+        commits: whether to yield commits; default: True.
+        skipped: counter, filled with the number of skipped items by reason; default: not reported.
+
+    Raises:
+        DataError: `path` is not a repository, has no commits or lacks the revision (raised at
+            once), or has no usable text (raised after reading).
     """
     repository = open_repository(path)
     commit = find_commit(repository, revision)
@@ -130,7 +139,8 @@ def read_git(
     return not_empty(
         chain.from_iterable(sources),
         lambda: (
-            f"{path} has no usable text at {revision} ({describe(counts)}); choose another revision or repository."
+            f"{path} has no usable text at {revision} ({describe(counts)}); "
+            "choose another revision or repository."
         ),
     )
 
@@ -142,19 +152,26 @@ def read_git_by_time(
     *,
     skipped: Skipped | None = None,
 ) -> tuple[list[Document], list[Document]]:
-    """Return (past, future): the repository as it was before its last commits, and what these
-    commits brought.
+    """Return (past, future): the repository before its last commits, and what these commits added.
 
-    The past holds the files as they were at the cut and the commits before it, so it knows nothing
-    that came later. The future holds the commits after the cut and the files they added, as these
-    are at `revision`; about the share `held_out` of the commits. Raises `DataError` as `read_git`
-    does, and where there is no cut to make.
+    The past holds the files at the cut and the commits up to it, so nothing later leaks into it.
+    The future holds the commits after the cut and the files that they added, as of `revision`.
+
+    Args:
+        path: the repository, or a folder in it.
+        held_out: share of the commits after the cut, in (0, 1); default: 0.1.
+        revision: branch, tag or commit id; default: HEAD.
+        skipped: counter, filled with the number of skipped items by reason; default: not reported.
+
+    Raises:
+        DataError: as `read_git`, or the history is too short to cut.
     """
     repository = open_repository(path)
     commits, _ = walk_history(repository, find_commit(repository, revision))
     if len(commits) < 2 or not 0 < held_out < 1:
         raise DataError(
-            f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; split by file."
+            f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; "
+            "split by file."
         )
     cut = commits[min(len(commits) - 1, max(1, round(len(commits) * held_out)))]
     past = list(read_git(path, str(cut.id), skipped=skipped))
@@ -175,8 +192,8 @@ def read_git_by_time(
 def walk_history(
     repository: pygit2.Repository, commit: pygit2.Commit
 ) -> tuple[list[pygit2.Commit], dict[str, int]]:
-    """Return the commits up to `commit`, newest first, and when each path present there was last
-    added, since 1970.
+    """Return the commits up to `commit`, newest first, and for each path the time at which it was
+    first added, in seconds since 1970.
     """
     commits: list[pygit2.Commit] = []
     first_seen: dict[str, int] = {}
@@ -184,16 +201,13 @@ def walk_history(
         commits.append(each)
         for delta in diff_to_parent(each).deltas:
             if delta.status_char() == "A":
-                first_seen[delta.new_file.path] = (
-                    each.commit_time
-                )  # older commits come later and win
+                # Older commits come later in the walk and overwrite newer ones.
+                first_seen[delta.new_file.path] = each.commit_time
     return commits, first_seen
 
 
 def diff_to_parent(commit: pygit2.Commit) -> pygit2.Diff:
-    """Return what a commit changed against its first parent, or against nothing for the first
-    commit.
-    """
+    """Return the diff of a commit to its first parent, or to the empty tree if it has none."""
     flags = DiffOption.IGNORE_SUBMODULES
     if commit.parents:
         return commit.parents[0].tree.diff_to_tree(commit.tree, flags=flags)
@@ -207,7 +221,15 @@ def tree_documents(
     first_seen: dict[str, int],
     skipped: Skipped,
 ) -> Iterator[Document]:
-    """Yield the text files at `commit`, sorted by path."""
+    """Yield the text files at `commit`, sorted by path; count skipped ones in `skipped`.
+
+    Args:
+        repository: the repository.
+        commit: the commit whose tree is read.
+        name: name of the repository, the first part of all document names.
+        first_seen: path -> time at which it was added, in seconds since 1970.
+        skipped: counter by reason.
+    """
     for path, blob in tree_files(repository, commit.tree):
         reason = reason_by_path(path) or ("too large" if blob.size > MAX_FILE_BYTES else None)
         if reason:
@@ -222,7 +244,7 @@ def tree_documents(
 def tree_files(
     repository: pygit2.Repository, tree: pygit2.Tree
 ) -> Iterator[tuple[str, pygit2.Blob]]:
-    """Yield (path, blob) of all plain files below `tree`; links and submodules are no text."""
+    """Yield (path, blob) of all regular files below `tree`, without links and submodules."""
     index = pygit2.Index()
     index.read_tree(tree)
     for entry in index:
@@ -233,7 +255,7 @@ def tree_files(
 def commit_documents(
     commits: Iterable[pygit2.Commit], name: str, skipped: Skipped
 ) -> Iterator[Document]:
-    """Yield message and diff of each commit that has changes to learn from."""
+    """Yield message and diff of each commit with usable changes."""
     for commit in commits:
         document = commit_document(commit, name, skipped)
         if document:
@@ -241,7 +263,7 @@ def commit_documents(
 
 
 def commit_document(commit: pygit2.Commit, name: str, skipped: Skipped) -> Document | None:
-    """Return message and diff of a commit, or None after counting why it is left out."""
+    """Return message and diff of a commit, or None after counting why it is skipped."""
     if len(commit.parents) > 1:
         skipped["merge"] += 1
         return None
@@ -257,9 +279,9 @@ def commit_document(commit: pygit2.Commit, name: str, skipped: Skipped) -> Docum
 
 
 def diff_text(diff: pygit2.Diff) -> str | None:
-    """Return a diff without line numbers, modes and blob ids, None if it is too long to learn from.
+    """Return a diff without line numbers, modes and blob ids, None if it is too long.
 
-    The form depends on the two trees only, not on the reader's git settings.
+    The format depends only on the two trees, not on the user's git settings.
     """
     parts: list[str] = []
     size = 0
@@ -273,8 +295,8 @@ def diff_text(diff: pygit2.Diff) -> str | None:
 
 
 def patch_text(patch: pygit2.Patch | None) -> str:
-    """Return the changes of one file, empty for binary, generated and vendored ones."""
-    if patch is None:  # nothing but a mode has changed
+    """Return the changes of one file, "" for binary, generated and vendored files."""
+    if patch is None:  # only the file mode has changed
         return ""
     delta = patch.delta
     old = delta.old_file.path

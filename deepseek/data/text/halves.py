@@ -1,5 +1,5 @@
-"""Held-out text in two parts: by one a training chooses where to stop, the other decides nothing
-and is reported.
+"""Split the held-out set into a validation part, which selects the checkpoint, and a test part, on
+which results are reported.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from deepseek.data.text.document import Document, Rule, uniform
 
 SMALLEST_PART = 0.25
-"""Share of the text that each part must hold; where whole documents give less, each document is cut
+"""Minimum share of the text in each part. If whole documents cannot give it, every document is cut
 in two.
 """
 
@@ -19,15 +19,19 @@ in two.
 def halve(
     documents: Sequence[Document], by: Rule = "file", seed: int = 0
 ) -> tuple[list[Document], list[Document]]:
-    """Return (validation, test), each about half of the text of held-out documents, with no text in
-    common.
+    """Return (validation, test), each with about half of the held-out text and none in common.
 
-    - `file`: whole documents, in an order drawn from name and seed.
-    - `directory`: whole directories, so that neighbours stay together.
-    - `time`: the test part is the later one.
+    A few documents of unequal size may have no fair halves. Then each is cut in the middle, at the
+    end of a line or of a message, and its first part goes to validation.
 
-    Of a few documents of unequal size there may be no fair halves: each is then cut in the middle,
-    at the end of a line or of a message, and its first part goes to validation.
+    Args:
+        documents: the held-out documents.
+        by: rule of the split; default: `file`.
+
+            - `file`: whole documents, in an order drawn from name and seed.
+            - `directory`: whole directories, so that neighbours stay together.
+            - `time`: the test part is the later one.
+        seed: seed of the order; unused by `time`.
     """
 
     def key(document: Document) -> tuple[float, str]:
@@ -49,8 +53,8 @@ def halve(
 
 
 def cut_each(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Return the first halves and the second halves of documents; what cannot be cut is a second
-    half.
+    """Return the first and the second halves of all documents; a document that cannot be cut is a
+    second half.
     """
     firsts = []
     seconds = []
@@ -63,9 +67,7 @@ def cut_each(documents: Sequence[Document]) -> tuple[list[Document], list[Docume
 
 
 def cut_text(document: Document) -> tuple[str, str]:
-    """Return the text of a document in two parts, the first one empty where it has no place to
-    cut.
-    """
+    """Return the text of a document in two parts; the first is empty if it cannot be cut."""
     text = document.text
     if document.kind == "messages":
         messages = json.loads(text)

@@ -1,7 +1,6 @@
-"""Rows of fixed length from token shards, in a random order that resumes exactly from a few
-integers.
+"""Load rows of fixed length from token shards, in a random order that a few integers can resume.
 
-The order of n items needs no memory: it is a keyed Feistel network with cycle walking.
+The random order of n items takes no memory: it is a keyed Feistel network with cycle walking.
 """
 
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from deepseek.data.text.shards import TokenShards
 from deepseek.errors import DataError
 
 ROUNDS = 6
-"""Four rounds are pseudo-random in theory (Luby and Rackoff 1988); two more cover the short halves
-of a small n.
+"""Rounds of the Feistel network. Four rounds are pseudo-random in theory (Luby and Rackoff 1988);
+two more compensate for the short halves of a small n.
 """
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -33,22 +32,28 @@ def mix(value: int) -> int:
 
 
 def permute(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return where each of `positions` (all in [0, size)) goes in the order of `epoch`; a bijection
-    of [0, size).
+    """Return the item at each position in the random order of an epoch, a bijection of [0, size).
+
+    Args:
+        positions: positions in [0, size).
+        size: number of items.
+        seed: seed of all epochs.
+        epoch: number of the epoch.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     keys = [mix(mix(mix(seed & MASK_64) ^ epoch) + index) for index in range(ROUNDS)]
     values = feistel(positions.astype(np.uint64), half, keys)
     outside = values >= size
-    while outside.any():  # at most a few turns: the network's domain is below four times `size`
+    # Cycle walking takes a few turns: the network's domain is smaller than four times `size`.
+    while outside.any():
         values[outside] = feistel(values[outside], half, keys)
         outside = values >= size
     return values.astype(np.int64)
 
 
 def endless(start: int, stop: int, size: int, seed: int) -> NDArray[np.int64]:
-    """Return the items at places [start, stop) of an endless sequence: epoch after epoch, each of
-    `size` items once.
+    """Return the items at positions [start, stop) of an endless sequence of epochs, each of which
+    holds `size` items once.
     """
     epochs, within = np.divmod(np.arange(start, stop, dtype=np.int64), size)
     parts = [
@@ -58,7 +63,7 @@ def endless(start: int, stop: int, size: int, seed: int) -> NDArray[np.int64]:
 
 
 def feistel(values: NDArray[np.uint64], half: int, keys: list[int]) -> NDArray[np.uint64]:
-    """Return a bijection of [0, 4**half) applied to `values`."""
+    """Apply a keyed bijection of [0, 4**half) to `values`, one round per key."""
     shift = np.uint64(half)
     mask = np.uint64((1 << half) - 1)
     left = values >> shift
@@ -69,25 +74,25 @@ def feistel(values: NDArray[np.uint64], half: int, keys: list[int]) -> NDArray[n
 
 
 def scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return well-mixed numbers; products wrap on purpose."""
+    """Return hashed numbers (MurmurHash3's finaliser); the products wrap on purpose."""
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return values ^ (values >> np.uint64(33))
 
 
 IGNORE = -100
-"""Label that the loss leaves out, as PyTorch's cross-entropy does."""
+"""Label that the loss ignores, as PyTorch's cross-entropy does."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens, all int64.
+    """B rows of T tokens; all tensors are int64.
 
     Attributes:
-        input_ids: `[B, T]`.
-        labels: `[B, T]`, the target of position t (already shifted), `IGNORE` where there is none.
-        position_ids: `[B, T]`, from 0 in each document and again at the start of a row.
-        row_ids: `[B]`, which packed rows these are.
+        input_ids: `[B, T]`, token ids.
+        labels: `[B, T]`, the target of each position (already shifted), `IGNORE` for none.
+        position_ids: `[B, T]`, counted from 0 in each document and again at the start of a row.
+        row_ids: `[B]`, indices of the packed rows.
     """
 
     input_ids: Tensor
@@ -97,18 +102,27 @@ class Batch:
 
 
 class RowLoader:
-    """Batches of `rows` rows of `length` tokens; every row once per epoch, in an order drawn from
-    seed and epoch.
+    """Loads batches of packed rows; each epoch yields every row once, in an order of its own.
 
     Row i holds tokens `[i * length, (i + 1) * length)` of the shards. A document cut by a row
-    boundary starts again at position 0 in the next row; the label of a row's last token is the
+    boundary starts again at position 0 in the next row. The label of a row's last token is the
     document's next token, so no target is lost: each token that follows another in its document is
-    a target exactly once per epoch. Batches are always full; one may hold the last rows of an epoch
-    and the first of the next.
+    a target exactly once per epoch. Batches are always full; a batch can hold the last rows of one
+    epoch and the first of the next.
+
+    Args:
+        shards: the tokens.
+        rows: rows per batch.
+        length: tokens per row.
+        seed: seed of the order; default: 0.
+        chosen: indices of the rows to load; default: all rows.
 
     Attributes:
-        num_rows: rows that the shards hold.
-        cursor: rows handed out since the first epoch.
+        num_rows: number of rows in the shards.
+        cursor: rows returned since the first epoch.
+
+    Raises:
+        DataError: `rows` or `length` is below 1.
     """
 
     def __init__(
@@ -119,7 +133,6 @@ class RowLoader:
         seed: int = 0,
         chosen: NDArray[np.int64] | None = None,
     ) -> None:
-        """Load all rows of `shards`, or those `chosen`."""
         if rows < 1 or length < 1:
             raise DataError(f"Rows ({rows}) and length ({length}) of a batch must be at least 1.")
         self.shards = shards
@@ -127,40 +140,43 @@ class RowLoader:
         self.length = length
         self.seed = seed
         self.chosen = chosen
-        self.num_rows = max(
-            1, -(-(shards.num_tokens - 1) // length)
-        )  # a last token alone predicts nothing
+        # Minus 1: a row with only the last token would have no target.
+        self.num_rows = max(1, -(-(shards.num_tokens - 1) // length))
         self.cursor = 0
 
     @property
     def row_ids(self) -> NDArray[np.int64]:
-        """The rows that are loaded, in the order of the shards or as they were chosen."""
+        """Indices of the loaded rows, in the order of the shards or of `chosen`."""
         return np.arange(self.num_rows) if self.chosen is None else self.chosen
 
     def first(self, rows: int) -> "RowLoader":
-        """Return a loader of the first `rows` rows of the first epoch alone."""
+        """Return a loader restricted to the first `rows` rows of the first epoch."""
         return RowLoader(self.shards, self.batch_rows, self.length, self.seed, self.order(0, rows))
 
     def next(self) -> Batch:
-        """Return the next batch and move on."""
+        """Return the next batch and advance the cursor."""
         batch = self.rows(self.order(self.cursor, self.cursor + self.batch_rows))
         self.cursor += self.batch_rows
         return batch
 
     def order(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the row ids at places [start, stop) of the endless sequence of epochs."""
+        """Return the row ids at positions [start, stop) of the endless sequence of epochs."""
         if self.chosen is None:
             return endless(start, stop, self.num_rows, self.seed)
         return self.chosen[endless(start, stop, len(self.chosen), self.seed)]
 
     def batches(self) -> list[Batch]:
-        """Return every row once, in the order of `row_ids`; the last batch is perhaps smaller."""
+        """Return every row once, in the order of `row_ids`; the last batch can be smaller."""
         ids = self.row_ids
         size = self.batch_rows
         return [self.rows(ids[start : start + size]) for start in range(0, len(ids), size)]
 
     def rows(self, row_ids: int | NDArray[np.int64] | list[int]) -> Batch:
-        """Return these packed rows as a batch; an integer gives a batch of one row."""
+        """Return the packed rows with these ids as a batch; an integer gives a batch of one row.
+
+        Raises:
+            DataError: a row id is out of range.
+        """
         indices = np.atleast_1d(np.asarray(row_ids, dtype=np.int64))
         if ((indices < 0) | (indices >= self.num_rows)).any():
             raise DataError(f"Row ids must lie in [0, {self.num_rows}); got {indices.tolist()}.")
@@ -171,14 +187,15 @@ class RowLoader:
         return Batch(ids, labels, positions, torch.from_numpy(indices.copy()))
 
     def row(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return ids, labels and positions `[T]` of one row, padded with id 0 as a document of its
-        own.
+        """Return ids, labels and positions `[T]` of one row.
+
+        Padding at the end has id 0 and counts as a separate document.
         """
         length = self.length
         first = index * self.length
         stored = np.zeros(length + 1, dtype=np.uint32)
-        found = self.shards.ids_N[first : first + length + 1]
-        stored[: len(found)] = found
+        available = self.shards.ids_N[first : first + length + 1]
+        stored[: len(available)] = available
         starts = self.starts(first, length)
         places = np.arange(length)
         positions = places - np.maximum.accumulate(np.where(starts[:length], places, 0))
@@ -186,12 +203,12 @@ class RowLoader:
         labels = np.where(
             starts[1:] | (targets & CONTEXT_BIT != 0), IGNORE, targets.astype(np.int64)
         )
-        labels[max(0, len(found) - 1) :] = IGNORE
+        labels[max(0, len(available) - 1) :] = IGNORE
         return (stored[:length] & ~CONTEXT_BIT).astype(np.int64), labels, positions
 
     def starts(self, first: int, length: int) -> NDArray[np.bool_]:
-        """Return `[length + 1]`, whether a document (or the padding after the last) begins at each
-        place.
+        """Return `[length + 1]`: whether a document, or the padding after the last one, begins at
+        each token from `first` on.
         """
         offsets = self.shards.offsets
         low, high = np.searchsorted(offsets, [first, first + length + 1])
@@ -200,7 +217,7 @@ class RowLoader:
         return starts
 
     def state(self) -> dict[str, int]:
-        """Return what `load` needs to go on from here."""
+        """Return the state from which `load` resumes."""
         identity = int(self.shards.digest[:15], 16)
         state = {
             "cursor": self.cursor,
@@ -211,14 +228,17 @@ class RowLoader:
         return state if self.chosen is None else {**state, "chosen": len(self.chosen)}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken; raise `DataError` if the text, seed or row length is
-        another.
+        """Resume from a state.
+
+        Raises:
+            DataError: the state is of other tokens, another seed or another row length.
         """
-        mine = self.state()
+        expected = self.state()
         for name in ("seed", "length", "shards"):
-            if state.get(name) != mine[name]:
+            if state.get(name) != expected[name]:
                 what = "tokens" if name == "shards" else name
                 raise DataError(
-                    f"The run was started with other {what}; restore them or start a new run folder."
+                    f"The run was started with other {what}; "
+                    "restore them or start a new run folder."
                 )
         self.cursor = state["cursor"]

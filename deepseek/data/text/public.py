@@ -1,5 +1,5 @@
-"""Text that is on every machine, and text at paths that a user names: what measurements and
-calibration read.
+"""Text for measurements and calibration: public text available on every machine, and the user's
+text.
 """
 
 import pydoc_data.topics
@@ -14,8 +14,8 @@ from deepseek.errors import DataError
 
 
 def public_documents() -> dict[str, list[Document]]:
-    """Return ordinary English prose and ordinary code that are on every machine: Python's own pages
-    and library.
+    """Return public prose and code available on every machine: Python's help topics and standard
+    library.
     """
     topics = pydoc_data.topics.topics
     prose = [
@@ -32,20 +32,21 @@ def public_documents() -> dict[str, list[Document]]:
 
 
 def documents_at(paths: Sequence[Path]) -> list[Document]:
-    """Return the cleaned documents at `paths`, or where there are none those that every machine
-    has.
-    """
+    """Return the cleaned documents at `paths`; without paths, the public documents."""
     if not paths:
         return [document for documents in public_documents().values() for document in documents]
     return [document for path in paths for document in read_documents(path)]
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Yield the cleaned documents of a folder, a JSONL or a Parquet file; `DataError` for another
-    file.
+    """Yield the cleaned documents of a folder, a JSONL file or a Parquet file.
+
+    Raises:
+        DataError: the path is another file, or holds no usable text.
     """
     if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
         raise DataError(
-            f"{path} is neither a folder nor a .jsonl or .parquet file; put text files into a folder."
+            f"{path} is neither a folder nor a .jsonl or .parquet file; "
+            "put text files into a folder."
         )
     yield from clean(read_folder(path) if path.is_dir() else read_records(path))[0]

@@ -1,9 +1,8 @@
-"""Secrets in text: keys, tokens and passwords replaced by `<REDACTED:kind>` before anything learns
-them.
+"""Redact secrets: replace keys, tokens and passwords by `<REDACTED:kind>` before training.
 
-Patterns come from detect-secrets where it has a precise one, applied to whole texts instead of line
-by line (50 times faster); its guesses by entropy alone are left out, they would cut hashes and test
-data out of code.
+Patterns come from detect-secrets if it has a precise one. They are applied to whole texts instead
+of line by line, which is 50 times faster. Its entropy detectors are not used, since they would
+remove hashes and test data from code.
 """
 
 import re
@@ -18,12 +17,14 @@ from deepseek.data.text.document import Document, conversation
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of secret.
+    """A pattern for one kind of secret.
 
     Attributes:
-        kind: what the placeholder says.
-        hints: a text without any of these cannot match; spares the slow search.
-        pattern: its group `group` is the secret (0 is the whole match).
+        kind: name in the placeholder.
+        hints: substrings of which a matching text has at least one; their absence saves the slow
+            search.
+        pattern: the regular expression.
+        group: group of the pattern that holds the secret; default: 0, the whole match.
     """
 
     kind: str
@@ -36,7 +37,14 @@ DETECTORS: dict[str, Any] = get_mapping_from_secret_type_to_class()
 
 
 def published(kind: str, hints: str, secret_type: str, group: int = 0) -> list[Rule]:
-    """Return the rules of a detect-secrets plugin; `hints` are separated by spaces."""
+    """Return the rules of a detect-secrets plugin.
+
+    Args:
+        kind: name in the placeholder.
+        hints: hints separated by spaces, see `Rule`.
+        secret_type: detect-secrets' name of the plugin.
+        group: group that holds the secret, if a pattern has it; default: 0.
+    """
     patterns = DETECTORS[secret_type]().denylist
     return [
         Rule(kind, tuple(hints.split()), pattern, min(group, pattern.groups))
@@ -52,8 +60,8 @@ ASSIGNED = re.compile(
     r"""(?ix) (?:password|passwd|secret|api_?key|auth_?token|access_?token|private_?key) ["']? \s* (?:=|:|=>) \s*
     ["'] ((?=[^"'\s]*\d)(?=[^"'\s]*[a-z])[\w+/=.~@!$^&*-]{16,200}) ["']"""
 )
-"""A quoted value with letters and digits, given to a name that says what it is; words and formats
-do not match.
+"""A quoted value with letters and digits, assigned to a name such as `password`. Plain words and
+format strings do not match.
 """
 
 GITLAB_PREFIXES = "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glptt- glagent- gloas-"
@@ -86,15 +94,15 @@ RULES = (
 
 
 def redact(text: str) -> tuple[str, Counter[str]]:
-    """Return the text with every secret replaced by `<REDACTED:kind>`, and how many of each kind
-    there were.
+    """Return the text with every secret replaced by `<REDACTED:kind>`, and the number of secrets of
+    each kind.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for rule in RULES:
         if any(hint in text for hint in rule.hints):
             text, count = replace_matches(rule, text)
-            found[rule.kind] += count
-    return text, +found
+            counts[rule.kind] += count
+    return text, +counts
 
 
 def replace_matches(rule: Rule, text: str) -> tuple[str, int]:
@@ -104,7 +112,7 @@ def replace_matches(rule: Rule, text: str) -> tuple[str, int]:
     count = 0
     for match in rule.pattern.finditer(text):
         start, stop = match.span(rule.group)
-        if start < 0:  # the group took no part in the match
+        if start < 0:  # the group is not part of this match
             continue
         parts += [text[end:start], f"<REDACTED:{rule.kind}>"]
         end = stop
@@ -113,18 +121,18 @@ def replace_matches(rule: Rule, text: str) -> tuple[str, int]:
 
 
 def redact_document(document: Document) -> tuple[Document, Counter[str]]:
-    """Return the document without secrets (in a conversation, message by message), and how many
-    there were.
+    """Return the document with secrets redacted (in a conversation, message by message), and the
+    number of secrets of each kind.
     """
     if document.kind != "messages":
-        text, found = redact(document.text)
-        return (replace(document, text=text) if found else document), found
+        text, counts = redact(document.text)
+        return (replace(document, text=text) if counts else document), counts
     total: Counter[str] = Counter()
     messages = []
     for message in document.messages():
-        content, found = redact(message["content"])
+        content, counts = redact(message["content"])
         messages.append({**message, "content": content})
-        total.update(found)
+        total.update(counts)
     return (
         conversation(messages, document.name, document.name, document.time) if total else document
     ), total

@@ -1,8 +1,7 @@
 """Token shards: documents tokenised once into memory-mapped files.
 
-A folder holds `tokens.bin` (uint32 ids, `CONTEXT_BIT` on what is no target), `offsets.bin` (uint64,
-where each document begins, and the end) and `meta.json` (what it was built from, and a digest of
-both files).
+A folder holds `tokens.bin` (uint32 ids, with `CONTEXT_BIT` on non-targets), `offsets.bin` (uint64
+start of each document, and the end) and `meta.json` (digests of the source and of both files).
 """
 
 import hashlib
@@ -23,23 +22,26 @@ from deepseek.text.tokenizer import tokenizer_digest
 
 FORMAT = 1
 BATCH_CHARACTERS = 1 << 21
-"""Text tokenised between two writes; bounds memory whatever the size of the corpus."""
+"""Characters tokenised between two writes, which bounds memory for any size of corpus."""
 
 
 class TokenShards:
     """Memory-mapped token ids of a corpus.
 
+    Args:
+        folder: a folder written by `build`.
+
     Attributes:
-        ids_N: uint32, ids of all documents one after another.
+        ids_N: uint32 `[N]`, ids of all documents in sequence.
         offsets: uint64 `[num_documents + 1]`, document d is `ids_N[offsets[d]:offsets[d + 1]]`.
-        digest: sha256 over ids and offsets, what a trunk cache or an expert pack refers to.
-        source: sha256 over documents, tokenizer and options, what decides whether to rebuild.
+        digest: SHA-256 of ids and offsets, referenced by trunk caches and expert packs.
+        source: SHA-256 of documents, tokenizer and options; a rebuild is needed if it changes.
+
+    Raises:
+        DataError: the folder is missing, incomplete or of another format version.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a folder that `build` wrote; raise `DataError` if it is missing, incomplete or of
-        another format.
-        """
         self.folder = Path(folder)
         try:
             meta = read_json(self.folder / "meta.json")
@@ -49,7 +51,8 @@ class TokenShards:
             ) from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise DataError(
-                f"The token shards in {folder} are of another version; delete the folder to rebuild them."
+                f"The token shards in {folder} are of another version; "
+                "delete the folder to rebuild them."
             )
         self.digest: str = meta["digest"]
         self.source: str = meta["source"]
@@ -58,11 +61,11 @@ class TokenShards:
 
     @property
     def num_tokens(self) -> int:
-        """Number of ids, document ends included."""
+        """Number of ids, including document ends."""
         return len(self.ids_N)
 
     def is_intact(self) -> bool:
-        """Whether the files still have the digest they were written with; reads them once."""
+        """Return whether the files still match their digest; reads them once."""
         return content_digest(self.folder) == self.digest
 
     @classmethod
@@ -74,10 +77,17 @@ class TokenShards:
         options: EncodeOptions | None = None,
         progress: Progress = silent,
     ) -> "TokenShards":
-        """Tokenise `documents` into `folder`, or open what is there if it was built from the same
-        and is intact.
+        """Tokenise documents into a folder, or open it if it is intact and of the same source.
 
-        Raises `DataError` if there are no documents or `folder` holds something else.
+        Args:
+            documents: the documents.
+            tokenizer: the model's tokenizer.
+            folder: where to write.
+            options: see `EncodeOptions`; default: `EncodeOptions()`.
+            progress: called now and then; default: no progress.
+
+        Raises:
+            DataError: there are no documents, or `folder` holds other files.
         """
         options = options or EncodeOptions()
         if not documents:
@@ -103,8 +113,10 @@ class TokenShards:
 
 
 def open_existing(folder: Path) -> TokenShards | None:
-    """Return the shards in `folder`, None if they are absent or unusable; never let another folder
-    be replaced.
+    """Return the shards in `folder`, None if they are absent or unusable.
+
+    Raises:
+        DataError: the folder holds other files, which must not be replaced.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -121,7 +133,7 @@ def open_existing(folder: Path) -> TokenShards | None:
 def write_tokens(
     documents: Collection[Document], encoder: DocumentEncoder, folder: Path, progress: Progress
 ) -> list[int]:
-    """Append the ids of all documents to `tokens.bin`; return the length of each document."""
+    """Write the ids of all documents to `tokens.bin`; return the number of ids of each document."""
     lengths: list[int] = []
     with open(folder / "tokens.bin", "wb") as file:
         for batch in batches(documents):
@@ -133,7 +145,7 @@ def write_tokens(
 
 
 def batches(documents: Collection[Document]) -> Iterator[list[Document]]:
-    """Group documents until a batch holds about `BATCH_CHARACTERS`."""
+    """Yield groups of documents of about `BATCH_CHARACTERS` characters."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -150,7 +162,7 @@ def batches(documents: Collection[Document]) -> Iterator[list[Document]]:
 def source_digest(
     documents: Collection[Document], tokenizer: PreTrainedTokenizerFast, options: EncodeOptions
 ) -> str:
-    """Return a sha256 over all that decides the ids, so that a change of any rebuilds them."""
+    """Return a SHA-256 of everything that determines the ids; a change triggers a rebuild."""
     digest = hashlib.sha256(
         json.dumps([FORMAT, tokenizer_digest(tokenizer), asdict(options)]).encode()
     )
@@ -162,7 +174,7 @@ def source_digest(
 
 
 def content_digest(folder: Path) -> str:
-    """Return a sha256 over ids and offsets as they lie on disk."""
+    """Return a SHA-256 of the files of ids and offsets."""
     digest = hashlib.sha256()
     for name in ("tokens.bin", "offsets.bin"):
         with open(folder / name, "rb") as file:
@@ -173,8 +185,8 @@ def content_digest(folder: Path) -> str:
 def map_file(
     path: Path, dtype: type[np.uint32] | type[np.uint64], length: int
 ) -> NDArray[np.unsignedinteger]:
-    """Return a read-only view of a file of `length` numbers; raise `DataError` if its size is
-    another.
+    """Return a read-only view of a file of `length` numbers; raise `DataError` if its size
+    differs.
     """
     expected = length * np.dtype(dtype).itemsize
     if not path.is_file() or path.stat().st_size != expected:

@@ -1,4 +1,4 @@
-"""Folders, JSONL and Parquet files as documents; of HTML pages the readable text."""
+"""Read folders, JSONL and Parquet files as documents; HTML pages are reduced to readable text."""
 
 import json
 import os
@@ -23,17 +23,17 @@ from deepseek.errors import DataError
 SILENT = words(
     "script style head nav header footer aside noscript template svg math button select form iframe"
 )
-"""Elements whose content is no text to read; navigation would otherwise repeat on every page."""
+"""HTML elements to skip: not readable text, or navigation, which repeats on every page."""
 
 BREAKS = words(
     "p div section article main h1 h2 h3 h4 h5 h6 li dt dd tr table ul ol dl br hr blockquote figure pre"
 )
-"""Elements that begin and end a line."""
+"""HTML elements that begin and end a line."""
 
 
 def html_to_text(page: str) -> str:
-    """Return the text of a page: a line per paragraph, list item or table row, preformatted text as
-    it stands.
+    """Return the text of an HTML page: one line per paragraph, list item or table row, with
+    preformatted text unchanged.
     """
     reader = PageReader()
     reader.feed(page)
@@ -43,7 +43,7 @@ def html_to_text(page: str) -> str:
 
 
 class PageReader(HTMLParser):
-    """Collects the text outside silent elements."""
+    """Collects the text outside the elements in `SILENT`."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -54,7 +54,7 @@ class PageReader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Enter an element."""
         if tag == "body":
-            self.silent.clear()  # the end tag of head is optional
+            self.silent.clear()  # the end tag of <head> is optional
         elif tag in SILENT:
             self.silent.append(tag)
         elif tag == "pre":
@@ -62,7 +62,7 @@ class PageReader(HTMLParser):
         self.begin(tag)
 
     def begin(self, tag: str) -> None:
-        """Start a new line or table cell where the element calls for it."""
+        """Start a new line, list item or table cell if the element has one."""
         if tag in BREAKS:
             self.parts.append("\n")
         if tag == "li":
@@ -71,7 +71,7 @@ class PageReader(HTMLParser):
             self.parts.append("  ")
 
     def handle_endtag(self, tag: str) -> None:
-        """Leave an element; end tags that nothing opened are ignored."""
+        """Leave an element; ignore end tags without a start tag."""
         if tag in self.silent:
             del self.silent[self.silent.index(tag) :]
         elif tag == "pre":
@@ -80,7 +80,7 @@ class PageReader(HTMLParser):
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
-        """Keep readable text; outside preformatted elements white space counts as one space."""
+        """Collect readable text; outside <pre>, collapse white space into single spaces."""
         if self.silent:
             return
         if self.preformatted:
@@ -95,11 +95,17 @@ HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
 
 def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Document]:
-    """Yield every text file under a folder (or the one file), sorted by path, named `folder/path`.
+    """Yield every text file under a folder (or one file), sorted by path, named `folder/path`.
 
-    Links to folders are not followed; HTML pages give their readable text. `skipped` counts what is
-    left out and why. Raises `DataError` at once if the path does not exist, and after reading if
-    nothing usable was found.
+    Links to folders are not followed. HTML pages are reduced to their readable text.
+
+    Args:
+        path: folder or file.
+        skipped: counter, filled with the number of skipped files by reason; default: not reported.
+
+    Raises:
+        DataError: the path does not exist (raised at once), or holds no usable text (raised after
+            reading).
     """
     root = Path(path)
     if not root.exists():
@@ -113,7 +119,7 @@ def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Do
 
 
 def folder_documents(root: Path, skipped: Skipped) -> Iterator[Document]:
-    """Yield the documents of a folder or of one file."""
+    """Yield the documents of a folder or of one file; count skipped files in `skipped`."""
     base = root.parent if root.is_file() else root
     for file in [root] if root.is_file() else walk(root, skipped):
         document = read_file(file, file.relative_to(base).as_posix(), base.name, skipped)
@@ -134,7 +140,14 @@ def walk(root: Path, skipped: Skipped) -> Iterator[Path]:
 
 
 def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Document | None:
-    """Return the document of one file on disk, or None after counting why it is left out."""
+    """Return the document of one file, or None after counting in `skipped` why it is skipped.
+
+    Args:
+        file: path on disk.
+        relative: its path below the folder, with slashes.
+        folder: name of the folder.
+        skipped: counter by reason.
+    """
     try:
         status = file.stat()
         if not file.is_file() or status.st_size > MAX_FILE_BYTES:
@@ -151,24 +164,34 @@ def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Docum
 
 
 def read_records(path: str | Path) -> Iterator[Document]:
-    """Yield one document a line of a JSONL file or a row of a `.parquet` file.
+    """Yield one document per line of a JSONL file or row of a `.parquet` file.
 
     A record holds `text`, `messages`, or `prompt` and `chosen` (the answer to learn).
-    Raises `DataError` naming file and line for anything else.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: the file is missing or empty, or a record has other fields; the message names
+            file and line.
     """
     file = Path(path)
     documents = (
         record_document(record, f"{file.name}:{number}") for number, record in records(file)
     )
-    complaint = f"{file} is empty; write one JSON object per line, or row, with a `text` or `messages` field."
+    complaint = (
+        f"{file} is empty; write one JSON object per line, or row, with a `text` or `messages` "
+        "field."
+    )
     return not_empty(documents, lambda: complaint)
 
 
 def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield number and content of each line of a JSONL file that is not blank, or of each row of a
+    """Yield number (from 1) and record of each non-blank line of a JSONL file, or of each row of a
     `.parquet` file.
 
-    Raises `DataError` if there is no such file or it is no such file.
+    Raises:
+        DataError: the file is missing, or is not a valid JSONL or Parquet file.
     """
     if not file.is_file():
         raise DataError(f"{file} does not exist or is a folder; give one JSONL or Parquet file.")
@@ -187,7 +210,11 @@ def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def parse(line: str, where: str) -> Mapping[str, Any]:
-    """Return the object of one JSONL line."""
+    """Return the object on one JSONL line; `where` names file and line in errors.
+
+    Raises:
+        DataError: the line is not a JSON object.
+    """
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -200,8 +227,14 @@ def parse(line: str, where: str) -> Mapping[str, Any]:
 
 
 def record_document(record: Mapping[str, Any], name: str) -> Document:
-    """Return the document of one record; `name` is `file:line` and also says where an error
-    lies.
+    """Return the document of one record.
+
+    Args:
+        record: fields of a JSONL line or Parquet row.
+        name: `file:line`, the document's name, also used in errors.
+
+    Raises:
+        DataError: the record has none of the supported fields.
     """
     where = name.replace(":", " line ", 1)
     time = record.get("time", 0)
@@ -214,13 +247,17 @@ def record_document(record: Mapping[str, Any], name: str) -> Document:
         return conversation(preferred(record["prompt"], record["chosen"]), where, name, time)
     fields = ", ".join(sorted(record)) or "nothing"
     raise DataError(
-        f"{where} has no `text`, `messages` or `prompt` with `chosen` but {fields}; rename its fields."
+        f"{where} has no `text`, `messages` or `prompt` with `chosen` but {fields}; "
+        "rename its fields."
     )
 
 
 def preferred(prompt: object, chosen: object) -> list[Any]:
-    """Return the conversation of the chosen answer; both parts may be texts or lists of
-    messages.
+    """Return the conversation with the chosen answer.
+
+    Args:
+        prompt: a text or a list of messages.
+        chosen: a text or a list of messages, which may repeat the prompt.
     """
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = chosen if isinstance(chosen, list) else [{"role": "assistant", "content": chosen}]

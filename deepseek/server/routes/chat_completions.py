@@ -22,22 +22,27 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions", responses=described(ChatReply, streamed=True))
 async def chat(body: ChatRequest, service: TheService) -> Response:
-    """Answer a conversation, at once or as server-sent events."""
+    """Answer a conversation, as one reply or as server-sent events."""
     calling = Calling.of(body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-    found: list[Passage] = []
-    job = await service.start(lambda: plan(service, body, calling, found), body.n or 1)
-    told = ChatChunks(service, body, job, calling)
-    told.retrieved = described_passages(found) if body.retrieve else None
-    return Reply(told.chunks(), job=job, fold=None if body.stream else told.fold)
+    passages: list[Passage] = []
+    job = await service.start(lambda: plan(service, body, calling, passages), body.n or 1)
+    chunks = ChatChunks(service, body, job, calling)
+    chunks.retrieved = described_passages(passages) if body.retrieve else None
+    return Reply(chunks.chunks(), job=job, fold=None if body.stream else chunks.fold)
 
 
 def plan(
-    service: Service, body: ChatRequest, calling: Calling, found: list[Passage]
+    service: Service, body: ChatRequest, calling: Calling, retrieved: list[Passage]
 ) -> list[Request]:
-    """Return the engine's requests, one for each choice; passages put into the prompt are appended
-    to `found`.
+    """Return the engine's requests, one per choice.
+
+    Args:
+        service: the server's state.
+        body: the HTTP request.
+        calling: the function calls that it allows.
+        retrieved: output; the passages put into the prompt are appended to it.
     """
     schema = calling.schema()
     if schema is None and body.response_format is not None:
@@ -47,11 +52,12 @@ def plan(
     ids = service.writer.chat(body.messages, calling)
     retrieval = Retrieval.of(service, body)
     if retrieval is not None:
-        room = service.writer.context - len(ids) - (limit or service.settings.answer_tokens)
-        messages, passages = retrieval.in_chat(body.messages, service, room)
-        found += passages
+        budget = service.writer.context - len(ids) - (limit or service.settings.answer_tokens)
+        messages, passages = retrieval.in_chat(body.messages, service, budget)
+        retrieved += passages
         ids = service.writer.chat(messages, calling)
-    user_ids = service.writer.user_ids(body.messages)  # not the passages
+    # From the original messages, so that retrieved passages do not make gates fire.
+    user_ids = service.writer.user_ids(body.messages)
     return [
         ask(
             service,
@@ -68,13 +74,13 @@ def plan(
 
 
 @dataclass
-class Told:
-    """One choice as far as its client knows it.
+class ChoiceProgress:
+    """The streaming progress of one choice.
 
     Attributes:
-        text: what the model has said.
-        sent: how many of its characters were sent.
-        logprobs: of tokens that came since the last chunk.
+        text: the text generated so far.
+        sent: number of its characters already sent.
+        logprobs: log probabilities of the tokens since the last chunk.
     """
 
     text: str = ""
@@ -83,36 +89,42 @@ class Told:
 
 
 class ChatChunks(Chunks):
-    """The chunks of a chat. A text that may be a call is held back until it is known what it is."""
+    """The chunks of a chat. Text that may be a function call is held back until this is decided."""
 
     def __init__(
         self, service: Service, body: ChatRequest, job: GenerationJob, calling: Calling
     ) -> None:
         super().__init__(service, body, job, "chat.completion", "chatcmpl", ".chunk")
         self.calling = calling
-        self.told = [Told() for _ in job.generations]
+        self.progress = [ChoiceProgress() for _ in job.generations]
 
     def opening(self) -> Iterator[Fields]:
-        """Yield who speaks."""
-        for index in range(len(self.told)):
+        """Yield the role of each choice."""
+        for index in range(len(self.progress)):
             yield self.choice(index, {"role": "assistant", "content": "", "refusal": None})
 
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
-        """Yield the text that is known to be text, and at the end calls and the reason."""
-        told = self.told[index]
+        """Yield the text that cannot be part of a call, and at the end the calls and the finish
+        reason.
+        """
+        progress = self.progress[index]
         finish = event.finish_reason
-        told.text += event.text
-        told.logprobs += [event.logprob] if event.logprob else []
-        calls = self.calling.read(told.text) if finish else []
-        end = len(told.text) if finish and not calls else self.calling.content_length(told.text)
-        if end > told.sent or told.logprobs:
+        progress.text += event.text
+        progress.logprobs += [event.logprob] if event.logprob else []
+        text = progress.text
+        calls = self.calling.read(text) if finish else []
+        end = len(text) if finish and not calls else self.calling.content_length(text)
+        if end > progress.sent or progress.logprobs:
             yield self.choice(
-                index, {"content": told.text[told.sent : end]}, told=told, expert=event.expert
+                index,
+                {"content": text[progress.sent : end]},
+                logprobs=progress.logprobs,
+                expert=event.expert,
             )
-            told.sent = end
-            told.logprobs = []
+            progress.sent = end
+            progress.logprobs = []
         if calls:
-            made = [
+            call_fields = [
                 {
                     "index": place,
                     "id": f"call_{token_hex(12)}",
@@ -121,7 +133,7 @@ class ChatChunks(Chunks):
                 }
                 for place, call in enumerate(calls)
             ]
-            yield self.choice(index, {"tool_calls": made})
+            yield self.choice(index, {"tool_calls": call_fields})
         if finish:
             yield self.choice(index, {}, finish="tool_calls" if calls else finish)
 
@@ -130,22 +142,21 @@ class ChatChunks(Chunks):
         index: int,
         delta: Fields,
         *,
-        told: Told | None = None,
+        logprobs: list[TokenLogprob] | None = None,
         expert: str | None = None,
         finish: str | None = None,
     ) -> Fields:
         """Return one choice of a chunk."""
-        logprobs = chat_logprobs(self.service, told.logprobs) if told and told.logprobs else None
         return {
             "index": index,
             "delta": delta,
-            "logprobs": logprobs,
+            "logprobs": chat_logprobs(self.service, logprobs) if logprobs else None,
             "finish_reason": finish,
             "expert": expert,
         }
 
     def finished(self, choice: Fields) -> Fields:
-        """Return a choice with the message that its deltas make."""
+        """Return a choice with its joined deltas as the message."""
         message = choice.pop("delta")
         if message.get("tool_calls"):
             message["content"] = message["content"] or None

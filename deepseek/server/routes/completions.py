@@ -1,5 +1,5 @@
-"""`POST /v1/completions`: plain texts go on, or are scored (`echo` with `logprobs`, as lm-eval
-asks).
+"""`POST /v1/completions`: continues plain texts, or scores them (`echo` with `logprobs`, as
+lm-eval does).
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,15 @@ from deepseek.server.stream import Chunks, Fields, Reply, finite
 router = APIRouter()
 
 Scored = tuple[int, TokenLogprob | None]
-"""A token and its log probability, where something predicts it."""
+"""A token and its log probability, None for a token without context (the first one)."""
 
 DEFAULT_TOKENS = 16
-"""Of an answer that asks for no limit; OpenAI's number for this route."""
+"""Most tokens of an answer if the request sets no limit; OpenAI's default for this route."""
 
 
 @router.post("/v1/completions", responses=described(CompletionReply, streamed=True))
 async def completions(body: CompletionRequest, service: TheService) -> Response:
-    """Continue one or several texts, at once or as server-sent events."""
+    """Continue one or several texts, as one reply or as server-sent events."""
     if len(prompts(body)) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(
             400, f"Prompts times n is more than {MAX_CHOICES}; send fewer at once.", param="n"
@@ -39,23 +39,26 @@ async def completions(body: CompletionRequest, service: TheService) -> Response:
             "echo repeats the prompt as it was sent, which retrieve changes; leave one out.",
             param="echo",
         )
-    found: list[Passage] = []
-    job = await service.start(lambda: plan(service, body, found), body.n or 1)
-    told = CompletionChunks(service, body, job)
-    told.retrieved = described_passages(found) if body.retrieve else None
-    return Reply(told.chunks(), job=job, fold=None if body.stream else told.fold)
+    passages: list[Passage] = []
+    job = await service.start(lambda: plan(service, body, passages), body.n or 1)
+    chunks = CompletionChunks(service, body, job)
+    chunks.retrieved = described_passages(passages) if body.retrieve else None
+    return Reply(chunks.chunks(), job=job, fold=None if body.stream else chunks.fold)
 
 
 def prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
-    """Return the prompts of a request, each a text or ids."""
-    one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
-    return [body.prompt] if one else body.prompt  # type: ignore[list-item,return-value]
+    """Return the prompts of a request, each a text or a list of ids."""
+    single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    return [body.prompt] if single else body.prompt  # type: ignore[list-item,return-value]
 
 
-def plan(service: Service, body: CompletionRequest, found: list[Passage]) -> list[Request]:
+def plan(service: Service, body: CompletionRequest, retrieved: list[Passage]) -> list[Request]:
     """Return the engine's requests: all choices of the first prompt, then those of the next.
 
-    Passages that were put before prompts are appended to `found`.
+    Args:
+        service: the server's state.
+        body: the HTTP request.
+        retrieved: output; the passages put before the prompts are appended to it.
     """
     limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     scored = bool(body.echo) and body.logprobs is not None
@@ -65,7 +68,7 @@ def plan(service: Service, body: CompletionRequest, found: list[Passage]) -> lis
         ids = service.writer.text(prompt)
         if retrieval is not None:
             ids, passages = retrieval.before(ids, service, limit)
-            found += passages
+            retrieved += passages
         requests += [
             ask(
                 service,
@@ -87,13 +90,12 @@ class CompletionChunks(Chunks):
     def __init__(self, service: Service, body: CompletionRequest, job: GenerationJob) -> None:
         super().__init__(service, body, job, "text_completion", "cmpl", "")
         self.body = body
-        self.silent = (
-            body.max_tokens == 0
-        )  # the engine makes one token where only the prompt is of interest
-        self.lengths: dict[int, int] = {}  # of the texts so far
+        # For max_tokens 0 the engine still generates one token, which is not sent.
+        self.silent = body.max_tokens == 0
+        self.lengths: dict[int, int] = {}  # choice -> characters so far
 
     def choices(self, index: int, event: TokenEvent) -> Iterator[Fields]:
-        """Yield an echo before the first token if it is wanted, and the token."""
+        """Yield the token, and before the first one the echoed prompt if requested."""
         if index not in self.lengths:
             self.lengths[index] = 0
             if self.body.echo:
@@ -107,7 +109,7 @@ class CompletionChunks(Chunks):
             yield self.choice(index, event.text, scored, event.finish_reason, event.expert)
 
     def used(self) -> Fields:
-        """Return the usage, without the token that nobody asked for."""
+        """Return the usage, without the unrequested token of `max_tokens` 0."""
         fields = super().used()
         if self.silent:
             fields["usage"] |= {
@@ -117,15 +119,16 @@ class CompletionChunks(Chunks):
         return fields
 
     def prompt(self, index: int) -> str:
-        """Return the text that a choice goes on from."""
+        """Return the prompt of a choice as text."""
         prompt = prompts(self.body)[index // (self.body.n or 1)]
         return (
             prompt if isinstance(prompt, str) else str(self.service.engine.tokenizer.decode(prompt))
         )
 
     def scored(self, index: int) -> list[Scored]:
-        """Return the tokens of the prompt of a choice if their log probabilities are wanted; the
-        first has none.
+        """Return the prompt tokens of a choice with their log probabilities, if requested.
+
+        The first token has none.
         """
         generation = self.job.generations[index]
         return list(zip(generation.request.prompt_ids, generation.prompt_logprobs, strict=False))
@@ -138,7 +141,7 @@ class CompletionChunks(Chunks):
         finish: str | None = None,
         expert: str | None = None,
     ) -> Fields:
-        """Return one choice of a chunk, and remember how long its text is."""
+        """Return one choice of a chunk, and add its text to the choice's length."""
         logprobs = (
             None if self.body.logprobs is None else self.logprobs(scored, self.lengths[index])
         )
@@ -152,19 +155,27 @@ class CompletionChunks(Chunks):
         }
 
     def logprobs(self, scored: Sequence[Scored], offset: int) -> Fields:
-        """Return tokens with their log probabilities in the columns that this route has."""
+        """Return log probabilities in the column layout of this route.
+
+        Args:
+            scored: tokens with their log probabilities.
+            offset: characters before the first of them.
+        """
         tokens = [self.service.token_text(identity) for identity, _ in scored]
-        told = [logprob for _, logprob in scored]
+        entries = [logprob for _, logprob in scored]
         return {
             "tokens": tokens,
-            "token_logprobs": [None if one is None else finite(one.logprob) for one in told],
-            "top_logprobs": [None if one is None else self.top(one) for one in told],
+            "token_logprobs": [
+                None if entry is None else finite(entry.logprob) for entry in entries
+            ],
+            "top_logprobs": [None if entry is None else self.top(entry) for entry in entries],
             "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
         }
 
     def top(self, logprob: TokenLogprob) -> dict[str, float]:
-        """Return the likeliest tokens; of several that look alike (parts of characters) the
-        likeliest.
+        """Return text -> log probability of the most likely tokens.
+
+        Several tokens can have the same text (parts of characters); the most likely one wins.
         """
         return {
             self.service.token_text(identity): finite(value)

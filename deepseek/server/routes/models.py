@@ -1,5 +1,5 @@
-"""What is served: `/v1/models`, `/v1/embeddings`, `/tokenizer_info`, and `/v1/experts`, which come
-and go.
+"""`/v1/models`, `/v1/embeddings`, `/tokenizer_info`, and `/v1/experts` to list, plug, unplug and
+arm experts.
 """
 
 import asyncio
@@ -49,13 +49,11 @@ def card(name: str) -> dict[str, Any]:
 
 @router.post("/v1/embeddings", responses=described(Embeddings))
 async def embeddings(body: EmbeddingsRequest, service: TheService) -> dict[str, Any]:
-    """Return a vector of length 1 for each text: the mean of the base model's last hidden
-    states.
-    """
+    """Return a unit vector for each text: the mean of the base model's last hidden states."""
     if service.named_experts(body.model):
         raise ApiError(
             400,
-            "Embeddings are made by the base alone; leave the experts out of model.",
+            "Embeddings are computed by the base alone; leave the experts out of model.",
             param="model",
         )
     texts = (
@@ -64,29 +62,29 @@ async def embeddings(body: EmbeddingsRequest, service: TheService) -> dict[str, 
         else [body.input]
     )
     vectors, tokens = await asyncio.to_thread(embed, service.engine, service.writer, texts)
-    told = [packed(vector) if body.encoding_format == "base64" else vector for vector in vectors]
+    encoded = [packed(vector) if body.encoding_format == "base64" else vector for vector in vectors]
     data = [
         {"object": "embedding", "index": index, "embedding": vector}
-        for index, vector in enumerate(told)
+        for index, vector in enumerate(encoded)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "model": body.model, "data": data, "usage": usage}
 
 
 def embed(engine: Engine, writer: PromptWriter, texts: list[Any]) -> tuple[list[list[float]], int]:
-    """Return the vectors of texts, and how many tokens they have."""
+    """Return the vectors of texts, and their total number of tokens."""
     prompts = [writer.text(text) for text in texts]
     return [engine.embed(ids) for ids in prompts], sum(map(len, prompts))
 
 
 def packed(vector: list[float]) -> str:
-    """Return a vector as OpenAI's client wants it: little-endian 32-bit floats in base64."""
+    """Return a vector as little-endian 32-bit floats in base64, OpenAI's encoding."""
     return base64.b64encode(array("f", vector).tobytes()).decode()
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(service: TheService) -> dict[str, Any]:
-    """Describe the tokenizer, as evaluation harnesses ask."""
+    """Describe the tokenizer, for evaluation harnesses."""
     tokenizer = service.engine.tokenizer
     return {
         "model": service.settings.model,
@@ -102,7 +100,7 @@ async def tokenizer_info(service: TheService) -> dict[str, Any]:
 
 @router.get("/v1/experts")
 async def experts(service: TheService) -> dict[str, Any]:
-    """List what is plugged, and what lies in the experts folder beside it."""
+    """List the plugged experts, and the other packs in the experts folder."""
     plugged = [plugged_expert(info) for info in service.engine.experts()]
     names = {info["name"] for info in plugged}
     return {"object": "list", "data": plugged, "available": sorted(packs(service).keys() - names)}
@@ -110,7 +108,7 @@ async def experts(service: TheService) -> dict[str, Any]:
 
 @router.get("/v1/experts/{name}")
 async def inspect(name: str, service: TheService) -> dict[str, Any]:
-    """Show the papers of an expert that is plugged or lies in the experts folder."""
+    """Show the manifest of an expert that is plugged or in the experts folder."""
     plugged = {info.name: info for info in service.engine.experts()}
     if name in plugged:
         return {
@@ -128,7 +126,7 @@ async def inspect(name: str, service: TheService) -> dict[str, Any]:
 
 @router.post("/v1/experts", status_code=201, dependencies=[ADMIN])
 async def plug(body: PlugRequest, service: TheService) -> dict[str, Any]:
-    """Plug a pack of the experts folder; requests that start from now on may use it."""
+    """Plug a pack of the experts folder; requests that start from now on can use it."""
     if any(info.name == body.name for info in service.engine.experts()):
         raise ApiError(
             409, f"The expert {body.name} is plugged already; unplug it first.", param="name"
@@ -148,9 +146,7 @@ BINARY = {
 
 @router.post("/v1/experts/upload", status_code=201, dependencies=[ADMIN], openapi_extra=BINARY)
 async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
-    """Plug the pack that is the body of the request; it stays until it is unplugged or the server
-    ends.
-    """
+    """Plug the pack in the request body; it stays until it is unplugged or the server stops."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"upload{SUFFIX}"
         with path.open("wb") as file:
@@ -166,7 +162,7 @@ async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
 
 @router.delete("/v1/experts/{name}", dependencies=[ADMIN])
 async def unplug(name: str, service: TheService) -> dict[str, Any]:
-    """Unplug an expert; requests under way keep it until they end."""
+    """Unplug an expert; running requests keep it until they end."""
     if all(info.name != name for info in service.engine.experts()):
         raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
     await asyncio.to_thread(service.experts_owner.unplug, name)
@@ -175,8 +171,8 @@ async def unplug(name: str, service: TheService) -> dict[str, Any]:
 
 @router.post("/v1/experts/arm", dependencies=[ADMIN])
 async def arm(body: ArmRequest, service: TheService) -> dict[str, Any]:
-    """Choose who may speak where a request does not choose: "auto" is everyone plugged, now and
-    later.
+    """Set the experts that may fire in requests that select none; "auto" is every plugged expert,
+    now and later.
     """
     armed = await asyncio.to_thread(service.experts_owner.arm, body.arm)
     return {"object": "list", "armed": list(armed)}
@@ -193,12 +189,16 @@ def packs(service: Service) -> dict[str, Path]:
 
 
 def pack_path(service: Service, name: str) -> Path:
-    """Return the file of a pack, found in the folder's listing: no path is ever made of what a
-    client sent.
+    """Return the file of a pack in the experts folder.
+
+    The name is looked up in the folder's listing, so that a client's text never becomes a path.
+
+    Raises:
+        ApiError: there is no such pack.
     """
-    found = packs(service).get(name)
-    if found is None:
+    path = packs(service).get(name)
+    if path is None:
         raise ApiError(
             404, f"There is no expert named {name!r:.80} in the experts folder.", param="name"
         )
-    return found
+    return path

@@ -1,4 +1,4 @@
-"""`/v1/preferences`: pairs of answers for a person to judge, and what was judged."""
+"""`/v1/preferences`: show pairs of answers to a reviewer and record the judgements."""
 
 import asyncio
 from collections.abc import Callable
@@ -22,8 +22,9 @@ T = TypeVar("T")
 async def next_pair(
     service: TheService, after: Annotated[int, Query(ge=0, le=1 << 62)] = 0
 ) -> dict[str, Any]:
-    """Show the next pair after `after` that nobody has reviewed, in an order that does not tell
-    which was preferred.
+    """Show the next unreviewed pair with an id above `after`.
+
+    The order of the two answers does not reveal which one was preferred.
     """
     return await with_database(service, lambda database: unreviewed(database, after))
 
@@ -33,7 +34,7 @@ async def record(body: PreferenceRequest, service: TheService) -> dict[str, Any]
     """Add a judged pair."""
     if body.chosen == body.rejected:
         raise ApiError(
-            400, "The two answers are the same; there is nothing to prefer.", param="rejected"
+            400, "The two answers are the same; send two different ones.", param="rejected"
         )
     pair = Preference(
         tuple(plain_messages(body.prompt)),
@@ -51,15 +52,13 @@ async def record(body: PreferenceRequest, service: TheService) -> dict[str, Any]
 async def review(
     number: Annotated[int, Path(ge=1, le=1 << 62)], body: ReviewRequest, service: TheService
 ) -> dict[str, Any]:
-    """Record which of two shown answers is better; what the pair was before stays in its
-    history.
-    """
+    """Record which of the two shown answers is better; the pair's history keeps its old state."""
 
     def judge(database: PreferenceDatabase) -> None:
         pair = database.get(number)
         chosen, rejected = shown(pair) if body.choice == 0 else reversed(shown(pair))
-        turned = chosen != pair.chosen
-        scores = {name: both[::-1] if turned else both for name, both in pair.scores.items()}
+        swapped = chosen != pair.chosen
+        scores = {name: both[::-1] if swapped else both for name, both in pair.scores.items()}
         database.revise(
             number,
             chosen=chosen,
@@ -73,31 +72,31 @@ async def review(
 
 
 async def with_database(service: Service, work: Callable[[PreferenceDatabase], T]) -> T:
-    """Return what `work` gives, done in a thread with the open database."""
+    """Run `work` with the open preference database in a thread and return its result."""
     path = service.settings.preferences
 
-    def opened() -> T:
+    def run() -> T:
         with closing(PreferenceDatabase(path)) as database:
             return work(database)
 
-    return await asyncio.to_thread(opened)
+    return await asyncio.to_thread(run)
 
 
 def unreviewed(database: PreferenceDatabase, after: int) -> dict[str, Any]:
-    """Return the next pair to review (or None), and how many pairs there are."""
+    """Return the next unreviewed pair (or None), and how many pairs there are and are reviewed."""
     pair = database.unreviewed(after)
     (pairs, reviewed) = database.reviewed()
-    told = None
+    pair_fields = None
     if pair is not None:
-        told = {
+        pair_fields = {
             "id": pair.id,
             "prompt": [dict(message) for message in pair.prompt],
             "answers": list(shown(pair)),
         }
-    return {"object": "preference", "pair": told, "pairs": pairs, "reviewed": reviewed}
+    return {"object": "preference", "pair": pair_fields, "pairs": pairs, "reviewed": reviewed}
 
 
 def shown(pair: Preference) -> tuple[str, str]:
-    """Return both answers in the order of their texts, which says nothing about the preference."""
+    """Return both answers sorted by text, an order that is independent of the preference."""
     first, second = sorted((pair.chosen, pair.rejected))
     return first, second

@@ -20,32 +20,32 @@ router = APIRouter()
 
 @router.post("/v1/responses", responses=described(ResponseReply, streamed=True))
 async def responses(body: ResponsesRequest, service: TheService) -> Response:
-    """Answer an input, at once or as server-sent events."""
+    """Answer an input, as one reply or as server-sent events."""
     job = await service.start(lambda: [plan(service, body)])
     events = ResponseEvents(body, job).events()
     return Reply(
-        events, job=job, named=True, fold=None if body.stream else lambda told: told[-1]["response"]
+        events, job=job, named=True, fold=None if body.stream else lambda sent: sent[-1]["response"]
     )
 
 
 def plan(service: Service, body: ResponsesRequest) -> Request:
-    """Return the engine's request."""
-    said = (
+    """Return the engine's request for an HTTP request."""
+    turns = (
         [ChatMessage(role="user", content=body.input)]
         if isinstance(body.input, str)
         else body.input
     )
-    told = (
+    instructions = (
         [] if body.instructions is None else [ChatMessage(role="system", content=body.instructions)]
     )
     schema = wanted_schema(body.text.format.type, body.text.format)
-    ids = service.writer.chat([*told, *said], Calling())
-    user_ids = service.writer.user_ids(said)
+    ids = service.writer.chat([*instructions, *turns], Calling())
+    user_ids = service.writer.user_ids(turns)
     return ask(service, body, ids, body.max_output_tokens, schema=schema, user_ids=user_ids)
 
 
 class ResponseEvents:
-    """The events of one response; the last one holds the whole of it."""
+    """The events of one response; the last event holds the whole response."""
 
     def __init__(self, body: ResponsesRequest, job: GenerationJob) -> None:
         self.body = body
@@ -55,7 +55,7 @@ class ResponseEvents:
         self.created = int(time.time())
 
     async def events(self) -> AsyncIterator[Fields]:
-        """Yield all events, numbered."""
+        """Yield all events with their sequence numbers."""
         number = 0
         async for event in self._events():
             yield {**event, "sequence_number": number}
@@ -85,7 +85,7 @@ class ResponseEvents:
         }
 
     def item(self, status: str, *content: Fields) -> Fields:
-        """Return the message that holds the text, empty while it has none."""
+        """Return the output message; without `content` while it has no text."""
         return {
             "type": "message",
             "id": self.message,
@@ -95,8 +95,8 @@ class ResponseEvents:
         }
 
     def whole(self, status: str, *output: Fields) -> Fields:
-        """Return the response, with the usage once there is an output."""
-        asked = self.body.model_dump(
+        """Return the response object, with the usage once there is an output."""
+        request_fields = self.body.model_dump(
             by_alias=True,
             include={"instructions", "max_output_tokens", "model", "text", "temperature", "top_p"},
         )
@@ -107,7 +107,7 @@ class ResponseEvents:
             "created_at": self.created,
             "status": status,
             "error": None,
-            **asked,
+            **request_fields,
             "incomplete_details": incomplete,
             "metadata": self.body.metadata or {},
             "output": list(output),
@@ -118,7 +118,7 @@ class ResponseEvents:
         }
 
     def used(self) -> Fields:
-        """Return the usage as this route names it, and who spoke."""
+        """Return the usage with this route's field names, and the number of tokens per expert."""
         usage = self.job.usage()
         fields = {
             "input_tokens": usage.prompt_tokens,
@@ -131,5 +131,5 @@ class ResponseEvents:
 
 
 def part(text: str) -> Fields:
-    """Return the content part that holds a text."""
+    """Return the content part of a text."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

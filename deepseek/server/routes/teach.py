@@ -1,9 +1,7 @@
-"""`/v1/teach`: train an expert from text on the server's disk while it serves, and plug it in when
-it is done.
+"""`/v1/teach`: train an expert on text from the server's disk while serving, then plug it.
 
-The training is the command `deepseek expert train` in a process of its own at low priority: it can
-be stopped without loss, a crash of it is not one of the server, and the same request goes on where
-it was.
+The training runs as `deepseek expert train` in a separate process at low priority. It can be
+stopped without loss, a crash does not affect the server, and the same request resumes it.
 """
 
 import asyncio
@@ -38,30 +36,34 @@ router = APIRouter()
 State = Literal["running", "stopped", "failed", "plugged"]
 
 LINE = re.compile(r"(?P<stage>[^:]{1,60}): (?P<done>\d+)(?:/(?P<total>\d+))?\b")
-"""How `ProgressBar` writes where there is no terminal."""
+"""Format of the lines that `ProgressBar` writes without a terminal."""
 
 OUT_OF_BOUNDS = (
-    "path must name something below the server's teach root, and so must all that it links to."
+    "path must name a file or folder below the server's teach root, and so must all its links."
 )
 
 LOOK_SECONDS = 0.5
 NICENESS = 5
 POINTS = 300
-"""Of a loss curve; a longer one is thinned out."""
+"""Most points of a loss curve; a longer one is thinned out."""
 
 
 @dataclass
 class Lesson:
-    """One training.
+    """The progress of one training.
 
     Attributes:
-        name: of the expert.
-        state: "plugged" is the good end.
-        stage, done, total: what is being done, and how far it is (total 0: unknown).
-        message: the latest line that the training wrote; where it failed, why.
-        losses: training loss, as [step, value]. held_out: the same on held-out text.
+        name: name of the expert.
+        state: "running", "stopped", "failed", or "plugged" after a success.
+        stage: name of the current stage.
+        done: units of work done in this stage.
+        total: units of work of this stage; 0: unknown.
+        message: last line of the training's output, or after a failure its reason.
+        losses: training loss as (step, nats per token).
+        held_out: held-out loss as (step, nats per token).
         verdict: once plugged, whether the expert is better or worse than the base, and by how much.
-        armed: whether it speaks from now on; one that is no better than the base must be named to.
+        armed: whether the expert is armed by default. One that is no better than the base is armed
+            only in requests that name it.
     """
 
     name: str
@@ -76,26 +78,28 @@ class Lesson:
     armed: bool = False
 
     def read(self, line: str) -> None:
-        """Take in a line of the training's output."""
+        """Update the progress from a line of the training's output."""
         self.message = line
-        found = LINE.match(line)
-        if found:
-            self.stage = found["stage"]
-            self.done = int(found["done"])
-            self.total = int(found["total"] or 0)
+        match = LINE.match(line)
+        if match:
+            self.stage = match["stage"]
+            self.done = int(match["done"])
+            self.total = int(match["total"] or 0)
 
     def look(self) -> None:
-        """Take in the metrics of the run."""
+        """Update the loss curves from the metrics file of the run."""
         records = read_metrics(home() / "runs" / self.name / "training" / "metrics.jsonl")
-        losses = [(one["step"], one["loss"]) for one in records if "loss" in one]
+        losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
         self.losses = losses[:: -(-len(losses) // POINTS) or 1]
         self.held_out = [
-            (one["step"], one["held_out_loss"]) for one in records if "held_out_loss" in one
+            (record["step"], record["held_out_loss"])
+            for record in records
+            if "held_out_loss" in record
         ]
 
 
 class Teacher:
-    """Gives one lesson at a time."""
+    """Runs one training at a time."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -105,11 +109,14 @@ class Teacher:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, wanted: TeachRequest) -> Lesson:
-        """Begin a lesson. Raises `ApiError` if one is under way, the name is taken, or the text is
-        out of bounds.
+        """Start a training and return its progress.
+
+        Raises:
+            ApiError: a training is already running, the name is taken, or the text is outside the
+                teach root.
         """
-        # Nothing is awaited between the question and the claim, so that of two requests one is
-        # refused.
+        # No await between this check and taking the lock, so that of two concurrent requests one
+        # is refused.
         if self._busy.locked() or (self._task is not None and not self._task.done()):
             raise ApiError(
                 409, "An expert is being taught already; wait for it or stop it.", code="busy"
@@ -118,7 +125,7 @@ class Teacher:
             return await self._start(wanted)
 
     async def _start(self, wanted: TeachRequest) -> Lesson:
-        """Check what is wanted and start the training."""
+        """Check the request and start the training process."""
         text = await asyncio.to_thread(self.text, wanted.path, is_repository=wanted.kind == "git")
         pack = self.service.settings.experts_folder / f"{wanted.name}{SUFFIX}"
         if pack.exists() or any(info.name == wanted.name for info in self.service.engine.experts()):
@@ -134,14 +141,12 @@ class Teacher:
             stdout=DEVNULL,
             stderr=PIPE,
         )
-        psutil.Process(self._process.pid).nice(NICENESS)  # answers come first
+        psutil.Process(self._process.pid).nice(NICENESS)  # serving has priority
         self._task = asyncio.create_task(self._attend(self.lesson, self._process, pack))
         return self.lesson
 
     async def begin(self, wanted: TeachRequest) -> None:
-        """Begin a lesson as soon as the model is loaded; why it cannot begin is told where its
-        progress would be.
-        """
+        """Start a training once the model is loaded; report a refusal as its progress."""
         while self.service.refusal is not None:
             await asyncio.sleep(LOOK_SECONDS)
         try:
@@ -152,8 +157,15 @@ class Teacher:
     def text(self, path: str, *, is_repository: bool) -> Path:
         """Return the folder or repository that a client names.
 
-        It must lie below the teach root, links resolved, and so must everything that reading it
-        reads: what links in a folder point to, and the folders that a repository is spread over.
+        With all links resolved, it must lie below the teach root. So must everything read through
+        it: the targets of links in a folder, and all folders in which a repository stores objects.
+
+        Args:
+            path: path relative to the teach root.
+            is_repository: whether it names a git repository.
+
+        Raises:
+            ApiError: teaching is off, or the path is outside the teach root or missing.
         """
         root = self.service.settings.teach_root
         if root is None:
@@ -170,24 +182,22 @@ class Teacher:
         if not text.is_relative_to(root) or not text.exists():
             raise ApiError(400, OUT_OF_BOUNDS, param="path")
         try:
-            read = repository_stores(text) if is_repository else [text]
+            folders = repository_stores(text) if is_repository else [text]
         except DataError:
             raise ApiError(
                 400, "path must name a git repository's own folder.", param="path"
             ) from None
-        if any(not folder.is_relative_to(root) or leads_out(folder, root) for folder in read):
+        if any(not folder.is_relative_to(root) or leads_out(folder, root) for folder in folders):
             raise ApiError(400, OUT_OF_BOUNDS, param="path")
         return text
 
     async def stop(self) -> None:
-        """Stop the lesson under way, if there is one; what is done is kept, and the same request
-        goes on.
-        """
-        async with self._busy:  # one that is just being started is stopped as well
+        """Stop the running training, if any; the same request resumes it from its checkpoint."""
+        async with self._busy:  # waits for a training that is just being started
             await self._stop()
 
     async def _stop(self) -> None:
-        """Stop the training that was started."""
+        """Interrupt the training process and wait for its end."""
         if self._task is None or self._task.done() or self._process is None:
             return
         if self.lesson is not None:
@@ -197,7 +207,7 @@ class Teacher:
         await self._task
 
     async def _attend(self, lesson: Lesson, process: Process, pack: Path) -> None:
-        """Follow a training to its end and plug what came of it."""
+        """Follow a training to its end and plug the pack that it wrote."""
         assert process.stderr is not None
         try:
             async for line in process.stderr:
@@ -207,7 +217,7 @@ class Teacher:
                 lesson.verdict = plugged.verdict
                 lesson.armed = plugged.armed
                 lesson.state = "plugged"
-        except Exception as error:  # whatever is wrong with this lesson, the server goes on
+        except Exception as error:  # no failure of a training may end the server
             lesson.message = as_api_error(error).message
         lesson.state = "failed" if lesson.state == "running" else lesson.state
         await asyncio.to_thread(lesson.look)
@@ -222,33 +232,33 @@ TheTeacher = Annotated[Teacher, Depends(_teacher_of)]
 
 @router.post("/v1/teach", status_code=202, dependencies=[ADMIN])
 async def teach(body: TeachRequest, teacher: TheTeacher) -> dict[str, Any]:
-    """Begin to train an expert; `/v1/teach/events` tells how it goes."""
-    return told(await teacher.start(body))
+    """Start to train an expert; `/v1/teach/events` reports its progress."""
+    return lesson_fields(await teacher.start(body))
 
 
 @router.get("/v1/teach", dependencies=[ADMIN])
 async def lesson(teacher: TheTeacher) -> dict[str, Any]:
-    """Tell how the latest lesson goes."""
-    return told(teacher.lesson)
+    """Report the progress of the latest training."""
+    return lesson_fields(teacher.lesson)
 
 
 @router.delete("/v1/teach", dependencies=[ADMIN])
 async def stop(teacher: TheTeacher) -> dict[str, Any]:
-    """Stop the lesson under way."""
+    """Stop the running training."""
     await teacher.stop()
-    return told(teacher.lesson)
+    return lesson_fields(teacher.lesson)
 
 
 @router.get("/v1/teach/events", dependencies=[ADMIN], responses=STREAMED)
 async def events(teacher: TheTeacher) -> Response:
-    """Tell how the latest lesson goes as server-sent events, until it ends."""
+    """Report the progress of the latest training as server-sent events, until it ends."""
 
     async def changes() -> AsyncIterator[dict[str, Any]]:
         before: dict[str, Any] = {}
         while True:
             if teacher.lesson is not None:
                 await asyncio.to_thread(teacher.lesson.look)
-            now = told(teacher.lesson)
+            now = lesson_fields(teacher.lesson)
             if now != before:
                 yield now
             if now["state"] != "running":
@@ -260,20 +270,27 @@ async def events(teacher: TheTeacher) -> Response:
 
 
 def command(base: str, wanted: TeachRequest, text: Path, pack: Path) -> list[str]:
-    """Return the arguments of Python for a training."""
+    """Return the arguments for Python that run a training.
+
+    Args:
+        base: name, folder or hub id of the base model.
+        wanted: the request; only fields that differ from their defaults are passed on.
+        text: folder or repository to train on.
+        pack: file to write.
+    """
     chosen = wanted.model_dump(exclude={"kind", "path"}, exclude_defaults=True)
     options = {"base": base, f"from-{wanted.kind}": text, "out": pack, **chosen}
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return ["-m", "deepseek", "expert", "train", *given]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return ["-m", "deepseek", "expert", "train", *flags]
 
 
-def told(lesson: Lesson | None) -> dict[str, Any]:
-    """Return a lesson as clients see it."""
+def lesson_fields(lesson: Lesson | None) -> dict[str, Any]:
+    """Return the JSON fields of a lesson."""
     return {"object": "lesson", **(asdict(lesson) if lesson else {"state": "none"})}
 
 
 def leads_out(folder: Path, root: Path) -> bool:
-    """Whether a link below `folder` points to something that is not below `root`, or to itself."""
+    """Return whether a link below `folder` points outside `root` or is part of a loop."""
     for path in folder.rglob("*"):
         if not path.is_symlink():
             continue
