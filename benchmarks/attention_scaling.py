@@ -40,11 +40,8 @@ from deepseek.model.attention.lsh import RandomHash, sparse_attention
 HEADS, GROUPS, WIDTH = 9, 3, 64
 TOKENS = [2048, 4096, 8192, 16384, 32768, 65536]
 TABLES = ("forward", "training", "peak", "decode")
-MOST = {
-    "materialised": 8192,
-    "blocks": 16384,
-    "sdpa": 32768,
-}  # tokens; beyond, they take gigabytes or minutes
+# Tokens; beyond, they take gigabytes or minutes.
+MOST = {"materialised": 8192, "blocks": 16384, "sdpa": 32768}
 DECODE = Windows(local=128, sinks=4, bucket=96, num_buckets=64)
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -231,16 +228,14 @@ def decode(tokens: int, steps: int = 200) -> dict[str, float]:
         buckets.append(hashed.key_codes(key[:, :, one]))
         buckets.attend(query[:, :, one], key, value, codes, WIDTH**-0.5)
         seconds["ours"].append(time.perf_counter() - start)
-    for t in range(
-        tokens, tokens + steps
-    ):  # not in turn: one pass over all keys leaves none of ours in the cache
+    # Not in turn: one pass over all keys leaves none of ours in the cache.
+    for t in range(tokens, tokens + steps):
         keys, values = key[:, :, t - tokens : t + 1], value[:, :, t - tokens : t + 1]
         start = time.perf_counter()
         scaled_dot_product_attention(query[:, :, t : t + 1], keys, values, enable_gqa=True)
         seconds["sdpa"].append(time.perf_counter() - start)
-    return {
-        name: median(values[1:]) for name, values in seconds.items()
-    }  # the first step builds the rings
+    # The first step builds the rings.
+    return {name: median(values[1:]) for name, values in seconds.items()}
 
 
 def exponents(table: dict[int, dict[str, float]], least: int = 4096) -> dict[str, float]:
@@ -324,9 +319,8 @@ def main() -> None:
         for name in ("forward", "training"):
             figures[f"{name}_exponent"] = exponents(figures[name])
             figures[f"{name}_crossover"] = crossover(figures[name])
-        save(
-            "attention_scaling", figures
-        )  # after every length, so that a run cut short keeps what it measured
+        # After every length, so that a run cut short keeps what it measured.
+        save("attention_scaling", figures)
     plot(figures)
 
 

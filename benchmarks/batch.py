@@ -248,9 +248,8 @@ class LlamaServer:
 
     async def pace(self, prompts: Prompts, count: int) -> float:
         async with httpx.AsyncClient(timeout=300) as http:
-            texts = [
-                prompts.tokenizer.decode(prompts.next()) for _ in range(count)
-            ]  # it takes no ids
+            # It takes no ids.
+            texts = [prompts.tokenizer.decode(prompts.next()) for _ in range(count)]
             bodies = [{"prompt": text, "max_tokens": TOKENS, "temperature": 0} for text in texts]
             url, started = f"http://127.0.0.1:{self.port}/v1/completions", time.perf_counter()
             replies = await asyncio.gather(*(http.post(url, json=body) for body in bodies))

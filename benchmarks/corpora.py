@@ -72,12 +72,11 @@ COMMON_WORDS = {
     "fr": "le la les des de et un une dans pour que est vous par",
 }
 
+# First released in 2025, after SmolLM2.
 CORPORA: dict[str, tuple[Source, ...]] = {
     "code-a": (Wheel("scikit-learn==1.7.2", "sklearn/**/*.py"),),
     "code-b": (Wheel("sympy==1.14.0", "sympy/**/*.py"),),
-    "code-c": (
-        Wheel("google-adk==2.13.0", "google/adk/**/*.py"),
-    ),  # first released in 2025, after SmolLM2
+    "code-c": (Wheel("google-adk==2.13.0", "google/adk/**/*.py"),),
     "spanish": (
         Deb("debian-handbook", HANDBOOK.format("es-ES"), "es"),
         Deb("aptitude-doc-es", APTITUDE.format("es"), "es"),

@@ -123,9 +123,8 @@ async def keep_asking(port: int, prompts: Prompts, streams: int, seconds: float)
     end = time.monotonic() + seconds
 
     async def one(index: int) -> None:
-        await asyncio.sleep(
-            index * TOGETHER / streams
-        )  # streams that all begin at once are another question
+        # Streams that all begin at once are another question.
+        await asyncio.sleep(index * TOGETHER / streams)
         while time.monotonic() < end:
             times = await stream(port, prompts.next(), dice.randint(TOKENS // 2, TOKENS * 3 // 2))
             first.append(times[1] - times[0])

@@ -28,9 +28,8 @@ SHAPES = [(576, 256, 32, 4), (1024, 512, 64, 8)]  # D, F, E, experts a token
 TOKENS = [1, 32, 2048]
 DTYPES = [torch.float32, torch.bfloat16]
 IMPLEMENTATIONS = ["grouped_mm", "eager", "batched_mm"]
-BATCHED_LIMIT = (
-    1 << 30
-)  # bytes; batched_mm copies the expert weights of every token, and is far behind by then
+# Bytes; batched_mm copies the expert weights of every token, and is far behind by then.
+BATCHED_LIMIT = 1 << 30
 
 
 def layers(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[MoELayer, nn.Module]:

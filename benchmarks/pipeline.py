@@ -66,11 +66,8 @@ def main() -> None:
 
     place = options.work / "home"
     place.mkdir(parents=True, exist_ok=True)
-    for shared in (
-        "models",
-        "public",
-        "fingerprints",
-    ):  # what earlier runs of the base left: weights, public text
+    # What earlier runs of the base left: weights, public text.
+    for shared in ("models", "public", "fingerprints"):
         if (home() / shared).is_dir() and not (place / shared).exists():
             (place / shared).mkdir()
             for entry in (home() / shared).glob("[!.]*"):  # and not their locks

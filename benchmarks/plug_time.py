@@ -81,9 +81,8 @@ def write_packs(name: str, folder: Path, count: int) -> list[Path]:
 def plug_times(model: DeepSeekModel, paths: list[Path]) -> dict[str, Any]:
     """Return milliseconds of plugging all packs and unplugging them again."""
     model.experts.policy = PackPolicy(signature="signed")
-    torch.ones(
-        len(paths) * paths[0].stat().st_size
-    )  # touched and given back, so that the host has found it
+    # Touched and given back, so that the host has found it.
+    torch.ones(len(paths) * paths[0].stat().st_size)
     plugs = [timed(lambda path=path: model.experts.plug(path)) for path in paths]
     unplugs = [timed(lambda path=path: model.experts.unplug(path.stem)) for path in paths]
     figures, quarter = {}, max(1, len(paths) // 4)

@@ -304,9 +304,8 @@ def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
             )
         axes.axvline(SHORT, color="grey", linestyle=":")
         axes.set(xlabel="position", ylabel=label)
-    axes.set_ylim(
-        top=1.5 * min(max(both["loss"]) for both in curves.values())
-    )  # one rival's failure hides the others
+    # One rival's failure hides the others.
+    axes.set_ylim(top=1.5 * min(max(both["loss"]) for both in curves.values()))
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -39,9 +39,8 @@ class Served:
 @contextmanager
 def served(model: str, *dials: str) -> Iterator[Served]:
     """Serve `model` until the block ends, which is when the server must drain and end with 0."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(1)
-    )  # whoever ends the measurement ends the server too
+    # Whoever ends the measurement ends the server too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     command = [
         sys.executable,
         "-m",

@@ -26,9 +26,8 @@ def test_shapes_are_those_of_the_model() -> None:
     config = ModelConfig(**DENSE, num_experts=8, expert_dim=8, max_experts=2, expert_sharing=2)
     sparse = Shape.of(config)
     assert sparse.parameters == sum(p.numel() for p in DeepSeekModel(config).parameters())
-    assert (
-        sparse.parameters - sparse.active == 8 * 3 * 16 * 8 - 2 * 2 * 3 * 16 * 8
-    )  # one pool; two calls of two experts
+    # One pool; two calls of two experts.
+    assert sparse.parameters - sparse.active == 8 * 3 * 16 * 8 - 2 * 2 * 3 * 16 * 8
 
 
 def test_more_devices_hold_less_and_never_work_better() -> None:

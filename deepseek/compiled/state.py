@@ -110,9 +110,8 @@ class CompiledState:
         """Allocate pages for `count` more tokens."""
         missing = -(-(self.length + count) // PAGE) - len(self.pages)
         if missing > 0:
-            pages_left = -(-self.capacity // PAGE) - len(
-                self.pages
-            )  # until the capacity is reached
+            # Until the capacity is reached.
+            pages_left = -(-self.capacity // PAGE) - len(self.pages)
             self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, pages_left))))
 
     def rewind(self, length: int) -> None:

@@ -25,6 +25,7 @@ def _has_fixed_angles(rope_parameters: dict[str, Any] | None) -> bool:
     return (rope_parameters or {}).get("rope_type", "default") in ROPE_TYPES
 
 
+# The kernel encodes None as 0.
 RULES = (
     any_of(NOT_COMPUTED_WITH)
     | any_of(LSH_FIELDS)
@@ -59,7 +60,7 @@ RULES = (
         ),
         "sliding_window": FieldRule(
             lambda window: window is None or window >= 1, "None or at least 1"
-        ),  # the kernel encodes None as 0
+        ),
     }
 )
 """Field -> the values that the step supports. To honour a new field, add it here, with a test that

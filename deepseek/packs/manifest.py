@@ -67,9 +67,8 @@ Name = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_name)
 ]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[
-    str, StringConstraints(max_length=200, pattern=r"^\P{C}*$")
-]  # \P{C}: no control characters
+# \P{C}: no control characters.
+Text = Annotated[str, StringConstraints(max_length=200, pattern=r"^\P{C}*$")]
 Layer = Annotated[int, Field(ge=0, lt=1024)]
 Size = Annotated[int, Field(ge=1, le=1 << 17)]
 Rate = Annotated[float, Field(ge=0, le=1)]

@@ -46,9 +46,8 @@ def test_from_text_to_hash_to_picture(
     fitted = ("--base", str(base_folder), "--data", str(text), "--texts", "1", "--length", "512")
     assert run("distill-hash", *fitted, "--buckets", "8", "--exact", "1", "--out", str(path)) == 0
     assert capsys.readouterr().out.strip() == str(path)
-    assert [file.name for file in tmp_path.glob("hash*")] == [
-        "hash.safetensors"
-    ]  # no state is left behind
+    # No state is left behind.
+    assert [file.name for file in tmp_path.glob("hash*")] == ["hash.safetensors"]
     assert load_hashes(path, fingerprint(base_folder).weights).keys() == {1, 2}
     looked = (
         "--base",

@@ -182,10 +182,8 @@ def test_a_turn_computes_only_what_is_new(
     loaded.model.config.max_position_embeddings = 512
     sampling = Sampling(max_new_tokens=4)
     shown, cached = [], []
-    for block in (
-        8,
-        1024,
-    ):  # of which the second is longer than anything said here, so that nothing is remembered
+    # Of which the second is longer than anything said here, so that nothing is remembered.
+    for block in (8, 1024):
         with Engine(*loaded, prefill_chunk=block) as engine:
             session = ChatSession(engine, sampling, Console(width=200))
             type_lines(
@@ -197,10 +195,8 @@ def test_a_turn_computes_only_what_is_new(
             cached.append(engine.stats().cached_tokens)
     assert shown[0] == shown[1] and "always 4" in shown[0]
     first = len(encode_prompt(loaded.tokenizer, [{"role": "user", "content": "hello"}]))
-    assert cached == [
-        first // 8 * 8,
-        0,
-    ]  # the third turn finds the first one; the second had another expert
+    # The third turn finds the first one; the second had another expert.
+    assert cached == [first // 8 * 8, 0]
 
 
 def test_eval_compares_every_text(

@@ -118,9 +118,8 @@ def test_a_stored_prefix_gives_the_same_bits(runner, cuts):
         runner.forward([Chunk(source, IDS[start:cut])])
         state.extend(source.segment(start))
         start = cut
-    runner.forward(
-        [Chunk(source, [1] * 20)]
-    )  # the source goes on and must not disturb who took its prefix
+    # The source goes on and must not disturb who took its prefix.
+    runner.forward([Chunk(source, [1] * 20)])
     rest = runner.forward([Chunk(state, IDS[start:], 100 - start)]).logits_RV
     assert torch.equal(rest, logits(runner)[start:])
     assert state.nbytes <= runner.state_bytes(256, None)

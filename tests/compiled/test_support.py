@@ -51,6 +51,7 @@ COMPILED_REFUSES = {
 }
 GRAPH_REFUSES = {"attention": "lsh", "hidden_act": "gelu", "positional_encoding": "learned"}
 
+# Not read by a dense model.
 COMPILED_RUNS: list[dict[str, Any]] = [
     {},
     {"attention_bias": True, "attention_output_bias": True},
@@ -58,12 +59,7 @@ COMPILED_RUNS: list[dict[str, Any]] = [
     {"head_dim": 128, "qk_norm": "head"},
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
-    {
-        "max_experts": 7,
-        "lsh_probes": 2,
-        "use_cache": False,
-        "eos_token_id": [1, 2],
-    },  # not read by a dense model
+    {"max_experts": 7, "lsh_probes": 2, "use_cache": False, "eos_token_id": [1, 2]},
 ]
 
 

@@ -100,9 +100,8 @@ def test_a_finished_generation_needs_no_garbage_collection(awaited: bool) -> Non
             assert len(asyncio.run(events(generation)) if awaited else list(generation)) == 50
             left, patience = weakref.ref(generation), time.monotonic() + 5
             del generation
-            while (
-                left() is not None and time.monotonic() < patience
-            ):  # the engine's thread may still be about it
+            # The engine's thread may still be about it.
+            while left() is not None and time.monotonic() < patience:
                 time.sleep(0.01)
             assert left() is None
     finally:
@@ -115,9 +114,8 @@ def test_log_probabilities_are_those_of_the_model() -> None:
         PROMPTS[2], Sampling(max_new_tokens=8), ignore_end=True, logprobs=2, prompt_logprobs=True
     )
     with Engine(*loaded, prefill_chunk=8) as engine:
-        together(
-            engine, [request]
-        )  # fills the prefix cache, which must not shorten the prompt's log probabilities
+        # Fills the prefix cache, which must not shorten the prompt's log probabilities.
+        together(engine, [request])
         generation = engine.submit(request)
         events = list(generation)
     told = [*generation.prompt_logprobs[1:], *(event.logprob for event in events)]
@@ -233,9 +231,8 @@ def test_a_reload_under_the_same_name_is_never_mistaken(tmp_path: Path) -> None:
             engine.plug(save_expert(loaded, "always", tmp_path, seed=seed % 4 + 1))
             generation = engine.submit(request)
             assert ids_of(list(generation)) == greedy(loaded.model, PROMPTS[2], 3)
-            assert generation.usage.cached_tokens == (
-                0 if seed < 4 else 28
-            )  # what is found is the same content
+            # What is found is the same content.
+            assert generation.usage.cached_tokens == (0 if seed < 4 else 28)
             engine.unplug("always")
 
 

@@ -98,17 +98,8 @@ def test_penalties_and_biases() -> None:
     sampler = Sampler(
         Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.0, 4: 2.0})
     )
-    assert [sampler.next_token(logits) for _ in range(9)] == [
-        4,
-        4,
-        3,
-        4,
-        4,
-        4,
-        3,
-        4,
-        0,
-    ]  # ties go to the lower id
+    # Ties go to the lower id.
+    assert [sampler.next_token(logits) for _ in range(9)] == [4, 4, 3, 4, 4, 4, 3, 4, 0]
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 2**63, 10**30])

@@ -35,9 +35,8 @@ def test_weights_are_rounded_only_where_that_is_wanted_and_possible(
     ):
         with start_engine(folder, int8=int8) as engine:
             assert type(engine.runner) is runner
-            assert engine.stats().finished == {
-                "length": 1
-            }  # it has run once, so nothing is left to compile
+            # It has run once, so nothing is left to compile.
+            assert engine.stats().finished == {"length": 1}
 
 
 def test_unrounded_weights_write_what_generate_writes(wide: Path) -> None:

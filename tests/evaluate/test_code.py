@@ -60,9 +60,8 @@ def test_scores_of_a_perfect_and_of_a_useless_answer(monkeypatch: pytest.MonkeyP
     loaded = tiny_model()
     body = "    total = a + b + c + d\n    return total * 2"
     function = DocumentedFunction("f", 'def f(a, b, c, d):\n    """Sum."""\n', body, (), "m.py")
-    parrot(
-        monkeypatch, body[3:] + "\nx = 1"
-    )  # the prompt ends with the indentation, but for one blank
+    # The prompt ends with the indentation, but for one blank.
+    parrot(monkeypatch, body[3:] + "\nx = 1")
     perfect = score_bodies(*loaded, [function])
     assert (perfect.bleu, perfect.exact, perfect.parses) == (pytest.approx(100), 1.0, 1.0)
     parrot(monkeypatch, " ((")
@@ -86,6 +85,5 @@ def test_many_prompts_are_answered_as_transformers_generation_answers_each() -> 
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
         whole = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
         said = tokenizer.decode(whole, skip_special_tokens=True)
-        assert said.replace("\ufffd", "") == text.replace(
-            "\ufffd", ""
-        )  # bytes of half a character at the ends
+        # Bytes of half a character at the ends.
+        assert said.replace("\ufffd", "") == text.replace("\ufffd", "")

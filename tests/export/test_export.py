@@ -206,9 +206,8 @@ def test_mistakes_are_told(base: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_graphs_compute_experts_and_gates_as_the_model_does() -> None:
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(7, 8), torch.randn(5, 12, 8), torch.randn(5, 8, 6)
-    ids = torch.stack(
-        [torch.randperm(6)[:3] for _ in range(7)]
-    )  # 5 marks a slot that takes no part
+    # 5 marks a slot that takes no part.
+    ids = torch.stack([torch.randperm(6)[:3] for _ in range(7)])
     weights = torch.rand(7, 3).masked_fill(ids == 5, 0.0)
     parts = (x, gate_up, down, ids, weights)
     torch.testing.assert_close(mix_experts_everywhere(*parts), mix_experts_reference(*parts))

@@ -49,10 +49,8 @@ def test_it_is_small_loads_and_agrees(source, tmp_path):
         small.embed_tokens.int8.values, quantize(exact.embed_tokens.weight.detach()).values
     )
     logits = []
-    for model in (
-        small,
-        load(tmp_path / "int8", dtype="bfloat16").model,
-    ):  # the dtype does not touch the integers
+    # The dtype does not touch the integers.
+    for model in (small, load(tmp_path / "int8", dtype="bfloat16").model):
         runner = CompiledRunner(model)
         logits.append(
             runner.forward([Chunk(runner.start(None, 8), ids[0].tolist(), ids.shape[1])]).logits_RV
@@ -85,9 +83,8 @@ def test_rounding_suits_what_the_model_meets(source):
     model = load(source, dtype="float32").model
     torch.manual_seed(1)
     words = model.embed_tokens.weight.data
-    words.copy_(
-        torch.randn(len(words), 8) @ torch.randn(8, words.shape[1]) * 0.1
-    )  # few directions, as in real models
+    # Few directions, as in real models.
+    words.copy_(torch.randn(len(words), 8) @ torch.randn(8, words.shape[1]) * 0.1)
     before = torch.get_rng_state()
     texts = sample(model, 16, 32)
     assert texts.shape == (16, 32) and torch.equal(texts, sample(model, 16, 32))
@@ -102,9 +99,8 @@ def test_rounding_suits_what_the_model_meets(source):
     exact, errors = model(ids).logits, []
     for suited in (False, True):
         twin = copy.deepcopy(model)
-        twin.lm_head.weight = torch.nn.Parameter(
-            model.lm_head.weight.detach().clone()
-        )  # not that of the embedding
+        # Not that of the embedding.
+        twin.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         for name, matrix in done.items():
             layer = twin.get_submodule(name.removesuffix(".weight"))
             layer.weight.data = (matrix if suited else quantize(layer.weight.detach())).float()

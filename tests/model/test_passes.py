@@ -213,6 +213,7 @@ INSIDES = {
 STEPS = {"attend", "gate_input"}
 """Methods that a `ForwardPass` has, too: `step.attend()` is the way to do it."""
 
+# Packs them.
 READERS = {
     "benchmarks/lsh_slot_in.py": {"attention"},  # trains the projections of attention by themselves
     "benchmarks/parity.py": {"feed_forward"},  # reports the gradients of routers
@@ -221,7 +222,7 @@ READERS = {
         "attention_norm",
         "feed_forward",
         "feed_forward_norm",
-    },  # packs them
+    },
 }
 """Files that read a layer's weights and run none of it. The table may only become shorter."""
 

@@ -103,9 +103,8 @@ def test_any_changed_byte_is_noticed(tmp_path, data):
     where = data.draw(st.integers(0, len(raw) - 1) | st.integers(0, 1200))
     raw[where] = data.draw(st.integers(0, 255))
     (tmp_path / "changed").write_bytes(raw)
-    with suppress(
-        PackError
-    ):  # refused, unless the byte kept its value or is white space spelled differently
+    # Refused, unless the byte kept its value or is white space spelled differently.
+    with suppress(PackError):
         assert same(read_pack(tmp_path / "changed"), pack)
 
 

@@ -382,9 +382,8 @@ def test_embeddings(server: Live, client: OpenAI, given: Any, form: Any) -> None
     reply = client.embeddings.create(model="tiny", input=given, encoding_format=form)
     count = len(given) if isinstance(given, list) and not isinstance(given[0], int) else 1
     assert [one.index for one in reply.data] == list(range(count))
-    same = client.embeddings.create(
-        model="tiny", input=given
-    )  # the client's own choice, base64, and decodes it
+    # The client's own choice, base64, and decodes it.
+    same = client.embeddings.create(model="tiny", input=given)
     for one, other in zip(reply.data, same.data, strict=True):
         if form == "float":
             assert one.embedding == pytest.approx(other.embedding, abs=1e-6)

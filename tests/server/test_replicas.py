@@ -230,9 +230,8 @@ def test_what_cannot_be_served_is_said_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setitem(
-        sys.modules, "ray", None
-    )  # whatever else is wrong is found before Ray is asked for
+    # Whatever else is wrong is found before Ray is asked for.
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit) as stop:
         main(["serve", "--experts", "", "--port", "0", "--ray", *arguments])
     assert stop.value.code == 2

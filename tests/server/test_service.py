@@ -195,9 +195,8 @@ def test_bodies_have_a_limit(keyed: Live) -> None:
 
     with keyed.http(USER) as http:
         assert http.post("/v1/chat/completions", content=long, headers=kind).status_code == 413
-        told = http.post(
-            "/v1/chat/completions", content=pieces(), headers=kind
-        )  # a length that is not told
+        # A length that is not told.
+        told = http.post("/v1/chat/completions", content=pieces(), headers=kind)
         assert (told.status_code, told.json()["error"]["type"]) == (413, "invalid_request_error")
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
     with keyed.http(ADMIN) as http:
@@ -253,9 +252,8 @@ def test_an_uploaded_pack_is_checked_and_plugged(keyed: Live) -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_pack")
             assert "/tmp" not in refused.text
         assert http.post("/v1/experts/upload", content=pack).json()["name"] == "two"
-        assert (
-            http.post("/v1/experts/upload", content=pack).status_code == 400
-        )  # it is there already
+        # It is there already.
+        assert http.post("/v1/experts/upload", content=pack).status_code == 400
         assert http.delete("/v1/experts/two").status_code == 200
 
 
@@ -349,9 +347,8 @@ def test_preferences_are_reviewed_and_recorded(keyed: Live) -> None:
     )
     with keyed.http(ADMIN) as http:
         shown = http.get("/v1/preferences").json()
-        assert (
-            http.get(f"/v1/preferences?after={1 << 70}").status_code == 400
-        )  # more than a database can number
+        # More than a database can number.
+        assert http.get(f"/v1/preferences?after={1 << 70}").status_code == 400
         assert (shown["pair"]["id"], shown["pair"]["answers"]) == (number, ["better", "worse"])
         assert (
             http.post(f"/v1/preferences/{number}", json={"choice": 0, "reviewer": "me"}).status_code
@@ -404,9 +401,8 @@ def test_a_full_queue_refuses_before_a_body_is_read(
         assert refused.json()["error"]["code"] == "queue_full"
         assert http.get("/v1/models").status_code == 200
     with keyed.http() as http:
-        assert (
-            http.post(path, content=b"no JSON").status_code == 401
-        )  # who has no key learns nothing of the queue
+        # Who has no key learns nothing of the queue.
+        assert http.post(path, content=b"no JSON").status_code == 401
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -487,9 +483,8 @@ def first_state(server: Live) -> dict[str, Any]:
 
 def test_a_server_begins_with_a_lesson(served_folder: Path, tmp_path: Path) -> None:
     pygit2.init_repository(tmp_path)
-    (tmp_path / "out").symlink_to(
-        "/"
-    )  # a working tree may hold links; only what is committed is read
+    # A working tree may hold links; only what is committed is read.
+    (tmp_path / "out").symlink_to("/")
     lesson = TeachRequest(name="history", kind="git")
     with live(served_folder, Settings(teach_root=tmp_path), lesson) as server:
         assert first_state(server)["state"] == "stopped"

@@ -117,10 +117,8 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
         _slopes(slope, start, stop, slope[last - 1], bias)
         for t in range(begin, end):
             low, high = _limits(first[t], past + t, start, stop)
-            row, i = (
-                scores[t - begin, : stop - start],
-                t - begin,
-            )  # of the whole buffer: known to be contiguous
+            # Of the whole buffer: known to be contiguous.
+            row, i = (scores[t - begin, : stop - start], t - begin)
             if high > low:
                 _add_bias(row[low:high], table[t], bias[low:high], past + t - start - high + 1)
                 peak = max(_largest(row[low:high]), largest[i])

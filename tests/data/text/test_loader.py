@@ -100,9 +100,8 @@ def test_resuming_anywhere_equals_not_stopping(
     whole = RowLoader(shards, rows, 16, seed)
     for _ in range(steps):
         whole.next()
-    state = {
-        name: int(str(value)) for name, value in whole.state().items()
-    }  # as JSON would carry it
+    # As JSON would carry it.
+    state = {name: int(str(value)) for name, value in whole.state().items()}
     resumed = RowLoader(TokenShards(shards.folder), rows, 16, seed)
     resumed.load(state)
     assert all(equal(whole.next(), resumed.next()) for _ in range(more))

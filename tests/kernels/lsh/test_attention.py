@@ -358,9 +358,8 @@ def test_padding_gives_zeros_and_gets_no_gradient():
 
 @pytest.mark.usefixtures("way")
 def test_bfloat16_is_as_exact_as_bfloat16_can_be():
-    case = problem(
-        5, 100, 100, packed=True, padded=True
-    )  # without a bias, whose gradients are sums of many parts
+    # Without a bias, whose gradients are sums of many parts.
+    case = problem(5, 100, 100, packed=True, padded=True)
     results = outcome(case.fast, case.inputs(torch.bfloat16))
     rounded = [part.detach().double().requires_grad_() for part in case.inputs(torch.bfloat16)]
     assert all(part.dtype == torch.bfloat16 for part in results)

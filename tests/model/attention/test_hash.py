@@ -92,9 +92,8 @@ def test_a_model_takes_its_hashes_and_hashes_before_positions() -> None:
     read: list[torch.Tensor] = []
     codes = hashes[1].key_codes
     hashes[1].key_codes = lambda key: (read.append(key), codes(key))[1]  # type: ignore[method-assign, func-returns-value]
-    ids = torch.full(
-        (1, 40), 5
-    )  # the same token everywhere: only positions could tell the keys of layer 1 apart
+    # The same token everywhere: only positions could tell the keys of layer 1 apart.
+    ids = torch.full((1, 40), 5)
     model(ids)
     first, last = read[0][0, :, 0], read[0][0, :, -1]
     torch.testing.assert_close(first, last, atol=1e-4, rtol=1e-4)

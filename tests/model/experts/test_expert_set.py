@@ -234,9 +234,8 @@ def test_arming_chooses_and_explains(model, make_pack, ids):
         "german": False,
     }
     assert model(ids).experts.names == ("python",)
-    assert (
-        model.experts.choose("python").roster is model.experts.armed().roster
-    )  # whose gates are solved once
+    # Whose gates are solved once.
+    assert model.experts.choose("python").roster is model.experts.armed().roster
     only_python = logits_of(model, ids)
     model.experts.plug(make_pack("later", seed=9, bias=0.5))
     assert torch.equal(logits_of(model, ids), only_python)

@@ -33,9 +33,8 @@ def test_the_bias_moves_in_proportion_and_at_most_by_the_rate():
     router = TopKRouter(4, 2, top_k=1, balance_rate=0.5)
     router.balance.counts.copy_(torch.tensor([12, 2, 1, 1, 16]))
     router.balance.update()
-    steps = (
-        torch.tensor([-1.0, 0.5, 0.75, 0.75]) * 0.5
-    )  # the first is three times too busy and moves as if by one
+    # The first is three times too busy and moves as if by one.
+    steps = torch.tensor([-1.0, 0.5, 0.75, 0.75]) * 0.5
     assert torch.allclose(router.balance.bias, steps - steps.mean())
 
 
@@ -46,9 +45,8 @@ def test_load_evens_out(make):
     torch.manual_seed(0)
     router = make()
     router.weight.data = torch.randn(16, 8) * 0.3
-    offset = torch.randn(
-        8
-    )  # a common direction in all tokens, which makes some experts everybody's favourites
+    # A common direction in all tokens, which makes some experts everybody's favourites.
+    offset = torch.randn(8)
 
     def share():
         load = routed(router, torch.randn(512, 8) + offset).load_E().float()
@@ -85,9 +83,8 @@ def test_temperature_follows_a_router_that_changes():
     start = torch.randn(16, 8)
     means = []
     for step in range(600):
-        router.weight.data = start * (
-            0.1 + step / 600
-        )  # logits grow tenfold, as they do in training
+        # Logits grow tenfold, as they do in training.
+        router.weight.data = start * (0.1 + step / 600)
         means.append(routed(router, torch.randn(256, 8)).active_N.float().mean())
         update_routers(router)
     assert float(torch.stack(means[300:]).mean()) == pytest.approx(2.5, rel=0.05)

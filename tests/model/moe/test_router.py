@@ -49,9 +49,8 @@ def oracle(
     st.randoms(),
 )
 def test_dynamic_rule_matches_the_oracle(z, threshold, temperature, low, more, random):
-    threshold += (
-        1e-7 * math.pi
-    )  # off the round numbers at which fp32 and fp64 sums may fall on different sides
+    # Off the round numbers at which fp32 and fp64 sums may fall on different sides.
+    threshold += 1e-7 * math.pi
     high = min(low + more, len(z))
     router = DynamicRouter(
         len(z), 2, threshold=threshold, min_experts=low, max_experts=high, temperature=temperature

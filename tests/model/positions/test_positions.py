@@ -136,9 +136,8 @@ def test_dynamic_positions_start_as_rope_and_learn_from_there(tmp_path: Path) ->
     model = DeepSeekModel.from_pretrained(tmp_path, config=choice, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, rope(ids).logits)
-    torch.testing.assert_close(
-        model(ids).logits, rope(ids).logits, atol=1e-5, rtol=0
-    )  # the path of training
+    # The path of training.
+    torch.testing.assert_close(model(ids).logits, rope(ids).logits, atol=1e-5, rtol=0)
     model(ids, labels=ids).loss.backward()
     for block in model.layers:
         bias = block.attention.score_bias
@@ -241,9 +240,8 @@ def test_additive_form() -> None:
     x, pos_ids = torch.randn(2, 40, 16), torch.arange(40).expand(2, 40)
     out = dpe(x, pos_ids)
     assert out.shape == x.shape
-    assert not torch.equal(
-        out[:, 38] - x[:, 38], out[:, 39] - x[:, 39]
-    )  # sinusoids go on beyond max_len
+    # Sinusoids go on beyond max_len.
+    assert not torch.equal(out[:, 38] - x[:, 38], out[:, 39] - x[:, 39])
     out.square().sum().backward()
     assert all(parameter.grad.any() for parameter in dpe.parameters())
     with pytest.raises(ConfigError, match="d_model=7"):

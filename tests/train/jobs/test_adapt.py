@@ -144,9 +144,8 @@ def test_experts_beside_an_adapted_model_also_replay_what_it_was_adapted_to(
     ] == [0, 80, 160]
     assert "alpha" in tokenizer.decode(own[0])
     assert torch.equal(public_text.training_rows(model, tokenizer)[2:], torch.stack(own[80:]))
-    assert torch.equal(
-        torch.stack(own[80:160]), torch.stack(own[:80])
-    )  # what the first one was adapted to
+    # What the first one was adapted to.
+    assert torch.equal(torch.stack(own[80:160]), torch.stack(own[:80]))
 
 
 def test_the_same_call_again_changes_nothing(

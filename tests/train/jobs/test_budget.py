@@ -18,12 +18,13 @@ from deepseek.train.jobs.plan import (
     passes_for,
 )
 
+# Seconds a row of 512 tokens: from a fast card to a busy laptop.
 SPEEDS = st.builds(
     lambda trunk, step, evaluate: Speed(trunk, step, evaluate * step),
     trunk=st.floats(0, 2),
     step=st.floats(0.01, 2),
     evaluate=st.floats(0.2, 0.9),
-)  # seconds a row of 512 tokens: from a fast card to a busy laptop
+)
 
 
 def plan_of(
