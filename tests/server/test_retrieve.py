@@ -90,7 +90,12 @@ def test_what_does_not_fit_is_left_out(asking: OpenAI) -> None:
             404,
             "There is no index 'three'; make one with `deepseek expert index three`",
         ),
-        ({"model": "tiny+two"}, True, 400, "No expert that this request may use (two) has an index"),
+        (
+            {"model": "tiny+two"},
+            True,
+            400,
+            "No expert that this request may use (two) has an index",
+        ),
         ({"model": "tiny+none"}, 2, 400, "No expert that this request may use (none) has an index"),
         ({}, 0, 400, "retrieve"),
         ({}, "../one", 400, "retrieve"),
