@@ -2,7 +2,8 @@
 (`train/jobs/arguments.py`).
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -34,7 +35,10 @@ def job_command(
 
     def command(**options: Any) -> None:
         values = {name: value for name, value in options.items() if value not in (None, [])}
-        checked = declaration.read(**values)
+        try:
+            checked = declaration.read(**values)
+        except ConfigError as error:
+            raise ConfigError(_with_options(str(error), arguments)) from None
         if "base" in arguments:
             # Fetched here for the progress bar; the job would download without one.
             fetch(checked.base)  # type: ignore[attr-defined]
@@ -56,6 +60,20 @@ def job_command(
     command.__annotations__ = {**annotations, "return": None}
     command.__signature__ = Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
     return command
+
+
+def _with_options(message: str, names: Iterable[str]) -> str:
+    """Return a message with the names of options in place of those of arguments.
+
+    A message begins with the argument at fault; elsewhere only names with an underscore are told
+    from ordinary words.
+    """
+    for name in names:
+        option = f"--{name.replace('_', '-')}"
+        message = re.sub(rf"^{name}(?=[ :=])", option, message)
+        if "_" in name:
+            message = re.sub(rf"\b{name}\b", option, message)
+    return message
 
 
 def annotation(argument: Argument, declaration: type[Declaration], positional: bool) -> Any:

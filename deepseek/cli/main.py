@@ -122,8 +122,8 @@ def _call(place: str, program: str, arguments: list[str]) -> int:
     except Exit as done:
         return done.exit_code
     except TyperException as error:
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context else program
+        failed = getattr(error, "ctx", None)
+        path = failed.command_path if failed else program
         raise UserError(f"{_sentence(error.format_message())}; see `{path} --help`.") from error
     return 0
 

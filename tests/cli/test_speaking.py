@@ -144,7 +144,7 @@ def test_chat_survives_mistakes(
 ) -> None:
     assert converse(monkeypatch, base_folder, line, "/help") == 0
     shown = capsys.readouterr().out
-    assert "error: " in shown and "/unplug" in shown and "Unplug the expert of this name" in shown
+    assert "error: " in shown and "/unplug" in shown and "Unplug an expert by name" in shown
 
 
 class Interrupted(Console):
