@@ -197,13 +197,14 @@ class BucketCache:
         query_BH1K = query_BH1K if bias is None else bias.scaled(query_BH1K)
         query_BGMK = query_BH1K.view(*key_BGSK.shape[:2], -1, key_BGSK.shape[-1]) * scale
         shared = query_BGMK.shape[2]
-        lowest = torch.finfo(query_BH1K.dtype).min
         position_BGNW, valid_BGNW = self.candidates(query_codes_BH1P)
         old = [
             _rows(part, position_BGNW).unflatten(2, (shared, -1)) for part in (key_BGSK, value_BGSK)
         ]
         # Five times as fast as keys times query.
         scores_old = (query_BGMK[..., None, :] @ old[0].mT).squeeze(-2)
+        # Under autocast the scores are of another dtype than the query.
+        lowest = torch.finfo(scores_old.dtype).min
         scores_old = scores_old.masked_fill(~valid_BGNW.view_as(scores_old), lowest)
         near = slice(max(0, self.length - self.windows.local), self.length)
         padding_B11S = ~self._real(near)[:, None, None]

@@ -307,6 +307,14 @@ def test_dynamic_positions_at_their_start_change_nothing(model: DeepSeekModel) -
         torch.testing.assert_close(dynamic(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_a_long_cache_is_decoded_under_autocast(model: DeepSeekModel) -> None:
+    """The scores are of the mixed precision's dtype, the query is not."""
+    ids = torch.arange(1, 91)[None] % 97
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        written = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert written.shape == (1, 94)
+
+
 def test_layers_are_exact_where_the_config_says_so() -> None:
     layers = DeepSeekModel(small_config(lsh_exact_layers=None)).layers
     assert [block.attention.exact for block in layers] == [True, True, False]
