@@ -150,7 +150,7 @@ def test_a_pass_goes_on_from_a_stream_through_other_upper_layers() -> None:
     assert torch.equal(resume(model, stream, 1).finish(), whole), (
         "the model's own layers have changed"
     )
-    with pytest.raises(ConfigError, match="begin at 1"):
+    with pytest.raises(ConfigError, match="start at 1"):
         resume(model, stream, 0, upper=upper)
 
 

@@ -175,5 +175,5 @@ def test_a_dry_run_estimates_and_writes_nothing(
         run_folder=tmp_path / "r",
         dry_run=True,
     )
-    assert re.search(r"parameters train, about \d+\.\d minutes", capsys.readouterr().err)
+    assert re.search(r"trainable parameters, about \d+\.\d minutes", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
