@@ -39,6 +39,7 @@ class TorchState:
         return self.cache.nbytes
 
     def rewind(self, length: int) -> None:
+        """Raise `NotImplementedError`: the engine asks only states whose `rewinds` is True."""
         raise NotImplementedError
 
     def segment(self, start: int) -> CacheSegment:
