@@ -23,6 +23,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from deepseek.engine.load import load as load
+    from deepseek.model.attached.model import attach as attach
+    from deepseek.model.attached.model import detach as detach
     from deepseek.model.attention.lsh import sparse_attention as sparse_attention
     from deepseek.model.config import ModelConfig as ModelConfig
     from deepseek.model.moe.router import DynamicRouter as DynamicRouter
@@ -46,6 +48,8 @@ _HOMES = {
     "ModelConfig": "deepseek.model.config",
     "adapt": "deepseek.train.jobs.adapt",
     "align": "deepseek.train.jobs.align",
+    "attach": "deepseek.model.attached.model",
+    "detach": "deepseek.model.attached.model",
     "distill_hash": "deepseek.train.jobs.distill_hash",
     "load": "deepseek.engine.load",
     "plan": "deepseek.planning",

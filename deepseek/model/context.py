@@ -15,12 +15,41 @@ from deepseek.model.moe.stats import RoutingDecision
 from deepseek.model.positions import PreparedPositions
 
 
+class GateMemory(Protocol):
+    """What gates and relevance keep of past tokens (see `KVCache` for the shapes)."""
+
+    gate_state: dict[int, Tensor]
+    relevance_state: Tensor | None
+
+
+class GateContext(Protocol):
+    """The part of a forward pass's context that armed experts read (see `ForwardContext`).
+
+    A pass of an attached `transformers` model has only this part.
+    """
+
+    words_BTM: Tensor | None
+
+    @property
+    def position_ids_BT(self) -> Tensor: ...
+
+    @property
+    def token_mask_BT(self) -> Tensor | None: ...
+
+    @property
+    def document_ids_BT(self) -> Tensor | None: ...
+
+    @property
+    def input_ids_BT(self) -> Tensor | None: ...
+
+    @property
+    def cache(self) -> GateMemory | None: ...
+
+
 class Armed(Protocol):
     """The armed experts of one forward pass (see `model/experts`)."""
 
-    def apply(
-        self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: "ForwardContext"
-    ) -> Tensor: ...
+    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: GateContext) -> Tensor: ...
 
 
 @dataclass

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deepseek.model.context import ForwardContext
+from deepseek.model.context import GateContext
 from deepseek.model.experts.gate import GateBank
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.experts.relevance import RelevanceBank
@@ -148,7 +148,7 @@ class ArmedExperts:
             return None
         return f"[{self._roster.max_experts}] {digests}"
 
-    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: GateContext) -> Tensor:
         """Return `y` plus the weighted outputs of the modules at this layer, `[B, T, D]`.
 
         Tokens at which no module fires keep `y` bit for bit.
@@ -182,7 +182,7 @@ class ArmedExperts:
             trace.add(modules, layer_idx, weights_BTM)
         return y_BTD
 
-    def _words(self, ctx: ForwardContext) -> Tensor | None:
+    def _words(self, ctx: GateContext) -> Tensor | None:
         """Return the accumulated relevance evidence `[B, T, M]` of a document, in nats.
 
         None if relevance plays no part: admission is already decided, no candidate has a table, or

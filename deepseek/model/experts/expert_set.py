@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deepseek.errors import ConfigError, PackError
+from deepseek.model.attached.sites import Sites
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.experts.state import AUTO, ExpertInfo, Plugged, PlugState, roster_of
@@ -31,12 +32,12 @@ class ExpertSet:
     Attributes:
         policy: rules by which `plug` accepts packs.
         base_folder: folder that the model was loaded from; packs must name its fingerprint.
-        max_experts: maximum number of modules that fire at one token (default 5).
+        max_experts: maximum number of modules that fire at one token.
+        sites: where the experts of an attached model stand; None for a `DeepSeekModel`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        # Weak, because a reference cycle would keep a dropped model in memory until the next
-        # garbage collection.
+        # Weak: a cycle would keep a dropped model in memory until the next garbage collection.
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
         self._state = PlugState()
@@ -46,6 +47,7 @@ class ExpertSet:
         self.policy = PackPolicy()
         self.base_folder: Path | None = None
         self.max_experts = 5
+        self.sites: Sites | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertSet":
         model = self._live_model()
@@ -54,6 +56,7 @@ class ExpertSet:
         copied.base_folder = self.base_folder
         copied._base = self._base
         copied.max_experts = self.max_experts
+        copied.sites = self.sites
         copied._state = self._state
         return copied
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from deepseek.model.context import ForwardContext
+from deepseek.model.context import GateContext
 from deepseek.model.experts.scan import scan
 
 SHARPNESS = 16.0
@@ -81,7 +81,7 @@ class GateBank:
         self,
         layer_idx: int,
         x_BTD: Tensor,
-        ctx: ForwardContext,
+        ctx: GateContext,
         words_BTM: Tensor | None,
         admitted_BM: Tensor | None,
     ) -> Tensor:

@@ -1,0 +1,1 @@
+"""Experts beside any causal language model of `transformers`. Start with `model.py`."""

@@ -1,0 +1,107 @@
+"""`deepseek.attach`: give a stock `transformers` causal model `model.experts`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationMixin, PreTrainedModel
+
+from deepseek.errors import ConfigError
+from deepseek.model.attached.extend import extend_class, restore_class
+from deepseek.model.attached.hooks import Hooks
+from deepseek.model.attached.memory import remembering
+from deepseek.model.attached.sites import find_sites
+from deepseek.model.experts import ExpertSet
+
+
+class AttachedModel(PreTrainedModel, GenerationMixin):
+    """A stock model with experts.
+
+    `attach` makes the class of a loaded model a subclass of this one and of its own, so that the
+    model stays an instance of its class, with the same name and state dict. This class is never
+    instantiated directly.
+
+    Attributes:
+        experts: the expert modules of the model.
+        expert_hooks: the hooks by which they take part in a forward pass.
+    """
+
+    experts: ExpertSet
+    expert_hooks: Hooks
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        # Admission of experts depends on the whole prompt only: generated tokens are no evidence
+        # of what the user asked about.
+        cache = kwargs.get("cache")
+        if isinstance(cache, Cache) and kwargs.get("inputs_embeds") is None:
+            memory = remembering(cache)
+            if not memory.started:
+                memory.start(self.experts.decided(input_ids, kwargs.get("attention_mask")))
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return prepared
+
+    @torch.no_grad()
+    def log_probs(self, input_ids: Tensor) -> Tensor:
+        """Return each token's log probability given its prefix, in nats, `[B, T - 1]`.
+
+        The first token has no prefix and therefore no entry.
+        """
+        logits = self(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+        targets = input_ids[:, 1:, None]
+        return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
+
+
+def attach(model: PreTrainedModel) -> AttachedModel:
+    """Give a causal language model of `transformers` a set of experts, `model.experts`.
+
+    Experts stand beside the feed-forward modules of its layers, dense or mixtures;
+    `model.experts.sites` lists them. With no expert armed the model computes the same bits as
+    before, and its state dict, `save_pretrained` and adapters of PEFT never see the experts.
+
+    Args:
+        model: the model, on any device and in any dtype. It is changed in place; a model that is
+            attached already stays as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: experts cannot attach to the model; the message says why.
+    """
+    if isinstance(model, AttachedModel):
+        return model
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise ConfigError(
+            f"Experts attach to a causal language model of transformers, not to a "
+            f"{type(model).__name__}; load it with AutoModelForCausalLM."
+        )
+    if isinstance(getattr(model, "experts", None), ExpertSet):
+        raise ConfigError(f"A {type(model).__name__} has experts of its own; use model.experts.")
+    sites = find_sites(model)
+    experts = ExpertSet(model)
+    experts.sites = sites
+    folder = Path(str(model.config.name_or_path))
+    experts.base_folder = folder if (folder / "config.json").is_file() else None
+    extend_class(model, AttachedModel)
+    assert isinstance(model, AttachedModel)
+    model.experts = experts
+    model.expert_hooks = Hooks(sites, experts)
+    model.expert_hooks.install(model)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Remove the experts from an attached model without a trace; return the model.
+
+    Raises:
+        ConfigError: the model is not attached.
+    """
+    if not isinstance(model, AttachedModel):
+        raise ConfigError(
+            f"This {type(model).__name__} has no attached experts; nothing to detach."
+        )
+    model.expert_hooks.remove()
+    del model.experts, model.expert_hooks
+    restore_class(model)
+    return model
