@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 from deepseek.errors import ConfigError
 from deepseek.model import context as ctx_of
 from deepseek.model.attached.memory import ExpertMemory, remembering
-from deepseek.model.attached.sites import Sites, first_tensor
+from deepseek.model.attached.sites import ExpertSites, first_tensor
 from deepseek.model.context import Armed
 from deepseek.model.experts import ExpertSet
 
@@ -50,7 +50,7 @@ class _Current(threading.local):
 
 
 @dataclass
-class Hooks:
+class ExpertHooks:
     """The hooks of one attached model.
 
     Attributes:
@@ -58,7 +58,7 @@ class Hooks:
         experts: the model's experts.
     """
 
-    sites: Sites
+    sites: ExpertSites
     experts: ExpertSet
     _handles: list[Any] = field(default_factory=list)
     _current: _Current = field(default_factory=_Current)

@@ -9,7 +9,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from deepseek.errors import ConfigError
 from deepseek.model.attached.extend import extend_class, restore_class
-from deepseek.model.attached.hooks import Hooks
+from deepseek.model.attached.hooks import ExpertHooks
 from deepseek.model.attached.memory import remembering
 from deepseek.model.attached.sites import find_sites
 from deepseek.model.experts import ExpertSet
@@ -28,7 +28,7 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
     """
 
     experts: ExpertSet
-    expert_hooks: Hooks
+    expert_hooks: ExpertHooks
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         # Admission of experts depends on the whole prompt only: generated tokens are no evidence
@@ -86,7 +86,7 @@ def attach(model: PreTrainedModel) -> AttachedModel:
     extend_class(model, AttachedModel)
     assert isinstance(model, AttachedModel)
     model.experts = experts
-    model.expert_hooks = Hooks(sites, experts)
+    model.expert_hooks = ExpertHooks(sites, experts)
     model.expert_hooks.install(model)
     return model
 

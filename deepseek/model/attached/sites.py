@@ -46,7 +46,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Sites:
+class ExpertSites:
     """Where experts attach to a model.
 
     Attributes:
@@ -86,7 +86,7 @@ class Sites:
         )
 
 
-def find_sites(model: PreTrainedModel) -> Sites:
+def find_sites(model: PreTrainedModel) -> ExpertSites:
     """Return where experts attach to a model.
 
     Args:
@@ -119,7 +119,7 @@ def find_sites(model: PreTrainedModel) -> Sites:
             f"({type(layers[0]).__name__}), so experts cannot attach to it; choose a model whose "
             "layers have one."
         )
-    return Sites(names[decoder], names[layers], len(layers), int(config.hidden_size), sites)
+    return ExpertSites(names[decoder], names[layers], len(layers), int(config.hidden_size), sites)
 
 
 def _layer_list(decoder: nn.Module, count: int) -> nn.ModuleList | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deepseek.errors import ConfigError, PackError
-from deepseek.model.attached.sites import Sites
+from deepseek.model.attached.sites import ExpertSites
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.experts.state import AUTO, ExpertInfo, Plugged, PlugState, roster_of
@@ -47,7 +47,7 @@ class ExpertSet:
         self.policy = PackPolicy()
         self.base_folder: Path | None = None
         self.max_experts = 5
-        self.sites: Sites | None = None
+        self.sites: ExpertSites | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertSet":
         model = self._live_model()
