@@ -28,15 +28,24 @@ large enough for full matmul speed.
 """
 
 
-def reference_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+def reference_cross_entropy(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, cap: float | None = None
+) -> Tensor:
     """Return the mean loss over labels that are not ignored: the definition that the fast versions
     are tested against.
     """
-    return F.cross_entropy((hidden_ND @ head_VD.T).float(), labels_N, ignore_index=IGNORED_LABEL)
+    logits_NV = (hidden_ND @ head_VD.T).float()
+    if cap is not None:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL)
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None = None
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    log_weight_V: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Return the mean cross-entropy of `hidden_ND @ head_VD.T + log_weight_V` against the labels.
 
@@ -45,28 +54,32 @@ def linear_cross_entropy(
         head_VD: weights of the head `[V, D]`.
         labels_N: token ids `[N]`; -100 is ignored.
         log_weight_V: added to the logits; None (default) adds nothing.
+        cap: logits z are capped to cap * tanh(z / cap) before `log_weight_V` is added; None
+            (default): no cap.
 
     Returns:
         The mean loss in nats, an fp32 scalar; 0 if all labels are ignored. Gradients flow to
         `hidden_ND`, and to `head_VD` if it requires them.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, log_weight_V)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, log_weight_V, cap)
     return loss
 
 
 @torch.no_grad()
-def token_losses(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+def token_losses(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, cap: float | None = None
+) -> Tensor:
     """Return the exact loss of every token, for evaluation.
 
     Args:
-        hidden_ND, head_VD, labels_N: see `linear_cross_entropy`.
+        hidden_ND, head_VD, labels_N, cap: see `linear_cross_entropy`.
 
     Returns:
         Losses in nats, fp32 `[N]`; 0 where the label is ignored.
     """
     losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
     for part in _chunks(len(labels_N), len(head_VD)):
-        losses_N[part], _ = _chunk_loss(hidden_ND[part], head_VD, labels_N[part], None)
+        losses_N[part], _, _ = _chunk_loss(hidden_ND[part], head_VD, labels_N[part], None, cap)
     return losses_N
 
 
@@ -83,9 +96,17 @@ class CandidateHead:
         candidates_C: token ids of the candidates.
         sampled: number m of other tokens, drawn anew at every step.
         seed: seed of the samples.
+        cap: cap of the logits (see `linear_cross_entropy`); None (default): no cap.
     """
 
-    def __init__(self, head_VD: Tensor, candidates_C: Tensor, sampled: int, seed: int) -> None:
+    def __init__(
+        self,
+        head_VD: Tensor,
+        candidates_C: Tensor,
+        sampled: int,
+        seed: int,
+        cap: float | None = None,
+    ) -> None:
         """Copy the candidate rows of the head."""
         vocab_size, hidden_size = head_VD.shape
         keep_V = torch.zeros(vocab_size, dtype=torch.bool)
@@ -94,6 +115,7 @@ class CandidateHead:
         self.rest_R = (~keep_V).nonzero().flatten()
         self.sampled = min(sampled, len(self.rest_R))
         self.seed = seed
+        self.cap = cap
         self._head_VD = head_VD.detach()
         size = len(self.candidates_C) + self.sampled
         self._rows = torch.empty(
@@ -130,7 +152,7 @@ class CandidateHead:
         positions_N = torch.where(real_N, self._position_V[labels_N.clamp(min=0)], IGNORED_LABEL)
         if (positions_N[real_N] < 0).any():
             raise ValueError("a label is not among the candidate tokens of the head.")
-        return linear_cross_entropy(hidden_ND, self._rows, positions_N, self._log_weight)
+        return linear_cross_entropy(hidden_ND, self._rows, positions_N, self._log_weight, self.cap)
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
@@ -139,15 +161,26 @@ def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
 
 
 def _chunk_loss(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the losses `[N]` and the log probabilities `[N, V]` of one chunk, in fp32."""
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    log_weight_V: Tensor | None,
+    cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the losses `[N]`, the log probabilities `[N, V]`, and the slope `[N, V]` of the cap,
+    None without a cap, of one chunk in fp32.
+    """
     logits_NV = F.linear(hidden_ND.to(head_VD.dtype), head_VD).float()
+    slope_NV = None
+    if cap is not None:
+        tanh_NV = torch.tanh(logits_NV / cap)
+        slope_NV = 1.0 - tanh_NV.square()
+        logits_NV = cap * tanh_NV
     if log_weight_V is not None:
         logits_NV += log_weight_V
     logits_NV -= logits_NV.logsumexp(-1, keepdim=True)
     picked_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0]
-    return torch.where(labels_N == IGNORED_LABEL, 0.0, -picked_N), logits_NV
+    return torch.where(labels_N == IGNORED_LABEL, 0.0, -picked_N), logits_NV, slope_NV
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -157,7 +190,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, log_weight_V: Tensor | None
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        labels_N: Tensor,
+        log_weight_V: Tensor | None,
+        cap: float | None,
     ) -> Tensor:
         head = head_VD.detach().to(fast_dtype(head_VD.device))
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
@@ -166,11 +204,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = (labels_N != IGNORED_LABEL).sum().clamp(min=1)
         total = torch.zeros((), device=hidden_ND.device)
         for part in _chunks(len(labels_N), len(head)):
-            losses_N, logits_NV = _chunk_loss(hidden_ND[part], head, labels_N[part], log_weight_V)
+            losses_N, logits_NV, slope_NV = _chunk_loss(
+                hidden_ND[part], head, labels_N[part], log_weight_V, cap
+            )
             total += losses_N.sum()
             if grad_hidden_ND is None and grad_head_VD is None:
                 continue
-            grad_NV = _logit_gradient(logits_NV, labels_N[part], count).to(head.dtype)
+            grad_NV = _logit_gradient(logits_NV, labels_N[part], count)
+            if slope_NV is not None:
+                grad_NV *= slope_NV
+            grad_NV = grad_NV.to(head.dtype)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[part] = grad_NV @ head
             if grad_head_VD is not None:
@@ -182,12 +225,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
         scale = grad_outputs[0]
         return (
             None if grad_hidden_ND is None else grad_hidden_ND * scale,
             None if grad_head_VD is None else (grad_head_VD * scale).to(ctx.head_dtype),
+            None,
             None,
             None,
         )

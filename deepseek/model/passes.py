@@ -5,19 +5,22 @@
     step.attend()                     # after layer 8's attention, before its feed-forward network
     step.finish()                     # the remaining layers, then the final norm
 
-`resume` starts from a residual stream that an earlier pass computed. Code outside `model/` never
+`resume` starts from a residual stream that an earlier pass computed. A stock model of
+`transformers` with attached experts runs through the same functions. Code outside `model/` never
 calls a layer, norm, attention or feed-forward network directly, so that a change inside a layer
 stays inside `model/`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 from torch import Tensor, nn
 
 from deepseek.errors import ConfigError
 from deepseek.model import context as ctx_of
+from deepseek.model.attached.forward_pass import AttachedPass, begin_attached, resume_attached
+from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attention.full import AttentionInputs
 from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
@@ -167,6 +170,7 @@ class ForwardPass:
             )
 
 
+@overload
 def begin(
     model: Decoder,
     input_ids_BT: Tensor | None = None,
@@ -176,7 +180,30 @@ def begin(
     position_ids: Tensor | None = None,
     cache: KVCache | None = None,
     routing: Mapping[int, RoutingDecision] | None = None,
-) -> ForwardPass:
+) -> ForwardPass: ...
+
+
+@overload
+def begin(
+    model: AttachedModel,
+    input_ids_BT: Tensor | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> AttachedPass: ...
+
+
+def begin(
+    model: Decoder | AttachedModel,
+    input_ids_BT: Tensor | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: KVCache | None = None,
+    routing: Mapping[int, RoutingDecision] | None = None,
+) -> ForwardPass | AttachedPass:
     """Return a forward pass that is about to run layer 0.
 
     Positions are already added to the embeddings if the encoding is additive.
@@ -201,6 +228,8 @@ def begin(
     """
     if (input_ids_BT is None) == (inputs_embeds is None):
         raise ConfigError("Exactly one of input_ids and inputs_embeds must be given.")
+    if isinstance(model, AttachedModel):
+        return begin_attached(model, input_ids_BT, inputs_embeds, attention_mask, position_ids)
     hidden_BTD: Tensor = (
         model.embed_tokens(input_ids_BT) if inputs_embeds is None else inputs_embeds
     )
@@ -209,6 +238,7 @@ def begin(
     return ForwardPass(model, model.positions.embed(hidden_BTD, ctx.position_ids_BT), ctx)
 
 
+@overload
 def resume(
     model: Decoder,
     hidden_BTD: Tensor,
@@ -220,7 +250,34 @@ def resume(
     position_ids: Tensor | None = None,
     routing: Mapping[int, RoutingDecision] | None = None,
     upper: UpperLayers | None = None,
-) -> ForwardPass:
+) -> ForwardPass: ...
+
+
+@overload
+def resume(
+    model: AttachedModel,
+    hidden_BTD: Tensor,
+    layer: int,
+    *,
+    attended: bool = False,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> AttachedPass: ...
+
+
+def resume(
+    model: Decoder | AttachedModel,
+    hidden_BTD: Tensor,
+    layer: int,
+    *,
+    attended: bool = False,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    routing: Mapping[int, RoutingDecision] | None = None,
+    upper: UpperLayers | None = None,
+) -> ForwardPass | AttachedPass:
     """Return a forward pass that continues from a residual stream, without a cache.
 
     Args:
@@ -239,6 +296,16 @@ def resume(
     Raises:
         ConfigError: a mask of the wrong shape, or `upper` starts above `layer`.
     """
+    if isinstance(model, AttachedModel):
+        return resume_attached(
+            model,
+            hidden_BTD,
+            layer,
+            attended=attended,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
     if upper is not None and upper.first > layer:
         raise ConfigError(
             f"The upper layers start at {upper.first} and cannot continue from layer {layer}; "

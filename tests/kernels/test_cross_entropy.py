@@ -31,15 +31,16 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
     return hidden, head, labels
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_loss_and_gradients_are_those_of_the_reference(
-    problem: tuple[Tensor, ...], train_head: bool
+    problem: tuple[Tensor, ...], train_head: bool, cap: float | None
 ) -> None:
     hidden, head, labels = problem
     results = []
     for function in (reference_cross_entropy, linear_cross_entropy):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_(train_head)
-        loss = function(h, w, labels)
+        loss = function(h, w, labels, cap=cap)
         (3 * loss).backward()
         results.append((loss.detach(), h.grad, w.grad))
     (loss, h_grad, w_grad), (fast_loss, fast_h_grad, fast_w_grad) = results
@@ -88,25 +89,27 @@ def test_no_step_holds_more_logits_than_a_chunk(
     largest = 0
     original = cross_entropy._chunk_loss
 
-    def watched(
-        hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def watched(*arguments: object) -> tuple[Tensor, Tensor, Tensor | None]:
         nonlocal largest
-        losses, logits = original(hidden, head, labels, weight)
+        losses, logits, slope = original(*arguments)
         largest = max(largest, logits.numel())
-        return losses, logits
+        return losses, logits, slope
 
     monkeypatch.setattr(cross_entropy, "_chunk_loss", watched)
     linear_cross_entropy(hidden.requires_grad_(), head, labels).backward()
     assert 0 < largest <= cross_entropy.CHUNK_LOGITS < N * V
 
 
-def test_all_tokens_as_candidates_are_the_exact_loss(problem: tuple[Tensor, ...]) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_all_tokens_as_candidates_are_the_exact_loss(
+    problem: tuple[Tensor, ...], cap: float | None
+) -> None:
     hidden, head, labels = problem
-    candidates = CandidateHead(head, torch.arange(V), sampled=10, seed=0)
-    torch.testing.assert_close(
-        candidates.loss(hidden, labels, 0), reference_cross_entropy(hidden, head, labels)
-    )
+    candidates = CandidateHead(head, torch.arange(V), sampled=10, seed=0, cap=cap)
+    exact = reference_cross_entropy(hidden, head, labels, cap=cap)
+    torch.testing.assert_close(candidates.loss(hidden, labels, 0), exact)
+    losses = token_losses(hidden, head, labels, cap=cap)
+    torch.testing.assert_close(losses.sum() / (labels >= 0).sum(), exact)
 
 
 def test_sampled_partition_function_is_unbiased(problem: tuple[Tensor, ...]) -> None:

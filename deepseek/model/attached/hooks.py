@@ -34,7 +34,7 @@ class AttachedContext:
     token_mask_BT: Tensor | None
     document_ids_BT: Tensor | None
     input_ids_BT: Tensor | None
-    cache: ExpertMemory
+    cache: ExpertMemory | None
     armed: Armed | None
     words_BTM: Tensor | None = None
 
@@ -84,8 +84,8 @@ class ExpertHooks:
         self._handles.clear()
 
     @contextmanager
-    def running(self, ctx: AttachedContext) -> Iterator[None]:
-        """Within the block, forward passes of the model use `ctx` in place of a new context."""
+    def running(self, ctx: AttachedContext | None) -> Iterator[None]:
+        """Within the block, forward passes of the model use `ctx`; with None, no experts."""
         self._current.passes.append(ctx)
         try:
             yield
@@ -158,8 +158,7 @@ class ExpertHooks:
         output.experts = None if ctx is None else ctx.armed
         cache = _cache(output)
         if cache is not None:  # the model may have made it
-            memory = ExpertMemory(started=True) if ctx is None else ctx.cache
-            remembering(cache, memory)
+            remembering(cache, ExpertMemory(started=True) if ctx is None else ctx.cache)
 
     def _add(
         self,

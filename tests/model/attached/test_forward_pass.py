@@ -1,0 +1,136 @@
+"""A stock decoder that is stopped and resumed gives the uncut result, in every family."""
+
+import pytest
+import torch
+from attached_fixtures import attached, plug_random
+from tiny_families import FAMILIES, tiny_family
+
+from deepseek.errors import ConfigError
+from deepseek.model.attached.forward_pass import can_cut
+from deepseek.model.attached.model import AttachedModel
+from deepseek.model.attached.traits import traits_of
+from deepseek.model.language_model import output_head
+from deepseek.model.passes import begin, resume
+
+CUTS = {"gemma4_text": {0}}
+"""Where a family can be cut whose upper layers need more of the lower ones than hidden states."""
+
+MIXES_DOCUMENTS = {
+    "falcon_h1",
+    "gpt_oss",
+    "granitemoehybrid",
+    "lfm2",
+    "nemotron_h",
+    "qwen3_5_text",
+    "qwen3_next",
+}
+"""Families in which one document of a packed row would affect the next."""
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def model(request: pytest.FixtureRequest) -> AttachedModel:
+    model = attached(tiny_family(request.param))
+    model.requires_grad_(False)
+    plug_random(model)
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def positions(*lengths: int) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+def test_finish_leads_to_the_models_logits(model: AttachedModel, ids: torch.Tensor) -> None:
+    head = output_head(model)
+    expected = model(ids).logits
+    assert torch.allclose(head.logits(begin(model, ids).finish()), expected, rtol=1e-4, atol=1e-4)
+    with model.experts.arming(None):
+        base = head.logits(begin(model, ids).finish())
+        assert torch.allclose(base, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(base, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stops_and_resumes(model: AttachedModel, ids: torch.Tensor) -> None:
+    whole = begin(model, ids).finish()
+    layers = model.experts.sites.num_layers
+    for layer in range(layers + 1):
+        step = begin(model, ids)
+        stream = step.run_to(layer)
+        assert torch.equal(step.finish(), whole)
+        assert torch.equal(resume(model, stream, layer, input_ids=ids).finish(), whole)
+    cut = {layer for layer in range(layers) if can_cut(model, layer)}
+    assert cut == CUTS.get(model.config.model_type, set(range(layers)))
+
+
+def test_gate_inputs_from_layer_to_layer(model: AttachedModel, ids: torch.Tensor) -> None:
+    """Read gate inputs on the way up as calibration does, and compare with hooks in one pass."""
+    seen = {}
+    handles = [
+        model.get_submodule(site.path).register_forward_pre_hook(
+            lambda _module, args, layer=site.layer: seen.update({layer: args[0]})
+        )
+        for site in model.experts.sites
+    ]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    first = model.experts.sites.indices[0]
+    step = begin(model, ids)
+    step.run_to(first)
+    step = resume(model, step.attend(), first, attended=True, input_ids=ids)
+    for layer in model.experts.sites.indices:
+        if layer > first:
+            step.run_to(layer)
+        assert torch.equal(step.gate_input(), seen[layer].view(2, 16, -1))
+
+
+def test_documents_of_a_packed_row_stand_alone(model: AttachedModel, ids: torch.Tensor) -> None:
+    separates = model.config.model_type not in MIXES_DOCUMENTS
+    assert traits_of(model).separates_documents == separates
+    place = positions(5, 8, 3).expand(2, -1)
+    step = begin(model, ids, position_ids=place)
+    packed = step.finish()
+    for first, last in ((0, 5), (5, 13), (13, 16)):
+        alone = begin(model, ids[:, first:last]).finish()
+        assert torch.allclose(packed[:, first:last], alone, rtol=1e-4, atol=1e-4)
+    layer = model.experts.sites.indices[-2]
+    step = begin(model, ids, position_ids=place)
+    step.run_to(layer)
+    stream = step.attend()
+    cut = resume(model, stream, layer, attended=True, input_ids=ids, position_ids=place)
+    assert torch.equal(cut.finish(), packed)
+
+
+def test_a_pass_never_goes_back(ids: torch.Tensor) -> None:
+    model = attached(tiny_family("gemma3_text"))
+    step = begin(model, ids)
+    step.run_to(2)
+    for layer in (1, 9):
+        with pytest.raises(ConfigError, match="cannot go to layer"):
+            step.run_to(layer)
+    step.attend()
+    with pytest.raises(ConfigError, match="after the attention of layer 2"):
+        step.attend()
+
+
+def test_resuming_without_ids(ids: torch.Tensor) -> None:
+    model = attached(tiny_family("gemma3_text"))
+    stream = begin(model, ids).run_to(2)
+    assert torch.equal(resume(model, stream, 2).finish(), begin(model, ids).finish())
+    model = attached(tiny_family("gemma4_text"))
+    with pytest.raises(ConfigError, match="pass input_ids"):
+        resume(model, stream, 3)
+
+
+def test_gradients_reach_an_expert_from_a_stored_stream(ids: torch.Tensor) -> None:
+    model = attached(tiny_family("qwen3_5_text")).requires_grad_(False)
+    plug_random(model)
+    module = model.experts._state.plugged[0].module.requires_grad_(True)
+    stream = begin(model, ids).run_to(2)
+    with model.experts.forced(module):
+        resume(model, stream, 2, input_ids=ids).finish().square().mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
