@@ -2,8 +2,13 @@
 "code"}}`.
 """
 
+import errno
+import logging
 import math
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from deepseek.engine.request import EngineStoppedError, QueueFullError
 from deepseek.errors import UserError
@@ -25,10 +31,22 @@ TYPES = {
     429: "rate_limit_error",
     503: "unavailable_error",
     504: "timeout_error",
+    507: "unavailable_error",
 }
+
+RETRIED = (429, 503, 504, 507)
+"""Statuses whose replies say when to try again."""
 
 RETRY_SECONDS = 1
 """Default of the `Retry-After` header, in seconds, when the queue is full or the model loads."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors of a disk that takes no more data."""
+
+LOG_SECONDS = 60.0
+"""Least time between two log lines about the same failure: a full disk fails every request."""
+
+log = logging.getLogger(__name__)
 
 
 class ErrorDetail(BaseModel):
@@ -60,7 +78,7 @@ class ApiError(Exception):
         message: the error in one sentence, with what to do.
         param: the field at fault; default: none.
         code: identifier for programs; default: none.
-        retry_after: seconds in the `Retry-After` header of status 429 and 503.
+        retry_after: seconds in the `Retry-After` header of the statuses in `RETRIED`.
     """
 
     def __init__(
@@ -74,10 +92,11 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        # A name of a file can hold bytes that are no UTF-8.
+        self.message = without_paths(message).encode(errors="replace").decode()
         self.param = param
         self.code = code
-        self.headers = {"Retry-After": str(math.ceil(retry_after))} if status in (429, 503) else {}
+        self.headers = {"Retry-After": str(math.ceil(retry_after))} if status in RETRIED else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 
@@ -95,19 +114,101 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def explained(mistake: dict[str, Any]) -> ApiError:
-    """Return the error reply for one Pydantic validation error, naming the field."""
-    where = printable(".".join(str(part) for part in mistake["loc"][1:]))
-    if mistake["type"] == "extra_forbidden":
-        message = f"The field {where} is not supported; leave it out."
-        code = "unsupported_field"
-    elif mistake["type"] == "json_invalid":
-        message = "The body is not valid JSON."
-        code = "invalid_json"
-    else:
-        message = f"The field {where or 'body'} is invalid: {printable(mistake['msg'])}."
-        code = "invalid_value"
+PATH = re.compile(r"(?<![\w.~/])/([\w.@~+-]+)(?:/[\w.@~+-]+)*/?")
+
+
+def without_paths(message: str) -> str:
+    """Return a message with only the last name of each path on this machine.
+
+    Errors of the library name whole files, as its users need; a client must not learn where they
+    lie. A text that only looks like a path, such as `/v1/models`, stays.
+    """
+
+    def last(match: re.Match[str]) -> str:
+        return Path(match[0]).name if Path("/", match[1]).exists() else match[0]
+
+    return PATH.sub(last, message)
+
+
+EXPECTED = {
+    "string_type": "a text",
+    "string_unicode": "a text of Unicode characters",
+    "list_type": "a list",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+"""What a field of the wrong type should be, by Pydantic's name of the error."""
+
+
+def explained(mistakes: Sequence[dict[str, Any]], body: Any) -> ApiError:
+    """Return the error reply for Pydantic's validation errors, naming one field.
+
+    A field that may have several types has errors for each. Those of the type that fits best are
+    the ones with the longest path; where none fits, all types are named.
+
+    Args:
+        mistakes: the errors of one request.
+        body: the request's parsed body, if it has one.
+    """
+    paths = [field_path(mistake, body) for mistake in mistakes]
+    same_field = [
+        (path, mistake)
+        for path, mistake in zip(paths, mistakes, strict=True)
+        if path[: len(paths[0])] == paths[0]
+    ]
+    chosen = max((path for path, _ in same_field), key=len)
+    where = printable(".".join(chosen))
+    kinds = [mistake for path, mistake in same_field if path == chosen]
+    code = "invalid_value"
+    match kinds[0]["type"]:
+        case "extra_forbidden":
+            message = f"The field {where} is not supported; leave it out."
+            code = "unsupported_field"
+        case "missing":
+            message = f"The field {where} is missing; send it."
+        case "value_error":
+            reason = printable(str(kinds[0]["ctx"]["error"]))
+            message = f"The field {where} is invalid: {reason}."
+        case _:
+            reasons = " or ".join(dict.fromkeys(_expected(mistake) for mistake in kinds))
+            message = f"The field {where or 'body'} is invalid: it should be {reasons}."
     return ApiError(400, message, param=where or None, code=code)
+
+
+def field_path(mistake: dict[str, Any], body: Any) -> tuple[str, ...]:
+    """Return the path of the field at fault, without Pydantic's names of union branches.
+
+    Args:
+        mistake: the error; its `loc` holds keys, indexes and names of branches.
+        body: the parsed body; None: the field is a parameter, which has no branches.
+    """
+    parts = mistake["loc"][1:]
+    if body is None:
+        return tuple(map(str, parts))
+    path = []
+    for part in parts:
+        known = part in body if isinstance(body, dict) else isinstance(part, int)
+        if known and isinstance(body, dict | list):
+            body = body[part]
+            path.append(str(part))
+    if mistake["type"] == "missing":
+        path.append(str(parts[-1]))
+    return tuple(path)
+
+
+def _expected(mistake: dict[str, Any]) -> str:
+    """Return what a field should be, as the continuation of "it should be"."""
+    match mistake:
+        case {"type": "too_short", "ctx": {"min_length": least}}:
+            return f"of {least} or more items"
+        case {"type": "too_long", "ctx": {"max_length": most}}:
+            return f"of {most} or fewer items"
+    usual = printable(mistake["msg"]).removeprefix("Input should be ")
+    return EXPECTED.get(mistake["type"], usual[:1].lower() + usual[1:])
 
 
 def refused(error: HTTPException) -> ApiError:
@@ -115,6 +216,26 @@ def refused(error: HTTPException) -> ApiError:
     refusal = ApiError(error.status_code, f"{printable(error.detail).capitalize()}.")
     refusal.headers |= error.headers or {}  # `Allow` after a 405
     return refusal
+
+
+def disk_full() -> ApiError:
+    """Return the error reply for data that the server's disk has no space for."""
+    return ApiError(
+        507,
+        "The server's disk is full, so nothing was stored; try again later.",
+        code="disk_full",
+        retry_after=60,
+    )
+
+
+def disk_failed(error: OSError) -> ApiError:
+    """Return the error reply for a failure of the server's disk."""
+    if error.errno in FULL:
+        return disk_full()
+    reason = error.strerror or type(error).__name__
+    return ApiError(
+        503, f"The server cannot use its disk ({reason}); try again later.", code="disk_failed"
+    )
 
 
 CONVERTERS: dict[type[Exception], Callable[[Any], ApiError]] = {
@@ -126,8 +247,13 @@ CONVERTERS: dict[type[Exception], Callable[[Any], ApiError]] = {
         503, "The server is shutting down; ask another one.", code="draining"
     ),
     UserError: lambda error: ApiError(400, str(error), code="invalid_value"),
-    RequestValidationError: lambda error: explained(error.errors()[0]),
+    RequestValidationError: lambda error: explained(error.errors(), error.body),
     HTTPException: refused,
+    ClientDisconnect: lambda _: ApiError(400, "The client left before its body was complete."),
+    RecursionError: lambda _: ApiError(
+        400, "The request nests too deep; flatten it.", code="invalid_value"
+    ),
+    OSError: disk_failed,
     # A lone surrogate, which JSON can express and UTF-8 cannot.
     UnicodeEncodeError: lambda _: ApiError(
         400, "The request holds characters that are no Unicode text.", code="invalid_value"
@@ -151,8 +277,15 @@ def as_api_error(error: Exception) -> ApiError:
 def install(app: FastAPI) -> None:
     """Make every exception in `app` end in an `ErrorBody`."""
 
+    logged: dict[str | None, float] = {}
+
     def handle(_request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+        reply = as_api_error(error)
+        now = time.monotonic()
+        if isinstance(error, OSError) and now - logged.get(reply.code, -LOG_SECONDS) >= LOG_SECONDS:
+            logged[reply.code] = now
+            log.warning("%s (%s)", reply.message, error)
+        return reply.response()
 
     for kind in CONVERTERS:
         app.add_exception_handler(kind, handle)

@@ -1,23 +1,28 @@
 """Request bodies: the supported subset of OpenAI's fields; any other field is refused by name."""
 
 from copy import copy
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
+from deepseek.packs.manifest import Name
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import arguments_of
 
 MAX_CHOICES = 16
 
+Item = TypeVar("Item")
+Several = Annotated[list[Item], Field(fail_fast=True)]
+"""A list of which only the first mistake is reported: a body has room for a million."""
+
 TokenCount = Annotated[int, Field(ge=1, le=1 << 20)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[Several[TokenId], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 ShortText = Annotated[str, StringConstraints(max_length=512)]
-ExpertName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+ExpertName = Name
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 FormatKind = Literal["text", "json_object", "json_schema"]
@@ -34,8 +39,8 @@ class Body(BaseModel):
 class ExpertsField(Body):
     """Experts that may fire (our extension): those in `arm`, without those in `deny`."""
 
-    arm: list[ExpertName] | Literal["auto"] = "auto"
-    deny: list[ExpertName] = []
+    arm: Several[ExpertName] | Literal["auto"] = "auto"
+    deny: Several[ExpertName] = []
     max_experts: Annotated[int, Field(ge=1, le=64)] | None = None
 
 
@@ -69,7 +74,7 @@ class GenerationFields(SamplingFields):
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[Several[StopText], Field(max_length=16)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
@@ -83,8 +88,8 @@ class TextPart(Body):
 
     type: Literal["text", "input_text", "output_text"]
     text: str
-    annotations: list[Any] = []
-    logprobs: list[Any] = []
+    annotations: Several[Any] = []
+    logprobs: Several[Any] = []
 
 
 class CalledFunction(Body):
@@ -106,9 +111,9 @@ class ChatMessage(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Several[TextPart] | None = None
     name: ShortText | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Several[ToolCall] | None = None
     tool_call_id: ShortText | None = None
     refusal: str | None = None
 
@@ -157,13 +162,13 @@ class ResponseFormat(Body):
 class ChatRequest(GenerationFields):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)]
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -172,7 +177,9 @@ class CompletionRequest(GenerationFields):
     """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text."""
 
     prompt: (
-        str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
+        str
+        | Ids
+        | Annotated[Several[str] | Several[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     echo: bool | None = None
@@ -202,7 +209,7 @@ class TextConfig(Body):
 class ResponsesRequest(SamplingFields):
     """`POST /v1/responses`; nothing is stored, so clients send the whole conversation each time."""
 
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=2048)]
+    input: Text | Annotated[Several[InputItem], Field(min_length=1, max_length=2048)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     text: TextConfig = TextConfig()
@@ -213,7 +220,7 @@ class EmbeddingsRequest(Body):
     """`POST /v1/embeddings`."""
 
     model: ShortText
-    input: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=256)]
+    input: str | Ids | Annotated[Several[str] | Several[Ids], Field(min_length=1, max_length=256)]
     encoding_format: Literal["float", "base64"] | None = None
     user: ShortText | None = None
 
@@ -227,7 +234,7 @@ class PlugRequest(Body):
 class ArmRequest(Body):
     """`POST /v1/experts/arm`: experts that may fire in requests that do not select any."""
 
-    arm: list[ExpertName] | Literal["auto"]
+    arm: Several[ExpertName] | Literal["auto"]
 
 
 class TeachText(Body):
@@ -274,7 +281,7 @@ else:
 class PreferenceRequest(Body):
     """`POST /v1/preferences`: a prompt with a chosen and a rejected answer."""
 
-    prompt: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    prompt: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)]
     chosen: str
     rejected: str
     reviewer: ShortText = "page"

@@ -74,21 +74,26 @@ class Reply(StreamingResponse):
 
     async def _folded(
         self, chunks: AsyncIterator[Fields], fold: Callable[[list[Fields]], Fields]
-    ) -> AsyncIterator[str]:
-        yield json.dumps(fold([chunk async for chunk in chunks]), ensure_ascii=False)
+    ) -> AsyncIterator[bytes]:
+        yield encoded(fold([chunk async for chunk in chunks]))
 
-    async def _lines(self, chunks: AsyncIterator[Fields], named: bool) -> AsyncIterator[str]:
+    async def _lines(self, chunks: AsyncIterator[Fields], named: bool) -> AsyncIterator[bytes]:
         try:
             async for chunk in chunks:
-                yield (f"event: {chunk['type']}\n" if named else "") + _data(chunk)
+                yield (f"event: {chunk['type']}\n".encode() if named else b"") + _data(chunk)
         except Exception as error:  # the status is already sent, so the error becomes an event
-            yield ("event: error\n" if named else "") + _data(as_api_error(error).body())
+            yield (b"event: error\n" if named else b"") + _data(as_api_error(error).body())
         if not named:
-            yield "data: [DONE]\n\n"
+            yield b"data: [DONE]\n\n"
 
 
-def _data(chunk: Fields) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def encoded(fields: Fields) -> bytes:
+    """Return JSON in UTF-8; bytes in a file's name that are no UTF-8 become question marks."""
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def _data(chunk: Fields) -> bytes:
+    return b"data: " + encoded(chunk) + b"\n\n"
 
 
 class Chunks(ABC):

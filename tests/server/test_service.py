@@ -364,7 +364,7 @@ def test_preferences_are_reviewed_and_recorded(keyed: Live) -> None:
         assert http.post("/v1/preferences", json=new).json()["new"] is True
         assert http.post("/v1/preferences", json=new).json()["new"] is False
         assert http.post("/v1/preferences", json={**new, "rejected": "x"}).status_code == 400
-        assert http.post("/v1/preferences/999", json={"choice": 0}).status_code == 400
+        assert http.post("/v1/preferences/999", json={"choice": 0}).status_code == 404
     judged = database.get(number or 0)
     assert (judged.chosen, judged.rejected, judged.scores["me"]) == ("better", "worse", (1.0, 0.0))
     assert len(database.history(number or 0)) == 1

@@ -20,6 +20,15 @@ from deepseek.errors import DataError
 
 Split = Literal["train", "eval"]
 
+
+class MissingPreferenceError(DataError):
+    """There is no preference with the id that was asked for."""
+
+
+class DatabaseFailedError(DataError):
+    """The file cannot be read or written now; `__cause__` is SQLite's own error."""
+
+
 APPLICATION_ID = 0x44534B50
 """Application id in the SQLite header, which identifies our files."""
 
@@ -229,10 +238,10 @@ class PreferenceDatabase:
         return Added(new, seen - new)
 
     def get(self, pair_id: int) -> Preference:
-        """Return the pair with this id; raise `DataError` if there is none."""
+        """Return the pair with this id; raise `MissingPreferenceError` if there is none."""
         row = next(self._rows("SELECT * FROM shown WHERE id = ?", pair_id), None)
         if row is None:
-            raise DataError(
+            raise MissingPreferenceError(
                 f"There is no preference {pair_id} in {self.path}; "
                 "`deepseek prefs search` lists some."
             )
@@ -372,7 +381,7 @@ class PreferenceDatabase:
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise DataError(
+            raise DatabaseFailedError(
                 f"{self.path} cannot be used as a preference database ({error}); "
                 "name another file, or restore a copy."
             ) from error

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.errors import ApiError
+from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import ChatReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import ChatRequest
@@ -17,7 +18,7 @@ from deepseek.server.service import GenerationJob, Service, TheService, ask, wan
 from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.tools import Calling
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", responses=described(ChatReply, streamed=True))

@@ -11,13 +11,14 @@ from fastapi.responses import Response
 from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.errors import ApiError
+from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import CompletionReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
 from deepseek.server.service import GenerationJob, Service, TheService, ask
 from deepseek.server.stream import Chunks, Fields, Reply, finite
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 Scored = tuple[int, TokenLogprob | None]
 """A token and its log probability, None for a token without context (the first one)."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
+from pydantic import TypeAdapter, ValidationError
 
 from deepseek.engine.engine import Engine
 from deepseek.errors import PackError
@@ -20,13 +21,16 @@ from deepseek.packs.library import SUFFIX
 from deepseek.packs.pack import read_pack
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
+from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import Embeddings, Model, Models, described
 from deepseek.server.prompt import PromptWriter
-from deepseek.server.schema import ArmRequest, EmbeddingsRequest, PlugRequest
+from deepseek.server.schema import ArmRequest, EmbeddingsRequest, ExpertName, PlugRequest
 from deepseek.server.service import Service, TheService
 from deepseek.text.tokenizer import tokenizer_digest
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
+
+NAME = TypeAdapter[str](ExpertName)
 
 
 @router.get("/v1/models", responses=described(Models))
@@ -184,8 +188,21 @@ def plugged_expert(info: ExpertInfo) -> dict[str, Any]:
 
 
 def packs(service: Service) -> dict[str, Path]:
-    """Return the packs in the experts folder, name to file."""
-    return {path.stem: path for path in service.settings.experts_folder.glob(f"*{SUFFIX}")}
+    """Return the packs in the experts folder, name to file.
+
+    Files whose names no expert can have, such as bytes that are no UTF-8, are left out.
+    """
+    files = service.settings.experts_folder.glob(f"*{SUFFIX}")
+    return {path.stem: path for path in files if is_name(path.stem)}
+
+
+def is_name(text: str) -> bool:
+    """Return whether an expert can have this name."""
+    try:
+        NAME.validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def pack_path(service: Service, name: str) -> Path:

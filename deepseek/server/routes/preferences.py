@@ -1,20 +1,28 @@
 """`/v1/preferences`: show pairs of answers to a reviewer and record the judgements."""
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Path, Query
 
-from deepseek.data.preferences.database import REVIEWED, Preference, PreferenceDatabase
-from deepseek.server.errors import ApiError
+from deepseek.data.preferences.database import (
+    REVIEWED,
+    DatabaseFailedError,
+    MissingPreferenceError,
+    Preference,
+    PreferenceDatabase,
+)
+from deepseek.server.errors import ApiError, disk_full
 from deepseek.server.guard import ADMIN
+from deepseek.server.json_body import JsonRoute
 from deepseek.server.schema import PreferenceRequest, ReviewRequest
 from deepseek.server.service import Service, TheService
 from deepseek.server.tools import plain_messages
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 T = TypeVar("T")
 
 
@@ -72,14 +80,33 @@ async def review(
 
 
 async def with_database(service: Service, work: Callable[[PreferenceDatabase], T]) -> T:
-    """Run `work` with the open preference database in a thread and return its result."""
+    """Run `work` with the open preference database in a thread and return its result.
+
+    Raises:
+        ApiError: there is no such pair (404), the disk is full (507), or the database cannot be
+            used now (503).
+    """
     path = service.settings.preferences
 
     def run() -> T:
         with closing(PreferenceDatabase(path)) as database:
             return work(database)
 
-    return await asyncio.to_thread(run)
+    try:
+        return await asyncio.to_thread(run)
+    except MissingPreferenceError:
+        raise ApiError(
+            404, "There is no such preference; GET /v1/preferences shows one.", param="number"
+        ) from None
+    except DatabaseFailedError as error:
+        cause = error.__cause__
+        if isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise disk_full() from None
+        raise ApiError(
+            503,
+            f"The preference database cannot be used now ({cause}); try again later.",
+            code="database_failed",
+        ) from None
 
 
 def unreviewed(database: PreferenceDatabase, after: int) -> dict[str, Any]:

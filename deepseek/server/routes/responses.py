@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from deepseek.engine.request import Request
+from deepseek.server.json_body import JsonRoute
 from deepseek.server.metrics import spoken
 from deepseek.server.openapi import ResponseReply, described
 from deepseek.server.schema import ChatMessage, ResponsesRequest
@@ -15,7 +16,7 @@ from deepseek.server.service import GenerationJob, Service, TheService, ask, wan
 from deepseek.server.stream import Fields, Reply
 from deepseek.server.tools import Calling
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/responses", responses=described(ResponseReply, streamed=True))

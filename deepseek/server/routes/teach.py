@@ -25,13 +25,14 @@ from deepseek.errors import DataError
 from deepseek.packs.library import SUFFIX
 from deepseek.server.errors import ApiError, as_api_error
 from deepseek.server.guard import ADMIN
+from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import STREAMED
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service
 from deepseek.server.stream import Reply
 from deepseek.train.loop.metrics import read_metrics
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 State = Literal["running", "stopped", "failed", "plugged"]
 
@@ -177,9 +178,10 @@ class Teacher:
         root = root.resolve()
         try:
             text = (root / path).resolve()
-        except (OSError, RuntimeError):  # a loop of links
-            text = root.parent
-        if not text.is_relative_to(root) or not text.exists():
+            usable = text.is_relative_to(root) and text.exists()
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that is too long
+            usable = False
+        if not usable:
             raise ApiError(400, OUT_OF_BOUNDS, param="path")
         try:
             folders = repository_stores(text) if is_repository else [text]
