@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.experts.module import ExpertModule
 
@@ -108,14 +109,23 @@ class Runner(Protocol):
     rest of the batch. This is why a request gives the same tokens whatever else runs.
     """
 
-    def prepare(self, module: ExpertModule) -> None:
+    def computes(self, armed: ArmedExperts | None) -> bool:
+        """Return whether this runner computes sequences with these experts; thread safe.
+
+        The other methods are only called for such sequences.
+
+        Args:
+            armed: the sequence's experts; None for the base alone.
+        """
+
+    def prepare(self, module: ExpertModule | AdapterModule) -> None:
         """Do the one-time work for an expert in advance, such as quantising its weights.
 
         The thread that plugs the expert calls this before any sequence can use it; another thread
         may be in `forward`.
 
         Args:
-            module: the expert.
+            module: the expert or adapter.
         """
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:

@@ -42,7 +42,7 @@ def save_expert(loaded: Loaded, name: str, folder: Path, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     for layer in module.layers:
         torch.nn.init.normal_(module.at(layer).down_proj, std=0.3)
-        always = torch.zeros(33)
+        always = torch.zeros(module.hidden_size + 1)
         always[-1] = 1.0
         module.set_gate(layer, always)
     path = folder / f"{name}.safetensors"

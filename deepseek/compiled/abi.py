@@ -94,6 +94,12 @@ BATCH = Table(
             "member_gates", INT64, "members", "row of `Sites.gates`; it depends on the whole roster"
         ),
         Buffer(
+            "member_factors",
+            FP32,
+            "members",
+            "factor of the request on the weight of each member; 1: as trained",
+        ),
+        Buffer(
             "gate_sums",
             INT64,
             "chunks",

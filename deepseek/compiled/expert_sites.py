@@ -99,6 +99,8 @@ def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
                 arbitrate(
                     sites_here, detect, contrast, batch.max_experts[chunk], work.expert_weights[r]
                 )
+                for j in range(count):
+                    work.expert_weights[r, sites_here[j]] *= batch.member_factors[start + j]
 
 
 @njit(error_model="numpy")

@@ -5,7 +5,7 @@
 import threading
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,6 +20,7 @@ from deepseek.compiled.weights import Packed, PackedModel, Sites, pack_module
 from deepseek.errors import ConfigError
 from deepseek.kernels.int8 import GROUP, row_bytes
 from deepseek.kernels.numba.buffers import KernelArguments, Value, aligned
+from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.transformer import DeepSeekModel
@@ -30,6 +31,8 @@ from deepseek.runner import Chunk, RunnerOutput
 FEWEST = 3
 UNITS = 4  # units of attention for each thread that suffice for load balance
 SITES_CACHED = 16  # size of the cache of `Sites`, in sets of rosters
+
+T = TypeVar("T")
 
 
 class BatchRows(NamedTuple):
@@ -134,6 +137,7 @@ class Scratch:
             "first_member": [*accumulate(map(len, members), initial=0)],
             "member_sites": _joined(members),
             "member_gates": _joined(gates),
+            "member_factors": np.array(_joined(map(_factors, states)), np.float32),
             "gate_sums": [state.sums.ctypes.data for state in states],
             # A roster has no limit if its experts are forced, that is, run without gates.
             "max_experts": [0 if roster is None else roster.max_experts or 0 for roster in rosters],
@@ -193,7 +197,7 @@ class Scratch:
         self._arguments = WORK.arguments(self._buffers, model | sizes)
 
 
-def _joined(parts: Iterable[Iterable[int]]) -> list[int]:
+def _joined(parts: Iterable[Iterable[T]]) -> list[T]:
     return [*chain.from_iterable(parts)]
 
 
@@ -247,14 +251,25 @@ class CompiledRunner:
         self._work = Scratch(weights)
         self._lock = threading.Lock()
 
-    def prepare(self, module: ExpertModule) -> None:
-        """Quantise and pack an expert."""
-        self._packed_of(module)
+    def computes(self, armed: ArmedExperts | None) -> bool:
+        """Return whether the step computes these experts: expert modules, but no adapters, whose
+        sites lie within its fused projections.
+        """
+        return armed is None or not armed.adapts
+
+    def prepare(self, module: ExpertModule | AdapterModule) -> None:
+        """Quantise and pack an expert; nothing for an adapter, which this runner does not
+        compute.
+        """
+        if isinstance(module, ExpertModule):
+            self._packed_of(module)
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
         return -(-length // PAGE) * self._shape.nbytes + 4 * SUMS * RECENT * _members(armed)
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> CompiledState:
+        if not self.computes(armed):
+            raise ConfigError("The compiled runner does not compute adapters; use an Engine.")
         return CompiledState(self._shape, armed, _members(armed), capacity)
 
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
@@ -312,6 +327,17 @@ class CompiledRunner:
             else:
                 names += sites.speakers(state.armed.roster, expert_weights_NS[rows])
         return tuple(names)
+
+
+def _factors(state: CompiledState) -> list[float]:
+    """Return the factor that a sequence sets on the weight of each of its members."""
+    if state.armed is None:
+        return []
+    factors = state.armed.factors
+    owners = state.armed.roster.owners
+    return [
+        factors.get(module.name, 1.0) for _, modules in sorted(owners.items()) for module in modules
+    ]
 
 
 def _members(armed: ArmedExperts | None) -> int:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from deepseek.engine.dispatch import DispatchingRunner
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import EngineStats, EngineStoppedError, QueueFullError, Request
 from deepseek.engine.scheduler import CACHE_BYTES, MAX_RUNNING, PREFILL_CHUNK, Scheduler
@@ -22,6 +23,7 @@ from deepseek.engine.torch_runner import TorchRunner
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import ConfigError
 from deepseek.model.experts import ExpertInfo
+from deepseek.model.experts.arming import ArmingValue
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import ExpertPack
@@ -46,7 +48,8 @@ class Engine:
     Args:
         model: the model with its expert set.
         tokenizer: the model's tokenizer.
-        runner: computes the forward passes; default `TorchRunner(model)`.
+        runner: computes the forward passes; default `TorchRunner(model)`. That one also computes
+            the sequences whose experts `runner` does not, such as those with adapters.
         cache_bytes: key/value budget in bytes, shared by running requests and the prefix cache;
             default 1 GiB.
         max_running: maximum number of requests in a batch; default 16.
@@ -71,11 +74,12 @@ class Engine:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.runner: Runner = TorchRunner(model) if runner is None else runner
+        reference = TorchRunner(model)
+        self.runner: Runner = reference if runner is None else runner
         self._vocabulary = Vocabulary(model, tokenizer)
         self._max_waiting = max_waiting
         self._scheduler = Scheduler(
-            self.runner,
+            reference if runner is None else DispatchingRunner(runner, reference),
             cache_bytes=cache_bytes,
             max_running=max_running,
             prefill_chunk=prefill_chunk,
@@ -188,11 +192,12 @@ class Engine:
         """
         self.model.experts.unplug(name)
 
-    def arm(self, names: str | Iterable[str] | None = "auto") -> tuple[str, ...]:
+    def arm(self, names: ArmingValue = "auto") -> tuple[str, ...]:
         """Choose the experts for requests that do not choose any themselves (see `ExpertSet.arm`).
 
         Args:
-            names: a name, several names, "auto" or None, as in `ExpertSet.arm`; default "auto".
+            names: a name, several names, names with weights, "auto" or None, as in
+                `ExpertSet.arm`; default "auto".
 
         Returns:
             The names of the armed experts.

@@ -7,6 +7,7 @@ from typing import Literal
 
 from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError, UserError
+from deepseek.model.experts.arming import Arming
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_schema", "regex", "lark"]
@@ -37,16 +38,23 @@ class ExpertChoice:
 
     Attributes:
         arm: "auto" (default) selects those that the engine has armed; otherwise the names of
-            plugged experts, () for the base alone.
+            plugged experts, () for the base alone. A mapping of names to weights scales what an
+            expert or adapter adds by a factor above 0 and at most 2. "auto" may be among the names.
         deny: names of experts that must not fire, even if `arm` selects them; they need not be
             plugged.
         max_experts: maximum number of experts at one token; None (default) selects the engine's
             limit.
+
+    Raises:
+        ConfigError: a weight is out of range.
     """
 
-    arm: tuple[str, ...] | Literal["auto"] = "auto"
+    arm: tuple[str, ...] | Mapping[str, float] | Literal["auto"] = "auto"
     deny: tuple[str, ...] = ()
     max_experts: int | None = None
+
+    def __post_init__(self) -> None:
+        Arming.parse(self.arm)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.kv_cache import CacheSegment, KVCache
@@ -63,7 +64,11 @@ class TorchRunner:
     def __init__(self, model: DeepSeekModel) -> None:
         self.model = model
 
-    def prepare(self, module: ExpertModule) -> None:
+    def computes(self, armed: ArmedExperts | None) -> bool:
+        """Return True: the model computes whatever can be plugged into it."""
+        return True
+
+    def prepare(self, module: ExpertModule | AdapterModule) -> None:
         """Do nothing: `plug` has already moved the expert to the model's device."""
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
@@ -100,10 +105,14 @@ def speakers(output: ModelOutput, count: int) -> list[str | None]:
         count: number of positions.
 
     Returns:
-        The experts' names; None where no expert fired.
+        The experts' names. Where no expert fired, an adapter's, which acts at every token; None
+        if none is armed.
     """
     if output.experts is None or count == 0:
         return [None] * count
+    adapter: str | None = output.experts.strongest_adapter
+    if not output.experts.names:
+        return [adapter] * count
     weights_TM: Tensor = output.experts.attribution()[0, -count:]
     names = output.experts.names
-    return [names[int(row.argmax())] if bool((row > 0).any()) else None for row in weights_TM]
+    return [names[int(row.argmax())] if bool((row > 0).any()) else adapter for row in weights_TM]

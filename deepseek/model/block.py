@@ -7,6 +7,7 @@ from deepseek.model.attention import ATTENTION
 from deepseek.model.attention.full import AttentionInputs
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
+from deepseek.model.experts.linear_hooks import adapting
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.layer import MoELayer
@@ -39,22 +40,27 @@ class Block(GradientCheckpointingLayer):
     def attend(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         """Return the residual stream `[B, T, D]` after this block's attention.
 
-        Plugged experts of this block have no effect on it.
+        Expert modules of this block have no effect on it; adapters have.
         """
-        attention_BTD: Tensor = self.attention(self.attention_norm(hidden_BTD), ctx)
+        with adapting(ctx.armed):
+            attention_BTD: Tensor = self.attention(self.attention_norm(hidden_BTD), ctx)
         return hidden_BTD + attention_BTD
 
     def transform(self, hidden_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         """Return the residual stream `[B, T, D]` after the feed-forward network and the experts."""
         x_BTD = self.gate_input(hidden_BTD)
-        y_BTD: Tensor = self.feed_forward(x_BTD, ctx) if self.sparse else self.feed_forward(x_BTD)
+        with adapting(ctx.armed):
+            y_BTD: Tensor = (
+                self.feed_forward(x_BTD, ctx) if self.sparse else self.feed_forward(x_BTD)
+            )
         if ctx.armed is not None:
             y_BTD = ctx.armed.apply(self.layer_idx, x_BTD, y_BTD, ctx)
         return hidden_BTD + y_BTD
 
     def attention_inputs(self, hidden_BTD: Tensor, ctx: ForwardContext) -> AttentionInputs:
         """Return this block's queries, keys and values for the residual stream `[B, T, D]`."""
-        return self.attention.inputs(self.attention_norm(hidden_BTD), ctx)
+        with adapting(ctx.armed):
+            return self.attention.inputs(self.attention_norm(hidden_BTD), ctx)
 
     def state_bytes(self, length: int, itemsize: int) -> int:
         """Return an upper bound on this block's bytes in the cache for one sequence.

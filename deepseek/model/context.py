@@ -49,7 +49,12 @@ class GateContext(Protocol):
 class Armed(Protocol):
     """The armed experts of one forward pass (see `model/experts`)."""
 
+    @property
+    def adapts(self) -> bool: ...
+
     def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: GateContext) -> Tensor: ...
+
+    def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor: ...
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""The manifest of an expert pack: a strict schema that determines the tensors of the pack."""
+"""The manifest of an expert pack: a strict schema that determines the tensors of the pack.
+
+`packs/lora.py` has the manifest of the other kind of pack, a LoRA adapter.
+"""
 
 import json
 import re
@@ -20,7 +23,12 @@ from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.store import canonical_json, read_json
 from deepseek.errors import CheckpointError, PackError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DtypeName = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[DtypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 MOMENTS = 10
 """Rows of moments per layer: mean, variances, and 8 factors of the covariance of a domain. More
 factors do not separate domains better (docs/log/gates.md, 2026-11-25).
@@ -74,11 +82,11 @@ Size = Annotated[int, Field(ge=1, le=1 << 17)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class BaseDescription(_Strict):
+class BaseDescription(Strict):
     """Identity of the base model that an expert belongs to.
 
     Attributes:
@@ -123,7 +131,7 @@ class BaseDescription(_Strict):
         )
 
 
-class Metric(_Strict):
+class Metric(Strict):
     """A metric on a held-out set without and with the expert.
 
     It is a loss in nats per token unless its name says otherwise.
@@ -151,7 +159,7 @@ class Metric(_Strict):
         )
 
 
-class GateSettings(_Strict):
+class GateSettings(Strict):
     """Calibration of the gates and of relevance (see docs/concepts/experts.md).
 
     Attributes:
@@ -180,31 +188,25 @@ class GateSettings(_Strict):
     admitted_own: Rate | None = None
 
 
-class Signature(_Strict):
+class Signature(Strict):
     """An Ed25519 public key and signature (RFC 8032), in hexadecimal."""
 
     public_key: Sha256
     value: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
-class Manifest(_Strict):
-    """Content, origin and base model of a pack.
+class PackManifest(Strict):
+    """What every kind of pack says: its origin, its base model and its terms.
 
     Attributes:
         format: version of the pack format.
         name: name of the expert.
         domain: short description of its domain.
         base: the base model that the expert belongs to.
-        layers: base layers that have an expert layer, ascending.
-        width: width F of the feed-forward network at each layer.
-        dtype: dtype of the feed-forward weights.
-        gate: calibration of the gates.
+        dtype: dtype of the weights.
         data: SHA-256 digests of the training data.
         licence: SPDX expression.
-        commit: commit of the repository that the expert was trained on.
-        vocabulary: length of the relevance table; 0: the pack has none.
         metrics: name of a held-out text -> loss before and after.
-        profile: free text; this version neither writes nor reads it.
         digest, signature: see `packs/pack.py`.
     """
 
@@ -212,18 +214,10 @@ class Manifest(_Strict):
     name: Name
     domain: Text = ""
     base: BaseDescription
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(_layers)]
-    width: Size
-    dtype: Literal["float32", "bfloat16", "float16"]
-    gate: GateSettings = GateSettings()
+    dtype: DtypeName
     data: tuple[Sha256, ...] = ()
     licence: Annotated[str, StringConstraints(max_length=200), AfterValidator(_licence)]
-    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")] | None = (
-        None
-    )
-    vocabulary: Annotated[int, Field(ge=0, le=1 << 21)] = 0
     metrics: dict[Text, Metric] = {}
-    profile: Text | None = None
     digest: Sha256 | Literal[""] = ""
     signature: Signature | None = None
 
@@ -232,6 +226,41 @@ class Manifest(_Strict):
         """The result on the held-out set in words."""
         metric = self.metrics.get(HELD_OUT)
         return metric.verdict if metric else "not measured"
+
+    @property
+    def helps(self) -> bool:
+        """Whether "auto" arms the expert."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Return dtype and shape of exactly the tensors that a pack with this manifest holds."""
+        raise NotImplementedError
+
+    def signed_part(self) -> bytes:
+        """Return the canonical JSON of the manifest without digest and signature."""
+        return canonical_json(self.model_dump(mode="json", exclude={"digest", "signature"}))
+
+
+class Manifest(PackManifest):
+    """The manifest of an expert module: feed-forward networks beside those of some layers.
+
+    Attributes:
+        layers: base layers that have an expert layer, ascending.
+        width: width F of the feed-forward network at each layer.
+        gate: calibration of the gates.
+        commit: commit of the repository that the expert was trained on.
+        vocabulary: length of the relevance table; 0: the pack has none.
+        profile: free text; this version neither writes nor reads it.
+    """
+
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1), AfterValidator(_layers)]
+    width: Size
+    gate: GateSettings = GateSettings()
+    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")] | None = (
+        None
+    )
+    vocabulary: Annotated[int, Field(ge=0, le=1 << 21)] = 0
+    profile: Text | None = None
 
     @property
     def helps(self) -> bool:
@@ -252,34 +281,6 @@ class Manifest(_Strict):
         if self.vocabulary:
             specs["relevance"] = TensorSpec(torch.float16, (self.vocabulary,))
         return specs
-
-    def signed_part(self) -> bytes:
-        """Return the canonical JSON of the manifest without digest and signature."""
-        return canonical_json(self.model_dump(mode="json", exclude={"digest", "signature"}))
-
-
-def parse_manifest(text: str) -> Manifest:
-    """Return the manifest in a JSON text.
-
-    Raises:
-        PackError: the manifest is invalid; the message names the first mistake.
-    """
-    # `parse_json` also rejects repeated keys and other things that pydantic's parser accepts.
-    fields = parse_json(text)
-    if isinstance(fields, dict) and fields.get("format") == 1:
-        raise PackError(
-            "it is of format 1, whose gates do not know conversations; train the expert again"
-        )
-    try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        raise PackError(f"its manifest is invalid, {explain(error)}") from None
-    if manifest.layers[-1] >= manifest.base.num_layers:
-        raise PackError(
-            f"layer {manifest.layers[-1]} does not exist in a base of {manifest.base.num_layers} "
-            "layers"
-        )
-    return manifest
 
 
 def explain(error: ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""The expert pack: one `.safetensors` file with an expert module and its manifest.
+"""The expert pack: one `.safetensors` file with an expert module or an adapter, and its manifest.
 
 The file's metadata has one key, `deepseek.expert`, with the manifest as JSON. The digest in the
 manifest is a SHA-256 over the rest of the manifest and the bytes of all tensors, and the signature
@@ -18,7 +18,8 @@ from torch import Tensor
 from deepseek.checkpoint.store import atomic_write, canonical_json
 from deepseek.errors import PackError
 from deepseek.packs.container import DAMAGED, check_names, open_regular, read_header, read_tensors
-from deepseek.packs.manifest import BaseDescription, Manifest, parse_manifest, printable
+from deepseek.packs.kinds import AnyManifest, parse_manifest
+from deepseek.packs.manifest import BaseDescription, PackManifest, printable
 from deepseek.packs.policy import PackPolicy, check_base, check_licence, check_signature
 from deepseek.packs.signature import CONTEXT, sign
 
@@ -32,14 +33,14 @@ class ExpertPack:
 
     Attributes:
         manifest: the manifest.
-        tensors: the tensors, with the names and shapes of `Manifest.tensors`.
+        tensors: the tensors, with the names and shapes of `PackManifest.tensors`.
     """
 
-    manifest: Manifest
+    manifest: AnyManifest
     tensors: dict[str, Tensor]
 
     @staticmethod
-    def seal(manifest: Manifest, tensors: dict[str, Tensor]) -> "ExpertPack":
+    def seal(manifest: AnyManifest, tensors: dict[str, Tensor]) -> "ExpertPack":
         """Return an unsigned pack whose manifest contains the digest of the content."""
         digest = content_digest(manifest, tensors)
         return ExpertPack(
@@ -59,7 +60,7 @@ class ExpertPack:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def content_digest(manifest: Manifest, tensors: dict[str, Tensor]) -> str:
+def content_digest(manifest: PackManifest, tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 over a manifest and its tensors, in hexadecimal.
 
     The manifest counts without digest and signature, and tensors in the order of their names.
@@ -149,7 +150,9 @@ def check_pack(
         raise PackError(f"expert pack {pack.manifest.name} is refused: {error}.") from None
 
 
-def _check_manifest(manifest: Manifest, policy: PackPolicy, base: BaseDescription | None) -> None:
+def _check_manifest(
+    manifest: PackManifest, policy: PackPolicy, base: BaseDescription | None
+) -> None:
     check_licence(manifest, policy)
     if base is not None:
         check_base(manifest, base)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek.errors import PackError
-from deepseek.packs.manifest import BaseDescription, Manifest
+from deepseek.packs.manifest import BaseDescription, PackManifest
 from deepseek.packs.signature import is_valid, trusted_keys
 
 SignaturePolicy = Literal["any", "signed", "trusted"]
@@ -30,7 +30,7 @@ class PackPolicy:
     max_bytes: int = 4 << 30
 
 
-def check_licence(manifest: Manifest, policy: PackPolicy) -> None:
+def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:
     """Raise `PackError` if a licence in the manifest's SPDX expression is not accepted.
 
     Every identifier must be accepted, including the alternatives of an OR, so that the result does
@@ -44,7 +44,7 @@ def check_licence(manifest: Manifest, policy: PackPolicy) -> None:
             )
 
 
-def check_signature(manifest: Manifest, policy: PackPolicy) -> None:
+def check_signature(manifest: PackManifest, policy: PackPolicy) -> None:
     """Raise `PackError` if the signature is invalid, or not sufficient for the policy."""
     signature = manifest.signature
     if signature is None:
@@ -65,7 +65,7 @@ def check_signature(manifest: Manifest, policy: PackPolicy) -> None:
         )
 
 
-def check_base(manifest: Manifest, base: BaseDescription) -> None:
+def check_base(manifest: PackManifest, base: BaseDescription) -> None:
     """Raise `PackError` unless the pack was made for exactly this base model and tokenizer."""
     for field in ("weights", "tokenizer", "hidden_size", "num_layers"):
         required, actual = (

@@ -8,7 +8,7 @@ return nothing, so the stock code path runs and its bits stay as they are.
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from deepseek.model.attached.memory import ExpertMemory, remembering
 from deepseek.model.attached.sites import ExpertSites, first_tensor
 from deepseek.model.context import Armed
 from deepseek.model.experts import ExpertSet
+from deepseek.model.experts.linear_hooks import adapting
 
 
 @dataclass
@@ -44,6 +45,19 @@ class _Current(threading.local):
 
     def __init__(self) -> None:
         self.passes: list[AttachedContext | None] = []
+        self._scopes: list[AbstractContextManager[None]] = []
+
+    def push(self, ctx: AttachedContext | None) -> None:
+        """Begin a pass, and apply the adapters among its experts."""
+        scope = adapting(None if ctx is None else ctx.armed)
+        scope.__enter__()
+        self._scopes.append(scope)
+        self.passes.append(ctx)
+
+    def pop(self) -> AttachedContext | None:
+        """End the innermost pass and return its context."""
+        self._scopes.pop().__exit__(None, None, None)
+        return self.passes.pop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Current":
         return _Current()
@@ -86,11 +100,11 @@ class ExpertHooks:
     @contextmanager
     def running(self, ctx: AttachedContext | None) -> Iterator[None]:
         """Within the block, forward passes of the model use `ctx`; with None, no experts."""
-        self._current.passes.append(ctx)
+        self._current.push(ctx)
         try:
             yield
         finally:
-            self._current.passes.pop()
+            self._current.pop()
 
     def context(
         self, arguments: Mapping[str, Any], memory: ExpertMemory | None = None
@@ -137,12 +151,16 @@ class ExpertHooks:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passes = self._current.passes
         # The model calls its decoder, and `running` may have set a context already.
-        passes.append(passes[-1] if passes else None)
-        if len(passes) > 1:
+        if passes:
+            self._current.push(passes[-1])
             return
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
-        passes[-1] = self.context(arguments)
+        ctx = None
+        try:
+            ctx = self.context(arguments)
+        finally:
+            self._current.push(ctx)  # `_leave` is called even if this raises
 
     def _all_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         # Gemma 4 drops all but the last tokens in layers that store no keys and values. The gates
@@ -152,7 +170,7 @@ class ExpertHooks:
         return args, {**kwargs, "logits_to_keep": 0}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        ctx = self._current.passes.pop()
+        ctx = self._current.pop()
         if self._current.passes or not isinstance(output, ModelOutput):
             return
         output.experts = None if ctx is None else ctx.armed

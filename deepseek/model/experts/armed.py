@@ -1,6 +1,6 @@
 """The armed experts of one sequence: evaluate their gates and add their outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek.model.context import GateContext
+from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.gate import GateBank
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.experts.relevance import RelevanceBank
@@ -53,10 +54,17 @@ class Roster:
         modules: all candidates.
         max_experts: maximum number of modules that fire at one token; None: no gates, every module
             fires at every token with weight 1.
+        adapters: the adapters, which have no gate and act at every token, sorted by content digest.
     """
 
     modules: tuple[ExpertModule, ...]
     max_experts: int | None
+    adapters: tuple[AdapterModule, ...] = ()
+
+    @cached_property
+    def members(self) -> tuple[ExpertModule | AdapterModule, ...]:
+        """All candidates, the adapters last."""
+        return (*self.modules, *self.adapters)
 
     @cached_property
     def owners(self) -> dict[int, tuple[ExpertModule, ...]]:
@@ -82,10 +90,34 @@ class Roster:
     @cached_property
     def relevance(self) -> RelevanceBank | None:
         """The relevance tables of the candidates; None if no candidate has one or gates are off."""
-        if self.max_experts is None:
+        if self.max_experts is None or not self.modules:
             return None
         device = next(self.modules[0].parameters()).device
         return RelevanceBank.stack(self.modules, device)
+
+    def admitted(self, user_ids: Sequence[int] | None, document: Sequence[int] | None) -> set[str]:
+        """Return the names of the modules that a conversation or a document admits.
+
+        A conversation admits a module above its relevance threshold; a document admits every module
+        that it does not rule out. An adapter has no relevance test, so it is always admitted.
+
+        Args:
+            user_ids: token ids of the user's messages in a conversation; None: a document.
+            document: token ids of a text to continue; read without `user_ids` only.
+        """
+        names = {adapter.name for adapter in self.adapters}
+        bank = self.relevance
+        if bank is None:
+            return names | {module.name for module in self.modules}
+        ids = document if user_ids is None else user_ids
+        ids_BT = torch.tensor([list(ids or ())], dtype=torch.long, device=bank.table_MV.device)
+        admitted_BM = (
+            bank.document_keeps(ids_BT) if user_ids is None else bank.above_threshold(ids_BT) > 0
+        )
+        for module, is_admitted in zip(self.modules, admitted_BM[0].tolist(), strict=True):
+            if is_admitted:
+                names.add(module.name)
+        return names
 
     @cached_property
     def columns(self) -> dict[int, list[int]]:
@@ -106,30 +138,45 @@ class ArmedExperts:
         traces: active recordings, shared with the `ExpertSet`.
         decided_BM: the admitted candidates of each row, if admission was decided for the text as a
             whole (B = 1: the same for every row). None: relevance is accumulated token by token.
+        weights: name -> factor on what the module or adapter adds; those that are not named have
+            factor 1.
     """
 
     def __init__(
-        self, roster: Roster, traces: Sequence[Trace] = (), decided_BM: Tensor | None = None
+        self,
+        roster: Roster,
+        traces: Sequence[Trace] = (),
+        decided_BM: Tensor | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self._roster = roster
         self._banks = roster.banks  # built here, in the caller's thread, not in the engine's
         self._traces = traces
         self._decided_BM = decided_BM
+        # Factor 1 is left out, so that it takes the same path as no factor.
+        self.factors: dict[str, float] = {
+            module.name: float(weights[module.name])
+            for module in roster.members
+            if weights and weights.get(module.name, 1.0) != 1.0
+        }
         self._weights: dict[int, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ArmedExperts":
         # A copied cache continues with the same experts and must not copy their weights.
-        return ArmedExperts(self._roster, self._traces, self._decided_BM)
+        return self._with(self._decided_BM)
 
     def with_rows(self, change: Callable[[Tensor], Tensor]) -> "ArmedExperts":
         """Return the experts for a cache whose rows are selected or reordered by `change`."""
         if self._decided_BM is None or len(self._decided_BM) == 1:
             return self
-        return ArmedExperts(self._roster, self._traces, change(self._decided_BM))
+        return self._with(change(self._decided_BM))
+
+    def _with(self, decided_BM: Tensor | None) -> "ArmedExperts":
+        return ArmedExperts(self._roster, self._traces, decided_BM, self.factors)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the candidates, in canonical order."""
+        """Names of the candidates with a gate, in canonical order."""
         return tuple(module.name for module in self._roster.modules)
 
     @property
@@ -138,15 +185,44 @@ class ArmedExperts:
         return self._roster
 
     @property
+    def adapts(self) -> bool:
+        """Whether an adapter is armed."""
+        return bool(self._roster.adapters)
+
+    @property
+    def strongest_adapter(self) -> str | None:
+        """Name of the adapter with the largest factor; None: no adapter is armed."""
+        names = [adapter.name for adapter in self._roster.adapters]
+        return max(names, key=lambda name: self.factors.get(name, 1.0), default=None)
+
+    @property
     def identity(self) -> str | None:
-        """Cache key that identifies this set of experts: `max_experts` and the content digests.
+        """Cache key that identifies this set of experts: `max_experts`, the content digests of
+        modules and adapters, and their factors.
 
         None if the set has no unique key because a module is forced or was created in memory.
         """
-        digests = [module.digest for module in self._roster.modules]
+        members = self._roster.members
+        digests = [module.digest for module in members]
         if self._banks is None or not all(digests):
             return None
-        return f"[{self._roster.max_experts}] {digests}"
+        factors = [self.factors.get(module.name, 1.0) for module in members]
+        # Without factors the key is that of the set alone.
+        return f"[{self._roster.max_experts}] {digests} {factors if self.factors else ''}"
+
+    def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output `y` of a linear layer plus the changes of the armed adapters.
+
+        Args:
+            site: name of the layer.
+            x: input of the layer, `[..., D]`.
+            y: output of the layer, `[..., F]`.
+        """
+        for adapter in self._roster.adapters:
+            delta = adapter.change(site, x, self.factors.get(adapter.name, 1.0))
+            if delta is not None:
+                y = y + delta.to(y.dtype)
+        return y
 
     def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: GateContext) -> Tensor:
         """Return `y` plus the weighted outputs of the modules at this layer, `[B, T, D]`.
@@ -176,11 +252,16 @@ class ArmedExperts:
                 words_BTM=None if words_BTM is None else words_BTM[..., columns],
                 admitted_BM=None if self._decided_BM is None else self._decided_BM[:, columns],
             )
+            if self.factors:
+                weights_BTM = weights_BTM * weights_BTM.new_tensor(self._factors_of(modules))
             y_BTD = combine(modules, layer_idx, x_BTD, y_BTD, weights_BTM)
         self._weights[layer_idx] = weights_BTM
         for trace in self._traces:
             trace.add(modules, layer_idx, weights_BTM)
         return y_BTD
+
+    def _factors_of(self, modules: Sequence[ExpertModule]) -> list[float]:
+        return [self.factors.get(module.name, 1.0) for module in modules]
 
     def _words(self, ctx: GateContext) -> Tensor | None:
         """Return the accumulated relevance evidence `[B, T, M]` of a document, in nats.

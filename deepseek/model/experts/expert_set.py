@@ -14,9 +14,14 @@ from transformers import PreTrainedModel
 
 from deepseek.errors import ConfigError, PackError
 from deepseek.model.attached.sites import ExpertSites
+from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
+from deepseek.model.experts.arming import AUTO, Arming, ArmingValue
+from deepseek.model.experts.linear_hooks import HookTable
 from deepseek.model.experts.module import ExpertModule
-from deepseek.model.experts.state import AUTO, ExpertInfo, Plugged, PlugState, roster_of
+from deepseek.model.experts.state import ExpertInfo, Plugged, PlugState, roster_of, roster_with
+from deepseek.packs.kinds import AnyManifest
+from deepseek.packs.lora import LoraManifest
 from deepseek.packs.manifest import BaseDescription, Manifest
 from deepseek.packs.pack import ExpertPack, check_pack, read_pack
 from deepseek.packs.policy import PackPolicy
@@ -43,6 +48,7 @@ class ExpertSet:
         self._state = PlugState()
         self._forced: Roster | None = None
         self._traces: list[Trace] = []
+        self._hooks = HookTable()
         self._base: BaseDescription | None = None
         self.policy = PackPolicy()
         self.base_folder: Path | None = None
@@ -88,12 +94,13 @@ class ExpertSet:
     def plug(
         self,
         source: str | Path | ExpertPack,
-        prepare: Callable[[ExpertModule], object] | None = None,
+        prepare: Callable[[ExpertModule | AdapterModule], object] | None = None,
     ) -> ExpertInfo:
-        """Check a pack and plug its module into the model.
+        """Check a pack and plug its module or adapter into the model.
 
-        If arming is "auto", the module is armed from the next sequence on, unless its manifest
-        reports that it is no better than the base.
+        If arming is "auto", a module is armed from the next sequence on, unless its manifest
+        reports that it is no better than the base. An adapter is armed only if it is named, unless
+        it was imported for "auto".
 
         Args:
             source: path of a pack file, or a pack in memory.
@@ -113,7 +120,12 @@ class ExpertSet:
         else:
             pack = read_pack(source, self.policy, self.base)
         model = self._live_model()
-        plugged = Plugged(ExpertModule.from_pack(pack, model.dtype, model.device), pack.manifest)
+        module: ExpertModule | AdapterModule = (
+            AdapterModule.from_pack(pack, model, self._hooks, model.dtype, model.device)
+            if isinstance(pack.manifest, LoraManifest)
+            else ExpertModule.from_pack(pack, model.dtype, model.device)
+        )
+        plugged = Plugged(module, pack.manifest)
         if prepare is not None:
             prepare(plugged.module)
         with self._lock:
@@ -142,36 +154,37 @@ class ExpertSet:
             remaining = tuple(
                 expert for expert in self._state.plugged if expert.manifest.name != name
             )
-            arming = self._state.arming
-            if not isinstance(arming, str):
-                arming = tuple(armed_name for armed_name in arming if armed_name != name)
-            self._install(remaining, arming)
+            names = [expert.manifest.name for expert in remaining]
+            self._install(remaining, self._state.arming.among(names))
 
-    def arm(self, names: str | Iterable[str] | None = AUTO) -> tuple[str, ...]:
+    def arm(self, names: ArmingValue = AUTO) -> tuple[str, ...]:
         """Choose the modules whose gates are evaluated, from the next sequence on.
 
-        An armed module contributes at the tokens where its gate fires. A module that is not armed
-        costs nothing.
+        An armed module contributes at the tokens where its gate fires, an armed adapter at every
+        token. What is not armed costs nothing.
 
         Args:
             names: "auto" (every plugged module that is better than the base, including modules
-                plugged later), one name, several names, or None to disarm all.
+                plugged later), one name, several names, or None to disarm all. A mapping sets
+                weights, such as {"code": 0.7, "zh": 1.0}: factors above 0 and at most 2 on what a
+                module or adapter adds. "auto" may be among the names.
 
         Returns:
             The names of the armed modules.
 
         Raises:
             PackError: a named module is not plugged.
+            ConfigError: a weight is out of range.
         """
+        arming = Arming.parse(names)
         with self._lock:
-            arming = _parse_arming(names)
-            for name in arming if not isinstance(arming, str) else ():
+            for name in arming.named:
                 self._state.require(name)
             self._install(self._state.plugged, arming)
-            return tuple(name for name in self._state.names if self._state.arms(name))
+            return tuple(self._state.weights())
 
     @contextmanager
-    def arming(self, names: str | Iterable[str] | None) -> Iterator[None]:
+    def arming(self, names: ArmingValue) -> Iterator[None]:
         """Arm `names` within the block and restore the previous arming afterwards."""
         before = self._state.arming
         self.arm(names)
@@ -180,15 +193,12 @@ class ExpertSet:
         finally:
             with self._lock:
                 # Modules may have been unplugged within the block.
-                restored = (
-                    before
-                    if isinstance(before, str)
-                    else tuple(n for n in before if n in self._state.names)
-                )
-                self._install(self._state.plugged, restored)
+                self._install(self._state.plugged, before.among(self._state.names))
 
     @contextmanager
-    def forced(self, module: str | ExpertModule) -> Iterator[ExpertModule]:
+    def forced(
+        self, module: str | ExpertModule | AdapterModule
+    ) -> Iterator[ExpertModule | AdapterModule]:
         """Within the block, use one module with weight 1 at every token, and no other.
 
         For training and stand-alone evaluation. Gradients reach the module's parameters.
@@ -201,7 +211,7 @@ class ExpertSet:
         """
         chosen = self._state.require(module).module if isinstance(module, str) else module
         before = self._forced
-        self._forced = Roster((chosen,), None)
+        self._forced = roster_with([chosen], None)
         try:
             yield chosen
         finally:
@@ -219,8 +229,12 @@ class ExpertSet:
 
     def armed(self) -> ArmedExperts | None:
         """Return the experts for a sequence that starts now, or None if no module is armed."""
-        roster = self._forced or self._current().roster
-        return None if roster is None else ArmedExperts(roster, self._traces)
+        if self._forced is not None:
+            return ArmedExperts(self._forced, self._traces)
+        state = self._current()
+        if state.roster is None:
+            return None
+        return ArmedExperts(state.roster, self._traces, weights=state.weights())
 
     def decided(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -243,9 +257,9 @@ class ExpertSet:
             None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
         )
         decided_BM = armed.roster.relevance.document_keeps(input_ids, counted_BT)
-        if not bool(decided_BM.any()):
+        if not bool(decided_BM.any()) and not armed.adapts:
             return None
-        return ArmedExperts(armed.roster, self._traces, decided_BM)
+        return ArmedExperts(armed.roster, self._traces, decided_BM, armed.factors)
 
     def relevance(self, ids: Sequence[int]) -> dict[str, float]:
         """Return the relevance of a user's text minus the threshold of each armed expert, in nats.
@@ -266,7 +280,7 @@ class ExpertSet:
 
     def choose(
         self,
-        arm: str | Iterable[str] | None = AUTO,
+        arm: ArmingValue = AUTO,
         deny: Iterable[str] = (),
         max_experts: int | None = None,
         user_ids: Sequence[int] | None = None,
@@ -276,7 +290,8 @@ class ExpertSet:
 
         Args:
             arm: "auto" for the modules that are armed now; else one name, several names, or None.
-                Named modules are always admitted, without a relevance test.
+                A mapping sets weights (see `arm`). Named modules are always admitted, without a
+                relevance test; with "auto" among them, so are those that it admits.
             deny: names to exclude in any case; they need not be plugged.
             max_experts: maximum number of modules that fire at one token; None: the limit of this
                 set.
@@ -291,37 +306,40 @@ class ExpertSet:
 
         Raises:
             PackError: a name in `arm` is not plugged.
-            ConfigError: `max_experts` is below 1.
+            ConfigError: `max_experts` is below 1, or a weight is out of range.
         """
-        requested = _parse_arming(arm)
+        requested = Arming.parse(arm)
         denied = set(deny)
         state = self._current()
         if max_experts is not None and max_experts < 1:
             raise ConfigError(f"max_experts={max_experts} is out of range; it must be at least 1.")
-        if self._forced is not None and requested == AUTO:
+        if self._forced is not None and requested.auto is not None:
             return self.armed()
-        for name in requested if requested != AUTO else ():
+        for name in requested.named:
             state.require(name)
-        chooser = state if requested == AUTO else replace(state, arming=requested)
-        names = tuple(name for name in state.names if chooser.arms(name) and name not in denied)
+        arming = requested.over(state.arming)
+        weights = {n: w for n, w in state.weights(arming).items() if n not in denied}
         limit = max_experts or self.max_experts
-        roster = roster_of(state, names, limit)
-        if roster is None or (requested == AUTO and user_ids is None and document is None):
-            return None if roster is None else ArmedExperts(roster, self._traces)
-        if requested == AUTO and roster.relevance is not None:
-            roster = roster_of(state, _admitted_names(roster, user_ids, document), limit)
+        roster = roster_of(state, tuple(weights), limit)
+        tested = requested.auto is not None and (user_ids is not None or document is not None)
+        if roster is not None and tested and roster.relevance is not None:
+            admitted = roster.admitted(user_ids, document) | requested.named.keys()
+            roster = roster_of(state, tuple(n for n in weights if n in admitted), limit)
         if roster is None:
             return None
-        return ArmedExperts(
-            roster, self._traces, torch.ones(1, len(roster.modules), dtype=torch.bool)
+        decided_BM = (
+            torch.ones(1, len(roster.modules), dtype=torch.bool)
+            if tested or requested.auto is None
+            else None
         )
+        return ArmedExperts(roster, self._traces, decided_BM, weights)
 
     def list(self) -> tuple[ExpertInfo, ...]:
         """Return the details of all plugged modules, sorted by name."""
         infos = (self._info(expert) for expert in self._state.plugged)
         return tuple(sorted(infos, key=lambda info: info.name))
 
-    def manifest(self, name: str) -> Manifest:
+    def manifest(self, name: str) -> AnyManifest:
         """Return the manifest of a plugged module; raise `PackError` if it is not plugged."""
         return self._state.require(name).manifest
 
@@ -337,28 +355,27 @@ class ExpertSet:
                 self._install(self._state.plugged, self._state.arming)
         return self._state
 
-    def _install(self, plugged: tuple[Plugged, ...], arming: tuple[str, ...] | str) -> None:
+    def _install(self, plugged: tuple[Plugged, ...], arming: Arming) -> None:
         """Replace the state in a single assignment, which makes plugging and arming atomic."""
         state = PlugState(plugged, arming)
-        modules = tuple(expert.module for expert in plugged if state.arms(expert.manifest.name))
-        if modules:
-            roster = Roster(modules, self.max_experts)
-            names = tuple(sorted(module.name for module in modules))
-            state = replace(state, roster=roster, rosters={(names, self.max_experts): roster})
-        self._state = state
+        names = tuple(state.weights())
+        self._state = replace(state, roster=roster_of(state, names, self.max_experts))
 
     def _info(self, expert: Plugged) -> ExpertInfo:
         manifest = expert.manifest
+        weight = self._state.weights().get(manifest.name, 0.0)
         return ExpertInfo(
             name=manifest.name,
+            kind="expert" if isinstance(manifest, Manifest) else manifest.kind,
             domain=manifest.domain,
             layers=manifest.layers,
-            width=manifest.width,
+            width=manifest.width if isinstance(manifest, Manifest) else manifest.rank,
             licence=manifest.licence,
             digest=manifest.digest,
             signer=manifest.signature.public_key if manifest.signature else None,
             num_bytes=sum(parameter.nbytes for parameter in expert.module.parameters()),
-            armed=self._state.arms(manifest.name),
+            armed=weight > 0,
+            weight=weight,
             verdict=manifest.verdict,
         )
 
@@ -367,34 +384,3 @@ class ExpertSet:
         if model is None:
             raise PackError("The model of this expert set is gone; keep a reference to it.")
         return model
-
-
-def _admitted_names(
-    roster: Roster, user_ids: Sequence[int] | None, document: Sequence[int] | None
-) -> tuple[str, ...]:
-    """Return the sorted names of the modules that a conversation or a document admits.
-
-    A conversation admits a module above its relevance threshold; a document admits every module
-    that it does not rule out.
-    """
-    bank = roster.relevance
-    assert bank is not None
-    ids = document if user_ids is None else user_ids
-    ids_BT = torch.tensor([list(ids or ())], dtype=torch.long, device=bank.table_MV.device)
-    admitted_BM = (
-        bank.document_keeps(ids_BT) if user_ids is None else bank.above_threshold(ids_BT) > 0
-    )
-    names = [
-        module.name
-        for module, is_admitted in zip(roster.modules, admitted_BM[0].tolist(), strict=True)
-        if is_admitted
-    ]
-    return tuple(sorted(names))
-
-
-def _parse_arming(names: str | Iterable[str] | None) -> tuple[str, ...] | str:
-    if names is None:
-        return ()
-    if isinstance(names, str):
-        return AUTO if names == AUTO else (names,)
-    return tuple(names)

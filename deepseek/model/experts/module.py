@@ -210,6 +210,7 @@ class ExpertModule(nn.Module):
             PackError: a weight overflows `dtype`.
         """
         manifest = pack.manifest
+        assert isinstance(manifest, Manifest)
         with torch.device("meta"):
             module = ExpertModule(
                 manifest.name, manifest.layers, manifest.base.hidden_size, manifest.width

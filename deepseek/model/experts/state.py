@@ -1,14 +1,15 @@
 """The state of plugging and arming: an immutable value that every change replaces as a whole."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from deepseek.errors import PackError
+from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import Roster
+from deepseek.model.experts.arming import EVERY_EXPERT, Arming
 from deepseek.model.experts.module import ExpertModule
-from deepseek.packs.manifest import Manifest
+from deepseek.packs.kinds import AnyManifest
 from deepseek.registry import nearest
-
-AUTO = "auto"
 
 ROSTERS = 64
 """Maximum number of cached rosters."""
@@ -16,10 +17,10 @@ ROSTERS = 64
 
 @dataclass(frozen=True)
 class Plugged:
-    """A plugged module and its manifest."""
+    """A plugged module or adapter, and its manifest."""
 
-    module: ExpertModule
-    manifest: Manifest
+    module: ExpertModule | AdapterModule
+    manifest: AnyManifest
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,21 @@ class ExpertInfo:
 
     Attributes:
         name: name of the expert.
+        kind: "expert" for a module with gates, "lora" for an adapter.
         domain: short description of its domain.
-        layers: base layers that have an expert layer.
-        width: width F of the expert layers.
+        layers: base layers that have an expert layer, or that an adapter changes.
+        width: width F of the expert layers; highest rank of an adapter.
         licence: SPDX expression.
         digest: content digest of the pack.
         signer: public key of the signer in hexadecimal; None: not signed.
         num_bytes: memory of the weights.
         armed: whether the expert is armed.
+        weight: factor on what it adds where it is armed by default; 0: it is not armed.
         verdict: held-out result in words, such as "better by 3.1 %".
     """
 
     name: str
+    kind: str
     domain: str
     layers: tuple[int, ...]
     width: int
@@ -48,6 +52,7 @@ class ExpertInfo:
     signer: str | None
     num_bytes: int
     armed: bool
+    weight: float
     verdict: str
 
 
@@ -59,14 +64,14 @@ class PlugState:
 
     Attributes:
         plugged: the plugged modules, sorted by content digest.
-        arming: names of the armed modules, or "auto" for all that are better than the base.
+        arming: which of them are armed, and with what weight.
         roster: the armed modules; None: no module is armed.
         rosters: cache of rosters for sequences that choose their own modules, by names and maximum
             number of experts per token.
     """
 
     plugged: tuple[Plugged, ...] = ()
-    arming: tuple[str, ...] | str = AUTO
+    arming: Arming = EVERY_EXPERT
     roster: Roster | None = None
     rosters: dict[tuple[tuple[str, ...], int], Roster] = field(default_factory=dict)
 
@@ -74,12 +79,22 @@ class PlugState:
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(expert.manifest.name for expert in self.plugged))
 
-    def arms(self, name: str) -> bool:
-        """Return whether the module `name` is armed.
+    def weights(self, arming: Arming | None = None) -> dict[str, float]:
+        """Return the weight of each armed module, sorted by name.
 
-        "auto" does not arm a module that was measured to be no better than the base.
+        "auto" does not arm a module that was measured to be no better than the base, nor an adapter
+        that was not imported for it.
+
+        Args:
+            arming: which modules are armed; None: the state's own.
         """
-        return self.require(name).manifest.helps if self.arming == AUTO else name in self.arming
+        arming = self.arming if arming is None else arming
+        weights: dict[str, float] = {}
+        for expert in sorted(self.plugged, key=lambda expert: expert.manifest.name):
+            weight = arming.weight(expert.manifest.name, expert.manifest.helps)
+            if weight is not None:
+                weights[expert.manifest.name] = weight
+        return weights
 
     def require(self, name: str) -> Plugged:
         """Return the module `name`; raise `PackError` if it is not plugged."""
@@ -104,7 +119,17 @@ def roster_of(state: PlugState, names: tuple[str, ...], max_experts: int) -> Ros
     if roster is None:
         if len(state.rosters) >= ROSTERS:
             state.rosters.clear()
-        modules = tuple(expert.module for expert in state.plugged if expert.module.name in names)
-        roster = Roster(modules, max_experts)
+        chosen = [expert.module for expert in state.plugged if expert.module.name in names]
+        roster = roster_with(chosen, max_experts)
         state.rosters[names, max_experts] = roster
     return roster
+
+
+def roster_with(chosen: Iterable[ExpertModule | AdapterModule], max_experts: int | None) -> Roster:
+    """Return a roster of these modules and adapters (see `Roster`)."""
+    members = tuple(chosen)
+    return Roster(
+        tuple(module for module in members if isinstance(module, ExpertModule)),
+        max_experts,
+        tuple(module for module in members if isinstance(module, AdapterModule)),
+    )

@@ -1,0 +1,135 @@
+"""Where adapters act: hooks on the linear layers of a model.
+
+A hook asks the armed experts of the running pass for their change to the layer's output. Where no
+adapter is armed, it returns nothing, and the layer's own output goes on untouched. Hooks are kept
+out of the state dict and need no change in a model's code, so they work on any model.
+"""
+
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from deepseek.checkpoint.convert import our_name
+
+
+class Adapting(Protocol):
+    """The armed experts of one forward pass, if an adapter is among them."""
+
+    def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output `y` `[..., F]` of a linear layer with the changes of the adapters.
+
+        Args:
+            site: name of the layer in the model.
+            x: input of the layer, `[..., D]`.
+            y: its output.
+        """
+
+
+_running: ContextVar[Adapting | None] = ContextVar("adapting", default=None)
+
+
+def adapting(armed: Any) -> AbstractContextManager[None]:
+    """Return a context in which the hooks of linear layers apply the adapters of a pass.
+
+    Args:
+        armed: the armed experts; None, or experts without an adapter: no hook does anything.
+    """
+    return _Scope(armed if armed is not None and armed.adapts else None)
+
+
+class _Scope(AbstractContextManager[None]):
+    # Not a generator, which would cost more than the hooks do.
+    def __init__(self, armed: Adapting | None) -> None:
+        self._armed = armed
+
+    def __enter__(self) -> None:
+        self._token = _running.set(self._armed)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _running.reset(self._token)
+
+
+def _adapt_output(site: str, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Any:
+    armed = _running.get()
+    return None if armed is None else armed.adapt(site, inputs[0], y)
+
+
+class SiteHook:
+    """The hook on one linear layer, removed when the last adapter that needs it is gone.
+
+    Sequences in flight keep their adapters, and thereby the hooks, after an adapter is unplugged.
+    """
+
+    def __init__(self, site: str, layer: nn.Linear) -> None:
+        self.layer = layer  # keeps its id, by which the table finds this hook, from being reused
+        # A copied model's layers have copies of the hooks; a second hook would add twice.
+        if not any(_is_ours(hook) for hook in layer._forward_hooks.values()):
+            # The hook must not refer to this object, or it would never be collected; and a model
+            # with hooks must stay picklable, so the hook is no closure.
+            handle = layer.register_forward_hook(partial(_adapt_output, site))
+            weakref.finalize(self, handle.remove)
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, partial) and hook.func is _adapt_output
+
+
+class HookTable:
+    """The hooks on a model's linear layers: at most one for each, shared by its adapters."""
+
+    def __init__(self) -> None:
+        self._hooks: weakref.WeakValueDictionary[int, SiteHook] = weakref.WeakValueDictionary()
+
+    def hook(self, site: str, layer: nn.Linear) -> SiteHook:
+        """Return the hook on a linear layer, which lasts as long as the result is referenced.
+
+        Args:
+            site: name of the layer in the model.
+            layer: the layer.
+        """
+        hook = self._hooks.get(id(layer))
+        if hook is None:
+            hook = SiteHook(site, layer)
+            self._hooks[id(layer)] = hook
+        return hook
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers inside the blocks of a model, by name.
+
+    The head is left out: it may be tied to the embedding, and losses read its weight directly.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ("layers." in name or ".h." in name)
+    }
+
+
+def site_name(name: str, layers: Mapping[str, object]) -> str | None:
+    """Return the name under which a model has the linear layer that an adapter calls `name`.
+
+    An adapter may use Hugging Face's names where the model has ours. In a model that was upcycled
+    to a mixture of experts, the dense network is the shared expert.
+
+    Args:
+        name: name of the layer in the model that the adapter was trained on.
+        layers: names of the model's linear layers.
+    """
+    ours = our_name(f"{name}.weight").removesuffix(".weight")
+    shared = ours.replace(".feed_forward.", ".feed_forward.shared_experts.")
+    for candidate in (name, ours, shared):
+        if candidate in layers:
+            return candidate
+    return None

@@ -1,0 +1,36 @@
+"""The kinds of packs, and the parser that tells them apart."""
+
+from pydantic import ValidationError
+
+from deepseek.errors import PackError
+from deepseek.packs.lora import LoraManifest
+from deepseek.packs.manifest import Manifest, explain, parse_json
+
+AnyManifest = Manifest | LoraManifest
+"""Manifest of an expert module, or of an adapter."""
+
+
+def parse_manifest(text: str) -> AnyManifest:
+    """Return the manifest in a JSON text.
+
+    Raises:
+        PackError: the manifest is invalid; the message names the first mistake.
+    """
+    # `parse_json` also rejects repeated keys and other things that pydantic's parser accepts.
+    fields = parse_json(text)
+    if isinstance(fields, dict) and fields.get("format") == 1:
+        raise PackError(
+            "it is of format 1, whose gates do not know conversations; train the expert again"
+        )
+    is_adapter = isinstance(fields, dict) and fields.get("kind") == "lora"
+    kind: type[AnyManifest] = LoraManifest if is_adapter else Manifest
+    try:
+        manifest = kind.model_validate_json(text)
+    except ValidationError as error:
+        raise PackError(f"its manifest is invalid, {explain(error)}") from None
+    last = max(manifest.layers, default=0)
+    if last >= manifest.base.num_layers:
+        raise PackError(
+            f"layer {last} does not exist in a base of {manifest.base.num_layers} layers"
+        )
+    return manifest
