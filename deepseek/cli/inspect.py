@@ -49,11 +49,13 @@ def attention(
     )
     from deepseek.kernels.lsh.intervals import Windows
     from deepseek.model.attention.hash import hash_file, load_hashes
+    from deepseek.model.language_model import own_model
     from deepseek.train.loop.progress import ProgressBar
 
     folder = resolve(base)
     hashes = load_hashes(hash_path or hash_file(folder), fingerprint(folder).weights)
-    model, tokenizer = load(base, dtype="float32")
+    loaded, tokenizer = load(base, dtype="float32")
+    model = own_model(loaded, "Inspection of the attention")
     first = next(iter(hashes.values()))
     windows = Windows(local=128, sinks=4, bucket=window, num_buckets=first.num_buckets)
     ways = {

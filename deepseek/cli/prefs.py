@@ -88,6 +88,7 @@ def generate(
     from deepseek.cli.options import names
     from deepseek.data.text.source import records
     from deepseek.engine.load import load
+    from deepseek.model.language_model import own_model
     from deepseek.registry import pick
     from deepseek.train.loop.progress import ProgressBar
     from deepseek.train.rl.judge import JUDGES, generate_pairs, prompt_of
@@ -97,7 +98,7 @@ def generate(
     model, tokenizer = load(base)
     with opened(database) as store, ProgressBar() as bar:
         pairs = generate_pairs(
-            model,
+            own_model(model, "Sampling of pairs"),
             tokenizer,
             prompts,
             chosen,

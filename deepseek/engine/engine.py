@@ -17,15 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.engine.dispatch import DispatchingRunner
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import EngineStats, EngineStoppedError, QueueFullError, Request
+from deepseek.engine.runners import reference_runner
 from deepseek.engine.scheduler import CACHE_BYTES, MAX_RUNNING, PREFILL_CHUNK, Scheduler
 from deepseek.engine.sequence import activate
-from deepseek.engine.torch_runner import TorchRunner
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import ConfigError
 from deepseek.model.experts import ExpertInfo
 from deepseek.model.experts.arming import ArmingValue
-from deepseek.model.kv_cache import KVCache
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel, base_hidden, context_length
 from deepseek.packs.pack import ExpertPack
 from deepseek.runner import Runner
 
@@ -48,8 +47,8 @@ class Engine:
     Args:
         model: the model with its expert set.
         tokenizer: the model's tokenizer.
-        runner: computes the forward passes; default `TorchRunner(model)`. That one also computes
-            the sequences whose experts `runner` does not, such as those with adapters.
+        runner: computes the forward passes; default `reference_runner(model)`. That one also
+            computes the sequences whose experts `runner` does not, such as those with adapters.
         cache_bytes: key/value budget in bytes, shared by running requests and the prefix cache;
             default 1 GiB.
         max_running: maximum number of requests in a batch; default 16.
@@ -63,7 +62,7 @@ class Engine:
 
     def __init__(
         self,
-        model: DeepSeekModel,
+        model: LanguageModel,
         tokenizer: PreTrainedTokenizerFast,
         runner: Runner | None = None,
         *,
@@ -74,7 +73,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        reference = TorchRunner(model)
+        reference = reference_runner(model)
         self.runner: Runner = reference if runner is None else runner
         self._vocabulary = Vocabulary(model, tokenizer)
         self._max_waiting = max_waiting
@@ -159,7 +158,7 @@ class Engine:
             ConfigError: there are no ids, or more than the model's context.
             EngineStoppedError: the engine is draining or closed.
         """
-        context = self.model.config.max_position_embeddings
+        context = context_length(self.model)
         if not 1 <= len(ids) <= context:
             raise ConfigError(f"The text has {len(ids)} tokens, but 1 to {context} are possible.")
         done: Future[list[float]] = Future()
@@ -287,22 +286,13 @@ class Engine:
 
 
 @torch.inference_mode()
-def embedding(model: DeepSeekModel, ids: Sequence[int]) -> list[float]:
+def embedding(model: LanguageModel, ids: Sequence[int]) -> list[float]:
     """Return the mean of the base model's last hidden states over a text, normalised to length 1.
 
     Args:
         model: the model; its experts are not used.
         ids: tokens of the text.
     """
-    cache = KVCache()
-    # Embeddings must stay comparable when experts come and go, so no expert is armed: a cache that
-    # has started does not arm any.
-    cache.started = True
-    output = model(
-        torch.tensor([list(ids)], device=model.device),
-        cache=cache,
-        output_hidden_states=True,
-        logits_to_keep=1,
-    )
-    mean_D = output.hidden_states[-1][0].float().mean(0)
+    hidden_BTD = base_hidden(model, torch.tensor([list(ids)], device=model.device))
+    mean_D = hidden_BTD[0].float().mean(0)
     return [float(value) for value in torch.nn.functional.normalize(mean_D, dim=0)]

@@ -11,6 +11,7 @@ from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.model.attention.hash import hash_file, load_hashes, plug_hashes
 from deepseek.model.config import ModelConfig
+from deepseek.model.language_model import LanguageModel, load_language_model
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.library import find_pack
 from deepseek.text.tokenizer import load_tokenizer
@@ -19,7 +20,7 @@ from deepseek.text.tokenizer import load_tokenizer
 class Loaded(NamedTuple):
     """A model with its tokenizer."""
 
-    model: DeepSeekModel
+    model: LanguageModel
     tokenizer: PreTrainedTokenizerFast
 
 
@@ -56,9 +57,13 @@ def load(
         PackError: a pack cannot be read, or does not fit the model.
     """
     folder = resolve(str(name))
-    model = DeepSeekModel.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
+    model = load_language_model(folder, config=config, dtype=dtype, device=device)
     model.config.name_or_path = str(name)
-    if model.config.attention == "lsh" and hash_file(folder).exists():
+    if (
+        isinstance(model, DeepSeekModel)
+        and model.config.attention == "lsh"
+        and hash_file(folder).exists()
+    ):
         plug_hashes(model, load_hashes(hash_file(folder), fingerprint(folder).weights))
     for expert in experts:
         model.experts.plug(find_pack(expert))

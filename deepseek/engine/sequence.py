@@ -18,7 +18,7 @@ from deepseek.engine.sampler import Logits, Sampler
 from deepseek.engine.vocabulary import TextStream, Vocabulary
 from deepseek.errors import ConfigError
 from deepseek.model.experts.armed import ArmedExperts
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.runner import Chunk, SequenceState
 
 WORDS = 2  # tokens that must match for a guess
@@ -242,7 +242,7 @@ class ActiveSequence:
 
 
 def activate(
-    request: Request, model: DeepSeekModel, vocabulary: Vocabulary, block: int
+    request: Request, model: LanguageModel, vocabulary: Vocabulary, block: int
 ) -> ActiveSequence:
     """Validate a request and return its sequence, with its experts chosen among those plugged now.
 
@@ -257,7 +257,7 @@ def activate(
             grammar does not compile.
         PackError: the request names an expert that is not plugged.
     """
-    context = model.config.max_position_embeddings
+    context = context_length(model)
     prompt_tokens = len(request.prompt_ids)
     if prompt_tokens >= context:
         raise ConfigError(

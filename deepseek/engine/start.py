@@ -10,9 +10,10 @@ from deepseek.compiled.support import unsupported_reason
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import load
 from deepseek.engine.request import Request
+from deepseek.engine.runners import reference_runner
 from deepseek.engine.sampler import Sampling
-from deepseek.engine.torch_runner import TorchRunner
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.attached.model import AttachedModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -50,14 +51,16 @@ def start_engine(
     return engine
 
 
-def quickest_runner(model: DeepSeekModel) -> Runner:
+def quickest_runner(model: LanguageModel) -> Runner:
     """Return the compiled runner with 8-bit weights if it supports `model`, else the reference
     runner.
 
     The reason why the compiled runner is not used is logged at level INFO.
     """
+    if isinstance(model, AttachedModel):
+        return reference_runner(model)
     reason = unsupported_reason(model)
     if reason is None:
         return CompiledRunner(model)
     log.info("%s The reference runner computes this model.", reason)
-    return TorchRunner(model)
+    return reference_runner(model)

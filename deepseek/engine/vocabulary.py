@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.engine.request import Grammar
 from deepseek.errors import ConfigError
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.text.tokenizer import document_end_id
 
 WHITESPACE = r"\n?[ \t]{0,32}"
@@ -41,7 +41,7 @@ class Vocabulary:
         ends: ids of the end tokens.
     """
 
-    def __init__(self, model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.size = model.config.vocab_size
         configured = model.generation_config.eos_token_id if model.generation_config else None

@@ -14,7 +14,7 @@ from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import quickest_runner
 from deepseek.errors import DataError
 from deepseek.evaluate.sandbox import run_program
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.registry import package
 from deepseek.text.tokenizer import encode_plain
 
@@ -40,7 +40,7 @@ class BodyScores:
 
 
 def score_bodies(
-    model: DeepSeekModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     functions: Sequence[DocumentedFunction],
     max_tokens: int = 96,
@@ -100,7 +100,7 @@ def complete(
         progress: shows the progress.
         experts: experts that may fire; default: all that are armed.
     """
-    context = engine.model.config.max_position_embeddings
+    context = context_length(engine.model)
     most = min(max_tokens, context // 2)
     greedy = Sampling(most, temperature=0.0)
     prompt_tokens = min(PROMPT_TOKENS, context - most)
@@ -141,7 +141,7 @@ def human_eval_problems(count: int = 164) -> list[dict[str, str]]:
 
 
 def pass_at_1(
-    model: DeepSeekModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     problems: Iterable[Mapping[str, str]],
     max_tokens: int = 192,

@@ -13,6 +13,7 @@ from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError
 from deepseek.evaluate.cases import Case, CaseEncoder, Prompt
 from deepseek.evaluate.scores import edit_similarity, is_exact
+from deepseek.model.language_model import context_length
 from deepseek.retrieval.index import Index
 from deepseek.retrieval.prompt import before_text, query_of
 
@@ -97,11 +98,9 @@ class Writer:
         self.engine = engine
         self.experts = experts
         self.index = index
-        self.dials = dials.fitted(engine.model.config.max_position_embeddings)
+        self.dials = dials.fitted(context_length(engine.model))
         self.encoder = CaseEncoder(engine.tokenizer, self.dials.text_tokens)
-        self._room = max(
-            1, engine.model.config.max_position_embeddings - self.dials.reply_tokens - TARGET_TOKENS
-        )
+        self._room = max(1, context_length(engine.model) - self.dials.reply_tokens - TARGET_TOKENS)
 
     def answers(
         self, cases: Sequence[Case], progress: Progress = silent, what: str = "writing"

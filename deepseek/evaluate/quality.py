@@ -12,7 +12,7 @@ from deepseek.checkpoint.store import home
 from deepseek.data import Batch, Progress, RowLoader, TokenShards
 from deepseek.data.text.document import silent
 from deepseek.data.text.public import public_documents, read_documents
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.train.loop.losses import held_out_loss
 
 ROW_LENGTH = 512
@@ -68,7 +68,7 @@ class HeldOutText:
 
 
 def compare(
-    model: DeepSeekModel, texts: Sequence[HeldOutText], max_tokens: int, progress: Progress = silent
+    model: LanguageModel, texts: Sequence[HeldOutText], max_tokens: int, progress: Progress = silent
 ) -> Iterator[Comparison]:
     """Yield for each text the loss of the base, of the plugged set, and of its own expert alone."""
     for done, text in enumerate(texts):

@@ -18,6 +18,7 @@ from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.graph import Graph, Step
 from deepseek.export.stock import write_stock
+from deepseek.model.language_model import own_model
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import package, pick
 
@@ -58,7 +59,8 @@ def export_model(
     limit = pick(target.limits, dtype, f"dtype of {to}")
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another folder or delete it.")
-    model, tokenizer = load(base, experts=experts, dtype="float32" if to == "openvino" else dtype)
+    loaded, tokenizer = load(base, experts=experts, dtype="float32" if to == "openvino" else dtype)
+    model = own_model(loaded, "Export")
     with atomic_folder(out) as folder:
         step = target.write(model, folder, dtype)
         error = difference(model.float(), step)

@@ -12,6 +12,7 @@ from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.kernels.int8 import Int8Matrix, quantize
 from deepseek.model.int8 import is_large, rounded
+from deepseek.model.language_model import own_model
 from deepseek.model.transformer import DeepSeekModel
 
 SENTENCE = "The history of science is the study of how people came to know nature, step by step, from the stars to the"
@@ -56,7 +57,8 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another folder or delete it.")
-    model, tokenizer = load(base, dtype="float32")
+    loaded, tokenizer = load(base, dtype="float32")
+    model = own_model(loaded, "Quantisation")
     if any(hasattr(module, "int8") for module in model.modules()):
         raise ConfigError(
             f"{base} has 8-bit weights already; quantise the model that they were made from."
@@ -81,7 +83,7 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        divergence = _divergence(model, load(folder, dtype="float32").model, ids)
+        divergence = _divergence(model, DeepSeekModel.from_pretrained(folder, dtype="float32"), ids)
         if not divergence < LIMIT:
             raise CheckpointError(
                 f"The quantised model's predictions are {divergence:.3f} nats from those of "

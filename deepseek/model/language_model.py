@@ -1,13 +1,26 @@
 """A language model with experts: our own, or a stock one of `transformers` with experts attached."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from deepseek.checkpoint.convert import FAMILIES, convert_config
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import read_json
+from deepseek.errors import CheckpointError, ConfigError
+from deepseek.kernels.cpu import fast_dtype
+from deepseek.model.attached.load import is_stock, load_attached, stock_layers
 from deepseek.model.attached.model import AttachedModel
+from deepseek.model.attached.new_expert import attached_expert
 from deepseek.model.attached.traits import output_weight, traits_of
+from deepseek.model.config import ModelConfig
+from deepseek.model.experts import ExpertModule
+from deepseek.model.passes import begin
 from deepseek.model.transformer import DeepSeekModel
 
 LanguageModel = DeepSeekModel | AttachedModel
@@ -34,6 +47,78 @@ class OutputHead:
         return logits_BTV if self.cap is None else self.cap * torch.tanh(logits_BTV / self.cap)
 
 
+def load_language_model(
+    name_or_path: str | Path,
+    *,
+    config: ModelConfig | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+) -> LanguageModel:
+    """Load a base model of any family.
+
+    Our own families become a `DeepSeekModel`, every other causal language model of `transformers`
+    its stock model with experts attached.
+
+    Args:
+        name_or_path: a known base, a folder or a hub id.
+        config: overrides of the checkpoint's config; for our families only.
+        dtype: dtype of the weights; "auto": the fastest on the device.
+        device: a device; None: the CPU.
+
+    Raises:
+        HubError: the model does not exist or cannot be fetched.
+        CheckpointError: the folder is damaged, or `transformers` has no such model.
+        ConfigError: `config` does not fit the model, or experts cannot attach to it.
+    """
+    folder = resolve(str(name_or_path))
+    if is_own(raw := read_json(folder / "config.json")):
+        return DeepSeekModel.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
+    if config is not None:
+        raise ConfigError(
+            f"A model of type {raw.get('model_type')!r} keeps its own architecture; leave config "
+            "out."
+        )
+    place = torch.device("cpu" if device is None else device)
+    precision = fast_dtype(place) if dtype == "auto" else dtype
+    model = load_attached(folder, precision, place)
+    model.config.name_or_path = str(name_or_path)
+    return model
+
+
+def is_own(config: dict[str, Any]) -> bool:
+    """Return whether the content of a `config.json` describes a model that `DeepSeekModel` computes.
+
+    Raises:
+        CheckpointError: neither it nor a stock model of `transformers` does.
+    """
+    try:
+        convert_config(config)
+    except CheckpointError:
+        if is_stock(config):
+            return False
+        raise
+    return True
+
+
+def own_model(model: LanguageModel, job: str) -> DeepSeekModel:
+    """Return a model that must be a `DeepSeekModel`.
+
+    Args:
+        model: the model.
+        job: what needs it, for the error message.
+
+    Raises:
+        ConfigError: it is a stock model of another family.
+    """
+    if isinstance(model, AttachedModel):
+        raise ConfigError(
+            f"{job} is for our own families "
+            f"({', '.join(FAMILIES)}); a {type(model).__name__} takes experts only: train one with "
+            "`deepseek expert train`."
+        )
+    return model
+
+
 def output_head(model: LanguageModel) -> OutputHead:
     """Return the output head of a model.
 
@@ -56,3 +141,39 @@ def context_length(model: LanguageModel) -> int:
     """Return the largest number of tokens of a sequence."""
     config = model.config.get_text_config(decoder=True)
     return int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
+
+
+@torch.no_grad()
+def base_hidden(model: LanguageModel, ids_BT: Tensor) -> Tensor:
+    """Return the final hidden states `[B, T, D]` of the base alone, whatever is armed."""
+    if isinstance(model, AttachedModel):
+        return traits_of(model).hidden(ids_BT)
+    step = begin(model, ids_BT)
+    step.ctx.armed = None
+    return step.finish()
+
+
+def expert_beside(
+    model: LanguageModel, name: str, layers: Sequence[int], width: int, *, seed: int = 0
+) -> ExpertModule:
+    """Return a new fp32 expert for a model, on the model's device (see `ExpertModule.beside`).
+
+    Raises:
+        ConfigError: a layer does not exist, or has no feed-forward module.
+    """
+    if isinstance(model, AttachedModel):
+        return attached_expert(model, name, layers, width, seed)
+    return ExpertModule.beside(model.layers, name, layers, width, seed=seed)
+
+
+def layers_in(folder: Path) -> tuple[int, ...]:
+    """Return the layers that experts can stand beside, without loading the weights of a folder.
+
+    Raises:
+        CheckpointError: the folder is damaged, or its family unknown.
+        ConfigError: experts cannot attach to the model.
+    """
+    config = read_json(folder / "config.json")
+    if is_own(config):
+        return tuple(range(convert_config(config)["num_hidden_layers"]))
+    return stock_layers(folder)

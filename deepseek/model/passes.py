@@ -170,6 +170,10 @@ class ForwardPass:
             )
 
 
+AnyPass = ForwardPass | AttachedPass
+"""A forward pass of a model of either kind."""
+
+
 @overload
 def begin(
     model: Decoder,
@@ -203,7 +207,7 @@ def begin(
     position_ids: Tensor | None = None,
     cache: KVCache | None = None,
     routing: Mapping[int, RoutingDecision] | None = None,
-) -> ForwardPass | AttachedPass:
+) -> AnyPass:
     """Return a forward pass that is about to run layer 0.
 
     Positions are already added to the embeddings if the encoding is additive.
@@ -277,7 +281,7 @@ def resume(
     position_ids: Tensor | None = None,
     routing: Mapping[int, RoutingDecision] | None = None,
     upper: UpperLayers | None = None,
-) -> ForwardPass | AttachedPass:
+) -> AnyPass:
     """Return a forward pass that continues from a residual stream, without a cache.
 
     Args:

@@ -22,6 +22,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import ExpertChoice, Grammar, Request, TokenEvent, TokenUsage
 from deepseek.engine.sampler import Sampling
+from deepseek.model.language_model import context_length
 from deepseek.packs.library import experts_folder
 from deepseek.server.errors import ApiError
 from deepseek.server.fleet import Fleet
@@ -180,7 +181,7 @@ class Service:
     def attach(self, engine: Engine, fleet: Fleet | None = None) -> None:
         """Start to serve with `engine`, alone or as a member of `fleet`."""
         self.fleet = fleet
-        self._writer = PromptWriter(engine.tokenizer, engine.model.config.max_position_embeddings)
+        self._writer = PromptWriter(engine.tokenizer, context_length(engine.model))
         self.metrics.watch(engine)
         gc.collect()
         gc.freeze()  # else a full collection scans all loaded objects and stalls every stream

@@ -34,22 +34,22 @@ class ExpertLayer(nn.Module):
         return linear(silu(gate) * up, self.down_proj)
 
     @torch.no_grad()
-    def copy_rows(self, ffn: SwiGLU, seed: int) -> None:
+    def copy_rows(self, gate_FD: Tensor, up_FD: Tensor, seed: int) -> None:
         """Initialise from the base's feed-forward network: all its rows, or a random sample.
 
         Args:
-            ffn: the feed-forward network of the base layer.
+            gate_FD: gate projection of the base layer.
+            up_FD: up projection of the base layer.
             seed: seed of the sample.
         """
         width = self.down_proj.shape[1]
-        available = ffn.gate_proj.out_features
         rows = (
-            torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:width]
+            torch.randperm(len(gate_FD), generator=torch.Generator().manual_seed(seed))[:width]
             .sort()
             .values
         )
-        rows = rows.to(ffn.gate_proj.weight.device)
-        self.gate_up_proj.copy_(torch.cat([ffn.gate_proj.weight[rows], ffn.up_proj.weight[rows]]))
+        rows = rows.to(gate_FD.device)
+        self.gate_up_proj.copy_(torch.cat([gate_FD[rows], up_FD[rows]]))
 
 
 class ExpertModule(nn.Module):
@@ -113,7 +113,8 @@ class ExpertModule(nn.Module):
         for layer in module.layers:
             ffn = blocks[layer].feed_forward
             if isinstance(ffn, SwiGLU) and width <= ffn.gate_proj.out_features:
-                module.at(layer).copy_rows(ffn, seed + layer)
+                matrices = ffn.gate_proj.weight, ffn.up_proj.weight
+                module.at(layer).copy_rows(*matrices, seed + layer)
         return module.to(weight.device)
 
     def at(self, layer: int) -> ExpertLayer:

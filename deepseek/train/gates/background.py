@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.builders.everyday import Conversation
 from deepseek.data.text.document import Progress, silent, uniform
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.gates.conversations import conversation_halves, expected_frequencies
 from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, place
@@ -31,7 +31,7 @@ CHARACTERS = 3000
 
 
 def background(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
+    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Background:
     """Return the background of a base, cached in the library's home."""
     rows = kept_rows(model, tokenizer, progress)
@@ -42,7 +42,7 @@ def background(
 
 
 def _measured(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, rows_RT: Tensor, progress: Progress
+    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, rows_RT: Tensor, progress: Progress
 ) -> dict[str, Tensor]:
     fitted, reserved = conversation_halves()
     kinds = [

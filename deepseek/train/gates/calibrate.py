@@ -25,7 +25,7 @@ from deepseek.errors import TrainError
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.gate import RIDGE
 from deepseek.model.experts.relevance import Relevance
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.packs.manifest import MOMENTS, GateSettings
 from deepseek.train.gates.inputs import HALF_LIFE, Moments, blend, gate_inputs
 from deepseek.train.gates.public_text import PublicStatistics
@@ -97,7 +97,7 @@ class LayerGate:
 
 
 def calibrate(
-    model: DeepSeekModel,
+    model: LanguageModel,
     module: ExpertModule,
     own: Iterable[Batch],
     held_out: Iterable[Batch],
@@ -188,7 +188,7 @@ def tokens_of(batches: Iterable[Batch]) -> Tensor:
 
 
 def own_text(
-    model: DeepSeekModel,
+    model: LanguageModel,
     module: ExpertModule,
     own: Iterable[Batch],
     held_out: Iterable[Batch],

@@ -19,7 +19,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import quickest_runner
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.text.chat_template import encode_prompt, encode_rendered, render
 from deepseek.text.tokenizer import document_end_id, encode_plain
 
@@ -41,7 +41,7 @@ def conversation_halves() -> tuple[list[Conversation], list[Conversation]]:
 
 
 def conversation_rows(
-    model: DeepSeekModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     length: int,
     progress: Progress = silent,
@@ -50,7 +50,7 @@ def conversation_rows(
 
     There are no rows if the model's context is not longer than a row.
     """
-    if model.config.max_position_embeddings <= length:
+    if context_length(model) <= length:
         return torch.empty(0, length, dtype=torch.long)
     fitted, reserved = conversation_halves()
     openings = []
@@ -99,7 +99,7 @@ PACKED_TOKENS = 512
 
 @torch.no_grad()
 def expected_frequencies(
-    model: DeepSeekModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     conversations: Sequence[Conversation],
     progress: Progress = silent,
@@ -109,7 +109,7 @@ def expected_frequencies(
     They are the mean of the base's next-token distributions over the messages, and so cover many
     more words than the messages contain.
     """
-    longest = min(PACKED_TOKENS, model.config.max_position_embeddings)
+    longest = min(PACKED_TOKENS, context_length(model))
     end = document_end_id(tokenizer)
     texts = encode_plain(
         tokenizer, ["\n".join(conversation.turns) for conversation in conversations]

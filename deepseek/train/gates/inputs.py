@@ -9,7 +9,7 @@ from torch import Tensor
 from deepseek.data.text.loader import Batch
 from deepseek.model.context import document_ids
 from deepseek.model.experts.gate import running_mean
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.train.loop.losses import autocast
 from deepseek.train.loop.packed import resume_rows
 from deepseek.train.text.trunk_cache import Stream, run_trunk
@@ -93,7 +93,7 @@ def blend(inputs: GateInputs) -> Moments:
 
 
 def gate_inputs(
-    model: DeepSeekModel,
+    model: LanguageModel,
     batches: Iterable[Batch],
     layers: Sequence[int],
     stream: Stream | None = None,

@@ -30,7 +30,7 @@ from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import quickest_runner
 from deepseek.errors import CheckpointError, DataError
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.text.tokenizer import document_end_id, encode_plain
 from deepseek.train.gates.conversations import conversation_rows
 from deepseek.train.gates.inputs import HALF_LIFE, Moments, blend, gate_inputs
@@ -106,7 +106,7 @@ class PublicStatistics:
 
 
 def public_statistics(
-    model: DeepSeekModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     layers: Sequence[int],
     progress: Progress = silent,
@@ -142,7 +142,7 @@ def public_statistics(
 
 
 def training_rows(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
+    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Tensor:
     """Return the public rows `[R, ROW_LENGTH]` not used for thresholds, and rows of adapted
     text.
@@ -153,7 +153,7 @@ def training_rows(
 
 
 def public_streams(
-    model: DeepSeekModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     first: int,
     progress: Progress = silent,
@@ -207,7 +207,7 @@ def _adapted_rows(weights: str) -> Tensor:
 
 
 def public_rows(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
+    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Tensor:
     """Return token ids `[R, ROW_LENGTH]`, every row from a different text."""
     installed = [
@@ -249,7 +249,7 @@ def installed_texts() -> list[Iterator[str]]:
 
 
 def sampled_rows(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
+    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, progress: Progress = silent
 ) -> Tensor:
     """Return ids `[R, ROW_LENGTH]` of documents sampled from the model, the same at every call."""
     end = document_end_id(tokenizer)
@@ -274,7 +274,7 @@ def sampled_rows(
 
 
 def measure_public(
-    model: DeepSeekModel,
+    model: LanguageModel,
     rows: Tensor,
     layers: Sequence[int],
     stream: Stream | None = None,
@@ -315,14 +315,14 @@ def public_batches(rows: Tensor, size: int) -> Iterator[Batch]:
         yield Batch(ids, labels, positions, torch.arange(start, start + len(ids)))
 
 
-def place(model: DeepSeekModel) -> tuple[Path, str]:
+def place(model: LanguageModel) -> tuple[Path, str]:
     """Return the cache folder of a base, and the cache key describing how the text was made."""
     name = f"built-in-v{VERSION}-{str(model.dtype).removeprefix('torch.')}"
     return home() / "public" / model.experts.base.weights[:32], name
 
 
 def kept_rows(
-    model: DeepSeekModel, tokenizer: PreTrainedTokenizerFast, progress: Progress
+    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, progress: Progress
 ) -> Tensor:
     """Return the public rows `[R, ROW_LENGTH]` of a base, cached in the library's home."""
     root, name = place(model)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.document import Progress, silent
 from deepseek.data.text.loader import Batch
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.train.gates.public_text import public_batches, public_streams, training_rows
 
 SHARE = 0.2
@@ -38,7 +38,7 @@ class Replay:
 
     @staticmethod
     def beside(
-        model: DeepSeekModel,
+        model: LanguageModel,
         tokenizer: PreTrainedTokenizerFast,
         first: int,
         own_tokens: int,

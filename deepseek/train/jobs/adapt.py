@@ -21,6 +21,7 @@ from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch
 from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
+from deepseek.model.language_model import own_model
 from deepseek.model.passes import resume
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.gates.public_text import remember_adapted
@@ -83,10 +84,13 @@ def adapt(arguments: AdaptArguments) -> Path:
 class AdaptRun(TextRun):
     """One adaptation in its run folder."""
 
+    model: DeepSeekModel
+
     def __init__(
         self, request: AdaptRequest, folder: Path, out: Path, progress: ProgressBar
     ) -> None:
         super().__init__(request, folder, progress, "float32" if request.mode == "full" else "auto")
+        self.model = own_model(self.model, "Adaptation")
         self.request = request
         self.out = out
         self.first = len(self.model.layers) - request.last

@@ -15,6 +15,7 @@ from deepseek.data.text.public import documents_at
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError
 from deepseek.model.attention.hash import hash_file, save_hashes
+from deepseek.model.language_model import own_model
 from deepseek.train.hash.distill import HashSettings, distill_hashes
 from deepseek.train.jobs.arguments import DistillHashArguments
 from deepseek.train.jobs.declaration import job
@@ -31,7 +32,8 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     folder = resolve(arguments.base)
-    model, tokenizer = load(arguments.base, dtype="float32")
+    loaded, tokenizer = load(arguments.base, dtype="float32")
+    model = own_model(loaded, "Hash distillation")
     layers = range(arguments.exact, len(model.layers))
     if not layers:
         raise ConfigError(

@@ -21,8 +21,7 @@ from deepseek.checkpoint.store import home, read_json, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.errors import DataError, PackError
-from deepseek.model.experts import ExpertModule
-from deepseek.model.pretrained import read_config
+from deepseek.model.language_model import expert_beside, expert_layers, layers_in
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.manifest import HELD_OUT, Metric, explain
 from deepseek.packs.pack import ExpertPack, write_pack
@@ -73,11 +72,11 @@ class ExpertRun(TextRun):
         self.request = request
         self.out = out
         self.model.requires_grad_(False)
-        layers = parse_layers(request.layers, len(self.model.layers))
+        layers = parse_layers(request.layers, expert_layers(self.model))
         self.first = layers[0]
         self.cached_below = self.first > 0
-        self.module = ExpertModule.beside(
-            self.model.layers, request.name, layers, request.width, seed=request.seed
+        self.module = expert_beside(
+            self.model, request.name, layers, request.width, seed=request.seed
         )
         self.check_papers()
 
@@ -356,8 +355,8 @@ def expert_request(arguments: ExpertArguments) -> ExpertRequest:
     """Return the arguments with the defaults that depend on the layers, and a time budget, filled
     in.
     """
-    num_layers = read_config(resolve(arguments.base))["num_hidden_layers"]
-    recipe = _recipe(parse_layers(arguments.layers, num_layers)[0])
+    possible = layers_in(resolve(arguments.base))
+    recipe = _recipe(parse_layers(arguments.layers, possible)[0])
     minutes = arguments.minutes
     if minutes is None and arguments.tokens is None:
         minutes = DEFAULT_MINUTES

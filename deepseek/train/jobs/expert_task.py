@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from deepseek.data import Batch
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
 from deepseek.model.experts import ExpertModule
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel, output_head
 from deepseek.train.gates.replay import Replay
 from deepseek.train.loop.loop import LossOutput
 from deepseek.train.loop.losses import autocast, mean_loss
@@ -25,7 +25,7 @@ class ExpertTask:
 
     def __init__(
         self,
-        model: DeepSeekModel,
+        model: LanguageModel,
         module: ExpertModule,
         head: CandidateHead,
         *,
@@ -84,7 +84,8 @@ class ExpertTask:
     def score(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
         """Return the exact loss `[N]` of every token of a batch, 0 for ignored labels."""
         hidden_ND = self.hidden(batch, stream_BTD).flatten(0, 1)
-        return token_losses(hidden_ND, self.model.lm_head.weight, batch.labels.flatten())
+        head = output_head(self.model)
+        return token_losses(hidden_ND, head.weight_VD, batch.labels.flatten(), head.cap)
 
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
         """Return the final normed hidden states `[B, T, D]` with the module forced on."""

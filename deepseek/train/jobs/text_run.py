@@ -20,7 +20,7 @@ from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.errors import DataError
 from deepseek.kernels.cross_entropy import CandidateHead
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel, load_language_model, output_head
 from deepseek.packs.manifest import Metric
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.arguments import TextArguments
@@ -91,7 +91,7 @@ class TextRun:
         self.progress = progress
         self.started = time.monotonic()
         self.base = resolve(request.base)
-        self.model = DeepSeekModel.from_pretrained(self.base, dtype=dtype)
+        self.model: LanguageModel = load_language_model(self.base, dtype=dtype)
         self.tokenizer = load_tokenizer(self.base)
         self._request = request
 
@@ -140,8 +140,9 @@ class TextRun:
         )
         frequent = torch.arange(min(FREQUENT_TOKENS, self.model.config.vocab_size))
         candidates = torch.cat([labels[labels >= 0], frequent]).unique()
+        head = output_head(self.model)
         return CandidateHead(
-            self.model.lm_head.weight, candidates, SAMPLED_TOKENS, self._request.seed
+            head.weight_VD, candidates, SAMPLED_TOKENS, self._request.seed, head.cap
         )
 
     def cached(

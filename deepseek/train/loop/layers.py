@@ -1,30 +1,34 @@
 """Parse the layers of an expert: `all`, `last:3`, or a list such as `0-9,20`."""
 
 import re
+from collections.abc import Sequence
 
 from deepseek.errors import ConfigError
 
 PART = re.compile(r"(\d+)(?:-(\d+))?")
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+def parse_layers(text: str, layers: int | Sequence[int]) -> tuple[int, ...]:
     """Return the sorted layer indices that `text` names.
 
     Args:
         text: `all`, `last:N`, or indices and ranges separated by commas.
-        num_layers: number of layers of the model.
+        layers: number of layers of the model, or the layers that can have an expert, ascending.
 
     Raises:
         ConfigError: `text` is malformed or exceeds the model.
     """
+    possible = range(layers) if isinstance(layers, int) else layers
     words = text.replace(" ", "")
     if words == "all":
-        return tuple(range(num_layers))
+        return tuple(possible)
     if match := re.fullmatch(r"last:(\d+)", words):
         count = int(match[1])
-        if not 1 <= count <= num_layers:
-            raise ConfigError(f"layers={text!r} is impossible; the model has {num_layers} layers.")
-        return tuple(range(num_layers - count, num_layers))
+        if not 1 <= count <= len(possible):
+            raise ConfigError(
+                f"layers={text!r} is impossible; the model has {len(possible)} layers."
+            )
+        return tuple(possible[-count:])
     chosen: set[int] = set()
     for part in words.split(","):
         match = PART.fullmatch(part)
@@ -34,9 +38,15 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
             )
         first = int(match[1])
         last = int(match[2] or match[1])
-        if last < first or last >= num_layers:
+        if last < first or last > possible[-1]:
             raise ConfigError(
-                f"layers={text!r} is impossible; the model has layers 0 to {num_layers - 1}."
+                f"layers={text!r} is impossible; the model has layers {possible[0]} to "
+                f"{possible[-1]}."
             )
         chosen.update(range(first, last + 1))
+    if strange := chosen - set(possible):
+        raise ConfigError(
+            f"layers={text!r} is impossible: layer {min(strange)} has no feed-forward network; "
+            f"choose among {', '.join(map(str, possible))}."
+        )
     return tuple(sorted(chosen))

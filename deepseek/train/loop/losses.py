@@ -9,7 +9,7 @@ from torch import Tensor
 from deepseek.data.text.loader import Batch
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, token_losses
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel, output_head
 from deepseek.train.loop.packed import begin_rows
 
 
@@ -28,7 +28,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def row_losses(model: DeepSeekModel, batch: Batch) -> Tensor:
+def row_losses(model: LanguageModel, batch: Batch) -> Tensor:
     """Return the exact loss `[B, T]` of every token of packed rows, 0 for ignored labels.
 
     Armed experts take part.
@@ -36,12 +36,13 @@ def row_losses(model: DeepSeekModel, batch: Batch) -> Tensor:
     with autocast(model.device):
         hidden_BTD = begin_rows(model, batch).finish()
     labels_BT = batch.labels.to(model.device)
+    head = output_head(model)
     return token_losses(
-        hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_BT.flatten()
+        hidden_BTD.flatten(0, 1), head.weight_VD, labels_BT.flatten(), head.cap
     ).view_as(labels_BT)
 
 
-def held_out_loss(model: DeepSeekModel, batches: Iterable[Batch]) -> HeldOut:
+def held_out_loss(model: LanguageModel, batches: Iterable[Batch]) -> HeldOut:
     """Return the exact mean loss over `batches`; plug, arm or force experts before."""
     return mean_loss((row_losses(model, batch), batch.labels) for batch in batches)
 

@@ -3,14 +3,25 @@
 They adapt `model/passes.py` to a `Batch`, which may be on another device than the model.
 """
 
+from typing import overload
+
 from torch import Tensor
 
 from deepseek.data.text.loader import Batch
-from deepseek.model.passes import ForwardPass, begin, resume
+from deepseek.model.language_model import LanguageModel
+from deepseek.model.passes import AnyPass, ForwardPass, begin, resume
 from deepseek.model.transformer import DeepSeekModel
 
 
-def begin_rows(model: DeepSeekModel, batch: Batch) -> ForwardPass:
+@overload
+def begin_rows(model: DeepSeekModel, batch: Batch) -> ForwardPass: ...
+
+
+@overload
+def begin_rows(model: LanguageModel, batch: Batch) -> AnyPass: ...
+
+
+def begin_rows(model: LanguageModel, batch: Batch) -> AnyPass:
     """Return a forward pass over packed rows that starts before layer 0.
 
     Args:
@@ -21,7 +32,7 @@ def begin_rows(model: DeepSeekModel, batch: Batch) -> ForwardPass:
     return begin(model, batch.input_ids.to(model.device), position_ids=position_ids_BT)
 
 
-def resume_rows(model: DeepSeekModel, batch: Batch, stream_BTD: Tensor, layer: int) -> ForwardPass:
+def resume_rows(model: LanguageModel, batch: Batch, stream_BTD: Tensor, layer: int) -> AnyPass:
     """Return a forward pass over packed rows that starts after the attention of a layer.
 
     Args:

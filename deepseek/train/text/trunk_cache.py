@@ -20,7 +20,7 @@ from torch import Tensor
 from deepseek.checkpoint.store import disk_full_explained, read_json, write_json
 from deepseek.data.text.loader import Batch, RowLoader
 from deepseek.errors import CheckpointError
-from deepseek.model.transformer import DeepSeekModel
+from deepseek.model.language_model import LanguageModel
 from deepseek.train.loop.losses import autocast
 from deepseek.train.loop.packed import begin_rows
 
@@ -29,7 +29,7 @@ Stream = Callable[[Batch], Tensor]
 
 
 @torch.no_grad()
-def run_trunk(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
+def run_trunk(model: LanguageModel, layer: int, batch: Batch) -> Tensor:
     """Return the residual stream `[B, T, D]` after the attention of `layer`, unaffected by its
     experts.
 

@@ -1,0 +1,185 @@
+"""The runner of stock `transformers` models with attached experts, one sequence after another."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from deepseek.model.attached.memory import ExpertMemory, remembering
+from deepseek.model.attached.model import AttachedModel
+from deepseek.model.experts.armed import ArmedExperts
+from deepseek.model.experts.module import ExpertModule
+from deepseek.runner import Chunk, RunnerOutput, Segment
+
+
+@dataclass(frozen=True)
+class AttachedSegment:
+    """The state of a range of tokens in a stock cache.
+
+    Attributes:
+        layers: for each layer of the cache its keys and values `[1, G, T, K]` of the range, or, for
+            a layer that keeps no entry per token (a sliding window, a recurrent state), a copy of
+            the layer after the last token.
+        memory: state of the armed experts after the last token.
+        length: position after the last token.
+        nbytes: memory in bytes.
+    """
+
+    layers: tuple[Any, ...]
+    memory: ExpertMemory
+    length: int
+    nbytes: int
+
+
+class AttachedState:
+    """The stock cache of one sequence, of the classes that `generate` would choose.
+
+    Args:
+        model: the model.
+        armed: the sequence's experts; None for the base alone.
+    """
+
+    # As in `TorchState`, guessed tokens would change the output.
+    rewinds = False
+
+    def __init__(self, model: AttachedModel, armed: ArmedExperts | None) -> None:
+        self.cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.memory = remembering(self.cache)
+        self.memory.start(armed)
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        tensors = sum(tensor_bytes(layer) for layer in self.cache.layers)
+        return tensors + self.memory.nbytes
+
+    def rewind(self, length: int) -> None:
+        """Raise `NotImplementedError`: the engine asks only states whose `rewinds` is True."""
+        raise NotImplementedError
+
+    def segment(self, start: int) -> AttachedSegment:
+        layers = tuple(_segment(layer, start) for layer in self.cache.layers)
+        nbytes = sum(tensor_bytes(layer) for layer in layers) + self.memory.nbytes
+        return AttachedSegment(layers, copy.deepcopy(self.memory), self.length, nbytes)
+
+    def extend(self, segment: Segment) -> None:
+        assert isinstance(segment, AttachedSegment)
+        for index, part in enumerate(segment.layers):
+            if isinstance(part, tuple):
+                self.cache.update(*part, index)
+            else:
+                self.cache.layers[index] = copy.deepcopy(part)  # others may extend by it as well
+        self.memory.gate_state = dict(segment.memory.gate_state)
+        self.memory.relevance_state = segment.memory.relevance_state
+        self.length = segment.length
+
+    def close(self) -> None:
+        self.cache.layers.clear()
+
+
+class AttachedRunner:
+    """Runs a stock model with attached experts on its own device.
+
+    Args:
+        model: the model to run.
+    """
+
+    def __init__(self, model: AttachedModel) -> None:
+        self.model = model
+        self._layers = _measure(model)
+
+    def prepare(self, module: ExpertModule) -> None:
+        """Do nothing: `plug` has already moved the expert to the model's device."""
+
+    def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
+        gate_bytes = (
+            sum(12 * len(owners) for owners in armed.roster.owners.values())
+            if armed is not None
+            else 0
+        )
+        return sum(layer.at(length) for layer in self._layers) + gate_bytes
+
+    def start(self, armed: ArmedExperts | None, capacity: int) -> AttachedState:
+        return AttachedState(self.model, armed)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
+        rows: list[Tensor] = []
+        experts: list[str | None] = []
+        for chunk in chunks:
+            assert isinstance(chunk.state, AttachedState)
+            ids = torch.tensor([chunk.ids], device=self.model.device)
+            # `logits_to_keep=0` would mean all logits, so a chunk within a prompt computes one row.
+            output: Any = self.model(
+                input_ids=ids,
+                cache=chunk.state.cache,
+                use_cache=True,
+                logits_to_keep=max(1, chunk.keep),
+            )
+            chunk.state.length += len(chunk.ids)
+            rows.append(output.logits[0, -max(1, chunk.keep) :][: chunk.keep].float().cpu())
+            experts += loudest(output.experts, chunk.keep)
+        return RunnerOutput(torch.cat(rows), tuple(experts))
+
+
+def loudest(armed: ArmedExperts | None, count: int) -> list[str | None]:
+    """Return, for each of the last `count` positions of a pass over one sequence, the expert with
+    the largest weight; None where no expert fired.
+    """
+    if armed is None or count == 0:
+        return [None] * count
+    weights_TM: Tensor = armed.attribution()[0, -count:]
+    names = armed.names
+    return [names[int(row.argmax())] if bool((row > 0).any()) else None for row in weights_TM]
+
+
+@dataclass(frozen=True)
+class _LayerBytes:
+    """Memory of one layer of a cache: a constant, and bytes per token up to a window."""
+
+    constant: int
+    per_token: int
+    window: int | None
+
+    def at(self, length: int) -> int:
+        """Return the bytes after `length` tokens."""
+        tokens = length if self.window is None else min(length, self.window)
+        return self.constant + self.per_token * tokens
+
+
+@torch.inference_mode()
+def _measure(model: AttachedModel) -> list[_LayerBytes]:
+    """Return the memory of a model's cache, measured after 8 and after 16 tokens."""
+    state = AttachedState(model, None)
+    sizes = []
+    for half in torch.arange(16, device=model.device)[None].chunk(2, dim=1):
+        model(input_ids=half, cache=state.cache, use_cache=True, logits_to_keep=1)
+        sizes.append([tensor_bytes(layer) for layer in state.cache.layers])
+    layers = []
+    for layer, first, second in zip(state.cache.layers, *sizes, strict=True):
+        per_token = -(-(second - first) // 8)
+        window = getattr(layer, "sliding_window", None)
+        layers.append(_LayerBytes(max(0, second - 16 * per_token), per_token, window))
+    return layers
+
+
+def _segment(layer: Any, start: int) -> Any:
+    if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+        return layer.keys[:, :, start:].clone(), layer.values[:, :, start:].clone()
+    return copy.deepcopy(layer)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the bytes of the tensors in a tuple, list or dict, or in an object's attributes."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(tensor_bytes(part) for part in value.values())
+    if isinstance(value, tuple | list):
+        return sum(tensor_bytes(part) for part in value)
+    return tensor_bytes(vars(value)) if hasattr(value, "__dict__") else 0

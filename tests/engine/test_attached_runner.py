@@ -1,0 +1,69 @@
+"""Stock models with experts behind the engine: chunks, prefix cache, streaming and attribution."""
+
+import pytest
+import torch
+from attached_fixtures import attached, plug_random
+from tiny_families import FAMILIES, tiny_family
+from tiny_tokenizer import tiny_tokenizer
+
+from deepseek.engine.attached_runner import AttachedRunner
+from deepseek.engine.engine import Engine, embedding
+from deepseek.engine.request import Request
+from deepseek.engine.runners import reference_runner
+from deepseek.engine.sampler import Sampling
+from deepseek.model.attached.model import AttachedModel
+from deepseek.runner import Chunk
+
+IDS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def model(request: pytest.FixtureRequest) -> AttachedModel:
+    model = attached(tiny_family(request.param))
+    plug_random(model)
+    return model
+
+
+def test_chunks_and_prefixes_give_one_passs_logits(model: AttachedModel) -> None:
+    runner = AttachedRunner(model)
+    armed = model.experts.armed()
+    state = runner.start(armed, 64)
+    parts = []
+    segments = []
+    for start in range(0, 40, 8):
+        parts.append(runner.forward([Chunk(state, IDS[start : start + 8], 8)]))
+        segments.append(state.segment(start))
+        assert state.length == start + 8
+        assert state.nbytes <= runner.state_bytes(start + 8, armed)
+    with torch.no_grad():
+        whole = model(torch.tensor([IDS])).logits[0]
+    assert torch.allclose(torch.cat([p.logits_RV for p in parts]), whole, rtol=1e-4, atol=1e-4)
+    assert {name for part in parts for name in part.experts} == {"code", None}
+
+    # Twice from the same segments: a sequence must not change what the prefix cache holds.
+    for _ in range(2):
+        other = runner.start(model.experts.armed(), 64)
+        for segment in segments[:3]:
+            other.extend(segment)
+        again = runner.forward([Chunk(other, IDS[24:32], 8)])
+        assert torch.equal(again.logits_RV, parts[3].logits_RV)
+        assert again.experts == parts[3].experts
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text", "nemotron_h", "gpt_oss"])
+def test_the_engine_streams_what_generate_writes(family: str) -> None:
+    tokenizer = tiny_tokenizer()
+    model = attached(tiny_family(family, vocab_size=len(tokenizer), eos_token_id=None))
+    plug_random(model)
+    expected = model.generate(torch.tensor([IDS[:20]]), max_new_tokens=8, do_sample=False)
+    assert isinstance(reference_runner(model), AttachedRunner)
+    with Engine(model, tokenizer, prefill_chunk=8) as engine:
+        request = Request(tuple(IDS[:20]), Sampling(max_new_tokens=8, temperature=0.0))
+        for cached in (0, 16):
+            generation = engine.submit(request)
+            events = list(generation)
+            assert [event.token_id for event in events] == expected[0, 20:].tolist()
+            assert generation.usage.cached_tokens == cached
+        base = embedding(model, IDS)
+        engine.arm(None)
+        assert embedding(model, IDS) == base
