@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from deepseek.model.attached.memory import ExpertMemory, remembering
 from deepseek.model.attached.model import AttachedModel
+from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.experts.module import ExpertModule
 from deepseek.runner import Chunk, RunnerOutput, Segment
@@ -93,7 +94,11 @@ class AttachedRunner:
         self.model = model
         self._layers = _measure(model)
 
-    def prepare(self, module: ExpertModule) -> None:
+    def computes(self, armed: ArmedExperts | None) -> bool:
+        """Return True: the model computes whatever can be plugged into it."""
+        return True
+
+    def prepare(self, module: ExpertModule | AdapterModule) -> None:
         """Do nothing: `plug` has already moved the expert to the model's device."""
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
@@ -129,13 +134,16 @@ class AttachedRunner:
 
 def loudest(armed: ArmedExperts | None, count: int) -> list[str | None]:
     """Return, for each of the last `count` positions of a pass over one sequence, the expert with
-    the largest weight; None where no expert fired.
+    the largest weight; where no expert fired an adapter, or None if none is armed.
     """
     if armed is None or count == 0:
         return [None] * count
-    weights_TM: Tensor = armed.attribution()[0, -count:]
+    adapter: str | None = armed.strongest_adapter
     names = armed.names
-    return [names[int(row.argmax())] if bool((row > 0).any()) else None for row in weights_TM]
+    if not names:
+        return [adapter] * count
+    weights_TM: Tensor = armed.attribution()[0, -count:]
+    return [names[int(row.argmax())] if bool((row > 0).any()) else adapter for row in weights_TM]
 
 
 @dataclass(frozen=True)
