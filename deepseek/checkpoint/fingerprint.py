@@ -6,15 +6,15 @@ number of shards, their order, file names or metadata.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from deepseek.checkpoint.store import canonical_json, home, read_json, write_json
+from deepseek.checkpoint.store import canonical_json, file_digest, home, read_json, write_json
 from deepseek.errors import CheckpointError
 
 
@@ -73,19 +73,34 @@ def fingerprint(folder: str | Path) -> Fingerprint:
     files = weight_files(folder)
     tokenizer = folder / "tokenizer.json"
     sources = [*files, tokenizer] if tokenizer.is_file() else files
+    digests = _cached(
+        sources,
+        lambda: {
+            "weights": weights_digest(files),
+            "tokenizer": tokenizer_digest(tokenizer) if tokenizer.is_file() else "",
+        },
+    )
+    return Fingerprint(**digests)
+
+
+def cached_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal, cached as a fingerprint is."""
+    return _cached([path], lambda: {"sha256": file_digest(path)})["sha256"]
+
+
+def _cached(sources: list[Path], compute: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """Return digests of files, computed again only if path, size or time of one changed."""
     states = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources
     ]
     cache_key = hashlib.sha256(canonical_json(states)).hexdigest()
     cache_file = home() / "fingerprints" / f"{cache_key}.json"
     if cache_file.is_file():
-        return Fingerprint(**read_json(cache_file))
-    result = Fingerprint(
-        weights=weights_digest(files),
-        tokenizer=tokenizer_digest(tokenizer) if tokenizer.is_file() else "",
-    )
-    write_json(cache_file, asdict(result))
-    return result
+        cached: dict[str, str] = read_json(cache_file)
+        return cached
+    digests = compute()
+    write_json(cache_file, digests)
+    return digests
 
 
 def weights_digest(files: list[Path]) -> str:

@@ -1,5 +1,6 @@
 """`deepseek pull`: fetch a base model."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,23 +9,35 @@ import typer
 
 def pull(
     name: Annotated[
-        str, typer.Argument(help="A known name, or a hub id (owner/name).")
+        str, typer.Argument(help="A known name, a GGUF file, or a hub id (owner/name).")
     ] = "smollm2-135m",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Type of the weights out of a GGUF file: float32, bfloat16 or float16; default: "
+            "the one that keeps every value."
+        ),
+    ] = "",
 ) -> None:
-    """Fetch a base model into the local cache and print its folder. If interrupted, the same
-    command resumes it.
+    """Fetch a base model into the local cache, or convert a GGUF file into it; print its licence
+    and its folder. If interrupted, the same command resumes it.
     """
-    print(fetch(name))
+    from deepseek.checkpoint.licence import read_licence
+
+    folder = fetch(name, dtype or None)
+    print(f"{name}: {read_licence(folder)}", file=sys.stderr)
+    print(folder)
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, dtype: str | None = None) -> Path:
     """Return the folder of a model; if it has to be fetched, show progress on standard error.
 
     Args:
-        name: a known name, a folder or a hub id.
+        name: a known name, a folder, a GGUF file or a hub id.
+        dtype: dtype of the weights out of a GGUF file; default: the one that keeps every value.
     """
-    from deepseek.checkpoint.hub import resolve
+    from deepseek.checkpoint import hub
     from deepseek.train.loop.progress import ProgressBar
 
     with ProgressBar() as progress:
-        return resolve(name, progress)
+        return hub.pull(name, progress, dtype) if dtype else hub.resolve(name, progress)

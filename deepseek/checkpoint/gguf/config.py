@@ -1,0 +1,170 @@
+"""Model and generation config of a GGUF file.
+
+The names of most fields come from the tables of `transformers`. Added is what llama.cpp's converter
+writes and those tables leave out: head widths, expert widths and the scaling of rotary positions.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
+from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+
+from deepseek.checkpoint.gguf.reader import GgufFile
+from deepseek.errors import CheckpointError
+
+FAMILIES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "phi3": "phi3",
+    "starcoder2": "starcoder2",
+}
+"""Architecture in a GGUF file -> key in the tables of `transformers`, if this module writes its
+config. `transformers` itself reads the other architectures (`convert.convert_gguf`).
+"""
+
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+"""Keys of the tables that are not the `model_type` of a config."""
+
+MORE_FIELDS = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Metadata key -> config field, beside those in the tables of `transformers`."""
+
+TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+"""Name in a config -> name in GGUF metadata."""
+
+GEMMA3_27B_LAYERS = 62
+"""Gemma 3 27B is the one Gemma 3 whose queries are not scaled by the head width; llama.cpp knows it
+by this number, too.
+"""
+
+
+def model_config(file: GgufFile) -> PretrainedConfig:
+    """Return the config of the model in a GGUF file.
+
+    Args:
+        file: a file whose architecture is in `FAMILIES`.
+
+    Raises:
+        CheckpointError: metadata is missing, or its values do not make a model.
+    """
+    family = FAMILIES[file.architecture]
+    config_class = CONFIG_MAPPING[MODEL_TYPES.get(family, family)]
+    known = {field.name for field in fields(config_class)}
+    values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(family) or {})
+    table: dict[str, str | None] = GGUF_CONFIG_MAPPING[family]  # type: ignore[assignment]
+    for key, field in table.items():
+        if field is not None and f"{file.architecture}.{key}" in file.facts:
+            values[field] = _shortest(file.facts[f"{file.architecture}.{key}"])
+    for key, field in MORE_FIELDS.items():
+        if field in known and f"{file.architecture}.{key}" in file.facts:
+            values[field] = file.facts[f"{file.architecture}.{key}"]
+    for name, key in TOKEN_IDS.items():
+        values[f"{name}_token_id"] = file.facts.get(f"tokenizer.ggml.{key}_token_id")
+    if "token_embd.weight" not in file.tensors:
+        raise CheckpointError(f"{file.path} has no token embeddings; it holds no language model.")
+    values |= {
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **_rope(file),
+    }
+    if family == "gemma3" and values.get("num_hidden_layers") == GEMMA3_27B_LAYERS:
+        values["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"]
+    try:
+        return config_class(**values)
+    except Exception as error:  # config classes check their fields with errors of many types
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{file.path} describes no {family} model ({reason}); convert the original model to "
+            "GGUF again."
+        ) from None
+
+
+def generation_config(file: GgufFile) -> GenerationConfig:
+    """Return the generation config of a GGUF file: its token ids.
+
+    A model that ends its turns by another token than a document (`eot`) stops at both.
+    """
+    ids = {
+        name: file.facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in TOKEN_IDS.items()
+    }
+    eot = file.facts.get("tokenizer.ggml.eot_token_id")
+    ends = [ids["eos"]] if eot in (None, ids["eos"]) else [ids["eos"], eot]
+    ends = [end for end in ends if end is not None]
+    return GenerationConfig(
+        bos_token_id=ids["bos"],
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=ids["pad"] if ids["pad"] is not None else ids["eos"],
+    )
+
+
+def _shortest(value: Any) -> Any:
+    """Return a number as the original config had it: GGUF stores fp32, whose shortest decimal form
+    is that number.
+    """
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _rope(file: GgufFile) -> dict[str, Any]:
+    """Return the config fields of scaled rotary positions, {} without scaling."""
+    prefix = f"{file.architecture}.rope"
+    local = file.facts.get(f"{prefix}.freq_base_swa")
+    fields_ = {} if local is None else {"rope_local_base_freq": _shortest(local)}
+    kind = file.facts.get(f"{prefix}.scaling.type", "none")
+    if "rope_freqs.weight" in file.tensors:
+        return fields_ | {"rope_scaling": _llama3_scaling(file)}
+    if kind == "none" and not any(name.startswith("rope_factors_") for name in file.tensors):
+        return fields_
+    if kind not in ("linear", "yarn"):
+        raise CheckpointError(
+            f"{file.path} scales its positions by {kind!r} factors, which are not read from GGUF; "
+            "use the original model's folder or hub id."
+        )
+    scaling = {"rope_type": kind, "factor": _shortest(file.fact(f"{prefix}.scaling.factor"))}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = file.fact(
+            f"{prefix}.scaling.original_context_length"
+        )
+    return fields_ | {"rope_scaling": scaling}
+
+
+def _llama3_scaling(file: GgufFile) -> dict[str, Any]:
+    """Return the scaling of Llama 3.1 and later, of which GGUF keeps one factor a frequency.
+
+    All these models have the same limits between low and high frequencies; that is checked.
+    """
+    factors = file.values("rope_freqs.weight")
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max().round()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    base = file.fact(f"{file.architecture}.rope.freq_base")
+    if not np.allclose(factors, _llama3_factors(scaling, base, len(factors)), rtol=1e-4):
+        raise CheckpointError(
+            f"{file.path} scales its positions by factors that are not Llama 3's; use the original "
+            "model's folder or hub id."
+        )
+    return scaling
+
+
+def _llama3_factors(scaling: dict[str, Any], base: float, count: int) -> "np.ndarray[Any, Any]":
+    """Return the factors by which Llama 3 divides its `count` frequencies."""
+    frequencies = 1 / base ** (torch.arange(count, dtype=torch.float64) / count)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).numpy()

@@ -1,0 +1,249 @@
+"""Convert a GGUF file to a Hugging Face folder: config, safetensors, tokenizer, chat template.
+
+The architectures in `config.FAMILIES` are converted tensor by tensor, so that memory is bounded by
+the largest one. `transformers` loads all others whole and saves them again.
+"""
+
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+)
+
+from deepseek.checkpoint.gguf.config import FAMILIES, generation_config, model_config
+from deepseek.checkpoint.gguf.reader import GgufFile, read_gguf
+from deepseek.checkpoint.gguf.tokenizer import gguf_tokenizer
+from deepseek.checkpoint.store import write_json
+from deepseek.errors import CheckpointError
+from deepseek.registry import nearest, pick
+
+SHARD_BYTES = 2 << 30
+WITHOUT_PARAMETER = {"rope_freqs.weight"}
+"""Tensors that the config describes."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+PLAIN = {
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+    GGMLQuantizationType.F32: torch.float32,
+}
+"""Encodings that are no quantisation."""
+
+
+def convert_gguf(source: str | Path, folder: Path, dtype: str | None = None) -> None:
+    """Convert a GGUF file; the output is deterministic.
+
+    Args:
+        source: the GGUF file.
+        folder: existing, empty folder to write to.
+        dtype: dtype of the weights, a key of `DTYPES`. None keeps every value exactly: the file's
+            own dtype, or fp32 if it is quantised.
+
+    Raises:
+        ConfigError: the dtype is unknown.
+        CheckpointError: the file is damaged, or its architecture, quantisation or tokenizer is not
+            known.
+    """
+    file = read_gguf(source)
+    if file.facts.get("split.count", 0) > 1:
+        raise CheckpointError(
+            f"{source} is one of {file.facts['split.count']} parts of a model; join them with "
+            "llama.cpp's `llama-gguf-split --merge` first."
+        )
+    if file.architecture not in FAMILIES and file.architecture not in _read_by_transformers():
+        raise CheckpointError(
+            f"{source} holds a model of the unknown architecture {file.architecture!r}; "
+            f"{nearest(file.architecture, {*FAMILIES, *_read_by_transformers()})}."
+        )
+    tokenizer = gguf_tokenizer(file)
+    weights_dtype = pick(DTYPES, dtype, "dtype") if dtype else exact_dtype(file)
+    if file.architecture in FAMILIES:
+        _write_by_tensor(file, folder, weights_dtype)
+    else:
+        _write_whole(file, folder, weights_dtype)
+    generation_config(file).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def exact_dtype(file: GgufFile) -> torch.dtype:
+    """Return the narrowest dtype that represents every weight matrix of the file exactly."""
+    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= PLAIN.keys() else torch.float32
+
+
+def _read_by_transformers() -> set[str]:
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+
+    return {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS} - {"general", "tokenizer"}
+
+
+def _write_by_tensor(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
+    """Write config and weights, with one shard and one tensor in memory at a time."""
+    config = model_config(file)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    _save_shards(_parameters(file, model, dtype), folder)
+
+
+def _parameters(
+    file: GgufFile, model: PreTrainedModel, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value of every parameter, under the names that `save_pretrained` writes.
+
+    Raises:
+        CheckpointError: the tensors of the file are not those of the model.
+    """
+    expected = model.state_dict()
+    if model.config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(
+        config=model.config.to_dict()
+    )
+    names = parameter_names(file.architecture, expected, model.config, processor)
+    # The stacked matrices of a mixture's experts are parameters without the suffix ".weight".
+    stems = {name: name if name in names else name.removesuffix(".weight") for name in file.tensors}
+    unknown = sorted(
+        name
+        for name, stem in stems.items()
+        if not {stem, name} & (names.keys() | WITHOUT_PARAMETER)
+    )
+    missing = sorted(names.keys() - set(stems.values()))
+    if unknown or missing:
+        what = f"an unknown tensor {unknown[0]!r}" if unknown else f"no tensor {missing[0]!r}"
+        raise CheckpointError(
+            f"{file.path} has {what}, so it does not fit its own metadata ({len(missing)} missing, "
+            f"{len(unknown)} unknown); convert the original model to GGUF again."
+        )
+    sources: dict[str, list[str]] = {}
+    for gguf_name, stem in stems.items():
+        if stem in names:
+            sources.setdefault(names[stem], []).append(gguf_name)
+    for name, gguf_names in sources.items():
+        value = _value(file, gguf_names, name, names, processor)
+        if value.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{file.path} holds {gguf_names[0]!r} as {list(value.shape)}, where its metadata "
+                f"asks for {list(expected[name].shape)}; convert the original model again."
+            )
+        yield from revert_weight_conversion(model, {name: value.to(dtype)}).items()
+
+
+def parameter_names(
+    architecture: str,
+    parameters: dict[str, Tensor],
+    config: PretrainedConfig,
+    processor: TensorProcessor,
+) -> dict[str, str]:
+    """Return the `transformers` name of each tensor in a GGUF file of this model.
+
+    The names of stacked experts lack the suffix ".weight".
+
+    Args:
+        architecture: llama.cpp's name of the architecture.
+        parameters: the model's state dict.
+        config: config of the model.
+        processor: `transformers`' rules for the architecture.
+    """
+    # Mistral is a llama in llama.cpp.
+    keys = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()} | {
+        "mistral": gguf.MODEL_ARCH.LLAMA
+    }
+    table = gguf.get_tensor_name_map(keys[architecture], config.num_hidden_layers)
+    names: dict[str, str] = {}
+    for name in parameters:
+        stem, dot, kind = processor.preprocess_name(name).rpartition(".")
+        if kind not in ("weight", "bias"):
+            stem, dot, kind = processor.preprocess_name(name), "", ""
+        gguf_stem = table.get_name(stem)
+        if gguf_stem is not None:
+            names[f"{gguf_stem}{dot}{kind}"] = name
+        else:
+            processor.perform_fallback_tensor_mapping(names, f"{dot}{kind}", "", name)
+    return names
+
+
+def _value(
+    file: GgufFile,
+    gguf_names: list[str],
+    name: str,
+    names: dict[str, str],
+    processor: TensorProcessor,
+) -> Tensor:
+    """Return the parameter `name` in fp32, assembled from its tensors in the file."""
+    parsed: dict[str, Any] = {"tensors": {}}
+    for gguf_name in gguf_names:
+        result = processor.process(
+            file.values(gguf_name), gguf_name, tensor_key_mapping=names, parsed_parameters=parsed
+        )
+        if result.name is not None:
+            parsed["tensors"][name] = torch.from_numpy(result.weights)
+    return parsed["tensors"][name]
+
+
+def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Write tensors to shards of about `SHARD_BYTES`, with an index if there are several."""
+    shards: list[list[str]] = []
+    total = 0
+    part: dict[str, Tensor] = {}
+
+    def write() -> None:
+        path = folder / f"shard-{len(shards)}.safetensors"
+        save_file(part, path, metadata={"format": "pt"})
+        shards.append(list(part))
+        part.clear()
+
+    for name, tensor in tensors:
+        part[name] = tensor.contiguous()
+        total += tensor.nbytes
+        if sum(value.nbytes for value in part.values()) >= SHARD_BYTES:
+            write()
+    if part:
+        write()
+    count = len(shards)
+    if count == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        (folder / f"shard-{number}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+def _write_whole(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
+    """Load the model with `transformers` and save it."""
+    try:
+        with redirect_stderr(StringIO()):  # its progress bars
+            model = AutoModelForCausalLM.from_pretrained(
+                file.path.parent, gguf_file=file.path.name, dtype=dtype, local_files_only=True
+            )
+    except Exception as error:  # its readers raise errors of many types
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers cannot read the {file.architecture} model in {file.path} ({reason}); "
+            "use the original model's folder or hub id."
+        ) from None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)

@@ -1,0 +1,96 @@
+"""The tokenizer of a GGUF file, with its chat template.
+
+`transformers` rebuilds it from the vocabulary, but splits text by GPT-2's rule where it does not
+know the file's rule, which gives other ids in silence. Here an unknown rule is an error.
+"""
+
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    GGUF_PRE_TOKENIZER_SPLITS,
+    GGUF_TOKENIZER_MAPPING,
+    GGUF_TOKENIZER_TYPES,
+    convert_gguf_tokenizer,
+)
+
+from deepseek.checkpoint.gguf.reader import GgufFile
+from deepseek.errors import CheckpointError
+from deepseek.registry import nearest
+
+GPT2_SPLITS = ("gpt-2", "jais", "mpt", "olmo", "phi-2")
+"""Names of GPT-2's own rule, which `transformers` uses where it knows no other."""
+
+DIGIT_SPLITS = ("codeshell", "command-r", "refact", "smollm", "starcoder")
+"""Names of the rule that splits off each digit, and then splits as GPT-2 does."""
+
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""Name in `transformers` -> name in GGUF metadata."""
+
+
+def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a GGUF file.
+
+    Its chat template is the file's; a file without one gives a tokenizer without one. The end token
+    pads if the file names no other.
+
+    Raises:
+        CheckpointError: there is no vocabulary, or its kind or split rule is not known.
+    """
+    kind = file.fact("tokenizer.ggml.model")
+    if kind not in GGUF_TOKENIZER_TYPES:
+        raise CheckpointError(
+            f"{file.path} has a tokenizer of kind {kind!r}; {nearest(str(kind), GGUF_TOKENIZER_TYPES)}."
+        )
+    tokens = file.fact("tokenizer.ggml.tokens")
+    described = {
+        name: file.facts[f"tokenizer.{key}"]
+        for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+        if f"tokenizer.{key}" in file.facts
+    }
+    try:
+        backend, _ = convert_gguf_tokenizer(file.architecture, described)
+        if kind == "gpt2":
+            _set_split_rule(file, backend)
+        special: dict[str, Any] = {
+            f"{name}_token": _token(file, tokens, key) for name, key in SPECIAL_TOKENS.items()
+        }
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises plain exceptions; lists may be of any length
+        raise CheckpointError(
+            f"The vocabulary in {file.path} makes no tokenizer ({error}); download or convert it "
+            "again."
+        ) from None
+    special["pad_token"] = special["pad_token"] or special["eos_token"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=file.facts.get("tokenizer.chat_template"),
+        model_max_length=file.facts.get(f"{file.architecture}.context_length"),
+        add_bos_token=bool(file.facts.get("tokenizer.ggml.add_bos_token", kind == "llama")),
+        add_eos_token=bool(file.facts.get("tokenizer.ggml.add_eos_token", False)),
+        **special,
+    )
+
+
+def _token(file: GgufFile, tokens: list[str], key: str) -> str | None:
+    index = file.facts.get(f"tokenizer.ggml.{key}_token_id")
+    return None if index is None else tokens[index]
+
+
+def _set_split_rule(file: GgufFile, backend: Any) -> None:
+    """Set the rule of a byte-level tokenizer that `transformers` does not know."""
+    rule = str(file.fact("tokenizer.ggml.pre"))
+    if rule in DIGIT_SPLITS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    elif rule not in GPT2_SPLITS and rule not in GGUF_PRE_TOKENIZER_SPLITS:
+        known = [*GPT2_SPLITS, *DIGIT_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS]
+        raise CheckpointError(
+            f"{file.path} splits text by the unknown rule {rule!r}; {nearest(rule, known)}."
+        )

@@ -1,0 +1,81 @@
+"""The licence of a base model, in its model card: `README.md` with Hugging Face's front matter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+CARD = "README.md"
+LONGEST_CARD = 1 << 20
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Terms under which a base model may be used.
+
+    Attributes:
+        name: SPDX expression; "" if it is not known.
+        link: where the terms are; "" if the card names no place.
+        restricted: whether the terms restrict the use, and bind what is made from the model too.
+    """
+
+    name: str = ""
+    link: str = ""
+    restricted: bool = False
+
+    def __str__(self) -> str:
+        terms = f"{self.name or 'licence unknown'}{f', {self.link}' if self.link else ''}"
+        if not self.restricted:
+            return terms
+        return f"{terms}; its use restrictions also bind experts and models made from it"
+
+
+RESTRICTED = ("gemma", "llama", "openrail", "deepseek", "cc-by-nc")
+"""Beginnings of Hugging Face licence ids whose terms restrict the use of derivatives."""
+
+
+def read_licence(folder: Path) -> Licence:
+    """Return the licence that the model card in a folder states.
+
+    A card without front matter, or none at all, gives `Licence()`.
+    """
+    try:
+        text = (folder / CARD).read_bytes()[:LONGEST_CARD].decode(errors="replace")
+        fields = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, yaml.YAMLError, IndexError):
+        return Licence()
+    if not isinstance(fields, dict) or not isinstance(fields.get("license"), str):
+        return Licence()
+    name = fields["license"]
+    if name == "other" and isinstance(fields.get("license_name"), str):
+        name = fields["license_name"]
+    return licence_of(name, str(fields.get("license_link") or ""))
+
+
+def licence_of(name: str, link: str = "") -> Licence:
+    """Return the licence with a Hugging Face id, such as "apache-2.0" or "gemma".
+
+    Args:
+        name: the id.
+        link: where its terms are; default: not known.
+    """
+    restricted = name.lower().startswith(RESTRICTED)
+    try:
+        return Licence(canonicalize_license_expression(name), link, restricted)
+    except InvalidLicenseExpression:
+        word = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
+        return Licence(f"LicenseRef-{word[:1].upper()}{word[1:]}", link, restricted)
+
+
+def write_card(folder: Path, name: str, link: str, text: str) -> None:
+    """Write a model card with a licence.
+
+    Args:
+        folder: the model's folder.
+        name: Hugging Face licence id.
+        link: where the terms are; "": not known.
+        text: what the card says.
+    """
+    fields = {"license": name} | ({"license_link": link} if link else {})
+    (folder / CARD).write_text(f"---\n{yaml.safe_dump(fields)}---\n\n{text}\n", encoding="utf-8")
