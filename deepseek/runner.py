@@ -105,8 +105,9 @@ class RunnerOutput:
 class Runner(Protocol):
     """Computes a model for many sequences at once.
 
-    The result for a chunk depends, bit for bit, on that chunk and its state alone, never on the
-    rest of the batch. This is why a request gives the same tokens whatever else runs.
+    The result for a chunk depends on that chunk and its state alone, never on the content of the
+    rest of the batch. Each runner states whether this holds bit for bit, or up to the rounding of
+    products whose order of summation depends on the number of rows.
     """
 
     def computes(self, armed: ArmedExperts | None) -> bool:

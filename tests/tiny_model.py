@@ -28,9 +28,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(kind: str = "dense") -> Loaded:
-    """Return a three-layer model of `kind`, all of whose parameters are random, with a context of
-    64 tokens.
+def tiny_model(kind: str = "dense", **changes: Any) -> Loaded:
+    """Return a three-layer model of `kind`, with `changes` to its config, all of whose parameters
+    are random, with a context of 64 tokens.
     """
     tokenizer = tiny_tokenizer()
     config = ModelConfig(
@@ -42,7 +42,7 @@ def tiny_model(kind: str = "dense") -> Loaded:
         num_key_value_heads=2,
         max_position_embeddings=64,
         eos_token_id=tokenizer.eos_token_id,
-        **KINDS[kind],
+        **(KINDS[kind] | changes),
     )
     torch.manual_seed(0)
     model = DeepSeekModel(config).eval().requires_grad_(False)

@@ -38,7 +38,8 @@ class Engine:
 
     Each step runs one forward pass over a ragged batch of prefill chunks and decode tokens. Every
     public method is thread safe; a dedicated worker thread runs the steps. The output of a request
-    does not depend on the other requests in its batch.
+    does not depend on the other requests in its batch, as far as the runner promises: bit for bit
+    (`CompiledRunner`) or up to rounding (`TorchRunner`).
 
     >>> with Engine(model, tokenizer) as engine:
     ...     for event in engine.submit(Request(tuple(ids))):

@@ -152,7 +152,7 @@ class ActiveSequence:
         """Return the next chunk to compute: a piece of the prompt, or the last token and guesses.
 
         A prompt is cut at multiples of the block size, whatever else runs and wherever a cached
-        prefix ends, so that the logits are bit-identical in every case.
+        prefix ends, so that the runner computes the same chunks in every case.
 
         Args:
             guesses: maximum number of guessed tokens.

@@ -1,17 +1,17 @@
-"""The reference runner: runs the PyTorch model, one sequence after another. It supports every
-architecture and every expert.
+"""The reference runner: runs the PyTorch model on ragged batches. It supports every architecture
+and every expert.
 """
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.experts.module import ExpertModule
+from deepseek.model.experts.ragged import RaggedExperts
 from deepseek.model.kv_cache import CacheSegment, KVCache
-from deepseek.model.output import ModelOutput
+from deepseek.model.ragged import begin_ragged
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk, RunnerOutput, Segment
 
@@ -55,7 +55,13 @@ class TorchState:
 
 
 class TorchRunner:
-    """Runs a `DeepSeekModel` on its own device.
+    """Runs a `DeepSeekModel` on its own device, all chunks of a step in one pass.
+
+    Every weight is read once a step, so 16 sequences cost little more than one. PyTorch sums a
+    product in an order that depends on the number of rows, so a chunk's logits beside others differ
+    in the last bits from those alone: by at most 1e-4 in fp32 with the same experts attributed.
+    Padding a lone row to a fixed block of rows would make the bits equal, and a lone sequence up to
+    2.4 times as slow (docs/log/engine.md, 2026-11-26).
 
     Args:
         model: the model to run.
@@ -84,35 +90,17 @@ class TorchRunner:
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
-        rows: list[Tensor] = []
-        experts: list[str | None] = []
+        parts: list[tuple[Sequence[int], KVCache]] = []
+        kept: list[int] = []
+        end = 0
         for chunk in chunks:
             assert isinstance(chunk.state, TorchState)
-            ids = torch.tensor([chunk.ids], device=self.model.device)
-            # `logits_to_keep=0` would mean all logits; an empty index means none.
-            keep = chunk.keep or torch.tensor([], dtype=torch.long)
-            output = self.model(ids, cache=chunk.state.cache, logits_to_keep=keep)
-            rows.append(output.logits[0].float().cpu())
-            experts += speakers(output, len(rows[-1]))
-        return RunnerOutput(torch.cat(rows), tuple(experts))
-
-
-def speakers(output: ModelOutput, count: int) -> list[str | None]:
-    """Return, for each of the last `count` positions, the expert with the largest weight.
-
-    Args:
-        output: a forward pass over one sequence.
-        count: number of positions.
-
-    Returns:
-        The experts' names. Where no expert fired, an adapter's, which acts at every token; None
-        if none is armed.
-    """
-    if output.experts is None or count == 0:
-        return [None] * count
-    adapter: str | None = output.experts.strongest_adapter
-    if not output.experts.names:
-        return [adapter] * count
-    weights_TM: Tensor = output.experts.attribution()[0, -count:]
-    names = output.experts.names
-    return [names[int(row.argmax())] if bool((row > 0).any()) else adapter for row in weights_TM]
+            parts.append((chunk.ids, chunk.state.cache))
+            end += len(chunk.ids)
+            kept += range(end - chunk.keep, end)
+        step = begin_ragged(self.model, parts)
+        rows_R = torch.tensor(kept, dtype=torch.long, device=self.model.device)
+        logits_RV = self.model.lm_head(step.finish(rows=rows_R)[0]).float().cpu()
+        armed = step.ctx.armed
+        speakers = armed.speakers() if isinstance(armed, RaggedExperts) else [None] * end
+        return RunnerOutput(logits_RV, tuple(speakers[row] for row in kept))

@@ -76,6 +76,10 @@ class ForwardContext:
             by the first layer that needs it.
         router_stats: one entry per mixture-of-experts layer, appended as the layers run.
         routing: layer -> routing decisions of an earlier pass over the same tokens, to replay.
+        sequences: contexts of the sequences that lie end to end in the only row, each with its own
+            cache and experts (see `ragged.begin_ragged`); empty: every row is one text. What
+            reads a token alone (norms, projections, feed-forward networks) treats the row as any
+            other; what reads a whole text takes one of these contexts at a time.
     """
 
     positions: PreparedPositions
@@ -90,11 +94,17 @@ class ForwardContext:
     words_BTM: Tensor | None = None
     router_stats: list[Any] = field(default_factory=list)
     routing: Mapping[int, RoutingDecision] = field(default_factory=dict)
+    sequences: "tuple[ForwardContext, ...]" = ()
 
     @property
     def length(self) -> int:
         """Number of new tokens."""
         return self.position_ids_BT.shape[1]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Number of new tokens of each of `sequences`."""
+        return [sequence.length for sequence in self.sequences]
 
     @cached_property
     def token_mask_BT(self) -> Tensor | None:

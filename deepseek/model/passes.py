@@ -5,10 +5,11 @@
     step.attend()                     # after layer 8's attention, before its feed-forward network
     step.finish()                     # the remaining layers, then the final norm
 
-`resume` starts from a residual stream that an earlier pass computed. A stock model of
-`transformers` with attached experts runs through the same functions. Code outside `model/` never
-calls a layer, norm, attention or feed-forward network directly, so that a change inside a layer
-stays inside `model/`.
+`resume` starts from a residual stream that an earlier pass computed; `ragged.begin_ragged` starts a
+pass over new tokens of many sequences, each with its own cache. A stock model of `transformers`
+with attached experts runs through the same functions. Code outside `model/` never calls a layer,
+norm, attention or feed-forward network directly, so that a change inside a layer stays inside
+`model/`.
 """
 
 from collections.abc import Mapping
@@ -135,15 +136,20 @@ class ForwardPass:
             self.attend()
         return self._block().gate_input(self.hidden_BTD)
 
-    def finish(self, last: int | None = None) -> Tensor:
+    def finish(self, last: int | None = None, rows: Tensor | None = None) -> Tensor:
         """Run the remaining layers and return the final hidden states `[B, T, D]` after the norm.
 
         Args:
             last: return only the last `last` tokens of each row; None: all tokens.
+            rows: return only the tokens with these indices; None: all tokens.
         """
         hidden_BTD = self.run_to(len(self.model.layers))
+        if last is not None:
+            hidden_BTD = hidden_BTD[:, -last:]
+        if rows is not None:
+            hidden_BTD = hidden_BTD[:, rows]
         norm = self.model.norm if self.upper is None else self.upper.norm
-        normed_BTD: Tensor = norm(hidden_BTD if last is None else hidden_BTD[:, -last:])
+        normed_BTD: Tensor = norm(hidden_BTD)
         return normed_BTD
 
     def logits(self) -> Tensor:
@@ -346,11 +352,11 @@ def _context(
         document_ids_BT=ctx_of.document_ids(positions_BT) if packed else None,
         cache=cache,
         input_ids_BT=input_ids,
-        armed=_armed(model.experts, cache),
+        armed=experts_of(model.experts, cache),
     )
 
 
-def _armed(experts: ExpertSet, cache: KVCache | None) -> Armed | None:
+def experts_of(experts: ExpertSet, cache: KVCache | None) -> Armed | None:
     """Return the experts that the sequence in `cache` started with, or else those armed now."""
     if cache is None:
         return experts.armed()

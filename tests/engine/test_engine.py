@@ -75,15 +75,23 @@ def test_a_batch_writes_what_generate_writes(kind: str, with_expert: bool, tmp_p
     assert again == written
 
 
-def test_alone_and_in_a_batch_the_same_to_the_last_bit() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_alone_and_in_a_batch_the_same_tokens(kind: str) -> None:
     requests = [
         Request(prompt, Sampling(12, temperature=1.0, top_p=0.9, seed=n), logprobs=3)
         for n, prompt in enumerate(PROMPTS)
     ]
-    with Engine(*tiny_model(), prefill_chunk=8) as engine:
-        assert together(engine, requests) == [
-            events for one in requests for events in together(engine, [one])
-        ]
+    with Engine(*tiny_model(kind), prefill_chunk=8) as engine:
+        batched = together(engine, requests)
+        alone = [events for one in requests for events in together(engine, [one])]
+    for one, other in zip(batched, alone, strict=True):
+        assert ids_of(one) == ids_of(other)
+        assert [event.text for event in one] == [event.text for event in other]
+        told, expected = (
+            torch.tensor([event.logprob.logprob for event in events if event.logprob])
+            for events in (one, other)
+        )
+        torch.testing.assert_close(told, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("awaited", [False, True])

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,6 +28,22 @@ class AttentionInputs:
     query_BHTK: Tensor
     key_BGTK: Tensor
     value_BGTK: Tensor
+
+    def split(self, lengths: list[int]) -> "list[AttentionInputs]":
+        """Return the inputs of consecutive ranges of tokens.
+
+        Args:
+            lengths: number of tokens in each range.
+        """
+        parts = (
+            self.plain_query_BHTK,
+            self.plain_key_BGTK,
+            self.query_BHTK,
+            self.key_BGTK,
+            self.value_BGTK,
+        )
+        ranges = zip(*(part.split(lengths, dim=2) for part in parts), strict=True)
+        return [AttentionInputs(*tensors) for tensors in ranges]
 
 
 class FullAttention(nn.Module):
@@ -73,15 +90,31 @@ class FullAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         inputs = self.inputs(x_BTD, ctx)
+        if ctx.sequences:
+            attended_BHTK = self._attend_sequences(inputs, x_BTD, ctx)
+        else:
+            attended_BHTK = self._attend_cached(inputs, x_BTD, ctx)
+        output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
+        return output
+
+    def _attend_cached(self, inputs: AttentionInputs, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+        """Append the new keys and values to the cache and return the attended values."""
         key = inputs.key_BGTK
         value = inputs.value_BGTK
         if ctx.cache is not None:
             key, value = ctx.cache.update(key, value, self.layer_idx)
         bias = None if self.score_bias is None else self.score_bias(x_BTD, ctx, self.layer_idx)
         plain = (inputs.plain_query_BHTK, inputs.plain_key_BGTK)
-        attended_BHTK = self.attend(inputs.query_BHTK, key, value, plain, bias, ctx)
-        output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
-        return output
+        return self.attend(inputs.query_BHTK, key, value, plain, bias, ctx)
+
+    def _attend_sequences(
+        self, inputs: AttentionInputs, x_1ND: Tensor, ctx: ForwardContext
+    ) -> Tensor:
+        """Return the attended values `[1, H, N, K]` of sequences that lie end to end in one row."""
+        parts = zip(
+            inputs.split(ctx.lengths), x_1ND.split(ctx.lengths, dim=1), ctx.sequences, strict=True
+        )
+        return torch.cat([self._attend_cached(*part) for part in parts], dim=2)
 
     def state_bytes(self, length: int, itemsize: int) -> int:
         """Return an upper bound on this layer's bytes in the cache for one sequence.

@@ -27,7 +27,7 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(up, requires_grad=False)
         self.scaling = scaling
 
-    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, weight: float | Tensor = 1.0) -> Tensor:
         """Return the change `[..., F]` for inputs `[..., D]`."""
         return linear(linear(x, self.down) * (self.scaling * weight), self.up)
 
@@ -52,13 +52,13 @@ class AdapterModule(nn.Module):
         self.changes = nn.ModuleList(changes.values())
         self._hooks = hooks
 
-    def change(self, site: str, x: Tensor, weight: float) -> Tensor | None:
+    def change(self, site: str, x: Tensor, weight: float | Tensor) -> Tensor | None:
         """Return the change `[..., F]` of a linear layer's output; None: the layer has no change.
 
         Args:
             site: name of the layer in the model.
             x: input of the layer, `[..., D]`.
-            weight: factor that the request sets.
+            weight: factor that the request sets, or one for each token, `[..., 1]`.
         """
         index = self.sites.get(site)
         if index is None:

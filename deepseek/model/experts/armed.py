@@ -238,10 +238,27 @@ class ArmedExperts:
         modules = self._roster.owners.get(layer_idx, ())
         if not modules:
             return y_BTD
+        weights_BTM = self.weights(layer_idx, x_BTD, ctx)
         if self._banks is None:
-            weights_BTM = x_BTD.new_ones(*x_BTD.shape[:2], len(modules), dtype=torch.float32)
             for module in modules:
                 y_BTD = y_BTD + module(layer_idx, x_BTD).to(y_BTD.dtype)
+        else:
+            y_BTD = combine(modules, layer_idx, x_BTD, y_BTD, weights_BTM)
+        self._weights[layer_idx] = weights_BTM
+        return y_BTD
+
+    def weights(self, layer_idx: int, x_BTD: Tensor, ctx: GateContext) -> Tensor:
+        """Return the weights `[B, T, M]` of the modules at a layer that has some, and update the
+        running sums in `ctx.cache`.
+
+        Args:
+            layer_idx: index of the layer.
+            x_BTD: gate input, the normed hidden states.
+            ctx: context of the forward pass.
+        """
+        modules = self._roster.owners[layer_idx]
+        if self._banks is None:
+            weights_BTM = x_BTD.new_ones(*x_BTD.shape[:2], len(modules), dtype=torch.float32)
         else:
             columns = self._roster.columns[layer_idx]
             words_BTM = self._words(ctx)
@@ -254,11 +271,9 @@ class ArmedExperts:
             )
             if self.factors:
                 weights_BTM = weights_BTM * weights_BTM.new_tensor(self._factors_of(modules))
-            y_BTD = combine(modules, layer_idx, x_BTD, y_BTD, weights_BTM)
-        self._weights[layer_idx] = weights_BTM
         for trace in self._traces:
             trace.add(modules, layer_idx, weights_BTM)
-        return y_BTD
+        return weights_BTM
 
     def _factors_of(self, modules: Sequence[ExpertModule]) -> list[float]:
         return [self.factors.get(module.name, 1.0) for module in modules]
@@ -287,10 +302,20 @@ class ArmedExperts:
 
         M is in the order of `names`. Layers that have not run are left out of the average.
         """
-        trace = Trace()
-        for layer, weights_BTM in self._weights.items():
-            trace.add(self._roster.owners[layer], layer, weights_BTM)
-        return torch.stack([trace.weights(name) for name in self.names], dim=-1)
+        return attribution(self._roster, self._weights)
+
+
+def attribution(roster: Roster, weights: Mapping[int, Tensor]) -> Tensor:
+    """Return the weights `[B, T, M]` of the modules of a roster, averaged over layers.
+
+    Args:
+        roster: the modules.
+        weights: layer -> the weights `[B, T, M]` of its owners.
+    """
+    trace = Trace()
+    for layer, weights_BTM in weights.items():
+        trace.add(roster.owners[layer], layer, weights_BTM)
+    return torch.stack([trace.weights(module.name) for module in roster.modules], dim=-1)
 
 
 def combine(
