@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepseek.model.context import ForwardContext
+from deepseek.model.context import ForwardContext, GateContext
 from deepseek.model.experts.armed import ArmedExperts, Roster, attribution, combine
 
 
@@ -63,7 +63,7 @@ class RaggedExperts:
         self._total = start
         self._groups = [(group, torch.tensor(group.rows)) for group in groups.values()]
 
-    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+    def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: GateContext) -> Tensor:
         """Return `y` plus the weighted outputs of the modules at this layer, `[1, N, D]`.
 
         Args:
