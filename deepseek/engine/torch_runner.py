@@ -61,7 +61,7 @@ class TorchRunner:
     product in an order that depends on the number of rows, so a chunk's logits beside others differ
     in the last bits from those alone: by at most 1e-4 in fp32 with the same experts attributed.
     Padding a lone row to a fixed block of rows would make the bits equal, and a lone sequence up to
-    2.4 times as slow (docs/log/engine.md, 2026-11-26).
+    2.5 times as slow (docs/log/engine.md, 2026-11-26).
 
     Args:
         model: the model to run.
