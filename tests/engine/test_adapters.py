@@ -80,7 +80,15 @@ def test_requests_in_one_batch_answer_as_if_alone(compiled: bool, loaded: Loaded
     with Engine(*loaded, runner) as engine:
         together = answers(engine, CHOICES)
         again = answers(engine, CHOICES)
-    assert together == again
     texts = [[token for token, _, _ in events] for events in together]
-    assert texts == [[token for token, _, _ in events] for events in alone]
     assert len({tuple(text) for text in texts}) > 5
+    for written in (again, alone):
+        assert [[(token, name) for token, _, name in events] for events in written] == [
+            [(token, name) for token, _, name in events] for events in together
+        ]
+    for choice, *runs in zip(CHOICES, together, again, alone, strict=True):
+        if compiled and not set(NAMES) & set(choice):  # type: ignore[call-overload]
+            assert runs[0] == runs[1] == runs[2]
+        # The reference runner, which computes adapters, agrees with itself up to rounding.
+        for (_, first, _), (_, second, _), (_, third, _) in zip(*runs, strict=True):
+            assert [second.logprob, third.logprob] == pytest.approx([first.logprob] * 2, abs=1e-4)

@@ -61,7 +61,10 @@ class RaggedExperts:
                 groups.setdefault(roster, Group(roster)).parts.append((start, sequence))
             start += sequence.length
         self._total = start
-        self._groups = [(group, torch.tensor(group.rows)) for group in groups.values()]
+        device = sequences[0].position_ids_BT.device
+        self._groups = [
+            (group, torch.tensor(group.rows, device=device)) for group in groups.values()
+        ]
 
     def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: GateContext) -> Tensor:
         """Return `y` plus the weighted outputs of the modules at this layer, `[1, N, D]`.
