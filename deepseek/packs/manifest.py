@@ -18,6 +18,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
 )
+from transformers import AutoConfig
 
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.store import canonical_json, read_json
@@ -94,6 +95,8 @@ class BaseDescription(Strict):
         weights, tokenizer: SHA-256 digests (see `checkpoint.fingerprint`).
         hidden_size: width D of the residual stream.
         num_layers: number of layers.
+        attached: class of a stock model, and names of the modules that experts stand beside in it;
+            "" for our own model, or if only the folder is known.
     """
 
     name: Text = ""
@@ -101,6 +104,7 @@ class BaseDescription(Strict):
     tokenizer: Sha256 | Literal[""]
     hidden_size: Size
     num_layers: Annotated[int, Field(ge=1, le=1024)]
+    attached: Text = ""
 
     @staticmethod
     def of(folder: Path, name: str) -> "BaseDescription":
@@ -116,9 +120,8 @@ class BaseDescription(Strict):
         config = read_json(folder / "config.json")
         digests = fingerprint(folder)
         try:
-            size = config["hidden_size"]
-            layers = config["num_hidden_layers"]
-        except (KeyError, TypeError):
+            size, layers = _shape(config, folder)
+        except (KeyError, TypeError, AttributeError, ValueError, OSError):
             raise CheckpointError(
                 f"{folder}/config.json names no hidden_size and num_hidden_layers."
             ) from None
@@ -129,6 +132,16 @@ class BaseDescription(Strict):
             hidden_size=size,
             num_layers=layers,
         )
+
+
+def _shape(config: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """Return width and number of layers in the content of a folder's `config.json`."""
+    if "hidden_size" in config and "num_hidden_layers" in config:
+        return config["hidden_size"], config["num_hidden_layers"]
+    # Some families have other names for them, or nest the language model's config.
+    parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    parsed = parsed.get_text_config(decoder=True)
+    return parsed.hidden_size, parsed.num_hidden_layers
 
 
 class Metric(Strict):

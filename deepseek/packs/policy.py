@@ -67,7 +67,10 @@ def check_signature(manifest: PackManifest, policy: PackPolicy) -> None:
 
 def check_base(manifest: PackManifest, base: BaseDescription) -> None:
     """Raise `PackError` unless the pack was made for exactly this base model and tokenizer."""
-    for field in ("weights", "tokenizer", "hidden_size", "num_layers"):
+    fields = ["weights", "tokenizer", "hidden_size", "num_layers"]
+    if manifest.base.attached and base.attached:
+        fields.append("attached")
+    for field in fields:
         required, actual = (
             str(getattr(description, field))[:12] or "none" for description in (manifest.base, base)
         )

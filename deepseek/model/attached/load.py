@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deepseek.errors import CheckpointError
 from deepseek.model.attached.model import AttachedModel, attach
 from deepseek.model.attached.sites import find_sites
+
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+"""What `transformers` raises for damaged folders."""
 
 
 def is_stock(config: dict[str, Any]) -> bool:
@@ -42,7 +46,7 @@ def load_attached(folder: Path, dtype: torch.dtype | str, device: torch.device) 
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise _refused(folder, error) from error
     model, report = loaded
     if report["missing_keys"]:
@@ -67,7 +71,7 @@ def stock_layers(folder: Path) -> tuple[int, ...]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise _refused(folder, error) from error
     return find_sites(model).indices
 

@@ -71,6 +71,13 @@ class ExpertSites:
         """The layers that have a site."""
         return tuple(site.layer for site in self.feed_forward)
 
+    def describe(self, model: PreTrainedModel) -> str:
+        """Return the class of a model and the names of its sites, such as `GemmaForCausalLM: mlp`,
+        by which a pack recognises them.
+        """
+        names = sorted({site.path.rpartition(".")[2] for site in self.feed_forward})
+        return f"{type(model).__name__}: {', '.join(names)}"
+
     def at(self, layer: int) -> Site:
         """Return the site of a layer.
 

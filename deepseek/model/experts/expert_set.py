@@ -82,9 +82,10 @@ class ExpertSet:
                     "it; save it with save_pretrained and load it with from_pretrained, or set "
                     "model.experts.base."
                 )
-            self._base = BaseDescription.of(
-                self.base_folder, Path(str(self._live_model().config.name_or_path)).name
-            )
+            model = self._live_model()
+            base = BaseDescription.of(self.base_folder, Path(str(model.config.name_or_path)).name)
+            attached = "" if self.sites is None else self.sites.describe(model)
+            self._base = base.model_copy(update={"attached": attached})
         return self._base
 
     @base.setter
