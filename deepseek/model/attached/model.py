@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
@@ -81,8 +83,7 @@ def attach(model: PreTrainedModel) -> AttachedModel:
     sites = find_sites(model)
     experts = ExpertSet(model)
     experts.sites = sites
-    folder = Path(str(model.config.name_or_path))
-    experts.base_folder = folder if (folder / "config.json").is_file() else None
+    experts.base_folder = _folder_of(str(model.config.name_or_path))
     extend_class(model, AttachedModel)
     assert isinstance(model, AttachedModel)
     model.experts = experts
@@ -105,3 +106,15 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     del model.experts, model.expert_hooks
     restore_class(model)
     return model
+
+
+def _folder_of(name: str) -> Path | None:
+    """Return the folder that a model was loaded from: a path, or a hub id in the local cache."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
