@@ -122,7 +122,7 @@ def write_gguf(
 def add_vocabulary(writer: gguf.GGUFWriter, split_rule: str, sentencepiece: bool) -> None:
     """Write a byte-level or a SentencePiece vocabulary of 260 tokens."""
     if sentencepiece:
-        specials = ["<pad>", "<s>", "<|im_end|>", "<unk>"]
+        specials = ["<pad>", "<bos>", "<eos>", "<unk>", "<mask>"]
         pieces = ["\u2581", *"abcdefghijklmnop", "th", "\u2581th"]
         tokens = [*specials, *pieces]
         tokens += [f"<0x{byte:02X}>" for byte in range(260 - len(tokens))]
@@ -130,7 +130,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, split_rule: str, sentencepiece: bool
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([-float(index) for index in range(260)])
         byte_tokens = 260 - len(specials) - len(pieces)
-        writer.add_token_types([3] * 4 + [1] * len(pieces) + [6] * byte_tokens)
+        writer.add_token_types([3] * 5 + [1] * len(pieces) + [6] * byte_tokens)
         writer.add_unk_token_id(3)
         writer.add_add_space_prefix(False)
     else:

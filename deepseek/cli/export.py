@@ -10,14 +10,22 @@ from deepseek.cli.options import Experts, expert_packs
 
 def export(
     model: Annotated[str, typer.Argument(help="Model: a known name, a folder or a hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write (gguf: the file); it must not exist yet.")
+    ],
     to: Annotated[
-        str, typer.Option(help="onnx, openvino, tensorrt, or hf (a folder for stock transformers).")
+        str,
+        typer.Option(
+            help="onnx, openvino, tensorrt, hf (a folder for stock transformers), or gguf (a file "
+            "for llama.cpp)."
+        ),
     ],
     experts: Experts = "",
     dtype: Annotated[
         str,
-        typer.Option(help="Type of the weights, such as int8 for openvino; default: the format's."),
+        typer.Option(
+            help="Type of the weights, such as int8 for openvino, q8_0 for gguf; default: the format's."
+        ),
     ] = "",
 ) -> None:
     """Export a model to another runtime's format, run the result there, and compare its logits with

@@ -1,5 +1,5 @@
-"""Export a model to another runtime: ONNX, OpenVINO, TensorRT, or a folder for stock
-`transformers`.
+"""Export a model to another runtime: ONNX, OpenVINO, TensorRT, a folder for stock `transformers`,
+or a GGUF file (`export.gguf`).
 
 Every export is loaded again and compared with the model before it gets its final name. Optional
 packages are imported when they are used.
@@ -16,11 +16,12 @@ from torch import Tensor
 from deepseek.checkpoint.store import atomic_folder
 from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
+from deepseek.export.gguf import export_gguf
 from deepseek.export.graph import Graph, Step
 from deepseek.export.stock import write_stock
 from deepseek.model.language_model import own_model
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.registry import package, pick
+from deepseek.registry import nearest, package, pick
 
 EXTRA = "'deepseek-dmoe[export]'"
 GPU = "cuda"
@@ -39,10 +40,11 @@ def export_model(
     """Export a base model, with plugged experts, to a new folder.
 
     Args:
-        base: a known base, a local folder or a hub id.
-        out: the folder to create.
-        to: "onnx", "openvino", "tensorrt" or "hf".
-        dtype: dtype of the exported weights; None selects the first one of the format in `FORMATS`.
+        base: a known base, a local folder, a GGUF file or a hub id.
+        out: the folder to create; for "gguf" the file.
+        to: "onnx", "openvino", "tensorrt", "hf" or "gguf".
+        dtype: dtype of the exported weights; None selects the first one of the format in `FORMATS`,
+            for "gguf" in `gguf.ENCODINGS`.
         experts: expert packs to plug, as paths or names; default none.
 
     Returns:
@@ -54,7 +56,11 @@ def export_model(
         CheckpointError: the exported model's logits differ from the model's by more than the
             format's limit.
     """
-    target = pick(FORMATS, to, "format")
+    if to == "gguf":
+        return export_gguf(base, out, dtype, experts)
+    if to not in FORMATS:
+        raise ConfigError(f"format {to!r} is unknown; {nearest(to, [*FORMATS, 'gguf'])}.")
+    target = FORMATS[to]
     dtype = dtype or next(iter(target.limits))
     limit = pick(target.limits, dtype, f"dtype of {to}")
     if out.exists():

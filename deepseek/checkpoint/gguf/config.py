@@ -153,7 +153,7 @@ def _llama3_scaling(file: GgufFile) -> dict[str, Any]:
         "original_max_position_embeddings": 8192,
     }
     base = file.fact(f"{file.architecture}.rope.freq_base")
-    if not np.allclose(factors, _llama3_factors(scaling, base, len(factors)), rtol=1e-4):
+    if not np.allclose(factors, llama3_factors(scaling, base, len(factors)), rtol=1e-4):
         raise CheckpointError(
             f"{file.path} scales its positions by factors that are not Llama 3's; use the original "
             "model's folder or hub id."
@@ -161,7 +161,7 @@ def _llama3_scaling(file: GgufFile) -> dict[str, Any]:
     return scaling
 
 
-def _llama3_factors(scaling: dict[str, Any], base: float, count: int) -> "np.ndarray[Any, Any]":
+def llama3_factors(scaling: dict[str, Any], base: float, count: int) -> "np.ndarray[Any, Any]":
     """Return the factors by which Llama 3 divides its `count` frequencies."""
     frequencies = 1 / base ** (torch.arange(count, dtype=torch.float64) / count)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)

@@ -111,7 +111,7 @@ def test_llama_3_positions_are_scaled(tmp_path: Path) -> None:
         "rope_theta": 10000.0,
     }
     model = tiny_gguf.tiny_model("llama", rope_parameters=scaling)
-    factors = config._llama3_factors(scaling, 10000.0, 8).astype(np.float32)
+    factors = config.llama3_factors(scaling, 10000.0, 8).astype(np.float32)
     original = tiny_gguf.gguf_tensors
 
     def with_factors(model: torch.nn.Module, architecture: str) -> dict[str, np.ndarray]:

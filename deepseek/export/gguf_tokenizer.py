@@ -1,0 +1,134 @@
+"""The metadata of a tokenizer in a GGUF file, in llama.cpp's words."""
+
+import json
+from typing import Any
+
+from gguf import TokenType
+from transformers import PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from deepseek.checkpoint.gguf.tokenizer import SPECIAL_TOKENS
+from deepseek.errors import ConfigError
+from deepseek.text.tokenizer import document_start_ids
+
+NEVER_MERGED = -1e6
+"""Score of tokens that no merge produces; llama.cpp merges by the highest score."""
+
+
+def tokenizer_facts(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, turn_end: int | None
+) -> dict[str, Any]:
+    """Return the metadata of a tokenizer.
+
+    Args:
+        tokenizer: a tokenizer whose backend is byte-level BPE or BPE with byte tokens.
+        vocab_size: rows of the model's embedding; missing tokens are filled up.
+        turn_end: id of the token that ends a turn, if it is not EOS.
+
+    Raises:
+        ConfigError: llama.cpp has no such tokenizer.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise ConfigError(
+            f"Tokenizers of type {model['type']} are not written as GGUF; only BPE ones are."
+        )
+    byte_tokens = bool(model.get("byte_fallback"))
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    tokens, kinds = _vocabulary(tokenizer, content, vocab_size)
+    facts: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama" if byte_tokens else "gpt2",
+        "tokenizer.ggml.pre": "default" if byte_tokens else _split_rule(content),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.add_bos_token": bool(document_start_ids(tokenizer)),
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    if byte_tokens:
+        facts["tokenizer.ggml.scores"] = _scores(tokens, merges)
+        facts["tokenizer.ggml.add_space_prefix"] = _adds_space(content)
+    else:
+        facts["tokenizer.ggml.merges"] = [" ".join(merge) for merge in merges]
+    for name, key in SPECIAL_TOKENS.items():
+        index = getattr(tokenizer, f"{name}_token_id")
+        if index is not None:
+            facts[f"tokenizer.ggml.{key}_token_id"] = index
+    if turn_end is not None:
+        facts["tokenizer.ggml.eot_token_id"] = turn_end
+    if isinstance(tokenizer.chat_template, str):
+        facts["tokenizer.chat_template"] = tokenizer.chat_template
+    return facts
+
+
+def _vocabulary(
+    tokenizer: PreTrainedTokenizerFast, content: dict[str, Any], vocab_size: int
+) -> tuple[list[str], list[int]]:
+    """Return the text and the kind of every token by id."""
+    texts = {index: text for text, index in tokenizer.get_vocab().items()}
+    special = {token["id"]: token["special"] for token in content["added_tokens"]}
+    if max(texts) >= vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {max(texts) + 1} tokens, more than the model's {vocab_size}; "
+            "llama.cpp cannot use it."
+        )
+    tokens = []
+    kinds = []
+    for index in range(vocab_size):
+        text = texts.get(index, f"[PAD{index}]")
+        tokens.append(text)
+        kinds.append(int(_kind(tokenizer, content, index, text, special, index in texts)))
+    return tokens, kinds
+
+
+def _kind(
+    tokenizer: PreTrainedTokenizerFast,
+    content: dict[str, Any],
+    index: int,
+    text: str,
+    special: dict[int, bool],
+    is_used: bool,
+) -> TokenType:
+    byte_fallback = content["model"].get("byte_fallback")
+    if not is_used:
+        return TokenType.UNUSED
+    if byte_fallback and index == tokenizer.unk_token_id:
+        return TokenType.UNKNOWN
+    if index in special:
+        return TokenType.CONTROL if special[index] else TokenType.USER_DEFINED
+    if byte_fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return TokenType.BYTE
+    return TokenType.NORMAL
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """Return SentencePiece scores by which llama.cpp merges in the order of `merges`."""
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    return [-float(ranks[token]) if token in ranks else NEVER_MERGED for token in tokens]
+
+
+def _adds_space(content: dict[str, Any]) -> bool:
+    """Return whether a space is put before each text."""
+    steps = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
+    return '"Prepend"' in steps or '"prepend_scheme": "first"' in steps
+
+
+def _split_rule(content: dict[str, Any]) -> str:
+    """Return llama.cpp's name for the rule by which a byte-level tokenizer splits text."""
+    step = content["pre_tokenizer"]
+    steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    kinds = [part["type"] for part in steps]
+    if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return "smollm"
+    patterns = [part["pattern"].get("Regex") for part in steps if part["type"] == "Split"]
+    for name, pattern in GGUF_PRE_TOKENIZER_SPLITS.items():
+        if patterns == [pattern]:
+            return name
+    raise ConfigError(
+        "The tokenizer splits text by a rule that llama.cpp has no known name for; convert the "
+        "model with llama.cpp's own converter."
+    )

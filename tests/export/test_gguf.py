@@ -1,0 +1,157 @@
+"""An exported GGUF file computes what the model computes, in transformers and in llama.cpp."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny_gguf
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deepseek.checkpoint.gguf.convert import convert_gguf
+from deepseek.checkpoint.gguf.reader import read_gguf
+from deepseek.checkpoint.licence import write_card
+from deepseek.checkpoint.store import read_json, write_json
+from deepseek.errors import CheckpointError, ConfigError
+from deepseek.export import gguf
+from deepseek.export.export import export_model
+
+IDS = torch.arange(2, 82).reshape(2, 40)
+
+
+def stock(architecture: str, tmp_path: Path, **fields: object) -> Path:
+    """Return a folder with a tiny model of an architecture and its tokenizer."""
+    model = tiny_gguf.tiny_model(architecture, **fields)
+    file = tiny_gguf.write_gguf(model, tmp_path / "source.gguf", architecture)
+    folder = tmp_path / "stock"
+    folder.mkdir()
+    convert_gguf(file, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def logits(source: Path) -> torch.Tensor:
+    """Return the logits of a folder, or of a GGUF file as `transformers` reads it."""
+    is_file = source.suffix == ".gguf"
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent if is_file else source,
+        gguf_file=source.name if is_file else None,
+        dtype=torch.float32,
+    )
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3moe", "gemma3"])
+def test_transformers_reads_the_same_model(architecture: str, tmp_path: Path) -> None:
+    folder = stock(architecture, tmp_path)
+    out = tmp_path / "out.gguf"
+    assert export_model(folder, out, "gguf", dtype="float32") < 1e-6
+    assert torch.allclose(logits(out), logits(folder), atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "source.gguf", "stock"]
+
+
+@pytest.mark.parametrize("dtype", gguf.ENCODINGS)
+def test_weights_are_quantised_on_request(dtype: str, tmp_path: Path) -> None:
+    folder = stock("llama", tmp_path)
+    out = tmp_path / "out.gguf"
+    error = export_model(folder, out, "gguf", dtype=dtype)
+    kinds = {name: tensor.kind for name, tensor in read_gguf(out).tensors.items()}
+    assert kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == gguf.ENCODINGS[dtype][0]
+    assert kinds["output_norm.weight"].name == "F32"
+    largest = logits(folder).abs().max()
+    assert (logits(out) - logits(folder)).abs().max() / largest < max(3 * error, 1e-6)
+    assert error == pytest.approx(0, abs=0.3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_tokenizer_goes_along(architecture: str, tmp_path: Path) -> None:
+    folder = stock(architecture, tmp_path)
+    out = tmp_path / "out.gguf"
+    export_model(folder, out, "gguf")
+    ours = AutoTokenizer.from_pretrained(folder)
+    (tmp_path / "back").mkdir()
+    convert_gguf(out, tmp_path / "back")
+    back = AutoTokenizer.from_pretrained(tmp_path / "back")
+    text = "the ape  had 12 bad\ngems<|im_end|>"
+    assert back(text).input_ids == ours(text).input_ids
+    assert back.chat_template == ours.chat_template == tiny_gguf.TEMPLATE
+    assert read_gguf(out).facts["tokenizer.ggml.token_type"][:3] == [3, 3, 3]
+
+
+def test_scaled_positions_and_the_licence_go_along(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 10000.0,
+    }
+    folder = stock("llama", tmp_path, rope_parameters=scaling)
+    write_card(folder, "llama3.2", "https://example.org", "A model.")
+    out = tmp_path / "out.gguf"
+    assert export_model(folder, out, "gguf", dtype="float32") < 1e-6
+    facts = read_gguf(out).facts
+    assert facts["general.license"] == "LicenseRef-Llama3.2"
+    assert facts["general.license.link"] == "https://example.org"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("attention_bias", True, "attention_bias=True"),
+        ("mlp_bias", True, "mlp_bias=True"),
+        ("hidden_act", "gelu", "hidden_act='gelu'"),
+    ],
+)
+def test_what_llama_cpp_cannot_compute_is_refused(
+    field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    folder = stock("llama", tmp_path)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {field: value})
+    with pytest.raises(ConfigError, match=message):
+        export_model(folder, tmp_path / "out.gguf", "gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.gguf", "stock"]
+
+
+def test_wrong_requests_are_one_sentence(tmp_path: Path) -> None:
+    folder = stock("phi3", tmp_path)
+    with pytest.raises(ConfigError, match="'phi3' are not written as GGUF"):
+        export_model(folder, tmp_path / "out.gguf", "gguf")
+    with pytest.raises(ConfigError, match=r"end it in \.gguf"):
+        export_model(folder, tmp_path / "out", "gguf")
+    with pytest.raises(ConfigError, match="exists already"):
+        export_model(folder, tmp_path / "source.gguf", "gguf")
+    with pytest.raises(ConfigError, match="no plugged experts"):
+        export_model(folder, tmp_path / "out.gguf", "gguf", experts=["x"])
+    with pytest.raises(ConfigError, match=r"dtype of gguf 'q8'.*'q8_0'"):
+        export_model(folder, tmp_path / "out.gguf", "gguf", dtype="q8")
+    with pytest.raises(ConfigError, match=r"'ggml' is unknown.*'gguf'"):
+        export_model(folder, tmp_path / "out.gguf", "ggml")
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stock("llama", tmp_path)
+    monkeypatch.setattr(gguf, "_in_their_order", lambda name, tensor, config: tensor.numpy())
+    with pytest.raises(CheckpointError, match="nothing was written"):
+        export_model(folder, tmp_path / "out.gguf", "gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama_cpp is not installed")
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_llama_cpp_computes_the_same(architecture: str, tmp_path: Path) -> None:
+    import llama_cpp
+
+    fields = {"num_hidden_layers": 6} if architecture == "gemma3" else {}
+    folder = stock(architecture, tmp_path, **fields)
+    out = tmp_path / "out.gguf"
+    export_model(folder, out, "gguf", dtype="q8_0")
+    model = llama_cpp.Llama(str(out), logits_all=True, verbose=False, n_ctx=64)
+    model.eval(IDS[0].tolist())
+    theirs = torch.tensor(model.scores[: len(IDS[0])]).log_softmax(-1)
+    ours = logits(folder)[0].log_softmax(-1)
+    assert torch.nn.functional.kl_div(theirs, ours, log_target=True, reduction="batchmean") < 1e-3
