@@ -58,7 +58,7 @@ class Engine:
             cache in tokens; default 64. Smaller chunks delay the decoding sequences less.
 
     Attributes:
-        model, tokenizer, runner: as passed.
+        model, tokenizer, runner, max_running: as passed.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Engine:
         reference = reference_runner(model)
         self.runner: Runner = reference if runner is None else runner
         self._vocabulary = Vocabulary(model, tokenizer)
+        self.max_running = max_running
         self._max_waiting = max_waiting
         self._scheduler = Scheduler(
             reference if runner is None else DispatchingRunner(runner, reference),

@@ -157,6 +157,7 @@ class TokenEvent:
         finish_reason: "stop" after an end token, a stop text or a completed grammar; "length" at a
             token limit; "cancelled"; "error".
         error: one sentence on the failure, if the reason is "error".
+        stop_text: the stop text that ended the generation, None if something else did.
     """
 
     token_id: int | None
@@ -165,6 +166,7 @@ class TokenEvent:
     expert: str | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    stop_text: str | None = None
 
 
 @dataclass(frozen=True)

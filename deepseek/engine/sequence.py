@@ -226,15 +226,17 @@ class ActiveSequence:
         self._expert_counts[expert] += 1
         logprob = None if top is None else logprobs(logits_V[None], [token], top)[0]
         text, self.finish_reason = self._decode(token)
-        return TokenEvent(token, text, logprob, expert, self.finish_reason)
+        return TokenEvent(
+            token, text, logprob, expert, self.finish_reason, stop_text=self._text.stop_text
+        )
 
     def _decode(self, token: int) -> tuple[str, FinishReason | None]:
         """Return the text that `token` adds, and the finish reason if it is the last token."""
         if token in self._ends:
             return self._text.flush(), "stop"
         complete = self._matcher is not None and self._matcher.take(token)
-        text, stopped = self._text.push(token)
-        if stopped:
+        text = self._text.push(token)
+        if self._text.stop_text is not None:
             return text, "stop"
         if complete or self.usage.completion_tokens >= self.capacity - len(self.request.prompt_ids):
             return text + self._text.flush(), "stop" if complete else "length"

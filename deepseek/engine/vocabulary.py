@@ -161,6 +161,9 @@ class TextStream:
     Args:
         tokenizer: the model's tokenizer.
         stop: strings that end the text; they are not part of it.
+
+    Attributes:
+        stop_text: the stop text that has been reached, the first one in the text; None before.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
@@ -168,21 +171,20 @@ class TextStream:
         self._stop = stop
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._pending = ""
+        self.stop_text: str | None = None
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """Append a token.
+    def push(self, token: int) -> str:
+        """Append a token and return the text that can be emitted now.
 
         Args:
             token: its id.
-
-        Returns:
-            The text that can be emitted now, and whether a stop text has been reached.
         """
         self._pending += self._decoder.step(self._tokenizer, token) or ""
-        stop_starts = [start for start in map(self._pending.find, self._stop) if start >= 0]
-        if stop_starts:
-            return self._release(min(stop_starts)), True
-        return self._release(len(self._pending) - begun(self._pending, self._stop)), False
+        reached = [stop for stop in self._stop if stop in self._pending]
+        if reached:
+            self.stop_text = min(reached, key=self._pending.find)
+            return self._release(self._pending.find(self.stop_text))
+        return self._release(len(self._pending) - begun(self._pending, self._stop))
 
     def flush(self) -> str:
         """Return the text that was held back as a possible stop text; an incomplete character is

@@ -18,12 +18,15 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from deepseek.engine.engine import Engine
-from deepseek.server.errors import DOCUMENTED, install
+from deepseek.server.errors import ErrorBody, documented, install
 from deepseek.server.guard import Guard
 from deepseek.server.routes import (
     chat_completions,
     completions,
+    llama_cpp,
+    messages,
     models,
+    ollama,
     preferences,
     responses,
     teach,
@@ -32,7 +35,17 @@ from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
 STATIC = Path(__file__).parent / "static"
-ROUTERS = (chat_completions, completions, responses, models, teach, preferences)
+ROUTERS = (
+    chat_completions,
+    completions,
+    responses,
+    messages,
+    ollama,
+    llama_cpp,
+    models,
+    teach,
+    preferences,
+)
 
 
 def create_app(
@@ -69,7 +82,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        responses=DOCUMENTED,
+        responses=documented(ErrorBody),
     )
     app.state.service, app.state.teacher = service, teach.Teacher(service)
     install(app)

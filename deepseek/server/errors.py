@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,8 @@ TYPES = {
 
 RETRIED = (429, 503, 504, 507)
 """Statuses whose replies say when to try again."""
+
+ANTHROPIC_TYPES = {**TYPES, 413: "request_too_large", 503: "overloaded_error"}
 
 RETRY_SECONDS = 1
 """Default of the `Retry-After` header, in seconds, when the queue is full or the model loads."""
@@ -64,10 +66,32 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request was refused; the message says why."},
-    "5XX": {"model": ErrorBody, "description": "The server cannot answer now."},
-}
+class AnthropicError(BaseModel):
+    """The error in one sentence, and its kind."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    """The body of every error reply under `/v1/messages`."""
+
+    type: Literal["error"]
+    error: AnthropicError
+
+
+class OllamaErrorBody(BaseModel):
+    """The body of every error reply under `/api`."""
+
+    error: str
+
+
+def documented(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of error replies with this body."""
+    return {
+        "4XX": {"model": model, "description": "The request was refused; the message says why."},
+        "5XX": {"model": model, "description": "The server cannot answer now."},
+    }
 
 
 class ApiError(Exception):
@@ -109,9 +133,29 @@ class ApiError(Exception):
             "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         }
 
-    def response(self) -> JSONResponse:
-        """Return the HTTP reply."""
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """Return the HTTP reply.
+
+        Args:
+            path: path of the request, which decides the layout (see `body_for`).
+        """
+        return JSONResponse(body_for(self, path), self.status, self.headers)
+
+
+def body_for(error: ApiError, path: str) -> dict[str, Any]:
+    """Return the JSON body of an error in the layout of the API that a path belongs to.
+
+    Args:
+        error: the error.
+        path: path of the request: `/v1/messages` is Anthropic's, `/api/` is Ollama's, everything
+            else OpenAI's.
+    """
+    if path.startswith("/v1/messages"):
+        kind = ANTHROPIC_TYPES.get(
+            error.status, "api_error" if error.status >= 500 else "invalid_request_error"
+        )
+        return {"type": "error", "error": {"type": kind, "message": error.message}}
+    return {"error": error.message} if path.startswith("/api/") else error.body()
 
 
 PATH = re.compile(r"(?<![\w.~/])/([\w.@~+-]+)(?:/[\w.@~+-]+)*/?")
@@ -279,13 +323,13 @@ def install(app: FastAPI) -> None:
 
     logged: dict[str | None, float] = {}
 
-    def handle(_request: Request, error: Exception) -> JSONResponse:
+    def handle(request: Request, error: Exception) -> JSONResponse:
         reply = as_api_error(error)
         now = time.monotonic()
         if isinstance(error, OSError) and now - logged.get(reply.code, -LOG_SECONDS) >= LOG_SECONDS:
             logged[reply.code] = now
             log.warning("%s (%s)", reply.message, error)
-        return reply.response()
+        return reply.response(request.url.path)
 
     for kind in CONVERTERS:
         app.add_exception_handler(kind, handle)

@@ -100,7 +100,7 @@ class Guard:
         try:
             answer = await self._checked(scope, body)
         except (ApiError, UserError) as error:
-            answer = as_api_error(error).response()
+            answer = as_api_error(error).response(scope["path"])
         await (
             self.app(scope, body.receive, send) if answer is None else answer(scope, receive, send)
         )
@@ -145,6 +145,8 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return role_of(key.strip(), self.keys)
+        if "x-api-key" in headers:  # Anthropic's client
+            return role_of(headers["x-api-key"].strip(), self.keys)
         session = re.search(rf"(?:^|; *){COOKIE}=([^;]*)", headers.get("cookie", ""))
         return role_of(session[1], self.sessions) if session else None
 

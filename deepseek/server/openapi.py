@@ -104,20 +104,47 @@ class ResponseReply(BaseModel):
     experts: dict[str, int]
 
 
+class MessageReply(BaseModel):
+    """Reply of `/v1/messages`."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: dict[str, int]
+    experts: dict[str, int]
+
+
+class TokenCountReply(BaseModel):
+    """Reply of `/v1/messages/count_tokens`."""
+
+    input_tokens: int
+
+
 class Model(BaseModel):
-    """A model name."""
+    """A model name, with OpenAI's and Anthropic's fields."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int
+    type: Literal["model"]
+    display_name: str
+    created_at: str
 
 
 class Models(BaseModel):
-    """All model names."""
+    """All model names on one page."""
 
     object: Literal["list"]
     data: list[Model]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str
 
 
 class Embedding(BaseModel):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
-from deepseek.text.chat_template import encode_rendered, render, user_ids
+from deepseek.text.chat_template import control_tokens, encode_rendered, guard, render, user_ids
 
 TEMPLATE_SECONDS = 2.0
 """Time limit for rendering a chat template; a typical one takes a millisecond."""
@@ -34,17 +34,33 @@ class PromptWriter:
         self.knows_tools = isinstance(template, str) and bool(re.search(r"\btools\b", template))
         self.longest_text = context * max(len(token.encode()) for token in tokenizer.get_vocab())
 
-    def chat(self, messages: Sequence[ChatMessage], calling: Calling) -> list[int]:
+    def chat(
+        self, messages: Sequence[ChatMessage], calling: Calling, continued: bool = False
+    ) -> list[int]:
         """Return the ids of a conversation, up to the start of the assistant's turn.
 
         Args:
             messages: the conversation.
             calling: the function calls to offer.
+            continued: whether the prompt ends with the last message, an assistant's, whose turn
+                stays open; default: a new turn is opened.
 
         Raises:
-            ApiError: the prompt fills the context, or the template takes too long.
+            ApiError: the prompt fills the context, the template takes too long, or there is no
+                assistant's message to continue.
         """
         self.check_size(sum(len(message.text) for message in messages))
+        begun = ""
+        if continued:
+            *messages, last = messages
+            if last.role != "assistant" or last.tool_calls or not messages:
+                raise ApiError(
+                    400,
+                    "Only an assistant's message after another one can be continued; leave "
+                    "continue_final_message out.",
+                    param="continue_final_message",
+                )
+            begun = guard(control_tokens(self.tokenizer), last.text)
         if self.knows_tools:
             template_messages = tool_messages(messages)
             tools = described(calling.tools)
@@ -55,6 +71,7 @@ class PromptWriter:
                 template_messages = with_preamble(template_messages, calling.tools)
         with time_limit(TEMPLATE_SECONDS):
             text = render(self.tokenizer, template_messages, open_turn=True, tools=tools or None)
+        text += begun
         self.check_size(len(text.encode()))
         return self.check(encode_rendered(self.tokenizer, text))
 

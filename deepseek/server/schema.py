@@ -3,7 +3,7 @@
 from copy import copy
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
 
 from deepseek.packs.manifest import Name
 from deepseek.train.jobs.arguments import ExpertArguments
@@ -29,11 +29,23 @@ FormatKind = Literal["text", "json_object", "json_schema"]
 
 
 class Body(BaseModel):
-    """Base of all bodies: strict JSON types without coercion, and no unknown fields."""
+    """Base of all bodies: strict JSON types without coercion, and no unknown fields.
+
+    An unknown field that is null asks for nothing and is ignored; many clients send all the fields
+    that they know.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        known = {*cls.model_fields, *(field.alias for field in cls.model_fields.values())}
+        return {name: value for name, value in fields.items() if value is not None or name in known}
 
 
 class ExpertsField(Body):
@@ -69,12 +81,14 @@ class GenerationFields(SamplingFields):
 
     `retrieve` (our extension) puts passages of the experts' training text into the prompt: true
     takes them from the indexes of all experts that may fire, a number sets how many passages, a
-    name selects one expert's index.
+    name selects one expert's index. `stop_token_ids` and `ignore_eos` are vLLM's extensions.
     """
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: StopText | Annotated[Several[StopText], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[Several[TokenId], Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
@@ -160,7 +174,11 @@ class ResponseFormat(Body):
 
 
 class ChatRequest(GenerationFields):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`.
+
+    `continue_final_message` (vLLM's extension) continues the assistant's last message in place of
+    opening a new turn.
+    """
 
     messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)]
     max_tokens: TokenCount | None = None
@@ -171,10 +189,14 @@ class ChatRequest(GenerationFields):
     tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionRequest(GenerationFields):
-    """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text."""
+    """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text.
+
+    `json_schema` (our extension) constrains the text.
+    """
 
     prompt: (
         str
@@ -183,6 +205,7 @@ class CompletionRequest(GenerationFields):
     )
     max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     echo: bool | None = None
+    json_schema: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 

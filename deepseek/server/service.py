@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from secrets import token_urlsafe
@@ -80,10 +81,12 @@ class GenerationJob:
         for usage in each:
             experts.update(usage.experts)
         prompts = each[:: self._choices]
-        prompt, cached = (
-            sum(getattr(u, name) for u in prompts) for name in ("prompt_tokens", "cached_tokens")
+        return TokenUsage(
+            sum(usage.prompt_tokens for usage in prompts),
+            sum(usage.cached_tokens for usage in prompts),
+            sum(usage.completion_tokens for usage in each),
+            experts,
         )
-        return TokenUsage(prompt, cached, sum(usage.completion_tokens for usage in each), experts)
 
     def close(self) -> None:
         """Cancel the unfinished generations and record the usage."""
@@ -161,14 +164,14 @@ class Settings:
 
 
 class Service:
-    """The state of one server.
+    """The state of one server, which started at `started`.
 
-    The engine is attached after the server has started, so that the server can answer with 503
-    while the model loads.
+    The engine is attached later, so that the server can answer with 503 while the model loads.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.started = datetime.now(UTC).replace(microsecond=0)
         self.metrics = Metrics()
         self.indexes = Indexes(settings.experts_folder)
         self.draining = False
@@ -356,7 +359,7 @@ def ask(
         logprobs, prompt_logprobs, user_ids: see `Request`.
 
     Raises:
-        ApiError, UserError: the request is invalid; the message says what to do.
+        ApiError, UserError: the request is invalid.
     """
     free_tokens = service.writer.context - len(prompt_ids)
     stop = getattr(body, "stop", None) or ()
@@ -366,6 +369,8 @@ def ask(
         experts=service.experts(body.model, body.experts),
         user_ids=user_ids,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=tuple(getattr(body, "stop_token_ids", None) or ()),
+        ignore_end=bool(getattr(body, "ignore_eos", None)),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         grammar=None if schema is None else Grammar("json_schema", json.dumps(schema)),
@@ -373,7 +378,7 @@ def ask(
 
 
 def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
-    """Return the sampling parameters of one answer; unset fields take OpenAI's defaults."""
+    """Return the sampling parameters of one answer, by default those of OpenAI."""
     fields = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
     if "seed" in fields:
         fields["seed"] = (fields["seed"] + choice) % (1 << 63)
@@ -386,11 +391,8 @@ def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:
     """Return the JSON schema for a response format, None for free text.
 
     Args:
-        kind: "text", "json_object" or "json_schema".
-        described: the format's schema, read for "json_schema" only.
-
-    Raises:
-        ApiError: a format of type "json_schema" has no schema.
+        kind: type of the format.
+        described: schema of the format; "json_schema" must have one.
     """
     if kind == "json_schema" and described.schema_ is None:
         raise ApiError(

@@ -7,13 +7,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from secrets import token_hex
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from deepseek.engine.request import TokenEvent, TokenLogprob, TokenUsage
-from deepseek.server.errors import as_api_error
+from deepseek.server.errors import as_api_error, body_for
 from deepseek.server.metrics import spoken
 from deepseek.server.schema import GenerationFields
 from deepseek.server.service import GenerationJob, Service
@@ -22,6 +22,12 @@ LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot represent."""
 
 Fields = dict[str, Any]
+
+
+Layout = Literal["events", "named events", "unterminated", "lines"]
+"""How chunks are streamed: as OpenAI's server-sent events with `[DONE]` at the end, as events that
+carry a name (their `type`), as events without `[DONE]`, or as lines of JSON.
+"""
 
 
 class Reply(StreamingResponse):
@@ -33,7 +39,7 @@ class Reply(StreamingResponse):
     Args:
         chunks: the chunks to send.
         job: the job to close at the end; default: none.
-        named: whether events carry a name (their `type`) and no `[DONE]` follows; default: False.
+        layout: how chunks are streamed; default: "events".
         fold: makes one JSON object of all chunks; default: stream the chunks.
     """
 
@@ -42,11 +48,13 @@ class Reply(StreamingResponse):
         chunks: AsyncIterator[Fields],
         *,
         job: GenerationJob | None = None,
-        named: bool = False,
+        layout: Layout = "events",
         fold: Callable[[list[Fields]], Fields] | None = None,
     ) -> None:
-        lines = self._lines(chunks, named) if fold is None else self._folded(chunks, fold)
-        kind = "text/event-stream" if fold is None else "application/json"
+        self._path = ""
+        lines = self._lines(chunks, layout) if fold is None else self._folded(chunks, fold)
+        streamed = "application/x-ndjson" if layout == "lines" else "text/event-stream"
+        kind = streamed if fold is None else "application/json"
         super().__init__(
             lines, media_type=kind, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
@@ -66,6 +74,7 @@ class Reply(StreamingResponse):
         await super().stream_response(send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._path = scope["path"]
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -77,13 +86,13 @@ class Reply(StreamingResponse):
     ) -> AsyncIterator[bytes]:
         yield encoded(fold([chunk async for chunk in chunks]))
 
-    async def _lines(self, chunks: AsyncIterator[Fields], named: bool) -> AsyncIterator[bytes]:
+    async def _lines(self, chunks: AsyncIterator[Fields], layout: Layout) -> AsyncIterator[bytes]:
         try:
             async for chunk in chunks:
-                yield (f"event: {chunk['type']}\n".encode() if named else b"") + _data(chunk)
+                yield _line(chunk, layout, chunk.get("type"))
         except Exception as error:  # the status is already sent, so the error becomes an event
-            yield (b"event: error\n" if named else b"") + _data(as_api_error(error).body())
-        if not named:
+            yield _line(body_for(as_api_error(error), self._path), layout, "error")
+        if layout == "events":
             yield b"data: [DONE]\n\n"
 
 
@@ -92,8 +101,11 @@ def encoded(fields: Fields) -> bytes:
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
-def _data(chunk: Fields) -> bytes:
-    return b"data: " + encoded(chunk) + b"\n\n"
+def _line(chunk: Fields, layout: Layout, name: str | None) -> bytes:
+    if layout == "lines":
+        return encoded(chunk) + b"\n"
+    head = f"event: {name}\n".encode() if layout == "named events" else b""
+    return head + b"data: " + encoded(chunk) + b"\n\n"
 
 
 class Chunks(ABC):
@@ -150,7 +162,7 @@ class Chunks(ABC):
         """Yield the chunks of a stream."""
         head = {**self.head, "object": self.kind + self.suffix}
         usage = {"usage": None} if self.wants_usage else {}
-        async for choice in self._all_choices():
+        async for choice in self.all_choices():
             yield {**head, "choices": [choice], **usage}
         if self.wants_usage:
             yield {**head, "choices": [], **self.used()}
@@ -170,7 +182,8 @@ class Chunks(ABC):
         """Return a folded choice in the layout of a whole reply."""
         return {name: value for name, value in choice.items() if name != "expert"}
 
-    async def _all_choices(self) -> AsyncIterator[Fields]:
+    async def all_choices(self) -> AsyncIterator[Fields]:
+        """Yield what each token adds to its choice, in the order of arrival."""
         for choice in self.opening():
             yield choice
         async for index, event in self.job.events():

@@ -49,9 +49,8 @@ def read(ids: list[int], stop: list[str]) -> tuple[list[str], bool]:
     """Return the pieces of text up to a stop text, and whether one came."""
     stream, pieces = TextStream(TOKENIZER, stop), []
     for token in ids:
-        text, stopped = stream.push(token)
-        pieces.append(text)
-        if stopped:
+        pieces.append(stream.push(token))
+        if stream.stop_text is not None:
             return pieces, True
     return [*pieces, stream.flush()], False
 

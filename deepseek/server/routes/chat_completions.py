@@ -24,6 +24,20 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/chat/completions", responses=described(ChatReply, streamed=True))
 async def chat(body: ChatRequest, service: TheService) -> Response:
     """Answer a conversation, as one reply or as server-sent events."""
+    chunks = await answer(service, body)
+    return Reply(chunks.chunks(), job=chunks.job, fold=None if body.stream else chunks.fold)
+
+
+async def answer(service: Service, body: ChatRequest) -> "ChatChunks":
+    """Start to answer a conversation and return the chunks of the answer.
+
+    Args:
+        service: the server's state.
+        body: the HTTP request.
+
+    Raises:
+        ApiError, UserError: the request is invalid.
+    """
     calling = Calling.of(body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
@@ -31,7 +45,7 @@ async def chat(body: ChatRequest, service: TheService) -> Response:
     job = await service.start(lambda: plan(service, body, calling, passages), body.n or 1)
     chunks = ChatChunks(service, body, job, calling)
     chunks.retrieved = described_passages(passages) if body.retrieve else None
-    return Reply(chunks.chunks(), job=job, fold=None if body.stream else chunks.fold)
+    return chunks
 
 
 def plan(
@@ -50,13 +64,14 @@ def plan(
         schema = wanted_schema(body.response_format.type, body.response_format.json_schema)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     limit = body.max_completion_tokens or body.max_tokens
-    ids = service.writer.chat(body.messages, calling)
+    continued = bool(body.continue_final_message)
+    ids = service.writer.chat(body.messages, calling, continued)
     retrieval = Retrieval.of(service, body)
     if retrieval is not None:
         budget = service.writer.context - len(ids) - (limit or service.settings.answer_tokens)
         messages, passages = retrieval.in_chat(body.messages, service, budget)
         retrieved += passages
-        ids = service.writer.chat(messages, calling)
+        ids = service.writer.chat(messages, calling, continued)
     # From the original messages, so that retrieved passages do not make gates fire.
     user_ids = service.writer.user_ids(body.messages)
     return [
@@ -136,7 +151,8 @@ class ChatChunks(Chunks):
             ]
             yield self.choice(index, {"tool_calls": call_fields})
         if finish:
-            yield self.choice(index, {}, finish="tool_calls" if calls else finish)
+            finish_fields = self.choice(index, {}, finish="tool_calls" if calls else finish)
+            yield {**finish_fields, "stop_reason": event.stop_text}
 
     def choice(
         self,
@@ -153,6 +169,7 @@ class ChatChunks(Chunks):
             "delta": delta,
             "logprobs": chat_logprobs(self.service, logprobs) if logprobs else None,
             "finish_reason": finish,
+            "stop_reason": None,
             "expert": expert,
         }
 

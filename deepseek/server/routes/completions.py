@@ -30,6 +30,20 @@ DEFAULT_TOKENS = 16
 @router.post("/v1/completions", responses=described(CompletionReply, streamed=True))
 async def completions(body: CompletionRequest, service: TheService) -> Response:
     """Continue one or several texts, as one reply or as server-sent events."""
+    chunks = await answer(service, body)
+    return Reply(chunks.chunks(), job=chunks.job, fold=None if body.stream else chunks.fold)
+
+
+async def answer(service: Service, body: CompletionRequest) -> "CompletionChunks":
+    """Start to continue one or several texts and return the chunks of the answer.
+
+    Args:
+        service: the server's state.
+        body: the HTTP request.
+
+    Raises:
+        ApiError, UserError: the request is invalid.
+    """
     if len(prompts(body)) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(
             400, f"Prompts times n is more than {MAX_CHOICES}; send fewer at once.", param="n"
@@ -44,7 +58,7 @@ async def completions(body: CompletionRequest, service: TheService) -> Response:
     job = await service.start(lambda: plan(service, body, passages), body.n or 1)
     chunks = CompletionChunks(service, body, job)
     chunks.retrieved = described_passages(passages) if body.retrieve else None
-    return Reply(chunks.chunks(), job=job, fold=None if body.stream else chunks.fold)
+    return chunks
 
 
 def prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
@@ -77,6 +91,7 @@ def plan(service: Service, body: CompletionRequest, retrieved: list[Passage]) ->
                 ids,
                 limit,
                 choice=choice,
+                schema=body.json_schema,
                 logprobs=body.logprobs,
                 prompt_logprobs=scored,
             )
@@ -107,7 +122,8 @@ class CompletionChunks(Chunks):
             scored: list[Scored] = (
                 [(event.logprob.token_id, event.logprob)] if event.logprob else []
             )
-            yield self.choice(index, event.text, scored, event.finish_reason, event.expert)
+            choice = self.choice(index, event.text, scored, event.finish_reason, event.expert)
+            yield {**choice, "stop_reason": event.stop_text}
 
     def used(self) -> Fields:
         """Return the usage, without the unrequested token of `max_tokens` 0."""
@@ -152,6 +168,7 @@ class CompletionChunks(Chunks):
             "text": text,
             "logprobs": logprobs,
             "finish_reason": finish,
+            "stop_reason": None,
             "expert": expert,
         }
 

@@ -36,19 +36,30 @@ NAME = TypeAdapter[str](ExpertName)
 @router.get("/v1/models", responses=described(Models))
 async def models(service: TheService) -> dict[str, Any]:
     """List the base model as it is armed, alone, with each expert, and with all of them."""
-    return {"object": "list", "data": [card(name) for name in service.models()]}
+    names = service.models()
+    page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+    return {"object": "list", "data": [card(service, name) for name in names], **page}
 
 
 @router.get("/v1/models/{model}", responses=described(Model))
 async def model(model: str, service: TheService) -> dict[str, Any]:
     """Describe one model: the base, or the base with any set of plugged experts."""
     service.named_experts(model)
-    return card(model)
+    return card(service, model)
 
 
-def card(name: str) -> dict[str, Any]:
-    """Return a model as OpenAI lists it."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": "deepseek"}
+def card(service: Service, name: str) -> dict[str, Any]:
+    """Return a model as OpenAI's and Anthropic's clients read it."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(service.started.timestamp()),
+        "owned_by": "deepseek",
+        "max_model_len": service.writer.context,
+        "type": "model",
+        "display_name": name,
+        "created_at": service.started.isoformat(),
+    }
 
 
 @router.post("/v1/embeddings", responses=described(Embeddings))

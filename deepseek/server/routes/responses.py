@@ -25,7 +25,10 @@ async def responses(body: ResponsesRequest, service: TheService) -> Response:
     job = await service.start(lambda: [plan(service, body)])
     events = ResponseEvents(body, job).events()
     return Reply(
-        events, job=job, named=True, fold=None if body.stream else lambda sent: sent[-1]["response"]
+        events,
+        job=job,
+        layout="named events",
+        fold=None if body.stream else lambda sent: sent[-1]["response"],
     )
 
 

@@ -1,0 +1,99 @@
+"""llama.cpp's own routes: `/completion`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from deepseek import __version__
+from deepseek.server.dialects.llama_cpp import (
+    DetokenizeRequest,
+    NativeChunks,
+    NativeCompletion,
+    TemplateRequest,
+    TokenizeRequest,
+)
+from deepseek.server.errors import ApiError
+from deepseek.server.routes import completions
+from deepseek.server.service import Service, TheService
+from deepseek.server.stream import Reply
+from deepseek.server.tools import Calling
+
+router = APIRouter()
+
+
+@router.post("/completion")
+async def completion(body: NativeCompletion, service: TheService) -> Response:
+    """Continue a text, as one reply or as server-sent events."""
+    settings = service.settings
+    request = body.completion(settings.model, settings.answer_tokens)
+    chunks = await completions.answer(service, request)
+    native = NativeChunks(body, chunks)
+    fold = None if body.stream else native.fold
+    return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]:
+    """Return the token ids of a text or a conversation."""
+    ids = await asyncio.to_thread(token_ids, service, body)
+    pieces = [{"id": identity, "piece": service.token_text(identity)} for identity in ids]
+    return {
+        "tokens": pieces if body.with_pieces else ids,
+        "count": len(ids),
+        "max_model_len": service.writer.context,
+    }
+
+
+def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
+    """Return the token ids that a request asks for.
+
+    Raises:
+        ApiError: there is no text, or it is too long.
+    """
+    if body.messages is not None:
+        return service.writer.chat(body.messages, Calling(tuple(body.tools or ())))
+    # vLLM's clients send `prompt` and mean the special tokens; llama.cpp's send `content`.
+    special = body.add_special
+    if body.prompt is not None:
+        special = body.add_special_tokens is not False
+    text = body.content if body.prompt is None else body.prompt
+    if text is None:
+        raise ApiError(400, "There is no text; send content, prompt or messages.", param="content")
+    service.writer.check_size(len(text.encode()))
+    return list(service.engine.tokenizer(text, add_special_tokens=special).input_ids)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, str]:
+    """Return the text of token ids; llama.cpp's clients read `content`, vLLM's `prompt`."""
+    ids = service.writer.check(body.tokens)
+    text = str(await asyncio.to_thread(service.engine.tokenizer.decode, ids))
+    return {"content": text, "prompt": text}
+
+
+@router.post("/apply-template")
+async def apply_template(body: TemplateRequest, service: TheService) -> dict[str, str]:
+    """Return a conversation as the text of a prompt."""
+    calling = Calling(tuple(body.tools or ()))
+    ids = await asyncio.to_thread(service.writer.chat, body.messages, calling)
+    return {"prompt": str(service.engine.tokenizer.decode(ids))}
+
+
+@router.get("/props")
+async def props(service: TheService) -> dict[str, Any]:
+    """Describe the model and the server."""
+    tokenizer = service.engine.tokenizer
+    template = tokenizer.chat_template
+    return {
+        "default_generation_settings": {"n_ctx": service.writer.context},
+        "total_slots": service.engine.max_running,
+        "model_alias": service.settings.model,
+        "model_path": service.settings.model,
+        "chat_template": template if isinstance(template, str) else "",
+        "bos_token": tokenizer.bos_token or "",
+        "eos_token": tokenizer.eos_token or "",
+        "modalities": {"vision": False, "audio": False},
+        "build_info": f"deepseek {__version__}",
+    }

@@ -1,0 +1,156 @@
+"""`/api/...`: Ollama's API, so that its clients find this server."""
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from deepseek import __version__
+from deepseek.server.dialects.ollama import (
+    NANOSECONDS,
+    AnswerLines,
+    OllamaChat,
+    OllamaEmbed,
+    OllamaGenerate,
+    ShowRequest,
+    base_name,
+    now,
+)
+from deepseek.server.errors import ApiError, OllamaErrorBody, documented
+from deepseek.server.routes import chat_completions, completions
+from deepseek.server.routes.models import embed
+from deepseek.server.service import Service, TheService
+from deepseek.server.stream import Reply
+
+router = APIRouter(prefix="/api", responses=documented(OllamaErrorBody))
+
+NEVER = "0001-01-01T00:00:00Z"
+"""Ollama's time for a model that is never unloaded."""
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """Return the version of this package."""
+    return {"version": __version__}
+
+
+@router.get("/tags")
+async def tags(service: TheService) -> dict[str, Any]:
+    """List the models."""
+    return {"models": [listed(service, name) for name in service.models()]}
+
+
+@router.get("/ps")
+async def loaded(service: TheService) -> dict[str, Any]:
+    """List the loaded models, which are all of them."""
+    running = {"expires_at": NEVER, "size_vram": 0, "context_length": service.writer.context}
+    return {"models": [{**listed(service, name), **running} for name in service.models()]}
+
+
+@router.post("/show")
+async def show(body: ShowRequest, service: TheService) -> dict[str, Any]:
+    """Describe one model."""
+    service.named_experts(base_name(body.model))
+    config = service.engine.model.config
+    architecture = "llama"
+    template = service.engine.tokenizer.chat_template
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": template if isinstance(template, str) else "",
+        "details": details(service),
+        "model_info": {
+            "general.architecture": architecture,
+            "general.parameter_count": parameters(service),
+            f"{architecture}.context_length": service.writer.context,
+            f"{architecture}.embedding_length": config.hidden_size,
+            f"{architecture}.block_count": config.num_hidden_layers,
+        },
+        "capabilities": ["completion", "tools"],
+        "modified_at": service.started.isoformat(),
+    }
+
+
+@router.post("/chat")
+async def chat(body: OllamaChat, service: TheService) -> Response:
+    """Answer a conversation, as lines of JSON or as one object."""
+    if not body.messages:
+        return loading_reply(body.model, {"message": {"role": "assistant", "content": ""}})
+    chunks = await chat_completions.answer(service, body.chat())
+    return reply(AnswerLines(body.model, chunks, "message"), chunks, body.stream)
+
+
+@router.post("/generate")
+async def generate(body: OllamaGenerate, service: TheService) -> Response:
+    """Continue a prompt, as lines of JSON or as one object."""
+    if not body.prompt:
+        return loading_reply(body.model, {"response": ""})
+    if body.raw and body.format:
+        raise ApiError(400, "raw takes no format; leave one of them out.", param="format")
+    chunks = (
+        await completions.answer(service, body.completion(service.settings.answer_tokens))
+        if body.raw
+        else await chat_completions.answer(service, body.chat())
+    )
+    return reply(AnswerLines(body.model, chunks, "response"), chunks, body.stream)
+
+
+def reply(lines: AnswerLines, chunks: Any, stream: bool | None) -> Reply:
+    """Return the reply; this API streams unless the request says no."""
+    return Reply(
+        lines.lines(), job=chunks.job, layout="lines", fold=lines.fold if stream is False else None
+    )
+
+
+def loading_reply(model: str, content: dict[str, Any]) -> Response:
+    """Return the reply to an empty prompt, by which clients ask for the model to be loaded."""
+    fields = {"model": model, "created_at": now(), "done": True, "done_reason": "load"}
+    return JSONResponse({**fields, **content})
+
+
+@router.post("/embed")
+async def embeddings(body: OllamaEmbed, service: TheService) -> dict[str, Any]:
+    """Return a unit vector for each text."""
+    if service.named_experts(base_name(body.model)):
+        raise ApiError(400, "Embeddings are computed by the base alone.", param="model")
+    started = time.perf_counter()
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    vectors, tokens = await asyncio.to_thread(embed, service.engine, service.writer, texts)
+    return {
+        "model": body.model,
+        "embeddings": vectors,
+        "total_duration": int((time.perf_counter() - started) * NANOSECONDS),
+        "load_duration": 0,
+        "prompt_eval_count": tokens,
+    }
+
+
+def listed(service: Service, name: str) -> dict[str, Any]:
+    """Return a model as Ollama lists it."""
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": service.started.isoformat(),
+        "size": service.engine.model.get_memory_footprint(),
+        "digest": "",
+        "details": details(service),
+    }
+
+
+def details(service: Service) -> dict[str, Any]:
+    """Return the model's family and size."""
+    return {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": service.engine.model.config.model_type,
+        "families": [service.engine.model.config.model_type],
+        "parameter_size": f"{parameters(service) / 1e6:.1f}M",
+        "quantization_level": str(service.engine.model.dtype).removeprefix("torch."),
+    }
+
+
+def parameters(service: Service) -> int:
+    """Return the base model's number of parameters."""
+    return int(service.engine.model.num_parameters())

@@ -1,0 +1,102 @@
+"""llama.cpp's own routes."""
+
+import json
+from typing import Any
+
+import pytest
+from live_server import CONTEXT, Live
+
+ASKED: list[Any] = [{"role": "user", "content": "the expert of the model"}]
+
+
+def post(server: Live, path: str, body: dict[str, Any]) -> Any:
+    with server.http() as http:
+        reply = http.post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_completion_is_that_of_the_other_route(server: Live) -> None:
+    body = {"prompt": "the value", "n_predict": 12, "temperature": 0}
+    native = post(server, "/completion", body)
+    with server.client() as openai:
+        plain = openai.completions.create(
+            model="tiny", prompt="the value", temperature=0, max_tokens=12
+        )
+    assert native["content"] == plain.choices[0].text
+    assert native["stop_type"] == "limit"
+    assert native["tokens_predicted"] == 12
+    assert native["timings"]["predicted_n"] == 12
+
+
+def test_completion_streams_what_the_whole_reply_says(server: Live) -> None:
+    body = {"prompt": "the value", "n_predict": 12, "temperature": 0, "stream": True}
+    with server.http() as http:
+        lines = [line for line in http.post("/completion", json=body).text.splitlines() if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert [chunk["stop"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    whole = post(server, "/completion", {**body, "stream": False})
+    assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
+
+
+def test_a_stop_text_is_reported(server: Live) -> None:
+    body: dict[str, Any] = {"prompt": "the value", "n_predict": 30, "temperature": 0}
+    text = post(server, "/completion", body)["content"]
+    stopped = post(server, "/completion", {**body, "stop": [text[4:6]]})
+    assert stopped["stop_type"] == "word"
+    assert stopped["stopping_word"] == text[4:6]
+
+
+def test_a_schema_constrains_the_answer(server: Live) -> None:
+    schema = {"enum": ["yes", "no"]}
+    body = {"prompt": "the value", "n_predict": 30, "json_schema": schema}
+    assert json.loads(post(server, "/completion", body)["content"]) in ("yes", "no")
+
+
+@pytest.mark.parametrize("text", ["the value of the model", "", "漢字 é"])
+def test_tokens_round_trip(server: Live, text: str) -> None:
+    tokens = post(server, "/tokenize", {"content": text})["tokens"]
+    assert tokens == server.engine.tokenizer(text, add_special_tokens=False).input_ids
+    if tokens:
+        assert post(server, "/detokenize", {"tokens": tokens})["content"] == text
+
+
+def test_pieces_of_tokens(server: Live) -> None:
+    reply = post(server, "/tokenize", {"content": "the value", "with_pieces": True})
+    assert "".join(token["piece"] for token in reply["tokens"]) == "the value"
+
+
+def test_a_conversation_is_tokenized_as_chat_does(server: Live) -> None:
+    counted = post(server, "/tokenize", {"model": "tiny", "messages": ASKED})
+    with server.client() as openai:
+        reply = openai.chat.completions.create(model="tiny", messages=ASKED, max_tokens=1)
+    assert reply.usage is not None
+    assert counted["count"] == reply.usage.prompt_tokens
+    assert counted["max_model_len"] == CONTEXT
+    rendered = post(server, "/apply-template", {"messages": ASKED})["prompt"]
+    assert ASKED[0]["content"] in rendered
+
+
+def test_props_name_no_path(server: Live) -> None:
+    with server.http() as http:
+        props = http.get("/props").json()
+    assert props["default_generation_settings"]["n_ctx"] == CONTEXT
+    assert props["model_path"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/completion", {"prompt": "a", "mirostat": 2}, "mirostat"),
+        ("/completion", {"prompt": "a", "grammar": "root ::= x"}, "grammar"),
+        ("/tokenize", {}, "no text"),
+        ("/detokenize", {"tokens": [1 << 30]}, "vocabulary"),
+    ],
+)
+def test_errors_say_what_is_wrong(
+    server: Live, path: str, body: dict[str, Any], words: str
+) -> None:
+    with server.http() as http:
+        reply = http.post(path, json=body)
+    assert reply.status_code == 400
+    assert words in reply.json()["error"]["message"]
