@@ -1,4 +1,4 @@
-"""What `docs/how-to/serving.md` tells to type works, typed at a live server."""
+"""What `docs/how-to/serving.md` and `clients.md` tell to type works, typed at a live server."""
 
 import os
 import re
@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from live_server import Live
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "serving.md"
+PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 NAMES = {"http://127.0.0.1:8000": "{url}", "smollm2-135m": "tiny", "code": "one"}
 """What stands for what on the page."""
 
 
-def blocks(kind: str, about: str, url: str) -> list[str]:
-    """Return the page's blocks of a language that speak about something, with the names of the live
+def blocks(kind: str, about: str, url: str, page: str = "serving.md") -> list[str]:
+    """Return a page's blocks of a language that speak about something, with the names of the live
     server.
     """
     found = [
         block
-        for block in re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        for block in re.findall(rf"```{kind}\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
         if about in block
     ]
     assert found
@@ -88,3 +88,24 @@ def test_openai(server: Live) -> None:
         assert done.returncode == 0, done.stderr
         assert re.search(r"\{'one': \d+\}$", done.stdout), done.stdout
     server.engine.unplug("one")
+
+
+@pytest.mark.parametrize("package", ["anthropic", "ollama"])
+def test_clients_of_other_products(server: Live, folder: Path, package: str) -> None:
+    server.engine.plug(server.folder / "one.safetensors")
+    try:
+        for block in blocks("python", package, server.url, "clients.md"):
+            program = folder / "client.py"
+            program.write_text(block)
+            assert shell(f"{sys.executable} {program}", folder)
+    finally:
+        server.engine.unplug("one")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_routes_of_llama_cpp(server: Live, folder: Path) -> None:
+    (block,) = blocks("bash", "/completion", server.url, "clients.md")
+    told = shell(block, folder).replace(" ", "")
+    assert '"stop_type"' in told
+    assert '"tokens":[' in told
+    assert '"n_ctx"' in told
