@@ -70,10 +70,23 @@ class SamplingFields(Body):
     experts: ExpertsField = ExpertsField()
 
 
+class HarmlessFields(Body):
+    """Fields that many clients send and that change no answer here: nothing is stored, billed or
+    reasoned about, and every prefix of a prompt is cached.
+    """
+
+    store: bool | None = None
+    service_tier: ShortText | None = None
+    safety_identifier: ShortText | None = None
+    prompt_cache_key: ShortText | None = None
+    prompt_cache_retention: ShortText | None = None
+
+
 class StreamOptions(Body):
-    """Whether a last chunk reports the usage."""
+    """Whether a last chunk reports the usage; chunks are never padded."""
 
     include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
 class GenerationFields(SamplingFields):
@@ -157,6 +170,24 @@ class Tool(Body):
     function: Function
 
 
+class AllowedTools(Body):
+    """The tools that an answer may call, or has to call one of."""
+
+    class Choice(Body):
+        """The tools, of which only the names are read."""
+
+        mode: Literal["auto", "required"]
+        tools: Annotated[list[Tool], Field(min_length=1, max_length=128)]
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Choice
+
+    @classmethod
+    def of(cls, mode: Literal["auto", "required"], tools: list[Tool]) -> "AllowedTools":
+        """Return the choice among some tools."""
+        return cls(type="allowed_tools", allowed_tools=cls.Choice(mode=mode, tools=tools))
+
+
 class JsonSchema(Body):
     """The schema that an answer must follow."""
 
@@ -173,7 +204,7 @@ class ResponseFormat(Body):
     json_schema: JsonSchema = JsonSchema()
 
 
-class ChatRequest(GenerationFields):
+class ChatRequest(GenerationFields, HarmlessFields):
     """`POST /v1/chat/completions`.
 
     `continue_final_message` (vLLM's extension) continues the assistant's last message in place of
@@ -187,9 +218,15 @@ class ChatRequest(GenerationFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
+
+    # Without effect: the model does not reason, and its length is that of its training.
+    reasoning_effort: ShortText | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    prediction: dict[str, Any] | None = None
+    modalities: list[Literal["text"]] | None = None
 
 
 class CompletionRequest(GenerationFields):
@@ -205,38 +242,10 @@ class CompletionRequest(GenerationFields):
     )
     max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     echo: bool | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
     json_schema: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-
-
-class InputItem(ChatMessage):
-    """One turn of the input of `/v1/responses`."""
-
-    type: Literal["message"] = "message"
-    id: ShortText | None = None
-    status: ShortText | None = None
-
-
-class TextFormat(JsonSchema):
-    """`ResponseFormat` in the flat layout of `/v1/responses`."""
-
-    type: FormatKind = "text"
-
-
-class TextConfig(Body):
-    """Format of the answer's text."""
-
-    format: TextFormat = TextFormat()
-
-
-class ResponsesRequest(SamplingFields):
-    """`POST /v1/responses`; nothing is stored, so clients send the whole conversation each time."""
-
-    input: Text | Annotated[Several[InputItem], Field(min_length=1, max_length=2048)]
-    instructions: str | None = None
-    max_output_tokens: TokenCount | None = None
-    text: TextConfig = TextConfig()
-    store: Literal[False] | None = None
 
 
 class EmbeddingsRequest(Body):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek.server.errors import ApiError
-from deepseek.server.schema import ChatMessage, ChatRequest, Tool
+from deepseek.server.schema import AllowedTools, ChatMessage, ChatRequest, Tool
 
 PREAMBLE = (
     "You may call one or more functions. They are described by JSON schemas between <tools> and </tools>:\n<tools>\n"
@@ -46,9 +46,15 @@ class Calling:
             ApiError: `tool_choice` names a tool that the request does not describe.
         """
         tools = tuple(request.tools or ())
-        choice = request.tool_choice
+        choice: str | Tool | None
+        if isinstance(request.tool_choice, AllowedTools):
+            allowed = request.tool_choice.allowed_tools
+            choice = allowed.mode
+            tools = named(tools, allowed.tools)
+        else:
+            choice = request.tool_choice
         if isinstance(choice, Tool):
-            tools = tuple(tool for tool in tools if tool.function.name == choice.function.name)
+            tools = named(tools, [choice])
         if choice not in (None, "none", "auto") and not tools:
             raise ApiError(
                 400,
@@ -119,6 +125,12 @@ class Calling:
             if isinstance(call, dict) and call.get("name") in names:
                 arguments = call.get("arguments", call.get("parameters", {}))
                 yield {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+def named(tools: Sequence[Tool], wanted: Sequence[Tool]) -> tuple[Tool, ...]:
+    """Return the tools whose names are among those of `wanted`."""
+    names = {tool.function.name for tool in wanted}
+    return tuple(tool for tool in tools if tool.function.name in names)
 
 
 def moved(schema: Any, root: str) -> Any:

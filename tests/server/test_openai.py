@@ -496,13 +496,13 @@ def test_a_bad_completion_is_refused(server: Live, name: str) -> None:
     ("path", "body"),
     [
         ("/v1/responses", {"model": "tiny", "input": "a", "previous_response_id": "x"}),
-        ("/v1/responses", {"model": "tiny", "input": "a", "tools": []}),
+        ("/v1/responses", {"model": "tiny", "input": "a", "tools": [{"type": "web_search"}]}),
+        ("/v1/responses", {"model": "tiny", "input": "a", "background": True}),
         ("/v1/responses", {"model": "tiny", "input": []}),
         (
             "/v1/responses",
             {"model": "tiny", "input": "a", "text": {"format": {"type": "json_schema"}}},
         ),
-        ("/v1/responses", {"model": "tiny", "input": "a", "store": True}),
         ("/v1/embeddings", {"model": "tiny", "input": []}),
         ("/v1/embeddings", {"model": "tiny+one", "input": "a"}),
         ("/v1/embeddings", {"model": "tiny", "input": "a", "dimensions": 3}),
