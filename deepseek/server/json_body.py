@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi.routing import APIRoute
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -40,7 +41,9 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body, if it has one, as strict JSON."""
+    """A route that reads its body, if it has one, as strict JSON of the right media type."""
+
+    checks_media_type = True
 
     def get_route_handler(self) -> Handler:
         """Return FastAPI's handler with the checks of the body in front of it."""
@@ -48,13 +51,26 @@ class JsonRoute(APIRoute):
         reads_body = self.body_field is not None
 
         async def handle(request: Request) -> Response:
+            if reads_body and not self.checks_media_type:
+                # FastAPI parses a body only if its header says JSON.
+                MutableHeaders(scope=request.scope)["content-type"] = "application/json"
             strict = JsonRequest(request.scope, request.receive)
             if reads_body:
-                check_media_type(request.headers.get("content-type", ""))
+                check_media_type(strict.headers.get("content-type", ""))
                 await strict.json()  # outside FastAPI's own error handling, which hides the cause
             return await handler(strict)
 
         return handle
+
+
+class AnyTypeRoute(JsonRoute):
+    """A route that reads its body as strict JSON whatever its media type.
+
+    The documentation of Ollama and llama.cpp shows `curl -d` without a header. Pages of other sites
+    are refused by their origin, so nothing depends on the type.
+    """
+
+    checks_media_type = False
 
 
 def check_media_type(content_type: str) -> None:

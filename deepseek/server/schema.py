@@ -177,7 +177,7 @@ class AllowedTools(Body):
         """The tools, of which only the names are read."""
 
         mode: Literal["auto", "required"]
-        tools: Annotated[list[Tool], Field(min_length=1, max_length=128)]
+        tools: Annotated[Several[Tool], Field(min_length=1, max_length=128)]
 
     type: Literal["allowed_tools"]
     allowed_tools: Choice
@@ -226,7 +226,7 @@ class ChatRequest(GenerationFields, HarmlessFields):
     reasoning_effort: ShortText | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     prediction: dict[str, Any] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Several[Literal["text"]] | None = None
 
 
 class CompletionRequest(GenerationFields):

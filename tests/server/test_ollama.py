@@ -167,3 +167,11 @@ def test_errors_have_the_layout_of_this_api(
         reply = http.post("/api/chat", json=body)
     assert reply.status_code in (400, 404)
     assert words in reply.json()["error"]
+
+
+def test_a_body_needs_no_header(server: Live) -> None:
+    body = (
+        '{"model": "tiny", "prompt": "the value", "stream": false, "options": {"num_predict": 2}}'
+    )
+    with server.http() as http:
+        assert http.post("/api/generate", content=body).json()["done"]

@@ -19,6 +19,7 @@ from deepseek.server.schema import (
     Function,
     JsonSchema,
     ResponseFormat,
+    Several,
     ShortText,
     StopText,
     TokenCount,
@@ -67,7 +68,7 @@ class ToolResultBlock(Block):
 
     type: Literal["tool_result"]
     tool_use_id: ShortText
-    content: str | list[TextBlock] | None = None
+    content: str | Several[TextBlock] | None = None
     is_error: bool | None = None
 
 
@@ -89,7 +90,7 @@ class Turn(Body):
     """One turn of a conversation."""
 
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[AnyBlock], Field(min_length=1, max_length=2048)]
+    content: str | Annotated[Several[AnyBlock], Field(min_length=1, max_length=2048)]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -176,9 +177,9 @@ class CountRequest(Body):
     """`POST /v1/messages/count_tokens`."""
 
     model: ShortText
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=2048)]
-    system: str | list[TextBlock] | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=128)] | None = None
+    messages: Annotated[Several[Turn], Field(min_length=1, max_length=2048)]
+    system: str | Several[TextBlock] | None = None
+    tools: Annotated[Several[AnthropicTool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig = OutputConfig()
@@ -206,7 +207,7 @@ class MessagesRequest(CountRequest):
     """`POST /v1/messages`; `experts` and `retrieve` are our extensions, as in chat completions."""
 
     max_tokens: TokenCount
-    stop_sequences: Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop_sequences: Annotated[Several[StopText], Field(max_length=16)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

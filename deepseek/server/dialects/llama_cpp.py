@@ -16,6 +16,7 @@ from deepseek.server.schema import (
     ExpertsField,
     Ids,
     Penalty,
+    Several,
     ShortText,
     StopText,
     Tool,
@@ -30,7 +31,7 @@ class NativeCompletion(Body):
     model: ShortText | None = None
     n_predict: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None
     stream: bool | None = None
-    stop: Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: Annotated[Several[StopText], Field(max_length=16)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -58,7 +59,7 @@ class NativeCompletion(Body):
     repeat_last_n: int | None = None
     min_keep: int | None = None
     timings_per_token: bool | None = None
-    samplers: list[ShortText] | None = None
+    samplers: Several[ShortText] | None = None
 
     def completion(self, model: str, limit: int) -> CompletionRequest:
         """Return the request in our layout.
@@ -92,8 +93,8 @@ class TokenizeRequest(Body):
 
     content: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
     model: ShortText | None = None
     add_special: bool = False
     add_special_tokens: bool | None = None
@@ -111,8 +112,8 @@ class DetokenizeRequest(Body):
 class TemplateRequest(Body):
     """`POST /apply-template`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)]
+    tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
     model: ShortText | None = None
 
 

@@ -22,6 +22,7 @@ from deepseek.server.schema import (
     JsonSchema,
     Penalty,
     ResponseFormat,
+    Several,
     ShortText,
     StopText,
     Tool,
@@ -44,7 +45,7 @@ class Options(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[Several[StopText], Field(max_length=16)] | None = None
     num_predict: Annotated[int, Field(ge=-2, le=1 << 20)] | None = None
     repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Penalty | None = None
@@ -111,7 +112,7 @@ class OllamaMessage(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    tool_calls: list[OllamaCall] | None = None
+    tool_calls: Several[OllamaCall] | None = None
     tool_name: ShortText | None = None
     tool_call_id: ShortText | None = None
     images: list[Any] | None = None
@@ -164,8 +165,8 @@ class OllamaBody(Body):
 class OllamaChat(OllamaBody):
     """`POST /api/chat`."""
 
-    messages: list[OllamaMessage] = Field(default_factory=list, max_length=2048)
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Several[OllamaMessage] = Field(default_factory=list, max_length=2048)
+    tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
 
     def chat(self) -> ChatRequest:
         """Return the request in our layout; an assistant's message at the end is continued."""
@@ -188,7 +189,7 @@ class OllamaGenerate(OllamaBody):
     raw: bool | None = None
     suffix: Literal[""] | None = None
     template: Literal[""] | None = None
-    context: Annotated[list[int], Field(max_length=0)] | None = None
+    context: Annotated[Several[int], Field(max_length=0)] | None = None
 
     def chat(self) -> ChatRequest:
         """Return the prompt as a conversation of one turn."""
@@ -220,7 +221,7 @@ class OllamaEmbed(Body):
     """`POST /api/embed`."""
 
     model: ShortText
-    input: str | Annotated[list[str], Field(min_length=1, max_length=256)]
+    input: str | Annotated[Several[str], Field(min_length=1, max_length=256)]
     truncate: bool | None = None
     options: Options = Options()
     keep_alive: float | str | None = None

@@ -21,6 +21,7 @@ from deepseek.server.schema import (
     Penalty,
     ResponseFormat,
     SamplingFields,
+    Several,
     ShortText,
     Text,
     TextPart,
@@ -79,7 +80,7 @@ class FunctionResultItem(Body):
 
     type: Literal["function_call_output"]
     call_id: ShortText
-    output: str | list[TextPart]
+    output: str | Several[TextPart]
     id: ShortText | None = None
     status: ShortText | None = None
 
@@ -141,7 +142,7 @@ class AllowedFunctions(Body):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=128)]
+    tools: Annotated[Several[NamedFunction], Field(min_length=1, max_length=128)]
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions
@@ -177,14 +178,14 @@ class StreamOptions(Body):
 class ResponsesRequest(SamplingFields, HarmlessFields):
     """`POST /v1/responses`."""
 
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_ITEMS)]
+    input: Text | Annotated[Several[InputItem], Field(min_length=1, max_length=MOST_ITEMS)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[ShortText] | None = None
-    tools: Annotated[list[FlatFunction], Field(max_length=128)] | None = None
+    tools: Annotated[Several[FlatFunction], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig = TextConfig()

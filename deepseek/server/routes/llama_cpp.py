@@ -15,12 +15,13 @@ from deepseek.server.dialects.llama_cpp import (
     TokenizeRequest,
 )
 from deepseek.server.errors import ApiError
+from deepseek.server.json_body import AnyTypeRoute
 from deepseek.server.routes import completions
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Reply
 from deepseek.server.tools import Calling
 
-router = APIRouter()
+router = APIRouter(route_class=AnyTypeRoute)
 
 
 @router.post("/completion")

@@ -7,13 +7,14 @@ from fastapi.responses import Response
 
 from deepseek.server.dialects.anthropic import CountRequest, MessageEvents, MessagesRequest
 from deepseek.server.errors import AnthropicErrorBody, documented
+from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import MessageReply, TokenCountReply, described
 from deepseek.server.routes.chat_completions import answer
 from deepseek.server.service import TheService
 from deepseek.server.stream import Reply
 from deepseek.server.tools import Calling
 
-router = APIRouter(responses=documented(AnthropicErrorBody))
+router = APIRouter(route_class=JsonRoute, responses=documented(AnthropicErrorBody))
 
 
 @router.post("/v1/messages", responses=described(MessageReply, streamed=True))

@@ -19,12 +19,13 @@ from deepseek.server.dialects.ollama import (
     now,
 )
 from deepseek.server.errors import ApiError, OllamaErrorBody, documented
+from deepseek.server.json_body import AnyTypeRoute
 from deepseek.server.routes import chat_completions, completions
 from deepseek.server.routes.models import embed
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Reply
 
-router = APIRouter(prefix="/api", responses=documented(OllamaErrorBody))
+router = APIRouter(prefix="/api", route_class=AnyTypeRoute, responses=documented(OllamaErrorBody))
 
 NEVER = "0001-01-01T00:00:00Z"
 """Ollama's time for a model that is never unloaded."""
