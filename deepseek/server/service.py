@@ -1,16 +1,14 @@
-"""State shared by all routes: engine, settings, running jobs, and the translation of HTTP fields
-into engine requests.
-"""
+"""State shared by all routes: engine, settings and running jobs."""
 
 import asyncio
 import gc
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
+from importlib import metadata
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Annotated, Any
@@ -21,8 +19,7 @@ from fastapi import Request as HttpRequest
 from deepseek.checkpoint.store import home
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
-from deepseek.engine.request import ExpertChoice, Grammar, Request, TokenEvent, TokenUsage
-from deepseek.engine.sampler import Sampling
+from deepseek.engine.request import ExpertChoice, Request, TokenEvent, TokenUsage
 from deepseek.model.language_model import context_length
 from deepseek.packs.library import experts_folder
 from deepseek.server.errors import ApiError
@@ -30,7 +27,7 @@ from deepseek.server.fleet import Fleet
 from deepseek.server.indexes import Indexes
 from deepseek.server.metrics import Metrics
 from deepseek.server.prompt import PromptWriter
-from deepseek.server.schema import ExpertsField, JsonSchema, SamplingFields
+from deepseek.server.schema import ExpertsField
 
 
 class GenerationJob:
@@ -164,13 +161,14 @@ class Settings:
 
 
 class Service:
-    """The state of one server, which started at `started`.
+    """The state of one server, of version `version`, which started at `started`.
 
     The engine is attached later, so that the server can answer with 503 while the model loads.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.version = metadata.version("deepseek-dmoe")
         self.started = datetime.now(UTC).replace(microsecond=0)
         self.metrics = Metrics()
         self.indexes = Indexes(settings.experts_folder)
@@ -319,83 +317,3 @@ async def _service_of(request: HttpRequest) -> Any:
 
 TheService = Annotated[Service, Depends(_service_of)]
 """Type of a route parameter that receives the app's `Service`."""
-
-
-DIALS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "logit_bias",
-)
-
-
-def ask(
-    service: Service,
-    body: SamplingFields,
-    prompt_ids: Sequence[int],
-    max_tokens: int | None,
-    *,
-    choice: int = 0,
-    schema: dict[str, Any] | None = None,
-    logprobs: int | None = None,
-    prompt_logprobs: bool = False,
-    user_ids: tuple[int, ...] | None = None,
-) -> Request:
-    """Return the engine's request for one answer.
-
-    Args:
-        service: the server's state.
-        body: sampling fields of the HTTP request.
-        prompt_ids: token ids of the prompt.
-        max_tokens: most tokens of the answer, capped at the free context; None takes
-            `Settings.answer_tokens`.
-        choice: index among the answers to one prompt, added to the seed so that they differ.
-        schema: JSON schema that constrains the answer; default: none.
-        logprobs, prompt_logprobs, user_ids: see `Request`.
-
-    Raises:
-        ApiError, UserError: the request is invalid.
-    """
-    free_tokens = service.writer.context - len(prompt_ids)
-    stop = getattr(body, "stop", None) or ()
-    return Request(
-        tuple(prompt_ids),
-        sampling(body, min(max_tokens or service.settings.answer_tokens, free_tokens), choice),
-        experts=service.experts(body.model, body.experts),
-        user_ids=user_ids,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        stop_token_ids=tuple(getattr(body, "stop_token_ids", None) or ()),
-        ignore_end=bool(getattr(body, "ignore_eos", None)),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        grammar=None if schema is None else Grammar("json_schema", json.dumps(schema)),
-    )
-
-
-def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
-    """Return the sampling parameters of one answer, by default those of OpenAI."""
-    fields = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
-    if "seed" in fields:
-        fields["seed"] = (fields["seed"] + choice) % (1 << 63)
-    if "logit_bias" in fields:
-        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
-    return Sampling(**{"temperature": 1.0, **fields, "max_new_tokens": max_tokens})
-
-
-def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:
-    """Return the JSON schema for a response format, None for free text.
-
-    Args:
-        kind: type of the format.
-        described: schema of the format; "json_schema" must have one.
-    """
-    if kind == "json_schema" and described.schema_ is None:
-        raise ApiError(
-            400, "A format of type json_schema needs a schema.", param="json_schema.schema"
-        )
-    return {"text": None, "json_object": {"type": "object"}, "json_schema": described.schema_}[kind]

@@ -40,13 +40,13 @@ class CacheControl(Body):
     ttl: Literal["5m", "1h"] | None = None
 
 
-class Block(Body):
+class ContentBlock(Body):
     """Fields of all blocks."""
 
     cache_control: CacheControl | None = None
 
 
-class TextBlock(Block):
+class TextBlock(ContentBlock):
     """Text."""
 
     type: Literal["text"]
@@ -54,7 +54,7 @@ class TextBlock(Block):
     citations: list[Any] | None = None
 
 
-class ToolUseBlock(Block):
+class ToolUseBlock(ContentBlock):
     """A call that the assistant made earlier."""
 
     type: Literal["tool_use"]
@@ -63,7 +63,7 @@ class ToolUseBlock(Block):
     input: dict[str, Any]
 
 
-class ToolResultBlock(Block):
+class ToolResultBlock(ContentBlock):
     """The result of a call."""
 
     type: Literal["tool_result"]
@@ -72,7 +72,7 @@ class ToolResultBlock(Block):
     is_error: bool | None = None
 
 
-class ThinkingBlock(Block):
+class ThinkingBlock(ContentBlock):
     """Another model's reasoning in the conversation. The model does not see it."""
 
     type: Literal["thinking", "redacted_thinking"]

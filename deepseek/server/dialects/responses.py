@@ -169,7 +169,7 @@ class Reasoning(Body):
     generate_summary: ShortText | None = None
 
 
-class StreamOptions(Body):
+class ResponseStreamOptions(Body):
     """Whether chunks are padded against eavesdroppers; they are not."""
 
     include_obfuscation: bool | None = None
@@ -190,7 +190,7 @@ class ResponsesRequest(SamplingFields, HarmlessFields):
     parallel_tool_calls: bool | None = None
     text: TextConfig = TextConfig()
     reasoning: Reasoning | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
 

@@ -14,9 +14,10 @@ from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import ChatReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import ChatRequest
-from deepseek.server.service import GenerationJob, Service, TheService, ask, wanted_schema
+from deepseek.server.service import GenerationJob, Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.tools import Calling
+from deepseek.server.translate import ask, wanted_schema
 
 router = APIRouter(route_class=JsonRoute)
 

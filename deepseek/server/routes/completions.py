@@ -15,8 +15,9 @@ from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import CompletionReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
-from deepseek.server.service import GenerationJob, Service, TheService, ask
+from deepseek.server.service import GenerationJob, Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, finite
+from deepseek.server.translate import ask
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -6,7 +6,6 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deepseek import __version__
 from deepseek.server.dialects.llama_cpp import (
     DetokenizeRequest,
     NativeChunks,
@@ -96,5 +95,5 @@ async def props(service: TheService) -> dict[str, Any]:
         "bos_token": tokenizer.bos_token or "",
         "eos_token": tokenizer.eos_token or "",
         "modalities": {"vision": False, "audio": False},
-        "build_info": f"deepseek {__version__}",
+        "build_info": f"deepseek {service.version}",
     }

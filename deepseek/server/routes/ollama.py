@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from deepseek import __version__
 from deepseek.server.dialects.ollama import (
     NANOSECONDS,
     AnswerLines,
@@ -32,9 +31,9 @@ NEVER = "0001-01-01T00:00:00Z"
 
 
 @router.get("/version")
-async def version() -> dict[str, str]:
+async def version(service: TheService) -> dict[str, str]:
     """Return the version of this package."""
-    return {"version": __version__}
+    return {"version": service.version}
 
 
 @router.get("/tags")

@@ -1,0 +1,90 @@
+"""Translate the fields of an HTTP request into an engine request."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from deepseek.engine.request import Grammar, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.server.errors import ApiError
+from deepseek.server.schema import JsonSchema, SamplingFields
+from deepseek.server.service import Service
+
+DIALS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "logit_bias",
+)
+
+
+def ask(
+    service: Service,
+    body: SamplingFields,
+    prompt_ids: Sequence[int],
+    max_tokens: int | None,
+    *,
+    choice: int = 0,
+    schema: dict[str, Any] | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: bool = False,
+    user_ids: tuple[int, ...] | None = None,
+) -> Request:
+    """Return the engine's request for one answer.
+
+    Args:
+        service: the server's state.
+        body: sampling fields of the HTTP request.
+        prompt_ids: token ids of the prompt.
+        max_tokens: most tokens of the answer, capped at the free context; None takes
+            `Settings.answer_tokens`.
+        choice: index among the answers to one prompt, added to the seed so that they differ.
+        schema: JSON schema that constrains the answer; default: none.
+        logprobs, prompt_logprobs, user_ids: see `Request`.
+
+    Raises:
+        ApiError, UserError: the request is invalid.
+    """
+    free_tokens = service.writer.context - len(prompt_ids)
+    stop = getattr(body, "stop", None) or ()
+    return Request(
+        tuple(prompt_ids),
+        sampling(body, min(max_tokens or service.settings.answer_tokens, free_tokens), choice),
+        experts=service.experts(body.model, body.experts),
+        user_ids=user_ids,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=tuple(getattr(body, "stop_token_ids", None) or ()),
+        ignore_end=bool(getattr(body, "ignore_eos", None)),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        grammar=None if schema is None else Grammar("json_schema", json.dumps(schema)),
+    )
+
+
+def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
+    """Return the sampling parameters of one answer, by default those of OpenAI."""
+    fields = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
+    if "seed" in fields:
+        fields["seed"] = (fields["seed"] + choice) % (1 << 63)
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    return Sampling(**{"temperature": 1.0, **fields, "max_new_tokens": max_tokens})
+
+
+def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:
+    """Return the JSON schema for a response format, None for free text.
+
+    Args:
+        kind: type of the format.
+        described: schema of the format; "json_schema" must have one.
+    """
+    if kind == "json_schema" and described.schema_ is None:
+        raise ApiError(
+            400, "A format of type json_schema needs a schema.", param="json_schema.schema"
+        )
+    return {"text": None, "json_object": {"type": "object"}, "json_schema": described.schema_}[kind]
