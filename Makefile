@@ -15,7 +15,7 @@ UNLOCKED := torch triton mpmath networkx sympy cuda-bindings cuda-pathfinder cud
 	nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 \
 	nvidia-nvtx
 
-.PHONY: run test test-quick check docs bench house setup lock clean
+.PHONY: run test test-quick fuzz check docs bench house setup lock clean
 
 run: $(READY)
 	@$(BIN)/deepseek run
@@ -30,6 +30,11 @@ test: $(TOOLS)
 test-quick: $(TOOLS)
 	$(PYTEST) -m "not slow" tests/checkpoint tests/data tests/engine tests/model tests/packs tests/retrieval tests/text \
 		tests/test_*.py
+
+# Random input for every reader of untrusted files and requests: SECONDS for each target, or for TARGET alone.
+SECONDS ?= 60
+fuzz: $(TOOLS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m fuzz.run --seconds $(SECONDS) $(addprefix --target ,$(TARGET))
 
 check: $(TOOLS)
 	$(BIN)/ruff format --check .

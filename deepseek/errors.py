@@ -4,6 +4,9 @@ Every message is one sentence that says what is wrong and what to do. The comman
 exits with code 2. Library users can catch `UserError`, a `ValueError`.
 """
 
+SHOWN = 80
+"""Most characters of a value that a message shows."""
+
 
 class UserError(ValueError):
     """Base class of errors with a cause outside this library; the message says what to do."""
@@ -31,3 +34,13 @@ class PackError(UserError):
 
 class TrainError(UserError):
     """Training cannot start or continue."""
+
+
+def shown(value: object) -> str:
+    """Return a value on one printable line of at most `SHOWN` characters."""
+    try:
+        line = ascii(value)
+    except Exception:  # such as an integer of 5,000 digits, which Python does not convert
+        line = f"<{type(value).__name__}>"
+    line = " ".join(line.split())
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."

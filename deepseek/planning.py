@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepseek import checks
 from deepseek.model.config import ModelConfig
 from deepseek.model.moe.experts import Experts
 from deepseek.model.presets import PRESETS
@@ -23,6 +24,8 @@ from deepseek.registry import pick
 
 STATE_BYTES = 16
 """Bytes per trained parameter: fp32 weight, fp32 gradient and two fp32 moments."""
+
+MAX_GPUS = 1 << 24
 
 NODE = 8
 """Number of devices per node, which share the fast link."""
@@ -213,9 +216,13 @@ def plan(
         recompute: whether to use activation checkpointing.
 
     Raises:
-        ConfigError: the preset or the device is unknown.
+        ConfigError: the preset or the device is unknown, or a number is not positive.
     """
     config = model if isinstance(model, ModelConfig) else _config(model)
+    gpus = checks.whole("gpus", gpus, least=1, most=MAX_GPUS)
+    rows_per_gpu = checks.whole("rows_per_gpu", rows_per_gpu, least=1, most=checks.MAX_SIZE)
+    tokens = checks.number("tokens", tokens, above=0)
+    checks.flag("recompute", recompute)
     tokens_per_gpu = rows_per_gpu * config.max_position_embeddings
     return Plan(config, pick(DEVICES, device, "device"), gpus, tokens, tokens_per_gpu, recompute)
 
@@ -270,6 +277,8 @@ def training_memory(config: ModelConfig, tokens: int) -> float:
 
 
 def _config(model: str | Mapping[str, Any]) -> ModelConfig:
+    if not isinstance(model, str):
+        model = checks.mapping("model", model)
     return ModelConfig(**(pick(PRESETS, model, "preset") if isinstance(model, str) else model))
 
 

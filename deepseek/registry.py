@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, TypeVar
 
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, shown
 
 T = TypeVar("T")
 
@@ -40,10 +40,9 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     Raises:
         ConfigError: the name is not in the table.
     """
-    try:
-        return table[name]
-    except KeyError:
-        raise ConfigError(f"{what} {name!r} is unknown; {nearest(name, table)}.") from None
+    if not isinstance(name, str) or name not in table:
+        raise ConfigError(f"{what} {shown(name)} is unknown; {nearest(shown(name), table)}.")
+    return table[name]
 
 
 def package(name: str, install: str) -> Any:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "deepseek"
 
 FLOORS = {
     "errors": 0,
+    "checks": 0,
     "registry": 0,
     "kernels": 0,
     "checkpoint": 1,
@@ -32,7 +33,13 @@ FLOORS = {
     "cli": 8,
 }
 
-NEIGHBOURS = {("registry", "errors"), ("kernels", "errors"), ("packs", "checkpoint")}
+NEIGHBOURS = {
+    ("checks", "errors"),
+    ("checks", "registry"),
+    ("kernels", "errors"),
+    ("packs", "checkpoint"),
+    ("registry", "errors"),
+}
 """Imports that are allowed on one floor."""
 
 TYPE_ONLY_CYCLES = {

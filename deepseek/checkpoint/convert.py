@@ -132,7 +132,19 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
             "Checkpoints with mlp_bias=true are not supported; use one without biases in the MLP."
         )
     common = {key: raw[key] for key in _COMMON_FIELDS if raw.get(key) is not None}
+    common = {key: value for key, value in common.items() if not _means_no_token(key, value, raw)}
     return common | _translate_config(CONFIG_MAPPING[family](**raw)) | FAMILIES[family]
+
+
+def _means_no_token(key: str, value: Any, raw: dict[str, Any]) -> bool:
+    """Return whether a field is the id of a special token outside the vocabulary.
+
+    Llama's first checkpoints write `pad_token_id: -1` for a tokenizer without padding.
+    """
+    if not key.endswith("_token_id") or not isinstance(value, int):
+        return False
+    vocab_size = raw.get("vocab_size")
+    return value < 0 or (isinstance(vocab_size, int) and value >= vocab_size)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

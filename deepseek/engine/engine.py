@@ -8,12 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from deepseek import checks
 from deepseek.engine.dispatch import DispatchingRunner
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import EngineStats, EngineStoppedError, QueueFullError, Request
@@ -59,6 +61,9 @@ class Engine:
 
     Attributes:
         model, tokenizer, runner, max_running: as passed.
+
+    Raises:
+        ConfigError: a limit is not a positive whole number.
     """
 
     def __init__(
@@ -72,13 +77,18 @@ class Engine:
         max_waiting: int = 64,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
+        checks.instance("model", model, PreTrainedModel)
+        checks.instance("tokenizer", tokenizer, PreTrainedTokenizerFast)
+        cache_bytes = checks.whole("cache_bytes", cache_bytes, least=1)
+        max_running = checks.whole("max_running", max_running, least=1)
+        prefill_chunk = checks.whole("prefill_chunk", prefill_chunk, least=1)
         self.model = model
         self.tokenizer = tokenizer
         reference = reference_runner(model)
         self.runner: Runner = reference if runner is None else runner
         self._vocabulary = Vocabulary(model, tokenizer)
         self.max_running = max_running
-        self._max_waiting = max_waiting
+        self._max_waiting = checks.whole("max_waiting", max_waiting, least=1)
         self._scheduler = Scheduler(
             reference if runner is None else DispatchingRunner(runner, reference),
             cache_bytes=cache_bytes,
@@ -110,6 +120,7 @@ class Engine:
                 compile.
             PackError: the request names an expert that is not plugged.
         """
+        checks.instance("request", request, Request)
         self.check_open()
         sequence = activate(request, self.model, self._vocabulary, self._scheduler.prefill_chunk)
         need = self._scheduler.need(sequence)
@@ -157,9 +168,11 @@ class Engine:
             The embedding: `hidden_size` numbers.
 
         Raises:
-            ConfigError: there are no ids, or more than the model's context.
+            ConfigError: there are no ids, more than the model's context, or ids outside the
+                vocabulary.
             EngineStoppedError: the engine is draining or closed.
         """
+        ids = checks.prompt("ids", ids, self._vocabulary.size)
         context = context_length(self.model)
         if not 1 <= len(ids) <= context:
             raise ConfigError(f"The text has {len(ids)} tokens, but 1 to {context} are possible.")
@@ -235,6 +248,7 @@ class Engine:
         Returns:
             Whether all requests finished in time.
         """
+        checks.optional(partial(checks.number, least=0))("timeout", timeout)
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: self._scheduler.idle and not self._jobs, timeout)

@@ -1,12 +1,14 @@
 """`deepseek.load`: load a model, its tokenizer and its experts in one call."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from deepseek import checks
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.model.attention.hash import hash_file, load_hashes, plug_hashes
@@ -56,6 +58,9 @@ def load(
         ConfigError: the config is invalid.
         PackError: a pack cannot be read, or does not fit the model.
     """
+    checks.path("name", name)
+    checks.optional(partial(checks.instance, kind=ModelConfig))("config", config)
+    packs = [find_pack(expert) for expert in checks.sequence("experts", experts, checks.path)]
     folder = resolve(str(name))
     model = load_language_model(folder, config=config, dtype=dtype, device=device)
     model.config.name_or_path = str(name)
@@ -65,6 +70,6 @@ def load(
         and hash_file(folder).exists()
     ):
         plug_hashes(model, load_hashes(hash_file(folder), fingerprint(folder).weights))
-    for expert in experts:
-        model.experts.plug(find_pack(expert))
+    for pack in packs:
+        model.experts.plug(pack)
     return Loaded(model, load_tokenizer(folder))

@@ -3,8 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
+from deepseek import checks
+from deepseek.checks import Check
 from deepseek.engine.sampler import Sampling
 from deepseek.errors import ConfigError, UserError
 from deepseek.model.experts.arming import Arming
@@ -55,6 +58,8 @@ class ExpertChoice:
 
     def __post_init__(self) -> None:
         Arming.parse(self.arm)
+        object.__setattr__(self, "deny", tuple(checks.texts("deny", self.deny)))
+        checks.optional(partial(checks.whole, least=1))("max_experts", self.max_experts)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,10 @@ class Grammar:
 
     kind: GrammarKind
     text: str
+
+    def __post_init__(self) -> None:
+        checks.choice("grammar.kind", self.kind, get_args(GrammarKind))
+        checks.text("grammar.text", self.text)
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Request:
         grammar: constraint on the generated text; None leaves it free.
 
     Raises:
-        ConfigError: the prompt is empty, `logprobs` or `scored_from` is out of range, or a stop
+        ConfigError: the prompt is empty, a field has a wrong type or is out of range, or a stop
             text is empty.
     """
 
@@ -109,20 +118,30 @@ class Request:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        if not self.prompt_ids:
-            raise ConfigError("The prompt has 0 tokens, but at least 1 is needed; give some text.")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ConfigError(
-                f"logprobs={self.logprobs} is out of range; "
-                f"it must be between 0 and {MAX_LOGPROBS}."
-            )
-        if not 1 <= self.scored_from <= len(self.prompt_ids):
-            raise ConfigError(
-                f"scored_from={self.scored_from} is out of range; "
-                f"it must be between 1 and {len(self.prompt_ids)}, the number of prompt tokens."
-            )
+        checks.apply(REQUEST, self)
+        tokens = len(self.prompt_ids)
+        checks.whole("scored_from", self.scored_from, least=1, most=tokens)
         if not all(self.stop):
             raise ConfigError("A stop text is empty; leave it out.")
+
+
+def _as_tuple(check: Check) -> Check:
+    return lambda name, value: tuple(check(name, value))
+
+
+REQUEST: dict[str, Check] = {
+    "prompt_ids": _as_tuple(checks.prompt),
+    "sampling": partial(checks.instance, kind=Sampling),
+    "experts": partial(checks.instance, kind=ExpertChoice),
+    "grammar": checks.optional(partial(checks.instance, kind=Grammar)),
+    "user_ids": checks.optional(_as_tuple(checks.token_ids)),
+    "stop": _as_tuple(checks.texts),
+    "stop_token_ids": _as_tuple(checks.token_ids),
+    "ignore_end": checks.flag,
+    "logprobs": checks.optional(partial(checks.whole, least=0, most=MAX_LOGPROBS)),
+    "prompt_logprobs": checks.flag,
+}
+"""Type and range of each field of `Request` but `scored_from`."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ synchronisation of threads would cost more than it saves.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek.errors import ConfigError
+from deepseek import checks
+from deepseek.checks import Check, number, optional, whole
+from deepseek.errors import ConfigError, shown
 
 Logits = NDArray[np.float32]
 
@@ -60,28 +64,34 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _check(0.0 <= self.temperature <= 10.0, "temperature", self.temperature, "between 0 and 10")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
-        _check(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
-        _check(0.0 <= self.min_p < 1.0, "min_p", self.min_p, "at least 0 and below 1")
-        _check(
-            self.repetition_penalty >= 0.01,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "at least 0.01",
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(
-                -2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "between -2 and 2"
-            )
-        for bias in self.logit_bias.values():
-            _check(-100.0 <= bias <= 100.0, "logit_bias", bias, "between -100 and 100")
+        checks.apply(SAMPLING, self)
 
 
-def _check(holds: bool, name: str, value: float, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}={value} is out of range; it must be {rule}.")
+def _biases(name: str, value: Any) -> dict[int, float]:
+    """Return a checked `logit_bias`: token id -> value from -100 to 100."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name}={shown(value)} must be a mapping of token ids to numbers.")
+    return {
+        whole(f"{name} key", token, least=0): number(f"{name}[{token}]", bias, least=-100, most=100)
+        for token, bias in value.items()
+    }
+
+
+_penalty = partial(number, least=-2, most=2)
+
+SAMPLING: dict[str, Check] = {
+    "max_new_tokens": partial(whole, least=1),
+    "temperature": partial(number, least=0, most=10),
+    "top_k": partial(whole, least=0),
+    "top_p": partial(number, above=0, most=1),
+    "min_p": partial(number, least=0, below=1),
+    "repetition_penalty": partial(number, least=0.01, most=1e6),
+    "presence_penalty": _penalty,
+    "frequency_penalty": _penalty,
+    "logit_bias": _biases,
+    "seed": optional(whole),
+}
+"""Type and range of each field of `Sampling`."""
 
 
 class Sampler:

@@ -266,11 +266,11 @@ def activate(
             f"The prompt has {prompt_tokens} tokens, but 1 to {context - 1} are possible; "
             "shorten it."
         )
-    ids = (*request.prompt_ids, *request.sampling.logit_bias)
+    ids = (*request.prompt_ids, *(request.user_ids or ()), *request.sampling.logit_bias)
     if min(ids) < 0 or max(ids) >= vocabulary.size:
         raise ConfigError(
-            f"The prompt or logit_bias has a token id outside 0 to {vocabulary.size - 1}; "
-            "use the model's own tokenizer."
+            "The prompt, the user's words or logit_bias have a token id outside 0 to "
+            f"{vocabulary.size - 1}; use the model's own tokenizer."
         )
     choice = request.experts
     armed = model.experts.choose(

@@ -65,7 +65,9 @@ def score_bodies(
     corpus_bleu = package("sacrebleu", "'deepseek-dmoe[eval]'").corpus_bleu
     # Prompt with the body's indentation, less one space: the first word's token starts with it.
     blanks = [f.body[: len(f.body) - len(f.body.lstrip())][:-1] for f in functions]
-    with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(functions)) as engine:
+    with Engine(
+        model, tokenizer, quickest_runner(model), max_waiting=max(1, len(functions))
+    ) as engine:
         prompts = [f.header + blank for f, blank in zip(functions, blanks, strict=True)]
         written = map(str.__add__, blanks, complete(engine, prompts, max_tokens, progress))
         bodies = [cut_body(f.header, text) for f, text in zip(functions, written, strict=True)]
@@ -150,7 +152,9 @@ def pass_at_1(
 ) -> float:
     """Return the share of HumanEval-style problems whose tests the greedy completion passes."""
     problem_list = list(problems)
-    with Engine(model, tokenizer, quickest_runner(model), max_waiting=len(problem_list)) as engine:
+    with Engine(
+        model, tokenizer, quickest_runner(model), max_waiting=max(1, len(problem_list))
+    ) as engine:
         answers = list(
             complete(
                 engine,

@@ -5,19 +5,13 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from deepseek.errors import ConfigError
+from deepseek import checks
+from deepseek.errors import ConfigError, shown
 from deepseek.model.attention_fields import AttentionFields
+from deepseek.model.field_checks import FIELDS, check_indices
 from deepseek.model.presets import PRESETS
+from deepseek.model.rope_parameters import check_rope
 from deepseek.registry import nearest, pick
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "positional_encoding": ("alibi", "dpe", "learned", "none", "rope"),
-    "routing_strategy": ("dense", "dynamic", "topk"),
-    "router_score": ("sigmoid", "softmax"),
-    "qk_norm": ("head", "none", "width"),
-}
-ROTARY = ("dpe", "rope")  # encodings that rotate queries and keys
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Keys that Hugging Face itself writes into a config or passes along with it. They are ignored.
 FOREIGN_KEYS = {
@@ -165,13 +159,25 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
                 raise ConfigError(
                     f"ModelConfig has no field {key!r}; {nearest(key, field_names())}."
                 )
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
+        checks.apply(FIELDS, self)
+        checks.optional(checks.mapping)("rope_scaling", kwargs.get("rope_scaling"))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.shared_expert_dim is None:
             self.shared_expert_dim = self.num_shared_experts * self.expert_dim
-        super().__post_init__(**kwargs)
+        check_indices(self)
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            # Fields of Hugging Face that we do not read have no checks of their own.
+            raise ConfigError(
+                f"A field that Hugging Face reads is invalid ({shown(error)}); correct it or "
+                "leave it out."
+            ) from None
         _validate(self)
 
     @classmethod
@@ -240,63 +246,34 @@ def field_names() -> set[str]:
 
 
 def _validate(config: ModelConfig) -> None:
-    for name, values in CHOICES.items():
-        value = getattr(config, name)
-        if value not in values:
-            raise ConfigError(f"{name}={value!r} is unknown; {nearest(str(value), values)}.")
-    _validate_backbone(config)
+    heads = config.num_attention_heads
+    if heads % config.num_key_value_heads:
+        raise ConfigError(
+            f"num_key_value_heads={config.num_key_value_heads} must divide "
+            f"num_attention_heads={heads}."
+        )
+    if config.head_dim % 2 or config.head_dim == 0:
+        raise ConfigError(
+            f"head_dim={config.head_dim} must be a positive even number; set it, or choose a "
+            f"hidden_size that {heads} heads divide evenly."
+        )
     _validate_positions(config)
     _validate_attention(config)
     if config.num_experts:
         _validate_experts(config)
 
 
-def _validate_backbone(config: ModelConfig) -> None:
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-    ):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r} must be a positive whole number.")
-    heads = config.num_attention_heads
-    groups = config.num_key_value_heads
-    head_dim = config.head_dim
-    if not isinstance(groups, int) or groups < 1 or heads % groups:
-        raise ConfigError(
-            f"num_key_value_heads={groups!r} must divide num_attention_heads={heads}."
-        )
-    if not isinstance(head_dim, int) or head_dim < 1 or head_dim % 2:
-        raise ConfigError(
-            f"head_dim={head_dim!r} must be a positive even number; set it, or choose a "
-            f"hidden_size that {heads} heads divide evenly."
-        )
-
-
 def _validate_positions(config: ModelConfig) -> None:
-    rope_type = str((config.rope_parameters or {}).get("rope_type", "default"))
     kind = config.positional_encoding
     train_len = config.train_len
     longest = config.max_position_embeddings
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(
-            f"rope_parameters['rope_type']={rope_type!r} is not supported; "
-            f"{nearest(rope_type, ROPE_TYPES)}."
-        )
-    if kind not in ROTARY and rope_type != "default":
-        raise ConfigError(
-            f"rope_parameters of type {rope_type!r} contradict positional_encoding={kind!r}, which "
-            "rotates nothing; leave them out or use 'rope' or 'dpe'."
-        )
+    check_rope(config.rope_parameters or {}, kind)
     if train_len is not None and kind != "dpe":
         raise ConfigError(
             f"train_len={train_len} contradicts positional_encoding={kind!r}: only 'dpe' has one; "
             "leave it out."
         )
-    if train_len is not None and not 0 < train_len <= longest:
+    if train_len is not None and train_len > longest:
         raise ConfigError(
             f"train_len={train_len} must be positive and at most max_position_embeddings={longest}."
         )
@@ -306,19 +283,14 @@ def _validate_attention(config: ModelConfig) -> None:
     # Imported here because every attention module imports this one.
     from deepseek.model.attention import ATTENTION
 
-    if config.attention not in ATTENTION:
-        raise ConfigError(
-            f"attention={config.attention!r} is unknown; "
-            f"{nearest(str(config.attention), ATTENTION)}."
-        )
-    ATTENTION[config.attention].check(config)
+    ATTENTION[checks.choice("attention", config.attention, ATTENTION)].check(config)
 
 
 def _validate_experts(config: ModelConfig) -> None:
     experts = config.num_experts
     least = config.min_experts
     most = config.max_experts
-    if experts < 1 or config.expert_dim < 1:
+    if config.expert_dim < 1:
         raise ConfigError(
             f"num_experts={experts} needs a positive expert_dim (it is {config.expert_dim}), the "
             "width of one expert."
@@ -328,8 +300,6 @@ def _validate_experts(config: ModelConfig) -> None:
             f"min_experts={least} and max_experts={most} must satisfy 1 <= min_experts <= "
             f"max_experts <= num_experts={experts}."
         )
-    if not 0.0 < config.routing_threshold <= 1.0:
-        raise ConfigError(f"routing_threshold={config.routing_threshold} must lie in (0, 1].")
     if config.routing_strategy == "dynamic" and config.candidate_experts < most:
         raise ConfigError(
             f"candidate_experts={config.candidate_experts} must be at least max_experts={most}."
@@ -346,8 +316,4 @@ def _validate_experts(config: ModelConfig) -> None:
         raise ConfigError(
             f"num_expert_groups={config.num_expert_groups} must divide num_experts={experts} and "
             f"be at least max_expert_groups={config.max_expert_groups}."
-        )
-    if config.expert_sharing < 1:
-        raise ConfigError(
-            f"expert_sharing={config.expert_sharing} must be at least 1 (layers per expert pool)."
         )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, shown
 from deepseek.kernels.bias.score_bias import Visible
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import RoutingDecision
@@ -169,7 +169,7 @@ def resolve_positions(
     return torch.arange(past, past + length, device=device).expand(batch, length)
 
 
-def real_tokens(attention_mask: Tensor | None, total: int) -> Tensor | None:
+def real_tokens(attention_mask: Tensor | None, batch: int, total: int) -> Tensor | None:
     """Return the padding mask `[B, S]` as booleans, or None if there is no padding.
 
     Args:
@@ -181,10 +181,10 @@ def real_tokens(attention_mask: Tensor | None, total: int) -> Tensor | None:
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != total:
+    if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) != (batch, total):
+        found = shown(getattr(attention_mask, "shape", attention_mask))
         raise ConfigError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, {total}], "
-            "past and new tokens."
+            f"attention_mask has shape {found}; it must be [{batch}, {total}], past and new tokens."
         )
     mask = attention_mask.bool()
     return None if bool(mask.all()) else mask

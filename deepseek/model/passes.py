@@ -27,6 +27,7 @@ from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import Armed, ForwardContext
 from deepseek.model.experts import ExpertSet
+from deepseek.model.inputs import check_embeds, check_ids, check_positions
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import RoutingDecision
 from deepseek.model.norm import RMSNorm
@@ -233,16 +234,19 @@ def begin(
             None: the router decides.
 
     Raises:
-        ConfigError: both or neither of ids and embeddings, a mask of the wrong shape, or armed
-            experts with a cache that is not a `KVCache`.
+        ConfigError: both or neither of ids and embeddings; ids, embeddings, positions or a mask of
+            a wrong shape, dtype or range; or armed experts with a cache that is not a `KVCache`.
     """
     if (input_ids_BT is None) == (inputs_embeds is None):
         raise ConfigError("Exactly one of input_ids and inputs_embeds must be given.")
     if isinstance(model, AttachedModel):
         return begin_attached(model, input_ids_BT, inputs_embeds, attention_mask, position_ids)
-    hidden_BTD: Tensor = (
-        model.embed_tokens(input_ids_BT) if inputs_embeds is None else inputs_embeds
-    )
+    if inputs_embeds is None:
+        check_ids(input_ids_BT, model.config.vocab_size, model.norm.weight)
+        hidden_BTD: Tensor = model.embed_tokens(input_ids_BT)
+    else:
+        check_embeds(inputs_embeds, model.norm.weight)
+        hidden_BTD = inputs_embeds
     ctx = _context(model, hidden_BTD, input_ids_BT, attention_mask, position_ids, cache)
     ctx.routing = routing or {}
     return ForwardPass(model, model.positions.embed(hidden_BTD, ctx.position_ids_BT), ctx)
@@ -338,7 +342,9 @@ def _context(
     batch, length, _ = hidden_BTD.shape
     past = ctx_of.past_length(cache)
     device = hidden_BTD.device
-    real_BS = ctx_of.real_tokens(attention_mask, past + length)
+    if position_ids is not None:
+        check_positions(position_ids, batch, length, device)
+    real_BS = ctx_of.real_tokens(attention_mask, batch, past + length)
     positions_BT = ctx_of.resolve_positions(
         batch, length, past, attention_mask, position_ids, device
     )

@@ -1,5 +1,6 @@
 """Load a model from a checkpoint folder: read, convert and, if asked, upcycle to experts."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from deepseek import checks
 from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_json
-from deepseek.errors import CheckpointError, ConfigError
+from deepseek.errors import CheckpointError, ConfigError, shown
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.config import ModelConfig
 from deepseek.model.int8 import keep_matrices, restored
@@ -71,6 +73,9 @@ def load_pretrained(
                 f"from_pretrained has no argument {key!r}; "
                 f"{nearest(key, ['config', 'dtype', 'device_map'])}."
             )
+    checks.path("pretrained_model_name_or_path", name_or_path)
+    checks.optional(partial(checks.instance, kind=ModelConfig))("config", config)
+    checks.whole("upcycle_seed", upcycle_seed, least=0, most=checks.MAX_SEED)
     folder = resolve(str(name_or_path))
     device = _single_device(device_map)
     checkpoint = read_config(folder)
@@ -108,27 +113,30 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _single_device(device_map: Any) -> torch.device:
-    if device_map in (None, "auto"):
+    if device_map is None or (isinstance(device_map, str) and device_map == "auto"):
         return torch.device("cuda" if torch.cuda.is_available() and device_map == "auto" else "cpu")
     if isinstance(device_map, dict):
         device_map = device_map.get("")
     try:
+        if not isinstance(device_map, str | torch.device):
+            raise TypeError
         return torch.device(device_map)
     except (TypeError, RuntimeError):
         raise ConfigError(
-            f"device_map={device_map!r} is not supported; name one device, such as 'cpu' or "
+            f"device_map={shown(device_map)} is not supported; name one device, such as 'cpu' or "
             "'cuda:0'."
         ) from None
 
 
 def _as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    if dtype is None or dtype == "auto":
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return fast_dtype(device)
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype):
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        word = shown(dtype)
         raise ConfigError(
-            f"dtype={dtype!r} is unknown; "
-            f"{nearest(str(dtype), ['auto', 'bfloat16', 'float16', 'float32'])}."
+            f"dtype={word} is unknown; "
+            f"{nearest(word, ['auto', 'bfloat16', 'float16', 'float32', 'float64'])}."
         )
     return resolved
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
+from deepseek import checks
 from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertSet
 from deepseek.model.init import init_module
+from deepseek.model.inputs import check_labels
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.layer import MoELayer
@@ -128,8 +130,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             `ModelOutput`; `loss` is set if `labels` are passed, in nats.
 
         Raises:
-            ConfigError: both or neither of ids and embeddings, a mask of the wrong shape, or armed
-                experts with a cache that is not a `KVCache`.
+            ConfigError: both or neither of ids and embeddings, an argument of a wrong shape, dtype
+                or range, or armed experts with a cache that is not a `KVCache`.
         """
         cache = cache if cache is not None else past_key_values
         if (
@@ -146,6 +148,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             cache=cache,
         )
+        if labels is not None:
+            check_labels(labels, step.hidden_BTD, self.config.vocab_size, logits_to_keep)
         hidden_states = [
             step.run_to(layer) for layer in range(len(self.layers) if output_hidden_states else 0)
         ]
@@ -166,6 +170,12 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
         """Return each token's log probability given its prefix, in nats, `[B, T - 1]`.
 
         The first token has no prefix and therefore no entry.
+
+        Args:
+            input_ids: token ids `[B, T]`.
+
+        Raises:
+            ConfigError: these are no ids of the vocabulary.
         """
         logits = self(input_ids, use_cache=False).logits[:, :-1].float()
         targets = input_ids[:, 1:, None]
@@ -256,8 +266,12 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def _keep(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    length = hidden_BTD.shape[1]
     if isinstance(logits_to_keep, Tensor):
+        checks.tensor("logits_to_keep", logits_to_keep, "whole", dims=(1,), empty=True)
+        checks.within("logits_to_keep", logits_to_keep, -length, length - 1, "indices of tokens")
         return hidden_BTD[:, logits_to_keep]
+    checks.whole("logits_to_keep", logits_to_keep, least=0)
     return hidden_BTD[:, -logits_to_keep:] if logits_to_keep else hidden_BTD
 
 

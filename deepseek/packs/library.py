@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from deepseek import checks
 from deepseek.checkpoint.store import home
 from deepseek.errors import PackError
 from deepseek.packs.pack import read_pack
@@ -64,9 +65,10 @@ def find_pack(name_or_path: str | Path) -> Path:
         name_or_path: path of a pack file, or the name of a trained expert.
 
     Raises:
+        ConfigError: this is neither a path nor a name.
         PackError: there is no such file or expert.
     """
-    path = Path(name_or_path)
+    path = checks.path("expert", name_or_path)
     if path.suffix == SUFFIX or len(path.parts) > 1:
         if path.is_file():
             return path

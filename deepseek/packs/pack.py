@@ -8,6 +8,7 @@ tensor table before it reads the tensors, and digest, signature and values befor
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import save
 from torch import Tensor
 
+from deepseek import checks
 from deepseek.checkpoint.store import atomic_write, canonical_json
 from deepseek.errors import PackError
 from deepseek.packs.container import DAMAGED, check_names, open_regular, read_header, read_tensors
@@ -105,9 +107,12 @@ def read_pack(
         base: base model that the pack must belong to; None: any.
 
     Raises:
+        ConfigError: an argument has a wrong type.
         PackError: the pack is refused; the message names the file and the first reason.
     """
-    path = Path(path)
+    path = checks.path("path", path)
+    checks.instance("policy", policy, PackPolicy)
+    checks.optional(partial(checks.instance, kind=BaseDescription))("base", base)
     try:
         with open_regular(path, policy.max_bytes) as file:
             header = read_header(file)

@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from deepseek import checks
 from deepseek.errors import PackError
 from deepseek.packs.manifest import BaseDescription, PackManifest
 from deepseek.packs.signature import is_valid, trusted_keys
@@ -28,6 +29,14 @@ class PackPolicy:
     deny: frozenset[str] = frozenset()
     trusted: frozenset[str] | None = None
     max_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        checks.choice("signature", self.signature, get_args(SignaturePolicy))
+        checks.whole("max_bytes", self.max_bytes, least=1)
+        for name in ("allow", "deny", "trusted"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, frozenset(checks.texts(name, value)))
 
 
 def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:

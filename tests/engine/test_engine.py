@@ -260,16 +260,17 @@ def test_cancelling_frees_what_was_reserved() -> None:
 def test_refusals() -> None:
     loaded = tiny_model()
     with Engine(*loaded, cache_bytes=20_000, max_running=1, max_waiting=2) as engine:
-        for request, cause in [
-            (Request(tuple(range(64))), "64 tokens"),
-            (Request((291,)), "0 to 290"),
-            (Request((-1,)), "0 to 290"),
-            (Request((1,), Sampling(logit_bias={291: 1.0})), "0 to 290"),
-            (Request(PROMPTS[0]), "larger cache"),
-            (Request((1,), experts=ExpertChoice(max_experts=0)), "max_experts=0"),
+        for make, cause in [
+            (lambda: Request(tuple(range(64))), "64 tokens"),
+            (lambda: Request((291,)), "0 to 290"),
+            (lambda: Request((-1,)), r"prompt_ids\[0\]=-1"),
+            (lambda: Request((1,), user_ids=(291,)), "0 to 290"),
+            (lambda: Request((1,), Sampling(logit_bias={291: 1.0})), "0 to 290"),
+            (lambda: Request(PROMPTS[0]), "larger cache"),
+            (lambda: Request((1,), experts=ExpertChoice(max_experts=0)), "max_experts=0"),
         ]:
             with pytest.raises(ConfigError, match=cause):
-                engine.submit(request)
+                engine.submit(make())
         fitting = Request(PROMPTS[0], Sampling(max_new_tokens=30), ignore_end=True)
         with pytest.raises(QueueFullError) as refusal:
             for _ in range(100):

@@ -17,7 +17,7 @@ from deepseek.engine.load import Loaded, load
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients
-from deepseek.train.rl.rlpo import RLPOConfig
+from deepseek.train.rl.rlpo_config import RLPOConfig
 from deepseek.train.rl.rollout import Responses
 from deepseek.train.rl.update import RLPOState, rlpo_update
 

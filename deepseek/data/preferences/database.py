@@ -7,15 +7,17 @@ resumed by repeating it, since duplicates are skipped.
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from deepseek.data.text.document import Progress, silent, uniform
+from deepseek import checks
+from deepseek.data.preferences.preference import FIELDS, MAX_ID, Preference
+from deepseek.data.text.document import Progress, silent
 from deepseek.errors import DataError
 
 Split = Literal["train", "eval"]
@@ -72,77 +74,6 @@ UNREVIEWED = (
 
 
 @dataclass(frozen=True)
-class Preference:
-    """One pair of answers.
-
-    Attributes:
-        prompt: the conversation before the answers, as `{"role", "content"}` messages.
-        chosen: the preferred answer.
-        rejected: the other answer.
-        source: source of the pair, such as a file or a judge's name; default: "".
-        labels: topics or flags; default: none.
-        scores: judge -> (score of `chosen`, score of `rejected`); default: none.
-        id: id in the database; 0 (default) before it is stored.
-    """
-
-    prompt: tuple[Mapping[str, str], ...]
-    chosen: str
-    rejected: str
-    source: str = ""
-    labels: tuple[str, ...] = ()
-    scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    id: int = 0
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of prompt and answers; equal digests mean duplicates."""
-        return sha256(
-            json.dumps([self._prompt_text, self.chosen, self.rejected]).encode()
-        ).hexdigest()
-
-    @property
-    def _prompt_text(self) -> str:
-        return json.dumps(
-            [dict(message) for message in self.prompt], ensure_ascii=False, sort_keys=True
-        )
-
-    def row(self) -> tuple[Any, ...]:
-        """Return the columns of table `pairs` without the id.
-
-        `lot` depends only on the prompt, so that all pairs of a prompt are in the same split.
-        """
-        text = self._prompt_text
-        spoken = "\n".join(message["content"] for message in self.prompt)
-        labels = json.dumps(self.labels)
-        scores = json.dumps({name: list(both) for name, both in self.scores.items()})
-        return (
-            self.digest,
-            text,
-            self.chosen,
-            self.rejected,
-            self.source,
-            labels,
-            scores,
-            uniform(text),
-            spoken,
-        )
-
-    @staticmethod
-    def of(row: Sequence[Any]) -> "Preference":
-        """Return the pair in a row of the view `shown`."""
-        scores = {name: (both[0], both[1]) for name, both in json.loads(row[6]).items()}
-        return Preference(
-            tuple(json.loads(row[1])),
-            row[2],
-            row[3],
-            row[4],
-            tuple(json.loads(row[5])),
-            scores,
-            row[0],
-        )
-
-
-@dataclass(frozen=True)
 class Added:
     """Result of an import: number of pairs added, and of duplicates skipped."""
 
@@ -191,7 +122,7 @@ class PreferenceDatabase:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = checks.path("path", path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
@@ -239,6 +170,7 @@ class PreferenceDatabase:
 
     def get(self, pair_id: int) -> Preference:
         """Return the pair with this id; raise `MissingPreferenceError` if there is none."""
+        checks.whole("pair_id", pair_id, least=-MAX_ID, most=MAX_ID)
         row = next(self._rows("SELECT * FROM shown WHERE id = ?", pair_id), None)
         if row is None:
             raise MissingPreferenceError(
@@ -249,6 +181,7 @@ class PreferenceDatabase:
 
     def unreviewed(self, after: int = 0) -> Preference | None:
         """Return the first unreviewed pair with an id above `after`, None if there is none."""
+        checks.whole("after", after, least=0, most=MAX_ID)
         number = self._one(
             """SELECT min(id) FROM pairs INDEXED BY unreviewed WHERE id > ? AND instr(labels, '"reviewed"') = 0""",
             after,
@@ -270,7 +203,10 @@ class PreferenceDatabase:
 
         Raises:
             DataError: there is no such pair, or the change would make it a duplicate.
+            ConfigError: there is no such field, or a value is wrong.
         """
+        for name in changes:
+            checks.choice("field", name, FIELDS)
         before = self.get(pair_id)
         after = replace(before, **changes)
         try:
@@ -293,6 +229,8 @@ class PreferenceDatabase:
 
     def search(self, text: str, limit: int = 20) -> list[Preference]:
         """Return up to `limit` pairs that contain all words of `text`, newest first."""
+        checks.text("text", text)
+        checks.whole("limit", limit, least=1, most=MAX_ID)
         words = " ".join('"' + word.replace('"', '""') + '"' for word in text.split())
         if not words:
             return list(islice(self.pairs(), limit))
@@ -305,14 +243,14 @@ class PreferenceDatabase:
         return [Preference.of(row) for row in rows]
 
     def set_eval_share(self, share: float) -> None:
-        """Set the share of prompts held out for evaluation; raise `DataError` outside [0, 1)."""
-        if not 0.0 <= share < 1.0:
-            raise DataError(f"The share to hold out must lie in [0, 1); got {share}.")
+        """Set the share of prompts held out for evaluation; `ConfigError` outside [0, 1)."""
+        checks.number("share", share, least=0, below=1)
         with self._transaction():
             self._db.execute("UPDATE settings SET value = ? WHERE name = 'eval_share'", (share,))
 
     def pairs(self, split: Split | None = None) -> Iterator[Preference]:
         """Yield the pairs of a split (None: all pairs), ordered by id."""
+        checks.optional(partial(checks.choice, valid=get_args(Split)))("split", split)
         share = self._one("SELECT value FROM settings WHERE name = 'eval_share'")
         low, high = {None: (0.0, 1.0), "train": (share, 1.0), "eval": (0.0, share)}[split]
         rows = self._rows("SELECT * FROM shown WHERE lot >= ? AND lot < ? ORDER BY id", low, high)

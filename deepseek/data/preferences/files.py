@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.checkpoint.store import atomic_write
-from deepseek.data.preferences.database import Preference, PreferenceDatabase, Split
+from deepseek.data.preferences.database import PreferenceDatabase, Split
+from deepseek.data.preferences.preference import Preference
 from deepseek.data.text.source import preferred, records
-from deepseek.errors import DataError
+from deepseek.errors import ConfigError, DataError
 from deepseek.text.chat_template import check_messages
 
 Message = dict[str, str]
@@ -55,18 +56,28 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
     _, rejected = conversation_parts(record["prompt"], record["rejected"], where)
     if chosen == rejected:
         raise DataError(f"{where} prefers an answer to itself; remove it.")
+    stored = record.get("scores") or {}
     try:
-        stored = record.get("scores") or {}
-        stored = json.loads(stored) if isinstance(stored, str) else dict(stored)
-        scores = {str(judge): (float(a), float(b)) for judge, (a, b) in stored.items()}
-    except (TypeError, ValueError, AttributeError):
-        raise DataError(
-            f"{where}: `scores` must map a judge to [score of chosen, score of rejected]."
-        ) from None
-    labels = tuple(str(label) for label in record.get("labels") or ())
-    return Preference(
-        tuple(prompt), chosen, rejected, str(record.get("source") or source), labels, scores
-    )
+        stored = json.loads(stored) if isinstance(stored, str) else stored
+    except (ValueError, RecursionError):
+        raise DataError(f"{where}: the text in `scores` is not JSON; {SCORES}.") from None
+    own = record.get("source")
+    labels = record.get("labels")
+    try:
+        return Preference(
+            tuple(prompt),
+            chosen,
+            rejected,
+            source if own is None or own == "" else own,
+            () if labels is None else labels,
+            stored,
+        )
+    except ConfigError as error:
+        hint = f"; {SCORES}" if str(error).startswith("scores") else ""
+        raise DataError(f"{where}: {str(error).rstrip('.')}{hint}.") from None
+
+
+SCORES = "`scores` must map a judge to [score of chosen, score of rejected], two finite numbers"
 
 
 def conversation_parts(prompt: object, answer: object, where: str) -> tuple[list[Message], str]:

@@ -135,7 +135,7 @@ class ExpertHooks:
                 "Armed experts need an attention mask of shape [batch, length]; leave "
                 "cache_implementation out, or disarm the experts."
             )
-        real_BS = ctx_of.real_tokens(mask, past + length)
+        real_BS = ctx_of.real_tokens(mask, batch, past + length)
         positions = _text_positions(arguments.get("position_ids"))
         packed = positions is not None and past == 0 and real_BS is None
         positions_BT = ctx_of.resolve_positions(batch, length, past, mask, positions, tokens.device)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deepseek import checks
+from deepseek.checks import MAX_SIZE, flag, whole
 from deepseek.errors import ConfigError
 from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.kernels.lsh import attention as kernel
@@ -140,18 +142,36 @@ def sparse_attention(
         A tensor with the shape and dtype of `query`.
 
     Raises:
-        ConfigError: shapes or sizes contradict each other.
+        ConfigError: a size is out of range; tensors are empty, of a wrong shape, not floating point,
+            of several dtypes or devices, or hold NaN or infinity.
     """
+    for name, part in {"query": query, "key": key, "value": value}.items():
+        checks.tensor(name, part, "real", dims=(2, 3, 4))
+        checks.finite(name, part)
+    checks.alike(query=query, key=key, value=value)
     q, k, v = (_as_heads(part) for part in (query, key, value))
-    _check(q, k, v, causal, num_buckets, min(probes, num_rounds), min(bucket_window, local_window))
+    flag("causal", causal)
+    flag("far_field", far_field)
+    checks.optional(checks.number)("scale", scale)
+    _check_shapes(q, k, v, causal)
+    _check_rows(k, document_ids, key_mask)
+    num_buckets = whole("num_buckets", num_buckets, least=1, most=MAX_BUCKETS)
+    probes = whole("probes", probes, least=1)
+    num_rounds = whole("num_rounds", num_rounds, least=1, most=MAX_ROUNDS)
+    seed = whole("seed", seed, least=0, most=checks.MAX_SEED)
     hasher = random_hash(num_buckets, q.shape[-1], num_rounds, seed) if hash is None else hash
+    for method in ("query_codes", "key_codes"):
+        checks.function(f"hash.{method}", getattr(hasher, method, None))
     with torch.no_grad():
         query_codes = hasher.query_codes(q, min(probes, num_buckets))
         key_codes = hasher.key_codes(k)
+    _check_codes(query_codes, key_codes, q, k, num_buckets)
+    # A window longer than the text is no longer than the text; kernels count in int32.
+    total = k.shape[2]
     limits: dict[str, Any] = {
-        "bucket_window": bucket_window,
-        "local_window": local_window,
-        "sinks": sinks,
+        "bucket_window": min(whole("bucket_window", bucket_window, least=1), total),
+        "local_window": min(whole("local_window", local_window, least=1), total),
+        "sinks": min(whole("sinks", sinks, least=0), total),
     }
     if causal:
         out = kernel.lsh_attention(
@@ -186,14 +206,10 @@ def sparse_attention(
 
 
 def _as_heads(part: Tensor) -> Tensor:
-    if part.dim() not in (2, 3, 4):
-        raise ConfigError(f"query, key and value have 2, 3 or 4 dimensions, not {part.dim()}.")
     return part if part.dim() == 4 else part[:, None] if part.dim() == 3 else part[None, None]
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, num_buckets: int, probes: int, window: int
-) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
     if (
         k.shape != v.shape
@@ -208,10 +224,43 @@ def _check(
         raise ConfigError(
             f"There must be a key for every query, and without causal=True no more keys: {shapes}."
         )
-    if min(num_buckets, probes, window) < 1:
+
+
+def _check_rows(k: Tensor, document_ids: Tensor | None, key_mask: Tensor | None) -> None:
+    rows = (k.shape[0], k.shape[2])
+    given = {"document_ids": (document_ids, "whole"), "key_mask": (key_mask, "mask")}
+    for name, (part, kind) in given.items():
+        if part is not None:
+            checks.tensor(name, part, kind, dims=(2,))
+            checks.shape(name, part, rows, "[batch, seq]")
+    checks.same_device(key=k, document_ids=document_ids, key_mask=key_mask)
+
+
+def _check_codes(
+    query_codes: Tensor, key_codes: Tensor, q: Tensor, k: Tensor, num_buckets: int
+) -> None:
+    """Raise `ConfigError` unless a hash has put every query and key into buckets that exist."""
+    checks.tensor("query_codes of the hash", query_codes, "whole", dims=(4,))
+    checks.tensor("key_codes of the hash", key_codes, "whole", dims=(3,))
+    groups = k.shape[1]
+    rounds, left = divmod(key_codes.shape[1], groups)
+    if (
+        query_codes.shape[:3] != q.shape[:3]
+        or (key_codes.shape[0], key_codes.shape[2]) != (k.shape[0], k.shape[2])
+        or left
+        or query_codes.shape[3] % max(rounds, 1)
+    ):
         raise ConfigError(
-            "num_buckets, probes, num_rounds, bucket_window and local_window must be at least 1."
+            f"The hash returned codes of shape {tuple(query_codes.shape)} and "
+            f"{tuple(key_codes.shape)}; they must be [batch, heads, seq, rounds * probes] and "
+            "[batch, key heads * rounds, seq]."
         )
+    for name, codes in {"query_codes": query_codes, "key_codes": key_codes}.items():
+        checks.within(f"{name} of the hash", codes, 0, num_buckets - 1, "buckets")
+
+
+MAX_BUCKETS = 1 << 16
+MAX_ROUNDS = 64
 
 
 class LshAttention(FullAttention):
@@ -224,9 +273,8 @@ class LshAttention(FullAttention):
     def check(cls, config: ModelConfig) -> None:
         for name in ("num_buckets", "probes", "rounds", "bucket_window", "local_window", "sinks"):
             least = 0 if name == "sinks" else 1
-            value = getattr(config, f"lsh_{name}")
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"lsh_{name}={value!r} must be at least {least}.")
+            whole(f"lsh_{name}", getattr(config, f"lsh_{name}"), least=least, most=MAX_SIZE)
+        flag("lsh_far_field", config.lsh_far_field)
         if config.lsh_far_field and config.positional_encoding in ("alibi", "dpe"):
             raise ConfigError(
                 f"lsh_far_field=True contradicts positional_encoding={config.positional_encoding!r}"

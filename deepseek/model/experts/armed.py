@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from deepseek import checks
 from deepseek.model.context import GateContext
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.gate import GateBank
@@ -110,7 +111,8 @@ class Roster:
         if bank is None:
             return names | {module.name for module in self.modules}
         ids = document if user_ids is None else user_ids
-        ids_BT = torch.tensor([list(ids or ())], dtype=torch.long, device=bank.table_MV.device)
+        tokens = checks.token_ids("ids", ids or ())
+        ids_BT = torch.tensor([tokens], dtype=torch.long, device=bank.table_MV.device)
         admitted_BM = (
             bank.document_keeps(ids_BT) if user_ids is None else bank.above_threshold(ids_BT) > 0
         )

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from deepseek.errors import ConfigError
+from deepseek import checks
+from deepseek.errors import ConfigError, shown
 
 AUTO = "auto"
 MAX_WEIGHT = 2.0
@@ -35,13 +36,16 @@ class Arming:
                 names; None: no expert.
 
         Raises:
-            ConfigError: a weight is not a number above 0 and at most `MAX_WEIGHT`.
+            ConfigError: a name is no text, or a weight is not a number above 0 and at most `MAX_WEIGHT`.
         """
         if value is None:
             return Arming()
         if isinstance(value, str):
             value = (value,)
-        weights = dict(value) if isinstance(value, Mapping) else dict.fromkeys(value, 1.0)
+        if isinstance(value, Mapping):
+            weights = checks.mapping("names", value)
+        else:
+            weights = dict.fromkeys(checks.texts("names", value), 1.0)
         for name, weight in weights.items():
             check_weight(name, weight)
         auto = weights.pop(AUTO, None)
@@ -80,10 +84,11 @@ EVERY_EXPERT = Arming(auto=1.0)
 
 def check_weight(name: str, weight: float) -> None:
     """Raise `ConfigError` unless the weight of an expert is above 0 and at most `MAX_WEIGHT`."""
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    # The comparisons are false for NaN.
-    if not is_number or not 0 < weight <= MAX_WEIGHT:
+    try:
+        checks.number("weight", weight, above=0, most=MAX_WEIGHT)
+    except ConfigError:
         raise ConfigError(
-            f"The weight {weight!r:.40} of expert {name!r:.80} is out of range; it must be above 0 "
-            f"and at most {MAX_WEIGHT:g}, and an expert that is to add nothing is left out."
-        )
+            f"The weight {shown(weight)} of expert {shown(name)} is out of range; it "
+            f"must be above 0 and at most {MAX_WEIGHT:g}, and an expert that is to add nothing is "
+            "left out."
+        ) from None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deepseek.errors import ConfigError, PackError
+from deepseek import checks
+from deepseek.errors import ConfigError, PackError, shown
 from deepseek.model.attached.sites import ExpertSites
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
@@ -115,6 +116,8 @@ class ExpertSet:
             PackError: the pack is damaged, belongs to another base, is refused by `policy`, or has
                 the name of a plugged module. Nothing is changed then.
         """
+        if not isinstance(source, str | Path | ExpertPack):
+            raise ConfigError(f"source={shown(source)} must be a path or an ExpertPack.")
         if isinstance(source, ExpertPack):
             check_pack(source, self.policy, self.base)
             pack = source
@@ -270,6 +273,7 @@ class ExpertSet:
         Args:
             ids: token ids of the user's messages.
         """
+        ids = checks.token_ids("ids", ids)
         armed = self.armed()
         bank = armed.roster.relevance if armed is not None else None
         if armed is None or bank is None:
@@ -307,20 +311,19 @@ class ExpertSet:
 
         Raises:
             PackError: a name in `arm` is not plugged.
-            ConfigError: `max_experts` is below 1, or a weight is out of range.
+            ConfigError: `max_experts` is below 1, names or ids are none, or a weight is out of
+                range.
         """
         requested = Arming.parse(arm)
-        denied = set(deny)
+        denied = set(checks.texts("deny", deny))
+        limit = checks.optional(checks.positive)("max_experts", max_experts) or self.max_experts
         state = self._current()
-        if max_experts is not None and max_experts < 1:
-            raise ConfigError(f"max_experts={max_experts} is out of range; it must be at least 1.")
         if self._forced is not None and requested.auto is not None:
             return self.armed()
         for name in requested.named:
             state.require(name)
         arming = requested.over(state.arming)
         weights = {n: w for n, w in state.weights(arming).items() if n not in denied}
-        limit = max_experts or self.max_experts
         roster = roster_of(state, tuple(weights), limit)
         tested = requested.auto is not None and (user_ids is not None or document is not None)
         if roster is not None and tested and roster.relevance is not None:

@@ -4,13 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from deepseek.errors import ConfigError
+from deepseek import checks
+from deepseek.errors import ConfigError, shown
 from deepseek.model.experts.relevance import Relevance
 from deepseek.model.feed_forward import SwiGLU
-from deepseek.packs.manifest import DTYPES, MOMENTS, BaseDescription, GateSettings, Manifest, Metric
+from deepseek.packs.manifest import (
+    DTYPES,
+    MOMENTS,
+    BaseDescription,
+    GateSettings,
+    Manifest,
+    Metric,
+    explain,
+)
 from deepseek.packs.pack import ExpertPack, check_finite
 
 DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
@@ -65,14 +75,20 @@ class ExpertModule(nn.Module):
             every text counts as relevant.
         settings: calibration settings of gates and relevance.
         digest: content digest of the pack that the module came from; "" if created in memory.
+
+    Raises:
+        ConfigError: the name is no text, a layer or a size is no positive whole number, or a layer
+            is repeated.
     """
 
     def __init__(self, name: str, layers: Sequence[int], hidden_size: int, width: int) -> None:
         super().__init__()
-        self.name = name
-        self.layers = tuple(sorted(layers))
-        self.hidden_size = hidden_size
-        self.width = width
+        self.name = checks.text("name", name)
+        self.layers = tuple(sorted(checks.layers("layers", layers, checks.MAX_SIZE)))
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ConfigError(f"layers={self.layers} must name at least one layer, each once.")
+        self.hidden_size = hidden_size = checks.whole("hidden_size", hidden_size, least=1)
+        self.width = width = checks.whole("width", width, least=1)
         self.ffn = nn.ModuleDict(
             {str(layer): ExpertLayer(hidden_size, width) for layer in self.layers}
         )
@@ -101,11 +117,8 @@ class ExpertModule(nn.Module):
         Raises:
             ConfigError: a layer does not exist.
         """
-        for layer in layers:
-            if not 0 <= layer < len(blocks):
-                raise ConfigError(
-                    f"layer {layer} does not exist; the model has layers 0 to {len(blocks) - 1}."
-                )
+        layers = checks.layers("layers", layers, len(blocks))
+        seed = checks.whole("seed", seed, least=0, most=checks.MAX_SEED)
         weight = blocks[0].feed_forward_norm.weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -144,7 +157,23 @@ class ExpertModule(nn.Module):
             threshold: score at which the gate starts to fire.
             scale: difference between the domain's median score and the threshold.
             moments: moments `[MOMENTS, D]` of the domain; None: keep the present ones.
+
+        Raises:
+            ConfigError: the module has no such layer, a shape or a value is wrong.
         """
+        if layer not in self.layers:
+            raise ConfigError(f"layer={shown(layer)} must be one of {self.layers}.")
+        given: dict[str, tuple[Tensor, tuple[int, ...], str]] = {
+            "weight": (weight, (self.hidden_size + 1,), "[width + 1]")
+        }
+        if moments is not None:
+            given["moments"] = (moments, (MOMENTS, self.hidden_size), f"[{MOMENTS}, width]")
+        for name, (part, expected, axes) in given.items():
+            checks.tensor(name, part, "real")
+            checks.shape(name, part, expected, axes)
+            checks.finite(name, part)
+        checks.number("threshold", threshold)
+        checks.number("scale", scale, above=0)
         self.gates[layer] = weight.detach().float().cpu() / scale
         self.gates[layer][-1] -= threshold / scale
         if moments is not None:
@@ -171,21 +200,30 @@ class ExpertModule(nn.Module):
             commit: commit of the repository that the module was trained on; None: no repository.
             metrics: name of a held-out text -> loss before and after, in nats per token.
             dtype: dtype of the stored weights.
+
+        Raises:
+            ConfigError: a value is none that a manifest may hold.
         """
-        manifest = Manifest(
-            name=self.name,
-            domain=domain,
-            base=base,
-            layers=self.layers,
-            width=self.width,
-            dtype=DTYPE_NAMES[dtype],
-            gate=self.settings,
-            data=tuple(data),
-            licence=licence,
-            commit=commit,
-            metrics=metrics or {},
-            vocabulary=0 if self.relevance is None else len(self.relevance.table_V),
-        )
+        if dtype not in DTYPE_NAMES:
+            valid = ", ".join(DTYPES)
+            raise ConfigError(f"dtype={shown(dtype)} must be one of {valid}.")
+        try:
+            manifest = Manifest(
+                name=self.name,
+                domain=domain,
+                base=base,
+                layers=self.layers,
+                width=self.width,
+                dtype=DTYPE_NAMES[dtype],
+                gate=self.settings,
+                data=tuple(data),
+                licence=licence,
+                commit=commit,
+                metrics=metrics or {},
+                vocabulary=0 if self.relevance is None else len(self.relevance.table_V),
+            )
+        except ValidationError as error:
+            raise ConfigError(f"The pack cannot be written, {explain(error)}.") from None
         tensors = {
             name: tensor.detach().to("cpu", dtype, copy=True)
             for name, tensor in self.state_dict().items()

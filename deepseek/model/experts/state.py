@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from deepseek.errors import PackError
+from deepseek import checks
+from deepseek.errors import PackError, shown
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.arming import EVERY_EXPERT, Arming
@@ -98,11 +99,12 @@ class PlugState:
 
     def require(self, name: str) -> Plugged:
         """Return the module `name`; raise `PackError` if it is not plugged."""
+        checks.text("name", name)
         for expert in self.plugged:
             if expert.manifest.name == name:
                 return expert
         hint = nearest(name, self.names) if self.plugged else "none is plugged"
-        raise PackError(f"No expert named {name!r} is plugged; {hint}.")
+        raise PackError(f"No expert named {shown(name)} is plugged; {hint}.")
 
 
 def roster_of(state: PlugState, names: tuple[str, ...], max_experts: int) -> Roster | None:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softmax
 
+from deepseek import checks
 from deepseek.errors import ConfigError
 from deepseek.model.config import ModelConfig
+from deepseek.model.field_checks import BALANCE_RATE, TEMPERATURE, size
 from deepseek.model.moe.balance import Balance
 from deepseek.model.moe.stats import Dispatch, RoutingDecision
 from deepseek.registry import pick
@@ -22,7 +24,7 @@ class Router(nn.Module, ABC):
         balance_rate, target_experts, temperature: see `Balance`.
 
     Raises:
-        ConfigError: a size is below 1.
+        ConfigError: a value is out of range.
     """
 
     def __init__(
@@ -34,23 +36,22 @@ class Router(nn.Module, ABC):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if num_experts < 1 or input_dim < 1:
-            raise ConfigError(
-                f"A router needs at least one expert and one input, not {num_experts} and "
-                f"{input_dim}."
-            )
-        self.num_experts = num_experts
-        self.input_dim = input_dim
+        self.num_experts = num_experts = size("num_experts", num_experts)
+        self.input_dim = input_dim = size("input_dim", input_dim)
+        balance_rate = BALANCE_RATE("balance_rate", balance_rate)
+        temperature = TEMPERATURE("temperature", temperature)
         self.weight = nn.Parameter(torch.empty(num_experts, input_dim))
         self.balance = Balance(num_experts, balance_rate, target_experts, temperature)
         nn.init.normal_(self.weight, std=0.02)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return `W_r x` in fp32, `[..., E]` for x `[..., D]`."""
-        if x.shape[-1] != self.input_dim:
-            raise ConfigError(
-                f"The router takes inputs of width {self.input_dim}, not {x.shape[-1]}."
-            )
+        """Return `W_r x` in fp32, `[..., E]` for x `[..., D]`.
+
+        Raises:
+            ConfigError: x has another width or is not floating point.
+        """
+        checks.tensor("x", x, "real", width=self.input_dim, empty=True)
+        checks.same_device(x=x, weight=self.weight)
         return linear(x.float(), self.weight.float())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,9 +65,27 @@ class Router(nn.Module, ABC):
             x: inputs `[..., D]`; N is the product of the leading sizes.
             choice: routing decision to replay: experts come from it, weights from the logits. None:
                 choose experts.
+
+        Raises:
+            ConfigError: x has another width or is not floating point, or `choice` is of other
+                tokens or other experts.
         """
+        checks.tensor("x", x, "real", width=self.input_dim, empty=True)
+        if choice is not None:
+            self._check_choice(choice, x[..., 0].numel())
         with torch.autocast(x.device.type, enabled=False):
             return self.choose(self.logits(x.reshape(-1, x.shape[-1])), choice)
+
+    def _check_choice(self, choice: RoutingDecision, tokens: int) -> None:
+        """Raise `ConfigError` unless a decision names this router's experts for these tokens."""
+        checks.instance("choice", choice, RoutingDecision)
+        ids_NC = checks.tensor("choice.ids_NC", choice.ids_NC, "whole", dims=(2,), empty=True)
+        if len(ids_NC) != tokens:
+            raise ConfigError(
+                f"choice.ids_NC has {len(ids_NC)} rows; it must have one for each of the {tokens} "
+                "tokens."
+            )
+        checks.within("choice.ids_NC", ids_NC, 0, self.num_experts - 1, "ids of experts")
 
     @abstractmethod
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
@@ -113,19 +132,20 @@ class DynamicRouter(Router):
         target_experts: float | None = None,
         temperature: float = 1.0,
     ) -> None:
+        self.threshold = checks.number("threshold", threshold, above=0, most=1)
+        self.min_experts = size("min_experts", min_experts)
+        if target_experts is not None:
+            upper = size("max_experts", max_experts)
+            checks.number("target_experts", target_experts, least=min_experts, most=upper)
         super().__init__(num_experts, input_dim, balance_rate, target_experts, temperature)
-        self.max_experts = min(max_experts, num_experts)
-        self.candidates = min(candidates, num_experts)
-        self.threshold = threshold
-        self.min_experts = min_experts
+        self.max_experts = min(size("max_experts", max_experts), num_experts)
+        self.candidates = min(size("candidates", candidates), num_experts)
         if not 1 <= min_experts <= self.max_experts <= self.candidates:
             raise ConfigError(
                 f"min_experts={min_experts}, max_experts={max_experts}, candidates={candidates} "
                 "must satisfy 1 <= min_experts <= max_experts <= candidates for "
                 f"{num_experts} experts."
             )
-        if not 0 < threshold <= 1:
-            raise ConfigError(f"threshold={threshold} must lie in (0, 1].")
 
     def choose(self, logits_NE: Tensor, choice: RoutingDecision | None = None) -> Dispatch:
         ids_NC, logits_NC = self._candidates(logits_NE, choice)
@@ -201,11 +221,11 @@ class TopKRouter(Router):
         balance_rate: float = 1e-2,
     ) -> None:
         super().__init__(num_experts, input_dim, balance_rate)
-        self.top_k = top_k
-        self.renormalize = renormalize
-        self.scale = scale
-        self.groups = groups
-        self.max_groups = max_groups
+        self.top_k = size("top_k", top_k)
+        self.renormalize = checks.flag("renormalize", renormalize)
+        self.scale = checks.number("scale", scale, above=0)
+        self.groups = size("groups", groups)
+        self.max_groups = size("max_groups", max_groups)
         self.score = pick(SCORES, score, "router_score")
         if num_experts % groups or not 1 <= max_groups <= groups:
             raise ConfigError(

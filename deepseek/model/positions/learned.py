@@ -5,8 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from deepseek import checks
 from deepseek.errors import ConfigError
 from deepseek.model.config import ModelConfig
+from deepseek.model.field_checks import size
+from deepseek.model.inputs import MAX_POSITION
 from deepseek.model.positions.protocol import Positions
 
 
@@ -56,10 +59,10 @@ class DynamicPositionalEncoding(nn.Module):
 
     def __init__(self, d_model: int, max_len: int = 512) -> None:
         super().__init__()
-        if d_model < 2 or d_model % 2 or max_len < 1:
-            raise ConfigError(
-                f"d_model={d_model} must be even and positive, and max_len={max_len} positive."
-            )
+        d_model = size("d_model", d_model)
+        max_len = size("max_len", max_len)
+        if d_model % 2:
+            raise ConfigError(f"d_model={d_model} must be an even number.")
         self.gate = nn.Linear(d_model, d_model, bias=False)
         self.positions = nn.Parameter(torch.zeros(max_len, d_model))
         nn.init.zeros_(self.gate.weight)
@@ -68,18 +71,24 @@ class DynamicPositionalEncoding(nn.Module):
         """Return x with its positions added.
 
         Args:
-            x: embeddings `[batch, seq, d_model]`.
+            x: embeddings `[batch, seq, d_model]`, or `[seq, d_model]`.
             pos_ids: integer positions `[batch, seq]` or `[seq]`, counted from 0.
 
         Raises:
-            ConfigError: positions are negative or not integers.
+            ConfigError: x is not floating point, of the module's dtype and width, or positions are
+                negative, not integers, or of another shape.
         """
-        if pos_ids.is_floating_point() or pos_ids.is_complex() or pos_ids.dtype == torch.bool:
-            raise ConfigError(
-                f"pos_ids are of dtype {pos_ids.dtype}; give integer positions, from 0 on."
-            )
-        if pos_ids.numel() and int(pos_ids.min()) < 0:
-            raise ConfigError(f"pos_ids hold {int(pos_ids.min())}; positions count from 0 on.")
+        width = self.positions.shape[1]
+        checks.tensor("x", x, "real", dims=(2, 3), width=width)
+        checks.tensor("pos_ids", pos_ids, "whole", dims=(1, 2))
+        checks.same_device(x=x, pos_ids=pos_ids, weights=self.positions)
+        if not torch.is_autocast_enabled(x.device.type):
+            checks.alike(x=x, weights=self.gate.weight)
+        one_row = x.shape[-2:-1]
+        if tuple(pos_ids.shape) not in {tuple(one_row), (1, *one_row), tuple(x.shape[:-1])}:
+            checks.shape("pos_ids", pos_ids, x.shape[:-1], "[batch, seq]")
+        checks.within("pos_ids", pos_ids, 0, MAX_POSITION, "positions")
+        pos_ids = pos_ids.long()  # uint8 would be read as a mask
         position_vectors = (
             sinusoids(pos_ids, x.shape[-1]).to(x.dtype)
             + self.positions[pos_ids.clamp(max=len(self.positions) - 1)]

@@ -12,9 +12,9 @@ from deepseek.data.preferences.database import (
     REVIEWED,
     DatabaseFailedError,
     MissingPreferenceError,
-    Preference,
     PreferenceDatabase,
 )
+from deepseek.data.preferences.preference import Preference
 from deepseek.server.errors import ApiError, disk_full
 from deepseek.server.guard import ADMIN
 from deepseek.server.json_body import JsonRoute

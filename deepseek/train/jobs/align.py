@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
-from deepseek.data.preferences.database import Preference, PreferenceDatabase
+from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.preferences.files import record_of
+from deepseek.data.preferences.preference import Preference
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError, TrainError
 from deepseek.kernels.cpu import fast_dtype
@@ -43,7 +44,8 @@ from deepseek.train.loop.runs import run_once
 from deepseek.train.rl.judge import JUDGES, TextReward
 from deepseek.train.rl.policy import Policy
 from deepseek.train.rl.reward import RewardModel, features_of
-from deepseek.train.rl.rlpo import Learner, Reward, RLPOConfig, RolloutBatches
+from deepseek.train.rl.rlpo import Learner, Reward, RolloutBatches
+from deepseek.train.rl.rlpo_config import RLPOConfig
 from deepseek.train.rl.rollout import generate, given
 
 FEWEST_PAIRS = 8

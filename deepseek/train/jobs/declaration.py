@@ -30,7 +30,7 @@ from typing import (
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, shown
 from deepseek.registry import nearest
 
 DECLARED = ConfigDict(
@@ -60,6 +60,7 @@ class Declaration:
         Raises:
             ConfigError: an argument is wrong or missing; the message names it and the fix.
         """
+        refuse_flags(given, cls)
         try:
             arguments = cls(**given)
         except ValidationError as error:
@@ -191,27 +192,43 @@ def explain(error: Any, declaration: type[Declaration]) -> str:
     argument = arguments_of(declaration).get(where)
     if error["type"] == "unexpected_keyword_argument":
         return unknown(where, arguments_of(declaration))
-    if argument is not None and value == argument.default:
+    default = None if argument is None else argument.default
+    if default is not None and type(value) is type(default) and value == default:
         return f"{where} is missing; give it"
     if error["type"] == "literal_error" and argument is not None:
-        return f"{where} {value!r} is unknown; {nearest(str(value), argument.choices)}"
+        return f"{where} {shown(value)} is unknown; {nearest(shown(value), argument.choices)}"
     if (
         error["type"] == "string_pattern_mismatch"
         and argument is not None
         and argument.declared.examples
     ):
-        return f"{where}={value!r} is not understood; write {_listed(argument.declared.examples)}"
+        return (
+            f"{where}={shown(value)} is not understood; write {_listed(argument.declared.examples)}"
+        )
     message = error["msg"].removeprefix("Value error, ")
     return (
-        f"{where}: {message}, not {value!r}"
+        f"{where}: {message}, not {shown(value)}"
         if message.startswith("Input should")
         else f"{where}: {message}"
     )
 
 
+def refuse_flags(given: Mapping[str, Any], declaration: type[Declaration]) -> None:
+    """Raise `ConfigError` for True or False where a number is meant; pydantic reads them as 1 and 0.
+
+    Args:
+        given: arguments by name.
+        declaration: the declaration that the arguments belong to.
+    """
+    known = arguments_of(declaration)
+    for name, value in given.items():
+        if isinstance(value, bool) and name in known and known[name].kind in (int, float):
+            raise ConfigError(f"{name}={value} must be a number.")
+
+
 def unknown(key: str, names: Iterable[str]) -> str:
     """Return the message for a key that is not a field, with the nearest name."""
-    return f"{key!r} is no field here; {nearest(key, names)}"
+    return f"{shown(key)} is no field here; {nearest(key[:80], names)}"
 
 
 def selected(values: Mapping[str, Any], declaration: type[Declaration]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class JobSettings(BaseModel):
     """Base class of the contents of a configuration file; subclasses declare the fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -78,7 +78,7 @@ class TextSettings(JobSettings):
 class DomainSettings(TextSettings):
     """One domain of the mix, with its weight relative to the other domains."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, strict=True)
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Sequence
 
-from deepseek.errors import ConfigError
+from deepseek import checks
+from deepseek.errors import ConfigError, shown
 
-PART = re.compile(r"(\d+)(?:-(\d+))?")
+PART = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 def parse_layers(text: str, layers: int | Sequence[int]) -> tuple[int, ...]:
@@ -19,14 +20,14 @@ def parse_layers(text: str, layers: int | Sequence[int]) -> tuple[int, ...]:
         ConfigError: `text` is malformed or exceeds the model.
     """
     possible = range(layers) if isinstance(layers, int) else layers
-    words = text.replace(" ", "")
+    words = checks.text("layers", text).replace(" ", "")
     if words == "all":
         return tuple(possible)
-    if match := re.fullmatch(r"last:(\d+)", words):
+    if match := re.fullmatch(r"last:([0-9]{1,9})", words):
         count = int(match[1])
         if not 1 <= count <= len(possible):
             raise ConfigError(
-                f"layers={text!r} is impossible; the model has {len(possible)} layers."
+                f"layers={shown(text)} is impossible; the model has {len(possible)} layers."
             )
         return tuple(possible[-count:])
     chosen: set[int] = set()
@@ -34,19 +35,19 @@ def parse_layers(text: str, layers: int | Sequence[int]) -> tuple[int, ...]:
         match = PART.fullmatch(part)
         if match is None:
             raise ConfigError(
-                f"layers={text!r} is not understood; write all, last:3, or indices such as 0-9,20."
+                f"layers={shown(text)} is not understood; write all, last:3, or indices such as 0-9,20."
             )
         first = int(match[1])
         last = int(match[2] or match[1])
         if last < first or last > possible[-1]:
             raise ConfigError(
-                f"layers={text!r} is impossible; the model has layers {possible[0]} to "
+                f"layers={shown(text)} is impossible; the model has layers {possible[0]} to "
                 f"{possible[-1]}."
             )
         chosen.update(range(first, last + 1))
     if strange := chosen - set(possible):
         raise ConfigError(
-            f"layers={text!r} is impossible: layer {min(strange)} has no feed-forward network; "
+            f"layers={shown(text)} is impossible: layer {min(strange)} has no feed-forward network; "
             f"choose among {', '.join(map(str, possible))}."
         )
     return tuple(sorted(chosen))

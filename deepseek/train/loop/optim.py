@@ -3,12 +3,16 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from deepseek import checks
+from deepseek.errors import ConfigError, shown
 
 ROUTER = "router.weight"
 ROUTER_PACE = 0.1
@@ -36,6 +40,27 @@ class OptimConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.apply(OPTIM, self)
+
+
+def _betas(name: str, value: Any) -> tuple[float, ...]:
+    rates = checks.sequence(name, value, partial(checks.number, least=0, below=1), "two numbers")
+    if len(rates) != 2:
+        raise ConfigError(f"{name}={shown(value)} must be two numbers.")
+    return tuple(rates)
+
+
+OPTIM: dict[str, checks.Check] = {
+    "learning_rate": partial(checks.number, least=0),
+    "warmup": partial(checks.number, least=0, most=1),
+    "final": partial(checks.number, least=0),
+    "weight_decay": partial(checks.number, least=0),
+    "betas": _betas,
+    "clip_norm": partial(checks.number, above=0),
+}
+"""Type and range of each field of `OptimConfig`."""
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.data.preferences.database import Preference
+from deepseek.data.preferences.preference import Preference
 from deepseek.data.text.document import Progress, silent
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError

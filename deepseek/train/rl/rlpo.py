@@ -24,53 +24,11 @@ from deepseek.train.rl.ppo import (
     value_loss,
     whiten,
 )
+from deepseek.train.rl.rlpo_config import RLPOConfig, checked_scores
 from deepseek.train.rl.rollout import Responses, empty_responses, generate
 
 Reward = Callable[[Responses], Tensor]
 """Function that returns scores `[B]` of responses."""
-
-
-@dataclass(frozen=True)
-class RLPOConfig:
-    """Hyperparameters of RLPO.
-
-    Attributes:
-        new_tokens: most tokens per response.
-        temperature: sampling temperature; log-probabilities are taken at the same temperature.
-        minibatch: responses per optimizer step.
-        epochs: passes over the responses of a rollout.
-        gamma: discount per token.
-        lam: decay of generalised advantage estimation.
-        clip: largest change of a probability ratio from the rollout's before clipping.
-        value_clip: largest change of a value from the rollout's before clipping.
-        value_weight: weight of the value loss.
-        value_rollouts: number of first rollouts that train only the value head.
-        beta: initial and smallest coefficient of the KL penalty, in standardised reward per nat.
-        target_kl: KL to the reference above which the coefficient rises, in nats per response;
-            None: constant coefficient.
-        kl_horizon: number of responses over which the controller corrects an error of the KL.
-        kl_stop: KL to the rollout's policy, in nats per token, at which a new rollout starts.
-        entropy_floor: share of the first rollout's entropy below which the policy counts as
-            collapsed.
-        replay_routing: replay the routing decisions of the rollout in the updates.
-    """
-
-    new_tokens: int = 32
-    temperature: float = 1.0
-    minibatch: int = 16
-    epochs: int = 2
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.5
-    value_weight: float = 0.5
-    value_rollouts: int = 1
-    beta: float = 0.05
-    target_kl: float | None = 6.0
-    kl_horizon: int = 100
-    kl_stop: float = 0.05
-    entropy_floor: float = 0.2
-    replay_routing: bool = True
 
 
 @dataclass(frozen=True)
@@ -232,7 +190,8 @@ class Learner:
         stream_BSD = self.stream(place, responses)
         scored = self.policy.score(responses, stream_BSD)
         reference_BT = self.policy.reference_logprobs(responses, stream_BSD)
-        return *vars(scored).values(), reference_BT, self.reward(responses).float()
+        scores_B = checked_scores(self.reward(responses), responses)
+        return *vars(scored).values(), reference_BT, scores_B
 
     def loss(self, batch: Minibatch, step: int) -> LossOutput:
         """Return the loss of one minibatch; request a new rollout if the policy has moved too

@@ -1,19 +1,22 @@
 """`rlpo_update`: one RLPO iteration for custom training loops."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.errors import TrainError
+from deepseek import checks
+from deepseek.errors import ConfigError, TrainError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients
 from deepseek.train.loop.position import Position
 from deepseek.train.rl.policy import Policy
-from deepseek.train.rl.rlpo import Learner, Minibatch, Reward, RLPOConfig
+from deepseek.train.rl.rlpo import Learner, Minibatch, Reward
+from deepseek.train.rl.rlpo_config import RLPOConfig
 
 
 class RLPOState:
@@ -42,11 +45,21 @@ class RLPOState:
             optim: optimizer settings; default: a learning rate of 1e-5.
             ends: ids of the tokens that end a response.
             seed: seed of the sampling.
+
+        Raises:
+            ConfigError: an argument is wrong.
         """
+        checks.instance("model", model, DeepSeekModel)
+        checks.function("reward_model", reward_model)
+        checks.optional(partial(checks.instance, kind=RLPOConfig))("config", config)
+        checks.optional(partial(checks.instance, kind=OptimConfig))("optim", optim)
+        ends = checks.token_ids("ends", ends, model.config.vocab_size)
+        seed = checks.whole("seed", seed, least=0, most=checks.MAX_SEED)
+        context = model.config.max_position_embeddings
+        config = config or RLPOConfig()
+        checks.whole("new_tokens", config.new_tokens, least=1, most=context - 1)
         self.optim = optim or OptimConfig(learning_rate=1e-5)
-        self.learner = Learner(
-            Policy(model.float(), layers), reward_model, config or RLPOConfig(), ends
-        )
+        self.learner = Learner(Policy(model.float(), layers), reward_model, config, ends)
         self.optimizer = adamw(self.learner.parameters, self.optim)
         self.generator = torch.Generator(model.device).manual_seed(seed)
         self.position = Position()
@@ -78,13 +91,21 @@ def rlpo_update(
         loss) and others.
 
     Raises:
-        TrainError: the policy has collapsed, or ten steps in a row had non-finite values.
+        ConfigError: there are no prompts, a prompt is empty, too long or has ids outside the
+            vocabulary, or the reward does not return one finite number for each response.
+        TrainError: the prompts are texts without a tokenizer, the policy has collapsed, or ten
+            steps in a row had non-finite values.
     """
+    checks.instance("model", model, DeepSeekModel)
+    checks.optional(partial(checks.instance, kind=RLPOState))("state", state)
+    given = checks.mapping("data_batch", data_batch)
+    if "prompts" not in given:
+        raise ConfigError(f"data_batch has no `prompts` but {', '.join(given) or 'nothing'}.")
+    prompts = prompt_ids(given["prompts"], tokenizer, model.config.vocab_size)
     state = state or RLPOState(model, reward_model)
     learner = state.learner
     config = state.learner.config
     learn = state.rollouts >= config.value_rollouts
-    prompts = prompt_ids(data_batch["prompts"], tokenizer)
     rollout, metrics = learner.collect(prompts, state.generator, learn)
     state.rollouts += 1
     learner.scalars["stop"].zero_()
@@ -110,12 +131,29 @@ def rlpo_update(
     return metrics
 
 
-def prompt_ids(prompts: Any, tokenizer: PreTrainedTokenizerFast | None) -> list[list[int]]:
-    """Return prompts as lists of ids; raise `TrainError` for texts without a tokenizer."""
+def prompt_ids(
+    prompts: Any, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int
+) -> list[list[int]]:
+    """Return prompts as lists of ids.
+
+    Args:
+        prompts: texts, lists of ids, or a tensor of ids `[B, T]`.
+        tokenizer: encodes texts; None: none are expected.
+        vocab_size: number of tokens of the model's vocabulary.
+
+    Raises:
+        ConfigError: there are no prompts, or one is empty or no list of ids of the vocabulary.
+        TrainError: the prompts are texts, and there is no tokenizer.
+    """
     if isinstance(prompts, Tensor):
-        return [[int(i) for i in row] for row in prompts]
-    if prompts and isinstance(prompts[0], str):
+        prompts = checks.tensor("prompts", prompts, "whole", dims=(2,)).tolist()
+    items = checks.sequence("prompts", prompts, lambda _, item: item, "texts or lists of ids")
+    if not items:
+        raise ConfigError("prompts is empty; give at least one prompt.")
+    if isinstance(items[0], str):
         if tokenizer is None:
             raise TrainError("The prompts are texts; give a tokenizer, or prompts as token ids.")
-        return encode_plain(tokenizer, prompts)
-    return [list(map(int, prompt)) for prompt in prompts]
+        items = encode_plain(tokenizer, checks.texts("prompts", items))
+    return [
+        checks.prompt(f"prompts[{place}]", item, vocab_size) for place, item in enumerate(items)
+    ]

@@ -354,7 +354,7 @@ def test_a_module_speaks_only_at_its_own_layers(model, make_pack, ids):
 
 
 def test_beside_refuses_layers_that_do_not_exist_and_takes_any_width(model):
-    with pytest.raises(ValueError, match="layer 4 does not exist"):
+    with pytest.raises(ValueError, match="must be a whole number from 0 to 3"):
         ExpertModule.beside(model.layers, "x", (4,), width=8)
     assert ExpertModule.beside(model.layers, "x", (3,), width=49).width == 49
 

@@ -3,6 +3,7 @@ exactly 1.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.rl.policy import Policy
-from deepseek.train.rl.rlpo import Learner, Minibatch, RLPOConfig, RolloutBatches
+from deepseek.train.rl.rlpo import Learner, Minibatch, RolloutBatches
+from deepseek.train.rl.rlpo_config import RLPOConfig
 from deepseek.train.rl.rollout import Responses, generate, mixed
 from deepseek.train.rl.update import RLPOState, rlpo_update
 
@@ -83,11 +85,13 @@ def test_an_update_that_is_not_finite_moves_nothing_and_ten_in_a_row_end_it() ->
     """The same guards as in the loop."""
 
     def broken(responses: Responses) -> Tensor:
-        return torch.full((len(responses.targets_BT),), float("nan"))
+        return torch.zeros(len(responses.targets_BT))
 
     state = RLPOState(
         tiny(), broken, RLPOConfig(new_tokens=2, minibatch=4, epochs=1, value_rollouts=0)
     )
+    for parameter in state.learner.parameters.values():
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
     before = {name: one.detach().clone() for name, one in state.learner.parameters.items()}
     metrics = rlpo_update(
         state.learner.policy.model, broken, {"prompts": [[3, 4]] * 8}, state=state
@@ -96,6 +100,49 @@ def test_an_update_that_is_not_finite_moves_nothing_and_ten_in_a_row_end_it() ->
     assert all(torch.equal(before[name], one) for name, one in state.learner.parameters.items())
     with pytest.raises(TrainError, match="not finite"):
         rlpo_update(state.learner.policy.model, broken, {"prompts": [[3, 4]] * 32}, state=state)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.tensor([0.0, float("nan")]),
+        torch.tensor([0.0, float("inf")]),
+        torch.zeros(3),
+        torch.zeros(2, 1),
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2, dtype=torch.bool),
+        [0.0, True],
+        ["a", "b"],
+        None,
+    ],
+    ids=str,
+)
+def test_a_reward_returns_a_finite_number_for_each_response(scores: Any) -> None:
+    model = tiny()
+    with pytest.raises(ConfigError, match="scores of the reward"):
+        rlpo_update(model, lambda responses: scores, {"prompts": [[3], [4]]})
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {},
+        {"prompts": []},
+        {"prompts": [[]]},
+        {"prompts": [[3], [10_000]]},
+        {"prompts": [[-1]]},
+        {"prompts": [[True]]},
+        {"prompts": torch.zeros(2, 3)},
+        {"prompts": torch.zeros(0, 3, dtype=torch.long)},
+        {"prompts": "text"},
+        {"prompts": [[3] * 10_000]},
+        [[3]],
+    ],
+    ids=lambda batch: str(batch)[:40],
+)
+def test_prompts_are_ids_of_the_vocabulary(batch: Any) -> None:
+    with pytest.raises(ConfigError):
+        rlpo_update(tiny(), lambda responses: torch.zeros(1), batch)
 
 
 def test_copying_is_learnt_from_reward_alone() -> None:
@@ -156,6 +203,8 @@ class ByWords:
     """An armed expert that speaks where token 7 was just read, and everywhere where it is not given
     the words.
     """
+
+    adapts = False
 
     def apply(self, layer_idx: int, x_BTD: Tensor, y_BTD: Tensor, ctx: ForwardContext) -> Tensor:
         ids_BT = ctx.input_ids_BT
