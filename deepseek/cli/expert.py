@@ -122,7 +122,8 @@ def verify(
         f"signed by {manifest.signature.public_key[:16]}" if manifest.signature else "not signed"
     )
     fits = f", fits {base}" if base else ""
-    print(f"ok: {manifest.name}, {manifest.licence}, digest {manifest.digest[:16]}, {signer}{fits}")
+    terms = f"{manifest.licence} (base: {manifest.base.licence or 'not stated'})"
+    print(f"ok: {manifest.name}, {terms}, digest {manifest.digest[:16]}, {signer}{fits}")
 
 
 @app.command()

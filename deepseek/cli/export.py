@@ -9,7 +9,9 @@ from deepseek.cli.options import Experts, expert_packs
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Model: a known name, a folder or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Model: a known name, a folder, a GGUF file or a hub id.")
+    ],
     out: Annotated[
         Path, typer.Argument(help="Folder to write (gguf: the file); it must not exist yet.")
     ],

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-Base = Annotated[str, typer.Option(help="Base model: a known name, a folder or a hub id.")]
+Base = Annotated[
+    str, typer.Option(help="Base model: a known name, a folder, a GGUF file or a hub id.")
+]
 Experts = Annotated[
     str,
     typer.Option(

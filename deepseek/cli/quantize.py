@@ -7,7 +7,9 @@ import typer
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Model: a known name, a folder or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Model: a known name, a folder, a GGUF file or a hub id.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
 ) -> None:
     """Quantise a model's weight matrices to 8 bits, compare its predictions with the original, and

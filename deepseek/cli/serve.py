@@ -20,7 +20,7 @@ KeyFile = Annotated[
 @app.command()
 def serve(
     model: Annotated[
-        str, typer.Argument(help="Base model: a known name, a folder or a hub id.")
+        str, typer.Argument(help="Base model: a known name, a folder, a GGUF file or a hub id.")
     ] = "smollm2-135m",
     experts: Experts = "all",
     host: Annotated[

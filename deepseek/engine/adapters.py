@@ -43,7 +43,7 @@ def import_adapter(
     Args:
         folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: name of the pack; None: that of the folder.
-        base: base model that the pack is for: a known name, a folder or a hub id. The adapter's
+        base: base model that the pack is for: a known name, a folder, a GGUF file or a hub id. The adapter's
             layers must fit it.
         licence: SPDX expression of the adapter's licence.
         domain: short description of what it is for.

@@ -23,7 +23,7 @@ class EvaluationArguments(Declaration):
     """Evaluation"""
 
     base: str = Field(default="smollm2-135m", kw_only=False)
-    """Model to evaluate: a known name, a folder or a hub id"""
+    """Model to evaluate: a known name, a folder, a GGUF file or a hub id"""
 
     data: tuple[str | Path, ...] = ()
     """Texts to evaluate on besides public ones: folders, JSONL or Parquet files; default: none"""

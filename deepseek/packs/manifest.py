@@ -21,6 +21,7 @@ from pydantic import (
 from transformers import AutoConfig
 
 from deepseek.checkpoint.fingerprint import fingerprint
+from deepseek.checkpoint.licence import read_licence
 from deepseek.checkpoint.store import canonical_json, read_json
 from deepseek.errors import CheckpointError, PackError
 
@@ -40,6 +41,8 @@ training nor early stopping used.
 """
 LEAST_GAIN = 0.0005
 """Smallest relative gain that counts: a smaller one would be displayed as 0.0 %."""
+ADDED_BASE_FIELDS = ("attached", "licence")
+"""Fields of a base's description that the first packs of this format do not have."""
 # Names with a special meaning in `--experts` and `arm`.
 RESERVED_NAMES = frozenset({"all", "auto", "none"})
 
@@ -97,6 +100,8 @@ class BaseDescription(Strict):
         num_layers: number of layers.
         attached: class of a stock model, and names of the modules that experts stand beside in it;
             "" for our own model, or if only the folder is known.
+        licence: SPDX expression of the base's licence, whose restrictions can bind the expert too;
+            "" if its folder states none.
     """
 
     name: Text = ""
@@ -105,6 +110,7 @@ class BaseDescription(Strict):
     hidden_size: Size
     num_layers: Annotated[int, Field(ge=1, le=1024)]
     attached: Text = ""
+    licence: Text = ""
 
     @staticmethod
     def of(folder: Path, name: str) -> "BaseDescription":
@@ -131,6 +137,7 @@ class BaseDescription(Strict):
             tokenizer=digests.tokenizer,
             hidden_size=size,
             num_layers=layers,
+            licence=read_licence(folder).name[:200],
         )
 
 
@@ -250,8 +257,16 @@ class PackManifest(Strict):
         raise NotImplementedError
 
     def signed_part(self) -> bytes:
-        """Return the canonical JSON of the manifest without digest and signature."""
-        return canonical_json(self.model_dump(mode="json", exclude={"digest", "signature"}))
+        """Return the canonical JSON of the manifest without digest and signature.
+
+        Fields that packs of earlier versions lack are in it only if they say something, so that the
+        digests of those packs stay valid.
+        """
+        fields = self.model_dump(mode="json", exclude={"digest", "signature"})
+        for name in ADDED_BASE_FIELDS:
+            if not fields["base"][name]:
+                del fields["base"][name]
+        return canonical_json(fields)
 
 
 class Manifest(PackManifest):

@@ -40,12 +40,12 @@ class PackPolicy:
 
 
 def check_licence(manifest: PackManifest, policy: PackPolicy) -> None:
-    """Raise `PackError` if a licence in the manifest's SPDX expression is not accepted.
+    """Raise `PackError` if a licence of the pack or of its base model is not accepted.
 
-    Every identifier must be accepted, including the alternatives of an OR, so that the result does
-    not depend on which alternative a user picks.
+    Every identifier in the SPDX expressions must be accepted, including the alternatives of an OR,
+    so that the result does not depend on which alternative a user picks.
     """
-    words = re.split(r"[\s()]+", manifest.licence)
+    words = re.split(r"[\s()]+", f"{manifest.licence} {manifest.base.licence}")
     for licence in [word for word in words if word and word not in ("AND", "OR", "WITH")]:
         if licence in policy.deny or (policy.allow is not None and licence not in policy.allow):
             raise PackError(

@@ -9,7 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tiny_model import tiny_model
 
+from deepseek.checkpoint.licence import write_card
 from deepseek.errors import PackError
 from deepseek.packs.manifest import BaseDescription, GateSettings, Manifest, Metric
 from deepseek.packs.pack import KEY, ExpertPack, read_pack, write_pack
@@ -192,3 +194,27 @@ def test_licence_policy(licence, policy, accepted, tmp_path):
     else:
         with pytest.raises(PackError, match="is not accepted here"):
             read_pack(tmp_path / "p", policy)
+
+
+def test_the_licence_of_the_base_counts_too(tmp_path):
+    base = BASE.model_copy(update={"licence": "LicenseRef-Gemma"})
+    write_pack(tmp_path / "p", make_pack(base=base))
+    assert read_pack(tmp_path / "p").manifest.base.licence == "LicenseRef-Gemma"
+    with pytest.raises(PackError, match="LicenseRef-Gemma is not accepted here"):
+        read_pack(tmp_path / "p", PackPolicy(deny=frozenset({"LicenseRef-Gemma"})))
+
+
+def test_fields_that_came_later_change_no_digest():
+    """So packs that were written without them stay valid."""
+    assert b"licence" not in make_pack().manifest.signed_part().split(b'"base":')[1].split(b"}")[0]
+    stated = BASE.model_copy(update={"licence": "MIT", "attached": "LlamaForCausalLM"})
+    signed = make_pack(base=stated).manifest.signed_part()
+    assert b'"attached":"LlamaForCausalLM"' in signed
+    assert b'"licence":"MIT"' in signed
+
+
+def test_a_description_of_a_folder_states_its_licence(tmp_path):
+    tiny_model().model.save_pretrained(tmp_path)
+    assert BaseDescription.of(tmp_path, "tiny").licence == ""
+    write_card(tmp_path, "gemma", "", "A model.")
+    assert BaseDescription.of(tmp_path, "tiny").licence == "LicenseRef-Gemma"

@@ -70,7 +70,7 @@ class TextArguments(RunArguments):
     }
 
     base: str = Field(default="smollm2-135m", kw_only=False)
-    """Base model: a known name, a folder or a hub id"""
+    """Base model: a known name, a folder, a GGUF file or a hub id"""
 
     name: str = ""
     """Name of the result and of its run folder; default: that of the source"""
@@ -224,7 +224,7 @@ class AlignArguments(RunArguments):
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {"name"}
 
     base: str = Field(default="smollm2-135m", kw_only=False)
-    """Model to align: a known name, a folder or a hub id"""
+    """Model to align: a known name, a folder, a GGUF file or a hub id"""
 
     prefs: AnyPath = None
     """Preference database; default: `preferences.db` in the library's home"""
@@ -272,7 +272,7 @@ class DistillHashArguments(JobArguments):
     """Hash distillation"""
 
     base: str = Field(default="smollm2-135m", kw_only=False)
-    """Base model: a known name, a folder or a hub id"""
+    """Base model: a known name, a folder, a GGUF file or a hub id"""
 
     data: tuple[str | Path, ...] = ()
     """Texts to learn from: folders, JSONL or Parquet files; default: the documentation and standard
