@@ -21,14 +21,17 @@ class TorchState:
 
     Args:
         armed: the sequence's experts; None for the base alone.
+        layers: number of layers of the model.
+        capacity: maximum number of tokens, for which memory is kept.
     """
 
     # PyTorch's results for a token can differ in the last bits with the tokens computed beside it,
     # so guessed tokens would change the output.
     rewinds = False
 
-    def __init__(self, armed: ArmedExperts | None) -> None:
+    def __init__(self, armed: ArmedExperts | None, layers: int, capacity: int) -> None:
         self.cache = KVCache()
+        self.cache.reserve(layers, capacity)
         self.cache.armed, self.cache.started = armed, True
 
     @property
@@ -86,7 +89,7 @@ class TorchRunner:
         return self.model.state_bytes(length) + gate_bytes
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> TorchState:
-        return TorchState(armed)
+        return TorchState(armed, len(self.model.layers), capacity)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from deepseek.errors import ConfigError
 
@@ -65,6 +66,64 @@ class CacheSegment:
         return tensors + sum(state.nbytes for state in self.states.values())
 
 
+class ReservedLayer(DynamicLayer):
+    """Keys and values of one layer, in memory for `capacity` tokens, so that a step appends to them
+    without copying the past.
+
+    Beyond its capacity, or after its rows have changed, it grows by copies like its base class.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self._memory: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        key, value = (
+            part.new_empty(*part.shape[:-2], self.capacity, part.shape[-1])
+            for part in (key_states, value_states)
+        )
+        self._memory = (key, value)
+        self.keys = key[..., :0, :]
+        self.values = value[..., :0, :]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        memory = self.memory(key_states.shape[-2])
+        if memory is None or len(key_states) != len(memory[0]):
+            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states)
+            return grown
+        start = self.get_seq_length()
+        for part, states in zip(memory, (key_states, value_states), strict=True):
+            part[..., start : start + states.shape[-2], :] = states
+        return self.written(key_states.shape[-2])
+
+    def memory(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """Return the memory `[B, G, capacity, K]` of keys and of values, if it holds the cached ones
+        and has space for `count` more; else None.
+        """
+        if self._memory is None or self.keys is None:
+            return None
+        if self.keys.data_ptr() != self._memory[0].data_ptr():
+            return None
+        return self._memory if self.get_seq_length() + count <= self.capacity else None
+
+    def written(self, count: int) -> tuple[Tensor, Tensor]:
+        """Take `count` tokens into account that were written to `memory`; return keys and values of
+        all tokens.
+        """
+        assert self._memory is not None
+        stop = self.get_seq_length() + count
+        key, value = (part[..., :stop, :] for part in self._memory)
+        self.keys = key
+        self.values = value
+        return key, value
+
+
 class KVCache(DynamicCache):
     """A Hugging Face `DynamicCache` that also holds the state of layers and plugged experts.
 
@@ -86,6 +145,15 @@ class KVCache(DynamicCache):
         self.relevance_state: Tensor | None = None
         self.armed: Any = None
         self.started = False
+
+    def reserve(self, layers: int, capacity: int) -> None:
+        """Make an empty cache keep memory for `capacity` tokens from its first token on.
+
+        Args:
+            layers: number of layers.
+            capacity: number of tokens.
+        """
+        self.layers = [ReservedLayer(capacity) for _ in range(layers)]
 
     @property
     def nbytes(self) -> int:

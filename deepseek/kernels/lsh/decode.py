@@ -115,17 +115,43 @@ class BucketCache:
         if first_BT is not None:
             rank_BT = rank_BT - rank_BT.gather(1, first_BT)
         total = self.length + added
-        if self._room_BJS is None or total > self._room_BJS.shape[2]:
-            room = key_codes_BJT.new_empty(batch, rows, 2 * total, dtype=torch.int32)
-            if self._room_BJS is not None:
-                room[:, :, : self.length] = self.codes_BJS
-            self._room_BJS = room
-        self._room_BJS[:, :, self.length : total] = self._mark(key_codes_BJT, ones_BT, rank_BT)
+        room_BJS = self._code_memory(batch, rows, total, key_codes_BJT.device)
+        room_BJS[:, :, self.length : total] = self._mark(key_codes_BJT, ones_BT, rank_BT)
         self.length = total
         if added == 1 and self._ring_BJCW is not None:
             self._push(total - 1 - self.windows.local)
         else:
             self._ring_BJCW = None
+
+    def _code_memory(self, batch: int, rows: int, total: int, device: torch.device) -> Tensor:
+        """Return the memory of the codes, with space for `total` keys."""
+        if self._room_BJS is None or total > self._room_BJS.shape[2]:
+            room = torch.empty(batch, rows, 2 * total, dtype=torch.int32, device=device)
+            if self._room_BJS is not None:
+                room[:, :, : self.length] = self.codes_BJS
+            self._room_BJS = room
+        return self._room_BJS
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Count one more key, whose code the kernel of `decode_attention` stores, and return where:
+        the addresses of rings, counts and codes, and the capacity of the codes.
+
+        Only for one sequence without padding, of which some keys are in the cache.
+        """
+        if self._ring_BJCW is None:
+            self._build()
+        assert self._room_BJS is not None and self.seen_B is not None
+        assert self._ring_BJCW is not None and self._count_BJC is not None
+        batch, rows, _ = self._room_BJS.shape
+        room = self._code_memory(batch, rows, self.length + 1, self._room_BJS.device)
+        self.length += 1
+        self.seen_B = self.seen_B + 1
+        return (
+            self._ring_BJCW.data_ptr(),
+            self._count_BJC.data_ptr(),
+            room.data_ptr(),
+            room.shape[2],
+        )
 
     def candidates(self, query_codes_BH1P: Tensor) -> tuple[Tensor, Tensor]:
         """Return the candidates of the newest query outside its local window.

@@ -1,12 +1,15 @@
 """Exact attention over all visible keys."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from deepseek.kernels.bias.score_bias import ScoreBias, biased_attention
+from deepseek.model.attention.decode import decode, reserved_layers
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 from deepseek.model.norm import RMSNorm
@@ -29,21 +32,31 @@ class AttentionInputs:
     key_BGTK: Tensor
     value_BGTK: Tensor
 
-    def split(self, lengths: list[int]) -> "list[AttentionInputs]":
-        """Return the inputs of consecutive ranges of tokens.
-
-        Args:
-            lengths: number of tokens in each range.
-        """
-        parts = (
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order of the attributes."""
+        return (
             self.plain_query_BHTK,
             self.plain_key_BGTK,
             self.query_BHTK,
             self.key_BGTK,
             self.value_BGTK,
         )
-        ranges = zip(*(part.split(lengths, dim=2) for part in parts), strict=True)
+
+    def split(self, lengths: list[int]) -> "list[AttentionInputs]":
+        """Return the inputs of consecutive ranges of tokens.
+
+        Args:
+            lengths: number of tokens in each range.
+        """
+        ranges = zip(*(part.split(lengths, dim=2) for part in self.parts), strict=True)
         return [AttentionInputs(*tensors) for tensors in ranges]
+
+    @staticmethod
+    def join(inputs: "Sequence[AttentionInputs]") -> "AttentionInputs":
+        """Return the inputs of several ranges of tokens as those of one."""
+        ranges = zip(*(one.parts for one in inputs), strict=True)
+        return AttentionInputs(*(torch.cat(tensors, dim=2) for tensors in ranges))
 
 
 class FullAttention(nn.Module):
@@ -93,28 +106,89 @@ class FullAttention(nn.Module):
         if ctx.sequences:
             attended_BHTK = self._attend_sequences(inputs, x_BTD, ctx)
         else:
-            attended_BHTK = self._attend_cached(inputs, x_BTD, ctx)
+            bias = None if self.score_bias is None else self.score_bias(x_BTD, ctx, self.layer_idx)
+            attended_BHTK = self._attend_cached(inputs, bias, ctx)
         output: Tensor = self.o_proj(attended_BHTK.transpose(1, 2).flatten(2))
         return output
 
-    def _attend_cached(self, inputs: AttentionInputs, x_BTD: Tensor, ctx: ForwardContext) -> Tensor:
+    def _attend_cached(
+        self, inputs: AttentionInputs, bias: ScoreBias | None, ctx: ForwardContext
+    ) -> Tensor:
         """Append the new keys and values to the cache and return the attended values."""
         key = inputs.key_BGTK
         value = inputs.value_BGTK
         if ctx.cache is not None:
             key, value = ctx.cache.update(key, value, self.layer_idx)
-        bias = None if self.score_bias is None else self.score_bias(x_BTD, ctx, self.layer_idx)
         plain = (inputs.plain_query_BHTK, inputs.plain_key_BGTK)
         return self.attend(inputs.query_BHTK, key, value, plain, bias, ctx)
 
     def _attend_sequences(
         self, inputs: AttentionInputs, x_1ND: Tensor, ctx: ForwardContext
     ) -> Tensor:
-        """Return the attended values `[1, H, N, K]` of sequences that lie end to end in one row."""
-        parts = zip(
-            inputs.split(ctx.lengths), x_1ND.split(ctx.lengths, dim=1), ctx.sequences, strict=True
+        """Return the attended values `[1, H, N, K]` of sequences that lie end to end in one row.
+
+        Those of which one token is new are decoded together where that is possible.
+        """
+        sequences = ctx.sequences
+        biases: list[ScoreBias | None] = (
+            [None] * len(sequences)
+            if self.score_bias is None
+            else self.score_bias.each(x_1ND, ctx, self.layer_idx)
         )
-        return torch.cat([self._attend_cached(*part) for part in parts], dim=2)
+        decoding = [
+            i for i, one in enumerate(sequences) if self.decodes and one.length == 1 and one.past
+        ]
+        if len(decoding) == len(sequences):
+            decoded = self.decode(inputs, biases, sequences)
+            if decoded is not None:
+                return decoded
+        parts = inputs.split(ctx.lengths)
+        attended: dict[int, Tensor] = {}
+        if 0 < len(decoding) < len(sequences):
+            decoded = self.decode(
+                AttentionInputs.join([parts[i] for i in decoding]),
+                [biases[i] for i in decoding],
+                [sequences[i] for i in decoding],
+            )
+            if decoded is not None:
+                attended = dict(zip(decoding, decoded.split(1, dim=2), strict=True))
+        for i, part in enumerate(parts):
+            if i not in attended:
+                attended[i] = self._attend_cached(part, biases[i], sequences[i])
+        return torch.cat([attended[i] for i in range(len(parts))], dim=2)
+
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether `decode` computes the same as `attend`: both come from the same class."""
+        owners = [
+            next(kind for kind in type(self).__mro__ if name in vars(kind))
+            for name in ("attend", "decode")
+        ]
+        return owners[0] is owners[1]
+
+    def decode(
+        self,
+        inputs: AttentionInputs,
+        biases: Sequence[ScoreBias | None],
+        sequences: Sequence[ForwardContext],
+    ) -> Tensor | None:
+        """Append one token to each of R sequences and return the attended values `[1, H, R, K]`;
+        None, with nothing appended, if this device has no kernel for it.
+
+        A kind with an `attend` of its own may override this as well; without, its sequences are
+        computed one after another.
+
+        Args:
+            inputs: queries, keys and values of the new tokens, which lie in one row.
+            biases: bias of each sequence's scores.
+            sequences: context of each sequence.
+        """
+        layers = reserved_layers(inputs.key_BGTK, sequences, self.layer_idx)
+        if layers is None:
+            return None
+        window = sequences[0].window if self.windowed else None
+        parts = (inputs.query_BHTK, inputs.key_BGTK, inputs.value_BGTK)
+        return decode(*parts, biases, layers, window)
 
     def state_bytes(self, length: int, itemsize: int) -> int:
         """Return an upper bound on this layer's bytes in the cache for one sequence.

@@ -4,6 +4,7 @@ The kernels are in `deepseek.kernels.lsh`. This file connects them to the hash, 
 documents, padding and the KV cache.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,8 @@ from deepseek.kernels.lsh import attention as kernel
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows, document_starts
 from deepseek.kernels.lsh.reference import candidate_mask, masked_attention
-from deepseek.model.attention.full import FullAttention
+from deepseek.model.attention.decode import decode, reserved_layers
+from deepseek.model.attention.full import AttentionInputs, FullAttention
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 from deepseek.model.kv_cache import layer_state
@@ -333,6 +335,38 @@ class LshAttention(FullAttention):
         return kernel.attend(
             query_BHTK, key_BGSK, value_BGSK, query_codes_BHTP, buckets, first_BS, bias=bias
         )
+
+    def decode(
+        self,
+        inputs: AttentionInputs,
+        biases: Sequence[ScoreBias | None],
+        sequences: Sequence[ForwardContext],
+    ) -> Tensor | None:
+        if self.exact:
+            return super().decode(inputs, biases, sequences)
+        windows = self.windows
+        layers = reserved_layers(inputs.key_BGTK, sequences, self.layer_idx)
+        # Several rounds may find a key twice, and a far field needs sums; neither is in the kernel.
+        if layers is None or windows.rounds > 1 or windows.far_field:
+            return None
+        from deepseek.kernels.decode_attention import Probes
+
+        probes = Probes(
+            self.hash.query_codes(inputs.plain_query_BHTK, self.probes)[0].transpose(0, 1),
+            self.hash.key_codes(inputs.plain_key_BGTK)[0].transpose(0, 1),
+            windows.num_buckets,
+            windows.bucket,
+            windows.local,
+            windows.sinks,
+        )
+        addresses = [
+            layer_state(
+                sequence.cache, self.layer_idx, BucketCache, self._no_buckets, "LSH attention needs"
+            ).addresses()
+            for sequence in sequences
+        ]
+        parts = (inputs.query_BHTK, inputs.key_BGTK, inputs.value_BGTK)
+        return decode(*parts, biases, layers, windows.local, probes, addresses)
 
     def state_bytes(self, length: int, itemsize: int) -> int:
         num_bytes = super().state_bytes(length, itemsize)

@@ -4,16 +4,17 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.model.config import ModelConfig
+from deepseek.model.positions.protocol import ScoreBiasSource
 
 if TYPE_CHECKING:
     from deepseek.model.context import ForwardContext
 
 
-class AlibiBias(nn.Module):
+class AlibiBias(ScoreBiasSource):
     """A score bias that falls linearly with the distance between query and key.
 
     Softmax ignores a constant per query, so the bias depends on the key only: index times slope.

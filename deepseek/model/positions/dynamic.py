@@ -27,6 +27,7 @@ from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.model.config import ModelConfig
 from deepseek.model.kv_cache import TokenState, layer_state
 from deepseek.model.positions.alibi import slopes
+from deepseek.model.positions.protocol import ScoreBiasSource
 
 if TYPE_CHECKING:
     from deepseek.model.context import ForwardContext
@@ -44,7 +45,7 @@ class KeyBiasState(TokenState):
     """kappa `[B, H, S]` of the cached keys of one layer, in fp64."""
 
 
-class DynamicBias(nn.Module):
+class DynamicBias(ScoreBiasSource):
     """The parameters of one layer: biases by distance, context, forget gate, length scale."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -74,9 +75,24 @@ class DynamicBias(nn.Module):
             return None
         return ScoreBias(
             self._table(x_BTD),
-            self._key_bias(x_BTD, ctx, layer_idx),
+            self._key_bias(self._rates(x_BTD, ctx), ctx, layer_idx),
             self._scale(ctx.position_ids_BT),
         )
+
+    def each(self, x_1ND: Tensor, ctx: "ForwardContext", layer_idx: int) -> list[ScoreBias | None]:
+        if not self._learns() and self._is_zero():
+            return [None] * len(ctx.sequences)
+        parts = zip(
+            self._table(x_1ND).split(ctx.lengths, dim=2),
+            self._rates(x_1ND, ctx).split(ctx.lengths, dim=1),
+            self._scale(ctx.position_ids_BT).split(ctx.lengths, dim=2),
+            ctx.sequences,
+            strict=True,
+        )
+        return [
+            ScoreBias(table, self._key_bias(rates, sequence, layer_idx), scale)
+            for table, rates, scale, sequence in parts
+        ]
 
     def state_bytes(self, length: int) -> int:
         return 8 * len(self.decay_H) * length
@@ -105,8 +121,8 @@ class DynamicBias(nn.Module):
         )
         return PACE * tables_BHTN
 
-    def _key_bias(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> Tensor:
-        """Return kappa `[B, H, S]`, with past tokens from the cache; padding adds nothing."""
+    def _rates(self, x_BTD: Tensor, ctx: "ForwardContext") -> Tensor:
+        """Return what each token adds to kappa, fp64 `[B, T, H]`; padding adds nothing."""
         slopes_H = torch.tensor(slopes(len(self.decay_H)), device=x_BTD.device)
         rates_BTH = (
             softplus(self.forget(x_BTD).float())
@@ -115,7 +131,11 @@ class DynamicBias(nn.Module):
         )
         if ctx.token_mask_BT is not None:
             rates_BTH = rates_BTH * ctx.token_mask_BT[..., None]
-        sums_BHT = rates_BTH.double().cumsum(1).transpose(1, 2)
+        return rates_BTH.double()
+
+    def _key_bias(self, rates_BTH: Tensor, ctx: "ForwardContext", layer_idx: int) -> Tensor:
+        """Return kappa `[B, H, S]`, with past tokens from the cache."""
+        sums_BHT = rates_BTH.cumsum(1).transpose(1, 2)
         if ctx.cache is None:
             return sums_BHT
         state = layer_state(

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek.kernels.bias.score_bias import ScoreBias
 from deepseek.model.config import ModelConfig
@@ -41,15 +41,24 @@ class Positions:
         return lambda query, key: (query, key)
 
 
-class ScoreBiasSource(Protocol):
-    """The part of a positional encoding that each layer owns, a module.
+class ScoreBiasSource(nn.Module):
+    """The part of a positional encoding that each layer owns.
 
     It maps the layer's input to the bias of its attention scores, or to None for a zero bias.
     """
 
-    def __call__(
-        self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int
-    ) -> ScoreBias | None: ...
+    def forward(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> ScoreBias | None:
+        """Return the bias of the new tokens; state of past tokens is in `ctx.cache`."""
+        raise NotImplementedError
+
+    def each(self, x_1ND: Tensor, ctx: "ForwardContext", layer_idx: int) -> list[ScoreBias | None]:
+        """Return the bias of each of the sequences that lie end to end in the only row.
+
+        This base class computes one sequence after another.
+        """
+        parts = zip(x_1ND.split(ctx.lengths, dim=1), ctx.sequences, strict=True)
+        return [self(x_1TD, sequence, layer_idx) for x_1TD, sequence in parts]
 
     def state_bytes(self, length: int) -> int:
         """Return an upper bound on its bytes in the cache for one sequence of `length` tokens."""
+        raise NotImplementedError
