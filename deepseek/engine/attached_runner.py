@@ -1,4 +1,7 @@
-"""The runner of stock `transformers` models with attached experts, one sequence after another."""
+"""The runner of stock `transformers` models with attached experts.
+
+Sequences that decode share one forward pass; prompts are computed one after another.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -10,11 +13,15 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from deepseek.engine.attached_batch import can_join, join_layers, padding_mask, split_layer
+from deepseek.model.attached.hooks import AttachedContext
 from deepseek.model.attached.memory import ExpertMemory, remembering
 from deepseek.model.attached.model import AttachedModel
+from deepseek.model.attached.traits import supported
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.experts.module import ExpertModule
+from deepseek.model.experts.ragged import RaggedExperts
 from deepseek.runner import Chunk, RunnerOutput, Segment
 
 
@@ -40,6 +47,8 @@ class AttachedSegment:
 class AttachedState:
     """The stock cache of one sequence, of the classes that `generate` would choose.
 
+    While the sequence decodes beside others, its keys and values lie in a batch.
+
     Args:
         model: the model.
         armed: the sequence's experts; None for the base alone.
@@ -53,23 +62,32 @@ class AttachedState:
         self.memory = remembering(self.cache)
         self.memory.start(armed)
         self.length = 0
+        self.batch: DecodingBatch | None = None
 
     @property
     def nbytes(self) -> int:
+        self.leave_batch()
         tensors = sum(tensor_bytes(layer) for layer in self.cache.layers)
         return tensors + self.memory.nbytes
+
+    def leave_batch(self) -> None:
+        """Take this and the other sequences out of their batch, if they are in one."""
+        if self.batch is not None:
+            self.batch.dissolve()
 
     def rewind(self, length: int) -> None:
         """Raise `NotImplementedError`: the engine asks only states whose `rewinds` is True."""
         raise NotImplementedError
 
     def segment(self, start: int) -> AttachedSegment:
+        self.leave_batch()
         layers = tuple(_segment(layer, start) for layer in self.cache.layers)
         nbytes = sum(tensor_bytes(layer) for layer in layers) + self.memory.nbytes
         return AttachedSegment(layers, copy.deepcopy(self.memory), self.length, nbytes)
 
     def extend(self, segment: Segment) -> None:
         assert isinstance(segment, AttachedSegment)
+        self.leave_batch()
         for index, part in enumerate(segment.layers):
             if isinstance(part, tuple):
                 self.cache.update(*part, index)
@@ -80,11 +98,44 @@ class AttachedState:
         self.length = segment.length
 
     def close(self) -> None:
+        self.leave_batch()
         self.cache.layers.clear()
+
+
+class DecodingBatch:
+    """Sequences that decode together, with one cache that is padded on the left.
+
+    It lasts as long as the same sequences decode.
+
+    Args:
+        states: the states of the sequences, whose caches move into the batch.
+    """
+
+    def __init__(self, states: Sequence[AttachedState]) -> None:
+        for state in states:
+            state.leave_batch()
+        self.states = tuple(states)
+        longest = max(state.length for state in states)
+        layers = zip(*(state.cache.layers for state in states), strict=True)
+        self.cache = copy.copy(states[0].cache)
+        self.cache.layers = [join_layers(parts, longest) for parts in layers]
+        for state in states:
+            state.batch = self
+            state.cache.layers = []
+
+    def dissolve(self) -> None:
+        """Move keys and values back into the caches of the sequences."""
+        for row, state in enumerate(self.states):
+            state.cache.layers = [
+                split_layer(layer, row, state.length) for layer in self.cache.layers
+            ]
+            state.batch = None
 
 
 class AttachedRunner:
     """Runs a stock model with attached experts on its own device.
+
+    As with `TorchRunner`, the logits of a chunk beside others differ from those alone by rounding.
 
     Args:
         model: the model to run.
@@ -93,6 +144,7 @@ class AttachedRunner:
     def __init__(self, model: AttachedModel) -> None:
         self.model = model
         self._layers = _measure(model)
+        self._joins = can_join(AttachedState(model, None).cache)
 
     def computes(self, armed: ArmedExperts | None) -> bool:
         """Return True: the model computes whatever can be plugged into it."""
@@ -114,22 +166,92 @@ class AttachedRunner:
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
-        rows: list[Tensor] = []
-        experts: list[str | None] = []
-        for chunk in chunks:
-            assert isinstance(chunk.state, AttachedState)
-            ids = torch.tensor([chunk.ids], device=self.model.device)
-            # `logits_to_keep=0` would mean all logits, so a chunk within a prompt computes one row.
+        decoding = [chunk for chunk in chunks if self._decodes(chunk)]
+        rows: dict[int, tuple[Tensor, list[str | None]]] = {}
+        if len(decoding) > 1:
+            logits_BV, speakers = self._decode(decoding)
+            for chunk, logits_V, speaker in zip(decoding, logits_BV, speakers, strict=True):
+                rows[id(chunk)] = (logits_V[None], [speaker])
+        parts = [rows.get(id(chunk)) or self._alone(chunk) for chunk in chunks]
+        experts = [name for _, names in parts for name in names]
+        return RunnerOutput(torch.cat([logits for logits, _ in parts]), tuple(experts))
+
+    def _decodes(self, chunk: Chunk) -> bool:
+        """Return whether a chunk is the next token of a sequence that can join a batch."""
+        assert isinstance(chunk.state, AttachedState)
+        return self._joins and len(chunk.ids) == chunk.keep == 1 and chunk.state.length > 0
+
+    def _alone(self, chunk: Chunk) -> tuple[Tensor, list[str | None]]:
+        """Compute the chunk of one sequence; return logits and experts of its kept tokens."""
+        state = chunk.state
+        assert isinstance(state, AttachedState)
+        state.leave_batch()
+        # `logits_to_keep=0` would mean all logits, so a chunk within a prompt computes one row.
+        output: Any = self.model(
+            input_ids=torch.tensor([chunk.ids], device=self.model.device),
+            cache=state.cache,
+            use_cache=True,
+            logits_to_keep=max(1, chunk.keep),
+        )
+        state.length += len(chunk.ids)
+        logits_TV = output.logits[0, -max(1, chunk.keep) :][: chunk.keep]
+        return logits_TV.float().cpu(), loudest(output.experts, chunk.keep)
+
+    def _decode(self, chunks: Sequence[Chunk]) -> tuple[Tensor, list[str | None]]:
+        """Compute the next token of several sequences; return its logits and experts."""
+        states = [chunk.state for chunk in chunks if isinstance(chunk.state, AttachedState)]
+        batch = states[0].batch
+        if batch is None or batch.states != tuple(states):
+            batch = DecodingBatch(states)
+        lengths = [state.length for state in states]
+        device = self.model.device
+        ids_B1 = torch.tensor([[*chunk.ids] for chunk in chunks], device=device)
+        positions_B1 = torch.tensor(lengths, device=device)[:, None]
+        ragged = _ragged(states, ids_B1, positions_B1)
+        with self.model.expert_hooks.running(ragged):
+            arguments = supported(self.model, position_ids=positions_B1)
             output: Any = self.model(
-                input_ids=ids,
-                cache=chunk.state.cache,
+                input_ids=ids_B1,
+                attention_mask=padding_mask(lengths, device),
+                cache=batch.cache,
                 use_cache=True,
-                logits_to_keep=max(1, chunk.keep),
+                **arguments,
             )
-            chunk.state.length += len(chunk.ids)
-            rows.append(output.logits[0, -max(1, chunk.keep) :][: chunk.keep].float().cpu())
-            experts += loudest(output.experts, chunk.keep)
-        return RunnerOutput(torch.cat(rows), tuple(experts))
+        for state in states:
+            state.length += 1
+        speakers: list[str | None] = [None] * len(states)
+        if ragged is not None and isinstance(ragged.armed, RaggedExperts):
+            speakers = ragged.armed.speakers()
+        return output.logits[:, -1].float().cpu(), speakers
+
+
+def _ragged(
+    states: Sequence[AttachedState], ids_B1: Tensor, positions_B1: Tensor
+) -> AttachedContext | None:
+    """Return the context of sequences with one new token each, laid end to end in one row; None if
+    none has experts.
+    """
+    if all(state.memory.armed is None for state in states):
+        return None
+    sequences = [
+        AttachedContext(
+            position_ids_BT=positions_B1[row : row + 1],
+            token_mask_BT=None,
+            document_ids_BT=None,
+            input_ids_BT=ids_B1[row : row + 1],
+            cache=state.memory,
+            armed=state.memory.armed,
+        )
+        for row, state in enumerate(states)
+    ]
+    return AttachedContext(
+        position_ids_BT=positions_B1.mT,
+        token_mask_BT=None,
+        document_ids_BT=None,
+        input_ids_BT=ids_B1.mT,
+        cache=None,
+        armed=RaggedExperts(sequences),
+    )
 
 
 def loudest(armed: ArmedExperts | None, count: int) -> list[str | None]:

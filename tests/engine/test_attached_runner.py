@@ -12,7 +12,7 @@ from deepseek.engine.request import Request
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.sampler import Sampling
 from deepseek.model.attached.model import AttachedModel
-from deepseek.runner import Chunk
+from deepseek.runner import Chunk, SequenceState
 
 IDS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -48,6 +48,33 @@ def test_chunks_and_prefixes_give_one_passs_logits(model: AttachedModel) -> None
         again = runner.forward([Chunk(other, IDS[24:32], 8)])
         assert torch.equal(again.logits_RV, parts[3].logits_RV)
         assert again.experts == parts[3].experts
+
+
+def test_sequences_decode_together_as_alone(model: AttachedModel) -> None:
+    """Sequences of several lengths, some with experts, join and leave a batch."""
+    plug_random(model, "legal", seed=2)
+    runner = AttachedRunner(model)
+    choices = ["code", None, ("code", "legal"), "auto"]
+    prompts = [IDS[:3], IDS[5:18], IDS[10:31], IDS[2:11]]
+
+    def begin() -> list[SequenceState]:
+        states = [runner.start(model.experts.choose(arm), 64) for arm in choices]
+        for state, prompt in zip(states, prompts, strict=True):
+            runner.forward([Chunk(state, prompt, 0)])
+        return states
+
+    together, alone = begin(), begin()
+    for step, rows in enumerate([(0, 1, 2, 3)] * 3 + [(0, 2)] * 2 + [(0, 1, 2, 3)] * 2):
+        token = IDS[30 + step]
+        batch = runner.forward([Chunk(together[row], [token]) for row in rows])
+        single = [runner.forward([Chunk(alone[row], [token])]) for row in rows]
+        expected = torch.cat([output.logits_RV for output in single])
+        assert torch.allclose(batch.logits_RV, expected, rtol=1e-4, atol=1e-4)
+        assert batch.experts == tuple(name for output in single for name in output.experts)
+    together[1].close()
+    last = [runner.forward([Chunk(states[3], [7])]).logits_RV for states in (together, alone)]
+    assert torch.allclose(*last, rtol=1e-4, atol=1e-4)
+    assert together[3].length == alone[3].length
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text", "nemotron_h", "gpt_oss"])

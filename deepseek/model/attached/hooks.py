@@ -39,6 +39,11 @@ class AttachedContext:
     armed: Armed | None
     words_BTM: Tensor | None = None
 
+    @property
+    def length(self) -> int:
+        """Number of new tokens."""
+        return self.position_ids_BT.shape[1]
+
 
 class _Current(threading.local):
     """The forward passes in progress in this thread, the outermost first."""

@@ -2,12 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from deepseek.model.context import ForwardContext, GateContext
+from deepseek.model.context import Armed, GateContext
 from deepseek.model.experts.armed import ArmedExperts, Roster, attribution, combine
+
+
+class SequenceContext(GateContext, Protocol):
+    """The context of one sequence: a `ForwardContext`, or that of an attached model."""
+
+    @property
+    def armed(self) -> Armed | None: ...
+
+    @property
+    def length(self) -> int: ...
 
 
 @dataclass
@@ -21,7 +32,7 @@ class Group:
     """
 
     roster: Roster
-    parts: list[tuple[int, ForwardContext]] = field(default_factory=list)
+    parts: list[tuple[int, SequenceContext]] = field(default_factory=list)
     weights: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -52,7 +63,7 @@ class RaggedExperts:
         sequences: contexts of the sequences, in the order of their tokens.
     """
 
-    def __init__(self, sequences: Sequence[ForwardContext]) -> None:
+    def __init__(self, sequences: Sequence[SequenceContext]) -> None:
         groups: dict[Roster, Group] = {}
         start = 0
         for sequence in sequences:
@@ -131,7 +142,7 @@ class RaggedExperts:
         return names
 
 
-def _weights(layer_idx: int, x_1ND: Tensor, part: tuple[int, ForwardContext]) -> Tensor:
+def _weights(layer_idx: int, x_1ND: Tensor, part: tuple[int, SequenceContext]) -> Tensor:
     """Return the weights `[1, T, M]` of one sequence's modules at its T tokens."""
     start, sequence = part
     armed = sequence.armed
