@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from deepseek.engine.adapters import import_adapter as import_adapter
     from deepseek.engine.load import load as load
     from deepseek.model.attached.model import attach as attach
     from deepseek.model.attached.model import detach as detach
@@ -51,6 +52,7 @@ _HOMES = {
     "attach": "deepseek.model.attached.model",
     "detach": "deepseek.model.attached.model",
     "distill_hash": "deepseek.train.jobs.distill_hash",
+    "import_adapter": "deepseek.engine.adapters",
     "load": "deepseek.engine.load",
     "plan": "deepseek.planning",
     "pretrain": "deepseek.train.jobs.pretrain",

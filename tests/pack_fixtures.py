@@ -82,3 +82,13 @@ def make_pack() -> Callable[..., ExpertPack]:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def is_one_sentence(message: str) -> bool:
+    """Whether an error message is one printable sentence."""
+    return (
+        message.isascii()
+        and message.isprintable()
+        and message.endswith(".")
+        and ". " not in message
+    )

@@ -1,10 +1,12 @@
 """Random LoRA adapters, made and saved by PEFT itself beside a small Llama checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,3 +63,28 @@ def peft_logits(base: Path, adapter: Path | None, ids: torch.Tensor) -> torch.Te
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     return model.eval()(ids).logits
+
+
+def write_adapter(
+    folder: Path, layers: dict[str, tuple[int, int]], rank: int = 4, seed: int = 1, **config: Any
+) -> Path:
+    """Write an adapter of random values in PEFT's format, without PEFT, and return its folder.
+
+    Args:
+        folder: folder to write.
+        layers: name of each linear layer -> its inputs and outputs.
+        rank: rank of the changes.
+        seed: seed of the values.
+        config: fields of `adapter_config.json` to change.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (inputs, outputs) in layers.items():
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator)
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"} | config
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder

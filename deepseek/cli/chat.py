@@ -6,7 +6,7 @@ from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temp
 def chat(
     base: Base = "smollm2-135m",
     experts: Experts = "all",
-    arm: Arm = "auto",
+    arm: Arm = "",
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.6,
     top_p: TopP = 0.9,

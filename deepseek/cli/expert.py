@@ -1,4 +1,4 @@
-"""`deepseek expert`: train, list, inspect, verify and sign expert packs."""
+"""`deepseek expert`: train, import, list, inspect, verify and sign expert packs."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from deepseek.cli.job_command import job_command
 from deepseek.train.jobs.arguments import ExpertArguments
 
-app = typer.Typer(add_completion=False, help="Train, list, inspect, verify and sign expert packs.")
+app = typer.Typer(add_completion=False, help="Train, import, list, inspect, verify and sign packs.")
 
 Pack = Annotated[
     str, typer.Argument(metavar="PACK", help="A pack file, or the name of a trained expert.")
@@ -59,6 +59,49 @@ def index(name: Annotated[str, typer.Argument(help="Name of a trained expert.")]
     from deepseek.train.jobs.expert_index import index_expert
 
     print(index_expert(name))
+
+
+@app.command("import")
+def import_folder(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the expert; default: that of the folder.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="Base model that it is for: a known name, a folder or a hub id.")
+    ] = "smollm2-135m",
+    licence: Annotated[
+        str, typer.Option(help="SPDX expression of the adapter's licence.")
+    ] = "LicenseRef-Unknown",
+    domain: Annotated[str, typer.Option(help="Short description of what it is for.")] = "",
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Arm it in every request that does not choose its experts."),
+    ] = False,
+    key: Annotated[
+        Path | None, typer.Option(help="Sign with a private key from `deepseek expert keygen`.")
+    ] = None,
+) -> None:
+    """Import a LoRA adapter that PEFT saved, as a pack that is plugged and armed by name."""
+    from deepseek.engine.adapters import import_adapter, other_base
+    from deepseek.packs.lora import LoraManifest
+    from deepseek.packs.pack import read_pack
+
+    path = import_adapter(
+        folder, name=name, base=base, licence=licence, domain=domain, auto=auto, key=key
+    )
+    manifest = read_pack(path).manifest
+    assert isinstance(manifest, LoraManifest)
+    stated = other_base(manifest)
+    if stated is not None:
+        print(
+            f"note: the adapter was trained on {stated}; its layers fit {base}, for which it is "
+            "imported",
+            file=sys.stderr,
+        )
+    print(f"{path}: {len(manifest.sites)} linear layers, rank {manifest.rank}, {manifest.licence}")
 
 
 @app.command("list")

@@ -12,7 +12,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to complete, or '-' for standard input.")],
     base: Base = "smollm2-135m",
     experts: Experts = "",
-    arm: Arm = "auto",
+    arm: Arm = "",
     chat: Annotated[
         bool, typer.Option("--chat", help="Answer PROMPT as a question instead of completing it.")
     ] = False,

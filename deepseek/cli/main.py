@@ -48,7 +48,7 @@ COMMANDS = {
         "Export a model to ONNX, OpenVINO, TensorRT or stock transformers.",
     ),
     "serve": ("serve:app", "Serve a model: OpenAI's API, hot-pluggable experts, a web page."),
-    "expert": ("expert:app", "Train, list, inspect, verify and sign expert packs."),
+    "expert": ("expert:app", "Train, import, list, inspect, verify and sign expert packs."),
 }
 
 TRAINS = frozenset({"adapt", "align", "expert", "pretrain", "train"})

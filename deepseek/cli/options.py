@@ -2,9 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from deepseek.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepseek.engine.load import Packs
 
 Base = Annotated[
     str, typer.Option(help="Base model: a known name, a folder, a GGUF file or a hub id.")
@@ -12,10 +17,17 @@ Base = Annotated[
 Experts = Annotated[
     str,
     typer.Option(
-        help="Experts to plug: names or pack files, comma-separated; 'all': every trained one."
+        help="Experts to plug: names or pack files, comma-separated; 'all': every trained one. "
+        "NAME=WEIGHT arms one by name and scales what it adds, by up to 2."
     ),
 ]
-Arm = Annotated[str, typer.Option(help="Experts to arm: 'auto', 'none', or comma-separated names.")]
+Arm = Annotated[
+    str,
+    typer.Option(
+        help="Experts to arm: 'auto', 'none', or comma-separated names, also NAME=WEIGHT. "
+        "Default: as --experts says, else 'auto'."
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")]
 Temperature = Annotated[
     float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")
@@ -34,12 +46,36 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def arming(text: str) -> str | list[str] | None:
-    """Return the argument of `model.experts.arm` for a value of the option `--arm`."""
-    return {"auto": "auto", "none": None}.get(text.strip(), names(text))
+def arming(text: str) -> str | dict[str, float] | None:
+    """Return the argument of `model.experts.arm` for a value of the option `--arm`.
+
+    Raises:
+        ConfigError: a weight is not a number.
+    """
+    if text.strip() in ("auto", "none"):
+        return {"auto": "auto", "none": None}[text.strip()]
+    return {name: 1.0 if weight is None else weight for name, weight in weights(text).items()}
 
 
-def expert_packs(text: str, base: str, folder: Path | None = None) -> list[Path | str]:
+def weights(text: str) -> dict[str, float | None]:
+    """Return the names in a comma-separated option with their weights, None without "=WEIGHT".
+
+    Raises:
+        ConfigError: a weight is not a number.
+    """
+    weighted: dict[str, float | None] = {}
+    for part in names(text):
+        name, equals, number = part.rpartition("=")
+        try:
+            weighted[name.strip() if equals else part] = float(number) if equals else None
+        except ValueError:
+            raise ConfigError(
+                f"The weight {number!r} of {name!r} is not a number; write NAME=0.7."
+            ) from None
+    return weighted
+
+
+def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
     """Return the packs in the option `--experts`; "all" means every expert of this base.
 
     With "all", a pack that cannot be read is reported and left out, so that one damaged file does
@@ -51,7 +87,7 @@ def expert_packs(text: str, base: str, folder: Path | None = None) -> list[Path 
         folder: folder that "all" searches; default: the folder of trained experts.
     """
     if text.strip() != "all":
-        return list(names(text))
+        return weights(text)
     from deepseek.packs.library import packs_for
 
     packs, problems = packs_for(base, folder)

@@ -45,7 +45,8 @@ def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
     with Console(stderr=True).status(f"loading {base}"):
         engine = start_engine(base, experts=expert_packs(experts, base), int8=int8)
     with engine:
-        engine.arm(arming(arm))
+        if arm:
+            engine.arm(arming(arm))
         yield engine
 
 

@@ -1,9 +1,9 @@
 """`deepseek.load`: load a model, its tokenizer and its experts in one call."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -13,10 +13,16 @@ from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.model.attention.hash import hash_file, load_hashes, plug_hashes
 from deepseek.model.config import ModelConfig
+from deepseek.model.experts.arming import AUTO, EVERY_EXPERT, Arming
 from deepseek.model.language_model import LanguageModel, load_language_model
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.kinds import AnyManifest
 from deepseek.packs.library import find_pack
+from deepseek.packs.lora import LoraManifest
 from deepseek.text.tokenizer import load_tokenizer
+
+Packs = Iterable[str | Path] | Mapping[Any, float | None]
+"""Expert packs by path or name, or their weights."""
 
 
 class Loaded(NamedTuple):
@@ -29,7 +35,7 @@ class Loaded(NamedTuple):
 def load(
     name: str | Path = "smollm2-135m",
     *,
-    experts: Iterable[str | Path] = (),
+    experts: Packs = (),
     config: ModelConfig | None = None,
     dtype: torch.dtype | str = "auto",
     device: str | None = None,
@@ -42,8 +48,10 @@ def load(
     Args:
         name: a known base (downloaded if needed), a local folder or a hub id; default
             "smollm2-135m".
-        experts: expert packs to plug, as paths or as names of trained experts; they are armed
-            automatically.
+        experts: expert packs to plug, as paths or as names of trained experts. They are armed
+            automatically, adapters only if they were imported for that. A mapping of packs to
+            weights arms them by name, with these weights; None: an adapter with weight 1, and an
+            expert automatically.
         config: config fields that override those of the checkpoint (see
             `DeepSeekModel.from_pretrained`).
         dtype: dtype of the weights; "auto" selects the fastest one on the device.
@@ -60,7 +68,8 @@ def load(
     """
     checks.path("name", name)
     checks.optional(partial(checks.instance, kind=ModelConfig))("config", config)
-    packs = [find_pack(expert) for expert in checks.sequence("experts", experts, checks.path)]
+    names = list(experts) if isinstance(experts, Mapping) else experts
+    packs = [find_pack(expert) for expert in checks.sequence("experts", names, checks.path)]
     folder = resolve(str(name))
     model = load_language_model(folder, config=config, dtype=dtype, device=device)
     model.config.name_or_path = str(name)
@@ -70,6 +79,29 @@ def load(
         and hash_file(folder).exists()
     ):
         plug_hashes(model, load_hashes(hash_file(folder), fingerprint(folder).weights))
-    for pack in packs:
-        model.experts.plug(pack)
+    plugged = [model.experts.plug(pack).name for pack in packs]
+    if isinstance(experts, Mapping):
+        manifests = [model.experts.manifest(name) for name in plugged]
+        model.experts.arm(arming_at_start(experts, manifests).value)
     return Loaded(model, load_tokenizer(folder))
+
+
+def arming_at_start(experts: Packs, manifests: Iterable[AnyManifest]) -> Arming:
+    """Return how packs are armed that a model starts with (see `load`).
+
+    Args:
+        experts: the packs, or their weights.
+        manifests: their manifests, in the same order.
+
+    Raises:
+        ConfigError: a weight is out of range.
+    """
+    if not isinstance(experts, Mapping):
+        return EVERY_EXPERT
+    named: dict[str, float] = {}
+    for weight, manifest in zip(experts.values(), manifests, strict=True):
+        if weight is not None:
+            named[manifest.name] = weight
+        elif isinstance(manifest, LoraManifest):
+            named[manifest.name] = 1.0
+    return Arming.parse({AUTO: 1.0, **named})

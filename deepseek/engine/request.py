@@ -14,6 +14,7 @@ from deepseek.model.experts.arming import Arming
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_schema", "regex", "lark"]
+ArmChoice = tuple[str, ...] | Mapping[str, float] | Literal["auto"]
 MAX_LOGPROBS = 20
 
 
@@ -52,7 +53,7 @@ class ExpertChoice:
         ConfigError: a weight is out of range.
     """
 
-    arm: tuple[str, ...] | Mapping[str, float] | Literal["auto"] = "auto"
+    arm: ArmChoice = "auto"
     deny: tuple[str, ...] = ()
     max_experts: int | None = None
 

@@ -1,14 +1,13 @@
 """Start an engine from the name of a model, compiled and ready for requests."""
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.compiled.support import unsupported_reason
 from deepseek.engine.engine import Engine
-from deepseek.engine.load import load
+from deepseek.engine.load import Packs, load
 from deepseek.engine.request import Request
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.sampler import Sampling
@@ -20,11 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def start_engine(
-    name: str | Path = "smollm2-135m",
-    *,
-    experts: Iterable[str | Path] = (),
-    int8: bool = True,
-    **dials: Any,
+    name: str | Path = "smollm2-135m", *, experts: Packs = (), int8: bool = True, **dials: Any
 ) -> Engine:
     """Load a model, plug experts, and return an engine with the fastest runner that supports it.
 
@@ -33,7 +28,7 @@ def start_engine(
 
     Args:
         name: a known base, a local folder or a hub id (see `load`); default "smollm2-135m".
-        experts: expert packs to plug (see `load`).
+        experts: expert packs to plug, or their weights (see `load`).
         int8: quantise the weights to 8 bits if the compiled runner supports the model, which is
             several times as fast; default True. Other models keep their weights.
         dials: passed on to `Engine`.

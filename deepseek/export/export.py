@@ -6,7 +6,7 @@ packages are imported when they are used.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek.checkpoint.store import atomic_folder
-from deepseek.engine.load import load
+from deepseek.engine.load import Packs, load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.gguf import export_gguf
 from deepseek.export.graph import Graph, Step
@@ -30,12 +30,7 @@ SIZES = ((1, 1, 0), (1, 1, 512), (16, 512, 4096))
 
 
 def export_model(
-    base: str | Path,
-    out: Path,
-    to: str,
-    *,
-    dtype: str | None = None,
-    experts: Iterable[str | Path] = (),
+    base: str | Path, out: Path, to: str, *, dtype: str | None = None, experts: Packs = ()
 ) -> float:
     """Export a base model, with plugged experts, to a new folder.
 
@@ -45,7 +40,8 @@ def export_model(
         to: "onnx", "openvino", "tensorrt", "hf" or "gguf".
         dtype: dtype of the exported weights; None selects the first one of the format in `FORMATS`,
             for "gguf" in `gguf.ENCODINGS`.
-        experts: expert packs to plug, as paths or names; default none.
+        experts: expert packs to plug, as paths or names, or their weights (see `load`); default
+            none.
 
     Returns:
         The largest `difference` of the exported model's logits.

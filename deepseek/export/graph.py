@@ -103,6 +103,11 @@ class Graph(nn.Module):
         self.model = model
         self.dtype = model.dtype
         self.armed = model.experts.armed()
+        if self.armed is not None and self.armed.adapts:
+            raise ConfigError(
+                f"The adapter {self.armed.strongest_adapter} is armed, and an exported graph has "
+                "experts but no adapters; merge it into the base with PEFT, or leave it out."
+            )
         roster = self.armed.roster if self.armed else None
         # Registered as submodules, so that the experts' weights become weights of the graph.
         self.modules_armed = nn.ModuleList(roster.modules if roster else ())

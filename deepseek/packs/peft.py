@@ -28,7 +28,7 @@ PICKLED = "adapter_model.bin"
 MAX_CONFIG = 1 << 20  # bytes
 MAX_WEIGHTS = 4 << 30  # bytes
 PREFIX = "base_model.model."
-PATTERN_SECONDS = 2.0
+PATTERN_SECONDS = 1.0
 """Time that matching all patterns of `rank_pattern` or `alpha_pattern` may take."""
 MAX_PATTERN = 500
 """Longest pattern in characters."""

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from deepseek.engine.engine import Engine
 from deepseek.errors import PackError
 from deepseek.model.experts import ExpertInfo
+from deepseek.model.experts.arming import EVERY_EXPERT, Arming, ArmingValue
 from deepseek.packs.pack import ExpertPack, read_pack
 from deepseek.server.errors import ApiError, as_api_error
 
@@ -42,12 +43,12 @@ class State:
 
     Attributes:
         experts: name -> content digest of the plugged experts.
-        arming: see `ExpertSet.arm`.
+        arming: the experts that are armed by default.
         draining: whether new requests are refused.
     """
 
     experts: dict[str, str] = field(default_factory=dict)
-    arming: str | tuple[str, ...] = "auto"
+    arming: Arming = EVERY_EXPERT
     draining: bool = False
 
 
@@ -104,11 +105,13 @@ class Ledger:
 
     Args:
         packs: packs plugged at start; default: none.
+        arming: which of them are armed; default: "auto".
     """
 
-    def __init__(self, packs: Sequence[ExpertPack] = ()) -> None:
+    def __init__(self, packs: Sequence[ExpertPack] = (), arming: Arming = EVERY_EXPERT) -> None:
         self._packs = {pack.manifest.digest: pack for pack in packs}
-        self._state = State({pack.manifest.name: pack.manifest.digest for pack in packs})
+        digests = {pack.manifest.name: pack.manifest.digest for pack in packs}
+        self._state = State(digests, arming)
         self._members: dict[str, Member] = {}
         self._changing = asyncio.Lock()
 
@@ -249,25 +252,17 @@ class Fleet:
         """Unplug an expert in all replicas. Raises as `plug`."""
         state = self._state
         rest = {other: digest for other, digest in state.experts.items() if other != name}
-        arming = (
-            state.arming
-            if isinstance(state.arming, str)
-            else tuple(other for other in state.arming if other in rest)
-        )
-        self._change(state, replace(state, experts=rest, arming=arming))
+        self._change(state, replace(state, experts=rest, arming=state.arming.among(rest)))
 
-    def arm(self, names: str | Iterable[str]) -> tuple[str, ...]:
+    def arm(self, names: ArmingValue) -> tuple[str, ...]:
         """Set the experts armed by default in all replicas; return their names.
 
         Args:
-            names: names of experts, or "auto" (see `ExpertSet.arm`).
+            names: names of experts, names with weights, or "auto" (see `ExpertSet.arm`).
 
         Raises as `plug`.
         """
-        self._change(
-            self._state,
-            replace(self._state, arming=names if isinstance(names, str) else tuple(names)),
-        )
+        self._change(self._state, replace(self._state, arming=Arming.parse(names)))
         return tuple(info.name for info in self._engine.experts() if info.armed)
 
     def metrics(self) -> bytes:
@@ -311,7 +306,7 @@ class Fleet:
             for _, digest in state.experts.items() - plugged.items():
                 engine.plug(self._call("pack", digest))
             if state.arming != self._state.arming:
-                engine.arm(state.arming)
+                engine.arm(state.arming.value)
             self._state = state
         except Exception as error:  # any failure must reach the ledger, which rolls back
             refusal = as_api_error(error).message

@@ -9,16 +9,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.engine.engine import Engine
+from deepseek.engine.load import Packs, arming_at_start
 from deepseek.errors import ConfigError
 from deepseek.packs.library import find_pack
 from deepseek.packs.manifest import BaseDescription
@@ -43,7 +43,7 @@ def serve_replicas(
     replicas: int,
     cpus: float,
     *,
-    experts: Iterable[str | Path],
+    experts: Packs,
     start: Callable[[], Engine],
     announce: Callable[[], None],
 ) -> None:
@@ -70,6 +70,7 @@ def serve_replicas(
         )
     base = BaseDescription.of(resolve(settings.base), settings.model)
     packs = [read_pack(find_pack(expert), base=base) for expert in experts]
+    arming = arming_at_start(experts, [pack.manifest for pack in packs])
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", PROXY_SECONDS)
     ray = connect("Serving with many replicas", "ray.serve")
     try:
@@ -78,7 +79,7 @@ def serve_replicas(
                 f"{replicas} x {cpus:g} processors are wanted, Ray has {available:g}; "
                 "lower --replicas or --cpus."
             )
-        ledger = ray.remote(num_cpus=0, max_restarts=-1)(Ledger).remote(packs)
+        ledger = ray.remote(num_cpus=0, max_restarts=-1)(Ledger).remote(packs, arming)
         deployment = ray.serve.deployment(
             ray.serve.ingress(builder(settings, start, ledger))(),
             name=APP,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from deepseek.errors import DataError
+from deepseek.model.experts.arming import Arming
 from deepseek.retrieval.index import DEFAULT_PASSAGES, Index
 from deepseek.retrieval.passages import Passage
 from deepseek.retrieval.prompt import before_text, in_question, query_of
@@ -154,7 +155,7 @@ def _allowed_experts(service: Service, body: GenerationFields) -> list[str]:
     """Return the names of the experts that a request may use, sorted."""
     choice = service.experts(body.model, body.experts)
     plugged = service.engine.experts()
-    armed = (
-        {info.name for info in plugged if info.armed} if choice.arm == "auto" else set(choice.arm)
-    )
+    requested = Arming.parse(choice.arm)
+    by_default = {info.name for info in plugged if info.armed}
+    armed = requested.named.keys() | (by_default if requested.auto is not None else set())
     return sorted(armed - set(choice.deny))

@@ -3,7 +3,7 @@
 import errno
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 
 from deepseek.engine.engine import Engine
+from deepseek.engine.load import Packs
 from deepseek.engine.start import start_engine
 from deepseek.errors import ConfigError
 from deepseek.server.app import create_app
@@ -26,7 +27,7 @@ DRAIN_SECONDS = 600.0
 def serve(
     model: str | Path = "smollm2-135m",
     *,
-    experts: Iterable[str | Path] = (),
+    experts: Packs = (),
     settings: Settings | None = None,
     cache_gib: float = 1.0,
     max_running: int = 16,
@@ -41,7 +42,8 @@ def serve(
 
     Args:
         model: a known base, a local folder or a hub id; default: `smollm2-135m`.
-        experts: packs to plug at start, by file or by name; default: none.
+        experts: packs to plug at start, by file or by name, or their weights (see `load`);
+            default: none.
         settings: settings of the server other than its engine; default: `Settings()`. Its `model`
             and `base` are overwritten.
         cache_gib: budget of the KV cache, in GiB.

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
 
+from deepseek.engine.request import ArmChoice
+from deepseek.model.experts.arming import MAX_WEIGHT
 from deepseek.packs.manifest import Name
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import arguments_of
@@ -23,6 +25,16 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 ShortText = Annotated[str, StringConstraints(max_length=512)]
 ExpertName = Name
+ArmedName = ExpertName | Literal["auto"]
+ExpertWeight = Annotated[float, Field(gt=0, le=MAX_WEIGHT)]
+ArmedExperts = (
+    Several[ArmedName]
+    | Annotated[dict[ArmedName, ExpertWeight], Field(max_length=64)]
+    | Literal["auto"]
+)
+"""Names of experts, or names with weights, which scale what an expert or adapter adds; "auto", also
+among the names, stands for those that the server arms by itself.
+"""
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 FormatKind = Literal["text", "json_object", "json_schema"]
@@ -49,11 +61,19 @@ class Body(BaseModel):
 
 
 class ExpertsField(Body):
-    """Experts that may fire (our extension): those in `arm`, without those in `deny`."""
+    """Experts that may fire (our extension): those in `arm`, without those in `deny`.
 
-    arm: Several[ExpertName] | Literal["auto"] = "auto"
+    `{"arm": {"code": 0.7, "zh": 1.0}}` scales what each of them adds.
+    """
+
+    arm: ArmedExperts = "auto"
     deny: Several[ExpertName] = []
     max_experts: Annotated[int, Field(ge=1, le=64)] | None = None
+
+    @property
+    def choice(self) -> ArmChoice:
+        """The experts in `arm`, as `ExpertChoice` takes them."""
+        return tuple(self.arm) if isinstance(self.arm, list) else self.arm
 
 
 class SamplingFields(Body):
@@ -266,7 +286,7 @@ class PlugRequest(Body):
 class ArmRequest(Body):
     """`POST /v1/experts/arm`: experts that may fire in requests that do not select any."""
 
-    arm: Several[ExpertName] | Literal["auto"]
+    arm: ArmedExperts
 
 
 class TeachText(Body):

@@ -246,16 +246,13 @@ class Service:
             ApiError: there is no such model, or name and field both select experts.
         """
         named = self.named_experts(model)
-        if named is None:
-            arm = wanted.arm if isinstance(wanted.arm, str) else tuple(wanted.arm)
-        elif "arm" in wanted.model_fields_set:
+        if named is not None and "arm" in wanted.model_fields_set:
             raise ApiError(
                 400,
                 "The model name chooses experts already; leave experts.arm out.",
                 param="experts.arm",
             )
-        else:
-            arm = named
+        arm = wanted.choice if named is None else named
         return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
 
     def named_experts(self, model: str) -> tuple[str, ...] | None:

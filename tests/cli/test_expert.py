@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_adapter import save_llama, write_adapter
 
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.cli.main import main
@@ -16,6 +17,8 @@ from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.train.jobs.arguments import source_name
 
 Capture = pytest.CaptureFixture[str]
+
+LAYERS = {"model.layers.0.self_attn.q_proj": (64, 64)}
 
 
 def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
@@ -152,3 +155,67 @@ def test_signing(pack: Path, tmp_path: Path, capsys: Capture) -> None:
 )
 def test_an_expert_is_named_after_its_source(source: str, name: str) -> None:
     assert source_name(Path(source)) == name
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def test_import_writes_a_signed_pack_under_a_name(
+    llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    adapter = write_adapter(tmp_path / "my lora!", LAYERS, base_model_name_or_path="org/Other-1B")
+    status, _, _ = run(capsys, "keygen", "me", "--folder", str(tmp_path))
+    assert status == 0
+    key = str(tmp_path / "me.pem")
+    how = ("import", str(adapter), "--base", str(llama), "--key", key, "--licence", "MIT")
+    status, out, err = run(capsys, *how)
+    assert status == 0
+    path = experts_folder() / "my-lora.safetensors"
+    assert out == f"{path}: 1 linear layers, rank 4, MIT\n"
+    assert "trained on org/Other-1B" in err
+    assert run(capsys, *how)[0] == 0
+    manifest = read_pack(path).manifest
+    assert manifest.signature is not None
+    assert not manifest.helps
+    status, out, err = run(capsys, "inspect", "my-lora")
+    assert json.loads(out)["kind"] == "lora"
+    assert "armed only if named" in err
+    status, out, _ = run(capsys, "verify", "my-lora", "--base", str(llama))
+    assert "signed by" in out
+    assert "my-lora" in run(capsys, "list")[1]
+
+
+MISFITS = {
+    "another name": ({"--name": "auto"}, {}, "reserved word"),
+    "no such layer": ({}, {"model.layers.7.self_attn.q_proj": (64, 64)}, "is no linear layer"),
+    "the head": ({}, {"lm_head": (64, 64)}, "is no linear layer"),
+    "other shape": ({}, {"model.layers.0.self_attn.q_proj": (32, 64)}, "from 32 to 64 features"),
+    "no licence": ({"--licence": "mine"}, {}, "SPDX"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_an_adapter_that_does_not_fit_writes_nothing(
+    name: str, llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    options, layers, reason = MISFITS[name]
+    adapter = write_adapter(tmp_path / "mine", layers or LAYERS)
+    words = [word for option in options.items() for word in option]
+    status, _, err = run(capsys, "import", str(adapter), "--base", str(llama), *words)
+    assert status == 2
+    assert reason in err
+    assert len(err.splitlines()) == 1
+    assert not experts_folder().exists()
+
+
+def test_import_replaces_no_other_pack(llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    first = write_adapter(tmp_path / "one" / "mine", LAYERS)
+    second = write_adapter(tmp_path / "two" / "mine", LAYERS, seed=2)
+    assert run(capsys, "import", str(first), "--base", str(llama))[0] == 0
+    content = (experts_folder() / "mine.safetensors").read_bytes()
+    status, _, err = run(capsys, "import", str(second), "--base", str(llama))
+    assert status == 2
+    assert "is another pack; give this one another name" in err
+    assert (experts_folder() / "mine.safetensors").read_bytes() == content

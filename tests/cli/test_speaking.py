@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tiny_adapter import write_adapter
 from tiny_expert import save_expert
 
 from deepseek.cli.main import main
 from deepseek.cli.session import ChatSession
 from deepseek.cli.speak import Palette, speak
 from deepseek.data import Document, TokenShards
+from deepseek.engine.adapters import import_adapter
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import Loaded
 from deepseek.engine.request import Request
@@ -24,6 +26,9 @@ from deepseek.packs.library import experts_folder
 from deepseek.text.chat_template import encode_prompt
 
 Capture = pytest.CaptureFixture[str]
+
+SAMPLED = ("--max-tokens", "40", "--temperature", "1", "--seed", "3")
+GENERATE = ("generate", "the value", *SAMPLED, "--base")
 
 
 @pytest.fixture
@@ -95,10 +100,47 @@ def test_generate_without_arming_is_the_base(
     assert capsys.readouterr().out != alone
 
 
+LORA_LAYERS = {"model.layers.1.mlp.down_proj": (48, 32)}
+
+
+def test_an_adapter_that_is_named_is_armed(
+    base_folder: Path, pack: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    adapter = write_adapter(tmp_path / "lora", LORA_LAYERS, lora_alpha=2)
+    path = import_adapter(adapter, base=base_folder)
+    texts = {}
+    for options in (
+        ("--arm", "none"),
+        ("--arm", "auto"),
+        (),
+        ("--arm", "lora"),
+        ("--arm", "lora=0.5"),
+    ):
+        run(*GENERATE, base_folder, "--experts", "lora", *options)
+        texts[options] = capsys.readouterr().out
+    assert texts[()] == texts["--arm", "lora"]
+    assert texts["--arm", "auto"] == texts["--arm", "none"]
+    assert len(set(texts.values())) == 3
+    run(*GENERATE, base_folder, "--experts", "lora=0.5")
+    assert capsys.readouterr().out == texts["--arm", "lora=0.5"]
+    path.unlink()
+
+
+def test_a_weight_scales_an_expert(base_folder: Path, pack: Path, capsys: Capture) -> None:
+    texts = []
+    for experts in ("always", "always=1", "always=0.2"):
+        run(*GENERATE, base_folder, "--experts", experts)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (("--experts", "nope"), "nope"),
+        (("--experts", "always=much"), "'much'"),
+        (("--experts", "always=3"), "at most 2"),
+        (("--experts", "always", "--arm", "always=-1"), "above 0"),
         (("--experts", "always", "--arm", "alwys"), "alwys"),
         (("--temperature", "99"), "temperature=99"),
         (("--max-tokens", "0"), "max_new_tokens=0"),

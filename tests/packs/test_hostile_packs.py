@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+from pack_fixtures import is_one_sentence
 
 from deepseek.errors import PackError
 from deepseek.packs.manifest import Manifest
@@ -595,15 +596,6 @@ def fingerprint(model):
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest(), model.experts.list(), model.experts.armed().names
-
-
-def is_one_sentence(message):
-    return (
-        message.isascii()
-        and message.isprintable()
-        and message.endswith(".")
-        and ". " not in message
-    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -51,6 +51,12 @@ class Arming:
         auto = weights.pop(AUTO, None)
         return Arming(auto, weights)
 
+    @property
+    def value(self) -> dict[str, float]:
+        """The choice as `parse` reads it."""
+        auto = {} if self.auto is None else {AUTO: self.auto}
+        return {**self.named, **auto}
+
     def weight(self, name: str, helps: bool) -> float | None:
         """Return the weight of an expert; None: it is not armed.
 
