@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepseek.checkpoint.convert import FAMILIES, OWN_TYPE
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_json
 from deepseek.errors import PackError
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts.adapter import match_sites
 from deepseek.model.experts.linear_hooks import linear_layers
+from deepseek.model.language_model import is_own
 from deepseek.model.pretrained import read_config
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.library import SUFFIX, experts_folder
@@ -124,9 +124,9 @@ def _site(layer: str, change: Matrices) -> LoraSite:
 
 def _skeleton(folder: Path) -> nn.Module:
     """Return the model of a folder without its weights."""
-    family = read_json(folder / "config.json").get("model_type")
+    is_ours = is_own(read_json(folder / "config.json"))
     with torch.device("meta"):
-        if family == OWN_TYPE or family in FAMILIES:
+        if is_ours:
             return DeepSeekModel(ModelConfig(**read_config(folder)))
         model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         return model

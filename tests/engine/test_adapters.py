@@ -1,9 +1,11 @@
 """Adapters and weighted experts in one mixed batch, each request as if it were alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_adapter import save_adapter, save_llama
+import torch
+from tiny_adapter import peft_logits, save_adapter, save_llama
 from tiny_expert import save_expert
 
 from deepseek.compiled.runner import CompiledRunner, supports
@@ -12,6 +14,7 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.load import Loaded, load
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
+from deepseek.errors import ConfigError
 
 PROMPT = (5, 9, 40, 3, 8, 11, 7, 30)
 NAMES = ("one", "two", "three")
@@ -92,3 +95,52 @@ def test_requests_in_one_batch_answer_as_if_alone(compiled: bool, loaded: Loaded
         # The reference runner, which computes adapters, agrees with itself up to rounding.
         for (_, first, _), (_, second, _), (_, third, _) in zip(*runs, strict=True):
             assert [second.logprob, third.logprob] == pytest.approx([first.logprob] * 2, abs=1e-4)
+
+
+def test_each_request_of_a_batch_has_its_own_weight(
+    llama: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """In bf16 too, where a product with fp32 factors would change the type."""
+    loaded = load(llama, dtype="bfloat16")
+    pack = import_adapter(adapters["one"], name="one", base=llama, out=tmp_path / "one.safetensors")
+    loaded.model.experts.plug(pack)
+    choices: list[object] = [{"one": 0.25}, {"one": 1.75}, ("one",), ()]
+    with Engine(*loaded) as engine:
+        alone = [answers(engine, [choice])[0][0] for choice in choices]
+        together = [events[0] for events in answers(engine, choices)]
+    for (_, first, _), (_, second, _) in zip(alone, together, strict=True):
+        assert second.logprob == pytest.approx(first.logprob, abs=0.05)
+    assert len({round(first.logprob, 2) for _, first, _ in alone}) == 4
+
+
+def test_a_batch_agrees_with_peft(loaded: Loaded, llama: Path, adapters: dict[str, Path]) -> None:
+    """The prompt's log probabilities of three requests at once, each with its own adapter."""
+    with Engine(*loaded, CompiledRunner(loaded.model)) as engine:
+        generations = [
+            engine.submit(replace(request((name,), 1), prompt_logprobs=True)) for name in NAMES
+        ]
+        for generation in generations:
+            assert list(generation)
+        reported = [generation.prompt_logprobs for generation in generations]
+    ids = torch.tensor([PROMPT])
+    for name, logprobs in zip(NAMES, reported, strict=True):
+        logs = peft_logits(llama, adapters[name], ids)[0, :-1].log_softmax(-1)
+        expected = logs.gather(1, ids[0, 1:, None])[:, 0]
+        ours = torch.tensor([entry.logprob for entry in logprobs if entry is not None])
+        assert (ours - expected).abs().max() <= 1e-4
+
+
+def test_a_prefix_is_reused_by_the_same_adapter_and_weight_only(loaded: Loaded) -> None:
+    prompt = tuple(range(3, 40))
+    cached = []
+    with Engine(*loaded, CompiledRunner(loaded.model), prefill_chunk=8) as engine:
+        for arm in (("one",), ("one",), {"one": 1.0}, {"one": 0.5}, ("two",), ()):
+            generation = engine.submit(replace(request(arm, 1), prompt_ids=prompt))
+            assert list(generation)
+            cached.append(generation.usage.cached_tokens)
+    assert cached == [0, 32, 32, 0, 0, 0]
+
+
+def test_weights_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="above 0 and at most 2"):
+        ExpertChoice({"one": 3.0})

@@ -29,7 +29,10 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, weight: float | Tensor = 1.0) -> Tensor:
         """Return the change `[..., F]` for inputs `[..., D]`."""
-        return linear(linear(x, self.down) * (self.scaling * weight), self.up)
+        narrow = linear(x, self.down)
+        # Factors of several requests are an fp32 tensor, to which a product would be promoted.
+        scaled = (narrow * (self.scaling * weight)).to(narrow.dtype)
+        return linear(scaled, self.up)
 
 
 class AdapterModule(nn.Module):
