@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "checks": 0,
     "registry": 0,
+    "terminal": 0,
     "kernels": 0,
     "checkpoint": 1,
     "packs": 1,

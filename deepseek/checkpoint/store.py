@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         _sync(temporary)
@@ -60,7 +60,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -74,11 +74,16 @@ def install(temporary: Path, path: Path) -> None:
     for file in temporary.iterdir():
         _sync(file)
     _sync(temporary)
-    replaced = _temporary_path(path)
-    if path.exists():
-        path.replace(replaced)
-    temporary.replace(path)
-    shutil.rmtree(replaced, ignore_errors=True)
+    while temporary.exists():
+        replaced = temporary_path(path)
+        with suppress(FileNotFoundError):
+            path.replace(replaced)
+        try:
+            temporary.replace(path)
+        except OSError as error:  # another process has put its folder there meanwhile
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        shutil.rmtree(replaced, ignore_errors=True)
     _sync(path.parent)
 
 
@@ -107,15 +112,35 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Return the value of a JSON file; raise `CheckpointError` if it cannot be read."""
+    """Return the value of a JSON file; raise `CheckpointError` if it cannot be read.
+
+    A pipe or a device is refused without being opened, which could wait forever.
+    """
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read as JSON ({error}); restore it or delete it."
         ) from error
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Return the value of a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds another kind of value.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__} and no JSON object; restore it or delete it."
+        )
+    return value
 
 
 def file_digest(path: str | Path) -> str:
@@ -226,7 +251,9 @@ def _step(folder: Path) -> int:
 def _states(root: Path) -> list[Path]:
     """Return the state folders under `root`, newest first."""
     folders = root.iterdir() if root.is_dir() else ()
-    return sorted((f for f in folders if STATE_NAME.fullmatch(f.name)), key=_step, reverse=True)
+    return sorted(
+        (f for f in folders if STATE_NAME.fullmatch(f.name) and f.is_dir()), key=_step, reverse=True
+    )
 
 
 def _state_digest(folder: Path, meta: dict[str, Any]) -> str:
@@ -235,7 +262,7 @@ def _state_digest(folder: Path, meta: dict[str, Any]) -> str:
     return hashlib.sha256(files.encode() + canonical_json(meta)).hexdigest()
 
 
-def _temporary_path(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Return an unused hidden name beside `path`.
 
     It is on the same file system, so that renaming it to `path` is atomic.

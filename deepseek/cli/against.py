@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.cli.options import names
+from deepseek.cli.output import plain
 from deepseek.errors import ConfigError
 from deepseek.evaluate.against import RETRIEVAL, Against, Result
 from deepseek.evaluate.completion import CompletionScores
@@ -37,13 +38,8 @@ def print_against(experts: str, rivals: str, cases: int) -> None:
     for table in against_tables(result):
         console.print(table)
     for line in (*verdicts(result.scores), *result.notes):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"{against.folder / 'result.json'}, {picture}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        console.print(plain(line), soft_wrap=True)
+    console.print(plain(f"{against.folder / 'result.json'}, {picture}"), soft_wrap=True)
 
 
 def against_tables(result: Result) -> list[Table]:
@@ -63,7 +59,7 @@ def against_tables(result: Result) -> list[Table]:
 
 def _table(title: str, lines: list[dict[str, str]]) -> Table:
     """Return a table of lines, each a mapping from heading to cell."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=plain(title), title_justify="left")
     for heading in lines[0]:
         table.add_column(heading, justify="left" if heading == "row" else "right")
     for line in lines:

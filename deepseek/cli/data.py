@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from deepseek.cli.output import echo
+
 app = typer.Typer(add_completion=False, help="Make training text, as JSONL for --from-jsonl.")
 
 Out = Annotated[Path, typer.Argument(help="JSONL file to write.")]
@@ -83,4 +85,4 @@ def _write(out: Path, records: Iterable[object]) -> None:
         count = sum(
             1 for record in records if file.write(json.dumps(record, ensure_ascii=False) + "\n")
         )
-    print(f"{count} records in {out}")
+    echo(f"{count} records in {out}")

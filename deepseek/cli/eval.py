@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deepseek.cli.options import Base, expert_packs
+from deepseek.cli.output import echo
 
 
 def evaluate(
@@ -74,7 +75,7 @@ def evaluate(
         ]
     Console().print(comparison_table(rows))
     if problems:
-        print(
+        echo(
             "HumanEval pass@1 ({} problems): base {:.1%}, plugged {:.1%}".format(
                 len(problems), *pass_rates
             )

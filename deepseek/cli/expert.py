@@ -1,12 +1,12 @@
 """`deepseek expert`: train, import, list, inspect, verify and sign expert packs."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from deepseek.cli.job_command import job_command
+from deepseek.cli.output import echo
 from deepseek.train.jobs.arguments import ExpertArguments
 
 app = typer.Typer(add_completion=False, help="Train, import, list, inspect, verify and sign packs.")
@@ -41,7 +41,7 @@ def train_all(
         verdict = (
             "" if isinstance(result, Exception) else f" ({read_pack(result).manifest.verdict})"
         )
-        print(f"{expert}: {result}{verdict}", flush=True)
+        echo(f"{expert}: {result}{verdict}")
         failed += [expert] if isinstance(result, Exception) else []
     if failed:
         raise TrainError(
@@ -58,7 +58,7 @@ def index(name: Annotated[str, typer.Argument(help="Name of a trained expert.")]
     """
     from deepseek.train.jobs.expert_index import index_expert
 
-    print(index_expert(name))
+    echo(index_expert(name))
 
 
 @app.command("import")
@@ -113,7 +113,7 @@ def list_experts() -> None:
 
     packs = installed()
     if not packs:
-        print(f"no experts in {experts_folder()}; train one with `deepseek expert train`")
+        echo(f"no experts in {experts_folder()}; train one with `deepseek expert train`")
     for name, path in packs.items():
         try:
             manifest = read_pack(path).manifest
@@ -126,7 +126,7 @@ def list_experts() -> None:
             ).rstrip()
         except (PackError, OSError) as error:
             details = str(error)
-        print(f"{name:24}  {path.lstat().st_size / 1e6:6.1f} MB  {details}")
+        echo(f"{name:24}  {path.lstat().st_size / 1e6:6.1f} MB  {details}")
 
 
 @app.command()
@@ -136,9 +136,9 @@ def inspect(pack: Pack) -> None:
     from deepseek.packs.pack import read_pack
 
     manifest = read_pack(find_pack(pack)).manifest
-    print(manifest.model_dump_json(indent=2))
+    echo(manifest.model_dump_json(indent=2), lines=True)
     armed = "" if manifest.helps else "; it is armed only if named"
-    print(f"{manifest.name}: {manifest.verdict}{armed}", file=sys.stderr)
+    echo(f"{manifest.name}: {manifest.verdict}{armed}", error=True)
 
 
 @app.command()
@@ -166,7 +166,7 @@ def verify(
     )
     fits = f", fits {base}" if base else ""
     terms = f"{manifest.licence} (base: {manifest.base.licence or 'not stated'})"
-    print(f"ok: {manifest.name}, {terms}, digest {manifest.digest[:16]}, {signer}{fits}")
+    echo(f"ok: {manifest.name}, {terms}, digest {manifest.digest[:16]}, {signer}{fits}")
 
 
 @app.command()
@@ -182,7 +182,7 @@ def sign(
     path = find_pack(pack)
     signature = write_pack(path, read_pack(path), load_key(key)).manifest.signature
     assert signature is not None  # a key was given
-    print(f"{path} is signed by {signature.public_key[:16]}")
+    echo(f"{path} is signed by {signature.public_key[:16]}")
 
 
 @app.command()
@@ -198,4 +198,5 @@ def keygen(
     from deepseek.packs.signature import keygen as make_keys
 
     private, public = make_keys(name, folder)
-    print(f"private key (keep it): {private}\npublic key (give it away): {public}")
+    echo(f"private key (keep it): {private}")
+    echo(f"public key (give it away): {public}")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from deepseek.cli.options import Experts, expert_packs
+from deepseek.cli.output import echo
 
 
 def export(
@@ -37,4 +38,4 @@ def export(
 
     packs = expert_packs(experts, model)
     difference = export_model(model, out, to, dtype=dtype or None, experts=packs)
-    print(f"{out}: logits differ by at most {difference:.1e} of the largest logit")
+    echo(f"{out}: logits differ by at most {difference:.1e} of the largest logit")

@@ -34,7 +34,7 @@ def generate(
     from deepseek.text.tokenizer import encode_plain
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_prompt() if prompt == "-" else prompt
     with opened(base, experts, arm, int8) as engine:
         messages = [{"role": "user", "content": text}]
         ids = (
@@ -49,3 +49,19 @@ def generate(
         )
         if engine.experts():
             Console(stderr=True).print(legend(shares, palette))
+
+
+def read_prompt() -> str:
+    """Return the text on standard input.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    from deepseek.errors import DataError
+
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"Standard input is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8."
+        ) from None

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from deepseek.cli.options import Base
+from deepseek.cli.output import echo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -74,11 +75,11 @@ def attention(
             torch.stack([getattr(recalls[name], field) for recalls in results.values()]).mean()
             for field in ("recall", "error", "keys")
         )
-        print(
+        echo(
             f"{name:10} keeps {recall:.1%} of the attention with {keys:.0f} keys per query, "
             f"output error {error:.1%}"
         )
     recall_LH = torch.stack([recalls["hash"].recall for recalls in results.values()])
     title = f"{base}, {length} tokens: attention kept by the hash"
     draw_recall(out, recall_LH, list(results), title)
-    print(out)
+    echo(out)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-import yaml
 
+from deepseek.cli.output import echo
 from deepseek.cli.pull import fetch
 from deepseek.errors import ConfigError
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
+from deepseek.train.jobs.yaml_file import read_mapping
 
 
 def job_command(
@@ -45,7 +46,7 @@ def job_command(
         module, _, function = place.partition(":")
         result = getattr(import_module(f"deepseek.train.jobs.{module}"), function)(**values)
         if not getattr(checked, "dry_run", False):
-            print(result)
+            echo(result)
 
     kind = Parameter.KEYWORD_ONLY
     annotations = {
@@ -90,7 +91,7 @@ def annotation(argument: Argument, declaration: type[Declaration], positional: b
     panel = None if argument.owner is declaration else argument.owner.__doc__
     about: dict[str, Any] = {"help": argument.about, "rich_help_panel": panel}
     if get_origin(argument.kind) is dict:
-        return Annotated[Any, typer.Option(option, parser=_mapping, metavar="YAML", **about)]
+        return Annotated[Any, typer.Option(option, parser=read_mapping, metavar="YAML", **about)]
     return Annotated[_plain(argument.kind) | None, typer.Option(option, **about)]
 
 
@@ -99,14 +100,3 @@ def _plain(kind: Any) -> Any:
     if get_origin(kind) is tuple:
         return list[_plain(get_args(kind)[0])]  # type: ignore[misc]
     return kind if kind in (int, float, bool, str) or get_origin(kind) is Literal else Path
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    """Parse a mapping written as YAML on the command line."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{text!r} is not a mapping; write it as '{{name: value}}'.")
-    return value

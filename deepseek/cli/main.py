@@ -4,16 +4,18 @@
 it has subcommands.
 
 Exit codes: 0 success, 1 a bug in this package, 2 a user error (the message says what to do), 130
-interrupted.
+interrupted, 141 nobody reads the output any more.
 """
 
 import os
 import shlex
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 from deepseek import __version__
+from deepseek.cli.output import discard, echo, open_streams
 from deepseek.errors import UserError
 
 COMMANDS = {
@@ -58,6 +60,9 @@ spinning (the default) is faster."""
 
 INTERRUPTED = 130
 
+NOBODY_READS = 141
+"""Status of a process that SIGPIPE would have ended, as shells report it."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit the process with its status.
@@ -65,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: words of the command line; default: `sys.argv[1:]`.
     """
+    open_streams()
     debug, arguments = _take_debug(sys.argv[1:] if arguments is None else arguments)
     try:
         status = _run(arguments)
@@ -75,9 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         status = _say(f"error: {error}", 2, debug)
     except BrokenPipeError:  # the reader of the output is gone, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        discard(sys.stdout)
+        discard(sys.stderr)
+        status = NOBODY_READS
     except OSError as error:
+        discard(sys.stdout)  # what could not be written would fail again at the end
         status = _say(f"error: {_os_cause(error)}", 2, debug)
     except Exception as error:
         hint = "" if debug else "; run it again with --debug for the traceback"
@@ -88,10 +96,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     """Dispatch to a command and return its exit status."""
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(_help())
+        echo(_help(), lines=True)
         return 0
     if arguments[0] in ("--version", "-V"):
-        print(f"deepseek {__version__}")
+        echo(f"deepseek {__version__}")
         return 0
     place, _ = _command(arguments[0])
     if arguments[0] in TRAINS:
@@ -173,9 +181,10 @@ def _os_cause(error: OSError) -> str:
 
 def _say(message: str, status: int, debug: bool) -> int:
     """Print a message on standard error, after the traceback if `debug`, and return `status`."""
-    if debug:
-        import traceback
+    with suppress(OSError):  # nobody may be reading
+        if debug:
+            import traceback
 
-        traceback.print_exc()
-    print(message, file=sys.stderr)
+            echo(traceback.format_exc(), lines=True, error=True)
+        echo(message, error=True)
     return status

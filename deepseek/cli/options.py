@@ -1,11 +1,11 @@
 """Options shared by several commands."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepseek.cli.output import echo
 from deepseek.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,5 +92,5 @@ def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
 
     packs, problems = packs_for(base, folder)
     for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        echo(f"warning: {problem}", error=True)
     return list(packs.values()) if folder else list(packs)

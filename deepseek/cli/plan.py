@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepseek.cli.output import echo
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -54,13 +56,13 @@ def plan(
     )
     shape = estimate.shape
     scale = estimate.at(gpus)
-    print(
+    echo(
         f"{shape.parameters:,} parameters, {shape.active:,} active per token; "
         f"{num_tokens:,.0f} tokens on {gpus} {device}: "
         f"{estimate.days:,.1f} days, {estimate.days * 24 * gpus:,.0f} device hours"
     )
     if scale.memory > estimate.device.memory:
-        print(
+        echo(
             f"does not fit: {scale.memory / 1e9:.0f} GB needed, "
             f"{estimate.device.memory / 1e9:.0f} GB on each device"
         )
@@ -77,7 +79,7 @@ def plan(
             weight_decay=0.1,
         )
         write_json(deepspeed, zero_config)
-        print(deepspeed)
+        echo(deepspeed)
 
 
 def _scaling_table(estimate: "Plan") -> "Table":

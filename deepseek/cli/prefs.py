@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from deepseek.cli.options import Base
+from deepseek.cli.output import echo
 
 if TYPE_CHECKING:
     from deepseek.data.preferences.database import PreferenceDatabase
@@ -42,7 +43,7 @@ def import_file(
 
     with opened(database) as store, ProgressBar() as bar:
         added = store.add_all(read_preferences(file, source), bar)
-    print(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
+    echo(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
 
 
 @app.command()
@@ -60,7 +61,7 @@ def add(
     record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "labels": label or []}
     with opened(database) as store:
         number = store.add(preference(record, "the pair", source))
-    print(f"preference {number}" if number else "this pair is already in the database")
+    echo(f"preference {number}" if number else "this pair is already in the database")
 
 
 @app.command()
@@ -110,7 +111,7 @@ def generate(
             progress=bar,
         )
         added = store.add_all(pairs)
-    print(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
+    echo(f"{added.new:,} pairs added, {added.duplicates:,} already in the database")
 
 
 @app.command()
@@ -125,10 +126,10 @@ def search(
     with opened(database) as store:
         pairs = store.search(words, limit)
     for pair in pairs:
-        print(f"{pair.id}  {pair.source}  {' '.join(pair.labels)}".rstrip())
+        echo(f"{pair.id}  {pair.source}  {' '.join(pair.labels)}".rstrip())
         turns = [(message["role"], message["content"]) for message in pair.prompt]
         for name, text in (*turns, ("chosen", pair.chosen), ("rejected", pair.rejected)):
-            print(f"  {name:9} {' '.join(text.split())[:200]}")
+            echo(f"  {name:9} {' '.join(text.split())[:200]}")
 
 
 @app.command()
@@ -137,16 +138,16 @@ def stats(database: Database = None) -> None:
     with opened(database) as store:
         store.check()
         totals = store.statistics()
-    print(f"{totals.pairs:,} pairs of {totals.prompts:,} prompts, {totals.revisions:,} revisions")
+    echo(f"{totals.pairs:,} pairs of {totals.prompts:,} prompts, {totals.revisions:,} revisions")
     for title, counts in (
         ("split", totals.splits),
         ("source", totals.sources),
         ("label", totals.labels),
     ):
         for name, count in list(counts.items())[:20]:
-            print(f"  {title:7} {name or '(none)':32} {count:10,}")
+            echo(f"  {title:7} {name or '(none)':32} {count:10,}")
     for judge, share in totals.agreement.items():
-        print(f"  judge   {judge:32} prefers the chosen answer in {share:.1%}")
+        echo(f"  judge   {judge:32} prefers the chosen answer in {share:.1%}")
 
 
 @app.command()
@@ -162,7 +163,7 @@ def split(
     with opened(database) as store:
         store.set_eval_share(share)
         splits = store.statistics().splits
-    print(f"train {splits['train']:,}, eval {splits['eval']:,}")
+    echo(f"train {splits['train']:,}, eval {splits['eval']:,}")
 
 
 @app.command()
@@ -175,7 +176,7 @@ def export(
     from deepseek.data.preferences.files import write_preferences
 
     with opened(database) as store:
-        print(f"{write_preferences(store, file, split):,} pairs in {file}")
+        echo(f"{write_preferences(store, file, split):,} pairs in {file}")
 
 
 def opened(path: Path | None) -> "closing[PreferenceDatabase]":

@@ -1,10 +1,11 @@
 """`deepseek pull`: fetch a base model."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from deepseek.cli.output import echo
 
 
 def pull(
@@ -25,8 +26,8 @@ def pull(
     from deepseek.checkpoint.licence import read_licence
 
     folder = fetch(name, dtype or None)
-    print(f"{name}: {read_licence(folder)}", file=sys.stderr)
-    print(folder)
+    echo(f"{name}: {read_licence(folder)}", error=True)
+    echo(folder)
 
 
 def fetch(name: str, dtype: str | None = None) -> Path:

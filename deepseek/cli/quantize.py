@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from deepseek.cli.output import echo
+
 
 def quantize(
     model: Annotated[
@@ -18,7 +20,7 @@ def quantize(
     from deepseek.export.quantize import quantize_model
 
     result = quantize_model(model, out)
-    print(
+    echo(
         f"{out}: {result.num_bytes / 1e6:.1f} MB, {result.ratio:.3f} of fp32; "
         f"predictions differ by {result.divergence:.5f} nats per token"
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepseek.cli.options import Base
+from deepseek.cli.output import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,13 +69,15 @@ def _serve(
 
     def announce(address: str) -> None:
         console.print(
-            f"Serving {base} at [bold]{address}[/] (open it in a browser; Ctrl-C ends)",
+            plain(f"Serving {base} at {address} (open it in a browser; Ctrl-C ends)"),
             soft_wrap=True,
         )
         if lesson is not None:
             console.print(
-                f"Meanwhile the expert [bold]{name}[/] trains on {repository.resolve()}; "
-                "the page shows its progress."
+                plain(
+                    f"Meanwhile the expert {name} trains on {repository.resolve()}; "
+                    "the page shows its progress."
+                )
             )
 
     serve(
@@ -90,7 +93,7 @@ def _demonstrate(
 
     if minutes is not None:
         console.print(
-            f"Training the expert [bold]{name}[/] from the git history of {repository.resolve()}",
+            plain(f"Training the expert {name} from the git history of {repository.resolve()}"),
             soft_wrap=True,
         )
         train_expert(base, name=name, from_git=repository, minutes=minutes)
@@ -121,8 +124,8 @@ def _answer(engine: "Engine", name: str, console: "Console") -> None:
         example = showcase(engine, name, progress=progress)
     case = example.case
     lines = case.before.splitlines()
-    console.rule(f"{case.name}, held out from the expert's training")
-    console.print("\n".join(lines[-SHOWN_LINES:]), markup=False, highlight=False, soft_wrap=True)
+    console.rule(plain(f"{case.name}, held out from the expert's training"))
+    console.print(plain("\n".join(lines[-SHOWN_LINES:])), soft_wrap=True)
     console.rule("its next line")
     rows = [
         ("original", case.target),
@@ -130,11 +133,10 @@ def _answer(engine: "Engine", name: str, console: "Console") -> None:
         (f"with {name}", example.after.written),
     ]
     for title, line in rows:
-        console.print(f"{title:>16}  {line.strip()}", markup=False, highlight=False, soft_wrap=True)
+        console.print(plain(f"{title:>16}  {line.strip()}"), soft_wrap=True)
     gain = example.before.nats - example.after.nats
-    console.print(
+    chosen = (
         f"Chosen by rule: the line with the largest gain ({gain:.1f} nats) of {example.compared} "
-        f"held-out lines. `deepseek eval {name} --against rag` measures the average gain.",
-        style="dim",
-        soft_wrap=True,
+        f"held-out lines. `deepseek eval {name} --against rag` measures the average gain."
     )
+    console.print(plain(chosen, "dim"), soft_wrap=True)

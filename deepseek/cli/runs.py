@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from deepseek.cli.output import echo, plain
+
 app = typer.Typer(add_completion=False, help="List, show and compare training runs.")
 
 Name = Annotated[str, typer.Argument(help="Name or folder of a run.")]
@@ -12,13 +14,18 @@ Name = Annotated[str, typer.Argument(help="Name or folder of a run.")]
 @app.command("list")
 def list_runs() -> None:
     """List the runs of this user."""
+    from deepseek.errors import UserError
     from deepseek.train.loop.runs import all_runs, summary
 
     for name, folder in all_runs().items():
-        figures = summary(folder)
+        try:
+            figures = summary(folder)
+        except (UserError, OSError) as error:
+            echo(f"{name:28}{'damaged':12}{error}")
+            continue
         loss = figures.get("held_out_loss", figures.get("after"))
-        result = "" if loss is None else f"held-out loss {loss:.4f}"
-        print(f"{name:28}{figures['state']:12}{result}".rstrip())
+        result = f"held-out loss {loss:.4f}" if isinstance(loss, float) else ""
+        echo(f"{name:28}{figures['state']:12}{result}".rstrip())
 
 
 @app.command()
@@ -27,9 +34,9 @@ def show(name: Name) -> None:
     from deepseek.train.loop.runs import find_run, summary
 
     folder = find_run(name)
-    print(folder)
+    echo(folder)
     for key, value in summary(folder).items():
-        print(f"{key:28}{value}")
+        echo(f"{key:28}{value}")
 
 
 @app.command()
@@ -42,7 +49,9 @@ def compare(first: Name, second: Name) -> None:
 
     left = summary(find_run(first))
     right = summary(find_run(second))
-    table = Table("", first, second)
+    table = Table()
+    for heading in ("", first, second):
+        table.add_column(plain(heading))
     for key in dict.fromkeys([*left, *right]):
-        table.add_row(key, str(left.get(key, "")), str(right.get(key, "")))
+        table.add_row(plain(key), plain(left.get(key, "")), plain(right.get(key, "")))
     Console().print(table)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from deepseek.cli.options import arming
+from deepseek.cli.output import plain
 from deepseek.cli.speak import Palette, legend, speak
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
@@ -58,6 +59,9 @@ class ChatSession:
                 line = input("\n> " if self.console.is_terminal else "").strip()
             except EOFError:
                 break
+            except UnicodeDecodeError:
+                self.console.print(plain("error: the line is not UTF-8; type it again.", "red"))
+                continue
             if line:
                 self._turn(line)
 
@@ -69,7 +73,7 @@ class ChatSession:
             else:
                 self._answer(line)
         except UserError as error:
-            self.console.print(f"error: {error}", style="red", markup=False)
+            self.console.print(plain(f"error: {error}", "red"))
         except KeyboardInterrupt:
             self.console.print("\n[dim]stopped[/]")
 
@@ -100,10 +104,9 @@ class ChatSession:
         """List the plugged experts."""
         for info in self.engine.experts():
             state = f"{'armed' if info.armed else 'not armed'}, {info.verdict}"
-            style = self.palette.style(info.name)
-            self.console.print(
-                f"[{style}]{info.name}[/]  {state}, {info.num_bytes / 1e6:.0f} MB  {info.domain}"
-            )
+            name = plain(info.name, self.palette.style(info.name))
+            size = f"{info.num_bytes / 1e6:.0f} MB"
+            self.console.print(name + plain(f"  {state}, {size}  {info.domain}"))
         if not self.engine.experts():
             self.console.print("[dim]no experts plugged; train one with `deepseek expert train`[/]")
 
@@ -111,19 +114,18 @@ class ChatSession:
         """Plug an expert: a pack file or the name of a trained one."""
         info = self.engine.plug(find_pack(argument))
         armed = "" if info.armed else "; not armed, `/arm` it by name to use it"
-        self.console.print(
-            f"plugged [{self.palette.style(info.name)}]{info.name}[/], {info.verdict}{armed}"
-        )
+        name = plain(info.name, self.palette.style(info.name))
+        self.console.print(plain("plugged ") + name + plain(f", {info.verdict}{armed}"))
 
     def _unplug(self, argument: str) -> None:
         """Unplug an expert by name; the model is then bit-identical to before."""
         self.engine.unplug(argument)
-        self.console.print(f"unplugged {argument}")
+        self.console.print(plain(f"unplugged {argument}"))
 
     def _arm(self, argument: str) -> None:
         """Arm only these experts: comma-separated names, 'auto' or 'none'."""
         armed = self.engine.arm(arming(argument or "auto"))
-        self.console.print(f"armed: {', '.join(armed) or 'none'}")
+        self.console.print(plain(f"armed: {', '.join(armed) or 'none'}"))
 
     def _reset(self, _: str) -> None:
         """Start a new conversation."""
@@ -137,4 +139,4 @@ class ChatSession:
     def _help(self, _: str) -> None:
         """Show this list."""
         for name, command in self.commands.items():
-            self.console.print(f"{name:10}{command.__doc__}", markup=False)
+            self.console.print(plain(f"{name:10}{command.__doc__}"))

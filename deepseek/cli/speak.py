@@ -4,8 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.text import Text
 
 from deepseek.cli.options import arming, expert_packs
+from deepseek.cli.output import plain
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.start import start_engine
@@ -42,7 +44,7 @@ def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
         arm: option `--arm`.
         int8: option `--int8`.
     """
-    with Console(stderr=True).status(f"loading {base}"):
+    with Console(stderr=True).status(plain(f"loading {base}")):
         engine = start_engine(base, experts=expert_packs(experts, base), int8=int8)
     with engine:
         if arm:
@@ -71,9 +73,7 @@ def speak(
     try:
         for event in generation:
             style = palette.style(event.expert)
-            console.print(
-                event.text, style=style, end="", markup=False, highlight=False, soft_wrap=True
-            )
+            console.print(plain(event.text, style), end="", soft_wrap=True)
             texts.append(event.text)
             if event.error:
                 raise RuntimeError(event.error)
@@ -83,10 +83,10 @@ def speak(
     return "".join(texts), generation.usage.experts
 
 
-def legend(shares: Mapping[str | None, int], palette: Palette) -> str:
-    """Return one line of Rich markup with the number of tokens written by each expert."""
-    parts = []
-    for expert, count in sorted(shares.items(), key=lambda share: -share[1]):
-        style = palette.style(expert)
-        parts.append(f"[{style}]{expert}[/] {count}" if expert else f"base {count}")
-    return "[dim]tokens:[/] " + ", ".join(parts or ["none"])
+def legend(shares: Mapping[str | None, int], palette: Palette) -> Text:
+    """Return one line for Rich with the number of tokens written by each expert."""
+    parts = [
+        plain(expert or "base", palette.style(expert)) + plain(f" {count}")
+        for expert, count in sorted(shares.items(), key=lambda share: -share[1])
+    ]
+    return plain("tokens: ", "dim") + Text(", ").join(parts or [Text("none")])

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
+from deepseek.cli.output import plain
 from deepseek.evaluate.quality import Comparison
 
 
@@ -16,7 +17,7 @@ def comparison_table(rows: Iterable[Comparison]) -> Table:
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for row in rows:
         table.add_row(
-            row.text,
+            plain(row.text),
             f"{row.tokens:,}",
             f"{row.before:.4f}",
             f"{row.after:.4f}",

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from deepseek.cli.output import echo
+
 
 def train(
     recipe: Annotated[
@@ -15,4 +17,4 @@ def train(
     from deepseek.evaluate.stage import STAGE
     from deepseek.train.jobs.recipe import train_recipe
 
-    print(train_recipe(recipe, {"eval": STAGE}))
+    echo(train_recipe(recipe, {"eval": STAGE}))

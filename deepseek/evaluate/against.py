@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import canonical_json, read_json, write_json
+from deepseek.checkpoint.store import canonical_json, read_json, read_object, write_json
 from deepseek.data import Document, TokenShards
 from deepseek.data.text.decode import decode_documents
 from deepseek.engine.engine import Engine
@@ -30,6 +30,7 @@ from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.equal_time import adapt_for_equal_time
 from deepseek.train.jobs.expert_index import expert_index
 from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.loop.runs import find_run
 
 FORMAT = 1
@@ -129,8 +130,8 @@ class Against:
             raise DataError(
                 f"The run {name!r} is not finished; complete `deepseek expert train` first."
             )
-        self.request = read_json(self.run / "request.json")
-        self.record = read_json(self.run / "result.json")
+        self.request = read_object(self.run / "request.json")
+        self.record = read_object(self.run / "result.json")
         if "pack" not in self.record:
             raise DataError(
                 f"The run {name!r} made no expert; name a run of `deepseek expert train`."
@@ -154,8 +155,16 @@ class Against:
         Args:
             rivals: any of "rag", "lora" and "full".
             quiet: show no progress.
+
+        Raises:
+            TrainError: another process compares the same expert.
         """
         rows = rows_against(rivals)
+        with run_lock(self.folder):
+            return self._compare(rows, quiet)
+
+    def _compare(self, rows: Sequence[Row], quiet: bool) -> Result:
+        """Return the scores of `rows`, and write them to the folder, whose lock is held."""
         scores: dict[str, CompletionScores] = {}
         for model in dict.fromkeys(row.model for row in rows):
             if model != "base":

@@ -2,20 +2,27 @@
 
 import time
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as declaration
 
-from deepseek.checkpoint.store import home, write_json
+from deepseek.checkpoint.files import existing_path, located, writable_folder
+from deepseek.checkpoint.store import canonical_json, home, read_object, write_json
 from deepseek.data import read_folder
 from deepseek.data.builders.functions import documented_functions
 from deepseek.engine.load import load
+from deepseek.errors import TrainError
 from deepseek.evaluate.code import human_eval_problems, pass_at_1, score_bodies
 from deepseek.evaluate.quality import collected, compare
 from deepseek.train.jobs.declaration import DECLARED, Declaration, job
+from deepseek.train.jobs.limits import MAX_COUNT, MAX_TOKENS
 from deepseek.train.jobs.recipe import Stage
 from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.run_lock import run_lock
+from deepseek.train.text.inputs import base_digest
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
@@ -34,13 +41,13 @@ class EvaluationArguments(Declaration):
     functions: str | Path | None = None
     """Folder of code whose function bodies are generated and scored by BLEU; default: none"""
 
-    most_functions: int = Field(default=20, ge=1)
+    most_functions: int = Field(default=20, ge=1, le=MAX_COUNT)
     """Most functions to generate"""
 
-    human_eval: int = Field(default=0, ge=0)
+    human_eval: int = Field(default=0, ge=0, le=164)
     """Number of first HumanEval problems to score by pass@1"""
 
-    tokens: int = Field(default=8192, ge=1)
+    tokens: int = Field(default=8192, ge=1, le=MAX_TOKENS)
     """Most tokens per text"""
 
     run_folder: str | Path | None = None
@@ -48,6 +55,13 @@ class EvaluationArguments(Declaration):
 
     quiet: bool = False
     """Show no progress"""
+
+    def check_paths(self) -> None:
+        """Raise `UserError` if a text is missing, or the run folder cannot be written."""
+        for path in (*self.data, *([self.functions] if self.functions else ())):
+            existing_path(located(path))
+        if self.run_folder:
+            writable_folder(located(self.run_folder))
 
 
 @job(EvaluationArguments)
@@ -57,9 +71,26 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
     Raises:
         DataError, ConfigError, HubError: the message states the cause and the fix.
     """
-    folder = Path(arguments.run_folder or home() / "runs" / "evaluation")
-    if (folder / "result.json").is_file():
-        return
+    folder = writable_folder(located(arguments.run_folder or home() / "runs" / "evaluation"))
+    with run_lock(folder):
+        inputs = _inputs(arguments)
+        if not (folder / "result.json").is_file():
+            write_json(folder / "result.json", {**_evaluate(arguments), "inputs": inputs})
+        elif read_object(folder / "result.json").get("inputs", inputs) != inputs:
+            raise TrainError(
+                f"{folder} holds the figures of another model, of other texts or other arguments; "
+                "give another run_folder, or delete this one."
+            )
+
+
+def _inputs(arguments: EvaluationArguments) -> str:
+    """Return a digest of what decides the figures, save the texts themselves."""
+    decisive = {**arguments.as_json(), "base": base_digest(arguments.base)}
+    return sha256(canonical_json(decisive)).hexdigest()
+
+
+def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
+    """Return the record of an evaluation."""
     started = time.monotonic()
     figures: dict[str, float] = {}
     model, tokenizer = load(arguments.base, experts=arguments.experts)
@@ -80,8 +111,7 @@ def evaluate_stage(arguments: EvaluationArguments) -> None:
                 model, tokenizer, problems, progress=progress
             )
     figures["seconds"] = time.monotonic() - started
-    record = {"stage": "eval", "model": arguments.base, "figures": figures, "data": {}}
-    write_json(folder / "result.json", record)
+    return {"stage": "eval", "model": arguments.base, "figures": figures, "data": {}}
 
 
 STAGE = Stage(EvaluationArguments, evaluate_stage)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from deepseek.checkpoint.convert import FAMILIES, convert_config
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import read_json
+from deepseek.checkpoint.store import read_object
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.attached.load import is_stock, load_attached, stock_layers
@@ -71,7 +71,7 @@ def load_language_model(
         ConfigError: `config` does not fit the model, or experts cannot attach to it.
     """
     folder = resolve(str(name_or_path))
-    if is_own(raw := read_json(folder / "config.json")):
+    if is_own(raw := read_object(folder / "config.json")):
         return DeepSeekModel.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
     if config is not None:
         raise ConfigError(
@@ -173,7 +173,7 @@ def layers_in(folder: Path) -> tuple[int, ...]:
         CheckpointError: the folder is damaged, or its family unknown.
         ConfigError: experts cannot attach to the model.
     """
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     if is_own(config):
         return tuple(range(convert_config(config)["num_hidden_layers"]))
     return stock_layers(folder)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from deepseek import checks
 from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import read_json
+from deepseek.checkpoint.store import read_object
 from deepseek.errors import CheckpointError, ConfigError, shown
 from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.config import ModelConfig
@@ -109,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: `config.json` cannot be read, or the family is not supported.
     """
-    return convert_config(read_json(folder / "config.json"))
+    return convert_config(read_object(folder / "config.json"))
 
 
 def _single_device(device_map: Any) -> torch.device:
@@ -222,6 +222,13 @@ def _materialise_buffers(model: "DeepSeekModel") -> None:
 
 
 def _generation_config(folder: Path, model: "DeepSeekModel") -> GenerationConfig:
-    if (folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(folder)
+    path = folder / "generation_config.json"
+    if path.exists():
+        settings = read_object(path)
+        try:
+            return GenerationConfig.from_dict(settings)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} is no generation config ({error}); fetch the model again, or delete it."
+            ) from None
     return GenerationConfig.from_model_config(model.config)

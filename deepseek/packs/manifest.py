@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,8 +21,9 @@ from transformers import AutoConfig
 
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.licence import read_licence
-from deepseek.checkpoint.store import canonical_json, read_json
+from deepseek.checkpoint.store import canonical_json, read_object
 from deepseek.errors import CheckpointError, PackError
+from deepseek.packs.names import NAME, valid_licence, valid_name
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[DtypeName, torch.dtype] = {
@@ -43,8 +43,6 @@ LEAST_GAIN = 0.0005
 """Smallest relative gain that counts: a smaller one would be displayed as 0.0 %."""
 ADDED_BASE_FIELDS = ("attached", "licence")
 """Fields of a base's description that the first packs of this format do not have."""
-# Names with a special meaning in `--experts` and `arm`.
-RESERVED_NAMES = frozenset({"all", "auto", "none"})
 
 
 class TensorSpec(NamedTuple):
@@ -54,30 +52,13 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _name(value: str) -> str:
-    if value in RESERVED_NAMES:
-        raise ValueError(f"{value!r} is a reserved word")
-    return value
-
-
 def _layers(value: tuple[int, ...]) -> tuple[int, ...]:
     if list(value) != sorted(set(value)):
         raise ValueError("layers must increase, without repetition")
     return value
 
 
-def _licence(value: str) -> str:
-    try:
-        return canonicalize_license_expression(value)
-    except InvalidLicenseExpression:
-        raise ValueError(
-            "not an SPDX licence expression (a private licence is written LicenseRef-Name)"
-        ) from None
-
-
-Name = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_name)
-]
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$"), AfterValidator(valid_name)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # \P{C}: no control characters.
 Text = Annotated[str, StringConstraints(max_length=200, pattern=r"^\P{C}*$")]
@@ -123,22 +104,22 @@ class BaseDescription(Strict):
         Raises:
             CheckpointError: a file is missing or malformed, or the config lacks the model's shape.
         """
-        config = read_json(folder / "config.json")
+        config = read_object(folder / "config.json")
         digests = fingerprint(folder)
         try:
             size, layers = _shape(config, folder)
+            return BaseDescription(
+                name=name,
+                weights=digests.weights,
+                tokenizer=digests.tokenizer,
+                hidden_size=size,
+                num_layers=layers,
+                licence=read_licence(folder).name[:200],
+            )
         except (KeyError, TypeError, AttributeError, ValueError, OSError):
             raise CheckpointError(
-                f"{folder}/config.json names no hidden_size and num_hidden_layers."
+                f"{folder}/config.json names no hidden_size and num_hidden_layers of a model."
             ) from None
-        return BaseDescription(
-            name=name,
-            weights=digests.weights,
-            tokenizer=digests.tokenizer,
-            hidden_size=size,
-            num_layers=layers,
-            licence=read_licence(folder).name[:200],
-        )
 
 
 def _shape(config: dict[str, Any], folder: Path) -> tuple[int, int]:
@@ -236,7 +217,7 @@ class PackManifest(Strict):
     base: BaseDescription
     dtype: DtypeName
     data: tuple[Sha256, ...] = ()
-    licence: Annotated[str, StringConstraints(max_length=200), AfterValidator(_licence)]
+    licence: Annotated[str, StringConstraints(max_length=200), AfterValidator(valid_licence)]
     metrics: dict[Text, Metric] = {}
     digest: Sha256 | Literal[""] = ""
     signature: Signature | None = None

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.errors import DataError
+from deepseek.errors import DataError, shown
+from deepseek.terminal import is_unicode
 from deepseek.text.tokenizer import encode_plain
 
 Message = Mapping[str, Any]
@@ -55,7 +55,12 @@ def check_messages(messages: Sequence[Message], where: str = "The conversation")
         ):
             raise DataError(
                 f"{where}: message {number} needs a text role and a text content; it is "
-                f"{message!r:.80}."
+                f"{shown(message)}."
+            )
+        if not (is_unicode(message["role"]) and is_unicode(message["content"])):
+            raise DataError(
+                f"{where}: message {number} is no Unicode text (it holds half of a surrogate "
+                "pair); write it as UTF-8."
             )
 
 
@@ -95,7 +100,7 @@ def render(
             tokenize=False,
             add_generation_prompt=open_turn,
         )
-    except TemplateError as error:
+    except Exception as error:  # a template can do anything that an expression in Jinja can
         raise DataError(
             f"The chat template refuses these messages ({error}); check their roles and order."
         ) from error

@@ -9,7 +9,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deepseek.errors import CheckpointError, ConfigError
+from deepseek.errors import CheckpointError, ConfigError, DataError, shown
+from deepseek.terminal import is_unicode
 
 DOCUMENT_END = "<|endoftext|>"
 """Separator of pre-training documents in most open models, whose `eos_token` often ends a chat turn
@@ -35,7 +36,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the Rust part raises bare exceptions, the rest any of its own
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be read ({error}); fetch the model again."
         ) from error
@@ -61,8 +62,23 @@ def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text, without control, BOS or EOS tokens. Uses all cores."""
-    encodings = plain_encoder(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
+    """Return the ids of each text, without control, BOS or EOS tokens. Uses all cores.
+
+    Raises:
+        DataError: a text holds a lone surrogate, half of a character.
+    """
+    try:
+        encodings = plain_encoder(tokenizer).encode_batch_fast(
+            list(texts), add_special_tokens=False
+        )
+    except TypeError:
+        broken = next((text for text in texts if not is_unicode(text)), None)
+        if broken is None:
+            raise
+        raise DataError(
+            f"{shown(broken)} is no Unicode text (it holds half of a surrogate pair); write it "
+            "as UTF-8."
+        ) from None
     return [encoding.ids for encoding in encodings]
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from deepseek.checkpoint.store import atomic_write
 from deepseek.data.preferences.database import PreferenceDatabase, Split
 from deepseek.data.preferences.preference import Preference
-from deepseek.data.text.source import preferred, records
+from deepseek.data.text.source import field_names, preferred, records
 from deepseek.errors import ConfigError, DataError
+from deepseek.terminal import is_unicode, unicode_only
 from deepseek.text.chat_template import check_messages
 
 Message = dict[str, str]
@@ -32,8 +33,9 @@ def read_preferences(path: str | Path, source: str | None = None) -> Iterator[Pr
         DataError: a record has other fields; the message names file and line.
     """
     file = Path(path)
+    name = unicode_only(file.name)
     for number, record in records(file):
-        yield preference(record, f"{file.name} line {number}", source or file.name)
+        yield preference(record, f"{name} line {number}", source or name)
 
 
 def preference(record: Mapping[str, Any], where: str, source: str) -> Preference:
@@ -48,7 +50,7 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
         DataError: the record is not a pair.
     """
     if "chosen" not in record or "rejected" not in record:
-        fields = ", ".join(sorted(record)) or "nothing"
+        fields = field_names(record)
         raise DataError(f"{where} has no `chosen` and `rejected` but {fields}; rename its fields.")
     if "prompt" not in record:
         record = {**record, "prompt": shared_prompt(record["chosen"], record["rejected"], where)}
@@ -64,7 +66,7 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
     own = record.get("source")
     labels = record.get("labels")
     try:
-        return Preference(
+        pair = Preference(
             tuple(prompt),
             chosen,
             rejected,
@@ -75,6 +77,11 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
     except ConfigError as error:
         hint = f"; {SCORES}" if str(error).startswith("scores") else ""
         raise DataError(f"{where}: {str(error).rstrip('.')}{hint}.") from None
+    if not all(is_unicode(text) for text in (pair.source, *pair.labels, *pair.scores)):
+        raise DataError(
+            f"{where} is no Unicode text (it holds half of a surrogate pair); write it as UTF-8."
+        )
+    return pair
 
 
 SCORES = "`scores` must map a judge to [score of chosen, score of rejected], two finite numbers"
@@ -86,7 +93,7 @@ def conversation_parts(prompt: object, answer: object, where: str) -> tuple[list
     Raises:
         DataError: prompt and answer do not form a conversation; the message names `where`.
     """
-    messages = preferred(prompt, answer)
+    messages = preferred(prompt, answer, where)
     check_messages(messages, where)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
@@ -106,8 +113,11 @@ def shared_prompt(chosen: object, rejected: object, where: str) -> list[Any]:
             f"{where} has no `prompt`; add one, or give whole conversations as lists of messages."
         )
     same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
+    try:
+        while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+            same += 1
+    except RecursionError:
+        raise DataError(f"{where} is nested too deeply; write messages as texts.") from None
     return chosen[:same]
 
 

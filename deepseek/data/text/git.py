@@ -1,12 +1,15 @@
 """Read a git history as documents: files at a commit, and commits as message and diff."""
 
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import pygit2
 from pygit2.enums import DiffOption, FileMode, RepositoryOpenFlag, SortMode
 
+from deepseek.checkpoint.files import existing_path, is_special
 from deepseek.data.text.document import Document, not_empty
 from deepseek.data.text.filters import (
     MAX_FILE_BYTES,
@@ -15,7 +18,8 @@ from deepseek.data.text.filters import (
     file_document,
     reason_by_path,
 )
-from deepseek.errors import DataError
+from deepseek.errors import DataError, shown
+from deepseek.terminal import unicode_only
 
 MAX_COMMIT_CHARACTERS = 32_000
 """Longest diff of a commit. Larger ones are imports, renames and reformattings, which teach
@@ -26,16 +30,49 @@ MAX_STORES = 16
 """Most folders over which a repository may be spread."""
 
 
-def open_repository(path: str | Path) -> pygit2.Repository:
-    """Return the repository that contains `path`; raise `DataError` if there is none."""
-    if not Path(path).exists():
-        raise DataError(f"{path} does not exist; check the path.")
-    git_folder = pygit2.discover_repository(str(path))
-    if git_folder is None:
+@contextmanager
+def damage_explained(path: str | Path) -> Iterator[None]:
+    """Raise a `DataError` that names the repository if git cannot read it within the block.
+
+    A damaged or missing object is refused, not skipped: what else is missing is unknown.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except (pygit2.GitError, KeyError, LookupError, OSError, ValueError, OverflowError) as error:
         raise DataError(
-            f"{path} is not inside a git repository; give a clone, or read it as a folder."
-        )
-    return pygit2.Repository(git_folder)
+            f"The git repository at {path} is damaged or incomplete ({error}); run `git fsck` in "
+            "it, or clone it again."
+        ) from error
+
+
+def open_repository(path: str | Path) -> pygit2.Repository:
+    """Return the repository that contains `path`.
+
+    Raises:
+        DataError: there is none, or git cannot open it.
+    """
+    existing_path(path)
+    with damage_explained(path):
+        git_folder = pygit2.discover_repository(str(path))
+        if git_folder is None:
+            raise DataError(
+                f"{path} is not inside a git repository; give a clone, or read it as a folder."
+            )
+        refuse_pipes(Path(git_folder))
+        return pygit2.Repository(git_folder)
+
+
+def refuse_pipes(git_folder: Path) -> None:
+    """Raise `DataError` if a file of a repository is a named pipe or a device, at which git would
+    wait.
+    """
+    for folder, _, names in os.walk(git_folder):
+        for name in names:
+            file = Path(folder, name)
+            if is_special(file):
+                raise DataError(f"{file} is a pipe or a device; clone the repository again.")
 
 
 def repository_stores(path: Path) -> list[Path]:
@@ -82,23 +119,25 @@ def repository_name(repository: pygit2.Repository) -> str:
     """Return the repository's name: from its origin, so that all clones agree, else its folder."""
     for remote in repository.remotes:
         if remote.name == "origin" and remote.url:
-            return PurePosixPath(remote.url.replace("\\", "/").rstrip("/")).name.removesuffix(
-                ".git"
-            )
-    return Path(repository.workdir or repository.path).resolve().name.removesuffix(".git")
+            url = PurePosixPath(remote.url.replace("\\", "/").rstrip("/"))
+            return unicode_only(url.name.removesuffix(".git"))
+    folder = Path(repository.workdir or repository.path).resolve()
+    return unicode_only(folder.name.removesuffix(".git"))
 
 
 def find_commit(repository: pygit2.Repository, revision: str) -> pygit2.Commit:
     """Return the commit of a revision (branch, tag, `HEAD~3`, id); raise `DataError` if there is
     none.
     """
-    if repository.is_empty or repository.head_is_unborn:
-        raise DataError(f"{repository.path} has no commits; commit something first.")
+    with damage_explained(repository.path):
+        if repository.is_empty or repository.head_is_unborn:
+            raise DataError(f"{repository.path} has no commits; commit something first.")
     try:
         return repository.revparse_single(revision).peel(pygit2.Commit)
-    except (KeyError, ValueError, pygit2.GitError):
+    except (KeyError, ValueError, pygit2.GitError) as error:
         raise DataError(
-            f"{repository.path} has no commit {revision!r}; name a branch, tag or commit id."
+            f"{repository.path} has no commit {shown(revision)} that can be read ({error}); "
+            "name a branch, tag or commit id, or run `git fsck`."
         ) from None
 
 
@@ -129,15 +168,16 @@ def read_git(
     """
     repository = open_repository(path)
     commit = find_commit(repository, revision)
-    name = repository_name(repository)
     counts = skipped if skipped is not None else Skipped()
-    history, first_seen = walk_history(repository, commit)
+    with damage_explained(path):
+        name = repository_name(repository)
+        history, first_seen = walk_history(repository, commit)
     sources = [
         tree_documents(repository, commit, name, first_seen, counts) if files else (),
         commit_documents(history, name, counts) if commits else (),
     ]
     return not_empty(
-        chain.from_iterable(sources),
+        explained(chain.from_iterable(sources), path),
         lambda: (
             f"{path} has no usable text at {revision} ({describe(counts)}); "
             "choose another revision or repository."
@@ -167,7 +207,9 @@ def read_git_by_time(
         DataError: as `read_git`, or the history is too short to cut.
     """
     repository = open_repository(path)
-    commits, _ = walk_history(repository, find_commit(repository, revision))
+    commit = find_commit(repository, revision)
+    with damage_explained(path):
+        commits, _ = walk_history(repository, commit)
     if len(commits) < 2 or not 0 < held_out < 1:
         raise DataError(
             f"{path} has {len(commits)} commits, of which {held_out} cannot be held out; "
@@ -187,6 +229,12 @@ def read_git_by_time(
             future, lambda: f"{path} has no text after {str(cut.id)[:12]}; hold out a larger share."
         )
     )
+
+
+def explained(documents: Iterable[Document], path: str | Path) -> Iterator[Document]:
+    """Yield documents that are read from a repository; see `damage_explained`."""
+    with damage_explained(path):
+        yield from documents
 
 
 def walk_history(
@@ -236,7 +284,8 @@ def tree_documents(
             skipped[reason] += 1
             continue
         time = first_seen.get(path, commit.commit_time)
-        document = file_document(blob.data, path, f"{name}/{path}", time, skipped)
+        full_name = unicode_only(f"{name}/{path}")
+        document = file_document(blob.data, path, full_name, time, skipped)
         if document:
             yield document
 
@@ -274,7 +323,9 @@ def commit_document(commit: pygit2.Commit, name: str, skipped: Skipped) -> Docum
     if not changes:
         skipped["commit without text"] += 1
         return None
-    text = f"{commit.message.strip()}\n\n{changes}"
+    # Not `commit.message`, which takes the name of an encoding from the commit.
+    message = commit.raw_message.decode("utf-8", "replace").strip()
+    text = f"{message}\n\n{changes}"
     return Document(text, f"{name}@{str(commit.id)[:12]}", "commit", commit.commit_time)
 
 
@@ -299,8 +350,8 @@ def patch_text(patch: pygit2.Patch | None) -> str:
     if patch is None:  # only the file mode has changed
         return ""
     delta = patch.delta
-    old = delta.old_file.path
-    new = delta.new_file.path
+    old = unicode_only(delta.old_file.path)
+    new = unicode_only(delta.new_file.path)
     if delta.is_binary or reason_by_path(new) or not patch.hunks:
         return ""
     status = delta.status_char()

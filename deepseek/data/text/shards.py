@@ -21,6 +21,9 @@ from deepseek.errors import CheckpointError, DataError
 from deepseek.text.tokenizer import tokenizer_digest
 
 FORMAT = 1
+META = {"digest": str, "source": str, "tokens": int, "documents": int}
+"""Fields of `meta.json` and their types."""
+
 BATCH_CHARACTERS = 1 << 21
 """Characters tokenised between two writes, which bounds memory for any size of corpus."""
 
@@ -53,6 +56,11 @@ class TokenShards:
             raise DataError(
                 f"The token shards in {folder} are of another version; "
                 "delete the folder to rebuild them."
+            )
+        if not all(isinstance(meta.get(name), kind) for name, kind in META.items()):
+            raise DataError(
+                f"The notes of the token shards in {folder} are damaged; delete the folder to "
+                "rebuild them."
             )
         self.digest: str = meta["digest"]
         self.source: str = meta["source"]
@@ -188,7 +196,7 @@ def map_file(
     """Return a read-only view of a file of `length` numbers; raise `DataError` if its size
     differs.
     """
-    expected = length * np.dtype(dtype).itemsize
+    expected = max(0, length) * np.dtype(dtype).itemsize
     if not path.is_file() or path.stat().st_size != expected:
         raise DataError(f"{path} is missing or cut short; delete {path.parent} to rebuild it.")
     return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", shape=(length,))

@@ -1,14 +1,18 @@
 """Read folders, JSONL and Parquet files as documents; HTML pages are reduced to readable text."""
 
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from deepseek.checkpoint.files import existing_path, readable_file
 from deepseek.data.text.document import Document, conversation, not_empty
 from deepseek.data.text.filters import (
     MAX_FILE_BYTES,
@@ -18,7 +22,13 @@ from deepseek.data.text.filters import (
     reason_by_path,
     words,
 )
-from deepseek.errors import DataError
+from deepseek.errors import DataError, shown
+from deepseek.terminal import is_unicode, unicode_only, visible
+
+LATEST = 10**15
+"""Latest time of a record, in seconds since 1970; milliseconds fit too."""
+
+PARQUET_ROWS = 1024
 
 SILENT = words(
     "script style head nav header footer aside noscript template svg math button select form iframe"
@@ -37,7 +47,7 @@ def html_to_text(page: str) -> str:
     """
     reader = PageReader()
     reader.feed(page)
-    reader.close()
+    reader.end()
     lines = "".join(reader.parts).split("\n")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip() + "\n"
 
@@ -49,14 +59,17 @@ class PageReader(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
         self.silent: list[str] = []
+        self.num_silent: Counter[str] = Counter()
         self.preformatted = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Enter an element."""
         if tag == "body":
             self.silent.clear()  # the end tag of <head> is optional
+            self.num_silent.clear()
         elif tag in SILENT:
             self.silent.append(tag)
+            self.num_silent[tag] += 1
         elif tag == "pre":
             self.preformatted += 1
         self.begin(tag)
@@ -72,12 +85,25 @@ class PageReader(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """Leave an element; ignore end tags without a start tag."""
-        if tag in self.silent:
-            del self.silent[self.silent.index(tag) :]
+        if self.num_silent[tag]:
+            while self.num_silent[tag]:
+                self.num_silent[self.silent.pop()] -= 1
         elif tag == "pre":
             self.preformatted = max(0, self.preformatted - 1)
         if tag in BREAKS:
             self.parts.append("\n")
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        """Return the end of a marked section, such as Word's `<![if ...]>`, which is skipped."""
+        return self.rawdata.find(">", i) + 1 or -1
+
+    def end(self) -> None:
+        """Read what is left: an unfinished entity is text, unfinished markup is dropped.
+
+        `HTMLParser.close` would look for the end of each unfinished tag again, in quadratic time.
+        """
+        if self.rawdata.startswith("&"):
+            self.handle_data(unescape(self.rawdata))
 
     def handle_data(self, data: str) -> None:
         """Collect readable text; outside <pre>, collapse white space into single spaces."""
@@ -107,9 +133,7 @@ def read_folder(path: str | Path, skipped: Skipped | None = None) -> Iterator[Do
         DataError: the path does not exist (raised at once), or holds no usable text (raised after
             reading).
     """
-    root = Path(path)
-    if not root.exists():
-        raise DataError(f"{root} does not exist; check the path.")
+    root = existing_path(path)
     counts = skipped if skipped is not None else Skipped()
     documents = folder_documents(root.resolve(), counts)
     return not_empty(
@@ -157,7 +181,8 @@ def read_file(file: Path, relative: str, folder: str, skipped: Skipped) -> Docum
     except OSError:
         skipped["unreadable"] += 1
         return None
-    document = file_document(data, relative, f"{folder}/{relative}", int(status.st_mtime), skipped)
+    name = unicode_only(f"{folder}/{relative}")
+    document = file_document(data, relative, name, int(status.st_mtime), skipped)
     if document and file.suffix.lower() in HTML_SUFFIXES:
         return replace(document, text=html_to_text(document.text))
     return document
@@ -176,9 +201,8 @@ def read_records(path: str | Path) -> Iterator[Document]:
             file and line.
     """
     file = Path(path)
-    documents = (
-        record_document(record, f"{file.name}:{number}") for number, record in records(file)
-    )
+    name = unicode_only(file.name)
+    documents = (record_document(record, f"{name}:{number}") for number, record in records(file))
     complaint = (
         f"{file} is empty; write one JSON object per line, or row, with a `text` or `messages` "
         "field."
@@ -191,11 +215,11 @@ def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     `.parquet` file.
 
     Raises:
-        DataError: the file is missing, or is not a valid JSONL or Parquet file.
+        DataError: the file is missing, is a folder, pipe or device, or is not a valid JSONL or
+            Parquet file.
     """
-    if not file.is_file():
-        raise DataError(f"{file} does not exist or is a folder; give one JSONL or Parquet file.")
-    if file.suffix == ".parquet":
+    readable_file(file, "one JSONL or Parquet file")
+    if file.suffix.lower() == ".parquet":
         yield from enumerate(parquet_rows(file), 1)
         return
     with open(file, encoding="utf-8-sig") as lines:
@@ -217,6 +241,8 @@ def parse(line: str, where: str) -> Mapping[str, Any]:
     """
     try:
         record = json.loads(line)
+    except RecursionError:
+        raise DataError(f"{where} is nested too deeply; write one flat object per line.") from None
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}); write one object per line.") from error
     if not isinstance(record, dict):
@@ -236,42 +262,85 @@ def record_document(record: Mapping[str, Any], name: str) -> Document:
     Raises:
         DataError: the record has none of the supported fields.
     """
-    where = name.replace(":", " line ", 1)
-    time = record.get("time", 0)
-    time = int(time) if isinstance(time, int | float) else 0
+    file, _, number = name.rpartition(":")
+    where = f"{file} line {number}"
+    time = record_time(record.get("time", 0), where)
     if isinstance(record.get("text"), str):
-        return Document(record["text"], name, "text", time)
-    if isinstance(record.get("messages"), list):
-        return conversation(record["messages"], where, name, time)
-    if "prompt" in record and "chosen" in record:
-        return conversation(preferred(record["prompt"], record["chosen"]), where, name, time)
-    fields = ", ".join(sorted(record)) or "nothing"
-    raise DataError(
-        f"{where} has no `text`, `messages` or `prompt` with `chosen` but {fields}; "
-        "rename its fields."
-    )
+        document = Document(record["text"], name, "text", time)
+    elif isinstance(record.get("messages"), list):
+        document = conversation(record["messages"], where, name, time)
+    elif "prompt" in record and "chosen" in record:
+        messages = preferred(record["prompt"], record["chosen"], where)
+        document = conversation(messages, where, name, time)
+    else:
+        raise DataError(
+            f"{where} has no `text`, `messages` or `prompt` with `chosen` but "
+            f"{field_names(record)}; rename its fields."
+        )
+    if not is_unicode(document.text):
+        raise DataError(
+            f"{where} is no Unicode text (it holds half of a surrogate pair); write it as UTF-8."
+        )
+    return document
 
 
-def preferred(prompt: object, chosen: object) -> list[Any]:
+def field_names(record: Mapping[str, Any]) -> str:
+    """Return the names of a record's fields for a message."""
+    return visible(", ".join(sorted(record))[:200]) or "nothing"
+
+
+def record_time(value: object, where: str) -> int:
+    """Return a record's time in whole seconds since 1970; 0 if it is no number.
+
+    Raises:
+        DataError: it is infinite, NaN or beyond `LATEST`; the message names `where`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0
+    if not -LATEST <= value <= LATEST or math.isnan(value):
+        raise DataError(
+            f"{where}: `time` must be seconds since 1970, not {shown(value)}; correct it or "
+            "leave it out."
+        )
+    return int(value)
+
+
+def preferred(prompt: object, chosen: object, where: str) -> list[Any]:
     """Return the conversation with the chosen answer.
 
     Args:
         prompt: a text or a list of messages.
         chosen: a text or a list of messages, which may repeat the prompt.
+        where: file and line, named in errors.
+
+    Raises:
+        DataError: the messages are nested too deeply to be compared.
     """
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = chosen if isinstance(chosen, list) else [{"role": "assistant", "content": chosen}]
-    return after if after[: len(before)] == before else [*before, *after]
+    try:
+        return after if after[: len(before)] == before else [*before, *after]
+    except RecursionError:
+        raise DataError(f"{where} is nested too deeply; write messages as texts.") from None
 
 
 def parquet_rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a Parquet file."""
-    from pyarrow import ArrowException
+    """Yield the rows of a Parquet file.
+
+    Raises:
+        DataError: the file is damaged, or holds values that Python cannot hold; the message names
+            the row.
+    """
     from pyarrow.parquet import ParquetFile
 
+    row = 0
     try:
-        table = ParquetFile(file)
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{file} cannot be read as Parquet ({error}); export it again.") from error
-    for batch in table.iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+        with ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+                rows = batch.to_pylist()
+                yield from rows
+                row += len(rows)
+    except Exception as error:  # damaged files and odd columns raise errors of many libraries
+        raise DataError(
+            f"{file} cannot be read as Parquet after row {row} ({error}); export it again."
+        ) from error

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepseek.checkpoint.convert import read_tensors, restore_names
+from deepseek.checkpoint.files import located
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch
 from deepseek.errors import ConfigError
@@ -32,13 +33,13 @@ from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.language import LanguageTask
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
-from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts
+from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
 from deepseek.train.loop.loop import Task
 from deepseek.train.loop.losses import autocast
 from deepseek.train.loop.metrics import peak_memory
 from deepseek.train.loop.packed import begin_rows
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.loop.runs import run_once
+from deepseek.train.loop.runs import Run, run_once
 from deepseek.train.text.trunk_cache import Stream
 
 LEARNING_RATES = {"last-n": 1e-3, "lora": 8e-3, "full": 2e-4}
@@ -68,17 +69,28 @@ def adapt(arguments: AdaptArguments) -> Path:
     """
     if arguments.mode == "expert":
         return train_expert(**vars(arguments.for_expert()))
+    request = adapt_request(arguments)
+    target = located(arguments.out or home() / "models" / request.name)
+    folder = located(arguments.run_folder or home() / "runs" / request.name)
+    run = Run(
+        request.as_json(),
+        target,
+        folder,
+        arguments.quiet,
+        arguments.dry_run,
+        lambda: text_inputs(request, without=(folder, target)),
+    )
+    return run_once(AdaptRun, request, run)
+
+
+def adapt_request(arguments: AdaptArguments) -> AdaptRequest:
+    """Return the arguments with the defaults that depend on the mode filled in."""
     resolved = {
         "name": arguments.named(),
         "batch_rows": arguments.batch_rows or BATCH_ROWS,
         "learning_rate": arguments.learning_rate or LEARNING_RATES[arguments.mode],
     }
-    request = AdaptRequest(**{**vars(arguments), **resolved})
-    target = Path(arguments.out or home() / "models" / request.name)
-    folder = Path(arguments.run_folder or home() / "runs" / request.name)
-    return run_once(
-        AdaptRun, request, request.as_json(), target, folder, arguments.quiet, arguments.dry_run
-    )
+    return AdaptRequest(**{**vars(arguments), **resolved})
 
 
 class AdaptRun(TextRun):

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass as declaration
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data.preferences.database import PreferenceDatabase
@@ -28,6 +29,7 @@ from deepseek.data.preferences.preference import Preference
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError, TrainError
 from deepseek.kernels.cpu import fast_dtype
+from deepseek.model.pretrained import read_config
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
 from deepseek.text.chat_template import encode_prompt
@@ -40,13 +42,14 @@ from deepseek.train.loop.loop import Hooks, LoopConfig, train
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.loop.runs import run_once
+from deepseek.train.loop.runs import Run, run_once
 from deepseek.train.rl.judge import JUDGES, TextReward
 from deepseek.train.rl.policy import Policy
 from deepseek.train.rl.reward import RewardModel, features_of
 from deepseek.train.rl.rlpo import Learner, Reward, RolloutBatches
 from deepseek.train.rl.rlpo_config import RLPOConfig
 from deepseek.train.rl.rollout import generate, given
+from deepseek.train.text.inputs import base_digest, preferences_digest
 
 FEWEST_PAIRS = 8
 """Fewest pairs for training and for the held-out set."""
@@ -84,13 +87,19 @@ def align(arguments: AlignArguments) -> Path:
         DataError, TrainError, ConfigError, HubError: the message states the cause and the fix.
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
-    prefs = Path(arguments.prefs or home() / "preferences.db").expanduser().resolve()
+    prefs = located(arguments.prefs or home() / "preferences.db")
     request = AlignRequest(**{**vars(arguments), "prefs": str(prefs)})
-    target = Path(arguments.out or home() / "models" / request.name)
-    folder = Path(arguments.run_folder or home() / "runs" / request.name)
-    return run_once(
-        AlignRun, request, request.as_json(), target, folder, arguments.quiet, arguments.dry_run
+    target = located(arguments.out or home() / "models" / request.name)
+    folder = located(arguments.run_folder or home() / "runs" / request.name)
+    run = Run(
+        request.as_json(),
+        target,
+        folder,
+        arguments.quiet,
+        arguments.dry_run,
+        lambda: {"preferences": preferences_digest(prefs), "base": base_digest(request.base)},
     )
+    return run_once(AlignRun, request, run)
 
 
 class AlignRun:
@@ -104,10 +113,6 @@ class AlignRun:
         self.out = out
         self.progress = progress
         self.method: Callable[[AlignRun], dict[str, Any]] = pick(METHODS, request.method, "method")
-        if not Path(request.prefs).is_file():
-            raise DataError(
-                f"{request.prefs} does not exist; `deepseek prefs import FILE` makes one."
-            )
         database = PreferenceDatabase(request.prefs)
         self.pairs, self.held_out = (list(database.pairs(split)) for split in ("train", "eval"))
         database.close()
@@ -118,6 +123,13 @@ class AlignRun:
                 "another share."
             )
         self.base = resolve(request.base)
+        parse_layers(request.layers, read_config(self.base)["num_hidden_layers"])
+        if request.reward != "model":
+            pick(JUDGES, request.reward, "reward")
+        if request.method != "ppo" and find_spec("trl") is None:
+            raise TrainError(
+                "Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo."
+            )
         self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.base)
 
     def estimate(self) -> str:
@@ -242,12 +254,8 @@ class AlignRun:
         answer.
 
         Raises:
-            TrainError: TRL is not installed, or `transformers` does not support this family.
+            TrainError: `transformers` does not support this family.
         """
-        if find_spec("trl") is None:
-            raise TrainError(
-                "Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo."
-            )
         request = self.request
         tokenizer = self.tokenizer
         twin = twin_of(self.base, request.layers)

@@ -15,8 +15,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from deepseek.checkpoint.files import existing_path, located, writable_file, writable_folder
 from deepseek.errors import ConfigError
+from deepseek.packs.names import valid_name
 from deepseek.train.jobs.declaration import DECLARED, Declaration, arguments_of
+from deepseek.train.jobs.limits import (
+    LAYERS,
+    MAX_COUNT,
+    MAX_LENGTH,
+    MAX_MINUTES,
+    MAX_RATE,
+    MAX_SEED,
+    MAX_TOKENS,
+    MAX_WIDTH,
+    PRINTABLE,
+    UNKNOWN_LICENCE,
+    ModelName,
+    ResultName,
+    SpdxLicence,
+    model_name,
+)
 
 if TYPE_CHECKING:
     from deepseek.train.text.corpus import Source
@@ -25,19 +43,12 @@ Mode = Literal["last-n", "lora", "full", "expert"]
 Method = Literal["ppo", "dpo", "rloo"]
 AnyPath = str | Path | None
 
-LAYERS = r"^(all|last:[0-9]{1,4}|[0-9]{1,4}(-[0-9]{1,4})?(, ?[0-9]{1,4}(-[0-9]{1,4})?)*)$"
-
-PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
-"""No control characters, as in a pack's manifest."""
-
-UNKNOWN_LICENCE = "LicenseRef-Unknown"
-
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
 class JobArguments(Declaration):
     """Every job"""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seed of initial values, order, sampling and split"""
 
     quiet: bool = False
@@ -53,6 +64,24 @@ class RunArguments(JobArguments):
 
     dry_run: bool = False
     """Check the arguments and estimate memory and time, without changing anything"""
+
+    makes_file: ClassVar[bool] = False
+
+    def check_paths(self) -> None:
+        """Raise `UserError` if a text is missing, or run folder or result cannot be written."""
+        for path in self.text_paths():
+            existing_path(located(path))
+        if self.run_folder:
+            writable_folder(located(self.run_folder))
+        out: AnyPath = getattr(self, "out", None)
+        if out and self.makes_file:
+            writable_file(located(out))
+        elif out:
+            writable_folder(located(out), mark="config.json")
+
+    def text_paths(self) -> list[str | Path]:
+        """Return the files and folders that the job reads."""
+        return []
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
@@ -72,7 +101,7 @@ class TextArguments(RunArguments):
     base: str = Field(default="smollm2-135m", kw_only=False)
     """Base model: a known name, a folder, a GGUF file or a hub id"""
 
-    name: str = ""
+    name: ResultName = ""
     """Name of the result and of its run folder; default: that of the source"""
 
     from_git: AnyPath = None
@@ -90,19 +119,24 @@ class TextArguments(RunArguments):
     held_out: float = Field(default=0.1, ge=0.01, le=0.9)
     """Share of the documents that is held out, never trained on"""
 
-    held_out_tokens: int = Field(default=8192, ge=1)
+    held_out_tokens: int = Field(default=8192, ge=1, le=MAX_TOKENS)
     """Most held-out tokens in the report, and most validation tokens for choosing the best state"""
 
-    row_length: int = Field(default=512, ge=2)
+    row_length: int = Field(default=512, ge=2, le=MAX_LENGTH)
     """Tokens per packed row"""
 
-    batch_rows: int | None = Field(default=None, ge=1)
+    batch_rows: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """Rows per batch; default: 4, or 2 for an expert that begins at layer 0"""
 
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
     """Peak learning rate; default: 4e-3 for an expert, 3e-3 for one that begins at layer 0;
     otherwise 1e-3 for last-n, 8e-3 for lora and 2e-4 for full
     """
+
+    def text_paths(self) -> list[str | Path]:
+        """Return the paths of the text."""
+        paths = (self.from_git, self.from_folder, self.from_jsonl, self.from_parquet)
+        return [path for path in paths if path]
 
     @property
     def source(self) -> "Source":
@@ -113,8 +147,15 @@ class TextArguments(RunArguments):
         return Source.at(*paths, held_out=self.held_out, seed=self.seed)
 
     def check(self) -> None:
-        """Raise `ConfigError` if there is neither a name nor a source to take it from."""
-        self.named()
+        """Raise `ConfigError` if there is neither a name nor a source to take it from, or the
+        source has a name that the result cannot have.
+        """
+        try:
+            valid_name(self.named())
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"name: {error}.") from None
 
     def named(self) -> str:
         """Return `name`, or else the name of the source."""
@@ -134,25 +175,27 @@ class TextArguments(RunArguments):
 class ExpertArguments(TextArguments):
     """Expert"""
 
+    makes_file: ClassVar[bool] = True
+
     layers: str = Field(default="last:3", pattern=LAYERS, examples=["all", "last:3", "0-9,20"])
     """Layers that get an expert: last:3 is fast, all is strongest; also last:N, or indices such as
     0-9,20
     """
 
-    width: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
     """Width of the expert's feed-forward network in each layer; default: 512, or 256 if it begins
     at layer 0
     """
 
-    minutes: float | None = Field(default=None, gt=0)
+    minutes: float | None = Field(default=None, gt=0, le=MAX_MINUTES)
     """Time budget for trunk, training and evaluation, in minutes; default: 5 if `tokens` is not
     given
     """
 
-    tokens: int | None = Field(default=None, ge=0)
+    tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     """Distinct tokens to train on, 0 for all; default: as many as fit into `minutes`"""
 
-    epochs: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """Passes over the text; default: chosen by the amount of text"""
 
     split: Literal["file", "directory", "time"] = "file"
@@ -163,8 +206,8 @@ class ExpertArguments(TextArguments):
     questions: float | None = Field(default=None, ge=0, le=0.9)
     """Share of the training tokens that are questions generated from the text; default: 0, none"""
 
-    licence: str = Field(default=UNKNOWN_LICENCE, pattern=PRINTABLE, max_length=200)
-    """Licence of the pack, an SPDX expression"""
+    licence: SpdxLicence = Field(default=UNKNOWN_LICENCE, max_length=200, examples=["MIT"])
+    """SpdxLicence of the pack, an SPDX expression"""
 
     domain: str = Field(default="", pattern=PRINTABLE, max_length=200)
     """What the expert knows, in a few words; default: empty"""
@@ -195,17 +238,33 @@ class AdaptArguments(TextArguments):
     beside the model, as `train_expert` does
     """
 
-    last: int = Field(default=3, ge=1)
+    last: int = Field(default=3, ge=1, le=1024)
     """Number of last layers to train in the modes last-n and expert"""
 
-    tokens: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
     """Distinct tokens to train on, 0 for all"""
 
-    epochs: int = Field(default=2, ge=1)
+    epochs: int = Field(default=2, ge=1, le=MAX_COUNT)
     """Passes over the text"""
 
     out: AnyPath = None
     """Folder of the new model; default: `models/<name>` in the library's home"""
+
+    def check_paths(self) -> None:
+        """Raise `UserError` if the text is missing, or run folder or result cannot be written."""
+        if self.mode == "expert":
+            self.for_expert().check_paths()
+        else:
+            super().check_paths()
+
+    def check(self) -> None:
+        """Raise `ConfigError` if the name is that of the result, or cannot be."""
+        super().check()
+        if self.mode != "expert":
+            try:
+                model_name(self.named())
+            except ValueError as error:
+                raise ConfigError(f"name: {error}.") from None
 
     def for_expert(self) -> ExpertArguments:
         """Return the arguments of mode "expert": all that the two jobs share, and the last
@@ -229,7 +288,7 @@ class AlignArguments(RunArguments):
     prefs: AnyPath = None
     """Preference database; default: `preferences.db` in the library's home"""
 
-    name: str = "aligned"
+    name: ModelName = "aligned"
     """Name of the new model and of its run folder"""
 
     method: Method = "ppo"
@@ -245,26 +304,30 @@ class AlignArguments(RunArguments):
     one
     """
 
-    rollouts: int = Field(default=40, ge=1)
+    rollouts: int = Field(default=40, ge=1, le=MAX_COUNT)
     """Number of rollouts, each followed by updates"""
 
-    rollout_size: int = Field(default=48, ge=1)
+    rollout_size: int = Field(default=48, ge=1, le=MAX_COUNT)
     """Prompts per rollout"""
 
-    learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0, le=MAX_RATE)
     """Peak learning rate"""
 
-    new_tokens: int = Field(default=32, ge=1)
+    new_tokens: int = Field(default=32, ge=1, le=MAX_LENGTH)
     """Most tokens per answer"""
 
-    temperature: float = Field(default=0.8, ge=0.1)
+    temperature: float = Field(default=0.8, ge=0.1, le=100)
     """Sampling temperature of the answers"""
 
-    target_kl: float = Field(default=8.0, ge=0.01)
+    target_kl: float = Field(default=8.0, ge=0.01, le=1e4)
     """Target KL divergence from the untouched base, in nats per answer"""
 
     out: AnyPath = None
     """Folder of the new model; default: `models/<name>` in the library's home"""
+
+    def text_paths(self) -> list[str | Path]:
+        """Return the path of the preference database, if one is given."""
+        return [self.prefs] if self.prefs else []
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
@@ -279,19 +342,19 @@ class DistillHashArguments(JobArguments):
     library of Python
     """
 
-    texts: int = Field(default=6, ge=1)
+    texts: int = Field(default=6, ge=1, le=MAX_COUNT)
     """Number of texts"""
 
-    length: int = Field(default=4096, ge=512)
+    length: int = Field(default=4096, ge=512, le=MAX_LENGTH)
     """Tokens per text"""
 
-    buckets: int = Field(default=64, ge=2)
+    buckets: int = Field(default=64, ge=2, le=MAX_LENGTH)
     """Key buckets per head; must equal the model's `lsh_num_buckets`"""
 
-    window: int = Field(default=40, ge=1)
+    window: int = Field(default=40, ge=1, le=MAX_LENGTH)
     """Keys that a query attends to in each bucket; must equal the model's `lsh_bucket_window`"""
 
-    exact: int = Field(default=2, ge=0)
+    exact: int = Field(default=2, ge=0, le=1024)
     """Number of first layers that keep exact attention"""
 
     calibrate_only: bool = False
@@ -312,4 +375,4 @@ def source_name(*paths: AnyPath) -> str:
         raise ConfigError(
             "no text to learn from; give from_git, from_folder, from_jsonl or from_parquet."
         )
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().stem).strip("-._") or "expert"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().stem)[:64].strip("-._") or "expert"

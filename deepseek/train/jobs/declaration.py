@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from inspect import cleandoc, get_annotations, signature
+from pathlib import Path
 from types import UnionType
 from typing import (
     Any,
@@ -32,6 +33,7 @@ from pydantic.fields import FieldInfo
 
 from deepseek.errors import ConfigError, shown
 from deepseek.registry import nearest
+from deepseek.terminal import visible
 
 DECLARED = ConfigDict(
     extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -39,6 +41,41 @@ DECLARED = ConfigDict(
 """Pydantic configuration of every declaration: unknown keys are errors, a field's docstring is its
 description, defaults are validated, and numbers are finite.
 """
+
+UNIONS = (Union, UnionType)
+
+OTHER_TYPES = frozenset(
+    {
+        "bool_parsing",
+        "bool_type",
+        "dict_type",
+        "float_parsing",
+        "float_type",
+        "int_from_float",
+        "int_parsing",
+        "int_parsing_size",
+        "int_type",
+        "is_instance_of",
+        "mapping_type",
+        "path_type",
+        "string_type",
+        "string_unicode",
+        "tuple_type",
+    }
+)
+"""Types of pydantic's errors about a value of another type than the declared one."""
+
+WANTED: dict[Any, str] = {
+    bool: "true or false",
+    dict: "a mapping",
+    float: "a number",
+    int: "a whole number",
+    Mapping: "a mapping",
+    Path: "a path",
+    str: "a text",
+    tuple: "a list",
+}
+"""Types in the words of messages."""
 
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 """Bounds of `Field`, and their wording in messages."""
@@ -70,6 +107,9 @@ class Declaration:
 
     def check(self) -> None:
         """Check rules that involve several arguments; raise `ConfigError` if one is broken."""
+
+    def check_paths(self) -> None:
+        """Check files and folders before any work; raise `UserError` if one cannot be used."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the arguments that decide the result, as JSON values for the run's
@@ -107,6 +147,17 @@ class Argument:
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
+    def meaning(self) -> str:
+        """What the argument is: its description up to the default."""
+        description = " ".join((self.declared.description or self.name).split())
+        return description.partition(";")[0].partition(":")[0]
+
+    @property
+    def wanted(self) -> str:
+        """The declared type in words."""
+        return f"one of {', '.join(self.choices)}" if self.choices else in_words(self.kind)
+
+    @property
     def limits(self) -> str:
         """The range in words, empty if there is none. A lower bound of 0 is left out as obvious."""
         words = []
@@ -127,6 +178,12 @@ class Argument:
         if not default and not isinstance(self.default, bool) and "no default" not in text:
             default = str(self.default)
         return "; ".join(filter(None, [text, self.limits, default and f"default: {default}"])) + "."
+
+
+def in_words(kind: Any) -> str:
+    """Return a type in the words of messages; of a union, the most specific alternative."""
+    kind = _kind(kind)
+    return WANTED.get(get_origin(kind) or kind, "a value of another type")
 
 
 def arguments_of(declaration: type[Declaration]) -> dict[str, Argument]:
@@ -188,29 +245,57 @@ def explain(error: Any, declaration: type[Declaration]) -> str:
         declaration: the declaration that the arguments belong to.
     """
     where = ".".join(str(part) for part in error["loc"])
-    value = error["input"]
-    argument = arguments_of(declaration).get(where)
+    arguments = arguments_of(declaration)
     if error["type"] == "unexpected_keyword_argument":
-        return unknown(where, arguments_of(declaration))
-    default = None if argument is None else argument.default
-    if default is not None and type(value) is type(default) and value == default:
-        return f"{where} is missing; give it"
-    if error["type"] == "literal_error" and argument is not None:
-        return f"{where} {shown(value)} is unknown; {nearest(shown(value), argument.choices)}"
-    if (
-        error["type"] == "string_pattern_mismatch"
-        and argument is not None
-        and argument.declared.examples
-    ):
-        return (
-            f"{where}={shown(value)} is not understood; write {_listed(argument.declared.examples)}"
-        )
+        return unknown(where, arguments)
+    argument = arguments.get(where.partition(".")[0])
+    known = _explain_argument(error, argument, where) if argument is not None else None
+    if known is not None:
+        return known
     message = error["msg"].removeprefix("Value error, ")
-    return (
-        f"{where}: {message}, not {shown(value)}"
-        if message.startswith("Input should")
-        else f"{where}: {message}"
-    )
+    if error["type"] == "path_type":
+        message = "Input should be a path"
+    given = f", not {shown(error['input'])}" if message.startswith("Input should") else ""
+    return visible(f"{where}: {message}{given}")
+
+
+def _explain_argument(error: Any, argument: Argument, where: str) -> str | None:
+    """Return the message for a wrong value of an argument; None: pydantic's own will do.
+
+    Args:
+        error: one entry of pydantic's `ValidationError.errors()`.
+        argument: the argument.
+        where: name of the argument, with those of the parts that the error is about.
+    """
+    value = error["input"]
+    message = None
+    if error["type"] in OTHER_TYPES:
+        about = f"({argument.meaning[:1].lower()}{argument.meaning[1:]})"
+        if _is_direct(argument, where):
+            message = f"{argument.name} {about} must be {argument.wanted}, not {shown(value)}"
+        elif get_origin(argument.kind) is tuple:
+            wanted = in_words(get_args(argument.kind)[0])
+            message = f"each of {argument.name} {about} must be {wanted}, not {shown(value)}"
+    if argument.name != where:
+        return message
+    if type(value) is type(argument.default) and value == argument.default:
+        message = f"{where} is missing; give it"
+    elif error["type"] == "literal_error":
+        hint = nearest(str(value)[:80], argument.choices)
+        message = f"{where} {shown(value)} is unknown; {hint}"
+    elif error["type"] == "string_pattern_mismatch":
+        examples = argument.declared.examples
+        hint = f"write {_listed(examples)}" if examples else "leave control characters out"
+        message = f"{where}={shown(value)} is not understood; {hint}"
+    return message
+
+
+def _is_direct(argument: Argument, where: str) -> bool:
+    """Return whether an error is about an argument's own value, not about a part of it.
+
+    For a union, pydantic adds the alternative that it tried to the name.
+    """
+    return where == argument.name or get_origin(argument.declared.annotation) in UNIONS
 
 
 def refuse_flags(given: Mapping[str, Any], declaration: type[Declaration]) -> None:
@@ -241,7 +326,7 @@ def _kind(annotation: Any) -> Any:
     """Return `int` for `int | None`, and `Path`, the more specific type, for `str | Path |
     None`.
     """
-    if get_origin(annotation) not in (Union, UnionType):
+    if get_origin(annotation) not in UNIONS:
         return annotation
     return [kind for kind in get_args(annotation) if kind is not type(None)][-1]
 

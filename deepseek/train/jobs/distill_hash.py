@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from deepseek.checkpoint.files import located, writable_file
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
 from deepseek.data.text.encode import long_texts
@@ -20,6 +21,7 @@ from deepseek.train.hash.distill import HashSettings, distill_hashes
 from deepseek.train.jobs.arguments import DistillHashArguments
 from deepseek.train.jobs.declaration import job
 from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.run_lock import run_lock
 
 
 @job(DistillHashArguments)
@@ -40,19 +42,19 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
             f"exact={arguments.exact} leaves none of the {len(model.layers)} layers to LSH; "
             "give a lower number."
         )
-    path = Path(arguments.out or hash_file(folder))
+    path = writable_file(located(arguments.out or hash_file(folder)))
     documents = documents_at([Path(place) for place in arguments.data])
     ids_RT = long_texts(documents, tokenizer, arguments.texts, arguments.length, arguments.seed)
     weights = fingerprint(folder).weights
     identity = f"{weights} {hashlib.sha256(ids_RT.numpy().tobytes()).hexdigest()}"
     state = path.with_name(f"{path.name}.layers")
     settings = hash_settings(arguments)
-    with ProgressBar(quiet=arguments.quiet) as progress:
+    with run_lock(state), ProgressBar(quiet=arguments.quiet) as progress:
         hashes = distill_hashes(
             model, ids_RT, settings, layers, state, identity=identity, progress=progress
         )
-    save_hashes(path, hashes, weights)
-    shutil.rmtree(state)
+        save_hashes(path, hashes, weights)
+        shutil.rmtree(state)
     return path
 
 

@@ -15,10 +15,12 @@ from deepseek.train.jobs.adapt import (
     TASKS,
     AdaptRequest,
     AdaptRun,
-    adapt,
+    adapt_request,
 )
+from deepseek.train.jobs.arguments import AdaptArguments
 from deepseek.train.jobs.plan import MOST_PASSES, timed
 from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.runs import Run, run_once
 
 Rival = Literal["lora", "full"]
 
@@ -58,9 +60,12 @@ def adapt_for_equal_time(run: Path, mode: Rival, folder: Path, quiet: bool = Fal
     text = {f"from_{kind}": source[kind] for kind in ("git", "folder", "jsonl", "parquet")}
     text["held_out"] = source["held_out"]
     options = {**asdict(effort), **shared, **text}
-    return adapt(
-        name=run.name, mode=mode, quiet=quiet, out=folder / "model", run_folder=folder, **options
-    )
+    arguments = AdaptArguments(name=run.name, mode=mode, quiet=quiet, **options)
+    request = adapt_request(arguments)
+    model = folder / "model"
+    # Without digests of the inputs: the text is that of the expert's run, whatever its source
+    # holds now.
+    return run_once(AdaptRun, request, Run(request.as_json(), model, folder, quiet, dry_run=False))
 
 
 def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -> Effort:

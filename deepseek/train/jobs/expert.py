@@ -16,11 +16,12 @@ import torch
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as declaration
 
+from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import home, read_json, write_json
+from deepseek.checkpoint.store import home, read_object, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.data.text.encode import CONTEXT_BIT
-from deepseek.errors import DataError, PackError
+from deepseek.errors import CheckpointError, DataError, PackError
 from deepseek.model.language_model import expert_beside, expert_layers, layers_in
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.manifest import HELD_OUT, Metric, explain
@@ -35,11 +36,11 @@ from deepseek.train.jobs.declaration import DECLARED, job
 from deepseek.train.jobs.expert_task import ExpertTask
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
-from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts
+from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.loop.metrics import peak_memory
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.loop.runs import run_once
+from deepseek.train.loop.runs import Run, run_once
 from deepseek.train.text.corpus import Corpus
 from deepseek.train.text.question_mix import asked_about
 from deepseek.train.text.trunk_cache import Stream, run_trunk
@@ -170,7 +171,10 @@ class ExpertRun(TextRun):
         if not path.is_file():
             speed = self.measure(texts)
             write_json(path, {"plan": asdict(self.plan_for(texts, speed)), "speed": asdict(speed)})
-        return TrainingPlan(**read_json(path)["plan"])
+        try:
+            return TrainingPlan(**read_object(path)["plan"])
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{path} holds no plan; delete it to plan again.") from None
 
     def plan_for(self, texts: Texts, speed: Speed) -> TrainingPlan:
         """Return a plan that fits the remaining minutes, or one for the tokens of the request."""
@@ -344,11 +348,18 @@ def train_expert(arguments: ExpertArguments) -> Path:
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     request = expert_request(arguments)
-    pack = Path(arguments.out or experts_folder() / f"{request.name}{SUFFIX}")
-    folder = Path(arguments.run_folder or home() / "runs" / request.name)
-    return run_once(
-        ExpertRun, request, request.as_json(), pack, folder, arguments.quiet, arguments.dry_run
+    pack = located(arguments.out or experts_folder() / f"{request.name}{SUFFIX}")
+    folder = located(arguments.run_folder or home() / "runs" / request.name)
+    run = Run(
+        request.as_json(),
+        pack,
+        folder,
+        arguments.quiet,
+        arguments.dry_run,
+        lambda: text_inputs(request, without=(folder, pack)),
+        makes_file=True,
     )
+    return run_once(ExpertRun, request, run)
 
 
 def expert_request(arguments: ExpertArguments) -> ExpertRequest:

@@ -5,13 +5,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import read_json
+from deepseek.checkpoint.store import read_object
 from deepseek.data import TokenShards
 from deepseek.data.text.decode import decode_documents
 from deepseek.errors import DataError
 from deepseek.packs.library import index_folder
 from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.loop.runs import find_run
 
 
@@ -27,7 +28,7 @@ def index_expert(name: str) -> Path:
         raise DataError(
             f"The run {run} has not read its text yet; resume `deepseek expert train` first."
         )
-    request = read_json(path)
+    request = read_object(path)
     if "name" not in request:
         raise DataError(f"The run {run} trains no expert; name a run of `deepseek expert train`.")
     expert_index(request["name"], run, load_tokenizer(resolve(request["base"])))
@@ -49,6 +50,9 @@ def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> In
         document.name
         for document in decode_documents(TokenShards(run / "corpus" / "held-out"), tokenizer)
     ]
-    index = Index.build(decode_documents(shards, tokenizer), without=held_out, source=shards.digest)
-    index.save(folder)
+    with run_lock(folder):
+        index = Index.build(
+            decode_documents(shards, tokenizer), without=held_out, source=shards.digest
+        )
+        index.save(folder)
     return index

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from deepseek.errors import ConfigError
+from deepseek.errors import UserError
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.cluster import connect
 from deepseek.train.jobs.expert import train_expert
@@ -23,7 +23,7 @@ class ExpertsSettings(JobSettings):
     """
 
     base: str = "smollm2-135m"
-    cpus: int = Field(default=1, gt=0)
+    cpus: int = Field(default=1, gt=0, le=4096)
     experts: dict[str, dict[str, Any]] = Field(min_length=1)
 
 
@@ -39,9 +39,10 @@ def train_all(config: str | Path | Mapping[str, Any]) -> Iterator[tuple[str, Pat
     settings = ExpertsSettings.read(config)
     for name, arguments in settings.experts.items():
         try:
-            ExpertArguments.read(**{"base": settings.base, "name": name, **arguments})
-        except ConfigError as error:
-            raise ConfigError(f"experts.{name}: {error}") from None
+            given = {"base": settings.base, "name": name, **arguments}
+            ExpertArguments.read(**given).check_paths()
+        except UserError as error:
+            raise type(error)(f"experts.{name}: {error}") from None
     ray = connect("Training in parallel")
     task = ray.remote(num_cpus=settings.cpus, max_retries=3)(_train)
     names = {

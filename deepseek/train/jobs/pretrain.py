@@ -4,7 +4,7 @@ texts -> tokenizer -> token shards, easy documents first -> mix -> model -> loop
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -15,6 +15,7 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch, RowLoader, TokenShards
@@ -23,7 +24,12 @@ from deepseek.errors import DataError
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.planning import training_memory
-from deepseek.text.tokenizer import document_end_id, load_tokenizer, train_tokenizer
+from deepseek.text.tokenizer import (
+    document_end_id,
+    load_tokenizer,
+    tokenizer_digest,
+    train_tokenizer,
+)
 from deepseek.train.jobs.declaration import job
 from deepseek.train.jobs.language import LanguageTask
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
@@ -33,8 +39,9 @@ from deepseek.train.loop.loop import LoopConfig, TrainResult, train
 from deepseek.train.loop.metrics import peak_memory
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
-from deepseek.train.loop.runs import run_once
+from deepseek.train.loop.runs import Run, run_once
 from deepseek.train.text.corpus import build_corpus, read_source
+from deepseek.train.text.inputs import text_digest
 from deepseek.train.text.mix import EASY_STEPS, Domain, MixedRows, easiest_first
 
 TOKENIZER_CHARACTERS = 20_000_000
@@ -55,12 +62,36 @@ def pretrain(arguments: PretrainArguments) -> Path:
         ConfigError, DataError, TrainError: the message states the cause and the fix.
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
-    out = Path(arguments.out or home() / "models" / arguments.name)
-    folder = Path(arguments.run_folder or home() / "runs" / arguments.name)
+    out = located(arguments.out or home() / "models" / arguments.name)
+    folder = located(arguments.run_folder or home() / "runs" / arguments.name)
     with current() as backend:
-        run = partial(PretrainRun, backend=backend)
-        quiet = arguments.quiet or not backend.main
-        return run_once(run, arguments, arguments.as_json(), out, folder, quiet, arguments.dry_run)
+        run = Run(
+            arguments.as_json(),
+            out,
+            folder,
+            arguments.quiet or not backend.main,
+            arguments.dry_run,
+            lambda: pretrain_inputs(arguments, without=(folder, out)) if backend.main else {},
+            main=backend.main,
+        )
+        return run_once(partial(PretrainRun, backend=backend), arguments, run)
+
+
+def pretrain_inputs(settings: PretrainArguments, without: Sequence[Path]) -> dict[str, str]:
+    """Return the digests of every domain's text, and of the tokenizer if one is given.
+
+    Args:
+        settings: the arguments.
+        without: files and folders that the run itself writes.
+    """
+    inputs = {}
+    for name, domain in settings.domains.items():
+        source = domain.source(settings.held_out, settings.seed)
+        inputs[f"text of {name}"] = text_digest(source, without)
+    if settings.tokenizer:
+        tokenizer = load_tokenizer(resolve(settings.tokenizer))
+        inputs["tokenizer"] = tokenizer_digest(tokenizer)
+    return inputs
 
 
 class PretrainRun:

@@ -7,10 +7,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from deepseek.errors import ConfigError
-from deepseek.train.jobs.arguments import UNKNOWN_LICENCE, AnyPath, RunArguments
+from deepseek.errors import ConfigError, shown
+from deepseek.terminal import is_unicode
+from deepseek.train.jobs.arguments import AnyPath, RunArguments
 from deepseek.train.jobs.declaration import DECLARED
-from deepseek.train.jobs.settings import DomainSettings, read_file
+from deepseek.train.jobs.limits import (
+    MAX_COUNT,
+    MAX_LENGTH,
+    MAX_RATE,
+    MAX_TOKENS,
+    UNKNOWN_LICENCE,
+    ModelName,
+    ResultName,
+    SpdxLicence,
+)
+from deepseek.train.jobs.settings import DomainSettings
+from deepseek.train.jobs.yaml_file import read_file
 
 if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
@@ -27,17 +39,17 @@ class PretrainArguments(RunArguments):
     arguments take precedence; default: none
     """
 
-    name: str = Field(default="", min_length=1)
+    name: ModelName = Field(default="", min_length=1)
     """Name of the model and of its run folder; there is no default"""
 
-    domains: dict[str, DomainSettings] = Field(
+    domains: dict[ResultName, DomainSettings] = Field(
         default_factory=dict, min_length=1, examples=[{"code": {"folder": "src"}}]
     )
     """Text sources by name, each with `folder`, `git`, `jsonl` or `parquet`, and its `weight` in
     the mix; there is no default
     """
 
-    tokens: int = Field(default=0, gt=0)
+    tokens: int = Field(default=0, gt=0, le=MAX_TOKENS)
     """Total tokens to train on; there is no default"""
 
     model: dict[str, Any] = Field(
@@ -45,31 +57,31 @@ class PretrainArguments(RunArguments):
     )
     """Model configuration: `preset` and fields of `ModelConfig`"""
 
-    vocab_size: int = Field(default=8192, gt=0)
+    vocab_size: int = Field(default=8192, gt=0, le=1 << 21)
     """Vocabulary size of the tokenizer that is trained on the mix"""
 
     tokenizer: str | None = None
     """Model or folder to take the tokenizer from; default: train one"""
 
-    row_length: int = Field(default=512, ge=2)
+    row_length: int = Field(default=512, ge=2, le=MAX_LENGTH)
     """Tokens per packed row"""
 
-    batch_rows: int = Field(default=8, ge=1)
+    batch_rows: int = Field(default=8, ge=1, le=MAX_COUNT)
     """Rows per batch"""
 
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=MAX_COUNT)
     """Batches per optimizer step"""
 
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0, le=MAX_RATE)
     """Peak learning rate"""
 
-    final_learning_rate: float = Field(default=1e-5, ge=0)
+    final_learning_rate: float = Field(default=1e-5, ge=0, le=MAX_RATE)
     """Learning rate at the end of the cosine decay"""
 
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises to its peak"""
 
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=MAX_RATE)
     """Weight decay of AdamW"""
 
     curriculum: bool = False
@@ -78,20 +90,20 @@ class PretrainArguments(RunArguments):
     held_out: float = Field(default=0.05, gt=0, lt=1)
     """Share of the documents that is held out, never trained on"""
 
-    held_out_tokens: int = Field(default=8192, ge=1)
+    held_out_tokens: int = Field(default=8192, ge=1, le=MAX_TOKENS)
     """Held-out tokens per domain to evaluate on"""
 
-    evaluate_every: int = Field(default=100, ge=1)
+    evaluate_every: int = Field(default=100, ge=1, le=MAX_TOKENS)
     """Steps between evaluations"""
 
-    checkpoint_every: int = Field(default=100, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1, le=MAX_TOKENS)
     """Steps between checkpoints"""
 
     samples: tuple[str, ...] = ("The ", "def ")
     """Prompts that the model continues after every evaluation"""
 
-    licence: str = UNKNOWN_LICENCE
-    """Licence of the model, an SPDX expression"""
+    licence: SpdxLicence = Field(default=UNKNOWN_LICENCE, max_length=200, examples=["MIT"])
+    """SpdxLicence of the model, an SPDX expression"""
 
     out: AnyPath = None
     """Folder of the new model; default: `models/<name>` in the library's home"""
@@ -107,6 +119,11 @@ class PretrainArguments(RunArguments):
         Raises:
             ConfigError: an argument is wrong or missing; the message names it, and the file.
         """
+        if not isinstance(config, str | Path | Mapping | None):
+            raise ConfigError(
+                f"config must be a file or a mapping, not {shown(config)}; give a YAML or TOML "
+                "file."
+            )
         if not isinstance(config, str | Path):
             return super().read(**{**(config or {}), **given})
         values = read_file(Path(config))
@@ -114,6 +131,19 @@ class PretrainArguments(RunArguments):
             return super().read(**{**values, **given})
         except ConfigError as error:
             raise ConfigError(f"{config}: {error}") from None
+
+    def check(self) -> None:
+        """Raise `ConfigError` if the model's configuration or a sample's text is wrong."""
+        if self.model != {"preset": "deepseek-nano"}:
+            self.model_config_for(self.vocab_size, 0)
+        for sample in self.samples:
+            if not is_unicode(sample):
+                raise ConfigError(f"samples: {shown(sample)} is no Unicode text.")
+
+    def text_paths(self) -> list[str | Path]:
+        """Return the paths of all domains' texts."""
+        domains = self.domains.values()
+        return [path for domain in domains for path in domain.paths()]
 
     @property
     def steps(self) -> int:

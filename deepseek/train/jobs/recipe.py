@@ -7,22 +7,28 @@ a model card beside the last model and a page of the whole run.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from deepseek.checkpoint.store import atomic_write, home, read_json, write_json
-from deepseek.errors import ConfigError
+from deepseek.checkpoint.files import writable_folder
+from deepseek.checkpoint.store import atomic_write, home, read_object, write_json
+from deepseek.errors import ConfigError, UserError
+from deepseek.packs.names import valid_name
 from deepseek.registry import pick
 from deepseek.train.jobs.adapt import adapt
 from deepseek.train.jobs.align import align
 from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
 from deepseek.train.jobs.declaration import Declaration, selected
 from deepseek.train.jobs.expert import train_expert
+from deepseek.train.jobs.limits import UNKNOWN_LICENCE, ResultName, SpdxLicence
 from deepseek.train.jobs.pretrain import pretrain
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.settings import JobSettings
+from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.loop.runs import write_page
+
+RecipeName = Annotated[str, AfterValidator(valid_name)]
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class StageSettings(JobSettings):
     """
 
     stage: str
-    name: str | None = None
+    name: ResultName | None = None
     with_: dict[str, Any] = Field(default_factory=dict, alias="with")
 
 
@@ -63,9 +69,9 @@ class RecipeSettings(JobSettings):
         stages: the stages in order.
     """
 
-    name: str
+    name: RecipeName
     base: str = "smollm2-135m"
-    licence: str = "LicenseRef-Unknown"
+    licence: SpdxLicence = UNKNOWN_LICENCE
     stages: list[StageSettings] = Field(min_length=1)
 
 
@@ -85,17 +91,46 @@ def train_recipe(
 
     Raises:
         ConfigError: the recipe or an argument of any stage is wrong; raised before the first stage.
+        TrainError: another process runs the same recipe.
     """
     recipe = RecipeSettings.read(config)
     table = {**STAGES, **(extra or {})}
-    # Check the arguments of all stages before the first one runs for hours.
+    _check_stages(recipe, table, quiet)
+    folder = writable_folder(home() / "runs" / recipe.name)
+    with run_lock(folder):
+        _run_stages(recipe, table, folder, quiet)
+    return folder
+
+
+def _check_stages(recipe: RecipeSettings, table: Mapping[str, Stage], quiet: bool) -> None:
+    """Check arguments and paths of all stages before the first one runs for hours.
+
+    Raises:
+        ConfigError: an argument of a stage is wrong, or two run folders are the same.
+        UserError: a text of a stage is missing, or its result cannot be written.
+    """
+    folders = {home() / "runs" / recipe.name}
     for number, step in enumerate(recipe.stages, 1):
         stage = pick(table, step.stage, "stage")
+        given = given_to(stage, recipe, number, recipe.base, quiet)
         try:
-            stage.arguments.read(**given_to(stage, recipe, number, recipe.base, quiet))
-        except ConfigError as error:
-            raise ConfigError(f"stage {number} ({step.stage}): {error}") from None
-    folder = home() / "runs" / recipe.name
+            arguments = stage.arguments.read(**given)
+            arguments.check_paths()
+        except UserError as error:
+            raise type(error)(f"stage {number} ({step.stage}): {error}") from None
+        run = Path(given["run_folder"])
+        if run in folders:
+            raise ConfigError(
+                f"stage {number} ({step.stage}): its run folder {run} is that of another stage or "
+                "of the recipe; give the stage another name."
+            )
+        folders.add(run)
+
+
+def _run_stages(
+    recipe: RecipeSettings, table: Mapping[str, Stage], folder: Path, quiet: bool
+) -> None:
+    """Run the stages in order, and write the report to the run folder of the recipe."""
     model = recipe.base
     results = []
     for number, step in enumerate(recipe.stages, 1):
@@ -111,7 +146,6 @@ def train_recipe(
         )
     write_json(folder / "result.json", {"stage": "recipe", "model": model, "results": results})
     _report(recipe, folder, results, model)
-    return folder
 
 
 def given_to(
@@ -136,7 +170,7 @@ def _result(run: Path) -> dict[str, Any]:
     """Return figures and data digests of a stage from its run folder."""
     if not (run / "result.json").is_file():
         return {"figures": {}, "data": {}}
-    result = read_json(run / "result.json")
+    result = read_object(run / "result.json")
     figures = result.get("figures") or {
         k: v for k, v in result.items() if isinstance(v, int | float)
     }

@@ -1,15 +1,14 @@
 """Configuration files in YAML or TOML, read into frozen objects."""
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepseek.errors import ConfigError
 from deepseek.train.jobs.declaration import unknown
+from deepseek.train.jobs.yaml_file import read_file
 
 if TYPE_CHECKING:
     from deepseek.train.text.corpus import Source
@@ -61,6 +60,10 @@ class TextSettings(JobSettings):
     jsonl: Path | None = None
     parquet: Path | None = None
 
+    def paths(self) -> list[Path]:
+        """Return the paths that are given."""
+        return [path for path in (self.folder, self.git, self.jsonl, self.parquet) if path]
+
     def source(self, held_out: float, seed: int) -> "Source":
         """Return the source of the text.
 
@@ -79,22 +82,3 @@ class DomainSettings(TextSettings):
     """One domain of the mix, with its weight relative to the other domains."""
 
     weight: float = Field(default=1.0, gt=0, strict=True)
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML or TOML file.
-
-    Raises:
-        ConfigError: the file is missing, malformed, or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a YAML or TOML file.") from None
-    except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        cause = " ".join(str(error).split())
-        raise ConfigError(f"{path} is neither YAML nor TOML ({cause}); fix the file.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} has no fields; write them as `name: value`.")
-    return content

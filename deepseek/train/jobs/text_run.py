@@ -7,7 +7,7 @@ shows these figures.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from pydantic.dataclasses import dataclass as declaration
 from torch import Tensor
 
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import read_json, write_json
+from deepseek.checkpoint.store import read_object, write_json
 from deepseek.data import Batch, RowLoader
-from deepseek.errors import DataError
+from deepseek.errors import CheckpointError, DataError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.language_model import LanguageModel, load_language_model, output_head
 from deepseek.packs.manifest import Metric
@@ -31,6 +31,7 @@ from deepseek.train.loop.loop import LoopConfig, Task, train
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.text.corpus import Corpus, build_corpus
+from deepseek.train.text.inputs import base_digest, text_digest
 from deepseek.train.text.trunk_cache import Stream, TrunkCache
 
 FREQUENT_TOKENS = 4096
@@ -74,6 +75,29 @@ class Texts:
     def planned(self, plan: TrainingPlan) -> "Texts":
         """Return the rows that a plan uses."""
         return self.first(plan.rows, plan.held_out_rows, plan.validation_rows)
+
+
+def text_inputs(request: TextRequest, without: Sequence[Path]) -> dict[str, str]:
+    """Return the digests of a training's text and base model.
+
+    Args:
+        request: resolved arguments.
+        without: files and folders that the run itself writes.
+    """
+    source = request.source
+    return {"text": text_digest(source, without), "base": base_digest(request.base)}
+
+
+def stored_loss(path: Path) -> float:
+    """Return the loss of the base that a run has stored.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    loss = read_object(path).get("loss")
+    if not isinstance(loss, float):
+        raise CheckpointError(f"{path} holds no loss; delete it to score the base again.")
+    return loss
 
 
 class TextRun:
@@ -205,7 +229,7 @@ class TextRun:
             patience=PATIENCE,
         )
         result = train(task, text, config, self.folder / "training", progress=self.progress)
-        reported = Metric(before=read_json(path)["loss"], after=test())
+        reported = Metric(before=stored_loss(path), after=test())
         steps_a_pass = len(text.row_ids) / text.batch_rows
         return Outcome(result, reported, tell(result.position, steps, steps_a_pass, plan.limit))
 

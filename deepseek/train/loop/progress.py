@@ -15,8 +15,18 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from deepseek.terminal import visible
+
 LINE_SECONDS = 5.0
 """Seconds between two lines without a terminal, so that logs stay short."""
+
+
+class LastingConsole(Console):
+    """A console that goes quiet when nobody reads it any more; the job behind it goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on. Rich would end the process."""
+        self.quiet = True
 
 
 class ProgressBar:
@@ -28,15 +38,15 @@ class ProgressBar:
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         """Write to `stream` (standard error if None), or nowhere if `quiet`."""
-        console = Console(file=stream or sys.stderr, quiet=quiet)
+        console = LastingConsole(file=stream or sys.stderr, quiet=quiet)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
         self._what = ""
@@ -52,6 +62,7 @@ class ProgressBar:
     def __call__(self, done: int, total: int, what: str, note: str = "") -> None:
         if self._bar.console.quiet:
             return
+        what = visible(what)
         if what != self._what:
             self._what = what
             self._written = 0.0
@@ -62,7 +73,9 @@ class ProgressBar:
 
     def say(self, message: str) -> None:
         """Write one line above the bar."""
-        self._bar.console.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._bar.console.print(
+            visible(message), markup=False, highlight=False, emoji=False, soft_wrap=True
+        )
 
     def _line(self, done: int, total: int, note: str) -> None:
         now = time.monotonic()

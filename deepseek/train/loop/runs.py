@@ -1,18 +1,30 @@
 """Run folders: start or resume a job, and summarise finished runs."""
 
 import json
+import shutil
 from base64 import b64encode
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from jinja2 import Environment
 
-from deepseek.checkpoint.store import atomic_write, disk_full_explained, home, read_json, write_json
-from deepseek.errors import DataError, TrainError
+from deepseek.checkpoint.files import writable_file, writable_folder
+from deepseek.checkpoint.store import (
+    atomic_write,
+    disk_full_explained,
+    home,
+    read_json,
+    read_object,
+    write_json,
+)
+from deepseek.errors import CheckpointError, DataError, TrainError
 from deepseek.registry import nearest
 from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.run_lock import run_lock
 
 
 class RunJob(Protocol):
@@ -28,51 +40,137 @@ class RunJob(Protocol):
         """Check the request and return its estimated cost; writes only to its folder."""
 
 
-def run_once(
-    job: Callable[..., RunJob],
-    request: Any,
-    stored: dict[str, Any],
-    made: Path,
-    folder: Path,
-    quiet: bool,
-    dry_run: bool,
-) -> Path:
-    """Run a job in its folder, resuming or skipping what is finished, and return the result's path.
+EARLY_STAGES = ("corpus", "tokenizer")
+"""Folders that a job may fill before it writes `request.json`."""
 
-    Args:
-        job: takes the request, the folder, `out` (the path `made`) and `progress`.
-        request: resolved arguments, passed to `job`.
+
+@dataclass(frozen=True)
+class Run:
+    """What decides a run, and where it is written.
+
+    Attributes:
         stored: the request as JSON values, compared with `request.json` of an earlier run.
+        inputs: returns a digest of everything that the run reads, by name ("text", "base"); default:
+            none.
         made: path of the result.
         folder: run folder.
         quiet: show no progress.
         dry_run: only print the estimate.
+        makes_file: whether the result is a file; default: the folder of a model.
+        main: whether this is the process that writes; of several, one is.
+    """
+
+    stored: dict[str, Any]
+    made: Path
+    folder: Path
+    quiet: bool
+    dry_run: bool
+    inputs: Callable[[], dict[str, str]] = dict
+    makes_file: bool = False
+    main: bool = True
+
+    def check_places(self) -> None:
+        """Raise `ConfigError` if result or run folder cannot be written."""
+        writable_folder(self.folder)
+        if self.makes_file:
+            writable_file(self.made)
+        else:
+            writable_folder(self.made, mark="config.json")
+
+
+def run_once(job: Callable[..., RunJob], request: Any, run: Run) -> Path:
+    """Run a job in its folder, resuming or skipping what is finished, and return the result's path.
+
+    A folder has one writer at a time. A run that was begun with another request or on other inputs
+    is refused; stages that were stored before a run had begun are rebuilt.
+
+    Args:
+        job: takes the request, the folder, `out` (the path of the result) and `progress`.
+        request: resolved arguments, passed to `job`.
+        run: what decides the run, and where it is written.
 
     Raises:
-        TrainError: the run in `folder` belongs to another request.
+        TrainError: the run in the folder belongs to another request or other inputs, or another
+            process is writing to it.
+        ConfigError: result or run folder cannot be written.
         KeyboardInterrupt: after Ctrl-C; the message says that the same call resumes.
     """
-    with ProgressBar(quiet=quiet) as progress:
-        if dry_run:
+    run.check_places()
+    with ProgressBar(quiet=run.quiet) as progress:
+        if run.dry_run:
+            _check_begun(run)
             with TemporaryDirectory() as empty:
-                progress.say(job(request, Path(empty), out=made, progress=progress).estimate())
-            return made
-        check_config(folder / "request.json", stored)
-        if (folder / "result.json").is_file() and made.exists():
-            progress.say(f"{made} is finished")
-            return made
-        try:
-            with disk_full_explained(
-                f"The disk of {folder} is full; free some space and run the same command."
-            ):
-                record = job(request, folder, out=made, progress=progress).run()
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(
-                *stop.args or ["stopped, finished work is stored; the same call resumes the run"]
-            ) from None
-        if record is not None:
-            write_json(folder / "result.json", record)
-        return made
+                progress.say(job(request, Path(empty), out=run.made, progress=progress).estimate())
+            return run.made
+        with run_lock(run.folder) if run.main else nullcontext():
+            _run(job, request, run, progress)
+        return run.made
+
+
+def _run(job: Callable[..., RunJob], request: Any, run: Run, progress: ProgressBar) -> None:
+    """Run a job unless it is finished."""
+    inputs = _check_begun(run)
+    if (run.folder / "result.json").is_file() and run.made.exists():
+        progress.say(f"{run.made} is finished")
+        return
+    if run.main:
+        _begin(run, inputs)
+    try:
+        with disk_full_explained(
+            f"The disk of {run.folder} is full; free some space and run the same command."
+        ):
+            record = job(request, run.folder, out=run.made, progress=progress).run()
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            *stop.args or ["stopped, finished work is stored; the same call resumes the run"]
+        ) from None
+    if record is not None:
+        write_json(run.folder / "result.json", record)
+
+
+def _check_begun(run: Run) -> dict[str, str]:
+    """Return the digests of the inputs.
+
+    Raises:
+        TrainError: the folder holds a run with another request or on other inputs.
+    """
+    check_config(run.folder / "request.json", run.stored)
+    started = run.folder / "start.json"
+    begun = (run.folder / "request.json").is_file() and started.is_file()
+    before = _digests(started) if begun else {}
+    try:
+        inputs = run.inputs()
+    except DataError:
+        # What a finished run has learnt from may be gone since.
+        if before and (run.folder / "result.json").is_file():
+            return before
+        raise
+    changed = [name for name in inputs if name in before and before[name] != inputs[name]]
+    if changed:
+        raise TrainError(
+            f"{run.folder} holds a run on another {changed[0]}, whose content has changed since; "
+            "restore it to resume, or give another name to start a new run."
+        )
+    return inputs
+
+
+def _digests(started: Path) -> dict[str, str]:
+    """Return the digests of the inputs in `start.json`; an older version noted none."""
+    inputs = read_object(started).get("inputs", {})
+    if not isinstance(inputs, dict):
+        raise CheckpointError(f"{started} holds no digests of inputs; restore it or delete it.")
+    return inputs
+
+
+def _begin(run: Run, inputs: dict[str, str]) -> None:
+    """Note what the run begins with; delete the early stages of one that never began on it."""
+    started = run.folder / "start.json"
+    start = {"request": json.loads(json.dumps(run.stored)), "inputs": inputs}
+    begun = (run.folder / "request.json").is_file()
+    if not begun and started.is_file() and read_json(started) != start:
+        for stage in EARLY_STAGES:
+            shutil.rmtree(run.folder / stage, ignore_errors=True)
+    write_json(started, start)
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
@@ -83,7 +181,7 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
     """
     if not path.is_file():
         return
-    before = _leaves(read_json(path))
+    before = _leaves(read_object(path))
     now = _leaves(json.loads(json.dumps(config)))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:
@@ -137,11 +235,12 @@ def summary(folder: Path) -> dict[str, Any]:
     """Return stage, state and figures of a run as a flat mapping."""
     if not (folder / "result.json").is_file():
         return {"state": "unfinished"}
-    result = read_json(folder / "result.json")
-    figures = {**result, **result.get("figures", {})}
+    result = read_object(folder / "result.json")
+    nested = result.get("figures")
+    figures = {**result, **(nested if isinstance(nested, dict) else {})}
     return {
         "state": "finished",
-        **{k: v for k, v in figures.items() if isinstance(v, str | int | float)},
+        **{k: v for k, v in figures.items() if isinstance(v, str | int | float) and k != "state"},
     }
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.checkpoint.store import read_json, write_json
+from deepseek.checkpoint.files import located
+from deepseek.checkpoint.store import read_object, write_json
 from deepseek.data import (
     CleanReport,
     Document,
@@ -61,9 +62,7 @@ class Source:
         questions: float = 0.0,
     ) -> "Source":
         """Return the source of the four `paths`, in the order of the fields, made absolute."""
-        git, folder, jsonl, parquet = (
-            Path(path).expanduser().resolve() if path else None for path in paths
-        )
+        git, folder, jsonl, parquet = (located(path) if path else None for path in paths)
         return cls(git, folder, jsonl, parquet, held_out, by, seed, questions)
 
 
@@ -125,13 +124,13 @@ def build_corpus(
         TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
         commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
         write_json(notes, {"report": str(report), "commit": commit})
-    stored = read_json(notes)
+    stored = read_object(notes)
     return Corpus(
         TokenShards(folder / "train"),
         TokenShards(folder / "held-out"),
         TokenShards(folder / "validation") if validation else None,
-        stored["report"],
-        stored["commit"],
+        str(stored.get("report")),
+        stored.get("commit"),
     )
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args, get_origin
@@ -23,6 +24,7 @@ from deepseek.train.jobs import adapt, align, arguments, distill_hash, expert, p
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.recipe import STAGES, train_recipe
+from deepseek.train.loop.runs import Run
 
 MODEL_BY_POSITION = {"adapt", "align"}
 """Commands whose model has no option name."""
@@ -65,18 +67,21 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
 
         return call
 
-    def run_once(run: object, request: object, *rest: object) -> Path:
-        seen.append(str(rest))  # the stored request, what is made, the folder, quiet, dry_run
+    def run_once(job: object, request: object, run: Run) -> Path:
+        seen.append(str(replace(run, inputs=dict)))
         return Path("made")
 
     def progress_bar(quiet: bool) -> AbstractContextManager[str]:
         seen.append(f"quiet={quiet}")
         return nullcontext("progress")
 
+    monkeypatch.setattr(arguments.RunArguments, "check_paths", lambda _: None)
+    monkeypatch.setattr(evaluation.EvaluationArguments, "check_paths", lambda _: None)
+    monkeypatch.setattr(evaluation, "base_digest", str)
     for module in (adapt, align, expert, pretrain):
         monkeypatch.setattr(module, "run_once", run_once)
     monkeypatch.setattr(expert, "resolve", Path)
-    monkeypatch.setattr(expert, "read_config", lambda _: {"num_hidden_layers": 30})
+    monkeypatch.setattr(expert, "layers_in", lambda _: tuple(range(30)))
     monkeypatch.setattr(job_command, "fetch", lambda _: None)
     for name, result in {
         "load": (None, None),
@@ -326,7 +331,7 @@ def test_the_stored_request_has_the_keys_that_runs_were_started_with(
 ) -> None:
     """A run that an older version started goes on only if its `request.json` says the same."""
     stored: dict[str, Any] = {}
-    monkeypatch.setattr(module, "run_once", lambda _, request, values, *rest: stored.update(values))
+    monkeypatch.setattr(module, "run_once", lambda _, request, run: stored.update(run.stored))
     by_python(the_job(function), TO_BEGIN[function])
     assert stored.keys() == set(keys.split())
     if "source" in stored:

@@ -2,6 +2,8 @@
 wrong.
 """
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +193,58 @@ def test_another_setting_in_the_same_run_folder_is_refused(
     run(tiny_base, text_folder, tmp_path, epochs=1)
     with pytest.raises(TrainError, match=r"another learning_rate \(0.01, now 0.02\)"):
         run(tiny_base, text_folder, tmp_path, epochs=1, learning_rate=0.02)
+
+
+def start(base: Path, text: Path, folder: Path) -> subprocess.Popen[str]:
+    """Begin `deepseek expert train --name words` in a process with `folder` as its home."""
+    dials = {name: value for name, value in DIALS.items() if name != "quiet"}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in dials.items()]
+    words = ["expert", "train", f"--base={base}", f"--from-folder={text}", *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "deepseek", *words],
+        env={**os.environ, "DEEPSEEK_HOME": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_trainings_of_one_name_on_different_text_at_once(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    other_text = tmp_path / "other"
+    other_text.mkdir()
+    for file in text_folder.iterdir():
+        (other_text / file.name).write_text(file.read_text().upper())
+    texts = {"first": text_folder, "second": other_text}
+    processes = {name: start(tiny_base, text, tmp_path) for name, text in texts.items()}
+    outputs = {name: process.communicate(timeout=600) for name, process in processes.items()}
+    codes = {name: process.returncode for name, process in processes.items()}
+    assert sorted(codes.values()) == [0, 2], outputs
+    winner, loser = sorted(codes, key=codes.__getitem__)
+    error = outputs[loser][1].splitlines()[-1]
+    assert f"is in use by process {processes[winner].pid} on " in error
+    assert "Traceback" not in outputs[loser][1]
+    corpus = tmp_path / "runs" / "words" / "corpus"
+    pack = read_pack(tmp_path / "experts" / "words.safetensors")
+    assert pack.manifest.data == (TokenShards(corpus / "train").digest,)
+    request = read_json(tmp_path / "runs" / "words" / "request.json")
+    assert request["source"]["folder"] == str(texts[winner])
+    metric = pack.manifest.metrics["held-out"]
+    assert metric.after < metric.before
+
+
+def test_changed_text_under_the_same_name_is_refused(
+    tiny_base: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(text_folder, text)
+    pack = run(tiny_base, text, tmp_path, epochs=1, layers="last:1")
+    before = pack.read_bytes()
+    (text / "00.txt").write_text("other words\n")
+    with pytest.raises(TrainError, match="a run on another text, whose content has changed"):
+        run(tiny_base, text, tmp_path, epochs=1, layers="last:1")
+    assert pack.read_bytes() == before
 
 
 def test_layer_lists() -> None:

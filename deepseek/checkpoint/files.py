@@ -1,0 +1,174 @@
+"""Checks of paths that a user names, made before anything is read or written.
+
+They say in one sentence what is wrong with a path, and never wait: a named pipe or a device is
+refused without being opened.
+"""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from deepseek.checkpoint.store import temporary_path
+from deepseek.errors import ConfigError, DataError, UserError
+
+LONGEST_NAME = 255
+"""Most bytes of one part of a path, as on all file systems in use."""
+
+
+def located(path: str | Path) -> Path:
+    """Return an absolute path, with `~` and links resolved as far as they exist.
+
+    Raises:
+        ConfigError: there is no such user, the links form a loop, or the path is impossible.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{path} is no possible path ({error}); check it.") from None
+
+
+def readable_file(
+    path: str | Path, wanted: str, error: type[UserError] = DataError, most_bytes: int | None = None
+) -> Path:
+    """Return a path that is a readable regular file.
+
+    Args:
+        path: path of the file; links are followed.
+        wanted: what to give instead, for the error message, such as "one JSONL file".
+        error: class of the error to raise.
+        most_bytes: size of the largest file to accept; None: any.
+
+    Raises:
+        UserError: (of class `error`) there is no such file, it is a folder, a pipe or a device, it
+            is too large, or it cannot be read.
+    """
+    file = Path(path)
+    cause = _unreadable(file, most_bytes)
+    if cause:
+        raise error(f"{file} {cause}; give {wanted}.")
+    return file
+
+
+def existing_path(path: str | Path) -> Path:
+    """Return a path that is a readable file or folder.
+
+    Raises:
+        DataError: it is neither.
+    """
+    place = Path(path)
+    cause = None if _is_folder(place) else _unreadable(place, None)
+    if cause:
+        raise DataError(f"{place} {cause}; check the path.")
+    return place
+
+
+def writable_file(path: str | Path) -> Path:
+    """Return a path where a file can be written, without leaving a trace there.
+
+    Raises:
+        ConfigError: it is a folder or a device, its name is impossible, or its folder cannot be
+            written to.
+    """
+    file = Path(path)
+    cause = _unwritable(file)
+    if not cause and file.exists() and not file.is_file():
+        cause = "is a folder or a device"
+    if cause:
+        raise ConfigError(f"{file} cannot be written, it {cause}; choose another path.")
+    return file
+
+
+def writable_folder(path: str | Path, mark: str | None = None) -> Path:
+    """Return a path where a folder can be written, without leaving a trace there.
+
+    Args:
+        path: the folder, which need not exist.
+        mark: a file by which an existing folder may be replaced, such as `config.json`: another one
+            that is not empty is refused. None: the folder is added to, not replaced.
+
+    Raises:
+        ConfigError: the path is a file, holds something else, or cannot be written to.
+    """
+    folder = Path(path)
+    cause = _unwritable(folder)
+    if not cause and os.path.lexists(folder):
+        if not folder.is_dir():
+            cause = "is not a folder"
+        elif mark and not (folder / mark).is_file() and any(folder.iterdir()):
+            cause = f"holds other files and no {mark}"
+    if cause:
+        raise ConfigError(f"{folder} cannot be written, it {cause}; choose another folder.")
+    return folder
+
+
+def is_special(file: Path) -> bool:
+    """Return whether a path is a named pipe or a device, at which reading would wait or never end.
+
+    A socket is none: it cannot be opened, so nothing waits.
+    """
+    try:
+        mode = file.stat().st_mode
+    except OSError:  # a dangling link
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir() and os.access(path, os.R_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def _unreadable(file: Path, most_bytes: int | None) -> str | None:
+    """Return why a path is no readable regular file, or None."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return "is a link to nothing" if file.is_symlink() else "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({_cause(error)})"
+    cause = None
+    if stat.S_ISDIR(status.st_mode):
+        cause = "is a folder"
+    elif not stat.S_ISREG(status.st_mode):
+        cause = "is a pipe or a device"
+    elif not os.access(file, os.R_OK):
+        cause = "cannot be read (permission denied)"
+    elif most_bytes is not None and status.st_size > most_bytes:
+        cause = f"has {status.st_size:,} bytes, more than {most_bytes:,}"
+    return cause
+
+
+def _unwritable(path: Path) -> str | None:
+    """Return why nothing can be written at a path, or None.
+
+    A file without a name is made in the nearest existing folder: permissions alone say nothing of
+    read-only file systems, or of what the superuser may do.
+    """
+    try:
+        temporary = temporary_path(path.absolute())
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in temporary.parts):
+            return "has a name that is too long"
+        temporary.lstat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        return "lies below a file"
+    except (OSError, ValueError) as error:
+        return f"is no possible path ({_cause(error)})"
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        return "lies below a file"
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            return None
+    except OSError as error:
+        return f"lies in {parent}, where nothing can be written ({_cause(error)})"
+
+
+def _cause(error: OSError | ValueError) -> str:
+    return str(getattr(error, "strerror", None) or error).lower()

@@ -1,0 +1,44 @@
+"""Names of experts, models and runs, and licences: what is allowed.
+
+Names become names of files and folders, and words of options; so they are plain ones. This module
+imports nothing heavy, for the command line.
+"""
+
+import re
+
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+RESERVED_NAMES = frozenset({"all", "auto", "none"})
+"""Names with a special meaning in `--experts` and `arm`."""
+
+
+def valid_name(name: str) -> str:
+    """Return a name that an expert or a run may have.
+
+    Raises:
+        ValueError: it is reserved, or would make a bad file name.
+    """
+    if name in RESERVED_NAMES:
+        raise ValueError(f"{name!r} is a reserved word; choose another name")
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:80]!r} is no name; use at most 64 letters, digits, '.', '_' and '-', and begin "
+            "with a letter or digit"
+        )
+    return name
+
+
+def valid_licence(expression: str) -> str:
+    """Return an SPDX licence expression in its canonical form.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return canonicalize_license_expression(expression)
+    except InvalidLicenseExpression:
+        raise ValueError(
+            "not an SPDX licence expression (a private licence is written LicenseRef-Name)"
+        ) from None

@@ -1,0 +1,56 @@
+"""What arguments of jobs may hold: names, licences, layers, and the largest numbers that make sense.
+
+A number beyond these limits is a slip of the keyboard, and would end in an error deep inside.
+"""
+
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from deepseek.packs.names import valid_licence, valid_name
+
+LAYERS = r"^(all|last:[0-9]{1,4}|[0-9]{1,4}(-[0-9]{1,4})?(, ?[0-9]{1,4}(-[0-9]{1,4})?)*)$"
+
+PRINTABLE = r"^\P{C}*$"
+"""No control characters, as in a pack's manifest."""
+
+UNKNOWN_LICENCE = "LicenseRef-Unknown"
+
+MAX_SEED = 2**32 - 1
+"""Largest seed that NumPy's older generators take."""
+
+MAX_TOKENS = 10**15
+MAX_LENGTH = 1 << 20
+"""Tokens of a row or of an answer, far beyond any model's context."""
+
+MAX_WIDTH = 1 << 17
+"""Width of an expert, as in a pack's manifest."""
+
+MAX_COUNT = 10**6
+"""Rows of a batch, passes, rollouts: more is a slip of the keyboard."""
+
+MAX_RATE = 10.0
+MAX_MINUTES = 60 * 24 * 365
+
+
+def _result_name(name: str) -> str:
+    """Return the name of an expert or a run; empty: that of the source."""
+    return valid_name(name) if name else name
+
+
+def model_name(name: str) -> str:
+    """Return the name of a new model and of its run.
+
+    Raises:
+        ValueError: it is no name, or that of a model to fetch, which it would hide.
+    """
+    from deepseek.checkpoint.hub import KNOWN, UNPUBLISHED
+
+    if name in KNOWN or name in UNPUBLISHED:
+        raise ValueError(f"{name!r} is the name of a published model; choose another name")
+    return _result_name(name)
+
+
+ResultName = Annotated[str, AfterValidator(_result_name)]
+ModelName = Annotated[str, AfterValidator(model_name)]
+SpdxLicence = Annotated[str, AfterValidator(valid_licence)]

@@ -1,0 +1,102 @@
+"""Read small YAML and TOML files of people, and refuse what only looks small.
+
+An alias repeats what it names: ten lines of aliases of aliases stand for billions of values. So the
+nodes are counted, aliases followed, before any value is made of them.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deepseek.checkpoint.files import readable_file
+from deepseek.errors import ConfigError, shown
+from deepseek.terminal import visible
+
+MAX_BYTES = 1 << 20
+MAX_VALUES = 100_000
+"""Values in a file, those behind aliases counted as often as they are named."""
+
+MALFORMED = (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError)
+"""Errors of the parsers. `ValueError` is raised for impossible dates and for endless numbers."""
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML or TOML file.
+
+    Raises:
+        ConfigError: the file is missing, malformed, too large, or not a mapping of names.
+    """
+    readable_file(path, "a YAML or TOML file", ConfigError, MAX_BYTES)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text) if path.suffix == ".toml" else parse_yaml(text)
+    except MALFORMED as error:
+        raise ConfigError(
+            f"{path} is neither YAML nor TOML ({_cause(error)}); fix the file."
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} has no fields; write them as `name: value`.")
+    for key in content:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: {shown(key)} is no name of a field; write names as text.")
+    return content
+
+
+def read_mapping(text: str) -> dict[str, Any]:
+    """Return a mapping that is written as YAML on the command line.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        value = parse_yaml(text)
+    except MALFORMED:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{shown(text)} is not a mapping; write it as '{{name: value}}'.")
+    return value
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        ValueError: it stands for more than `MAX_VALUES` values, or for an endless one.
+        yaml.YAMLError: it is malformed.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _num_values(root, {}) > MAX_VALUES:
+            raise ValueError(f"it stands for more than {MAX_VALUES:,} values")
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _num_values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Return the number of values that a node stands for.
+
+    Args:
+        node: the node.
+        counted: numbers of the nodes that are counted already, by identity.
+    """
+    key = id(node)
+    if key not in counted:
+        counted[key] = MAX_VALUES + 1  # until it is counted: what contains itself is endless
+        total = 1
+        for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+            for child in part if isinstance(part, tuple) else (part,):
+                total += _num_values(child, counted)
+        counted[key] = total
+    return counted[key]
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return visible(" ".join(str(error).split())[:300])

@@ -1,0 +1,193 @@
+"""A run folder is resumed by the same request on the same inputs, and by nothing else."""
+
+import json
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deepseek.checkpoint.store import read_json, write_json
+from deepseek.errors import ConfigError, DataError, TrainError, UserError
+from deepseek.train.loop.run_lock import run_lock
+from deepseek.train.loop.runs import Run, run_once, summary
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+class FakeJob:
+    """Stores its text in an early and a late stage, and is killed before a stage."""
+
+    def __init__(self, request: dict[str, Any], folder: Path, out: Path, progress: object) -> None:
+        self.request = request
+        self.folder = folder
+        self.out = out
+
+    def stage(self, name: str) -> str:
+        """Return the text of a stage, from an earlier call if there was one."""
+        if self.request["killed"] == name:
+            raise KilledError
+        path = self.folder / name / "text.json"
+        if not path.is_file():
+            write_json(path, self.request["text"])
+        return str(read_json(path))
+
+    def run(self) -> dict[str, Any]:
+        """Run both stages and write what they hold."""
+        texts = [self.stage("corpus")]
+        if self.request["killed"] == "request":
+            raise KilledError
+        write_json(self.folder / "request.json", {"seed": self.request["seed"]})
+        texts.append(self.stage("training"))
+        if self.request["killed"] == "end":
+            raise KilledError
+        write_json(self.out, texts)
+        return {}
+
+    def estimate(self) -> str:
+        """Return nothing."""
+        return ""
+
+
+def call(folder: Path, text: str, seed: int = 0, killed: str = "", dry_run: bool = False) -> Any:
+    """Run the fake job and return the texts in its result."""
+    request = {"text": text, "seed": seed, "killed": killed}
+    out = folder / "out.json"
+    inputs = {"text": text}
+    run = Run({"seed": seed}, out, folder / "run", True, dry_run, lambda: inputs, makes_file=True)
+    run_once(FakeJob, request, run)
+    return read_json(out) if out.is_file() else None
+
+
+STARTS = st.lists(
+    st.tuples(
+        st.sampled_from(["one", "two"]),
+        st.integers(0, 1),
+        st.sampled_from(["", "corpus", "request", "training", "end"]),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(starts=STARTS)
+def test_whatever_is_killed_and_started_texts_are_never_mixed(
+    starts: list[tuple[str, int, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("runs")
+    for text, seed, killed in starts:
+        try:
+            assert call(folder, text, seed, killed) == [text, text]
+        except (KilledError, TrainError):
+            continue
+
+
+def test_a_begun_run_refuses_other_text_and_a_finished_one_too(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        call(tmp_path, "one", killed="training")
+    for dry_run in (False, True):
+        with pytest.raises(TrainError, match="a run on another text, whose content has changed"):
+            call(tmp_path, "two", dry_run=dry_run)
+    assert call(tmp_path, "one") == ["one", "one"]
+    with pytest.raises(TrainError, match="give another name"):
+        call(tmp_path, "two")
+    assert call(tmp_path, "one") == ["one", "one"]
+
+
+def test_a_run_that_never_began_leaves_no_early_stage_to_another(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        call(tmp_path, "one", killed="request")
+    assert call(tmp_path, "two") == ["two", "two"]
+
+
+def test_a_finished_run_outlives_its_text(tmp_path: Path) -> None:
+    call(tmp_path, "one")
+
+    def gone() -> dict[str, str]:
+        raise DataError("it does not exist.")
+
+    run = Run({"seed": 0}, tmp_path / "out.json", tmp_path / "run", True, False, gone, True)
+    assert run_once(FakeJob, {}, run) == tmp_path / "out.json"
+
+
+def test_while_another_writes_nothing_is_touched(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        call(tmp_path, "one", killed="training")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    refusals: list[UserError] = []
+
+    def second() -> None:
+        try:
+            call(tmp_path, "two", killed="corpus")
+        except UserError as error:
+            refusals.append(error)
+
+    with run_lock(tmp_path / "run"):
+        thread = Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(refusals) == 1 and "is in use by process" in str(refusals[0])
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_result_that_cannot_be_written_is_found_at_the_start(
+    tmp_path: Path, dry_run: bool
+) -> None:
+    (tmp_path / "file").touch()
+    for made in (tmp_path, tmp_path / "file" / "x", Path("/proc/x"), tmp_path / ("x" * 300)):
+        run = Run({}, made, tmp_path / "run", True, dry_run, makes_file=True)
+        with pytest.raises(ConfigError, match="cannot be written"):
+            run_once(FakeJob, {}, run)
+        with pytest.raises(ConfigError, match="cannot be written"):
+            run_once(FakeJob, {}, Run({}, tmp_path / "out", tmp_path / "file", True, dry_run))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(["start.json", "request.json", "result.json"]),
+    content=JSON.map(json.dumps) | st.text(max_size=9),
+)
+def test_a_spoilt_record_is_a_user_error_or_ignored(
+    name: str, content: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "run").mkdir()
+    (folder / "run" / name).write_text(content)
+    try:
+        call(folder, "one")
+    except UserError as error:
+        assert str(folder) in str(error)
+    try:
+        assert summary(folder / "run")["state"] in ("finished", "unfinished")
+    except UserError as error:
+        assert name in str(error)
+
+
+def test_progress_says_that_a_run_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(tmp_path, "one")
+    run = Run({"seed": 0}, tmp_path / "out.json", tmp_path / "run", False, False, makes_file=True)
+    run_once(FakeJob, {}, run)
+    assert "is finished" in capsys.readouterr().err
