@@ -20,6 +20,7 @@ from deepseek.engine.load import load
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.server.app import create_app
+from deepseek.server.connection import http_config
 from deepseek.server.run import listen
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
@@ -94,7 +95,7 @@ def live(
     with Engine(*loaded, **engine_dials) as engine:
         app = create_app(engine, settings, lesson)
         listener = listen(settings)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+        server = uvicorn.Server(http_config(app, timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -54,6 +54,12 @@ def serve(
     cpus: Annotated[
         float, typer.Option(min=0.01, help="With --ray: processors of each replica.")
     ] = 1.0,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Time in seconds that running answers have to finish after SIGTERM."
+        ),
+    ] = 20.0,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C. Keys are also read from DEEPSEEK_API_KEY and
     DEEPSEEK_ADMIN_KEY.
@@ -86,6 +92,7 @@ def serve(
         int8=int8,
         replicas=replicas if ray else None,
         cpus=cpus,
+        drain_seconds=drain_seconds,
     )
 
 

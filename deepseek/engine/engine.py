@@ -5,28 +5,25 @@ unplugged.
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepseek import checks
 from deepseek.engine.dispatch import DispatchingRunner
+from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import EngineStats, EngineStoppedError, QueueFullError, Request
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.scheduler import CACHE_BYTES, MAX_RUNNING, PREFILL_CHUNK, Scheduler
-from deepseek.engine.sequence import activate
+from deepseek.engine.sequence import ActiveSequence, activate
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import ConfigError
 from deepseek.model.experts import ExpertInfo
 from deepseek.model.experts.arming import ArmingValue
-from deepseek.model.language_model import LanguageModel, base_hidden, context_length
+from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.packs.pack import ExpertPack
 from deepseek.runner import Runner
 
@@ -61,6 +58,7 @@ class Engine:
 
     Attributes:
         model, tokenizer, runner, max_running: as passed.
+        max_requests: most requests in batch and queue together.
 
     Raises:
         ConfigError: a limit is not a positive whole number.
@@ -84,18 +82,18 @@ class Engine:
         prefill_chunk = checks.whole("prefill_chunk", prefill_chunk, least=1)
         self.model = model
         self.tokenizer = tokenizer
-        reference = reference_runner(model)
+        reference = self._reference = reference_runner(model)
         self.runner: Runner = reference if runner is None else runner
         self._vocabulary = Vocabulary(model, tokenizer)
         self.max_running = max_running
         self._max_waiting = checks.whole("max_waiting", max_waiting, least=1)
+        self.max_requests = max_running + max_waiting
         self._scheduler = Scheduler(
             reference if runner is None else DispatchingRunner(runner, reference),
             cache_bytes=cache_bytes,
             max_running=max_running,
             prefill_chunk=prefill_chunk,
         )
-        self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._draining = self._closed = False
         self._seconds = 0.0
@@ -123,19 +121,8 @@ class Engine:
         checks.instance("request", request, Request)
         self.check_open()
         sequence = activate(request, self.model, self._vocabulary, self._scheduler.prefill_chunk)
-        need = self._scheduler.need(sequence)
-        budget = self._scheduler.cache_bytes
-        if need > budget:
-            raise ConfigError(
-                f"{sequence.capacity} tokens need {need} bytes of keys and values, "
-                f"but the cache has {budget}; "
-                "shorten the prompt, ask for fewer tokens or give the engine a larger cache."
-            )
         generation = Generation(sequence)
-        with self._changed:
-            self.check_open()
-            self._scheduler.waiting.append(sequence)
-            self._changed.notify_all()
+        self._enqueue(sequence, sequence.capacity)
         return generation
 
     def check_open(self) -> None:
@@ -156,10 +143,7 @@ class Engine:
             raise QueueFullError(waiting, min(max(1.0, waiting * seconds_per_request), 60.0))
 
     def embed(self, ids: Sequence[int]) -> list[float]:
-        """Return the mean of the last hidden states of a text, normalised to length 1.
-
-        Only the base model is used, without experts. The call blocks until the engine's thread has
-        computed it.
+        """Return the embedding of one text (see `submit_texts`), and block until it is computed.
 
         Args:
             ids: tokens of the text, at least one and at most the model's context.
@@ -168,21 +152,64 @@ class Engine:
             The embedding: `hidden_size` numbers.
 
         Raises:
-            ConfigError: there are no ids, more than the model's context, or ids outside the
-                vocabulary.
+            ConfigError, QueueFullError, EngineStoppedError: see `submit_texts`.
+        """
+        return self.submit_texts([ids]).result.result()[0]
+
+    def submit_texts(self, texts: Sequence[Sequence[int]]) -> ActiveEmbedding:
+        """Queue texts to be embedded and return the computation.
+
+        An embedding is the mean of the base model's last hidden states over a text, normalised to
+        length 1; experts are not used. Texts pass the same queue and budget as requests, and each
+        step computes at most one chunk of a text.
+
+        Args:
+            texts: tokens of each text, at least one and at most the model's context.
+
+        Raises:
+            ConfigError: there is no text, a text has no ids, more than the model's context, or ids
+                outside the vocabulary, or it does not fit into `cache_bytes`.
+            QueueFullError: the queue is full.
             EngineStoppedError: the engine is draining or closed.
         """
-        ids = checks.prompt("ids", ids, self._vocabulary.size)
         context = context_length(self.model)
-        if not 1 <= len(ids) <= context:
-            raise ConfigError(f"The text has {len(ids)} tokens, but 1 to {context} are possible.")
-        done: Future[list[float]] = Future()
+        if not texts:
+            raise ConfigError("There is no text to embed; give at least one.")
+        texts = [checks.prompt("ids", ids, self._vocabulary.size) for ids in texts]
+        for ids in texts:
+            if not 1 <= len(ids) <= context:
+                raise ConfigError(
+                    f"The text has {len(ids)} tokens, but 1 to {context} are possible."
+                )
+        embedding = ActiveEmbedding(
+            self.model, self._reference, texts, self._scheduler.prefill_chunk
+        )
+        self._enqueue(embedding, max(map(len, texts)))
+        return embedding
+
+    def _enqueue(self, sequence: ActiveSequence | ActiveEmbedding, tokens: int) -> None:
+        """Put a computation into the queue.
+
+        Args:
+            sequence: the computation.
+            tokens: most tokens of which it keeps keys and values at a time.
+
+        Raises:
+            ConfigError: it needs more than `cache_bytes`.
+            QueueFullError, EngineStoppedError: see `check_open`.
+        """
+        need = self._scheduler.need(sequence)
+        budget = self._scheduler.cache_bytes
+        if need > budget:
+            raise ConfigError(
+                f"{tokens} tokens need {need} bytes of keys and values, "
+                f"but the cache has {budget}; "
+                "shorten the prompt, ask for fewer tokens or give the engine a larger cache."
+            )
         with self._changed:
-            if self._draining:
-                raise EngineStoppedError(STOPPED)
-            self._jobs.append((done, lambda: embedding(self.model, ids)))
+            self.check_open()
+            self._scheduler.waiting.append(sequence)
             self._changed.notify_all()
-        return done.result()
 
     def plug(self, source: str | Path | ExpertPack) -> ExpertInfo:
         """Plug an expert for requests submitted from now on (see `ExpertSet.plug`).
@@ -251,7 +278,7 @@ class Engine:
         checks.optional(partial(checks.number, least=0))("timeout", timeout)
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: self._scheduler.idle and not self._jobs, timeout)
+            return self._changed.wait_for(lambda: self._scheduler.idle, timeout)
 
     def close(self) -> None:
         """Cancel all requests and stop the engine's thread. Further calls do nothing."""
@@ -270,13 +297,10 @@ class Engine:
         """Run steps while there is work, until the engine is closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._closed or self._jobs or not self._scheduler.idle
-                )
+                self._changed.wait_for(lambda: self._closed or not self._scheduler.idle)
                 if self._closed:
                     break
             started = time.perf_counter()
-            self._do_jobs()
             try:
                 self._scheduler.step()
             except Exception as error:  # fail the batch, keep the engine running
@@ -287,28 +311,3 @@ class Engine:
             with self._changed:
                 self._changed.notify_all()
         self._scheduler.end_all("cancelled")
-        for done, _ in self._jobs:
-            done.set_exception(EngineStoppedError(STOPPED))
-
-    def _do_jobs(self) -> None:
-        """Run the queued jobs other than generation, such as embeddings."""
-        while self._jobs:
-            done, job = self._jobs[0]
-            try:
-                done.set_result(job())
-            except Exception as error:  # passed on to the caller of `embed`
-                done.set_exception(error)
-            self._jobs.popleft()
-
-
-@torch.inference_mode()
-def embedding(model: LanguageModel, ids: Sequence[int]) -> list[float]:
-    """Return the mean of the base model's last hidden states over a text, normalised to length 1.
-
-    Args:
-        model: the model; its experts are not used.
-        ids: tokens of the text.
-    """
-    hidden_BTD = base_hidden(model, torch.tensor([list(ids)], device=model.device))
-    mean_D = hidden_BTD[0].float().mean(0)
-    return [float(value) for value in torch.nn.functional.normalize(mean_D, dim=0)]

@@ -7,6 +7,7 @@ from collections import Counter, deque
 import torch
 
 from deepseek.compiled.abi import RECENT
+from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.prefix import PrefixCache
 from deepseek.engine.request import FinishReason
 from deepseek.engine.sampler import Logits
@@ -22,7 +23,7 @@ CACHE_BYTES = 1 << 30
 
 
 class Scheduler:
-    """Runs sequences side by side; admission is first in, first out.
+    """Runs sequences and embeddings side by side; admission is first in, first out.
 
     A sequence is admitted only when its worst-case memory is free, and that memory stays reserved
     until it ends. So a running sequence never fails or stalls because of others, and no preemption
@@ -33,8 +34,8 @@ class Scheduler:
         cache_bytes, max_running, prefill_chunk: see `Engine`.
 
     Attributes:
-        waiting: the queue of sequences that have not been admitted; any thread may append.
-        running: admitted sequences, in the order of admission.
+        waiting: the queue of what has not been admitted; any thread may append.
+        running: what has been admitted, in the order of admission.
         prefixes: the prefix cache.
         reserved: bytes reserved for the running sequences.
         steps, prompt_tokens, cached_tokens, completion_tokens, finished: counters, see
@@ -53,8 +54,8 @@ class Scheduler:
         self.cache_bytes = cache_bytes
         self.max_running = max_running
         self.prefill_chunk = prefill_chunk
-        self.waiting: deque[ActiveSequence] = deque()
-        self.running: list[ActiveSequence] = []
+        self.waiting: deque[ActiveSequence | ActiveEmbedding] = deque()
+        self.running: list[ActiveSequence | ActiveEmbedding] = []
         self.prefixes = PrefixCache()
         self.reserved = self.steps = self.prompt_tokens = self.cached_tokens = (
             self.completion_tokens
@@ -66,8 +67,10 @@ class Scheduler:
         """Whether no sequence runs or waits."""
         return not self.running and not self.waiting
 
-    def need(self, sequence: ActiveSequence) -> int:
-        """Return the number of bytes to reserve for a sequence while it runs."""
+    def need(self, sequence: ActiveSequence | ActiveEmbedding) -> int:
+        """Return the number of bytes to reserve for a sequence or an embedding while it runs."""
+        if isinstance(sequence, ActiveEmbedding):
+            return sequence.state_bytes
         return self.runner.state_bytes(sequence.capacity, sequence.armed)
 
     @torch.inference_mode()
@@ -76,7 +79,9 @@ class Scheduler:
         for sequence in [queued for queued in (*self.running, *self.waiting) if queued.cancelled]:
             self.end(sequence, "cancelled")
         self._admit()
-        batch = self._batch()
+        batch, embeddings = self._batch()
+        for embedding in embeddings:
+            self._embed(embedding)
         if not batch:
             return
         output = self.runner.forward([chunk for _, chunk in batch])
@@ -88,17 +93,25 @@ class Scheduler:
             self._store(sequence)
             self._advance(sequence, logits_RV[rows], output.experts[rows])
 
-    def end(self, sequence: ActiveSequence, reason: FinishReason, error: str | None = None) -> None:
-        """End a sequence early and deliver its last event.
+    def end(
+        self,
+        sequence: ActiveSequence | ActiveEmbedding,
+        reason: FinishReason,
+        error: str | None = None,
+    ) -> None:
+        """End a sequence or an embedding early and deliver its last event.
 
         Args:
-            sequence: the sequence, running or waiting.
+            sequence: what to end, running or waiting.
             reason: its finish reason.
             error: one sentence on the failure, if the reason is "error".
         """
         self._release(sequence)
         self.finished[reason] += 1
-        sequence.deliver(sequence.finish(reason, error))
+        if isinstance(sequence, ActiveEmbedding):
+            sequence.finish(reason, error)
+        else:
+            sequence.deliver(sequence.finish(reason, error))
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> None:
         """End all running and waiting sequences (see `end`)."""
@@ -116,6 +129,10 @@ class Scheduler:
             if self.reserved + need > self.cache_bytes:
                 return
             self.reserved += need
+            if isinstance(sequence, ActiveEmbedding):
+                self.prefixes.shrink(self.cache_bytes - self.reserved)
+                self.running.append(self.waiting.popleft())
+                continue
             # Marks the reusable blocks as recently used, so that `shrink` evicts others first.
             self.prefixes.match(sequence.reusable)
             self.prefixes.shrink(self.cache_bytes - self.reserved)
@@ -127,21 +144,40 @@ class Scheduler:
             self.prompt_tokens += len(sequence.request.prompt_ids)
             self.cached_tokens += sequence.cached_tokens
 
-    def _batch(self) -> list[tuple[ActiveSequence, Chunk]]:
-        """Return the next chunk of each decoding sequence, and prefill chunks of at most
-        `prefill_chunk` tokens in total.
+    def _batch(self) -> tuple[list[tuple[ActiveSequence, Chunk]], list[ActiveEmbedding]]:
+        """Return the next chunk of each decoding sequence, and prefill chunks and embeddings of at
+        most `prefill_chunk` tokens in total.
+
+        So a decoding sequence never waits for more than one chunk, whatever else was asked.
         """
         batch = []
+        embeddings = []
         free_tokens = self.prefill_chunk
         guesses = MAX_GUESSES // max(1, len(self.running))
         for sequence in self.running:
+            if isinstance(sequence, ActiveEmbedding):
+                # A text that cannot be cut has a step of its own.
+                if sequence.next_size <= free_tokens or free_tokens == self.prefill_chunk:
+                    embeddings.append(sequence)
+                free_tokens -= sequence.next_size
+                continue
             chunk = sequence.next_chunk(guesses)
             if sequence.prefilling:
                 free_tokens -= len(chunk.ids)
                 if free_tokens < 0:
                     continue
             batch.append((sequence, chunk))
-        return batch
+        return batch, embeddings
+
+    def _embed(self, embedding: ActiveEmbedding) -> None:
+        """Compute the next chunk of an embedding; an error ends only that one."""
+        try:
+            complete = embedding.advance()
+        except Exception as error:  # other sequences must not be affected
+            self.end(embedding, "error", f"{type(error).__name__}: {error}")
+            return
+        if complete:
+            self.end(embedding, "stop")
 
     def _store(self, sequence: ActiveSequence) -> None:
         """Store the prompt block that the last step completed, if any, in the prefix cache."""
@@ -177,12 +213,13 @@ class Scheduler:
                 self.finished[event.finish_reason] += 1
             sequence.deliver(event)
 
-    def _release(self, sequence: ActiveSequence) -> None:
-        """Take a sequence off its list, and free its memory and its reservation."""
-        if sequence.state is None:
+    def _release(self, sequence: ActiveSequence | ActiveEmbedding) -> None:
+        """Take a sequence or an embedding off its list, and free its memory and reservation."""
+        if sequence not in self.running:
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
         self.reserved -= self.need(sequence)
-        sequence.state.close()
-        sequence.state = None
+        if isinstance(sequence, ActiveSequence) and sequence.state is not None:
+            sequence.state.close()
+            sequence.state = None

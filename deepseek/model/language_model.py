@@ -20,6 +20,7 @@ from deepseek.model.attached.new_expert import attached_expert
 from deepseek.model.attached.traits import output_weight, traits_of
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
+from deepseek.model.kv_cache import KVCache
 from deepseek.model.passes import begin
 from deepseek.model.transformer import DeepSeekModel
 
@@ -143,14 +144,39 @@ def context_length(model: LanguageModel) -> int:
     return int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
 
 
-@torch.no_grad()
-def base_hidden(model: LanguageModel, ids_BT: Tensor) -> Tensor:
-    """Return the final hidden states `[B, T, D]` of the base alone, whatever is armed."""
-    if isinstance(model, AttachedModel):
-        return traits_of(model).hidden(ids_BT)
-    step = begin(model, ids_BT)
-    step.ctx.armed = None
-    return step.finish()
+class BaseText:
+    """One text on its way through the base alone, chunk by chunk, whatever is armed.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        continues: whether a text can come in several chunks. Otherwise the first must be all of it.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._own_cache = KVCache()
+        self._own_cache.started = True  # a cache that has started does not arm any expert
+        self._stock_cache = (
+            traits_of(model).base_cache() if isinstance(model, AttachedModel) else None
+        )
+        self.continues = not isinstance(model, AttachedModel) or self._stock_cache is not None
+
+    @torch.no_grad()
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Return the final hidden states `[B, T, D]` of the next tokens.
+
+        Args:
+            ids_BT: the tokens that follow those of earlier calls.
+        """
+        if not isinstance(self._model, AttachedModel):
+            return begin(self._model, ids_BT, cache=self._own_cache).finish()
+        if self._stock_cache is None:
+            return traits_of(self._model).hidden(ids_BT)
+        return traits_of(self._model).hidden(
+            ids_BT, use_cache=True, past_key_values=self._stock_cache
+        )
 
 
 def expert_beside(

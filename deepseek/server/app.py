@@ -23,6 +23,7 @@ from deepseek.server.guard import Guard
 from deepseek.server.routes import (
     chat_completions,
     completions,
+    embeddings,
     llama_cpp,
     messages,
     models,
@@ -39,6 +40,7 @@ ROUTERS = (
     chat_completions,
     completions,
     responses,
+    embeddings,
     messages,
     ollama,
     llama_cpp,
@@ -74,6 +76,7 @@ def create_app(
         if teaching is not None:
             teaching.cancel()
         await app.state.teacher.stop()
+        service.admission.close()
         gc.unfreeze()  # undoes the freeze in `Service.attach`
 
     app = FastAPI(

@@ -22,12 +22,17 @@ from deepseek.server.service import Service
 
 COOKIE = "deepseek_session"
 OPEN_PATHS = {"/health"}
-GENERATING = {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
 UPLOAD_PATH = "/v1/experts/upload"
+LOGIN_PATH = "/login"
 ROLES = ("admin", "user")
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 BODY_SECONDS = 30.0
-"""Time limit for receiving a body, or for an upload, for receiving its next chunk."""
+"""Time limit for receiving a body, plus one second for each `BODY_RATE` bytes."""
+
+BODY_RATE = 1 << 16
+
+MAX_FORM = 1 << 14
+"""Most bytes of the login form."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -93,13 +98,11 @@ class Guard:
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request to the application, or answer it here."""
         settings = self.service.settings
-        uploads = scope["path"] == UPLOAD_PATH
-        body = LimitedBody(
-            receive, settings.max_upload if uploads else settings.max_body, pieces=uploads
-        )
+        limits = {UPLOAD_PATH: settings.max_upload, LOGIN_PATH: MAX_FORM}
+        body = LimitedBody(receive, limits.get(scope["path"], settings.max_body))
         try:
             answer = await self._checked(scope, body)
-        except (ApiError, UserError) as error:
+        except (ApiError, UserError, HTTPException) as error:
             answer = as_api_error(error).response(scope["path"])
         await (
             self.app(scope, body.receive, send) if answer is None else answer(scope, receive, send)
@@ -109,7 +112,7 @@ class Guard:
         """Check a request; return a reply if no route has to answer it, else None.
 
         Raises:
-            ApiError, UserError: the request is refused.
+            ApiError, UserError, HTTPException: the request is refused.
         """
         headers = Headers(scope=scope)
         path = scope["path"]
@@ -117,8 +120,10 @@ class Guard:
         check_host(headers, self.service)
         if method not in SAFE_METHODS:
             check_origin(headers)
+        else:
+            check_no_body(headers, method)
         check_length(headers, body.limit)
-        if path == "/login" and method == "POST":
+        if path == LOGIN_PATH and method == "POST":
             return self._login(await body.whole())
         role = self._role(headers)
         scope.setdefault("state", {})["role"] = role
@@ -133,9 +138,6 @@ class Guard:
         refusal = self.service.refusal
         if refusal is not None and (path.startswith("/v1/") or path == "/tokenizer_info"):
             raise refusal
-        if method == "POST" and path in GENERATING:
-            # Before the body is read, so that a refusal is cheap under overload.
-            self.service.engine.check_open()
         return None
 
     def _role(self, headers: Headers) -> str | None:
@@ -164,21 +166,21 @@ class Guard:
 
 
 class LimitedBody:
-    """The body of a request, limited to `limit` bytes and `BODY_SECONDS` seconds.
+    """The body of a request, limited in size and time.
+
+    It has to arrive within `BODY_SECONDS`, plus a second for each `BODY_RATE` bytes that came.
 
     Args:
         receive: ASGI's `receive`.
         limit: most bytes.
-        pieces: whether the time limit holds for each chunk instead of the whole body.
     """
 
-    def __init__(self, receive: Receive, limit: int, *, pieces: bool) -> None:
+    def __init__(self, receive: Receive, limit: int) -> None:
         self.limit = limit
         self._receive = receive
-        self._pieces = pieces
         self._size = 0
         self._complete = False
-        self._deadline = time.monotonic() + BODY_SECONDS
+        self._started = time.monotonic()
 
     async def receive(self) -> Message:
         """Return the next ASGI message.
@@ -189,9 +191,9 @@ class LimitedBody:
         """
         if self._complete:
             return await self._receive()
-        left = BODY_SECONDS if self._pieces else self._deadline - time.monotonic()
+        deadline = self._started + BODY_SECONDS + self._size / BODY_RATE
         try:
-            message = await asyncio.wait_for(self._receive(), left)
+            message = await asyncio.wait_for(self._receive(), deadline - time.monotonic())
         except TimeoutError:
             raise HTTPException(408, "the body came too slowly") from None
         self._size += len(message.get("body", b""))
@@ -247,6 +249,12 @@ def check_length(headers: Headers, limit: int) -> None:
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length) > limit:
         raise ApiError(413, f"The body is longer than {limit} bytes.", code="too_large")
+
+
+def check_no_body(headers: Headers, method: str) -> None:
+    """Raise `ApiError` for a body where none is read: it would never be received in full."""
+    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+        raise ApiError(400, f"A {method} request has no body here; leave it out.")
 
 
 def role_of(candidate: str, known: Sequence[tuple[str, str]]) -> str | None:

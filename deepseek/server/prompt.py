@@ -14,6 +14,10 @@ from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
 from deepseek.text.chat_template import control_tokens, encode_rendered, guard, render, user_ids
+from deepseek.text.tokenizer import encode_plain
+
+PIECE = 1 << 15
+"""Characters of a long text that are encoded at a time while its length is checked."""
 
 TEMPLATE_SECONDS = 2.0
 """Time limit for rendering a chat template; a typical one takes a millisecond."""
@@ -32,7 +36,8 @@ class PromptWriter:
         self.context = context
         template = tokenizer.chat_template
         self.knows_tools = isinstance(template, str) and bool(re.search(r"\btools\b", template))
-        self.longest_text = context * max(len(token.encode()) for token in tokenizer.get_vocab())
+        self.longest_token = max(len(token.encode()) for token in tokenizer.get_vocab())
+        self.longest_text = context * self.longest_token
 
     def chat(
         self, messages: Sequence[ChatMessage], calling: Calling, continued: bool = False
@@ -72,7 +77,7 @@ class PromptWriter:
         with time_limit(TEMPLATE_SECONDS):
             text = render(self.tokenizer, template_messages, open_turn=True, tools=tools or None)
         text += begun
-        self.check_size(len(text.encode()))
+        self.check_text(text)
         return self.check(encode_rendered(self.tokenizer, text))
 
     def user_ids(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
@@ -89,7 +94,7 @@ class PromptWriter:
         """
         if not isinstance(prompt, str):
             return self.check(list(prompt))
-        self.check_size(len(prompt.encode()))
+        self.check_text(prompt)
         ids = list(self.tokenizer(prompt).input_ids)
         return self.check(ids or [self.start()])
 
@@ -115,6 +120,19 @@ class PromptWriter:
                 param="prompt",
             )
         return ids
+
+    def check_text(self, text: str) -> None:
+        """Raise `ApiError` for a text with too many tokens, before all of it is encoded.
+
+        The tokenizer takes a second for a megabyte. A cut between two pieces adds at most as many
+        tokens as the longest token has bytes.
+        """
+        self.check_size(len(text.encode()))
+        tokens = 0
+        for start in range(0, len(text) if len(text) > PIECE else 0, PIECE):
+            tokens += len(encode_plain(self.tokenizer, [text[start : start + PIECE]])[0])
+            if tokens - start // PIECE * self.longest_token >= self.context:
+                raise self.too_long(f"more than {self.context} tokens")
 
     def check_size(self, size: int) -> None:
         """Raise `ApiError` for a text too long to fit however it tokenizes, before any work on it.

@@ -25,7 +25,6 @@ from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import read_pack
 from deepseek.server.app import create_app
 from deepseek.server.fleet import Fleet, Ledger
-from deepseek.server.run import DRAIN_SECONDS
 from deepseek.server.service import Service, Settings
 from deepseek.train.jobs.cluster import connect
 
@@ -45,6 +44,7 @@ def serve_replicas(
     *,
     experts: Packs,
     start: Callable[[], Engine],
+    drain_seconds: float,
     announce: Callable[[], None],
 ) -> None:
     """Serve with many replicas until SIGTERM or Ctrl-C; running requests are finished first.
@@ -56,6 +56,7 @@ def serve_replicas(
         cpus: processors of each replica.
         experts: see `serve`.
         start: creates a replica's engine; called in the replica's process.
+        drain_seconds: time that running answers have to finish after a signal, in seconds.
         announce: called once, when all replicas are ready.
 
     Raises:
@@ -86,7 +87,7 @@ def serve_replicas(
             num_replicas=replicas,
             ray_actor_options={"num_cpus": cpus},
             logging_config=QUIET,
-            graceful_shutdown_timeout_s=DRAIN_SECONDS,
+            graceful_shutdown_timeout_s=drain_seconds,
             # Never reached: each replica has its own queue and refuses requests when it is full.
             max_ongoing_requests=1 << 16,
         )
@@ -99,7 +100,7 @@ def serve_replicas(
         announce()
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
-        end = time.monotonic() + DRAIN_SECONDS
+        end = time.monotonic() + drain_seconds
         while (
             any(report.active for report in call(ledger, "reports", True).values())
             and time.monotonic() < end

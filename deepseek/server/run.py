@@ -1,8 +1,10 @@
 """`deepseek.serve`: bind the address, load the model, serve, drain on a signal."""
 
+import asyncio
 import errno
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,12 +18,19 @@ from deepseek.engine.load import Packs
 from deepseek.engine.start import start_engine
 from deepseek.errors import ConfigError
 from deepseek.server.app import create_app
+from deepseek.server.connection import http_config
+from deepseek.server.routes.teach import Teacher
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-DRAIN_SECONDS = 600.0
-"""Longest time that a shutdown waits for running requests."""
+DRAIN_SECONDS = 20.0
+"""Default of the time that running answers have to finish after a signal."""
+
+POLL_SECONDS = 0.05
+
+END_SECONDS = 8.0
+"""Time in which everything ends after that: streams with an error, lessons, connections."""
 
 
 def serve(
@@ -36,9 +45,10 @@ def serve(
     lesson: TeachRequest | None = None,
     replicas: int | None = None,
     cpus: float = 1.0,
+    drain_seconds: float = DRAIN_SECONDS,
     announce: Callable[[str], None] = partial(print, flush=True),  # noqa: B008 - holds no state
 ) -> None:
-    """Serve a model until SIGTERM or Ctrl-C; running requests are finished first.
+    """Serve a model until SIGTERM or Ctrl-C; running requests have some time to finish.
 
     Args:
         model: a known base, a local folder or a hub id; default: `smollm2-135m`.
@@ -54,6 +64,9 @@ def serve(
         replicas: number of engines on Ray Serve, each in its own process. Default: None, a single
             engine in this process.
         cpus: processors of each replica; used only with `replicas`.
+        drain_seconds: time that running answers have to finish after a signal, in seconds. Those
+            that take longer end with an error, and lessons stop at their last checkpoint; at most
+            `END_SECONDS` later the process ends.
         announce: called once with the address, when it can be reached.
 
     Raises:
@@ -84,14 +97,15 @@ def serve(
             cpus,
             experts=experts,
             start=start,
+            drain_seconds=drain_seconds,
             announce=partial(announce, url),
         )
         return
     app = create_app(None, settings, lesson)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30
+    config = http_config(app, timeout_graceful_shutdown=1)
+    server = DrainingServer(
+        config, app.state.service, app.state.teacher, partial(start, experts=experts), drain_seconds
     )
-    server = DrainingServer(config, app.state.service, partial(start, experts=experts))
     announce(url)
     server.run(sockets=[listener])
     server.close()
@@ -101,20 +115,31 @@ class DrainingServer(uvicorn.Server):
     """A Uvicorn server that loads its engine in the background and drains before it exits.
 
     Until the engine is loaded, requests get status 503. After the first signal, the server refuses
-    new requests and exits when the running ones are finished.
+    new requests, stops a lesson, and exits when the running answers are finished or their time is
+    up. A second signal ends it at once.
 
     Args:
         config: Uvicorn's configuration.
         service: the state shared by all routes; the engine is attached to it.
+        teacher: runs the lessons.
         make_engine: loads the engine; called once, in a thread.
+        drain_seconds: time that running answers have to finish after a signal, in seconds.
     """
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, make_engine: Callable[[], Engine]
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        teacher: Teacher,
+        make_engine: Callable[[], Engine],
+        drain_seconds: float = DRAIN_SECONDS,
     ) -> None:
         super().__init__(config)
         self.service = service
+        self.teacher = teacher
         self.failure: BaseException | None = None
+        self._drain_seconds = drain_seconds
+        self._draining: asyncio.Task[None] | None = None
         self._make_engine = make_engine
         self._loading = threading.Thread(target=self._load, name="load", daemon=True)
         self._loading.start()
@@ -126,17 +151,39 @@ class DrainingServer(uvicorn.Server):
         self.service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Exit once the server is drained; Uvicorn calls this ten times a second."""
-        if self.service.draining and self.service.active == 0:
-            self.should_exit = True
+        """Begin to drain after a signal; Uvicorn calls this ten times a second."""
+        if self.service.draining and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
         return await super().on_tick(counter)
 
+    async def _drain(self) -> None:
+        """Let running answers finish, end those that take too long, then exit."""
+        stopping = asyncio.create_task(self.teacher.stop())
+        deadline = time.monotonic() + self._drain_seconds
+        await self._idle(deadline)
+        self.service.admission.end()
+        await self._idle(time.monotonic() + END_SECONDS / 2)
+        left = max(deadline - time.monotonic(), END_SECONDS / 2)
+        await asyncio.wait([stopping], timeout=left)
+        stopping.cancel()
+        self.should_exit = True
+
+    async def _idle(self, deadline: float) -> None:
+        """Wait until no request runs, at most until `deadline` on the monotonic clock."""
+        while self.service.active and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+
     def close(self) -> None:
-        """Close the engine; raise the error that loading it ended with, if any."""
-        self._loading.join()
+        """Close the engine; raise the error that loading it ended with, if any.
+
+        An engine that is still being loaded is left behind.
+        """
+        self.teacher.kill()  # after a second signal, a lesson may still run
+        self._loading.join(timeout=1)
         if self.failure is not None:
             raise self.failure
-        self.service.engine.close()
+        if self.service.loaded:
+            self.service.engine.close()
 
     def _load(self) -> None:
         try:

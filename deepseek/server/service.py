@@ -22,6 +22,7 @@ from deepseek.engine.generation import Generation
 from deepseek.engine.request import ExpertChoice, Request, TokenEvent, TokenUsage
 from deepseek.model.language_model import context_length
 from deepseek.packs.library import experts_folder
+from deepseek.server.admission import Admission, Job
 from deepseek.server.errors import ApiError
 from deepseek.server.fleet import Fleet
 from deepseek.server.indexes import Indexes
@@ -30,29 +31,24 @@ from deepseek.server.prompt import PromptWriter
 from deepseek.server.schema import ExpertsField
 
 
-class GenerationJob:
+class GenerationJob(Job):
     """The running generations of one HTTP request; `close` must be called and cancels the rest.
 
     Args:
         generations: the generations, in the order of the choices in the reply.
         choices: number of consecutive generations that share a prompt (`n` in the request).
-        metrics: where time to first token and token usage are recorded.
-        seconds: time limit in seconds, after which all generations are cancelled.
+        service: the server's state.
     """
 
-    def __init__(
-        self, generations: Sequence[Generation], choices: int, metrics: Metrics, seconds: float
-    ) -> None:
+    def __init__(self, generations: Sequence[Generation], choices: int, service: "Service") -> None:
+        super().__init__(service.admission, generations, service.settings.request_seconds)
         self.generations = generations
         self._choices = choices
-        self._metrics = metrics
+        self._metrics = service.metrics
         self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         for index, generation in enumerate(generations):
             generation.subscribe(partial(self._take, index))
         self._started = time.perf_counter()
-        self._seconds = seconds
-        self._expired = False
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Yield the events of all generations as they arrive, each with the index of its choice.
@@ -87,32 +83,17 @@ class GenerationJob:
 
     def close(self) -> None:
         """Cancel the unfinished generations and record the usage."""
-        self._timer.cancel()
-        for generation in self.generations:
-            generation.cancel()
+        super().close()
         self._metrics.count(self.usage())
 
     def _take(self, index: int, event: TokenEvent) -> None:
         self._queue.put_nowait((index, event))
 
-    def _expire(self) -> None:
-        self._expired = True
-        for generation in self.generations:
-            generation.cancel()
-
     def _check(self, event: TokenEvent) -> None:
         if event.finish_reason == "error":
             raise ApiError(500, f"The generation failed: {event.error}", code="internal_error")
         if event.finish_reason == "cancelled":
-            if self._expired:
-                raise ApiError(
-                    504,
-                    f"The answer took longer than {self._seconds:g} s; ask for less.",
-                    code="timeout",
-                )
-            raise ApiError(
-                503, "The server stopped this answer because it is shutting down.", code="draining"
-            )
+            raise self.cancelled()
 
 
 SEPARATOR = "+"
@@ -174,6 +155,7 @@ class Service:
         self.indexes = Indexes(settings.experts_folder)
         self.draining = False
         self.active = 0  # running HTTP requests
+        self.admission = Admission()
         self.fleet: Fleet | None = None
         self._engine: Engine | None = None
         self._writer: PromptWriter | None = None
@@ -200,6 +182,11 @@ class Service:
         return None
 
     @property
+    def loaded(self) -> bool:
+        """Whether an engine is attached."""
+        return self._engine is not None
+
+    @property
     def engine(self) -> Engine:
         """The engine. Raises `ApiError` (503) while none is attached."""
         if self._engine is None:
@@ -221,7 +208,8 @@ class Service:
         """Submit the requests that `plan` returns and return the job that follows them.
 
         Planning (template, tokenizer, retrieval) and submission run in a thread, so that they do
-        not block the event loop. Either all requests are admitted or none.
+        not block the event loop. Either all requests are admitted or none. If the caller is
+        cancelled, they are too.
 
         Args:
             plan: returns the engine's requests.
@@ -231,8 +219,8 @@ class Service:
             ApiError, UserError: a request is invalid.
             QueueFullError: the queue has no room for all requests.
         """
-        generations = await asyncio.to_thread(submit, self.engine, plan)
-        return GenerationJob(generations, choices, self.metrics, self.settings.request_seconds)
+        generations = await self.admission.run(partial(submit, self.engine, plan), cancel)
+        return GenerationJob(generations, choices, self)
 
     def experts(self, model: str, wanted: ExpertsField) -> ExpertChoice:
         """Return the experts that a request may use.
@@ -302,10 +290,15 @@ def submit(engine: Engine, plan: Callable[[], Sequence[Request]]) -> list[Genera
     try:
         generations.extend(engine.submit(request) for request in plan())
     except BaseException:
-        for generation in generations:
-            generation.cancel()
+        cancel(generations)
         raise
     return generations
+
+
+def cancel(generations: Sequence[Generation]) -> None:
+    """Cancel generations whose client has left."""
+    for generation in generations:
+        generation.cancel()
 
 
 async def _service_of(request: HttpRequest) -> Any:

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from deepseek.engine.request import TokenEvent, TokenLogprob, TokenUsage
+from deepseek.server.admission import Job
 from deepseek.server.errors import as_api_error, body_for
 from deepseek.server.metrics import spoken
 from deepseek.server.schema import GenerationFields
@@ -47,7 +48,7 @@ class Reply(StreamingResponse):
         self,
         chunks: AsyncIterator[Fields],
         *,
-        job: GenerationJob | None = None,
+        job: Job | None = None,
         layout: Layout = "events",
         fold: Callable[[list[Fields]], Fields] | None = None,
     ) -> None:

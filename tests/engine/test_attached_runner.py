@@ -7,11 +7,12 @@ from tiny_families import FAMILIES, tiny_family
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.engine.attached_runner import AttachedRunner
-from deepseek.engine.engine import Engine, embedding
+from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.sampler import Sampling
 from deepseek.model.attached.model import AttachedModel
+from deepseek.model.attached.traits import traits_of
 from deepseek.runner import Chunk, SequenceState
 
 IDS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -91,6 +92,9 @@ def test_the_engine_streams_what_generate_writes(family: str) -> None:
             events = list(generation)
             assert [event.token_id for event in events] == expected[0, 20:].tolist()
             assert generation.usage.cached_tokens == cached
-        base = embedding(model, IDS)
+        base = engine.embed(IDS)
         engine.arm(None)
-        assert embedding(model, IDS) == base
+        assert engine.embed(IDS) == base
+    whole_D = traits_of(model).hidden(torch.tensor([IDS]))[0].float().mean(0)
+    whole = torch.nn.functional.normalize(whole_D, dim=0).tolist()
+    assert base == pytest.approx(whole, abs=1e-4)  # in chunks as in one piece

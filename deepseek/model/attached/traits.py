@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from deepseek.errors import ConfigError
 from deepseek.model.attached.model import AttachedModel
@@ -98,14 +99,26 @@ class Traits:
         return torch.arange(1, 9, device=self.model.device)[None]
 
     @torch.no_grad()
-    def hidden(self, ids: Tensor, **arguments: Any) -> Tensor:
-        """Return the final hidden states `[B, T, D]` without experts."""
+    def hidden(self, ids: Tensor, *, use_cache: bool = False, **arguments: Any) -> Tensor:
+        """Return the final hidden states `[B, T, D]` without experts.
+
+        Args:
+            ids: tokens `[B, T]`.
+            use_cache: whether keys and values are kept, in a cache among `arguments`.
+            arguments: further arguments of the decoder.
+        """
         with self.model.expert_hooks.running(None):
             decoder = decoder_of(self.model)
-            output = decoder(**supported(decoder, input_ids=ids, use_cache=False, **arguments))
+            output = decoder(**supported(decoder, input_ids=ids, use_cache=use_cache, **arguments))
         hidden = first_tensor(tuple(output.values()) if hasattr(output, "values") else output)
         assert hidden is not None
         return hidden
+
+    def base_cache(self) -> DynamicCache | None:
+        """Return an empty cache for `hidden`, None if the decoder takes none of this class."""
+        if "past_key_values" not in inspect.signature(decoder_of(self.model).forward).parameters:
+            return None
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
 
 _TRAITS: WeakKeyDictionary[AttachedModel, Traits] = WeakKeyDictionary()

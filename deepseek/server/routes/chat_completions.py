@@ -9,8 +9,8 @@ from fastapi.responses import Response
 
 from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
+from deepseek.server.admission import ComputingRoute
 from deepseek.server.errors import ApiError
-from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import ChatReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import ChatRequest
@@ -19,7 +19,7 @@ from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.tools import Calling
 from deepseek.server.translate import ask, wanted_schema
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=ComputingRoute)
 
 
 @router.post("/v1/chat/completions", responses=described(ChatReply, streamed=True))

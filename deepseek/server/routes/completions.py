@@ -10,8 +10,8 @@ from fastapi.responses import Response
 
 from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
+from deepseek.server.admission import ComputingRoute
 from deepseek.server.errors import ApiError
-from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import CompletionReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
 from deepseek.server.schema import MAX_CHOICES, CompletionRequest
@@ -19,7 +19,7 @@ from deepseek.server.service import GenerationJob, Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, finite
 from deepseek.server.translate import ask
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=ComputingRoute)
 
 Scored = tuple[int, TokenLogprob | None]
 """A token and its log probability, None for a token without context (the first one)."""

@@ -1,11 +1,12 @@
 """llama.cpp's own routes: `/completion`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`."""
 
-import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from deepseek.server.admission import AnyTypeComputingRoute
 from deepseek.server.dialects.llama_cpp import (
     DetokenizeRequest,
     NativeChunks,
@@ -14,13 +15,12 @@ from deepseek.server.dialects.llama_cpp import (
     TokenizeRequest,
 )
 from deepseek.server.errors import ApiError
-from deepseek.server.json_body import AnyTypeRoute
 from deepseek.server.routes import completions
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Reply
 from deepseek.server.tools import Calling
 
-router = APIRouter(route_class=AnyTypeRoute)
+router = APIRouter(route_class=AnyTypeComputingRoute)
 
 
 @router.post("/completion")
@@ -37,7 +37,7 @@ async def completion(body: NativeCompletion, service: TheService) -> Response:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]:
     """Return the token ids of a text or a conversation."""
-    ids = await asyncio.to_thread(token_ids, service, body)
+    ids = await service.admission.run(partial(token_ids, service, body))
     pieces = [{"id": identity, "piece": service.token_text(identity)} for identity in ids]
     return {
         "tokens": pieces if body.with_pieces else ids,
@@ -61,7 +61,7 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
     text = body.content if body.prompt is None else body.prompt
     if text is None:
         raise ApiError(400, "There is no text; send content, prompt or messages.", param="content")
-    service.writer.check_size(len(text.encode()))
+    service.writer.check_text(text)
     return list(service.engine.tokenizer(text, add_special_tokens=special).input_ids)
 
 
@@ -69,7 +69,7 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
 async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, str]:
     """Return the text of token ids; llama.cpp's clients read `content`, vLLM's `prompt`."""
     ids = service.writer.check(body.tokens)
-    text = str(await asyncio.to_thread(service.engine.tokenizer.decode, ids))
+    text = str(await service.admission.run(partial(service.engine.tokenizer.decode, ids)))
     return {"content": text, "prompt": text}
 
 
@@ -77,7 +77,7 @@ async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, 
 async def apply_template(body: TemplateRequest, service: TheService) -> dict[str, str]:
     """Return a conversation as the text of a prompt."""
     calling = Calling(tuple(body.tools or ()))
-    ids = await asyncio.to_thread(service.writer.chat, body.messages, calling)
+    ids = await service.admission.run(partial(service.writer.chat, body.messages, calling))
     return {"prompt": str(service.engine.tokenizer.decode(ids))}
 
 

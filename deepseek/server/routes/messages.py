@@ -1,20 +1,20 @@
 """`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's API."""
 
-import asyncio
+from functools import partial
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from deepseek.server.admission import ComputingRoute
 from deepseek.server.dialects.anthropic import CountRequest, MessageEvents, MessagesRequest
 from deepseek.server.errors import AnthropicErrorBody, documented
-from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import MessageReply, TokenCountReply, described
 from deepseek.server.routes.chat_completions import answer
 from deepseek.server.service import TheService
 from deepseek.server.stream import Reply
 from deepseek.server.tools import Calling
 
-router = APIRouter(route_class=JsonRoute, responses=documented(AnthropicErrorBody))
+router = APIRouter(route_class=ComputingRoute, responses=documented(AnthropicErrorBody))
 
 
 @router.post("/v1/messages", responses=described(MessageReply, streamed=True))
@@ -36,7 +36,8 @@ async def count_tokens(body: CountRequest, service: TheService) -> dict[str, int
     service.named_experts(body.model)
     chat = body.chat()
     calling = Calling.of(chat)
-    ids = await asyncio.to_thread(
-        service.writer.chat, chat.messages, calling, bool(chat.continue_final_message)
+    continued = bool(chat.continue_final_message)
+    ids = await service.admission.run(
+        partial(service.writer.chat, chat.messages, calling, continued)
     )
     return {"input_tokens": len(ids)}

@@ -1,11 +1,9 @@
-"""`/v1/models`, `/v1/embeddings`, `/tokenizer_info`, and `/v1/experts` to list, plug, unplug and
+"""`/v1/models`, `/tokenizer_info`, and `/v1/experts` to list, plug, unplug and
 arm experts.
 """
 
 import asyncio
-import base64
 import tempfile
-from array import array
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from pydantic import TypeAdapter, ValidationError
 
-from deepseek.engine.engine import Engine
 from deepseek.errors import PackError
 from deepseek.model.experts import ExpertInfo
 from deepseek.packs.library import SUFFIX
@@ -22,9 +19,8 @@ from deepseek.packs.pack import read_pack
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
 from deepseek.server.json_body import JsonRoute
-from deepseek.server.openapi import Embeddings, Model, Models, described
-from deepseek.server.prompt import PromptWriter
-from deepseek.server.schema import ArmRequest, EmbeddingsRequest, ExpertName, PlugRequest
+from deepseek.server.openapi import Model, Models, described
+from deepseek.server.schema import ArmRequest, ExpertName, PlugRequest
 from deepseek.server.service import Service, TheService
 from deepseek.text.tokenizer import tokenizer_digest
 
@@ -60,41 +56,6 @@ def card(service: Service, name: str) -> dict[str, Any]:
         "display_name": name,
         "created_at": service.started.isoformat(),
     }
-
-
-@router.post("/v1/embeddings", responses=described(Embeddings))
-async def embeddings(body: EmbeddingsRequest, service: TheService) -> dict[str, Any]:
-    """Return a unit vector for each text: the mean of the base model's last hidden states."""
-    if service.named_experts(body.model):
-        raise ApiError(
-            400,
-            "Embeddings are computed by the base alone; leave the experts out of model.",
-            param="model",
-        )
-    texts = (
-        body.input
-        if isinstance(body.input, list) and not isinstance(body.input[0], int)
-        else [body.input]
-    )
-    vectors, tokens = await asyncio.to_thread(embed, service.engine, service.writer, texts)
-    encoded = [packed(vector) if body.encoding_format == "base64" else vector for vector in vectors]
-    data = [
-        {"object": "embedding", "index": index, "embedding": vector}
-        for index, vector in enumerate(encoded)
-    ]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "model": body.model, "data": data, "usage": usage}
-
-
-def embed(engine: Engine, writer: PromptWriter, texts: list[Any]) -> tuple[list[list[float]], int]:
-    """Return the vectors of texts, and their total number of tokens."""
-    prompts = [writer.text(text) for text in texts]
-    return [engine.embed(ids) for ids in prompts], sum(map(len, prompts))
-
-
-def packed(vector: list[float]) -> str:
-    """Return a vector as little-endian 32-bit floats in base64, OpenAI's encoding."""
-    return base64.b64encode(array("f", vector).tobytes()).decode()
 
 
 @router.get("/tokenizer_info")

@@ -1,12 +1,13 @@
 """`/api/...`: Ollama's API, so that its clients find this server."""
 
-import asyncio
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from deepseek.server.admission import AnyTypeComputingRoute
 from deepseek.server.dialects.ollama import (
     NANOSECONDS,
     AnswerLines,
@@ -18,13 +19,14 @@ from deepseek.server.dialects.ollama import (
     now,
 )
 from deepseek.server.errors import ApiError, OllamaErrorBody, documented
-from deepseek.server.json_body import AnyTypeRoute
 from deepseek.server.routes import chat_completions, completions
-from deepseek.server.routes.models import embed
+from deepseek.server.routes.embeddings import EmbeddingJob, embed
 from deepseek.server.service import Service, TheService
-from deepseek.server.stream import Reply
+from deepseek.server.stream import Fields, Reply
 
-router = APIRouter(prefix="/api", route_class=AnyTypeRoute, responses=documented(OllamaErrorBody))
+router = APIRouter(
+    prefix="/api", route_class=AnyTypeComputingRoute, responses=documented(OllamaErrorBody)
+)
 
 NEVER = "0001-01-01T00:00:00Z"
 """Ollama's time for a model that is never unloaded."""
@@ -111,19 +113,30 @@ def loading_reply(model: str, content: dict[str, Any]) -> Response:
 
 
 @router.post("/embed")
-async def embeddings(body: OllamaEmbed, service: TheService) -> dict[str, Any]:
+async def embeddings(body: OllamaEmbed, service: TheService) -> Response:
     """Return a unit vector for each text."""
     if service.named_experts(base_name(body.model)):
         raise ApiError(400, "Embeddings are computed by the base alone.", param="model")
     started = time.perf_counter()
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    vectors, tokens = await asyncio.to_thread(embed, service.engine, service.writer, texts)
-    return {
-        "model": body.model,
-        "embeddings": vectors,
+    job = await embed(service, [body.input] if isinstance(body.input, str) else body.input)
+    return Reply(vectors(body.model, job, started), job=job, fold=lambda sent: sent[0])
+
+
+async def vectors(model: str, job: EmbeddingJob, started: float) -> AsyncIterator[Fields]:
+    """Yield the one reply to a request for embeddings.
+
+    Args:
+        model: name of the model, as the client wrote it.
+        job: the computation.
+        started: `time.perf_counter()` at the start.
+    """
+    found = await job.vectors()
+    yield {
+        "model": model,
+        "embeddings": found,
         "total_duration": int((time.perf_counter() - started) * NANOSECONDS),
         "load_duration": 0,
-        "prompt_eval_count": tokens,
+        "prompt_eval_count": job.tokens,
     }
 
 

@@ -3,15 +3,15 @@
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from deepseek.server.admission import ComputingRoute
 from deepseek.server.dialects.response_events import ResponseEvents
 from deepseek.server.dialects.responses import ResponsesRequest
-from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import ResponseReply, described
 from deepseek.server.routes.chat_completions import answer
 from deepseek.server.service import TheService
 from deepseek.server.stream import Reply
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=ComputingRoute)
 
 
 @router.post("/v1/responses", responses=described(ResponseReply, streamed=True))

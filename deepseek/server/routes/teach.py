@@ -5,11 +5,14 @@ stopped without loss, a crash does not affect the server, and the same request r
 """
 
 import asyncio
+import os
 import re
 import signal
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +26,7 @@ from deepseek.checkpoint.store import home
 from deepseek.data.text.git import repository_stores
 from deepseek.errors import DataError
 from deepseek.packs.library import SUFFIX
-from deepseek.server.errors import ApiError, as_api_error
+from deepseek.server.errors import ApiError, as_api_error, without_paths
 from deepseek.server.guard import ADMIN
 from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import STREAMED
@@ -44,9 +47,18 @@ OUT_OF_BOUNDS = (
 )
 
 LOOK_SECONDS = 0.5
+
+STOP_SECONDS = 15.0
+"""Time that a training has to write its checkpoint; then it is killed, and loses the steps since
+the one before.
+"""
+
 NICENESS = 5
 POINTS = 300
 """Most points of a loss curve; a longer one is thinned out."""
+
+CHECK_SECONDS = 10.0
+"""Time limit for checking the links below a folder."""
 
 
 @dataclass
@@ -80,7 +92,7 @@ class Lesson:
 
     def read(self, line: str) -> None:
         """Update the progress from a line of the training's output."""
-        self.message = line
+        self.message = without_paths(line)
         match = LINE.match(line)
         if match:
             self.stage = match["stage"]
@@ -199,14 +211,24 @@ class Teacher:
             await self._stop()
 
     async def _stop(self) -> None:
-        """Interrupt the training process and wait for its end."""
+        """Interrupt the training process and wait for its end; kill it if it takes too long."""
         if self._task is None or self._task.done() or self._process is None:
             return
         if self.lesson is not None:
             self.lesson.state = "stopped"
-        if self._process.returncode is None:
-            self._process.send_signal(signal.SIGINT)
+        try:
+            if self._process.returncode is None:
+                self._process.send_signal(signal.SIGINT)
+            await asyncio.wait([self._task], timeout=STOP_SECONDS)
+        finally:
+            self.kill()
         await self._task
+
+    def kill(self) -> None:
+        """Kill the training process, if it runs."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def _attend(self, lesson: Lesson, process: Process, pack: Path) -> None:
         """Follow a training to its end and plug the pack that it wrote."""
@@ -263,7 +285,7 @@ async def events(teacher: TheTeacher) -> Response:
             now = lesson_fields(teacher.lesson)
             if now != before:
                 yield now
-            if now["state"] != "running":
+            if now["state"] != "running" or teacher.service.draining:
                 return
             before = now
             await asyncio.sleep(LOOK_SECONDS)
@@ -292,8 +314,20 @@ def lesson_fields(lesson: Lesson | None) -> dict[str, Any]:
 
 
 def leads_out(folder: Path, root: Path) -> bool:
-    """Return whether a link below `folder` points outside `root` or is part of a loop."""
+    """Return whether a link below `folder` points outside `root` or is part of a loop.
+
+    Raises:
+        ApiError: there are too many files to check.
+    """
+    deadline = time.monotonic() + CHECK_SECONDS
     for path in folder.rglob("*"):
+        if time.monotonic() > deadline:
+            raise ApiError(
+                400,
+                f"The files below path took longer than {CHECK_SECONDS:g} s to check; "
+                "name a smaller folder.",
+                param="path",
+            )
         if not path.is_symlink():
             continue
         try:

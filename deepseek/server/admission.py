@@ -1,0 +1,206 @@
+"""Admission of requests that compute: they are counted, planned in few threads, given up when the
+client leaves or time is up, and ended when the server drains.
+
+A request passes these limits in turn: `Engine.check_open` before its body is read, `planning` while
+its prompt is made, the engine's queue, and `Job` while it runs.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from deepseek.engine.engine import Engine
+from deepseek.engine.request import QueueFullError
+from deepseek.server.errors import ApiError
+from deepseek.server.json_body import AnyTypeRoute, Handler, JsonRoute
+
+PLANNERS = 2
+"""Threads that make prompts: templates, tokenizer, retrieval, grammars."""
+
+PLAN_SECONDS = 30.0
+"""Time limit for making a prompt, waiting for a thread included."""
+
+T = TypeVar("T")
+
+
+class Cancellable(Protocol):
+    """A computation in the engine."""
+
+    def cancel(self) -> None:
+        """Stop before the next step; thread safe."""
+
+
+class Admission:
+    """The computing requests of one server, from their bodies to their last tokens.
+
+    Attributes:
+        planning: number of requests whose prompts are being made.
+        jobs: the running jobs.
+        ended: whether every job is cancelled, now and later.
+    """
+
+    def __init__(self) -> None:
+        self.planning = 0
+        self.jobs: set[Job] = set()
+        self.ended = False
+        self._planners = ThreadPoolExecutor(PLANNERS, "plan")
+
+    @asynccontextmanager
+    async def plan(self, engine: Engine) -> AsyncIterator[None]:
+        """Count a request and limit its time while its prompt is made.
+
+        Args:
+            engine: the engine that the prompt is for.
+
+        Raises:
+            QueueFullError: as many requests as the engine can hold are being planned.
+            ApiError: the time is up (504).
+        """
+        if self.planning >= engine.max_requests:
+            raise QueueFullError(self.planning, 1.0)
+        self.planning += 1
+        try:
+            async with asyncio.timeout(PLAN_SECONDS):
+                yield
+        except TimeoutError:
+            raise ApiError(
+                504,
+                f"The prompt took longer than {PLAN_SECONDS:g} s to prepare; "
+                "shorten it, or try again when the server is less busy.",
+                code="timeout",
+            ) from None
+        finally:
+            self.planning -= 1
+
+    async def run(self, work: Callable[[], T], abandon: Callable[[T], object] | None = None) -> T:
+        """Run `work` in one of the planning threads and return its result.
+
+        Args:
+            work: what to run. If the caller is cancelled before a thread is free, it never runs.
+            abandon: called with the result if the caller is cancelled meanwhile.
+        """
+        planned = self._planners.submit(work)
+        try:
+            return await asyncio.wrap_future(planned)
+        except asyncio.CancelledError:
+            if abandon is not None:
+                planned.add_done_callback(partial(_abandoned, abandon))
+            raise
+
+    def end(self) -> None:
+        """Cancel all jobs, now and later; their clients get status 503."""
+        self.ended = True
+        for job in tuple(self.jobs):
+            job.cancel()
+
+    def close(self) -> None:
+        """Let the planning threads end."""
+        self._planners.shutdown(wait=False, cancel_futures=True)
+
+
+class Job:
+    """The running computations of one HTTP request; `close` must be called and cancels the rest.
+
+    Args:
+        admission: where the job is registered until it is closed.
+        tasks: the computations.
+        seconds: time limit in seconds, after which all are cancelled.
+    """
+
+    def __init__(self, admission: Admission, tasks: Sequence[Cancellable], seconds: float) -> None:
+        self._admission = admission
+        self._tasks = tasks
+        self._seconds = seconds
+        self._expired = False
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+        admission.jobs.add(self)
+        if admission.ended:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Stop all computations before the next step."""
+        for task in self._tasks:
+            task.cancel()
+
+    def close(self) -> None:
+        """Cancel what is unfinished and forget the job."""
+        self._timer.cancel()
+        self.cancel()
+        self._admission.jobs.discard(self)
+
+    def cancelled(self) -> ApiError:
+        """Return the reason why a computation was cancelled."""
+        if self._expired:
+            return ApiError(
+                504,
+                f"The answer took longer than {self._seconds:g} s; ask for less.",
+                code="timeout",
+            )
+        return ApiError(
+            503, "The server stopped this answer because it is shutting down.", code="draining"
+        )
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.cancel()
+
+
+class ComputingRoute(JsonRoute):
+    """A route that makes a prompt, or whose replies the engine computes."""
+
+    def admit(self, request: Request) -> None:
+        """Refuse the request, before its body is read, if the queue is full."""
+        if request.method == "POST":
+            request.app.state.service.engine.check_open()
+
+    async def answer(self, handler: Handler, request: Request) -> Response:
+        """Run the handler until the reply begins, or the client has left, or the time is up."""
+        if request.method != "POST":
+            return await handler(request)
+        service = request.app.state.service
+        async with service.admission.plan(service.engine):
+            return await unless_gone(request, handler(request))
+
+
+class AnyTypeComputingRoute(AnyTypeRoute, ComputingRoute):
+    """A `ComputingRoute` that reads its body as JSON whatever its media type."""
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns; cancel it when the client leaves.
+
+    Args:
+        request: the request, whose body has been read.
+        work: a coroutine.
+
+    Raises:
+        ClientDisconnect: the client has left.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        leaving.cancel()
+        working.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await working
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _abandoned(abandon: Callable[[T], object], planned: "Future[T]") -> None:
+    if not planned.cancelled() and planned.exception() is None:
+        abandon(planned.result())

@@ -1,0 +1,142 @@
+"""HTTP/1.1 connections: time limits for whatever a client can delay, and replies to what is no HTTP.
+
+Uvicorn's protocol waits without end for the head of a request, and answers a malformed one in plain
+text with a line in the log.
+"""
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from deepseek.server.errors import ApiError
+
+HEAD_SECONDS = 10.0
+"""Time limit for the head of a request, and for a body that nobody reads any more."""
+
+IDLE_SECONDS = 30
+"""Time limit for the next request on a connection."""
+
+WRITE_SECONDS = 60.0
+"""Time limit for a client to read what fills the connection's buffer."""
+
+MAX_HEAD = 1 << 14
+"""Most bytes of a request's head."""
+
+MAX_CONNECTIONS = 512
+"""Most connections at a time; below the usual limit of 1,024 open files."""
+
+MALFORMED = {
+    431: f"The request's head is longer than {MAX_HEAD} bytes; shorten it.",
+    501: "The transfer encoding is not supported; send Content-Length, or chunks.",
+}
+
+
+class Connection(H11Protocol):
+    """One connection, which is closed when the client is too slow.
+
+    A timer runs while the server waits for a head, and while it discards a body after its reply.
+    A body that is read has the limits of `LimitedBody`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(503, "Too many connections are open; try again in a moment.")
+        self._set_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._set_head_timer()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._set_head_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        error = sys.exception()  # Uvicorn calls this while it handles h11's error
+        status = getattr(error, "error_status_hint", 400)
+        self._refuse(
+            status, MALFORMED.get(status, "The request is not valid HTTP/1.1; correct it.")
+        )
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: an upgrade to another protocol is an offer, and HTTP goes on."""
+
+    def _set_head_timer(self) -> None:
+        """Start the timer if the server waits for the client, else stop it.
+
+        Bytes do not start it anew, so that a client cannot prolong it by sending them one by one.
+        """
+        replying = self.cycle is not None and not self.cycle.response_complete
+        if replying or self.timeout_keep_alive_task is not None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+            self._head_timer = None
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+
+    def _too_slow(self) -> None:
+        self._refuse(408, f"The request's head took longer than {HEAD_SECONDS:g} s; send it whole.")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Close the connection, with an error reply if a reply has not begun."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
+            error = ApiError(status, message, code="invalid_http" if status < 500 else None)
+            content = json.dumps(error.body()).encode()
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(content)),
+                "connection": "close",
+                **error.headers,
+            }
+            reply = h11.Response(status_code=status, headers=list(headers.items()))
+            for event in (reply, h11.Data(data=content), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def http_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
+    """Return Uvicorn's configuration for `app`.
+
+    Args:
+        app: the application.
+        options: further options of Uvicorn.
+    """
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD,
+        timeout_keep_alive=IDLE_SECONDS,
+        log_config=None,
+        log_level="error",  # a warning for each malformed request would let clients fill the log
+        access_log=False,
+        server_header=False,
+        **options,
+    )

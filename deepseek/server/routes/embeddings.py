@@ -1,0 +1,98 @@
+"""`POST /v1/embeddings`."""
+
+import asyncio
+import base64
+from array import array
+from collections.abc import AsyncIterator, Sequence
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from deepseek.engine.embedding import ActiveEmbedding
+from deepseek.engine.request import EngineStoppedError
+from deepseek.server.admission import ComputingRoute, Job
+from deepseek.server.errors import ApiError
+from deepseek.server.openapi import Embeddings, described
+from deepseek.server.schema import EmbeddingsRequest
+from deepseek.server.service import Service, TheService
+from deepseek.server.stream import Fields, Reply
+
+router = APIRouter(route_class=ComputingRoute)
+
+
+@router.post("/v1/embeddings", responses=described(Embeddings))
+async def embeddings(body: EmbeddingsRequest, service: TheService) -> Response:
+    """Return a unit vector for each text: the mean of the base model's last hidden states."""
+    if service.named_experts(body.model):
+        raise ApiError(
+            400,
+            "Embeddings are computed by the base alone; leave the experts out of model.",
+            param="model",
+        )
+    job = await embed(service, texts(body))
+    return Reply(replies(body, job), job=job, fold=lambda sent: sent[0])
+
+
+def texts(body: EmbeddingsRequest) -> Sequence[str | Sequence[int]]:
+    """Return the texts of a request, each as text or as ids."""
+    single = isinstance(body.input, str) or isinstance(body.input[0], int)
+    return [body.input] if single else body.input  # type: ignore[list-item,return-value]
+
+
+async def embed(service: Service, texts: Sequence[str | Sequence[int]]) -> "EmbeddingJob":
+    """Start to embed texts, and return the job that follows.
+
+    Args:
+        service: the server's state.
+        texts: each as text or as ids.
+
+    Raises:
+        ApiError, UserError: a text is invalid.
+        QueueFullError: the queue is full.
+    """
+    run = service.admission.run
+    # One at a time, so that other requests have their turn, and a client that leaves ends it.
+    ids = [await run(lambda text=text: service.writer.text(text)) for text in texts]  # type: ignore[misc]
+    return EmbeddingJob(service, service.engine.submit_texts(ids))
+
+
+class EmbeddingJob(Job):
+    """The embedding of one HTTP request's texts.
+
+    Args:
+        service: the server's state.
+        embedding: the computation.
+    """
+
+    def __init__(self, service: Service, embedding: ActiveEmbedding) -> None:
+        super().__init__(service.admission, [embedding], service.settings.request_seconds)
+        self.tokens = sum(map(len, embedding.texts))
+        self._embedding = embedding
+
+    async def vectors(self) -> list[list[float]]:
+        """Return the vectors.
+
+        Raises:
+            ApiError: the computation was cancelled or exceeded the time limit.
+        """
+        try:
+            return await asyncio.wrap_future(self._embedding.result)
+        except EngineStoppedError:
+            raise self.cancelled() from None
+
+
+async def replies(body: EmbeddingsRequest, job: EmbeddingJob) -> AsyncIterator[Fields]:
+    """Yield the one reply."""
+    vectors = await job.vectors()
+    encoded = [packed(vector) if body.encoding_format == "base64" else vector for vector in vectors]
+    data = [
+        {"object": "embedding", "index": index, "embedding": vector}
+        for index, vector in enumerate(encoded)
+    ]
+    usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
+    yield {"object": "list", "model": body.model, "data": data, "usage": usage}
+
+
+def packed(vector: list[float]) -> str:
+    """Return a vector as little-endian 32-bit floats in base64, OpenAI's encoding."""
+    return base64.b64encode(array("f", vector).tobytes()).decode()
