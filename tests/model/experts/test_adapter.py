@@ -248,3 +248,17 @@ def test_an_attached_model_takes_the_same_pack(llama: Path, tmp_path: Path) -> N
     stock = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama), str(adapter)).eval()
     assert torch.equal(text, stock.generate(IDS[:1, :5], max_new_tokens=8, do_sample=False))
     assert torch.equal(logits(model), base)
+
+
+@pytest.mark.slow
+def test_logits_of_the_real_base_are_those_of_peft(smollm2: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(smollm2, tmp_path / "peft", std=0.03, target_modules="all-linear")
+    pack = import_adapter(adapter, name="one", base=smollm2, out=tmp_path / "one.safetensors")
+    model = load(smollm2, dtype="float32").model
+    base = logits(model)
+    model.experts.plug(pack)
+    assert torch.equal(logits(model), base)
+    model.experts.arm("one")
+    expected = peft_logits(smollm2, adapter, IDS)
+    assert (logits(model) - expected).abs().max() <= 1e-4
+    assert (expected - base).abs().max() > 0.1
