@@ -26,19 +26,28 @@ def pull(
     from deepseek.checkpoint.licence import read_licence
 
     folder = fetch(name, dtype or None)
-    echo(f"{name}: {read_licence(folder)}", error=True)
+    licence = read_licence(folder)
+    if not licence.restricted:  # `fetch` has said it already
+        echo(f"{name}: {licence}", error=True)
     echo(folder)
 
 
 def fetch(name: str, dtype: str | None = None) -> Path:
     """Return the folder of a model; if it has to be fetched, show progress on standard error.
 
+    A licence with use restrictions is shown there, too, whenever such a model is used.
+
     Args:
         name: a known name, a folder, a GGUF file or a hub id.
         dtype: dtype of the weights out of a GGUF file; default: the one that keeps every value.
     """
     from deepseek.checkpoint import hub
+    from deepseek.checkpoint.licence import read_licence
     from deepseek.train.loop.progress import ProgressBar
 
     with ProgressBar() as progress:
-        return hub.pull(name, progress, dtype) if dtype else hub.resolve(name, progress)
+        folder = hub.pull(name, progress, dtype) if dtype else hub.resolve(name, progress)
+    licence = read_licence(folder)
+    if licence.restricted:
+        echo(f"{name}: {licence}", error=True)
+    return folder

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from deepseek.cli.options import arming, expert_packs
 from deepseek.cli.output import plain
+from deepseek.cli.pull import fetch
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.start import start_engine
@@ -44,6 +45,7 @@ def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
         arm: option `--arm`.
         int8: option `--int8`.
     """
+    fetch(base)
     with Console(stderr=True).status(plain(f"loading {base}")):
         engine = start_engine(base, experts=expert_packs(experts, base), int8=int8)
     with engine:

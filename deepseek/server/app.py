@@ -135,6 +135,7 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse(
             {
                 "model": settings.model,
+                "licence": service.licence,
                 **permissions,
                 "keyed": bool(settings.api_keys or settings.admin_keys),
             }

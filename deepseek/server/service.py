@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
+from deepseek.checkpoint.licence import read_licence
 from deepseek.checkpoint.store import home
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
@@ -157,6 +158,7 @@ class Service:
         self.active = 0  # running HTTP requests
         self.admission = Admission()
         self.fleet: Fleet | None = None
+        self.licence = ""  # of the base; "" until the engine is attached, or without a folder
         self._engine: Engine | None = None
         self._writer: PromptWriter | None = None
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
@@ -165,6 +167,8 @@ class Service:
         """Start to serve with `engine`, alone or as a member of `fleet`."""
         self.fleet = fleet
         self._writer = PromptWriter(engine.tokenizer, context_length(engine.model))
+        folder = engine.model.experts.base_folder
+        self.licence = str(read_licence(folder)) if folder else ""
         self.metrics.watch(engine)
         gc.collect()
         gc.freeze()  # else a full collection scans all loaded objects and stalls every stream

@@ -16,6 +16,7 @@ from deepseek.checkpoint.fingerprint import Fingerprint, fingerprint
 from deepseek.checkpoint.gguf import convert
 from deepseek.checkpoint.licence import read_licence
 from deepseek.checkpoint.store import file_digest
+from deepseek.cli.pull import fetch
 from deepseek.errors import CheckpointError, HubError
 from deepseek.model.presets import PRESETS
 
@@ -213,8 +214,14 @@ def test_an_unreachable_hub_is_one_sentence_and_its_cache_still_serves(
     assert hub.resolve("owner/name") == converted
 
 
-def test_a_pull_keeps_the_licence_and_the_terms(index: Path) -> None:
-    folder = hub.pull("tiny")
+def test_a_pull_keeps_the_licence_and_the_terms(
+    index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fetch("tiny")
+    shown = "LicenseRef-Gemma, https://example.org/terms; its use restrictions also bind experts"
+    assert shown in capsys.readouterr().err
+    fetch("tiny")
+    assert shown in capsys.readouterr().err  # whenever the base is used
     licence = read_licence(folder)
     assert (licence.name, licence.link) == ("LicenseRef-Gemma", "https://example.org/terms")
     assert licence.restricted

@@ -149,7 +149,9 @@ def test_the_page_asks_for_the_key_and_keeps_a_session(keyed: Live) -> None:
         assert {"HttpOnly", "SameSite=strict"} <= set(entered.headers["set-cookie"].split("; "))
         assert USER not in entered.headers["set-cookie"]
         assert http.get("/").status_code == 200
-        assert http.get("/v1/me").json()["admin"] is False
+        me = http.get("/v1/me").json()
+        assert me["admin"] is False
+        assert me["licence"] == "licence unknown"  # its folder has no model card
         assert http.post("/v1/experts", json={"name": "one"}).status_code == 403
 
 

@@ -59,6 +59,7 @@ setUpTabs();
 const me = await whoAmI();
 notice("");
 byId("model").textContent = me.model;
+byId("model").title = me.licence;
 experts.setUp();
 chat.setUp(me.model);
 review.setUp(me.model);
