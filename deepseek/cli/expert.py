@@ -96,12 +96,12 @@ def import_folder(
     assert isinstance(manifest, LoraManifest)
     stated = other_base(manifest)
     if stated is not None:
-        print(
+        echo(
             f"note: the adapter was trained on {stated}; its layers fit {base}, for which it is "
             "imported",
-            file=sys.stderr,
+            error=True,
         )
-    print(f"{path}: {len(manifest.sites)} linear layers, rank {manifest.rank}, {manifest.licence}")
+    echo(f"{path}: {len(manifest.sites)} linear layers, rank {manifest.rank}, {manifest.licence}")
 
 
 @app.command("list")
