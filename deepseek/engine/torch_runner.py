@@ -62,7 +62,8 @@ class TorchRunner:
 
     Every weight is read once a step, so 16 sequences cost little more than one. PyTorch sums a
     product in an order that depends on the number of rows, so a chunk's logits beside others differ
-    in the last bits from those alone: by at most 1e-4 in fp32 with the same experts attributed.
+    in the last bits from those alone: in the tests by at most 1e-4 in fp32 (5e-4 with dynamic
+    positions), with the same experts attributed.
     Padding a lone row to a fixed block of rows would make the bits equal, and a lone sequence up to
     2.5 times as slow (docs/log/engine.md, 2026-11-26).
 

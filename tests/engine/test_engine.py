@@ -91,7 +91,9 @@ def test_alone_and_in_a_batch_the_same_tokens(kind: str) -> None:
             torch.tensor([event.logprob.logprob for event in events if event.logprob])
             for events in (one, other)
         )
-        torch.testing.assert_close(told, expected, atol=1e-4, rtol=0)
+        # The steep random biases of DPE amplify rounding.
+        tolerance = 5e-4 if kind == "dpe" else 1e-4
+        torch.testing.assert_close(told, expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("awaited", [False, True])

@@ -18,7 +18,10 @@ from deepseek.model.experts.module import ExpertModule
 from deepseek.runner import Chunk, RunnerOutput, SequenceState
 
 TOLERANCE = 1e-4
-"""What `TorchRunner` promises in fp32, on the logits."""
+STEEP = 5e-4
+"""What `TorchRunner` promises in fp32, on the logits: without and with dynamic positions, whose
+steep random biases amplify rounding.
+"""
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
@@ -114,7 +117,8 @@ def test_a_text_beside_others_is_as_alone(
     beside = runs(model, written, order)
     for text, output in zip(written, beside, strict=True):
         (alone,) = runs(model, [text], [1])
-        torch.testing.assert_close(output.logits_RV, alone.logits_RV, atol=TOLERANCE, rtol=0)
+        tolerance = STEEP if model.model.config.positional_encoding == "dpe" else TOLERANCE
+        torch.testing.assert_close(output.logits_RV, alone.logits_RV, atol=tolerance, rtol=0)
         assert output.experts == alone.experts
         assert all((name is not None) == bool(text.experts) for name in output.experts[1:])
 
