@@ -108,7 +108,8 @@ class ReservedLayer(DynamicLayer):
         """
         if self._memory is None or self.keys is None:
             return None
-        if self.keys.data_ptr() != self._memory[0].data_ptr():
+        # The address of a tensor without elements is 0, so compare storages.
+        if self.keys.untyped_storage().data_ptr() != self._memory[0].untyped_storage().data_ptr():
             return None
         return self._memory if self.get_seq_length() + count <= self.capacity else None
 

@@ -14,6 +14,7 @@ from tiny_model import tiny_model
 
 from deepseek.engine.load import Loaded
 from deepseek.engine.torch_runner import TorchRunner
+from deepseek.kernels import decode_attention
 from deepseek.model.experts.module import ExpertModule
 from deepseek.runner import Chunk, RunnerOutput, SequenceState
 
@@ -152,3 +153,30 @@ def test_sequences_with_the_same_experts_share_one_call(tmp_path: Path) -> None:
     output = runner.forward([Chunk(state, (7,)) for state in states])
     assert calls == [2]
     assert output.experts == (None, "one", None, "one")
+
+
+@pytest.mark.parametrize(
+    ("kind", "calls"),
+    [("dense", 3), ("window", 3), ("alibi", 3), ("dpe", 3), ("lsh, one round", 3), ("lsh", 1)],
+)
+def test_decoding_sequences_attend_in_one_call_of_the_kernel(
+    kind: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer of these kinds, but for several rounds of hashing, where only exact ones do."""
+    base, changes = MODELS[kind]
+    runner = TorchRunner(tiny_model(base, **changes).model)
+    states = [runner.start(None, 40) for _ in range(3)]
+    runner.forward([Chunk(state, range(3, 12 + n), 0) for n, state in enumerate(states)])
+    batches: list[int] = []
+    attend = decode_attention.attend
+
+    def counted(query_RHK: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        batches.append(len(query_RHK))
+        return attend(query_RHK, *arguments)
+
+    monkeypatch.setattr(decode_attention, "attend", counted)
+    runner.forward([Chunk(state, (5,)) for state in states])
+    assert batches == [3] * calls
+    runner.forward([Chunk(states[0], (6,)), Chunk(states[1], (7, 8)), Chunk(states[2], (9,))])
+    assert batches == [3] * calls + [2] * calls
+    assert [state.length for state in states] == [11, 13, 13]
