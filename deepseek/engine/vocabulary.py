@@ -65,6 +65,11 @@ class Vocabulary:
             raise ConfigError(
                 f"The {grammar.kind} is not a JSON object ({error}); correct it."
             ) from error
+        except RecursionError:
+            raise ConfigError(f"The {grammar.kind} nests too deep; flatten it.") from None
+        if not matcher.is_error():
+            # A grammar that refers to itself without end compiles, and fails at its first token.
+            matcher.compute_logit_bias()
         if matcher.is_error():
             raise ConfigError(
                 f"The {grammar.kind} cannot be used ({_first_line(matcher)}); correct it."
