@@ -27,10 +27,11 @@ WORKER = """
 import json, sys
 from pathlib import Path
 import deepseek, deepseek.train.jobs.adapt
-from deepseek.train.loop.metrics import peak_memory
-libraries = peak_memory()
+from deepseek.device.choose import CPU
+from deepseek.device.memory import peak_memory
+libraries = peak_memory(CPU)
 mode, source, folder, options = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
-deepseek.adapt(name="x", mode=mode, out=folder / "model", run_folder=folder / "run", **source, **options)
+deepseek.adapt(name="x", mode=mode, device="cpu", out=folder / "model", run_folder=folder / "run", **source, **options)
 print(json.dumps({"libraries": libraries}))
 """
 

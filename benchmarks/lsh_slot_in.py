@@ -30,7 +30,7 @@ import deepseek
 from deepseek.data.text.encode import long_texts
 from deepseek.model.attention.hash import plug_hashes
 from deepseek.model.config import ModelConfig
-from deepseek.train.loop.losses import autocast
+from deepseek.model.precision import autocast
 from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients, learning_rate
 
 PARTS = ("whole", "second half")
@@ -157,7 +157,7 @@ def tune(
         # Of every fourth token: the head is most of a step's cost, and neighbours teach much the
         # same.
         inputs = {"use_cache": False, "logits_to_keep": torch.arange(step % 4, len(ids_T), 4)}
-        with autocast(model.device):
+        with autocast(model):
             with torch.no_grad():
                 goal_TV = exact(ids_T[None], **inputs).logits[0]
             found_TV = model(ids_T[None], **inputs).logits[0]

@@ -24,6 +24,10 @@ class CheckpointError(UserError):
     """A checkpoint or model folder is missing, damaged or of an unsupported family."""
 
 
+class DeviceError(UserError):
+    """A device is not there, does not support a dtype, or is out of memory."""
+
+
 class HubError(UserError):
     """A base model cannot be fetched."""
 

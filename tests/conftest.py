@@ -30,6 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda", help="device of the tests marked gpu")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "fakegpu":
+        import fake_gpu
+
+        fake_gpu.register()  # before our modules are imported
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep caches and keys of the tests out of the user's folder, also in the processes that tests

@@ -16,6 +16,7 @@ FLOORS = {
     "checks": 0,
     "registry": 0,
     "terminal": 0,
+    "device": 0,
     "kernels": 0,
     "checkpoint": 1,
     "packs": 1,
@@ -37,6 +38,9 @@ FLOORS = {
 NEIGHBOURS = {
     ("checks", "errors"),
     ("checks", "registry"),
+    ("device", "errors"),
+    ("device", "registry"),
+    ("kernels", "device"),
     ("kernels", "errors"),
     ("packs", "checkpoint"),
     ("registry", "errors"),

@@ -5,6 +5,7 @@ from rich.table import Table
 
 from deepseek.cli.options import names
 from deepseek.cli.output import plain
+from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError
 from deepseek.evaluate.against import RETRIEVAL, Against, Result
 from deepseek.evaluate.completion import CompletionScores
@@ -12,7 +13,9 @@ from deepseek.evaluate.scores import Interval
 from deepseek.evaluate.verdict import Compared, compared, draw, verdicts
 
 
-def print_against(experts: str, rivals: str, cases: int) -> None:
+def print_against(
+    experts: str, rivals: str, cases: int, device: str = "auto", dtype: Dtype = "auto"
+) -> None:
     """Compare one expert with rival methods; print the tables, the conclusions and the result's
     files.
 
@@ -20,6 +23,8 @@ def print_against(experts: str, rivals: str, cases: int) -> None:
         experts: name of the expert.
         rivals: comma-separated methods: rag, lora, full.
         cases: number of held-out lines to write.
+        device: where the rows are computed and the rivals trained.
+        dtype: precision of both.
 
     Raises:
         ConfigError: `experts` is not the name of one expert.
@@ -30,7 +35,7 @@ def print_against(experts: str, rivals: str, cases: int) -> None:
             "--against compares one expert at a time; name it, as in "
             "`deepseek eval NAME --against rag`."
         )
-    against = Against(chosen[0], cases)
+    against = Against(chosen[0], cases, device=device, dtype=dtype)
     result = against.compare(names(rivals))
     picture = against.folder / "against.png"
     draw(result.scores, f"{result.name}, {len(result.cases)} cases", picture)

@@ -1,6 +1,17 @@
 """`deepseek chat`: chat with a model in the terminal, and plug experts meanwhile."""
 
-from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temperature, TopP
+from deepseek.cli.options import (
+    Arm,
+    Base,
+    Device,
+    Experts,
+    Int8,
+    MaxTokens,
+    Precision,
+    Seed,
+    Temperature,
+    TopP,
+)
 
 
 def chat(
@@ -12,6 +23,8 @@ def chat(
     top_p: TopP = 0.9,
     seed: Seed = None,
     int8: Int8 = True,
+    device: Device = "auto",
+    dtype: Precision = "auto",
 ) -> None:
     """Chat with a model; /help lists the commands. Each token has the colour of the expert that
     wrote it.
@@ -23,5 +36,5 @@ def chat(
     from deepseek.engine.sampler import Sampling
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with opened(base, experts, arm, int8) as engine:
+    with opened(base, experts, arm, int8=int8, device=device, dtype=dtype) as engine:
         ChatSession(engine, sampling, Console()).run()

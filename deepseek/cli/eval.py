@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Base, expert_packs
+from deepseek.cli.options import Base, Device, Precision, expert_packs
 from deepseek.cli.output import echo
 
 
@@ -36,6 +36,8 @@ def evaluate(
     cases: Annotated[
         int, typer.Option(min=1, help="With --against: number of held-out lines to write.")
     ] = 200,
+    device: Device = "auto",
+    dtype: Precision = "auto",
 ) -> None:
     """Print the held-out loss of the base and of the plugged experts on each expert's own held-out
     text, on that of other trained experts, on public prose and code, and on your text. Generated
@@ -48,7 +50,7 @@ def evaluate(
     if against:
         from deepseek.cli.against import print_against
 
-        print_against(experts, against, cases)
+        print_against(experts, against, cases, device, dtype)
         return
     from rich.console import Console
 
@@ -61,7 +63,7 @@ def evaluate(
     from deepseek.train.loop.progress import ProgressBar
 
     problems = human_eval_problems(human_eval) if human_eval else []
-    model, tokenizer = load(base, experts=expert_packs(experts, base))
+    model, tokenizer = load(base, experts=expert_packs(experts, base), device=device, dtype=dtype)
     plugged = [info.name for info in model.experts.list()]
     known = expert_texts(
         [*plugged, *(name for name in installed() if name not in plugged)], plugged

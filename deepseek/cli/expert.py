@@ -1,5 +1,6 @@
 """`deepseek expert`: train, import, list, inspect, verify and sign expert packs."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 

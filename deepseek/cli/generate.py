@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Arm, Base, Experts, Int8, MaxTokens, Seed, Temperature, TopP
+from deepseek.cli.options import (
+    Arm,
+    Base,
+    Device,
+    Experts,
+    Int8,
+    MaxTokens,
+    Precision,
+    Seed,
+    Temperature,
+    TopP,
+)
 
 
 def generate(
@@ -21,6 +32,8 @@ def generate(
     top_p: TopP = 0.95,
     seed: Seed = None,
     int8: Int8 = True,
+    device: Device = "auto",
+    dtype: Precision = "auto",
 ) -> None:
     """Print the model's completion of PROMPT, each token in the colour of the expert that wrote
     it.
@@ -35,7 +48,7 @@ def generate(
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = read_prompt() if prompt == "-" else prompt
-    with opened(base, experts, arm, int8) as engine:
+    with opened(base, experts, arm, int8=int8, device=device, dtype=dtype) as engine:
         messages = [{"role": "user", "content": text}]
         ids = (
             encode_prompt(engine.tokenizer, messages)

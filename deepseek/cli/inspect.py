@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Base
+from deepseek.cli.options import Base, Device
 from deepseek.cli.output import echo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -30,6 +30,7 @@ def attention(
     hash_path: Annotated[
         Path | None, typer.Option("--hash", help="File of hashes; default: the one in the model.")
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """Draw the share of attention that LSH attention keeps, by layer and head, and print the
     means.
@@ -55,7 +56,7 @@ def attention(
 
     folder = resolve(base)
     hashes = load_hashes(hash_path or hash_file(folder), fingerprint(folder).weights)
-    loaded, tokenizer = load(base, dtype="float32")
+    loaded, tokenizer = load(base, device=device, dtype="float32")
     model = own_model(loaded, "Inspection of the attention")
     first = next(iter(hashes.values()))
     windows = Windows(local=128, sinks=4, bucket=window, num_buckets=first.num_buckets)

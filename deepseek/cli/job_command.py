@@ -35,11 +35,17 @@ def job_command(
     arguments = arguments_of(declaration)
 
     def command(**options: Any) -> None:
+        from deepseek.device.choose import choose_device, choose_dtype
+
         values = {name: value for name, value in options.items() if value not in (None, [])}
         try:
             checked = declaration.read(**values)
         except ConfigError as error:
             raise ConfigError(_with_options(str(error), arguments)) from None
+        if "device" in arguments:
+            # Before a base is fetched, which can take minutes.
+            device = choose_device(checked.device)  # type: ignore[attr-defined]
+            choose_dtype(getattr(checked, "dtype", "auto"), device)
         if "base" in arguments:
             # Fetched here for the progress bar; the job would download without one.
             fetch(checked.base)  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepseek.cli.output import echo
+from deepseek.device.names import ABOUT_DEVICE, ABOUT_DTYPE, Dtype
 from deepseek.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +36,12 @@ Temperature = Annotated[
 TopP = Annotated[
     float, typer.Option(help="Sample from the most likely tokens with this total probability.")
 ]
-Int8 = Annotated[bool, typer.Option(help="Quantise weights to 8 bits where that is faster.")]
+Int8 = Annotated[
+    bool,
+    typer.Option(help="Quantise weights to 8 bits where that is faster; --dtype overrides it."),
+]
+Device = Annotated[str, typer.Option(help=f"{ABOUT_DEVICE}.")]
+Precision = Annotated[Dtype, typer.Option("--dtype", help=f"{ABOUT_DTYPE}.")]
 Seed = Annotated[
     int | None, typer.Option(help="Seed of the sampling; the same seed gives the same text.")
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from deepseek.cli.options import Base
+from deepseek.cli.options import Base, Device, Precision
 from deepseek.cli.output import echo
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def generate(
     ] = 0.8,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     database: Database = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
 ) -> None:
     """Sample several answers to each prompt, let judges pick the better and the worse one, and add
     the pairs.
@@ -96,7 +98,7 @@ def generate(
 
     chosen = {name: pick(JUDGES, name, "judge") for name in names(judges)}
     prompts = [prompt_of(record, f"{file.name} line {number}") for number, record in records(file)]
-    model, tokenizer = load(base)
+    model, tokenizer = load(base, device=device, dtype=dtype)
     with opened(database) as store, ProgressBar() as bar:
         pairs = generate_pairs(
             own_model(model, "Sampling of pairs"),

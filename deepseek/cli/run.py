@@ -3,12 +3,13 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
-from deepseek.cli.options import Base
+from deepseek.cli.options import Base, Device, Precision
 from deepseek.cli.output import plain
+from deepseek.device.names import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,8 @@ def run(
     from_git: Annotated[Path, typer.Option(help="Git repository to train on.")] = Path(),
     base: Base = "smollm2-135m",
     minutes: Annotated[float, typer.Option(min=0.1, help="Minutes to train the expert.")] = 3.0,
+    device: Device = "auto",
+    dtype: Precision = "auto",
 ) -> None:
     """Fetch the base and serve it with its web page. If there is no expert for the git repository
     yet, train one meanwhile.
@@ -34,21 +37,31 @@ def run(
     from rich.console import Console
 
     from deepseek.cli.pull import fetch
+    from deepseek.device.choose import choose_device, choose_dtype
     from deepseek.packs.library import installed
     from deepseek.train.jobs.arguments import source_name
 
+    choose_dtype(dtype, choose_device(device))
     console = Console()
     fetch(base)
     name = source_name(from_git)
     fresh = name not in installed()
+    where: Where = {"device": device, "dtype": dtype}
     if sys.stdin.isatty() and console.is_terminal:
-        _serve(base, name, from_git, minutes if fresh else None, console)
+        _serve(base, name, from_git, minutes if fresh else None, console, where)
     else:
-        _demonstrate(base, name, from_git, minutes if fresh else None, console)
+        _demonstrate(base, name, from_git, minutes if fresh else None, console, where)
+
+
+class Where(TypedDict):
+    """The options `--device` and `--dtype`."""
+
+    device: str
+    dtype: Dtype
 
 
 def _serve(
-    base: str, name: str, repository: Path, minutes: float | None, console: "Console"
+    base: str, name: str, repository: Path, minutes: float | None, console: "Console", where: Where
 ) -> None:
     """Serve with the expert, or train it for `minutes` while serving; take a free port if the
     default one is in use.
@@ -65,7 +78,8 @@ def _serve(
             settings = replace(settings, port=0)
     lesson = None
     if minutes is not None:
-        lesson = TeachRequest.model_validate({"name": name, "kind": "git", "minutes": minutes})
+        fields = {"name": name, "kind": "git", "minutes": minutes, "dtype": where["dtype"]}
+        lesson = TeachRequest.model_validate(fields)
 
     def announce(address: str) -> None:
         console.print(
@@ -81,12 +95,17 @@ def _serve(
             )
 
     serve(
-        base, experts=[] if lesson else [name], settings=settings, lesson=lesson, announce=announce
+        base,
+        experts=[] if lesson else [name],
+        settings=settings,
+        lesson=lesson,
+        announce=announce,
+        **where,
     )
 
 
 def _demonstrate(
-    base: str, name: str, repository: Path, minutes: float | None, console: "Console"
+    base: str, name: str, repository: Path, minutes: float | None, console: "Console", where: Where
 ) -> None:
     from deepseek.engine.start import start_engine
     from deepseek.train.jobs.expert import train_expert
@@ -96,8 +115,8 @@ def _demonstrate(
             plain(f"Training the expert {name} from the git history of {repository.resolve()}"),
             soft_wrap=True,
         )
-        train_expert(base, name=name, from_git=repository, minutes=minutes)
-    with start_engine(base, experts=[name]) as engine:
+        train_expert(base, name=name, from_git=repository, minutes=minutes, **where)
+    with start_engine(base, experts=[name], **where) as engine:
         if minutes is not None:
             _show_gain(engine, name, console)
         _answer(engine, name, console)

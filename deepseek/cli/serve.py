@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Experts, Int8, expert_packs, names
+from deepseek.cli.options import Device, Experts, Int8, Precision, expert_packs, names
 from deepseek.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
@@ -44,6 +44,8 @@ def serve(
     max_running: Annotated[int, typer.Option(min=1, help="Maximum requests in a batch.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Maximum requests in the queue.")] = 64,
     int8: Int8 = True,
+    device: Device = "auto",
+    dtype: Precision = "auto",
     cache_gib: Annotated[
         float, typer.Option(min=0.01, help="Budget of the KV cache, in GiB.")
     ] = 1.0,
@@ -90,6 +92,8 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         int8=int8,
+        device=device,
+        dtype=dtype,
         replicas=replicas if ray else None,
         cpus=cpus,
         drain_seconds=drain_seconds,

@@ -9,6 +9,7 @@ from rich.text import Text
 from deepseek.cli.options import arming, expert_packs
 from deepseek.cli.output import plain
 from deepseek.cli.pull import fetch
+from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.start import start_engine
@@ -36,7 +37,9 @@ class Palette:
 
 
 @contextmanager
-def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
+def opened(
+    base: str, experts: str, arm: str, *, int8: bool, device: str, dtype: Dtype
+) -> Iterator[Engine]:
     """Start the engine for the options of `chat` and `generate`; close it after the block.
 
     Args:
@@ -44,10 +47,13 @@ def opened(base: str, experts: str, arm: str, int8: bool) -> Iterator[Engine]:
         experts: option `--experts`.
         arm: option `--arm`.
         int8: option `--int8`.
+        device: option `--device`.
+        dtype: option `--dtype`.
     """
     fetch(base)
     with Console(stderr=True).status(plain(f"loading {base}")):
-        engine = start_engine(base, experts=expert_packs(experts, base), int8=int8)
+        packs = expert_packs(experts, base)
+        engine = start_engine(base, experts=packs, int8=int8, device=device, dtype=dtype)
     with engine:
         if arm:
             engine.arm(arming(arm))

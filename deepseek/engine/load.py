@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek import checks
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.hub import resolve
+from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.model.attention.hash import hash_file, load_hashes, plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts.arming import AUTO, EVERY_EXPERT, Arming
@@ -37,8 +38,8 @@ def load(
     *,
     experts: Packs = (),
     config: ModelConfig | None = None,
+    device: str | torch.device = "auto",
     dtype: torch.dtype | str = "auto",
-    device: str | None = None,
 ) -> Loaded:
     """Load a base model and its tokenizer, and plug experts into it.
 
@@ -54,8 +55,9 @@ def load(
             expert automatically.
         config: config fields that override those of the checkpoint (see
             `DeepSeekModel.from_pretrained`).
-        dtype: dtype of the weights; "auto" selects the fastest one on the device.
-        device: "cpu", "cuda", ...; None selects the CPU.
+        device: "cpu", "cuda", "cuda:N" or "mps"; "auto" takes a GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto" takes the fastest one on the device that
+            has the range of fp32.
 
     Returns:
         The model and its tokenizer.
@@ -63,15 +65,18 @@ def load(
     Raises:
         HubError: the checkpoint cannot be downloaded.
         CheckpointError: the checkpoint is missing or damaged.
-        ConfigError: the config is invalid.
+        ConfigError: the config is invalid, or a name is unknown.
+        DeviceError: there is no such device, or it does not support the dtype.
         PackError: a pack cannot be read, or does not fit the model.
     """
     checks.path("name", name)
     checks.optional(partial(checks.instance, kind=ModelConfig))("config", config)
     names = list(experts) if isinstance(experts, Mapping) else experts
     packs = [find_pack(expert) for expert in checks.sequence("experts", names, checks.path)]
+    place = choose_device(device)
+    precision = dtype if isinstance(dtype, str) and dtype == "auto" else choose_dtype(dtype, place)
     folder = resolve(str(name))
-    model = load_language_model(folder, config=config, dtype=dtype, device=device)
+    model = load_language_model(folder, config=config, dtype=precision, device=place)
     model.config.name_or_path = str(name)
     if (
         isinstance(model, DeepSeekModel)

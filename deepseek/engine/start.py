@@ -4,8 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.compiled.support import unsupported_reason
+from deepseek.device.memory import out_of_memory_explained
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import Packs, load
 from deepseek.engine.request import Request
@@ -15,11 +18,20 @@ from deepseek.model.attached.model import AttachedModel
 from deepseek.model.language_model import LanguageModel
 from deepseek.runner import Runner
 
+LIGHTER = "take --dtype bfloat16, a smaller model or --device cpu."
+"""What needs less memory, for the message when the device has too little."""
+
 log = logging.getLogger(__name__)
 
 
 def start_engine(
-    name: str | Path = "smollm2-135m", *, experts: Packs = (), int8: bool = True, **dials: Any
+    name: str | Path = "smollm2-135m",
+    *,
+    experts: Packs = (),
+    int8: bool = True,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str = "auto",
+    **dials: Any,
 ) -> Engine:
     """Load a model, plug experts, and return an engine with the fastest runner that supports it.
 
@@ -30,19 +42,24 @@ def start_engine(
         name: a known base, a local folder or a hub id (see `load`); default "smollm2-135m".
         experts: expert packs to plug, or their weights (see `load`).
         int8: quantise the weights to 8 bits if the compiled runner supports the model, which is
-            several times as fast; default True. Other models keep their weights.
+            several times as fast; default True. Other models keep their weights, and so do those
+            with an explicit `dtype` and those on a GPU.
+        device: where to compute (see `load`).
+        dtype: dtype of the weights (see `load`).
         dials: passed on to `Engine`.
 
     Returns:
         The running engine.
 
     Raises:
-        HubError, CheckpointError, ConfigError, PackError: see `load`.
+        HubError, CheckpointError, ConfigError, DeviceError, PackError: see `load`.
     """
-    model, tokenizer = load(name, experts=experts)
-    engine = Engine(model, tokenizer, quickest_runner(model) if int8 else None, **dials)
-    for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
-        pass
+    with out_of_memory_explained(LIGHTER):
+        model, tokenizer = load(name, experts=experts, device=device, dtype=dtype)
+        runner = quickest_runner(model) if int8 and dtype == "auto" else None
+        engine = Engine(model, tokenizer, runner, **dials)
+        for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
+            pass
     return engine
 
 

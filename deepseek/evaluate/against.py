@@ -18,6 +18,8 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import canonical_json, read_json, read_object, write_json
 from deepseek.data import Document, TokenShards
 from deepseek.data.text.decode import decode_documents
+from deepseek.device.choose import choose_device
+from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.engine.start import start_engine
@@ -114,14 +116,25 @@ class Against:
         count: most cases.
         seed: seed of the choice of cases.
         dials: settings of the prompts; default: `Dials()`.
+        device: where rows are computed and rivals trained.
+        dtype: precision of both.
 
     Raises:
         DataError: there is no finished run of this name, or its held-out text has no suitable line.
     """
 
     def __init__(
-        self, name: str, count: int = 200, seed: int = 0, dials: Dials | None = None
+        self,
+        name: str,
+        count: int = 200,
+        seed: int = 0,
+        dials: Dials | None = None,
+        *,
+        device: str = "auto",
+        dtype: Dtype = "auto",
     ) -> None:
+        self.device = choose_device(device)
+        self.dtype = dtype
         self.run = find_run(name)
         self.dials = dials or Dials()
         self.seed = seed
@@ -169,7 +182,12 @@ class Against:
         for model in dict.fromkeys(row.model for row in rows):
             if model != "base":
                 adapt_for_equal_time(
-                    self.run, "lora" if model == "lora" else "full", self.folder / model, quiet
+                    self.run,
+                    "lora" if model == "lora" else "full",
+                    self.folder / model,
+                    quiet,
+                    device=str(self.device),
+                    dtype=self.dtype,
                 )
             scores |= self._scores([row for row in rows if row.model == model], quiet)
         documents = len({case.name for case in self.cases})
@@ -250,6 +268,10 @@ class Against:
             "base": self.base,
         }
         key |= {"held_out": self.held_out.digest, "seed": self.seed, "cases": len(self.cases)}
+        if self.dtype != "auto":
+            key["dtype"] = self.dtype
+        if self.device.type != "cpu":
+            key["device"] = self.device.type
         if row.expert:
             key["expert"] = read_pack(Path(self.record["pack"])).manifest.digest
         if row.retrieval:
@@ -264,7 +286,7 @@ class Against:
         model = rows[0].model
         experts = [Path(self.record["pack"])] if any(row.expert for row in rows) else []
         name = self.base if model == "base" else self.folder / model / "model"
-        with start_engine(name, experts=experts) as engine:
+        with start_engine(name, experts=experts, device=self.device, dtype=self.dtype) as engine:
             yield engine
 
     def _training_seconds(self, rows: Sequence[Row]) -> dict[str, float]:

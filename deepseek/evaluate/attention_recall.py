@@ -82,7 +82,9 @@ def hashed_keys(
         codes_GS = hashes[layer].key_codes(key[None])[0]
         codes_HNP = hashes[layer].query_codes(query[None, :, at_N], probes)[0]
         share = len(codes_HNP) // len(codes_GS)
-        probed_HNC = torch.zeros(*codes_HNP.shape[:2], windows.num_buckets, dtype=torch.bool)
+        probed_HNC = torch.zeros(
+            *codes_HNP.shape[:2], windows.num_buckets, dtype=torch.bool, device=codes_HNP.device
+        )
         probed_HNC.scatter_(2, codes_HNP, True)
         codes_HNS = codes_GS.repeat_interleave(share, 0)[:, None].expand_as(scores_HNS)
         recent_HNS = recent_in_bucket(codes_GS, at_N, windows).repeat_interleave(share, 0)
@@ -111,7 +113,7 @@ def attention_kept(
         first_layer: first layer to measure.
     """
     length = ids_RT.shape[1]
-    at_N = torch.linspace(length // 2, length - 1, queries).long()
+    at_N = torch.linspace(length // 2, length - 1, queries, device=model.device).long()
     for layer, texts in stream_layers(model, ids_RT):
         if layer >= first_layer:
             parts = [_kept(layer, inputs, at_N, ways) for inputs in texts]
@@ -154,7 +156,7 @@ def draw_recall(path: Path, recall_LH: Tensor, layers: list[int], title: str) ->
         figsize=(1.5 + 0.5 * recall_LH.shape[1], 1.5 + 0.25 * len(layers)), layout="constrained"
     )
     axes = figure.add_subplot(xlabel="head", ylabel="layer", title=title)
-    image = axes.imshow(recall_LH.numpy(), aspect="auto", vmin=0.5, vmax=1.0, cmap="viridis")
+    image = axes.imshow(recall_LH.cpu().numpy(), aspect="auto", vmin=0.5, vmax=1.0, cmap="viridis")
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
     axes.set_xticks(range(recall_LH.shape[1]))
     figure.colorbar(image, label="share of the attention kept (0.5 and less: darkest)")

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.data.text.loader import Batch
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.kernels.cross_entropy import IGNORED_LABEL
+from deepseek.model.precision import autocast
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.chat_template import Message, encode_prompt
-from deepseek.train.loop.losses import autocast
 from deepseek.train.rl.judge import Judge, clean
 from deepseek.train.rl.rollout import generate
 
@@ -112,7 +112,7 @@ def helpfulness(model: DeepSeekModel, batches: Iterable[Batch]) -> Helpfulness:
     loss = 0.0
     tokens = 0
     for batch in batches:
-        with autocast(model.device):
+        with autocast(model):
             ids = batch.input_ids.to(model.device)
             positions = batch.position_ids.to(model.device)
             logits_BTV = model(ids, position_ids=positions, use_cache=False).logits

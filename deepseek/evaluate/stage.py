@@ -17,7 +17,8 @@ from deepseek.engine.load import load
 from deepseek.errors import TrainError
 from deepseek.evaluate.code import human_eval_problems, pass_at_1, score_bodies
 from deepseek.evaluate.quality import collected, compare
-from deepseek.train.jobs.declaration import DECLARED, Declaration, job
+from deepseek.train.jobs.declaration import DECLARED, job
+from deepseek.train.jobs.device_arguments import PrecisionArguments
 from deepseek.train.jobs.limits import MAX_COUNT, MAX_TOKENS
 from deepseek.train.jobs.recipe import Stage
 from deepseek.train.loop.progress import ProgressBar
@@ -26,7 +27,7 @@ from deepseek.train.text.inputs import base_digest
 
 
 @declaration(kw_only=True, frozen=True, config=DECLARED)
-class EvaluationArguments(Declaration):
+class EvaluationArguments(PrecisionArguments):
     """Evaluation"""
 
     base: str = Field(default="smollm2-135m", kw_only=False)
@@ -93,7 +94,9 @@ def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """Return the record of an evaluation."""
     started = time.monotonic()
     figures: dict[str, float] = {}
-    model, tokenizer = load(arguments.base, experts=arguments.experts)
+    model, tokenizer = load(
+        arguments.base, experts=arguments.experts, device=arguments.device, dtype=arguments.dtype
+    )
     with ProgressBar(quiet=arguments.quiet) as progress:
         with collected(tokenizer, [Path(path) for path in arguments.data], []) as texts:
             for row in compare(model, texts, arguments.tokens, progress):

@@ -37,7 +37,7 @@ class Rounding:
 
 
 @torch.inference_mode()
-def quantize_model(base: str | Path, out: Path) -> Rounding:
+def quantize_model(base: str | Path, out: Path, *, device: str = "auto") -> Rounding:
     """Write a base model with 8-bit weights to a new folder, which `deepseek.load` reads like any
     other.
 
@@ -47,6 +47,7 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
     Args:
         base: a known base, a local folder or a hub id.
         out: the folder to create.
+        device: where to calibrate and compare.
 
     Returns:
         Size and accuracy of the result.
@@ -57,7 +58,7 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another folder or delete it.")
-    loaded, tokenizer = load(base, dtype="float32")
+    loaded, tokenizer = load(base, device=device, dtype="float32")
     model = own_model(loaded, "Quantisation")
     if any(hasattr(module, "int8") for module in model.modules()):
         raise ConfigError(
@@ -76,14 +77,15 @@ def quantize_model(base: str | Path, out: Path) -> Rounding:
     tensors_to_write = {
         name: tensor.contiguous() for name, tensor in rounded(tensors, quantised).items()
     }
-    ids = torch.tensor([tokenizer(SENTENCE).input_ids])
+    ids = torch.tensor([tokenizer(SENTENCE).input_ids], device=model.device)
     with atomic_folder(out) as folder:
         save_file(tensors_to_write, folder / "model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        divergence = _divergence(model, DeepSeekModel.from_pretrained(folder, dtype="float32"), ids)
+        written = DeepSeekModel.from_pretrained(folder, dtype="float32", device_map=model.device)
+        divergence = _divergence(model, written, ids)
         if not divergence < LIMIT:
             raise CheckpointError(
                 f"The quantised model's predictions are {divergence:.3f} nats from those of "
@@ -103,7 +105,7 @@ def sample(model: DeepSeekModel, rows: int, length: int) -> Tensor:
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        first_tokens = torch.randint(model.config.vocab_size, (rows, 1))
+        first_tokens = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
         texts: Tensor = model.generate(
             first_tokens, do_sample=True, top_k=0, max_new_tokens=length - 1, eos_token_id=-1
         )
@@ -144,7 +146,7 @@ def _divergence(model: DeepSeekModel, other: DeepSeekModel, ids: Tensor) -> floa
     text, in nats.
     """
     p, q = (
-        network(ids, use_cache=False).logits[0].double().log_softmax(-1)
+        network(ids, use_cache=False).logits[0].cpu().double().log_softmax(-1)
         for network in (model, other)
     )
     return float((p.exp() * (p - q)).sum(-1).mean())

@@ -11,6 +11,7 @@ over the rest of the vocabulary (importance sampling of the partition function, 
 2008).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.kernels.cpu import fast_dtype
+from deepseek.device.transfer import to_device
 
 IGNORED_LABEL = -100
 
@@ -46,6 +47,7 @@ def linear_cross_entropy(
     labels_N: Tensor,
     log_weight_V: Tensor | None = None,
     cap: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the mean cross-entropy of `hidden_ND @ head_VD.T + log_weight_V` against the labels.
 
@@ -56,12 +58,15 @@ def linear_cross_entropy(
         log_weight_V: added to the logits; None (default) adds nothing.
         cap: logits z are capped to cap * tanh(z / cap) before `log_weight_V` is added; None
             (default): no cap.
+        dtype: dtype of the matrix products; None (default): the head's.
 
     Returns:
         The mean loss in nats, an fp32 scalar; 0 if all labels are ignored. Gradients flow to
         `hidden_ND`, and to `head_VD` if it requires them.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, log_weight_V, cap)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden_ND, head_VD, labels_N, log_weight_V, cap, dtype or head_VD.dtype
+    )
     return loss
 
 
@@ -77,6 +82,7 @@ def token_losses(
     Returns:
         Losses in nats, fp32 `[N]`; 0 where the label is ignored.
     """
+    labels_N = to_device(labels_N, hidden_ND.device)
     losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
     for part in _chunks(len(labels_N), len(head_VD)):
         losses_N[part], _, _ = _chunk_loss(hidden_ND[part], head_VD, labels_N[part], None, cap)
@@ -97,6 +103,7 @@ class CandidateHead:
         sampled: number m of other tokens, drawn anew at every step.
         seed: seed of the samples.
         cap: cap of the logits (see `linear_cross_entropy`); None (default): no cap.
+        dtype: dtype of the matrix products; None (default): the head's.
     """
 
     def __init__(
@@ -106,11 +113,13 @@ class CandidateHead:
         sampled: int,
         seed: int,
         cap: float | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Copy the candidate rows of the head."""
         vocab_size, hidden_size = head_VD.shape
-        keep_V = torch.zeros(vocab_size, dtype=torch.bool)
-        keep_V[candidates_C] = True
+        device = head_VD.device
+        keep_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        keep_V[candidates_C.to(device)] = True
         self.candidates_C = keep_V.nonzero().flatten()
         self.rest_R = (~keep_V).nonzero().flatten()
         self.sampled = min(sampled, len(self.rest_R))
@@ -118,17 +127,13 @@ class CandidateHead:
         self.cap = cap
         self._head_VD = head_VD.detach()
         size = len(self.candidates_C) + self.sampled
-        self._rows = torch.empty(
-            size, hidden_size, dtype=fast_dtype(head_VD.device), device=head_VD.device
-        )
+        self._rows = torch.empty(size, hidden_size, dtype=dtype or head_VD.dtype, device=device)
         self._rows[: len(self.candidates_C)] = self._head_VD[self.candidates_C]
-        self._log_weight = torch.zeros(size, device=head_VD.device)
+        self._log_weight = torch.zeros(size, device=device)
         if self.sampled:
-            self._log_weight[len(self.candidates_C) :] = torch.tensor(
-                len(self.rest_R) / self.sampled
-            ).log()
-        self._position_V = torch.full((vocab_size,), -1)
-        self._position_V[self.candidates_C] = torch.arange(len(self.candidates_C))
+            self._log_weight[len(self.candidates_C) :] = math.log(len(self.rest_R) / self.sampled)
+        self._position_V = torch.full((vocab_size,), -1, device=device)
+        self._position_V[self.candidates_C] = torch.arange(len(self.candidates_C), device=device)
 
     def loss(self, hidden_ND: Tensor, labels_N: Tensor, step: int) -> Tensor:
         """Return the estimated mean loss in nats.
@@ -146,8 +151,9 @@ class CandidateHead:
         drawn = np.random.default_rng((self.seed, step)).choice(
             len(self.rest_R), self.sampled, replace=False
         )
-        sample = self.rest_R[torch.from_numpy(drawn)]
+        sample = self.rest_R[to_device(torch.from_numpy(drawn), self.rest_R.device)]
         self._rows[len(self.candidates_C) :] = self._head_VD[sample]
+        labels_N = to_device(labels_N, self._position_V.device)
         real_N = labels_N != IGNORED_LABEL
         positions_N = torch.where(real_N, self._position_V[labels_N.clamp(min=0)], IGNORED_LABEL)
         if (positions_N[real_N] < 0).any():
@@ -196,8 +202,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         log_weight_V: Tensor | None,
         cap: float | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        head = head_VD.detach().to(fast_dtype(head_VD.device))
+        head = head_VD.detach().to(dtype)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
@@ -225,12 +232,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
         scale = grad_outputs[0]
         return (
             None if grad_hidden_ND is None else grad_hidden_ND * scale,
             None if grad_head_VD is None else (grad_head_VD * scale).to(ctx.head_dtype),
+            None,
             None,
             None,
             None,

@@ -110,14 +110,15 @@ def _compensated(weight_DF: Tensor, steps_DF: Tensor, gram_DD: Tensor) -> Tensor
     `weight_DF` is overwritten.
     """
     gram = gram_DD.double()
-    gram += (DAMPING * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram += (DAMPING * gram.diagonal().mean() + 1e-30) * identity
     upper = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True
     ).float()
     values_DF = torch.empty_like(weight_DF)
     for start in range(0, len(gram), GROUP):
         stop = start + GROUP
-        errors = torch.empty(GROUP, weight_DF.shape[1])
+        errors = torch.empty(GROUP, weight_DF.shape[1], device=weight_DF.device)
         for d in range(start, stop):
             values_DF[d] = _nearest(weight_DF[d], steps_DF[d])
             errors[d - start] = (weight_DF[d] - values_DF[d] * steps_DF[d]) / upper[d, d]

@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from deepseek.checkpoint.convert import FAMILIES, convert_config
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object
+from deepseek.device.choose import CPU, choose_device, choose_dtype
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.attached.load import is_stock, load_attached, stock_layers
 from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.new_expert import attached_expert
@@ -63,8 +63,8 @@ def load_language_model(
     Args:
         name_or_path: a known base, a folder or a hub id.
         config: overrides of the checkpoint's config; for our families only.
-        dtype: dtype of the weights; "auto": the fastest on the device.
-        device: a device; None: the CPU.
+        dtype: dtype of the weights and of mixed precision; "auto": the fastest on the device.
+        device: a device (see `choose_device`); None: the CPU.
 
     Raises:
         HubError: the model does not exist or cannot be fetched.
@@ -79,9 +79,11 @@ def load_language_model(
             f"A model of type {raw.get('model_type')!r} keeps its own architecture; leave config "
             "out."
         )
-    place = torch.device("cpu" if device is None else device)
-    precision = fast_dtype(place) if dtype == "auto" else dtype
+    place = CPU if device is None else choose_device(device)
+    precision = choose_dtype(dtype, place)
     model = load_attached(folder, precision, place)
+    if dtype != "auto":
+        model.compute_dtype = precision
     model.config.name_or_path = str(name_or_path)
     return model
 

@@ -12,8 +12,8 @@ from deepseek import checks
 from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object
+from deepseek.device.choose import CPU, choose_device, choose_dtype
 from deepseek.errors import CheckpointError, ConfigError, shown
-from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.config import ModelConfig
 from deepseek.model.int8 import keep_matrices, restored
 from deepseek.model.moe.layer import MoELayer, init_upcycled
@@ -58,14 +58,15 @@ def load_pretrained(
         cls: class of the model.
         name_or_path: model name, folder or hub id.
         config: overrides of the checkpoint's config; None: use the checkpoint's.
-        dtype: dtype of the weights; None or "auto": the fastest on the device.
+        dtype: dtype of the weights and of mixed precision; None or "auto": the fastest on the
+            device.
         torch_dtype: older name of `dtype`.
-        device_map: one device; None: the CPU; "auto": CUDA if there is one.
+        device_map: one device (see `choose_device`); None: the CPU.
         upcycle_seed: seed of the routed experts and routers of an upcycled model.
         **kwargs: arguments of Hugging Face, which are ignored.
 
     Raises:
-        HubError, CheckpointError, ConfigError: see `DeepSeekModel.from_pretrained`.
+        HubError, CheckpointError, ConfigError, DeviceError: see `DeepSeekModel.from_pretrained`.
     """
     for key in kwargs:
         if key not in _PASSED_ALONG:
@@ -80,7 +81,8 @@ def load_pretrained(
     device = _single_device(device_map)
     checkpoint = read_config(folder)
     merged = config.merged_into(checkpoint) if config is not None else ModelConfig(**checkpoint)
-    target = _as_dtype(dtype if dtype is not None else torch_dtype, device)
+    wanted = dtype if dtype is not None else torch_dtype
+    target = choose_dtype(wanted, device)
     upcycled = merged.num_experts > 0 and not checkpoint.get("num_experts")
     if upcycled:
         merged = _shared_from_dense(merged)
@@ -100,6 +102,8 @@ def load_pretrained(
     model.config.name_or_path = str(name_or_path)
     model.generation_config = _generation_config(folder, model)
     model.experts.base_folder = folder
+    if wanted not in (None, "auto"):
+        model.compute_dtype = target
     return nn.Module.to(model, device, target).eval()
 
 
@@ -113,32 +117,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _single_device(device_map: Any) -> torch.device:
-    if device_map is None or (isinstance(device_map, str) and device_map == "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() and device_map == "auto" else "cpu")
-    if isinstance(device_map, dict):
-        device_map = device_map.get("")
-    try:
-        if not isinstance(device_map, str | torch.device):
-            raise TypeError
-        return torch.device(device_map)
-    except (TypeError, RuntimeError):
+    """Return the device of Hugging Face's `device_map`: a name, a number, or one for all modules."""
+    device = device_map.get("") if isinstance(device_map, dict) else device_map
+    if isinstance(device, int):
+        device = f"cuda:{device}"
+    if device is not None and not isinstance(device, str | torch.device):
         raise ConfigError(
             f"device_map={shown(device_map)} is not supported; name one device, such as 'cpu' or "
             "'cuda:0'."
-        ) from None
-
-
-def _as_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
-        return fast_dtype(device)
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        word = shown(dtype)
-        raise ConfigError(
-            f"dtype={word} is unknown; "
-            f"{nearest(word, ['auto', 'bfloat16', 'float16', 'float32', 'float64'])}."
         )
-    return resolved
+    return CPU if device is None else choose_device(device)
 
 
 def _fill(

@@ -43,6 +43,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
     config: ModelConfig
 
+    compute_dtype: torch.dtype | None = None
+    """Dtype of mixed precision (see `model/precision.py`); None: the fastest on the device."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -77,7 +80,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             config: overrides of the checkpoint's config. Fields that it does not set come from the
                 checkpoint. Default: None, use the checkpoint's config as it is.
             **kwargs: `dtype` (default "auto", the fastest dtype on the device: bf16 if the
-                processor has bf16 units, else fp32), `device_map` (a single device, default CPU),
+                processor has bf16 units, else fp32), `device_map` (a single device or "auto", default CPU),
                 `upcycle_seed` (default 0), and Hugging Face's hub arguments, which are ignored.
 
         Returns:
@@ -87,6 +90,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             HubError: the model does not exist or cannot be fetched.
             CheckpointError: the folder is damaged or of an unsupported family.
             ConfigError: `config` contradicts the checkpoint, or an argument is unknown.
+            DeviceError: there is no such device, or it does not support the dtype.
         """
         return load_pretrained(cls, pretrained_model_name_or_path, config, **kwargs)
 

@@ -13,6 +13,8 @@ from types import FrameType
 
 import uvicorn
 
+from deepseek.device.choose import choose_device, choose_dtype
+from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import Packs
 from deepseek.engine.start import start_engine
@@ -42,6 +44,8 @@ def serve(
     max_running: int = 16,
     max_waiting: int = 64,
     int8: bool = True,
+    device: str = "auto",
+    dtype: Dtype = "auto",
     lesson: TeachRequest | None = None,
     replicas: int | None = None,
     cpus: float = 1.0,
@@ -54,12 +58,12 @@ def serve(
         model: a known base, a local folder or a hub id; default: `smollm2-135m`.
         experts: packs to plug at start, by file or by name, or their weights (see `load`);
             default: none.
-        settings: settings of the server other than its engine; default: `Settings()`. Its `model`
-            and `base` are overwritten.
+        settings: settings of the server other than its engine; default: `Settings()`. Its `model`,
+            `base` and `device` are overwritten.
         cache_gib: budget of the KV cache, in GiB.
         max_running: most requests in a batch.
         max_waiting: most requests in the queue; further ones get status 429.
-        int8: see `start_engine`.
+        int8, device, dtype: see `start_engine`. Experts are taught on the same device.
         lesson: an expert to train while the server runs, plugged when done; default: none.
         replicas: number of engines on Ray Serve, each in its own process. Default: None, a single
             engine in this process.
@@ -71,9 +75,13 @@ def serve(
 
     Raises:
         ConfigError: the address is taken, or reachable by others without a key.
+        DeviceError: there is no such device, or it has too little memory.
         HubError, CheckpointError, PackError: the model or an expert cannot be loaded.
     """
-    settings = replace(settings or Settings(), model=Path(model).name, base=str(model))
+    choose_dtype(dtype, choose_device(device))  # a wrong one must not wait for the loading thread
+    settings = replace(
+        settings or Settings(), model=Path(model).name, base=str(model), device=device
+    )
     listener = listen(settings)
     url = address(listener, settings.host)
     cache_bytes = int(cache_gib * (1 << 30))
@@ -81,6 +89,8 @@ def serve(
         start_engine,
         model,
         int8=int8,
+        device=device,
+        dtype=dtype,
         cache_bytes=cache_bytes,
         max_running=max_running,
         max_waiting=max_waiting,

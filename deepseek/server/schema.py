@@ -313,6 +313,8 @@ TAUGHT = (
     "licence",
     "domain",
     "seed",
+    "device",
+    "dtype",
 )
 """Arguments of `deepseek.train_expert` that a client may set. Arguments that name files, the base
 or the output are left out.

@@ -109,6 +109,7 @@ class Settings:
     Attributes:
         model: the base model's name in the API, without a path.
         base: name, folder or hub id of the base, passed to trainings.
+        device: device of the model, passed to trainings.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
         hosts: further accepted values of the `Host` header, beside loopback and `host`.
@@ -118,8 +119,7 @@ class Settings:
         experts_folder: folder from which packs are plugged by name.
         teach_root: folder below which training text must lie; None turns teaching off.
         preferences: file of the preference database.
-        max_body: most bytes of a request body.
-        max_upload: most bytes of an uploaded pack.
+        max_body, max_upload: most bytes of a request body, and of an uploaded pack.
         request_seconds: time limit of a request, in seconds.
         answer_tokens: most tokens of an answer if the request sets no limit.
         secret: secret from which session cookies are derived; replicas of one server share it.
@@ -127,6 +127,7 @@ class Settings:
 
     model: str = "smollm2-135m"
     base: str = "smollm2-135m"
+    device: str = "auto"
     host: str = "127.0.0.1"
     port: int = 8000
     hosts: frozenset[str] = frozenset()

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from deepseek.server.app import create_app
 from deepseek.server.routes.teach import command
 from deepseek.server.schema import TAUGHT, TeachRequest
+from deepseek.server.service import Settings
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import arguments_of
 
@@ -34,7 +35,7 @@ def another_value(name: str) -> Any:
 
 def words(**given: Any) -> list[str]:
     return command(
-        "base",
+        Settings(base="base"),
         TeachRequest.model_validate({**TEXT, **given}),
         Path("/text"),
         Path("/x.safetensors"),
@@ -45,6 +46,13 @@ def words(**given: Any) -> list[str]:
 def test_an_argument_reaches_the_command(name: str) -> None:
     value = another_value(name)
     assert f"--{name.replace('_', '-')}={value}" in words(**{name: value})
+
+
+def test_the_device_is_the_server_s_unless_named() -> None:
+    settings = Settings(base="base", device="cuda:1")
+    for given, device in (({}, "cuda:1"), ({"device": "cpu"}, "cpu")):
+        wanted = TeachRequest.model_validate({**TEXT, **given})
+        assert f"--device={device}" in command(settings, wanted, Path("/t"), Path("/x"))
 
 
 def test_defaults_are_left_to_the_declaration() -> None:

@@ -105,4 +105,4 @@ def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in fp32 also where the processor has units for bf16, for what is compared to the last
     digits.
     """
-    monkeypatch.setattr("deepseek.train.loop.losses.fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("deepseek.model.precision.fast_dtype", lambda _: torch.float32)

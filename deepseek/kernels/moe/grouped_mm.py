@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
-from deepseek.kernels.cpu import fast_dtype, has_bfloat16
+from deepseek.device.choose import fast_dtype
+from deepseek.device.cpu import has_bfloat16
 from deepseek.kernels.numba import openmp
 
 

@@ -32,6 +32,9 @@ class AttachedModel(PreTrainedModel, GenerationMixin):
     experts: ExpertSet
     expert_hooks: ExpertHooks
 
+    compute_dtype: torch.dtype | None = None
+    """Dtype of mixed precision (see `model/precision.py`); None: the fastest on the device."""
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         # Admission of experts depends on the whole prompt only: generated tokens are no evidence
         # of what the user asked about.

@@ -332,7 +332,7 @@ class ExpertSet:
         if roster is None:
             return None
         decided_BM = (
-            torch.ones(1, len(roster.modules), dtype=torch.bool)
+            torch.ones(1, len(roster.modules), dtype=torch.bool, device=self._live_model().device)
             if tested or requested.auto is None
             else None
         )

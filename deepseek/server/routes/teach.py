@@ -31,7 +31,7 @@ from deepseek.server.guard import ADMIN
 from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import STREAMED
 from deepseek.server.schema import TeachRequest
-from deepseek.server.service import Service
+from deepseek.server.service import Service, Settings
 from deepseek.server.stream import Reply
 from deepseek.train.loop.metrics import read_metrics
 
@@ -150,7 +150,7 @@ class Teacher:
         self.lesson = Lesson(wanted.name)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *command(self.service.settings.base, wanted, text, pack),
+            *command(self.service.settings, wanted, text, pack),
             stdout=DEVNULL,
             stderr=PIPE,
         )
@@ -293,17 +293,19 @@ async def events(teacher: TheTeacher) -> Response:
     return Reply(changes())
 
 
-def command(base: str, wanted: TeachRequest, text: Path, pack: Path) -> list[str]:
+def command(settings: Settings, wanted: TeachRequest, text: Path, pack: Path) -> list[str]:
     """Return the arguments for Python that run a training.
 
     Args:
-        base: name, folder or hub id of the base model.
+        settings: give the base model, and the device if the request names none.
         wanted: the request; only fields that differ from their defaults are passed on.
         text: folder or repository to train on.
         pack: file to write.
     """
     chosen = wanted.model_dump(exclude={"kind", "path"}, exclude_defaults=True)
-    options = {"base": base, f"from-{wanted.kind}": text, "out": pack, **chosen}
+    device = {"device": settings.device} if settings.device != "auto" else {}
+    text_and_pack = {f"from-{wanted.kind}": text, "out": pack}
+    options = {"base": settings.base, **device, **text_and_pack, **chosen}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     return ["-m", "deepseek", "expert", "train", *flags]
 

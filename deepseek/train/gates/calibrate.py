@@ -207,7 +207,7 @@ def own_text(
                 moments[layer] += blend(layer_inputs)
         for inputs in gate_inputs(model, held_out, module.layers, streams[1]):
             for layer, layer_inputs in inputs.items():
-                unseen[layer].append(layer_inputs.smooth_BTD[layer_inputs.real_BT])
+                unseen[layer].append(layer_inputs.smooth_BTD[layer_inputs.real_BT].cpu())
     for layer in module.layers:
         fewest = min(moments[layer].count, sum(map(len, unseen[layer])))
         if fewest < FEWEST_TOKENS:
@@ -261,7 +261,7 @@ def factored(own: Moments) -> Tensor:
     covariance = own.mean_second[:-1, :-1] - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(covariance)
     rank = min(MOMENTS - 2, len(values))
-    factors = torch.zeros(MOMENTS - 2, len(values), dtype=torch.float64)
+    factors = torch.zeros(MOMENTS - 2, len(values), dtype=torch.float64, device=values.device)
     factors[:rank] = (vectors[:, -rank:] * values[-rank:].clamp(min=0.0).sqrt()).mT
     residual_D = (covariance.diagonal() - factors.square().sum(0)).clamp(min=0.0)
     return torch.cat([torch.stack([mean, residual_D]), factors])

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from deepseek.data.text.loader import Batch
+from deepseek.device.transfer import to_device
 from deepseek.model.context import document_ids
 from deepseek.model.experts.gate import running_mean
 from deepseek.model.language_model import LanguageModel
-from deepseek.train.loop.losses import autocast
+from deepseek.model.precision import autocast
 from deepseek.train.loop.packed import resume_rows
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
@@ -28,7 +29,7 @@ class Moments:
     """Sums over gate inputs x~ = [x; 1].
 
     Attributes:
-        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision. The last column is `sum x~`, and
+        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision on the CPU. The last column is `sum x~`, and
             its last entry the count.
     """
 
@@ -52,7 +53,9 @@ class Moments:
     @staticmethod
     def none(hidden_size: int) -> "Moments":
         """Return the moments of zero inputs of width `hidden_size`."""
-        return Moments(torch.zeros(hidden_size + 1, hidden_size + 1, dtype=torch.float64))
+        return Moments(
+            torch.zeros(hidden_size + 1, hidden_size + 1, dtype=torch.float64, device="cpu")
+        )
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.second + other.second)
@@ -61,12 +64,12 @@ class Moments:
     def of(x_BTD: Tensor, keep_BT: Tensor) -> "Moments":
         """Return the moments of the inputs `[B, T, D]` selected by `keep_BT`."""
         x_ND = torch.cat([x_BTD[keep_BT], x_BTD.new_ones(int(keep_BT.sum()), 1)], dim=1)
-        return Moments((x_ND.mT @ x_ND).double())
+        return Moments((x_ND.mT @ x_ND).cpu().double())
 
 
 @dataclass(frozen=True)
 class GateInputs:
-    """Gate inputs of one layer on packed rows.
+    """Gate inputs of one layer on packed rows, on the model's device.
 
     Attributes:
         x_BTD: inputs.
@@ -107,9 +110,11 @@ def gate_inputs(
         stream: gives the residual stream below the first of `layers`; None: compute it.
     """
     for batch in batches:
-        with torch.no_grad(), autocast(model.device):
+        with torch.no_grad(), autocast(model):
             stream_BTD = run_trunk(model, min(layers), batch) if stream is None else stream(batch)
-            step = resume_rows(model, batch, stream_BTD.to(model.device, model.dtype), min(layers))
+            step = resume_rows(
+                model, batch, to_device(stream_BTD, model.device, model.dtype), min(layers)
+            )
             recorded = {}
             for layer in sorted(layers):
                 if layer > step.layer:
@@ -120,8 +125,9 @@ def gate_inputs(
 
 def smoothed(x_BTD: Tensor, position_ids_BT: Tensor) -> GateInputs:
     """Return the inputs and their causal running mean within each document."""
-    x_BTD = x_BTD.float().cpu()
-    decay_D = torch.full((x_BTD.shape[-1],), 0.5 ** (1.0 / HALF_LIFE))
+    x_BTD = x_BTD.float()
+    position_ids_BT = to_device(position_ids_BT, x_BTD.device)
+    decay_D = torch.full((x_BTD.shape[-1],), 0.5 ** (1.0 / HALF_LIFE), device=x_BTD.device)
     means_BTRD, _ = running_mean(
         x_BTD[:, :, None],
         decay_D,

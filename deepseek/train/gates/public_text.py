@@ -299,7 +299,7 @@ def measure_public(
                 moments[layer] += blend(layer_inputs)
         for done, inputs in enumerate(gate_inputs(model, halves[1], layers)):
             for layer, layer_inputs in inputs.items():
-                sample[layer].append(layer_inputs.smooth_BTD[:, 1::STRIDE])
+                sample[layer].append(layer_inputs.smooth_BTD[:, 1::STRIDE].cpu())
             progress(min(len(rows), 2 * (done + 1) * BATCH_ROWS), len(rows), "public statistics")
     return PublicStatistics(
         moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel()

@@ -60,14 +60,16 @@ def attention_scores(inputs: HeadInputs, at_N: Tensor) -> Tensor:
     """Return causal attention scores `[H, N, S]` of the queries at positions `at_N`."""
     key_HTK = _per_head(inputs.key_GTK, inputs.query_HTK)
     scores_HNS = inputs.query_HTK[:, at_N] @ key_HTK.mT * inputs.query_HTK.shape[-1] ** -0.5
-    return scores_HNS.masked_fill_(torch.arange(key_HTK.shape[1]) > at_N[:, None], -torch.inf)
+    return scores_HNS.masked_fill_(
+        torch.arange(key_HTK.shape[1], device=at_N.device) > at_N[:, None], -torch.inf
+    )
 
 
 def near_keys(at_N: Tensor, length: int, windows: Windows) -> Tensor:
     """Return True `[N, S]` at keys in the local window or among the sinks, visible in any
     bucket.
     """
-    keys_S = torch.arange(length)
+    keys_S = torch.arange(length, device=at_N.device)
     age_NS = at_N[:, None] - keys_S
     return (age_NS >= 0) & ((age_NS < windows.local) | (keys_S < windows.sinks))
 
@@ -79,7 +81,7 @@ def recent_in_bucket(codes_GS: Tensor, at_N: Tensor, windows: Windows) -> Tensor
     Sinks are excluded. This is the candidate rule of `kernels/lsh/reference.py` for all buckets at
     once; tests compare the two.
     """
-    keys_S = torch.arange(codes_GS.shape[1])
+    keys_S = torch.arange(codes_GS.shape[1], device=codes_GS.device)
     in_bucket_GSC = torch.nn.functional.one_hot(codes_GS, windows.num_buckets)
     in_bucket_GSC[:, : windows.sinks] = 0
     count_GSC = in_bucket_GSC.cumsum(1)

@@ -174,10 +174,8 @@ def _positions(text: HeadInputs, settings: HashSettings, generator: torch.Genera
     """Sample positions that have keys beyond the local window."""
     length = text.key_GTK.shape[1]
     first = 2 * settings.local_window
-    return (
-        torch.randperm(length - first, generator=generator)[: settings.queries].sort().values
-        + first
-    )
+    shuffled = torch.randperm(length - first, generator=generator)
+    return shuffled[: settings.queries].sort().values.to(text.key_GTK.device) + first
 
 
 def _metric(
@@ -196,7 +194,8 @@ def _metric(
         groups, length = text.key_GTK.shape[:2]
         far_HN = (weights_HNS * ~near_keys(at_N, length, settings.windows)).sum(-1)
         for _ in range(DISTANCES):
-            reach_N = torch.rand(len(at_N), generator=generator) * (at_N - settings.local_window)
+            share_N = torch.rand(len(at_N), generator=generator).to(at_N.device)
+            reach_N = share_N * (at_N - settings.local_window)
             seen_HNK = rotate(text.plain_query_HTK[:, at_N], reach_N.long() + settings.local_window)
             second_HKK = (seen_HNK * far_HN[..., None]).mT @ seen_HNK
             total = total + second_HKK.unflatten(0, (groups, -1)).sum(1)
@@ -214,9 +213,12 @@ def _calibrate(
     heads = texts[0].plain_query_HTK.shape[0]
     width = texts[0].plain_query_HTK.shape[-1]
     key_GNK = torch.cat([text.plain_key_GTK for text in texts], 1)
-    key_GNK = key_GNK[:, torch.randperm(key_GNK.shape[1], generator=generator)[:LARGEST_SAMPLE]]
+    shuffled = torch.randperm(key_GNK.shape[1], generator=generator)
+    key_GNK = key_GNK[:, shuffled[:LARGEST_SAMPLE].to(key_GNK.device)]
     mean_G1K = key_GNK.mean(1, keepdim=True)
-    values_GK, vectors_GKK = torch.linalg.eigh(metric_GKK + 1e-4 * torch.eye(width))
+    values_GK, vectors_GKK = torch.linalg.eigh(
+        metric_GKK + 1e-4 * torch.eye(width, device=metric_GKK.device)
+    )
     root_GKK = vectors_GKK * values_GK.sqrt()[:, None] @ vectors_GKK.mT
     clusters = [
         kmeans(x_NK, settings.num_buckets, settings.rounds)
@@ -240,13 +242,14 @@ def kmeans(x_NK: Tensor, clusters: int, rounds: int) -> tuple[Tensor, Tensor]:
     The rows must be shuffled. A centre without points is moved to another row. With fewer points
     than clusters, the surplus centres stay at points.
     """
-    centre_CK = x_NK[torch.arange(clusters) % len(x_NK)].clone()
+    first_C = torch.arange(clusters, device=x_NK.device)
+    centre_CK = x_NK[first_C % len(x_NK)].clone()
     size_C = x_NK.new_zeros(clusters)
     for number in range(rounds):
         nearest_N = (x_NK @ centre_CK.T - 0.5 * centre_CK.square().sum(-1)).argmax(-1)
         size_C = torch.bincount(nearest_N, minlength=clusters).float()
         sum_CK = torch.zeros_like(centre_CK).index_add_(0, nearest_N, x_NK)
-        again_CK = x_NK[(torch.arange(clusters) + (number + 1) * clusters) % len(x_NK)]
+        again_CK = x_NK[(first_C + (number + 1) * clusters) % len(x_NK)]
         centre_CK = torch.where(
             size_C[:, None] > 0, sum_CK / size_C[:, None].clamp(min=1), again_CK
         )

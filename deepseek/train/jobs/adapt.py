@@ -20,10 +20,13 @@ from deepseek.checkpoint.convert import read_tensors, restore_names
 from deepseek.checkpoint.files import located
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch
+from deepseek.device.memory import peak_memory
+from deepseek.device.transfer import to_device
 from deepseek.errors import ConfigError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.language_model import own_model
 from deepseek.model.passes import resume
+from deepseek.model.precision import autocast
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.gates.public_text import remember_adapted
 from deepseek.train.jobs.arguments import AdaptArguments
@@ -35,8 +38,6 @@ from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
 from deepseek.train.loop.loop import Task
-from deepseek.train.loop.losses import autocast
-from deepseek.train.loop.metrics import peak_memory
 from deepseek.train.loop.packed import begin_rows
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import Run, run_once
@@ -101,7 +102,8 @@ class AdaptRun(TextRun):
     def __init__(
         self, request: AdaptRequest, folder: Path, out: Path, progress: ProgressBar
     ) -> None:
-        super().__init__(request, folder, progress, "float32" if request.mode == "full" else "auto")
+        weights = torch.float32 if request.mode == "full" else None
+        super().__init__(request, folder, progress, weights)
         self.model = own_model(self.model, "Adaptation")
         self.request = request
         self.out = out
@@ -134,14 +136,15 @@ class AdaptRun(TextRun):
         task, _ = TASKS[request.mode](self, sample)
         trunk = (time.perf_counter() - started) / len(sample.train.row_ids)
         batch = sample.train.rows(sample.train.row_ids)
-        seconds, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), batch, batch)
+        learn = lambda rows: task.loss(rows, 0).loss.backward()  # noqa: E731
+        seconds, _ = timed(learn, batch, batch, self.device)
         trained = sum(parameter.numel() for parameter in task.parameters.values())
         minutes = (trunk + seconds * request.epochs) * rows / 60
         return (
             f"{rows * request.row_length:,} tokens, {request.epochs} times; "
-            f"{trained:,} trainable parameters, about {minutes:.1f} minutes, "
+            f"{trained:,} trainable parameters, about {minutes:.1f} minutes on {self.device}, "
             # 12 bytes a parameter: gradient and two moments in fp32
-            f"memory {(peak_memory() + 12 * trained) / 1e9:.1f} GB"
+            f"memory {(peak_memory(self.device) + 12 * trained) / 1e9:.1f} GB"
         )
 
     def plan(self, texts: Texts) -> TrainingPlan:
@@ -219,7 +222,8 @@ class AdaptRun(TextRun):
             "tokens": position.tokens,
             "skipped": position.skipped,
             "trained_parameters": self.trained,
-            "peak_memory": peak_memory(),
+            "peak_memory": peak_memory(self.device),
+            "device": str(self.device),
             "seconds": time.monotonic() - self.started,
         }
         self.drop_trunk()
@@ -277,16 +281,16 @@ class LastLayersTask(ExpertTask):
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
         """Return the final normed hidden states `[B, T, D]`."""
         model = self.model
-        stream_BTD = stream_BTD.to(model.device).float()
-        with autocast(model.device):
-            position_ids_BT = batch.position_ids.to(model.device)
+        stream_BTD = to_device(stream_BTD, model.device, torch.float32)
+        with autocast(model):
+            position_ids_BT = to_device(batch.position_ids, model.device)
             return resume(model, stream_BTD, self.layer, position_ids=position_ids_BT).finish()
 
 
 @torch.no_grad()
 def stream_into(model: DeepSeekModel, layer: int, batch: Batch) -> Tensor:
     """Return the hidden states `[B, T, D]` that enter block `layer`."""
-    with autocast(model.device):
+    with autocast(model):
         return begin_rows(model, batch).run_to(layer)
 
 

@@ -26,9 +26,9 @@ from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data.preferences.database import PreferenceDatabase
 from deepseek.data.preferences.files import record_of
 from deepseek.data.preferences.preference import Preference
+from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError, TrainError
-from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.pretrained import read_config
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
@@ -112,6 +112,8 @@ class AlignRun:
         self.folder = folder
         self.out = out
         self.progress = progress
+        self.device = choose_device(request.device)
+        self.dtype = choose_dtype(request.dtype, self.device)
         self.method: Callable[[AlignRun], dict[str, Any]] = pick(METHODS, request.method, "method")
         database = PreferenceDatabase(request.prefs)
         self.pairs, self.held_out = (list(database.pairs(split)) for split in ("train", "eval"))
@@ -148,11 +150,14 @@ class AlignRun:
         remember_adapted(self.out, self.base)
         return {"model": str(self.out), **figures}
 
+    def load(self) -> DeepSeekModel:
+        """Return the base model on the job's device."""
+        return DeepSeekModel.from_pretrained(self.base, dtype=self.dtype, device_map=self.device)
+
     def ppo(self) -> dict[str, Any]:
         """Train with RLPO, write the model, and return KL and held-out score."""
         request = self.request
-        model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
-        dtype = model.dtype
+        model = self.load()
         first = parse_layers(request.layers, len(model.layers))[0]
         reward, quality = self.reward(model, first)
         config = RLPOConfig(
@@ -194,7 +199,7 @@ class AlignRun:
             hooks=Hooks(buffers=batches.buffers),
         )
         with atomic_folder(self.out) as temporary:
-            nn.Module.to(model, dtype).save_pretrained(temporary)
+            nn.Module.to(model, self.dtype).save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
         records = [
             record
@@ -258,7 +263,7 @@ class AlignRun:
         """
         request = self.request
         tokenizer = self.tokenizer
-        twin = twin_of(self.base, request.layers)
+        twin = twin_of(self.base, request.layers).to(self.device)
         common: dict[str, Any] = {
             "output_dir": str(self.folder / "trl"),
             "learning_rate": request.learning_rate,
@@ -269,8 +274,8 @@ class AlignRun:
             "report_to": [],
             "logging_steps": 1,
             "disable_tqdm": True,
-            "bf16": fast_dtype(twin.device) == torch.bfloat16,
-            "use_cpu": twin.device.type == "cpu",
+            "bf16": self.dtype == torch.bfloat16,
+            "use_cpu": self.device.type == "cpu",
             "gradient_checkpointing": False,
             "lr_scheduler_type": "cosine",
         }
@@ -282,7 +287,7 @@ class AlignRun:
         trainer.train()
         with atomic_folder(self.out) as temporary:
             # RLPO saves its model in this dtype too.
-            trainer.model.to(fast_dtype(twin.device)).save_pretrained(temporary)
+            trainer.model.to(self.dtype).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         logged = [record for record in trainer.state.log_history if "loss" in record]
         return {"trl": logged[-1] if logged else {}}
@@ -312,7 +317,7 @@ class AlignRun:
 
         request = self.request
         tokenizer = self.tokenizer
-        model = DeepSeekModel.from_pretrained(self.base, dtype="auto")
+        model = self.load()
         reward = self.reward(model, parse_layers(request.layers, len(model.layers))[0])[0]
         prompt_messages = [
             [dict(message) for message in prompt] for prompt in prompts_of(self.pairs)

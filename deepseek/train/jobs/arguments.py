@@ -10,15 +10,17 @@ docstring of a class is the title of its group of arguments.
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from deepseek.checkpoint.files import existing_path, located, writable_file, writable_folder
+from deepseek.device.names import Dtype
 from deepseek.errors import ConfigError
 from deepseek.packs.names import valid_name
-from deepseek.train.jobs.declaration import DECLARED, Declaration, arguments_of
+from deepseek.train.jobs.declaration import DECLARED, arguments_of
+from deepseek.train.jobs.device_arguments import DeviceArguments, PrecisionArguments
 from deepseek.train.jobs.limits import (
     LAYERS,
     MAX_COUNT,
@@ -45,8 +47,11 @@ AnyPath = str | Path | None
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
-class JobArguments(Declaration):
+class JobArguments(DeviceArguments):
     """Every job"""
+
+    lighter: ClassVar[str] = "a smaller model"
+    """What needs less memory, for the message when a device has too little."""
 
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seed of initial values, order, sampling and split"""
@@ -56,8 +61,11 @@ class JobArguments(Declaration):
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
-class RunArguments(JobArguments):
+class RunArguments(JobArguments, PrecisionArguments):
     """Run"""
+
+    # Without loss scaling, gradients vanish in fp16.
+    dtypes: ClassVar[frozenset[Dtype]] = frozenset(get_args(Dtype)) - {"float16"}
 
     run_folder: AnyPath = None
     """Folder of the run's state and metrics; default: `runs/<name>` in the library's home"""
@@ -87,6 +95,8 @@ class RunArguments(JobArguments):
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
 class TextArguments(RunArguments):
     """Text (at least one source)"""
+
+    lighter: ClassVar[str] = "fewer --batch-rows, a shorter --row-length or --layers last:3"
 
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {
         "from_git",
@@ -150,6 +160,7 @@ class TextArguments(RunArguments):
         """Raise `ConfigError` if there is neither a name nor a source to take it from, or the
         source has a name that the result cannot have.
         """
+        super().check()
         try:
             valid_name(self.named())
         except ConfigError:
@@ -230,6 +241,8 @@ class ExpertArguments(TextArguments):
 class AdaptArguments(TextArguments):
     """Adaptation"""
 
+    lighter: ClassVar[str] = "fewer --batch-rows, a shorter --row-length or --mode last-n --last 3"
+
     unstored: ClassVar[frozenset[str]] = TextArguments.unstored | {"name"}
 
     mode: Mode = "last-n"
@@ -279,6 +292,8 @@ class AdaptArguments(TextArguments):
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
 class AlignArguments(RunArguments):
     """Alignment"""
+
+    lighter: ClassVar[str] = "a smaller --rollout-size, fewer --new-tokens or --layers last:3"
 
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {"name"}
 
@@ -333,6 +348,8 @@ class AlignArguments(RunArguments):
 @dataclass(kw_only=True, frozen=True, config=DECLARED)
 class DistillHashArguments(JobArguments):
     """Hash distillation"""
+
+    lighter: ClassVar[str] = "a shorter --length"
 
     base: str = Field(default="smollm2-135m", kw_only=False)
     """Base model: a known name, a folder, a GGUF file or a hub id"""

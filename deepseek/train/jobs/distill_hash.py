@@ -34,7 +34,7 @@ def distill_hash(arguments: DistillHashArguments) -> Path:
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     folder = resolve(arguments.base)
-    loaded, tokenizer = load(arguments.base, dtype="float32")
+    loaded, tokenizer = load(arguments.base, device=arguments.device, dtype="float32")
     model = own_model(loaded, "Hash distillation")
     layers = range(arguments.exact, len(model.layers))
     if not layers:

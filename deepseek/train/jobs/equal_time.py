@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.data import Batch
+from deepseek.device.names import Dtype
 from deepseek.train.jobs.adapt import (
     BATCH_ROWS,
     LEARNING_RATES,
@@ -36,7 +37,15 @@ class Effort:
     epochs: int
 
 
-def adapt_for_equal_time(run: Path, mode: Rival, folder: Path, quiet: bool = False) -> Path:
+def adapt_for_equal_time(
+    run: Path,
+    mode: Rival,
+    folder: Path,
+    quiet: bool = False,
+    *,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+) -> Path:
     """Train a model by `mode` in the time that an expert's run took, and return its folder.
 
     The same call resumes a run.
@@ -46,9 +55,12 @@ def adapt_for_equal_time(run: Path, mode: Rival, folder: Path, quiet: bool = Fal
         mode: "lora" or "full".
         folder: run folder of this training; the model goes to its subfolder `model`.
         quiet: show no progress.
+        device: where to train; take the expert's, as its time is the budget.
+        dtype: precision of the training.
     """
     request = read_json(run / "request.json")
     shared = {name: request[name] for name in ("base", "row_length", "held_out_tokens", "seed")}
+    shared |= {"device": device, "dtype": dtype}
     if not (folder / "corpus").is_dir():
         shutil.copytree(run / "corpus", folder / "corpus", dirs_exist_ok=True)
     plan = folder / "effort.json"
@@ -88,7 +100,7 @@ def measure(mode: Rival, folder: Path, seconds: float, shared: dict[str, Any]) -
         def step(rows: Batch) -> None:
             task.loss(rows, 0).loss.backward()
 
-        row_seconds, _ = timed(step, batch, batch)
+        row_seconds, _ = timed(step, batch, batch, run.device)
     evaluations = 2 * len(texts.held_out.row_ids) * row_seconds * EVALUATION_COST
     return fit(
         seconds - loading - evaluations, row_seconds, texts.train.num_rows, request.row_length

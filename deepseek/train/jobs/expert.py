@@ -21,6 +21,7 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import home, read_object, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.data.text.encode import CONTEXT_BIT
+from deepseek.device.memory import peak_memory
 from deepseek.errors import CheckpointError, DataError, PackError
 from deepseek.model.language_model import expert_beside, expert_layers, layers_in
 from deepseek.packs.library import SUFFIX, experts_folder
@@ -38,7 +39,6 @@ from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
 from deepseek.train.loop.layers import parse_layers
-from deepseek.train.loop.metrics import peak_memory
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import Run, run_once
 from deepseek.train.text.corpus import Corpus
@@ -97,7 +97,7 @@ class ExpertRun(TextRun):
         self.progress.say(
             f"{self.request.name} is {outcome}; recall {gates.recall:.1%}, "
             f"false positives {gates.false_positives:.1%}, "
-            f"peak memory {peak_memory() / 1e9:.1f} GB, {self.out}"
+            f"peak memory {peak_memory(self.device) / 1e9:.1f} GB, {self.out}"
         )
         return {
             "pack": str(self.out),
@@ -107,7 +107,8 @@ class ExpertRun(TextRun):
             **asdict(outcome.result.position),
             "plan": asdict(plan),
             "gates": asdict(gates),
-            "peak_memory": peak_memory(),
+            "device": str(self.device),
+            "peak_memory": peak_memory(self.device),
             **outcome.reported.model_dump(),
         }
 
@@ -122,7 +123,7 @@ class ExpertRun(TextRun):
         pack = sum(parameter.numel() * 2 for parameter in self.module.parameters())
         return (
             f"{plan.rows * request.row_length:,} tokens in {plan.steps} steps, "
-            f"about {plan.seconds / 60:.1f} minutes; memory {peak_memory() / 1e9:.1f} GB, "
+            f"about {plan.seconds / 60:.1f} minutes on {self.device}; memory {peak_memory(self.device) / 1e9:.1f} GB, "
             f"trunk cache {cache / 1e6:,.0f} MB, pack {pack / 1e6:,.0f} MB"
         )
 
@@ -207,12 +208,14 @@ class ExpertRun(TextRun):
         stream: Stream = partial(run_trunk, self.model, self.first)
         seconds = 0.0
         if self.cached_below:
-            seconds, cached_BTD = timed(stream, warm_up, batch)
+            seconds, cached_BTD = timed(stream, warm_up, batch, self.device)
             stream = lambda rows: cached_BTD[: len(rows.row_ids)]  # noqa: E731
         task = self.task(text, [], (stream, stream))
-        step, _ = timed(lambda rows: task.loss(rows, 0).loss.backward(), warm_up, batch)
+        learn = lambda rows: task.loss(rows, 0).loss.backward()  # noqa: E731
+        step, _ = timed(learn, warm_up, batch, self.device)
         self.module.zero_grad()
-        evaluate, _ = timed(lambda rows: task.score(rows, stream(rows)), warm_up, batch)
+        score = lambda rows: task.score(rows, stream(rows))  # noqa: E731
+        evaluate, _ = timed(score, warm_up, batch, self.device)
         return Speed(seconds, step, evaluate)
 
     def train(self, texts: Texts, plan: TrainingPlan) -> Outcome:

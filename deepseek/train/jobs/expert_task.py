@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.data import Batch
+from deepseek.device.transfer import to_device
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
 from deepseek.model.experts import ExpertModule
 from deepseek.model.language_model import LanguageModel, output_head
+from deepseek.model.precision import autocast
 from deepseek.train.gates.replay import Replay
 from deepseek.train.loop.loop import LossOutput
-from deepseek.train.loop.losses import autocast, mean_loss
+from deepseek.train.loop.losses import mean_loss
 from deepseek.train.loop.packed import resume_rows
 from deepseek.train.text.trunk_cache import Stream
 
@@ -89,6 +91,6 @@ class ExpertTask:
 
     def hidden(self, batch: Batch, stream_BTD: Tensor) -> Tensor:
         """Return the final normed hidden states `[B, T, D]` with the module forced on."""
-        with self.model.experts.forced(self.module), autocast(self.model.device):
-            stream_BTD = stream_BTD.to(self.model.device, self.model.dtype)
+        with self.model.experts.forced(self.module), autocast(self.model):
+            stream_BTD = to_device(stream_BTD, self.model.device, self.model.dtype)
             return resume_rows(self.model, batch, stream_BTD, self.layer).finish()

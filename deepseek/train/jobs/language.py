@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.data.text.loader import Batch
+from deepseek.device.transfer import to_device
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, linear_cross_entropy, token_losses
 from deepseek.model.moe.balance import Balance, update_routers
+from deepseek.model.precision import autocast, compute_dtype
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.backends import SINGLE, Backend
 from deepseek.train.loop.loop import Hooks, LossOutput
-from deepseek.train.loop.losses import autocast
 from deepseek.train.loop.packed import begin_rows
 
 
@@ -39,9 +40,11 @@ class NextToken(nn.Module):
         model = self.model
         step = begin_rows(model, batch)
         hidden_BTD = step.finish()
-        labels_N = batch.labels.flatten().to(model.device)
+        labels_N = to_device(batch.labels.flatten(), model.device)
         if load_LE is None:
-            return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_N)
+            hidden_ND = hidden_BTD.flatten(0, 1)
+            dtype = compute_dtype(model)
+            return linear_cross_entropy(hidden_ND, model.lm_head.weight, labels_N, dtype=dtype)
         for layer, stats in enumerate(step.ctx.router_stats):
             load_LE[layer] += stats.dispatch.load_E()
         return token_losses(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_N)
@@ -76,7 +79,7 @@ class LanguageTask:
         total = sum(weights.values()) if weights else len(held_out)
         self.weights = {name: (weights[name] if weights else 1) / total for name in held_out}
         self.module = NextToken(model)
-        backend.shard(self.module, [*model.layers, *model.expert_pools])
+        backend.shard(self.module, [*model.layers, *model.expert_pools], compute_dtype(model))
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.routers = [module for module in model.modules() if isinstance(module, Balance)]
         buffers = {name: value for name, value in model.named_buffers() if ".balance." in name}
@@ -84,7 +87,9 @@ class LanguageTask:
 
     def loss(self, batch: Batch, step: int) -> LossOutput:
         """Return the mean loss of one batch."""
-        return LossOutput(self.module(batch), int((batch.labels != IGNORED_LABEL).sum()))
+        with autocast(self.model):
+            loss = self.module(batch)
+        return LossOutput(loss, int((batch.labels != IGNORED_LABEL).sum()))
 
     def balance(self, pace: float) -> dict[str, float]:
         """Update the routers' biases once from the load of this step; return the load's imbalance.
@@ -142,10 +147,10 @@ class LanguageTask:
         pair = torch.zeros(2, dtype=torch.float64)
         for whole in batches:
             batch = self.backend.share(whole)
-            with autocast(self.model.device):
+            with autocast(self.model):
                 losses_N = self.module(batch, load_LE)
             pair += torch.stack(
-                [losses_N.double().sum().cpu(), (batch.labels != IGNORED_LABEL).sum()]
+                [losses_N.cpu().double().sum(), (batch.labels != IGNORED_LABEL).sum()]
             )
         return self.backend.mean(pair)
 

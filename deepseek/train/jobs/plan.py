@@ -10,7 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import torch
+
 from deepseek.data import Batch
+from deepseek.device.memory import synchronize
 from deepseek.errors import TrainError
 
 T = TypeVar("T")
@@ -199,11 +202,21 @@ def make_plan(amount: Amount, seconds: float | None, speed: Speed, rows: RowCoun
     )
 
 
-def timed(action: Callable[[Batch], T], warm_up: Batch, batch: Batch) -> tuple[float, T]:
+def timed(
+    action: Callable[[Batch], T], warm_up: Batch, batch: Batch, device: torch.device
+) -> tuple[float, T]:
     """Return the seconds that `action` takes per row of `batch` after a warm-up call, and its
     result.
+
+    Args:
+        action: work on `device`, which may return before it is done.
+        warm_up: first batch, not timed.
+        batch: timed batch.
+        device: device to wait for.
     """
     action(warm_up)
+    synchronize(device)
     started = time.perf_counter()
     result = action(batch)
+    synchronize(device)
     return (time.perf_counter() - started) / len(batch.row_ids), result

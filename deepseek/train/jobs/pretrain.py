@@ -11,8 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.checkpoint.files import located
@@ -20,6 +20,8 @@ from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch, RowLoader, TokenShards
 from deepseek.data.text.filters import Skipped
+from deepseek.device.choose import choose_device, choose_dtype
+from deepseek.device.memory import free_memory, peak_memory, synchronize
 from deepseek.errors import DataError
 from deepseek.model.config import ModelConfig
 from deepseek.model.transformer import DeepSeekModel
@@ -36,7 +38,6 @@ from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.settings import DomainSettings
 from deepseek.train.loop.backends import Backend, current
 from deepseek.train.loop.loop import LoopConfig, TrainResult, train
-from deepseek.train.loop.metrics import peak_memory
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import Run, run_once
@@ -64,7 +65,7 @@ def pretrain(arguments: PretrainArguments) -> Path:
     """
     out = located(arguments.out or home() / "models" / arguments.name)
     folder = located(arguments.run_folder or home() / "runs" / arguments.name)
-    with current() as backend:
+    with current(arguments.device) as backend:
         run = Run(
             arguments.as_json(),
             out,
@@ -111,6 +112,8 @@ class PretrainRun:
         self.progress = progress
         self.backend = backend
         self.started = time.monotonic()
+        self.device = choose_device(settings.device)
+        self.dtype = choose_dtype(settings.dtype, self.device)
 
     def run(self) -> dict[str, Any] | None:
         """Train and write the model; return the figures of the run (None outside the main
@@ -144,10 +147,28 @@ class PretrainRun:
         words = (
             f"{steps:,} steps of {settings.tokens // steps:,} tokens; memory {memory / 1e9:.1f} GB"
         )
-        if memory > psutil.virtual_memory().available:
-            return f"{words}, more than this machine has free; see `deepseek plan`"
-        seconds = step_seconds(config, settings) * steps
-        return f"{words}, about {seconds / 60:.1f} minutes here, evaluation and reading not counted"
+        if memory > free_memory(self.device):
+            place = "this machine" if self.device.type == "cpu" else str(self.device)
+            return f"{words}, more than {place} has free; see `deepseek plan`"
+        minutes = self.step_seconds(config) * steps / 60
+        return (
+            f"{words}, about {minutes:.1f} minutes here on {self.device}, evaluation and reading "
+            "not counted"
+        )
+
+    def step_seconds(self, config: ModelConfig) -> float:
+        """Return the seconds of one optimizer step, measured on random tokens."""
+        settings = self.settings
+        model = DeepSeekModel(config).float().train()
+        model.compute_dtype = self.dtype
+        task = LanguageTask(nn.Module.to(model, self.device), {})
+        batch = partial(_random_batch, config.vocab_size, settings.row_length)
+        task.loss(batch(1), 0).loss.backward()  # the first pass compiles and allocates
+        synchronize(self.device)
+        started = time.perf_counter()
+        task.loss(batch(settings.batch_rows), 0).loss.backward()
+        synchronize(self.device)
+        return (time.perf_counter() - started) * settings.accumulate
 
     def known_tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the tokenizer, training it on the mix if necessary."""
@@ -194,6 +215,9 @@ class PretrainRun:
         """Run the training loop."""
         settings = self.settings
         self.model = build_model(settings, self.tokenizer)
+        self.model.compute_dtype = self.dtype
+        if self.backend.world == 1:  # a sharded model is moved part by part
+            nn.Module.to(self.model, self.device)
         held_out = {domain.name: self.held_out_batches(domain.held_out) for domain in self.domains}
         weights = {domain.name: domain.weight for domain in self.domains}
         self.task = LanguageTask(self.model, held_out, self.backend, weights)
@@ -247,7 +271,7 @@ class PretrainRun:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             for prompt in self.settings.samples:
-                ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+                ids = self.tokenizer(prompt, return_tensors="pt").input_ids.to(self.device)
                 token_budget = self.model.config.max_position_embeddings - ids.shape[1]
                 sampled_ids = self.model.generate(
                     ids,
@@ -279,7 +303,7 @@ class PretrainRun:
             "skipped": position.skipped,
             "tokens": position.tokens,
             "seconds": time.monotonic() - self.started,
-            "peak_memory": peak_memory(),
+            "peak_memory": peak_memory(self.device),
             "parameters": sum(tensor.numel() for tensor in self.task.parameters.values()),
         }
         data = {
@@ -324,16 +348,6 @@ def cut(domain: DomainSettings, characters: int, settings: PretrainArguments) ->
         characters -= len(document.text)
         if characters <= 0:
             return
-
-
-def step_seconds(config: ModelConfig, settings: PretrainArguments) -> float:
-    """Return the seconds of one optimizer step on this machine, measured on random tokens."""
-    task = LanguageTask(DeepSeekModel(config).float().train(), {})
-    batch = partial(_random_batch, config.vocab_size, settings.row_length)
-    task.loss(batch(1), 0).loss.backward()  # the first pass compiles and allocates
-    started = time.perf_counter()
-    task.loss(batch(settings.batch_rows), 0).loss.backward()
-    return (time.perf_counter() - started) * settings.accumulate
 
 
 def _random_batch(vocab_size: int, length: int, rows: int) -> Batch:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class PretrainArguments(RunArguments):
     """Pre-training"""
 
+    lighter: ClassVar[str] = "fewer --batch-rows with more --accumulate, or a shorter --row-length"
+
     unstored: ClassVar[frozenset[str]] = RunArguments.unstored | {"config"}
 
     config: str | Path | Mapping[str, Any] | None = Field(default=None, kw_only=False)

@@ -18,9 +18,11 @@ from torch import Tensor
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object, write_json
 from deepseek.data import Batch, RowLoader
+from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.errors import CheckpointError, DataError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.language_model import LanguageModel, load_language_model, output_head
+from deepseek.model.precision import compute_dtype
 from deepseek.packs.manifest import Metric
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.arguments import TextArguments
@@ -108,14 +110,23 @@ class TextRun:
     """
 
     def __init__(
-        self, request: TextRequest, folder: Path, progress: ProgressBar, dtype: str = "auto"
+        self,
+        request: TextRequest,
+        folder: Path,
+        progress: ProgressBar,
+        weights: torch.dtype | None = None,
     ) -> None:
-        """Load the base model in `dtype`."""
+        """Load the base model; its weights have the dtype of the products, or `weights`."""
         self.folder = folder
         self.progress = progress
         self.started = time.monotonic()
+        self.device = choose_device(request.device)
+        dtype = choose_dtype(request.dtype, self.device)
         self.base = resolve(request.base)
-        self.model: LanguageModel = load_language_model(self.base, dtype=dtype)
+        self.model: LanguageModel = load_language_model(
+            self.base, dtype=weights or dtype, device=self.device
+        )
+        self.model.compute_dtype = dtype
         self.tokenizer = load_tokenizer(self.base)
         self._request = request
 
@@ -166,7 +177,12 @@ class TextRun:
         candidates = torch.cat([labels[labels >= 0], frequent]).unique()
         head = output_head(self.model)
         return CandidateHead(
-            head.weight_VD, candidates, SAMPLED_TOKENS, self._request.seed, head.cap
+            head.weight_VD,
+            candidates,
+            SAMPLED_TOKENS,
+            self._request.seed,
+            head.cap,
+            compute_dtype(self.model),
         )
 
     def cached(
@@ -201,6 +217,7 @@ class TextRun:
             self._request.batch_rows,
             lambda done, total: self.progress(done, total, label),
         )
+        cache.place(self.device)
         return lambda batch: cache.read(batch.row_ids)
 
     def loop(

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from deepseek.checkpoint import store
 from deepseek.train.loop.backends import SINGLE, Backend
-from deepseek.train.loop.losses import autocast
 from deepseek.train.loop.metrics import MetricsLog, plot_losses
 from deepseek.train.loop.optim import (
     OptimConfig,
@@ -72,9 +71,9 @@ class Batches(Protocol[B_co]):
 class Task(Protocol[B_contra]):
     """What to train and how to score it.
 
-    `loss` may depend on the step (counted in batches) but not on hidden state of its own, or
-    resumed runs would differ. `evaluate` is called between steps and returns named figures,
-    including `held_out_loss` if there is held-out text.
+    `loss` chooses its own precision. It may depend on the step (counted in batches) but not on
+    hidden state of its own, or resumed runs would differ. `evaluate` is called between steps and
+    returns named figures, including `held_out_loss` if there is held-out text.
     """
 
     @property
@@ -191,7 +190,6 @@ class _Run:
         self.checkpoints = self.folder / "checkpoints"
         self.best = self.folder / "best"
         self.parameters = self.task.parameters
-        self.device = next(iter(self.parameters.values())).device
         self.optimizer = adamw(self.parameters, self.config.optim)
         self.state = TrainingState(self.parameters, self.hooks.buffers, self.optimizer)
         self.weights = Weights(self.parameters, self.hooks.buffers)
@@ -322,9 +320,8 @@ class _Run:
         tokens = 0
         parts = self.config.accumulate
         for part in range(parts):
-            with autocast(self.device):
-                batch = self.backend.share(self.batches.next())
-                output = self.task.loss(batch, self.position.step * parts + part)
+            batch = self.backend.share(self.batches.next())
+            output = self.task.loss(batch, self.position.step * parts + part)
             weight, part_tokens = self.backend.weigh(output.tokens)
             (output.loss * weight / parts).backward()
             losses.append(output.loss.detach() * weight)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from deepseek.data.text.loader import Batch
-from deepseek.kernels.cpu import fast_dtype
+from deepseek.device.transfer import to_device
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, token_losses
 from deepseek.model.language_model import LanguageModel, output_head
+from deepseek.model.precision import autocast
 from deepseek.train.loop.packed import begin_rows
 
 
@@ -21,21 +22,15 @@ class HeldOut:
     tokens: int
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Return mixed precision in the fastest dtype for matrix products on `device`; off for fp32."""
-    dtype = fast_dtype(device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-
-
 @torch.no_grad()
 def row_losses(model: LanguageModel, batch: Batch) -> Tensor:
     """Return the exact loss `[B, T]` of every token of packed rows, 0 for ignored labels.
 
     Armed experts take part.
     """
-    with autocast(model.device):
+    with autocast(model):
         hidden_BTD = begin_rows(model, batch).finish()
-    labels_BT = batch.labels.to(model.device)
+    labels_BT = to_device(batch.labels, model.device)
     head = output_head(model)
     return token_losses(
         hidden_BTD.flatten(0, 1), head.weight_VD, labels_BT.flatten(), head.cap
@@ -52,6 +47,6 @@ def mean_loss(parts: Iterable[tuple[Tensor, Tensor]]) -> HeldOut:
     total = 0.0
     tokens = 0
     for losses, labels in parts:
-        total += float(losses.double().sum())
+        total += float(losses.cpu().double().sum())
         tokens += int((labels != IGNORED_LABEL).sum())
     return HeldOut(total / max(1, tokens), tokens)

@@ -1,8 +1,6 @@
 """Metrics of a run as JSON lines and for TensorBoard, and a plot of the loss."""
 
 import json
-import resource
-import sys
 from pathlib import Path
 
 from deepseek.checkpoint.store import atomic_write
@@ -90,9 +88,3 @@ def plot_losses(folder: Path) -> Path:
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return path
-
-
-def peak_memory() -> int:
-    """Return the peak resident memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes elsewhere

@@ -8,6 +8,7 @@ from typing import overload
 from torch import Tensor
 
 from deepseek.data.text.loader import Batch
+from deepseek.device.transfer import to_device
 from deepseek.model.language_model import LanguageModel
 from deepseek.model.passes import AnyPass, ForwardPass, begin, resume
 from deepseek.model.transformer import DeepSeekModel
@@ -28,8 +29,8 @@ def begin_rows(model: LanguageModel, batch: Batch) -> AnyPass:
         model: model to run; experts take part if armed or forced.
         batch: rows of T tokens whose positions restart at each document.
     """
-    position_ids_BT = batch.position_ids.to(model.device)
-    return begin(model, batch.input_ids.to(model.device), position_ids=position_ids_BT)
+    position_ids_BT = to_device(batch.position_ids, model.device)
+    return begin(model, to_device(batch.input_ids, model.device), position_ids=position_ids_BT)
 
 
 def resume_rows(model: LanguageModel, batch: Batch, stream_BTD: Tensor, layer: int) -> AnyPass:
@@ -47,6 +48,6 @@ def resume_rows(model: LanguageModel, batch: Batch, stream_BTD: Tensor, layer: i
         stream_BTD,
         layer,
         attended=True,
-        input_ids=batch.input_ids.to(model.device),
-        position_ids=batch.position_ids.to(model.device),
+        input_ids=to_device(batch.input_ids, model.device),
+        position_ids=to_device(batch.position_ids, model.device),
     )

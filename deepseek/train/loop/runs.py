@@ -21,6 +21,7 @@ from deepseek.checkpoint.store import (
     read_object,
     write_json,
 )
+from deepseek.device.memory import out_of_memory_explained
 from deepseek.errors import CheckpointError, DataError, TrainError
 from deepseek.registry import nearest
 from deepseek.train.loop.progress import ProgressBar
@@ -86,13 +87,14 @@ def run_once(job: Callable[..., RunJob], request: Any, run: Run) -> Path:
 
     Args:
         job: takes the request, the folder, `out` (the path of the result) and `progress`.
-        request: resolved arguments, passed to `job`.
+        request: resolved arguments, passed to `job`; its `lighter` says what needs less memory.
         run: what decides the run, and where it is written.
 
     Raises:
         TrainError: the run in the folder belongs to another request or other inputs, or another
             process is writing to it.
         ConfigError: result or run folder cannot be written.
+        DeviceError: the device has too little memory; what is finished stays stored.
         KeyboardInterrupt: after Ctrl-C; the message says that the same call resumes.
     """
     run.check_places()
@@ -100,7 +102,9 @@ def run_once(job: Callable[..., RunJob], request: Any, run: Run) -> Path:
         if run.dry_run:
             _check_begun(run)
             with TemporaryDirectory() as empty:
-                progress.say(job(request, Path(empty), out=run.made, progress=progress).estimate())
+                with out_of_memory_explained(f"take {request.lighter}."):
+                    estimate = job(request, Path(empty), out=run.made, progress=progress).estimate()
+                progress.say(estimate)
             return run.made
         with run_lock(run.folder) if run.main else nullcontext():
             _run(job, request, run, progress)
@@ -116,8 +120,14 @@ def _run(job: Callable[..., RunJob], request: Any, run: Run, progress: ProgressB
     if run.main:
         _begin(run, inputs)
     try:
-        with disk_full_explained(
-            f"The disk of {run.folder} is full; free some space and run the same command."
+        with (
+            disk_full_explained(
+                f"The disk of {run.folder} is full; free some space and run the same command."
+            ),
+            out_of_memory_explained(
+                "finished work is stored: free some memory and run the same command, or give "
+                f"another --name and {request.lighter}."
+            ),
         ):
             record = job(request, run.folder, out=run.made, progress=progress).run()
     except KeyboardInterrupt as stop:

@@ -11,9 +11,10 @@ from torch.nn.functional import linear
 from deepseek.errors import ConfigError
 from deepseek.model.moe.stats import RoutingDecision
 from deepseek.model.passes import UpperLayers, begin, resume
+from deepseek.model.precision import autocast
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.layers import parse_layers
-from deepseek.train.rl.rollout import Responses, mixed
+from deepseek.train.rl.rollout import Responses
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Policy:
 
     def above(self, upper: UpperLayers, responses: Responses, stream_BSD: Tensor) -> Tensor:
         """Return the final normed hidden states `[B, T, D]` that predict the response tokens."""
-        with mixed(self.model.device):
+        with autocast(self.model, cached=False):
             step = resume(
                 self.model,
                 stream_BSD,
@@ -150,7 +151,7 @@ def below(
 
     Tokens follow the routing decisions in `routing`; layers without one choose anew.
     """
-    with mixed(model.device):
+    with autocast(model, cached=False):
         return begin(model, ids_BS, attention_mask=real_BS, routing=routing).run_to(layer)
 
 

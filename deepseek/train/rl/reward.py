@@ -82,7 +82,7 @@ class RewardModel:
             rejected_PD: features of the rejected answers.
             prompts: index of each pair's prompt; pairs of a prompt stay on one side of the split.
         """
-        held_P = torch.tensor([prompt % FOLD == 0 for prompt in prompts])
+        held_P = torch.tensor([prompt % FOLD == 0 for prompt in prompts], device=chosen_PD.device)
         if held_P.all() or not held_P.any():
             return cls.fit(base, layer, chosen_PD, rejected_PD)
         losses = {}

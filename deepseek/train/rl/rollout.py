@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError
-from deepseek.kernels.cpu import fast_dtype
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import RoutingDecision
+from deepseek.model.precision import autocast
 from deepseek.model.transformer import DeepSeekModel
 
 
@@ -166,7 +166,7 @@ def generate(
     cache = KVCache()
     alive_B = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
     done = 0
-    with torch.no_grad(), mixed(model.device):
+    with torch.no_grad(), autocast(model, cached=False):
         for column in range(width, width + new_tokens):
             output = model(
                 ids_BS[:, done:column],
@@ -206,14 +206,3 @@ def check_prompts(prompts: Sequence[Sequence[int]], most: int) -> None:
             f"Prompts must have 1 to {most} tokens; these have {min(lengths, default=0)} to "
             f"{max(lengths, default=0)}."
         )
-
-
-def mixed(device: torch.device) -> torch.autocast:
-    """Return mixed precision for inference, without autocast's weight cache.
-
-    Weights cast without gradients would otherwise be reused in a following training pass.
-    """
-    dtype = fast_dtype(device)
-    return torch.autocast(
-        device.type, dtype=dtype, enabled=dtype is not torch.float32, cache_enabled=False
-    )

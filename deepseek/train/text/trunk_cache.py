@@ -19,10 +19,18 @@ from torch import Tensor
 
 from deepseek.checkpoint.store import disk_full_explained, read_json, write_json
 from deepseek.data.text.loader import Batch, RowLoader
+from deepseek.device.memory import free_memory
+from deepseek.device.transfer import to_device
 from deepseek.errors import CheckpointError
 from deepseek.model.language_model import LanguageModel
-from deepseek.train.loop.losses import autocast
+from deepseek.model.precision import autocast
 from deepseek.train.loop.packed import begin_rows
+
+DEVICE_SHARE = 0.25
+"""Largest share of an accelerator's free memory for the copy of a cache."""
+
+ROWS_PER_COPY = 64
+"""Rows that are copied to an accelerator at once."""
 
 Stream = Callable[[Batch], Tensor]
 """Function that computes, or reads from a cache, the residual stream `[B, T, D]` of a batch."""
@@ -38,7 +46,7 @@ def run_trunk(model: LanguageModel, layer: int, batch: Batch) -> Tensor:
         layer: first layer that has an expert.
         batch: packed rows of T tokens.
     """
-    with autocast(model.device):
+    with autocast(model):
         step = begin_rows(model, batch)
         step.run_to(layer)
         return step.attend()
@@ -90,6 +98,7 @@ class TrunkCache:
             (folder / "done.bin").write_bytes(bytes(len(row_ids)))
             write_json(folder / "key.json", identity)
         self.done = np.fromfile(folder / "done.bin", dtype=np.bool_)
+        self._resident: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -126,13 +135,35 @@ class TrunkCache:
                 self._write(slots, stream_BTD)
             progress(int(self.done.sum()), len(self.done))
 
+    def place(self, device: torch.device) -> None:
+        """Keep a copy of the full cache on an accelerator, if it is small beside its free memory.
+
+        A larger one stays on the host; `read` then returns host tensors, and the trainer copies
+        each batch through page-locked memory.
+
+        Args:
+            device: the device that trains; the CPU needs no copy.
+        """
+        if device.type == "cpu" or self.num_bytes > DEVICE_SHARE * free_memory(device):
+            return
+        self._resident = torch.empty(self.shape, dtype=self.dtype, device=device)
+        for start in range(0, len(self.row_ids), ROWS_PER_COPY):
+            part = slice(start, start + ROWS_PER_COPY)
+            self._resident[part] = to_device(self.read_slots(part), device)
+
     def read(self, row_ids: Tensor) -> Tensor:
         """Return the residual streams `[B, T, D]` of these rows in the cache's dtype."""
-        slots = [self._slots[int(row)] for row in row_ids]
+        slots = np.array([self._slots[int(row)] for row in row_ids])
+        if self._resident is not None:
+            return self._resident[to_device(torch.from_numpy(slots), self._resident.device)]
+        return self.read_slots(slots)
+
+    def read_slots(self, slots: NDArray[np.intp] | slice) -> Tensor:
+        """Return the residual streams `[B, T, D]` at these places of the file, on the host."""
         rows, length, width = self.shape
         shape = (rows, length, width * self.dtype.itemsize)  # bytes, as NumPy has no bfloat16
         stored = np.memmap(self.folder / "hidden.bin", np.uint8, mode="r", shape=shape)
-        return torch.from_numpy(stored[slots]).view(self.dtype)
+        return torch.from_numpy(np.array(stored[slots])).view(self.dtype)
 
     def _holds(self, identity: dict[str, Any]) -> bool:
         try:

@@ -67,8 +67,8 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Record:
 
         return call
 
-    def run_once(job: object, request: object, run: Run) -> Path:
-        seen.append(str(replace(run, inputs=dict)))
+    def run_once(job: object, request: Any, run: Run) -> Path:
+        seen.append(f"{request.device} {replace(run, inputs=dict)}")  # the device is not stored
         return Path("made")
 
     def progress_bar(quiet: bool) -> AbstractContextManager[str]:

@@ -57,11 +57,8 @@ def main(
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import deepseek
-    from deepseek.kernels import cpu
     from deepseek.train.loop import loop
 
-    # In bf16 the order of rows in a batch rounds differently; two processes equal one only in fp32.
-    cpu.has_fast_bfloat16 = lambda: False
     step = loop._Run.step
 
     def ending_step(run: loop._Run) -> None:
@@ -79,6 +76,10 @@ def main(
     deepseek.pretrain(
         settings(texts, folder, experts=kind == "experts", steps=steps, checkpoint_every=10),
         quiet=True,
+        device="cpu",
+        # In bf16 the order of rows in a batch rounds differently; two processes equal one only in
+        # fp32.
+        dtype="float32",
     )
 
 

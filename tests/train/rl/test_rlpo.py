@@ -13,6 +13,7 @@ from deepseek.checkpoint import store
 from deepseek.errors import ConfigError, TrainError
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
+from deepseek.model.precision import autocast
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.loop import Hooks, LoopConfig, train
 from deepseek.train.loop.metrics import read_metrics
@@ -21,7 +22,7 @@ from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.rl.policy import Policy
 from deepseek.train.rl.rlpo import Learner, Minibatch, RolloutBatches
 from deepseek.train.rl.rlpo_config import RLPOConfig
-from deepseek.train.rl.rollout import Responses, generate, mixed
+from deepseek.train.rl.rollout import Responses, generate
 from deepseek.train.rl.update import RLPOState, rlpo_update
 
 VOCABULARY = 12
@@ -222,7 +223,7 @@ def test_experts_are_judged_by_the_words_as_in_the_rollout(
     monkeypatch.setattr(model.experts, "armed", ByWords)
     policy = Policy(model, layers)
     responses = generate(model, [[2, 3, 7], [5, 7, 4]], 6, (), torch.Generator().manual_seed(0))
-    with torch.no_grad(), mixed(model.device):
+    with torch.no_grad(), autocast(model, cached=False):
         output = model(
             responses.input_ids_BS[:, :-1],
             attention_mask=responses.real_BS[:, :-1],

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from deepseek.checkpoint import store
@@ -29,8 +30,8 @@ class Backend:
     main = True
     world = 1
 
-    def shard(self, module: nn.Module, parts: list[nn.Module]) -> None:
-        """Shard the parameters of `module`; each of `parts` is gathered as one unit."""
+    def shard(self, module: nn.Module, parts: list[nn.Module], dtype: torch.dtype) -> None:
+        """Shard the parameters of `module`; each of `parts` is gathered as one unit, in `dtype`."""
 
     def share(self, batch: B) -> B:
         """Return this process's rows of a global batch."""
@@ -81,12 +82,17 @@ SINGLE = Backend()
 
 
 @contextmanager
-def current() -> Iterator[Backend]:
-    """Yield this process's backend: FSDP2 if `torchrun` started it, else the single-process one."""
+def current(device: str) -> Iterator[Backend]:
+    """Yield this process's backend: FSDP2 if `torchrun` started it, else the single-process one.
+
+    Args:
+        device: name of the device. With FSDP2, "auto" and "cuda" give each process a GPU of its
+            own.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield SINGLE
         return
     from deepseek.train.loop.backends.fsdp2 import joined
 
-    with joined() as backend:
+    with joined(device) as backend:
         yield backend

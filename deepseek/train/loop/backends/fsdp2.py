@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint import store
+from deepseek.device.choose import choose_device
 from deepseek.train.loop.backends import Backend
 from deepseek.train.loop.optim import TrainingState, Weights, no_room_for
 
@@ -40,9 +41,16 @@ WORK = timedelta(minutes=30)
 
 
 @contextmanager
-def joined() -> Iterator["FSDP2"]:
-    """Join the process group that `torchrun` started, and leave it at the end."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def joined(name: str) -> Iterator["FSDP2"]:
+    """Join the process group that `torchrun` started, and leave it at the end.
+
+    Args:
+        name: name of the device; "auto" and "cuda" stand for the GPU of this process's rank.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    device = choose_device(name).type
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # torchrun reuses one store across restarts. A prefix per restart hides the addresses of dead
@@ -71,16 +79,12 @@ class FSDP2(Backend):
         self.rank = mesh.get_rank()
         self.main = self.rank == 0
 
-    def shard(self, module: nn.Module, parts: list[nn.Module]) -> None:
+    def shard(self, module: nn.Module, parts: list[nn.Module], dtype: torch.dtype) -> None:
         """Shard `module`; each of `parts`, a block or a shared pool of experts, is gathered by
         itself.
         """
         on_cpu = self.mesh.device_type == "cpu"
-        policy = (
-            MixedPrecisionPolicy()
-            if on_cpu
-            else MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        )
+        policy = MixedPrecisionPolicy() if on_cpu else MixedPrecisionPolicy(dtype, torch.float32)
         for part in [*parts, module]:
             fully_shard(part, mesh=self.mesh, mp_policy=policy)
         for part in module.modules():

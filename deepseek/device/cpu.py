@@ -1,4 +1,4 @@
-"""Detect which dtypes this processor computes fast."""
+"""Which dtypes this processor computes fast."""
 
 import platform
 from functools import cache
@@ -30,13 +30,7 @@ def _vendor() -> str:
     return cpuinfo.read_text()[:256] if cpuinfo.is_file() else platform.processor()
 
 
-def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """Return the dtype with the fastest matrix products on `device` among those with the range of
-    fp32.
-
-    Args:
-        device: a torch device; default "cpu".
-    """
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
+@cache
+def has_float16() -> bool:
+    """Whether the processor has instructions for fp16 products; emulated, they are unusably slow."""
+    return bool(torch.cpu._is_amx_fp16_supported())

@@ -1,0 +1,92 @@
+"""Memory of a device: free, peak, and what to do when it is used up.
+
+The CPU stands for this process and the machine's memory. Other devices answer through the module
+that PyTorch has for them (`torch.cuda`, `torch.mps`).
+"""
+
+import gc
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from deepseek.errors import DeviceError
+
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+"""Parts of the messages of PyTorch's allocators; only CUDA's error has a class of its own."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work, so that a clock can be read."""
+    if device.type != "cpu":
+        _module(device).synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes: resident memory of this process on the CPU, allocated tensors
+    on another device.
+    """
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # kilobytes elsewhere
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    return int(_module(device).max_memory_allocated(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated, including those that PyTorch caches."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    module = _module(device)
+    free, _ = module.mem_get_info(device)
+    return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a device is used up."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
+
+
+@contextmanager
+def out_of_memory_explained(advice: str) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory error into one sentence.
+
+    Args:
+        advice: the end of the sentence, what to do.
+
+    Raises:
+        DeviceError: the memory of the device is used up.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceError(f"The device is out of memory ({_size(error)}); {advice}") from None
+
+
+def release(device: torch.device) -> None:
+    """Give memory that PyTorch only caches back to the device."""
+    gc.collect()
+    if device.type != "cpu":
+        _module(device).empty_cache()
+
+
+def _size(error: BaseException) -> str:
+    """Return the part of PyTorch's message that names the sizes, without its advice."""
+    sentences = " ".join(str(error).split()).split(". ")
+    sized = [sentence for sentence in sentences if "ried to allocate" in sentence]
+    return (sized or sentences)[0].rstrip(".")
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)
