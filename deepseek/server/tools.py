@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek.server.errors import ApiError
+from deepseek.server.json_schema import moved
 from deepseek.server.schema import AllowedTools, ChatMessage, ChatRequest, Tool
 
 PREAMBLE = (
@@ -131,20 +132,6 @@ def named(tools: Sequence[Tool], wanted: Sequence[Tool]) -> tuple[Tool, ...]:
     """Return the tools whose names are among those of `wanted`."""
     names = {tool.function.name for tool in wanted}
     return tuple(tool for tool in tools if tool.function.name in names)
-
-
-def moved(schema: Any, root: str) -> Any:
-    """Return a JSON schema with its references rewritten for embedding at the pointer `root`."""
-    if isinstance(schema, list):
-        return [moved(part, root) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        name: root + part[1:]
-        if name == "$ref" and isinstance(part, str) and part.startswith("#")
-        else moved(part, root)
-        for name, part in schema.items()
-    }
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

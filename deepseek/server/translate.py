@@ -7,6 +7,7 @@ from typing import Any
 from deepseek.engine.request import Grammar, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.server.errors import ApiError
+from deepseek.server.json_schema import closed
 from deepseek.server.schema import JsonSchema, SamplingFields
 from deepseek.server.service import Service
 
@@ -44,7 +45,8 @@ def ask(
         max_tokens: most tokens of the answer, capped at the free context; None takes
             `Settings.answer_tokens`.
         choice: index among the answers to one prompt, added to the seed so that they differ.
-        schema: JSON schema that constrains the answer; default: none.
+        schema: JSON schema that constrains the answer, closed if it does not say (see
+            `json_schema.closed`); default: none.
         logprobs, prompt_logprobs, user_ids: see `Request`.
 
     Raises:
@@ -62,7 +64,7 @@ def ask(
         ignore_end=bool(getattr(body, "ignore_eos", None)),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=None if schema is None else Grammar("json_schema", json.dumps(schema)),
+        grammar=None if schema is None else Grammar("json_schema", json.dumps(closed(schema))),
     )
 
 

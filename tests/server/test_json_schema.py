@@ -1,0 +1,81 @@
+"""Schemas are closed unless they say otherwise."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from live_server import Live
+
+from deepseek.server.json_schema import closed
+
+NAMES = ["a", "properties", "$defs", "const"]
+SCHEMAS = st.recursive(
+    st.sampled_from([{}, {"type": "string"}, {"type": "object"}, {"const": {"properties": {}}}]),
+    lambda inner: st.one_of(
+        st.builds(
+            lambda properties: {"type": "object", "properties": properties},
+            st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+        ),
+        st.builds(lambda items: {"type": "array", "items": items}, inner),
+        st.builds(lambda parts: {"anyOf": parts}, st.lists(inner, min_size=1, max_size=2)),
+        st.builds(lambda part: {"type": "object", "additionalProperties": part}, inner),
+    ),
+    max_leaves=8,
+)
+
+
+def objects(schema: Any) -> list[dict[str, Any]]:
+    """Return the schemas in a schema that name properties."""
+    if not isinstance(schema, dict):
+        return []
+    own = [schema] if "properties" in schema else []
+    inner = [
+        *schema.get("properties", {}).values(),
+        *schema.get("anyOf", ()),
+        schema.get("items"),
+        schema.get("additionalProperties"),
+    ]
+    return own + [found for part in inner for found in objects(part)]
+
+
+@given(schema=SCHEMAS)
+def test_every_named_object_is_closed_and_nothing_else_changes(schema: dict[str, Any]) -> None:
+    result = closed(schema)
+    assert all(found["additionalProperties"] is False for found in objects(result))
+    for found in objects(result):
+        del found["additionalProperties"]
+    assert result == schema
+    assert closed(closed(schema)) == closed(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "fits"),
+    [
+        ({"properties": {"a": {}}}, {"a": 1, "b": 2}, False),
+        ({"properties": {"a": {}}, "additionalProperties": True}, {"a": 1, "b": 2}, True),
+        ({"type": "object"}, {"b": 2}, True),
+        ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, {"a": 1, "b": 2}, True),
+        ({"$defs": {"x": {"properties": {"a": {}}}}, "$ref": "#/$defs/x"}, {"a": 1, "b": 2}, False),
+    ],
+    ids=["closed", "opened", "free", "combined", "referenced"],
+)
+def test_what_fits(schema: dict[str, Any], value: Any, fits: bool) -> None:
+    assert jsonschema.Draft202012Validator(closed(schema)).is_valid(value) is fits
+
+
+def test_a_format_without_the_keyword_is_closed(server: Live) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    with server.client() as client:
+        reply = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "the value"}],
+            max_tokens=300,
+            seed=1,
+            frequency_penalty=1,
+            response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+        )
+    assert reply.choices[0].finish_reason == "stop"
+    jsonschema.validate(json.loads(reply.choices[0].message.content or ""), closed(schema))
