@@ -32,6 +32,16 @@ def serve(
     allow_host: Annotated[
         str, typer.Option(help="Further accepted Host names, comma-separated.")
     ] = "",
+    allow_origin: Annotated[
+        str,
+        typer.Option(
+            help="Sites whose pages may send requests, such as https://chat.example, "
+            "comma-separated; * for all. They need a key if there is one."
+        ),
+    ] = "",
+    served_model_name: Annotated[
+        str, typer.Option(help="Further names of the model for clients, comma-separated.")
+    ] = "",
     api_key_file: KeyFile = None,
     admin_key_file: KeyFile = None,
     experts_folder: Annotated[
@@ -79,6 +89,8 @@ def serve(
         host=host,
         port=port,
         hosts=frozenset(names(allow_host)),
+        origins=frozenset(origin.rstrip("/") for origin in names(allow_origin)),
+        aliases=frozenset(names(served_model_name)),
         api_keys=_keys(api_key_file, "DEEPSEEK_API_KEY", "--api-key-file"),
         admin_keys=_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY", "--admin-key-file"),
         teach_root=teach_root,

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -94,6 +95,15 @@ def create_app(
     add_state_routes(app, service)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(Guard, service=service)
+    # Outside of the guard, because a browser asks for permission without a key. Cookies are not
+    # allowed: a page of another site needs a key of its own.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=sorted(service.settings.origins),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
     return app
 
 

@@ -119,7 +119,7 @@ class Guard:
         method = scope["method"]
         check_host(headers, self.service)
         if method not in SAFE_METHODS:
-            check_origin(headers)
+            check_origin(headers, self.service)
         else:
             check_no_body(headers, method)
         check_length(headers, body.limit)
@@ -237,11 +237,21 @@ def is_address(name: str) -> bool:
     return True
 
 
-def check_origin(headers: Headers) -> None:
-    """Raise `ApiError` for requests from pages of other sites; programs send no `Origin`."""
+def check_origin(headers: Headers, service: Service) -> None:
+    """Raise `ApiError` for requests from pages of sites that are not allowed; programs send no
+    `Origin`.
+    """
     origin = headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != headers.get("host"):
-        raise ApiError(403, "Another site must not send requests here.", code="foreign_origin")
+    allowed = service.settings.origins
+    if origin is None or origin.partition("://")[2] == headers.get("host"):
+        return
+    if not allowed & {origin, "*"}:
+        raise ApiError(
+            403,
+            f"Pages of {origin!r:.100} must not send requests here; start the server with "
+            "--allow-origin to accept them.",
+            code="foreign_origin",
+        )
 
 
 def check_length(headers: Headers, limit: int) -> None:

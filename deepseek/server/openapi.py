@@ -43,6 +43,7 @@ class Answer(BaseModel):
     id: str
     created: int
     model: str
+    system_fingerprint: str
     usage: Usage
     experts: dict[str, int]
     retrieved: list[str] = []

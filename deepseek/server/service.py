@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from secrets import token_urlsafe
@@ -113,6 +114,9 @@ class Settings:
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
         hosts: further accepted values of the `Host` header, beside loopback and `host`.
+        origins: pages of other sites that may send requests, such as `https://chat.example`;
+            "*" allows every page.
+        aliases: further names of the base model, for clients that insist on one.
         api_keys: keys that may send requests; empty: everyone who can reach the server.
         admin_keys: keys that may change the server; empty: no one if `api_keys` are set, else
             everyone.
@@ -131,6 +135,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+    aliases: frozenset[str] = frozenset()
     api_keys: frozenset[str] = frozenset()
     admin_keys: frozenset[str] = frozenset()
     experts_folder: Path = field(default_factory=experts_folder)
@@ -174,6 +180,13 @@ class Service:
         gc.collect()
         gc.freeze()  # else a full collection scans all loaded objects and stalls every stream
         self._engine = engine
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what answers: the same text can be expected only while it stays the same."""
+        digests = [info.digest for info in self.engine.experts()]
+        parts = [self.version, self.settings.base, str(self.engine.model.dtype), *digests]
+        return f"fp_{sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
 
     @property
     def refusal(self) -> ApiError | None:
@@ -252,7 +265,8 @@ class Service:
         """Return the experts in a model name, None for the plain base name. Raises `ApiError`
         if one is not plugged.
         """
-        base = self.settings.model
+        first = model.partition(SEPARATOR)[0]
+        base = first if first in self.settings.aliases else self.settings.model
         plugged = {info.name for info in self.engine.experts()}
         if model == base:
             return None
@@ -280,6 +294,7 @@ class Service:
         with_all = [SEPARATOR.join([base, *plugged])] if len(plugged) > 1 else []
         return [
             base,
+            *sorted(self.settings.aliases),
             f"{base}{SEPARATOR}{BASE_ALONE}",
             *(f"{base}{SEPARATOR}{name}" for name in plugged),
             *with_all,

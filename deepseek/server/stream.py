@@ -137,6 +137,7 @@ class Chunks(ABC):
             "id": f"{prefix}-{token_hex(12)}",
             "created": int(time.time()),
             "model": body.model,
+            "system_fingerprint": service.fingerprint,
         }
         self.kind = kind
         self.suffix = suffix

@@ -23,6 +23,9 @@ DIALS = (
     "logit_bias",
 )
 
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Parameters that a model's own generation config may recommend."""
+
 
 def ask(
     service: Service,
@@ -56,7 +59,11 @@ def ask(
     stop = getattr(body, "stop", None) or ()
     return Request(
         tuple(prompt_ids),
-        sampling(body, min(max_tokens or service.settings.answer_tokens, free_tokens), choice),
+        sampling(
+            {**usual_sampling(service), **sent(body)},
+            min(max_tokens or service.settings.answer_tokens, free_tokens),
+            choice,
+        ),
         experts=service.experts(body.model, body.experts),
         user_ids=user_ids,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
@@ -68,14 +75,36 @@ def ask(
     )
 
 
-def sampling(body: SamplingFields, max_tokens: int, choice: int) -> Sampling:
-    """Return the sampling parameters of one answer, by default those of OpenAI."""
-    fields = {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
+def sent(body: SamplingFields) -> dict[str, Any]:
+    """Return the sampling parameters in a request."""
+    return {name: value for name in DIALS if (value := getattr(body, name, None)) is not None}
+
+
+def usual_sampling(service: Service) -> dict[str, Any]:
+    """Return the parameters of a request that has none: those that the model recommends in its
+    `generation_config.json`, else OpenAI's.
+    """
+    usual: dict[str, Any] = {"temperature": 1.0}
+    recommended = service.engine.model.generation_config
+    if recommended is not None and recommended.do_sample:
+        values = {name: getattr(recommended, name, None) for name in RECOMMENDED}
+        usual |= {name: value for name, value in values.items() if value is not None}
+    return usual
+
+
+def sampling(fields: dict[str, Any], max_tokens: int, choice: int) -> Sampling:
+    """Return the sampling parameters of one answer.
+
+    Args:
+        fields: the parameters, with the names of `DIALS`.
+        max_tokens: most tokens of the answer.
+        choice: index among the answers to one prompt.
+    """
     if "seed" in fields:
         fields["seed"] = (fields["seed"] + choice) % (1 << 63)
     if "logit_bias" in fields:
         fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
-    return Sampling(**{"temperature": 1.0, **fields, "max_new_tokens": max_tokens})
+    return Sampling(**{**fields, "max_new_tokens": max_tokens})
 
 
 def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:

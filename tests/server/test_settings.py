@@ -1,0 +1,118 @@
+"""Settings for where clients run: pages of other sites, names of the model, its own sampling."""
+
+from collections.abc import Iterator
+
+import pytest
+from live_server import Live, live
+from transformers import GenerationConfig
+
+from deepseek.server.service import Settings
+
+SITE = "https://chat.example"
+PREFLIGHT = {
+    "Origin": SITE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+BODY = {"model": "gpt-4o-mini", "prompt": "the value", "max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    settings = Settings(
+        origins=frozenset({SITE}),
+        aliases=frozenset({"gpt-4o-mini"}),
+        api_keys=frozenset({"user"}),
+        admin_keys=frozenset({"admin"}),
+    )
+    with live(tmp_path_factory.mktemp("settings"), settings) as running:
+        running.engine.plug(running.folder / "one.safetensors")
+        yield running
+
+
+def test_a_page_of_an_allowed_site_may_ask(open_server: Live) -> None:
+    with open_server.http() as http:
+        preflight = http.options("/v1/completions", headers=PREFLIGHT)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == SITE
+    with open_server.http("user") as http:
+        reply = http.post("/v1/completions", json=BODY, headers={"Origin": SITE})
+    assert reply.status_code == 200
+    assert reply.headers["access-control-allow-origin"] == SITE
+    assert "access-control-allow-credentials" not in reply.headers
+
+
+def test_an_allowed_site_still_needs_a_key(open_server: Live) -> None:
+    with open_server.http() as http:
+        reply = http.post("/v1/completions", json=BODY, headers={"Origin": SITE})
+    assert reply.status_code == 401
+    assert reply.headers["access-control-allow-origin"] == SITE  # so that the page can read why
+
+
+@pytest.mark.parametrize("origin", ["https://other.example", "null", "https://chat.example.evil"])
+def test_pages_of_other_sites_are_refused(open_server: Live, origin: str) -> None:
+    with open_server.http("user") as http:
+        preflight = http.options("/v1/completions", headers={**PREFLIGHT, "Origin": origin})
+        reply = http.post("/v1/completions", json=BODY, headers={"Origin": origin})
+    assert "access-control-allow-origin" not in preflight.headers
+    assert reply.status_code == 403
+    assert reply.json()["error"]["code"] == "foreign_origin"
+
+
+def test_a_server_without_the_setting_allows_no_page(server: Live) -> None:
+    with server.http() as http:
+        preflight = http.options("/v1/completions", headers=PREFLIGHT)
+        reply = http.post("/v1/completions", json=BODY, headers={"Origin": SITE})
+    assert "access-control-allow-origin" not in preflight.headers
+    assert reply.status_code == 403
+
+
+def test_an_alias_is_the_model(open_server: Live) -> None:
+    texts = []
+    with open_server.http("user") as http:
+        for name in ("tiny", "gpt-4o-mini", "tiny+one", "gpt-4o-mini+one", "gpt-4o-mini+none"):
+            reply = http.post("/v1/completions", json={**BODY, "model": name}).json()
+            assert reply["model"] == name
+            texts.append(reply["choices"][0]["text"])
+        listed = [model["id"] for model in http.get("/v1/models").json()["data"]]
+        unknown = http.post("/v1/completions", json={**BODY, "model": "gpt-4o"})
+    assert texts[0] == texts[1]
+    assert texts[2] == texts[3]
+    assert "gpt-4o-mini" in listed
+    assert unknown.status_code == 404
+
+
+def test_the_fingerprint_changes_with_the_experts(open_server: Live) -> None:
+    with open_server.http("user") as http:
+
+        def fingerprint() -> str:
+            reply = http.post("/v1/completions", json=BODY)
+            return str(reply.json()["system_fingerprint"])
+
+        before = fingerprint()
+        assert fingerprint() == before
+        open_server.engine.plug(open_server.folder / "two.safetensors")
+        assert fingerprint() != before
+        open_server.engine.unplug("two")
+        assert fingerprint() == before
+
+
+def test_the_models_own_sampling_is_the_default(open_server: Live) -> None:
+    model = open_server.engine.model
+    before = model.generation_config
+    body = {name: value for name, value in BODY.items() if name != "temperature"}
+
+    def texts() -> set[str]:
+        with open_server.http("user") as http:
+            replies = [http.post("/v1/completions", json={**body, "max_tokens": 12}).json()]
+            replies.append(http.post("/v1/completions", json={**body, "max_tokens": 12}).json())
+        return {reply["choices"][0]["text"] for reply in replies}
+
+    try:
+        assert len(texts()) == 2  # temperature 1
+        model.generation_config = GenerationConfig(
+            do_sample=True, temperature=0.01, top_k=1, eos_token_id=before.eos_token_id
+        )
+        assert len(texts()) == 1
+    finally:
+        model.generation_config = before
