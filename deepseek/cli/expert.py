@@ -1,6 +1,5 @@
 """`deepseek expert`: train, import, list, inspect, verify and sign expert packs."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
