@@ -1,0 +1,372 @@
+"""Fuzz targets: readers of untrusted files and requests, each with valid seeds and a strategy."""
+
+import asyncio
+import json
+import struct
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from fuzz.mutate import deep, mutated_bytes, mutated_text, mutated_value
+from hypothesis import strategies as st
+from pyarrow import Table, parquet
+from tiny_expert import save_base, save_expert
+from tiny_gguf import tiny_llama, write_gguf
+from tiny_model import tiny_model
+from tiny_tokenizer import CHATML, tiny_tokenizer
+
+from deepseek.checkpoint.gguf.convert import convert_gguf
+from deepseek.data.preferences.files import read_preferences
+from deepseek.data.text.source import read_records
+from deepseek.engine.engine import Engine
+from deepseek.engine.load import load
+from deepseek.errors import UserError
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.pack import read_pack
+from deepseek.server.app import create_app
+from deepseek.server.service import Settings
+from deepseek.text.chat_template import encode_chat, encode_prompt
+from deepseek.train.jobs.pretrain_arguments import PretrainArguments
+from deepseek.train.jobs.recipe import STAGES, RecipeSettings
+
+Run = Callable[[Any], object]
+
+
+@dataclass(frozen=True)
+class Fuzzer:
+    """A target.
+
+    Attributes:
+        cases: strategy of its inputs.
+        run: takes one input; a `UserError` is a refusal, any other exception a finding.
+    """
+
+    cases: st.SearchStrategy[Any]
+    run: Run
+
+
+def pack(folder: Path, _: ExitStack) -> Fuzzer:
+    """Expert packs: header length, JSON header, manifest and tensors."""
+    base = save_base(folder / "base")
+    seed = save_expert(load(base, dtype="float32"), "one", folder).read_bytes()
+    header, data = split_safetensors(seed)
+    manifest = json.loads(header["__metadata__"]["deepseek.expert"])
+
+    def packed(parts: tuple[Any, Any]) -> bytes:
+        changed, own = parts
+        if isinstance(changed, dict) and isinstance(changed.get("__metadata__"), dict):
+            changed["__metadata__"]["deepseek.expert"] = as_json(own)
+        return join_safetensors(changed, data)
+
+    cases = st.one_of(
+        mutated_bytes(seed),
+        st.tuples(mutated_value(header), mutated_value(manifest)).map(packed),
+        st.just(join_safetensors({"__metadata__": {"deepseek.expert": deep("[", "]")}}, b"")),
+    )
+    return Fuzzer(cases, on_file(folder / "case.safetensors", read_pack))
+
+
+def gguf(folder: Path, _: ExitStack) -> Fuzzer:
+    """GGUF files: counts, lengths, types, offsets and facts."""
+    path = folder / "seed.gguf"
+    write_gguf(tiny_llama(), path)
+    seed = path.read_bytes()
+    out = folder / "out"
+    out.mkdir()
+    cases = st.one_of(mutated_bytes(seed), mutated_bytes(seed[:2048], most=8))
+    return Fuzzer(cases, on_file(folder / "case.gguf", lambda file: convert_gguf(file, out)))
+
+
+def safetensors(folder: Path, _: ExitStack) -> Fuzzer:
+    """Model folders: the header of the weights, the weights and config.json."""
+    base = save_base(folder / "base")
+    weights = base / "model.safetensors"
+    config = base / "config.json"
+    seed = weights.read_bytes()
+    fields = json.loads(config.read_text())
+    header, data = split_safetensors(seed)
+    cases = st.one_of(
+        st.tuples(mutated_bytes(seed), st.just(as_json(fields))),
+        st.tuples(
+            mutated_value(header).map(lambda changed: join_safetensors(changed, data)),
+            st.just(as_json(fields)),
+        ),
+        st.tuples(st.just(seed), mutated_value(fields).map(as_json)),
+        st.tuples(st.just(seed), mutated_bytes(as_json(fields).encode()).map(lossy)),
+    )
+
+    def run(case: tuple[bytes, str]) -> None:
+        weights.write_bytes(case[0])
+        config.write_text(case[1], encoding="utf-8", errors="surrogatepass")
+        DeepSeekModel.from_pretrained(base, dtype="float32")
+
+    return Fuzzer(cases, run)
+
+
+RECORDS = [
+    {"text": "one line", "time": 5},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+]
+
+PAIRS = [
+    {"prompt": "q", "chosen": "a", "rejected": "b", "labels": ["x"], "scores": {"j": [1, 0]}},
+    {
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+        "source": "s",
+        "scores": '{"j": [1, 0]}',
+    },
+]
+
+
+def lines(seeds: list[Any]) -> st.SearchStrategy[bytes]:
+    """Return JSONL files of changed records."""
+    whole = "\n".join(map(json.dumps, seeds)).encode()
+    one = mutated_value(*seeds).map(as_json)
+    return st.one_of(
+        mutated_bytes(whole),
+        st.lists(one, min_size=1, max_size=4).map(lambda many: lossless("\n".join(many))),
+        st.sampled_from([deep("[", "]").encode(), deep('{"text":', "}").encode()]),
+    )
+
+
+def jsonl(folder: Path, _: ExitStack) -> Fuzzer:
+    """Training text in JSONL."""
+    return Fuzzer(lines(RECORDS), on_file(folder / "case.jsonl", lambda f: list(read_records(f))))
+
+
+def parquet_rows(folder: Path, _: ExitStack) -> Fuzzer:
+    """Training text in Parquet."""
+    path = folder / "seed.parquet"
+    parquet.write_table(Table.from_pylist([{"text": "one"}, {"text": "two"}]), path)
+    cases = mutated_bytes(path.read_bytes())
+    return Fuzzer(cases, on_file(folder / "case.parquet", lambda f: list(read_records(f))))
+
+
+def preferences(folder: Path, _: ExitStack) -> Fuzzer:
+    """Preference pairs in JSONL, and their rows in the database."""
+
+    def run(file: Path) -> None:
+        for pair in read_preferences(file):
+            pair.row()
+
+    return Fuzzer(lines(PAIRS), on_file(folder / "case.jsonl", run))
+
+
+CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "hello"}],
+    "max_tokens": 1,
+    "temperature": 0.5,
+    "stop": ["x"],
+    "logit_bias": {"5": 1.0},
+    "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    "experts": {"arm": "auto", "deny": []},
+}
+
+BODIES: dict[str, Any] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"model": "tiny", "prompt": "ab", "max_tokens": 1, "echo": True},
+    "/v1/embeddings": {"model": "tiny", "input": ["ab", "c"]},
+    "/v1/responses": {
+        "model": "tiny",
+        "input": [{"role": "user", "content": "hi"}],
+        "max_output_tokens": 1,
+        "text": {"format": {"type": "text"}},
+    },
+    "/v1/experts": {"name": "one"},
+    "/v1/experts/arm": {"arm": ["one"]},
+    "/v1/teach": {"name": "one", "kind": "folder", "path": "."},
+    "/v1/preferences": {
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": "a",
+        "rejected": "b",
+    },
+}
+
+SELF = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+
+
+def bodies(folder: Path, stack: ExitStack) -> Fuzzer:
+    """Bodies of requests, answered by the server in this process."""
+    engine = stack.enter_context(Engine(*tiny_model(), max_waiting=64))
+    settings = Settings(
+        model="tiny", preferences=folder / "prefs.db", experts_folder=folder, max_body=1 << 20
+    )
+    app = create_app(engine, settings)
+
+    async def post(case: tuple[str, bytes]) -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            headers = {"Content-Type": "application/json"}
+            return await client.post(case[0], content=case[1], headers=headers, timeout=60)
+
+    def run(case: tuple[str, bytes]) -> None:
+        reply = asyncio.run(post(case))
+        assert reply.status_code < 500, f"{reply.status_code}: {reply.text[:300]}"
+        if reply.status_code >= 400:
+            error = reply.json()["error"]
+            assert error["message"].isprintable(), error
+
+    def one(route: str, seed: Any) -> st.SearchStrategy[tuple[str, bytes]]:
+        changed = mutated_value(seed, {**seed, "response_format": SELF}).map(as_json).map(lossless)
+        texts = st.one_of(changed, mutated_bytes(as_json(seed).encode()))
+        nested = st.sampled_from([deep("[", "]").encode(), deep('{"a":', "}").encode()])
+        return st.tuples(st.just(route), st.one_of(texts, texts, texts, nested))
+
+    return Fuzzer(st.one_of([one(route, seed) for route, seed in BODIES.items()]), run)
+
+
+RECIPE = {
+    "name": "r",
+    "base": "smollm2-135m",
+    "licence": "Apache-2.0",
+    "stages": [
+        {"stage": "adapt", "with": {"from_folder": "docs", "tokens": 100, "learning_rate": 0.001}},
+        {"stage": "align", "name": "b", "with": {"rollouts": 2, "layers": "last:2"}},
+    ],
+}
+
+PRETRAIN = {
+    "name": "p",
+    "domains": {"text": {"folder": "docs", "weight": 1.0}},
+    "tokens": 1000,
+    "model": {"preset": "deepseek-nano", "num_hidden_layers": 2},
+    "samples": ["The "],
+}
+
+YAML_WORDS = ("&a ", "*a", "!!python/object:os.system ", "- ", ": ", "\t", "{", "[", "'", '"', "\0")
+YAML_WORDS += (
+    "!!timestamp 2001-01-01",
+    "!!binary x",
+    ".nan",
+    ".inf",
+    "0x",
+    "1_000",
+    "~",
+    "<<: *a",
+    "? ",
+)
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def recipes(folder: Path, _: ExitStack) -> Fuzzer:
+    """Recipes and pre-training configurations in YAML."""
+
+    def run(file: Path) -> None:
+        content = file.read_bytes()
+        for read in (read_recipe, PretrainArguments.read):
+            try:
+                read(file)
+            except UserError:
+                assert file.read_bytes() == content
+
+    texts = [yaml.safe_dump(seed) for seed in (RECIPE, PRETRAIN)]
+    cases = st.one_of(
+        mutated_text(*texts, words=YAML_WORDS).map(lossless),
+        mutated_value(RECIPE, PRETRAIN).map(as_json).map(lossless),
+        mutated_bytes(*[text.encode() for text in texts]),
+        st.sampled_from([BOMB.encode(), deep("[", "]").encode(), deep("{a: ", "}").encode()]),
+    )
+    return Fuzzer(cases, on_file(folder / "case.yaml", run))
+
+
+def read_recipe(file: Path) -> None:
+    """Read a recipe and the arguments of its stages, as `train_recipe` does before it starts."""
+    for step in RecipeSettings.read(file).stages:
+        if step.stage in STAGES:
+            STAGES[step.stage].arguments.read(**step.with_)
+
+
+TEMPLATE_WORDS = ("{{ ", " }}", "{% for ", "{% endfor %}", "{% if ", "{% endif %}", "{{ 1/0 }}")
+TEMPLATE_WORDS += ("{{ messages[99].x.y }}", "{{ range(10**9)|list }}", "{{ 'x' * 10**12 }}")
+TEMPLATE_WORDS += (
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages|tojson }}",
+    "{{ raise_exception('no') }}",
+)
+TEMPLATE_WORDS += ("{{ strftime_now('%Y') }}", "{% include 'x' %}", "{% set x = 2**2**2**2**2 %}")
+TEMPLATE_WORDS += (
+    "{{ (1,2)|sum }}",
+    "{{ messages|first + 1 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}",
+)
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def templates(_: Path, __: ExitStack) -> Fuzzer:
+    """Chat templates, and conversations in them."""
+    tokenizer = tiny_tokenizer()
+
+    def run(case: tuple[str, Any]) -> None:
+        tokenizer.chat_template = case[0]
+        for encode in (encode_prompt, encode_chat):
+            try:
+                encode(tokenizer, case[1])
+            except UserError as error:
+                assert str(error).endswith("."), error
+
+    cases = st.one_of(
+        st.tuples(mutated_text(CHATML, words=TEMPLATE_WORDS), st.just(TALK)),
+        st.tuples(st.just(CHATML), mutated_value(TALK)),
+    )
+    return Fuzzer(cases, run)
+
+
+TARGETS: dict[str, Callable[[Path, ExitStack], Fuzzer]] = {
+    "pack": pack,
+    "gguf": gguf,
+    "safetensors": safetensors,
+    "jsonl": jsonl,
+    "parquet": parquet_rows,
+    "preferences": preferences,
+    "bodies": bodies,
+    "recipes": recipes,
+    "templates": templates,
+}
+
+
+def on_file(path: Path, read: Run) -> Run:
+    """Return a run that writes its input to a file and reads that."""
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        read(path)
+
+    return run
+
+
+def split_safetensors(data: bytes) -> tuple[Any, bytes]:
+    """Return the header and the bytes of a safetensors file."""
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def join_safetensors(header: Any, data: bytes) -> bytes:
+    """Return a safetensors file."""
+    text = lossless(as_json(header))
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def as_json(value: Any) -> str:
+    """Return JSON, in which NaN and lone surrogates stay as they are."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def lossless(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def lossy(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
