@@ -1,5 +1,6 @@
 """Structured mutation: start from valid files and values, and change bytes, lengths, nodes, words."""
 
+import copy
 import json
 import math
 import struct
@@ -68,11 +69,11 @@ def mutated_value(draw: st.DrawFn, *seeds: Any, most: int = 3) -> Any:
     for _ in range(draw(st.integers(0, most))):
         nodes = list(places(value))
         if not nodes:
-            return draw(st.sampled_from(LEAVES))
+            return draw(leaves())
         parent, key = draw(st.sampled_from(nodes))
         kind = draw(st.sampled_from(["leaf", "leaf", "node", "remove", "add", "rename", "wrap"]))
         if kind == "leaf":
-            parent[key] = draw(st.sampled_from(LEAVES))
+            parent[key] = draw(leaves())
         elif kind == "node":
             other, name = draw(st.sampled_from(nodes))
             parent[key] = json.loads(json.dumps(other[name]))
@@ -83,12 +84,18 @@ def mutated_value(draw: st.DrawFn, *seeds: Any, most: int = 3) -> Any:
                 st.sampled_from(LEAVES)
             )
         elif kind == "add":
-            parent.insert(key, draw(st.sampled_from(LEAVES)))
+            parent.insert(key, draw(leaves()))
         elif kind == "rename" and isinstance(parent, dict):
             parent[key + draw(st.sampled_from(["s", "_", "\0"]))] = parent.pop(key)
         elif kind == "wrap":
             parent[key] = [parent[key]]
     return value
+
+
+@st.composite
+def leaves(draw: st.DrawFn) -> Any:
+    """Return a copy of a leaf, since edits change values in place."""
+    return copy.deepcopy(draw(st.sampled_from(LEAVES)))
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:

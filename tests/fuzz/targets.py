@@ -212,8 +212,7 @@ def bodies(folder: Path, stack: ExitStack) -> Fuzzer:
         reply = asyncio.run(post(case))
         assert reply.status_code < 500, f"{reply.status_code}: {reply.text[:300]}"
         if reply.status_code >= 400:
-            error = reply.json()["error"]
-            assert error["message"].isprintable(), error
+            raise UserError(reply.json()["error"]["message"])
 
     def one(route: str, seed: Any) -> st.SearchStrategy[tuple[str, bytes]]:
         changed = mutated_value(seed, {**seed, "response_format": SELF}).map(as_json).map(lossless)
@@ -264,12 +263,9 @@ def recipes(folder: Path, _: ExitStack) -> Fuzzer:
     """Recipes and pre-training configurations in YAML."""
 
     def run(file: Path) -> None:
-        content = file.read_bytes()
-        for read in (read_recipe, PretrainArguments.read):
-            try:
-                read(file)
-            except UserError:
-                assert file.read_bytes() == content
+        refusals = [refusal(read, file) for read in (read_recipe, PretrainArguments.read)]
+        if all(refusals):
+            raise UserError(" ".join(map(str, refusals)))
 
     texts = [yaml.safe_dump(seed) for seed in (RECIPE, PRETRAIN)]
     cases = st.one_of(
@@ -279,6 +275,15 @@ def recipes(folder: Path, _: ExitStack) -> Fuzzer:
         st.sampled_from([BOMB.encode(), deep("[", "]").encode(), deep("{a: ", "}").encode()]),
     )
     return Fuzzer(cases, on_file(folder / "case.yaml", run))
+
+
+def refusal(read: Run, file: Path) -> UserError | None:
+    """Return the error that a reader raises; None if it accepts the file."""
+    try:
+        read(file)
+    except UserError as error:
+        return error
+    return None
 
 
 def read_recipe(file: Path) -> None:
@@ -311,11 +316,8 @@ def templates(_: Path, __: ExitStack) -> Fuzzer:
 
     def run(case: tuple[str, Any]) -> None:
         tokenizer.chat_template = case[0]
-        for encode in (encode_prompt, encode_chat):
-            try:
-                encode(tokenizer, case[1])
-            except UserError as error:
-                assert str(error).endswith("."), error
+        encode_prompt(tokenizer, case[1])
+        encode_chat(tokenizer, case[1])
 
     cases = st.one_of(
         st.tuples(mutated_text(CHATML, words=TEMPLATE_WORDS), st.just(TALK)),
