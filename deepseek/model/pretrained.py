@@ -87,6 +87,12 @@ def load_pretrained(
     if upcycled:
         merged = _shared_from_dense(merged)
     plain, matrices = restored(convert_tensors(read_tensors(folder), merged.to_dict()))
+    for name, tensor in plain.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"The checkpoint's tensor {shown(name)} is of dtype {tensor.dtype}; weights must be "
+                "floating-point numbers."
+            )
     tensors = {
         # Balance buffers stay fp32: their updates vanish in bf16.
         name: t.to(device, t.dtype if ".balance." in name else target)
