@@ -4,12 +4,21 @@ Every message is one sentence that says what is wrong and what to do. The comman
 exits with code 2. Library users can catch `UserError`, a `ValueError`.
 """
 
+from deepseek.terminal import visible
+
 SHOWN = 80
 """Most characters of a value that a message shows."""
 
 
 class UserError(ValueError):
-    """Base class of errors with a cause outside this library; the message says what to do."""
+    """Base class of errors with a cause outside this library; the message says what to do.
+
+    The message is one printable line: what files, names and other libraries put into it cannot
+    write control characters to a terminal, a log or a reply.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible(message))
 
 
 class ConfigError(UserError):

@@ -41,6 +41,7 @@ NEIGHBOURS = {
     ("device", "errors"),
     ("device", "registry"),
     ("kernels", "device"),
+    ("errors", "terminal"),
     ("kernels", "errors"),
     ("packs", "checkpoint"),
     ("registry", "errors"),

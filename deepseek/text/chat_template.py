@@ -47,6 +47,8 @@ def check_messages(messages: Sequence[Message], where: str = "The conversation")
         messages: the conversation.
         where: beginning of the error message.
     """
+    if not isinstance(messages, list | tuple):
+        raise DataError(f"{where} is {shown(messages)}; it must be a list of messages.")
     if not messages:
         raise DataError(f"{where} has no messages; give at least one with a role and a content.")
     for number, message in enumerate(messages, 1):
