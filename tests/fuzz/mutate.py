@@ -80,9 +80,7 @@ def mutated_value(draw: st.DrawFn, *seeds: Any, most: int = 3) -> Any:
         elif kind == "remove":
             del parent[key]
         elif kind == "add" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(["x", "", "type", "$ref", "\x1b[0m"]))] = draw(
-                st.sampled_from(LEAVES)
-            )
+            parent[draw(st.sampled_from(["x", "", "type", "$ref", "\x1b[0m"]))] = draw(leaves())
         elif kind == "add":
             parent.insert(key, draw(leaves()))
         elif kind == "rename" and isinstance(parent, dict):
