@@ -33,8 +33,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
     "qwen3moe": ("qwen3_moe", MOE | {"head_dim": 32, "moe_intermediate_size": 768}),
-    "gemma2": ("gemma2", {"head_dim": 32, "sliding_window": 16}),
-    "gemma3": ("gemma3_text", {"head_dim": 32, "sliding_window": 16, "num_hidden_layers": 6}),
+    "gemma2": ("gemma2", {"head_dim": 256, "sliding_window": 16}),
+    "gemma3": ("gemma3_text", {"head_dim": 256, "sliding_window": 16, "num_hidden_layers": 6}),
     "phi3": ("phi3", {"tie_word_embeddings": False}),
 }
 """Architecture -> model type and fields. Where `transformers` does not read a width from GGUF, it

@@ -115,6 +115,12 @@ def test_what_llama_cpp_cannot_compute_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.gguf", "stock"]
 
 
+def test_a_scale_of_queries_that_llama_cpp_does_not_use_is_refused(tmp_path: Path) -> None:
+    folder = stock("gemma3", tmp_path, query_pre_attn_scalar=64)
+    with pytest.raises(ConfigError, match="query_pre_attn_scalar=64"):
+        export_model(folder, tmp_path / "out.gguf", "gguf")
+
+
 def test_wrong_requests_are_one_sentence(tmp_path: Path) -> None:
     folder = stock("phi3", tmp_path)
     with pytest.raises(ConfigError, match="'phi3' are not written as GGUF"):

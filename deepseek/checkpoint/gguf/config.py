@@ -44,9 +44,9 @@ MORE_FIELDS = {
 TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 """Name in a config -> name in GGUF metadata."""
 
-GEMMA3_27B_LAYERS = 62
-"""Gemma 3 27B is the one Gemma 3 whose queries are not scaled by the head width; llama.cpp knows it
-by this number, too.
+LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+"""Layers of the one size of each Gemma whose queries are scaled by the mean width of a head, not by
+the head's own; llama.cpp tells it by this number, too.
 """
 
 
@@ -79,8 +79,10 @@ def model_config(file: GgufFile) -> PretrainedConfig:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **_rope(file),
     }
-    if family == "gemma3" and values.get("num_hidden_layers") == GEMMA3_27B_LAYERS:
-        values["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"]
+    if family in LARGEST_GEMMA and "head_dim" in values:
+        values["query_pre_attn_scalar"] = values["head_dim"]
+        if values.get("num_hidden_layers") == LARGEST_GEMMA[family]:
+            values["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"]
     try:
         return config_class(**values)
     except Exception as error:  # config classes check their fields with errors of many types
