@@ -4,7 +4,8 @@ does not compute.
     python benchmarks/torch_batch.py [--model smollm2-135m] [--kinds dmoe dpe lsh] [--json FILE]
 
 The base is upcycled to 16 experts with dynamic routing (`dmoe`), given dynamic positions with random
-parameters (`dpe`), or LSH attention (`lsh`); `dmoe+dpe` and `dmoe+lsh` are both. Every stream has a
+parameters (`dpe`), or LSH attention (`lsh`); `dmoe+dpe` and `dmoe+lsh` are both. `stock` is the model
+as it is, which may be one of another family with experts attached. Every stream has a
 prompt of its own of `--prompt` tokens (longer than LSH attention's local window), and all decode
 greedily, without engine or sampler. One stream and sixteen take turns, `--steps` steps each, so
 that whatever else the machine does slows both down; the figures are medians over the rounds.
@@ -24,14 +25,15 @@ import torch
 from results import write
 
 from deepseek.engine.load import load
-from deepseek.engine.torch_runner import TorchRunner, TorchState
+from deepseek.engine.runners import reference_runner
 from deepseek.model.config import ModelConfig
+from deepseek.model.language_model import LanguageModel
 from deepseek.model.positions.dynamic import DynamicBias
-from deepseek.model.transformer import DeepSeekModel
-from deepseek.runner import Chunk
+from deepseek.runner import Chunk, Runner, SequenceState
 
 MIXTURE = {"num_experts": 16, "routing_strategy": "dynamic"}
 KINDS: dict[str, dict[str, Any]] = {
+    "stock": {},
     "dense": {},
     "dmoe": MIXTURE,
     "dpe": {"positional_encoding": "dpe"},
@@ -60,7 +62,9 @@ def main() -> None:
         write(options.json, {"streams": STREAMS, "figures": figures})
 
 
-def make_model(kind: str, options: argparse.Namespace) -> DeepSeekModel:
+def make_model(kind: str, options: argparse.Namespace) -> LanguageModel:
+    if kind == "stock":
+        return load(options.model, dtype=options.dtype).model
     fields = dict(KINDS[kind])
     if "num_experts" in fields:
         fields["expert_dim"] = options.expert_dim
@@ -76,7 +80,7 @@ def make_model(kind: str, options: argparse.Namespace) -> DeepSeekModel:
 def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the speed of one stream and of sixteen, in turns."""
     model = make_model(kind, options)
-    runner = TorchRunner(model)
+    runner = reference_runner(model)
     capacity = options.prompt + options.steps * (options.rounds + 1) + 1
     prompts = [prompt_ids(options.prompt, number) for number in range(STREAMS + 1)]
     alone = Streams(runner, prompts[:1], capacity)
@@ -114,11 +118,9 @@ class Streams:
         capacity: maximum number of tokens of each.
     """
 
-    def __init__(
-        self, runner: TorchRunner, prompts: Sequence[tuple[int, ...]], capacity: int
-    ) -> None:
+    def __init__(self, runner: Runner, prompts: Sequence[tuple[int, ...]], capacity: int) -> None:
         self.runner = runner
-        self.states: list[TorchState] = [runner.start(None, capacity) for _ in prompts]
+        self.states: list[SequenceState] = [runner.start(None, capacity) for _ in prompts]
         self.tokens: list[int] = []
         for state, prompt in zip(self.states, prompts, strict=True):
             for start in range(0, len(prompt), 64):
@@ -139,7 +141,7 @@ class Streams:
 
 
 def agreement(
-    runner: TorchRunner, prompts: Sequence[tuple[int, ...]], capacity: int, steps: int = 16
+    runner: Runner, prompts: Sequence[tuple[int, ...]], capacity: int, steps: int = 16
 ) -> dict[str, float]:
     """Return the largest difference of logits, and the share of equal tokens, of four streams alone
     and beside twelve others that write the same tokens.
