@@ -89,6 +89,10 @@ class FakeTensor(Tensor):
     def tolist(self) -> Any:
         return self.data_on_host.tolist()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the storage, by which two views of one memory are known."""
+        return self.data_on_host.untyped_storage()
+
     def __getitem__(self, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
         return super().__getitem__(

@@ -9,6 +9,7 @@ from rich.text import Text
 from deepseek.cli.options import arming, expert_packs
 from deepseek.cli.output import plain
 from deepseek.cli.pull import fetch
+from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
@@ -50,6 +51,7 @@ def opened(
         device: option `--device`.
         dtype: option `--dtype`.
     """
+    choose_dtype(dtype, choose_device(device))  # before a base is fetched
     fetch(base)
     with Console(stderr=True).status(plain(f"loading {base}")):
         packs = expert_packs(experts, base)
