@@ -1,6 +1,8 @@
 """Read a git history as documents: files at a commit, and commits as message and diff."""
 
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -25,6 +27,9 @@ MAX_COMMIT_CHARACTERS = 32_000
 """Longest diff of a commit. Larger ones are imports, renames and reformattings, which teach
 nothing.
 """
+
+LOOSE_OBJECT = re.compile(r"/objects/[0-9a-f]{2}/[0-9a-f]{38,62}$")
+CHUNK = 1 << 16
 
 MAX_STORES = 16
 """Most folders over which a repository may be spread."""
@@ -60,19 +65,41 @@ def open_repository(path: str | Path) -> pygit2.Repository:
             raise DataError(
                 f"{path} is not inside a git repository; give a clone, or read it as a folder."
             )
-        refuse_pipes(Path(git_folder))
+        refuse_endless(Path(git_folder))
         return pygit2.Repository(git_folder)
 
 
-def refuse_pipes(git_folder: Path) -> None:
-    """Raise `DataError` if a file of a repository is a named pipe or a device, at which git would
-    wait.
+def refuse_endless(git_folder: Path) -> None:
+    """Raise `DataError` if a file of a repository is one at which libgit2 would wait forever.
+
+    These are named pipes, devices, and loose objects that are cut short: their inflation never
+    ends (libgit2 1.9).
     """
     for folder, _, names in os.walk(git_folder):
         for name in names:
             file = Path(folder, name)
             if is_special(file):
                 raise DataError(f"{file} is a pipe or a device; clone the repository again.")
+            if LOOSE_OBJECT.search(file.as_posix()) and not _is_whole(file):
+                raise DataError(
+                    f"The git repository at {git_folder} is damaged ({file} is cut short); run "
+                    "`git fsck` in it, or clone it again."
+                )
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether the compressed stream of a loose object reaches its end."""
+    stream = zlib.decompressobj()
+    try:
+        with open(file, "rb") as opened:
+            data = opened.read(CHUNK)
+            inflated = data
+            while (data or inflated) and not stream.eof:
+                inflated = stream.decompress(data, CHUNK)
+                data = stream.unconsumed_tail or opened.read(CHUNK)
+    except (OSError, zlib.error):
+        return False
+    return stream.eof
 
 
 def repository_stores(path: Path) -> list[Path]:
