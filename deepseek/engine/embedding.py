@@ -40,7 +40,7 @@ class ActiveEmbedding:
         self._model = model
         self._block = block
         self._vectors: list[list[float]] = []
-        self._sum_D = torch.zeros(())
+        self._sum_D = torch.zeros((), device=model.device)
         self._restart()
 
     def cancel(self) -> None:
