@@ -32,6 +32,9 @@ TEMPERATURE = partial(number, least=1e-3, most=1e3)
 
 BALANCE_RATE = partial(number, least=0, most=1)
 
+MAX_LAYERS = 4096
+"""Most layers of a model; each one is built, also on the meta device, before weights are read."""
+
 size = partial(whole, least=1, most=MAX_SIZE)
 count = partial(whole, least=0, most=MAX_SIZE)
 
@@ -50,7 +53,7 @@ FIELDS: dict[str, Check] = {
     "vocab_size": size,
     "hidden_size": size,
     "intermediate_size": size,
-    "num_hidden_layers": size,
+    "num_hidden_layers": partial(whole, least=1, most=MAX_LAYERS),
     "num_attention_heads": size,
     "num_key_value_heads": optional(size),
     "head_dim": optional(size),

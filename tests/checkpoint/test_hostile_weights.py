@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_expert import save_base
 
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, ConfigError
 from deepseek.model.transformer import DeepSeekModel
 
 NORM = "norm.weight"
@@ -77,6 +77,15 @@ def test_weights_that_are_cut_short_are_refused(kept: int, tmp_path: Path) -> No
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     refused_within_memory(folder)
+
+
+@pytest.mark.parametrize("layers", [5000, 10**6, 2**31 - 1, 2**40])
+def test_no_model_is_built_of_millions_of_layers(layers: int, tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "base")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": layers}))
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        DeepSeekModel.from_pretrained(folder)
 
 
 def refused_within_memory(folder: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
 from deepseek.checkpoint.gguf.reader import GgufFile
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, shown
 
 FAMILIES = {
     "llama": "llama",
@@ -79,6 +79,7 @@ def model_config(file: GgufFile) -> PretrainedConfig:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **_rope(file),
     }
+    _check_layers(file)
     if family in LARGEST_GEMMA and "head_dim" in values:
         values["query_pre_attn_scalar"] = values["head_dim"]
         if values.get("num_hidden_layers") == LARGEST_GEMMA[family]:
@@ -91,6 +92,19 @@ def model_config(file: GgufFile) -> PretrainedConfig:
             f"{file.path} describes no {family} model ({reason}); convert the original model to "
             "GGUF again."
         ) from None
+
+
+def _check_layers(file: GgufFile) -> None:
+    """Raise `CheckpointError` if the file states more layers than it has tensors.
+
+    A model is built from the stated number, also on the meta device, before its tensors are read.
+    """
+    layers = file.facts.get(f"{file.architecture}.block_count", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= len(file.tensors):
+        raise CheckpointError(
+            f"{file.path} states {shown(layers)} layers and has {len(file.tensors)} tensors; convert "
+            "the original model to GGUF again."
+        )
 
 
 def generation_config(file: GgufFile) -> GenerationConfig:

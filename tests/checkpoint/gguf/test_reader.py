@@ -108,3 +108,15 @@ def test_what_is_no_file_is_refused(make: Callable[[Path], None], tmp_path: Path
     make(tmp_path / "no.gguf")
     with pytest.raises(CheckpointError, match=r"no\.gguf cannot be read"):
         read_gguf(tmp_path / "no.gguf")
+
+
+@pytest.mark.parametrize("layers", [1000, 2**31, 2**32 - 1])
+def test_no_model_is_built_of_more_layers_than_there_are_tensors(
+    layers: int, content: bytes, tmp_path: Path
+) -> None:
+    key = text("llama.block_count") + struct.pack("<I", 4)
+    start = content.index(key) + len(key)
+    source = tmp_path / "case.gguf"
+    source.write_bytes(content[:start] + struct.pack("<I", layers) + content[start + 4 :])
+    with pytest.raises(CheckpointError, match=f"states {layers} layers"):
+        convert_gguf(source, tmp_path)
