@@ -18,7 +18,14 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 """Values in a file, those behind aliases counted as often as they are named."""
 
-MALFORMED = (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError)
+MALFORMED = (
+    yaml.YAMLError,
+    AttributeError,  # a tag `!!timestamp` on a text that is none
+    ValueError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+)
 """Errors of the parsers. `ValueError` is raised for impossible dates and for endless numbers."""
 
 
