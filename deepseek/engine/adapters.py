@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from deepseek import checks
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_json
 from deepseek.errors import PackError
@@ -55,17 +56,23 @@ def import_adapter(
     Raises:
         PackError: the adapter is damaged, of a kind that is not supported, or does not fit the
             base, or another pack has its name. Nothing is written then.
+        ConfigError: an argument has a wrong type.
         HubError, CheckpointError: the base cannot be found or read.
     """
+    for field, value in {"folder": folder, "base": base}.items():
+        checks.path(field, value)
+    for field, own in {"key": key, "out": out}.items():
+        checks.optional(checks.path)(field, own)
+    checks.flag("auto", auto)
     adapter = read_adapter(folder)
-    signing_key = None if key is None else load_key(key)
+    signing_key = None if key is None else load_key(Path(key))
     model_folder = resolve(base)
     title = _name_of(Path(folder)) if name is None else name
     description = BaseDescription.of(model_folder, Path(base).name)
     pack = _pack(adapter, title, description, licence, domain, auto)
     assert isinstance(pack.manifest, LoraManifest)
     match_sites(pack.manifest, linear_layers(_skeleton(model_folder)))
-    path = experts_folder() / f"{title}{SUFFIX}" if out is None else out
+    path = experts_folder() / f"{title}{SUFFIX}" if out is None else Path(out)
     if path.exists():
         _check_same(path, pack)
     path.parent.mkdir(parents=True, exist_ok=True)

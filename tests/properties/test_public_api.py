@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from properties.values import Target, check_target
 from tiny_expert import save_base, save_expert
 from tiny_gguf import tiny_llama
@@ -557,7 +558,21 @@ def test_files_and_folders(base: Path, pack: Path, tmp_path: Path) -> None:
         "device": st.sampled_from(["auto", "cpu"]),
     }
     reading = {"path": V(pack) | V(str(pack)), "policy": V(PackPolicy()), "base": V(None)}
+    adapter = tmp_path / "adapter"
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load(base, dtype="float32").model, lora).save_pretrained(adapter)
+    importing = {
+        "folder": V(adapter) | V(str(adapter)),
+        "name": V("lora"),
+        "base": V(base) | V(str(base)),
+        "licence": V("Apache-2.0"),
+        "domain": V(""),
+        "auto": V(False),
+        "key": V(None),
+        "out": V(tmp_path / "lora.safetensors"),
+    }
     for target in [
+        Target("import_adapter", deepseek.import_adapter, importing, 30),
         Target("load", open_base, loading, 30),
         Target("read_pack", read_pack, reading, 40),
         Target("find_pack", find_pack, {"name_or_path": V(pack) | V(str(pack))}, 30),
@@ -588,6 +603,7 @@ COVERED = {target.name.partition(".")[0] for target in PURE} | {
     "Settings",
     "create_app",  # takes a Settings
     "errors",
+    "import_adapter",  # test_files_and_folders
     "load",
     "rlpo_update",
     "serve",  # takes a Settings, and the arguments of load and Engine

@@ -14,5 +14,5 @@ from deepseek.train.jobs.yaml_file import read_file
 def test_a_tag_that_does_not_fit_its_value_is_one_sentence(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="run.yaml"):
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
         read_file(path)
