@@ -29,8 +29,10 @@ def base_digest(base: str) -> str:
 
 
 def text_digest(source: Source, without: Sequence[Path] = ()) -> str:
-    """Return a SHA-256 of the content of a text source: the commit of a git repository, and the
-    bytes of all files that would be read.
+    """Return a SHA-256 of the content of a text source: the bytes of all files that would be read.
+
+    Of a git history only the repository counts. People commit while a run goes on; the run keeps
+    to the commits that its corpus was built from.
 
     Args:
         source: the text.
@@ -42,8 +44,8 @@ def text_digest(source: Source, without: Sequence[Path] = ()) -> str:
     digest = sha256()
     if source.git:
         repository = open_repository(source.git)
-        commit = find_commit(repository, "HEAD").id
-        digest.update(f"git {repository_name(repository)} {commit}\n".encode(errors="replace"))
+        find_commit(repository, "HEAD")
+        digest.update(f"git {repository_name(repository)}\n".encode(errors="replace"))
     if source.folder:
         _add_folder(digest, source.folder, [made.resolve() for made in without])
     for file in filter(None, (source.jsonl, source.parquet)):
