@@ -169,7 +169,7 @@ def test_what_one_replica_cannot_do_is_undone_everywhere(
         for method in ("plug", "unplug"):
             patch.setattr(second._engine, method, refuse)
         with pytest.raises(
-            ApiError, match=r"nothing has changed \(b: The server failed \(OSError\)"
+            ApiError, match=r"nothing has changed \(b: The server cannot use its disk \(OSError\)"
         ) as raised:
             first.plug(box.pack("two"))
         assert (raised.value.status, raised.value.code) == (503, "not_confirmed")
