@@ -159,5 +159,5 @@ def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
         "mlp_only_layers": config.dense_layers or [],
     }
     if family in ("mixtral", "olmoe"):
-        values["intermediate_size"] = config.expert_dim
+        values["intermediate_size"] = config.expert_dim or config.intermediate_size
     return values

@@ -156,9 +156,11 @@ def test_fields_that_take_any_value_change_no_logits_of_a_dense_model(model: Dee
     ids = torch.arange(9)[None]
     unread = (*NOT_COMPUTED_WITH, *LSH_FIELDS, *MIXTURE_FIELDS)
     numbers = {name: getattr(model.config, name) for name in unread}
-    changes = {
-        name: 2 * value + 1 for name, value in numbers.items() if type(value) in (int, float)
+    changes: dict[str, Any] = {
+        name: 2 * value + 1 for name, value in numbers.items() if type(value) is int
     }
+    # Thresholds and rates have a largest value.
+    changes |= {name: value / 2 + 0.1 for name, value in numbers.items() if type(value) is float}
     changes["max_experts"] = changes["min_experts"]
     del changes["expert_dim"], changes["num_shared_experts"], changes["shared_expert_dim"]
     other = build(ModelConfig(**SHAPE | changes))

@@ -1,5 +1,7 @@
 """The next token is chosen as asked; truncation is checked against `transformers`' own filters."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -102,8 +104,14 @@ def test_penalties_and_biases() -> None:
     assert [sampler.next_token(logits) for _ in range(9)] == [4, 4, 3, 4, 4, 4, 3, 4, 0]
 
 
-@pytest.mark.parametrize("seed", [-1, 0, 2**63, 10**30])
-def test_any_whole_number_is_a_seed(seed: int) -> None:
+@pytest.mark.parametrize("seed", [2**63, 10**30, 1.5, True])
+def test_any_other_seed_is_refused(seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        Sampling(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
+def test_any_whole_number_of_64_bits_is_a_seed(seed: int) -> None:
     first, second = (Sampler(Sampling(temperature=1.0, seed=seed)) for _ in range(2))
     logits = np.zeros(50, np.float32)
     assert [first.next_token(logits) for _ in range(5)] == [

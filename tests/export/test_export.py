@@ -121,7 +121,7 @@ FAMILIES: list[PreTrainedConfig] = [
     Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1),
     Qwen3Config(**SMALL, head_dim=32),
     MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
-    OlmoeConfig(**SMALL, num_experts=8, num_experts_per_tok=2, clip_qkv=0.5),
+    OlmoeConfig(**SMALL, num_experts=8, num_experts_per_tok=2, clip_qkv=0.5, eos_token_id=7),
     Qwen3MoeConfig(
         **SMALL,
         head_dim=32,

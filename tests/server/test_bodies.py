@@ -236,7 +236,12 @@ MESSAGE = {"role": "user", "content": "a"}
         (ChatRequest, {**CHAT, "nonsense": 1}, "nonsense", "not supported"),
         (ChatRequest, {"model": "tiny"}, "messages", "missing"),
         (ChatRequest, {**CHAT, "messages": []}, "messages", "1 or more items"),
-        (ChatRequest, {**CHAT, "experts": {"arm": 5}}, "experts.arm", "a list or 'auto'"),
+        (
+            ChatRequest,
+            {**CHAT, "experts": {"arm": 5}},
+            "experts.arm",
+            "a list or an object or 'auto'",
+        ),
         (ChatRequest, {**CHAT, "experts": {"deny": ["none"]}}, "experts.deny.0", "reserved"),
         (
             ChatRequest,

@@ -19,6 +19,12 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
+class FakeRequest(dict[str, Any]):
+    """Arguments of the fake job."""
+
+    lighter = "less text"
+
+
 class FakeJob:
     """Stores its text in an early and a late stage, and is killed before a stage."""
 
@@ -55,7 +61,7 @@ class FakeJob:
 
 def call(folder: Path, text: str, seed: int = 0, killed: str = "", dry_run: bool = False) -> Any:
     """Run the fake job and return the texts in its result."""
-    request = {"text": text, "seed": seed, "killed": killed}
+    request = FakeRequest({"text": text, "seed": seed, "killed": killed})
     out = folder / "out.json"
     inputs = {"text": text}
     run = Run({"seed": seed}, out, folder / "run", True, dry_run, lambda: inputs, makes_file=True)
