@@ -95,7 +95,7 @@ def test_a_misspelt_key_is_one_sentence_with_the_right_name(tmp_path: Path) -> N
         ConfigError, match=r"domains\.a: 'folde' is no field here; perhaps 'folder'"
     ):
         PretrainArguments.read(path)
-    with pytest.raises(ConfigError, match="tokens .* must be a whole number"):
+    with pytest.raises(ConfigError, match=r"tokens .* must be a whole number"):
         PretrainArguments.read({"name": "x", "tokens": "many", "domains": {"a": {"folder": "."}}})
     path.write_text("name = = 3")
     with pytest.raises(ConfigError, match="neither YAML nor TOML"):
