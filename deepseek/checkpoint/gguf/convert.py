@@ -189,9 +189,17 @@ def _value(
     """Return the parameter `name` in fp32, assembled from its tensors in the file."""
     parsed: dict[str, Any] = {"tensors": {}}
     for gguf_name in gguf_names:
-        result = processor.process(
-            file.values(gguf_name), gguf_name, tensor_key_mapping=names, parsed_parameters=parsed
-        )
+        values = file.values(gguf_name)
+        try:
+            result = processor.process(
+                values, gguf_name, tensor_key_mapping=names, parsed_parameters=parsed
+            )
+        except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            # The processors reshape by the numbers of heads and experts, and check neither.
+            raise CheckpointError(
+                f"{file.path} holds {gguf_name!r} as {list(values.shape)}, which its metadata does "
+                f"not fit ({error}); convert the original model to GGUF again."
+            ) from None
         if result.name is not None:
             parsed["tensors"][name] = torch.from_numpy(result.weights)
     return parsed["tensors"][name]

@@ -120,3 +120,15 @@ def test_no_model_is_built_of_more_layers_than_there_are_tensors(
     source.write_bytes(content[:start] + struct.pack("<I", layers) + content[start + 4 :])
     with pytest.raises(CheckpointError, match=f"states {layers} layers"):
         convert_gguf(source, tmp_path)
+
+
+@pytest.mark.parametrize("heads", [0, 3, 64, 2**31])
+def test_heads_that_do_not_divide_the_rows_are_refused(
+    heads: int, content: bytes, tmp_path: Path
+) -> None:
+    key = text("llama.attention.head_count") + struct.pack("<I", 4)
+    start = content.index(key) + len(key)
+    source = tmp_path / "case.gguf"
+    source.write_bytes(content[:start] + struct.pack("<I", heads) + content[start + 4 :])
+    with pytest.raises(UserError, match=r"\.$"):
+        convert_gguf(source, tmp_path)
