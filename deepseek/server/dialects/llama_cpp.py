@@ -123,12 +123,13 @@ class NativeChunks:
     Args:
         body: the request.
         chunks: the answer, not started.
+        started: when the request came, by `time.perf_counter`.
     """
 
-    def __init__(self, body: NativeCompletion, chunks: CompletionChunks) -> None:
+    def __init__(self, body: NativeCompletion, chunks: CompletionChunks, started: float) -> None:
         self._body = body
         self._chunks = chunks
-        self._started = time.perf_counter()
+        self._started = started
 
     async def chunks(self) -> AsyncIterator[Fields]:
         """Yield the chunks of a stream."""

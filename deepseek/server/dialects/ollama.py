@@ -241,6 +241,7 @@ class AnswerLines:
         model: the model's name in the request.
         chunks: the answer, not started.
         layout: field that holds the text: "message" in a chat, "response" of a prompt.
+        started: when the request came, by `time.perf_counter`.
     """
 
     def __init__(
@@ -248,11 +249,12 @@ class AnswerLines:
         model: str,
         chunks: ChatChunks | CompletionChunks,
         layout: Literal["message", "response"],
+        started: float,
     ) -> None:
         self._model = model
         self._chunks = chunks
         self._layout = layout
-        self._started = time.perf_counter()
+        self._started = started
 
     async def lines(self) -> AsyncIterator[Fields]:
         """Yield the lines of a stream."""
@@ -260,8 +262,10 @@ class AnswerLines:
         finish = "stop"
         async for choice in self._chunks.all_choices():
             delta = choice.get("delta", {"content": choice.get("text")})
-            first = first or time.perf_counter()
-            if delta.get("content") or delta.get("tool_calls"):
+            said = delta.get("content") or delta.get("tool_calls")
+            if first is None and (said or choice["finish_reason"]):
+                first = time.perf_counter()
+            if said:
                 content = self._content(delta.get("content") or "", delta.get("tool_calls", ()))
                 yield {**self._head(False), **content, "expert": choice["expert"]}
             finish = choice["finish_reason"] or finish

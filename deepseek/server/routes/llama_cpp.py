@@ -1,5 +1,6 @@
 """llama.cpp's own routes: `/completion`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`."""
 
+import time
 from functools import partial
 from typing import Any
 
@@ -26,10 +27,11 @@ router = APIRouter(route_class=AnyTypeComputingRoute)
 @router.post("/completion")
 async def completion(body: NativeCompletion, service: TheService) -> Response:
     """Continue a text, as one reply or as server-sent events."""
+    started = time.perf_counter()
     settings = service.settings
     request = body.completion(settings.model, settings.answer_tokens)
     chunks = await completions.answer(service, request)
-    native = NativeChunks(body, chunks)
+    native = NativeChunks(body, chunks, started)
     fold = None if body.stream else native.fold
     return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
 

@@ -80,8 +80,9 @@ async def chat(body: OllamaChat, service: TheService) -> Response:
     """Answer a conversation, as lines of JSON or as one object."""
     if not body.messages:
         return loading_reply(body.model, {"message": {"role": "assistant", "content": ""}})
+    started = time.perf_counter()
     chunks = await chat_completions.answer(service, body.chat())
-    return reply(AnswerLines(body.model, chunks, "message"), chunks, body.stream)
+    return reply(AnswerLines(body.model, chunks, "message", started), chunks, body.stream)
 
 
 @router.post("/generate")
@@ -91,12 +92,13 @@ async def generate(body: OllamaGenerate, service: TheService) -> Response:
         return loading_reply(body.model, {"response": ""})
     if body.raw and body.format:
         raise ApiError(400, "raw takes no format; leave one of them out.", param="format")
+    started = time.perf_counter()
     chunks = (
         await completions.answer(service, body.completion(service.settings.answer_tokens))
         if body.raw
         else await chat_completions.answer(service, body.chat())
     )
-    return reply(AnswerLines(body.model, chunks, "response"), chunks, body.stream)
+    return reply(AnswerLines(body.model, chunks, "response", started), chunks, body.stream)
 
 
 def reply(lines: AnswerLines, chunks: Any, stream: bool | None) -> Reply:
