@@ -25,7 +25,9 @@ EVALUATION_TOKENS = 4096
 def run(
     from_git: Annotated[Path, typer.Option(help="Git repository to train on.")] = Path(),
     base: Base = "smollm2-135m",
-    minutes: Annotated[float, typer.Option(min=0.1, help="Minutes to train the expert.")] = 3.0,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=1e5, help="Minutes to train the expert.")
+    ] = 3.0,
     device: Device = "auto",
     dtype: Precision = "auto",
 ) -> None:

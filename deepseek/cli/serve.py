@@ -57,19 +57,21 @@ def serve(
     device: Device = "auto",
     dtype: Precision = "auto",
     cache_gib: Annotated[
-        float, typer.Option(min=0.01, help="Budget of the KV cache, in GiB.")
+        float, typer.Option(min=0.01, max=1e6, help="Budget of the KV cache, in GiB.")
     ] = 1.0,
     ray: Annotated[
         bool, typer.Option("--ray", help="Serve with many replicas, on Ray Serve.")
     ] = False,
     replicas: Annotated[int, typer.Option(min=1, help="With --ray: number of replicas.")] = 2,
     cpus: Annotated[
-        float, typer.Option(min=0.01, help="With --ray: processors of each replica.")
+        float, typer.Option(min=0.01, max=1e4, help="With --ray: processors of each replica.")
     ] = 1.0,
     drain_seconds: Annotated[
         float,
         typer.Option(
-            min=0, help="Time in seconds that running answers have to finish after SIGTERM."
+            min=0,
+            max=86_400,
+            help="Time in seconds that running answers have to finish after SIGTERM.",
         ),
     ] = 20.0,
 ) -> None:
