@@ -258,6 +258,8 @@ def test_a_planned_result_whose_caller_left_is_given_back() -> None:
         never = asyncio.create_task(rules.run(lambda: given_back.append("ran")))
         await asyncio.sleep(0.05)
         never.cancel()
+        # The cancellation passes through the event loop; only then may a thread become free.
+        await asyncio.wait([never])
         release.set()
         await asyncio.gather(*blocked)
         release.clear()
