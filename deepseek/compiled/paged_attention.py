@@ -40,6 +40,44 @@ def _add(x, bias):  # type: ignore[no-untyped-def]
         x[k] += bias[k]
 
 
+@njit(fastmath=True, error_model="numpy")
+def _clip(x, limit):  # type: ignore[no-untyped-def]
+    for k in range(len(x)):
+        x[k] = min(max(x[k], -limit), limit)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _mean_square(x, bias):  # type: ignore[no-untyped-def]
+    """Return the mean square of `x + bias`."""
+    total = np.float32(0)
+    for k in range(len(x)):
+        value = x[k] + bias[k]
+        total += value * value
+    return total / np.float32(len(x))
+
+
+@njit(fastmath=True, error_model="numpy")
+def _scale(x, weight, factor):  # type: ignore[no-untyped-def]
+    for k in range(len(x)):
+        x[k] *= weight[k] * factor
+
+
+@njit(error_model="numpy")
+def _norm_width(weights, work, layer, r, part, x):  # type: ignore[no-untyped-def]
+    """Normalise head `part` of row `r`, which is in `x`, by the mean square over all query heads,
+    or over all key heads.
+    """
+    is_query = part < weights.heads
+    first = 0 if is_query else weights.heads * weights.width
+    size = (weights.heads if is_query else weights.groups) * weights.width
+    square = _mean_square(
+        work.projected[r, first : first + size], weights.qkv_bias[layer, first : first + size]
+    )
+    start = part * weights.width - first
+    scales = weights.head_norms[layer, 0 if is_query else 1, start : start + weights.width]
+    _scale(x, scales, np.float32(1) / np.sqrt(square + weights.eps[0]))
+
+
 @njit(error_model="numpy")
 def _put_key(rotated, page, slot):  # type: ignore[no-untyped-def]
     """Store a key, given as pairs of bf16 numbers `[K/2]`, in slot `slot` of a page."""
@@ -69,6 +107,8 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     parts = heads + 2 * groups
     half = width // 2
     group_heads = heads // groups
+    normed = weights.head_norms.shape[2] > 0
+    x = np.empty(width, np.float32)
     rotated = np.empty(width, np.uint16)
     scale = np.float32(1 / np.sqrt(width))  # of the attention scores, applied to the queries
     first, last = share(len(batch.input_ids) * parts)
@@ -79,8 +119,13 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
         chunk = batch.chunk_of_row[r]
         page = position // PAGE
         slot = position % PAGE
-        x = work.projected[r, part * width : (part + 1) * width]
+        # In place, a head would change under the threads that norm over the full width.
+        x[:] = work.projected[r, part * width : (part + 1) * width]
         _add(x, weights.qkv_bias[layer, part * width : (part + 1) * width])
+        if normed and weights.joint_norm and part < heads + groups:
+            _norm_width(weights, work, layer, r, part, x)
+        if weights.clip[0] > 0:
+            _clip(x, weights.clip[0])
         if part >= heads + groups:
             _put_value(
                 x,
@@ -88,7 +133,7 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
                 slot,
             )
             continue
-        if weights.head_norms.shape[2]:
+        if normed and not weights.joint_norm:
             norm_row(x, weights.head_norms[layer, 0 if part < heads else 1], weights.eps[0], x)
         cosine = weights.cosine[position]
         sine = weights.sine[position]

@@ -49,12 +49,12 @@ RULES = (
     )
     | {
         "attention": one_of("full"),
-        "clip_qkv": one_of(None),
+        "clip_qkv": FieldRule(lambda limit: limit is None or limit > 0, "None or above 0"),
         "head_dim": FieldRule(lambda width: width % GROUP == 0, f"a multiple of {GROUP}"),
         "hidden_act": one_of("silu"),
         "num_experts": one_of(0),
         "positional_encoding": one_of("rope"),
-        "qk_norm": one_of("none", "head"),
+        "qk_norm": one_of("none", "head", "width"),
         "rope_parameters": FieldRule(
             _has_fixed_angles, f"of rope_type {' or '.join(map(repr, ROPE_TYPES))}"
         ),

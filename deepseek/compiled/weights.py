@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from deepseek.compiled.abi import SITES, WEIGHTS
 from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize, row_bytes
@@ -222,6 +223,7 @@ class PackedModel:
         self._values["embed_tokens"] = embed_tokens.ctypes.data
         self._values["lm_head"] = matrices.get(("lm_head", 0), embed_tokens).ctypes.data
         self._values["eps"] = np.array([model.config.rms_norm_eps], np.float32)
+        self._values["clip"] = np.array([model.config.clip_qkv or 0], np.float32)
         self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
         self.positions = 0
         self.reach(FIRST_POSITIONS)
@@ -257,7 +259,8 @@ def _extents(model: DeepSeekModel) -> dict[str, int]:
         "inner": -(-config.intermediate_size // GROUP),
         "vocabulary": config.vocab_size,
         "norms": 2 * layers + 1,
-        "head_norm_width": width if config.qk_norm == "head" else 0,
+        "joint_norm": int(config.qk_norm == "width"),
+        "head_norm_width": {"none": 0, "head": width, "width": heads * width}[config.qk_norm],
         "qkv_width": (heads + 2 * groups) * width,
         "half_width": width // 2,
         "group_heads": heads // groups,
@@ -320,7 +323,9 @@ def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
         attention = block.attention
         norms += [block.attention_norm.weight, block.feed_forward_norm.weight]
         if attention.normed:
-            head_norms.append(torch.stack([attention.q_norm.weight, attention.k_norm.weight]))
+            # Over the full width, there are fewer scales for the keys.
+            scales = (attention.q_norm.weight, attention.k_norm.weight)
+            head_norms.append(pad_sequence(scales, batch_first=True))
         else:
             head_norms.append(torch.zeros(2, 0))
         qkv_biases.append(

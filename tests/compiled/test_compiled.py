@@ -40,6 +40,13 @@ KINDS = {
     "mistral": {"sliding_window": 70, "tie_word_embeddings": False},
     "qwen2": {"attention_bias": True, "sliding_window": 30, "full_attention_layers": [0, 2]},
     "qwen3": {"qk_norm": "head", "head_dim": 128, "attention_output_bias": True},
+    "olmoe": {"qk_norm": "width", "attention_bias": True, "clip_qkv": 1.5},
+    "one head": {
+        "qk_norm": "width",
+        "clip_qkv": 1.0,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    },
 }
 IDS = [(7 * i * i + 3 * i) % 90 for i in range(100)]
 

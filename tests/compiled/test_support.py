@@ -40,12 +40,12 @@ SHAPE: dict[str, Any] = {
 
 COMPILED_REFUSES = {
     "attention": "lsh",
-    "clip_qkv": 8.0,
+    "clip_qkv": 0.0,
     "head_dim": 32,
     "hidden_act": "gelu",
     "num_experts": 4,
     "positional_encoding": "alibi",
-    "qk_norm": "width",
+    "qk_norm": "layer",
     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4},
     "sliding_window": 0,
 }
@@ -57,6 +57,7 @@ COMPILED_RUNS: list[dict[str, Any]] = [
     {"attention_bias": True, "attention_output_bias": True},
     {"full_attention_layers": [0], "sliding_window": 9},
     {"head_dim": 128, "qk_norm": "head"},
+    {"clip_qkv": 8.0, "qk_norm": "width"},
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
     {"max_experts": 7, "lsh_probes": 2, "use_cache": False, "eos_token_id": [1, 2]},
