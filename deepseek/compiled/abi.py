@@ -2,7 +2,8 @@
 dtype and shape.
 
 To add a buffer, add a row here and supply its value where the group's values are assembled: in
-`PackedModel` for `WEIGHTS`, in `Sites` for `SITES`, in `Scratch` for `BATCH`. Buffers that the step
+`PackedModel` for `WEIGHTS`, in `Sites` for `SITES`, in `NativeExperts` for `ROUTED`, in `Scratch`
+for `BATCH`. Buffers that the step
 itself fills (`WORK`) need no value.
 
 Memory without an array of its own is passed by address: packed panels of weights
@@ -29,7 +30,12 @@ WEIGHTS = Table(
         Buffer("heads", INT64, "", "query heads H"),
         Buffer("groups", INT64, "", "key/value heads G"),
         Buffer("width", INT64, "", "width K of a head"),
-        Buffer("inner", INT64, "", "groups of 64 hidden values of a feed-forward network"),
+        Buffer(
+            "inner",
+            INT64,
+            "layers",
+            "groups of 64 hidden values of a dense network or of the shared experts; 0: none",
+        ),
         Buffer("vocabulary", INT64, "", "outputs V of the head"),
         Buffer("qkv", INT64, "layers", "addresses of the query, key and value projections"),
         Buffer("out", INT64, "layers", "addresses of the output projections"),
@@ -117,6 +123,30 @@ BATCH = Table(
     ),
 )
 
+ROUTED = Table(
+    "Routed",
+    (
+        Buffer("experts", INT64, "", "routed experts E of a pool; 0: a dense model"),
+        Buffer("slots", INT64, "", "maximum number of experts at one token"),
+        Buffer("inner", INT64, "", "groups of 64 hidden values of a routed expert"),
+        Buffer("dynamic", INT64, "", "1: as many experts as the threshold needs; 0: top-k"),
+        Buffer("candidates", INT64, "", "experts that the softmax of dynamic routing runs over"),
+        Buffer("min_experts", INT64, "", "minimum number of experts of dynamic routing"),
+        Buffer("threshold", FP32, "1", "cumulative weight at which dynamic routing stops"),
+        Buffer("sigmoid", INT64, "", "scores of top-k: 1: sigmoid; 0: softmax"),
+        Buffer("renormalize", INT64, "", "1: the weights of a token are divided by their sum"),
+        Buffer("scale", FP32, "1", "factor on the weights of top-k"),
+        Buffer("groups", INT64, "", "groups of experts of group-limited top-k"),
+        Buffer("max_groups", INT64, "", "groups whose experts are eligible"),
+        Buffer("sparse", INT64, "layers", "1: the layer has routed experts"),
+        Buffer("router", FP32, "layers experts hidden", "weights of the routers"),
+        Buffer("bias", FP32, "layers experts", "balance bias, for the choice alone"),
+        Buffer("temperature", FP32, "layers", "divisor of the logits in dynamic routing"),
+        Buffer("gate_up", INT64, "layers experts", "addresses of the gate and up projections"),
+        Buffer("down", INT64, "layers experts", "addresses of the down projections"),
+    ),
+)
+
 SITES = Table(
     "Sites",
     (
@@ -159,7 +189,12 @@ WORK = Table(
         Buffer(
             "attended_rows", INT64, "capacity", "addresses of the quantised outputs of the heads"
         ),
-        Buffer("inner_rows", INT64, "capacity", "addresses of the quantised hidden values"),
+        Buffer(
+            "inner_rows",
+            INT64,
+            "1",
+            "address of the first quantised row of a dense network's hidden values",
+        ),
         Buffer(
             "gate_scores",
             FP32,
@@ -173,13 +208,27 @@ WORK = Table(
             "sites",
             "address of the first quantised row of each site's hidden values",
         ),
+        Buffer("router_logits", FP32, "capacity experts", "router logits of a layer"),
+        Buffer(
+            "routed_ids",
+            INT64,
+            "capacity slots",
+            "native experts of each row at a layer; E in unused slots",
+        ),
+        Buffer("routed_weights", FP32, "capacity slots", "their weights"),
+        Buffer(
+            "routed_rows",
+            INT64,
+            "1",
+            "address of the quantised hidden values of the native experts, one row for each call",
+        ),
         Buffer("attention_scores", FP32, "threads queries span", "scores of a unit's queries"),
         Buffer("attention_probs", BF16, "threads queries span", "the scores after softmax"),
         Buffer(
             "selected_rows",
             INT64,
             "threads capacity",
-            "addresses of the rows at which an expert fires",
+            "addresses of the rows of a network: those at which an expert fires, or all",
         ),
         Buffer(
             "sync",
@@ -190,4 +239,4 @@ WORK = Table(
     ),
 )
 
-TABLES = (WEIGHTS, BATCH, SITES, WORK)
+TABLES = (WEIGHTS, BATCH, SITES, ROUTED, WORK)

@@ -94,7 +94,8 @@ class Scratch:
         expert_weights_NS[:] = 0
         self._buffers["sync"][:] = 0
         batch = self._batch(chunks, states, rows, sites, threads, logits_RV)
-        step.run(self.model.arguments, batch, sites.arguments, self._arguments)
+        native = self.model.native.arguments
+        step.run(self.model.arguments, batch, sites.arguments, native, self._arguments)
         return torch.from_numpy(logits_RV), expert_weights_NS
 
     def _batch(
@@ -183,7 +184,6 @@ class Scratch:
         groups = {
             "normed_rows": -(-model["hidden"] // GROUP),
             "attended_rows": model["heads"] * model["width"] // GROUP,
-            "inner_rows": model["inner"],
         }
         self._row_memory = []  # owns the quantised rows, which the kernel reads by address
         for name, count in groups.items():
@@ -191,9 +191,16 @@ class Scratch:
             memory = aligned(self._capacity * stride)
             self._buffers[name][:] = memory.ctypes.data + stride * np.arange(self._capacity)
             self._row_memory.append(memory)
+        inner_memory = aligned(self._capacity * row_bytes(model["inner"]))
+        self._buffers["inner_rows"][:] = inner_memory.ctypes.data
+        self._row_memory.append(inner_memory)
         expert_memory = [aligned(self._capacity * stride) for stride in sites.row_bytes]
         self._buffers["expert_rows"][:] = [memory.ctypes.data for memory in expert_memory]
         self._row_memory += expert_memory
+        calls = self._capacity * model["slots"]
+        routed_memory = aligned(calls * row_bytes(self.model.native.routed_inner))
+        self._buffers["routed_rows"][:] = routed_memory.ctypes.data
+        self._row_memory.append(routed_memory)
         self._arguments = WORK.arguments(self._buffers, model | sizes)
 
 
@@ -209,8 +216,8 @@ def _state(chunk: Chunk) -> CompiledState:
 def supports(model: DeepSeekModel) -> bool:
     """Whether the compiled runner supports `model`.
 
-    It supports dense models on the CPU with rotary positions and heads of a multiple of 64 (see
-    `compiled/support.py`).
+    It supports dense models and mixtures of experts on the CPU with rotary positions and heads of a
+    multiple of 64 (see `compiled/support.py`).
 
     Args:
         model: the model to check.
@@ -229,7 +236,8 @@ class CompiledRunner:
 
     Attributes:
         model: as passed.
-        weight_bytes: bytes of packed weights, which every step reads once.
+        weight_bytes: bytes of packed weights. A step reads each matrix at most once, those of
+            native experts only if a token is routed to them.
 
     Raises:
         ConfigError: the model is not supported; the message names the fields.

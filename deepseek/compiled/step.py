@@ -1,5 +1,5 @@
-"""One forward pass of a dense transformer over a ragged batch, in one call on all threads of
-torch's pool.
+"""One forward pass of a transformer over a ragged batch, in one call on all threads of torch's
+pool.
 
 Each weight is read once, whatever the number of rows. Within a stage, the threads share panels of
 weights, rows or units of attention. A barrier separates two stages if the second needs all results
@@ -14,9 +14,17 @@ from zlib import crc32
 import numpy as np
 from numba import njit
 
-from deepseek.compiled import abi, expert_sites, paged_attention, rows, vector
+from deepseek.compiled import abi, expert_sites, native_experts, paged_attention, rows, vector
 from deepseek.compiled.abi import TABLES
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
+from deepseek.compiled.native_experts import (
+    activate_routed,
+    add_routed,
+    route,
+    router_blocks,
+    rows_by_expert,
+    score_experts,
+)
 from deepseek.compiled.paged_attention import attend, place_heads
 from deepseek.compiled.rows import (
     activate,
@@ -26,6 +34,7 @@ from deepseek.compiled.rows import (
     norm_row,
     project,
     round_group,
+    row_bytes,
 )
 from deepseek.kernels import int8
 from deepseek.kernels.int8 import COLUMNS, GROUP
@@ -37,6 +46,7 @@ from deepseek.model.experts import gate
 SOURCES = (
     abi,
     expert_sites,
+    native_experts,
     paged_attention,
     rows,
     vector,
@@ -65,37 +75,60 @@ def _panels(outputs):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _norm_and_round(weights, work, place, source, target, normed):  # type: ignore[no-untyped-def]
-    """Normalise and quantise row `source` of the residual stream as input row `target`.
-
-    `place` is the index of the norm's scales; `normed` receives the normalised row.
-    """
+def _round(weights, work, target, normed):  # type: ignore[no-untyped-def]
+    """Quantise a normalised row as input row `target`."""
     groups = _blocks(weights.hidden, GROUP)
-    norm_row(work.residual[source], weights.norms[place], weights.eps[0], normed)
     for g in range(groups):
         round_group(normed[g * GROUP :].ctypes.data, work.normed_rows[target], g, groups)
 
 
 @njit(error_model="numpy")
-def _prepare(weights, batch, sites, work, place, layer):  # type: ignore[no-untyped-def]
-    """Normalise and quantise this thread's rows, and compute the gate scores of `layer`'s experts.
+def _norm_and_round(weights, work, place, source, target, normed):  # type: ignore[no-untyped-def]
+    """Normalise and quantise row `source` of the residual stream as input row `target`.
 
-    A `layer` of -1 computes no gate scores.
+    `place` is the index of the norm's scales; `normed` receives the normalised row.
     """
+    norm_row(work.residual[source], weights.norms[place], weights.eps[0], normed)
+    _round(weights, work, target, normed)
+
+
+@njit(error_model="numpy")
+def _prepare(weights, batch, work, place):  # type: ignore[no-untyped-def]
+    """Normalise and quantise this thread's rows."""
     normed = np.zeros(_blocks(weights.hidden, GROUP) * GROUP, np.float32)
     first, last = share(len(batch.input_ids))
     for r in range(first, last):
         _norm_and_round(weights, work, place, r, r, normed)
-        if layer >= 0 and sites.first_site[layer + 1] > sites.first_site[layer]:
-            score_row(batch, sites, work, layer, r, normed)
 
 
 @njit(error_model="numpy")
-def _attention(weights, batch, sites, work, layer, counter, places, ones):  # type: ignore[no-untyped-def]
+def _prepare_experts(weights, batch, sites, routed, work, layer):  # type: ignore[no-untyped-def]
+    """Normalise and quantise the input of the feed-forward network, and compute the gate scores of
+    `layer`'s plugged experts and the router logits of its native ones.
+
+    The threads share the rows, or the blocks of router logits at all rows.
+    """
+    normed = np.zeros(_blocks(weights.hidden, GROUP) * GROUP, np.float32)
+    plugged = sites.first_site[layer + 1] > sites.first_site[layer]
+    blocks = router_blocks(routed, layer)
+    shares = max(1, blocks)
+    first, last = share(len(batch.input_ids) * shares)
+    for r in range(first // shares, _blocks(last, shares)):
+        norm_row(work.residual[r], weights.norms[2 * layer + 1], weights.eps[0], normed)
+        if r * shares >= first:  # the row's first block is this thread's
+            _round(weights, work, r, normed)
+            if plugged:
+                score_row(batch, sites, work, layer, r, normed)
+        for block in range(max(0, first - r * shares), min(blocks, last - r * shares)):
+            score_experts(routed, work, layer, r, block, normed)
+
+
+@njit(error_model="numpy")
+def _attention(weights, batch, work, layer, counter, places, ones):  # type: ignore[no-untyped-def]
     """Add the attention of a layer to the residual stream."""
     rows = len(batch.input_ids)
     groups = _blocks(weights.hidden, GROUP)
-    _prepare(weights, batch, sites, work, 2 * layer, -1)
+    _prepare(weights, batch, work, 2 * layer)
     barrier(counter)
     first, last = _panels((weights.heads + 2 * weights.groups) * weights.width)
     table = work.normed_rows.ctypes.data
@@ -114,33 +147,42 @@ def _attention(weights, batch, sites, work, layer, counter, places, ones):  # ty
 
 
 @njit(error_model="numpy")
-def _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zeros):  # type: ignore[no-untyped-def]
+def _feed_forward(weights, batch, sites, routed, work, layer, counter, places, ones, zeros):  # type: ignore[no-untyped-def]
     """Add the feed-forward network of a layer and its experts to the residual stream."""
     rows = len(batch.input_ids)
-    groups = _blocks(weights.hidden, GROUP)
-    _prepare(weights, batch, sites, work, 2 * layer + 1, layer)
+    _prepare_experts(weights, batch, sites, routed, work, layer)
     barrier(counter)
-    if sites.first_site[layer + 1] > sites.first_site[layer]:
+    plugged = sites.first_site[layer + 1] > sites.first_site[layer]
+    if plugged:
         weigh(batch, sites, work, layer)
+    if routed.sparse[layer]:
+        route(routed, work, layer, rows)
+    if plugged or routed.sparse[layer]:
         barrier(counter)
-    first, last = share(weights.inner)
+    inner = weights.inner[layer]
+    first, last = share(inner)
     table = work.normed_rows.ctypes.data
-    activate(
-        weights.gate_up[layer], first, last, table, rows, groups, weights.inner, work.inner_rows[0]
-    )
+    groups = _blocks(weights.hidden, GROUP)
+    activate(weights.gate_up[layer], first, last, table, rows, groups, inner, work.inner_rows[0])
+    calls = rows_by_expert(routed, work, layer, rows)
+    activate_routed(weights, routed, work, layer, calls)
     activate_experts(weights, sites, work, layer, thread_number(), rows)
     barrier(counter)
     first, last = _panels(weights.hidden)
-    table = work.inner_rows.ctypes.data
-    add_projected(
-        weights.down[layer], first, last, table, places, ones, weights.inner, zeros, work.residual
-    )
+    if inner:
+        hidden_rows = work.selected_rows[thread_number()]
+        for r in range(rows):
+            hidden_rows[r] = work.inner_rows[0] + r * row_bytes(inner)
+        table = hidden_rows.ctypes.data
+        residual = work.residual
+        add_projected(weights.down[layer], first, last, table, places, ones, inner, zeros, residual)
+    add_routed(routed, work, layer, calls, first, last, zeros)
     add_experts(sites, work, layer, thread_number(), rows, first, last, zeros)
     barrier(counter)
 
 
 @njit(error_model="numpy")
-def _run(weights, batch, sites, work):  # type: ignore[no-untyped-def]
+def _run(weights, batch, sites, routed, work):  # type: ignore[no-untyped-def]
     """Run the forward pass; every thread calls this."""
     rows = len(batch.input_ids)
     groups = _blocks(weights.hidden, GROUP)
@@ -152,8 +194,8 @@ def _run(weights, batch, sites, work):  # type: ignore[no-untyped-def]
     for r in range(first, last):
         embed(weights.embed_tokens, batch.input_ids[r], groups, work.residual[r])
     for layer in range(weights.layers):
-        _attention(weights, batch, sites, work, layer, counter, places, ones)
-        _feed_forward(weights, batch, sites, work, layer, counter, places, ones, zeros)
+        _attention(weights, batch, work, layer, counter, places, ones)
+        _feed_forward(weights, batch, sites, routed, work, layer, counter, places, ones, zeros)
     normed = np.zeros(groups * GROUP, np.float32)
     kept = len(batch.kept_rows)
     first, last = share(kept)
@@ -178,19 +220,23 @@ def address() -> int:
 
     def step(data):  # type: ignore[no-untyped-def]
         _ = key  # a captured value is part of numba's cache key
-        weights, batch, sites, work = read_tables(data)
-        _run(weights, batch, sites, work)
+        weights, batch, sites, routed, work = read_tables(data)
+        _run(weights, batch, sites, routed, work)
 
     return launch.compiled(step)
 
 
 def run(
-    weights: KernelArguments, batch: KernelArguments, sites: KernelArguments, work: KernelArguments
+    weights: KernelArguments,
+    batch: KernelArguments,
+    sites: KernelArguments,
+    routed: KernelArguments,
+    work: KernelArguments,
 ) -> None:
     """Run one forward pass.
 
     Args:
-        weights, batch, sites, work: the arguments of the four `TABLES`.
+        weights, batch, sites, routed, work: the arguments of the five `TABLES`.
     """
-    groups = (weights, batch, sites, work)
+    groups = (weights, batch, sites, routed, work)
     openmp.parallel(address(), [*chain.from_iterable(arguments.numbers for arguments in groups)])

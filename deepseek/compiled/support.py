@@ -39,6 +39,7 @@ RULES = (
             "intermediate_size",
             "max_position_embeddings",
             "num_attention_heads",
+            "num_experts",
             "num_hidden_layers",
             "num_key_value_heads",
             "rms_norm_eps",
@@ -52,9 +53,10 @@ RULES = (
         "clip_qkv": FieldRule(lambda limit: limit is None or limit > 0, "None or above 0"),
         "head_dim": FieldRule(lambda width: width % GROUP == 0, f"a multiple of {GROUP}"),
         "hidden_act": one_of("silu"),
-        "num_experts": one_of(0),
         "positional_encoding": one_of("rope"),
         "qk_norm": one_of("none", "head", "width"),
+        "router_score": one_of("sigmoid", "softmax"),
+        "routing_strategy": one_of("dense", "dynamic", "topk"),
         "rope_parameters": FieldRule(
             _has_fixed_angles, f"of rope_type {' or '.join(map(repr, ROPE_TYPES))}"
         ),

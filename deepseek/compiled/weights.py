@@ -10,12 +10,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from deepseek.compiled.abi import SITES, WEIGHTS
+from deepseek.compiled.native_weights import NativeExperts
 from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize, row_bytes
 from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.feed_forward import SwiGLU
+from deepseek.model.moe.layer import MoELayer
 from deepseek.model.positions.rope import Rope
 from deepseek.model.transformer import DeepSeekModel
 
@@ -202,6 +204,7 @@ class PackedModel:
     Attributes:
         extents: sizes of the model, under their names in `compiled/abi.py`.
         arguments: arguments of the step (`WEIGHTS` there).
+        native: routers and routed experts; without any for a dense model.
         positions: number of positions with precomputed rotary angles.
         nbytes: bytes of the packed matrices.
     """
@@ -209,19 +212,22 @@ class PackedModel:
     def __init__(self, model: DeepSeekModel) -> None:
         assert isinstance(model.positions, Rope)
         self._rope = model.positions
-        self.extents = _extents(model)
+        self.native = NativeExperts(model)
+        self.extents = _extents(model) | self.native.extents
         matrices = contiguous(_pack_model(model))
         self._matrices = matrices
-        self.nbytes = sum(matrix.nbytes for matrix in matrices.values())
+        self.nbytes = self.native.nbytes + sum(matrix.nbytes for matrix in matrices.values())
         layers = range(len(model.layers))
+        no_matrix = np.zeros(1, np.uint8)  # layers without shared experts
         addresses = {
-            name: [matrices[name, layer].ctypes.data for layer in layers]
+            name: [matrices.get((name, layer), no_matrix).ctypes.data for layer in layers]
             for name in ("qkv", "out", "gate_up", "down")
         }
         embed_tokens = matrices["embed_tokens", 0]
         self._values: dict[str, Any] = addresses | _small_arrays(model)
         self._values["embed_tokens"] = embed_tokens.ctypes.data
         self._values["lm_head"] = matrices.get(("lm_head", 0), embed_tokens).ctypes.data
+        self._values["inner"] = [_inner(block) for block in model.layers]
         self._values["eps"] = np.array([model.config.rms_norm_eps], np.float32)
         self._values["clip"] = np.array([model.config.clip_qkv or 0], np.float32)
         self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
@@ -256,7 +262,7 @@ def _extents(model: DeepSeekModel) -> dict[str, int]:
         "heads": heads,
         "groups": groups,
         "width": width,
-        "inner": -(-config.intermediate_size // GROUP),
+        "inner": max(_inner(block) for block in model.layers),
         "vocabulary": config.vocab_size,
         "norms": 2 * layers + 1,
         "joint_norm": int(config.qk_norm == "width"),
@@ -296,17 +302,35 @@ def matrix_of(layer: nn.Module) -> Int8Matrix:
 def _pack_block(block: nn.Module) -> dict[str, np.ndarray]:
     """Return the packed matrices of a layer."""
     attention = block.attention
-    ffn = block.feed_forward
-    assert isinstance(attention, FullAttention) and isinstance(ffn, SwiGLU)
+    ffn = _dense_part(block)
+    assert isinstance(attention, FullAttention)
     parts = [matrix_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
     values = torch.cat([part.values for part in parts])
     scales = torch.cat([part.scales for part in parts])
-    return {
+    packed = {
         "qkv": pack([Int8Matrix(values, scales, parts[0].width)]),
         "out": pack([matrix_of(attention.o_proj)]),
-        "gate_up": pack([matrix_of(ffn.gate_proj), matrix_of(ffn.up_proj)]),
-        "down": pack([matrix_of(ffn.down_proj)]),
     }
+    if ffn is not None:
+        packed["gate_up"] = pack([matrix_of(ffn.gate_proj), matrix_of(ffn.up_proj)])
+        packed["down"] = pack([matrix_of(ffn.down_proj)])
+    return packed
+
+
+def _dense_part(block: nn.Module) -> SwiGLU | None:
+    """Return the network that computes every row at a layer: its dense network, or its shared
+    experts, if any.
+    """
+    ffn = block.feed_forward
+    dense = ffn.shared_experts if isinstance(ffn, MoELayer) else ffn
+    assert dense is None or isinstance(dense, SwiGLU)
+    return dense
+
+
+def _inner(block: nn.Module) -> int:
+    """Return the groups of 64 hidden values of that network; 0 if there is none."""
+    dense = _dense_part(block)
+    return 0 if dense is None else -(-dense.down_proj.in_features // GROUP)
 
 
 def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
@@ -324,7 +348,7 @@ def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
         norms += [block.attention_norm.weight, block.feed_forward_norm.weight]
         if attention.normed:
             # Over the full width, there are fewer scales for the keys.
-            scales = (attention.q_norm.weight, attention.k_norm.weight)
+            scales = [attention.q_norm.weight, attention.k_norm.weight]
             head_norms.append(pad_sequence(scales, batch_first=True))
         else:
             head_norms.append(torch.zeros(2, 0))

@@ -76,9 +76,9 @@ def restored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, I
 def keep_matrices(model: nn.Module, matrices: dict[str, Int8Matrix]) -> None:
     """Attach quantised matrices to the layers that they belong to.
 
-    Kernels then use them as they are instead of quantising the weights a second time.
+    Kernels then use them as they are instead of quantising the weights a second time. The layer of
+    `X.weight` gets an attribute `int8`, the pool of experts of `X.down_proj` one `down_proj_int8`.
     """
     for name, matrix in matrices.items():
         path, _, kind = name.rpartition(".")
-        if kind == "weight":
-            model.get_submodule(path).int8 = matrix  # type: ignore[assignment]
+        setattr(model.get_submodule(path), "int8" if kind == "weight" else kind + VALUES, matrix)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny_mixtures import MIXTURES
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.compiled.abi import RECENT
@@ -20,6 +21,7 @@ from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
+from deepseek.model.moe.experts import Experts
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import MOMENTS
 from deepseek.runner import Chunk
@@ -60,9 +62,9 @@ def build(**changes) -> DeepSeekModel:
     return model
 
 
-@pytest.fixture(scope="module")
-def model() -> DeepSeekModel:
-    return build()
+@pytest.fixture(scope="module", params=["dense", *MIXTURES])
+def model(request) -> DeepSeekModel:
+    return build(**MIXTURES.get(request.param, {}))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,9 @@ def rounded(model: DeepSeekModel) -> DeepSeekModel:
     for module in twin.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             module.weight.data = quantize(module.weight.data).float()
+        elif isinstance(module, Experts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                weight.data = torch.stack([quantize(expert).float() for expert in weight.data])
     return twin
 
 
@@ -89,6 +94,15 @@ def logits(runner, armed=None, ids=IDS, pieces=(100,)):
 
 def distance(a, b) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def close(a, b, limit: float, model: DeepSeekModel) -> bool:
+    """Whether logits agree. In a mixture, quantised activations may choose another native expert at
+    a few tokens, where two are close.
+    """
+    if not model.sparse_layers:
+        return distance(a, b) < limit
+    return bool(((a - b).norm(dim=-1) / b.norm(dim=-1) < limit).float().mean() > 0.8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,8 +170,10 @@ def test_experts_speak_as_in_the_model(model, runner, count, most):
     expected = twin(torch.tensor([IDS]))
     got = logits(runner, ArmedExperts(roster))
     base = logits(runner)
-    assert distance(base, expected.logits[0]) > 0.1
-    assert distance(got, expected.logits[0]) < 0.05
+    fired = expected.experts.attribution()[0].sum(-1) > 0
+    assert fired.sum() > 5
+    assert distance(base[fired], expected.logits[0][fired]) > 0.1
+    assert close(got, expected.logits[0], 0.05, model)
     assert torch.equal(logits(runner, ArmedExperts(roster), pieces=(30, 1, 69)), got)
     silent = expected.experts.attribution()[0].sum(-1).cumsum(0) == 0
     assert torch.equal(got[silent], base[silent])

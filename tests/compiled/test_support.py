@@ -43,15 +43,15 @@ COMPILED_REFUSES = {
     "clip_qkv": 0.0,
     "head_dim": 32,
     "hidden_act": "gelu",
-    "num_experts": 4,
     "positional_encoding": "alibi",
     "qk_norm": "layer",
     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4},
+    "router_score": "softplus",
+    "routing_strategy": "hash",
     "sliding_window": 0,
 }
 GRAPH_REFUSES = {"attention": "lsh", "hidden_act": "gelu", "positional_encoding": "learned"}
 
-# Not read by a dense model.
 COMPILED_RUNS: list[dict[str, Any]] = [
     {},
     {"attention_bias": True, "attention_output_bias": True},
@@ -60,6 +60,10 @@ COMPILED_RUNS: list[dict[str, Any]] = [
     {"clip_qkv": 8.0, "qk_norm": "width"},
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+    {"num_experts": 8, "expert_dim": 24},
+    {"num_experts": 8, "expert_dim": 24, "routing_strategy": "dense", "dense_layers": [0]},
+    {"num_experts": 8, "expert_dim": 24, "routing_strategy": "topk", "router_score": "sigmoid"},
+    # Not read by a dense model.
     {"max_experts": 7, "lsh_probes": 2, "use_cache": False, "eos_token_id": [1, 2]},
 ]
 

@@ -1,0 +1,164 @@
+"""Quantised and packed weights of native experts, and the rules of their routers."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepseek.compiled.abi import ROUTED
+from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize
+from deepseek.kernels.numba.buffers import Value, aligned
+from deepseek.model.moe.experts import Experts
+from deepseek.model.moe.layer import MoELayer
+from deepseek.model.moe.router import SCORES, DynamicRouter, Router, TopKRouter
+from deepseek.model.transformer import DeepSeekModel
+
+
+class PackedPool:
+    """The packed weights of a pool of routed experts, in one stretch of memory.
+
+    Args:
+        pool: the pool.
+
+    Attributes:
+        gate_up, down: addresses of each expert's projections.
+        nbytes: bytes of the packed matrices.
+    """
+
+    def __init__(self, pool: Experts) -> None:
+        self.gate_up: list[int] = []
+        self.down: list[int] = []
+        self.nbytes = 0
+        memory = np.empty(0, np.uint8)
+        count = len(pool.gate_up_proj)
+        # One expert after the other, so that a second copy of the pool never exists.
+        for expert in range(count):
+            gate_up, down = _pack_expert(pool, expert)
+            if expert == 0:
+                memory = aligned(count * (gate_up.nbytes + down.nbytes))
+            for matrix, addresses in ((gate_up, self.gate_up), (down, self.down)):
+                place = memory[self.nbytes : self.nbytes + matrix.nbytes]
+                place[:] = matrix.reshape(-1)
+                addresses.append(place.ctypes.data)
+                self.nbytes += matrix.nbytes
+        self._memory = memory
+
+
+def _pack_expert(pool: Experts, expert: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the packed gate and up projections, and the packed down projection."""
+    gate_up = _matrix_of(pool, "gate_up_proj", expert)
+    width = len(gate_up.values) // 2
+    gate, up = (
+        Int8Matrix(gate_up.values[half], gate_up.scales[half], gate_up.width)
+        for half in (slice(width), slice(width, None))
+    )
+    return pack([gate, up]), pack([_matrix_of(pool, "down_proj", expert)])
+
+
+def _matrix_of(pool: Experts, name: str, expert: int) -> Int8Matrix:
+    """Return a quantised matrix of an expert, as the checkpoint stores it if it has 8 bits."""
+    stored = getattr(pool, f"{name}_int8", None)
+    if isinstance(stored, Int8Matrix):
+        return Int8Matrix(stored.values[expert], stored.scales[expert], stored.width)
+    return quantize(getattr(pool, name)[expert].detach())
+
+
+class NativeExperts:
+    """Routers and packed routed experts of all layers; a shared pool is packed once.
+
+    Args:
+        model: a model that the compiled runner supports.
+
+    Attributes:
+        extents: sizes under their names in `compiled/abi.py`, all 0 for a dense model.
+        arguments: arguments of the step (`ROUTED` there).
+        nbytes: bytes of the packed matrices.
+    """
+
+    def __init__(self, model: DeepSeekModel) -> None:
+        config = model.config
+        mixtures = {
+            layer: block.feed_forward
+            for layer, block in enumerate(model.layers)
+            if isinstance(block.feed_forward, MoELayer)
+        }
+        pools = {id(mixture.pool): mixture.pool for mixture in mixtures.values()}
+        self._pools = {key: PackedPool(pool) for key, pool in pools.items()}
+        self.nbytes = sum(pool.nbytes for pool in self._pools.values())
+        layers = len(model.layers)
+        experts = config.num_experts if mixtures else 0
+        router = np.zeros((layers, experts, config.hidden_size), np.float32)
+        bias = np.zeros((layers, experts), np.float32)
+        temperature = np.ones(layers, np.float32)
+        gate_up = np.zeros((layers, experts), np.int64)
+        down = np.zeros((layers, experts), np.int64)
+        for layer, mixture in mixtures.items():
+            packed = self._pools[id(mixture.pool)]
+            router[layer] = _fp32(mixture.router.weight)
+            bias[layer] = _fp32(mixture.router.balance.bias)
+            temperature[layer] = float(mixture.router.balance.temperature)
+            gate_up[layer] = packed.gate_up
+            down[layer] = packed.down
+        values: dict[str, Value] = {
+            **rules(next(iter(mixtures.values())).router if mixtures else None),
+            "experts": experts,
+            "inner": -(-config.expert_dim // GROUP),
+            "sparse": [int(layer in mixtures) for layer in range(layers)],
+            "router": router,
+            "bias": bias,
+            "temperature": temperature,
+            "gate_up": gate_up,
+            "down": down,
+        }
+        self.extents: dict[str, int] = {"experts": experts, "slots": _number(values["slots"])}
+        self.routed_inner = _number(values["inner"])
+        sizes = {"layers": layers, "experts": experts, "hidden": config.hidden_size}
+        self.arguments = ROUTED.arguments(values, sizes)
+
+
+def _number(value: Value) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def rules(router: Router | None) -> dict[str, Value]:
+    """Return the rules of routing, which all layers share; None: a dense model."""
+    numbers: dict[str, Any] = {
+        "slots": 0,
+        "dynamic": 0,
+        "candidates": 0,
+        "min_experts": 0,
+        "sigmoid": 0,
+        "renormalize": 0,
+        "groups": 1,
+        "max_groups": 1,
+    }
+    threshold = 0.0
+    scale = 1.0
+    if isinstance(router, DynamicRouter):
+        threshold = router.threshold
+        numbers |= {
+            "slots": router.max_experts,
+            "dynamic": 1,
+            "candidates": router.candidates,
+            "min_experts": router.min_experts,
+        }
+    elif isinstance(router, TopKRouter):
+        scale = router.scale
+        numbers |= {
+            "slots": router.top_k,
+            "sigmoid": int(router.score is SCORES["sigmoid"]),
+            "renormalize": int(router.renormalize),
+            "groups": router.groups,
+            "max_groups": router.max_groups,
+        }
+    return {
+        **numbers,
+        "threshold": np.array([threshold], np.float32),
+        "scale": np.array([scale], np.float32),
+    }
+
+
+def _fp32(tensor: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().float().numpy()
+    return array
