@@ -1,12 +1,12 @@
-"""Checks of single values, one rule each: the layer that every public constructor and function uses.
+"""Checks of single values, one rule each, that every public constructor and function uses.
 
     size = whole("width", width, least=1)
     rate = number("balance_rate", rate, least=0, most=1)
 
-A check returns the value in its plain type (`int` for a NumPy integer), or raises a `ConfigError` of
-one sentence that names the field, the value and what is valid. `bool` is no number here, although
-Python counts it as one, and NaN and infinity never pass. Rules that involve several fields stay with
-the class that has these fields.
+A check returns the value in its plain type (`int` for a NumPy integer), or raises a `ConfigError`
+of one sentence that names the field, the value and what is valid. `bool` is no number here,
+although Python counts it as one, and NaN and infinity never pass. Rules that involve several fields
+stay with the class that has these fields.
 
 This module imports nothing heavy; the checks of tensors import torch when they are called.
 """
@@ -315,7 +315,7 @@ def within(name: str, value: "Tensor", least: int, most: int, what: str) -> None
 
 
 def _abstract(value: "Tensor") -> bool:
-    """Return whether a tensor has no values to look at: on the meta device, or in a traced graph."""
+    """Return whether a tensor has no values to look at: on the meta device or in a traced graph."""
     import torch
 
     return value.is_meta or torch.compiler.is_compiling() or torch.compiler.is_exporting()

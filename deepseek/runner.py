@@ -7,7 +7,7 @@ chunks, one forward pass a step.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -38,17 +38,6 @@ class SequenceState(Protocol):
     def nbytes(self) -> int:
         """Current memory in bytes, at most `Runner.state_bytes` of its capacity."""
 
-    @property
-    def rewinds(self) -> bool:
-        """Whether `rewind` is supported."""
-
-    def rewind(self, length: int) -> None:
-        """Drop the tokens from position `length` on, which must all belong to the last chunk.
-
-        Args:
-            length: number of tokens to keep.
-        """
-
     def segment(self, start: int) -> Segment:
         """Return a copy of the state of the tokens from `start` to the last one.
 
@@ -68,6 +57,22 @@ class SequenceState(Protocol):
 
     def close(self) -> None:
         """Free the memory; the state must not be used again."""
+
+
+@runtime_checkable
+class Rewindable(Protocol):
+    """A state that can drop its last tokens, so that tokens can be guessed.
+
+    That requires a runner whose result for a token does not depend on the tokens computed beside
+    it: otherwise guesses would change the output.
+    """
+
+    def rewind(self, length: int) -> None:
+        """Drop the tokens from position `length` on, which must all belong to the last chunk.
+
+        Args:
+            length: number of tokens to keep.
+        """
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def unicode_only(text: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether a text has no lone surrogates, which stand for undecodable bytes or for half of
-    a character.
+    """Return whether a text has no lone surrogates, which stand for undecodable bytes or for half
+    of a character.
     """
     return not SURROGATES.search(text)

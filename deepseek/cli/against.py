@@ -103,4 +103,5 @@ def _share(share: Interval) -> str:
 def _difference(difference: Interval | None) -> str:
     if difference is None:
         return "-"
-    return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+    bounds = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+    return f"{100 * difference.mean:+.1f} ({bounds})"

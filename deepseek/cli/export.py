@@ -27,7 +27,8 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Type of the weights, such as int8 for openvino, q8_0 for gguf; default: the format's."
+            help="Type of the weights, such as int8 for openvino, q8_0 for gguf; "
+            "default: the format's."
         ),
     ] = "",
 ) -> None:

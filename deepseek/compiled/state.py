@@ -89,8 +89,6 @@ class CompiledState:
         sums: running gate sums `[RECENT, members, SUMS]`; those after position p are at p % RECENT.
     """
 
-    rewinds = True
-
     def __init__(
         self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int
     ) -> None:

@@ -32,5 +32,5 @@ def _vendor() -> str:
 
 @cache
 def has_float16() -> bool:
-    """Whether the processor has instructions for fp16 products; emulated, they are unusably slow."""
+    """Whether the processor has instructions for fp16 products; emulation is unusably slow."""
     return bool(torch.cpu._is_amx_fp16_supported())

@@ -27,8 +27,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: resident memory of this process on the CPU, allocated tensors
-    on another device.
+    """Return the peak memory in bytes: resident memory of this process on the CPU, allocated
+    tensors on another device.
     """
     if device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""`deepseek.import_adapter`: turn a LoRA adapter of PEFT into a pack that is plugged as an expert."""
+"""`deepseek.import_adapter`: turn a LoRA adapter of PEFT into a pack to plug like an expert."""
 
 import re
 from pathlib import Path
@@ -44,8 +44,8 @@ def import_adapter(
     Args:
         folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: name of the pack; None: that of the folder.
-        base: base model that the pack is for: a known name, a folder, a GGUF file or a hub id. The adapter's
-            layers must fit it.
+        base: base model that the pack is for: a known name, a folder, a GGUF file or a hub id.
+            The adapter's layers must fit it.
         licence: SPDX expression of the adapter's licence.
         domain: short description of what it is for.
         auto: whether "auto" arms it. An adapter has no gate, so it would then change every request

@@ -14,14 +14,13 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from deepseek.engine.attached_batch import can_join, join_layers, padding_mask, split_layer
+from deepseek.engine.reference import ReferenceRunner
 from deepseek.model.attached.hooks import AttachedContext
 from deepseek.model.attached.memory import ExpertMemory, remembering
 from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.traits import supported
-from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts
-from deepseek.model.experts.module import ExpertModule
-from deepseek.model.experts.ragged import RaggedExperts
+from deepseek.model.experts.ragged import RaggedExperts, speakers_of
 from deepseek.runner import Chunk, RunnerOutput, Segment
 
 
@@ -54,9 +53,6 @@ class AttachedState:
         armed: the sequence's experts; None for the base alone.
     """
 
-    # As in `TorchState`, guessed tokens would change the output.
-    rewinds = False
-
     def __init__(self, model: AttachedModel, armed: ArmedExperts | None) -> None:
         self.cache: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         self.memory = remembering(self.cache)
@@ -74,10 +70,6 @@ class AttachedState:
         """Take this and the other sequences out of their batch, if they are in one."""
         if self.batch is not None:
             self.batch.dissolve()
-
-    def rewind(self, length: int) -> None:
-        """Raise `NotImplementedError`: the engine asks only states whose `rewinds` is True."""
-        raise NotImplementedError
 
     def segment(self, start: int) -> AttachedSegment:
         self.leave_batch()
@@ -132,10 +124,8 @@ class DecodingBatch:
             state.batch = None
 
 
-class AttachedRunner:
+class AttachedRunner(ReferenceRunner):
     """Runs a stock model with attached experts on its own device.
-
-    As with `TorchRunner`, the logits of a chunk beside others differ from those alone by rounding.
 
     Args:
         model: the model to run.
@@ -146,20 +136,8 @@ class AttachedRunner:
         self._layers = _measure(model)
         self._joins = can_join(AttachedState(model, None).cache)
 
-    def computes(self, armed: ArmedExperts | None) -> bool:
-        """Return True: the model computes whatever can be plugged into it."""
-        return True
-
-    def prepare(self, module: ExpertModule | AdapterModule) -> None:
-        """Do nothing: `plug` has already moved the expert to the model's device."""
-
-    def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        gate_bytes = (
-            sum(12 * len(owners) for owners in armed.roster.owners.values())
-            if armed is not None
-            else 0
-        )
-        return sum(layer.at(length) for layer in self._layers) + gate_bytes
+    def cache_bytes(self, length: int) -> int:
+        return sum(layer.at(length) for layer in self._layers)
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> AttachedState:
         return AttachedState(self.model, armed)
@@ -219,10 +197,8 @@ class AttachedRunner:
             )
         for state in states:
             state.length += 1
-        speakers: list[str | None] = [None] * len(states)
-        if ragged is not None and isinstance(ragged.armed, RaggedExperts):
-            speakers = ragged.armed.speakers()
-        return output.logits[:, -1].float().cpu(), speakers
+        armed = None if ragged is None else ragged.armed
+        return output.logits[:, -1].float().cpu(), speakers_of(armed, len(states))
 
 
 def _ragged(

@@ -19,7 +19,7 @@ from deepseek.engine.vocabulary import TextStream, Vocabulary
 from deepseek.errors import ConfigError
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.language_model import LanguageModel, context_length
-from deepseek.runner import Chunk, SequenceState
+from deepseek.runner import Chunk, Rewindable, SequenceState
 
 WORDS = 2  # tokens that must match for a guess
 
@@ -160,8 +160,9 @@ class ActiveSequence:
         assert self.state is not None
         if not self.prefilling:
             # Guesses must fit the capacity together with the last token and the one that follows.
-            free_tokens = self.capacity - self.state.length - 2 if self.state.rewinds else 0
-            ids = (self._token, *self._lookup.guess(min(guesses, free_tokens)))
+            free_tokens = self.capacity - self.state.length - 2
+            most = min(guesses, free_tokens) if isinstance(self.state, Rewindable) else 0
+            ids = (self._token, *self._lookup.guess(most))
             return Chunk(self.state, ids, len(ids))
         prompt = self.request.prompt_ids
         start = self.state.length
@@ -202,6 +203,7 @@ class ActiveSequence:
             if self.finish_reason is not None or row == -1 or self._token != guesses[row + 1]:
                 break
         if len(events) <= len(guesses):
+            assert isinstance(self.state, Rewindable)
             self.state.rewind(length - 1 - len(guesses) + len(events))
         self._lookup.judge(len(events) - 1)
         return events

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from deepseek.model.experts.adapter import AdapterModule
+from deepseek.engine.reference import ReferenceRunner
 from deepseek.model.experts.armed import ArmedExperts
-from deepseek.model.experts.module import ExpertModule
-from deepseek.model.experts.ragged import RaggedExperts
+from deepseek.model.experts.ragged import speakers_of
 from deepseek.model.kv_cache import CacheSegment, KVCache
 from deepseek.model.ragged import begin_ragged
 from deepseek.model.transformer import DeepSeekModel
@@ -25,10 +24,6 @@ class TorchState:
         capacity: maximum number of tokens, for which memory is kept.
     """
 
-    # PyTorch's results for a token can differ in the last bits with the tokens computed beside it,
-    # so guessed tokens would change the output.
-    rewinds = False
-
     def __init__(self, armed: ArmedExperts | None, layers: int, capacity: int) -> None:
         self.cache = KVCache()
         self.cache.reserve(layers, capacity)
@@ -42,10 +37,6 @@ class TorchState:
     def nbytes(self) -> int:
         return self.cache.nbytes
 
-    def rewind(self, length: int) -> None:
-        """Raise `NotImplementedError`: the engine asks only states whose `rewinds` is True."""
-        raise NotImplementedError
-
     def segment(self, start: int) -> CacheSegment:
         return self.cache.segment(start)
 
@@ -57,12 +48,11 @@ class TorchState:
         self.cache = KVCache()
 
 
-class TorchRunner:
+class TorchRunner(ReferenceRunner):
     """Runs a `DeepSeekModel` on its own device, all chunks of a step in one pass.
 
-    Every weight is read once a step, so 16 sequences cost little more than one. PyTorch sums a
-    product in an order that depends on the number of rows, so a chunk's logits beside others differ
-    in the last bits from those alone: in the tests by at most 1e-4 in fp32 (5e-4 with dynamic
+    Every weight is read once a step, so 16 sequences cost little more than one. A chunk's logits
+    beside others differ from those alone in the tests by at most 1e-4 in fp32 (5e-4 with dynamic
     positions), with the same experts attributed.
     Padding a lone row to a fixed block of rows would make the bits equal, and a lone sequence up to
     2.5 times as slow (docs/log/engine.md, 2026-11-26).
@@ -74,20 +64,8 @@ class TorchRunner:
     def __init__(self, model: DeepSeekModel) -> None:
         self.model = model
 
-    def computes(self, armed: ArmedExperts | None) -> bool:
-        """Return True: the model computes whatever can be plugged into it."""
-        return True
-
-    def prepare(self, module: ExpertModule | AdapterModule) -> None:
-        """Do nothing: `plug` has already moved the expert to the model's device."""
-
-    def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        gate_bytes = (
-            sum(12 * len(owners) for owners in armed.roster.owners.values())
-            if armed is not None
-            else 0
-        )
-        return self.model.state_bytes(length) + gate_bytes
+    def cache_bytes(self, length: int) -> int:
+        return self.model.state_bytes(length)
 
     def start(self, armed: ArmedExperts | None, capacity: int) -> TorchState:
         return TorchState(armed, len(self.model.layers), capacity)
@@ -95,16 +73,15 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
         parts: list[tuple[Sequence[int], KVCache]] = []
-        kept: list[int] = []
+        kept_rows: list[int] = []
         end = 0
         for chunk in chunks:
             assert isinstance(chunk.state, TorchState)
             parts.append((chunk.ids, chunk.state.cache))
             end += len(chunk.ids)
-            kept += range(end - chunk.keep, end)
+            kept_rows += range(end - chunk.keep, end)
         step = begin_ragged(self.model, parts)
-        rows_R = torch.tensor(kept, dtype=torch.long, device=self.model.device)
+        rows_R = torch.tensor(kept_rows, dtype=torch.long, device=self.model.device)
         logits_RV = self.model.lm_head(step.finish(rows=rows_R)[0]).float().cpu()
-        armed = step.ctx.armed
-        speakers = armed.speakers() if isinstance(armed, RaggedExperts) else [None] * end
-        return RunnerOutput(logits_RV, tuple(speakers[row] for row in kept))
+        speakers = speakers_of(step.ctx.armed, end)
+        return RunnerOutput(logits_RV, tuple(speakers[row] for row in kept_rows))

@@ -53,8 +53,8 @@ def check_positions(position_ids: Tensor, batch: int, length: int, device: torch
 def check_labels(
     labels: Tensor, hidden_BTD: Tensor, vocab_size: int, logits_to_keep: int | Tensor
 ) -> None:
-    """Raise `ConfigError` unless these are target ids `[B, T]`, or -100 where there is none, and all
-    logits are computed.
+    """Raise `ConfigError` unless these are target ids `[B, T]`, or -100 where there is none, and
+    all logits are computed.
     """
     if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
         raise ConfigError("labels need the logits of all tokens; leave logits_to_keep out.")

@@ -103,8 +103,8 @@ class ReservedLayer(DynamicLayer):
         return self.written(key_states.shape[-2])
 
     def memory(self, count: int) -> tuple[Tensor, Tensor] | None:
-        """Return the memory `[B, G, capacity, K]` of keys and of values, if it holds the cached ones
-        and has space for `count` more; else None.
+        """Return the memory `[B, G, capacity, K]` of keys and of values, if it holds the cached
+        ones and has space for `count` more; else None.
         """
         if self._memory is None or self.keys is None:
             return None

@@ -1,4 +1,4 @@
-"""A language model with experts: our own, or a stock one of `transformers` with experts attached."""
+"""A language model with experts: our own, or a stock one of `transformers` with attached experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def load_language_model(
 
 
 def is_own(config: dict[str, Any]) -> bool:
-    """Return whether the content of a `config.json` describes a model that `DeepSeekModel` computes.
+    """Return whether the content of a `config.json` describes a model of `DeepSeekModel`.
 
     Raises:
         CheckpointError: neither it nor a stock model of `transformers` does.

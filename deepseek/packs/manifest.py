@@ -5,6 +5,7 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -196,7 +197,7 @@ class Signature(Strict):
     value: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
-class PackManifest(Strict):
+class PackManifest(Strict, ABC):
     """What every kind of pack says: its origin, its base model and its terms.
 
     Attributes:
@@ -229,13 +230,13 @@ class PackManifest(Strict):
         return metric.verdict if metric else "not measured"
 
     @property
+    @abstractmethod
     def helps(self) -> bool:
         """Whether "auto" arms the expert."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self) -> dict[str, TensorSpec]:
         """Return dtype and shape of exactly the tensors that a pack with this manifest holds."""
-        raise NotImplementedError
 
     def signed_part(self) -> bytes:
         """Return the canonical JSON of the manifest without digest and signature.

@@ -24,8 +24,8 @@ def valid_name(name: str) -> str:
         raise ValueError(f"{name!r} is a reserved word; choose another name")
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"{name[:80]!r} is no name; use at most 64 letters, digits, '.', '_' and '-', and begin "
-            "with a letter or digit"
+            f"{name[:80]!r} is no name; use at most 64 letters, digits, '.', '_' and '-', and "
+            "begin with a letter or digit"
         )
     return name
 

@@ -102,8 +102,8 @@ def _check_layers(file: GgufFile) -> None:
     layers = file.facts.get(f"{file.architecture}.block_count", 0)
     if not isinstance(layers, int) or not 0 <= layers <= len(file.tensors):
         raise CheckpointError(
-            f"{file.path} states {shown(layers)} layers and has {len(file.tensors)} tensors; convert "
-            "the original model to GGUF again."
+            f"{file.path} states {shown(layers)} layers and has {len(file.tensors)} tensors; "
+            "convert the original model to GGUF again."
         )
 
 

@@ -202,8 +202,8 @@ class _Parser:
             block, block_bytes = GGML_QUANT_SIZES[encoding]
         except (ValueError, KeyError):
             raise CheckpointError(
-                f"{self.path} holds {name!r} in the unknown encoding {kind}; take a file of another "
-                "quantisation, or a newer gguf package."
+                f"{self.path} holds {name!r} in the unknown encoding {kind}; take a file of "
+                "another quantisation, or a newer gguf package."
             ) from None
         if not all(shape) or shape[-1] % block:
             self.fail(f"{name!r} has the impossible shape {list(shape)}")

@@ -16,7 +16,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 )
 
 from deepseek.checkpoint.gguf.reader import GgufFile
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, shown
 from deepseek.registry import nearest
 
 GPT2_SPLITS = ("gpt-2", "jais", "mpt", "olmo", "phi-2")
@@ -41,7 +41,8 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     kind = file.fact("tokenizer.ggml.model")
     if kind not in GGUF_TOKENIZER_TYPES:
         raise CheckpointError(
-            f"{file.path} has a tokenizer of kind {kind!r}; {nearest(str(kind), GGUF_TOKENIZER_TYPES)}."
+            f"{file.path} has a tokenizer of kind {shown(kind)}; "
+            f"{nearest(shown(kind), GGUF_TOKENIZER_TYPES)}."
         )
     tokens = file.fact("tokenizer.ggml.tokens")
     described = {

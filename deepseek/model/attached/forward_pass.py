@@ -260,23 +260,36 @@ def can_cut(model: AttachedModel, layer: int) -> bool:
     """Return whether a pass that is stopped before `layer` and resumed gives the uncut result."""
     cuts = traits_of(model).cuts
     if layer not in cuts:
-        cuts[layer] = True  # for the check itself
         cuts[layer] = _resumes(model, layer)
     return cuts[layer]
 
 
 @torch.no_grad()
 def _resumes(model: AttachedModel, layer: int) -> bool:
+    """Return whether a few tokens, stopped before `layer` and resumed, end as they do uncut."""
     traits = traits_of(model)
     arguments = supported(decoder_of(model), input_ids=traits.ids, use_cache=False)
-    step = AttachedPass(model, arguments, None)
-    whole = traits.hidden(traits.ids)
-    step.run_to(layer)
+    stream_BTD = AttachedPass(model, arguments, None).run_to(layer)
     try:
-        resumed = step._run(None)
-    except Exception:  # whatever a decoder raises without its lower layers
+        with _started(model, layer, stream_BTD):
+            resumed_BTD = traits.hidden(traits.ids)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the decoder
+    except INCOMPLETE:
         return False
-    return torch.equal(whole, resumed)
+    return torch.equal(traits.hidden(traits.ids), resumed_BTD)
+
+
+INCOMPLETE = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a decoder raises that misses what its lower layers would have left for the upper ones."""
 
 
 @contextmanager

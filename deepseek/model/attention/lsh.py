@@ -144,8 +144,8 @@ def sparse_attention(
         A tensor with the shape and dtype of `query`.
 
     Raises:
-        ConfigError: a size is out of range; tensors are empty, of a wrong shape, not floating point,
-            of several dtypes or devices, or hold NaN or infinity.
+        ConfigError: a size is out of range; tensors are empty, of a wrong shape, not floating
+            point, of several dtypes or devices, or hold NaN or infinity.
     """
     for name, part in {"query": query, "key": key, "value": value}.items():
         checks.tensor(name, part, "real", dims=(2, 3, 4))

@@ -76,6 +76,11 @@ class Roster:
             for layer in layers
         }
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the gates' running sums of one sequence: three fp32 numbers a gate."""
+        return sum(12 * len(owners) for owners in self.owners.values())
+
     @cached_property
     def banks(self) -> dict[int, GateBank] | None:
         """Layer -> the gates of its owners; None without gates.

@@ -36,7 +36,8 @@ class Arming:
                 names; None: no expert.
 
         Raises:
-            ConfigError: a name is no text, or a weight is not a number above 0 and at most `MAX_WEIGHT`.
+            ConfigError: a name is no text, or a weight is not a number above 0 and at most
+                `MAX_WEIGHT`.
         """
         if value is None:
             return Arming()

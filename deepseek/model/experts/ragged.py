@@ -148,3 +148,10 @@ def _weights(layer_idx: int, x_1ND: Tensor, part: tuple[int, SequenceContext]) -
     armed = sequence.armed
     assert isinstance(armed, ArmedExperts)
     return armed.weights(layer_idx, x_1ND[:, start : start + sequence.length], sequence)
+
+
+def speakers_of(armed: Armed | None, count: int) -> list[str | None]:
+    """Return, for each of `count` tokens of sequences that lie end to end, the expert with the
+    largest weight; None if none is armed.
+    """
+    return armed.speakers() if isinstance(armed, RaggedExperts) else [None] * count

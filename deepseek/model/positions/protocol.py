@@ -1,5 +1,6 @@
 """The interface of a positional encoding."""
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -41,15 +42,15 @@ class Positions:
         return lambda query, key: (query, key)
 
 
-class ScoreBiasSource(nn.Module):
+class ScoreBiasSource(nn.Module, ABC):
     """The part of a positional encoding that each layer owns.
 
     It maps the layer's input to the bias of its attention scores, or to None for a zero bias.
     """
 
+    @abstractmethod
     def forward(self, x_BTD: Tensor, ctx: "ForwardContext", layer_idx: int) -> ScoreBias | None:
         """Return the bias of the new tokens; state of past tokens is in `ctx.cache`."""
-        raise NotImplementedError
 
     def each(self, x_1ND: Tensor, ctx: "ForwardContext", layer_idx: int) -> list[ScoreBias | None]:
         """Return the bias of each of the sequences that lie end to end in the only row.
@@ -59,6 +60,6 @@ class ScoreBiasSource(nn.Module):
         parts = zip(x_1ND.split(ctx.lengths, dim=1), ctx.sequences, strict=True)
         return [self(x_1TD, sequence, layer_idx) for x_1TD, sequence in parts]
 
+    @abstractmethod
     def state_bytes(self, length: int) -> int:
         """Return an upper bound on its bytes in the cache for one sequence of `length` tokens."""
-        raise NotImplementedError

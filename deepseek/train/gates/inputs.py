@@ -29,8 +29,8 @@ class Moments:
     """Sums over gate inputs x~ = [x; 1].
 
     Attributes:
-        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision on the CPU. The last column is `sum x~`, and
-            its last entry the count.
+        second: `sum x~ x~^T`, `[D+1, D+1]` in double precision on the CPU. The last column is `sum
+            x~`, and its last entry the count.
     """
 
     second: Tensor

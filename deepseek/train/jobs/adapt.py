@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepseek.checkpoint.convert import read_tensors, restore_names
-from deepseek.checkpoint.files import located
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch
 from deepseek.device.memory import peak_memory
@@ -71,16 +70,7 @@ def adapt(arguments: AdaptArguments) -> Path:
     if arguments.mode == "expert":
         return train_expert(**vars(arguments.for_expert()))
     request = adapt_request(arguments)
-    target = located(arguments.out or home() / "models" / request.name)
-    folder = located(arguments.run_folder or home() / "runs" / request.name)
-    run = Run(
-        request.as_json(),
-        target,
-        folder,
-        arguments.quiet,
-        arguments.dry_run,
-        lambda: text_inputs(request, without=(folder, target)),
-    )
+    run = Run.of(request, home() / "models" / request.name, partial(text_inputs, request))
     return run_once(AdaptRun, request, run)
 
 

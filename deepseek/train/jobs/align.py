@@ -89,15 +89,10 @@ def align(arguments: AlignArguments) -> Path:
     """
     prefs = located(arguments.prefs or home() / "preferences.db")
     request = AlignRequest(**{**vars(arguments), "prefs": str(prefs)})
-    target = located(arguments.out or home() / "models" / request.name)
-    folder = located(arguments.run_folder or home() / "runs" / request.name)
-    run = Run(
-        request.as_json(),
-        target,
-        folder,
-        arguments.quiet,
-        arguments.dry_run,
-        lambda: {"preferences": preferences_digest(prefs), "base": base_digest(request.base)},
+    run = Run.of(
+        request,
+        home() / "models" / request.name,
+        lambda _: {"preferences": preferences_digest(prefs), "base": base_digest(request.base)},
     )
     return run_once(AlignRun, request, run)
 

@@ -299,7 +299,7 @@ def _is_direct(argument: Argument, where: str) -> bool:
 
 
 def refuse_flags(given: Mapping[str, Any], declaration: type[Declaration]) -> None:
-    """Raise `ConfigError` for True or False where a number is meant; pydantic reads them as 1 and 0.
+    """Raise `ConfigError` for True or False where a number is meant: pydantic reads 1 and 0.
 
     Args:
         given: arguments by name.

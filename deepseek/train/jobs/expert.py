@@ -16,9 +16,8 @@ import torch
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as declaration
 
-from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
-from deepseek.checkpoint.store import home, read_object, write_json
+from deepseek.checkpoint.store import read_object, write_json
 from deepseek.data import Batch, RowLoader
 from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.device.memory import peak_memory
@@ -123,7 +122,8 @@ class ExpertRun(TextRun):
         pack = sum(parameter.numel() * 2 for parameter in self.module.parameters())
         return (
             f"{plan.rows * request.row_length:,} tokens in {plan.steps} steps, "
-            f"about {plan.seconds / 60:.1f} minutes on {self.device}; memory {peak_memory(self.device) / 1e9:.1f} GB, "
+            f"about {plan.seconds / 60:.1f} minutes on {self.device}; "
+            f"memory {peak_memory(self.device) / 1e9:.1f} GB, "
             f"trunk cache {cache / 1e6:,.0f} MB, pack {pack / 1e6:,.0f} MB"
         )
 
@@ -351,17 +351,8 @@ def train_expert(arguments: ExpertArguments) -> Path:
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
     request = expert_request(arguments)
-    pack = located(arguments.out or experts_folder() / f"{request.name}{SUFFIX}")
-    folder = located(arguments.run_folder or home() / "runs" / request.name)
-    run = Run(
-        request.as_json(),
-        pack,
-        folder,
-        arguments.quiet,
-        arguments.dry_run,
-        lambda: text_inputs(request, without=(folder, pack)),
-        makes_file=True,
-    )
+    pack = experts_folder() / f"{request.name}{SUFFIX}"
+    run = Run.of(request, pack, partial(text_inputs, request))
     return run_once(ExpertRun, request, run)
 
 

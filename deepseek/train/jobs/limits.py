@@ -1,4 +1,4 @@
-"""What arguments of jobs may hold: names, licences, layers, and the largest numbers that make sense.
+"""What arguments of jobs may hold: names, licences, layers, and the largest sensible numbers.
 
 A number beyond these limits is a slip of the keyboard, and would end in an error deep inside.
 """

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.checkpoint.files import located
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import atomic_folder, home, write_json
 from deepseek.data import Batch, RowLoader, TokenShards
@@ -63,18 +62,13 @@ def pretrain(arguments: PretrainArguments) -> Path:
         ConfigError, DataError, TrainError: the message states the cause and the fix.
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
-    out = located(arguments.out or home() / "models" / arguments.name)
-    folder = located(arguments.run_folder or home() / "runs" / arguments.name)
     with current(arguments.device) as backend:
-        run = Run(
-            arguments.as_json(),
-            out,
-            folder,
-            arguments.quiet or not backend.main,
-            arguments.dry_run,
-            lambda: pretrain_inputs(arguments, without=(folder, out)) if backend.main else {},
-            main=backend.main,
+        run = Run.of(
+            arguments,
+            home() / "models" / arguments.name,
+            lambda written: pretrain_inputs(arguments, written) if backend.main else {},
         )
+        run = replace(run, quiet=arguments.quiet or not backend.main, main=backend.main)
         return run_once(partial(PretrainRun, backend=backend), arguments, run)
 
 

@@ -35,7 +35,8 @@ def parse_layers(text: str, layers: int | Sequence[int]) -> tuple[int, ...]:
         match = PART.fullmatch(part)
         if match is None:
             raise ConfigError(
-                f"layers={shown(text)} is not understood; write all, last:3, or indices such as 0-9,20."
+                f"layers={shown(text)} is not understood; write all, last:3, or indices "
+                "such as 0-9,20."
             )
         first = int(match[1])
         last = int(match[2] or match[1])
@@ -47,7 +48,7 @@ def parse_layers(text: str, layers: int | Sequence[int]) -> tuple[int, ...]:
         chosen.update(range(first, last + 1))
     if strange := chosen - set(possible):
         raise ConfigError(
-            f"layers={shown(text)} is impossible: layer {min(strange)} has no feed-forward network; "
-            f"choose among {', '.join(map(str, possible))}."
+            f"layers={shown(text)} is impossible: layer {min(strange)} has no feed-forward "
+            f"network; choose among {', '.join(map(str, possible))}."
         )
     return tuple(sorted(chosen))

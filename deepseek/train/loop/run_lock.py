@@ -40,7 +40,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise TrainError(
-            f"{folder} is in use by {_described(owner)}; wait until that ends, or give another name."
+            f"{folder} is in use by {_described(owner)}; wait until that ends, or give "
+            "another name."
         ) from None
     try:
         if lock.lock_counter == 1:

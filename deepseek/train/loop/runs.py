@@ -3,7 +3,7 @@
 import json
 import shutil
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from jinja2 import Environment
 
-from deepseek.checkpoint.files import writable_file, writable_folder
+from deepseek.checkpoint.files import located, writable_file, writable_folder
 from deepseek.checkpoint.store import (
     atomic_write,
     disk_full_explained,
@@ -41,6 +41,30 @@ class RunJob(Protocol):
         """Check the request and return its estimated cost; writes only to its folder."""
 
 
+class RunRequest(Protocol):
+    """Resolved arguments of a job that writes a run folder."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def out(self) -> str | Path | None: ...
+
+    @property
+    def run_folder(self) -> str | Path | None: ...
+
+    @property
+    def quiet(self) -> bool: ...
+
+    @property
+    def dry_run(self) -> bool: ...
+
+    @property
+    def makes_file(self) -> bool: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
 EARLY_STAGES = ("corpus", "tokenizer")
 """Folders that a job may fill before it writes `request.json`."""
 
@@ -51,8 +75,8 @@ class Run:
 
     Attributes:
         stored: the request as JSON values, compared with `request.json` of an earlier run.
-        inputs: returns a digest of everything that the run reads, by name ("text", "base"); default:
-            none.
+        inputs: returns a digest of everything that the run reads, by name ("text", "base");
+            default: none.
         made: path of the result.
         folder: run folder.
         quiet: show no progress.
@@ -69,6 +93,30 @@ class Run:
     inputs: Callable[[], dict[str, str]] = dict
     makes_file: bool = False
     main: bool = True
+
+    @classmethod
+    def of(
+        cls, request: RunRequest, default: Path, inputs: Callable[[Sequence[Path]], dict[str, str]]
+    ) -> "Run":
+        """Return the run of a request.
+
+        Args:
+            request: resolved arguments of a job.
+            default: path of the result, if the request has none.
+            inputs: returns the digests of everything that the run reads; takes the files and
+                folders that the run itself writes.
+        """
+        made = located(request.out or default)
+        folder = located(request.run_folder or home() / "runs" / request.name)
+        return cls(
+            request.as_json(),
+            made,
+            folder,
+            request.quiet,
+            request.dry_run,
+            lambda: inputs((folder, made)),
+            request.makes_file,
+        )
 
     def check_places(self) -> None:
         """Raise `ConfigError` if result or run folder cannot be written."""
