@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# A thread a process, before PyTorch counts the processors: the suite runs a worker on each, and two
+# threads that meet after every product of a tiny model mostly wait for their turn. The tests of
+# kernels that share their work ask for threads themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 
