@@ -14,6 +14,13 @@ LISTED = 12
 """Tables with more entries are listed in a message only if no entry is similar to the name."""
 
 
+SIMILAR = 0.6
+"""Least similarity of a suggestion, as `difflib` measures it; unrelated words reach 0.5."""
+
+FEWEST_LETTERS = 2
+"""Fewest letters of a name that counts as a part of another one."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return a hint for an unknown name: the most similar valid name, and a short list of all.
 
@@ -22,11 +29,28 @@ def nearest(name: str, names: Iterable[str]) -> str:
         names: the valid names.
     """
     known = sorted(names)
-    close = get_close_matches(name, known, n=1, cutoff=0.4)
-    if not close:
+    close = _most_similar(name, known)
+    if close is None:
         return f"valid: {', '.join(known)}"
     listed = f" (valid: {', '.join(known)})" if len(known) <= LISTED else ""
-    return f"perhaps {close[0]!r} is meant{listed}"
+    return f"perhaps {close!r} is meant{listed}"
+
+
+def _most_similar(name: str, known: list[str]) -> str | None:
+    """Return the valid name that is most like `name`, None if none is.
+
+    A name of which `name` is a part, as a whole or from the beginning, comes before one that is
+    spelled alike.
+    """
+    folded = name.casefold()
+    if folded in map(str.casefold, known):
+        return next(one for one in known if one.casefold() == folded)
+    if len(folded) >= FEWEST_LETTERS:
+        parts = [one for one in known if folded in one.casefold()]
+        if parts:
+            return min(parts, key=lambda one: (not one.casefold().startswith(folded), len(one)))
+    close = get_close_matches(folded, [one.casefold() for one in known], n=1, cutoff=SIMILAR)
+    return next((one for one in known if close and one.casefold() == close[0]), None)
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
@@ -41,7 +65,8 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
         ConfigError: the name is not in the table.
     """
     if not isinstance(name, str) or name not in table:
-        raise ConfigError(f"{what} {shown(name)} is unknown; {nearest(shown(name), table)}.")
+        word = name if isinstance(name, str) else shown(name)
+        raise ConfigError(f"{what} {shown(name)} is unknown; {nearest(word, table)}.")
     return table[name]
 
 

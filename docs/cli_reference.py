@@ -2,6 +2,7 @@
 place.
 """
 
+import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,12 +12,20 @@ from typer import Typer
 from typer.main import get_command
 
 from deepseek.cli.main import COMMANDS
+from deepseek.cli.shapes import SHAPES
 
 HEAD = """\
 # Command line
 
 Every command has `--help`, which shows the same. `--debug` goes with any command and prints the traceback of an error.
 Exit codes: 0 done, 1 a defect of the library, 2 a mistake that the message says how to mend, 130 interrupted.
+"""
+
+JSON = """\
+## JSON output
+
+Commands with `--json` print one object on standard output and nothing else there. Its
+[JSON schema](https://json-schema.org) stands below. Fields may be added; none changes its meaning.
 """
 
 NAMES = {str: "text", int: "number", float: "number", Path: "path"}
@@ -97,9 +106,18 @@ def section(name: str, command: Any) -> str:
     return "\n".join(lines)
 
 
+def shapes() -> str:
+    """Return the part about `--json`: the schema of each command's object."""
+    parts = [JSON]
+    for name, shape in SHAPES.items():
+        schema = json.dumps(shape.model_json_schema(), indent=1)
+        parts.append(f"### JSON of deepseek {name}\n\n```json\n{schema}\n```\n")
+    return "\n".join(parts)
+
+
 def page() -> str:
     """Return the page."""
-    return "\n".join([HEAD, *(section(*item) for item in commands())])
+    return "\n".join([HEAD, *(section(*item) for item in commands()), shapes()])
 
 
 if __name__ == "__main__":

@@ -57,8 +57,16 @@ def bench(
             "the benchmarks are not part of the installed package; "
             "run this in a clone of the repository."
         )
+    if name == "--json":
+        from deepseek.cli.shapes import BenchmarkList, BenchmarkRow, print_json
+
+        rows = [BenchmarkRow(name=name, about=line) for name, line in sorted(known.items())]
+        print_json(BenchmarkList(benchmarks=rows))
+        return
     if name in ("", "--help"):
-        typer.echo("usage: deepseek bench NAME [OPTIONS]\n\nmeasurements:")
+        typer.echo(
+            "usage: deepseek bench NAME [OPTIONS]\n       deepseek bench --json\n\nmeasurements:"
+        )
         for measurement, line in sorted(known.items()):
             typer.echo(f"  {measurement:20}{line}")
         return

@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
-from deepseek.cli.options import Base, Device, Precision, expert_packs
+from deepseek.cli.options import Base, Device, Json, Precision, expert_packs
 from deepseek.cli.output import echo
+from deepseek.errors import ConfigError
+
+TOKENS = 8192
+"""Tokens of a text whose rows no training has chosen."""
 
 
 def evaluate(
@@ -24,8 +28,13 @@ def evaluate(
         typer.Option(help="Additional text: a folder, .jsonl or .parquet file; repeatable."),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=512, help="Tokens of each text to evaluate on.")
-    ] = 8192,
+        int | None,
+        typer.Option(
+            min=512,
+            help="Tokens of each text to evaluate on; default: of an expert's text those that its "
+            "training reported on, of others 8,192.",
+        ),
+    ] = None,
     human_eval: Annotated[
         int, typer.Option(min=0, max=164, help="Number of HumanEval problems to solve and run.")
     ] = 0,
@@ -38,6 +47,7 @@ def evaluate(
     ] = 200,
     device: Device = "auto",
     dtype: Precision = "auto",
+    as_json: Json = False,
 ) -> None:
     """Print the held-out loss of the base and of the plugged experts on each expert's own held-out
     text, on that of other trained experts, on public prose and code, and on your text. Generated
@@ -48,13 +58,16 @@ def evaluate(
     fine-tuning train as long as the expert did. If interrupted, the same command resumes it.
     """
     if against:
+        if as_json:
+            raise ConfigError("--against writes result.json itself; leave --json out.")
         from deepseek.cli.against import print_against
 
         print_against(experts, against, cases, device, dtype)
         return
     from rich.console import Console
 
-    from deepseek.cli.table import comparison_table
+    from deepseek.cli.shapes import print_json
+    from deepseek.cli.table import comparison_table, evaluation
     from deepseek.engine.load import load
     from deepseek.engine.request import ExpertChoice
     from deepseek.evaluate.code import human_eval_problems, pass_at_1
@@ -69,12 +82,15 @@ def evaluate(
         [*plugged, *(name for name in installed() if name not in plugged)], plugged
     )
     with collected(tokenizer, data or [], known) as texts, ProgressBar() as progress:
-        rows = list(compare(model, texts, tokens, progress))
+        rows = list(compare(model, texts, tokens or TOKENS, progress, as_reported=not tokens))
         choices = (ExpertChoice(()), ExpertChoice()) if problems else ()
         pass_rates = [
             pass_at_1(model, tokenizer, problems, progress=progress, experts=choice)
             for choice in choices
         ]
+    if as_json:
+        print_json(evaluation(base, plugged, rows, pass_rates, len(problems)))
+        return
     Console().print(comparison_table(rows))
     if problems:
         echo(

@@ -1,4 +1,4 @@
-"""`deepseek expert`: train, import, list, inspect, verify and sign expert packs."""
+"""`deepseek expert`: train, import, list, rename, remove, inspect, verify and sign packs."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,10 +6,13 @@ from typing import Annotated, Literal
 import typer
 
 from deepseek.cli.job_command import job_command
+from deepseek.cli.options import Json, Yes
 from deepseek.cli.output import echo
 from deepseek.train.jobs.arguments import ExpertArguments
 
-app = typer.Typer(add_completion=False, help="Train, import, list, inspect, verify and sign packs.")
+app = typer.Typer(
+    add_completion=False, help="Train, import, list, rename, remove, check and sign packs."
+)
 
 Pack = Annotated[
     str, typer.Argument(metavar="PACK", help="A pack file, or the name of a trained expert.")
@@ -105,28 +108,55 @@ def import_folder(
 
 
 @app.command("list")
-def list_experts() -> None:
-    """List the trained experts of this user."""
-    from deepseek.errors import PackError
+def list_experts(as_json: Json = False) -> None:
+    """List the trained experts of this user. Headers are checked; `verify` checks the content."""
+    from deepseek.cli.expert_rows import expert_line, expert_row
+    from deepseek.cli.shapes import ExpertList, print_json
     from deepseek.packs.library import experts_folder, installed
-    from deepseek.packs.pack import read_pack
 
-    packs = installed()
-    if not packs:
+    rows = [expert_row(name, path) for name, path in installed().items()]
+    if as_json:
+        print_json(ExpertList(folder=str(experts_folder()), experts=rows))
+        return
+    if not rows:
         echo(f"no experts in {experts_folder()}; train one with `deepseek expert train`")
-    for name, path in packs.items():
-        try:
-            manifest = read_pack(path).manifest
-            losses = [
-                f"{what} {metric.before:.3f} -> {metric.after:.3f}"
-                for what, metric in manifest.metrics.items()
-            ]
-            details = "  ".join(
-                [f"{len(manifest.layers)} layers", manifest.verdict, *losses, manifest.domain]
-            ).rstrip()
-        except (PackError, OSError) as error:
-            details = str(error)
-        echo(f"{name:24}  {path.lstat().st_size / 1e6:6.1f} MB  {details}")
+    for row in rows:
+        echo(expert_line(row))
+
+
+@app.command()
+def rm(
+    name: Annotated[str, typer.Argument(help="Name of a trained expert.")], yes: Yes = False
+) -> None:
+    """Remove a trained expert: its pack and its retrieval index. Its run folder stays. A server
+    that has it plugged keeps it in memory until it is unplugged there.
+    """
+    from deepseek.cli.confirm import confirm
+    from deepseek.packs.library import find_pack
+    from deepseek.train.jobs.rename import remove_expert, run_of
+
+    confirm(f"Remove the expert {name} ({find_pack(name)})?", yes)
+    for path in remove_expert(name):
+        echo(f"removed {path}")
+    run = run_of(name)
+    if run is not None:
+        echo(f"its run stays in {run}", error=True)
+
+
+@app.command()
+def rename(
+    name: Annotated[str, typer.Argument(help="Name of a trained expert.")],
+    new_name: Annotated[str, typer.Argument(help="Its new name.")],
+    key: Annotated[
+        Path | None, typer.Option(help="Private key to sign a signed pack again with.")
+    ] = None,
+) -> None:
+    """Rename a trained expert with its retrieval index and its run folder. The pack is sealed
+    again, as its digest covers the name.
+    """
+    from deepseek.train.jobs.rename import rename_expert
+
+    echo(rename_expert(name, new_name, key))
 
 
 @app.command()

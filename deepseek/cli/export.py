@@ -36,7 +36,11 @@ def export(
     the original model's.
     """
     from deepseek.export.export import export_model
+    from deepseek.train.loop.progress import ProgressBar
 
     packs = expert_packs(experts, model)
-    difference = export_model(model, out, to, dtype=dtype or None, experts=packs)
+    with ProgressBar() as progress:
+        difference = export_model(
+            model, out, to, dtype=dtype or None, experts=packs, progress=progress
+        )
     echo(f"{out}: logits differ by at most {difference:.1e} of the largest logit")

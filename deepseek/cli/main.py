@@ -10,6 +10,7 @@ interrupted, 141 nobody reads the output any more.
 import os
 import shlex
 import sys
+import warnings
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -21,6 +22,7 @@ from deepseek.errors import UserError
 COMMANDS = {
     "run": ("run:run", "Serve a model and train an expert on a git history meanwhile."),
     "pull": ("pull:pull", "Fetch a base model."),
+    "models": ("models:app", "List and remove the models in the library's home."),
     "chat": ("chat:chat", "Talk to a model in the terminal."),
     "generate": ("generate:generate", "Complete one prompt."),
     "pretrain": (
@@ -50,13 +52,22 @@ COMMANDS = {
         "Export a model to ONNX, OpenVINO, TensorRT or stock transformers.",
     ),
     "serve": ("serve:app", "Serve a model: OpenAI's API, hot-pluggable experts, a web page."),
-    "expert": ("expert:app", "Train, import, list, inspect, verify and sign expert packs."),
+    "expert": ("expert:app", "Train, import, list, rename, remove and check expert packs."),
 }
 
 TRAINS = frozenset({"adapt", "align", "expert", "pretrain", "train"})
 """Commands whose OpenMP threads sleep at barriers. Their parallel regions are long, so spinning
 would only burn cores that other processes need. The decoder has many short regions, for which
 spinning (the default) is faster."""
+
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Variables by which other libraries, and the processes that they start, say less."""
 
 INTERRUPTED = 130
 
@@ -72,6 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     open_streams()
     debug, arguments = _take_debug(sys.argv[1:] if arguments is None else arguments)
+    if not debug:
+        _hide_foreign_warnings()
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -91,6 +104,13 @@ def main(arguments: list[str] | None = None) -> None:
         hint = "" if debug else "; run it again with --debug for the traceback"
         status = _say(f"error: unexpected {type(error).__name__} ({error}){hint}", 1, debug)
     sys.exit(status)
+
+
+def _hide_foreign_warnings() -> None:
+    """Keep notes of other libraries to their own users off the terminal; `--debug` shows them."""
+    warnings.simplefilter("ignore")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def _run(arguments: list[str]) -> int:

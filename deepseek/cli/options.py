@@ -18,7 +18,7 @@ Base = Annotated[
 Experts = Annotated[
     str,
     typer.Option(
-        help="Experts to plug: names or pack files, comma-separated; 'all': every trained one. "
+        help="Experts to plug: names or pack files, comma-separated; 'all': every trained one; 'none'. "
         "NAME=WEIGHT arms one by name and scales what it adds, by up to 2."
     ),
 ]
@@ -42,6 +42,10 @@ Int8 = Annotated[
 ]
 Device = Annotated[str, typer.Option(help=f"{ABOUT_DEVICE}.")]
 Precision = Annotated[Dtype, typer.Option("--dtype", help=f"{ABOUT_DTYPE}.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object; the reference has its schema.")
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Seed = Annotated[
     int | None, typer.Option(help="Seed of the sampling; the same seed gives the same text.")
 ]
@@ -84,14 +88,16 @@ def weights(text: str) -> dict[str, float | None]:
 def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
     """Return the packs in the option `--experts`; "all" means every expert of this base.
 
-    With "all", a pack that cannot be read is reported and left out, so that one damaged file does
-    not prevent the others from being plugged.
+    "none" and "" give no packs. With "all", a pack that cannot be read is reported and left out,
+    so that one damaged file does not prevent the others from being plugged.
 
     Args:
         text: the option's value.
         base: name of the base model.
         folder: folder that "all" searches; default: the folder of trained experts.
     """
+    if text.strip() == "none":
+        return []
     if text.strip() != "all":
         return weights(text)
     from deepseek.packs.library import packs_for

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from deepseek.cli.options import Base, Device, Precision
+from deepseek.cli.options import Base, Device, Json, Precision
 from deepseek.cli.output import echo
 
 if TYPE_CHECKING:
@@ -123,10 +123,17 @@ def search(
     ] = "",
     limit: Annotated[int, typer.Option(help="Maximum number of pairs.")] = 10,
     database: Database = None,
+    as_json: Json = False,
 ) -> None:
     """Show pairs, newest first."""
+    from deepseek.cli.shapes import PreferenceList, PreferenceRow, print_json
+
     with opened(database) as store:
         pairs = store.search(words, limit)
+    if as_json:
+        rows = [PreferenceRow.model_validate(pair, from_attributes=True) for pair in pairs]
+        print_json(PreferenceList(pairs=rows))
+        return
     for pair in pairs:
         echo(f"{pair.id}  {pair.source}  {' '.join(pair.labels)}".rstrip())
         turns = [(message["role"], message["content"]) for message in pair.prompt]
@@ -135,11 +142,16 @@ def search(
 
 
 @app.command()
-def stats(database: Database = None) -> None:
+def stats(database: Database = None, as_json: Json = False) -> None:
     """Count pairs by split, source and label, and how often each judge agrees."""
+    from deepseek.cli.shapes import PreferenceCounts, print_json
+
     with opened(database) as store:
         store.check()
         totals = store.statistics()
+    if as_json:
+        print_json(PreferenceCounts.model_validate(totals, from_attributes=True))
+        return
     echo(f"{totals.pairs:,} pairs of {totals.prompts:,} prompts, {totals.revisions:,} revisions")
     for title, counts in (
         ("split", totals.splits),

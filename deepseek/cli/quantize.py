@@ -19,9 +19,13 @@ def quantize(
     """Quantise a model's weight matrices to 8 bits, compare its predictions with the original, and
     write it.
     """
+    from deepseek.device.choose import choose_device
     from deepseek.export.quantize import quantize_model
+    from deepseek.train.loop.progress import ProgressBar
 
-    result = quantize_model(model, out, device=device)
+    choose_device(device)  # a wrong one is told before anything is loaded
+    with ProgressBar() as progress:
+        result = quantize_model(model, out, device=device, progress=progress)
     echo(
         f"{out}: {result.num_bytes / 1e6:.1f} MB, {result.ratio:.3f} of fp32; "
         f"predictions differ by {result.divergence:.5f} nats per token"

@@ -70,6 +70,7 @@ def _serve(
     """
     import socket
 
+    from deepseek.cli.waiting import Waiting
     from deepseek.server.run import serve
     from deepseek.server.schema import TeachRequest
     from deepseek.server.service import Settings
@@ -102,6 +103,7 @@ def _serve(
         settings=settings,
         lesson=lesson,
         announce=announce,
+        progress=Waiting(),
         **where,
     )
 

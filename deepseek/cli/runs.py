@@ -1,10 +1,16 @@
 """`deepseek runs`: list, show and compare training runs."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepseek.cli.options import Json
 from deepseek.cli.output import echo, plain
+from deepseek.cli.units import with_unit
+
+if TYPE_CHECKING:
+    from deepseek.cli.shapes import RunRow
 
 app = typer.Typer(add_completion=False, help="List, show and compare training runs.")
 
@@ -12,46 +18,82 @@ Name = Annotated[str, typer.Argument(help="Name or folder of a run.")]
 
 
 @app.command("list")
-def list_runs() -> None:
+def list_runs(as_json: Json = False) -> None:
     """List the runs of this user."""
+    from deepseek.checkpoint.store import home
+    from deepseek.cli.shapes import RunList, print_json
     from deepseek.errors import UserError
-    from deepseek.train.loop.runs import all_runs, summary
+    from deepseek.train.loop.past_runs import all_runs
 
+    rows = []
     for name, folder in all_runs().items():
         try:
-            figures = summary(folder)
+            rows.append(_row(name, folder))
         except (UserError, OSError) as error:
-            echo(f"{name:28}{'damaged':12}{error}")
-            continue
-        loss = figures.get("held_out_loss", figures.get("after"))
-        result = f"held-out loss {loss:.4f}" if isinstance(loss, float) else ""
-        echo(f"{name:28}{figures['state']:12}{result}".rstrip())
+            rows.append(_damaged(name, folder, error))
+    if as_json:
+        print_json(RunList(runs=rows))
+        return
+    if not rows:
+        echo(f"no runs in {home() / 'runs'}; every training command writes one")
+    for row in rows:
+        loss = row.figures.get("held_out_loss", row.figures.get("after"))
+        result = f"held-out loss {loss:.4f}" if isinstance(loss, float) else row.problem or ""
+        echo(f"{row.name:28}{row.state:12}{result}".rstrip())
 
 
 @app.command()
-def show(name: Name) -> None:
+def show(name: Name, as_json: Json = False) -> None:
     """Print the folder, state and figures of a run."""
-    from deepseek.train.loop.runs import find_run, summary
+    from deepseek.cli.shapes import print_json
+    from deepseek.train.loop.past_runs import find_run
 
-    folder = find_run(name)
-    echo(folder)
-    for key, value in summary(folder).items():
-        echo(f"{key:28}{value}")
+    row = _row(name, find_run(name))
+    if as_json:
+        print_json(row)
+        return
+    echo(row.path)
+    for key, value in {"state": row.state, **row.figures}.items():
+        echo(f"{key:28}{with_unit(key, value)}")
 
 
 @app.command()
-def compare(first: Name, second: Name) -> None:
+def compare(first: Name, second: Name, as_json: Json = False) -> None:
     """Print the figures of two runs side by side."""
+    from deepseek.cli.shapes import RunList, print_json
+    from deepseek.train.loop.past_runs import find_run
+
+    rows = [_row(name, find_run(name)) for name in (first, second)]
+    if as_json:
+        print_json(RunList(runs=rows))
+        return
     from rich.console import Console
     from rich.table import Table
 
-    from deepseek.train.loop.runs import find_run, summary
-
-    left = summary(find_run(first))
-    right = summary(find_run(second))
+    left, right = ({"state": row.state, **row.figures} for row in rows)
     table = Table()
     for heading in ("", first, second):
         table.add_column(plain(heading))
     for key in dict.fromkeys([*left, *right]):
-        table.add_row(plain(key), plain(left.get(key, "")), plain(right.get(key, "")))
+        cells = (
+            with_unit(key, figures[key]) if key in figures else "" for figures in (left, right)
+        )
+        table.add_row(plain(key), *(plain(cell) for cell in cells))
     Console().print(table)
+
+
+def _row(name: str, folder: Path) -> "RunRow":
+    """Return what a list says of a run."""
+    from deepseek.cli.shapes import RunRow
+    from deepseek.train.loop.past_runs import summary
+
+    figures = summary(folder)
+    state = figures.pop("state")
+    return RunRow(name=name, path=str(folder), state=state, figures=figures)
+
+
+def _damaged(name: str, folder: Path, error: Exception) -> "RunRow":
+    """Return what a list says of a run whose files cannot be read."""
+    from deepseek.cli.shapes import RunRow
+
+    return RunRow(name=name, path=str(folder), state="damaged", problem=str(error))

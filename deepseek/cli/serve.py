@@ -78,6 +78,7 @@ def serve(
     """Serve a model until SIGTERM or Ctrl-C. Keys are also read from DEEPSEEK_API_KEY and
     DEEPSEEK_ADMIN_KEY.
     """
+    from deepseek.cli.waiting import Waiting
     from deepseek.packs.library import experts_folder as usual_folder
     from deepseek.server.run import serve as run
     from deepseek.server.service import Settings
@@ -111,6 +112,7 @@ def serve(
         replicas=replicas if ray else None,
         cpus=cpus,
         drain_seconds=drain_seconds,
+        progress=Waiting(),
     )
 
 

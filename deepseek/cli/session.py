@@ -12,7 +12,6 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.errors import UserError
-from deepseek.packs.library import find_pack
 from deepseek.registry import nearest
 from deepseek.text.chat_template import encode_prompt, user_ids
 from deepseek.text.tokenizer import encode_plain
@@ -112,7 +111,7 @@ class ChatSession:
 
     def _plug(self, argument: str) -> None:
         """Plug an expert: a pack file or the name of a trained one."""
-        info = self.engine.plug(find_pack(argument))
+        info = self.engine.plug(argument)
         armed = "" if info.armed else "; not armed, `/arm` it by name to use it"
         name = plain(info.name, self.palette.style(info.name))
         self.console.print(plain("plugged ") + name + plain(f", {info.verdict}{armed}"))

@@ -1,5 +1,6 @@
 """Print generated text as it streams, each token in the colour of the expert that wrote it."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,11 +10,13 @@ from rich.text import Text
 from deepseek.cli.options import arming, expert_packs
 from deepseek.cli.output import plain
 from deepseek.cli.pull import fetch
+from deepseek.cli.wrap import WordWrap
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.start import start_engine
+from deepseek.train.loop.progress import ProgressBar
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
 
@@ -53,9 +56,11 @@ def opened(
     """
     choose_dtype(dtype, choose_device(device))  # before a base is fetched
     fetch(base)
-    with Console(stderr=True).status(plain(f"loading {base}")):
-        packs = expert_packs(experts, base)
-        engine = start_engine(base, experts=packs, int8=int8, device=device, dtype=dtype)
+    packs = expert_packs(experts, base)
+    with ProgressBar(quiet=not sys.stderr.isatty()) as progress:
+        engine = start_engine(
+            base, experts=packs, int8=int8, device=device, dtype=dtype, progress=progress
+        )
     with engine:
         if arm:
             engine.arm(arming(arm))
@@ -78,17 +83,22 @@ def speak(
     Returns:
         The text, and the number of tokens written by each expert (None: the base alone).
     """
+
+    def emit(text: str, style: str) -> None:
+        console.print(plain(text, style), end="", soft_wrap=True)
+
     generation = engine.submit(request)
+    wrap = WordWrap.on(console, emit)
     texts = []
     try:
         for event in generation:
-            style = palette.style(event.expert)
-            console.print(plain(event.text, style), end="", soft_wrap=True)
+            wrap.write(event.text, palette.style(event.expert))
             texts.append(event.text)
             if event.error:
                 raise RuntimeError(event.error)
     finally:
         generation.cancel()
+        wrap.close()
     console.print()
     return "".join(texts), generation.usage.experts
 

@@ -1,10 +1,11 @@
-"""The table of held-out losses before and after plugging experts."""
+"""The held-out losses before and after plugging experts, as a table and as JSON."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
 from deepseek.cli.output import plain
+from deepseek.cli.shapes import Evaluation, EvaluationRow, PassRates
 from deepseek.evaluate.quality import Comparison
 
 
@@ -27,3 +28,31 @@ def comparison_table(rows: Iterable[Comparison]) -> Table:
             style="" if row.alone is None else "bold",
         )
     return table
+
+
+def evaluation(
+    base: str,
+    plugged: list[str],
+    rows: Iterable[Comparison],
+    pass_rates: Sequence[float],
+    problems: int,
+) -> Evaluation:
+    """Return what `deepseek eval --json` prints.
+
+    Args:
+        base: name of the base.
+        plugged: names of the plugged experts.
+        rows: the losses.
+        pass_rates: HumanEval of the base, and with the experts; empty: not measured.
+        problems: number of HumanEval problems.
+    """
+    texts = [
+        EvaluationRow(
+            text=row.text, tokens=row.tokens, base=row.before, plugged=row.after, alone=row.alone
+        )
+        for row in rows
+    ]
+    rates = None
+    if pass_rates:
+        rates = PassRates(problems=problems, base=pass_rates[0], plugged=pass_rates[1])
+    return Evaluation(base=base, experts=plugged, texts=texts, human_eval=rates)

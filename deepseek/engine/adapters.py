@@ -20,10 +20,11 @@ from deepseek.model.pretrained import read_config
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.lora import LoraManifest, LoraSite
-from deepseek.packs.manifest import DTYPES, BaseDescription, explain
+from deepseek.packs.manifest import BaseDescription, explain
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.packs.peft import Matrices, PeftAdapter, read_adapter
 from deepseek.packs.signature import load_key
+from deepseek.packs.tensors import DTYPES
 
 
 def import_adapter(

@@ -8,6 +8,7 @@ import torch
 
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.compiled.support import unsupported_reason
+from deepseek.data.text.document import Progress, silent
 from deepseek.device.memory import out_of_memory_explained
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import Packs, load
@@ -31,6 +32,7 @@ def start_engine(
     int8: bool = True,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str = "auto",
+    progress: Progress = silent,
     **dials: Any,
 ) -> Engine:
     """Load a model, plug experts, and return an engine with the fastest runner that supports it.
@@ -46,6 +48,7 @@ def start_engine(
             with an explicit `dtype` and those on a GPU.
         device: where to compute (see `load`).
         dtype: dtype of the weights (see `load`).
+        progress: told which step is running: each can take many seconds.
         dials: passed on to `Engine`.
 
     Returns:
@@ -55,8 +58,11 @@ def start_engine(
         HubError, CheckpointError, ConfigError, DeviceError, PackError: see `load`.
     """
     with out_of_memory_explained(LIGHTER):
+        progress(0, 0, f"loading {Path(name).name}")
         model, tokenizer = load(name, experts=experts, device=device, dtype=dtype)
+        progress(0, 0, "packing the weights")
         runner = quickest_runner(model) if int8 and dtype == "auto" else None
+        progress(0, 0, "compiling kernels, which are kept for the next start")
         engine = Engine(model, tokenizer, runner, **dials)
         for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
             pass

@@ -31,9 +31,9 @@ from deepseek.registry import nearest
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.equal_time import adapt_for_equal_time
 from deepseek.train.jobs.expert_index import expert_index
+from deepseek.train.loop.past_runs import find_run
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
-from deepseek.train.loop.runs import find_run
 
 FORMAT = 1
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.checkpoint.store import home
+from deepseek.checkpoint.store import home, read_object
 from deepseek.data import Batch, Progress, RowLoader, TokenShards
 from deepseek.data.text.document import silent
 from deepseek.data.text.public import public_documents, read_documents
+from deepseek.errors import CheckpointError
 from deepseek.model.language_model import LanguageModel
 from deepseek.train.loop.losses import held_out_loss
 
@@ -54,26 +55,90 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class ReportedRows:
+    """The packed rows on which a training has reported its losses.
+
+    Attributes:
+        row_length: tokens per row.
+        batch_rows: rows per batch.
+        seed: seed of their order.
+        rows: number of rows.
+    """
+
+    row_length: int
+    batch_rows: int
+    seed: int
+    rows: int
+
+    @staticmethod
+    def of(run: Path) -> "ReportedRows | None":
+        """Return the rows of a run, None if it has planned none yet."""
+        try:
+            request = read_object(run / "request.json")
+            plan = read_object(run / "plan.json")["plan"]
+            return ReportedRows(
+                row_length=int(request["row_length"]),
+                batch_rows=int(request["batch_rows"]),
+                seed=int(request["seed"]),
+                rows=int(plan["held_out_rows"]),
+            )
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
 class HeldOutText:
-    """Text to evaluate on; `expert` names the plugged expert of its domain, if any."""
+    """Text to evaluate on.
+
+    Attributes:
+        name: name of the text.
+        shards: its tokens.
+        expert: the plugged expert of its domain; None: there is none.
+        reported: rows on which that expert's training has reported; None: not known.
+    """
 
     name: str
     shards: TokenShards
     expert: str | None = None
+    reported: ReportedRows | None = None
 
-    def batches(self, max_tokens: int) -> list[Batch]:
-        """Return packed rows of about `max_tokens` tokens at most, the same at every call."""
+    def batches(self, max_tokens: int, as_reported: bool = False) -> list[Batch]:
+        """Return packed rows, the same at every call.
+
+        Args:
+            max_tokens: about the most tokens.
+            as_reported: take exactly the rows that the training reported on, where they are known.
+        """
+        if as_reported and self.reported is not None:
+            reported = self.reported
+            loader = RowLoader(
+                self.shards, reported.batch_rows, reported.row_length, seed=reported.seed
+            )
+            return loader.first(reported.rows).batches()
         loader = RowLoader(self.shards, BATCH_ROWS, ROW_LENGTH, seed=0)
         return loader.first(min(loader.num_rows, max(1, max_tokens // ROW_LENGTH))).batches()
 
 
 def compare(
-    model: LanguageModel, texts: Sequence[HeldOutText], max_tokens: int, progress: Progress = silent
+    model: LanguageModel,
+    texts: Sequence[HeldOutText],
+    max_tokens: int,
+    progress: Progress = silent,
+    as_reported: bool = True,
 ) -> Iterator[Comparison]:
-    """Yield for each text the loss of the base, of the plugged set, and of its own expert alone."""
+    """Yield for each text the loss of the base, of the plugged set, and of its own expert alone.
+
+    Args:
+        model: the model with its experts.
+        texts: the texts.
+        max_tokens: about the most tokens of a text.
+        progress: shows the progress.
+        as_reported: measure an expert's text on exactly the rows that its training reported on, so
+            that both name the same loss of the base.
+    """
     for done, text in enumerate(texts):
         progress(done, len(texts), "evaluating")
-        batches = text.batches(max_tokens)
+        batches = text.batches(max_tokens, as_reported)
         with model.experts.arming(None):
             before = held_out_loss(model, batches)
         after = held_out_loss(model, batches)
@@ -93,7 +158,12 @@ def held_out_folder(expert: str) -> Path:
 def expert_texts(names: Sequence[str], plugged: Sequence[str]) -> list[HeldOutText]:
     """Return the held-out texts of trained experts, for those that still have a run folder."""
     return [
-        HeldOutText(name, TokenShards(held_out_folder(name)), name if name in plugged else None)
+        HeldOutText(
+            name,
+            TokenShards(held_out_folder(name)),
+            name if name in plugged else None,
+            ReportedRows.of(home() / "runs" / name),
+        )
         for name in names
         if held_out_folder(name).is_dir()
     ]

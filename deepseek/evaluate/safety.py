@@ -12,7 +12,8 @@ from deepseek.engine.vocabulary import Vocabulary
 from deepseek.kernels.cross_entropy import IGNORED_LABEL
 from deepseek.model.precision import autocast
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.text.chat_template import Message, encode_prompt
+from deepseek.text.chat_template import encode_prompt
+from deepseek.text.messages import Message
 from deepseek.train.rl.judge import Judge, clean
 from deepseek.train.rl.rollout import generate
 

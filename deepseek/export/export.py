@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek.checkpoint.store import atomic_folder
+from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import DTYPES
 from deepseek.engine.load import Packs, load
 from deepseek.errors import CheckpointError, ConfigError
@@ -31,7 +32,13 @@ SIZES = ((1, 1, 0), (1, 1, 512), (16, 512, 4096))
 
 
 def export_model(
-    base: str | Path, out: Path, to: str, *, dtype: str | None = None, experts: Packs = ()
+    base: str | Path,
+    out: Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    experts: Packs = (),
+    progress: Progress = silent,
 ) -> float:
     """Export a base model, with plugged experts, to a new folder.
 
@@ -43,6 +50,7 @@ def export_model(
             for "gguf" in `gguf.ENCODINGS`.
         experts: expert packs to plug, as paths or names, or their weights (see `load`); default
             none.
+        progress: told which step is running.
 
     Returns:
         The largest `difference` of the exported model's logits.
@@ -54,6 +62,7 @@ def export_model(
             format's limit.
     """
     if to == "gguf":
+        progress(0, 0, "writing the file, and comparing it with the original")
         return export_gguf(base, out, dtype, experts)
     if to not in FORMATS:
         raise ConfigError(f"format {to!r} is unknown; {nearest(to, [*FORMATS, 'gguf'])}.")
@@ -63,11 +72,14 @@ def export_model(
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another folder or delete it.")
     # The exported graph is checked on the CPU, whose float16 is slow but exact enough for that.
+    progress(0, 0, f"loading {base}")
     weights = DTYPES["float32" if to == "openvino" else dtype]
     loaded, tokenizer = load(base, experts=experts, device="cpu", dtype=weights)
     model = own_model(loaded, "Export")
     with atomic_folder(out) as folder:
+        progress(0, 0, f"writing {to}, which can take minutes")
         step = target.write(model, folder, dtype)
+        progress(0, 0, "comparing with the original")
         error = difference(model.float(), step)
         if not error <= limit:
             raise CheckpointError(

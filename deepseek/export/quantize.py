@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from deepseek.checkpoint.store import atomic_folder
+from deepseek.data.text.document import Progress, silent
 from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.kernels.int8 import Int8Matrix, quantize
@@ -37,7 +39,9 @@ class Rounding:
 
 
 @torch.inference_mode()
-def quantize_model(base: str | Path, out: Path, *, device: str = "auto") -> Rounding:
+def quantize_model(
+    base: str | Path, out: Path, *, device: str = "auto", progress: Progress = silent
+) -> Rounding:
     """Write a base model with 8-bit weights to a new folder, which `deepseek.load` reads like any
     other.
 
@@ -48,6 +52,7 @@ def quantize_model(base: str | Path, out: Path, *, device: str = "auto") -> Roun
         base: a known base, a local folder or a hub id.
         out: the folder to create.
         device: where to calibrate and compare.
+        progress: shows the progress.
 
     Returns:
         Size and accuracy of the result.
@@ -58,6 +63,7 @@ def quantize_model(base: str | Path, out: Path, *, device: str = "auto") -> Roun
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another folder or delete it.")
+    progress(0, 0, f"loading {base}")
     loaded, tokenizer = load(base, device=device, dtype="float32")
     model = own_model(loaded, "Quantisation")
     if any(hasattr(module, "int8") for module in model.modules()):
@@ -69,7 +75,7 @@ def quantize_model(base: str | Path, out: Path, *, device: str = "auto") -> Roun
         raise ConfigError(
             f"{base} has no matrix of at least 64 columns to quantise; use it as it is."
         )
-    quantised = round_along(model, sample(model, ROWS, LENGTH))
+    quantised = round_along(model, sample(model, ROWS, LENGTH, progress), progress)
     if model.config.tie_word_embeddings and "lm_head.weight" in quantised:
         # Head and embedding share one matrix. Calibrating it for the head's inputs helps the head
         # more than it costs the embedding.
@@ -84,6 +90,7 @@ def quantize_model(base: str | Path, out: Path, *, device: str = "auto") -> Roun
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        progress(0, 0, "comparing with the original")
         written = DeepSeekModel.from_pretrained(folder, dtype="float32", device_map=model.device)
         divergence = _divergence(model, written, ids)
         if not divergence < LIMIT:
@@ -97,27 +104,40 @@ def quantize_model(base: str | Path, out: Path, *, device: str = "auto") -> Roun
     )
 
 
-def sample(model: DeepSeekModel, rows: int, length: int) -> Tensor:
+def sample(model: DeepSeekModel, rows: int, length: int, progress: Progress = silent) -> Tensor:
     """Generate the calibration texts `[rows, length]` with the model itself, from random first
     tokens.
 
     The seed is fixed, so the texts are the same every time.
     """
+
+    def report(ids_BT: Tensor, logits_BV: Tensor) -> Tensor:
+        progress(ids_BT.shape[1], length, "writing calibration texts")
+        return logits_BV
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         first_tokens = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
         texts: Tensor = model.generate(
-            first_tokens, do_sample=True, top_k=0, max_new_tokens=length - 1, eos_token_id=-1
+            first_tokens,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=length - 1,
+            eos_token_id=-1,
+            logits_processor=LogitsProcessorList([report]),
         )
         return texts
 
 
-def round_along(model: DeepSeekModel, ids_BT: Tensor) -> dict[str, Int8Matrix]:
+def round_along(
+    model: DeepSeekModel, ids_BT: Tensor, progress: Progress = silent
+) -> dict[str, Int8Matrix]:
     """Quantise the matrices of linear layers with calibration activations.
 
     Args:
         model: the model.
         ids_BT: calibration texts.
+        progress: shows the progress.
 
     Returns:
         Name of the weight -> quantised matrix.
@@ -127,13 +147,18 @@ def round_along(model: DeepSeekModel, ids_BT: Tensor) -> dict[str, Int8Matrix]:
     def quantise_layer(name: str, layer: nn.Linear, x: Tensor) -> None:
         x_ND = x.flatten(0, -2).float()
         quantised[name] = quantize(layer.weight, x_ND.T @ x_ND)
+        progress(len(quantised), len(layers), "quantising matrices")
 
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, name=f"{name}.weight": quantise_layer(name, layer, args[0])
-        )
+    layers = {
+        f"{name}.weight": layer
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and is_large(f"{name}.weight", layer.weight)
+    }
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda layer, args, name=name: quantise_layer(name, layer, args[0])
+        )
+        for name, layer in layers.items()
     ]
     model(ids_BT, use_cache=False)
     for hook in hooks:

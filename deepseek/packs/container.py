@@ -3,7 +3,8 @@
 The format is an 8-byte little-endian header length, a JSON header
 `{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`, and the tensors' bytes. The
 safetensors library accepts more than a pack needs. This reader requires every header entry to equal
-the one that follows from the manifest and the preceding entries before it reads any tensor.
+the one that follows from the manifest and the preceding entries before any tensor is read
+(`packs/tensors.py`). It needs no torch, so that a list of packs is quick.
 """
 
 import json
@@ -15,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
 from deepseek.errors import PackError
-from deepseek.packs.manifest import TensorSpec, parse_json, printable
+from deepseek.packs.manifest import DtypeName, TensorSpec, parse_json, printable
 
 MAX_HEADER = 1 << 20  # bytes
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CODES: dict[DtypeName, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+ITEM_BYTES: dict[DtypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 DAMAGED = "the file is damaged, fetch it again"
 
 
@@ -95,12 +94,11 @@ def read_header(file: BinaryIO) -> Header:
     return Header(metadata, content, size - 8 - length)
 
 
-def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
-    """Read the tensors of a pack. They share one buffer.
+def check_table(header: Header, specs: dict[str, TensorSpec]) -> dict[str, int]:
+    """Return where each tensor begins in the bytes after the header, by name.
 
     Args:
-        file: the open pack, at its first tensor.
-        header: its header.
+        header: the header of a pack.
         specs: dtype and shape of each tensor that the manifest calls for.
 
     Raises:
@@ -113,7 +111,7 @@ def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -
     for name, entry in header.entries.items():
         dtype, shape = specs[name]
         starts[name] = end
-        end = end + math.prod(shape) * dtype.itemsize
+        end = end + math.prod(shape) * ITEM_BYTES[dtype]
         expected = {
             "dtype": CODES[dtype],
             "shape": list(shape),
@@ -122,7 +120,7 @@ def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -
         # Compare as JSON text, in which True and 1 or 1.0 and 1 differ.
         if (
             json.dumps(entry, sort_keys=True) != json.dumps(expected, sort_keys=True)
-            or starts[name] % dtype.itemsize
+            or starts[name] % ITEM_BYTES[dtype]
         ):
             raise PackError(
                 f"its tensor {name} is ({printable(entry)}) and by its manifest should be "
@@ -130,15 +128,7 @@ def read_tensors(file: BinaryIO, header: Header, specs: dict[str, TensorSpec]) -
             )
     if end != header.data_size:
         raise PackError(f"its tensors need {end} bytes and it holds {header.data_size}; {DAMAGED}")
-    data = bytearray(end)
-    if file.readinto(data) != end:  # type: ignore[attr-defined]
-        raise PackError(f"it changed while it was read; {DAMAGED}")
-    return {
-        name: torch.frombuffer(data, dtype=dtype, offset=starts[name], count=math.prod(shape)).view(
-            shape
-        )
-        for name, (dtype, shape) in specs.items()
-    }
+    return starts
 
 
 def check_names(names: Collection[str], expected: Collection[str]) -> None:

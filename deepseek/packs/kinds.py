@@ -3,11 +3,26 @@
 from pydantic import ValidationError
 
 from deepseek.errors import PackError
+from deepseek.packs.container import Header
 from deepseek.packs.lora import LoraManifest
 from deepseek.packs.manifest import Manifest, explain, parse_json
 
+KEY = "deepseek.expert"
+"""Key of the manifest in the metadata of the file."""
+
 AnyManifest = Manifest | LoraManifest
 """Manifest of an expert module, or of an adapter."""
+
+
+def manifest_in(header: Header) -> AnyManifest:
+    """Return the manifest in the header of a pack.
+
+    Raises:
+        PackError: there is none, or it is invalid.
+    """
+    if header.metadata.keys() != {KEY}:
+        raise PackError("its header holds no expert manifest; it is not an expert pack")
+    return parse_manifest(header.metadata[KEY])
 
 
 def parse_manifest(text: str) -> AnyManifest:

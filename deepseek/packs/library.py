@@ -5,7 +5,6 @@ from pathlib import Path
 from deepseek import checks
 from deepseek.checkpoint.store import home
 from deepseek.errors import PackError
-from deepseek.packs.pack import read_pack
 from deepseek.registry import nearest
 
 SUFFIX = ".safetensors"
@@ -45,6 +44,8 @@ def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], l
     Returns:
         The packs as name -> file, and one message per file that cannot be used.
     """
+    from deepseek.packs.pack import read_pack  # loads torch
+
     fitting: dict[str, Path] = {}
     problems: list[str] = []
     for name, path in installed(folder).items():

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from deepseek.packs.manifest import DTYPES, PackManifest, Sha256, Size, Strict, TensorSpec, Text
+from deepseek.packs.manifest import PackManifest, Sha256, Size, Strict, TensorSpec, Text
 
 MAX_RANK = 1024
 """Highest rank that is accepted; that of published adapters is 4 to 256."""
@@ -84,9 +84,8 @@ class LoraManifest(PackManifest):
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Return dtype and shape of exactly the tensors that a pack with this manifest holds."""
-        dtype = DTYPES[self.dtype]
         specs: dict[str, TensorSpec] = {}
         for site in self.sites:
-            specs[f"{site.name}.lora_A"] = TensorSpec(dtype, (site.rank, site.inputs))
-            specs[f"{site.name}.lora_B"] = TensorSpec(dtype, (site.outputs, site.rank))
+            specs[f"{site.name}.lora_A"] = TensorSpec(self.dtype, (site.rank, site.inputs))
+            specs[f"{site.name}.lora_B"] = TensorSpec(self.dtype, (site.outputs, site.rank))
         return specs

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -18,7 +17,6 @@ from pydantic import (
     StringConstraints,
     ValidationError,
 )
-from transformers import AutoConfig
 
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.checkpoint.licence import read_licence
@@ -27,11 +25,6 @@ from deepseek.errors import CheckpointError, PackError
 from deepseek.packs.names import NAME, valid_licence, valid_name
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
-DTYPES: dict[DtypeName, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 MOMENTS = 10
 """Rows of moments per layer: mean, variances, and 8 factors of the covariance of a domain. More
 factors do not separate domains better (docs/log/gates.md, 2026-11-25).
@@ -47,9 +40,9 @@ ADDED_BASE_FIELDS = ("attached", "licence")
 
 
 class TensorSpec(NamedTuple):
-    """Dtype and shape of one tensor."""
+    """Dtype, by name, and shape of one tensor."""
 
-    dtype: torch.dtype
+    dtype: DtypeName
     shape: tuple[int, ...]
 
 
@@ -127,6 +120,8 @@ def _shape(config: dict[str, Any], folder: Path) -> tuple[int, int]:
     """Return width and number of layers in the content of a folder's `config.json`."""
     if "hidden_size" in config and "num_hidden_layers" in config:
         return config["hidden_size"], config["num_hidden_layers"]
+    from transformers import AutoConfig
+
     # Some families have other names for them, or nest the language model's config.
     parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     parsed = parsed.get_text_config(decoder=True)
@@ -280,16 +275,16 @@ class Manifest(PackManifest):
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Return dtype and shape of exactly the tensors that a pack with this manifest holds."""
-        dtype = DTYPES[self.dtype]
+        dtype = self.dtype
         hidden_size = self.base.hidden_size
         specs: dict[str, TensorSpec] = {}
         for layer in self.layers:
             specs[f"ffn.{layer}.gate_up_proj"] = TensorSpec(dtype, (2 * self.width, hidden_size))
             specs[f"ffn.{layer}.down_proj"] = TensorSpec(dtype, (hidden_size, self.width))
-            specs[f"gate.{layer}"] = TensorSpec(torch.float32, (hidden_size + 1,))
-            specs[f"moments.{layer}"] = TensorSpec(torch.float32, (MOMENTS, hidden_size))
+            specs[f"gate.{layer}"] = TensorSpec("float32", (hidden_size + 1,))
+            specs[f"moments.{layer}"] = TensorSpec("float32", (MOMENTS, hidden_size))
         if self.vocabulary:
-            specs["relevance"] = TensorSpec(torch.float16, (self.vocabulary,))
+            specs["relevance"] = TensorSpec("float16", (self.vocabulary,))
         return specs
 
 

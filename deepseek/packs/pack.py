@@ -19,13 +19,13 @@ from torch import Tensor
 from deepseek import checks
 from deepseek.checkpoint.store import atomic_write, canonical_json
 from deepseek.errors import PackError
-from deepseek.packs.container import DAMAGED, check_names, open_regular, read_header, read_tensors
-from deepseek.packs.kinds import AnyManifest, parse_manifest
+from deepseek.packs.container import DAMAGED, check_names, open_regular, read_header
+from deepseek.packs.kinds import KEY, AnyManifest, manifest_in
 from deepseek.packs.manifest import BaseDescription, PackManifest, printable
 from deepseek.packs.policy import PackPolicy, check_base, check_licence, check_signature
 from deepseek.packs.signature import CONTEXT, sign
+from deepseek.packs.tensors import DTYPES, read_tensors
 
-KEY = "deepseek.expert"
 DEFAULT_POLICY = PackPolicy()
 
 
@@ -116,9 +116,7 @@ def read_pack(
     try:
         with open_regular(path, policy.max_bytes) as file:
             header = read_header(file)
-            if header.metadata.keys() != {KEY}:
-                raise PackError("its header holds no expert manifest; it is not an expert pack")
-            manifest = parse_manifest(header.metadata[KEY])
+            manifest = manifest_in(header)
             _check_manifest(manifest, policy, base)
             pack = ExpertPack(manifest, read_tensors(file, header, manifest.tensors()))
         _check_content(pack, policy)
@@ -145,10 +143,11 @@ def check_pack(
         specs = pack.manifest.tensors()
         check_names(pack.tensors.keys(), specs.keys())
         for name, tensor in pack.tensors.items():
-            if (tensor.dtype, tuple(tensor.shape)) != specs[name]:
+            dtype, shape = specs[name]
+            if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
                 raise PackError(
                     f"its tensor {name} is {tensor.dtype} {[*tensor.shape]}, its manifest says "
-                    f"{specs[name]}"
+                    f"{DTYPES[dtype]} {[*shape]}"
                 )
         _check_content(pack, policy)
     except PackError as error:

@@ -19,8 +19,9 @@ from torch import Tensor
 from deepseek.checkpoint.store import file_digest
 from deepseek.errors import PackError
 from deepseek.packs.lora import MAX_RANK, MAX_SITES
-from deepseek.packs.manifest import DTYPES, DtypeName, parse_json, printable
+from deepseek.packs.manifest import DtypeName, parse_json, printable
 from deepseek.packs.pack import check_finite
+from deepseek.packs.tensors import DTYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.names import Dtype
 from deepseek.engine.engine import Engine
@@ -51,6 +52,7 @@ def serve(
     cpus: float = 1.0,
     drain_seconds: float = DRAIN_SECONDS,
     announce: Callable[[str], None] = partial(print, flush=True),  # noqa: B008 - holds no state
+    progress: Progress = silent,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C; running requests have some time to finish.
 
@@ -72,6 +74,8 @@ def serve(
             that take longer end with an error, and lessons stop at their last checkpoint; at most
             `END_SECONDS` later the process ends.
         announce: called once with the address, when it can be reached.
+        progress: told what the engine is waiting for while it is loaded, and then that it is ready;
+            not with `replicas`.
 
     Raises:
         ConfigError: the address is taken, or reachable by others without a key.
@@ -114,7 +118,12 @@ def serve(
     app = create_app(None, settings, lesson)
     config = http_config(app, timeout_graceful_shutdown=1)
     server = DrainingServer(
-        config, app.state.service, app.state.teacher, partial(start, experts=experts), drain_seconds
+        config,
+        app.state.service,
+        app.state.teacher,
+        partial(start, experts=experts, progress=progress),
+        drain_seconds,
+        partial(progress, 1, 1, "ready"),
     )
     announce(url)
     server.run(sockets=[listener])
@@ -134,6 +143,7 @@ class DrainingServer(uvicorn.Server):
         teacher: runs the lessons.
         make_engine: loads the engine; called once, in a thread.
         drain_seconds: time that running answers have to finish after a signal, in seconds.
+        ready: called when the engine is loaded; default: nothing.
     """
 
     def __init__(
@@ -143,6 +153,7 @@ class DrainingServer(uvicorn.Server):
         teacher: Teacher,
         make_engine: Callable[[], Engine],
         drain_seconds: float = DRAIN_SECONDS,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(config)
         self.service = service
@@ -151,6 +162,7 @@ class DrainingServer(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._draining: asyncio.Task[None] | None = None
         self._make_engine = make_engine
+        self._ready = ready
         self._loading = threading.Thread(target=self._load, name="load", daemon=True)
         self._loading.start()
 
@@ -198,6 +210,7 @@ class DrainingServer(uvicorn.Server):
     def _load(self) -> None:
         try:
             self.service.attach(self._make_engine())
+            self._ready()
         except BaseException as error:
             self.failure = error
             self.should_exit = True

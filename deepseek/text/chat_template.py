@@ -10,14 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.errors import DataError, shown
-from deepseek.terminal import is_unicode
+from deepseek.errors import DataError
+from deepseek.text.messages import Message, check_messages
 from deepseek.text.tokenizer import encode_plain
-
-Message = Mapping[str, Any]
-"""`{"role": "system" | "user" | "assistant", "content": text}`. Templates with tool support read
-further fields.
-"""
 
 USER_ROLES = ("user", "tool")
 
@@ -38,32 +33,6 @@ class EncodedChat:
 
     ids: list[int]
     is_target: list[bool]
-
-
-def check_messages(messages: Sequence[Message], where: str = "The conversation") -> None:
-    """Raise `DataError` unless there are messages and each has a text role and a text content.
-
-    Args:
-        messages: the conversation.
-        where: beginning of the error message.
-    """
-    if not isinstance(messages, list | tuple):
-        raise DataError(f"{where} is {shown(messages)}; it must be a list of messages.")
-    if not messages:
-        raise DataError(f"{where} has no messages; give at least one with a role and a content.")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
-            raise DataError(
-                f"{where}: message {number} needs a text role and a text content; it is "
-                f"{shown(message)}."
-            )
-        if not (is_unicode(message["role"]) and is_unicode(message["content"])):
-            raise DataError(
-                f"{where}: message {number} is no Unicode text (it holds half of a surrogate "
-                "pair); write it as UTF-8."
-            )
 
 
 def render(

@@ -1,5 +1,6 @@
-"""`deepseek expert` on packs of random values: list, inspect, verify, sign, keygen."""
+"""`deepseek expert` on packs of random values: list, rename, remove, inspect, verify, sign, keygen."""
 
+import io
 import json
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from tiny_adapter import save_llama, write_adapter
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.cli.main import main
 from deepseek.cli.options import expert_packs
-from deepseek.packs.library import experts_folder
+from deepseek.packs.library import experts_folder, index_folder
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
+from deepseek.packs.tensors import DTYPES
 from deepseek.train.jobs.arguments import source_name
 
 Capture = pytest.CaptureFixture[str]
@@ -61,7 +63,8 @@ def pack(base: Path) -> Path:
         metrics=metrics,
     )
     tensors = {
-        name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in manifest.tensors().items()
+        name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype])
+        for name, spec in manifest.tensors().items()
     }
     path = experts_folder() / "poems.safetensors"
     write_pack(path, ExpertPack.seal(manifest, tensors))
@@ -219,3 +222,78 @@ def test_import_replaces_no_other_pack(llama: Path, tmp_path: Path, capsys: Capt
     assert status == 2
     assert "is another pack; give this one another name" in err
     assert (experts_folder() / "mine.safetensors").read_bytes() == content
+
+
+def test_rm_asks_and_removes_pack_and_index(
+    pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    index = index_folder("poems")
+    index.mkdir()
+    assert run(capsys, "rm", "poems")[0] == 2
+    assert pack.is_file()
+    status, out, _ = run(capsys, "rm", "poems", "--yes")
+    assert (status, out.count("removed")) == (0, 2)
+    assert not pack.exists() and not index.exists()
+
+
+def test_rm_names_the_nearest_expert_and_no_files(pack: Path, capsys: Capture) -> None:
+    status, _, err = run(capsys, "rm", "poem", "--yes")
+    assert (status, "'poems'" in err) == (2, True)
+    status, _, err = run(capsys, "rm", str(pack), "--yes")
+    assert (status, "name a trained expert" in err) == (2, True)
+    assert pack.is_file()
+
+
+def test_rename_takes_pack_index_and_run_along(pack: Path, capsys: Capture) -> None:
+    tensors = read_pack(pack).tensors
+    index_folder("poems").mkdir()
+    runs = experts_folder().parent / "runs"
+    (runs / "poems").mkdir(parents=True)
+    for name, record in {
+        "request.json": {"name": "poems", "base": "tiny"},
+        "start.json": {"request": {"name": "poems"}, "inputs": {}},
+        "result.json": {"pack": str(pack), "seconds": 1.0},
+    }.items():
+        (runs / "poems" / name).write_text(json.dumps(record))
+    status, out, _ = run(capsys, "rename", "poems", "verses")
+    assert status == 0
+    renamed = read_pack(out.strip())
+    assert renamed.manifest.name == "verses"
+    assert all(torch.equal(renamed.tensors[name], tensors[name]) for name in tensors)
+    assert index_folder("verses").is_dir() and not pack.exists()
+    run_folder = runs / "verses"
+    assert json.loads((run_folder / "request.json").read_text())["name"] == "verses"
+    assert json.loads((run_folder / "start.json").read_text())["request"]["name"] == "verses"
+    assert json.loads((run_folder / "result.json").read_text())["pack"] == out.strip()
+    assert not (runs / "poems").exists()
+
+
+@pytest.mark.parametrize(
+    ("new", "reason"),
+    [("other", "exists already"), ("auto", "reserved word"), ("a/b", "no name"), ("..", "no name")],
+)
+def test_a_bad_new_name_changes_nothing(new: str, reason: str, pack: Path, capsys: Capture) -> None:
+    pack.with_name("other.safetensors").write_bytes(pack.read_bytes())
+    before = pack.read_bytes()
+    status, _, err = run(capsys, "rename", "poems", new)
+    assert (status, reason in err) == (2, True), err
+    assert pack.read_bytes() == before
+    assert len(list(experts_folder().glob("*.safetensors"))) == 2
+
+
+def test_a_signed_pack_needs_a_key_to_be_renamed(
+    pack: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run(capsys, "keygen", "me", "--folder", str(tmp_path))
+    key = str(tmp_path / "me.pem")
+    run(capsys, "sign", "poems", "--key", key)
+    status, _, err = run(capsys, "rename", "poems", "verses")
+    assert (status, "--key" in err) == (2, True)
+    assert run(capsys, "rename", "poems", "verses", "--key", key)[0] == 0
+    assert "signed by" in run(capsys, "verify", "verses", "--signature", "signed")[1]
+
+
+@pytest.mark.parametrize("text", ["none", "", " none "])
+def test_none_plugs_nothing(text: str, pack: Path) -> None:
+    assert list(expert_packs(text, "tiny-base")) == []

@@ -25,7 +25,7 @@ from deepseek.train.gates import public_text
 from deepseek.train.jobs import expert_index
 from deepseek.train.jobs.adapt import add_lora
 from deepseek.train.jobs.equal_time import Effort, fit
-from deepseek.train.loop.runs import find_run
+from deepseek.train.loop.past_runs import find_run
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ import torch
 from pack_fixtures import is_one_sentence
 
 from deepseek.errors import ConfigError, PackError
+from deepseek.packs.kinds import KEY
 from deepseek.packs.manifest import Manifest
-from deepseek.packs.pack import KEY, ExpertPack
+from deepseek.packs.pack import ExpertPack
 from deepseek.packs.policy import PackPolicy
 from deepseek.packs.signature import keygen, load_key, sign
 

@@ -13,10 +13,12 @@ from tiny_model import tiny_model
 
 from deepseek.checkpoint.licence import write_card
 from deepseek.errors import PackError
+from deepseek.packs.kinds import KEY
 from deepseek.packs.manifest import BaseDescription, GateSettings, Manifest, Metric
-from deepseek.packs.pack import KEY, ExpertPack, read_pack, write_pack
+from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.packs.policy import PackPolicy
 from deepseek.packs.signature import keygen, load_key, trust_folder, trusted_keys
+from deepseek.packs.tensors import DTYPES
 
 BASE = BaseDescription(
     name="tiny", weights="a" * 64, tokenizer="b" * 64, hidden_size=8, num_layers=12
@@ -47,7 +49,7 @@ def make_pack(dtype="bfloat16", **changes):
     )
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        n: torch.randn(s.shape, generator=generator).to(s.dtype)
+        n: torch.randn(s.shape, generator=generator).to(DTYPES[s.dtype])
         for n, s in manifest.tensors().items()
     }
     return ExpertPack.seal(manifest, tensors)

@@ -13,7 +13,7 @@ from deepseek.data.preferences.preference import Preference
 from deepseek.data.text.source import field_names, preferred, records
 from deepseek.errors import ConfigError, DataError
 from deepseek.terminal import is_unicode, unicode_only
-from deepseek.text.chat_template import check_messages
+from deepseek.text.messages import check_messages
 
 Message = dict[str, str]
 

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from deepseek.errors import DataError
-from deepseek.text.chat_template import check_messages
+from deepseek.text.messages import check_messages
 
 Kind = Literal["text", "code", "commit", "messages"]
 

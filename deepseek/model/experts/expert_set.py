@@ -22,6 +22,7 @@ from deepseek.model.experts.linear_hooks import HookTable
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.experts.state import ExpertInfo, Plugged, PlugState, roster_of, roster_with
 from deepseek.packs.kinds import AnyManifest
+from deepseek.packs.library import find_pack
 from deepseek.packs.lora import LoraManifest
 from deepseek.packs.manifest import BaseDescription, Manifest
 from deepseek.packs.pack import ExpertPack, check_pack, read_pack
@@ -105,7 +106,7 @@ class ExpertSet:
         it was imported for "auto".
 
         Args:
-            source: path of a pack file, or a pack in memory.
+            source: path of a pack file, name of a trained expert, or a pack in memory.
             prepare: called with the module before it is plugged, for set-up that must be complete
                 before the module can fire; None: no set-up.
 
@@ -122,7 +123,8 @@ class ExpertSet:
             check_pack(source, self.policy, self.base)
             pack = source
         else:
-            pack = read_pack(source, self.policy, self.base)
+            path = find_pack(source) if isinstance(source, str) else source
+            pack = read_pack(path, self.policy, self.base)
         model = self._live_model()
         module: ExpertModule | AdapterModule = (
             AdapterModule.from_pack(pack, model, self._hooks, model.dtype, model.device)

@@ -13,7 +13,6 @@ from deepseek.errors import ConfigError, shown
 from deepseek.model.experts.relevance import Relevance
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.packs.manifest import (
-    DTYPES,
     MOMENTS,
     BaseDescription,
     GateSettings,
@@ -22,6 +21,7 @@ from deepseek.packs.manifest import (
     explain,
 )
 from deepseek.packs.pack import ExpertPack, check_finite
+from deepseek.packs.tensors import DTYPES
 
 DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 

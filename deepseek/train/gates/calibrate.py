@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseek.data.text.document import Progress, silent
 from deepseek.data.text.loader import Batch
 from deepseek.errors import TrainError
 from deepseek.model.experts import ExpertModule
@@ -106,6 +107,7 @@ def calibrate(
     streams: tuple[Stream | None, Stream | None] = (None, None),
     words: Background | None = None,
     own_kinds: Sequence[Tensor] = (),
+    progress: Progress = silent,
 ) -> GateCalibration:
     """Calibrate `module`, a trained expert of the frozen `model`, by setting its gates and
     settings.
@@ -122,6 +124,7 @@ def calibrate(
         words: background for the relevance table; None: every text counts as relevant.
         own_kinds: token ids `[N]` of each kind of own text for the relevance table, the more the
             better; default: those of `own`.
+        progress: shows the progress.
 
     Returns:
         The error rates on held-out text.
@@ -138,11 +141,11 @@ def calibrate(
     started = time.monotonic()
     own = list(own)
     held_out = list(held_out)
-    texts = own_text(model, module, own, held_out, streams)
-    gates = {
-        layer: solve_gate(texts[layer], public.moments[layer], public.sample[layer], alpha)
-        for layer in texts
-    }
+    texts = own_text(model, module, own, held_out, streams, progress)
+    gates: dict[int, LayerGate] = {}
+    for layer, text in texts.items():
+        progress(len(gates), len(texts), "solving the gates")
+        gates[layer] = solve_gate(text, public.moments[layer], public.sample[layer], alpha)
     for layer, gate in gates.items():
         module.set_gate(layer, gate.weight, gate.threshold, gate.scale, gate.moments)
     fit = (
@@ -190,9 +193,10 @@ def tokens_of(batches: Iterable[Batch]) -> Tensor:
 def own_text(
     model: LanguageModel,
     module: ExpertModule,
-    own: Iterable[Batch],
-    held_out: Iterable[Batch],
+    own: Sequence[Batch],
+    held_out: Sequence[Batch],
     streams: tuple[Stream | None, Stream | None],
+    progress: Progress = silent,
 ) -> dict[int, OwnText]:
     """Return gate inputs of the module's own text, with the module forced on.
 
@@ -201,11 +205,14 @@ def own_text(
     """
     moments = {layer: Moments.none(model.config.hidden_size) for layer in module.layers}
     unseen: dict[int, list[Tensor]] = {layer: [] for layer in module.layers}
+    total = len(own) + len(held_out)
     with model.experts.forced(module):
-        for inputs in gate_inputs(model, own, module.layers, streams[0]):
+        for done, inputs in enumerate(gate_inputs(model, own, module.layers, streams[0])):
+            progress(done, total, "gate inputs")
             for layer, layer_inputs in inputs.items():
                 moments[layer] += blend(layer_inputs)
-        for inputs in gate_inputs(model, held_out, module.layers, streams[1]):
+        for done, inputs in enumerate(gate_inputs(model, held_out, module.layers, streams[1])):
+            progress(len(own) + done, total, "gate inputs")
             for layer, layer_inputs in inputs.items():
                 unseen[layer].append(layer_inputs.smooth_BTD[layer_inputs.real_BT].cpu())
     for layer in module.layers:

@@ -165,9 +165,10 @@ def public_streams(
 
     def computed() -> dict[str, Tensor]:
         with model.experts.arming(None):
-            parts = [
-                run_trunk(model, first, batch).cpu() for batch in public_batches(rows, BATCH_ROWS)
-            ]
+            parts: list[Tensor] = []
+            for batch in public_batches(rows, BATCH_ROWS):
+                progress(len(parts) * BATCH_ROWS, len(rows), "trunk (public text)")
+                parts.append(run_trunk(model, first, batch).cpu())
         return {"stream": torch.cat(parts)}
 
     root, name = place(model)
@@ -292,15 +293,18 @@ def measure_public(
     """
     moments = {layer: Moments.none(model.config.hidden_size) for layer in layers}
     sample: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    half = (len(rows) + 1) // 2
     halves = [public_batches(rows[start::2], BATCH_ROWS) for start in (0, 1)]
     with model.experts.arming(None):
-        for inputs in gate_inputs(model, halves[0], layers, stream):
+        for done, inputs in enumerate(gate_inputs(model, halves[0], layers, stream)):
             for layer, layer_inputs in inputs.items():
                 moments[layer] += blend(layer_inputs)
+            progress(min(half, (done + 1) * BATCH_ROWS), len(rows), "public statistics")
         for done, inputs in enumerate(gate_inputs(model, halves[1], layers)):
             for layer, layer_inputs in inputs.items():
                 sample[layer].append(layer_inputs.smooth_BTD[:, 1::STRIDE].cpu())
-            progress(min(len(rows), 2 * (done + 1) * BATCH_ROWS), len(rows), "public statistics")
+            scored = half + (done + 1) * BATCH_ROWS
+            progress(min(len(rows), scored), len(rows), "public statistics")
     return PublicStatistics(
         moments, {layer: torch.cat(parts) for layer, parts in sample.items()}, rows.numel()
     )

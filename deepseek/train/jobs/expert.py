@@ -260,6 +260,7 @@ class ExpertRun(TextRun):
             streams=(train, compute),
             words=words,
             own_kinds=[own_ids_N, question_ids_N],
+            progress=self.progress,
         )
 
     def streams(self, texts: Texts) -> tuple[Stream, Stream]:

@@ -12,8 +12,8 @@ from deepseek.errors import DataError
 from deepseek.packs.library import index_folder
 from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.loop.past_runs import find_run
 from deepseek.train.loop.run_lock import run_lock
-from deepseek.train.loop.runs import find_run
 
 
 def index_expert(name: str) -> Path:

@@ -84,8 +84,8 @@ class ProgressBar:
         self._written = now
         seconds = self._bar.tasks[-1].time_remaining
         left = f", {timedelta(seconds=seconds)} left" if seconds else ""
-        share = f"{done}/{total} {done / total:4.0%}" if total else f"{done}"
-        self.say(f"{self._what}: {share}{left}  {note}".rstrip())
+        share = f": {done}/{total} {done / total:4.0%}" if total else f": {done}" if done else ""
+        self.say(f"{self._what}{share}{left}  {note}".rstrip())
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Run folders: start or resume a job, and summarise finished runs."""
+"""Run folders: start or resume a job, and write the page of a run."""
 
 import json
 import shutil
@@ -23,7 +23,6 @@ from deepseek.checkpoint.store import (
 )
 from deepseek.device.memory import out_of_memory_explained
 from deepseek.errors import CheckpointError, DataError, TrainError
-from deepseek.registry import nearest
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
 
@@ -261,45 +260,6 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             else {f"{prefix}{name}": value}
         )
     return flat
-
-
-def all_runs() -> dict[str, Path]:
-    """Return the run folders in the library's home by name."""
-    root = home() / "runs"
-    return (
-        {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
-        if root.is_dir()
-        else {}
-    )
-
-
-def find_run(name: str) -> Path:
-    """Return the folder of a run, given its name or path.
-
-    Raises:
-        DataError: there is no such run.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    runs = all_runs()
-    if name not in runs:
-        raise DataError(
-            f"There is no run {name!r}; {nearest(name, runs) if runs else 'none has been started'}."
-        )
-    return runs[name]
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    """Return stage, state and figures of a run as a flat mapping."""
-    if not (folder / "result.json").is_file():
-        return {"state": "unfinished"}
-    result = read_object(folder / "result.json")
-    nested = result.get("figures")
-    figures = {**result, **(nested if isinstance(nested, dict) else {})}
-    return {
-        "state": "finished",
-        **{k: v for k, v in figures.items() if isinstance(v, str | int | float) and k != "state"},
-    }
 
 
 PAGE = Environment(autoescape=True).from_string(

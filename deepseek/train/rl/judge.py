@@ -18,7 +18,8 @@ from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import DataError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import package
-from deepseek.text.chat_template import Message, check_messages, encode_prompt
+from deepseek.text.chat_template import encode_prompt
+from deepseek.text.messages import Message, check_messages
 from deepseek.train.rl.rollout import Responses, generate
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[float]]

@@ -16,6 +16,7 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.library import experts_folder
 from deepseek.packs.manifest import Metric
 from deepseek.packs.pack import ExpertPack, write_pack
 
@@ -411,3 +412,12 @@ def test_a_better_or_unmeasured_expert_is_armed_by_itself(model, make_pack):
     assert not worse.armed and model.experts.arm("auto") == ("better", "unmeasured")
     chosen = model.experts.choose(deny=["better"])
     assert chosen is not None and chosen.names == ("unmeasured",)
+
+
+def test_a_trained_expert_is_plugged_by_its_name(model, make_pack, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
+    write_pack(experts_folder() / "code.safetensors", make_pack())
+    assert model.experts.plug("code").name == "code"
+    with pytest.raises(PackError, match="perhaps 'code' is meant"):
+        model.experts.plug("coed")
+    assert [info.name for info in model.experts.list()] == ["code"]

@@ -254,3 +254,23 @@ def test_layer_lists() -> None:
     for wrong in ("last:0", "5-3", "8", "", "a-b"):
         with pytest.raises(ConfigError):
             parse_layers(wrong, 8)
+
+
+def test_eval_names_the_loss_of_the_base_that_the_training_named(
+    tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek.evaluate.quality import ReportedRows, compare, expert_texts
+
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "runs" / "words"
+    pack = run(tiny_base, text_folder, tmp_path, run_folder=folder, epochs=1, tokens=1000, seed=3)
+    assert ReportedRows.of(folder) is not None
+    assert ReportedRows.of(folder / "training") is None
+    model = DeepSeekModel.from_pretrained(tiny_base)
+    model.experts.plug(pack)
+    metric = read_pack(pack).manifest.metrics["held-out"]
+    (row,) = compare(model, expert_texts(["words"], ["words"]), max_tokens=64)
+    assert row.before == pytest.approx(metric.before, rel=1e-5)
+    assert row.alone == pytest.approx(metric.after, rel=5e-3)
+    (fewer,) = compare(model, expert_texts(["words"], ["words"]), max_tokens=512, as_reported=False)
+    assert fewer.tokens != row.tokens

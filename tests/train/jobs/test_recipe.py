@@ -13,7 +13,7 @@ from deepseek.checkpoint.store import home, write_json
 from deepseek.errors import ConfigError, DataError
 from deepseek.evaluate.stage import evaluate_stage
 from deepseek.train.jobs.recipe import train_recipe
-from deepseek.train.loop.runs import find_run, summary
+from deepseek.train.loop.past_runs import find_run, summary
 
 
 def recipe(domains: Path, folder: Path) -> dict[str, Any]:

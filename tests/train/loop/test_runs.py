@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from deepseek.checkpoint.store import read_json, write_json
 from deepseek.errors import ConfigError, DataError, TrainError, UserError
+from deepseek.train.loop.past_runs import summary
 from deepseek.train.loop.run_lock import run_lock
-from deepseek.train.loop.runs import Run, run_once, summary
+from deepseek.train.loop.runs import Run, run_once
 
 
 class KilledError(Exception):

@@ -1,0 +1,87 @@
+"""The models in the library's home: pulled bases, converted GGUF files, models trained here.
+
+Models from the Hugging Face hub are in its own cache, which `hf cache` manages.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from deepseek.checkpoint.licence import read_licence
+from deepseek.checkpoint.store import home, read_object
+from deepseek.errors import CheckpointError, HubError
+from deepseek.registry import nearest
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model folder in the library's home.
+
+    Attributes:
+        name: name of the folder, by which commands call the model.
+        folder: its path.
+        num_bytes: size of its files.
+        architecture: class that config.json states; "" if it states none.
+        licence: SPDX expression; "" if its card states none.
+    """
+
+    name: str
+    folder: Path
+    num_bytes: int
+    architecture: str
+    licence: str
+
+
+def models_folder() -> Path:
+    """Return the folder of this user's models, which may not exist yet."""
+    return home() / "models"
+
+
+def stored_models() -> list[StoredModel]:
+    """Return the models in the library's home, by name."""
+    root = models_folder()
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return [
+        _described(folder)
+        for folder in folders
+        if not folder.name.startswith(".") and (folder / "config.json").is_file()
+    ]
+
+
+def stored_model(name: str) -> StoredModel:
+    """Return a model in the library's home.
+
+    Raises:
+        HubError: there is no such model.
+    """
+    models = {model.name: model for model in stored_models()}
+    if name not in models:
+        hint = nearest(name, models) if models else "there is none, see `deepseek pull --help`"
+        raise HubError(f"There is no model {name!r} in {models_folder()}; {hint}.")
+    return models[name]
+
+
+def remove_model(model: StoredModel) -> None:
+    """Delete a model's folder, of a linked one the link; a pull of the same model that is running ends first."""
+    with FileLock(model.folder.with_name(f".{model.name}.lock")):
+        if model.folder.is_symlink():
+            model.folder.unlink()
+            return
+        # Renamed first: what is cut short must not look like a model.
+        doomed = model.folder.with_name(f".{model.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        model.folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _described(folder: Path) -> StoredModel:
+    try:
+        architectures = read_object(folder / "config.json").get("architectures") or [""]
+        architecture = str(architectures[0])
+    except (CheckpointError, KeyError, TypeError):
+        architecture = ""
+    sizes = [file.lstat().st_size for file in folder.rglob("*") if file.is_file()]
+    licence = read_licence(folder).name
+    return StoredModel(folder.name, folder, sum(sizes), architecture, licence)

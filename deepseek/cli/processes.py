@@ -1,0 +1,32 @@
+"""Processes of this user that have a file open, such as a server with a model's weights."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def processes_at(path: Path) -> list[str]:
+    """Return number and name of the other processes that have mapped or opened a file.
+
+    Systems that do not tell give an empty list.
+
+    Args:
+        path: the file, or the folder of several.
+    """
+    import psutil
+
+    found = []
+    prefix = str(path.resolve())
+    for process in psutil.process_iter(["pid", "name"]):
+        if process.pid == os.getpid():
+            continue
+        with suppress(psutil.Error, AttributeError, OSError):
+            opened = [file.path for file in process.open_files()]
+            mapped = [region.path for region in process.memory_maps()]
+            if any(_below(file, prefix) for file in (*opened, *mapped)):
+                found.append(f"{process.pid} ({process.info['name']})")
+    return found
+
+
+def _below(file: str, prefix: str) -> bool:
+    return file == prefix or file.startswith(f"{prefix}{os.sep}")

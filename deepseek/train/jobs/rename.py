@@ -1,0 +1,115 @@
+"""Rename and remove a trained expert: its pack, its retrieval index, its run folder."""
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from deepseek.checkpoint.store import home, read_object, write_json
+from deepseek.errors import ConfigError, PackError
+from deepseek.packs.library import experts_folder, find_pack, index_folder, installed
+from deepseek.packs.manifest import explain
+from deepseek.train.loop.run_lock import run_lock
+
+
+def remove_expert(name: str) -> list[Path]:
+    """Delete an expert's pack and its index, and return their paths; the run folder stays.
+
+    Args:
+        name: name of a trained expert.
+
+    Raises:
+        PackError: there is no such expert.
+    """
+    pack = _own_pack(name)
+    index = index_folder(name)
+    removed = [pack]
+    pack.unlink()
+    if index.is_dir():
+        shutil.rmtree(index)
+        removed.append(index)
+    return removed
+
+
+def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
+    """Give a trained expert another name and return the path of its pack.
+
+    The name is part of what the digest and a signature cover, so that the pack is sealed again. Its
+    index and its run folder get the new name too.
+
+    Args:
+        old: name of a trained expert.
+        new: the new name.
+        key: private key to sign with again; None: only for packs without a signature.
+
+    Raises:
+        ConfigError: the new name is taken or not allowed, or the pack is signed and no key is given.
+        PackError: there is no such expert, or its pack is damaged.
+        TrainError: its run is being written.
+    """
+    from deepseek.packs.pack import ExpertPack, read_pack, write_pack
+    from deepseek.packs.signature import load_key
+
+    before = _own_pack(old)
+    pack = read_pack(before)
+    runs = home() / "runs"
+    for taken in (installed().get(new), _existing(runs / new), _existing(index_folder(new))):
+        if taken is not None:
+            raise ConfigError(f"{taken} exists already; choose another name.")
+    if pack.manifest.signature is not None and key is None:
+        raise ConfigError(
+            f"{old} is signed, and the signature covers its name; give --key to sign it again."
+        )
+    fields = pack.manifest.model_dump() | {"name": new, "digest": "", "signature": None}
+    try:
+        manifest = type(pack.manifest).model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"{new!r} is no name for an expert: {explain(error)}.") from None
+    run = runs / old
+    with run_lock(run) if run.is_dir() else nullcontext():
+        after = experts_folder() / f"{new}{before.suffix}"
+        sealed = ExpertPack.seal(manifest, pack.tensors)
+        write_pack(after, sealed, load_key(key) if key else None)
+        if run.is_dir():
+            _rename_in(run, old, new, after)
+            run.rename(runs / new)
+    if index_folder(old).is_dir():
+        index_folder(old).rename(index_folder(new))
+    before.unlink()
+    return after
+
+
+def run_of(name: str) -> Path | None:
+    """Return the run folder of a trained expert, None if it is gone."""
+    return _existing(home() / "runs" / name)
+
+
+def _own_pack(name: str) -> Path:
+    """Return the pack of a trained expert, called by its name."""
+    if name in installed():
+        return installed()[name]
+    path = find_pack(name)
+    raise PackError(
+        f"{path} is not in {experts_folder()}; name a trained expert, or change the file itself."
+    )
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _rename_in(run: Path, old: str, new: str, pack: Path) -> None:
+    """Write the new name into the records of a run, so that the same command resumes it."""
+    for name in ("request.json", "start.json"):
+        path = run / name
+        if not path.is_file():
+            continue
+        record = read_object(path)
+        request = record.get("request", record)
+        if isinstance(request, dict) and request.get("name") == old:
+            request["name"] = new
+            write_json(path, record)
+    result = run / "result.json"
+    if result.is_file():
+        write_json(result, read_object(result) | {"pack": str(pack)})

@@ -1,0 +1,65 @@
+"""Past runs: find and summarise them. Imports nothing heavy, for the command line."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from deepseek.checkpoint.store import home, read_object
+from deepseek.errors import CheckpointError, DataError
+from deepseek.registry import nearest
+
+
+def all_runs() -> dict[str, Path]:
+    """Return the run folders in the library's home by name."""
+    root = home() / "runs"
+    return (
+        {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+        if root.is_dir()
+        else {}
+    )
+
+
+def find_run(name: str) -> Path:
+    """Return the folder of a run, given its name or path.
+
+    Raises:
+        DataError: there is no such run.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    runs = all_runs()
+    if name not in runs:
+        raise DataError(
+            f"There is no run {name!r}; {nearest(name, runs) if runs else 'none has been started'}."
+        )
+    return runs[name]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Return stage, state and figures of a run as a flat mapping."""
+    if not (folder / "result.json").is_file():
+        return {"state": "unfinished"}
+    result = read_object(folder / "result.json")
+    nested = result.get("figures")
+    figures = {**result, **(nested if isinstance(nested, dict) else {})}
+    return {
+        "state": "finished",
+        **{k: v for k, v in figures.items() if isinstance(v, str | int | float) and k != "state"},
+    }
+
+
+def unfinished_on(base: str) -> list[str]:
+    """Return the names of the unfinished runs in the library's home that use a base.
+
+    Args:
+        base: name of the base, as the runs were given it.
+    """
+    names = []
+    for name, folder in all_runs().items():
+        request = folder / "request.json"
+        if (folder / "result.json").is_file() or not request.is_file():
+            continue
+        with suppress(CheckpointError):
+            if read_object(request).get("base") == base:
+                names.append(name)
+    return names

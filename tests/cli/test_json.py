@@ -1,0 +1,145 @@
+"""`--json`: one object per command, of the shape that the reference documents."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from deepseek.cli.main import main
+from deepseek.cli.shapes import SHAPES, Evaluation
+from deepseek.cli.table import evaluation
+from deepseek.data.preferences.database import PreferenceDatabase
+from deepseek.data.preferences.preference import Preference
+from deepseek.evaluate.quality import Comparison
+from deepseek.packs.library import experts_folder
+from deepseek.packs.manifest import BaseDescription, Manifest, Metric
+from deepseek.packs.pack import ExpertPack, write_pack
+from deepseek.packs.tensors import DTYPES
+
+Capture = pytest.CaptureFixture[str]
+ASKS_A_MODEL = {"eval"}
+"""Commands that are tested by what makes their object, as they run a model."""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with an expert, a spoilt pack, a model, two runs and two preferences."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("DEEPSEEK_HOME", str(home))
+    base = BaseDescription(name="tiny", weights="a" * 64, tokenizer="", hidden_size=8, num_layers=2)
+    manifest = Manifest(
+        name="poems",
+        base=base,
+        layers=(1,),
+        width=4,
+        dtype="float32",
+        licence="MIT",
+        metrics={"held-out": Metric(before=3.5, after=2.25)},
+    )
+    tensors = {
+        name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype])
+        for name, spec in manifest.tensors().items()
+    }
+    path = experts_folder() / "poems.safetensors"
+    write_pack(path, ExpertPack.seal(manifest, tensors))
+    path.with_name("spoilt.safetensors").write_bytes(path.read_bytes()[:-1])
+    model = home / "models" / "tiny"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    for name, files in {
+        "poems": {"result.json": '{"seconds": 61.5, "after": 2.25, "verdict": "better"}'},
+        "half": {"request.json": '{"base": "tiny"}'},
+        "odd": {"result.json": "["},
+    }.items():
+        folder = home / "runs" / name
+        folder.mkdir(parents=True)
+        for file, text in files.items():
+            (folder / file).write_text(text)
+    store = PreferenceDatabase(home / "preferences.db")
+    for number in range(2):
+        prompt = ({"role": "user", "content": f"question {number}"},)
+        store.add(Preference(prompt, "yes", "no", source="here", labels=("a",)))
+    store.close()
+    return home
+
+
+def output(capsys: Capture, command: str) -> Any:
+    """Return the object that a command prints with `--json`."""
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--json"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 0, printed.err
+    return json.loads(printed.out)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Any], object], object]] = {
+    "expert list": (
+        "expert list",
+        lambda o: [row["name"] for row in o["experts"]],
+        ["poems", "spoilt"],
+    ),
+    "models list": ("models list", lambda o: o["models"][0]["experts"], ["poems"]),
+    "runs list": (
+        "runs list",
+        lambda o: [row["state"] for row in o["runs"]],
+        ["unfinished", "damaged", "finished"],
+    ),
+    "runs show": ("runs show poems", lambda o: o["figures"]["seconds"], 61.5),
+    "runs compare": ("runs compare poems half", lambda o: len(o["runs"]), 2),
+    "prefs stats": ("prefs stats", lambda o: (o["pairs"], o["labels"]), (2, {"a": 2})),
+    "prefs search": ("prefs search question", lambda o: o["pairs"][0]["chosen"], "yes"),
+    "bench": ("bench", lambda o: "decode" in [row["name"] for row in o["benchmarks"]], True),
+}
+
+
+def test_every_shape_is_tested() -> None:
+    assert COMMANDS.keys() | ASKS_A_MODEL == SHAPES.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_output_has_the_documented_shape(command: str, home: Path, capsys: Capture) -> None:
+    words, part, expected = COMMANDS[command]
+    printed = output(capsys, words)
+    jsonschema.validate(printed, SHAPES[command].model_json_schema())
+    assert part(printed) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [("expert list", "experts"), ("models list", "models"), ("runs list", "runs")],
+)
+def test_an_empty_home_gives_empty_lists(
+    command: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path))
+    printed = output(capsys, command)
+    jsonschema.validate(printed, SHAPES[command].model_json_schema())
+    assert printed[key] == []
+
+
+def test_a_spoilt_pack_says_why(home: Path, capsys: Capture) -> None:
+    row = output(capsys, "expert list")["experts"][1]
+    assert "refused" in row["problem"]
+    assert row["kind"] is None
+
+
+def test_an_evaluation_has_the_documented_shape() -> None:
+    rows = [Comparison("poems", 100, 3.0, 2.0, 1.5), Comparison("prose", 50, 3.0, 3.0)]
+    shape = evaluation("tiny", ["poems"], rows, (0.1, 0.2), 10)
+    printed = json.loads(shape.model_dump_json())
+    jsonschema.validate(printed, Evaluation.model_json_schema())
+    assert printed["texts"][1] == {
+        "text": "prose", "tokens": 50, "base": 3.0, "plugged": 3.0, "alone": None,
+    }  # fmt: skip
+    assert printed["human_eval"] == {"problems": 10, "base": 0.1, "plugged": 0.2}
+
+
+def test_eval_against_has_a_file_of_its_own(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "poems", "--against", "rag", "--json"])
+    assert stop.value.code == 2
+    assert "result.json" in capsys.readouterr().err
