@@ -220,10 +220,14 @@ def test_what_was_taken_back_leaves_no_trace_in_gates(model, runner, right):
         )
 
 
-@pytest.mark.parametrize("count", [0, 2], ids=["base", "experts"])
-def test_guesses_change_no_token_and_no_probability(monkeypatch, count):
+@pytest.mark.parametrize(
+    ("count", "fields"),
+    [(0, {}), (2, {}), (2, MIXTURES["dynamic"])],
+    ids=["base", "experts", "experts beside native ones"],
+)
+def test_guesses_change_no_token_and_no_probability(monkeypatch, count, fields):
     tokenizer = tiny_tokenizer()
-    model = build(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model = build(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **fields)
     if count:
         armed = ArmedExperts(Roster(tuple(experts(model, count)), 2))
         monkeypatch.setattr(type(model.experts), "choose", lambda *_, **__: armed)
