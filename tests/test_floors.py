@@ -45,6 +45,7 @@ NEIGHBOURS = {
     ("kernels", "errors"),
     ("packs", "checkpoint"),
     ("registry", "errors"),
+    ("server", "evaluate"),
 }
 """Imports that are allowed on one floor."""
 

@@ -25,6 +25,16 @@ def index_folder(name: str, folder: Path | None = None) -> Path:
     return (folder or experts_folder()) / f"{name}.index"
 
 
+def prompts_file(name: str, folder: Path | None = None) -> Path:
+    """Return the path of the prompts that show what an expert knows, beside its pack.
+
+    Args:
+        name: name of the expert.
+        folder: folder of the pack; None: the folder of trained experts.
+    """
+    return (folder or experts_folder()) / f"{name}.prompts.json"
+
+
 def installed(folder: Path | None = None) -> dict[str, Path]:
     """Return the packs in a folder as name -> file, sorted by name.
 

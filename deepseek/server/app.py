@@ -30,6 +30,7 @@ from deepseek.server.routes import (
     models,
     ollama,
     preferences,
+    prompts,
     responses,
     teach,
 )
@@ -46,6 +47,7 @@ ROUTERS = (
     ollama,
     llama_cpp,
     models,
+    prompts,
     teach,
     preferences,
 )

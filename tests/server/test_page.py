@@ -1,227 +1,354 @@
-"""The web page in a real browser: chat, experts, teaching and review, with the keyboard and on a
-phone's width.
+"""The web page's chat in a real browser: answers, comparison, Markdown, kept conversations, errors,
+keyboard, screen readers, a phone's width.
 
-`SCREENSHOTS=folder pytest tests/server/test_page.py` keeps pictures.
+`SCREENSHOTS=folder pytest tests/server/test_page*.py` keeps pictures.
 """
 
-import os
-import shutil
-from collections.abc import Iterator
+import json
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from live_server import Live, live
+from live_server import Live
+from page_driver import imported, keep, rendered, say, set_up, violations
 
-from deepseek.data.preferences.database import Preference, PreferenceDatabase
-from deepseek.packs.pack import read_pack
-from deepseek.server.service import Settings
+from deepseek.packs.library import prompts_file
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine; apt-get install chromium"
-)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+expect = pytest.importorskip("playwright.sync_api").expect
+
+STATIC = Path(__file__).parents[2] / "deepseek" / "server" / "static"
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = tmp_path_factory.mktemp("page")
-    notes = folder / "text" / "notes"
-    notes.mkdir(parents=True)
-    for number in range(20):
-        text = " ".join(
-            f"the router {number * place % 97} returns the value of the expert"
-            for place in range(30)
-        )
-        (notes / f"{number}.txt").write_text(text)
-    with live(folder, Settings(teach_root=folder / "text")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def page(browser: "playwright.Browser", served: Live) -> Iterator["playwright.Page"]:
-    """The page, opened anew; it must neither log an error nor ask anything of another host."""
-    context = browser.new_context(viewport={"width": 1180, "height": 760})
-    opened = context.new_page()
-    complaints: list[str] = []
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on(
-        "console", lambda line: complaints.append(line.text) if line.type == "error" else None
-    )
-    opened.on(
-        "request",
-        lambda request: complaints.append(request.url) if served.url not in request.url else None,
-    )
-    opened.goto(served.url)
-    playwright.expect(opened.locator("#model")).to_have_text("tiny")
-    yield opened
-    context.close()
-    assert complaints == []
-
-
-def keep(page: "playwright.Page", name: str) -> None:
-    """Keep a picture if somebody asked for them."""
-    folder = os.environ.get("SCREENSHOTS")
-    if folder:
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
-def say(page: "playwright.Page", text: str, tokens: int = 24) -> None:
-    before = page.locator(".legend").count()
-    page.locator("#tokens").fill(str(tokens))
-    page.locator("#words").fill(text)
-    page.locator("#words").press("Enter")
-    playwright.expect(page.locator(".legend")).to_have_count(before + 1, timeout=60_000)
-
-
-def test_experts_are_dropped_speak_in_their_colour_and_go(
-    page: "playwright.Page", served: Live
-) -> None:
-    for name in ("one", "two"):
-        page.locator("#pack").set_input_files(served.folder / f"{name}.safetensors")
-        playwright.expect(page.locator("#plugged .name", has_text=name)).to_be_visible()
+def test_an_answer_is_attributed_and_compared_with_the_base(page: "Page") -> None:
+    set_up(page, tokens=24)
     say(page, "the expert of the model")
-    spans = page.locator(".turn.assistant .said span[class^=e]")
-    assert spans.count() > 0
-    assert "tokens" in page.locator(".legend").inner_text()
-    keep(page, "chat-light")
-    page.locator("#theme").click()
-    page.locator("#theme").click()
-    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-    keep(page, "chat-dark")
-    for name in ("one", "two"):
-        page.get_by_role("switch", name=f"{name} may speak").uncheck()
+    written = page.locator(".said .by")
+    assert written.count() > 0
+    digest = page.evaluate("fetch('/v1/experts').then(r => r.json())")["data"][0]["digest"]
+    hue = round(int(digest[:8], 16) / 2**32 * 360)
+    assert abs(int(written.first.evaluate("e => e.style.getPropertyValue('--hue')")) - hue) <= 1
+    assert re.search(r"one \d+", page.locator(".legend").inner_text())
+    expect(page.locator(".facts")).to_contain_text("tokens/s")
+    assert page.evaluate("document.getElementById('context').value") > 24
+    answer = page.locator(".assistant > .said").inner_text()
+    page.get_by_role("button", name="Compare with base").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".comparison > p")).to_contain_text("differ", timeout=60_000)
+    base, expert = page.locator(".comparison .compared").all()
+    assert base.locator(".by").count() == 0
+    assert base.inner_text() != expert.inner_text()
+    assert expert.inner_text().split() == answer.split()
+    assert expert.locator("mark").count() > 0
+    keep(page, "compare")
+    page.reload()
+    expect(page.locator(".comparison mark").first).to_be_visible()  # kept with the chat
+
+
+def test_without_experts_the_comparison_says_that_nothing_changed(page: "Page") -> None:
+    set_up(page, tokens=12)
+    page.get_by_role("switch", name="one may write").uncheck()
     say(page, "again")
-    assert page.locator(".legend").last.locator("span.dot").count() == 1
-    assert "base" in page.locator(".legend").last.inner_text()
-    for name in ("one", "two"):
-        page.get_by_role("button", name=f"Unplug {name}").click()
-        playwright.expect(page.get_by_role("button", name=f"Plug {name}")).to_be_visible()
-    page.get_by_role("button", name="Plug one").click()
-    playwright.expect(page.locator("#expert-count")).to_have_text("1 plugged")
-    page.get_by_role("button", name="Unplug one").click()
-    playwright.expect(page.locator("#expert-count")).to_have_text("none plugged")
+    assert "one" not in page.locator(".legend").inner_text()
+    page.get_by_role("button", name="Compare with base").click()
+    expect(page.locator(".comparison > p")).to_contain_text("the same", timeout=60_000)
 
 
-def test_a_file_dropped_on_the_page_is_plugged(page: "playwright.Page", served: Live) -> None:
-    content = list((served.folder / "one.safetensors").read_bytes())
-    page.evaluate(
-        """bytes => {
-            const transfer = new DataTransfer();
-            transfer.items.add(new File([new Uint8Array(bytes)], "one.safetensors"));
-            const fields = { dataTransfer: transfer, bubbles: true };
-            document.getElementById("drop").dispatchEvent(new DragEvent("drop", fields));
-        }""",
-        content,
-    )
-    playwright.expect(page.locator("#plugged .name")).to_have_text("one")
-    page.get_by_role("button", name="Unplug one").click()
-    playwright.expect(page.locator("#expert-count")).to_have_text("none plugged")
+def test_tokens_that_differ_are_outside_the_longest_common_part(open_page: "Page") -> None:
+    differs = imported(open_page, "compare.js", "m.difference([...'abcde'], [...'abxde'])")
+    assert differs == [[False, False, True, False, False]] * 2
+    assert imported(open_page, "compare.js", "m.difference([], ['a'])") == [[], [True]]
 
 
-def test_an_answer_can_be_stopped(page: "playwright.Page", served: Live) -> None:
-    page.locator("#tokens").fill("700")
+MARKDOWN = {
+    "# One\n\ntwo **three** *four* `five`": (
+        "<h3>One</h3><p>two <strong>three</strong> <em>four</em> <code>five</code></p>"
+    ),
+    "- a\n- b\n  - c\n\n1. d": "<ul><li>a</li><li>b<ul><li>c</li></ul></li></ul><ol><li>d</li></ol>",
+    "> a\n> b": "<blockquote><p>a\nb</p></blockquote>",
+    "snake_case_name 2 * 3 * 4": "<p>snake_case_name 2 * 3 * 4</p>",
+    "\\*a\\*": "<p>*a*</p>",
+    "<b>no</b><img src=x onerror=alert(1)>": (
+        "<p>&lt;b&gt;no&lt;/b&gt;&lt;img src=x onerror=alert(1)&gt;</p>"
+    ),
+    "[a](javascript:alert(1))": "<p>[a](javascript:alert(1))</p>",
+    "🙂 **é** 🙂": "<p>🙂 <strong>é</strong> 🙂</p>",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("source", MARKDOWN)
+def test_markdown_becomes_elements_and_html_stays_text(open_page: "Page", source: str) -> None:
+    assert rendered(open_page, source).replace(' start="1"', "") == MARKDOWN[source]
+
+
+def test_blocks_of_markdown(open_page: "Page") -> None:
+    code = rendered(open_page, "```python\n\n# note\ndef f(x):\n    return 'a'\n```\nafter")
+    assert 'class="code-head"' in code and code.endswith("<p>after</p>")
+    assert "\n# note\ndef f(x):\n    return 'a'" in re.sub(r"<[^>]+>", "", code)
+    table = rendered(open_page, "| a | b |\n|---|:-:|\n| 1 | **2** |")
+    assert "<th>a</th><th>b</th>" in table and "<td><strong>2</strong></td>" in table
+    link = rendered(open_page, "see [this](https://example.org/a) or https://example.org/b.")
+    assert link.count('rel="noopener noreferrer nofollow"') == 2 and link.endswith(".</p>")
+
+
+def test_no_text_of_a_model_becomes_markup() -> None:
+    for file in STATIC.glob("*.js"):
+        text = file.read_text()
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", text
+        )
+        assert len(text.splitlines()) <= 400
+
+
+@pytest.mark.parametrize(
+    "source", ["*" * 4000, "[" * 4000, "`" * 3999 + "a", "> " * 500 + "a", "_a" * 2000]
+)
+def test_awkward_markdown_takes_no_time(open_page: "Page", source: str) -> None:
+    timed = f"""{{
+        const start = performance.now();
+        m.render({json.dumps(source)}, () => []);
+        return performance.now() - start;
+    }}"""
+    assert imported(open_page, "markdown.js", timed) < 1000  # ms
+
+
+def test_a_cut_answer_goes_on_and_can_be_asked_again(page: "Page") -> None:
+    set_up(page, tokens=5, seed="3")
+    say(page, "the value")
+    expect(page.locator(".cut")).to_have_text("cut at 5 tokens")
+    before = page.locator(".assistant > .said").inner_text()
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator(".assistant > .said")).not_to_have_text(before, timeout=30_000)
+    expect(page.locator(".facts")).to_be_visible()
+    assert page.locator(".assistant > .said").inner_text().startswith(before[:3])
+    page.get_by_role("button", name="Retry").click()
+    expect(page.locator(".assistant > .said")).to_have_text(before, timeout=30_000)  # same seed
+    page.get_by_role("button", name="Copy the answer").click()
+    assert page.evaluate("navigator.clipboard.readText()").split() == before.split()
+
+
+def test_a_message_is_edited_with_the_keyboard(page: "Page") -> None:
+    set_up(page, tokens=4)
+    say(page, "first")
+    say(page, "second")
+    page.get_by_role("button", name="Edit").first.press("Enter")
+    field = page.get_by_label("Edit the message")
+    expect(field).to_be_focused()
+    field.press("Escape")
+    expect(page.get_by_role("button", name="Edit").first).to_be_focused()
+    page.get_by_role("button", name="Edit").first.press("Enter")
+    field.fill("changed")
+    field.press("Enter")
+    expect(page.locator(".turn.user .said")).to_have_text(["changed"])
+    expect(page.locator(".facts")).to_have_count(1)
+
+
+def test_an_answer_can_be_stopped(page: "Page") -> None:
+    set_up(page, tokens=700)
     page.locator("#words").fill("the")
     page.locator("#words").press("Enter")
-    playwright.expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator(".said").last).not_to_be_empty()
     page.keyboard.press("Escape")
-    playwright.expect(page.locator("#stop")).to_be_hidden()
-    playwright.expect(page.locator("#send")).to_be_enabled()
+    expect(page.locator("#stop")).to_be_hidden()
+    expect(page.locator("#send")).to_be_enabled()
+    expect(page.locator(".facts")).to_contain_text("stopped")
 
 
-def test_an_expert_is_taught_from_the_page(page: "playwright.Page", served: Live) -> None:
-    page.get_by_role("tab", name="Teach").click()
-    page.locator("#lesson-name").fill("notes")
-    page.locator("#lesson-path").fill("notes")
-    page.locator("#lesson-minutes").fill("0.1")
-    page.get_by_text("More", exact=True).click()
-    page.get_by_label("width").fill("32")
-    page.get_by_role("button", name="Teach", exact=True).click()
-    playwright.expect(page.locator("#lesson-stage")).to_contain_text("notes")
-    playwright.expect(page.locator("#lesson-stage")).to_contain_text("Plugged", timeout=240_000)
-    playwright.expect(page.locator("#plugged .name")).to_have_text("notes")
-    assert page.locator("#curve polyline.train").get_attribute("points")
-    assert (
-        read_pack(served.service.settings.experts_folder / "notes.safetensors").manifest.width == 32
+def test_a_failed_message_gives_its_words_back_and_spoils_nothing(page: "Page") -> None:
+    set_up(page, tokens=4)
+    body = json.dumps({"error": {"message": "The queue is full."}})
+    page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(status=200, body=f"data: {body}\n\n")
     )
-    keep(page, "teach")
-    page.get_by_role("button", name="Unplug notes").click()
+    page.locator("#words").fill("my long question")
+    page.locator("#words").press("Enter")
+    expect(page.locator("#notice")).to_have_text("The queue is full.")
+    expect(page.locator("#words")).to_have_value("my long question")
+    expect(page.locator(".turn")).to_have_count(0)
+    page.unroute("**/v1/chat/completions")
+    page.reload()
+    expect(page.locator("#words")).to_have_value("my long question")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.locator("#words").press("Enter")
+    assert [one["role"] for one in asked.value.post_data_json["messages"]] == ["user"]
+    expect(page.locator(".facts")).to_have_count(1)
+    expect(page.locator("#notice")).to_be_hidden()
 
 
-def test_a_pair_is_reviewed_with_the_keyboard(page: "playwright.Page", served: Live) -> None:
-    database = PreferenceDatabase(served.service.settings.preferences)
-    question = ({"role": "user", "content": "Which way is up?"},)
-    number = database.add(
-        Preference(question, "Towards the sky.", "Up is a direction, opposite to the pull.", "file")
+def test_the_log_follows_a_long_answer_until_the_reader_scrolls_up(page: "Page") -> None:
+    page.set_viewport_size({"width": 900, "height": 380})
+    set_up(page, tokens=150)
+    below = "(log => log.scrollHeight - log.scrollTop - log.clientHeight)(document.getElementById('log'))"
+    for text in ("one\n" * 40, "two"):
+        say(page, text)
+        assert page.evaluate(below) < 40
+    page.evaluate("document.getElementById('log').scrollTop = 0")
+    page.get_by_role("button", name="Compare with base").last.evaluate("button => button.click()")
+    page.locator(".comparison > p").wait_for(timeout=60_000)
+    assert page.evaluate("document.getElementById('log').scrollTop") == 0
+
+
+def test_a_screen_reader_hears_an_answer_once(page: "Page") -> None:
+    set_up(page, tokens=12)
+    page.evaluate(
+        """() => {
+            window.heard = [];
+            new MutationObserver(() => heard.push(document.getElementById("live").textContent))
+                .observe(document.getElementById("live"), { childList: true });
+        }"""
     )
-    page.get_by_role("tab", name="Chat").focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    playwright.expect(page.locator("#pair-prompt")).to_contain_text("Which way is up?")
-    keep(page, "review")
-    page.keyboard.press("2")
-    playwright.expect(page.locator("#pair-none")).to_be_visible()
-    assert database.get(number or 0).chosen == "Up is a direction, opposite to the pull."
-    page.locator("#question").fill("the value")
-    page.locator("#question").press("Enter")
-    playwright.expect(page.locator("#pair")).to_be_visible(timeout=60_000)
-    answers = [page.locator(f"#answer-{place} .text").inner_text() for place in (0, 1)]
-    page.locator("#answer-0").click()
-    playwright.expect(page.locator("#review-count")).to_contain_text("2 of 2")
-    if answers[0].strip():
-        assert database.get(2).labels == ("reviewed",)
-    database.close()
+    assert page.locator("#log").get_attribute("aria-live") == "off"
+    say(page, "the value")
+    heard = page.evaluate("heard")
+    assert len(heard) == 2 and heard[0] == "The answer is being written."
+
+
+def test_chats_are_kept_found_exported_and_deleted(page: "Page") -> None:
+    set_up(page, tokens=4)
+    say(page, "about routers")
+    page.get_by_role("button", name="New chat").click()
+    page.locator("#pick").select_option("tiny+none")
+    say(page, "about values")
+    page.reload()
+    expect(page.locator(".turn.user .said")).to_have_text("about values")
+    expect(page.locator("#pick")).to_have_value("tiny+none")  # of this chat
+    expect(page.locator("#chat-list .chosen")).to_have_text(["about values", "about routers"])
+    page.locator("#search").fill("ROUTERS about")
+    expect(page.locator("#chat-list .chosen")).to_have_text(["about routers"])
+    page.locator("#chat-list .chosen").press("Enter")
+    expect(page.locator("#pick")).to_have_value("tiny")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export all").click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    roles = [[one["role"] for one in json.loads(line)["messages"]] for line in lines]
+    assert roles == [["user", "assistant"]] * 2
+    page.get_by_role("button", name="Delete the chat: about routers").click()
+    expect(page.locator("#log .empty")).to_be_visible()
+
+
+def test_settings_and_switches_outlast_a_reload_and_reach_the_request(page: "Page") -> None:
+    page.locator("#gear").press("Enter")
+    for name, value in {
+        "system": "Be brief.",
+        "topP": "0.9",
+        "seed": "7",
+        "stop": "END\nSTOP",
+        "tokens": "3",
+    }.items():
+        page.locator(f"#set-{name}").fill(value)
+    page.locator("#set-theme").select_option("dark")
+    keep(page, "settings")
+    page.locator("#set-theme").press("Escape")
+    say(page, "a")
+    page.get_by_role("switch", name="one may write").press("Space")
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    expect(page.get_by_role("switch", name="one may write")).not_to_be_checked()
+    with page.expect_request("**/v1/chat/completions") as asked:
+        say(page, "b")
+    sent = asked.value.post_data_json
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert (sent["top_p"], sent["seed"], sent["max_tokens"]) == (0.9, 7, 3)
+    assert sent["stop"] == ["END", "STOP"] and sent["experts"] == {"deny": ["one"]}
+
+
+def test_a_text_file_goes_into_the_message_and_a_pack_is_plugged(
+    page: "Page", served: Live
+) -> None:
+    drop = """([name, bytes]) => {
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([new Uint8Array(bytes)], name));
+        document.getElementById("log").dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true }));
+    }"""
+    page.evaluate(drop, ["note.py", list(b"print('```')\n")])
+    expect(page.locator("#words")).to_have_value("note.py:\n````py\nprint('```')\n````\n")
+    page.evaluate(drop, ["image.png", [0, 159, 255]])
+    expect(page.locator("#notice")).to_contain_text("not a text")
+    page.evaluate(drop, ["two.safetensors", list((served.folder / "two.safetensors").read_bytes())])
+    expect(page.locator("#plugged .name")).to_have_text(["one", "two"])
+    card = page.locator("#plugged .card", has_text="two")
+    card.get_by_text("Details").click()
+    expect(card.locator("dl")).to_contain_text("Apache-2.0")
+    card.get_by_role("button", name="Unplug two").click()
+    expect(page.locator("#expert-count")).to_have_text("1 plugged")
+    page.get_by_role("button", name="Plug two").click()
+    expect(page.locator("#expert-count")).to_have_text("2 plugged")
+    page.locator("#plugged .card", has_text="two").get_by_text("Details").click()
+    page.get_by_role("button", name="Unplug two").click()
+    expect(page.locator("#expert-count")).to_have_text("1 plugged")
+
+
+def test_an_empty_chat_offers_what_an_expert_knows(page: "Page", served: Live) -> None:
+    digest = served.engine.experts()[0].digest
+    prompts = [
+        {"kind": "chat", "text": "Where is it?"},
+        {"kind": "text", "text": "file: a.py\n\nimport os\n"},
+    ]
+    path = prompts_file("one", served.folder)
+    path.write_text(json.dumps({"digest": digest, "prompts": prompts}))
+    try:
+        set_up(page, tokens=4)
+        page.get_by_role("button", name="Where is it?").click()
+        expect(page.locator(".facts")).to_have_count(1, timeout=30_000)
+        expect(page.locator("#pick")).to_have_value("tiny+one")
+        page.get_by_role("button", name="New chat").click()
+        with page.expect_request("**/v1/completions") as asked:
+            page.get_by_role("button", name="Continue the text: import os").click()
+        assert asked.value.post_data_json["prompt"] == prompts[1]["text"]
+        expect(page.locator(".facts")).to_have_count(1, timeout=30_000)
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser: "Browser", served: Live, scheme: str) -> None:
+    context = browser.new_context(
+        color_scheme=scheme, viewport={"width": 1180, "height": 760}, bypass_csp=True
+    )
+    page = context.new_page()
+    page.goto(served.url)
+    page.locator("#words:focus").wait_for()
+    found = violations(page)
+    set_up(page, tokens=16)
+    say(page, "the expert\n```py\nof = 'the model'\n```")
+    page.get_by_role("button", name="Compare with base").click()
+    expect(page.locator(".comparison > p")).to_be_visible(timeout=60_000)
+    page.locator("#plugged summary").click()
+    found += violations(page)
+    for tab in ("Teach", "Review"):
+        page.get_by_role("tab", name=tab).click()
+        found += violations(page)
+    page.locator("#gear").click()
+    found += violations(page)
+    context.close()
+    assert found == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_everything_without_scrolling_sideways(
-    browser: "playwright.Browser", served: Live, scheme: str
+    browser: "Browser", served: Live, scheme: str
 ) -> None:
     context = browser.new_context(viewport={"width": 375, "height": 740}, color_scheme=scheme)
     page = context.new_page()
     page.goto(served.url)
-    playwright.expect(page.locator("#model")).to_have_text("tiny")
-    for tab in ("Chat", "Teach", "Review"):
+    page.locator("#words:focus").wait_for()
+    for tab in ("Teach", "Review", "Chat"):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    page.get_by_role("tab", name="Chat").click()
+    set_up(page, tokens=24)
     say(page, "the expert of the model")
+    page.get_by_role("button", name="Compare with base").click()
+    expect(page.locator(".comparison > p")).to_be_visible(timeout=60_000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    boxes = [page.locator(name).bounding_box() for name in ("#attach", "#words", "#send")]
+    middles = [box["y"] + box["height"] / 2 for box in boxes if box]
+    assert len(middles) == 3 and max(middles) - min(middles) < 8  # one row
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(251, 251, 250)") == (scheme == "light")
     keep(page, f"phone-{scheme}")
     context.close()
-
-
-def test_the_page_asks_for_a_key(browser: "playwright.Browser", served_folder: Path) -> None:
-    with live(served_folder, Settings(api_keys=frozenset({"secret"}))) as server:
-        context = browser.new_context()
-        page = context.new_page()
-        page.goto(server.url)
-        keep(page, "login")
-        page.locator("#key").fill("wrong")
-        page.keyboard.press("Enter")
-        playwright.expect(page.locator("#key")).to_be_visible()
-        page.locator("#key").fill("secret")
-        page.keyboard.press("Enter")
-        playwright.expect(page.locator("#model")).to_have_text("tiny")
-        assert page.locator("#drop").is_hidden()  # a user's key changes nothing
-        assert page.evaluate("document.cookie") == ""
-        context.close()

@@ -6,45 +6,41 @@ stopped without loss, a crash does not affect the server, and the same request r
 
 import asyncio
 import os
-import re
 import signal
 import sys
-import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import psutil
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from deepseek.checkpoint.store import home
 from deepseek.data.text.git import repository_stores
-from deepseek.errors import DataError
+from deepseek.errors import DataError, UserError
 from deepseek.packs.library import SUFFIX
-from deepseek.server.errors import ApiError, as_api_error, without_paths
+from deepseek.server.errors import ApiError, as_api_error
 from deepseek.server.guard import ADMIN
 from deepseek.server.json_body import JsonRoute
+from deepseek.server.lesson import Lesson
 from deepseek.server.openapi import STREAMED
+from deepseek.server.routes.prompts import find_prompts
 from deepseek.server.schema import TeachRequest
-from deepseek.server.service import Service, Settings
+from deepseek.server.service import Service, Settings, TheService
 from deepseek.server.stream import Reply
-from deepseek.train.loop.metrics import read_metrics
+from deepseek.server.teach_root import (
+    OUT_OF_BOUNDS,
+    RelativePath,
+    below,
+    leads_out,
+    listing,
+    teach_root,
+)
 
 router = APIRouter(route_class=JsonRoute)
-
-State = Literal["running", "stopped", "failed", "plugged"]
-
-LINE = re.compile(r"(?P<stage>[^:]{1,60}): (?P<done>\d+)(?:/(?P<total>\d+))?\b")
-"""Format of the lines that `ProgressBar` writes without a terminal."""
-
-OUT_OF_BOUNDS = (
-    "path must name a file or folder below the server's teach root, and so must all its links."
-)
 
 LOOK_SECONDS = 0.5
 
@@ -54,61 +50,6 @@ the one before.
 """
 
 NICENESS = 5
-POINTS = 300
-"""Most points of a loss curve; a longer one is thinned out."""
-
-CHECK_SECONDS = 10.0
-"""Time limit for checking the links below a folder."""
-
-
-@dataclass
-class Lesson:
-    """The progress of one training.
-
-    Attributes:
-        name: name of the expert.
-        state: "running", "stopped", "failed", or "plugged" after a success.
-        stage: name of the current stage.
-        done: units of work done in this stage.
-        total: units of work of this stage; 0: unknown.
-        message: last line of the training's output, or after a failure its reason.
-        losses: training loss as (step, nats per token).
-        held_out: held-out loss as (step, nats per token).
-        verdict: once plugged, whether the expert is better or worse than the base, and by how much.
-        armed: whether the expert is armed by default. One that is no better than the base is armed
-            only in requests that name it.
-    """
-
-    name: str
-    state: State = "running"
-    stage: str = "starting"
-    done: int = 0
-    total: int = 0
-    message: str = ""
-    losses: list[tuple[float, float]] = field(default_factory=list)
-    held_out: list[tuple[float, float]] = field(default_factory=list)
-    verdict: str = ""
-    armed: bool = False
-
-    def read(self, line: str) -> None:
-        """Update the progress from a line of the training's output."""
-        self.message = without_paths(line)
-        match = LINE.match(line)
-        if match:
-            self.stage = match["stage"]
-            self.done = int(match["done"])
-            self.total = int(match["total"] or 0)
-
-    def look(self) -> None:
-        """Update the loss curves from the metrics file of the run."""
-        records = read_metrics(home() / "runs" / self.name / "training" / "metrics.jsonl")
-        losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
-        self.losses = losses[:: -(-len(losses) // POINTS) or 1]
-        self.held_out = [
-            (record["step"], record["held_out_loss"])
-            for record in records
-            if "held_out_loss" in record
-        ]
 
 
 class Teacher:
@@ -180,21 +121,8 @@ class Teacher:
         Raises:
             ApiError: teaching is off, or the path is outside the teach root or missing.
         """
-        root = self.service.settings.teach_root
-        if root is None:
-            raise ApiError(
-                403,
-                "Teaching is off; start the server with --teach-root FOLDER.",
-                code="teaching_off",
-            )
-        root = root.resolve()
-        try:
-            text = (root / path).resolve()
-            usable = text.is_relative_to(root) and text.exists()
-        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that is too long
-            usable = False
-        if not usable:
-            raise ApiError(400, OUT_OF_BOUNDS, param="path")
+        root = teach_root(self.service.settings)
+        text = below(root, path)
         try:
             folders = repository_stores(text) if is_repository else [text]
         except DataError:
@@ -237,9 +165,14 @@ class Teacher:
             async for line in process.stderr:
                 lesson.read(line.decode("utf-8", "replace").strip())
             if await process.wait() == 0 and lesson.state == "running":
+                await asyncio.to_thread(lesson.end)
                 plugged = await asyncio.to_thread(self.service.experts_owner.plug, pack)
                 lesson.verdict = plugged.verdict
                 lesson.armed = plugged.armed
+                if lesson.armed:
+                    lesson.begin("finding prompts")
+                    with suppress(UserError):  # an expert is as good without them
+                        await asyncio.to_thread(find_prompts, self.service, lesson.name)
                 lesson.state = "plugged"
         except Exception as error:  # no failure of a training may end the server
             lesson.message = as_api_error(error).message
@@ -264,6 +197,13 @@ async def teach(body: TeachRequest, teacher: TheTeacher) -> dict[str, Any]:
 async def lesson(teacher: TheTeacher) -> dict[str, Any]:
     """Report the progress of the latest training."""
     return lesson_fields(teacher.lesson)
+
+
+@router.get("/v1/teach/folders", dependencies=[ADMIN])
+async def folders(service: TheService, path: RelativePath = ".") -> dict[str, Any]:
+    """List the folders in a folder below the teach root, and how much text it holds."""
+    root = teach_root(service.settings)
+    return await asyncio.to_thread(listing, root, below(root, path))
 
 
 @router.delete("/v1/teach", dependencies=[ADMIN])
@@ -312,30 +252,4 @@ def command(settings: Settings, wanted: TeachRequest, text: Path, pack: Path) ->
 
 def lesson_fields(lesson: Lesson | None) -> dict[str, Any]:
     """Return the JSON fields of a lesson."""
-    return {"object": "lesson", **(asdict(lesson) if lesson else {"state": "none"})}
-
-
-def leads_out(folder: Path, root: Path) -> bool:
-    """Return whether a link below `folder` points outside `root` or is part of a loop.
-
-    Raises:
-        ApiError: there are too many files to check.
-    """
-    deadline = time.monotonic() + CHECK_SECONDS
-    for path in folder.rglob("*"):
-        if time.monotonic() > deadline:
-            raise ApiError(
-                400,
-                f"The files below path took longer than {CHECK_SECONDS:g} s to check; "
-                "name a smaller folder.",
-                param="path",
-            )
-        if not path.is_symlink():
-            continue
-        try:
-            inside = path.resolve().is_relative_to(root)
-        except (OSError, RuntimeError):
-            inside = False
-        if not inside:
-            return True
-    return False
+    return {"object": "lesson", **(lesson.fields() if lesson else {"state": "none"})}

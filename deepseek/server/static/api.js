@@ -1,18 +1,6 @@
 // How the page talks to its server.
 
-export const byId = (id) => document.getElementById(id);
-
-export function element(name, fields = {}, ...children) {
-  const made = Object.assign(document.createElement(name), fields);
-  made.append(...children);
-  return made;
-}
-
-export function notice(text) {
-  byId("notice").textContent = text;
-  byId("notice").hidden = !text;
-}
-
+/** The reason that the server gives for a refusal. @param {Response} response */
 async function failure(response) {
   try {
     return new Error((await response.json()).error.message);
@@ -21,20 +9,45 @@ async function failure(response) {
   }
 }
 
+/**
+ * @param {string} method
+ * @param {string} path
+ * @param {unknown} [body] a Blob is sent as it is, everything else as JSON
+ * @param {AbortSignal} [signal]
+ */
 export async function call(method, path, body, signal) {
   const binary = body instanceof Blob;
-  const headers = body === undefined ? {} : { "Content-Type": binary ? "application/octet-stream" : "application/json" };
-  const response = await fetch(path, { method, headers, signal, body: binary || body === undefined ? body : JSON.stringify(body) });
+  const type = binary ? "application/octet-stream" : "application/json";
+  const response = await fetch(path, {
+    method,
+    headers: body === undefined ? {} : { "Content-Type": type },
+    signal,
+    body: binary || body === undefined ? body : JSON.stringify(body),
+  });
   if (response.status === 401) location.reload(); // the session has ended: the server asks for the key
   if (!response.ok) throw await failure(response);
   return response;
 }
 
+/**
+ * @param {string} method
+ * @param {string} path
+ * @param {unknown} [body]
+ * @returns {Promise<any>}
+ */
 export const json = async (method, path, body) => (await call(method, path, body)).json();
 
-// Server-sent events of a request, one JSON value each.
+/**
+ * Server-sent events of a request, one JSON value each.
+ * @param {string} method
+ * @param {string} path
+ * @param {unknown} [body]
+ * @param {AbortSignal} [signal]
+ * @returns {AsyncGenerator<any>}
+ */
 export async function* events(method, path, body, signal) {
-  const reader = (await call(method, path, body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
+  const response = await call(method, path, body, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   while (true) {
     const { value, done } = await reader.read();

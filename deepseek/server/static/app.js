@@ -1,19 +1,14 @@
-// The page: who we are talking to, tabs, colours.
+// The page: whose server this is, tabs, and the parts in order.
 
-import { byId, json, notice } from "/static/api.js";
+import { json } from "/static/api.js";
 import * as chat from "/static/chat.js";
+import { byId, notice } from "/static/dom.js";
 import * as experts from "/static/experts.js";
+import * as files from "/static/files.js";
+import * as history from "/static/history.js";
 import * as review from "/static/review.js";
+import * as settings from "/static/settings.js";
 import * as teach from "/static/teach.js";
-
-const THEMES = { auto: "as the system", light: "light", dark: "dark" };
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  localStorage.setItem("theme", theme);
-  byId("theme").textContent = theme[0].toUpperCase() + theme.slice(1);
-  byId("theme").setAttribute("aria-label", `Colours: ${THEMES[theme]}`);
-}
 
 function select(tab) {
   for (const other of document.querySelectorAll("[role=tab]")) {
@@ -50,19 +45,16 @@ async function whoAmI() {
   }
 }
 
-setTheme(localStorage.getItem("theme") in THEMES ? localStorage.getItem("theme") : "auto");
-byId("theme").addEventListener("click", () => {
-  const names = Object.keys(THEMES);
-  setTheme(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
-});
+settings.setUp();
 setUpTabs();
 const me = await whoAmI();
 notice("");
 byId("model").textContent = me.model;
 byId("model").title = me.licence;
-experts.setUp();
-chat.setUp(me.model);
-review.setUp(me.model);
-await experts.refresh(me.admin);
+await experts.setUp(me);
+history.setUp();
+chat.setUp();
+files.setUp();
+review.setUp();
 await teach.setUp(me);
 byId("words").focus();

@@ -1,102 +1,211 @@
-// The conversation: streamed, each token in the colour of the expert that spoke.
+// The open conversation: ask, stop, try again, edit, write on, compare.
 
-import { byId, element, events } from "/static/api.js";
-import { colour, denied } from "/static/experts.js";
+import { showAnswer, turnElement } from "/static/answer.js";
+import { announceOutcome, comparison, rivalOf } from "/static/compare.js";
+import * as store from "/static/conversations.js";
+import { announce, byId, notice } from "/static/dom.js";
+import { showExamples } from "/static/examples.js";
+import { choice, contextLength, modelOf, showChoice } from "/static/experts.js";
+import { blank, generate } from "/static/generate.js";
+import { showHistory } from "/static/history.js";
 
-let messages = [];
+/** @typedef {import("/static/conversations.js").Conversation} Conversation */
+/** @typedef {import("/static/conversations.js").Turn} Turn */
+
+const DRAFT = "draft";
+const NEAR = 40; // px above the end at which a reader still follows the answer
+const MOST_SAID = 1500; // characters of an answer that a screen reader is given at once
+
+/** @type {Conversation} */
+export let conversation = store.current();
+/** @type {AbortController | null} */
 let running = null;
+let follows = true;
 
-export function setUp(model) {
+export function setUp() {
   const words = byId("words");
+  words.value = sessionStorage.getItem(DRAFT) ?? "";
+  words.addEventListener("input", () => sessionStorage.setItem(DRAFT, words.value));
+  words.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    byId("ask").requestSubmit();
+  });
   byId("ask").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!running && words.value.trim()) answer(model);
-  });
-  words.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-      event.preventDefault();
-      byId("ask").requestSubmit();
-    }
+    if (!running && words.value.trim()) ask(words.value.trim(), "chat");
   });
   addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
   byId("stop").addEventListener("click", () => running?.abort());
-  byId("fresh").addEventListener("click", () => {
-    running?.abort();
-    messages = [];
-    byId("log").replaceChildren();
-    words.focus();
-  });
-}
-
-function turn(role, name) {
-  const said = element("div", { className: "said" });
-  const made = element("div", { className: `turn ${role}` }, element("div", { className: "who", textContent: name }), said);
-  byId("log").querySelector(".empty")?.remove();
-  byId("log").append(made);
-  return { made, said };
-}
-
-async function answer(model) {
-  const text = byId("words").value.trim();
-  byId("words").value = "";
-  const asked = { role: "user", content: text };
-  turn("user", "you").said.textContent = text;
-  const { made, said } = turn("assistant", model);
-  let spoken = new Map();
-  let whole = "";
-  busy(new AbortController());
-  try {
-    const body = {
-      model, messages: [...messages, asked], stream: true, stream_options: { include_usage: true }, experts: { deny: denied() },
-      temperature: Number(byId("temperature").value), max_tokens: Number(byId("tokens").value),
-    };
-    for await (const chunk of events("POST", "/v1/chat/completions", body, running.signal)) {
-      if (chunk.usage) spoken = counted(chunk);
-      const [choice] = chunk.choices;
-      const piece = choice?.delta.content;
-      if (!piece) continue;
-      whole += piece;
-      spoken.set(choice.expert, (spoken.get(choice.expert) ?? 0) + 1);
-      say(said, piece, choice.expert);
-    }
-  } catch (error) {
-    if (error.name !== "AbortError") made.append(element("p", { className: "failed", textContent: error.message }));
-  }
-  messages.push(asked, { role: "assistant", content: whole });
-  made.append(legend(spoken));
-  busy(null);
-}
-
-// Tokens without a text of their own (parts of a character) count too, so the server's word goes over ours.
-function counted({ usage, experts }) {
-  const byExperts = Object.values(experts).reduce((sum, count) => sum + count, 0);
-  return new Map([...Object.entries(experts), [null, usage.completion_tokens - byExperts]].filter(([, count]) => count));
-}
-
-function say(said, piece, expert) {
+  byId("fresh").addEventListener("click", () => show(store.fresh()));
   const log = byId("log");
-  const following = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-  const name = expert ?? "";
-  if (said.lastElementChild?.dataset.expert === name) said.lastElementChild.append(piece);
-  else {
-    const span = element("span", { textContent: piece, className: expert ? colour(expert) : "", title: expert ?? "base model" });
-    span.dataset.expert = name;
-    said.append(span);
-  }
-  if (following) log.scrollTop = log.scrollHeight;
+  log.addEventListener("scroll", () => (follows = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR));
+  show(conversation);
 }
 
-function legend(spoken) {
-  const rows = [...spoken].sort((a, b) => b[1] - a[1]).map(([expert, count]) =>
-    element(
-      "span", {}, element("span", { className: `dot ${expert ? colour(expert) : ""}` }),
-      `${expert ?? "base"} ${count} ${count === 1 ? "token" : "tokens"}`,
-    ));
-  return element("div", { className: "legend" }, ...rows);
+/** Open a conversation. @param {Conversation} other */
+export function show(other) {
+  running?.abort();
+  conversation = other;
+  store.open(conversation);
+  follows = true;
+  draw();
+  showChoice(conversation);
+  showHistory();
+}
+
+/** Keep what was chosen for the open conversation. */
+export function keep() {
+  try {
+    store.keep(conversation);
+    store.open(conversation);
+  } catch (error) {
+    notice(error.message);
+  }
+  showHistory();
+}
+
+/** Draw the whole conversation anew. */
+export function draw() {
+  byId("log").replaceChildren(...conversation.turns.map((turn) => turnElement(turn, actions(turn))));
+  if (!conversation.turns.length) showExamples(byId("log"), ask);
+  showContext();
+  scroll();
+}
+
+/**
+ * Ask something in the open conversation.
+ * @param {string} question
+ * @param {"chat" | "text"} kind
+ */
+export async function ask(question, kind) {
+  if (running) return;
+  const turn = { kind, question, answer: blank(modelOf(conversation), choice(conversation)) };
+  conversation.turns.push(turn);
+  byId("words").value = "";
+  sessionStorage.removeItem(DRAFT);
+  await answer(turn);
+}
+
+/** Let a turn's answer be written, from where it is. @param {Turn} turn */
+async function answer(turn) {
+  const asked = conversation;
+  follows = true;
+  draw();
+  announce("The answer is being written.");
+  const exchange = byId("log").lastElementChild;
+  const failure = await run((signal, paint) => generate(asked, turn, turn.answer, signal, paint), () => showAnswer(exchange, turn));
+  if (!turn.answer.tokens.length && turn.answer.finish !== "stop") giveBack(asked, turn);
+  if (asked !== conversation) return store.keep(asked);
+  keep();
+  draw();
+  if (failure) notice(failure.message);
+  else announce(store.textOf(turn.answer).slice(0, MOST_SAID) || "The answer is empty.");
+}
+
+/** A question that got no answer leaves the conversation, and its words go back where they were typed. */
+function giveBack(asked, turn) {
+  asked.turns = asked.turns.filter((other) => other !== turn);
+  if (asked !== conversation || turn.kind !== "chat" || byId("words").value) return;
+  byId("words").value = turn.question;
+  sessionStorage.setItem(DRAFT, turn.question);
+}
+
+/**
+ * Run a generation, which can be stopped, and paint at most once a frame.
+ * @param {(signal: AbortSignal, paint: () => void) => Promise<void>} work
+ * @param {() => void} paint
+ * @returns {Promise<Error | null>} why it failed
+ */
+async function run(work, paint) {
+  const controller = new AbortController();
+  let frame = 0;
+  const later = () => {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      paint();
+      scroll();
+    });
+  };
+  busy(controller);
+  notice("");
+  try {
+    await work(controller.signal, later);
+    return null;
+  } catch (error) {
+    return error;
+  } finally {
+    cancelAnimationFrame(frame);
+    if (running === controller) busy(null);
+  }
+}
+
+/** @param {Turn} turn */
+function actions(turn) {
+  const last = turn === conversation.turns.at(-1);
+  return {
+    edit: (text) => again(turn, text),
+    retry: last ? () => again(turn, turn.question) : undefined,
+    proceed: last ? () => proceed(turn) : undefined,
+    compare: () => compare(turn),
+  };
+}
+
+/** Ask a turn's question again, or another one in its place; the turns after it go. */
+function again(turn, question) {
+  if (running) return;
+  const place = conversation.turns.indexOf(turn);
+  conversation.turns = conversation.turns.slice(0, place);
+  ask(question, turn.kind);
+}
+
+function proceed(turn) {
+  if (running) return;
+  delete turn.answer.rival;
+  answer(turn);
+}
+
+/** Let the base answer the same question. @param {Turn} turn */
+async function compare(turn) {
+  if (running) return;
+  const asked = conversation;
+  const tokens = Math.max(turn.answer.sampling.max_tokens, turn.answer.tokens.length);
+  const rival = {
+    ...blank(rivalOf(turn.answer.model), {}), system: turn.answer.system, sampling: { ...turn.answer.sampling, max_tokens: tokens },
+  };
+  turn.answer.rival = rival;
+  const exchange = byId("log").children[conversation.turns.indexOf(turn)];
+  const place = exchange.querySelector(".assistant");
+  const paint = (whole = false) => {
+    place.querySelector(".comparison")?.remove();
+    place.append(comparison(turn.answer, whole));
+  };
+  paint();
+  announce("The base is being asked the same.");
+  const failure = await run((signal, later) => generate(asked, turn, rival, signal, later), paint);
+  if (failure || !rival.tokens.length) delete turn.answer.rival;
+  if (asked !== conversation) return store.keep(asked);
+  keep();
+  draw();
+  if (failure) notice(failure.message);
+  else if (turn.answer.rival) announceOutcome(turn.answer);
+}
+
+function showContext() {
+  const used = conversation.turns.at(-1)?.answer.used ?? 0;
+  const most = contextLength();
+  Object.assign(byId("context"), { max: most, high: most * 0.85, optimum: 0, value: used });
+  byId("context-text").textContent = `${used.toLocaleString("en")} of ${most.toLocaleString("en")} tokens`;
+}
+
+function scroll() {
+  const log = byId("log");
+  if (follows && conversation.turns.length) log.scrollTop = log.scrollHeight;
 }
 
 function busy(controller) {
   running = controller;
   byId("stop").hidden = !controller;
-  byId("send").disabled = Boolean(controller);
+  byId("send").hidden = Boolean(controller);
+  byId("log").setAttribute("aria-busy", String(Boolean(controller)));
 }

@@ -1,19 +1,24 @@
 // Two answers, one choice: stored pairs or fresh answers, into the preference database.
 
-import { byId, element, json, notice } from "/static/api.js";
-import { denied } from "/static/experts.js";
+import { json } from "/static/api.js";
+import { choice, modelOf } from "/static/experts.js";
+import { conversation } from "/static/chat.js";
+import { byId, element, notice } from "/static/dom.js";
 
-let pair = null; // {id, prompt, answers}; id null: fresh answers
+/** @typedef {{id: number | null, prompt: {role: string, content: string}[], answers: string[]}} Pair `id` null: fresh answers */
+
+/** @type {Pair | null} */
+let pair = null;
 let seen = 0;
 
-export function setUp(model) {
+export function setUp() {
   byId("next").addEventListener("click", next);
   byId("skip").addEventListener("click", next);
   byId("compare").addEventListener("submit", (event) => {
     event.preventDefault();
-    ask(model).catch((error) => notice(error.message));
+    ask().catch((error) => notice(error.message));
   });
-  for (const choice of [0, 1]) byId(`answer-${choice}`).addEventListener("click", () => choose(choice));
+  for (const number of [0, 1]) byId(`answer-${number}`).addEventListener("click", () => choose(number));
   addEventListener("keydown", (event) => {
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
     if (typing || event.ctrlKey || event.metaKey || byId("review").hidden || byId("pair").hidden) return;
@@ -22,6 +27,7 @@ export function setUp(model) {
   });
 }
 
+/** Show the next stored pair. */
 export async function next() {
   try {
     const told = await json("GET", `/v1/preferences?after=${seen}`);
@@ -33,29 +39,32 @@ export async function next() {
   }
 }
 
-async function ask(model) {
+async function ask() {
   const prompt = [{ role: "user", content: byId("question").value }];
-  const body = { model, messages: prompt, n: 2, temperature: 1, max_tokens: 200, experts: { deny: denied() } };
-  const { choices } = await json("POST", "/v1/chat/completions", body);
-  show({ id: null, prompt, answers: choices.map((choice) => choice.message.content) });
+  const model = modelOf(conversation);
+  const experts = model.includes("+") ? {} : { experts: choice(conversation) };
+  const { choices } = await json("POST", "/v1/chat/completions", { model, messages: prompt, n: 2, temperature: 1, max_tokens: 200, ...experts });
+  show({ id: null, prompt, answers: choices.map((one) => one.message.content) });
 }
 
+/** @param {Pair | null} given */
 function show(given) {
   pair = given;
   byId("pair").hidden = !pair;
   byId("pair-none").hidden = Boolean(pair);
   if (!pair) return;
-  const turns = pair.prompt.map(({ role, content }) => element("p", {}, element("span", { className: "quiet", textContent: `${role}  ` }), content));
+  const turns = pair.prompt.map(({ role, content }) =>
+    element("p", {}, element("span", { className: "quiet", textContent: `${role}  ` }), content));
   byId("pair-prompt").replaceChildren(...turns);
-  for (const choice of [0, 1]) byId(`answer-${choice}`).querySelector(".text").textContent = pair.answers[choice];
-  byId("answer-0").focus();
+  for (const number of [0, 1]) byId(`answer-${number}`).querySelector(".text").textContent = pair.answers[number];
+  byId("answer-0").focus({ preventScroll: true });
 }
 
-async function choose(choice) {
+async function choose(number) {
   try {
     if (pair.id === null) {
-      await json("POST", "/v1/preferences", { prompt: pair.prompt, chosen: pair.answers[choice], rejected: pair.answers[1 - choice] });
-    } else await json("POST", `/v1/preferences/${pair.id}`, { choice });
+      await json("POST", "/v1/preferences", { prompt: pair.prompt, chosen: pair.answers[number], rejected: pair.answers[1 - number] });
+    } else await json("POST", `/v1/preferences/${pair.id}`, { choice: number });
     notice("");
     await next();
   } catch (error) {

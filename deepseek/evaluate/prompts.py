@@ -1,0 +1,205 @@
+"""Find prompts in an expert's held-out text that the expert answers and its base does not."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from transformers import PreTrainedTokenizerFast
+
+from deepseek.data import TokenShards
+from deepseek.data.text.decode import decode_documents
+from deepseek.data.text.document import Document
+from deepseek.data.text.encode import CONTEXT_BIT, header
+from deepseek.engine.engine import Engine
+from deepseek.engine.generation import Generation
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.errors import ConfigError
+from deepseek.evaluate.cases import Case, next_line_cases
+from deepseek.evaluate.quality import held_out_folder
+from deepseek.evaluate.scores import edit_similarity
+from deepseek.text.chat_template import control_tokens, encode_prompt, render, user_ids
+
+PROMPTS = 3
+CANDIDATES = 24
+"""Prompts to try."""
+
+BATCH = 8
+"""Prompts to try at a time, which leaves others their place in the engine's queue."""
+
+TEXT_LINES = 12
+"""Lines of a document in a prompt."""
+
+TEXT_CHARACTERS = 1200
+"""Most characters of these lines."""
+
+QUESTION_CHARACTERS = 400
+"""Most characters of a question."""
+
+REPLY_TOKENS = 48
+
+LEAST_SIMILARITY = 0.6
+"""Edit similarity to the true answer from which an answer counts as right."""
+
+LEAST_GAIN = 0.2
+"""Edit similarity by which it must exceed that of the base's answer."""
+
+
+@dataclass(frozen=True)
+class WorkingPrompt:
+    """A prompt that shows what an expert knows.
+
+    Attributes:
+        kind: whether it is a message of a chat, or the beginning of a text to continue.
+        text: the message, or the beginning.
+    """
+
+    kind: Literal["chat", "text"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A prompt with the answer that the held-out text gives."""
+
+    prompt: WorkingPrompt
+    answer: str
+
+
+def working_prompts(engine: Engine, expert: str, count: int = PROMPTS) -> list[WorkingPrompt]:
+    """Return prompts to which a plugged expert's greedy answer comes much closer to its held-out
+    text than the base's.
+
+    Args:
+        engine: engine with the expert plugged.
+        expert: name of a trained expert that still has its run folder.
+        count: most prompts; there may be fewer, or none.
+
+    Raises:
+        ConfigError: the engine fails to answer.
+    """
+    shards = TokenShards(held_out_folder(expert))
+    tried = candidates(shards, engine.tokenizer)
+    ours = _answers(engine, tried, ExpertChoice((expert,)))
+    base = _answers(engine, tried, ExpertChoice(()))
+    return best(tried, ours, base, count)
+
+
+def best(
+    tried: Sequence[Candidate], ours: Sequence[str], base: Sequence[str], count: int
+) -> list[WorkingPrompt]:
+    """Return the prompts with the largest gain in similarity, among those answered right.
+
+    Args:
+        tried: prompts with the true answers.
+        ours: answers of the expert.
+        base: answers of the base.
+        count: most prompts.
+    """
+    gains: dict[WorkingPrompt, float] = {}
+    for candidate, with_expert, without in zip(tried, ours, base, strict=True):
+        similarity = _similarity(with_expert, candidate.answer)
+        gain = similarity - _similarity(without, candidate.answer)
+        if similarity >= LEAST_SIMILARITY and gain >= LEAST_GAIN:
+            gains[candidate.prompt] = gain
+    return sorted(gains, key=lambda prompt: -gains[prompt])[:count]
+
+
+def _similarity(written: str, answer: str) -> float:
+    """Return the similarity of an answer, possibly cut short, to as much of the true one."""
+    written = written.strip()
+    return edit_similarity(written, answer.strip()[: max(len(written), REPLY_TOKENS)])
+
+
+def candidates(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> list[Candidate]:
+    """Return prompts of held-out text: questions of its conversations, beginnings of its other
+    documents.
+    """
+    questions = [
+        Candidate(WorkingPrompt("chat", question), answer)
+        for question, answer in conversations(shards, tokenizer)
+        if len(question) <= QUESTION_CHARACTERS
+    ]
+    documents = decode_documents(shards, tokenizer)
+    lines = next_line_cases(documents, CANDIDATES - min(len(questions), CANDIDATES))
+    return [*questions[:CANDIDATES], *(_beginning(case) for case in lines)]
+
+
+def conversations(
+    shards: TokenShards, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[str, str]]:
+    """Yield the question and the answer of each conversation with one turn."""
+    if not tokenizer.chat_template:
+        return
+    form = _one_turn(tokenizer)
+    control = control_tokens(tokenizer)
+    for first, stop in pairwise(shards.offsets.tolist()):
+        ids = (shards.ids_N[first:stop] & ~CONTEXT_BIT).tolist()
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        found = form.search(text)
+        if found and not any(token in "".join(found.groups()) for token in control):
+            yield found[1], found[2]
+
+
+def _one_turn(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Return the form of a rendered conversation with a question and an answer as its groups."""
+    marks = ("first-mark", "second-mark")
+    rendered = render(
+        tokenizer,
+        [{"role": "user", "content": marks[0]}, {"role": "assistant", "content": marks[1]}],
+    )
+    form = re.escape(rendered.strip())
+    for mark in marks:
+        form = form.replace(re.escape(mark), "(.+?)")
+    return re.compile(form, re.DOTALL)
+
+
+def _beginning(case: Case) -> Candidate:
+    """Return the lines before a line as a prompt, with the line as the answer.
+
+    The prompt ends with a whole line, since tokens such as a run of spaces precede no word in the
+    text that the model has learnt from.
+    """
+    whole, _, opening = case.before.rpartition("\n")
+    lines = "\n".join(whole.split("\n")[-TEXT_LINES:])[-TEXT_CHARACTERS:]
+    head = header(Document("", case.name, case.kind)) if case.kind != "text" else ""
+    return Candidate(WorkingPrompt("text", f"{head}{lines}\n"), opening + case.target)
+
+
+def _answers(engine: Engine, tried: Sequence[Candidate], experts: ExpertChoice) -> list[str]:
+    """Return the greedy answers of the model with some experts."""
+    answers: list[str] = []
+    for start in range(0, len(tried), BATCH):
+        requests = [
+            _request(engine.tokenizer, candidate.prompt, experts)
+            for candidate in tried[start : start + BATCH]
+        ]
+        running = [engine.submit(request) for request in requests]
+        answers += [_text(generation) for generation in running]
+    return answers
+
+
+def _request(
+    tokenizer: PreTrainedTokenizerFast, prompt: WorkingPrompt, experts: ExpertChoice
+) -> Request:
+    greedy = Sampling(REPLY_TOKENS, temperature=0.0)
+    if prompt.kind == "text":
+        return Request(tuple(tokenizer(prompt.text).input_ids), greedy, experts, stop=("\n",))
+    messages = [{"role": "user", "content": prompt.text}]
+    return Request(
+        tuple(encode_prompt(tokenizer, messages)),
+        greedy,
+        experts,
+        user_ids=user_ids(tokenizer, messages),
+    )
+
+
+def _text(generation: Generation) -> str:
+    text = ""
+    for event in generation:
+        text += event.text
+        if event.finish_reason in ("error", "cancelled"):
+            raise ConfigError(f"A prompt could not be tried: {event.error or event.finish_reason}.")
+    return text

@@ -1,0 +1,77 @@
+"""`/v1/experts/{name}/prompts`: prompts that show what an expert knows."""
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+
+from deepseek.checkpoint.store import read_object, write_json
+from deepseek.errors import CheckpointError
+from deepseek.evaluate.prompts import working_prompts
+from deepseek.evaluate.quality import held_out_folder
+from deepseek.packs.library import prompts_file
+from deepseek.server.errors import ApiError
+from deepseek.server.guard import ADMIN
+from deepseek.server.json_body import JsonRoute
+from deepseek.server.service import Service, TheService
+
+router = APIRouter(route_class=JsonRoute)
+
+Prompts = list[dict[str, Any]]
+
+
+@router.get("/v1/experts/{name}/prompts")
+async def prompts(name: str, service: TheService) -> dict[str, Any]:
+    """List the prompts that were found for a plugged expert; there may be none."""
+    digest = plugged_digest(service, name)
+    found = await asyncio.to_thread(stored_prompts, service, name, digest)
+    return {"object": "list", "name": name, "prompts": found}
+
+
+@router.post("/v1/experts/{name}/prompts", dependencies=[ADMIN])
+async def find(name: str, service: TheService) -> dict[str, Any]:
+    """Find prompts in the held-out text of a plugged expert, and keep them beside its pack."""
+    return {
+        "object": "list",
+        "name": name,
+        "prompts": await asyncio.to_thread(find_prompts, service, name),
+    }
+
+
+def find_prompts(service: Service, name: str) -> Prompts:
+    """Find prompts for a plugged expert, and keep them beside its pack.
+
+    Raises:
+        ApiError: no such expert is plugged, or its held-out text is not on this machine.
+        UserError: the engine cannot answer now.
+    """
+    digest = plugged_digest(service, name)
+    if not held_out_folder(name).is_dir():
+        raise ApiError(
+            404,
+            f"The held-out text of {name} is not here; train the expert on this machine.",
+            param="name",
+        )
+    found = [asdict(prompt) for prompt in working_prompts(service.engine, name)]
+    path = prompts_file(name, service.settings.experts_folder)
+    write_json(path, {"digest": digest, "prompts": found})
+    return found
+
+
+def stored_prompts(service: Service, name: str, digest: str) -> Prompts:
+    """Return the prompts beside an expert's pack; those of another content are left out."""
+    try:
+        stored = read_object(prompts_file(name, service.settings.experts_folder))
+    except CheckpointError:
+        return []
+    found = stored.get("prompts")
+    return found if stored.get("digest") == digest and isinstance(found, list) else []
+
+
+def plugged_digest(service: Service, name: str) -> str:
+    """Return the digest of a plugged expert. Raises `ApiError` (404) if there is none."""
+    for info in service.engine.experts():
+        if info.name == name:
+            return info.digest
+    raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
