@@ -31,7 +31,7 @@ def test_an_expert_is_taught_from_the_page(page: "Page", served: Live) -> None:
     page.get_by_role("button", name="Teach", exact=True).click()
     expect(page.locator("#lesson-stage")).to_have_text("notes: being taught")
     expect(page.locator("#steps [aria-current]")).to_be_visible()
-    expect(page.locator("#lesson-stage")).to_have_text("notes: taught", timeout=240_000)
+    expect(page.locator("#lesson-stage")).to_have_text("notes: taught", timeout=540_000)
     expect(page.locator("#verdict strong")).to_contain_text("Better by")
     expect(page.locator("#verdict strong")).to_contain_text("and armed")
     for curve in ("train", "held"):

@@ -25,6 +25,8 @@ from tiny_expert import save_expert
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.engine.load import load
 from deepseek.errors import ConfigError
+from deepseek.packs.library import prompts_file
+from deepseek.packs.manifest import LEAST_GAIN
 from deepseek.server.errors import ApiError
 from deepseek.server.prompt import time_limit
 from deepseek.server.run import listen
@@ -83,6 +85,7 @@ ROUTES = [
     ("GET", "/v1/experts"),
     ("GET", "/v1/me"),
     ("GET", "/v1/teach"),
+    ("GET", "/v1/teach/folders"),
     ("GET", "/v1/preferences"),
     ("GET", "/nope"),
     ("POST", "/v1/chat/completions"),
@@ -117,6 +120,8 @@ CHANGING = [
     ("POST", "/v1/teach", {"name": "x", "kind": "folder"}),
     ("DELETE", "/v1/teach", None),
     ("GET", "/v1/teach", None),
+    ("GET", "/v1/teach/folders", None),
+    ("POST", "/v1/experts/one/prompts", None),
     ("POST", "/v1/preferences/1", {"choice": 0}),
     ("POST", "/v1/preferences", {"prompt": CHAT["messages"], "chosen": "a", "rejected": "b"}),
 ]
@@ -268,6 +273,52 @@ def test_text_outside_the_teach_root_is_refused(keyed: Live, path: str) -> None:
             http.post("/v1/teach", json={"name": "x", "kind": "folder", "path": path}).status_code
             == 400
         )
+
+
+@pytest.mark.parametrize("path", ["..", "/etc", "out", "missing", "notes/0.txt", "a" * 4000])
+def test_no_folder_outside_the_teach_root_is_listed(keyed: Live, path: str) -> None:
+    with keyed.http(ADMIN) as http:
+        refused = http.get("/v1/teach/folders", params={"path": path})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "path")
+
+
+def test_folders_are_listed_without_links_and_hidden_ones(keyed: Live, tmp_path: Path) -> None:
+    root = keyed.service.settings.teach_root
+    (root / ".hidden").mkdir(exist_ok=True)
+    with keyed.http(ADMIN) as http:
+        whole = http.get("/v1/teach/folders").json()
+        notes = http.get("/v1/teach/folders", params={"path": "linked/../notes/"}).json()
+    (root / ".hidden").rmdir()
+    names = [folder["name"] for folder in whole["folders"]]
+    assert names == [name for name in sorted(names) if name not in ("out", ".hidden")]
+    assert {"linked", "notes"} <= {*names} and whole["path"] == "."
+    size = sum(path.stat().st_size for path in (root / "notes").iterdir())
+    assert notes == {
+        "object": "folder",
+        "path": "notes",
+        "repository": False,
+        "folders": [],
+        "files": 20,
+        "bytes": size,
+        "complete": True,
+    }
+
+
+def test_prompts_are_those_of_the_plugged_pack_and_need_its_held_out_text(keyed: Live) -> None:
+    path = prompts_file("one", keyed.folder)
+    digest = keyed.engine.plug(keyed.folder / "one.safetensors").digest
+    prompts = [{"kind": "chat", "text": "Where is it?"}]
+    with keyed.http(ADMIN) as http:
+        told = []
+        for stored in ({"digest": digest, "prompts": prompts}, {"digest": "0" * 64}, {}):
+            path.write_text(json.dumps(stored))
+            told.append(http.get("/v1/experts/one/prompts").json()["prompts"])
+        path.unlink()
+        told.append(http.get("/v1/experts/one/prompts").json()["prompts"])
+        assert told == [prompts, [], [], []]
+        assert "held-out text" in http.post("/v1/experts/one/prompts").json()["error"]["message"]
+        assert http.get("/v1/experts/absent/prompts").status_code == 404
+    keyed.engine.unplug("one")
 
 
 def repository_with(folder: Path, change: Callable[[Path], object]) -> Path:
@@ -471,6 +522,10 @@ def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
     assert told[-1]["losses"]
     assert told[-1]["held_out"]
     assert told[-1]["armed"] == told[-1]["verdict"].startswith("better") and told[-1]["verdict"]
+    assert told[-1]["gain"] == pytest.approx(1 - told[-1]["after"] / told[-1]["before"])
+    assert told[-1]["armed"] == (told[-1]["gain"] >= LEAST_GAIN)
+    assert told[-1]["story"] and told[-1]["expected_seconds"] > 0
+    assert prompts_file("lecture", keyed.folder).is_file() == told[-1]["armed"]
 
 
 def first_state(server: Live) -> dict[str, Any]:

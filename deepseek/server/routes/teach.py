@@ -196,6 +196,8 @@ async def teach(body: TeachRequest, teacher: TheTeacher) -> dict[str, Any]:
 @router.get("/v1/teach", dependencies=[ADMIN])
 async def lesson(teacher: TheTeacher) -> dict[str, Any]:
     """Report the progress of the latest training."""
+    if teacher.lesson is not None:
+        await asyncio.to_thread(teacher.lesson.look)
     return lesson_fields(teacher.lesson)
 
 

@@ -24,10 +24,18 @@ import { render } from "/static/markdown.js";
  * @param {Actions} actions
  */
 export function turnElement(turn, actions) {
-  const question = element("div", { className: "turn user" }, element("h3", { className: "who", textContent: "You" }));
+  const question = element(
+    "div",
+    { className: "turn user" },
+    element("h3", { className: "who", textContent: "You" }),
+  );
   showQuestion(question, turn, actions.edit);
-  const answer = element("div", { className: "turn assistant" },
-    element("h3", { className: "who", textContent: turn.answer.model }), element("div", { className: "said" }));
+  const answer = element(
+    "div",
+    { className: "turn assistant" },
+    element("h3", { className: "who", textContent: turn.answer.model }),
+    element("div", { className: "said" }),
+  );
   const made = element("div", { className: "exchange" }, question, answer);
   showAnswer(made, turn);
   if (turn.answer.finish) answer.append(...foot(turn, actions));
@@ -51,8 +59,9 @@ export function showAnswer(exchange, turn) {
 }
 
 function showQuestion(place, turn, edit) {
-  const said = element(turn.kind === "text" ? "pre" : "div", { className: "said", textContent: turn.question });
-  if (turn.kind === "text") Object.assign(said, { tabIndex: 0, ariaLabel: "Beginning of a text", role: "group" });
+  const words = { className: "said", textContent: turn.question };
+  const text = { ...words, tabIndex: 0, role: "group", "aria-label": "Beginning of a text" };
+  const said = turn.kind === "text" ? element("pre", text) : element("div", words);
   place.append(said);
   if (!edit) return;
   const open = button("Edit", () => editor(place, said, open, edit), { className: "plain small" });
@@ -66,9 +75,18 @@ function editor(place, said, open, edit) {
     form.replaceWith(said, open);
     open.focus();
   };
-  const form = element("form", { className: "editor" }, field, element("div", { className: "row" },
-    element("span", { className: "space" }), button("Cancel", close),
-    element("button", { type: "submit", className: "main", textContent: "Send" })));
+  const form = element(
+    "form",
+    { className: "editor" },
+    field,
+    element(
+      "div",
+      { className: "row" },
+      element("span", { className: "space" }),
+      button("Cancel", close),
+      element("button", { type: "submit", className: "main", textContent: "Send" }),
+    ),
+  );
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (field.value.trim()) edit(field.value);
@@ -87,14 +105,31 @@ function editor(place, said, open, edit) {
 function foot(turn, actions) {
   const { answer } = turn;
   const told = [legend(answer)];
-  if (answer.rate) told.push(element("span", { textContent: `${answer.rate.toFixed(answer.rate < 10 ? 1 : 0)} tokens/s` }));
-  if (answer.finish === "length") told.push(element("span", { className: "cut", textContent: `cut at ${answer.sampling.max_tokens} tokens` }));
-  if (answer.finish === "failed") told.push(element("span", { className: "failed", textContent: "broken off" }));
+  if (answer.rate)
+    told.push(
+      element("span", { textContent: `${answer.rate.toFixed(answer.rate < 10 ? 1 : 0)} tokens/s` }),
+    );
+  if (answer.finish === "length")
+    told.push(
+      element("span", {
+        className: "cut",
+        textContent: `cut at ${answer.sampling.max_tokens} tokens`,
+      }),
+    );
+  if (answer.finish === "failed")
+    told.push(element("span", { className: "failed", textContent: "broken off" }));
   if (answer.finish === "stopped") told.push(element("span", { textContent: "stopped" }));
   const small = { className: "plain small" };
-  const buttons = [button("Copy", () => copy(textOf(answer)), { ...small, "aria-label": "Copy the answer" })];
+  const buttons = [
+    button("Copy", () => copy(textOf(answer)), { ...small, "aria-label": "Copy the answer" }),
+  ];
   if (actions.retry) buttons.push(button("Retry", actions.retry, small));
-  if (actions.proceed && answer.finish !== "stop") buttons.push(button("Continue", actions.proceed, small));
-  if (actions.compare && !answer.rival) buttons.push(button("Compare with base", actions.compare, small));
-  return [element("div", { className: "facts" }, ...told), element("div", { className: "actions", role: "group", "aria-label": "Answer" }, ...buttons)];
+  if (actions.proceed && answer.finish !== "stop")
+    buttons.push(button("Continue", actions.proceed, small));
+  if (actions.compare && !answer.rival)
+    buttons.push(button("Compare with base", actions.compare, small));
+  return [
+    element("div", { className: "facts" }, ...told),
+    element("div", { className: "actions", role: "group", "aria-label": "Answer" }, ...buttons),
+  ];
 }

@@ -56,7 +56,10 @@ export async function* events(method, path, body, signal) {
     const parts = held.split("\n\n");
     held = parts.pop();
     for (const part of parts) {
-      const data = part.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
+      const data = part
+        .split("\n")
+        .find((line) => line.startsWith("data: "))
+        ?.slice(6);
       if (!data || data === "[DONE]") continue;
       const event = JSON.parse(data);
       if (event.error) throw new Error(event.error.message);

@@ -10,7 +10,8 @@ import { element } from "/static/dom.js";
  * pack stays the same.
  * @param {string} digest in hexadecimal
  */
-export const hue = (digest) => Math.round((Number.parseInt(digest.slice(0, 8) || "0", 16) / 2 ** 32) * 360);
+export const hue = (digest) =>
+  Math.round((Number.parseInt(digest.slice(0, 8) || "0", 16) / 2 ** 32) * 360);
 
 /**
  * Give an element the colour of an expert.
@@ -44,9 +45,10 @@ export function marker(tokens, digests) {
   return (start, end, className = "") => {
     const nodes = [];
     let token = firstAbove(ends, start);
-    for (let from = start; from < end; ) {
+    for (let from = start; from < end;) {
       const expert = tokens[token]?.[1] ?? null;
-      while (token + 1 < tokens.length && ends[token] < end && tokens[token + 1][1] === expert) token += 1;
+      while (token + 1 < tokens.length && ends[token] < end && tokens[token + 1][1] === expert)
+        token += 1;
       const to = Math.min(end, ends[token] ?? end);
       nodes.push(marked(source.slice(from, to), expert, digests, className));
       from = to;
@@ -57,7 +59,10 @@ export function marker(tokens, digests) {
 }
 
 function marked(text, expert, digests, className) {
-  if (expert === null) return className ? element("span", { className, textContent: text }) : document.createTextNode(text);
+  if (expert === null)
+    return className
+      ? element("span", { className, textContent: text })
+      : document.createTextNode(text);
   const span = element("span", { className: `by ${className}`, textContent: text, title: expert });
   return paint(span, digests[expert] ?? "");
 }
@@ -76,7 +81,19 @@ function firstAbove(ends, value) {
 
 /** How many tokens each expert and the base wrote. @param {Answer} answer */
 export function legend(answer) {
-  const rows = Object.entries(answer.counts).filter(([, count]) => count).sort((a, b) => b[1] - a[1]);
-  return element("span", { className: "legend" }, ...rows.map(([name, count]) =>
-    element("span", {}, dot(name ? answer.digests[name] ?? "" : undefined), `${name || "base"} ${count}`)));
+  const rows = Object.entries(answer.counts)
+    .filter(([, count]) => count)
+    .sort((a, b) => b[1] - a[1]);
+  return element(
+    "span",
+    { className: "legend" },
+    ...rows.map(([name, count]) =>
+      element(
+        "span",
+        {},
+        dot(name ? (answer.digests[name] ?? "") : undefined),
+        `${name || "base"} ${count}`,
+      ),
+    ),
+  );
 }

@@ -39,7 +39,10 @@ export function setUp() {
   byId("stop").addEventListener("click", () => running?.abort());
   byId("fresh").addEventListener("click", () => show(store.fresh()));
   const log = byId("log");
-  log.addEventListener("scroll", () => (follows = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR));
+  log.addEventListener(
+    "scroll",
+    () => (follows = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR),
+  );
   show(conversation);
 }
 
@@ -67,7 +70,9 @@ export function keep() {
 
 /** Draw the whole conversation anew. */
 export function draw() {
-  byId("log").replaceChildren(...conversation.turns.map((turn) => turnElement(turn, actions(turn))));
+  byId("log").replaceChildren(
+    ...conversation.turns.map((turn) => turnElement(turn, actions(turn))),
+  );
   if (!conversation.turns.length) showExamples(byId("log"), ask);
   showContext();
   scroll();
@@ -77,30 +82,43 @@ export function draw() {
  * Ask something in the open conversation.
  * @param {string} question
  * @param {"chat" | "text"} kind
+ * @returns {Promise<boolean>} whether there is an answer
  */
 export async function ask(question, kind) {
-  if (running) return;
+  if (running) return false;
   const turn = { kind, question, answer: blank(modelOf(conversation), choice(conversation)) };
   conversation.turns.push(turn);
   byId("words").value = "";
   sessionStorage.removeItem(DRAFT);
-  await answer(turn);
+  return answer(turn);
 }
 
-/** Let a turn's answer be written, from where it is. @param {Turn} turn */
+/**
+ * Let a turn's answer be written, from where it is.
+ * @param {Turn} turn
+ * @returns {Promise<boolean>} whether there is an answer
+ */
 async function answer(turn) {
   const asked = conversation;
   follows = true;
   draw();
   announce("The answer is being written.");
   const exchange = byId("log").lastElementChild;
-  const failure = await run((signal, paint) => generate(asked, turn, turn.answer, signal, paint), () => showAnswer(exchange, turn));
-  if (!turn.answer.tokens.length && turn.answer.finish !== "stop") giveBack(asked, turn);
-  if (asked !== conversation) return store.keep(asked);
+  const failure = await run(
+    (signal, paint) => generate(asked, turn, turn.answer, signal, paint),
+    () => showAnswer(exchange, turn),
+  );
+  const answered = turn.answer.tokens.length > 0 || turn.answer.finish === "stop";
+  if (!answered) giveBack(asked, turn);
+  if (asked !== conversation) {
+    store.keep(asked);
+    return answered;
+  }
   keep();
   draw();
   if (failure) notice(failure.message);
   else announce(store.textOf(turn.answer).slice(0, MOST_SAID) || "The answer is empty.");
+  return answered;
 }
 
 /** A question that got no answer leaves the conversation, and its words go back where they were typed. */
@@ -151,12 +169,16 @@ function actions(turn) {
   };
 }
 
-/** Ask a turn's question again, or another one in its place; the turns after it go. */
-function again(turn, question) {
+/** Ask a turn's question again, or another one in its place. If there is an answer, the turns after it go. */
+async function again(turn, question) {
   if (running) return;
-  const place = conversation.turns.indexOf(turn);
-  conversation.turns = conversation.turns.slice(0, place);
-  ask(question, turn.kind);
+  const asked = conversation;
+  const before = asked.turns;
+  asked.turns = before.slice(0, before.indexOf(turn));
+  if (await ask(question, turn.kind)) return;
+  asked.turns = before;
+  store.keep(asked);
+  if (asked === conversation) draw();
 }
 
 function proceed(turn) {
@@ -171,7 +193,9 @@ async function compare(turn) {
   const asked = conversation;
   const tokens = Math.max(turn.answer.sampling.max_tokens, turn.answer.tokens.length);
   const rival = {
-    ...blank(rivalOf(turn.answer.model), {}), system: turn.answer.system, sampling: { ...turn.answer.sampling, max_tokens: tokens },
+    ...blank(rivalOf(turn.answer.model), {}),
+    system: turn.answer.system,
+    sampling: { ...turn.answer.sampling, max_tokens: tokens },
   };
   turn.answer.rival = rival;
   const exchange = byId("log").children[conversation.turns.indexOf(turn)];
@@ -195,7 +219,8 @@ function showContext() {
   const used = conversation.turns.at(-1)?.answer.used ?? 0;
   const most = contextLength();
   Object.assign(byId("context"), { max: most, high: most * 0.85, optimum: 0, value: used });
-  byId("context-text").textContent = `${used.toLocaleString("en")} of ${most.toLocaleString("en")} tokens`;
+  byId("context-text").textContent =
+    `${used.toLocaleString("en")} of ${most.toLocaleString("en")} tokens`;
 }
 
 function scroll() {

@@ -18,20 +18,27 @@ const MOST_CELLS = 4e6; // of the table that the difference is computed in
  */
 export function difference(first, second) {
   let start = 0;
-  while (start < first.length && start < second.length && first[start] === second[start]) start += 1;
+  while (start < first.length && start < second.length && first[start] === second[start])
+    start += 1;
   const left = first.slice(start);
   const right = second.slice(start);
-  const differs = [first.map((_, place) => place >= start), second.map((_, place) => place >= start)];
+  const differs = [
+    first.map((_, place) => place >= start),
+    second.map((_, place) => place >= start),
+  ];
   if (left.length * right.length > MOST_CELLS) return differs;
   const width = right.length + 1;
   const common = new Uint16Array((left.length + 1) * width);
   for (let row = left.length - 1; row >= 0; row -= 1) {
     for (let column = right.length - 1; column >= 0; column -= 1) {
       const at = row * width + column;
-      common[at] = left[row] === right[column] ? common[at + width + 1] + 1 : Math.max(common[at + width], common[at + 1]);
+      common[at] =
+        left[row] === right[column]
+          ? common[at + width + 1] + 1
+          : Math.max(common[at + width], common[at + 1]);
     }
   }
-  for (let row = 0, column = 0; row < left.length && column < right.length; ) {
+  for (let row = 0, column = 0; row < left.length && column < right.length;) {
     if (left[row] === right[column]) {
       differs[0][start + row++] = false;
       differs[1][start + column++] = false;
@@ -57,17 +64,35 @@ export function comparison(answer, whole) {
   const { rival } = answer;
   const baseFirst = rival.model === baseAlone();
   const [left, right] = baseFirst ? [rival, answer] : [answer, rival];
-  const differs = difference(left.tokens.map(([text]) => text), right.tokens.map(([text]) => text));
+  const differs = difference(
+    left.tokens.map(([text]) => text),
+    right.tokens.map(([text]) => text),
+  );
   const digests = { ...answer.digests, ...rival.digests };
   const columns = [left, right].map((one, side) =>
-    element("article", { "aria-label": one.model }, element("h4", { textContent: heading(one.model, side) }),
-      element("p", { className: "compared" }, ...words(one.tokens, whole ? differs[side] : [], digests))));
-  const made = element("section", { className: "comparison", "aria-label": "Comparison with the base" }, ...columns);
-  if (whole) made.append(element("p", { className: "quiet", textContent: summary(left, right, differs) }));
+    element(
+      "article",
+      { "aria-label": one.model },
+      element("h4", { textContent: heading(one.model, side) }),
+      element(
+        "p",
+        { className: "compared" },
+        ...words(one.tokens, whole ? differs[side] : [], digests),
+      ),
+    ),
+  );
+  const made = element(
+    "section",
+    { className: "comparison", "aria-label": "Comparison with the base" },
+    ...columns,
+  );
+  if (whole)
+    made.append(element("p", { className: "quiet", textContent: summary(left, right, differs) }));
   return made;
 }
 
-const heading = (model, side) => (side ? `${model} (with experts)` : `${model.split("+")[0]} (base alone)`);
+const heading = (model, side) =>
+  side ? `${model} (with experts)` : `${model.split("+")[0]} (base alone)`;
 
 function words(tokens, differs, digests) {
   return tokens.map(([text, expert], place) => {
@@ -80,7 +105,8 @@ function words(tokens, differs, digests) {
 }
 
 function summary(left, right, differs) {
-  if (textOf(left) === textOf(right)) return "Both answers are the same: no expert changed a token.";
+  if (textOf(left) === textOf(right))
+    return "Both answers are the same: no expert changed a token.";
   const changed = differs[1].filter(Boolean).length;
   return `${changed} of the ${right.tokens.length} tokens with experts differ from the base's; they are tinted. Same words, seed and sampling.`;
 }

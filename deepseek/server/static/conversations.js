@@ -37,7 +37,11 @@ const CURRENT = "current chat";
 /** @returns {Conversation} */
 export const fresh = () => ({
   id: `${Date.now()}-${crypto.getRandomValues(new Uint32Array(1))[0]}`,
-  changed: Date.now(), model: "", denied: [], added: [], turns: [],
+  changed: Date.now(),
+  model: "",
+  denied: [],
+  added: [],
+  turns: [],
 });
 
 /** @param {Answer} answer */
@@ -62,7 +66,10 @@ function read(key) {
 /** All kept conversations, the latest first. */
 export function all() {
   const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
-  return keys.map(read).filter(Boolean).sort((a, b) => b.changed - a.changed);
+  return keys
+    .map(read)
+    .filter(Boolean)
+    .sort((a, b) => b.changed - a.changed);
 }
 
 /** Conversations in which all words of a search occur. @param {string} wanted */
@@ -91,7 +98,9 @@ export function keep(conversation) {
   try {
     localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
   } catch {
-    throw new Error("The browser's storage for this page is full; export old chats and delete them.");
+    throw new Error(
+      "The browser's storage for this page is full; export old chats and delete them.",
+    );
   }
 }
 
@@ -104,11 +113,16 @@ export const remove = (id) => localStorage.removeItem(PREFIX + id);
  * @param {number} [end]
  */
 export const messages = (conversation, end = conversation.turns.length) =>
-  conversation.turns.slice(0, end).filter((turn) => textOf(turn.answer)).flatMap((turn) => [
-    { role: "user", content: turn.question },
-    { role: "assistant", content: textOf(turn.answer) },
-  ]);
+  conversation.turns
+    .slice(0, end)
+    .filter((turn) => textOf(turn.answer))
+    .flatMap((turn) => [
+      { role: "user", content: turn.question },
+      { role: "assistant", content: textOf(turn.answer) },
+    ]);
 
 /** All conversations as JSONL, a format that `deepseek expert train` reads. */
 export const asJsonLines = () =>
-  all().map((conversation) => `${JSON.stringify({ messages: messages(conversation) })}\n`).join("");
+  all()
+    .map((conversation) => `${JSON.stringify({ messages: messages(conversation) })}\n`)
+    .join("");

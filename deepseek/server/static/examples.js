@@ -24,8 +24,14 @@ export const forget = (digest) => known.delete(digest);
  * @param {(question: string, kind: "chat" | "text") => void} ask
  */
 export async function showExamples(log, ask) {
-  const place = element("div", { className: "empty" },
-    element("p", { textContent: "Ask something. Words that an expert wrote are underlined in its colour; the rest is the base model's." }));
+  const place = element(
+    "div",
+    { className: "empty" },
+    element("p", {
+      textContent:
+        "Ask something. Words that an expert wrote are underlined in its colour; the rest is the base model's.",
+    }),
+  );
   log.replaceChildren(place);
   for (const info of armed()) {
     const prompts = await promptsOf(info);
@@ -36,9 +42,14 @@ export async function showExamples(log, ask) {
       showChoice(chat.conversation);
       ask(prompt.text, prompt.kind);
     };
-    place.append(element("section", { className: "examples", "aria-label": `Prompts for ${info.name}` },
-      element("h3", {}, dot(info.digest), `${info.name} knows this, the base does not`),
-      ...prompts.map((prompt) => chip(prompt, () => start(prompt)))));
+    place.append(
+      element(
+        "section",
+        { className: "examples", "aria-label": `Prompts for ${info.name}` },
+        element("h3", {}, dot(info.digest), `${info.name} knows this, the base does not`),
+        ...prompts.map((prompt) => chip(prompt, () => start(prompt))),
+      ),
+    );
   }
 }
 
@@ -46,7 +57,10 @@ export async function showExamples(log, ask) {
 function chip(prompt, act) {
   if (prompt.kind === "chat") return button(prompt.text, act, { className: "example" });
   const lines = prompt.text.trimEnd().split("\n");
-  const made = button("Continue ", act, { className: "example", "aria-label": `Continue the text: ${lines.at(-1)}` });
+  const made = button("Continue ", act, {
+    className: "example",
+    "aria-label": `Continue the text: ${lines.at(-1)}`,
+  });
   made.append(element("code", { textContent: lines.slice(-2).join("\n") }));
   return made;
 }
@@ -54,7 +68,9 @@ function chip(prompt, act) {
 /** @returns {Promise<Prompt[]>} */
 async function promptsOf(info) {
   if (!known.has(info.digest)) {
-    const { prompts } = await json("GET", `/v1/experts/${info.name}/prompts`).catch(() => ({ prompts: [] }));
+    const { prompts } = await json("GET", `/v1/experts/${info.name}/prompts`).catch(() => ({
+      prompts: [],
+    }));
     known.set(info.digest, prompts);
   }
   return known.get(info.digest);

@@ -35,7 +35,7 @@ export const armed = () => [...experts.values()].filter((info) => info.armed);
 
 /** The model that a conversation asks. @param {Conversation} conversation */
 export const modelOf = (conversation) =>
-  (models.some(({ id }) => id === conversation.model) ? conversation.model : me.model);
+  models.some(({ id }) => id === conversation.model) ? conversation.model : me.model;
 
 /** Field `experts` of a conversation's requests. @param {Conversation} conversation */
 export function choice(conversation) {
@@ -45,7 +45,8 @@ export function choice(conversation) {
 
 export async function setUp(who) {
   me = who;
-  if (matchMedia("(max-width: 46rem)").matches) for (const id of ["chats", "experts"]) byId(id).open = false;
+  if (matchMedia("(max-width: 46rem)").matches)
+    for (const id of ["chats", "experts"]) byId(id).open = false;
   byId("pick").addEventListener("change", () => {
     chat.conversation.model = byId("pick").value;
     chat.keep();
@@ -55,11 +56,16 @@ export async function setUp(who) {
 }
 
 async function load() {
-  const [listed, served] = await Promise.all([json("GET", "/v1/experts"), json("GET", "/v1/models")]);
+  const [listed, served] = await Promise.all([
+    json("GET", "/v1/experts"),
+    json("GET", "/v1/models"),
+  ]);
   experts.clear();
   for (const info of listed.data) experts.set(info.name, info);
   models = served.data;
-  byId("expert-count").textContent = listed.data.length ? `${listed.data.length} plugged` : "none plugged";
+  byId("expert-count").textContent = listed.data.length
+    ? `${listed.data.length} plugged`
+    : "none plugged";
   byId("available").replaceChildren(...listed.available.map(folderRow));
   byId("available-part").hidden = !listed.available.length || !me.admin;
   byId("drop").hidden = !me.admin;
@@ -74,7 +80,9 @@ export async function refresh() {
 
 /** Show which model and experts a conversation asks. @param {Conversation} conversation */
 export function showChoice(conversation) {
-  byId("pick").replaceChildren(...models.map(({ id }) => element("option", { value: id, textContent: label(id) })));
+  byId("pick").replaceChildren(
+    ...models.map(({ id }) => element("option", { value: id, textContent: label(id) })),
+  );
   byId("pick").value = modelOf(conversation);
   byId("plugged").replaceChildren(...[...experts.values()].map((info) => card(info, conversation)));
 }
@@ -86,43 +94,83 @@ function label(model) {
 }
 
 function card(info, conversation) {
-  const line = [info.domain, info.verdict, info.armed ? "" : "not armed"].filter(Boolean).join(" · ");
-  return element("li", { className: "card" },
-    dot(info.digest), element("span", { className: "name", textContent: info.name }), toggle(info, conversation),
-    element("span", { className: "about", textContent: line, title: line }), details(info));
+  const line = [info.domain, info.verdict, info.armed ? "" : "not armed"]
+    .filter(Boolean)
+    .join(" · ");
+  return element(
+    "li",
+    { className: "card" },
+    dot(info.digest),
+    element("span", { className: "name", textContent: info.name }),
+    toggle(info, conversation),
+    element("span", { className: "about", textContent: line, title: line }),
+    details(info),
+  );
 }
 
 /** The switch of an expert, for the open conversation alone. */
 function toggle(info, conversation) {
   const { model, denied, added } = conversation;
   const named = modelOf(conversation) === model && model.includes("+");
-  const on = named ? model.split("+").includes(info.name) : added.includes(info.name) || (info.armed && !denied.includes(info.name));
+  const on = named
+    ? model.split("+").includes(info.name)
+    : added.includes(info.name) || (info.armed && !denied.includes(info.name));
   const made = element("input", {
-    type: "checkbox", className: "switch", checked: on, disabled: named, role: "switch", "aria-label": `${info.name} may write in this chat`,
+    type: "checkbox",
+    className: "switch",
+    checked: on,
+    disabled: named,
+    role: "switch",
+    "aria-label": `${info.name} may write in this chat`,
     title: named ? "The model chosen for this chat names its experts." : "",
   });
   made.addEventListener("change", () => {
     const without = (names) => names.filter((name) => name !== info.name);
     conversation.denied = made.checked ? without(denied) : [...without(denied), info.name];
-    conversation.added = made.checked && !info.armed ? [...without(added), info.name] : without(added);
+    conversation.added =
+      made.checked && !info.armed ? [...without(added), info.name] : without(added);
     chat.keep();
     showChoice(conversation);
-    byId("plugged").querySelector(`[aria-label="${made.getAttribute("aria-label")}"]`).focus();
+    byId("plugged")
+      .querySelector(`[aria-label="${made.getAttribute("aria-label")}"]`)
+      .focus();
   });
   return made;
 }
 
 function details(info) {
   const rows = {
-    "Held-out loss": info.verdict, Licence: info.licence || "not stated", Layers: `${info.layers.length} (${ranges(info.layers)}), width ${info.width}`,
-    Size: `${(info.num_bytes / 1e6).toFixed(1)} MB`, Digest: info.digest.slice(0, 16), Signed: info.signer ? `by ${info.signer.slice(0, 16)}` : "no",
+    "Held-out loss": info.verdict,
+    Licence: info.licence || "not stated",
+    Layers: `${info.layers.length} (${ranges(info.layers)}), width ${info.width}`,
+    Size: `${(info.num_bytes / 1e6).toFixed(1)} MB`,
+    Digest: info.digest.slice(0, 16),
+    Signed: info.signer ? `by ${info.signer.slice(0, 16)}` : "no",
   };
-  const list = Object.entries(rows).flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]);
-  const made = element("details", {}, element("summary", { className: "quiet", textContent: "Details", "aria-label": `Details of ${info.name}` }), element("dl", {}, ...list));
+  const list = Object.entries(rows).flatMap(([name, value]) => [
+    element("dt", { textContent: name }),
+    element("dd", { textContent: value }),
+  ]);
+  const made = element(
+    "details",
+    {},
+    element("summary", {
+      className: "quiet",
+      textContent: "Details",
+      "aria-label": `Details of ${info.name}`,
+    }),
+    element("dl", {}, ...list),
+  );
   if (!me.admin) return made;
   made.append(
-    button("Unplug", () => change(() => json("DELETE", `/v1/experts/${info.name}`)), { "aria-label": `Unplug ${info.name}` }),
-    button("Find prompts", () => findPrompts(info), { "aria-label": `Find prompts for ${info.name}`, title: "Try the expert's held-out text, and keep what it answers and the base does not" }));
+    button("Unplug", () => change(() => json("DELETE", `/v1/experts/${info.name}`)), {
+      "aria-label": `Unplug ${info.name}`,
+    }),
+    button("Find prompts", () => findPrompts(info), {
+      "aria-label": `Find prompts for ${info.name}`,
+      title: "Try the expert's held-out text, and keep what it answers and the base does not",
+    }),
+  );
   return made;
 }
 
@@ -143,13 +191,21 @@ async function findPrompts(info) {
     forget(info.digest);
     const told = `${prompts.length || "No"} prompts found for ${info.name}.`;
     announce(told);
-    if (!prompts.length) throw new Error(`${told} It answers none of its held-out text better than the base.`);
+    if (!prompts.length)
+      throw new Error(`${told} It answers none of its held-out text better than the base.`);
   });
 }
 
 function folderRow(name) {
-  const plug = button("Plug", () => change(() => json("POST", "/v1/experts", { name })), { "aria-label": `Plug ${name}` });
-  return element("li", {}, element("span", { className: "name", textContent: name }), me.admin ? plug : "");
+  const plug = button("Plug", () => change(() => json("POST", "/v1/experts", { name })), {
+    "aria-label": `Plug ${name}`,
+  });
+  return element(
+    "li",
+    {},
+    element("span", { className: "name", textContent: name }),
+    me.admin ? plug : "",
+  );
 }
 
 /** Change the server's experts, and show the outcome. @param {() => Promise<unknown>} work */

@@ -35,7 +35,8 @@ async function take(file) {
 
 /** Put a text file into the message, as code under its name. @param {File} file */
 async function addText(file) {
-  if (file.size > MOST_BYTES) return notice(`${file.name} has more than ${MOST_BYTES / 1024} KiB; take a part of it.`);
+  if (file.size > MOST_BYTES)
+    return notice(`${file.name} has more than ${MOST_BYTES / 1024} KiB; take a part of it.`);
   let text;
   try {
     text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
@@ -44,7 +45,9 @@ async function addText(file) {
   }
   if (text.includes("\0")) return notice(`${file.name} is not a text in UTF-8.`);
   const words = byId("words");
-  const fence = "`".repeat(Math.max(3, ...[...text.matchAll(/`+/g)].map(([ticks]) => ticks.length + 1)));
+  const fence = "`".repeat(
+    Math.max(3, ...[...text.matchAll(/`+/g)].map(([ticks]) => ticks.length + 1)),
+  );
   const ending = file.name.split(".").at(-1);
   words.value = `${words.value}${words.value ? "\n\n" : ""}${file.name}:\n${fence}${ending}\n${text.trimEnd()}\n${fence}\n`;
   words.dispatchEvent(new Event("input"));

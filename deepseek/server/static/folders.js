@@ -36,8 +36,13 @@ function show(folder, open) {
   const focused = byId("folders").contains(document.activeElement);
   const inside = (name) => (folder.path === "." ? name : `${folder.path}/${name}`);
   const up = folder.path.includes("/") ? folder.path.slice(0, folder.path.lastIndexOf("/")) : ".";
-  const above = folder.path === "." ? [] : [button("↑ Up", () => open(up), { "aria-label": "To the folder above" })];
-  const rows = folder.folders.map(({ name, repository }) => button(`${name}/${repository ? " (git)" : ""}`, () => open(inside(name))));
+  const above =
+    folder.path === "."
+      ? []
+      : [button("↑ Up", () => open(up), { "aria-label": "To the folder above" })];
+  const rows = folder.folders.map(({ name, repository }) =>
+    button(`${name}/${repository ? " (git)" : ""}`, () => open(inside(name))),
+  );
   byId("folders").replaceChildren(...[...above, ...rows].map((one) => element("li", {}, one)));
   byId("lesson-path").value = folder.path;
   byId("folder-size").textContent = size(folder);

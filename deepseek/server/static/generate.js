@@ -16,8 +16,16 @@ import { sampling, settings } from "/static/settings.js";
  * @returns {Answer}
  */
 export const blank = (model, choice) => ({
-  model, experts: choice, sampling: sampling(), system: settings.system.trim(), tokens: [], finish: "",
-  counts: {}, digests: {}, rate: 0, used: 0,
+  model,
+  experts: choice,
+  sampling: sampling(),
+  system: settings.system.trim(),
+  tokens: [],
+  finish: "",
+  counts: {},
+  digests: {},
+  rate: 0,
+  used: 0,
 });
 
 /**
@@ -35,7 +43,12 @@ export async function generate(conversation, turn, answer, signal, changed) {
   let last = 0;
   answer.finish = "stopped"; // unless the server says otherwise
   try {
-    for await (const chunk of events("POST", path(turn), request(conversation, turn, answer), signal)) {
+    for await (const chunk of events(
+      "POST",
+      path(turn),
+      request(conversation, turn, answer),
+      signal,
+    )) {
       if (chunk.usage) count(answer, chunk, earlier);
       const choice = chunk.choices[0];
       if (!choice) continue;
@@ -55,14 +68,20 @@ export async function generate(conversation, turn, answer, signal, changed) {
     const made = answer.tokens.length - begun;
     answer.rate = made > 1 ? (1000 * (made - 1)) / (last - first) : 0;
     if (!Object.keys(answer.counts).length) recount(answer);
-    for (const name of Object.keys(answer.counts)) if (experts.has(name)) answer.digests[name] = experts.get(name).digest;
+    for (const name of Object.keys(answer.counts))
+      if (experts.has(name)) answer.digests[name] = experts.get(name).digest;
   }
 }
 
 const path = (turn) => (turn.kind === "text" ? "/v1/completions" : "/v1/chat/completions");
 
 function request(conversation, turn, answer) {
-  const body = { model: answer.model, stream: true, stream_options: { include_usage: true }, ...answer.sampling };
+  const body = {
+    model: answer.model,
+    stream: true,
+    stream_options: { include_usage: true },
+    ...answer.sampling,
+  };
   if (!/\+/.test(answer.model)) body.experts = answer.experts;
   const text = textOf(answer);
   if (turn.kind === "text") return { ...body, prompt: turn.question + text };
@@ -71,7 +90,8 @@ function request(conversation, turn, answer) {
   const system = answer.system ? [{ role: "system", content: answer.system }] : [];
   const begun = text ? [{ role: "assistant", content: text }] : [];
   return {
-    ...body, messages: [...system, ...before, { role: "user", content: turn.question }, ...begun],
+    ...body,
+    messages: [...system, ...before, { role: "user", content: turn.question }, ...begun],
     ...(text ? { continue_final_message: true } : {}),
   };
 }
@@ -80,12 +100,16 @@ function request(conversation, turn, answer) {
 function count(answer, { usage, experts: written }, earlier) {
   const byExperts = Object.values(written).reduce((sum, tokens) => sum + tokens, 0);
   answer.counts = { ...earlier };
-  for (const [name, tokens] of [...Object.entries(written), ["", usage.completion_tokens - byExperts]]) {
+  for (const [name, tokens] of [
+    ...Object.entries(written),
+    ["", usage.completion_tokens - byExperts],
+  ]) {
     answer.counts[name] = (earlier[name] ?? 0) + tokens;
   }
   answer.used = usage.total_tokens;
 }
 
 function recount(answer) {
-  for (const [, expert] of answer.tokens) answer.counts[expert ?? ""] = (answer.counts[expert ?? ""] ?? 0) + 1;
+  for (const [, expert] of answer.tokens)
+    answer.counts[expert ?? ""] = (answer.counts[expert ?? ""] ?? 0) + 1;
 }

@@ -1,23 +1,31 @@
 // Colours for code: comments, strings, numbers, keywords and calls, told apart by their form.
 
 const KEYWORDS = new Set(
-  ("abstract and as assert async await bool break case catch char class const continue def default defer del do done double " +
+  (
+    "abstract and as assert async await bool break case catch char class const continue def default defer del do done double " +
     "elif else elseif end enum esac except export extends extern false False fi final finally float fn for from func function go goto " +
     "if impl implements import in instanceof int interface is lambda let local long loop match mod mut namespace new nil None nonlocal " +
     "not null or package pass private protected pub public raise ref return self select short static string struct super switch " +
     "then this throw trait true True try type typedef typeof undefined union unsafe unsigned use using var virtual void when where while " +
-    "with yield SELECT FROM WHERE INSERT UPDATE DELETE CREATE TABLE JOIN GROUP ORDER BY AND OR NOT NULL VALUES INTO SET").split(" "),
+    "with yield SELECT FROM WHERE INSERT UPDATE DELETE CREATE TABLE JOIN GROUP ORDER BY AND OR NOT NULL VALUES INTO SET"
+  ).split(" "),
 );
 
 const HASH_COMMENTS = "#[^\\n]*";
 const SLASH_COMMENTS = "//[^\\n]*|/\\*[^]*?(?:\\*/|$)";
 const DASH_COMMENTS = "--[^\\n]*";
 const MARKUP_COMMENTS = "<!--[^]*?(?:-->|$)";
-const STRINGS = '"""[^]*?(?:"""|$)|\'\'\'[^]*?(?:\'\'\'|$)|"(?:\\\\.|[^"\\\\\\n])*"?|\'(?:\\\\.|[^\'\\\\\\n])*\'?|`(?:\\\\.|[^`\\\\])*`?';
+const STRINGS =
+  "\"\"\"[^]*?(?:\"\"\"|$)|'''[^]*?(?:'''|$)|\"(?:\\\\.|[^\"\\\\\\n])*\"?|'(?:\\\\.|[^'\\\\\\n])*'?|`(?:\\\\.|[^`\\\\])*`?";
 
 /** Comments of a language; an unknown one has those of the most. @param {string} language */
 function comments(language) {
-  if (/^(py|python|sh|bash|shell|zsh|console|rb|ruby|ya?ml|toml|r|perl|make|makefile|dockerfile|ini)$/.test(language)) return HASH_COMMENTS;
+  if (
+    /^(py|python|sh|bash|shell|zsh|console|rb|ruby|ya?ml|toml|r|perl|make|makefile|dockerfile|ini)$/.test(
+      language,
+    )
+  )
+    return HASH_COMMENTS;
   if (/^(sql|lua|hs|haskell|ada)$/.test(language)) return DASH_COMMENTS;
   if (/^(html?|xml|svg|markdown|md)$/.test(language)) return MARKUP_COMMENTS;
   if (language === "php") return `${SLASH_COMMENTS}|${HASH_COMMENTS}`;
@@ -31,7 +39,10 @@ function comments(language) {
  * @returns {[number, number, string][]} start, end and class of each part, in order
  */
 export function highlight(code, language) {
-  const form = new RegExp(`(${comments(language.toLowerCase())})|(${STRINGS})|(\\b\\d[\\w.]*)|([A-Za-z_]\\w*)`, "g");
+  const form = new RegExp(
+    `(${comments(language.toLowerCase())})|(${STRINGS})|(\\b\\d[\\w.]*)|([A-Za-z_]\\w*)`,
+    "g",
+  );
   const parts = [];
   let plain = 0;
   for (const match of code.matchAll(form)) {

@@ -6,7 +6,9 @@ import { byId, download, button, element } from "/static/dom.js";
 
 export function setUp() {
   byId("search").addEventListener("input", showHistory);
-  byId("export").addEventListener("click", () => download("conversations.jsonl", store.asJsonLines()));
+  byId("export").addEventListener("click", () =>
+    download("conversations.jsonl", store.asJsonLines()),
+  );
 }
 
 export function showHistory() {
@@ -16,14 +18,19 @@ export function showHistory() {
   byId("chat-count").textContent = String(store.all().length || "");
   byId("export").disabled = !store.all().length;
   byId("chat-none").hidden = Boolean(found.length);
-  byId("chat-none").textContent = wanted ? "No chat has these words." : "Chats are kept in this browser.";
+  byId("chat-none").textContent = wanted
+    ? "No chat has these words."
+    : "Chats are kept in this browser.";
 }
 
 function row(conversation) {
-  const open = button(store.title(conversation), () => chat.show(conversation), { className: "plain chosen" });
+  const open = button(store.title(conversation), () => chat.show(conversation), {
+    className: "plain chosen",
+  });
   if (conversation.id === chat.conversation.id) open.setAttribute("aria-current", "true");
   const away = button("×", () => drop(conversation), {
-    className: "plain small", "aria-label": `Delete the chat: ${store.title(conversation)}`,
+    className: "plain small",
+    "aria-label": `Delete the chat: ${store.title(conversation)}`,
   });
   return element("li", {}, open, away);
 }

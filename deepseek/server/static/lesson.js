@@ -26,14 +26,21 @@ import { draw } from "/static/curve.js";
 
 // The stages of the server, in order, and the step that each belongs to.
 const STEPS = [
-  { words: "Read and clean the text", stages: /^(starting|clean|read|compare|commits|documents|files)/ },
-  { words: "Cut it into tokens, and put a part aside to test on", stages: /^(tokenise|corpus)/ },
-  { words: "Measure the base on the test text", stages: /^(scoring|cache|trunk|public text|replay|held-out|validation)/ },
-  { words: "Train the expert", stages: /^train/ },
-  { words: "Teach its gates when to stay silent", stages: /^(calibrating|public statistics|conversations|expected words|gates)/ },
+  { words: "Read and clean the text", stages: /^(starting|clean|compare)/ },
+  { words: "Cut it into tokens, and put a part aside to test on", stages: /^tokenise/ },
+  {
+    words: "Prepare everyday text, and measure the base",
+    stages: /^(conversations|public text|trunk|scoring the base)/,
+  },
+  { words: "Train the expert", stages: /^train$/ },
+  {
+    words: "Calibrate its gates, so that it is silent elsewhere",
+    stages: /^(calibrating|public statistics|expected words)/,
+  },
   { words: "Find prompts that it answers and the base does not", stages: /^finding prompts/ },
 ];
 const TRAINING = 3;
+const LEAST_GAIN = 0.0005; // as in the manifest of packs
 
 let reached = 0;
 let shown = "";
@@ -52,24 +59,43 @@ export function show(lesson) {
   draw(lesson.losses, lesson.held_out);
   byId("verdict").hidden = running && !lesson.verdict;
   byId("verdict").className = `verdict ${lesson.armed ? "good" : "bad"}`;
-  byId("verdict").replaceChildren(...verdict(lesson).map((textContent, place) => element(place ? "p" : "strong", { textContent })));
+  byId("verdict").replaceChildren(
+    ...verdict(lesson).map((textContent, place) =>
+      element(place ? "p" : "strong", { textContent }),
+    ),
+  );
   say(lesson);
 }
 
 const TITLES = { running: "being taught", stopped: "stopped", failed: "failed", plugged: "taught" };
 
-/** @param {Lesson} lesson */
-export function verdict({ state, name, verdict: words, armed, gain, before, after, story, message }) {
-  if (state === "failed") return ["The training failed.", message];
-  if (state === "stopped") return ["Stopped.", "Nothing is lost: the same name and folder go on where it was."];
-  const change = before === null ? words : `${gain < 0 ? "Worse" : "Better"} by ${Math.abs(100 * gain).toFixed(1)} %`;
-  const losses = before === null ? "" : ` On text that it was not trained on, the loss went from ${before.toFixed(2)} to ${after.toFixed(2)}.`;
-  const why = story ? ` ${story[0].toUpperCase()}${story.slice(1)}.` : "";
-  if (armed) return [`${change}, and armed.`, `${name} writes where its subject comes up.${losses}${why}`];
-  return [
-    `${gain !== null && Math.abs(gain) < 0.0005 ? "No better than the base" : change}, and not armed.`,
-    `An expert that does not help is never armed by itself; requests that name it can still use it.${losses}${why}`,
-  ];
+/**
+ * The outcome of a lesson: a title and an explanation.
+ * @param {Lesson} lesson
+ */
+export function verdict(lesson) {
+  const { state, name, armed, gain, before, after, story } = lesson;
+  if (state === "failed") return ["The training failed.", lesson.message];
+  if (state === "stopped")
+    return ["Stopped.", "Nothing is lost: the same name and folder go on where it was."];
+  const losses =
+    before === null
+      ? ""
+      : ` On text that it was not trained on, the loss went from ${before.toFixed(2)} to ${after.toFixed(2)}.`;
+  const why = losses + (story ? ` ${story[0].toUpperCase()}${story.slice(1)}.` : "");
+  const change = changed(lesson);
+  if (armed) return [`${change}, and armed.`, `${name} writes where its subject comes up.${why}`];
+  const reason =
+    gain >= LEAST_GAIN
+      ? "The server arms only the experts that it was told to; the expert's switch adds it to a chat."
+      : "An expert that does not help is never armed by itself; requests that name it can still use it.";
+  return [`${change}, and not armed.`, reason + why];
+}
+
+function changed({ gain, verdict: words }) {
+  if (gain === null) return words;
+  if (Math.abs(gain) < LEAST_GAIN) return "No better than the base";
+  return `${gain < 0 ? "Worse" : "Better"} by ${Math.abs(100 * gain).toFixed(1)} %`;
 }
 
 function showSteps({ state, stage }) {
@@ -77,12 +103,14 @@ function showSteps({ state, stage }) {
   if (stage === "starting") reached = 0;
   else if (found > reached) reached = found;
   const ended = state === "plugged" ? STEPS.length : reached;
-  byId("steps").replaceChildren(...STEPS.map(({ words }, place) => {
-    const now = place === ended && state === "running";
-    const made = element("li", { textContent: words, className: place < ended ? "done" : "" });
-    if (now) made.setAttribute("aria-current", "step");
-    return made;
-  }));
+  byId("steps").replaceChildren(
+    ...STEPS.map(({ words }, place) => {
+      const now = place === ended && state === "running";
+      const made = element("li", { textContent: words, className: place < ended ? "done" : "" });
+      if (now) made.setAttribute("aria-current", "step");
+      return made;
+    }),
+  );
 }
 
 function showProgress({ state, done, total }) {
@@ -92,11 +120,12 @@ function showProgress({ state, done, total }) {
   else bar.removeAttribute("value");
 }
 
+/** How long it may take yet. The plan is known when training begins, and covers it alone. */
 function timeLeft({ seconds, expected_seconds: expected, stage, done, total }) {
-  const training = STEPS[TRAINING].stages.test(stage) && total ? ` · step ${done} of ${total}` : "";
-  if (expected === null) return `${minutes(seconds)} so far`;
-  const left = expected - seconds;
-  return `${left > 5 ? `about ${minutes(left)} left` : "almost done"}${training}`;
+  if (reached !== TRAINING || expected === null || !STEPS[TRAINING].stages.test(stage))
+    return `${minutes(seconds)} so far`;
+  const left = Math.max(0, expected - seconds);
+  return `step ${done} of ${total}, about ${minutes(left)} of training left`;
 }
 
 /** A duration in words. @param {number} seconds */
@@ -107,7 +136,10 @@ export function minutes(seconds) {
 
 /** Let a screen reader hear each step once, and the verdict. */
 function say(lesson) {
-  const words = lesson.state === "running" && !lesson.verdict ? STEPS[reached].words : verdict(lesson).join(" ");
+  const words =
+    lesson.state === "running" && !lesson.verdict
+      ? STEPS[reached].words
+      : verdict(lesson).join(" ");
   if (words !== shown) announce(words);
   shown = words;
 }

@@ -39,27 +39,40 @@ export function render(source, leaf) {
 }
 
 /** @param {string} text @param {number} start @returns {Located} */
-const located = (text, start) => ({ text, at: Array.from({ length: text.length + 1 }, (_, place) => start + place) });
+const located = (text, start) => ({
+  text,
+  at: Array.from({ length: text.length + 1 }, (_, place) => start + place),
+});
 
 /** @param {Located} piece @returns {Located} */
-const part = (piece, from, to = piece.text.length) => ({ text: piece.text.slice(from, to), at: piece.at.slice(from, to + 1) });
+const part = (piece, from, to = piece.text.length) => ({
+  text: piece.text.slice(from, to),
+  at: piece.at.slice(from, to + 1),
+});
 
 /** Join lines by line breaks. @param {Located[]} lines @returns {Located} */
-const joined = (lines) => ({ text: lines.map((line) => line.text).join("\n"), at: lines.flatMap((line) => line.at) });
+const joined = (lines) => ({
+  text: lines.map((line) => line.text).join("\n"),
+  at: lines.flatMap((line) => line.at),
+});
 
-const startsBlock = (text) => FENCE.test(text) || HEADING.test(text) || RULE.test(text) || QUOTE.test(text) || ITEM.test(text);
+const startsBlock = (text) =>
+  FENCE.test(text) || HEADING.test(text) || RULE.test(text) || QUOTE.test(text) || ITEM.test(text);
 
 /** @param {Located[]} lines @param {Leaf} leaf @returns {Node[]} */
 function blocks(lines, leaf) {
   const made = [];
-  for (let place = 0; place < lines.length; ) {
+  for (let place = 0; place < lines.length;) {
     const { text } = lines[place];
     if (!text.trim()) {
       place += 1;
       continue;
     }
-    const reader = readers.find(({ form }) => form.test(text))
-      ?? (text.includes("|") && TABLE_LINE.test(lines[place + 1]?.text ?? "") ? { read: table } : { read: paragraph });
+    const reader =
+      readers.find(({ form }) => form.test(text)) ??
+      (text.includes("|") && TABLE_LINE.test(lines[place + 1]?.text ?? "")
+        ? { read: table }
+        : { read: paragraph });
     const { node, next } = reader.read(lines, place, leaf);
     made.push(node);
     place = next;
@@ -83,13 +96,24 @@ function fence(lines, place, leaf) {
   return { node: codeBlock(code, language, leaf), next: end + 1 };
 }
 
-const closes = (text, mark) => text.trim().length >= mark.length && [...text.trim()].every((character) => character === mark[0]);
+const closes = (text, mark) =>
+  text.trim().length >= mark.length && [...text.trim()].every((character) => character === mark[0]);
 
 function codeBlock(code, language, leaf) {
-  const shown = highlight(code.text, language).flatMap(([from, to, kind]) => leaves(part(code, from, to), leaf, kind));
-  const head = element("div", { className: "code-head" }, element("span", { textContent: language || "code" }),
-    button("Copy", () => copy(code.text), { className: "plain", "aria-label": "Copy the code" }));
-  const body = element("pre", { tabIndex: 0, role: "group", "aria-label": `Code${language ? `, ${language}` : ""}` });
+  const shown = highlight(code.text, language).flatMap(([from, to, kind]) =>
+    leaves(part(code, from, to), leaf, kind),
+  );
+  const head = element(
+    "div",
+    { className: "code-head" },
+    element("span", { textContent: language || "code" }),
+    button("Copy", () => copy(code.text), { className: "plain", "aria-label": "Copy the code" }),
+  );
+  const body = element("pre", {
+    tabIndex: 0,
+    role: "group",
+    "aria-label": `Code${language ? `, ${language}` : ""}`,
+  });
   body.append(element("code", {}, ...shown));
   return element("div", { className: "code" }, head, body);
 }
@@ -99,7 +123,10 @@ function heading(lines, place, leaf) {
   const [, marks, text] = line.text.match(HEADING);
   const from = line.text.indexOf(text, line.text.indexOf(marks) + marks.length);
   const level = Math.min(6, marks.length + 2); // the page has levels 1 and 2
-  return { node: element(`h${level}`, {}, ...inline(part(line, from, from + text.length), leaf)), next: place + 1 };
+  return {
+    node: element(`h${level}`, {}, ...inline(part(line, from, from + text.length), leaf)),
+    next: place + 1,
+  };
 }
 
 function quote(lines, place, leaf) {
@@ -137,25 +164,42 @@ function listItem(lines, place, depth) {
     const indent = text.match(/^ */)[0].length;
     const blank = !text.trim();
     const goesOn = blank
-      ? (lines[next + 1]?.text.match(/^ */)[0].length ?? 0) >= 2 && Boolean(lines[next + 1].text.trim())
-      : indent >= Math.min(2, depth) || (!startsBlock(text) && Boolean(lines[next - 1].text.trim()));
+      ? (lines[next + 1]?.text.match(/^ */)[0].length ?? 0) >= 2 &&
+        Boolean(lines[next + 1].text.trim())
+      : indent >= Math.min(2, depth) ||
+        (!startsBlock(text) && Boolean(lines[next - 1].text.trim()));
     if (!goesOn) break;
     inner.push(part(lines[next], Math.min(indent, depth)));
   }
-  while (next < lines.length && !lines[next].text.trim() && ITEM.test(lines[next + 1]?.text ?? "")) next += 1;
+  while (next < lines.length && !lines[next].text.trim() && ITEM.test(lines[next + 1]?.text ?? ""))
+    next += 1;
   return { lines: inner, next };
 }
 
 /** An item with one paragraph shows its text without the paragraph's margins. */
-const tight = (nodes) => (nodes[0]?.nodeName === "P" ? [...nodes[0].childNodes, ...nodes.slice(1)] : nodes);
+const tight = (nodes) =>
+  nodes[0]?.nodeName === "P" ? [...nodes[0].childNodes, ...nodes.slice(1)] : nodes;
 
 function table(lines, place, leaf) {
   let end = place + 2;
   while (end < lines.length && lines[end].text.includes("|")) end += 1;
-  const row = (line, name) => element("tr", {}, ...cells(line).map((cell) => element(name, {}, ...inline(cell, leaf))));
+  const row = (line, name) =>
+    element("tr", {}, ...cells(line).map((cell) => element(name, {}, ...inline(cell, leaf))));
   const body = lines.slice(place + 2, end).map((line) => row(line, "td"));
-  const node = element("table", {}, element("thead", {}, row(lines[place], "th")), element("tbody", {}, ...body));
-  return { node: element("div", { className: "wide-table", tabIndex: 0, role: "group", "aria-label": "Table" }, node), next: end };
+  const node = element(
+    "table",
+    {},
+    element("thead", {}, row(lines[place], "th")),
+    element("tbody", {}, ...body),
+  );
+  return {
+    node: element(
+      "div",
+      { className: "wide-table", tabIndex: 0, role: "group", "aria-label": "Table" },
+      node,
+    ),
+    next: end,
+  };
 }
 
 function cells(line) {
@@ -167,7 +211,9 @@ function cells(line) {
     made.push(part(line, from, place));
     from = place + 1;
   }
-  return made.map((cell) => part(cell, cell.text.length - cell.text.trimStart().length, cell.text.trimEnd().length));
+  return made.map((cell) =>
+    part(cell, cell.text.length - cell.text.trimStart().length, cell.text.trimEnd().length),
+  );
 }
 
 function paragraph(lines, place, leaf) {
@@ -179,16 +225,26 @@ function paragraph(lines, place, leaf) {
 // Forms inside a line, tried at each place in this order. Lengths are limited, so that a long line
 // of markers takes no quadratic time.
 const INLINE = [
-  { form: /\\([!-/:-@[-`{-~])/y, make: ([, kept], piece, leaf) => leaves(part(piece, 1, 1 + kept.length), leaf) },
+  {
+    form: /\\([!-/:-@[-`{-~])/y,
+    make: ([, kept], piece, leaf) => leaves(part(piece, 1, 1 + kept.length), leaf),
+  },
   {
     form: /(`+)(?!`)([^]{1,1000}?)(?<!`)\1(?!`)/y,
-    make: ([, ticks, code], piece, leaf) => [element("code", {}, ...leaves(part(piece, ticks.length, ticks.length + code.length), leaf))],
+    make: ([, ticks, code], piece, leaf) => [
+      element("code", {}, ...leaves(part(piece, ticks.length, ticks.length + code.length), leaf)),
+    ],
   },
   {
     form: /\[([^\]\n]{1,500})\]\(((?:https?:\/\/|mailto:)[^\s()<>]{1,1000})\)/y,
-    make: ([, text, href], piece, leaf) => [link(href, inline(part(piece, 1, 1 + text.length), leaf))],
+    make: ([, text, href], piece, leaf) => [
+      link(href, inline(part(piece, 1, 1 + text.length), leaf)),
+    ],
   },
-  { form: /https?:\/\/[^\s<>()[\]"'`*]{1,1000}[^\s<>()[\]"'`*.,;:!?]/y, make: ([href], piece, leaf) => [link(href, leaves(piece, leaf))] },
+  {
+    form: /https?:\/\/[^\s<>()[\]"'`*]{1,1000}[^\s<>()[\]"'`*.,;:!?]/y,
+    make: ([href], piece, leaf) => [link(href, leaves(piece, leaf))],
+  },
   { form: /(\*\*)(?=\S)([^]{1,1000}?)(?<=\S)\*\*/y, make: wrapped("strong") },
   { form: /(?<!\w)(__)(?=\S)([^]{1,1000}?)(?<=\S)__(?!\w)/y, make: wrapped("strong") },
   { form: /(~~)(?=\S)([^]{1,1000}?)(?<=\S)~~/y, make: wrapped("del") },
@@ -197,16 +253,19 @@ const INLINE = [
 ];
 
 function wrapped(name) {
-  return ([, mark, text], piece, leaf) => [element(name, {}, ...inline(part(piece, mark.length, mark.length + text.length), leaf))];
+  return ([, mark, text], piece, leaf) => [
+    element(name, {}, ...inline(part(piece, mark.length, mark.length + text.length), leaf)),
+  ];
 }
 
-const link = (href, nodes) => element("a", { href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...nodes);
+const link = (href, nodes) =>
+  element("a", { href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...nodes);
 
 /** @param {Located} piece @param {Leaf} leaf @returns {Node[]} */
 function inline(piece, leaf) {
   const made = [];
   let plain = 0;
-  for (let place = 0; place < piece.text.length; ) {
+  for (let place = 0; place < piece.text.length;) {
     const next = nextMarker(piece.text, place);
     if (next < 0) break;
     place = next;
@@ -242,7 +301,7 @@ function firstForm(text, place) {
 /** Text nodes of a piece, made of runs that stand together in the source. */
 function leaves(piece, leaf, className = "") {
   const made = [];
-  for (let from = 0; from < piece.text.length; ) {
+  for (let from = 0; from < piece.text.length;) {
     let to = from + 1;
     while (to < piece.text.length && piece.at[to] === piece.at[to - 1] + 1) to += 1;
     made.push(...leaf(piece.at[from], piece.at[to - 1] + 1, className));

@@ -18,10 +18,12 @@ export function setUp() {
     event.preventDefault();
     ask().catch((error) => notice(error.message));
   });
-  for (const number of [0, 1]) byId(`answer-${number}`).addEventListener("click", () => choose(number));
+  for (const number of [0, 1])
+    byId(`answer-${number}`).addEventListener("click", () => choose(number));
   addEventListener("keydown", (event) => {
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
-    if (typing || event.ctrlKey || event.metaKey || byId("review").hidden || byId("pair").hidden) return;
+    if (typing || event.ctrlKey || event.metaKey || byId("review").hidden || byId("pair").hidden)
+      return;
     if (event.key === "1" || event.key === "2") choose(Number(event.key) - 1);
     if (event.key === "s") next();
   });
@@ -43,7 +45,14 @@ async function ask() {
   const prompt = [{ role: "user", content: byId("question").value }];
   const model = modelOf(conversation);
   const experts = model.includes("+") ? {} : { experts: choice(conversation) };
-  const { choices } = await json("POST", "/v1/chat/completions", { model, messages: prompt, n: 2, temperature: 1, max_tokens: 200, ...experts });
+  const { choices } = await json("POST", "/v1/chat/completions", {
+    model,
+    messages: prompt,
+    n: 2,
+    temperature: 1,
+    max_tokens: 200,
+    ...experts,
+  });
   show({ id: null, prompt, answers: choices.map((one) => one.message.content) });
 }
 
@@ -54,16 +63,22 @@ function show(given) {
   byId("pair-none").hidden = Boolean(pair);
   if (!pair) return;
   const turns = pair.prompt.map(({ role, content }) =>
-    element("p", {}, element("span", { className: "quiet", textContent: `${role}  ` }), content));
+    element("p", {}, element("span", { className: "quiet", textContent: `${role}  ` }), content),
+  );
   byId("pair-prompt").replaceChildren(...turns);
-  for (const number of [0, 1]) byId(`answer-${number}`).querySelector(".text").textContent = pair.answers[number];
+  for (const number of [0, 1])
+    byId(`answer-${number}`).querySelector(".text").textContent = pair.answers[number];
   byId("answer-0").focus({ preventScroll: true });
 }
 
 async function choose(number) {
   try {
     if (pair.id === null) {
-      await json("POST", "/v1/preferences", { prompt: pair.prompt, chosen: pair.answers[number], rejected: pair.answers[1 - number] });
+      await json("POST", "/v1/preferences", {
+        prompt: pair.prompt,
+        chosen: pair.answers[number],
+        rejected: pair.answers[1 - number],
+      });
     } else await json("POST", `/v1/preferences/${pair.id}`, { choice: number });
     notice("");
     await next();

@@ -19,7 +19,14 @@ const THEMES = ["auto", "light", "dark"];
 
 /** @type {Settings} */
 const DEFAULTS = {
-  system: "", temperature: 0.6, topP: 1, tokens: 256, seed: "", stop: "", attribution: true, theme: "auto",
+  system: "",
+  temperature: 0.6,
+  topP: 1,
+  tokens: 256,
+  seed: "",
+  stop: "",
+  attribution: true,
+  theme: "auto",
 };
 
 /** @type {Settings} */
@@ -28,7 +35,9 @@ export const settings = { ...DEFAULTS, ...stored() };
 function stored() {
   try {
     const found = JSON.parse(localStorage.getItem(KEY) ?? "{}");
-    const known = Object.entries(found).filter(([name, value]) => typeof value === typeof DEFAULTS[name]);
+    const known = Object.entries(found).filter(
+      ([name, value]) => typeof value === typeof DEFAULTS[name],
+    );
     return Object.fromEntries(known);
   } catch {
     return {};
@@ -37,7 +46,10 @@ function stored() {
 
 /** Sampling fields of a request, a seed of its own included. */
 export function sampling() {
-  const stop = settings.stop.split("\n").map((line) => line.trim()).filter(Boolean);
+  const stop = settings.stop
+    .split("\n")
+    .map((line) => line.trim())
+    .filter(Boolean);
   const drawn = crypto.getRandomValues(new Uint32Array(1))[0];
   return {
     temperature: settings.temperature,

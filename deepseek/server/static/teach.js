@@ -7,7 +7,8 @@ import * as folders from "/static/folders.js";
 import { minutes, show } from "/static/lesson.js";
 
 const IN_THE_PAGE = ["name", "kind", "path", "minutes", "layers"]; // arguments with a place of their own in the form
-const AROUND = { "last:3": [40, 120], all: [60, 360] }; // seconds before and after training: at least, at most
+// Seconds before and after training, at least and at most, on a processor.
+const AROUND = { "last:3": [60, 180], all: [120, 600] };
 
 export async function setUp(me) {
   const allowed = me.admin && me.teach;
@@ -17,22 +18,33 @@ export async function setUp(me) {
   await addArguments();
   await folders.setUp((folder) => {
     byId("lesson-kind").value = folder.repository ? "git" : "folder";
-    const name = folder.path.split("/").at(-1).replace(/[^A-Za-z0-9._-]/g, "-").replace(/^[^A-Za-z0-9]+/, "");
+    const name = folder.path
+      .split("/")
+      .at(-1)
+      .replace(/[^A-Za-z0-9._-]/g, "-")
+      .replace(/^[^A-Za-z0-9]+/, "");
     byId("lesson-name").placeholder = name || "my-project";
   });
   byId("lesson").addEventListener("submit", start);
   byId("lesson").addEventListener("input", estimate);
-  byId("lesson-stop").addEventListener("click", () => json("DELETE", "/v1/teach").catch((error) => notice(error.message)));
+  byId("lesson-stop").addEventListener("click", () =>
+    json("DELETE", "/v1/teach").catch((error) => notice(error.message)),
+  );
   estimate();
   const lesson = await json("GET", "/v1/teach");
-  if (lesson.state === "running") follow(); // begun before the page was opened
+  if (lesson.state === "running")
+    follow(); // begun before the page was opened
   else if (lesson.state !== "none") show(lesson);
 }
 
 function estimate() {
   const seconds = 60 * Number(byId("lesson-minutes").value);
-  const [least, most] = AROUND[byId("lesson-layers").value].map((around) => minutes(seconds + around));
-  byId("estimate").textContent = `About ${least} to ${most}: ${minutes(seconds)} to read and train, the rest to calibrate. The server goes on answering.`;
+  const [least, most] = AROUND[byId("lesson-layers").value].map((around) =>
+    minutes(seconds + around),
+  );
+  byId("estimate").textContent =
+    `About ${least} to ${most}: ${minutes(seconds)} to read and train, the rest to calibrate; a base's first lesson ` +
+    "prepares everyday text for some minutes more. The server goes on answering.";
 }
 
 // One input for each further argument that the server declares for a training.
@@ -47,23 +59,47 @@ function labelled(name, field) {
   const type = field.anyOf?.find((one) => one.type !== "null") ?? field;
   const number = type.type === "number" || type.type === "integer";
   const input = type.enum
-    ? element("select", {}, ...type.enum.map((value) => element("option", { value, textContent: value })))
-    : element("input", { type: number ? "number" : "text", placeholder: field.default ?? "", autocomplete: "off" });
-  if (number) Object.assign(input, { step: type.type === "integer" ? 1 : "any", min: type.minimum ?? "", max: type.maximum ?? "" });
+    ? element(
+        "select",
+        {},
+        ...type.enum.map((value) => element("option", { value, textContent: value })),
+      )
+    : element("input", {
+        type: number ? "number" : "text",
+        placeholder: field.default ?? "",
+        autocomplete: "off",
+      });
+  if (number)
+    Object.assign(input, {
+      step: type.type === "integer" ? 1 : "any",
+      min: type.minimum ?? "",
+      max: type.maximum ?? "",
+    });
   input.name = name;
   return element("label", { title: field.description }, `${name.replaceAll("_", " ")} `, input);
 }
 
 function furtherArguments() {
-  const filled = [...byId("lesson-arguments").querySelectorAll("[name]")].filter((input) => input.value !== "");
-  return Object.fromEntries(filled.map((input) => [input.name, input.type === "number" ? Number(input.value) : input.value]));
+  const filled = [...byId("lesson-arguments").querySelectorAll("[name]")].filter(
+    (input) => input.value !== "",
+  );
+  return Object.fromEntries(
+    filled.map((input) => [
+      input.name,
+      input.type === "number" ? Number(input.value) : input.value,
+    ]),
+  );
 }
 
 async function start(event) {
   event.preventDefault();
   const value = (id) => byId(`lesson-${id}`).value;
   const body = {
-    name: value("name"), kind: value("kind"), path: value("path"), minutes: Number(value("minutes")), layers: value("layers"),
+    name: value("name"),
+    kind: value("kind"),
+    path: value("path"),
+    minutes: Number(value("minutes")),
+    layers: value("layers"),
     ...furtherArguments(),
   };
   try {

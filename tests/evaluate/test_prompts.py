@@ -1,0 +1,65 @@
+"""Prompts that show what an expert knows: taken from held-out text, and only those that work."""
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizer import tiny_tokenizer
+
+from deepseek.data import TokenShards
+from deepseek.data.text.document import Document, conversation
+from deepseek.evaluate.prompts import Candidate, WorkingPrompt, best, candidates, conversations
+
+ANSWER = "It lies in the third drawer."
+
+
+def candidate(number: int) -> Candidate:
+    return Candidate(WorkingPrompt("chat", f"question {number}"), ANSWER)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12), st.integers(1, 4))
+def test_only_prompts_that_the_expert_alone_answers_are_taken(rows, count: int) -> None:
+    tried = [candidate(number) for number in range(len(rows))]
+    ours = [ANSWER if expert else "No idea at all?" for expert, _ in rows]
+    base = [ANSWER if alone else "No idea at all?" for _, alone in rows]
+    right = [
+        one.prompt for one, (expert, alone) in zip(tried, rows, strict=True) if expert and not alone
+    ]
+    assert best(tried, ours, base, count) == right[:count]
+
+
+def test_larger_gains_come_first() -> None:
+    tried = [candidate(0), candidate(1)]
+    ours = ["It lies in the third.", ANSWER]
+    base = ["It lies somewhere.", "No idea at all?"]
+    assert best(tried, ours, base, 2) == [tried[1].prompt, tried[0].prompt]
+
+
+def test_an_answer_that_is_cut_short_can_be_right() -> None:
+    tried = [Candidate(WorkingPrompt("chat", "q"), "one two three " * 40)]
+    assert best(tried, ["one two three " * 8], ["nothing of it"], 3) == [tried[0].prompt]
+
+
+def test_candidates_are_questions_and_beginnings_of_held_out_documents(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    turns = [
+        {"role": "user", "content": "Where is <it>?"},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    longer = [*turns, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]
+    code = "".join(f"value_{number} = router({number})\n" for number in range(40))
+    documents = [
+        conversation(turns, "here", "a"),
+        conversation(longer, "here", "b"),
+        Document(code, "src/router.py", "code"),
+    ]
+    shards = TokenShards.build(documents, tokenizer, tmp_path / "shards")
+    assert list(conversations(shards, tokenizer)) == [("Where is <it>?", ANSWER)]
+    found = candidates(shards, tokenizer)
+    assert found[0] == Candidate(WorkingPrompt("chat", "Where is <it>?"), ANSWER)
+    texts = [one for one in found if one.prompt.kind == "text"]
+    assert texts
+    for one in texts:
+        assert one.prompt.text.startswith("file: src/router.py\n\n")
+        assert one.prompt.text.endswith("\n")
+        assert one.prompt.text.removeprefix("file: src/router.py\n\n") + one.answer in code
