@@ -130,7 +130,7 @@ def candidates(shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> list[
 def conversations(
     shards: TokenShards, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[str, str]]:
-    """Yield the question and the answer of each conversation with one turn."""
+    """Yield the first question and its answer of each conversation."""
     if not tokenizer.chat_template:
         return
     form = _one_turn(tokenizer)

@@ -27,13 +27,13 @@ def chromium() -> Iterator[Browser]:
 def opened(browser: Browser, url: str, size: tuple[int, int], scheme: str, **settings: Any) -> Page:
     """Return the page in a new profile with some settings, as its dialog keeps them."""
     width, height = size
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme
-    )
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
     stored = json.dumps(json.dumps(settings))
-    page.add_init_script(f"localStorage.getItem('settings') || localStorage.setItem('settings', {stored})")
+    page.add_init_script(
+        f"localStorage.getItem('settings') || localStorage.setItem('settings', {stored})"
+    )
     page.goto(url)
     page.locator("#words:focus").wait_for()
     return page

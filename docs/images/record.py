@@ -104,7 +104,9 @@ def main(minutes: str = "4") -> None:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         try:
             assert server.stdout is not None
-            url = next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
+            url = next(
+                found[0] for line in server.stdout if (found := re.search(r"http://\S+", line))
+            )
             with chromium() as browser:
                 page = opened(browser, url, SIZE, "light", temperature=0, tokens=32)
                 record(page, minutes).write(HERE / "page-teach.gif")

@@ -15,7 +15,8 @@ PICTURES = {
     "page-dark": ((1100, 720), "dark"),
     "page-phone": ((375, 720), "light"),
 }
-QUESTIONS = ("What is the capital of France?", "What does error E7 on the display mean?")
+EVERYDAY = "What is the capital of France?"
+OWN = "What does error E7 on the display mean?"
 
 
 def main(url: str, expert: str) -> None:
@@ -23,10 +24,11 @@ def main(url: str, expert: str) -> None:
     with chromium() as browser:
         for name, (size, scheme) in PICTURES.items():
             page = opened(browser, url, size, scheme, temperature=0, tokens=40)
+            if size[0] > size[1]:
+                ask(page, EVERYDAY)
             model = page.locator("#model").inner_text()
             page.locator("#pick").select_option(f"{model}+{expert}")
-            for question in QUESTIONS[1:] if size[0] < 500 else QUESTIONS:
-                ask(page, question)
+            ask(page, OWN)
             compare(page)
             page.screenshot(path=Path(__file__).parent / f"{name}.png")
             page.context.close()

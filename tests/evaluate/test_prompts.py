@@ -46,7 +46,8 @@ def test_candidates_are_questions_and_beginnings_of_held_out_documents(tmp_path:
         {"role": "user", "content": "Where is <it>?"},
         {"role": "assistant", "content": ANSWER},
     ]
-    longer = [*turns, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]
+    first = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]
+    longer = [*first, *turns]
     code = "".join(f"value_{number} = router({number})\n" for number in range(40))
     documents = [
         conversation(turns, "here", "a"),
@@ -54,9 +55,10 @@ def test_candidates_are_questions_and_beginnings_of_held_out_documents(tmp_path:
         Document(code, "src/router.py", "code"),
     ]
     shards = TokenShards.build(documents, tokenizer, tmp_path / "shards")
-    assert list(conversations(shards, tokenizer)) == [("Where is <it>?", ANSWER)]
+    asked = [("Where is <it>?", ANSWER), ("And now?", "No.")]
+    assert sorted(conversations(shards, tokenizer)) == sorted(asked)
     found = candidates(shards, tokenizer)
-    assert found[0] == Candidate(WorkingPrompt("chat", "Where is <it>?"), ANSWER)
+    assert Candidate(WorkingPrompt("chat", "Where is <it>?"), ANSWER) in found
     texts = [one for one in found if one.prompt.kind == "text"]
     assert texts
     for one in texts:

@@ -123,7 +123,7 @@ def test_a_cut_answer_goes_on_and_can_be_asked_again(page: "Page") -> None:
     before = page.locator(".assistant > .said").inner_text()
     page.get_by_role("button", name="Continue").click()
     expect(page.locator(".assistant > .said")).not_to_have_text(before, timeout=30_000)
-    expect(page.locator(".facts")).to_be_visible()
+    page.locator(".facts").wait_for()
     assert page.locator(".assistant > .said").inner_text().startswith(before[:3])
     page.get_by_role("button", name="Retry").click()
     expect(page.locator(".assistant > .said")).to_have_text(before, timeout=30_000)  # same seed

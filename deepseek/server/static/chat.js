@@ -101,6 +101,7 @@ export async function ask(question, kind) {
 async function answer(turn) {
   const asked = conversation;
   follows = true;
+  turn.answer.finish = ""; // also of one that goes on
   draw();
   announce("The answer is being written.");
   const exchange = byId("log").lastElementChild;

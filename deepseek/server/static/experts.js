@@ -94,7 +94,7 @@ function label(model) {
 }
 
 function card(info, conversation) {
-  const line = [info.domain, info.verdict, info.armed ? "" : "not armed"]
+  const line = [info.verdict, info.armed ? "" : "not armed", info.domain]
     .filter(Boolean)
     .join(" · ");
   return element(
