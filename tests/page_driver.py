@@ -30,8 +30,9 @@ def keep(page: "Page", name: str) -> None:
 
 
 def set_up(page: "Page", **settings: Any) -> None:
-    """Choose settings as the dialog keeps them."""
-    page.evaluate("value => localStorage.setItem('settings', JSON.stringify(value))", settings)
+    """Choose settings as the dialog keeps them; answers are greedy unless they say otherwise."""
+    chosen = {"temperature": 0, **settings}
+    page.evaluate("value => localStorage.setItem('settings', JSON.stringify(value))", chosen)
     page.reload()
     page.locator("#words:focus").wait_for()
 

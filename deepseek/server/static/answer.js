@@ -105,6 +105,7 @@ function editor(place, said, open, edit) {
 function foot(turn, actions) {
   const { answer } = turn;
   const told = [legend(answer)];
+  if (!answer.tokens.length) told.push(element("span", { textContent: "an empty answer" }));
   if (answer.rate)
     told.push(
       element("span", { textContent: `${answer.rate.toFixed(answer.rate < 10 ? 1 : 0)} tokens/s` }),
