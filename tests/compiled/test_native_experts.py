@@ -4,6 +4,7 @@ model, and bits that depend on neither the batch, the pieces of a prompt, nor th
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_mixtures import MIXTURES
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from deepseek.compiled.abi import ROUTED
 from deepseek.compiled.native_experts import choose_dynamic, choose_top
 from deepseek.compiled.native_weights import NativeExperts, rules
 from deepseek.compiled.runner import CompiledRunner, supports
+from deepseek.compiled.support import RULES
 from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
 from deepseek.model.int8 import keep_matrices, restored, rounded
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.router import DynamicRouter, Router, TopKRouter
+from deepseek.model.support import unsupported
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk
 
@@ -157,6 +161,48 @@ def test_logits_are_those_of_the_model_with_rounded_weights(kind: str) -> None:
     # Quantised activations may choose another expert at a few tokens, where two are close.
     assert distances.median() < 0.03
     assert (distances < 0.05).float().mean() > 0.8
+
+
+FAMILY: dict[str, Any] = {
+    "vocab_size": 90,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+@torch.no_grad()
+def test_checkpoints_of_other_families_agree_with_transformers(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fields = dict(FAMILY)
+    if family == "olmoe":  # its heads have the width of the model together
+        fields |= {"hidden_size": 128, "clip_qkv": 1.5}
+        del fields["head_dim"]
+    config = CONFIG_MAPPING[family](**fields)
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    reference.save_pretrained(tmp_path)
+    runner = CompiledRunner(DeepSeekModel.from_pretrained(tmp_path, dtype="float32"))
+    expected = reference(torch.tensor([IDS])).logits[0]
+    distances = (logits(runner) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert distances.median() < 0.04
+    assert (distances < 0.08).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", ["deepseek-29m", "deepseek-1b", "deepseek-8b", "deepseek-175b"])
+def test_our_presets_are_computed(name: str) -> None:
+    assert unsupported(ModelConfig.preset(name), RULES) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Decoding of mixtures of experts with random weights, in the shapes of other families, beside
+llama.cpp at Q8_0 on the same weights.
+
+    python benchmarks/moe_shapes.py --llama PYTHON [--shapes qwen3_moe] [--layers N] [--rounds 5]
+        [--threads 2] [--json FILE]
+
+A model is made with `transformers`, saved, and loaded by `deepseek.load` and, as the GGUF file of
+`deepseek export`, by llama.cpp in a Python that has llama-cpp-python (`--llama`). Each round gives
+both a turn of `benchmarks/decode.py`: a prefill of 512 tokens, then 64 tokens one by one; medians
+over the rounds are compared. Routers have random weights too, so tokens spread over the experts.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from bars import installed
+from decode import LLAMA, Turn, engine, rival
+from results import write
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import deepseek
+from deepseek.checkpoint import hub
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.export.gguf import export_gguf
+from deepseek.text.tokenizer import load_tokenizer
+
+TOKENIZER = "smollm2-135m"  # the vocabulary of all shapes
+SHAPES: dict[str, dict[str, Any]] = {
+    # 0.9B parameters, of which 0.2B at a token.
+    "qwen3_moe": {
+        "vocab_size": 49152,
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 256,
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    }
+}
+
+
+def make(shape: str, layers: int | None, folder: Path) -> None:
+    """Save a random model of this shape, with a tokenizer."""
+    torch.manual_seed(0)
+    fields = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape](**fields), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    load_tokenizer(hub.pull(TOKENIZER)).save_pretrained(folder)
+
+
+def measure(shape: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Return tokens per second of both sides, and ours over theirs."""
+    folder = scratch / shape
+    make(shape, options.layers, folder)
+    runner = CompiledRunner(deepseek.load(folder, dtype="bfloat16").model)
+    turns: dict[str, Turn] = {"ours int8": engine(runner)}
+    if options.llama:
+        file = scratch / f"{shape}.gguf"
+        export_gguf(folder, file, "q8_0")
+        turns["llama.cpp Q8_0"] = rival(options.llama, LLAMA, file, options.threads)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
+    for number in range(options.rounds + 1):
+        for name, turn in turns.items():
+            rates = turn()
+            if number:  # the first round warms up
+                rounds[name].append(rates)
+                print(number, shape, name, rates, flush=True)
+    medians = {
+        name: {key: median(one[key] for one in turns_of) for key in ("prefill", "decode")}
+        for name, turns_of in rounds.items()
+    }
+    ours = medians["ours int8"]
+    theirs = medians.get("llama.cpp Q8_0", {})
+    return {
+        "tokens_per_second": medians,
+        "ours_over_llama.cpp": {key: ours[key] / theirs[key] for key in theirs},
+        "weight_bytes": runner.weight_bytes,
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--llama",
+        type=Path,
+        default=installed("llama_cpp"),
+        help="Python that has llama-cpp-python; default: this one",
+    )
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = {shape: measure(shape, options, Path(scratch)) for shape in options.shapes}
+    for shape, found in figures.items():
+        print(shape, json.dumps({key: found[key] for key in found if key != "rounds"}, indent=1))
+    if options.json:
+        write(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()
