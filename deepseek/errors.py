@@ -10,6 +10,10 @@ SHOWN = 80
 """Most characters of a value that a message shows."""
 
 
+LONGEST = 1000
+"""Most characters of a message; of a longer one, begin and end are kept."""
+
+
 class UserError(ValueError):
     """Base class of errors with a cause outside this library; the message says what to do.
 
@@ -18,7 +22,9 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(visible(message))
+        line = visible(message)
+        half = LONGEST // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
 
 
 class ConfigError(UserError):

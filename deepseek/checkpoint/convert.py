@@ -128,7 +128,7 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(
-            f"hidden_act={raw['hidden_act']!r} is not supported; only models with 'silu' load."
+            f"hidden_act={shown(raw['hidden_act'])} is not supported; only models with 'silu' load."
         )
     if raw.get("mlp_bias"):
         raise CheckpointError(

@@ -79,6 +79,22 @@ def writable_file(path: str | Path) -> Path:
     return file
 
 
+def new_path(path: str | Path) -> Path:
+    """Return a path where a new file or folder can be written, without leaving a trace there.
+
+    Raises:
+        ConfigError: something is there already, the path is impossible, or its folder cannot be
+            written to.
+    """
+    place = Path(path)
+    cause = _unwritable(place)
+    if cause:
+        raise ConfigError(f"{place} cannot be written, it {cause}; choose another path.")
+    if os.path.lexists(place):
+        raise ConfigError(f"{place} exists already; choose another path or delete it.")
+    return place
+
+
 def writable_folder(path: str | Path, mark: str | None = None) -> Path:
     """Return a path where a folder can be written, without leaving a trace there.
 

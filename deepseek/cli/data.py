@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from deepseek.checkpoint.files import writable_file
 from deepseek.cli.output import echo
 
 app = typer.Typer(add_completion=False, help="Make training text, as JSONL for --from-jsonl.")
@@ -25,6 +26,7 @@ def code(
     from deepseek.data.builders.functions import documented_functions
     from deepseek.errors import DataError
 
+    writable_file(out)
     functions = documented_functions(clean(read_folder(folder))[0])
     if not functions:
         raise DataError(
@@ -52,6 +54,7 @@ def questions(
     from deepseek.train.text.corpus import Source as TextSource
     from deepseek.train.text.corpus import read_source
 
+    writable_file(out)
     source = TextSource.at(from_git, from_folder, from_jsonl, from_parquet, held_out=0.1, seed=0)
     skipped = Skipped()
     documents, _ = clean(read_source(source, skipped), skipped)
@@ -73,6 +76,7 @@ def mathematics(
     """Write problems with worked answers, each checked by a second computation."""
     from deepseek.data.builders.mathematics import problems
 
+    writable_file(out)
     _write(out, ({"messages": problem.messages()} for problem in problems(count, seed)))
 
 

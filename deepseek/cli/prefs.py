@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from deepseek.checks import MAX_SEED
 from deepseek.cli.options import Base, Device, Json, Precision
 from deepseek.cli.output import echo
 
@@ -73,14 +74,14 @@ def generate(
     judges: Annotated[
         str, typer.Option(help="Judges, comma-separated: clean, willing, varied.")
     ] = "clean,willing,varied",
-    answers: Annotated[int, typer.Option(min=2, help="Answers per prompt.")] = 4,
+    answers: Annotated[int, typer.Option(min=2, max=64, help="Answers per prompt.")] = 4,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")
     ] = 32,
     temperature: Annotated[
-        float, typer.Option(min=0.1, help="Sampling temperature of the answers.")
+        float, typer.Option(min=0.1, max=10, help="Sampling temperature of the answers.")
     ] = 0.8,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
     database: Database = None,
     device: Device = "auto",
     dtype: Precision = "auto",

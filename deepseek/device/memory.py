@@ -71,7 +71,12 @@ def out_of_memory_explained(advice: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise DeviceError(f"The device is out of memory ({_size(error)}); {advice}") from None
+        raise DeviceError(f"The {out_of_memory(error)}; {advice}") from None
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Return what PyTorch's out-of-memory error says, without its advice and a full stop."""
+    return f"device is out of memory ({_size(error)})"
 
 
 def release(device: torch.device) -> None:

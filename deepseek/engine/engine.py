@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepseek import checks
+from deepseek.device.memory import is_out_of_memory, out_of_memory, release
 from deepseek.engine.dispatch import DispatchingRunner
 from deepseek.engine.embedding import ActiveEmbedding
 from deepseek.engine.generation import Generation
@@ -26,6 +27,12 @@ from deepseek.model.experts.arming import ArmingValue
 from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.packs.pack import ExpertPack
 from deepseek.runner import Runner
+
+LESS_MEMORY = (
+    "send shorter or fewer requests at once, or start the server with a lower --max-running or "
+    "--cache-gib"
+)
+"""What to do when the device is out of memory."""
 
 STOPPED = "The engine takes no more requests; start another one."
 
@@ -293,6 +300,20 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _fail(self, error: Exception) -> None:
+        """End the running sequences, whose states the failed step has left half advanced.
+
+        After a lack of memory, what only saves time is given up, so that the next request fits.
+        """
+        reason = f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            reason = f"the {out_of_memory(error)}; {LESS_MEMORY}"
+        for sequence in list(self._scheduler.running):
+            self._scheduler.end(sequence, "error", reason)
+        if is_out_of_memory(error):
+            self._scheduler.prefixes.shrink(0)
+            release(self.model.device)
+
     def _run(self) -> None:
         """Run steps while there is work, until the engine is closed."""
         while True:
@@ -305,8 +326,7 @@ class Engine:
                 self._scheduler.step()
             except Exception as error:  # fail the batch, keep the engine running
                 log.exception("a step failed")
-                for sequence in list(self._scheduler.running):
-                    self._scheduler.end(sequence, "error", f"{type(error).__name__}: {error}")
+                self._fail(error)
             self._seconds += time.perf_counter() - started
             with self._changed:
                 self._changed.notify_all()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
+from deepseek import checks
 from deepseek.engine.request import Grammar
 from deepseek.errors import ConfigError
 from deepseek.model.language_model import LanguageModel
@@ -45,10 +46,10 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.size = model.config.vocab_size
         configured = model.generation_config.eos_token_id if model.generation_config else None
-        end_ids = configured if isinstance(configured, list) else [configured]
-        self.ends = frozenset(
-            {int(i) for i in end_ids if i is not None} | {document_end_id(tokenizer)}
-        )
+        listed = configured if isinstance(configured, list) else [configured]
+        end_ids = [i for i in listed if i is not None]
+        checks.sequence("eos_token_id", end_ids, checks.whole, "token ids")
+        self.ends = frozenset([*end_ids, document_end_id(tokenizer)])
 
     def matcher(self, grammar: Grammar) -> "Matcher":
         """Return a matcher at the start of a grammar.

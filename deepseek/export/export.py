@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek.checkpoint.files import new_path
 from deepseek.checkpoint.store import atomic_folder
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import DTYPES
@@ -56,11 +57,12 @@ def export_model(
         The largest `difference` of the exported model's logits.
 
     Raises:
-        ConfigError: `out` exists, a package or the GPU is missing, or the format cannot represent
+        ConfigError: `out` exists or cannot be written, a package or the GPU is missing, or the format cannot represent
             the model.
         CheckpointError: the exported model's logits differ from the model's by more than the
             format's limit.
     """
+    new_path(out)
     if to == "gguf":
         progress(0, 0, "writing the file, and comparing it with the original")
         return export_gguf(base, out, dtype, experts)
@@ -69,8 +71,6 @@ def export_model(
     target = FORMATS[to]
     dtype = dtype or next(iter(target.limits))
     limit = pick(target.limits, dtype, f"dtype of {to}")
-    if out.exists():
-        raise ConfigError(f"{out} exists already; choose another folder or delete it.")
     # The exported graph is checked on the CPU, whose float16 is slow but exact enough for that.
     progress(0, 0, f"loading {base}")
     weights = DTYPES["float32" if to == "openvino" else dtype]

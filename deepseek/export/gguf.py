@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from deepseek.checkpoint.convert import OWN_TYPE, read_tensors
+from deepseek.checkpoint.files import new_path
 from deepseek.checkpoint.gguf.config import FAMILIES, MORE_FIELDS, llama3_factors, model_config
 from deepseek.checkpoint.gguf.convert import convert_gguf
 from deepseek.checkpoint.gguf.reader import read_gguf
@@ -104,8 +105,7 @@ def export_gguf(
     encoding, file_type, limit = pick(ENCODINGS, dtype, "dtype of gguf")
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} is no name of a GGUF file; end it in .gguf.")
-    if out.exists():
-        raise ConfigError(f"{out} exists already; choose another name or delete it.")
+    new_path(out)
     if list(experts):
         raise ConfigError(
             "llama.cpp has no plugged experts; export the base alone, or use --to onnx."

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
+from deepseek.checkpoint.files import new_path
 from deepseek.checkpoint.store import atomic_folder
 from deepseek.data.text.document import Progress, silent
 from deepseek.engine.load import load
@@ -58,11 +59,11 @@ def quantize_model(
         Size and accuracy of the result.
 
     Raises:
-        ConfigError: `out` exists, or the model is too small or already quantised.
+        ConfigError: `out` exists or cannot be written, or the model is too small or already
+            quantised.
         CheckpointError: the quantised model's predictions diverge too far from the original's.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already; choose another folder or delete it.")
+    new_path(out)
     progress(0, 0, f"loading {base}")
     loaded, tokenizer = load(base, device=device, dtype="float32")
     model = own_model(loaded, "Quantisation")

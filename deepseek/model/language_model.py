@@ -13,7 +13,7 @@ from deepseek.checkpoint.convert import FAMILIES, convert_config
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object
 from deepseek.device.choose import CPU, choose_device, choose_dtype
-from deepseek.errors import CheckpointError, ConfigError
+from deepseek.errors import CheckpointError, ConfigError, shown
 from deepseek.model.attached.load import is_stock, load_attached, stock_layers
 from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.new_expert import attached_expert
@@ -76,7 +76,7 @@ def load_language_model(
         return DeepSeekModel.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
     if config is not None:
         raise ConfigError(
-            f"A model of type {raw.get('model_type')!r} keeps its own architecture; leave config "
+            f"A model of type {shown(raw.get('model_type'))} keeps its own architecture; leave config "
             "out."
         )
     place = CPU if device is None else choose_device(device)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from deepseek.checkpoint.files import (
     existing_path,
     located,
+    new_path,
     readable_file,
     writable_file,
     writable_folder,
@@ -113,3 +114,14 @@ def test_a_value_of_another_type_is_no_object(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "dangling", "loop", "socket", "long", "nul"])
+def test_what_is_there_or_cannot_be_is_no_new_path(odd: dict[str, Path], name: str) -> None:
+    with pytest.raises(ConfigError, match="choose another path"):
+        new_path(odd[name])
+
+
+def test_a_new_path_leaves_no_trace(tmp_path: Path) -> None:
+    assert new_path(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not any(tmp_path.iterdir())

@@ -6,7 +6,8 @@ processor.
 there (`fake_gpu.py`), which shows that no tensor is on the wrong device.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +27,11 @@ from deepseek.engine.load import Loaded, load
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
+from deepseek.engine.torch_runner import TorchRunner
 from deepseek.errors import DeviceError
 from deepseek.kernels.cross_entropy import CandidateHead
 from deepseek.model.experts import ExpertModule
+from deepseek.runner import Chunk, RunnerOutput
 from deepseek.train.gates.inputs import blend, gate_inputs
 from deepseek.train.jobs.adapt import LastLayersTask, stream_into
 from deepseek.train.jobs.arguments import ExpertArguments
@@ -258,6 +261,32 @@ def test_alignment_makes_a_step(tmp_path: Path, device: str, changes: dict[str, 
     metrics = rlpo_update(model, even, {"prompts": [[3, 4]] * 8}, state=state)
     assert metrics["skipped"] == 0
     assert torch.isfinite(torch.tensor([metrics["loss"], metrics["kl"]])).all()
+
+
+def test_a_request_that_does_not_fit_loses_nothing_else(
+    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with one sentence; the engine, its experts and the next request go on."""
+    request = Request(tuple(range(1, 9)), Sampling(max_new_tokens=4), ignore_end=True)
+    long = Request(tuple(range(1, 31)), Sampling(max_new_tokens=4), ignore_end=True)
+    pack = folder.parent / "one.safetensors"
+    with start_engine(str(folder), experts=[pack], device=device, dtype="float32") as engine:
+        before = [event.token_id for event in engine.submit(request)]
+        place = choose_device(device)
+        forward = TorchRunner.forward
+
+        def hungry(runner: TorchRunner, chunks: Sequence[Chunk]) -> RunnerOutput:
+            if sum(len(chunk.ids) for chunk in chunks) > 20:
+                torch.empty(1 << 50, device=place)
+            return forward(runner, chunks)
+
+        monkeypatch.setattr(TorchRunner, "forward", hungry)
+        last = list(engine.submit(long))[-1]
+        assert last.finish_reason == "error"
+        assert last.error is not None
+        assert re.fullmatch(r"the device is out of memory \(.*\); send .*--cache-gib", last.error)
+        assert [event.token_id for event in engine.submit(request)] == before
+        assert [expert.name for expert in engine.experts()] == ["one"]
 
 
 class Hungry:

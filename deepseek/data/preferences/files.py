@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek.checkpoint.files import writable_file
 from deepseek.checkpoint.store import atomic_write
 from deepseek.data.preferences.database import PreferenceDatabase, Split
 from deepseek.data.preferences.preference import Preference
@@ -144,7 +145,11 @@ def write_preferences(
         database: the open database.
         path: file to write; its suffix selects the format.
         split: "train" or "eval"; default: all pairs.
+
+    Raises:
+        ConfigError: the file cannot be written.
     """
+    writable_file(path)
     count = 0
     with atomic_write(path) as part:
         if Path(path).suffix == ".parquet":

@@ -20,7 +20,8 @@ def is_stock(config: dict[str, Any]) -> bool:
     """Return whether `transformers` has a causal language model for the content of a
     `config.json`.
     """
-    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    family = config.get("model_type")
+    return isinstance(family, str) and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def load_attached(folder: Path, dtype: torch.dtype | str, device: torch.device) -> AttachedModel:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from deepseek import checks
 from deepseek.data.preferences.preference import Preference
 from deepseek.data.text.document import Progress, silent
 from deepseek.engine.vocabulary import Vocabulary
@@ -85,6 +86,10 @@ ROWS = 32
 """Answers to sample per batch, at least those of one prompt."""
 
 
+MOST_ANSWERS = 64
+"""Most answers per prompt, which are sampled together."""
+
+
 def generate_pairs(
     model: DeepSeekModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -111,7 +116,14 @@ def generate_pairs(
         source: source to store with the pairs.
         seed: seed of the sampling.
         progress: called with the number of finished prompts.
+
+    Raises:
+        ConfigError: a number is out of range.
     """
+    checks.whole("answers", answers, least=2, most=MOST_ANSWERS)
+    checks.positive("new_tokens", new_tokens)
+    checks.number("temperature", temperature, above=0, most=10)
+    checks.whole("seed", seed, least=0, most=checks.MAX_SEED)
     generator = torch.Generator(model.device).manual_seed(seed)
     ends = Vocabulary(model, tokenizer).ends
     at_once = max(1, ROWS // answers)

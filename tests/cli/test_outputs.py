@@ -1,0 +1,53 @@
+"""A result that cannot be written is refused before anything is read or computed."""
+
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from deepseek.cli.main import main
+from deepseek.data.preferences import database
+from deepseek.export import export, gguf, quantize
+
+COMMANDS = (
+    "quantize BASE --out OUT",
+    "export BASE OUT --to hf",
+    "export BASE OUT --to onnx",
+    "export BASE OUT.gguf --to gguf",
+    "data code TEXT OUT",
+    "data questions --out OUT --from-folder TEXT",
+    "data mathematics OUT --count 1000000000",
+    "prefs export OUT.jsonl --database TEXT/prefs.db",
+    "prefs export OUT.parquet --database TEXT/prefs.db",
+)
+
+
+def too_early(*_: object, **__: object) -> NoReturn:
+    raise AssertionError("the path comes first")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("place", ["file/below", "file/far/below"])
+def test_it_is_the_first_thing_checked(
+    command: str,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "one.py").write_text("def one():\n    'Return one.'\n    return 1\n")
+    for module, name in ((export, "load"), (quantize, "load"), (gguf, "resolve")):
+        monkeypatch.setattr(module, name, too_early)
+    monkeypatch.setattr("deepseek.data.clean", too_early)
+    monkeypatch.setattr(database.PreferenceDatabase, "pairs", too_early)
+    words = command.replace("OUT", str(tmp_path / place)).replace("TEXT", str(text)).split()
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "lies below a file; choose another path." in printed, printed
+    assert len(printed.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "a file"
