@@ -258,6 +258,21 @@ def whole_logits(kind: str) -> torch.Tensor:
     return logits(compiled(kind))
 
 
+@pytest.mark.parametrize("threads", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["dynamic", "qwen3_moe"])
+def test_bits_do_not_depend_on_the_number_of_threads(kind: str, threads: int) -> None:
+    expected = whole_logits(kind)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(logits(compiled(kind)), expected)
+        state = compiled(kind).start(None, 256)
+        steps = [compiled(kind).forward([Chunk(state, [token])]).logits_RV for token in IDS[:20]]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat(steps), expected[:20])
+
+
 @settings(max_examples=40)
 @given(
     st.sampled_from(sorted(MIXTURES)),
