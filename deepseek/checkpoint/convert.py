@@ -50,6 +50,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.self_attn\.", ".attention."),
     (r"\.input_layernorm\.", ".attention_norm."),
     (r"\.post_attention_layernorm\.", ".feed_forward_norm."),
+    (r"\.pre_feedforward_layernorm\.", ".feed_forward_norm."),
+    (r"\.post_feedforward_layernorm\.", ".feed_forward_post_norm."),
     (r"\.block_sparse_moe\.", ".mlp."),
     (r"\.mlp\.gate\.", ".feed_forward.router."),
     (r"\.mlp\.", ".feed_forward."),
@@ -57,11 +59,19 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.w3\.", ".up_proj."),
     (r"\.w2\.", ".down_proj."),
 )
+# In blocks with four norms, that name is of a norm of the attention's output.
+_POST_NORM = (r"\.post_attention_layernorm\.", ".attention_post_norm.")
 _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 
 
 # Supported families, and the field values that a family implies without listing them in its config.
 FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "post_norms": True,
+        "qk_norm": "head",
+        "scale_embeddings": True,
+        "unit_offset_norms": True,
+    },
     "llama": {},
     "mistral": {},
     "mixtral": {},
@@ -98,7 +108,32 @@ def _translate_config(hf_config: Any) -> dict[str, Any]:
             "router_renormalize": bool(values.get("norm_topk_prob", True)),
             "dense_layers": [i for i in layers if i in skipped or (i + 1) % step],
         }
+    if hf_config.model_type == "gemma3_text":
+        ours |= _gemma_fields(values)
     return ours
+
+
+def _gemma_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the `ModelConfig` fields that Gemma 3 alone has, with the defaults of its class."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if values[name] is not None:
+            raise CheckpointError(
+                f"{name}={values[name]} is not supported; use a model without it."
+            )
+    if values["use_bidirectional_attention"]:
+        raise CheckpointError("Models with use_bidirectional_attention=true are not supported.")
+    local = values["rope_parameters"]["sliding_attention"]
+    if local.get("rope_type", "default") != "default":
+        raise CheckpointError(
+            f"rope_parameters of type {shown(local['rope_type'])} on sliding attention are not "
+            "supported; use a model whose windowed layers have unscaled angles."
+        )
+    return {name: values[name] for name in _COMMON_FIELDS if name in values} | {
+        "hidden_act": values["hidden_activation"],
+        "query_pre_attn_scalar": values["query_pre_attn_scalar"],
+        "rope_parameters": values["rope_parameters"]["full_attention"],
+        "local_rope_theta": local["rope_theta"] if values["sliding_window"] else None,
+    }
 
 
 def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +171,8 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         )
     common = {key: raw[key] for key in _COMMON_FIELDS if raw.get(key) is not None}
     common = {key: value for key, value in common.items() if not _means_no_token(key, value, raw)}
+    if family == "gemma3_text":  # older configs: its class makes `rope_parameters` of them
+        common = {key: common[key] for key in common.keys() - {"rope_scaling", "rope_theta"}}
     layers = raw.get("num_hidden_layers", 1)
     if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
         raise CheckpointError(
@@ -144,6 +181,8 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         )
     try:
         translated = _translate_config(CONFIG_MAPPING[family](**raw))
+    except CheckpointError:
+        raise
     except Exception as error:  # the classes of transformers check their fields in many ways
         cause = " ".join(str(error).split())
         raise CheckpointError(
@@ -191,7 +230,8 @@ def convert_tensors(
         CheckpointError: a matrix of an expert is missing.
     """
     dense: set[int] = set(config.get("dense_layers") or ())
-    renamed = {our_name(name): tensor for name, tensor in tensors}
+    four = bool(config.get("post_norms"))
+    renamed = {our_name(name, post_norms=four): tensor for name, tensor in tensors}
     stacked = _stack_experts(renamed)
     if config.get("num_experts") and not any(
         ".experts." in name or name.startswith("expert_pools.") for name in stacked
@@ -218,8 +258,9 @@ def restore_names(
     """
     originals = {}
     unmatched = set(changed)
+    four = any(".attention_post_norm." in name for name in changed)
     for name, tensor in tensors:
-        ours = our_name(name)
+        ours = our_name(name, post_norms=four)
         unmatched.discard(ours)
         value = changed.get(ours, tensor).detach().cpu()
         same = torch.equal(tensor.to(value.dtype), value)
@@ -227,9 +268,14 @@ def restore_names(
     return None if unmatched else originals
 
 
-def our_name(name: str) -> str:
-    """Return our name for the Hugging Face tensor name `name`."""
-    for pattern, replacement in _RENAMES:
+def our_name(name: str, *, post_norms: bool = False) -> str:
+    """Return our name for the Hugging Face tensor name `name`.
+
+    Args:
+        name: name of the tensor.
+        post_norms: whether the model's blocks have four norms (`ModelConfig.post_norms`).
+    """
+    for pattern, replacement in (_POST_NORM, *_RENAMES) if post_norms else _RENAMES:
         name = re.sub(pattern, replacement, name, count=1)
     return name
 

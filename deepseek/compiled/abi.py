@@ -11,6 +11,7 @@ Memory without an array of its own is passed by address: packed panels of weight
 activations (`compiled/rows.py`).
 """
 
+from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.kernels.numba.buffers import BF16, FP32, INT64, Buffer, Table
 
 PAGE = 64  # tokens in a page of keys and values
@@ -30,6 +31,7 @@ WEIGHTS = Table(
         Buffer("heads", INT64, "", "query heads H"),
         Buffer("groups", INT64, "", "key/value heads G"),
         Buffer("width", INT64, "", "width K of a head"),
+        Buffer("page_width", INT64, "", "K rounded up to a multiple of 64, as pages hold it"),
         Buffer(
             "inner",
             INT64,
@@ -47,6 +49,12 @@ WEIGHTS = Table(
             "norms", FP32, "norms hidden", "scales of each layer's two norms, and of the final one"
         ),
         Buffer(
+            "post_norms",
+            FP32,
+            "post_norms hidden",
+            "scales of each layer's two norms of outputs, if any",
+        ),
+        Buffer(
             "head_norms",
             FP32,
             "layers 2 head_norm_width",
@@ -57,8 +65,29 @@ WEIGHTS = Table(
         Buffer("joint_norm", INT64, "", "1: those norms are over all heads together; 0: over each"),
         Buffer("clip", FP32, "1", "largest absolute query, key and value; 0: no clamp"),
         Buffer("windows", INT64, "layers", "sliding window in tokens; 0: full causal attention"),
-        Buffer("cosine", FP32, "positions half_width", "rotary angles of each position"),
-        Buffer("sine", FP32, "positions half_width", "rotary angles of each position"),
+        Buffer("rotation", INT64, "layers", "which rotary angles a layer has"),
+        Buffer("cosine", FP32, "rotations positions half_width", "rotary angles of positions"),
+        Buffer("sine", FP32, "rotations positions half_width", "rotary angles of positions"),
+        Buffer("query_scale", FP32, "1", "factor on all attention scores"),
+        Buffer("embed_scale", FP32, "1", "factor on embeddings"),
+        Buffer("activation", INT64, "", "of the feed-forward networks: 0 for SiLU, 1 for GELU"),
+        Buffer("slopes", FP32, "alibi_heads", "slope of each head's linear bias, if any"),
+        Buffer(
+            "signals",
+            INT64,
+            "layers",
+            "addresses of the projections to contexts and forget gates of the dynamic bias; 0: none",
+        ),
+        Buffer("signal_bias", FP32, "layers signals", "biases of these projections"),
+        Buffer(
+            "bias_tables",
+            FP32,
+            f"layers bias_heads contexts+1 {NUM_BUCKETS}",
+            "bias by distance, then the shift of it by each context",
+        ),
+        Buffer("decay", FP32, "layers bias_heads", "factor on the forget gates"),
+        Buffer("length_scale", FP32, "layers bias_heads", "growth of queries with `growth`"),
+        Buffer("growth", FP32, "positions", "logarithm of the position in training lengths"),
         Buffer("eps", FP32, "1", "epsilon that the norms add to the mean square"),
     ),
 )
@@ -173,12 +202,22 @@ WORK = Table(
     "Work",
     (
         Buffer("residual", FP32, "capacity hidden", "the residual stream"),
+        Buffer(
+            "update", FP32, "capacity update_width", "outputs that are normed before they are added"
+        ),
         Buffer("projected", FP32, "capacity qkv_width", "queries, keys and values before rotation"),
         Buffer(
             "queries",
             BF16,
             "groups capacity group_heads width",
             "rotated queries, by group of heads",
+        ),
+        Buffer("signals", FP32, "capacity signals", "contexts and forget gates of each row"),
+        Buffer(
+            "distance_bias",
+            FP32,
+            f"capacity bias_heads {NUM_BUCKETS}",
+            "bias of each row's scores by distance",
         ),
         Buffer(
             "normed_rows",
@@ -188,6 +227,12 @@ WORK = Table(
         ),
         Buffer(
             "attended_rows", INT64, "capacity", "addresses of the quantised outputs of the heads"
+        ),
+        Buffer(
+            "attended",
+            FP32,
+            "capacity attended_width",
+            "outputs of the heads, if their width is no multiple of 64",
         ),
         Buffer(
             "inner_rows",

@@ -181,14 +181,13 @@ def activate_experts(weights, sites, work, layer, thread, rows):  # type: ignore
                 groups,
                 inner,
                 work.expert_rows[site],
+                0,
             )
 
 
 @njit(error_model="numpy")
-def add_experts(sites, work, layer, thread, rows, first, last, zeros):  # type: ignore[no-untyped-def]
-    """Add the outputs of a layer's experts to panels `first` to `last - 1` of the residual
-    stream.
-    """
+def add_experts(sites, work, layer, thread, rows, first, last, zeros, target):  # type: ignore[no-untyped-def]
+    """Add the outputs of a layer's experts to panels `first` to `last - 1` of `target`."""
     places = np.empty(rows, np.int64)
     factors = np.empty(rows, np.float32)
     selected = work.selected_rows[thread]
@@ -209,5 +208,5 @@ def add_experts(sites, work, layer, thread, rows, first, last, zeros):  # type: 
                 factors[:count],
                 inner,
                 zeros,
-                work.residual,
+                target,
             )

@@ -226,14 +226,14 @@ def activate_routed(weights, routed, work, layer, calls):  # type: ignore[no-unt
         high = _ends_by(stop, before, cost, inner)
         rows = table[first[e] :].ctypes.data
         out = work.routed_rows[0] + first[e] * row_bytes(inner)
-        activate(routed.gate_up[layer, e], low, high, rows, count, groups, inner, out)
+        activate(routed.gate_up[layer, e], low, high, rows, count, groups, inner, out, 0)
         before += inner * cost
 
 
 @njit(error_model="numpy")
-def add_routed(routed, work, layer, calls, start, stop, zeros):  # type: ignore[no-untyped-def]
-    """Add the outputs of a layer's routed experts to panels `start` to `stop - 1` of the residual
-    stream, in the order of the experts.
+def add_routed(routed, work, layer, calls, start, stop, zeros, target):  # type: ignore[no-untyped-def]
+    """Add the outputs of a layer's routed experts to panels `start` to `stop - 1` of `target`, in
+    the order of the experts.
     """
     first, places, factors = calls
     inner = routed.inner
@@ -249,5 +249,5 @@ def add_routed(routed, work, layer, calls, start, stop, zeros):  # type: ignore[
                 factors[first[e] : first[e + 1]],
                 inner,
                 zeros,
-                work.residual,
+                target,
             )

@@ -5,6 +5,7 @@ from numba import carray, njit
 
 from deepseek.compiled.abi import PAGE, QUERIES, SYNC_STRIDE
 from deepseek.compiled.rows import norm_row, round_group
+from deepseek.compiled.score_bias import add_bias
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
 from deepseek.kernels.int8 import GROUP
 from deepseek.kernels.numba.primitives import exp, narrow, pointer, share, thread_number
@@ -88,9 +89,10 @@ def _put_key(rotated, page, slot):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
-    """Store a value in slot `slot` of a page, as bf16."""
-    values = carray(pointer(page), (len(x) // GROUP, PAGE // 2, GROUP, 2), np.uint16)
-    for part in range(len(x) // GROUP):
+    """Store a value in slot `slot` of a page, as bf16; up to the width of the page follow zeros."""
+    parts = (len(x) + GROUP - 1) // GROUP
+    values = carray(pointer(page), (parts, PAGE // 2, GROUP, 2), np.uint16)
+    for part in range(len(values)):
         target = values[part, slot // 2, :, slot % 2]
         source = x[part * GROUP : (part + 1) * GROUP]
         for k in range(len(source)):
@@ -103,6 +105,8 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     heads = weights.heads
     groups = weights.groups
     width = weights.width
+    page_width = weights.page_width
+    stretched = weights.length_scale.shape[1] > 0
     # A row of `projected` holds the queries of all heads, then keys and values of all groups.
     parts = heads + 2 * groups
     half = width // 2
@@ -110,7 +114,8 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     normed = weights.head_norms.shape[2] > 0
     x = np.empty(width, np.float32)
     rotated = np.empty(width, np.uint16)
-    scale = np.float32(1 / np.sqrt(width))  # of the attention scores, applied to the queries
+    scale = weights.query_scale[0]
+    angles = weights.rotation[layer]
     first, last = share(len(batch.input_ids) * parts)
     for item in range(first, last):
         r = item // parts
@@ -129,20 +134,26 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
         if part >= heads + groups:
             _put_value(
                 x,
-                plane(batch.pages, chunk, page, layer, part - heads - groups, 1, groups, width),
+                plane(
+                    batch.pages, chunk, page, layer, part - heads - groups, 1, groups, page_width
+                ),
                 slot,
             )
             continue
         if normed and not weights.joint_norm:
             norm_row(x, weights.head_norms[layer, 0 if part < heads else 1], weights.eps[0], x)
-        cosine = weights.cosine[position]
-        sine = weights.sine[position]
+        cosine = weights.cosine[angles, position]
+        sine = weights.sine[angles, position]
         if part < heads:
             out = work.queries[part // group_heads, r, part % group_heads]
-            _rotate(x[:half], x[half:], cosine, sine, scale, out[:half], out[half:])
+            factor = scale
+            if stretched:
+                growth = weights.length_scale[layer, part] * weights.growth[position]
+                factor = scale * (np.float32(1) + growth)
+            _rotate(x[:half], x[half:], cosine, sine, factor, out[:half], out[half:])
         else:
             _rotate(x[:half], x[half:], cosine, sine, np.float32(1), rotated[:half], rotated[half:])
-            at = plane(batch.pages, chunk, page, layer, part - heads, 0, groups, width)
+            at = plane(batch.pages, chunk, page, layer, part - heads, 0, groups, page_width)
             _put_key(rotated.view(np.uint32), at, slot)
 
 
@@ -192,7 +203,7 @@ def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, cou
     groups = weights.groups
     width = weights.width
     for page in range(low, pages):
-        keys = plane(batch.pages, chunk, page, layer, group, 0, groups, width)
+        keys = plane(batch.pages, chunk, page, layer, group, 0, groups, weights.page_width)
         at = scores.ctypes.data + (page - low) * PAGE * 4
         more = page + 1 < pages
         following = plane(
@@ -203,7 +214,7 @@ def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, cou
             group,
             0 if more else 1,
             groups,
-            width,
+            weights.page_width,
         )
         _pairs(queries, width * 2, keys, width // 2, at, scores.shape[1] * 4, count, following)
 
@@ -212,7 +223,7 @@ def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, cou
 def _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count):  # type: ignore[no-untyped-def]
     """Add to `attended` the values at positions `low * PAGE` to `ends - 1`, weighted by `probs`."""
     groups = weights.groups
-    width = weights.width
+    width = weights.page_width
     pages = (ends + PAGE - 1) // PAGE
     for page in range(low, pages):
         values = plane(batch.pages, chunk, page, layer, group, 1, groups, width)
@@ -252,6 +263,9 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
     _score(weights, batch, queries, scores, layer, chunk, group, low, pages, count)
     factors = np.empty(QUERIES, np.float32)
     for i in range(count):
+        head = group * group_heads + (start + i) % group_heads
+        token = row + (start + i) // group_heads
+        add_bias(weights, batch, work, layer, chunk, token, head, low, scores[i, :span])
         end = past + (start + i) // group_heads
         first = max(0, end - window) if window else 0
         probs[i, : first - base] = 0
@@ -259,13 +273,16 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
         factors[i] = _softmax(
             scores[i, first - base : end - base], probs[i, first - base : end - base]
         )
-    attended = np.zeros((QUERIES, width), np.float32)
+    attended = np.zeros((QUERIES, weights.page_width), np.float32)
     _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
     for i in range(count):
         head = group * group_heads + (start + i) % group_heads
         token = row + (start + i) // group_heads
         for k in range(width):
             attended[i, k] *= factors[i]
+        if width % GROUP:  # a group of 64 holds parts of two heads: `round_attended` rounds them
+            work.attended[token, head * width : (head + 1) * width] = attended[i, :width]
+            continue
         for part in range(width // GROUP):
             x = attended[i].ctypes.data + part * GROUP * 4
             place = head * (width // GROUP) + part
@@ -294,3 +311,14 @@ def attend(weights, batch, work, layer):  # type: ignore[no-untyped-def]
         count = min(batch.unit_queries, queries - start)
         _unit(weights, batch, work, layer, chunk, place % groups, start, count)
         unit = arrive(counter, 1)
+
+
+@njit(error_model="numpy")
+def round_attended(work, rows):  # type: ignore[no-untyped-def]
+    """Quantise the outputs of heads whose width is no multiple of 64."""
+    groups = work.attended.shape[1] // GROUP
+    first, last = share(rows)
+    for r in range(first, last):
+        for g in range(groups):
+            x = work.attended[r, g * GROUP :].ctypes.data
+            round_group(x, work.attended_rows[r], g, groups)

@@ -192,10 +192,20 @@ def _gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
         hidden[f] = gates[f] * sigmoid(gates[f]) * ups[f]
 
 
+@njit(fastmath=True, error_model="numpy")
+def _gelu_gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
+    """Compute GeGLU: GELU of the gates in its tanh form, times the ups."""
+    for f in range(len(hidden)):
+        x = gates[f]
+        # 0.5 (1 + tanh(z)) is the logistic function of 2 z.
+        z = np.float32(1.5957691216) * (x + np.float32(0.044715) * x * x * x)
+        hidden[f] = x * sigmoid(z) * ups[f]
+
+
 @njit(error_model="numpy")
-def activate(panels, first, last, table, count, groups, inner, out):  # type: ignore[no-untyped-def]
-    """Compute and quantise groups `first` to `last - 1` of the SwiGLU hidden values of `count`
-    rows.
+def activate(panels, first, last, table, count, groups, inner, out, gelu):  # type: ignore[no-untyped-def]
+    """Compute and quantise groups `first` to `last - 1` of the hidden values of `count` rows:
+    SwiGLU, or GeGLU if `gelu`.
 
     A row of hidden values has `inner` groups; the first one is at address `out`.
     """
@@ -210,7 +220,10 @@ def activate(panels, first, last, table, count, groups, inner, out):  # type: ig
                 multiply(panel, table + 8 * start, rows, groups, product.ctypes.data)
                 for r in range(rows):
                     quarter_r = hidden[r, quarter * LANES : (quarter + 1) * LANES]
-                    _gate(product[r, :LANES], product[r, LANES:], quarter_r)
+                    if gelu:
+                        _gelu_gate(product[r, :LANES], product[r, LANES:], quarter_r)
+                    else:
+                        _gate(product[r, :LANES], product[r, LANES:], quarter_r)
             for r in range(rows):
                 round_group(
                     hidden[r].ctypes.data, out + (start + r) * row_bytes(inner), group, inner

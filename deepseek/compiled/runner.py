@@ -183,7 +183,7 @@ class Scratch:
         self._buffers = WORK.zeros(model | sizes)
         groups = {
             "normed_rows": -(-model["hidden"] // GROUP),
-            "attended_rows": model["heads"] * model["width"] // GROUP,
+            "attended_rows": -(-model["heads"] * model["width"] // GROUP),
         }
         self._row_memory = []  # owns the quantised rows, which the kernel reads by address
         for name, count in groups.items():
@@ -216,8 +216,7 @@ def _state(chunk: Chunk) -> CompiledState:
 def supports(model: DeepSeekModel) -> bool:
     """Whether the compiled runner supports `model`.
 
-    It supports dense models and mixtures of experts on the CPU with rotary positions and heads of a
-    multiple of 64 (see `compiled/support.py`).
+    It supports dense models and mixtures of experts on the CPU (see `compiled/support.py`).
 
     Args:
         model: the model to check.
@@ -253,7 +252,9 @@ class CompiledRunner:
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
         self._shape = PageShape(
-            weights.extents["layers"] * weights.extents["groups"], weights.extents["width"]
+            weights.extents["layers"] * weights.extents["groups"],
+            weights.extents["page_width"],
+            weights.extents["layers"] * weights.extents["bias_heads"],
         )
         self.weight_bytes = weights.nbytes
         self._work = Scratch(weights)

@@ -12,7 +12,9 @@ from deepseek.runner import Segment
 
 SLAB = 8  # maximum number of pages to allocate ahead of need
 
-# bf16 as uint16, [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then values [K/64, 32, 64, 2].
+# Bytes. First keys and values, bf16 as uint16 [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then
+# values [K/64, 32, 64, 2]. Behind them kappa of dynamic positions, if any, [layers * heads, 64] in
+# fp32, and what it is relative to, [layers * heads] in fp64 (see `score_bias.py`).
 Page = np.ndarray
 
 
@@ -23,31 +25,47 @@ class PageShape:
     Attributes:
         planes: layers x key/value heads.
         width: width of a head.
+        biases: layers x heads with forget gates; 0: no dynamic positions.
     """
 
     planes: int
     width: int
+    biases: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a page: keys and values in bf16."""
+        """Bytes of a page, in whole cache lines."""
+        kappa = self.biases * (PAGE * 4 + 8)
+        return self._memory_bytes + -(-kappa // 64) * 64
+
+    @property
+    def _memory_bytes(self) -> int:
+        """Bytes of keys and values."""
         return self.planes * 2 * PAGE * self.width * 2
 
     def new(self, count: int) -> list[Page]:
         """Return `count` zeroed pages."""
-        return list(
-            aligned(count * self.nbytes)
-            .view(np.uint16)
-            .reshape(count, self.planes, 2, PAGE * self.width)
-        )
+        return list(aligned(count * self.nbytes).reshape(count, self.nbytes))
 
-    def copy_token(self, source: Page, slot: int, target: Page, place: int) -> None:
-        """Copy keys and values of one token from `slot` of `source` to slot `place` of `target`."""
-        keys = (self.planes, self.width // 2, PAGE, 2)
-        target[:, 0].reshape(keys)[:, :, place] = source[:, 0].reshape(keys)[:, :, slot]
-        values = (self.planes, self.width // GROUP, PAGE // 2, GROUP, 2)
-        value = source[:, 1].reshape(values)[:, :, slot // 2, :, slot % 2]
-        target[:, 1].reshape(values)[:, :, place // 2, :, place % 2] = value
+    def copy_token(self, source: Page, target: Page, slot: int) -> None:
+        """Copy one token from `slot` of `source` to the same slot of `target`."""
+        for there, here in zip(self._token(target, slot), self._token(source, slot), strict=True):
+            there[:] = here
+
+    def _token(self, page: Page, slot: int) -> tuple[np.ndarray, ...]:
+        """Return views of a token's key, value and kappa in a page."""
+        memory = page[: self._memory_bytes].view(np.uint16).reshape(self.planes, 2, -1)
+        keys = memory[:, 0].reshape(self.planes, self.width // 2, PAGE, 2)
+        values = memory[:, 1].reshape(self.planes, self.width // GROUP, PAGE // 2, GROUP, 2)
+        start = self._memory_bytes
+        stop = start + self.biases * PAGE * 4
+        sums = page[start:stop].view(np.float32).reshape(self.biases, PAGE)
+        return (
+            keys[:, :, slot],
+            values[:, :, slot // 2, :, slot % 2],
+            sums[:, slot],
+            page[stop : stop + self.biases * 8],
+        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +138,7 @@ class CompiledState:
         return PageSegment(self.shape, tuple(pages), start, self.length, self._sums().copy())
 
     def extend(self, segment: Segment) -> None:
-        assert isinstance(segment, PageSegment)
+        assert isinstance(segment, PageSegment) and segment.start == self.length
         token = segment.start
         first = segment.start // PAGE
         while token < segment.stop:
@@ -131,9 +149,7 @@ class CompiledState:
                 step = PAGE
             else:
                 self.reserve(1)
-                self.shape.copy_token(
-                    source, token % PAGE, self.pages[self.length // PAGE], self.length % PAGE
-                )
+                self.shape.copy_token(source, self.pages[token // PAGE], token % PAGE)
                 step = 1
             self.length += step
             token += step

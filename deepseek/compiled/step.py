@@ -14,7 +14,15 @@ from zlib import crc32
 import numpy as np
 from numba import njit
 
-from deepseek.compiled import abi, expert_sites, native_experts, paged_attention, rows, vector
+from deepseek.compiled import (
+    abi,
+    expert_sites,
+    native_experts,
+    paged_attention,
+    rows,
+    score_bias,
+    vector,
+)
 from deepseek.compiled.abi import TABLES
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
 from deepseek.compiled.native_experts import (
@@ -25,7 +33,7 @@ from deepseek.compiled.native_experts import (
     rows_by_expert,
     score_experts,
 )
-from deepseek.compiled.paged_attention import attend, place_heads
+from deepseek.compiled.paged_attention import attend, place_heads, round_attended
 from deepseek.compiled.rows import (
     activate,
     add_projected,
@@ -36,7 +44,9 @@ from deepseek.compiled.rows import (
     round_group,
     row_bytes,
 )
+from deepseek.compiled.score_bias import place_bias
 from deepseek.kernels import int8
+from deepseek.kernels.bias import distance
 from deepseek.kernels.int8 import COLUMNS, GROUP
 from deepseek.kernels.numba import buffers, launch, openmp, primitives
 from deepseek.kernels.numba.buffers import KernelArguments
@@ -49,7 +59,9 @@ SOURCES = (
     native_experts,
     paged_attention,
     rows,
+    score_bias,
     vector,
+    distance,
     int8,
     buffers,
     launch,
@@ -74,6 +86,46 @@ def _panels(outputs):  # type: ignore[no-untyped-def]
     return share(_blocks(outputs, COLUMNS))
 
 
+@njit(fastmath=True, error_model="numpy")
+def _add(target, x):  # type: ignore[no-untyped-def]
+    for d in range(len(target)):
+        target[d] += x[d]
+
+
+@njit(fastmath=True, error_model="numpy")
+def _scale(x, factor):  # type: ignore[no-untyped-def]
+    for d in range(len(x)):
+        x[d] *= factor
+
+
+@njit(error_model="numpy")
+def _sum_of_outputs(weights, work):  # type: ignore[no-untyped-def]
+    """Return what outputs are added to: the residual stream, or what is normed before."""
+    return work.update if len(weights.post_norms) else work.residual
+
+
+@njit(error_model="numpy")
+def _add_update(weights, work, place, r, normed):  # type: ignore[no-untyped-def]
+    """Add the outputs of the sublayer before norm `place` to row `r` of the residual stream, if they
+    have a norm of their own; `normed` receives what is added.
+    """
+    if len(weights.post_norms) == 0 or place == 0:
+        return
+    update = work.update[r]
+    norm_row(update, weights.post_norms[place - 1], weights.eps[0], normed)
+    _add(work.residual[r], normed)
+    update[:] = 0
+
+
+@njit(error_model="numpy")
+def _add_updates(weights, work, place, rows):  # type: ignore[no-untyped-def]
+    """Add the outputs before norm `place` to all rows."""
+    normed = np.empty(weights.hidden, np.float32)
+    first, last = share(rows)
+    for r in range(first, last):
+        _add_update(weights, work, place, r, normed)
+
+
 @njit(error_model="numpy")
 def _round(weights, work, target, normed):  # type: ignore[no-untyped-def]
     """Quantise a normalised row as input row `target`."""
@@ -88,6 +140,7 @@ def _norm_and_round(weights, work, place, source, target, normed):  # type: igno
 
     `place` is the index of the norm's scales; `normed` receives the normalised row.
     """
+    _add_update(weights, work, place, source, normed)
     norm_row(work.residual[source], weights.norms[place], weights.eps[0], normed)
     _round(weights, work, target, normed)
 
@@ -130,19 +183,29 @@ def _attention(weights, batch, work, layer, counter, places, ones):  # type: ign
     groups = _blocks(weights.hidden, GROUP)
     _prepare(weights, batch, work, 2 * layer)
     barrier(counter)
-    first, last = _panels((weights.heads + 2 * weights.groups) * weights.width)
     table = work.normed_rows.ctypes.data
-    project(weights.qkv[layer], first, last, table, rows, groups, work.projected)
+    # The panels of both matrices are shared as if they were one.
+    panels = _blocks((weights.heads + 2 * weights.groups) * weights.width, COLUMNS)
+    first, last = share(panels + _blocks(work.signals.shape[1], COLUMNS))
+    stop = min(last, panels)
+    project(weights.qkv[layer], first, stop, table, rows, groups, work.projected)
+    first = max(first - panels, 0)
+    project(weights.signals[layer], first, last - panels, table, rows, groups, work.signals)
     barrier(counter)
     place_heads(weights, batch, work, layer)
+    place_bias(weights, batch, work, layer)
     barrier(counter)
     attend(weights, batch, work, layer)
     barrier(counter)
+    if work.attended.shape[1]:
+        round_attended(work, rows)
+        barrier(counter)
     first, last = _panels(weights.hidden)
     table = work.attended_rows.ctypes.data
-    groups = weights.heads * weights.width // GROUP
+    groups = _blocks(weights.heads * weights.width, GROUP)
     bias = weights.out_bias[layer]
-    add_projected(weights.out[layer], first, last, table, places, ones, groups, bias, work.residual)
+    target = _sum_of_outputs(weights, work)
+    add_projected(weights.out[layer], first, last, table, places, ones, groups, bias, target)
     barrier(counter)
 
 
@@ -150,6 +213,9 @@ def _attention(weights, batch, work, layer, counter, places, ones):  # type: ign
 def _feed_forward(weights, batch, sites, routed, work, layer, counter, places, ones, zeros):  # type: ignore[no-untyped-def]
     """Add the feed-forward network of a layer and its experts to the residual stream."""
     rows = len(batch.input_ids)
+    if len(weights.post_norms):
+        _add_updates(weights, work, 2 * layer + 1, rows)
+        barrier(counter)
     _prepare_experts(weights, batch, sites, routed, work, layer)
     barrier(counter)
     plugged = sites.first_site[layer + 1] > sites.first_site[layer]
@@ -163,21 +229,23 @@ def _feed_forward(weights, batch, sites, routed, work, layer, counter, places, o
     first, last = share(inner)
     table = work.normed_rows.ctypes.data
     groups = _blocks(weights.hidden, GROUP)
-    activate(weights.gate_up[layer], first, last, table, rows, groups, inner, work.inner_rows[0])
+    inner_rows = work.inner_rows[0]
+    gelu = weights.activation
+    activate(weights.gate_up[layer], first, last, table, rows, groups, inner, inner_rows, gelu)
     calls = rows_by_expert(routed, work, layer, rows)
     activate_routed(weights, routed, work, layer, calls)
     activate_experts(weights, sites, work, layer, thread_number(), rows)
     barrier(counter)
     first, last = _panels(weights.hidden)
+    target = _sum_of_outputs(weights, work)
     if inner:
         hidden_rows = work.selected_rows[thread_number()]
         for r in range(rows):
-            hidden_rows[r] = work.inner_rows[0] + r * row_bytes(inner)
+            hidden_rows[r] = inner_rows + r * row_bytes(inner)
         table = hidden_rows.ctypes.data
-        residual = work.residual
-        add_projected(weights.down[layer], first, last, table, places, ones, inner, zeros, residual)
-    add_routed(routed, work, layer, calls, first, last, zeros)
-    add_experts(sites, work, layer, thread_number(), rows, first, last, zeros)
+        add_projected(weights.down[layer], first, last, table, places, ones, inner, zeros, target)
+    add_routed(routed, work, layer, calls, first, last, zeros, target)
+    add_experts(sites, work, layer, thread_number(), rows, first, last, zeros, target)
     barrier(counter)
 
 
@@ -193,6 +261,8 @@ def _run(weights, batch, sites, routed, work):  # type: ignore[no-untyped-def]
     first, last = share(rows)
     for r in range(first, last):
         embed(weights.embed_tokens, batch.input_ids[r], groups, work.residual[r])
+        _scale(work.residual[r], weights.embed_scale[0])
+        work.update[r] = 0
     for layer in range(weights.layers):
         _attention(weights, batch, work, layer, counter, places, ones)
         _feed_forward(weights, batch, sites, routed, work, layer, counter, places, ones, zeros)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from deepseek.kernels.int8 import GROUP
 from deepseek.kernels.numba import openmp
 from deepseek.model.support import (
     LSH_FIELDS,
@@ -35,25 +34,30 @@ RULES = (
             "attention_bias",
             "attention_output_bias",
             "full_attention_layers",
+            "head_dim",
             "hidden_size",
             "intermediate_size",
+            "local_rope_theta",
             "max_position_embeddings",
             "num_attention_heads",
             "num_experts",
             "num_hidden_layers",
             "num_key_value_heads",
+            "post_norms",
+            "query_pre_attn_scalar",
             "rms_norm_eps",
+            "scale_embeddings",
             "tie_word_embeddings",
-            "train_len",  # used only by positional_encoding="dpe"
+            "train_len",
+            "unit_offset_norms",
             "vocab_size",
         )
     )
     | {
         "attention": one_of("full"),
         "clip_qkv": FieldRule(lambda limit: limit is None or limit > 0, "None or above 0"),
-        "head_dim": FieldRule(lambda width: width % GROUP == 0, f"a multiple of {GROUP}"),
-        "hidden_act": one_of("silu"),
-        "positional_encoding": one_of("rope"),
+        "hidden_act": one_of("gelu_pytorch_tanh", "silu"),
+        "positional_encoding": one_of("alibi", "dpe", "none", "rope"),
         "qk_norm": one_of("none", "head", "width"),
         "router_score": one_of("sigmoid", "softmax"),
         "routing_strategy": one_of("dense", "dynamic", "topk"),

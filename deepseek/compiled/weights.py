@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from deepseek.compiled.abi import SITES, WEIGHTS
 from deepseek.compiled.native_weights import NativeExperts
+from deepseek.compiled.positions import angles, bias_arrays, rotations
+from deepseek.compiled.small_arrays import numbers, small_arrays
 from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize, row_bytes
 from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.attention.full import FullAttention
@@ -18,7 +19,7 @@ from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.model.moe.layer import MoELayer
-from deepseek.model.positions.rope import Rope
+from deepseek.model.positions.dynamic import CONTEXTS, DynamicBias
 from deepseek.model.transformer import DeepSeekModel
 
 # Number of positions whose rotary angles are computed when a model is packed; others on demand.
@@ -210,8 +211,7 @@ class PackedModel:
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
-        assert isinstance(model.positions, Rope)
-        self._rope = model.positions
+        self._model = model
         self.native = NativeExperts(model)
         self.extents = _extents(model) | self.native.extents
         matrices = contiguous(_pack_model(model))
@@ -224,12 +224,15 @@ class PackedModel:
             for name in ("qkv", "out", "gate_up", "down")
         }
         embed_tokens = matrices["embed_tokens", 0]
-        self._values: dict[str, Any] = addresses | _small_arrays(model)
+        self._values: dict[str, Any] = addresses | small_arrays(model) | bias_arrays(model)
+        self._values["signals"] = [
+            matrices["signals", layer].ctypes.data if ("signals", layer) in matrices else 0
+            for layer in layers
+        ]
         self._values["embed_tokens"] = embed_tokens.ctypes.data
         self._values["lm_head"] = matrices.get(("lm_head", 0), embed_tokens).ctypes.data
         self._values["inner"] = [_inner(block) for block in model.layers]
-        self._values["eps"] = np.array([model.config.rms_norm_eps], np.float32)
-        self._values["clip"] = np.array([model.config.clip_qkv or 0], np.float32)
+        self._values |= numbers(model)
         self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
         self.positions = 0
         self.reach(FIRST_POSITIONS)
@@ -239,14 +242,9 @@ class PackedModel:
         if positions <= self.positions:
             return
         self.positions = max(positions, 2 * self.positions)
-        rotation: Any = self._rope.prepare(torch.arange(self.positions)[None], torch.float32)
         self.extents["positions"] = self.positions
-        half = self.extents["half_width"]
-        angles = {
-            "cosine": np.ascontiguousarray(rotation.cos[0, 0, :, :half].numpy()),
-            "sine": np.ascontiguousarray(rotation.sin[0, 0, :, :half].numpy()),
-        }
-        self.arguments = WEIGHTS.arguments(self._values | angles, self.extents)
+        values = self._values | angles(self._model, self.positions)
+        self.arguments = WEIGHTS.arguments(values, self.extents)
 
 
 def _extents(model: DeepSeekModel) -> dict[str, int]:
@@ -256,19 +254,29 @@ def _extents(model: DeepSeekModel) -> dict[str, int]:
     heads = config.num_attention_heads
     groups = config.num_key_value_heads
     width = config.head_dim
+    dynamic = config.positional_encoding == "dpe"
     return {
         "layers": layers,
         "hidden": config.hidden_size,
         "heads": heads,
         "groups": groups,
         "width": width,
+        "page_width": -(-width // GROUP) * GROUP,
         "inner": max(_inner(block) for block in model.layers),
         "vocabulary": config.vocab_size,
         "norms": 2 * layers + 1,
+        "post_norms": 2 * layers if config.post_norms else 0,
+        "update_width": config.hidden_size if config.post_norms else 0,
+        "attended_width": -(-heads * width // GROUP) * GROUP if width % GROUP else 0,
+        "rotations": rotations(model),
         "joint_norm": int(config.qk_norm == "width"),
         "head_norm_width": {"none": 0, "head": width, "width": heads * width}[config.qk_norm],
         "qkv_width": (heads + 2 * groups) * width,
         "half_width": width // 2,
+        "alibi_heads": heads if config.positional_encoding == "alibi" else 0,
+        "bias_heads": heads if dynamic else 0,
+        "contexts": CONTEXTS,
+        "signals": CONTEXTS + heads if dynamic else 0,
         "group_heads": heads // groups,
     }
 
@@ -304,13 +312,12 @@ def _pack_block(block: nn.Module) -> dict[str, np.ndarray]:
     attention = block.attention
     ffn = _dense_part(block)
     assert isinstance(attention, FullAttention)
-    parts = [matrix_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    values = torch.cat([part.values for part in parts])
-    scales = torch.cat([part.scales for part in parts])
     packed = {
-        "qkv": pack([Int8Matrix(values, scales, parts[0].width)]),
+        "qkv": _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
         "out": pack([matrix_of(attention.o_proj)]),
     }
+    if isinstance(attention.score_bias, DynamicBias):
+        packed["signals"] = _side_by_side(attention.score_bias.gate, attention.score_bias.forget)
     if ffn is not None:
         packed["gate_up"] = pack([matrix_of(ffn.gate_proj), matrix_of(ffn.up_proj)])
         packed["down"] = pack([matrix_of(ffn.down_proj)])
@@ -333,50 +340,9 @@ def _inner(block: nn.Module) -> int:
     return 0 if dense is None else -(-dense.down_proj.in_features // GROUP)
 
 
-def _small_arrays(model: DeepSeekModel) -> dict[str, Any]:
-    """Return the weights of norms and head norms, the biases and the attention windows of all
-    layers.
-    """
-    norms: list[torch.Tensor] = []
-    head_norms: list[torch.Tensor] = []
-    qkv_biases: list[torch.Tensor] = []
-    out_biases: list[torch.Tensor] = []
-    windows: list[int] = []
-    blocks: list[Any] = list(model.layers)
-    for block in blocks:
-        attention = block.attention
-        norms += [block.attention_norm.weight, block.feed_forward_norm.weight]
-        if attention.normed:
-            # Over the full width, there are fewer scales for the keys.
-            scales = [attention.q_norm.weight, attention.k_norm.weight]
-            head_norms.append(pad_sequence(scales, batch_first=True))
-        else:
-            head_norms.append(torch.zeros(2, 0))
-        qkv_biases.append(
-            torch.cat(
-                [_bias(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-            )
-        )
-        out_biases.append(_bias(attention.o_proj))
-        windows.append(model.config.sliding_window or 0 if attention.windowed else 0)
-    return {
-        "norms": _floats([*norms, model.norm.weight]),
-        "head_norms": _floats(head_norms),
-        "qkv_bias": _floats(qkv_biases),
-        "out_bias": _floats(out_biases),
-        "windows": windows,
-    }
-
-
-def _bias(layer: nn.Linear) -> torch.Tensor:
-    """Return a layer's bias, or zeros if it has none."""
-    return (
-        layer.bias
-        if layer.bias is not None
-        else torch.zeros(layer.out_features, dtype=torch.float32)
-    )
-
-
-def _floats(tensors: list[torch.Tensor]) -> np.ndarray:
-    """Stack tensors into one fp32 array."""
-    return np.ascontiguousarray(torch.stack(tensors).detach().float().numpy())
+def _side_by_side(*layers: nn.Module) -> np.ndarray:
+    """Return the packed matrix of linear layers that read the same input."""
+    parts = [matrix_of(layer) for layer in layers]
+    values = torch.cat([part.values for part in parts])
+    scales = torch.cat([part.scales for part in parts])
+    return pack([Int8Matrix(values, scales, parts[0].width)])

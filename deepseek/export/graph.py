@@ -47,23 +47,28 @@ RULES = (
             "head_dim",
             "hidden_size",
             "intermediate_size",
+            "local_rope_theta",
             "max_position_embeddings",
             "num_attention_heads",
             "num_experts",
             "num_hidden_layers",
             "num_key_value_heads",
+            "post_norms",
             "qk_norm",
+            "query_pre_attn_scalar",
             "rms_norm_eps",
             "rope_parameters",
+            "scale_embeddings",
             "sliding_window",
             "tie_word_embeddings",
+            "unit_offset_norms",
             "train_len",  # used only by positional_encoding="dpe"
             "vocab_size",
         )
     )
     | {
         "attention": one_of("full"),
-        "hidden_act": one_of("silu"),
+        "hidden_act": one_of("gelu_pytorch_tanh", "silu"),
         "positional_encoding": one_of("rope", "none"),
     }
 )

@@ -40,18 +40,23 @@ RULES = any_of(
         "hidden_act",
         "hidden_size",
         "intermediate_size",
+        "local_rope_theta",
         "max_position_embeddings",
         "num_attention_heads",
         "num_experts",
         "num_hidden_layers",
         "num_key_value_heads",
         "positional_encoding",
+        "post_norms",
         "qk_norm",
+        "query_pre_attn_scalar",
         "rms_norm_eps",
         "rope_parameters",
+        "scale_embeddings",
         "sliding_window",
         "tie_word_embeddings",
         "train_len",
+        "unit_offset_norms",
         "vocab_size",
     )
 )
@@ -80,7 +85,11 @@ def write_stock(model: DeepSeekModel, folder: Path) -> Step:
         stock = AutoModelForCausalLM.from_config(stock_config(model.config), dtype=model.dtype)
     tensors = model.state_dict()
     stock.load_state_dict(
-        {name: tensors.pop(our_name(name)) for name in stock.state_dict()}, assign=True
+        {
+            name: tensors.pop(our_name(name, post_norms=model.config.post_norms))
+            for name in stock.state_dict()
+        },
+        assign=True,
     )
     if any(tensor.any() for name, tensor in tensors.items() if name.endswith(".balance.bias")):
         raise ConfigError("No stock architecture has this router's balance bias; use --to onnx.")
@@ -158,6 +167,17 @@ def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
         "moe_intermediate_size": config.expert_dim,
         "mlp_only_layers": config.dense_layers or [],
     }
+    if family == "gemma3_text":
+        rotary = config.rope_parameters or {}
+        local = config.local_rope_theta or rotary.get("rope_theta", 1e4)
+        values |= {
+            "hidden_activation": config.hidden_act,
+            "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim,
+            "rope_parameters": {
+                "full_attention": rotary,
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            },
+        }
     if family in ("mixtral", "olmoe"):
         values["intermediate_size"] = config.expert_dim or config.intermediate_size
     return values

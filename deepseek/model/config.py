@@ -10,7 +10,7 @@ from deepseek.errors import ConfigError, shown
 from deepseek.model.attention_fields import AttentionFields
 from deepseek.model.field_checks import FIELDS, check_indices
 from deepseek.model.presets import PRESETS
-from deepseek.model.rope_parameters import check_rope
+from deepseek.model.rope_parameters import ROTARY, check_rope
 from deepseek.registry import nearest, pick
 
 # Keys that Hugging Face itself writes into a config or passes along with it. They are ignored.
@@ -43,9 +43,14 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         num_attention_heads: number H of query heads.
         num_key_value_heads: number G of key/value heads, which must divide H (default: H).
         head_dim: width K of one attention head (default: `hidden_size // num_attention_heads`).
-        hidden_act: activation of the feed-forward networks; only "silu".
+        hidden_act: activation of the dense feed-forward networks, "silu" (SwiGLU) or
+            "gelu_pytorch_tanh" (GeGLU). Mixtures of experts have "silu".
         initializer_range: standard deviation of initial weights.
         rms_norm_eps: epsilon of the RMS norms.
+        post_norms: whether the outputs of attention and feed-forward network are normed as well,
+            before they are added to the residual stream (Gemma 3).
+        unit_offset_norms: whether norms scale by 1 + weight (Gemma).
+        scale_embeddings: whether embeddings are multiplied by the root of `hidden_size` (Gemma).
         use_cache: whether a forward pass outside training creates a KV cache.
         tie_word_embeddings: whether the LM head shares the weights of the embeddings.
         pad_token_id, bos_token_id, eos_token_id: ids of special tokens, None if there are none.
@@ -54,6 +59,7 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE); None: no clamp.
         attention_bias, attention_output_bias: whether the query, key and value projections, and the
             output projection, have biases.
+        query_pre_attn_scalar: scores are divided by its root (Gemma); None: `head_dim`.
         sliding_window: number of tokens, itself included, that a token attends to; None: all.
         full_attention_layers: layers that ignore `sliding_window` (Qwen2 and Qwen3 mix both kinds).
         attention: kind of attention, "full" or another name in `model/attention/__init__.py`.
@@ -63,6 +69,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
             `model/positions/dynamic.py`), "alibi", "learned" (one vector per position) or "none".
         rope_parameters: parameters of "rope" and "dpe" in Hugging Face's form: `rope_theta`,
             `rope_type` ("yarn" and others).
+        local_rope_theta: rotary base of layers with a sliding window (Gemma 3), whose angles are not
+            scaled; None: that of `rope_parameters`, scaling included.
         train_len: tokens per row that "dpe" is trained on (default: the longest context).
     Mixture of experts (`num_experts` = 0 makes a dense model):
         num_experts, expert_dim: routed experts per pool, and width F of each.
@@ -105,6 +113,9 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
+    post_norms: bool = False
+    unit_offset_norms: bool = False
+    scale_embeddings: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -116,11 +127,13 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
     attention_output_bias: bool = False
     qk_norm: str = "none"
     clip_qkv: float | None = None
+    query_pre_attn_scalar: float | None = None
     sliding_window: int | None = None
     full_attention_layers: list[int] | None = None
 
     positional_encoding: str = "rope"
     rope_parameters: dict[str, Any] | None = None
+    local_rope_theta: float | None = None
     train_len: int | None = None
 
     num_experts: int = 0
@@ -235,7 +248,9 @@ WEIGHT_FIELDS = {
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",
+    "post_norms",
     "qk_norm",
+    "unit_offset_norms",
     "vocab_size",
 }
 
@@ -268,6 +283,13 @@ def _validate_positions(config: ModelConfig) -> None:
     train_len = config.train_len
     longest = config.max_position_embeddings
     check_rope(config.rope_parameters or {}, kind)
+    if config.local_rope_theta is not None and (
+        kind not in ROTARY or config.sliding_window is None
+    ):
+        raise ConfigError(
+            f"local_rope_theta={config.local_rope_theta} is the rotary base of layers with a sliding "
+            "window; it needs a sliding_window and positional_encoding 'rope' or 'dpe'."
+        )
     if train_len is not None and kind != "dpe":
         raise ConfigError(
             f"train_len={train_len} contradicts positional_encoding={kind!r}: only 'dpe' has one; "
@@ -287,6 +309,11 @@ def _validate_attention(config: ModelConfig) -> None:
 
 
 def _validate_experts(config: ModelConfig) -> None:
+    if config.hidden_act != "silu":
+        raise ConfigError(
+            f"hidden_act={config.hidden_act!r} contradicts num_experts={config.num_experts}: the "
+            "experts of a mixture have 'silu'."
+        )
     experts = config.num_experts
     least = config.min_experts
     most = config.max_experts

@@ -1,7 +1,7 @@
-"""The dense feed-forward network."""
+"""The dense feed-forward networks."""
 
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 
 class SwiGLU(nn.Module):
@@ -14,5 +14,20 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return y
+
+    def activation(self, gates: Tensor) -> Tensor:
+        """Return the activation of the gates."""
+        return silu(gates)
+
+
+class GeGLU(SwiGLU):
+    """GeGLU (arXiv:2002.05202) with the tanh approximation of GELU."""
+
+    def activation(self, gates: Tensor) -> Tensor:
+        return gelu(gates, approximate="tanh")
+
+
+FEED_FORWARD: dict[str, type[SwiGLU]] = {"gelu_pytorch_tanh": GeGLU, "silu": SwiGLU}
+"""`ModelConfig.hidden_act` -> the network."""

@@ -20,7 +20,7 @@ from deepseek.errors import ConfigError, shown
 from deepseek.registry import nearest
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("gelu_pytorch_tanh", "silu"),
     "positional_encoding": ("alibi", "dpe", "learned", "none", "rope"),
     "routing_strategy": ("dense", "dynamic", "topk"),
     "router_score": ("sigmoid", "softmax"),
@@ -62,6 +62,11 @@ FIELDS: dict[str, Check] = {
     "rms_norm_eps": partial(number, above=0),
     "use_cache": flag,
     "tie_word_embeddings": flag,
+    "post_norms": flag,
+    "unit_offset_norms": flag,
+    "scale_embeddings": flag,
+    "query_pre_attn_scalar": optional(partial(number, above=0)),
+    "local_rope_theta": optional(partial(number, above=1)),
     "attention_bias": flag,
     "attention_output_bias": flag,
     "clip_qkv": optional(partial(number, above=0)),

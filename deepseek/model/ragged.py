@@ -9,6 +9,7 @@ from deepseek.model.context import ForwardContext, past_length
 from deepseek.model.experts.ragged import RaggedExperts
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.passes import Decoder, ForwardPass, experts_of
+from deepseek.model.positions.protocol import unchanged
 
 
 def begin_ragged(model: Decoder, chunks: Sequence[tuple[Sequence[int], KVCache]]) -> ForwardPass:
@@ -30,7 +31,7 @@ def begin_ragged(model: Decoder, chunks: Sequence[tuple[Sequence[int], KVCache]]
     position_ids_1N = torch.tensor([[place for part in places for place in part]], device=device)
     sequences = tuple(
         ForwardContext(
-            positions=_positions_applied,
+            positions=unchanged,  # they are applied to the whole row
             position_ids_BT=positions_1T,
             past=start,
             window=model.config.sliding_window,
@@ -56,8 +57,3 @@ def begin_ragged(model: Decoder, chunks: Sequence[tuple[Sequence[int], KVCache]]
         sequences=sequences,
     )
     return ForwardPass(model, model.positions.embed(hidden_1ND, position_ids_1N), ctx)
-
-
-def _positions_applied(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of a sequence in a ragged pass, which were applied to the whole row."""
-    return query, key

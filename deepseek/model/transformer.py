@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from deepseek import checks
 from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
+from deepseek.model.embedding import ScaledEmbedding
 from deepseek.model.experts import ExpertSet
 from deepseek.model.init import init_module
 from deepseek.model.inputs import check_labels
@@ -48,12 +49,13 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = ScaledEmbedding if config.scale_embeddings else nn.Embedding
+        self.embed_tokens: nn.Module = embedding(config.vocab_size, config.hidden_size)
         self.expert_pools = nn.ModuleList(build_pools(config))
         self.layers = nn.ModuleList(
             Block(config, i, self._pool_of(i)) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.unit_offset_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.positions = pick(
             POSITIONS, config.positional_encoding, "positional_encoding"

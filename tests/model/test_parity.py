@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -45,6 +46,17 @@ YARN = {
 }
 
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma3": lambda: Gemma3TextConfig(
+        **SMALL,
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
     "llama": lambda: LlamaConfig(**SMALL, attention_bias=True, rope_parameters=LLAMA3),
     "llama-tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True, rope_parameters=YARN),
     "mistral": lambda: MistralConfig(**SMALL, sliding_window=16),

@@ -1,5 +1,6 @@
 """Exact attention over all visible keys."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,13 +92,14 @@ class FullAttention(nn.Module):
         self.v_proj = nn.Linear(width, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, width, bias=config.attention_output_bias)
         if config.qk_norm != "none":
-            self.q_norm = RMSNorm(
-                self.head_dim if self.norm_heads else query_width, config.rms_norm_eps
-            )
-            self.k_norm = RMSNorm(
-                self.head_dim if self.norm_heads else key_width, config.rms_norm_eps
-            )
+            rules = (config.rms_norm_eps, config.unit_offset_norms)
+            self.q_norm = RMSNorm(self.head_dim if self.norm_heads else query_width, *rules)
+            self.k_norm = RMSNorm(self.head_dim if self.norm_heads else key_width, *rules)
         self.normed = config.qk_norm != "none"
+        # Scores are divided by sqrt(K) wherever they are computed; this makes up for another scale.
+        self.query_factor = math.sqrt(
+            self.head_dim / (config.query_pre_attn_scalar or self.head_dim)
+        )
         source = POSITIONS[config.positional_encoding].score_bias
         self.score_bias = None if source is None else source(config)
 
@@ -251,4 +253,6 @@ class FullAttention(nn.Module):
         if self.norm_heads:
             query = self.q_norm(query)
             key = self.k_norm(key)
-        return AttentionInputs(query, key, *ctx.positions(query, key), value)
+        if self.query_factor != 1:
+            query = query * self.query_factor
+        return AttentionInputs(query, key, *ctx.positions(query, key, self.windowed), value)

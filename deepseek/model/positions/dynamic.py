@@ -106,29 +106,35 @@ class DynamicBias(ScoreBiasSource):
         starts = (self.distance_HN, self.context_HMN, self.decay_H, self.length_scale_H)
         return not any(bool(parameter.any()) for parameter in starts)
 
-    def _table(self, x_BTD: Tensor) -> Tensor:
-        """Return t `[B, H, T, 32]`.
+    def tables(self) -> Tensor:
+        """Return the bias by distance A, then U, which the contexts shift it by: `[H, M + 1, 32]`.
 
         Distances of half the training length or more share one value, because each of them is rare
         in training or never occurs.
         """
-        buckets_N = torch.arange(NUM_BUCKETS, device=x_BTD.device)
+        buckets_N = torch.arange(NUM_BUCKETS, device=self.distance_HN.device)
         buckets_N = buckets_N.clamp(max=int(distance_buckets(torch.tensor(self.train_len // 2))))
+        parts = torch.cat((self.distance_HN[:, None], self.context_HMN), dim=1)
+        return PACE * parts.float()[..., buckets_N]
+
+    def decay(self) -> Tensor:
+        """Return the factor `[H]` on the forget gates, gamma times slope."""
+        slopes_H = torch.tensor(slopes(len(self.decay_H)), device=self.decay_H.device)
+        return leaky_relu(PACE * self.decay_H.float()) * slopes_H
+
+    def growth(self, position_ids: Tensor) -> Tensor:
+        """Return the logarithm log(max(1, (i + 1) / n)) of each position i."""
+        return (8 * (position_ids + 1) / self.train_len).clamp(min=1).log()
+
+    def _table(self, x_BTD: Tensor) -> Tensor:
+        """Return t `[B, H, T, 32]`."""
         contexts_B1TM = self.gate(x_BTD).float().tanh()[:, None]
-        tables_BHTN = (
-            contexts_B1TM @ self.context_HMN.float()[..., buckets_N]
-            + self.distance_HN.float()[:, None, buckets_N]
-        )
-        return PACE * tables_BHTN
+        tables = self.tables()
+        return contexts_B1TM @ tables[:, 1:] + tables[:, :1]
 
     def _rates(self, x_BTD: Tensor, ctx: "ForwardContext") -> Tensor:
         """Return what each token adds to kappa, fp64 `[B, T, H]`; padding adds nothing."""
-        slopes_H = torch.tensor(slopes(len(self.decay_H)), device=x_BTD.device)
-        rates_BTH = (
-            softplus(self.forget(x_BTD).float())
-            * leaky_relu(PACE * self.decay_H.float())
-            * slopes_H
-        )
+        rates_BTH = softplus(self.forget(x_BTD).float()) * self.decay()
         if ctx.token_mask_BT is not None:
             rates_BTH = rates_BTH * ctx.token_mask_BT[..., None]
         return rates_BTH.double()
@@ -145,5 +151,5 @@ class DynamicBias(ScoreBiasSource):
 
     def _scale(self, position_ids_BT: Tensor) -> Tensor:
         """Return tau `[B, H, T]`."""
-        growth_BT = (8 * (position_ids_BT + 1) / self.train_len).clamp(min=1).log()
-        return 1 + self.length_scale_H.float()[:, None] * growth_BT[:, None]
+        growth_B1T = self.growth(position_ids_BT)[:, None]
+        return 1 + self.length_scale_H.float()[:, None] * growth_B1T

@@ -16,10 +16,22 @@ if TYPE_CHECKING:
 class PreparedPositions(Protocol):
     """Applies the positions of one forward pass to queries `[B, H, T, K]` and keys.
 
-    Keys have the shape `[B, G, T, K]`.
+    Keys have the shape `[B, G, T, K]`. Layers with a sliding window say so, as they may have a
+    rotary base of their own.
     """
 
-    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, query: Tensor, key: Tensor, windowed: bool = False
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def unchanged(
+    query: Tensor,
+    key: Tensor,
+    windowed: bool = False,  # noqa: ARG001 - every layer is alike
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys as they are."""
+    return query, key
 
 
 class Positions:
@@ -39,7 +51,7 @@ class Positions:
 
     def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> PreparedPositions:
         """Return the function that applies positions to queries and keys."""
-        return lambda query, key: (query, key)
+        return unchanged
 
 
 class ScoreBiasSource(nn.Module, ABC):

@@ -21,14 +21,19 @@ class Rope(Positions):
         assert config.rope_parameters is not None and config.head_dim is not None
         self.scaling = 1.0
         rope_type = config.rope_parameters.get("rope_type", "default")
-        with torch.device("cpu"):  # a model built on the meta device still needs real frequencies
-            if rope_type == "default":
-                exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-                self.inv_freq = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
-            else:
+        if rope_type == "default":
+            self.inv_freq = _frequencies(config.rope_parameters["rope_theta"], config.head_dim)
+        else:
+            with torch.device("cpu"):  # also for a model that is built on the meta device
                 self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[rope_type](
                     config, torch.device("cpu")
                 )
+
+        self.local_inv_freq = (
+            None
+            if config.local_rope_theta is None
+            else _frequencies(config.local_rope_theta, config.head_dim)
+        )
 
     def prepare(self, position_ids_BT: Tensor, dtype: torch.dtype) -> "Rotation":
         """Return the rotation for positions `[B, T]`.
@@ -36,20 +41,43 @@ class Rope(Positions):
         Its tables are computed in fp32 and stored in `dtype`.
         """
         self.inv_freq = self.inv_freq.to(position_ids_BT.device)
-        angles = position_ids_BT[:, None, :, None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        return Rotation(
-            (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
-        )
+        local = None
+        if self.local_inv_freq is not None:
+            self.local_inv_freq = self.local_inv_freq.to(position_ids_BT.device)
+            local = _rotation(position_ids_BT, self.local_inv_freq, 1.0, dtype)
+        rotation = _rotation(position_ids_BT, self.inv_freq, self.scaling, dtype)
+        return rotation._replace(local=local)
+
+
+def _frequencies(theta: float, head_dim: int) -> Tensor:
+    """Return the rotary frequencies `[K/2]` of a base, also for a model on the meta device."""
+    with torch.device("cpu"):
+        return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
+
+
+def _rotation(
+    position_ids_BT: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype
+) -> "Rotation":
+    angles = position_ids_BT[:, None, :, None].float() * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    return Rotation((angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype))
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine tables `[B, 1, T, K]` that rotate queries and keys when called."""
+    """Cosine and sine tables `[B, 1, T, K]` that rotate queries and keys when called.
+
+    Attributes:
+        cos, sin: tables of layers without a window.
+        local: tables of layers with a sliding window; None: the same ones.
+    """
 
     cos: Tensor
     sin: Tensor
+    local: "Rotation | None" = None
 
-    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, query: Tensor, key: Tensor, windowed: bool = False) -> tuple[Tensor, Tensor]:
+        if windowed and self.local is not None:
+            return self.local(query, key)
         return self._rotate(query), self._rotate(key)
 
     def _rotate(self, heads: Tensor) -> Tensor:

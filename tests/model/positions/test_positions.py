@@ -217,6 +217,11 @@ def test_alibi_adds_its_slope_times_distance() -> None:
             "'yarn' is meant",
         ),
         ({"train_len": 64}, "only 'dpe' has one"),
+        ({"local_rope_theta": 1e4}, "needs a sliding_window"),
+        (
+            {"local_rope_theta": 1e4, "sliding_window": 8, "positional_encoding": "alibi"},
+            "positional_encoding 'rope' or 'dpe'",
+        ),
         ({"positional_encoding": "dpe", "train_len": 512}, "max_position_embeddings=128"),
         (
             {"positional_encoding": "dpe", "attention": "lsh", "lsh_far_field": True},

@@ -1,0 +1,136 @@
+"""What each kind of model costs in the compiled runner: speed beside the dense base and the
+reference runner, divergence beside the dense base's.
+
+    python benchmarks/compiled_kinds.py [--model smollm2-135m] [--kinds dense dpe alibi window]
+        [--texts docs] [--rows 8] [--rounds 5] [--json FILE]
+
+`dpe` has dynamic positions with random parameters, `alibi` linear biases in place of rotary
+positions, `window` a sliding window of 128 tokens at every second layer; `stock` is the model as it
+is. The sides take turns: a prefill of 512 tokens, then 64 tokens one by one. The reference runner,
+in the dtype that it takes by itself, decodes eight tokens a turn. `ratio` is the kind's decoding
+speed over that of the first kind in the same round, `divergence` the mean KL divergence of the
+logits in nats from the fp32 model's, on rows of 256 tokens of TEXTS, and `equal` the share of
+tokens at which both find the same one likeliest.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from int8_quality import run
+from results import write
+
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.data.text.public import documents_at
+from deepseek.engine.load import load
+from deepseek.engine.runners import reference_runner
+from deepseek.model.config import ModelConfig
+from deepseek.model.positions.dynamic import DynamicBias
+from deepseek.runner import Chunk, Runner
+
+KINDS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "dense": {},
+    "dpe": {"positional_encoding": "dpe"},
+    "alibi": {"positional_encoding": "alibi"},
+    "window": {"sliding_window": 128, "full_attention_layers": list(range(0, 30, 2))},
+}
+PROMPT, STEPS, ROW = 512, 64, 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["dense", "dpe"])
+    parser.add_argument("--texts", nargs="+", type=Path, default=[Path("docs")])
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    tokenizer = load(options.model).tokenizer
+    documents = [tokenizer(one.text[: 8 * ROW]).input_ids for one in documents_at(options.texts)]
+    rows = [ids[:ROW] for ids in documents if len(ids) >= ROW][: options.rows]
+    quality = {}
+    sides: dict[tuple[str, str], Runner] = {}
+    for kind in options.kinds:
+        exact = make_model(kind, options.model, "float32")
+        compiled = CompiledRunner(exact)
+        quality[kind] = divergence(exact, compiled, rows)
+        print(kind, json.dumps(quality[kind]), flush=True)
+        sides[kind, "compiled"] = compiled
+        sides[kind, "reference"] = reference_runner(make_model(kind, options.model, "auto"))
+    speed = measure(sides, options.rounds)
+    print(json.dumps(speed, indent=1))
+    if options.json:
+        write(options.json, {"model": options.model, "quality": quality, "speed": speed})
+
+
+def make_model(kind: str, name: str, dtype: str) -> Any:
+    """Return the model, with random parameters where it would start with zeros."""
+    model = load(name, config=ModelConfig(**KINDS[kind]), dtype=dtype).model
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, DynamicBias):
+            parts = (module.distance_HN, module.context_HMN, module.decay_H, module.length_scale_H)
+            for parameter in parts:
+                torch.nn.init.normal_(parameter, std=0.005)
+    return model
+
+
+@torch.inference_mode()
+def divergence(model: Any, runner: Runner, rows: list[list[int]]) -> dict[str, float]:
+    """Return how far a runner's logits are from the model's."""
+    divergences = []
+    equal = []
+    for ids in rows:
+        exact = model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
+        rough = run(runner, ids)
+        divergences.append((exact.exp() * (exact - rough)).sum(-1).mean())
+        equal.append((exact.argmax(-1) == rough.argmax(-1)).double().mean())
+    return {
+        "divergence": float(torch.stack(divergences).mean()),
+        "equal": float(torch.stack(equal).mean()),
+    }
+
+
+def turn(runner: Runner, steps: int) -> dict[str, float]:
+    """Return tokens per second of a prefill and of decoding behind it."""
+    ids = torch.randint(1000, 40_000, (PROMPT,), generator=torch.Generator().manual_seed(0))
+    state = runner.start(None, PROMPT + STEPS)
+    start = time.perf_counter()
+    runner.forward([Chunk(state, ids.tolist())])
+    prefilled = time.perf_counter() - start
+    seconds = []
+    for token in ids[:steps].tolist():
+        start = time.perf_counter()
+        runner.forward([Chunk(state, [token])])
+        seconds.append(time.perf_counter() - start)
+    return {"prefill": PROMPT / prefilled, "decode": 1 / median(seconds)}
+
+
+def measure(sides: dict[tuple[str, str], Runner], rounds: int) -> dict[str, dict[str, float]]:
+    """Return the median speeds of all sides, and ratios to the first kind, over rounds in turn."""
+    figures: dict[tuple[str, str], list[dict[str, float]]] = {side: [] for side in sides}
+    for number in range(rounds + 1):
+        for (kind, name), runner in sides.items():
+            one = turn(runner, STEPS if name == "compiled" else STEPS // 8)
+            if number:  # the first round warms up
+                figures[kind, name].append(one)
+    first = next(iter(sides))[0]
+    speed = {}
+    for (kind, name), own in figures.items():
+        pairs = zip(own, figures[first, name], strict=True)
+        ratios = [mine["decode"] / other["decode"] for mine, other in pairs]
+        medians = {key: round(median(one[key] for one in own), 1) for key in own[0]}
+        speed[f"{kind} {name}"] = medians | {"ratio": round(median(ratios), 3)}
+    return speed
+
+
+if __name__ == "__main__":
+    main()

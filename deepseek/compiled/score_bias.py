@@ -1,0 +1,139 @@
+"""Biases of attention scores in the compiled step: ALiBi, and dynamic positions.
+
+The reference is `model/positions/dynamic.py`, whose symbols are used here. kappa, the running sum
+of the forget gates, lies in the pages behind keys and values: fp32 within a page, relative to an
+fp64 number of the page, so that differences stay exact however long the text is.
+"""
+
+import numpy as np
+from numba import carray, njit
+
+from deepseek.compiled.abi import PAGE
+from deepseek.kernels.bias.distance import STARTS
+from deepseek.kernels.numba.primitives import pointer, share
+
+_STARTS = np.array([*STARTS, 2**62])
+
+
+@njit(error_model="numpy")
+def _kappa(weights, page, layer, head):  # type: ignore[no-untyped-def]
+    """Return the sums `[64]` of a head in the page at address `page`, and what they are relative to
+    `[1]`.
+    """
+    sums = page + weights.layers * weights.groups * weights.page_width * PAGE * 4
+    place = layer * weights.heads + head
+    starts = sums + weights.layers * weights.heads * PAGE * 4
+    return (
+        carray(pointer(sums + place * PAGE * 4), (PAGE,), np.float32),
+        carray(pointer(starts + place * 8), (1,), np.float64),
+    )
+
+
+@njit(fastmath=True, error_model="numpy")
+def _add_scaled(out, factor, x):  # type: ignore[no-untyped-def]
+    for k in range(len(out)):
+        out[k] += factor * x[k]
+
+
+@njit(error_model="numpy")
+def _place_tables(weights, work, layer, r):  # type: ignore[no-untyped-def]
+    """Compute the bias by distance t of a row's scores."""
+    contexts = weights.bias_tables.shape[2] - 1
+    tables = work.distance_bias[r]
+    tables[:] = weights.bias_tables[layer, :, 0]
+    for m in range(contexts):
+        context = np.float32(np.tanh(work.signals[r, m] + weights.signal_bias[layer, m]))
+        for head in range(len(tables)):
+            _add_scaled(tables[head], context, weights.bias_tables[layer, head, 1 + m])
+
+
+@njit(error_model="numpy")
+def _softplus(x):  # type: ignore[no-untyped-def]
+    return max(x, np.float32(0)) + np.float32(np.log1p(np.exp(-abs(x))))
+
+
+@njit(error_model="numpy")
+def _place_sums(weights, batch, work, layer, chunk, head):  # type: ignore[no-untyped-def]
+    """Append kappa of a chunk's tokens to its pages."""
+    signal = weights.bias_tables.shape[2] - 1 + head
+    bias = weights.signal_bias[layer, signal]
+    decay = weights.decay[layer, head]
+    for r in range(batch.first_row[chunk], batch.first_row[chunk + 1]):
+        position = batch.position_ids[r]
+        slot = position % PAGE
+        sums, start = _kappa(weights, batch.pages[chunk, position // PAGE], layer, head)
+        if slot:
+            before = sums[slot - 1]
+        else:
+            before = np.float32(0)
+            start[0] = 0
+            if position:
+                last, origin = _kappa(
+                    weights, batch.pages[chunk, position // PAGE - 1], layer, head
+                )
+                start[0] = origin[0] + last[PAGE - 1]
+        sums[slot] = before + _softplus(work.signals[r, signal] + bias) * decay
+
+
+@njit(error_model="numpy")
+def place_bias(weights, batch, work, layer):  # type: ignore[no-untyped-def]
+    """Compute the dynamic bias of the new tokens: tables of the queries, kappa of the keys."""
+    heads = weights.bias_tables.shape[1]
+    if heads == 0:
+        return
+    first, last = share(len(batch.input_ids))
+    for r in range(first, last):
+        _place_tables(weights, work, layer, r)
+    first, last = share((len(batch.first_row) - 1) * heads)
+    for item in range(first, last):
+        _place_sums(weights, batch, work, layer, item // heads, item % heads)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _add_ramp(scores, slope, distance):  # type: ignore[no-untyped-def]
+    """Add `slope` times the negative distance, which is `distance` for the first score."""
+    for j in range(len(scores)):
+        scores[j] += slope * np.float32(j - distance)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _add_sums(scores, sums, shift):  # type: ignore[no-untyped-def]
+    for j in range(len(sums)):
+        scores[j] += sums[j] + shift
+
+
+@njit(error_model="numpy")
+def _add(scores, value):  # type: ignore[no-untyped-def]
+    for j in range(len(scores)):
+        scores[j] += value
+
+
+@njit(error_model="numpy")
+def _add_table(scores, table):  # type: ignore[no-untyped-def]
+    """Add the bias by distance; the last score is at distance 0.
+
+    The keys of one bucket are neighbours.
+    """
+    stop = len(scores)
+    bucket = 0
+    while stop > 0:
+        start = max(len(scores) - _STARTS[bucket + 1], 0)
+        _add(scores[start:stop], table[bucket])
+        stop = start
+        bucket += 1
+
+
+@njit(error_model="numpy")
+def add_bias(weights, batch, work, layer, chunk, r, head, low, scores):  # type: ignore[no-untyped-def]
+    """Add the bias of the query of row `r` to its scores of whole pages, from page `low` on."""
+    position = batch.position_ids[r]
+    if len(weights.slopes):
+        _add_ramp(scores, weights.slopes[head], position - low * PAGE)
+    if weights.bias_tables.shape[1] == 0:
+        return
+    sums, start = _kappa(weights, batch.pages[chunk, position // PAGE], layer, head)
+    own = start[0] + sums[position % PAGE]
+    for page in range(low, position // PAGE + 1):
+        sums, start = _kappa(weights, batch.pages[chunk, page], layer, head)
+        _add_sums(scores[(page - low) * PAGE :], sums, np.float32(start[0] - own))
+    _add_table(scores[: position + 1 - low * PAGE], work.distance_bias[r, head])
