@@ -93,7 +93,9 @@ def build(**changes) -> DeepSeekModel:
     model = DeepSeekModel(ModelConfig(**SHAPE | changes)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith((".bias", "norm.weight")):
-            torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.2)
+            # Factors of norms are about 1.
+            mean = float(name.endswith("weight") and not model.config.unit_offset_norms)
+            torch.nn.init.normal_(parameter, mean, 0.2)
     for module in model.modules():
         if isinstance(module, DynamicBias):
             for parameter in (module.distance_HN, module.context_HMN, module.decay_H):
