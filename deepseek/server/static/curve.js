@@ -9,8 +9,8 @@ const BOX = { left: 46, right: 626, top: 12, bottom: 188, labels: 210 };
 /** @param {Point[]} losses @param {Point[]} heldOut */
 export function draw(losses, heldOut) {
   const points = [...losses, ...heldOut];
-  byId("figure").hidden = !points.length;
-  if (!points.length) return;
+  byId("figure").hidden = points.length < 2;
+  if (points.length < 2) return;
   const values = points.map(([, value]) => value);
   const last = Math.max(...points.map(([step]) => step), 1);
   const low = Math.min(...values);
