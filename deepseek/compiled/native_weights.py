@@ -1,9 +1,6 @@
 """Quantised and packed weights of native experts, and the rules of their routers."""
 
-from typing import Any
-
 import numpy as np
-import torch
 
 from deepseek.compiled.abi import ROUTED
 from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize
@@ -70,13 +67,14 @@ class NativeExperts:
         model: a model that the compiled runner supports.
 
     Attributes:
-        extents: sizes under their names in `compiled/abi.py`, all 0 for a dense model.
+        extents: numbers of experts and of slots under their names in `compiled/abi.py`; 0 for a
+            dense model.
+        inner: groups of 64 hidden values of a routed expert.
         arguments: arguments of the step (`ROUTED` there).
         nbytes: bytes of the packed matrices.
     """
 
     def __init__(self, model: DeepSeekModel) -> None:
-        config = model.config
         mixtures = {
             layer: block.feed_forward
             for layer, block in enumerate(model.layers)
@@ -85,45 +83,44 @@ class NativeExperts:
         pools = {id(mixture.pool): mixture.pool for mixture in mixtures.values()}
         self._pools = {key: PackedPool(pool) for key, pool in pools.items()}
         self.nbytes = sum(pool.nbytes for pool in self._pools.values())
-        layers = len(model.layers)
-        experts = config.num_experts if mixtures else 0
-        router = np.zeros((layers, experts, config.hidden_size), np.float32)
-        bias = np.zeros((layers, experts), np.float32)
-        temperature = np.ones(layers, np.float32)
-        gate_up = np.zeros((layers, experts), np.int64)
-        down = np.zeros((layers, experts), np.int64)
-        for layer, mixture in mixtures.items():
-            packed = self._pools[id(mixture.pool)]
-            router[layer] = _fp32(mixture.router.weight)
-            bias[layer] = _fp32(mixture.router.balance.bias)
-            temperature[layer] = float(mixture.router.balance.temperature)
-            gate_up[layer] = packed.gate_up
-            down[layer] = packed.down
-        values: dict[str, Value] = {
-            **rules(next(iter(mixtures.values())).router if mixtures else None),
+        self.inner = -(-model.config.expert_dim // GROUP)
+        numbers = rules(next(iter(mixtures.values())).router if mixtures else None)
+        experts = model.config.num_experts if mixtures else 0
+        self.extents = {"experts": experts, "slots": numbers["slots"]}
+        sizes = {
+            "layers": len(model.layers),
             "experts": experts,
-            "inner": -(-config.expert_dim // GROUP),
-            "sparse": [int(layer in mixtures) for layer in range(layers)],
-            "router": router,
-            "bias": bias,
-            "temperature": temperature,
-            "gate_up": gate_up,
-            "down": down,
+            "hidden": model.config.hidden_size,
         }
-        self.extents: dict[str, int] = {"experts": experts, "slots": _number(values["slots"])}
-        self.routed_inner = _number(values["inner"])
-        sizes = {"layers": layers, "experts": experts, "hidden": config.hidden_size}
+        arrays = ROUTED.zeros(sizes)
+        for layer, mixture in mixtures.items():
+            self._fill(arrays, layer, mixture)
+        values: dict[str, Value] = {**arrays, **numbers, "experts": experts, "inner": self.inner}
         self.arguments = ROUTED.arguments(values, sizes)
 
+    def _fill(self, arrays: dict[str, np.ndarray], layer: int, mixture: MoELayer) -> None:
+        """Set a layer's entries in the arrays of `ROUTED`."""
+        packed = self._pools[id(mixture.pool)]
+        router = mixture.router
+        arrays["sparse"][layer] = 1
+        arrays["router"][layer] = router.weight.detach().float().numpy()
+        arrays["bias"][layer] = router.balance.bias.numpy()
+        arrays["temperature"][layer] = float(router.balance.temperature)
+        arrays["gate_up"][layer] = packed.gate_up
+        arrays["down"][layer] = packed.down
+        if isinstance(router, DynamicRouter):
+            arrays["threshold"][:] = router.threshold
+        elif isinstance(router, TopKRouter):
+            arrays["scale"][:] = router.scale
 
-def _number(value: Value) -> int:
-    assert isinstance(value, int)
-    return value
 
+def rules(router: Router | None) -> dict[str, int]:
+    """Return the numbers of `ROUTED` that say how to route, which all layers share.
 
-def rules(router: Router | None) -> dict[str, Value]:
-    """Return the rules of routing, which all layers share; None: a dense model."""
-    numbers: dict[str, Any] = {
+    Args:
+        router: the router of a layer; None: a dense model.
+    """
+    numbers = {
         "slots": 0,
         "dynamic": 0,
         "candidates": 0,
@@ -133,10 +130,7 @@ def rules(router: Router | None) -> dict[str, Value]:
         "groups": 1,
         "max_groups": 1,
     }
-    threshold = 0.0
-    scale = 1.0
     if isinstance(router, DynamicRouter):
-        threshold = router.threshold
         numbers |= {
             "slots": router.max_experts,
             "dynamic": 1,
@@ -144,7 +138,6 @@ def rules(router: Router | None) -> dict[str, Value]:
             "min_experts": router.min_experts,
         }
     elif isinstance(router, TopKRouter):
-        scale = router.scale
         numbers |= {
             "slots": router.top_k,
             "sigmoid": int(router.score is SCORES["sigmoid"]),
@@ -152,13 +145,4 @@ def rules(router: Router | None) -> dict[str, Value]:
             "groups": router.groups,
             "max_groups": router.max_groups,
         }
-    return {
-        **numbers,
-        "threshold": np.array([threshold], np.float32),
-        "scale": np.array([scale], np.float32),
-    }
-
-
-def _fp32(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.detach().float().numpy()
-    return array
+    return numbers

@@ -198,7 +198,7 @@ class Scratch:
         self._buffers["expert_rows"][:] = [memory.ctypes.data for memory in expert_memory]
         self._row_memory += expert_memory
         calls = self._capacity * model["slots"]
-        routed_memory = aligned(calls * row_bytes(self.model.native.routed_inner))
+        routed_memory = aligned(calls * row_bytes(self.model.native.inner))
         self._buffers["routed_rows"][:] = routed_memory.ctypes.data
         self._row_memory.append(routed_memory)
         self._arguments = WORK.arguments(self._buffers, model | sizes)

@@ -81,9 +81,11 @@ def separated(values_E: torch.Tensor) -> bool:
 
 def chosen(router: Router, logits_E: torch.Tensor) -> dict[int, float]:
     """The experts and weights that the compiled step gives a row with these router logits."""
-    values = dict.fromkeys((buffer.name for buffer in ROUTED.buffers), 0) | rules(router)
-    values |= {
+    values: dict[str, Any] = dict.fromkeys((buffer.name for buffer in ROUTED.buffers), 0)
+    values |= rules(router) | {
         "experts": router.num_experts,
+        "threshold": np.array([getattr(router, "threshold", 0)], np.float32),
+        "scale": np.array([getattr(router, "scale", 0)], np.float32),
         "bias": router.balance.bias[None].numpy(),
         "temperature": router.balance.temperature[None].numpy(),
     }
