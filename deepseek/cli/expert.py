@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from deepseek.cli.expert_sets import diff, lock
 from deepseek.cli.job_command import job_command
 from deepseek.cli.options import Json, Yes
 from deepseek.cli.output import echo
@@ -157,6 +158,10 @@ def rename(
     from deepseek.train.jobs.rename import rename_expert
 
     echo(rename_expert(name, new_name, key))
+
+
+app.command()(diff)
+app.command()(lock)
 
 
 @app.command()

@@ -47,6 +47,13 @@ def serve(
     experts_folder: Annotated[
         Path | None, typer.Option(help="Folder from which packs are plugged by name.")
     ] = None,
+    lock: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plug exactly the packs of a lock file of `deepseek expert lock`, in place of "
+            "--experts."
+        ),
+    ] = None,
     teach_root: Annotated[
         Path | None,
         typer.Option(help="Allow training experts on text below this folder; default: off."),
@@ -101,7 +108,9 @@ def serve(
     )
     run(
         model,
-        experts=expert_packs(experts, model, experts_folder),
+        experts=_locked(lock, experts_folder)
+        if lock
+        else expert_packs(experts, model, experts_folder),
         settings=settings,
         cache_gib=cache_gib,
         max_running=max_running,
@@ -114,6 +123,13 @@ def serve(
         drain_seconds=drain_seconds,
         progress=Waiting(),
     )
+
+
+def _locked(lock: Path, folder: Path | None) -> list[Path]:
+    """Return the packs of a lock file."""
+    from deepseek.packs.lock import locked_packs, read_lock
+
+    return locked_packs(read_lock(lock), folder)
 
 
 def _keys(file: Path | None, variable: str, option: str) -> frozenset[str]:

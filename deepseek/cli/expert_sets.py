@@ -1,0 +1,65 @@
+"""`deepseek expert diff` and `deepseek expert lock`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek.cli.options import Base, names
+from deepseek.cli.output import echo
+
+Pack = Annotated[str, typer.Argument(help="A pack file, or the name of a trained expert.")]
+
+
+def diff(first: Pack, second: Pack) -> None:
+    """Say what two packs differ in: fields of their manifests, and weights.
+
+    Exits with 1 if they differ, as `diff` does.
+    """
+    from deepseek.packs.difference import difference
+    from deepseek.packs.library import find_pack
+    from deepseek.packs.pack import read_pack
+
+    found = difference(read_pack(find_pack(first)), read_pack(find_pack(second)))
+    for name, (before, after) in found.fields.items():
+        echo(f"{name}: {before} -> {after}")
+    for tensor in found.tensors:
+        if tensor.relative is None:
+            echo(f"{tensor.name}: only in one of them, or of another shape")
+        else:
+            echo(f"{tensor.name}: changed by {tensor.relative:.1%}, cosine {tensor.cosine:.4f}")
+    echo(f"{found.equal_tensors} tensors are equal, {len(found.tensors)} differ", error=True)
+    if found.fields or found.tensors:
+        raise typer.Exit(1)
+
+
+def lock(
+    experts: Annotated[
+        str, typer.Option(help="Experts to lock: names, comma-separated; 'all': every one.")
+    ] = "all",
+    base: Base = "smollm2-135m",
+    experts_folder: Annotated[
+        Path | None, typer.Option(help="Folder of the packs; default: that of trained experts.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("deepseek.lock"),
+    key: Annotated[
+        Path | None, typer.Option(help="Sign with a private key from `deepseek expert keygen`.")
+    ] = None,
+) -> None:
+    """Write the digests of a set of experts, for `deepseek serve --lock`."""
+    from deepseek.packs.library import find_pack, packs_for
+    from deepseek.packs.lock import lock_packs, write_lock
+    from deepseek.packs.signature import load_key
+
+    if experts.strip() == "all":
+        packs, problems = packs_for(base, experts_folder)
+        for problem in problems:
+            echo(f"warning: {problem}", error=True)
+        paths = [*packs.values()]
+    else:
+        folder = experts_folder
+        paths = [
+            find_pack(folder / f"{name}.safetensors" if folder else name) for name in names(experts)
+        ]
+    locked = write_lock(out, lock_packs(paths), load_key(key) if key else None)
+    echo(f"{out}: {len(locked.experts)} experts, digest {locked.digest[:16]}")

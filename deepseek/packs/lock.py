@@ -1,0 +1,157 @@
+"""`deepseek.lock`: which packs a set of experts consists of, by digest, so that a server's set is
+reproducible.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field, ValidationError
+
+from deepseek.checkpoint.store import canonical_json, write_json
+from deepseek.errors import PackError
+from deepseek.packs.library import SUFFIX, experts_folder
+from deepseek.packs.manifest import Name, Sha256, Signature, Strict, explain, parse_json
+from deepseek.packs.pack import read_pack
+from deepseek.packs.signature import is_valid, sign, trusted_keys
+
+LOCK_NAME = "deepseek.lock"
+LARGEST = 1 << 20
+"""Most bytes of a lock file; one of 1,024 experts takes 150 kB."""
+
+
+class LockedExpert(Strict):
+    """One expert of a set.
+
+    Attributes:
+        name: its name; the file is `NAME.safetensors`.
+        digest: content digest of its pack.
+    """
+
+    name: Name
+    digest: Sha256
+
+
+class Lock(Strict):
+    """A set of experts.
+
+    Attributes:
+        format: version of the format.
+        base: digest of the weights of the base model.
+        experts: the experts, sorted by name.
+        signature: signature of the rest; None: not signed.
+    """
+
+    format: Literal[1] = 1
+    base: Sha256
+    experts: Annotated[tuple[LockedExpert, ...], Field(max_length=4096)]
+    signature: Signature | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all but the signature, in hexadecimal."""
+        content = canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+        return hashlib.sha256(b"deepseek lock 1\0" + content).hexdigest()
+
+
+def lock_packs(paths: Sequence[Path]) -> Lock:
+    """Return the lock of some packs.
+
+    Raises:
+        PackError: there is none, one cannot be read, two have one name, or they were made for
+            different bases.
+    """
+    manifests = sorted((read_pack(path).manifest for path in paths), key=lambda each: each.name)
+    names = [manifest.name for manifest in manifests]
+    bases = {manifest.base.weights for manifest in manifests}
+    if len(set(names)) != len(names):
+        raise PackError("Two of these packs have the same name; lock one of them.")
+    if len(bases) != 1:
+        raise PackError(
+            "There is no expert to lock; train one."
+            if not bases
+            else "These packs were made for different bases; lock those of one base."
+        )
+    experts = [LockedExpert(name=each.name, digest=each.digest) for each in manifests]
+    return Lock(base=bases.pop(), experts=tuple(experts))
+
+
+def write_lock(path: Path, lock: Lock, key: Ed25519PrivateKey | None = None) -> Lock:
+    """Write a lock file atomically and return the lock as written.
+
+    Args:
+        path: the file.
+        lock: the lock.
+        key: private key to sign it with; None: leave it unsigned.
+    """
+    if key is not None:
+        lock = lock.model_copy(update={"signature": sign(lock.digest, key)})
+    write_json(path, lock.model_dump(mode="json"))
+    return lock
+
+
+def read_lock(path: Path, trusted: bool = False) -> Lock:
+    """Read and check a lock file.
+
+    Args:
+        path: the file.
+        trusted: whether it must be signed by a key in the trust folder.
+
+    Raises:
+        PackError: it cannot be read, is malformed, or its signature is invalid or not trusted.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise PackError(f"{path} is larger than any lock file; give one of `expert lock`.")
+        content = path.read_bytes()
+    except OSError as error:
+        raise PackError(f"The lock file {path} cannot be read ({error.strerror}).") from None
+    lock = _parse(path, content)
+    signature = lock.signature
+    if signature is not None and not is_valid(signature, lock.digest):
+        raise PackError(f"{path} was changed after it was signed; get it anew from its signer.")
+    if trusted and (signature is None or signature.public_key not in trusted_keys()):
+        raise PackError(
+            f"{path} is not signed by a trusted key; put the signer's .pub into the trust folder."
+        )
+    return lock
+
+
+def _parse(path: Path, content: bytes) -> Lock:
+    """Return the lock that a file's content describes."""
+    try:
+        parse_json(content)  # refuses what pydantic's reader accepts, such as repeated keys
+        return Lock.model_validate_json(content)
+    except (PackError, ValidationError) as error:
+        fault = explain(error) if isinstance(error, ValidationError) else str(error)
+    raise PackError(f"{path} is no lock file, {fault}; write one with `deepseek expert lock`.")
+
+
+def locked_packs(lock: Lock, folder: Path | None = None) -> list[Path]:
+    """Return the packs of a lock, each with the digest that it states.
+
+    Args:
+        lock: the lock.
+        folder: folder of the packs; None: the folder of trained experts.
+
+    Raises:
+        PackError: a pack is missing, cannot be read, or has other content.
+    """
+    folder = folder or experts_folder()
+    paths = []
+    for expert in lock.experts:
+        path = folder / f"{expert.name}{SUFFIX}"
+        if not path.is_file():
+            raise PackError(
+                f"The lock names expert {expert.name}, and {path} is missing; restore it."
+            )
+        digest = read_pack(path).manifest.digest
+        if digest != expert.digest:
+            raise PackError(
+                f"{path} has the digest {digest[:16]}, and the lock states {expert.digest[:16]}; "
+                "restore that pack, or lock the set again."
+            )
+        paths.append(path)
+    return paths
