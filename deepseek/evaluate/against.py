@@ -24,10 +24,11 @@ from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.engine.start import start_engine
 from deepseek.errors import ConfigError, DataError
-from deepseek.evaluate.cases import Case, fim_marker_ids, next_line_cases
+from deepseek.evaluate.cases import Case, next_line_cases
 from deepseek.evaluate.completion import Completion, CompletionScores, Dials, Writer, score_answers
 from deepseek.packs.pack import read_pack
 from deepseek.registry import nearest
+from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.jobs.equal_time import adapt_for_equal_time
 from deepseek.train.jobs.expert_index import expert_index
@@ -221,7 +222,7 @@ class Against:
                 "The expert was also trained on commits that changed held-out files, retrieval was "
                 "not; for a clean comparison train with --split time."
             )
-        if fim_marker_ids(self.tokenizer) is None:
+        if not infill_layout(self.tokenizer).has_tokens:
             notes.append("The base has no tokens for fill-in-the-middle.")
         return notes
 

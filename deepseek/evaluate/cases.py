@@ -7,7 +7,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.document import Document, Kind, uniform
-from deepseek.data.text.encode import FIM_TOKENS, header
+from deepseek.data.text.encode import header
+from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import document_start_ids, plain_encoder
 
 LEAST_LINES = 10
@@ -129,7 +130,7 @@ class CaseEncoder:
         self.tokenizer = tokenizer
         self.most_tokens = most_tokens
         self.start = document_start_ids(tokenizer)
-        self.markers = fim_marker_ids(tokenizer)
+        self.layout = infill_layout(tokenizer)
         self._encoder = plain_encoder(tokenizer)
 
     def length(self, text: str) -> int:
@@ -154,15 +155,15 @@ class CaseEncoder:
 
     def infill(self, case: Case, context: str = "") -> Prompt | None:
         """Return the fill-in-the-middle prompt of a case, None if the tokenizer has no such
-        markers.
+        tokens: the model was not trained for it then.
         """
-        if self.markers is None:
+        if not self.layout.has_tokens:
             return None
         texts = [context + self._shortened(case.before), case.after, case.target]
         prefix, suffix, middle = (
             each.ids for each in self._encoder.encode_batch(texts, add_special_tokens=False)
         )
-        ids = [self.markers[0], *prefix, self.markers[1], *suffix, self.markers[2]]
+        ids = self.layout.join(prefix, suffix)
         return Prompt((*self.start, *ids), tuple(middle))
 
     def _shortened(self, text: str) -> str:
@@ -173,20 +174,6 @@ class CaseEncoder:
         place = offsets[-self.most_tokens][0]
         line = text.find("\n", place) + 1
         return text[line or place :]
-
-
-def fim_marker_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int, int] | None:
-    """Return the ids of the markers of prefix, suffix and middle, None if the vocabulary lacks
-    them.
-
-    Unlike `data.encode.fim_markers`, it doesn't spell out the markers as text, which a model
-    without them has never seen.
-    """
-    vocabulary = tokenizer.get_added_vocab()
-    for prefix, suffix, middle in FIM_TOKENS:
-        if prefix in vocabulary and suffix in vocabulary and middle in vocabulary:
-            return vocabulary[prefix], vocabulary[suffix], vocabulary[middle]
-    return None
 
 
 def by_document(cases: Sequence[Case]) -> int:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -14,13 +15,39 @@ from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
 from deepseek.text.chat_template import control_tokens, encode_rendered, guard, render, user_ids
-from deepseek.text.tokenizer import encode_plain
+from deepseek.text.infilling import infill_layout
+from deepseek.text.tokenizer import document_start_ids, encode_plain
 
 PIECE = 1 << 15
 """Characters of a long text that are encoded at a time while its length is checked."""
 
 TEMPLATE_SECONDS = 2.0
 """Time limit for rendering a chat template; a typical one takes a millisecond."""
+
+
+LONG_TOKEN = 16
+"""Characters of a token of which there are few: a text of so many for each token of the context is
+cut before it is encoded.
+"""
+LEAST_BEFORE = 16
+"""Tokens for the text around a gap, even if the answer were to take the whole context."""
+
+
+@dataclass(frozen=True)
+class EditorGap:
+    """A text with a gap, as an editor sends it.
+
+    Attributes:
+        prefix: lines before the cursor's line.
+        begun: the cursor's line up to the cursor.
+        suffix: the text after the cursor.
+        others: name and text of pieces of other files.
+    """
+
+    prefix: str
+    begun: str
+    suffix: str
+    others: Sequence[tuple[str, str]] = ()
 
 
 class PromptWriter:
@@ -36,6 +63,7 @@ class PromptWriter:
         self.context = context
         template = tokenizer.chat_template
         self.knows_tools = isinstance(template, str) and bool(re.search(r"\btools\b", template))
+        self.layout = infill_layout(tokenizer)
         self.longest_token = max(len(token.encode()) for token in tokenizer.get_vocab())
         self.longest_text = context * self.longest_token
 
@@ -98,6 +126,44 @@ class PromptWriter:
         ids = list(self.tokenizer(prompt).input_ids)
         return self.check(ids or [self.start()])
 
+    def infill(self, prompt: str | Sequence[int], suffix: str) -> list[int]:
+        """Return the ids of a prompt whose continuation is to be followed by `suffix`.
+
+        Raises:
+            ApiError: the prompt is no text, or both texts fill the context.
+        """
+        if not isinstance(prompt, str):
+            raise ApiError(400, "suffix needs a prompt of text, not of ids.", param="suffix")
+        self.check_text(prompt)
+        self.check_text(suffix)
+        prefix_ids, suffix_ids = encode_plain(self.tokenizer, [prompt, suffix])
+        before = document_start_ids(self.tokenizer)
+        return self.check([*before, *self.layout.join(prefix_ids, suffix_ids)])
+
+    def gap(self, gap: EditorGap, answer_tokens: int) -> list[int]:
+        """Return the ids of an editor's text with a gap, shortened to what fits.
+
+        The suffix keeps its beginning, in at most a quarter of the context; the text before the gap
+        keeps its end, and other files what is left, the later ones first.
+
+        Args:
+            gap: the text.
+            answer_tokens: number of tokens to leave for the answer.
+        """
+        most = self.context * LONG_TOKEN
+        others = "".join(f"file: {name}\n\n{text}\n" for name, text in gap.others)
+        texts = [gap.prefix[-most:], gap.suffix[:most], gap.begun[-most:], others[-most:]]
+        prefix, suffix, begun, others_ids = encode_plain(self.tokenizer, texts)
+        before = document_start_ids(self.tokenizer)
+        used = answer_tokens + len(before) + self.layout.markers
+        free = max(LEAST_BEFORE, self.context - used - 1)
+        suffix = suffix[: free // 4]
+        begun = last(begun, free - len(suffix))
+        prefix = last(prefix, free - len(suffix) - len(begun))
+        others_ids = last(others_ids, free - len(suffix) - len(begun) - len(prefix))
+        # What is begun of the middle comes after all else, wherever the layout has the prefix.
+        return self.check([*before, *others_ids, *self.layout.join(prefix, suffix), *begun])
+
     def start(self) -> int:
         """Return the token that starts a document.
 
@@ -150,6 +216,11 @@ class PromptWriter:
             "tokens; shorten it."
         )
         return ApiError(400, message, param="messages", code="context_length_exceeded")
+
+
+def last(ids: list[int], count: int) -> list[int]:
+    """Return the last `count` ids."""
+    return ids[max(0, len(ids) - max(0, count)) :]
 
 
 @contextmanager

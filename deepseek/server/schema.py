@@ -252,7 +252,7 @@ class ChatRequest(GenerationFields, HarmlessFields):
 class CompletionRequest(GenerationFields):
     """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text.
 
-    `json_schema` (our extension) constrains the text.
+    `json_schema` (our extension) constrains the text; `suffix` is what follows it.
     """
 
     prompt: (
@@ -263,7 +263,7 @@ class CompletionRequest(GenerationFields):
     max_tokens: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     echo: bool | None = None
     best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    suffix: str | None = None
     json_schema: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -305,6 +305,7 @@ TAUGHT = (
     "epochs",
     "split",
     "questions",
+    "infill",
     "held_out",
     "held_out_tokens",
     "row_length",

@@ -15,7 +15,7 @@ from deepseek.data import Document
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import ExpertChoice
 from deepseek.evaluate import completion
-from deepseek.evaluate.cases import LEAST_LINES, CaseEncoder, fim_marker_ids, next_line_cases
+from deepseek.evaluate.cases import LEAST_LINES, CaseEncoder, next_line_cases
 from deepseek.evaluate.completion import Completion, Dials, Writer, score_answers
 from deepseek.retrieval.index import Index
 
@@ -83,7 +83,7 @@ def test_prompt_and_target_are_the_tokens_of_the_text(seed: int, most: int) -> N
 
 def test_infilling_is_asked_only_where_the_tokenizer_knows_it() -> None:
     (case,) = next_line_cases([CODE], 1)
-    assert fim_marker_ids(PLAIN) is None and CaseEncoder(PLAIN, 99).infill(case) is None
+    assert CaseEncoder(PLAIN, 99).infill(case) is None
     prompt = CaseEncoder(FIM, 999).infill(case)
     assert (
         FIM.decode(prompt.ids) == f"<fim_prefix>{case.before}<fim_suffix>{case.after}<fim_middle>"

@@ -473,7 +473,6 @@ BAD_COMPLETIONS: dict[str, tuple[dict[str, Any], int]] = {
     "mixed": ({"prompt": ["a", 1]}, 400),
     "unknown_token": ({"prompt": [10**6]}, 400),
     "negative_token": ({"prompt": [-1]}, 400),
-    "suffix": ({"suffix": "x"}, 400),
     "best_of": ({"best_of": 3}, 400),
     "too_many": ({"prompt": ["a"] * 9, "n": 2}, 400),
     "logprobs": ({"logprobs": 21}, 400),

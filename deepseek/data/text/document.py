@@ -10,7 +10,7 @@ from typing import Literal
 from deepseek.errors import DataError
 from deepseek.text.messages import check_messages
 
-Kind = Literal["text", "code", "commit", "messages"]
+Kind = Literal["text", "code", "commit", "messages", "infill"]
 
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, what)`, called now and then during a long job; total 0 means unknown."""
@@ -25,9 +25,10 @@ class Document:
     """One text with its name and kind.
 
     Attributes:
-        text: the whole text; for kind `messages`, a JSON array of `{"role", "content"}` objects.
+        text: the whole text; for kind `messages`, a JSON array of `{"role", "content"}` objects;
+            for kind `infill`, a JSON object with `prefix`, `suffix` and `middle`.
         name: its source, stable across runs: `repo/path`, `file.jsonl:17`, `repo@commit`.
-        kind: `text`, `code`, `commit` or `messages`; default: `text`.
+        kind: `text`, `code`, `commit`, `messages` or `infill`; default: `text`.
         time: creation time in seconds since 1970; 0 (default): unknown.
     """
 
@@ -40,6 +41,11 @@ class Document:
         """Return the conversation of a document of kind `messages`."""
         loaded: list[dict[str, str]] = json.loads(self.text)
         return loaded
+
+    def gap(self) -> tuple[str, str, str]:
+        """Return prefix, suffix and middle of a document of kind `infill`."""
+        loaded: dict[str, str] = json.loads(self.text)
+        return loaded["prefix"], loaded["suffix"], loaded["middle"]
 
 
 def conversation(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from deepseek.data.text.document import Document, uniform
 from deepseek.errors import DataError
 from deepseek.text.chat_template import encode_chat
+from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import document_end_id, document_start_ids, encode_plain
 
 CONTEXT_BIT = np.uint32(1 << 31)
@@ -24,16 +25,6 @@ CHUNK = 1 << 16
 and memory stays small.
 """
 
-FIM_TOKENS = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
-)
-"""Fill-in-the-middle tokens (prefix, suffix, middle) of model families; the second is
-StarCoder's.
-"""
-
 
 @dataclass(frozen=True)
 class EncodeOptions:
@@ -42,44 +33,14 @@ class EncodeOptions:
     Attributes:
         header: whether to put `file: <name>` before code and `commit: <name>` before commits, as
             context, so that the model can use the path; default: True.
-        fim_rate: share of code documents to rearrange for fill-in-the-middle; default: 0.0.
-        seed: seed that selects these documents and their cuts, by document name; default: 0.
     """
 
     header: bool = True
-    fim_rate: float = 0.0
-    seed: int = 0
 
 
 def header(document: Document) -> str:
     """Return the header line with the name of a file or commit."""
     return f"{'commit' if document.kind == 'commit' else 'file'}: {document.name}\n\n"
-
-
-def fim_markers(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int], list[int]]:
-    """Return the ids that open prefix, suffix and middle.
-
-    A tokenizer without such tokens gets StarCoder's names spelled as text. They work as well after
-    training on them, but take a few more ids each.
-    """
-    vocabulary = tokenizer.get_added_vocab()
-    for names in FIM_TOKENS:
-        if all(name in vocabulary for name in names):
-            prefix, suffix, middle = ([vocabulary[name]] for name in names)
-            return prefix, suffix, middle
-    prefix, suffix, middle = encode_plain(tokenizer, FIM_TOKENS[1])
-    return prefix, suffix, middle
-
-
-def fim_cuts(document: Document, options: EncodeOptions) -> tuple[int, int] | None:
-    """Return the bounds of this document's middle, or None if it is not rearranged."""
-    if document.kind != "code" or options.fim_rate <= 0 or len(document.text) < 3:
-        return None
-    draws = [uniform(f"fim:{options.seed}:{document.name}:{index}") for index in range(3)]
-    if draws[0] >= options.fim_rate:
-        return None
-    start, stop = sorted(1 + int(draw * (len(document.text) - 1)) for draw in draws[1:])
-    return start, stop
 
 
 def pieces(text: str) -> list[str]:
@@ -106,7 +67,7 @@ class DocumentEncoder:
         self.options = options
         self.start = document_start_ids(tokenizer)
         self.end = document_end_id(tokenizer)
-        self.markers = fim_markers(tokenizer) if options.fim_rate > 0 else ([], [], [])
+        self.layout = infill_layout(tokenizer)
 
     def encode(self, documents: Sequence[Document]) -> Iterator[NDArray[np.uint32]]:
         """Yield the ids of each document with its end token, and `CONTEXT_BIT` on non-targets."""
@@ -115,36 +76,39 @@ class DocumentEncoder:
         encoded = iter(encode_plain(self.tokenizer, flat))
         for document, parts in zip(documents, sections, strict=True):
             ids = [[identity for _ in part for identity in next(encoded)] for part in parts]
-            yield self.messages(document) if document.kind == "messages" else self.join(ids)
+            if document.kind == "messages":
+                yield self.messages(document)
+            else:
+                yield self.infill(*ids) if document.kind == "infill" else self.join(*ids)
 
     def sections(self, document: Document) -> list[str]:
-        """Return the texts to encode: none, [head, text], or [head, prefix, suffix, middle]."""
+        """Return the texts to encode: none, [head, text], or [prefix, suffix, middle]."""
         if document.kind == "messages":
             return []
+        if document.kind == "infill":
+            return [*document.gap()]
         head = header(document) if self.options.header and document.kind != "text" else ""
-        cuts = fim_cuts(document, self.options)
-        if cuts is None:
-            return [head, document.text]
-        start, stop = cuts
-        return [head, document.text[:start], document.text[stop:], document.text[start:stop]]
+        return [head, document.text]
 
-    def join(self, sections: list[list[int]]) -> NDArray[np.uint32]:
-        """Return start, header, text and end tokens, with fill-in-the-middle markers if the text
-        was rearranged.
+    def join(self, head: list[int], text: list[int]) -> NDArray[np.uint32]:
+        """Return start, header, text and end tokens.
 
         The header is context, since at inference it is always part of the prompt.
         """
-        head, *texts = sections
-        if len(texts) == 1:
-            body = texts[0]
-        else:
-            body = [
-                identity
-                for marker, text in zip(self.markers, texts, strict=True)
-                for identity in marker + text
-            ]
-        ids = np.array([*self.start, *head, *body, self.end], dtype=np.uint32)
+        ids = np.array([*self.start, *head, *text, self.end], dtype=np.uint32)
         ids[: len(self.start) + len(head)] |= CONTEXT_BIT
+        return ids
+
+    def infill(self, prefix: list[int], suffix: list[int], middle: list[int]) -> NDArray[np.uint32]:
+        """Return a text with a gap, and what fills it at the end (see `text/infilling.py`).
+
+        Markers are context. There is no header, since editors name no file.
+        """
+        before = self.layout.join(prefix, suffix)
+        ids = np.array([*self.start, *before, *middle, self.end], dtype=np.uint32)
+        is_marker = self.layout.is_marker(prefix, suffix)
+        ids[: len(self.start)] |= CONTEXT_BIT
+        ids[len(self.start) : len(self.start) + len(before)][is_marker] |= CONTEXT_BIT
         return ids
 
     def messages(self, document: Document) -> NDArray[np.uint32]:

@@ -135,12 +135,17 @@ class NativeChunks:
         """Yield the chunks of a stream."""
         first: float | None = None
         last: Fields = {"finish_reason": "stop", "stop_reason": None}
-        async for choice in self._chunks.all_choices():
+        async for choice in self.choices():
             first = first or time.perf_counter()
             last = choice
             if choice["text"]:
                 yield {**self._head(False), "content": choice["text"], "expert": choice["expert"]}
         yield {**self._head(True), "content": "", **self._end(last, first or time.perf_counter())}
+
+    async def choices(self) -> AsyncIterator[Fields]:
+        """Yield the pieces of the text."""
+        async for choice in self._chunks.all_choices():
+            yield choice
 
     def fold(self, chunks: list[Fields]) -> Fields:
         """Return the whole reply that the chunks add up to."""

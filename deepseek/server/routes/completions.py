@@ -55,6 +55,12 @@ async def answer(service: Service, body: CompletionRequest) -> "CompletionChunks
             "echo repeats the prompt as it was sent, which retrieve changes; leave one out.",
             param="echo",
         )
+    if body.suffix and (body.retrieve or body.echo):
+        raise ApiError(
+            400,
+            "suffix goes together with neither retrieve nor echo; leave it or them out.",
+            param="suffix",
+        )
     passages: list[Passage] = []
     job = await service.start(lambda: plan(service, body, passages), body.n or 1)
     chunks = CompletionChunks(service, body, job)
@@ -81,7 +87,8 @@ def plan(service: Service, body: CompletionRequest, retrieved: list[Passage]) ->
     retrieval = Retrieval.of(service, body)
     requests: list[Request] = []
     for prompt in prompts(body):
-        ids = service.writer.text(prompt)
+        writer = service.writer
+        ids = writer.infill(prompt, body.suffix) if body.suffix else writer.text(prompt)
         if retrieval is not None:
             ids, passages = retrieval.before(ids, service, limit)
             retrieved += passages

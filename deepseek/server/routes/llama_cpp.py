@@ -1,4 +1,4 @@
-"""llama.cpp's own routes: `/completion`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`."""
+"""llama.cpp's own routes: `/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`."""
 
 import time
 from functools import partial
@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from deepseek.server.admission import AnyTypeComputingRoute
+from deepseek.server.dialects.infill import InfillChunks, InfillRequest
 from deepseek.server.dialects.llama_cpp import (
     DetokenizeRequest,
     NativeChunks,
@@ -32,6 +33,20 @@ async def completion(body: NativeCompletion, service: TheService) -> Response:
     request = body.completion(settings.model, settings.answer_tokens)
     chunks = await completions.answer(service, request)
     native = NativeChunks(body, chunks, started)
+    fold = None if body.stream else native.fold
+    return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
+
+
+@router.post("/infill")
+async def infill(body: InfillRequest, service: TheService) -> Response:
+    """Fill a gap in a text, as an editor's plug-in asks for it."""
+    started = time.perf_counter()
+    settings = service.settings
+    limit = settings.answer_tokens if body.n_predict in (None, -1) else body.n_predict
+    ids = await service.admission.run(partial(service.writer.gap, body.gap, limit or 0))
+    request = body.native(ids).completion(settings.model, settings.answer_tokens)
+    chunks = await completions.answer(service, request)
+    native = InfillChunks(body, chunks, started)
     fold = None if body.stream else native.fold
     return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
 

@@ -106,6 +106,7 @@ class TextArguments(RunArguments):
         "held_out",
         "split",
         "questions",
+        "infill",
     }
 
     base: str = Field(default="smollm2-135m", kw_only=False)
@@ -217,6 +218,9 @@ class ExpertArguments(TextArguments):
     questions: float | None = Field(default=None, ge=0, le=0.9)
     """Share of the training tokens that are questions generated from the text; default: 0, none"""
 
+    infill: float = Field(default=0.0, ge=0, le=0.9)
+    """Share of the code files to train on as texts with gaps, for completion in an editor"""
+
     licence: SpdxLicence = Field(default=UNKNOWN_LICENCE, max_length=200, examples=["MIT"])
     """SpdxLicence of the pack, an SPDX expression"""
 
@@ -228,13 +232,13 @@ class ExpertArguments(TextArguments):
 
     @property
     def source(self) -> "Source":
-        """The text source, with the split of the held-out set and the share of questions."""
+        """The text source, with the split of the held-out set, and the shares of questions and of gaps."""
         from dataclasses import replace
 
         from deepseek.train.text.question_mix import QUESTIONS
 
         questions = QUESTIONS if self.questions is None else self.questions
-        return replace(super().source, by=self.split, questions=questions)
+        return replace(super().source, by=self.split, questions=questions, infill=self.infill)
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)

@@ -21,6 +21,7 @@ from deepseek.data import (
 )
 from deepseek.data.text.document import Rule, silent
 from deepseek.data.text.filters import Skipped
+from deepseek.data.text.gaps import with_gaps
 from deepseek.data.text.git import find_commit, open_repository, read_git_by_time
 from deepseek.data.text.halves import halve
 from deepseek.errors import DataError
@@ -41,6 +42,7 @@ class Source:
             commits).
         seed: seed of the split.
         questions: share of questions about the documents in the training tokens; 0: none.
+        infill: share of the code files to train on as texts with gaps; 0: none.
     """
 
     git: Path | None = None
@@ -51,6 +53,7 @@ class Source:
     by: Rule = "file"
     seed: int = 0
     questions: float = 0.0
+    infill: float = 0.0
 
     @classmethod
     def at(
@@ -117,6 +120,7 @@ def build_corpus(
         train = mix_questions(
             train, held_out, tokenizer, source.questions, folder / "questions.jsonl"
         )
+        train = with_gaps(train, source.infill, source.seed)
         TokenShards.build(order(train), tokenizer, folder / "train", progress=progress)
         if validation:
             chosen, held_out = halve(held_out, source.by, source.seed)

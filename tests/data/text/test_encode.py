@@ -1,6 +1,7 @@
 """One document to ids: what stands around it, what is a target, fill-in-the-middle."""
 
-import numpy as np
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 from deepseek.data import Document, EncodeOptions
 from deepseek.data.text import encode as encode_module
 from deepseek.data.text.document import conversation
-from deepseek.data.text.encode import CONTEXT_BIT, DocumentEncoder, fim_markers, pieces
+from deepseek.data.text.encode import CONTEXT_BIT, DocumentEncoder, pieces
 
 TOKENIZER = tiny_tokenizer()
 FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
@@ -62,37 +63,20 @@ def test_long_texts_are_cut_at_line_ends_only(monkeypatch: pytest.MonkeyPatch) -
     assert all(part.endswith("\n") for part in pieces(CODE.text)[:-1])
 
 
-@pytest.mark.parametrize("tokenizer", [FIM_TOKENIZER, TOKENIZER], ids=["tokens", "spelled"])
-def test_the_middle_moves_to_the_end_and_nothing_is_lost(tokenizer: object) -> None:
-    text = text_of(CODE, EncodeOptions(fim_rate=1.0, header=False), tokenizer).removesuffix(
-        "<|endoftext|>"
+GAP = json.dumps({"prefix": "a = f(", "suffix": ")\nb\n", "middle": "the_model"})
+
+
+def test_the_middle_comes_last_and_markers_are_no_targets() -> None:
+    document = Document(GAP, "repo/f.py:0", "infill")
+    assert text_of(document, EncodeOptions(), FIM_TOKENIZER) == (
+        "<fim_prefix>a = f(<fim_suffix>)\nb\n<fim_middle>the_model<|endoftext|>"
     )
-    before, rest = text.removeprefix(FIM[0]).split(FIM[1])
-    after, middle = rest.split(FIM[2])
-    assert before + middle + after == CODE.text
-    assert before and middle
-
-
-def test_fill_in_markers_are_control_tokens_where_the_tokenizer_has_them() -> None:
-    assert [len(marker) for marker in fim_markers(FIM_TOKENIZER)] == [1, 1, 1]
-    assert all(len(marker) > 1 for marker in fim_markers(TOKENIZER))
-
-
-def test_the_rate_holds_and_prose_is_never_rearranged() -> None:
-    options = EncodeOptions(fim_rate=0.5)
-    documents = [
-        Document("def f(): return 1\n", f"repo/{number}.py", "code") for number in range(400)
-    ]
-    rearranged = sum("<fim_middle>" in text_of(document, options) for document in documents)
-    assert 150 < rearranged < 250
-    prose = Document("Once upon a time", "repo/0.md", "text")
-    assert text_of(prose, EncodeOptions(fim_rate=1.0)) == "Once upon a time<|endoftext|>"
-
-
-def test_the_same_seed_cuts_in_the_same_place() -> None:
-    encoded = [
-        next(DocumentEncoder(TOKENIZER, EncodeOptions(fim_rate=1.0, seed=s)).encode([CODE]))
-        for s in (1, 1, 2)
-    ]
-    assert np.array_equal(encoded[0], encoded[1])
-    assert not np.array_equal(encoded[0], encoded[2])
+    assert (
+        text_of(document, EncodeOptions())
+        == "<fim_suffix>)\nb\n<fim_prefix>a = f(the_model<|endoftext|>"
+    )
+    for tokenizer in (FIM_TOKENIZER, TOKENIZER):
+        ids = next(DocumentEncoder(tokenizer, EncodeOptions()).encode([document]))
+        targets = tokenizer.decode(ids[(ids & CONTEXT_BIT) == 0])
+        assert "fim" not in targets
+        assert targets.endswith("the_model<|endoftext|>")

@@ -1,0 +1,218 @@
+"""Filling in the middle: `suffix` of `/v1/completions`, and `/infill` as llama.cpp's plug-ins for
+editors send it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from live_server import CONTEXT, Live
+from openai import OpenAI
+
+from deepseek.server.dialects import llama_cpp
+from deepseek.server.dialects.infill import InfillChunks, InfillRequest
+from deepseek.server.prompt import EditorGap
+
+RING = [
+    {"filename": "src/model.py", "text": "class Model:\n    pass\n", "time": [12, 345]},
+    {"filename": "src/value.py", "text": "def value():\n    return 1\n", "time": [13, 1]},
+]
+
+VIM: dict[str, Any] = {
+    "input_prefix": "import os\n\ndef value(model):\n",
+    "input_suffix": "\n\nprint(value(1))\n",
+    "input_extra": RING,
+    "prompt": "    return the ",
+    "n_predict": 12,
+    "stop": [],
+    "n_indent": 4,
+    "top_k": 40,
+    "top_p": 0.90,
+    "stream": False,
+    "samplers": ["top_k", "top_p", "infill"],
+    "cache_prompt": True,
+    "t_max_prompt_ms": 500,
+    "t_max_predict_ms": 250,
+    "response_fields": [
+        "content",
+        "timings/prompt_n",
+        "timings/prompt_ms",
+        "timings/prompt_per_token_ms",
+        "timings/prompt_per_second",
+        "timings/predicted_n",
+        "timings/predicted_ms",
+        "timings/predicted_per_token_ms",
+        "timings/predicted_per_second",
+        "truncated",
+        "tokens_cached",
+    ],
+}
+"""What llama.vim sends while somebody types."""
+
+VIM_WARMS_UP: dict[str, Any] = {
+    "id_slot": 0,
+    "input_prefix": "",
+    "input_suffix": "",
+    "input_extra": RING,
+    "prompt": "",
+    "n_predict": 0,
+    "temperature": 0.0,
+    "stream": False,
+    "samplers": [],
+    "cache_prompt": True,
+    "t_max_prompt_ms": 1,
+    "t_max_predict_ms": 1,
+    "response_fields": [""],
+}
+"""What it sends in the background, so that the context is in the cache."""
+
+VSCODE: dict[str, Any] = {
+    "input_prefix": "def value(model):\n",
+    "input_suffix": ")\n",
+    "input_extra": [{"text": "x = 1\n", "time": 1733000000000, "filename": "a.py"}],
+    "prompt": "    print(",
+    "n_predict": 8,
+    "top_k": 40,
+    "top_p": 0.99,
+    "stream": False,
+    "samplers": ["top_k", "top_p", "infill"],
+    "cache_prompt": True,
+    "n_indent": 4,
+    "t_max_prompt_ms": 500,
+    "t_max_predict_ms": 2500,
+}
+"""What llama.vscode sends."""
+
+
+def post(server: Live, body: dict[str, Any]) -> Any:
+    with server.http() as http:
+        reply = http.post("/infill", json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_vims_request_gets_the_fields_that_it_names(server: Live) -> None:
+    reply = post(server, VIM)
+    assert set(reply) <= set(VIM["response_fields"])
+    assert isinstance(reply["content"], str)
+    assert reply["timings/predicted_n"] >= 1
+    assert reply["timings/prompt_n"] + reply["tokens_cached"] > 20
+    assert reply["truncated"] is False
+
+
+def test_the_warm_up_says_nothing_and_fills_the_cache(server: Live) -> None:
+    assert post(server, VIM_WARMS_UP) == {}
+
+
+def test_vscodes_request_gets_a_whole_reply(server: Live) -> None:
+    reply = post(server, VSCODE)
+    assert reply["content"] == post(server, VSCODE)["content"]  # greedy without a temperature
+    assert reply["timings"]["predicted_n"] <= 8
+    assert reply["stop"] is True
+
+
+def test_a_stream_says_what_the_whole_reply_says(server: Live) -> None:
+    with server.http() as http:
+        text = http.post("/infill", json={**VSCODE, "stream": True}).text
+    assert text.startswith("data: ")
+    assert text.count('"stop":true') == 1
+
+
+def test_the_context_fits_however_much_an_editor_sends(server: Live) -> None:
+    writer = server.service.writer
+    gap = EditorGap(
+        prefix="first = 1\n" * 3000 + "near the gap\n",
+        begun="    return ",
+        suffix=" after it\n" + "far away\n" * 3000,
+        others=[("old.py", "old\n" * 500), ("new.py", "the newest\n")],
+    )
+    ids = writer.gap(gap, 100)
+    text = server.engine.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert len(ids) + 100 < CONTEXT
+    assert text.endswith("near the gap\n    return ")
+    assert "<fim_suffix> after it\n" in text
+    short = EditorGap("a\n", "b", "c\n", gap.others)
+    text = server.engine.tokenizer.decode(writer.gap(short, 400))
+    assert "file: new.py\n\nthe newest\n" in text
+    assert text.endswith("<fim_prefix>a\nb")
+    assert len(writer.gap(gap, CONTEXT)) < CONTEXT
+
+
+def test_a_suffix_is_laid_out_as_in_training(server: Live, client: OpenAI) -> None:
+    asked = client.completions.create(
+        model="tiny", prompt="the value ", suffix="\nof", max_tokens=8, temperature=0
+    )
+    ids = server.service.writer.infill("the value ", "\nof")
+    plain = client.completions.create(model="tiny", prompt=ids, max_tokens=8, temperature=0)
+    assert asked.choices[0].text == plain.choices[0].text
+    assert asked.usage is not None and asked.usage.prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [5, 6], "suffix": "x"}, "suffix"),
+        ({"echo": True, "suffix": "x"}, "suffix"),
+        ({"suffix": 5}, "suffix"),
+        ({"suffix": "word " * 4000}, "messages"),
+    ],
+)
+def test_what_a_suffix_does_not_go_with_is_refused(
+    server: Live, fields: dict[str, Any], param: str
+) -> None:
+    with server.http() as http:
+        reply = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", **fields})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "fields", [{"input_extra": [{"filename": "x"}]}, {"lora": [{"id": 0}]}, {"n_indent": -1}]
+)
+def test_a_bad_gap_is_refused(server: Live, fields: dict[str, Any]) -> None:
+    with server.http() as http:
+        reply = http.post("/infill", json={"input_prefix": "a", **fields})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].endswith(".")
+
+
+class Written:
+    """Stands for an answer that is written in these pieces."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.pieces = pieces
+
+    async def all_choices(self) -> AsyncIterator[dict[str, Any]]:
+        for number, piece in enumerate(self.pieces):
+            last = number == len(self.pieces) - 1
+            yield {"text": piece, "finish_reason": "stop" if last else None, "stop_reason": None}
+
+
+def filled(pieces: list[str], **fields: Any) -> tuple[str, str]:
+    """Return the text of an answer, and why it ended."""
+    chunks = InfillChunks(InfillRequest(**fields), Written(pieces), 0.0)  # type: ignore[arg-type]
+
+    async def choices() -> list[dict[str, Any]]:
+        return [choice async for choice in chunks.choices()]
+
+    all_choices = asyncio.run(choices())
+    text = "".join(choice["text"] for choice in all_choices)
+    return text, all_choices[-1]["finish_reason"]
+
+
+WHOLE = "x)\n        y\n\n    z\nend\nmore"
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_the_text_ends_where_its_block_ends(size: int) -> None:
+    pieces = [WHOLE[start : start + size] for start in range(0, len(WHOLE), size)]
+    assert filled(pieces) == (WHOLE, "stop")
+    assert filled(pieces, n_indent=4) == ("x)\n        y\n\n    z", "stop")
+    assert filled(pieces, n_indent=8) == ("x)\n        y", "stop")
+
+
+def test_out_of_time_the_text_ends_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(llama_cpp.time, "perf_counter", lambda: next(clock))
+    assert filled(["a", "\nb", "\nc", "\nd"], t_max_predict_ms=1500) == ("a\nb", "length")
