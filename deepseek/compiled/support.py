@@ -34,7 +34,6 @@ RULES = (
             "attention_bias",
             "attention_output_bias",
             "full_attention_layers",
-            "head_dim",
             "hidden_size",
             "intermediate_size",
             "local_rope_theta",
@@ -56,6 +55,7 @@ RULES = (
     | {
         "attention": one_of("full"),
         "clip_qkv": FieldRule(lambda limit: limit is None or limit > 0, "None or above 0"),
+        "head_dim": FieldRule(lambda width: 32 <= width <= 256, "between 32 and 256"),
         "hidden_act": one_of("gelu_pytorch_tanh", "silu"),
         "positional_encoding": one_of("alibi", "dpe", "none", "rope"),
         "qk_norm": one_of("none", "head", "width"),

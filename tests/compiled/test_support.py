@@ -41,6 +41,7 @@ SHAPE: dict[str, Any] = {
 COMPILED_REFUSES = {
     "attention": "lsh",
     "clip_qkv": 0.0,
+    "head_dim": 16,
     "hidden_act": "gelu",
     "positional_encoding": "learned",
     "qk_norm": "layer",
