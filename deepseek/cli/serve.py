@@ -8,6 +8,7 @@ import typer
 
 from deepseek.cli.options import Device, Experts, Int8, Precision, expert_packs, names
 from deepseek.errors import ConfigError
+from deepseek.server.request_log import LogLevel
 
 app = typer.Typer(add_completion=False)
 
@@ -73,6 +74,9 @@ def serve(
     cpus: Annotated[
         float, typer.Option(min=0.01, max=1e4, help="With --ray: processors of each replica.")
     ] = 1.0,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="Least severe messages to log; info logs each request.")
+    ] = "info",
     drain_seconds: Annotated[
         float,
         typer.Option(
@@ -104,6 +108,7 @@ def serve(
         api_keys=_keys(api_key_file, "DEEPSEEK_API_KEY", "--api-key-file"),
         admin_keys=_keys(admin_key_file, "DEEPSEEK_ADMIN_KEY", "--admin-key-file"),
         teach_root=teach_root,
+        log_level=log_level,
         experts_folder=experts_folder or usual_folder(),
     )
     run(

@@ -13,7 +13,7 @@ from deepseek.errors import ConfigError, UserError
 from deepseek.model.experts.arming import Arming
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-GrammarKind = Literal["json_schema", "regex", "lark"]
+GrammarKind = Literal["json_schema", "regex", "lark", "gbnf"]
 ArmChoice = tuple[str, ...] | Mapping[str, float] | Literal["auto"]
 MAX_LOGPROBS = 20
 
@@ -68,8 +68,8 @@ class Grammar:
     """A constraint on the generated text.
 
     Attributes:
-        kind: "json_schema", "regex" or "lark".
-        text: the schema as JSON text, the regular expression, or the Lark grammar.
+        kind: "json_schema", "regex", "lark" or "gbnf" (llama.cpp's grammars).
+        text: the schema as JSON text, the regular expression, or the grammar.
     """
 
     kind: GrammarKind
@@ -177,6 +177,8 @@ class TokenEvent:
         finish_reason: "stop" after an end token, a stop text or a completed grammar; "length" at a
             token limit; "cancelled"; "error".
         error: one sentence on the failure, if the reason is "error".
+        refused: whether the request caused the failure, such as by a grammar that turned out to be
+            too complex.
         stop_text: the stop text that ended the generation, None if something else did.
     """
 
@@ -186,6 +188,7 @@ class TokenEvent:
     expert: str | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    refused: bool = False
     stop_text: str | None = None
 
 

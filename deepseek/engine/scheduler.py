@@ -204,7 +204,9 @@ class Scheduler:
         try:
             events = sequence.advance(logits_RV, experts)
         except Exception as error:  # other sequences must not be affected
-            self.end(sequence, "error", f"{type(error).__name__}: {error}")
+            self.finished["error"] += 1
+            self._release(sequence)
+            sequence.deliver(sequence.failure(error))
             return
         for event in events:
             self.completion_tokens += 1

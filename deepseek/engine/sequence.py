@@ -9,6 +9,7 @@ arXiv:2302.01318, arXiv:2304.04487).
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from deepseek.engine.prefix import block_keys
 from deepseek.engine.request import FinishReason, Request, TokenEvent, TokenLogprob, TokenUsage
 from deepseek.engine.sampler import Logits, Sampler
 from deepseek.engine.vocabulary import TextStream, Vocabulary
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, UserError
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.runner import Chunk, Rewindable, SequenceState
@@ -217,6 +218,16 @@ class ActiveSequence:
         """
         self.finish_reason = reason
         return TokenEvent(None, self._text.flush(), finish_reason=reason, error=error)
+
+    def failure(self, error: Exception) -> TokenEvent:
+        """Mark the sequence as failed and return its last event.
+
+        Args:
+            error: what went wrong in it; a `UserError` is the request's own mistake.
+        """
+        if isinstance(error, UserError):
+            return replace(self.finish("error", str(error)), refused=True)
+        return self.finish("error", f"{type(error).__name__}: {error}")
 
     def _sample(self, logits_V: Logits, expert: str | None) -> TokenEvent:
         """Sample the next token and return its event."""

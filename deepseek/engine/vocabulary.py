@@ -1,9 +1,7 @@
 """The engine's view of tokens: end tokens, detokenisation, and the tokens that a grammar allows."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import llguidance
 import llguidance.hf
@@ -13,20 +11,14 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from deepseek import checks
+from deepseek.engine.grammar import LIMITS, directed, unusable
+from deepseek.engine.grammar_trial import Trial
 from deepseek.engine.request import Grammar
 from deepseek.errors import ConfigError
 from deepseek.model.language_model import LanguageModel
 from deepseek.text.tokenizer import document_end_id
 
-WHITESPACE = r"\n?[ \t]{0,32}"
-"""Pattern of the whitespace between JSON tokens: it allows pretty printing, but no endless run of
-blanks.
-"""
-
-REAL_YEAR = r"^([1-9]|0[1-9]|00[1-9]|000[1-9])"
-"""Pattern for the start of a date. JSON Schema's formats allow the year 0, which the date types of
-most languages cannot represent.
-"""
+TRIAL = Trial()
 
 
 class Vocabulary:
@@ -60,21 +52,15 @@ class Vocabulary:
         Raises:
             ConfigError: the grammar does not compile.
         """
-        try:
-            matcher = llguidance.LLMatcher(self._tokens, _compiled(grammar), log_level=0)
-        except ValueError as error:
-            raise ConfigError(
-                f"The {grammar.kind} is not a JSON object ({error}); correct it."
-            ) from error
-        except RecursionError:
-            raise ConfigError(f"The {grammar.kind} nests too deep; flatten it.") from None
+        lark = directed(grammar)
+        if complaint := TRIAL.complaint(lark):
+            raise unusable(grammar, complaint)
+        matcher = llguidance.LLMatcher(self._tokens, lark, log_level=0, limits=LIMITS)
         if not matcher.is_error():
             # A grammar that refers to itself without end compiles, and fails at its first token.
             matcher.compute_logit_bias()
         if matcher.is_error():
-            raise ConfigError(
-                f"The {grammar.kind} cannot be used ({_first_line(matcher)}); correct it."
-            )
+            raise unusable(grammar, _first_line(matcher))
         return Matcher(matcher)
 
     @cached_property
@@ -83,37 +69,6 @@ class Vocabulary:
         return llguidance.hf.from_tokenizer(
             self.tokenizer, n_vocab=self.size, eos_token=sorted(self.ends)
         )
-
-
-def _compiled(grammar: Grammar) -> str:
-    """Compile a grammar to the form that llguidance reads."""
-    if grammar.kind == "regex":
-        return llguidance.LLMatcher.grammar_from_regex(grammar.text)
-    if grammar.kind == "lark":
-        return llguidance.LLMatcher.grammar_from_lark(grammar.text)
-    schema = _with_real_years(json.loads(grammar.text))
-    return llguidance.LLMatcher.grammar_from_json_schema(
-        schema, overrides={"whitespace_pattern": WHITESPACE}
-    )
-
-
-def _with_real_years(schema: Any) -> Any:
-    """Return a JSON schema whose date formats exclude the year 0, unless they have their own
-    pattern.
-    """
-    if isinstance(schema, list):
-        return [_with_real_years(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    changed = {
-        key: value if key in ("const", "enum") else _with_real_years(value)
-        for key, value in schema.items()
-    }
-    return (
-        {"pattern": REAL_YEAR, **changed}
-        if schema.get("format") in ("date", "date-time")
-        else changed
-    )
 
 
 class Matcher:
@@ -128,7 +83,7 @@ class Matcher:
         It includes the end tokens if the grammar may end here.
 
         Raises:
-            RuntimeError: the grammar turns out to be too complex.
+            ConfigError: the grammar turns out to be too complex.
         """
         mask = self._matcher.compute_logit_bias()
         self._check()
@@ -144,7 +99,7 @@ class Matcher:
             Whether the text is complete and cannot continue.
 
         Raises:
-            RuntimeError: the grammar turns out to be too complex.
+            ConfigError: the grammar turns out to be too complex.
         """
         self._matcher.consume_token(token)
         self._check()
@@ -152,7 +107,9 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(_first_line(self._matcher))
+            raise ConfigError(
+                f"The grammar has become too complex ({_first_line(self._matcher)}); simplify it."
+            )
 
 
 def _first_line(matcher: llguidance.LLMatcher) -> str:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from deepseek.engine.engine import Engine
-from deepseek.engine.request import QueueFullError
+from deepseek.engine.request import QueueFullError, TokenUsage
 from deepseek.server.errors import ApiError
 from deepseek.server.json_body import AnyTypeRoute, Handler, JsonRoute
 
@@ -122,6 +122,10 @@ class Job:
         admission.jobs.add(self)
         if admission.ended:
             self.cancel()
+
+    def usage(self) -> TokenUsage:
+        """Return the tokens used so far."""
+        raise NotImplementedError
 
     def cancel(self) -> None:
         """Stop all computations before the next step."""

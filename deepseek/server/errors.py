@@ -188,6 +188,18 @@ EXPECTED = {
 """What a field of the wrong type should be, by Pydantic's name of the error."""
 
 
+SIZED = {
+    "too_short": "of {min_length} or more items",
+    "too_long": "of {max_length} or fewer items",
+    "string_too_short": "a text of {min_length} or more characters",
+    "string_too_long": "a text of {max_length} or fewer characters",
+    "string_pattern_mismatch": "a text that matches {pattern}",
+    "union_tag_invalid": "an object of one of the types {expected_tags}",
+    "union_tag_not_found": "an object with a type",
+}
+"""The same for errors that say what would be valid."""
+
+
 def explained(mistakes: Sequence[dict[str, Any]], body: Any) -> ApiError:
     """Return the error reply for Pydantic's validation errors, naming one field.
 
@@ -246,11 +258,9 @@ def field_path(mistake: dict[str, Any], body: Any) -> tuple[str, ...]:
 
 def _expected(mistake: dict[str, Any]) -> str:
     """Return what a field should be, as the continuation of "it should be"."""
-    match mistake:
-        case {"type": "too_short", "ctx": {"min_length": least}}:
-            return f"of {least} or more items"
-        case {"type": "too_long", "ctx": {"max_length": most}}:
-            return f"of {most} or fewer items"
+    sized = SIZED.get(mistake["type"])
+    if sized is not None:
+        return sized.format(**mistake["ctx"])
     usual = printable(mistake["msg"]).removeprefix("Input should be ")
     return EXPECTED.get(mistake["type"], usual[:1].lower() + usual[1:])
 

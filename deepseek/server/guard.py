@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek.errors import UserError
+from deepseek.server import request_log
 from deepseek.server.errors import ApiError, as_api_error
 from deepseek.server.service import Service
 
@@ -35,8 +36,8 @@ MAX_FORM = 1 << 14
 """Most bytes of the login form."""
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -93,7 +94,10 @@ class Guard:
         finally:
             self.service.active -= 1
             route = getattr(scope.get("route"), "path", "other")
-            self.service.metrics.replied(route, status, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.service.metrics.replied(route, status, seconds)
+            tokens = scope.get("state", {}).get("tokens", "")
+            request_log.write(scope["method"], route, status, tokens, seconds)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request to the application, or answer it here."""

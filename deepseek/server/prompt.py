@@ -68,7 +68,11 @@ class PromptWriter:
         self.longest_text = context * self.longest_token
 
     def chat(
-        self, messages: Sequence[ChatMessage], calling: Calling, continued: bool = False
+        self,
+        messages: Sequence[ChatMessage],
+        calling: Calling,
+        continued: bool = False,
+        variables: dict[str, Any] | None = None,
     ) -> list[int]:
         """Return the ids of a conversation, up to the start of the assistant's turn.
 
@@ -77,6 +81,7 @@ class PromptWriter:
             calling: the function calls to offer.
             continued: whether the prompt ends with the last message, an assistant's, whose turn
                 stays open; default: a new turn is opened.
+            variables: further variables of the template; default: none.
 
         Raises:
             ApiError: the prompt fills the context, the template takes too long, or there is no
@@ -103,7 +108,13 @@ class PromptWriter:
             if calling.tools:
                 template_messages = with_preamble(template_messages, calling.tools)
         with time_limit(TEMPLATE_SECONDS):
-            text = render(self.tokenizer, template_messages, open_turn=True, tools=tools or None)
+            text = render(
+                self.tokenizer,
+                template_messages,
+                open_turn=True,
+                tools=tools or None,
+                variables=variables,
+            )
         text += begun
         self.check_text(text)
         return self.check(encode_rendered(self.tokenizer, text))

@@ -25,6 +25,7 @@ from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import read_pack
 from deepseek.server.app import create_app
 from deepseek.server.fleet import Fleet, Ledger
+from deepseek.server.request_log import configure
 from deepseek.server.service import Service, Settings
 from deepseek.train.jobs.cluster import connect
 
@@ -124,6 +125,7 @@ def builder(settings: Settings, start: Callable[[], Engine], ledger: Any) -> Cal
     def build() -> FastAPI:
         import ray
 
+        configure(settings.log_level)
         app = create_app(None, settings)
         context = ray.get_runtime_context()
         service: Service = app.state.service

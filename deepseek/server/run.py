@@ -22,6 +22,7 @@ from deepseek.engine.start import start_engine
 from deepseek.errors import ConfigError
 from deepseek.server.app import create_app
 from deepseek.server.connection import http_config
+from deepseek.server.request_log import configure
 from deepseek.server.routes.teach import Teacher
 from deepseek.server.schema import TeachRequest
 from deepseek.server.service import Service, Settings
@@ -86,6 +87,7 @@ def serve(
     settings = replace(
         settings or Settings(), model=Path(model).name, base=str(model), device=device
     )
+    configure(settings.log_level)
     listener = listen(settings)
     url = address(listener, settings.host)
     cache_bytes = int(cache_gib * (1 << 30))

@@ -1,63 +1,33 @@
 """Request bodies: the supported subset of OpenAI's fields; any other field is refused by name."""
 
 from copy import copy
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, create_model
 
 from deepseek.engine.request import ArmChoice
-from deepseek.model.experts.arming import MAX_WEIGHT
-from deepseek.packs.manifest import Name
+from deepseek.server.body import (
+    ArmedExperts,
+    BiasKey,
+    Body,
+    ExpertName,
+    Ids,
+    Penalty,
+    Several,
+    ShortText,
+    StopText,
+    TokenCount,
+    TokenId,
+    ToolName,
+    text_only,
+)
+from deepseek.server.constraints import ConstraintFields
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import arguments_of
 
 MAX_CHOICES = 16
 
-Item = TypeVar("Item")
-Several = Annotated[list[Item], Field(fail_fast=True)]
-"""A list of which only the first mistake is reported: a body has room for a million."""
-
-TokenCount = Annotated[int, Field(ge=1, le=1 << 20)]
-TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
-Ids = Annotated[Several[TokenId], Field(min_length=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-ShortText = Annotated[str, StringConstraints(max_length=512)]
-ExpertName = Name
-ArmedName = ExpertName | Literal["auto"]
-ExpertWeight = Annotated[float, Field(gt=0, le=MAX_WEIGHT)]
-ArmedExperts = (
-    Several[ArmedName]
-    | Annotated[dict[ArmedName, ExpertWeight], Field(max_length=64)]
-    | Literal["auto"]
-)
-"""Names of experts, or names with weights, which scale what an expert or adapter adds; "auto", also
-among the names, stands for those that the server arms by itself.
-"""
-ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
-FormatKind = Literal["text", "json_object", "json_schema"]
-
-
-class Body(BaseModel):
-    """Base of all bodies: strict JSON types without coercion, and no unknown fields.
-
-    An unknown field that is null asks for nothing and is ignored; many clients send all the fields
-    that they know.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_unknown_nulls(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        known = {*cls.model_fields, *(field.alias for field in cls.model_fields.values())}
-        return {name: value for name, value in fields.items() if value is not None or name in known}
+TemplateVariables = Annotated[dict[ShortText, Any], Field(max_length=64)]
 
 
 class ExpertsField(Body):
@@ -67,7 +37,7 @@ class ExpertsField(Body):
     """
 
     arm: ArmedExperts = "auto"
-    deny: Several[ExpertName] = []
+    deny: Several[ExpertName] = Field(default_factory=list)
     max_experts: Annotated[int, Field(ge=1, le=64)] | None = None
 
     @property
@@ -109,7 +79,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class GenerationFields(SamplingFields):
+class GenerationFields(SamplingFields, ConstraintFields):
     """Fields shared by chat and plain completions.
 
     `retrieve` (our extension) puts passages of the experts' training text into the prompt: true
@@ -135,8 +105,8 @@ class TextPart(Body):
 
     type: Literal["text", "input_text", "output_text"]
     text: str
-    annotations: Several[Any] = []
-    logprobs: Several[Any] = []
+    annotations: Several[Any] = Field(default_factory=list)
+    logprobs: Several[Any] = Field(default_factory=list)
 
 
 class CalledFunction(Body):
@@ -158,7 +128,7 @@ class ChatMessage(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Several[TextPart] | None = None
+    content: Annotated[str | Several[TextPart] | None, BeforeValidator(text_only)] = None
     name: ShortText | None = None
     tool_calls: Several[ToolCall] | None = None
     tool_call_id: ShortText | None = None
@@ -208,27 +178,12 @@ class AllowedTools(Body):
         return cls(type="allowed_tools", allowed_tools=cls.Choice(mode=mode, tools=tools))
 
 
-class JsonSchema(Body):
-    """The schema that an answer must follow."""
-
-    name: ToolName = "answer"
-    description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """Free text, any JSON object, or JSON that follows a schema."""
-
-    type: FormatKind
-    json_schema: JsonSchema = JsonSchema()
-
-
 class ChatRequest(GenerationFields, HarmlessFields):
     """`POST /v1/chat/completions`.
 
     `continue_final_message` (vLLM's extension) continues the assistant's last message in place of
-    opening a new turn.
+    opening a new turn; `chat_template_kwargs` (vLLM's and llama.cpp's) are variables of the model's
+    chat template.
     """
 
     messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)]
@@ -236,11 +191,11 @@ class ChatRequest(GenerationFields, HarmlessFields):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Tool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     # Without effect: the model does not reason, and its length is that of its training.
     reasoning_effort: ShortText | None = None
@@ -250,9 +205,8 @@ class ChatRequest(GenerationFields, HarmlessFields):
 
 
 class CompletionRequest(GenerationFields):
-    """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text.
-
-    `json_schema` (our extension) constrains the text; `suffix` is what follows it.
+    """`POST /v1/completions`; `max_tokens` 0 with `echo` scores a text, `suffix` is what follows
+    it.
     """
 
     prompt: (
@@ -264,16 +218,16 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: str | None = None
-    json_schema: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 class EmbeddingsRequest(Body):
-    """`POST /v1/embeddings`."""
+    """`POST /v1/embeddings`; `dimensions` shortens the vectors."""
 
     model: ShortText
     input: str | Ids | Annotated[Several[str] | Several[Ids], Field(min_length=1, max_length=256)]
     encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     user: ShortText | None = None
 
 

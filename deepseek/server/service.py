@@ -30,6 +30,7 @@ from deepseek.server.fleet import Fleet
 from deepseek.server.indexes import Indexes
 from deepseek.server.metrics import Metrics
 from deepseek.server.prompt import PromptWriter
+from deepseek.server.request_log import LogLevel
 from deepseek.server.schema import ExpertsField
 
 
@@ -92,6 +93,8 @@ class GenerationJob(Job):
         self._queue.put_nowait((index, event))
 
     def _check(self, event: TokenEvent) -> None:
+        if event.refused:
+            raise ApiError(400, str(event.error), code="invalid_value")
         if event.finish_reason == "error":
             raise ApiError(500, f"The generation failed: {event.error}", code="internal_error")
         if event.finish_reason == "cancelled":
@@ -126,6 +129,8 @@ class Settings:
         max_body, max_upload: most bytes of a request body, and of an uploaded pack.
         request_seconds: time limit of a request, in seconds.
         answer_tokens: most tokens of an answer if the request sets no limit.
+        log_level: least severe messages to log, on standard error; "info" logs each request. None
+            leaves logging as the program has set it up.
         secret: secret from which session cookies are derived; replicas of one server share it.
     """
 
@@ -146,6 +151,7 @@ class Settings:
     max_upload: int = 1 << 30
     request_seconds: float = 600.0
     answer_tokens: int = 512
+    log_level: LogLevel | None = None
     secret: str = field(default_factory=token_urlsafe, repr=False)
 
 

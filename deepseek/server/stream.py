@@ -81,6 +81,9 @@ class Reply(StreamingResponse):
         finally:
             if self._job is not None:
                 self._job.close()
+                usage = self._job.usage()
+                spent = f"{usage.prompt_tokens}+{usage.completion_tokens}"
+                scope.setdefault("state", {})["tokens"] = spent
 
     async def _folded(
         self, chunks: AsyncIterator[Fields], fold: Callable[[list[Fields]], Fields]

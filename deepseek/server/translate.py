@@ -1,14 +1,11 @@
 """Translate the fields of an HTTP request into an engine request."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from deepseek.engine.request import Grammar, Request
 from deepseek.engine.sampler import Sampling
-from deepseek.server.errors import ApiError
-from deepseek.server.json_schema import closed
-from deepseek.server.schema import JsonSchema, SamplingFields
+from deepseek.server.schema import SamplingFields
 from deepseek.server.service import Service
 
 DIALS = (
@@ -34,7 +31,7 @@ def ask(
     max_tokens: int | None,
     *,
     choice: int = 0,
-    schema: dict[str, Any] | None = None,
+    grammar: Grammar | None = None,
     logprobs: int | None = None,
     prompt_logprobs: bool = False,
     user_ids: tuple[int, ...] | None = None,
@@ -48,9 +45,7 @@ def ask(
         max_tokens: most tokens of the answer, capped at the free context; None takes
             `Settings.answer_tokens`.
         choice: index among the answers to one prompt, added to the seed so that they differ.
-        schema: JSON schema that constrains the answer, closed if it does not say (see
-            `json_schema.closed`); default: none.
-        logprobs, prompt_logprobs, user_ids: see `Request`.
+        grammar, logprobs, prompt_logprobs, user_ids: see `Request`.
 
     Raises:
         ApiError, UserError: the request is invalid.
@@ -71,7 +66,7 @@ def ask(
         ignore_end=bool(getattr(body, "ignore_eos", None)),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=None if schema is None else Grammar("json_schema", json.dumps(closed(schema))),
+        grammar=grammar,
     )
 
 
@@ -105,17 +100,3 @@ def sampling(fields: dict[str, Any], max_tokens: int, choice: int) -> Sampling:
     if "logit_bias" in fields:
         fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
     return Sampling(**{**fields, "max_new_tokens": max_tokens})
-
-
-def wanted_schema(kind: str, described: JsonSchema) -> dict[str, Any] | None:
-    """Return the JSON schema for a response format, None for free text.
-
-    Args:
-        kind: type of the format.
-        described: schema of the format; "json_schema" must have one.
-    """
-    if kind == "json_schema" and described.schema_ is None:
-        raise ApiError(
-            400, "A format of type json_schema needs a schema.", param="json_schema.schema"
-        )
-    return {"text": None, "json_object": {"type": "object"}, "json_schema": described.schema_}[kind]

@@ -6,11 +6,12 @@ The model's own chat template runs in the Jinja sandbox of `transformers`.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.errors import DataError
+from deepseek.errors import DataError, shown
 from deepseek.text.messages import Message, check_messages
 from deepseek.text.tokenizer import encode_plain
 
@@ -18,6 +19,14 @@ USER_ROLES = ("user", "tool")
 
 FIRST_STAND_IN = 0x10F000
 """First code point of a private-use range that stands in for control tokens (see `render`)."""
+
+RESERVED = {
+    *signature(PreTrainedTokenizerFast.apply_chat_template).parameters,
+    "messages",
+    "raise_exception",
+    "strftime_now",
+}
+"""Names that a template's variables cannot have."""
 
 STAND_INS = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(0x10FFFF)}]")
 
@@ -40,6 +49,7 @@ def render(
     messages: Sequence[Message],
     open_turn: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the conversation as text, rendered by the chat template.
 
@@ -52,12 +62,17 @@ def render(
         messages: the conversation.
         open_turn: whether to append the start of the assistant's answer (default: False).
         tools: descriptions of tools for templates that support them; None: no tools.
+        variables: further variables that a template may read, such as `enable_thinking`; default:
+            none.
 
     Raises:
-        DataError: a message is malformed, there is no chat template, or the template refuses the
-            messages.
+        DataError: a message is malformed, a variable has the name of an argument, there is no chat
+            template, or the template refuses the messages.
     """
     check_messages(messages)
+    taken = sorted(RESERVED & (variables or {}).keys())
+    if taken:
+        raise DataError(f"Chat templates have no variable {shown(taken[0])}; leave it out.")
     if tokenizer.chat_template is None:
         raise DataError(
             "The model has no chat template; use an instruct model or give plain text instead of "
@@ -70,6 +85,7 @@ def render(
             tools=guard(tokens, tools),
             tokenize=False,
             add_generation_prompt=open_turn,
+            **guard(tokens, variables or {}),
         )
     except Exception as error:  # a template can do anything that an expression in Jinja can
         raise DataError(

@@ -1,8 +1,9 @@
-"""A JSON schema from a client either constrains the text or is refused in one sentence: nothing
-fails later, and nothing takes long.
+"""A schema or grammar from a client either constrains the text or is refused in one sentence:
+nothing ends the process, nothing fails later, and nothing takes long.
 """
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tiny_model
 
+from deepseek.engine import grammar_trial
 from deepseek.engine.request import Grammar
 from deepseek.engine.vocabulary import Vocabulary
 from deepseek.errors import ConfigError
@@ -59,3 +61,60 @@ def test_any_depth_is_used_or_refused(levels: int, key: str) -> None:
         assert str(error).count("\n") == 0
     else:
         assert matcher.allowed().any()
+
+
+def chain(definitions: int) -> str:
+    """Return a schema whose definitions refer to each other in a row, each nested a little."""
+    part: dict[str, Any] = {}
+    for number in range(definitions):
+        inner: dict[str, Any] = {"$ref": f"#/$defs/a{number + 1}"}
+        for _ in range(40):
+            inner = {"items": inner}
+        part[f"a{number}"] = inner
+    return json.dumps({"$defs": {**part, f"a{definitions}": {}}, "$ref": "#/$defs/a0"})
+
+
+COSTLY = {
+    "a chain that overflows the stack": Grammar("json_schema", chain(100)),
+    "a minute of compiling": Grammar("json_schema", '{"type": "integer", "multipleOf": 999983}'),
+    "a million letters without a choice": Grammar("regex", "(a{1000}){1000}"),
+    "letters in a constant": Grammar("json_schema", json.dumps({"const": "a" * 60_000})),
+    "settings that undo ours": Grammar(
+        "lark", '%llguidance {"no_forcing": false}\nstart: /(a{300}){300}/'
+    ),
+    "alternatives": Grammar("regex", "|".join(f"a{number}" for number in range(2500))),
+    "a long literal": Grammar("gbnf", f'root ::= "{"a" * 16_000}"'),
+    "rules in a row": Grammar(
+        "gbnf",
+        "root ::= a0\n" + "".join(f'a{n} ::= "x" a{n + 1}\n' for n in range(900)) + "a900 ::= .",
+    ),
+    "ambiguity": Grammar("gbnf", 'root ::= root root | "a" | ""'),
+    "nested repetitions": Grammar("gbnf", "root ::= x{2000}\nx ::= y{2000}\ny ::= [a-z]*"),
+    "itself": Grammar("gbnf", "root ::= root"),
+    "parentheses": Grammar("gbnf", "root ::= " + "(" * 5000 + '"a"' + ")" * 5000),
+    "too long": Grammar("regex", "a" * 20_000),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_costly_grammar_is_used_or_refused_soon(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_trial, "TRIAL_SECONDS", 1.0)
+    started = time.perf_counter()
+    try:
+        matcher = VOCABULARY.matcher(COSTLY[name])
+        for _ in range(3):
+            allowed = matcher.allowed()
+            matcher.take(int(allowed.nonzero()[0][-1]))
+    except ConfigError as error:
+        assert str(error).count("\n") == 0
+        assert len(str(error)) < 400
+    assert time.perf_counter() - started < 10
+
+
+def test_the_process_that_tries_grammars_starts_again_after_a_crash() -> None:
+    trial = grammar_trial.Trial()
+    crash = f"start: %json {chain(300)}"
+    assert trial.complaint(crash) == "it is too complex"
+    assert trial.complaint("start: /a/") == ""

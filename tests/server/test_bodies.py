@@ -17,9 +17,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from deepseek.server import schema
 from deepseek.server.app import ROUTERS
+from deepseek.server.body import Body, Several
 from deepseek.server.errors import ApiError, explained, without_paths
 from deepseek.server.json_body import MAX_DEPTH, MAX_KEYS, JsonRoute, deeper, parsed
-from deepseek.server.schema import Body, ChatRequest, CompletionRequest, Several
+from deepseek.server.schema import ChatRequest, CompletionRequest
 from deepseek.server.service import Settings
 
 CHAT: dict[str, Any] = {

@@ -5,27 +5,29 @@ from collections.abc import AsyncIterator, Iterator
 from secrets import token_hex
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
-from deepseek.server.metrics import spoken
-from deepseek.server.routes.chat_completions import ChatChunks
-from deepseek.server.schema import (
+from deepseek.server.body import (
     Body,
-    CalledFunction,
-    ChatMessage,
-    ChatRequest,
     ExpertName,
-    ExpertsField,
-    Function,
-    JsonSchema,
-    ResponseFormat,
     Several,
     ShortText,
     StopText,
     TokenCount,
+    ToolName,
+    text_only,
+)
+from deepseek.server.constraints import JsonSchema, ResponseFormat
+from deepseek.server.metrics import spoken
+from deepseek.server.routes.chat_completions import ChatChunks
+from deepseek.server.schema import (
+    CalledFunction,
+    ChatMessage,
+    ChatRequest,
+    ExpertsField,
+    Function,
     Tool,
     ToolCall,
-    ToolName,
 )
 from deepseek.server.stream import Fields
 
@@ -68,7 +70,7 @@ class ToolResultBlock(ContentBlock):
 
     type: Literal["tool_result"]
     tool_use_id: ShortText
-    content: str | Several[TextBlock] | None = None
+    content: Annotated[str | Several[TextBlock] | None, BeforeValidator(text_only)] = None
     is_error: bool | None = None
 
 
@@ -90,17 +92,10 @@ class Turn(Body):
     """One turn of a conversation."""
 
     role: Literal["user", "assistant"]
-    content: str | Annotated[Several[AnyBlock], Field(min_length=1, max_length=2048)]
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text_only(cls, content: Any) -> Any:
-        """Refuse images and documents by their own name."""
-        for block in content if isinstance(content, list) else []:
-            kind = block.get("type") if isinstance(block, dict) else None
-            if kind in ("image", "document"):
-                raise ValueError(f"{kind}s are not supported, because the model reads text only")
-        return content
+    content: Annotated[
+        str | Annotated[Several[AnyBlock], Field(min_length=1, max_length=2048)],
+        BeforeValidator(text_only),
+    ]
 
     def messages(self) -> Iterator[ChatMessage]:
         """Yield the turn in our layout: results of calls first, each a message of its own."""

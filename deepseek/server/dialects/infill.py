@@ -6,10 +6,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from deepseek.server.body import Body, Ids, Several, ShortText
 from deepseek.server.dialects.llama_cpp import NativeChunks, NativeCompletion
 from deepseek.server.prompt import EditorGap
 from deepseek.server.routes.completions import CompletionChunks
-from deepseek.server.schema import Body, Ids, Several, ShortText
 from deepseek.server.stream import Fields
 
 Milliseconds = Annotated[int, Field(ge=-1, le=1 << 31)]

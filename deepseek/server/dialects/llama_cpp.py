@@ -7,18 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from deepseek.engine.request import TokenUsage
+from deepseek.server.body import Body, Ids, Penalty, Several, ShortText, StopText
 from deepseek.server.metrics import spoken
 from deepseek.server.routes.completions import CompletionChunks
 from deepseek.server.schema import (
-    Body,
     ChatMessage,
     CompletionRequest,
     ExpertsField,
-    Ids,
-    Penalty,
-    Several,
-    ShortText,
-    StopText,
+    TemplateVariables,
     Tool,
 )
 from deepseek.server.stream import Fields
@@ -42,6 +38,7 @@ class NativeCompletion(Body):
     seed: Annotated[int, Field(ge=-1, lt=1 << 63)] | None = None
     ignore_eos: bool | None = None
     json_schema: dict[str, Any] | None = None
+    grammar: str | None = None
     experts: ExpertsField = ExpertsField()
 
     # Values that change nothing; any other value is refused.
@@ -84,6 +81,7 @@ class NativeCompletion(Body):
             seed=None if self.seed == -1 else self.seed,
             ignore_eos=self.ignore_eos,
             json_schema=self.json_schema,
+            grammar=self.grammar,
             experts=self.experts,
         )
 
@@ -96,6 +94,7 @@ class TokenizeRequest(Body):
     messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)] | None = None
     tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
     model: ShortText | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     add_special: bool = False
     add_special_tokens: bool | None = None
     parse_special: bool = True
@@ -115,6 +114,7 @@ class TemplateRequest(Body):
     messages: Annotated[Several[ChatMessage], Field(min_length=1, max_length=2048)]
     tools: Annotated[Several[Tool], Field(max_length=128)] | None = None
     model: ShortText | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class NativeChunks:

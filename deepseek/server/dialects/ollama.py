@@ -9,25 +9,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from deepseek.engine.request import TokenUsage
+from deepseek.server.body import Body, Penalty, Several, ShortText, StopText, ToolName
+from deepseek.server.constraints import JsonSchema, ResponseFormat
 from deepseek.server.metrics import spoken
 from deepseek.server.routes.chat_completions import ChatChunks
 from deepseek.server.routes.completions import CompletionChunks
 from deepseek.server.schema import (
-    Body,
     CalledFunction,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
     ExpertsField,
-    JsonSchema,
-    Penalty,
-    ResponseFormat,
-    Several,
-    ShortText,
-    StopText,
     Tool,
     ToolCall,
-    ToolName,
 )
 from deepseek.server.stream import Fields
 
@@ -212,6 +206,7 @@ class OllamaGenerate(OllamaBody):
         return CompletionRequest(
             model=base_name(self.model),
             prompt=self.prompt,
+            response_format=self.response_format(),
             experts=self.experts,
             **{**sampling, "max_tokens": sampling["max_tokens"] or limit},
         )
@@ -223,6 +218,7 @@ class OllamaEmbed(Body):
     model: ShortText
     input: str | Annotated[Several[str], Field(min_length=1, max_length=256)]
     truncate: bool | None = None
+    dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     options: Options = Options()
     keep_alive: float | str | None = None
 

@@ -7,28 +7,30 @@ conversation each time.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from deepseek.server.body import (
+    Body,
+    Penalty,
+    Several,
+    ShortText,
+    Text,
+    TokenCount,
+    ToolName,
+    text_only,
+)
+from deepseek.server.constraints import JsonSchema, ResponseFormat
 from deepseek.server.schema import (
     AllowedTools,
-    Body,
     CalledFunction,
     ChatMessage,
     ChatRequest,
     Function,
     HarmlessFields,
-    JsonSchema,
-    Penalty,
-    ResponseFormat,
     SamplingFields,
-    Several,
-    ShortText,
-    Text,
     TextPart,
-    TokenCount,
     Tool,
     ToolCall,
-    ToolName,
 )
 
 MOST_ITEMS = 2048
@@ -41,17 +43,6 @@ class MessageItem(ChatMessage):
     id: ShortText | None = None
     status: ShortText | None = None
     phase: ShortText | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text_only(cls, content: Any) -> Any:
-        """Refuse images, files and sounds by their own name."""
-        for part in content if isinstance(content, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("input_image", "input_file", "input_audio", "image_url"):
-                name = kind.removeprefix("input_").removesuffix("_url")
-                raise ValueError(f"{name}s are not supported, because the model reads text only")
-        return content
 
     def messages(self) -> Iterator[ChatMessage]:
         """Yield the turn in our layout."""
@@ -80,7 +71,7 @@ class FunctionResultItem(Body):
 
     type: Literal["function_call_output"]
     call_id: ShortText
-    output: str | Several[TextPart]
+    output: Annotated[str | Several[TextPart], BeforeValidator(text_only)]
     id: ShortText | None = None
     status: ShortText | None = None
 

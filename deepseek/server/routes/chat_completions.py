@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from secrets import token_hex
 
 from fastapi import APIRouter
@@ -10,6 +11,7 @@ from fastapi.responses import Response
 from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.admission import ComputingRoute
+from deepseek.server.constraints import json_grammar
 from deepseek.server.errors import ApiError
 from deepseek.server.openapi import ChatReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
@@ -17,7 +19,7 @@ from deepseek.server.schema import ChatRequest
 from deepseek.server.service import GenerationJob, Service, TheService
 from deepseek.server.stream import Chunks, Fields, Reply, chat_logprobs
 from deepseek.server.tools import Calling
-from deepseek.server.translate import ask, wanted_schema
+from deepseek.server.translate import ask
 
 router = APIRouter(route_class=ComputingRoute)
 
@@ -60,19 +62,24 @@ def plan(
         calling: the function calls that it allows.
         retrieved: output; the passages put into the prompt are appended to it.
     """
-    schema = calling.schema()
-    if schema is None and body.response_format is not None:
-        schema = wanted_schema(body.response_format.type, body.response_format.json_schema)
+    call = calling.schema()
+    grammar = body.constraint() if call is None else json_grammar(call)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     limit = body.max_completion_tokens or body.max_tokens
     continued = bool(body.continue_final_message)
-    ids = service.writer.chat(body.messages, calling, continued)
+    write = partial(
+        service.writer.chat,
+        calling=calling,
+        continued=continued,
+        variables=body.chat_template_kwargs,
+    )
+    ids = write(body.messages)
     retrieval = Retrieval.of(service, body)
     if retrieval is not None:
         budget = service.writer.context - len(ids) - (limit or service.settings.answer_tokens)
         messages, passages = retrieval.in_chat(body.messages, service, budget)
         retrieved += passages
-        ids = service.writer.chat(messages, calling, continued)
+        ids = write(messages)
     # From the original messages, so that retrieved passages do not make gates fire.
     user_ids = service.writer.user_ids(body.messages)
     return [
@@ -82,7 +89,7 @@ def plan(
             ids,
             limit,
             choice=choice,
-            schema=schema,
+            grammar=grammar,
             logprobs=logprobs,
             user_ids=user_ids,
         )

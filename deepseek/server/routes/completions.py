@@ -84,6 +84,7 @@ def plan(service: Service, body: CompletionRequest, retrieved: list[Passage]) ->
     """
     limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     scored = bool(body.echo) and body.logprobs is not None
+    grammar = body.constraint()
     retrieval = Retrieval.of(service, body)
     requests: list[Request] = []
     for prompt in prompts(body):
@@ -99,7 +100,7 @@ def plan(service: Service, body: CompletionRequest, retrieved: list[Passage]) ->
                 ids,
                 limit,
                 choice=choice,
-                schema=body.json_schema,
+                grammar=grammar,
                 logprobs=body.logprobs,
                 prompt_logprobs=scored,
             )

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import math
 from array import array
 from collections.abc import AsyncIterator, Sequence
 
@@ -9,7 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from deepseek.engine.embedding import ActiveEmbedding
-from deepseek.engine.request import EngineStoppedError
+from deepseek.engine.request import EngineStoppedError, TokenUsage
 from deepseek.server.admission import ComputingRoute, Job
 from deepseek.server.errors import ApiError
 from deepseek.server.openapi import Embeddings, described
@@ -29,6 +30,8 @@ async def embeddings(body: EmbeddingsRequest, service: TheService) -> Response:
             "Embeddings are computed by the base alone; leave the experts out of model.",
             param="model",
         )
+    width = service.engine.model.config.hidden_size
+    check_dimensions(body.dimensions, width)
     job = await embed(service, texts(body))
     return Reply(replies(body, job), job=job, fold=lambda sent: sent[0])
 
@@ -69,6 +72,10 @@ class EmbeddingJob(Job):
         self.tokens = sum(map(len, embedding.texts))
         self._embedding = embedding
 
+    def usage(self) -> TokenUsage:
+        """Return the number of tokens."""
+        return TokenUsage(self.tokens)
+
     async def vectors(self) -> list[list[float]]:
         """Return the vectors.
 
@@ -83,7 +90,7 @@ class EmbeddingJob(Job):
 
 async def replies(body: EmbeddingsRequest, job: EmbeddingJob) -> AsyncIterator[Fields]:
     """Yield the one reply."""
-    vectors = await job.vectors()
+    vectors = shortened(await job.vectors(), body.dimensions)
     encoded = [packed(vector) if body.encoding_format == "base64" else vector for vector in vectors]
     data = [
         {"object": "embedding", "index": index, "embedding": vector}
@@ -91,6 +98,29 @@ async def replies(body: EmbeddingsRequest, job: EmbeddingJob) -> AsyncIterator[F
     ]
     usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
     yield {"object": "list", "model": body.model, "data": data, "usage": usage}
+
+
+def check_dimensions(dimensions: int | None, width: int) -> None:
+    """Raise `ApiError` for more dimensions than the model's vectors have."""
+    if dimensions is not None and dimensions > width:
+        raise ApiError(
+            400,
+            f"The model's vectors have {width} dimensions; ask for at most as many.",
+            param="dimensions",
+        )
+
+
+def shortened(vectors: list[list[float]], dimensions: int | None) -> list[list[float]]:
+    """Return the first dimensions of vectors, scaled to length 1 again.
+
+    Args:
+        vectors: unit vectors.
+        dimensions: number of dimensions to keep; None: all.
+    """
+    if dimensions is None:
+        return vectors
+    cut = [vector[:dimensions] for vector in vectors]
+    return [[value / (math.hypot(*vector) or 1.0) for value in vector] for vector in cut]
 
 
 def packed(vector: list[float]) -> str:

@@ -1,6 +1,7 @@
 """llama.cpp's own routes: `/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from deepseek.server.dialects.llama_cpp import (
 )
 from deepseek.server.errors import ApiError
 from deepseek.server.routes import completions
+from deepseek.server.schema import ChatMessage
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Reply
 from deepseek.server.tools import Calling
@@ -70,7 +72,7 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
         ApiError: there is no text, or it is too long.
     """
     if body.messages is not None:
-        return service.writer.chat(body.messages, Calling(tuple(body.tools or ())))
+        return written(service, body, body.messages)
     # vLLM's clients send `prompt` and mean the special tokens; llama.cpp's send `content`.
     special = body.add_special
     if body.prompt is not None:
@@ -93,9 +95,16 @@ async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, 
 @router.post("/apply-template")
 async def apply_template(body: TemplateRequest, service: TheService) -> dict[str, str]:
     """Return a conversation as the text of a prompt."""
-    calling = Calling(tuple(body.tools or ()))
-    ids = await service.admission.run(partial(service.writer.chat, body.messages, calling))
+    ids = await service.admission.run(partial(written, service, body, body.messages))
     return {"prompt": str(service.engine.tokenizer.decode(ids))}
+
+
+def written(
+    service: Service, body: TokenizeRequest | TemplateRequest, messages: Sequence[ChatMessage]
+) -> list[int]:
+    """Return the token ids of a conversation with the tools and variables of a request."""
+    calling = Calling(tuple(body.tools or ()))
+    return service.writer.chat(messages, calling, variables=body.chat_template_kwargs)
 
 
 @router.get("/props")

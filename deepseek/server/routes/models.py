@@ -16,11 +16,12 @@ from deepseek.errors import PackError
 from deepseek.model.experts import ExpertInfo
 from deepseek.packs.library import SUFFIX
 from deepseek.packs.pack import read_pack
+from deepseek.server.body import ExpertName
 from deepseek.server.errors import ApiError
 from deepseek.server.guard import ADMIN
 from deepseek.server.json_body import JsonRoute
 from deepseek.server.openapi import Model, Models, described
-from deepseek.server.schema import ArmRequest, ExpertName, PlugRequest
+from deepseek.server.schema import ArmRequest, PlugRequest
 from deepseek.server.service import Service, TheService
 from deepseek.text.tokenizer import tokenizer_digest
 

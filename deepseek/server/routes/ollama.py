@@ -20,7 +20,7 @@ from deepseek.server.dialects.ollama import (
 )
 from deepseek.server.errors import ApiError, OllamaErrorBody, documented
 from deepseek.server.routes import chat_completions, completions
-from deepseek.server.routes.embeddings import EmbeddingJob, embed
+from deepseek.server.routes.embeddings import EmbeddingJob, check_dimensions, embed, shortened
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Fields, Reply
 
@@ -90,8 +90,6 @@ async def generate(body: OllamaGenerate, service: TheService) -> Response:
     """Continue a prompt, as lines of JSON or as one object."""
     if not body.prompt:
         return loading_reply(body.model, {"response": ""})
-    if body.raw and body.format:
-        raise ApiError(400, "raw takes no format; leave one of them out.", param="format")
     started = time.perf_counter()
     chunks = (
         await completions.answer(service, body.completion(service.settings.answer_tokens))
@@ -119,22 +117,23 @@ async def embeddings(body: OllamaEmbed, service: TheService) -> Response:
     """Return a unit vector for each text."""
     if service.named_experts(base_name(body.model)):
         raise ApiError(400, "Embeddings are computed by the base alone.", param="model")
+    check_dimensions(body.dimensions, service.engine.model.config.hidden_size)
     started = time.perf_counter()
     job = await embed(service, [body.input] if isinstance(body.input, str) else body.input)
-    return Reply(vectors(body.model, job, started), job=job, fold=lambda sent: sent[0])
+    return Reply(vectors(body, job, started), job=job, fold=lambda sent: sent[0])
 
 
-async def vectors(model: str, job: EmbeddingJob, started: float) -> AsyncIterator[Fields]:
+async def vectors(body: OllamaEmbed, job: EmbeddingJob, started: float) -> AsyncIterator[Fields]:
     """Yield the one reply to a request for embeddings.
 
     Args:
-        model: name of the model, as the client wrote it.
+        body: the request.
         job: the computation.
         started: `time.perf_counter()` at the start.
     """
-    found = await job.vectors()
+    found = shortened(await job.vectors(), body.dimensions)
     yield {
-        "model": model,
+        "model": body.model,
         "embeddings": found,
         "total_duration": int((time.perf_counter() - started) * NANOSECONDS),
         "load_duration": 0,

@@ -1,0 +1,101 @@
+"""Compile grammars of clients in another process first.
+
+llguidance recurses over references, so that a chain of some thousands overflows the stack and ends
+the process, and some short grammars take it a minute or gigabytes (`{"multipleOf": 999983}`). The
+other process has limits of time, memory and stack; this module is also its program.
+"""
+
+import json
+import resource
+import select
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import llguidance
+
+TRIAL_SECONDS = 5.0
+"""Time limit for compiling a grammar."""
+
+START_SECONDS = 30.0
+"""Time limit for the start of the other process."""
+
+MEMORY = 2 << 30
+"""Address space of the other process, in bytes."""
+
+STACK = 4 << 20
+"""Bytes of stack for compiling there; half of what threads have here."""
+
+
+class Trial:
+    """Tries grammars in another process, one at a time; it is started when first needed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+        self.complaint = lru_cache(maxsize=256)(self._complaint)
+
+    def _complaint(self, lark: str) -> str:
+        """Return why llguidance cannot compile a grammar; "" if it can."""
+        with self._lock:
+            process = self._started()
+            if process is None:
+                return "the compiler of grammars does not start"
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(lark) + "\n")
+            process.stdin.flush()
+            line = _line(process, TRIAL_SECONDS)
+            if not line:
+                self._stop()
+                return "it is too complex"
+            return str(json.loads(line))
+
+    def _started(self) -> subprocess.Popen[str] | None:
+        """Return the running process, None if it does not start."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(Path(__file__))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            if not _line(self._process, START_SECONDS):
+                self._stop()
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+
+def _line(process: subprocess.Popen[str], seconds: float) -> str:
+    """Return the next line of a process; "" if it ended or the time is up."""
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
+    return process.stdout.readline() if ready else ""
+
+
+def answer_all() -> None:
+    """Answer each grammar on standard input, a line of JSON, with a line of the same kind."""
+    print(json.dumps("ready"), flush=True)
+    tokens = llguidance.LLTokenizer("byte")
+    for line in sys.stdin:
+        matcher = llguidance.LLMatcher(tokens, json.loads(line), log_level=0)
+        if not matcher.is_error():
+            matcher.compute_logit_bias()
+        complaint = matcher.get_error()
+        print(json.dumps(complaint.strip().partition("\n")[0]), flush=True)
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.stack_size(STACK)
+    answering = threading.Thread(target=answer_all)
+    answering.start()
+    answering.join()

@@ -1,0 +1,80 @@
+"""Base class of request bodies, and the types of their fields."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from deepseek.model.experts.arming import MAX_WEIGHT
+from deepseek.packs.manifest import Name
+
+Item = TypeVar("Item")
+Several = Annotated[list[Item], Field(fail_fast=True)]
+"""A list of which only the first mistake is reported: a body has room for a million."""
+
+TokenCount = Annotated[int, Field(ge=1, le=1 << 20)]
+TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
+Ids = Annotated[Several[TokenId], Field(min_length=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+ShortText = Annotated[str, StringConstraints(max_length=512)]
+ExpertName = Name
+ArmedName = ExpertName | Literal["auto"]
+ExpertWeight = Annotated[float, Field(gt=0, le=MAX_WEIGHT)]
+ArmedExperts = (
+    Several[ArmedName]
+    | Annotated[dict[ArmedName, ExpertWeight], Field(max_length=64)]
+    | Literal["auto"]
+)
+"""Names of experts, or names with weights, which scale what an expert or adapter adds; "auto", also
+among the names, stands for those that the server arms by itself.
+"""
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+
+
+MEDIA = {
+    "image": "images",
+    "image_url": "images",
+    "input_image": "images",
+    "document": "documents",
+    "file": "files",
+    "input_file": "files",
+    "audio": "sounds",
+    "input_audio": "sounds",
+    "video_url": "videos",
+}
+"""Types of parts of a message that are no text, and what they are called."""
+
+
+def text_only(content: Any) -> Any:
+    """Return the content of a message, not validated yet.
+
+    Raises:
+        ValueError: it has a part that is no text.
+    """
+    for part in content if isinstance(content, list) else []:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in MEDIA:
+            raise ValueError(f"{MEDIA[kind]} are not supported, because the model reads text only")
+    return content
+
+
+class Body(BaseModel):
+    """Base of all bodies: strict JSON types without coercion, and no unknown fields.
+
+    An unknown field that is null asks for nothing and is ignored; many clients send all the fields
+    that they know.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        known = {*cls.model_fields, *(field.alias for field in cls.model_fields.values())}
+        return {name: value for name, value in fields.items() if value is not None or name in known}

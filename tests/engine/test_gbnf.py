@@ -1,0 +1,126 @@
+"""Grammars of llama.cpp: their translation accepts the same texts."""
+
+import itertools
+import re
+from contextlib import suppress
+
+import llguidance
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek.engine.gbnf import lark_of
+from deepseek.errors import ConfigError
+
+BYTES = llguidance.LLTokenizer("byte")
+
+JSON = r"""
+root   ::= object
+value  ::= object | array | string | number | ("true" | "false" | "null") ws
+
+object ::=
+  "{" ws (
+            string ":" ws value
+    ("," ws string ":" ws value)*
+  )? "}" ws
+
+array  ::= "[" ws ( value ("," ws value)* )? "]" ws  # a comment
+string ::= "\"" ( [^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) )* "\"" ws
+number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ws
+ws ::= | " " | "\n" [ \t]{0,20}
+"""
+
+
+def accepts(grammar: str, text: str) -> bool:
+    """Whether a grammar accepts exactly this text."""
+    matcher = llguidance.LLMatcher(BYTES, lark_of(grammar), log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    taken = all(matcher.try_consume_tokens([byte]) == 1 for byte in text.encode())
+    return taken and matcher.is_accepting()
+
+
+PARTS = st.recursive(
+    st.sampled_from([('"a"', "a"), ('"ab"', "ab"), ("[ab]", "[ab]"), ("[^a]", "[^a]"), (".", ".")]),
+    lambda inner: st.one_of(
+        st.builds(lambda x, y: (f"{x[0]} {y[0]}", f"{x[1]}{y[1]}"), inner, inner),
+        st.builds(lambda x, y: (f"({x[0]} | {y[0]})", f"(?:{x[1]}|{y[1]})"), inner, inner),
+        st.builds(
+            lambda x, times: (f"({x[0]}){times}", f"(?:{x[1]}){times}"),
+            inner,
+            st.sampled_from(["*", "+", "?", "{2}", "{1,}", "{1,2}"]),
+        ),
+    ),
+    max_leaves=5,
+)
+TEXTS = ["".join(letters) for size in range(5) for letters in itertools.product("ab", repeat=size)]
+
+
+@given(part=PARTS)
+def test_a_grammar_without_recursion_is_its_regular_expression(part: tuple[str, str]) -> None:
+    grammar, expression = part
+    for text in TEXTS:
+        wanted = re.fullmatch(expression, text, re.DOTALL) is not None
+        assert accepts(f"root ::= {grammar}", text) is wanted, (grammar, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ('{"a": [1, 2.5, {"b": null}], "c": "x\\u00e9 é"}', True),
+        ("{}", True),
+        ('{"a": 01}', False),
+        ('{"a": 1', False),
+        ('{"a" 1}', False),
+    ],
+)
+def test_the_grammar_of_json(text: str, valid: bool) -> None:
+    assert accepts(JSON, text) is valid
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        ('root ::= [a-z]* "x"', "abcxx"),  # llguidance's own converter finds no end here
+        ('root ::= foo-bar foo_bar\nfoo-bar ::= "a"\nfoo_bar ::= "b"', "ab"),
+        ('root ::= Foo foo\nFoo ::= "a"\nfoo ::= "b"', "ab"),
+        (r'root ::= "\u00e9\x41\U0001F600\n\"" [\]\-a]', 'éA😀\n"-'),
+        ('root ::= "a" |\n "b"\n\n', "b"),
+        ('root ::= ""', ""),
+        ("root ::= [a-]", "-"),
+        ('root ::= "a/b" [/]', "a/b/"),
+    ],
+)
+def test_what_is_accepted(grammar: str, text: str) -> None:
+    assert accepts(grammar, text)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        ("", "no rule 'root'"),
+        ('start ::= "a"', "no rule 'root'"),
+        ("root ::= other", "no rule 'other'"),
+        ('root ::= "a', "cannot be read"),
+        ('root ::= ("a"', "not closed"),
+        ('root ::= "a")', "a rule is expected"),
+        ("root ::= *", "nothing before it"),
+        (r'root ::= "\q"', "escape"),
+        (r'root ::= "\ud800"', "no character"),
+        ("root ::= []", "empty"),
+        ("root ::= [z-a]", "ends before it begins"),
+        ('root ::= "a"{3,1}', "ends before it begins"),
+        ('root ::= "a"{9999}', "above 2000"),
+        ('root ::= "a"{}', "needs a number"),
+        ("root ::= <[1000]>", "cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_sentence(grammar: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        lark_of(grammar)
+    assert str(caught.value).endswith("; correct it.")
+
+
+@given(text=st.text(alphabet='root:=|()[]{}*+?"\\ab1,- \n', max_size=40))
+def test_any_text_is_translated_or_refused(text: str) -> None:
+    with suppress(ConfigError):
+        lark_of(f"root ::= {text}")

@@ -1,0 +1,110 @@
+"""Answers constrained by schemas, regular expressions, choices and grammars, under every name that
+clients use.
+"""
+
+import re
+from typing import Any
+
+import pytest
+from live_server import Live
+
+from deepseek.engine.vocabulary import Matcher
+from deepseek.errors import ConfigError
+
+ASKED = [{"role": "user", "content": "the value of the model"}]
+GBNF = 'root ::= "y" ("es" | "ou")'
+LARK = 'start: "yes" | "you"'
+SCHEMA = {"enum": ["yes", "you"]}
+PLAIN: list[dict[str, Any]] = [
+    {"response_format": {"type": "regex", "pattern": "yes|you"}},
+    {"response_format": {"type": "grammar", "grammar": GBNF}},
+    {"response_format": {"type": "grammar", "grammar": LARK}},
+    {"structured_outputs": {"regex": "^(yes|you)$"}},
+    {"structured_outputs": {"choice": ["yes", "you"]}},
+    {"structured_outputs": {"grammar": GBNF}},
+    {"guided_regex": "yes|you"},
+    {"guided_choice": ["yes", "you"]},
+    {"guided_grammar": GBNF},
+    {"grammar": GBNF},
+]
+JSON: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+    {"response_format": {"type": "json_schema", "schema": SCHEMA}},
+    {"response_format": {"type": "json_object", "schema": SCHEMA}},
+    {"structured_outputs": {"json": SCHEMA}},
+    {"guided_json": SCHEMA},
+    {"guided_json": '{"enum": ["yes", "you"]}'},
+    {"json_schema": SCHEMA},
+]
+
+
+def answer(server: Live, fields: dict[str, Any], path: str, text: dict[str, Any]) -> str:
+    body = {"model": "tiny", "max_tokens": 40, "temperature": 1, **text, **fields}
+    with server.http() as http:
+        reply = http.post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    choice = reply.json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("number", range(len(PLAIN + JSON)))
+def test_the_answer_follows(server: Live, path: str, number: int) -> None:
+    fields = (PLAIN + JSON)[number]
+    text = {"messages": ASKED} if "chat" in path else {"prompt": "the value"}
+    pattern = "yes|you" if number < len(PLAIN) else '"(yes|you)"'
+    assert re.fullmatch(pattern, answer(server, fields, path, text))
+
+
+@pytest.mark.parametrize("field", [{"grammar": GBNF}, {"grammar": LARK}])
+def test_llama_cpp_s_route(server: Live, field: dict[str, Any]) -> None:
+    with server.http() as http:
+        reply = http.post("/completion", json={"prompt": "the", "n_predict": 30, **field})
+    assert reply.json()["content"] in ("yes", "you")
+
+
+def test_ollama_continues_a_raw_text_in_a_format(server: Live) -> None:
+    body = {"model": "tiny", "prompt": "the", "raw": True, "stream": False, "format": SCHEMA}
+    with server.http() as http:
+        assert http.post("/api/generate", json=body).json()["response"] in ('"yes"', '"you"')
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"grammar": GBNF, "guided_regex": "a"}, "grammar and guided_regex constrain the same"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "constrain the same"),
+        ({"response_format": {"type": "regex"}}, "needs the field pattern"),
+        ({"response_format": {"type": "grammar"}}, "needs the field grammar"),
+        ({"response_format": {"type": "json_schema"}}, "needs the field schema"),
+        ({"guided_json": "no JSON"}, "not the text of a JSON object"),
+        ({"grammar": "root ::= x"}, "no rule"),
+        ({"guided_regex": "(a"}, "regular expression cannot be used"),
+        ({"guided_regex": r"(a)\1"}, "regular expression cannot be used"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag is not supported"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(
+    server: Live, fields: dict[str, Any], words: str
+) -> None:
+    with server.http() as http:
+        reply = http.post(
+            "/v1/chat/completions", json={"model": "tiny", "messages": ASKED, **fields}
+        )
+    assert reply.status_code == 400
+    assert words in reply.json()["error"]["message"]
+
+
+def test_a_grammar_that_becomes_too_complex_is_the_request_s_mistake(
+    server: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Matcher) -> Any:
+        raise ConfigError("The grammar has become too complex; simplify it.")
+
+    monkeypatch.setattr(Matcher, "allowed", fail)
+    body = {"model": "tiny", "prompt": "the", "max_tokens": 40, "grammar": GBNF}
+    with server.http() as http:
+        reply = http.post("/v1/completions", json=body)
+    assert reply.status_code == 400
+    assert "too complex" in reply.json()["error"]["message"]

@@ -1,0 +1,67 @@
+"""The request log: one line a request, without content, keys or names that clients choose."""
+
+import logging
+import re
+import time
+
+import pytest
+from live_server import Live
+
+from deepseek.server.request_log import PACKAGE, configure
+
+SECRET = "a secret of the client"
+
+
+def logged(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
+    """Return the lines once there are so many; each is written after its reply."""
+    deadline = time.monotonic() + 10
+    while len(caplog.records) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == count
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "pattern"),
+    [
+        ("/v1/completions", {"prompt": SECRET, "max_tokens": 3}, r"200 \d+\+3 tokens \d+ ms"),
+        ("/v1/embeddings", {"input": SECRET}, r"200 \d+\+0 tokens \d+ ms"),
+        ("/v1/completions", {"prompt": SECRET, SECRET: 1}, r"400 \d+ ms"),
+    ],
+)
+def test_a_request_is_a_line(
+    server: Live, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, object], pattern: str
+) -> None:
+    with (
+        caplog.at_level(logging.INFO, "deepseek.server.request_log"),
+        server.http(SECRET.replace(" ", "")) as http,
+    ):
+        http.post(path, json={"model": "tiny", **body})
+        lines = logged(caplog, 1)
+    assert lines[0].startswith(f"POST {path} ")
+    assert re.search(pattern, lines[0])
+    assert SECRET not in lines[0]
+
+
+def test_a_path_of_a_client_is_not_logged(server: Live, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "deepseek.server.request_log"), server.http() as http:
+        http.get("/v1/models/secret-name")
+        http.get("/secret-path")
+        lines = logged(caplog, 2)
+    assert sorted(line.split()[1] for line in lines) == ["/v1/models/{model}", "other"]
+    assert not any("secret" in line for line in lines)
+
+
+def test_the_level_decides_what_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    package = logging.getLogger(PACKAGE)
+    before = (package.handlers, package.level, package.propagate)
+    try:
+        configure("warning")
+        logging.getLogger("deepseek.server.request_log").info("not written")
+        logging.getLogger("deepseek.server.errors").warning("a warning")
+    finally:
+        package.handlers, package.level, package.propagate = before
+    written = capsys.readouterr().err
+    assert "a warning" in written
+    assert "not written" not in written
