@@ -210,4 +210,4 @@ def _escaped(character: str) -> str:
 
 
 def _invalid(reason: str) -> ConfigError:
-    return ConfigError(f"The grammar cannot be used: {reason}; correct it.")
+    return ConfigError(f"The grammar cannot be used ({reason}); correct it.")
