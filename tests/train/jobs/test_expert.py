@@ -263,7 +263,8 @@ def test_eval_names_the_loss_of_the_base_that_the_training_named(
 
     monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
     folder = tmp_path / "home" / "runs" / "words"
-    pack = run(tiny_base, text_folder, tmp_path, run_folder=folder, epochs=1, tokens=1000, seed=3)
+    dials = {**DIALS, "epochs": 1, "tokens": 1000, "seed": 3}
+    pack = train_expert(str(tiny_base), from_folder=text_folder, **dials)
     assert ReportedRows.of(folder) is not None
     assert ReportedRows.of(folder / "training") is None
     model = DeepSeekModel.from_pretrained(tiny_base)
@@ -272,5 +273,5 @@ def test_eval_names_the_loss_of_the_base_that_the_training_named(
     (row,) = compare(model, expert_texts(["words"], ["words"]), max_tokens=64)
     assert row.before == pytest.approx(metric.before, rel=1e-5)
     assert row.alone == pytest.approx(metric.after, rel=5e-3)
-    (fewer,) = compare(model, expert_texts(["words"], ["words"]), max_tokens=512, as_reported=False)
-    assert fewer.tokens != row.tokens
+    (other,) = compare(model, expert_texts(["words"], ["words"]), max_tokens=512, as_reported=False)
+    assert other.before != pytest.approx(metric.before, rel=1e-5)
