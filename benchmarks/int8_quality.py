@@ -1,11 +1,11 @@
-"""What 8-bit weights cost: bytes, perplexity, divergence and greedy agreement with the fp32 model.
+"""What 8-bit and 4-bit weights cost: bytes, perplexity, divergence and greedy agreement with the fp32 model.
 
-    python benchmarks/int8_quality.py TEXT... [--tokens 20000] [--prompts 200] [--json FILE]
+    python benchmarks/int8_quality.py TEXT... [--bits 8 4] [--tokens 20000] [--prompts 200] [--json FILE]
 
 TEXT are folders, .jsonl or .parquet files. Three runners are compared with the fp32 model: the
 compiled one as it rounds a model that it is given ("nearest"), the same with the weights that
-`deepseek quantize` writes ("quantised"), and the model in bf16, which says how much a change of
-number format costs at all.
+`deepseek quantize` writes ("quantised 8", "quantised 4"), and the model in bf16, which says how
+much a change of number format costs at all.
 
 Greedy agreement: the fp32 model continues the first 64 tokens of a row by 64; the runner reads the
 same tokens and is asked at each of the 64 places which token it would take. `whole` counts the
@@ -111,13 +111,17 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, tokenizer = deepseek.load(options.base, dtype="float32")
+    compiled = {"nearest": CompiledRunner(model)}
     with tempfile.TemporaryDirectory() as folder:
-        quantize_model(options.base, Path(folder) / "int8")
-        written, _ = deepseek.load(str(Path(folder) / "int8"))
-    compiled = {"nearest": CompiledRunner(model), "quantised": CompiledRunner(written)}
+        for bits in options.bits:
+            out = Path(folder) / f"int{bits}"
+            quantize_model(options.base, out, bits=bits)
+            written = deepseek.load(str(out), stored=True).model
+            compiled[f"quantised {bits}"] = CompiledRunner(written)
     runners: dict[str, Runner] = {
         **compiled,
         "bf16": TorchRunner(deepseek.load(options.base, dtype="bfloat16")[0]),
@@ -134,7 +138,9 @@ def main() -> None:
     for name, runner in runners.items():
         figures[name]["greedy agreement"] = greedy(runner, prompts, answer_PT)
     figures |= {
-        "bytes of fp32": compiled["quantised"].weight_bytes / (4 * numbers),
+        "bytes of fp32": {
+            name: runner.weight_bytes / (4 * numbers) for name, runner in compiled.items()
+        },
         "prompts": len(prompts),
     }
     print(json.dumps(figures, indent=1))

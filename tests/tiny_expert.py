@@ -19,18 +19,18 @@ def save_base(folder: Path, **changes: Any) -> Path:
     """
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        **changes,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = ModelConfig(**fields | changes)
     DeepSeekModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -46,7 +46,7 @@ COMMANDS = {
         "The preference database: import, add, generate, search, stats, split, export.",
     ),
     "bench": ("bench:app", "Run a benchmark: speed, memory, accuracy, comparison with others."),
-    "quantize": ("quantize:quantize", "Quantise a model's weights to 8 bits."),
+    "quantize": ("quantize:quantize", "Quantise a model's weights to 8 or 4 bits."),
     "export": (
         "export:export",
         "Export a model to ONNX, OpenVINO, TensorRT or stock transformers.",

@@ -1,4 +1,4 @@
-"""`deepseek quantize`: quantise a model's weights to 8 bits."""
+"""`deepseek quantize`: quantise a model's weights to 8 or 4 bits."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +14,15 @@ def quantize(
         str, typer.Argument(help="Model: a known name, a folder, a GGUF file or a hub id.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
+    bits: Annotated[
+        int, typer.Option(help="Bits of a weight: 8, or 4 for the layers and 8 for the rest.")
+    ] = 8,
     device: Device = "auto",
 ) -> None:
-    """Quantise a model's weight matrices to 8 bits, compare its predictions with the original, and
-    write it.
+    """Quantise a model's weight matrices to 8 or 4 bits, compare its predictions with the original,
+    and write it.
+
+    The model is read and written layer by layer, so that it need not fit into memory.
     """
     from deepseek.device.choose import choose_device
     from deepseek.export.quantize import quantize_model
@@ -25,7 +30,7 @@ def quantize(
 
     choose_device(device)  # a wrong one is told before anything is loaded
     with ProgressBar() as progress:
-        result = quantize_model(model, out, device=device, progress=progress)
+        result = quantize_model(model, out, bits=bits, device=device, progress=progress)
     echo(
         f"{out}: {result.num_bytes / 1e6:.1f} MB, {result.ratio:.3f} of fp32; "
         f"predictions differ by {result.divergence:.5f} nats per token"

@@ -7,13 +7,15 @@ for `BATCH`. Buffers that the step
 itself fills (`WORK`) need no value.
 
 Memory without an array of its own is passed by address: packed panels of weights
-(`kernels/int8.py`), pages of keys and values (`compiled/state.py`), and quantised rows of
-activations (`compiled/rows.py`).
+(`kernels/int8.py`), to whose address `FOUR_BITS` is added if they have 4 bits, pages of keys and
+values (`compiled/state.py`), and quantised rows of activations (`compiled/rows.py`).
 """
 
 from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.kernels.numba.buffers import BF16, FP32, INT64, Buffer, Table
 
+# Added to the address of panels with 4-bit weights. Panels themselves lie at multiples of 64.
+FOUR_BITS = 1
 PAGE = 64  # tokens in a page of keys and values
 # Number of latest positions with running sums of gate scores; a state can rewind by RECENT - 1.
 RECENT = 8

@@ -11,19 +11,20 @@ import sys
 import numpy as np
 from numba import carray, njit, types
 
-from deepseek.compiled.abi import BLOCK
-from deepseek.compiled.vector import (
-    arrive,
-    look,
+from deepseek.compiled.abi import BLOCK, FOUR_BITS
+from deepseek.compiled.panel_dot import (
+    nibble_dot_1,
+    nibble_dot_2,
+    nibble_dot_4,
+    nibble_dot_8,
     panel_dot_1,
     panel_dot_2,
     panel_dot_4,
     panel_dot_8,
-    rotate,
-    rotate_and_round,
 )
+from deepseek.compiled.vector import arrive, look, rotate, rotate_and_round
 from deepseek.kernels import int8
-from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, LANES
+from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, GROUP_BYTES_4, LANES
 from deepseek.kernels.numba import openmp
 from deepseek.kernels.numba.primitives import pointer, sigmoid, thread_count
 
@@ -102,12 +103,17 @@ def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
     lane = token % LANES
     rotated = np.empty(GROUP, np.float32)
     for g in range(groups):
-        block = table + (token // COLUMNS * groups + g) * GROUP_BYTES
+        block = panel_at(table, 0, 0) + (token // COLUMNS * groups + g) * group_bytes(table)
+        weight_bytes = group_bytes(table) - 2 * COLUMNS
         values = carray(pointer(block), (GROUP // 4, 2, LANES, 4), np.uint8)
-        scales = carray(pointer(block + COLUMNS * GROUP), (2, LANES), np.uint16)
+        scales = carray(pointer(block + weight_bytes), (2, LANES), np.uint16)
         scale = np.uint32(scales[tile, lane]) << np.uint32(16)  # bf16 as the upper half of fp32
         for i in range(GROUP):
-            rotated[i] = np.float32(values[i // 4, tile, lane, i % 4]) - np.float32(128)
+            if has_four_bits(table):
+                pair = values[i // 8, tile, lane, i % 4]
+                rotated[i] = np.float32((pair >> (4 * (i // 4 % 2))) & 15) - np.float32(8)
+            else:
+                rotated[i] = np.float32(values[i // 4, tile, lane, i % 4]) - np.float32(128)
         rotate(rotated.ctypes.data)
         factor = np.array([scale], np.uint32).view(np.float32)[0]
         group = out[g * GROUP : (g + 1) * GROUP]
@@ -115,21 +121,60 @@ def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
             group[i] = rotated[i] * factor
 
 
+def _multiplier(dot_1, dot_2, dot_4, dot_8):  # type: ignore[no-untyped-def]
+    """Return the function that multiplies a panel by any number of rows."""
+
+    @njit(error_model="numpy")
+    def multiply_panel(panel, table, count, groups, out):  # type: ignore[no-untyped-def]
+        row = 0
+        while row + 8 <= count:
+            dot_8(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+            row += 8
+        while row + 4 <= count:
+            dot_4(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+            row += 4
+        if row + 2 <= count:
+            dot_2(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+            row += 2
+        if row < count:
+            dot_1(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+
+    return multiply_panel
+
+
+_multiply_bytes = _multiplier(panel_dot_1, panel_dot_2, panel_dot_4, panel_dot_8)
+_multiply_nibbles = _multiplier(nibble_dot_1, nibble_dot_2, nibble_dot_4, nibble_dot_8)
+
+
 @njit(error_model="numpy")
-def multiply(panel, table, count, groups, out):  # type: ignore[no-untyped-def]
-    """Multiply a panel by `count` rows; `out` is the address of the product, fp32 `[count, 32]`."""
-    row = 0
-    while row + 8 <= count:
-        panel_dot_8(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
-        row += 8
-    while row + 4 <= count:
-        panel_dot_4(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
-        row += 4
-    if row + 2 <= count:
-        panel_dot_2(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
-        row += 2
-    if row < count:
-        panel_dot_1(panel, table + 8 * row, groups, out + 4 * COLUMNS * row)
+def has_four_bits(panels):  # type: ignore[no-untyped-def]
+    """Return whether the weights at an address of panels have 4 bits (see `compiled/abi.py`)."""
+    return panels & FOUR_BITS != 0
+
+
+@njit(error_model="numpy")
+def group_bytes(panels):  # type: ignore[no-untyped-def]
+    """Return the bytes of a group in the panels at an address."""
+    return GROUP_BYTES_4 if has_four_bits(panels) else GROUP_BYTES
+
+
+@njit(error_model="numpy")
+def panel_at(panels, panel, groups):  # type: ignore[no-untyped-def]
+    """Return the address of a panel, without the mark of 4 bits."""
+    return (panels & ~FOUR_BITS) + panel * groups * group_bytes(panels)
+
+
+@njit(error_model="numpy")
+def multiply(panels, panel, table, count, groups, out):  # type: ignore[no-untyped-def]
+    """Multiply panel `panel` of `panels` by `count` rows.
+
+    `out` is the address of the product, fp32 `[count, 32]`.
+    """
+    address = panel_at(panels, panel, groups)
+    if has_four_bits(panels):
+        _multiply_nibbles(address, table, count, groups, out)
+    else:
+        _multiply_bytes(address, table, count, groups, out)
 
 
 @njit(error_model="numpy")
@@ -140,13 +185,7 @@ def project(panels, first, last, table, count, groups, out):  # type: ignore[no-
         columns = min(COLUMNS, out.shape[1] - panel * COLUMNS)
         for start in range(0, count, BLOCK):
             rows = min(BLOCK, count - start)
-            multiply(
-                panels + panel * groups * GROUP_BYTES,
-                table + 8 * start,
-                rows,
-                groups,
-                product.ctypes.data,
-            )
+            multiply(panels, panel, table + 8 * start, rows, groups, product.ctypes.data)
             for r in range(rows):
                 out[start + r, panel * COLUMNS : panel * COLUMNS + columns] = product[r, :columns]
 
@@ -168,13 +207,7 @@ def add_projected(panels, first, last, table, places, factors, groups, bias, res
         columns = min(COLUMNS, residual.shape[1] - panel * COLUMNS)
         for start in range(0, len(places), BLOCK):
             rows = min(BLOCK, len(places) - start)
-            multiply(
-                panels + panel * groups * GROUP_BYTES,
-                table + 8 * start,
-                rows,
-                groups,
-                product.ctypes.data,
-            )
+            multiply(panels, panel, table + 8 * start, rows, groups, product.ctypes.data)
             for r in range(rows):
                 target = residual[places[start + r], panel * COLUMNS : panel * COLUMNS + columns]
                 _add(
@@ -216,8 +249,8 @@ def activate(panels, first, last, table, count, groups, inner, out, gelu):  # ty
         for start in range(0, count, BLOCK):
             rows = min(BLOCK, count - start)
             for quarter in range(quarters):
-                panel = panels + (quarters * group + quarter) * groups * GROUP_BYTES
-                multiply(panel, table + 8 * start, rows, groups, product.ctypes.data)
+                panel = quarters * group + quarter
+                multiply(panels, panel, table + 8 * start, rows, groups, product.ctypes.data)
                 for r in range(rows):
                     quarter_r = hidden[r, quarter * LANES : (quarter + 1) * LANES]
                     if gelu:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from deepseek.kernels.numba import openmp
+from deepseek.model.config import ModelConfig
 from deepseek.model.support import (
     LSH_FIELDS,
     MIXTURE_FIELDS,
@@ -80,11 +81,18 @@ def unsupported_reason(model: DeepSeekModel) -> str | None:
     Args:
         model: the model to check.
     """
-    reason = unsupported(model.config, RULES)
-    if reason is not None:
-        return f"The compiled runner does not compute models with {reason}."
     if model.device.type != "cpu":
         return f"The compiled runner computes on the CPU, and the model is on {model.device.type}."
+    return unsupported_config_reason(model.config)
+
+
+def unsupported_config_reason(config: ModelConfig) -> str | None:
+    """Return one sentence on why the compiled runner does not support the models of a config; None
+    if it does.
+    """
+    reason = unsupported(config, RULES)
+    if reason is not None:
+        return f"The compiled runner does not compute models with {reason}."
     if openmp.runtime() is None:
         return "The compiled runner cannot call the OpenMP runtime of this build of torch."
     return None

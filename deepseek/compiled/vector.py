@@ -8,14 +8,13 @@ bits.
 """
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from deepseek.kernels.int8 import GROUP, GROUP_BYTES, LANES, TILES
+from deepseek.kernels.int8 import GROUP, LANES
 
 BYTE = ir.IntType(8)
 SHORT = ir.IntType(16)
@@ -23,7 +22,6 @@ WORD = ir.IntType(32)
 FLOAT = ir.FloatType()
 WORDS = ir.VectorType(WORD, LANES)
 FLOATS = ir.VectorType(FLOAT, LANES)
-STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
 
 
 class Emit:
@@ -165,91 +163,6 @@ def loop(
     builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
     builder.position_at_end(after)
     return results
-
-
-def _scaled(
-    emit: Emit, sums: list[Any], factors: list[Any], weight_scales: Any, totals: list[Any]
-) -> list[Any]:
-    """Return the totals of all rows and tiles plus the integer sums of one group, multiplied by the
-    scales of weights and rows.
-    """
-    shorts = ir.VectorType(SHORT, LANES)
-    results = []
-    scales = [
-        emit.widen(emit.load(shorts, emit.address(weight_scales, t * 32), 32)) for t in range(TILES)
-    ]
-    for r, factor in enumerate(factors):
-        row_scale = emit.splat(factor)
-        for place, scale in enumerate(scales, r * TILES):
-            both = emit.builder.fmul(scale, row_scale)
-            results.append(emit.fma(emit.builder.sitofp(sums[place], FLOATS), both, totals[place]))
-    return results
-
-
-def _panel_dot(rows: int) -> Any:
-    """Return the intrinsic that multiplies a panel of weights by `rows` rows at once (see
-    `kernels/int8.py`).
-    """
-
-    @intrinsic
-    def panel_dot(_typing: Any, _panel: Any, _rows: Any, _groups: Any, _out: Any) -> Any:
-        def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            emit = Emit(context, builder)
-            panel, table, groups, out = args
-            row = [emit.load(groups.type, emit.address(table, 8 * r), 8) for r in range(rows)]
-            scales = [emit.address(base, builder.mul(groups, groups.type(GROUP))) for base in row]
-            corrections = [
-                emit.address(base, builder.mul(groups, groups.type(4))) for base in scales
-            ]
-
-            def one_group(g: Any, totals: list[Any]) -> list[Any]:
-                block = emit.address(panel, builder.mul(g, g.type(GROUP_BYTES)))
-                at = builder.mul(g, g.type(GROUP))
-                place = builder.mul(g, g.type(4))
-                first = [
-                    emit.splat(emit.load(WORD, emit.address(base, place), 4))
-                    for base in corrections
-                ]
-
-                def one_step(step: Any, sums: list[Any]) -> list[Any]:
-                    start = emit.address(block, builder.mul(step, g.type(TILES * 64)))
-                    offset = builder.add(at, builder.mul(step, g.type(4)))
-                    tiles = [
-                        emit.load(WORDS, emit.address(start, 64 * tile), 64)
-                        for tile in range(TILES)
-                    ]
-                    inputs = [
-                        emit.splat(emit.load(WORD, emit.address(base, offset), 4)) for base in row
-                    ]
-                    pairs = product(inputs, tiles)
-                    return [
-                        emit.add_products(sum_, *pair)
-                        for sum_, pair in zip(sums, pairs, strict=True)
-                    ]
-
-                sums = [correction for correction in first for _ in range(TILES)]
-                if emit.sums_bytes:
-                    for step in range(STEPS):
-                        sums = one_step(g.type(step), sums)
-                else:  # unrolled, LLVM would keep more values alive than there are registers
-                    sums = loop(builder, g.type(STEPS), sums, one_step)
-                factors = [emit.load(FLOAT, emit.address(base, place), 4) for base in scales]
-                return _scaled(emit, sums, factors, emit.address(block, TILES * STEPS * 64), totals)
-
-            zero = ir.Constant(FLOATS, [0.0] * LANES)
-            for place, total in enumerate(
-                loop(builder, groups, [zero] * (rows * TILES), one_group)
-            ):
-                emit.store(total, emit.address(out, place * 64), 4)
-            return context.get_dummy_value()
-
-        whole = types.int64
-        return types.void(whole, whole, whole, whole), generate
-
-    return panel_dot
-
-
-panel_dot_1, panel_dot_2, panel_dot_4, panel_dot_8 = (_panel_dot(rows) for rows in (1, 2, 4, 8))
 
 
 def _pair_dot(rows: int) -> Any:

@@ -1,8 +1,8 @@
 """Quantised and packed weights for the compiled step: those of a model and of plugged experts."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,10 +10,17 @@ from torch import nn
 
 from deepseek.compiled.abi import SITES, WEIGHTS
 from deepseek.compiled.native_weights import NativeExperts
+from deepseek.compiled.packing import (
+    MatrixSource,
+    concatenated,
+    matrix_source,
+    packed,
+    source_of,
+    tagged,
+)
 from deepseek.compiled.positions import angles, bias_arrays, rotations
 from deepseek.compiled.small_arrays import numbers, small_arrays
-from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize, row_bytes
-from deepseek.kernels.numba.buffers import aligned
+from deepseek.kernels.int8 import GROUP, row_bytes
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
@@ -26,8 +33,6 @@ from deepseek.model.transformer import DeepSeekModel
 FIRST_POSITIONS = 1024
 
 NUMBERS = {buffer.name for buffer in WEIGHTS.buffers if buffer.is_number}
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 class PackedLayer(NamedTuple):
@@ -47,32 +52,22 @@ Packed = dict[int, PackedLayer]
 """Layer -> packed weights of an expert."""
 
 
-def contiguous(matrices: Mapping[Key, np.ndarray]) -> dict[Key, np.ndarray]:
-    """Return copies of packed matrices under the same keys, one after the other in one stretch of
-    memory.
-    """
-    memory = aligned(sum(matrix.nbytes for matrix in matrices.values()))
-    copies = {}
-    start = 0
-    for key, matrix in matrices.items():
-        copies[key] = memory[start : start + matrix.nbytes]
-        copies[key][:] = matrix.reshape(-1)
-        start += matrix.nbytes
-    return copies
-
-
 def pack_module(module: ExpertModule) -> Packed:
     """Quantise and pack every layer of an expert."""
-    packed = {}
+    layers = {}
     for layer in module.layers:
         part = module.at(layer)
-        gate, up = (quantize(half) for half in part.gate_up_proj.detach().chunk(2))
-        down = quantize(part.down_proj.detach())
-        matrices = contiguous({"gate_up": pack([gate, up]), "down": pack([down])})
-        packed[layer] = PackedLayer(
+        gate, up = part.gate_up_proj.detach().chunk(2)
+        matrices = packed(
+            {
+                "gate_up": [matrix_source(gate), matrix_source(up)],
+                "down": [matrix_source(part.down_proj.detach())],
+            }
+        )
+        layers[layer] = PackedLayer(
             matrices["gate_up"], matrices["down"], -(-module.width // GROUP)
         )
-    return packed
+    return layers
 
 
 def _gates(roster: Roster, hidden: int) -> np.ndarray:
@@ -214,23 +209,18 @@ class PackedModel:
         self._model = model
         self.native = NativeExperts(model)
         self.extents = _extents(model) | self.native.extents
-        matrices = contiguous(_pack_model(model))
-        self._matrices = matrices
-        self.nbytes = self.native.nbytes + sum(matrix.nbytes for matrix in matrices.values())
+        sources = matrices_of(model)
+        self._matrices = packed(sources)  # owns the memory
+        self.nbytes = self.native.nbytes + sum(part.nbytes for part in self._matrices.values())
+        places = {key: tagged(self._matrices[key], sources[key]) for key in sources}
         layers = range(len(model.layers))
-        no_matrix = np.zeros(1, np.uint8)  # layers without shared experts
-        addresses = {
-            name: [matrices.get((name, layer), no_matrix).ctypes.data for layer in layers]
-            for name in ("qkv", "out", "gate_up", "down")
+        addresses = {  # 0: layers without shared experts, or without a dynamic bias
+            name: [places.get((name, layer), 0) for layer in layers]
+            for name in ("qkv", "signals", "out", "gate_up", "down")
         }
-        embed_tokens = matrices["embed_tokens", 0]
         self._values: dict[str, Any] = addresses | small_arrays(model) | bias_arrays(model)
-        self._values["signals"] = [
-            matrices["signals", layer].ctypes.data if ("signals", layer) in matrices else 0
-            for layer in layers
-        ]
-        self._values["embed_tokens"] = embed_tokens.ctypes.data
-        self._values["lm_head"] = matrices.get(("lm_head", 0), embed_tokens).ctypes.data
+        self._values["embed_tokens"] = places["embed_tokens", 0]
+        self._values["lm_head"] = places.get(("lm_head", 0), places["embed_tokens", 0])
         self._values["inner"] = [_inner(block) for block in model.layers]
         self._values |= numbers(model)
         self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
@@ -281,47 +271,37 @@ def _extents(model: DeepSeekModel) -> dict[str, int]:
     }
 
 
-def _pack_model(model: DeepSeekModel) -> dict[tuple[str, int], np.ndarray]:
-    """Return the packed matrices by name and layer, in the order in which a step reads them.
+def matrices_of(model: DeepSeekModel) -> dict[tuple[str, int], list[MatrixSource]]:
+    """Return the matrices to pack by name and layer, in the order in which a step reads them.
 
     Head and embedding have layer 0. A head that shares the embedding's weights is not packed again.
     """
-    packed = {}
+    matrices = {}
     for layer, block in enumerate(model.layers):
-        for name, matrix in _pack_block(block).items():
-            packed[name, layer] = matrix
-    if model.lm_head.weight is not model.embed_tokens.weight:
-        packed["lm_head", 0] = pack([matrix_of(model.lm_head)])
-    packed["embed_tokens", 0] = pack([matrix_of(model.embed_tokens)])
-    return packed
+        for name, sources in _matrices_of_block(block).items():
+            matrices[name, layer] = sources
+    if not model.config.tie_word_embeddings:
+        matrices["lm_head", 0] = [source_of(model.lm_head)]
+    matrices["embed_tokens", 0] = [source_of(model.embed_tokens)]
+    return matrices
 
 
-def matrix_of(layer: nn.Module) -> Int8Matrix:
-    """Return the quantised weights of a linear layer or an embedding."""
-    # Checkpoints with 8-bit weights provide the quantised matrix (see `model/int8.py`).
-    stored = getattr(layer, "int8", None)
-    if isinstance(stored, Int8Matrix):
-        return stored
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    return quantize(weight.detach())
-
-
-def _pack_block(block: nn.Module) -> dict[str, np.ndarray]:
-    """Return the packed matrices of a layer."""
+def _matrices_of_block(block: nn.Module) -> dict[str, list[MatrixSource]]:
+    """Return the matrices of a layer."""
     attention = block.attention
     ffn = _dense_part(block)
     assert isinstance(attention, FullAttention)
-    packed = {
-        "qkv": _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
-        "out": pack([matrix_of(attention.o_proj)]),
+    matrices = {
+        "qkv": [_side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)],
+        "out": [source_of(attention.o_proj)],
     }
     if isinstance(attention.score_bias, DynamicBias):
-        packed["signals"] = _side_by_side(attention.score_bias.gate, attention.score_bias.forget)
+        bias = attention.score_bias
+        matrices["signals"] = [_side_by_side(bias.gate, bias.forget)]
     if ffn is not None:
-        packed["gate_up"] = pack([matrix_of(ffn.gate_proj), matrix_of(ffn.up_proj)])
-        packed["down"] = pack([matrix_of(ffn.down_proj)])
-    return packed
+        matrices["gate_up"] = [source_of(ffn.gate_proj), source_of(ffn.up_proj)]
+        matrices["down"] = [source_of(ffn.down_proj)]
+    return matrices
 
 
 def _dense_part(block: nn.Module) -> SwiGLU | None:
@@ -340,9 +320,6 @@ def _inner(block: nn.Module) -> int:
     return 0 if dense is None else -(-dense.down_proj.in_features // GROUP)
 
 
-def _side_by_side(*layers: nn.Module) -> np.ndarray:
-    """Return the packed matrix of linear layers that read the same input."""
-    parts = [matrix_of(layer) for layer in layers]
-    values = torch.cat([part.values for part in parts])
-    scales = torch.cat([part.scales for part in parts])
-    return pack([Int8Matrix(values, scales, parts[0].width)])
+def _side_by_side(*layers: nn.Module) -> MatrixSource:
+    """Return the matrix of linear layers that read the same input."""
+    return concatenated([source_of(layer) for layer in layers])

@@ -5,10 +5,12 @@ that PyTorch has for them (`torch.cuda`, `torch.mps`).
 """
 
 import gc
+import re
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,12 +43,26 @@ def peak_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated, including those that PyTorch caches."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        return min(int(psutil.virtual_memory().available), _container_memory())
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     module = _module(device)
     free, _ = module.mem_get_info(device)
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+
+
+def _container_memory() -> int:
+    """Return the bytes that the container of this process may still use; a huge number if there is
+    no limit.
+    """
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+    except (OSError, ValueError):  # no control groups, or the limit "max"
+        return sys.maxsize
+    return limit - used + (int(files[1]) if files else 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

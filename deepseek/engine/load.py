@@ -16,6 +16,7 @@ from deepseek.model.attention.hash import hash_file, load_hashes, plug_hashes
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts.arming import AUTO, EVERY_EXPERT, Arming
 from deepseek.model.language_model import LanguageModel, load_language_model
+from deepseek.model.pretrained import load_stored
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.kinds import AnyManifest
 from deepseek.packs.library import find_pack
@@ -40,6 +41,7 @@ def load(
     config: ModelConfig | None = None,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str = "auto",
+    stored: bool = False,
 ) -> Loaded:
     """Load a base model and its tokenizer, and plug experts into it.
 
@@ -58,6 +60,8 @@ def load(
         device: "cpu", "cuda", "cuda:N" or "mps"; "auto" takes a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16"; "auto" takes the fastest one on the device that
             has the range of fp32.
+        stored: leave the matrices in the checkpoint's files and read them when they are used, for a
+            runner that packs its own; default: load them. For our own families, without `config`.
 
     Returns:
         The model and its tokenizer.
@@ -76,7 +80,11 @@ def load(
     place = choose_device(device)
     precision = dtype if isinstance(dtype, str) and dtype == "auto" else choose_dtype(dtype, place)
     folder = resolve(str(name))
-    model = load_language_model(folder, config=config, dtype=precision, device=place)
+    model: LanguageModel = (
+        load_stored(DeepSeekModel, folder, precision, place)
+        if stored
+        else load_language_model(folder, config=config, dtype=precision, device=place)
+    )
     model.config.name_or_path = str(name)
     if (
         isinstance(model, DeepSeekModel)

@@ -1,22 +1,30 @@
 """Start an engine from the name of a model, compiled and ready for requests."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from deepseek.checkpoint.convert import convert_config
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import read_object
 from deepseek.compiled.runner import CompiledRunner
-from deepseek.compiled.support import unsupported_reason
+from deepseek.compiled.support import unsupported_config_reason, unsupported_reason
 from deepseek.data.text.document import Progress, silent
+from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.device.memory import out_of_memory_explained
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import Packs, load
+from deepseek.engine.memory import memory_need
 from deepseek.engine.request import Request
 from deepseek.engine.runners import reference_runner
 from deepseek.engine.sampler import Sampling
+from deepseek.engine.scheduler import CACHE_BYTES
 from deepseek.model.attached.model import AttachedModel
-from deepseek.model.language_model import LanguageModel
+from deepseek.model.config import ModelConfig
+from deepseek.model.language_model import LanguageModel, is_own
 from deepseek.runner import Runner
 
 LIGHTER = "take --dtype bfloat16, a smaller model or --device cpu."
@@ -33,6 +41,7 @@ def start_engine(
     device: str | torch.device = "auto",
     dtype: torch.dtype | str = "auto",
     progress: Progress = silent,
+    report: Callable[[str], None] = log.info,
     **dials: Any,
 ) -> Engine:
     """Load a model, plug experts, and return an engine with the fastest runner that supports it.
@@ -44,22 +53,36 @@ def start_engine(
         name: a known base, a local folder or a hub id (see `load`); default "smollm2-135m".
         experts: expert packs to plug, or their weights (see `load`).
         int8: quantise the weights to 8 bits if the compiled runner supports the model, which is
-            several times as fast; default True. Other models keep their weights, and so do those
-            with an explicit `dtype` and those on a GPU.
+            several times as fast; default True. Weights that `deepseek quantize` has quantised stay
+            as they are. Other models keep their weights, and so do those with an explicit `dtype`
+            and those on a GPU.
         device: where to compute (see `load`).
         dtype: dtype of the weights (see `load`).
         progress: told which step is running: each can take many seconds.
+        report: called with one sentence on the memory that the model needs, before it is loaded;
+            default: it is logged at level INFO.
         dials: passed on to `Engine`.
 
     Returns:
         The running engine.
 
     Raises:
-        HubError, CheckpointError, ConfigError, DeviceError, PackError: see `load`.
+        HubError, CheckpointError, ConfigError, PackError: see `load`.
+        DeviceError: there is no such device, or it has too little memory.
     """
+    place = choose_device(device)
+    packs = int8 and dtype == "auto" and place.type == "cpu"
+    folder = resolve(str(name))
+    packs = packs and _is_packed(folder)
+    if place.type == "cpu":
+        need = memory_need(
+            folder, choose_dtype(dtype, place), dials.get("cache_bytes", CACHE_BYTES), packs
+        )
+        need.check(str(name))
+        report(f"{name} needs {need}.")
     with out_of_memory_explained(LIGHTER):
         progress(0, 0, f"loading {Path(name).name}")
-        model, tokenizer = load(name, experts=experts, device=device, dtype=dtype)
+        model, tokenizer = load(name, experts=experts, device=place, dtype=dtype, stored=packs)
         progress(0, 0, "packing the weights")
         runner = quickest_runner(model) if int8 and dtype == "auto" else None
         progress(0, 0, "compiling kernels, which are kept for the next start")
@@ -67,6 +90,12 @@ def start_engine(
         for _ in engine.submit(Request((0,), Sampling(max_new_tokens=1))):
             pass
     return engine
+
+
+def _is_packed(folder: Path) -> bool:
+    """Return whether the compiled runner computes the model in a folder."""
+    raw = read_object(folder / "config.json")
+    return is_own(raw) and unsupported_config_reason(ModelConfig(**convert_config(raw))) is None
 
 
 def quickest_runner(model: LanguageModel) -> Runner:

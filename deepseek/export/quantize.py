@@ -1,25 +1,35 @@
-"""Quantise a model's weights to 8 bits, and check the result against the original."""
+"""Quantise a model's weights to 8 or 4 bits, and check the result against the original."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import LogitsProcessorList
+from torch import Tensor
 
+from deepseek import checks
+from deepseek.checkpoint.convert import FAMILIES
 from deepseek.checkpoint.files import new_path
-from deepseek.checkpoint.store import atomic_folder
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import atomic_folder, read_object
+from deepseek.checkpoint.stream import TensorWriter
 from deepseek.data.text.document import Progress, silent
-from deepseek.engine.load import load
+from deepseek.device.choose import choose_device
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.kernels.int8 import Int8Matrix, quantize
-from deepseek.model.int8 import is_large, rounded
-from deepseek.model.language_model import own_model
+from deepseek.export.calibrate import quantise_along, sample
+from deepseek.model.language_model import is_own
+from deepseek.model.pretrained import load_stored
+from deepseek.model.quantised import is_large, rounded, stored_form
+from deepseek.model.stored import StoredMatrix, stored_matrices
 from deepseek.model.transformer import DeepSeekModel
+from deepseek.text.tokenizer import load_tokenizer
 
 SENTENCE = "The history of science is the study of how people came to know nature, step by step, from the stars to the"
-LIMIT = 0.05  # nats; 8-bit quantisation typically costs a tenth of this
+LIMITS = {8: 0.05, 4: 0.5}
+"""Bits -> largest divergence in nats. 8 bits cost about a tenth of it, 4 bits of a small model a
+fifth.
+"""
+
 ROWS, LENGTH = 32, 64  # number of calibration texts, and tokens in each
 
 
@@ -41,17 +51,19 @@ class Rounding:
 
 @torch.inference_mode()
 def quantize_model(
-    base: str | Path, out: Path, *, device: str = "auto", progress: Progress = silent
+    base: str | Path, out: Path, *, bits: int = 8, device: str = "auto", progress: Progress = silent
 ) -> Rounding:
-    """Write a base model with 8-bit weights to a new folder, which `deepseek.load` reads like any
-    other.
+    """Write a base model with 8-bit or 4-bit weights to a new folder, which `deepseek.load` reads
+    like any other.
 
     The matrices of linear layers are quantised with calibration activations (GPTQ, see
-    `kernels/int8.py`).
+    `kernels/int8.py`), layer by layer: memory is needed for one layer, and for the 8-bit model that
+    writes the calibration texts.
 
     Args:
         base: a known base, a local folder or a hub id.
         out: the folder to create.
+        bits: bits of a weight, 8 or 4; with 4, the embedding and the head have 8.
         device: where to calibrate and compare.
         progress: shows the progress.
 
@@ -63,108 +75,96 @@ def quantize_model(
             quantised.
         CheckpointError: the quantised model's predictions diverge too far from the original's.
     """
+    if checks.whole("bits", bits) not in LIMITS:
+        raise ConfigError(f"bits={bits} is not possible; use 8 or 4.")
     new_path(out)
     progress(0, 0, f"loading {base}")
-    loaded, tokenizer = load(base, device=device, dtype="float32")
-    model = own_model(loaded, "Quantisation")
-    if any(hasattr(module, "int8") for module in model.modules()):
+    folder = resolve(str(base))
+    place = choose_device(device)
+    model = _source(folder, base, place)
+    tokenizer = load_tokenizer(folder)
+    ids = torch.tensor([tokenizer(SENTENCE).input_ids], device=place)
+    elements = _elements(model)
+    with atomic_folder(out) as written_folder:
+        writer = TensorWriter(written_folder)
+        _write_weights(model, writer, bits, progress)
+        model.config.save_pretrained(written_folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(written_folder)
+        tokenizer.save_pretrained(written_folder)
+        progress(0, 0, "comparing with the original")
+        written = load_stored(DeepSeekModel, written_folder, "float32", place)
+        divergence = _divergence(model, written, ids)
+        if not divergence < LIMITS[bits]:
+            raise CheckpointError(
+                f"The quantised model's predictions are {divergence:.3f} nats from those of "
+                f"{base}, more than {LIMITS[bits]}; nothing was written. Use "
+                f"{'8 bits' if bits == 4 else 'the model in bf16'}."
+            )
+    return Rounding(writer.num_bytes, writer.num_bytes / (4 * elements), divergence)
+
+
+def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekModel:
+    """Return the model to quantise, its matrices in its files.
+
+    Raises:
+        ConfigError: it is of a foreign family, too small, or already quantised.
+    """
+    raw = read_object(folder / "config.json")
+    if not is_own(raw):
         raise ConfigError(
-            f"{base} has 8-bit weights already; quantise the model that they were made from."
+            f"Quantisation is for our own families ({', '.join(FAMILIES)}), and {base} is of type "
+            f"{raw.get('model_type')!r}; use it as it is."
         )
-    tensors = model.own_tensors()
-    if not any(is_large(name, tensor) for name, tensor in tensors.items()):
+    model = load_stored(DeepSeekModel, folder, "float32", device)
+    matrices = [*stored_matrices(model).values()]
+    for matrix in matrices:
+        if matrix.bits is not None:
+            raise ConfigError(
+                f"{base} has {matrix.bits}-bit weights already; quantise the model that they were "
+                "made from."
+            )
+    if not any(is_large(matrix.name, matrix.shape) for matrix in matrices):
         raise ConfigError(
             f"{base} has no matrix of at least 64 columns to quantise; use it as it is."
         )
-    quantised = round_along(model, sample(model, ROWS, LENGTH, progress), progress)
-    if model.config.tie_word_embeddings and "lm_head.weight" in quantised:
-        # Head and embedding share one matrix. Calibrating it for the head's inputs helps the head
-        # more than it costs the embedding.
-        quantised["embed_tokens.weight"] = quantised.pop("lm_head.weight")
-    tensors_to_write = {
-        name: tensor.contiguous() for name, tensor in rounded(tensors, quantised).items()
-    }
-    ids = torch.tensor([tokenizer(SENTENCE).input_ids], device=model.device)
-    with atomic_folder(out) as folder:
-        save_file(tensors_to_write, folder / "model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        progress(0, 0, "comparing with the original")
-        written = DeepSeekModel.from_pretrained(folder, dtype="float32", device_map=model.device)
-        divergence = _divergence(model, written, ids)
-        if not divergence < LIMIT:
-            raise CheckpointError(
-                f"The quantised model's predictions are {divergence:.3f} nats from those of "
-                f"{base}, more than {LIMIT}; nothing was written. Use the model in bf16."
-            )
-    total = sum(tensor.nbytes for tensor in tensors_to_write.values())
-    return Rounding(
-        total, total / sum(4 * tensor.numel() for tensor in tensors.values()), divergence
-    )
+    return model
 
 
-def sample(model: DeepSeekModel, rows: int, length: int, progress: Progress = silent) -> Tensor:
-    """Generate the calibration texts `[rows, length]` with the model itself, from random first
-    tokens.
+def bits_of(name: str, bits: int) -> int:
+    """Return the bits of a matrix of a model that is quantised to `bits`.
 
-    The seed is fixed, so the texts are the same every time.
+    Head and embedding are more sensitive than the layers (docs/log/quantisation.md).
     """
-
-    def report(ids_BT: Tensor, logits_BV: Tensor) -> Tensor:
-        progress(ids_BT.shape[1], length, "writing calibration texts")
-        return logits_BV
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        first_tokens = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
-        texts: Tensor = model.generate(
-            first_tokens,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=length - 1,
-            eos_token_id=-1,
-            logits_processor=LogitsProcessorList([report]),
-        )
-        return texts
+    return bits if name.startswith("layers.") else 8
 
 
-def round_along(
-    model: DeepSeekModel, ids_BT: Tensor, progress: Progress = silent
-) -> dict[str, Int8Matrix]:
-    """Quantise the matrices of linear layers with calibration activations.
+def _write_weights(
+    model: DeepSeekModel, writer: TensorWriter, bits: int, progress: Progress
+) -> None:
+    """Write all weights of a model, quantised."""
+    stored = {matrix.name: matrix for matrix in stored_matrices(model).values()}
+    count = len(stored)
+    texts = sample(model, ROWS, LENGTH, progress).to(model.device)
+    done = set()
+    for name, matrix in quantise_along(model, texts, partial(bits_of, bits=bits)):
+        writer.add(stored_form(name, matrix))
+        done.add(name)
+        progress(len(done), count, "quantising matrices")
+    for name in sorted(stored.keys() - done):
+        writer.add({name: _whole(stored[name])})
+    writer.add(rounded(model.own_tensors(), {}))
+    writer.close()
 
-    Args:
-        model: the model.
-        ids_BT: calibration texts.
-        progress: shows the progress.
 
-    Returns:
-        Name of the weight -> quantised matrix.
-    """
-    quantised = {}
+def _whole(matrix: StoredMatrix) -> Tensor:
+    return matrix.rows(0, matrix.shape[0])
 
-    def quantise_layer(name: str, layer: nn.Linear, x: Tensor) -> None:
-        x_ND = x.flatten(0, -2).float()
-        quantised[name] = quantize(layer.weight, x_ND.T @ x_ND)
-        progress(len(quantised), len(layers), "quantising matrices")
 
-    layers = {
-        f"{name}.weight": layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and is_large(f"{name}.weight", layer.weight)
-    }
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, name=name: quantise_layer(name, layer, args[0])
-        )
-        for name, layer in layers.items()
-    ]
-    model(ids_BT, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return quantised
+def _elements(model: DeepSeekModel) -> int:
+    """Return the number of weights of a model."""
+    stored = sum(matrix.shape[0] * matrix.shape[1] for matrix in stored_matrices(model).values())
+    return stored + sum(tensor.numel() for tensor in model.own_tensors().values())
 
 
 def _divergence(model: DeepSeekModel, other: DeepSeekModel, ids: Tensor) -> float:

@@ -12,11 +12,13 @@ from deepseek import checks
 from deepseek.checkpoint.convert import convert_config, convert_tensors, read_tensors
 from deepseek.checkpoint.hub import resolve
 from deepseek.checkpoint.store import read_object
+from deepseek.checkpoint.stream import TensorFiles
 from deepseek.device.choose import CPU, choose_device, choose_dtype
 from deepseek.errors import CheckpointError, ConfigError, shown
 from deepseek.model.config import ModelConfig
-from deepseek.model.int8 import keep_matrices, restored
 from deepseek.model.moe.layer import MoELayer, init_upcycled
+from deepseek.model.quantised import SCALES, SUFFIXES, keep_matrices, restored
+from deepseek.model.stored import store_weights
 from deepseek.registry import nearest
 
 if TYPE_CHECKING:
@@ -87,17 +89,7 @@ def load_pretrained(
     if upcycled:
         merged = _shared_from_dense(merged)
     plain, matrices = restored(convert_tensors(read_tensors(folder), merged.to_dict()))
-    for name, tensor in plain.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"The checkpoint's tensor {shown(name)} is of dtype {tensor.dtype}; weights must "
-                "be floating-point numbers."
-            )
-    tensors = {
-        # Balance buffers stay fp32: their updates vanish in bf16.
-        name: t.to(device, t.dtype if ".balance." in name else target)
-        for name, t in plain.items()
-    }
+    tensors = _placed(plain, device, target)
     converted = merged.positional_encoding != ModelConfig(**checkpoint).positional_encoding
     model = (
         _upcycle(cls, merged, tensors, upcycle_seed)
@@ -105,12 +97,74 @@ def load_pretrained(
         else _fill(cls, merged, tensors, converted)
     )
     keep_matrices(model, {} if upcycled else matrices)
-    model.config.name_or_path = str(name_or_path)
-    model.generation_config = _generation_config(folder, model)
-    model.experts.base_folder = folder
     if wanted not in (None, "auto"):
         model.compute_dtype = target
-    return nn.Module.to(model, device, target).eval()
+    return _finish(model, folder, str(name_or_path), device, target)
+
+
+def load_stored(
+    cls: type[Model],
+    name_or_path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device = CPU,
+) -> Model:
+    """Load a model whose matrices stay in the checkpoint's files (see `model/stored.py`).
+
+    Args:
+        cls: class of the model.
+        name_or_path: model name, folder or hub id.
+        dtype: dtype of everything else, and of the matrices when they are read; None: the fastest
+            on the device.
+        device: device to compute on.
+
+    Raises:
+        HubError, CheckpointError, ConfigError: see `DeepSeekModel.from_pretrained`.
+    """
+    folder = resolve(str(name_or_path))
+    config = ModelConfig(**read_config(folder))
+    target = choose_dtype(dtype, device)
+    files = TensorFiles(folder)
+    with torch.device("meta"):
+        model = cls(config)
+    stored = store_weights(model, files, target, device)
+    suffixes = ("", SCALES, *SUFFIXES.values())
+    read_later = {name + suffix for name in stored for suffix in suffixes}
+    rest = ((name, files.read(name)) for name in files if name not in read_later)
+    plain, matrices = restored(convert_tensors(rest, config.to_dict()))
+    _load(model, _placed(plain, device, target))
+    keep_matrices(model, matrices)
+    return _finish(model, folder, str(name_or_path), device, target)
+
+
+def _placed(
+    tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors on a device and in a dtype.
+
+    Raises:
+        CheckpointError: some are no floating-point numbers.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"The checkpoint's tensor {shown(name)} is of dtype {tensor.dtype}; weights must be "
+                "floating-point numbers."
+            )
+    return {
+        # Balance buffers stay fp32: their updates vanish in bf16.
+        name: t.to(device, t.dtype if ".balance." in name else dtype)
+        for name, t in tensors.items()
+    }
+
+
+def _finish(
+    model: Model, folder: Path, name: str, device: torch.device, dtype: torch.dtype
+) -> Model:
+    """Return a filled model in eval mode, with what its folder says beside the weights."""
+    model.config.name_or_path = name
+    model.generation_config = _generation_config(folder, model)
+    model.experts.base_folder = folder
+    return nn.Module.to(model, device, dtype).eval()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -184,7 +238,7 @@ def _shared_from_dense(config: ModelConfig) -> ModelConfig:
 
 
 def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and isinstance(model.embed_tokens, nn.Embedding):
         tensors.setdefault("lm_head.weight", tensors.get("embed_tokens.weight", torch.empty(0)))
     try:
         result = model.load_state_dict(tensors, strict=False, assign=True)
@@ -193,7 +247,8 @@ def _load(model: "DeepSeekModel", tensors: dict[str, Tensor]) -> None:
             "The checkpoint's tensors do not fit its config.json: "
             f"{str(error).splitlines()[-1].strip()}"
         ) from None
-    model.tie_weights()
+    if isinstance(model.embed_tokens, nn.Embedding):
+        model.tie_weights()
     missing = sorted(name for name in result.missing_keys if ".balance." not in name)
     if missing or result.unexpected_keys:
         what = (

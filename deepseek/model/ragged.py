@@ -23,7 +23,7 @@ def begin_ragged(model: Decoder, chunks: Sequence[tuple[Sequence[int], KVCache]]
         model: the model to run.
         chunks: token ids, at least one, and the cache of each sequence.
     """
-    device = next(model.embed_tokens.parameters()).device
+    device = model.norm.weight.device
     lengths = [len(ids) for ids, _ in chunks]
     starts = [past_length(cache) for _, cache in chunks]
     ids_1N = torch.tensor([[token for ids, _ in chunks for token in ids]], device=device)

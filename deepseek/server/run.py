@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -56,6 +57,8 @@ def serve(
     progress: Progress = silent,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C; running requests have some time to finish.
+
+    The memory that the model needs is printed to standard error before it is loaded.
 
     Args:
         model: a known base, a local folder or a hub id; default: `smollm2-135m`.
@@ -123,7 +126,12 @@ def serve(
         config,
         app.state.service,
         app.state.teacher,
-        partial(start, experts=experts, progress=progress),
+        partial(
+            start,
+            experts=experts,
+            report=partial(print, file=sys.stderr, flush=True),
+            progress=progress,
+        ),
         drain_seconds,
         partial(progress, 1, 1, "ready"),
     )

@@ -22,9 +22,9 @@ from deepseek.compiled.runner import CompiledRunner, supports
 from deepseek.compiled.support import RULES
 from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
-from deepseek.model.int8 import keep_matrices, restored, rounded
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.router import DynamicRouter, Router, TopKRouter
+from deepseek.model.quantised import keep_matrices, restored, rounded
 from deepseek.model.support import unsupported
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk

@@ -9,9 +9,12 @@ from tiny_tokenizer import tiny_tokenizer
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.export.quantize import quantize_model, round_along, sample
+from deepseek.export.calibrate import quantise_along, sample
+from deepseek.export.quantize import quantize_model
 from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
+from deepseek.model.pretrained import load_stored
+from deepseek.model.stored import stored_matrices
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk
 
@@ -79,30 +82,31 @@ def test_a_checkpoint_without_its_scales_is_refused(source, tmp_path):
 
 
 @torch.no_grad()
-def test_rounding_suits_what_the_model_meets(source):
-    model = load(source, dtype="float32").model
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounding_suits_what_the_model_meets(source, tmp_path, bits):
     torch.manual_seed(1)
+    model = load(source, dtype="float32").model
     words = model.embed_tokens.weight.data
     # Few directions, as in real models.
     words.copy_(torch.randn(len(words), 8) @ torch.randn(8, words.shape[1]) * 0.1)
+    model.save_pretrained(tmp_path / "few")
+    stored = load_stored(DeepSeekModel, tmp_path / "few", "float32")
     before = torch.get_rng_state()
-    texts = sample(model, 16, 32)
-    assert texts.shape == (16, 32) and torch.equal(texts, sample(model, 16, 32))
+    texts = sample(stored, 16, 32)
+    assert texts.shape == (16, 32) and torch.equal(texts, sample(stored, 16, 32))
     assert torch.equal(torch.get_rng_state(), before)
-    done = round_along(model, texts)
-    assert set(done) == {
-        f"{name}.weight"
-        for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-    }
-    ids = sample(model, 20, 32)[16:]
+    done = dict(quantise_along(stored, texts, lambda _: bits))
+    assert set(done) == {matrix.name for matrix in stored_matrices(stored).values()}
+    ids = sample(stored, 20, 32)[16:]
     exact, errors = model(ids).logits, []
     for suited in (False, True):
         twin = copy.deepcopy(model)
         # Not that of the embedding.
         twin.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         for name, matrix in done.items():
-            layer = twin.get_submodule(name.removesuffix(".weight"))
-            layer.weight.data = (matrix if suited else quantize(layer.weight.detach())).float()
+            path = name.removesuffix(".weight").replace("embed_tokens", "lm_head")
+            layer = twin.get_submodule(path)
+            nearest = quantize(layer.weight.detach(), bits=bits)
+            layer.weight.data = (matrix if suited else nearest).float()
         errors.append(float((twin(ids).logits - exact).norm()))
     assert errors[1] < 0.8 * errors[0]

@@ -7,8 +7,20 @@ import pytest
 import torch
 from numba import njit
 
+from deepseek.compiled.abi import FOUR_BITS
 from deepseek.compiled.rows import multiply, round_group, row_bytes
-from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, pack, product_reference, quantize
+from deepseek.kernels.int8 import (
+    COLUMNS,
+    GROUP,
+    LEVELS,
+    Compensation,
+    from_nibbles,
+    pack,
+    packed_bytes,
+    product_reference,
+    quantize,
+    to_nibbles,
+)
 from deepseek.kernels.numba.buffers import aligned
 
 
@@ -20,7 +32,7 @@ def round_row(x, row, groups):
 
 def product(x_ND, matrix):
     """`x W^T` by the kernel."""
-    packed, groups = pack([matrix]), matrix.scales.shape[1]
+    packed, groups = pack([matrix], matrix.bits), matrix.scales.shape[1]
     panels, stride = aligned(packed.nbytes), row_bytes(groups)
     panels[:] = packed.reshape(-1)
     x = torch.nn.functional.pad(x_ND, (0, groups * GROUP - x_ND.shape[1])).contiguous()
@@ -29,9 +41,9 @@ def product(x_ND, matrix):
     for i in range(len(x)):
         round_row(x[i].data_ptr(), table[i], groups)
     out = np.zeros((len(packed), len(x), COLUMNS), np.float32)
+    address = panels.ctypes.data + (FOUR_BITS if matrix.bits == 4 else 0)
     for p in range(len(packed)):
-        panel = panels.ctypes.data + p * groups * GROUP_BYTES
-        multiply(panel, table.ctypes.data, len(x), groups, out[p].ctypes.data)
+        multiply(address, p, table.ctypes.data, len(x), groups, out[p].ctypes.data)
     return torch.from_numpy(
         out.transpose(1, 0, 2).reshape(len(x), -1)[:, : len(matrix.values)].copy()
     )
@@ -47,26 +59,46 @@ def problem(rows, width, outputs):
     return x, weight
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 64, 32), (15, 130, 70), (3, 576, 33)])
-def test_the_kernel_is_the_reference(rows, width, outputs):
+def test_the_kernel_is_the_reference(rows, width, outputs, bits):
     x, weight = problem(rows, width, outputs)
-    matrix = quantize(weight)
+    matrix = quantize(weight, bits=bits)
     torch.testing.assert_close(
         product(x, matrix), product_reference(x, matrix), rtol=1e-5, atol=1e-4
     )
 
 
-def test_rounding_costs_less_than_two_percent_in_spite_of_a_large_channel():
+@pytest.mark.parametrize(
+    ("bits", "weight_error", "product_error", "size"), [(8, 0.01, 0.02, 0.27), (4, 0.1, 0.12, 0.14)]
+)
+def test_rounding_costs_little_in_spite_of_a_large_channel(bits, weight_error, product_error, size):
     x, weight = problem(16, 192, 64)
-    matrix, exact = quantize(weight), x @ weight.T
-    assert (matrix.float() - weight).norm() / weight.norm() < 0.01
-    assert (product_reference(x, matrix) - exact).norm() / exact.norm() < 0.02
-    assert matrix.nbytes <= 0.27 * 4 * weight.numel()
+    matrix, exact = quantize(weight, bits=bits), x @ weight.T
+    assert (matrix.float() - weight).norm() / weight.norm() < weight_error
+    assert (product_reference(x, matrix) - exact).norm() / exact.norm() < product_error
+    assert matrix.nbytes <= size * 4 * weight.numel()
+    assert matrix.values.min() >= LEVELS[bits][0] and matrix.values.max() <= LEVELS[bits][1]
 
 
-def test_a_row_does_not_depend_on_those_beside_it():
+def test_nibbles_hold_two_values_each():
+    values = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 8)
+    nibbles = to_nibbles(values)
+    assert nibbles.dtype == torch.uint8 and nibbles.shape == (3, 64)
+    assert torch.equal(from_nibbles(nibbles), values)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_panels_have_the_size_that_was_reckoned(bits):
+    for outputs in ([33], [70, 70]):
+        matrices = [quantize(problem(1, 130, count)[1], bits=bits) for count in outputs]
+        assert pack(matrices, bits).nbytes == packed_bytes(outputs, 130, bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_does_not_depend_on_those_beside_it(bits):
     x, weight = problem(15, 128, 64)
-    matrix = quantize(weight)
+    matrix = quantize(weight, bits=bits)
     alone = torch.cat([product(x[i : i + 1], matrix) for i in range(15)])
     assert torch.equal(product(x, matrix), alone)
 
@@ -84,7 +116,7 @@ def test_errors_are_made_up_for_where_inputs_go_together():
         torch.randn(2000, 150, generator=generator) @ mixing,
         torch.randn(40, 150, generator=generator),
     )
-    nearest, suited = quantize(weight), quantize(weight, x[:1000].T @ x[:1000])
+    nearest, suited = quantize(weight), quantize(weight, Compensation.of(x[:1000].T @ x[:1000]))
     assert torch.equal(suited.scales, nearest.scales)
     errors = [(x[1000:] @ (matrix.float() - weight).T).norm() for matrix in (nearest, suited)]
     assert errors[1] < 0.5 * errors[0]
@@ -94,4 +126,4 @@ def test_errors_are_made_up_for_where_inputs_go_together():
 def test_inputs_that_say_nothing_round_to_the_nearest():
     weight = problem(1, 128, 40)[1]
     for gram in (torch.eye(128), torch.zeros(128, 128)):
-        assert torch.equal(quantize(weight, gram).values, quantize(weight).values)
+        assert torch.equal(quantize(weight, Compensation.of(gram)).values, quantize(weight).values)

@@ -1,0 +1,96 @@
+"""How much memory an engine needs, estimated from a checkpoint's headers before it is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deepseek.checkpoint.convert import our_name
+from deepseek.checkpoint.fingerprint import weight_files
+from deepseek.checkpoint.stream import TensorHeader, headers
+from deepseek.device.choose import CPU
+from deepseek.device.memory import free_memory
+from deepseek.errors import DeviceError
+from deepseek.kernels.int8 import GROUP
+from deepseek.model.quantised import SCALES, SUFFIXES, is_large
+
+WORK_BYTES = 1 << 29
+"""Compiled code and buffers of the step, and a block of weights while it is packed: 0.5 GiB."""
+
+SCALE_BITS = 16 / GROUP
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Memory that an engine needs on the CPU, in bytes.
+
+    Attributes:
+        weights: the weights, as the engine computes with them.
+        cache: budget of keys and values.
+        work: everything else.
+    """
+
+    weights: int
+    cache: int
+    work: int = WORK_BYTES
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return self.weights + self.cache + self.work
+
+    def __str__(self) -> str:
+        return (
+            f"{_gib(self.total)} of memory ({_gib(self.weights)} for weights, "
+            f"{_gib(self.cache)} for keys and values, {_gib(self.work)} for everything else)"
+        )
+
+    def check(self, name: str) -> None:
+        """Check that the memory is there.
+
+        Args:
+            name: the model, for the message.
+
+        Raises:
+            DeviceError: it is not.
+        """
+        free = free_memory(CPU)
+        if self.total > free:
+            raise DeviceError(
+                f"{name} needs {self}, and {_gib(free)} are free; take a smaller cache of keys and "
+                "values, a smaller model, or one that `deepseek quantize --bits 4` has written."
+            )
+
+
+def memory_need(folder: Path, dtype: torch.dtype, cache_bytes: int, packed: bool) -> MemoryNeed:
+    """Return the memory that an engine needs for a model.
+
+    Args:
+        folder: the model's folder.
+        dtype: dtype of weights that are not packed.
+        cache_bytes: budget of keys and values.
+        packed: whether the compiled runner packs the weights.
+
+    Raises:
+        CheckpointError: the weights are missing or damaged.
+    """
+    tensors = [header for file in weight_files(folder) for header in headers(file)]
+    return MemoryNeed(sum(_bytes(header, dtype, packed) for header in tensors), cache_bytes)
+
+
+def _bytes(header: TensorHeader, dtype: torch.dtype, packed: bool) -> int:
+    """Return the bytes that a tensor of a checkpoint takes in the engine."""
+    name = our_name(header.name)
+    if name.endswith(SCALES):
+        return 0  # counted with the values
+    for bits, suffix in SUFFIXES.items():
+        if name.endswith(suffix):
+            elements = header.elements * 8 // bits
+            return int(elements * (bits + SCALE_BITS) / 8 if packed else elements * dtype.itemsize)
+    if packed and is_large(name, header.shape):
+        return int(header.elements * (8 + SCALE_BITS) / 8)
+    return header.elements * dtype.itemsize
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.2f} GiB"

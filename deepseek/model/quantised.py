@@ -1,0 +1,196 @@
+"""Checkpoints with quantised weights.
+
+The checkpoint stores `X.weight` as `X.weight_int8` or, two numbers a byte, `X.weight_int4`, and
+`X.weight_scale`.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from deepseek.errors import CheckpointError
+from deepseek.kernels.int8 import GROUP, Int8Matrix, from_nibbles, quantize, to_nibbles
+
+SUFFIXES = {8: "_int8", 4: "_int4"}
+"""Number of bits -> what is added to the name of a matrix."""
+
+SCALES = "_scale"
+SMALLEST = 1 << 12  # elements; quantising smaller matrices saves nothing
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint by name, in memory or in its files."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        ...
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Return a tensor, or its rows `first` to `last - 1`."""
+        ...
+
+
+class LoadedTensors:
+    """Tensors that lie in memory.
+
+    Args:
+        tensors: the tensors by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor if last is None and not first else tensor[first:last]
+
+
+def is_large(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether to quantise a tensor: a large matrix whose rows divide into groups.
+
+    Routers stay unquantised, because they decide by small differences between logits.
+    """
+    elements = 1
+    for size in shape:
+        elements *= size
+    return (
+        len(shape) >= 2
+        and elements >= SMALLEST
+        and shape[-1] % GROUP == 0
+        and ".router." not in name
+    )
+
+
+def stored_bits(tensors: Tensors, name: str) -> int | None:
+    """Return the number of bits that a checkpoint stores a matrix with; None: not quantised."""
+    for bits, suffix in SUFFIXES.items():
+        if name + suffix in tensors:
+            return bits
+    return None
+
+
+def stored_shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+    """Return the shape of a tensor of a checkpoint, whether quantised or not."""
+    bits = stored_bits(tensors, name)
+    if bits is None:
+        return tensors.shape(name)
+    *rows, width = tensors.shape(name + SUFFIXES[bits])
+    return (*rows, width * 8 // bits)
+
+
+def read_quantised(
+    tensors: Tensors, name: str, first: int = 0, last: int | None = None
+) -> Int8Matrix | None:
+    """Return rows of a quantised matrix of a checkpoint; None if it is not quantised.
+
+    Raises:
+        CheckpointError: the scales of the matrix are missing, or have the wrong shape or dtype.
+    """
+    bits = stored_bits(tensors, name)
+    if bits is None:
+        return None
+    check_scales(tensors, name)
+    values = tensors.read(name + SUFFIXES[bits], first, last)
+    scales = tensors.read(name + SCALES, first, last)
+    if values.element_size() != 1 or not scales.is_floating_point():
+        raise CheckpointError(
+            f"The checkpoint's numbers of {name} have the dtypes {values.dtype} and "
+            f"{scales.dtype}; quantise the model again."
+        )
+    if bits == 4:
+        values = from_nibbles(values)
+    return Int8Matrix(values, scales.bfloat16(), values.shape[-1], bits)
+
+
+def check_scales(tensors: Tensors, name: str) -> None:
+    """Check that a quantised matrix has scales that fit it.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    *rows, width = stored_shape(tensors, name)
+    if (
+        name + SCALES not in tensors
+        or width % GROUP
+        or tensors.shape(name + SCALES) != (*rows, width // GROUP)
+    ):
+        raise CheckpointError(
+            f"The checkpoint has no scales that fit {name}; quantise the model again."
+        )
+
+
+def stored_form(name: str, matrix: Int8Matrix) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint stores for a quantised matrix."""
+    values = to_nibbles(matrix.values) if matrix.bits == 4 else matrix.values
+    return {name + SUFFIXES[matrix.bits]: values, name + SCALES: matrix.scales}
+
+
+def rounded(tensors: Mapping[str, Tensor], done: Mapping[str, Int8Matrix]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors with the large matrices quantised.
+
+    Args:
+        tensors: the tensors by name.
+        done: matrices that are already quantised, with calibration, by name. The others are
+            rounded to the nearest value, with 8 bits.
+    """
+    output: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if is_large(name, tuple(tensor.shape)):
+            output |= stored_form(name, done[name] if name in done else quantize(tensor))
+        else:
+            output[name] = tensor
+    return output
+
+
+def plain_name(tensors: Tensors, name: str) -> str | None:
+    """Return the name of the matrix that a stored tensor belongs to; None for scales."""
+    for suffix in SUFFIXES.values():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    is_scale = name.endswith(SCALES) and stored_bits(tensors, name.removesuffix(SCALES))
+    return None if is_scale else name
+
+
+def restored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Int8Matrix]]:
+    """Return a checkpoint's tensors with quantised matrices dequantised to fp32.
+
+    Returns:
+        All tensors under their plain names, and the quantised matrices by the same names.
+
+    Raises:
+        CheckpointError: the scales of a matrix are missing or have the wrong shape.
+    """
+    loaded = LoadedTensors(tensors)
+    plain = {}
+    matrices = {}
+    for name, tensor in tensors.items():
+        own_name = plain_name(loaded, name)
+        if own_name is None:
+            continue
+        matrix = read_quantised(loaded, own_name)
+        if matrix is None:
+            plain[own_name] = tensor
+        else:
+            matrices[own_name] = matrix
+            plain[own_name] = matrix.float()
+    return plain, matrices
+
+
+def keep_matrices(model: nn.Module, matrices: dict[str, Int8Matrix]) -> None:
+    """Attach quantised matrices to the layers that they belong to.
+
+    Kernels then use them as they are instead of quantising the weights a second time. The layer of
+    `X.weight` gets an attribute `int8`, the pool of experts of `X.down_proj` one `down_proj_int8`.
+    """
+    for name, matrix in matrices.items():
+        path, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(path), "int8" if kind == "weight" else f"{kind}_int8", matrix)
