@@ -8,12 +8,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi.routing import APIRoute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import CONTEXT, Live, live
@@ -31,22 +31,96 @@ from deepseek.server.errors import ApiError
 from deepseek.server.service import Settings
 from deepseek.text.tokenizer import encode_plain
 
-LONG = {"max_tokens": 700, "logit_bias": {"0": -100, "2": -100}}
-CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
 TEXT = "the router returns the value of the expert " * 60
-COMPUTING: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {**CHAT, **LONG},
-    "/v1/completions": {"model": "tiny", "prompt": "a", **LONG},
-    "/v1/responses": {"model": "tiny", "input": "a", "max_output_tokens": 700, "temperature": 1.9},
-    "/v1/embeddings": {"model": "tiny", "input": [TEXT] * 200},
+LONG = {"max_tokens": 700, "logit_bias": {"0": -100, "2": -100}}
+TURNS = [{"role": "user", "content": "a"}]
+CHAT: dict[str, Any] = {"model": "tiny", "messages": TURNS}
+NATIVE: dict[str, Any] = {"prompt": "a", "n_predict": 700, "ignore_eos": True}
+OPTIONS = {"num_predict": 700}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A request to a route."""
+
+    path: str
+    body: dict[str, Any]
+
+
+COMPUTING = {
+    "chat": Sent("/v1/chat/completions", {**CHAT, **LONG}),
+    "completions": Sent("/v1/completions", {"model": "tiny", "prompt": "a", **LONG}),
+    "suffix": Sent("/v1/completions", {"model": "tiny", "prompt": "a", "suffix": "b", **LONG}),
+    "responses": Sent("/v1/responses", {"model": "tiny", "input": "a", "max_output_tokens": 700}),
+    "embeddings": Sent("/v1/embeddings", {"model": "tiny", "input": [TEXT] * 200}),
+    "anthropic": Sent("/v1/messages", {**CHAT, "max_tokens": 700}),
+    "ollama chat": Sent("/api/chat", {**CHAT, "stream": False, "options": OPTIONS}),
+    "ollama generate": Sent(
+        "/api/generate", {"model": "tiny", "prompt": "a", "stream": False, "options": OPTIONS}
+    ),
+    "ollama raw": Sent(
+        "/api/generate",
+        {"model": "tiny", "prompt": "a", "raw": True, "stream": False, "options": OPTIONS},
+    ),
+    "ollama embed": Sent("/api/embed", {"model": "tiny", "input": [TEXT] * 200}),
+    "llama.cpp": Sent("/completion", NATIVE),
+    "infill": Sent("/infill", {**NATIVE, "n_predict": 600, "input_suffix": "b"}),
 }
-"""A long request for each route that computes."""
+"""A long request for each route that computes, and for each way through it."""
+
+PLANNED = {
+    "count_tokens": Sent("/v1/messages/count_tokens", CHAT),
+    "tokenize": Sent("/tokenize", {"messages": TURNS}),
+    "template": Sent("/apply-template", {"messages": TURNS}),
+    "detokenize": Sent("/detokenize", {"tokens": [5]}),
+}
+"""A request for each route that makes a prompt, or its text, and computes nothing else."""
+
+STREAMED = {
+    name: Sent(sent.path, {**sent.body, "stream": True})
+    for name, sent in COMPUTING.items()
+    if "embed" not in name
+}
+
+by_name = pytest.mark.parametrize("sent", COMPUTING.values(), ids=COMPUTING)
+each_admitted = pytest.mark.parametrize(
+    "sent", [*COMPUTING.values(), *PLANNED.values()], ids=[*COMPUTING, *PLANNED]
+)
+
+
+def check_error(sent: Sent, error: Any, status: int, code: str) -> None:
+    """Check an error's body, which has the layout of the API that the path belongs to."""
+    if sent.path.startswith("/v1/messages"):
+        assert error["type"] == "error"
+        kinds = {429: "rate_limit_error", 504: "timeout_error"}
+        assert error["error"]["type"] == kinds[status]
+        assert error["error"]["message"]
+    elif sent.path.startswith("/api/"):
+        assert error["error"] and isinstance(error["error"], str)
+    else:
+        assert error["error"]["code"] == code
+
+
+def check_refusal(sent: Sent, reply: httpx.Response, status: int, code: str) -> None:
+    """Check a refusal of a whole request; it says when to try again."""
+    assert reply.status_code == status, reply.text
+    assert int(reply.headers["retry-after"]) >= 1
+    check_error(sent, reply.json(), status, code)
 
 
 @pytest.fixture(scope="module")
 def computing(served_folder: Path) -> Iterator[Live]:
-    """A server with room for two requests and a queue of four."""
+    """A server with room for two requests and a queue of four, whose answers are long."""
     with live(served_folder, Settings(), max_running=2, max_waiting=4) as running:
+        running.engine._vocabulary.ends = frozenset()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hurried(served_folder: Path) -> Iterator[Live]:
+    """A server on which no answer may take long, and none ends before its time."""
+    with live(served_folder, Settings(request_seconds=0.05)) as running:
+        running.engine._vocabulary.ends = frozenset()
         yield running
 
 
@@ -58,80 +132,97 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def send_and_leave(server: Live, path: str, body: dict[str, Any]) -> socket.socket:
+def send_and_leave(server: Live, sent: Sent) -> socket.socket:
     """Send a request on a connection that the caller closes without reading."""
-    content = json.dumps(body).encode()
+    content = json.dumps(sent.body).encode()
     client = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
     client.sendall(
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"POST {sent.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n".encode()
         + content
     )
     return client
 
 
-def test_every_route_that_starts_a_job_is_admitted() -> None:
+def test_every_route_that_is_admitted_is_tested_here() -> None:
+    """`/api/show` describes the model and computes nothing."""
     routes = [route for module in ROUTERS for route in module.router.routes]
     admitted = {
         route.path
         for route in routes
-        if isinstance(route, APIRoute) and isinstance(route, ComputingRoute)
+        if isinstance(route, ComputingRoute) and "POST" in (route.methods or ())
     }
-    assert admitted >= set(COMPUTING)
+    tested = {sent.path for sent in (*COMPUTING.values(), *PLANNED.values())}
+    assert admitted - tested == {"/api/show"} and tested <= admitted
 
 
-@pytest.mark.parametrize("path", COMPUTING)
+@each_admitted
 def test_a_full_queue_is_429_with_the_time_to_wait(
-    computing: Live, path: str, monkeypatch: pytest.MonkeyPatch
+    computing: Live, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(computing.engine, "_max_waiting", 0)
     with computing.http() as http:
-        refused = http.post(path, content=b"no JSON", headers={"Content-Type": "application/json"})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
-    assert int(refused.headers["retry-after"]) >= 1
+        refused = http.post(
+            sent.path, content=b"no JSON", headers={"Content-Type": "application/json"}
+        )
+    check_refusal(sent, refused, 429, "queue_full")
 
 
-@pytest.mark.parametrize("path", COMPUTING)
-def test_a_client_that_leaves_ends_its_computation(computing: Live, path: str) -> None:
+@by_name
+def test_a_client_that_leaves_ends_its_computation(computing: Live, sent: Sent) -> None:
     before = computing.engine.stats().finished.get("cancelled", 0)
-    with send_and_leave(computing, path, COMPUTING[path]):
+    with send_and_leave(computing, sent):
         wait_for(lambda: computing.engine.stats().running)
     wait_for(lambda: computing.engine.stats().finished.get("cancelled", 0) > before)
     wait_for(lambda: not computing.service.admission.jobs)
     assert computing.engine.stats().reserved_bytes == 0
 
 
-@pytest.mark.parametrize("path", COMPUTING)
-def test_a_computation_has_a_time_limit(served_folder: Path, path: str) -> None:
-    with live(served_folder, Settings(request_seconds=0.05)) as server, server.http() as http:
-        reply = http.post(path, json=COMPUTING[path])
-        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
-        assert int(reply.headers["retry-after"]) >= 1
-        wait_for(lambda: server.engine.stats().reserved_bytes == 0)
+@by_name
+def test_a_computation_has_a_time_limit(hurried: Live, sent: Sent) -> None:
+    with hurried.http() as http:
+        check_refusal(sent, http.post(sent.path, json=sent.body), 504, "timeout")
+    wait_for(lambda: hurried.engine.stats().reserved_bytes == 0)
 
 
-@pytest.mark.parametrize("path", COMPUTING)
+@pytest.mark.parametrize("sent", STREAMED.values(), ids=STREAMED)
+def test_a_stream_that_is_out_of_time_ends_with_an_error(hurried: Live, sent: Sent) -> None:
+    """The status is sent by then, if a token came in time."""
+    with hurried.http() as http:
+        reply = http.post(sent.path, json=sent.body)
+    wait_for(lambda: hurried.engine.stats().reserved_bytes == 0)
+    if reply.status_code == 504:
+        return
+    assert reply.status_code == 200
+    objects = [line.removeprefix("data: ") for line in reply.text.splitlines() if "{" in line]
+    check_error(sent, json.loads(objects[-1]), 504, "timeout")
+
+
+@each_admitted
 def test_a_prompt_that_takes_too_long_is_given_up(
-    computing: Live, path: str, monkeypatch: pytest.MonkeyPatch
+    computing: Live, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admission, "PLAN_SECONDS", 0.2)
-    writer = computing.service.writer
-    for name in ("text", "chat"):
-        monkeypatch.setattr(writer, name, lambda *_: time.sleep(0.6) or [5])
+    slow = computing.service.admission.run
+
+    async def run(work: Callable[[], Any], *abandon: Any) -> Any:
+        return await slow(lambda: time.sleep(0.6) or work(), *abandon)
+
+    monkeypatch.setattr(computing.service.admission, "run", run)
     with computing.http() as http:
-        reply = http.post(path, json=COMPUTING[path])
-    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+        check_refusal(sent, http.post(sent.path, json=sent.body), 504, "timeout")
     wait_for(lambda: not computing.engine.stats().running)
+    wait_for(lambda: not computing.engine.stats().reserved_bytes)
     assert computing.service.admission.planning == 0
 
 
-@pytest.mark.parametrize("path", COMPUTING)
+@each_admitted
 def test_prompts_in_the_making_are_counted(
-    computing: Live, path: str, monkeypatch: pytest.MonkeyPatch
+    computing: Live, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(computing.service.admission, "planning", computing.engine.max_requests)
     with computing.http() as http:
-        assert http.post(path, json=COMPUTING[path]).status_code == 429
+        check_refusal(sent, http.post(sent.path, json=sent.body), 429, "queue_full")
 
 
 def test_abandoned_embeddings_do_not_delay_a_chat(
@@ -144,7 +235,7 @@ def test_abandoned_embeddings_do_not_delay_a_chat(
         ActiveEmbedding, "advance", lambda one: bool(chunks.append(one) or advance(one))
     )
     for _ in range(7):
-        with send_and_leave(computing, "/v1/embeddings", COMPUTING["/v1/embeddings"]):
+        with send_and_leave(computing, COMPUTING["embeddings"]):
             wait_for(lambda: computing.service.active)
     with computing.http() as http:
         assert http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2}).status_code == 200
@@ -160,7 +251,7 @@ def test_embeddings_are_the_same_in_chunks_and_beside_a_chat(computing: Live) ->
             http.post("/v1/embeddings", json={"model": "tiny", "input": text}).json()["data"][0]
             for text in texts
         ]
-        with send_and_leave(computing, "/v1/chat/completions", {**CHAT, **LONG}):
+        with send_and_leave(computing, COMPUTING["chat"]):
             reply = http.post("/v1/embeddings", json={"model": "tiny", "input": texts}).json()
     assert [one["embedding"] for one in reply["data"]] == [one["embedding"] for one in alone]
     assert [one["index"] for one in reply["data"]] == [0, 1, 2]
@@ -284,7 +375,7 @@ def test_a_slow_plan_does_not_stop_other_routes(
     with httpx.Client(base_url=computing.url) as http:
         thread = threading.Thread(
             target=lambda: http.post(
-                "/v1/completions", json={**COMPUTING["/v1/completions"], "max_tokens": 1}
+                "/v1/completions", json={**COMPUTING["completions"].body, "max_tokens": 1}
             )
         )
         thread.start()
