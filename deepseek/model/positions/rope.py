@@ -51,8 +51,8 @@ class Rope(Positions):
 
 def _frequencies(theta: float, head_dim: int) -> Tensor:
     """Return the rotary frequencies `[K/2]` of a base, also for a model on the meta device."""
-    with torch.device("cpu"):
-        return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device="cpu") / head_dim
+    return 1.0 / (theta**exponents)
 
 
 def _rotation(
