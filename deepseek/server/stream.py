@@ -2,10 +2,12 @@
 object.
 """
 
-import json
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from secrets import token_hex
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from deepseek.engine.request import TokenEvent, TokenLogprob, TokenUsage
 from deepseek.server.admission import Job
+from deepseek.server.encoding import encoded, encoded_aside, is_large
 from deepseek.server.errors import as_api_error, body_for
 from deepseek.server.metrics import spoken
 from deepseek.server.schema import GenerationFields
@@ -88,28 +91,25 @@ class Reply(StreamingResponse):
     async def _folded(
         self, chunks: AsyncIterator[Fields], fold: Callable[[list[Fields]], Fields]
     ) -> AsyncIterator[bytes]:
-        yield encoded(fold([chunk async for chunk in chunks]))
+        sent = [chunk async for chunk in chunks]
+        yield await encoded_aside(partial(fold, sent))
 
     async def _lines(self, chunks: AsyncIterator[Fields], layout: Layout) -> AsyncIterator[bytes]:
         try:
             async for chunk in chunks:
-                yield _line(chunk, layout, chunk.get("type"))
+                yield await _line(chunk, layout, chunk.get("type"))
         except Exception as error:  # the status is already sent, so the error becomes an event
-            yield _line(body_for(as_api_error(error), self._path), layout, "error")
+            yield await _line(body_for(as_api_error(error), self._path), layout, "error")
         if layout == "events":
             yield b"data: [DONE]\n\n"
 
 
-def encoded(fields: Fields) -> bytes:
-    """Return JSON in UTF-8; bytes in a file's name that are no UTF-8 become question marks."""
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-
-
-def _line(chunk: Fields, layout: Layout, name: str | None) -> bytes:
+async def _line(chunk: Fields, layout: Layout, name: str | None) -> bytes:
+    data = await encoded_aside(lambda: chunk) if is_large(chunk) else encoded(chunk)
     if layout == "lines":
-        return encoded(chunk) + b"\n"
+        return data + b"\n"
     head = f"event: {name}\n".encode() if layout == "named events" else b""
-    return head + b"data: " + encoded(chunk) + b"\n\n"
+    return head + b"data: " + data + b"\n\n"
 
 
 class Chunks(ABC):
@@ -174,13 +174,11 @@ class Chunks(ABC):
 
     def fold(self, chunks: list[Fields]) -> Fields:
         """Return the whole reply that the chunks add up to."""
-        choices: dict[int, Fields] = {}
+        choices: dict[int, list[Fields]] = {}
         for chunk in chunks:
             for choice in chunk["choices"]:
-                choices[choice["index"]] = joined(
-                    choices.get(choice["index"]), {**choice, "expert": None}
-                )
-        whole = [self.finished(choices[index]) for index in sorted(choices)]
+                choices.setdefault(choice["index"], []).append({**choice, "expert": None})
+        whole = [self.finished(joined(choices[index])) for index in sorted(choices)]
         return {**self.head, "object": self.kind, "choices": whole, **self.used()}
 
     def finished(self, choice: Fields) -> Fields:
@@ -194,17 +192,29 @@ class Chunks(ABC):
         async for index, event in self.job.events():
             for choice in self.choices(index, event):
                 yield choice
+                await asyncio.sleep(0)  # others have their turn; a long prompt's scores are many
 
 
-def joined(before: Any, more: Any) -> Any:
-    """Return two pieces of a streamed value joined: strings and lists are concatenated, dicts are
-    joined field by field.
+def joined(pieces: Sequence[Any]) -> Any:
+    """Return the pieces of a streamed value joined, in time proportional to their size: texts and
+    lists are concatenated, dicts are joined field by field, of anything else the last one counts.
+
+    Args:
+        pieces: the pieces; None stands for nothing.
     """
-    if isinstance(before, dict) and isinstance(more, dict):
-        return {name: joined(before.get(name), more.get(name)) for name in {**before, **more}}
-    if isinstance(before, str | list) and isinstance(more, str | list):
-        return before + more  # type: ignore[operator]
-    return before if more is None else more
+    present = [piece for piece in pieces if piece is not None]
+    if not present:
+        return None
+    match present[0]:
+        case dict():
+            names = dict.fromkeys(chain.from_iterable(present))
+            return {name: joined([piece.get(name) for piece in present]) for name in names}
+        case str():
+            return "".join(present)
+        case list():
+            return list(chain.from_iterable(present))
+        case _:
+            return present[-1]
 
 
 def usage_fields(usage: TokenUsage) -> Fields:

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from deepseek.engine.request import Request, TokenEvent, TokenLogprob
 from deepseek.retrieval.passages import Passage
 from deepseek.server.admission import ComputingRoute
+from deepseek.server.encoding import PART
 from deepseek.server.errors import ApiError
 from deepseek.server.openapi import CompletionReply, described
 from deepseek.server.retrieve import Retrieval, described_passages
@@ -124,15 +125,27 @@ class CompletionChunks(Chunks):
         if index not in self.lengths:
             self.lengths[index] = 0
             if self.body.echo:
-                yield self.choice(index, self.prompt(index), self.scored(index))
+                yield from self.echoed(index)
         if self.silent:
-            yield self.choice(index, "", [], "length")
+            yield self.choice(index, "", self.logprobs([], 0), "length")
         elif event.text or event.logprob or event.finish_reason:
             scored: list[Scored] = (
                 [(event.logprob.token_id, event.logprob)] if event.logprob else []
             )
-            choice = self.choice(index, event.text, scored, event.finish_reason, event.expert)
+            logprobs = self.logprobs(scored, self.lengths[index])
+            choice = self.choice(index, event.text, logprobs, event.finish_reason, event.expert)
             yield {**choice, "stop_reason": event.stop_text}
+
+    def echoed(self, index: int) -> Iterator[Fields]:
+        """Yield the prompt, and its log probabilities in pieces that take about a millisecond."""
+        scored = self.scored(index)
+        size = max(1, PART // (1 + (self.body.logprobs or 0)))
+        text = self.prompt(index)
+        offset = 0
+        for start in range(0, max(1, len(scored)), size):
+            logprobs = self.logprobs(scored[start : start + size], offset)
+            offset += sum(map(len, logprobs["tokens"])) if logprobs else 0
+            yield self.choice(index, "" if start else text, logprobs)
 
     def used(self) -> Fields:
         """Return the usage, without the unrequested token of `max_tokens` 0."""
@@ -163,14 +176,11 @@ class CompletionChunks(Chunks):
         self,
         index: int,
         text: str,
-        scored: Sequence[Scored],
+        logprobs: Fields | None,
         finish: str | None = None,
         expert: str | None = None,
     ) -> Fields:
         """Return one choice of a chunk, and add its text to the choice's length."""
-        logprobs = (
-            None if self.body.logprobs is None else self.logprobs(scored, self.lengths[index])
-        )
         self.lengths[index] += len(text)
         return {
             "index": index,
@@ -181,13 +191,15 @@ class CompletionChunks(Chunks):
             "expert": expert,
         }
 
-    def logprobs(self, scored: Sequence[Scored], offset: int) -> Fields:
-        """Return log probabilities in the column layout of this route.
+    def logprobs(self, scored: Sequence[Scored], offset: int) -> Fields | None:
+        """Return log probabilities in the column layout of this route, None if not requested.
 
         Args:
             scored: tokens with their log probabilities.
             offset: characters before the first of them.
         """
+        if self.body.logprobs is None:
+            return None
         tokens = [self.service.token_text(identity) for identity, _ in scored]
         entries = [logprob for _, logprob in scored]
         return {

@@ -90,14 +90,26 @@ class EmbeddingJob(Job):
 
 async def replies(body: EmbeddingsRequest, job: EmbeddingJob) -> AsyncIterator[Fields]:
     """Yield the one reply."""
-    vectors = shortened(await job.vectors(), body.dimensions)
+    vectors = await job.vectors()
+    yield await asyncio.to_thread(reply, body, vectors, job.tokens)
+
+
+def reply(body: EmbeddingsRequest, computed: list[list[float]], tokens: int) -> Fields:
+    """Return the reply.
+
+    Args:
+        body: the request.
+        computed: a unit vector for each text.
+        tokens: number of tokens in all texts.
+    """
+    vectors = shortened(computed, body.dimensions)
     encoded = [packed(vector) if body.encoding_format == "base64" else vector for vector in vectors]
     data = [
         {"object": "embedding", "index": index, "embedding": vector}
         for index, vector in enumerate(encoded)
     ]
-    usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
-    yield {"object": "list", "model": body.model, "data": data, "usage": usage}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "model": body.model, "data": data, "usage": usage}
 
 
 def check_dimensions(dimensions: int | None, width: int) -> None:

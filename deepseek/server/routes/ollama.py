@@ -1,5 +1,6 @@
 """`/api/...`: Ollama's API, so that its clients find this server."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -131,7 +132,7 @@ async def vectors(body: OllamaEmbed, job: EmbeddingJob, started: float) -> Async
         job: the computation.
         started: `time.perf_counter()` at the start.
     """
-    found = shortened(await job.vectors(), body.dimensions)
+    found = await asyncio.to_thread(shortened, await job.vectors(), body.dimensions)
     yield {
         "model": body.model,
         "embeddings": found,

@@ -1,0 +1,81 @@
+"""JSON of replies. Large values are encoded in parts: the encoder of the standard library keeps the
+interpreter to itself until it is done, so that even in a thread of its own it stops all others.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+PART = 1 << 10
+"""Most numbers or texts that are encoded at a time, which takes about a millisecond."""
+
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def encoded(value: Any) -> bytes:
+    """Return JSON in UTF-8; bytes in a file's name that are no UTF-8 become question marks."""
+    return _encoder.encode(value).encode(errors="replace")
+
+
+async def encoded_aside(make: Callable[[], Any]) -> bytes:
+    """Return the JSON of what `make` returns; both are done in a thread, in parts.
+
+    Args:
+        make: returns a JSON value whose keys are texts.
+    """
+    return await asyncio.to_thread(lambda: "".join(parts(make())).encode(errors="replace"))
+
+
+def is_large(value: Any) -> bool:
+    """Return whether a JSON value has more than `PART` values in it."""
+    pending = [value]
+    count = 0
+    while pending and count <= PART:
+        inner = pending.pop()
+        if isinstance(inner, dict):
+            pending += inner.values()
+        elif isinstance(inner, list):
+            pending += inner
+        count += 1
+    return count > PART
+
+
+def parts(value: Any) -> Iterator[str]:
+    """Yield the JSON of a value in parts of at most `PART` numbers or texts.
+
+    Args:
+        value: a JSON value whose keys are texts.
+    """
+    if isinstance(value, dict) and (len(value) > PART or not _is_flat(value.values())):
+        yield from _object(value)
+    elif isinstance(value, list) and not _is_flat(value):
+        yield from _array(value)
+    elif isinstance(value, list) and len(value) > PART:
+        yield "["
+        for start in range(0, len(value), PART):
+            yield ("," if start else "") + _encoder.encode(value[start : start + PART])[1:-1]
+        yield "]"
+    else:
+        yield _encoder.encode(value)
+
+
+def _is_flat(values: Any) -> bool:
+    return not any(isinstance(value, dict | list) for value in values)
+
+
+def _object(value: dict[str, Any]) -> Iterator[str]:
+    yield "{"
+    for place, (name, inner) in enumerate(value.items()):
+        yield f"{',' if place else ''}{_encoder.encode(name)}:"
+        yield from parts(inner)
+    yield "}"
+
+
+def _array(value: list[Any]) -> Iterator[str]:
+    yield "["
+    for place, inner in enumerate(value):
+        if place:
+            yield ","
+        yield from parts(inner)
+    yield "]"
