@@ -108,7 +108,8 @@ def choice(name: str, value: Any, valid: Iterable[str]) -> str:
     """Return one of the `valid` texts; the message suggests the nearest one."""
     known = tuple(valid)
     if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"{name}={shown(value)} is unknown; {nearest(shown(value), known)}.")
+        word = value if isinstance(value, str) else shown(value)
+        raise ConfigError(f"{name}={shown(value)} is unknown; {nearest(word, known)}.")
     return value
 
 

@@ -1,101 +1,110 @@
-"""`deepseek plan`: estimate what a training run needs on a number of devices."""
+"""`deepseek plan`: estimate what training or inference needs on a number of devices."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from deepseek.cli.output import echo
+from deepseek.cli.options import Json
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from deepseek.planning import Plan
+Training = "Training"
+Inference = "Inference"
+Hardware = "Hardware"
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="Preset of ModelConfig.")] = "deepseek-8b",
+    preset: Annotated[str, typer.Option(help="Preset of ModelConfig.")] = "",
     config: Annotated[
         Path | None, typer.Option(help="Configuration of `deepseek pretrain`, instead of --preset.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 8,
-    device: Annotated[str, typer.Option(help="Type of device: a100, h100 or h200.")] = "h100",
-    tokens: Annotated[
-        float | None, typer.Option(help="Training tokens; default: the config's, or 300 billion.")
+    profile: Annotated[
+        str, typer.Option(help="Settings for a use: code, long or small; options override them.")
+    ] = "",
+    inference: Annotated[
+        bool, typer.Option("--inference", help="Plan inference; default: training.")
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of devices.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per row; default: the longest context.")
     ] = None,
-    rows_per_gpu: Annotated[
-        int, typer.Option(min=1, help="Rows of full context length per device and step.")
-    ] = 2,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows per device and step; sequences at a time in inference."),
+    ] = None,
+    attention: Annotated[
+        Literal["exact", "flash", "lsh"] | None,
+        typer.Option(help="exact holds all scores; default: flash, or lsh if the config says so."),
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="8 or 4: quantised weights, in training the frozen ones.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="mixed, float32 or bfloat16.", rich_help_panel=Training)
+    ] = "mixed",
+    zero: Annotated[
+        int, typer.Option(min=0, max=3, help="Stage of ZeRO.", rich_help_panel=Training)
+    ] = 3,
+    trained: Annotated[
+        float, typer.Option(help="Share of trained parameters.", rich_help_panel=Training)
+    ] = 1.0,
+    tokens: Annotated[
+        float | None,
+        typer.Option(
+            help="Training tokens; default: the config's, or 300 billion.", rich_help_panel=Training
+        ),
+    ] = None,
     recompute: Annotated[
-        bool, typer.Option(help="Recompute activations in the backward pass to save memory.")
+        bool,
+        typer.Option(
+            help="Recompute activations in the backward pass to save memory.",
+            rich_help_panel=Training,
+        ),
     ] = True,
     deepspeed: Annotated[
-        Path | None, typer.Option(help="Also write a DeepSpeed ZeRO-3 configuration here.")
+        Path | None,
+        typer.Option(
+            help="Also write a DeepSpeed ZeRO-3 configuration here.", rich_help_panel=Training
+        ),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16 or float32.", rich_help_panel=Inference)
+    ] = "bfloat16",
+    device: Annotated[
+        str, typer.Option(help="a100, h100, h200 or laptop.", rich_help_panel=Hardware)
+    ] = "",
+    memory: Annotated[
+        float | None, typer.Option(help="GB of each device.", rich_help_panel=Hardware)
+    ] = None,
+    teraflops: Annotated[
+        float | None, typer.Option(help="Its dense bf16 TFLOP/s.", rich_help_panel=Hardware)
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s of its memory.", rich_help_panel=Hardware)
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Print estimates of memory, traffic and time of a training run, and its scaling table.
-    Nothing is allocated.
+    """Print estimates of parameters, memory by part, and time of a training run with its scaling
+    table, or of inference. Nothing is allocated.
     """
-    from rich.console import Console
+    from deepseek.cli.plan_tables import Wish, print_inference, print_training
 
-    from deepseek.checkpoint.store import write_json
-    from deepseek.planning import deepspeed_config
-    from deepseek.planning import plan as make
-    from deepseek.train.jobs.pretrain_arguments import PretrainArguments
-
-    settings = PretrainArguments.read(config) if config else None
-    model = settings.model_config_for(settings.vocab_size, 0) if settings else preset
-    num_tokens = tokens or (settings.tokens if settings else 300e9)
-    estimate = make(
-        model,
-        gpus,
-        device=device,
-        tokens=num_tokens,
-        rows_per_gpu=rows_per_gpu,
-        recompute=recompute,
+    wish = Wish(preset, profile, inference, gpus, length, batch, attention, bits, device)
+    wish = wish.with_profile()
+    hardware = wish.hardware(memory, teraflops, bandwidth)
+    if wish.inference:
+        print_inference(wish, hardware, dtype, as_json)
+        return
+    print_training(
+        wish,
+        hardware,
+        config,
+        {
+            "tokens": tokens,
+            "recompute": recompute,
+            "precision": precision,
+            "zero": zero,
+            "trained": trained,
+        },
+        deepspeed,
+        as_json,
     )
-    shape = estimate.shape
-    scale = estimate.at(gpus)
-    echo(
-        f"{shape.parameters:,} parameters, {shape.active:,} active per token; "
-        f"{num_tokens:,.0f} tokens on {gpus} {device}: "
-        f"{estimate.days:,.1f} days, {estimate.days * 24 * gpus:,.0f} device hours"
-    )
-    if scale.memory > estimate.device.memory:
-        echo(
-            f"does not fit: {scale.memory / 1e9:.0f} GB needed, "
-            f"{estimate.device.memory / 1e9:.0f} GB on each device"
-        )
-    Console().print(_scaling_table(estimate))
-    if deepspeed:
-        steps = max(1, round(num_tokens / (estimate.tokens_per_gpu * gpus)))
-        zero_config = deepspeed_config(
-            gpus=gpus,
-            rows_per_gpu=rows_per_gpu,
-            learning_rate=3e-4,
-            final_learning_rate=1e-5,
-            warmup_steps=max(1, steps // 20),
-            steps=steps,
-            weight_decay=0.1,
-        )
-        write_json(deepspeed, zero_config)
-        echo(deepspeed)
-
-
-def _scaling_table(estimate: "Plan") -> "Table":
-    """Return a table of the needs of one step for growing numbers of devices."""
-    from rich.table import Table
-
-    table = Table(
-        "devices", "memory GB", "gathered GB", "reduced GB", "seconds per step", "efficiency"
-    )
-    for scale in estimate.table():
-        table.add_row(
-            str(scale.gpus),
-            f"{scale.memory / 1e9:.1f}",
-            f"{scale.gathered / 1e9:.2f}",
-            f"{scale.reduced / 1e9:.2f}",
-            f"{scale.seconds:.2f}",
-            f"{scale.efficiency:.0%}",
-        )
-    return table

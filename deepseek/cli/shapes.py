@@ -244,6 +244,93 @@ class Evaluation(JsonShape):
     """With `--human-eval`"""
 
 
+class ScaleRow(JsonShape):
+    """Needs of one training step on a number of devices."""
+
+    gpus: int
+    """Number of devices"""
+
+    memory: float
+    """Bytes per device"""
+
+    gathered: float
+    """Bytes that each device receives for weights"""
+
+    reduced: float
+    """Bytes that each device sends for gradients"""
+
+    seconds: float
+    """Duration of the step"""
+
+    efficiency: float
+    """Throughput per device, relative to one that never waits for communication"""
+
+
+class TrainingEstimate(JsonShape):
+    """`deepseek plan --json`"""
+
+    model: str
+    """Preset, or file of the configuration"""
+
+    parameters: int
+    """Total parameters"""
+
+    active: int
+    """Parameters that a token uses"""
+
+    gpus: int
+    """Number of devices"""
+
+    tokens: float
+    """Training tokens"""
+
+    days: float
+    """Duration of the run"""
+
+    memory: dict[str, float]
+    """Bytes per device by part"""
+
+    fits: bool
+    """Whether a device has so much"""
+
+    scaling: list[ScaleRow]
+    """Needs for growing numbers of devices"""
+
+
+class InferenceEstimate(JsonShape):
+    """`deepseek plan --inference --json`"""
+
+    model: str
+    """Preset"""
+
+    parameters: int
+    """Total parameters"""
+
+    active: int
+    """Parameters that a token uses"""
+
+    gpus: int
+    """Devices that share the model"""
+
+    length: int
+    """Tokens per sequence"""
+
+    batch: int
+    """Sequences at a time"""
+
+    memory: dict[str, float]
+    """Bytes per device by part"""
+
+    fits: bool
+    """Whether a device has so much"""
+
+    prefill_seconds: float
+    """Seconds until the first token of a sequence"""
+
+    token_seconds: float
+    """Seconds per decoding step"""
+
+
 class BenchmarkRow(JsonShape):
     """One benchmark."""
 
@@ -271,5 +358,7 @@ SHAPES: dict[str, type[JsonShape]] = {
     "prefs search": PreferenceList,
     "eval": Evaluation,
     "bench": BenchmarkList,
+    "plan": TrainingEstimate,
+    "plan --inference": InferenceEstimate,
 }
 """Commands with `--json`, and what they print with it."""

@@ -1,0 +1,201 @@
+"""Estimate memory and time of inference: prefill and decoding.
+
+Decoding is bound by memory: a token reads the weights that it uses and its keys and values.
+Prefill is bound by arithmetic. Devices share a model by tensor parallelism (arXiv:1909.08053), with
+two reductions per layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from deepseek import checks
+from deepseek.planning.architecture import Architecture
+from deepseek.planning.hardware import DEVICES, QUANTISED_BYTES, WEIGHT_BYTES, Device
+from deepseek.planning.sizes import Parameters, attention_flops, parameters, score_bytes
+from deepseek.registry import pick
+
+if TYPE_CHECKING:
+    from deepseek.model.config import ModelConfig
+
+KINDS = ("exact", "flash", "lsh")
+PREFILL_CHUNK = 512
+"""Tokens that are computed at once in prefill."""
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes per device, by part.
+
+    Attributes:
+        weights: weights.
+        keys_values: keys and values of all sequences at full length.
+        activations: hidden states and logits of the largest batch of tokens.
+        attention: scores of one layer.
+    """
+
+    weights: float
+    keys_values: float
+    activations: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.keys_values + self.activations + self.attention
+
+
+@dataclass(frozen=True)
+class InferencePlan:
+    """A planned deployment.
+
+    Attributes:
+        architecture: the model.
+        device: the accelerator.
+        gpus: devices that share the model.
+        length: tokens of each sequence at its end.
+        batch: sequences at a time.
+        weight_bytes: bytes per weight.
+        compute_bytes: bytes per number elsewhere.
+        attention: "exact", "flash" or "lsh".
+    """
+
+    architecture: Architecture
+    device: Device
+    gpus: int
+    length: int
+    batch: int
+    weight_bytes: float
+    compute_bytes: float
+    attention: str
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Numbers of parameters."""
+        return parameters(self.architecture)
+
+    @cached_property
+    def memory(self) -> InferenceMemory:
+        """Bytes per device."""
+        model = self.architecture
+        chunk = min(self.length, PREFILL_CHUNK)
+        width: float = max(
+            model.intermediate_size if model.sparse_layers == 0 else 0, model.shared_width
+        )
+        width += model.chosen * model.expert_dim * (model.sparse_layers > 0)
+        hidden = chunk * (4 * model.hidden_size + 3 * width) * self.compute_bytes
+        logits = 4.0 * model.vocab_size * self.batch
+        one_layer = score_bytes(model, self.length, self.batch, self.attention, 4)
+        share = chunk / self.length if self.attention != "flash" else 1.0
+        return InferenceMemory(
+            weights=self.parameters.total * self.weight_bytes / self.gpus,
+            keys_values=self.key_value_bytes * self.length * self.batch / self.gpus,
+            activations=(hidden + logits) / self.gpus,
+            attention=one_layer * share / model.num_hidden_layers / self.gpus,
+        )
+
+    @property
+    def key_value_bytes(self) -> float:
+        """Bytes of keys and values of one token, over all layers."""
+        model = self.architecture
+        return 2.0 * model.num_hidden_layers * model.groups * model.head_width * self.compute_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory."""
+        return self.memory.total <= self.device.memory
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Seconds until the first token of one sequence of `length` tokens."""
+        flops = 2.0 * self.parameters.active + attention_flops(self._attending, self.length) / 3
+        speed = self.device.flops * self.device.utilisation * self.gpus
+        passes = -(-self.length // PREFILL_CHUNK)
+        return flops * self.length / speed + passes * self._hops(PREFILL_CHUNK)
+
+    @property
+    def token_seconds(self) -> float:
+        """Seconds per decoding step, which gives each sequence a token."""
+        model = self.architecture
+        parts = self.parameters
+        expert = 3 * model.hidden_size * model.expert_dim
+        resident = parts.active - int(model.sparse_layers * model.chosen * expert)
+        # The expected number of distinct experts that a batch chooses, if all are equally likely.
+        share = 1 - (1 - min(1.0, model.chosen / max(1, model.num_experts))) ** self.batch
+        experts = model.sparse_layers * model.num_experts * expert * share
+        exact = model.num_hidden_layers - self._attending.lsh_layers
+        keys = exact * self.length + self._attending.lsh_layers * model.candidates(self.length)
+        read_keys = self.key_value_bytes * keys / model.num_hidden_layers * self.batch
+        moved = (resident + experts) * self.weight_bytes + read_keys
+        flops = 2.0 * parts.active * self.batch
+        moving = moved / (self.device.bandwidth * self.device.bandwidth_share * self.gpus)
+        computing = flops / (self.device.flops * self.device.utilisation * self.gpus)
+        return max(moving, computing) + self._hops(self.batch)
+
+    @property
+    def _attending(self) -> Architecture:
+        """The model with LSH attention where the plan says so."""
+        from dataclasses import replace
+
+        return replace(self.architecture, attention="lsh" if self.attention == "lsh" else "full")
+
+    def _hops(self, tokens: int) -> float:
+        """Return the seconds of all reductions between the devices for a number of tokens."""
+        if self.gpus == 1:
+            return 0.0
+        link = self.device.node_link if self.gpus <= 8 else self.device.link
+        volume = 2.0 * tokens * self.architecture.hidden_size * self.compute_bytes
+        return 2 * self.architecture.num_hidden_layers * (self.device.hop + volume / link)
+
+
+def plan_inference(
+    model: "str | ModelConfig | Architecture | Mapping[str, Any]",
+    gpus: int = 1,
+    *,
+    device: str | Device = "h100",
+    length: int | None = None,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    bits: int | None = None,
+    attention: str | None = None,
+) -> InferencePlan:
+    """Estimate memory and time of inference.
+
+    Args:
+        model: name of a preset, a config, or the fields of a config.
+        gpus: devices that share the model.
+        device: accelerator, one of `DEVICES`, or its figures.
+        length: tokens per sequence; None: the longest context.
+        batch: sequences at a time.
+        dtype: "bfloat16", "float16" or "float32".
+        bits: 8 or 4 for quantised weights; None: none are.
+        attention: "exact" (scores are materialised), "flash" or "lsh"; None: as the config says,
+            "flash" for full attention.
+
+    Raises:
+        ConfigError: a name is unknown, or a number is out of range.
+    """
+    architecture = Architecture.of(model)
+    gpus = checks.whole("gpus", gpus, least=1, most=1 << 24)
+    batch = checks.whole("batch", batch, least=1, most=checks.MAX_SIZE)
+    longest = architecture.max_position_embeddings
+    length = checks.whole(
+        "length", longest if length is None else length, least=1, most=checks.MAX_SIZE
+    )
+    compute = pick(WEIGHT_BYTES, dtype, "dtype")
+    if bits is not None:
+        bits = checks.whole("bits", bits)
+        checks.choice("bits", str(bits), [str(number) for number in QUANTISED_BYTES])
+    usual = "lsh" if architecture.attention == "lsh" else "flash"
+    kind = usual if attention is None else attention
+    return InferencePlan(
+        architecture,
+        device if isinstance(device, Device) else pick(DEVICES, device, "device"),
+        gpus,
+        length,
+        batch,
+        compute if bits is None else QUANTISED_BYTES[bits],
+        compute,
+        checks.choice("attention", kind, KINDS),
+    )
