@@ -55,9 +55,19 @@ def configurations() -> dict[str, tuple[dict[str, int], int, int]]:
 
 def estimate(fields: dict[str, int], rows: int, length: int) -> float:
     """Return the estimated peak in bytes."""
+    import torch
+
     from deepseek.planning import plan
 
-    made = plan(fields, 1, rows_per_gpu=rows, length=length, precision="float32", recompute=False)
+    made = plan(
+        fields,
+        1,
+        device="h100" if torch.cuda.is_available() else "laptop",
+        rows_per_gpu=rows,
+        length=length,
+        precision="float32",
+        recompute=False,
+    )
     return made.memory(1).peak
 
 

@@ -96,9 +96,12 @@ FIELDS: list[dict[str, object]] = [
     {"attention_output_bias": True},
     {"tie_word_embeddings": False},
     {"head_dim": 6, "num_key_value_heads": 1},
+    {"post_norms": True},
+    {"attention": "lsh"},
     *({**MIXTURE, "expert_sharing": layers} for layers in (1, 2, 3)),
     *({**MIXTURE, "expert_sharing": layers, "dense_layers": [0]} for layers in (1, 2)),
     {**MIXTURE, "num_shared_experts": 2},
+    {**MIXTURE, "num_shared_experts": 2, "shared_expert_dim": 3},
 ]
 
 
@@ -131,7 +134,36 @@ def test_what_is_frozen_has_no_gradients_and_can_be_quantised() -> None:
     whole = deepseek.plan("deepseek-1b", 1).memory(1)
     part = deepseek.plan("deepseek-1b", 1, trained=0.01, bits=4).memory(1)
     assert part.gradients == pytest.approx(0.01 * whole.gradients)
-    assert part.weights == pytest.approx(whole.weights * (0.01 + 0.99 * 0.57 / 4))
+    assert part.weights == pytest.approx(whole.weights * (0.01 + 0.99 * 0.5625 / 4))
+
+
+def test_the_peak_is_in_the_backward_pass_or_in_the_step() -> None:
+    few, many = (
+        deepseek.plan(
+            "deepseek-nano", 1, rows_per_gpu=1, length=n, recompute=False, precision="float32"
+        ).memory(1)
+        for n in (1, 2048)
+    )
+    assert few.peak == few.state + few.update
+    passes = many.activations + many.attention + many.logits
+    assert many.peak == many.weights + many.optimiser + passes
+
+
+def test_an_update_takes_two_tensors_on_a_processor_and_all_on_a_gpu() -> None:
+    fields = {**DENSE, "num_experts": 8, "expert_dim": 8, "max_experts": 2}
+    made = {
+        device: deepseek.plan(fields, 1, device=device).memory(1) for device in ("laptop", "h100")
+    }
+    largest = max(p.numel() for p in DeepSeekModel(ModelConfig(**fields)).parameters())
+    assert made["laptop"].update == 2 * 4 * largest
+    assert made["h100"].update == 4 * Shape.of(fields).parameters
+    assert made["laptop"].activations < made["h100"].activations
+
+
+def test_keys_spread_over_as_many_devices_as_there_are_groups() -> None:
+    plans = {gpus: plan_inference({**DENSE, "num_key_value_heads": 2}, gpus) for gpus in (1, 2, 8)}
+    keys = {gpus: made.memory.keys_values for gpus, made in plans.items()}
+    assert keys[1] == 2 * keys[2] == 2 * keys[8]
 
 
 def test_inference_reads_what_a_token_uses() -> None:

@@ -83,12 +83,12 @@ class Wish:
             bandwidth: GB/s of its memory; None: the data sheet's.
         """
         device = pick(DEVICES, self.device, "device")
-        stated = {
-            "memory": memory and memory * 1e9,
-            "flops": teraflops and teraflops * 1e12,
-            "bandwidth": bandwidth and bandwidth * 1e9,
-        }
-        return replace(device, **{name: value for name, value in stated.items() if value})
+        return replace(
+            device,
+            memory=memory * 1e9 if memory else device.memory,
+            flops=teraflops * 1e12 if teraflops else device.flops,
+            bandwidth=bandwidth * 1e9 if bandwidth else device.bandwidth,
+        )
 
 
 def print_inference(wish: Wish, device: Device, dtype: str, as_json: bool) -> None:
@@ -240,10 +240,11 @@ def _deepspeed(made: Plan) -> dict[str, Any]:
 
 def assumptions(device: Device, made: InferencePlan) -> str:
     """Return what the times assume, in one line."""
+    hops = f", {1e6 * device.hop:.0f} microseconds a reduction" if made.gpus > 1 else ""
     return (
         f"assumes {device.utilisation:.0%} of {device.flops / 1e12:,.0f} TFLOP/s in prefill, "
         f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.0f} GB/s in decoding, "
-        f"{made.attention} attention"
+        f"{made.attention} attention{hops}"
     )
 
 

@@ -33,7 +33,7 @@ class Architecture:
     attention_bias: bool = False
     attention_output_bias: bool = False
     qk_norm: str = "none"
-    sliding_window: int | None = None
+    post_norms: bool = False
     positional_encoding: str = "rope"
     num_experts: int = 0
     expert_dim: int = 0

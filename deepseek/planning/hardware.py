@@ -15,7 +15,12 @@ class Device:
         utilisation: share of `flops` that matrix products of training and prefill achieve (0.4).
         bandwidth: bandwidth of its memory, in bytes per second.
         bandwidth_share: share of `bandwidth` that decoding achieves (0.6).
-        hop: seconds that a reduction between devices takes beside its transfer.
+        hop: seconds that a reduction between devices takes beside its transfer (10 microseconds).
+        processor: whether it is a CPU. Its kernels for mixtures keep less for the backward pass,
+            and its optimiser works on one tensor after the other.
+
+    The shares and `hop` are assumptions. Runs of Llama 3 achieved 38 to 43 % of the arithmetic
+    (arXiv:2407.21783, table 4).
     """
 
     memory: float
@@ -26,14 +31,20 @@ class Device:
     bandwidth: float = 1e12
     bandwidth_share: float = 0.6
     hop: float = 10e-6
+    processor: bool = False
 
 
 DEVICES = {
     "a100": Device(80e9, 312e12, 300e9, 25e9, bandwidth=2.0e12),
     "h100": Device(80e9, 989e12, 450e9, 50e9, bandwidth=3.35e12),
     "h200": Device(141e9, 989e12, 450e9, 50e9, bandwidth=4.8e12),
-    "laptop": Device(16e9, 1e12, 1e9, 1e9, bandwidth=80e9),
+    "laptop": Device(16e9, 1e12, 1e9, 1e9, bandwidth=89.6e9, processor=True),
 }
+"""Accelerators by the data sheets of their SXM modules: half of NVLink's bandwidth, which counts
+both directions, and InfiniBand of 200 Gbit/s (A100) or 400 Gbit/s (H100, H200) for each.
+
+`laptop` is no data sheet: 8 cores with 32 FLOP a cycle at 4 GHz, and two channels of DDR5-5600.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ FORMATS = {
 """`mixed`: fp32 weights, gradients and moments, bf16 products (arXiv:1710.03740)."""
 
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-QUANTISED_BYTES = {8: 1.03, 4: 0.57}
-"""Bytes per weight with its scales: our 8-bit format takes 0.258 of fp32
-(benchmarks/results/int8_quality.json), 4 bits with a scale in 16 bits for every 32 weights 0.5625.
+QUANTISED_BYTES = {8: 1.03125, 4: 0.5625}
+"""Bytes per weight with its scales: 16 bits for every 64 weights in our 8-bit format
+(`kernels/int8.py`), and for every 32 weights in GGUF's Q4_0.
 """

@@ -6,7 +6,7 @@ two reductions per layer.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -80,17 +80,17 @@ class InferencePlan:
         """Bytes per device."""
         model = self.architecture
         chunk = min(self.length, PREFILL_CHUNK)
-        width: float = max(
-            model.intermediate_size if model.sparse_layers == 0 else 0, model.shared_width
-        )
-        width += model.chosen * model.expert_dim * (model.sparse_layers > 0)
+        width: float = model.intermediate_size
+        if model.sparse_layers:
+            width = model.shared_width + model.chosen * model.expert_dim
+        # Residual stream, its norm, output and sum; gate, up projection and their product.
         hidden = chunk * (4 * model.hidden_size + 3 * width) * self.compute_bytes
         logits = 4.0 * model.vocab_size * self.batch
         one_layer = score_bytes(model, self.length, self.batch, self.attention, 4)
         share = chunk / self.length if self.attention != "flash" else 1.0
         return InferenceMemory(
             weights=self.parameters.total * self.weight_bytes / self.gpus,
-            keys_values=self.key_value_bytes * self.length * self.batch / self.gpus,
+            keys_values=self.key_value_bytes * self.length * self.batch / self._key_shares,
             activations=(hidden + logits) / self.gpus,
             attention=one_layer * share / model.num_hidden_layers / self.gpus,
         )
@@ -127,17 +127,22 @@ class InferencePlan:
         exact = model.num_hidden_layers - self._attending.lsh_layers
         keys = exact * self.length + self._attending.lsh_layers * model.candidates(self.length)
         read_keys = self.key_value_bytes * keys / model.num_hidden_layers * self.batch
-        moved = (resident + experts) * self.weight_bytes + read_keys
+        weights = (resident + experts) * self.weight_bytes
+        # Each device reads its share of both at the same time.
+        moved = weights / self.gpus + read_keys / self._key_shares
         flops = 2.0 * parts.active * self.batch
-        moving = moved / (self.device.bandwidth * self.device.bandwidth_share * self.gpus)
+        moving = moved / (self.device.bandwidth * self.device.bandwidth_share)
         computing = flops / (self.device.flops * self.device.utilisation * self.gpus)
         return max(moving, computing) + self._hops(self.batch)
 
     @property
+    def _key_shares(self) -> int:
+        """Number of devices over which keys and values spread: a group is on at least one."""
+        return min(self.gpus, self.architecture.groups)
+
+    @property
     def _attending(self) -> Architecture:
         """The model with LSH attention where the plan says so."""
-        from dataclasses import replace
-
         return replace(self.architecture, attention="lsh" if self.attention == "lsh" else "full")
 
     def _hops(self, tokens: int) -> float:

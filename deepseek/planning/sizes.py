@@ -105,7 +105,7 @@ def parameters(architecture: Architecture) -> Parameters:
         "shared": sparse * 3 * width * architecture.shared_width,
         "routed": routed,
         "router": sparse * architecture.num_experts * width,
-        "norms": (2 * layers + 1) * width,
+        "norms": ((4 if architecture.post_norms else 2) * layers + 1) * width,
     }
     # Untied embeddings are only looked up; tied ones also compute the logits.
     looked_up = 0 if architecture.tie_word_embeddings else table
@@ -149,18 +149,45 @@ def largest_unit(architecture: Architecture, parts: Parameters) -> int:
     return max(*units, 0, parts.embedding + parts.head + width)
 
 
-def activations(architecture: Architecture, bytes_per_number: int = 2) -> int:
-    """Return the bytes of activations per token: the inputs of every matrix product and norm.
+def largest_tensor(architecture: Architecture) -> int:
+    """Return the parameters of the largest weight."""
+    width = architecture.hidden_size
+    rows = [architecture.vocab_size, architecture.num_attention_heads * architecture.head_width]
+    if architecture.sparse_layers < architecture.num_hidden_layers:
+        rows.append(architecture.intermediate_size)
+    if architecture.sparse_layers:
+        # Gate and up projections of all experts of a pool are one tensor.
+        rows.append(2 * architecture.num_experts * architecture.expert_dim)
+        rows.append(architecture.shared_width)
+    return max(rows) * width
+
+
+def activations(
+    architecture: Architecture, bytes_per_number: int = 2, *, processor: bool = False
+) -> int:
+    """Return the bytes of activations per token: the inputs of every matrix product, of every
+    activation function and of every norm.
 
     Source: arXiv:2205.05198, without its dropout.
+
+    Args:
+        architecture: the model.
+        bytes_per_number: bytes of an activation.
+        processor: whether mixtures are computed as on a CPU (`kernels/moe/many_tokens.py`), which
+            keeps gate and up projections of routed experts and computes the rest again. A GPU
+            (`mix_experts_grouped`) keeps gate, up, and three products of them, and a sorted copy of
+            the inputs.
     """
     heads = 2 * (architecture.num_attention_heads + architecture.groups) * architecture.head_width
     sparse = architecture.sparse_layers
     dense = architecture.num_hidden_layers - sparse
-    routed = architecture.shared_width + architecture.chosen * architecture.expert_dim
-    widths = sparse * routed + dense * architecture.intermediate_size
+    expert = 5 * architecture.expert_dim + architecture.hidden_size
+    if processor:
+        expert = 2 * architecture.expert_dim
     per_layer = architecture.num_hidden_layers * (6 * architecture.hidden_size + heads)
-    return round(bytes_per_number * (per_layer + 4 * widths))
+    per_sparse = sparse * (4 * architecture.shared_width + architecture.chosen * expert)
+    per_dense = dense * 4 * architecture.intermediate_size
+    return round(bytes_per_number * (per_layer + per_sparse + per_dense))
 
 
 def attention_flops(architecture: Architecture, length: int) -> float:

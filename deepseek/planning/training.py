@@ -19,6 +19,7 @@ from deepseek.planning.sizes import (
     Shape,
     activations,
     attention_flops,
+    largest_tensor,
     parameters,
     score_bytes,
 )
@@ -50,6 +51,7 @@ class TrainingMemory:
         activations: what the blocks save for the backward pass, without attention.
         attention: what attention saves for the backward pass.
         logits: a chunk of logits, and the gradients of the output head's loss.
+        update: what the optimiser's step computes with.
     """
 
     weights: float
@@ -59,6 +61,7 @@ class TrainingMemory:
     activations: float
     attention: float
     logits: float
+    update: float
 
     @property
     def state(self) -> float:
@@ -68,17 +71,19 @@ class TrainingMemory:
     @property
     def total(self) -> float:
         """All parts, as if they were all there at once."""
-        return self.state + self.gathered + self.activations + self.attention + self.logits
+        passes = self.gathered + self.activations + self.attention + self.logits
+        return self.state + passes + self.update
 
     @property
     def peak(self) -> float:
         """The most that is there at once.
 
-        Gradients come into being while activations are used up: the peak is at the beginning or at
-        the end of the backward pass.
+        Gradients come into being while activations are used up: the peak is at the beginning of
+        the backward pass, or after it, in the optimiser's step.
         """
-        first = self.activations + self.attention + self.logits
-        return self.weights + self.optimiser + self.gathered + max(first, self.gradients)
+        backward = self.gathered + self.activations + self.attention + self.logits
+        step = self.gradients + self.update
+        return self.weights + self.optimiser + max(backward, step)
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,25 @@ class Plan:
             gradients=trained * formats.gradients / (gpus if self.zero >= 2 else 1),
             optimiser=trained * formats.moments / (gpus if self.zero >= 1 else 1),
             gathered=self._gathered(unit) if self.zero >= 3 and gpus > 1 else 0.0,
-            activations=self._saved(float(activations(self.config, formats.compute))),
+            activations=self._saved(
+                activations(self.config, formats.compute, processor=self.device.processor)
+            ),
             attention=self._saved_scores(),
             logits=self._head_bytes(),
+            update=self._update_bytes(gpus),
         )
+
+    def _update_bytes(self, gpus: int) -> float:
+        """Return the bytes of the denominators that `torch.optim.AdamW` divides by.
+
+        On a GPU it computes those of all parameters at once (its argument `foreach`); on a CPU it
+        computes them tensor by tensor, with the root and the denominator at the same time.
+        """
+        number = self.formats.moments / 2
+        trained = self.shape.parameters * self.trained
+        if self.device.processor:
+            return number * min(trained, 2.0 * largest_tensor(self.config))
+        return number * trained / (gpus if self.zero >= 1 else 1)
 
     def _head_bytes(self) -> float:
         """Return the bytes of the output head's loss (`kernels/cross_entropy.py`).
@@ -224,12 +244,6 @@ class Plan:
         # Backward, half of the work is for the gradients of the weights, which frozen ones lack.
         weights = self.shape.active * (4 + 2 * self.trained)
         return (weights + scores) * (4 / 3 if self.recompute else 1)
-
-    @property
-    def working_bytes(self) -> float:
-        """Bytes per device beside its shard of the state."""
-        memory = self.memory(max(2, self.gpus))
-        return memory.total - memory.state
 
     @property
     def days(self) -> float:
@@ -351,14 +365,18 @@ def deepspeed_config(
     }
 
 
-def training_memory(config: "ModelConfig | Architecture", tokens: int) -> float:
+def training_memory(
+    config: "ModelConfig | Architecture", tokens: int, *, processor: bool = False
+) -> float:
     """Return the peak bytes that training in one process needs in fp32, products included.
 
     Args:
         config: the model.
         tokens: tokens per batch.
+        processor: whether a CPU trains (default: a GPU).
     """
     architecture = Architecture.of(config)
     length = min(tokens, architecture.max_position_embeddings)
-    run = Plan(architecture, DEVICES["h100"], 1, tokens, tokens, False, length, FORMATS["float32"])
+    device = replace(DEVICES["h100"], processor=processor)
+    run = Plan(architecture, device, 1, tokens, tokens, False, length, FORMATS["float32"])
     return run.memory(1).peak

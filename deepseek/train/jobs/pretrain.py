@@ -137,7 +137,9 @@ class PretrainRun:
         )
         config = settings.model_config_for(size, 0)
         steps = settings.steps
-        memory = training_memory(config, settings.batch_rows * settings.row_length)
+        memory = training_memory(
+            config, settings.batch_rows * settings.row_length, processor=self.device.type == "cpu"
+        )
         words = (
             f"{steps:,} steps of {settings.tokens // steps:,} tokens; memory {memory / 1e9:.1f} GB"
         )

@@ -1,0 +1,78 @@
+"""Planned activations against the tensors that autograd saves for the backward pass."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek.data import Batch
+from deepseek.kernels.moe.grouped_mm import mix_experts_grouped
+from deepseek.model.config import ModelConfig
+from deepseek.model.moe import experts
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.planning import Architecture
+from deepseek.planning.sizes import activations
+from deepseek.train.jobs.language import LanguageTask
+
+ROWS = 2
+LENGTH = 128
+
+DENSE = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+}
+MIXTURE = DENSE | {
+    "num_experts": 4,
+    "expert_dim": 96,
+    "max_experts": 2,
+    "min_experts": 2,
+    "num_shared_experts": 1,
+    "expert_sharing": 2,
+}
+
+
+def saved_bytes(fields: dict[str, int]) -> int:
+    """Return the bytes of distinct tensors, other than weights, that a forward pass saves."""
+    model = DeepSeekModel(ModelConfig(**fields)).train()
+    model.compute_dtype = torch.float32
+    kept = [*model.parameters(), *model.buffers()]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    saved: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(64, (ROWS, LENGTH + 1))
+    positions = torch.arange(LENGTH).repeat(ROWS, 1)
+    batch = Batch(ids[:, :-1], ids[:, 1:], positions, torch.arange(ROWS))
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        output = LanguageTask(model, {}).loss(batch, 0)  # its graph keeps the tensors
+    assert output.loss.requires_grad
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "processor"),
+    [(DENSE, True), (MIXTURE, True), (MIXTURE, False)],
+    ids=["dense", "mixture on a processor", "mixture on a GPU"],
+)
+def test_activations_are_those_that_autograd_saves(
+    fields: dict[str, int], processor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not processor:  # the path of GPUs, computed here
+        monkeypatch.setattr(experts, "mix_experts", mix_experts_grouped)
+    two, six = ({**fields, "num_hidden_layers": layers} for layers in (2, 6))
+    saved = saved_bytes(six) - saved_bytes(two)
+    planned = [
+        activations(Architecture.of(deep), 4, processor=processor) * ROWS * LENGTH
+        for deep in (two, six)
+    ]
+    # Scores of routers, indices of slots and roots of mean squares are not planned.
+    assert planned[1] - planned[0] == pytest.approx(saved, rel=0.06)
+    assert planned[1] < saved_bytes(six)
