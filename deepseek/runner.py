@@ -5,10 +5,11 @@ chunks, one forward pass a step.
 `compiled/runner.py` is faster, supports fewer models, and has to behave like the reference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from deepseek.model.experts.adapter import AdapterModule
@@ -17,11 +18,20 @@ from deepseek.model.experts.module import ExpertModule
 
 
 class Segment(Protocol):
-    """An immutable copy of the state of a range of tokens, for the prefix cache."""
+    """An immutable copy of the state of a chunk's tokens at one part of the layers, for the prefix
+    cache.
+
+    It includes the running sums of the experts' gates after the last token, so that a state that it
+    is appended to continues exactly as the one that it was taken from.
+    """
 
     @property
     def nbytes(self) -> int:
         """Memory of the segment in bytes."""
+
+    @property
+    def stream_bytes(self) -> int:
+        """Those of them that the residual stream at the part's cut takes; 0: the uppermost part."""
 
 
 class SequenceState(Protocol):
@@ -36,23 +46,20 @@ class SequenceState(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Current memory in bytes, at most `Runner.state_bytes` of its capacity."""
-
-    def segment(self, start: int) -> Segment:
-        """Return a copy of the state of the tokens from `start` to the last one.
-
-        It includes the running sums of the experts' gates after the last token, so that a state
-        that it is appended to continues exactly as this one does.
-
-        Args:
-            start: position of the first token to copy.
+        """Current memory in bytes, at most `Runner.state_bytes` of its capacity, and the residual
+        streams of segments that it was extended by.
         """
 
     def extend(self, segment: Segment) -> None:
-        """Append the tokens of a segment.
+        """Append the tokens of a segment to the layers that it covers.
+
+        Tokens whose upper layers are missing do not count for `length`: they are computed next, in
+        the same chunks as those of the segments, and only in the upper layers.
 
         Args:
-            segment: taken at this state's length, from a state with the same armed experts.
+            segment: taken where these layers of this state end, from a state with the same cuts in
+                which the same experts acted below the end of the segment's part. Lower parts come
+                first.
         """
 
     def close(self) -> None:
@@ -85,11 +92,13 @@ class Chunk:
             last sampled one.
         keep: number of tokens, at the end of the chunk, whose logits are needed; 0 within a prompt,
             default 1.
+        store: parts of the layers, from 0 at the bottom, whose segments of this chunk are needed.
     """
 
     state: SequenceState
     ids: Sequence[int]
     keep: int = 1
+    store: Collection[int] = ()
 
 
 @dataclass(frozen=True)
@@ -101,10 +110,13 @@ class RunnerOutput:
             overwrite them.
         experts: for each row, the name of the expert with the largest weight; None if no expert
             fired.
+        segments: for each chunk, its segments by part, out of those that its `store` asks for. A
+            part whose layers came from the cache is left out.
     """
 
     logits_RV: Tensor
     experts: tuple[str | None, ...]
+    segments: tuple[Mapping[int, Segment], ...]
 
 
 class Runner(Protocol):
@@ -134,20 +146,32 @@ class Runner(Protocol):
             module: the expert or adapter.
         """
 
+    def divides(self, armed: ArmedExperts | None) -> bool:
+        """Return whether the states of sequences with these experts may have cuts; thread safe.
+
+        Args:
+            armed: the sequence's experts; None for the base alone.
+        """
+
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        """Return the maximum memory of a state in bytes; thread safe.
+        """Return the maximum memory of a state in bytes, without the residual streams of segments
+        that it was extended by; thread safe.
 
         Args:
             length: number of tokens in the state.
             armed: the sequence's experts; None for the base alone.
         """
 
-    def start(self, armed: ArmedExperts | None, capacity: int) -> SequenceState:
+    def start(
+        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...] = ()
+    ) -> SequenceState:
         """Return the empty state of a new sequence.
 
         Args:
             armed: the experts for the whole sequence; None for the base alone.
             capacity: maximum number of tokens.
+            cuts: layers at which the state is divided into parts (see `model/layer_parts.py`);
+                default: one part.
         """
 
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
@@ -159,3 +183,35 @@ class Runner(Protocol):
         Returns:
             Logits and experts of the kept tokens.
         """
+
+
+def in_groups(
+    chunks: Sequence[Chunk],
+    groups: Sequence[Sequence[int]],
+    compute: Sequence[Callable[[Sequence[Chunk]], RunnerOutput]],
+) -> RunnerOutput:
+    """Compute a batch group by group, and return the result as that of one forward pass.
+
+    Args:
+        chunks: the chunks of the batch.
+        groups: indices of the chunks of each group.
+        compute: computes the chunks of a group, one function for each group.
+    """
+    if len(groups) == 1:
+        return compute[0](chunks)
+    rows: list[Tensor] = [torch.empty(0)] * len(chunks)
+    experts: list[tuple[str | None, ...]] = [()] * len(chunks)
+    segments: list[Mapping[int, Segment]] = [{}] * len(chunks)
+    for group, forward in zip(groups, compute, strict=True):
+        own = [chunks[index] for index in group]
+        output = forward(own)
+        parts_RV = output.logits_RV.split([chunk.keep for chunk in own])
+        first = 0
+        for place, index in enumerate(group):
+            rows[index] = parts_RV[place]
+            experts[index] = output.experts[first : first + own[place].keep]
+            segments[index] = output.segments[place]
+            first += own[place].keep
+    return RunnerOutput(
+        torch.cat(rows), tuple(name for names in experts for name in names), tuple(segments)
+    )

@@ -33,17 +33,17 @@ def tiny_model(kind: str = "dense", **changes: Any) -> Loaded:
     are random, with a context of 64 tokens.
     """
     tokenizer = tiny_tokenizer()
-    config = ModelConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-        **(KINDS[kind] | changes),
-    )
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = ModelConfig(**(shape | KINDS[kind] | changes))
     torch.manual_seed(0)
     model = DeepSeekModel(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():

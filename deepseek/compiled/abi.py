@@ -107,8 +107,17 @@ BATCH = Table(
             "row of each chunk's first token, then the number of rows",
         ),
         Buffer(
-            "pages", INT64, "chunks pages", "addresses of each chunk's pages, padded with zeros"
+            "pages",
+            INT64,
+            "parts chunks pages",
+            "addresses of each chunk's pages (see `PageShape.address`), padded with zeros",
         ),
+        Buffer("layer_bytes", INT64, "", "bytes of a layer in a page"),
+        Buffer("part_of_layer", INT64, "layers", "part of the layers that `pages` has them in"),
+        Buffer("entry", INT64, "", "layer after whose attention the rows enter; -1: at layer 0"),
+        Buffer("entering", FP32, "entering hidden", "the residual stream of rows that enter there"),
+        Buffer("cut_of_layer", INT64, "layers", "index of the layer among the cuts; -1: no cut"),
+        Buffer("streams", FP32, "cuts rows hidden", "result: the residual stream at each cut"),
         Buffer(
             "first_unit",
             INT64,

@@ -4,6 +4,7 @@ import numpy as np
 from numba import carray, njit
 
 from deepseek.compiled.abi import PAGE, QUERIES, SYNC_STRIDE
+from deepseek.compiled.pages import plane
 from deepseek.compiled.rows import norm_row, round_group
 from deepseek.compiled.score_bias import add_bias
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
@@ -11,14 +12,6 @@ from deepseek.kernels.int8 import GROUP
 from deepseek.kernels.numba.primitives import exp, narrow, pointer, share, thread_number
 
 BFLOAT16 = np.uint16(0)  # a value of the type that stores the bits of bf16
-
-
-@njit(error_model="numpy")
-def plane(pages, chunk, page, layer, group, kind, groups, width):  # type: ignore[no-untyped-def]
-    """Return the address of a page's keys (kind 0) `[K/2, 64, 2]` or values (kind 1) `[K/64, 32,
-    64, 2]` at a layer and group.
-    """
-    return pages[chunk, page] + ((layer * groups + group) * 2 + kind) * width * PAGE * 2
 
 
 # Numba vectorises a loop only when it can prove that indices are not negative, so loops run over
@@ -105,7 +98,6 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     heads = weights.heads
     groups = weights.groups
     width = weights.width
-    page_width = weights.page_width
     stretched = weights.length_scale.shape[1] > 0
     # A row of `projected` holds the queries of all heads, then keys and values of all groups.
     parts = heads + 2 * groups
@@ -132,13 +124,7 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
         if weights.clip[0] > 0:
             _clip(x, weights.clip[0])
         if part >= heads + groups:
-            _put_value(
-                x,
-                plane(
-                    batch.pages, chunk, page, layer, part - heads - groups, 1, groups, page_width
-                ),
-                slot,
-            )
+            _put_value(x, plane(weights, batch, chunk, page, layer, part - heads - groups, 1), slot)
             continue
         if normed and not weights.joint_norm:
             norm_row(x, weights.head_norms[layer, 0 if part < heads else 1], weights.eps[0], x)
@@ -153,7 +139,7 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
             _rotate(x[:half], x[half:], cosine, sine, factor, out[:half], out[half:])
         else:
             _rotate(x[:half], x[half:], cosine, sine, np.float32(1), rotated[:half], rotated[half:])
-            at = plane(batch.pages, chunk, page, layer, part - heads, 0, groups, page_width)
+            at = plane(weights, batch, chunk, page, layer, part - heads, 0)
             _put_key(rotated.view(np.uint32), at, slot)
 
 
@@ -200,21 +186,13 @@ def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, cou
 
     The next page is prefetched meanwhile; after the last keys, the first values.
     """
-    groups = weights.groups
     width = weights.width
     for page in range(low, pages):
-        keys = plane(batch.pages, chunk, page, layer, group, 0, groups, weights.page_width)
+        keys = plane(weights, batch, chunk, page, layer, group, 0)
         at = scores.ctypes.data + (page - low) * PAGE * 4
         more = page + 1 < pages
         following = plane(
-            batch.pages,
-            chunk,
-            page + 1 if more else low,
-            layer,
-            group,
-            0 if more else 1,
-            groups,
-            weights.page_width,
+            weights, batch, chunk, page + 1 if more else low, layer, group, 0 if more else 1
         )
         _pairs(queries, width * 2, keys, width // 2, at, scores.shape[1] * 4, count, following)
 
@@ -222,15 +200,11 @@ def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, cou
 @njit(error_model="numpy")
 def _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count):  # type: ignore[no-untyped-def]
     """Add to `attended` the values at positions `low * PAGE` to `ends - 1`, weighted by `probs`."""
-    groups = weights.groups
     width = weights.page_width
     pages = (ends + PAGE - 1) // PAGE
     for page in range(low, pages):
-        values = plane(batch.pages, chunk, page, layer, group, 1, groups, width)
-        step = (
-            plane(batch.pages, chunk, min(page + 1, pages - 1), layer, group, 1, groups, width)
-            - values
-        )
+        values = plane(weights, batch, chunk, page, layer, group, 1)
+        step = plane(weights, batch, chunk, min(page + 1, pages - 1), layer, group, 1) - values
         at = probs.ctypes.data + (page - low) * PAGE * 2
         pairs = min(PAGE // 2, (ends - page * PAGE + 1) // 2)
         for part in range(width // GROUP):

@@ -4,17 +4,18 @@
 
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deepseek.compiled import step
 from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRIDE, WORK
-from deepseek.compiled.state import CompiledState, PageShape
+from deepseek.compiled.batch_layers import BatchLayers, by_entry
+from deepseek.compiled.state import CompiledState, PageShape, member_count
 from deepseek.compiled.support import unsupported_reason
 from deepseek.compiled.weights import Packed, PackedModel, Sites, pack_module
 from deepseek.errors import ConfigError
@@ -23,8 +24,9 @@ from deepseek.kernels.numba.buffers import KernelArguments, Value, aligned
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.module import ExpertModule
+from deepseek.model.layer_parts import layer_parts
 from deepseek.model.transformer import DeepSeekModel
-from deepseek.runner import Chunk, RunnerOutput
+from deepseek.runner import Chunk, RunnerOutput, in_groups
 
 # Minimum number of queries in a unit of attention. Fewer leave vector units idle, and each unit
 # reads the keys and values again.
@@ -45,6 +47,20 @@ class BatchRows(NamedTuple):
 
     first: list[int]
     kept: list[int]
+
+
+class StepOutput(NamedTuple):
+    """Result of one call of the step.
+
+    Attributes:
+        logits_RV: logits of the kept rows.
+        weights_NS: weights of the experts in all rows, by site.
+        layers: what was stored at the cuts.
+    """
+
+    logits_RV: np.ndarray
+    weights_NS: np.ndarray
+    layers: BatchLayers
 
 
 def _rows(chunks: Sequence[Chunk]) -> BatchRows:
@@ -70,17 +86,14 @@ class Scratch:
 
     def step(
         self, chunks: Sequence[Chunk], states: list[CompiledState], rows: BatchRows, sites: Sites
-    ) -> tuple[Tensor, np.ndarray]:
+    ) -> StepOutput:
         """Compute one batch.
 
         Args:
-            chunks: the chunks of the batch.
+            chunks: the chunks of the batch, which enter the model at the same layer.
             states: the state of each chunk, with pages allocated for its new tokens.
             rows: the row layout of the batch.
             sites: the experts of the batch.
-
-        Returns:
-            Logits `[R, V]` of the kept rows, and weights `[N, sites]` of the experts in all rows.
         """
         longest = max(
             state.length + len(chunk.ids) for state, chunk in zip(states, chunks, strict=True)
@@ -93,10 +106,12 @@ class Scratch:
         expert_weights_NS = self._buffers["expert_weights"][:count]
         expert_weights_NS[:] = 0
         self._buffers["sync"][:] = 0
-        batch = self._batch(chunks, states, rows, sites, threads, logits_RV)
+        extents = self.model.extents
+        layers = BatchLayers.of(chunks, states, count, extents["layers"], extents["hidden"])
+        batch = self._batch(chunks, states, rows, sites, threads, logits_RV, layers)
         native = self.model.native.arguments
         step.run(self.model.arguments, batch, sites.arguments, native, self._arguments)
-        return torch.from_numpy(logits_RV), expert_weights_NS
+        return StepOutput(logits_RV, expert_weights_NS, layers)
 
     def _batch(
         self,
@@ -106,13 +121,12 @@ class Scratch:
         sites: Sites,
         threads: int,
         logits_RV: np.ndarray,
+        layers: BatchLayers,
     ) -> KernelArguments:
         """Return the step's arguments that describe the batch (`BATCH` in `compiled/abi.py`)."""
         extents = self.model.extents
         lengths = [len(chunk.ids) for chunk in chunks]
         starts = [state.length for state in states]
-        pages = max(len(state.pages) for state in states)
-        padded_pages = ([*state.addresses, *[0] * (pages - len(state.pages))] for state in states)
         unit_queries = min(
             QUERIES, max(FEWEST, rows.first[-1] * extents["heads"] // (UNITS * threads))
         )
@@ -131,7 +145,6 @@ class Scratch:
             "position_ids": _joined(positions),
             "chunk_of_row": _joined([number] * length for number, length in enumerate(lengths)),
             "first_row": rows.first,
-            "pages": _joined(padded_pages),
             "first_unit": [*accumulate(units, initial=0)],
             "unit_queries": unit_queries,
             "kept_rows": rows.kept,
@@ -143,14 +156,17 @@ class Scratch:
             # A roster has no limit if its experts are forced, that is, run without gates.
             "max_experts": [0 if roster is None else roster.max_experts or 0 for roster in rosters],
             "logits": logits_RV,
+            **layers.values,
         }
         sizes = {
             "rows": rows.first[-1],
             "chunks": len(chunks),
-            "pages": pages,
             "kept": len(rows.kept),
             "members": sum(map(len, members)),
             "vocabulary": extents["vocabulary"],
+            "layers": extents["layers"],
+            "hidden": extents["hidden"],
+            **layers.extents,
         }
         return BATCH.arguments(values, sizes)
 
@@ -251,11 +267,7 @@ class CompiledRunner:
         self._packed = WeakKeyDictionary[ExpertModule, Packed]()
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
-        self._shape = PageShape(
-            weights.extents["layers"] * weights.extents["groups"],
-            weights.extents["page_width"],
-            weights.extents["layers"] * weights.extents["bias_heads"],
-        )
+        self._extents = weights.extents
         self.weight_bytes = weights.nbytes
         self._work = Scratch(weights)
         self._lock = threading.Lock()
@@ -273,29 +285,52 @@ class CompiledRunner:
         if isinstance(module, ExpertModule):
             self._packed_of(module)
 
-    def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
-        return -(-length // PAGE) * self._shape.nbytes + 4 * SUMS * RECENT * _members(armed)
+    def divides(self, armed: ArmedExperts | None) -> bool:
+        return self.computes(armed)
 
-    def start(self, armed: ArmedExperts | None, capacity: int) -> CompiledState:
+    def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
+        layers = range(len(self.model.layers))
+        sums_bytes = 4 * SUMS * RECENT * member_count(armed, layers)
+        return -(-length // PAGE) * self._page_shape(layers).nbytes + sums_bytes
+
+    def start(
+        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...] = ()
+    ) -> CompiledState:
         if not self.computes(armed):
             raise ConfigError("The compiled runner does not compute adapters; use an Engine.")
-        return CompiledState(self._shape, armed, _members(armed), capacity)
+        parts = layer_parts(len(self.model.layers), cuts)
+        shapes = [self._page_shape(part.cached) for part in parts]
+        return CompiledState(parts, shapes, armed, capacity)
 
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput:
         states = [_state(chunk) for chunk in chunks]
+        groups = by_entry(states)
         with self._lock:
-            for chunk, state in zip(chunks, states, strict=True):
-                state.reserve(len(chunk.ids))
+            # The same for all groups, as other sites mean other work buffers.
             sites = self._sites_of(
                 [state.armed.roster for state in states if state.armed is not None]
             )
-            rows = _rows(chunks)
-            logits_RV, expert_weights_NS = self._work.step(chunks, states, rows, sites)
-            for chunk, state in zip(chunks, states, strict=True):
-                state.length += len(chunk.ids)
-            return RunnerOutput(
-                logits_RV, self._speakers(chunks, states, rows.kept, sites, expert_weights_NS)
-            )
+            return in_groups(chunks, groups, [partial(self._step, sites=sites)] * len(groups))
+
+    def _step(self, chunks: Sequence[Chunk], sites: Sites) -> RunnerOutput:
+        """Compute chunks that enter the model at the same layer."""
+        states = [_state(chunk) for chunk in chunks]
+        for chunk, state in zip(chunks, states, strict=True):
+            state.reserve(len(chunk.ids))
+        rows = _rows(chunks)
+        output = self._work.step(chunks, states, rows, sites)
+        segments = []
+        for chunk, state, first in zip(chunks, states, rows.first, strict=False):
+            entered = state.entry().part
+            state.advance(len(chunk.ids))
+            segments.append(output.layers.segments(chunk, state, first, entered))
+        experts = self._speakers(chunks, states, rows.kept, sites, output.weights_NS)
+        return RunnerOutput(torch.from_numpy(output.logits_RV), experts, tuple(segments))
+
+    def _page_shape(self, layers: range) -> PageShape:
+        """Return the shape of pages with these layers' keys and values."""
+        extents = self._extents
+        return PageShape(layers, extents["groups"], extents["page_width"], extents["bias_heads"])
 
     def _packed_of(self, module: ExpertModule) -> Packed:
         """Return the packed weights of an expert; thread safe."""
@@ -347,10 +382,3 @@ def _factors(state: CompiledState) -> list[float]:
     return [
         factors.get(module.name, 1.0) for _, modules in sorted(owners.items()) for module in modules
     ]
-
-
-def _members(armed: ArmedExperts | None) -> int:
-    """Return the number of gates of a sequence: pairs of an expert and a layer at which it has a
-    gate.
-    """
-    return sum(map(len, armed.roster.owners.values())) if armed is not None else 0

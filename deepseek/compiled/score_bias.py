@@ -1,32 +1,19 @@
 """Biases of attention scores in the compiled step: ALiBi, and dynamic positions.
 
 The reference is `model/positions/dynamic.py`, whose symbols are used here. kappa, the running sum
-of the forget gates, lies in the pages behind keys and values: fp32 within a page, relative to an
+of the forget gates, lies in the pages behind a layer's keys and values: fp32 within a page, relative to an
 fp64 number of the page, so that differences stay exact however long the text is.
 """
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
 
 from deepseek.compiled.abi import PAGE
+from deepseek.compiled.pages import kappa
 from deepseek.kernels.bias.distance import STARTS
-from deepseek.kernels.numba.primitives import pointer, share
+from deepseek.kernels.numba.primitives import share
 
 _STARTS = np.array([*STARTS, 2**62])
-
-
-@njit(error_model="numpy")
-def _kappa(weights, page, layer, head):  # type: ignore[no-untyped-def]
-    """Return the sums `[64]` of a head in the page at address `page`, and what they are relative to
-    `[1]`.
-    """
-    sums = page + weights.layers * weights.groups * weights.page_width * PAGE * 4
-    place = layer * weights.heads + head
-    starts = sums + weights.layers * weights.heads * PAGE * 4
-    return (
-        carray(pointer(sums + place * PAGE * 4), (PAGE,), np.float32),
-        carray(pointer(starts + place * 8), (1,), np.float64),
-    )
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -61,16 +48,14 @@ def _place_sums(weights, batch, work, layer, chunk, head):  # type: ignore[no-un
     for r in range(batch.first_row[chunk], batch.first_row[chunk + 1]):
         position = batch.position_ids[r]
         slot = position % PAGE
-        sums, start = _kappa(weights, batch.pages[chunk, position // PAGE], layer, head)
+        sums, start = kappa(weights, batch, chunk, position // PAGE, layer, head)
         if slot:
             before = sums[slot - 1]
         else:
             before = np.float32(0)
             start[0] = 0
             if position:
-                last, origin = _kappa(
-                    weights, batch.pages[chunk, position // PAGE - 1], layer, head
-                )
+                last, origin = kappa(weights, batch, chunk, position // PAGE - 1, layer, head)
                 start[0] = origin[0] + last[PAGE - 1]
         sums[slot] = before + _softplus(work.signals[r, signal] + bias) * decay
 
@@ -131,9 +116,9 @@ def add_bias(weights, batch, work, layer, chunk, r, head, low, scores):  # type:
         _add_ramp(scores, weights.slopes[head], position - low * PAGE)
     if weights.bias_tables.shape[1] == 0:
         return
-    sums, start = _kappa(weights, batch.pages[chunk, position // PAGE], layer, head)
+    sums, start = kappa(weights, batch, chunk, position // PAGE, layer, head)
     own = start[0] + sums[position % PAGE]
     for page in range(low, position // PAGE + 1):
-        sums, start = _kappa(weights, batch.pages[chunk, page], layer, head)
+        sums, start = kappa(weights, batch, chunk, page, layer, head)
         _add_sums(scores[(page - low) * PAGE :], sums, np.float32(start[0] - own))
     _add_table(scores[: position + 1 - low * PAGE], work.distance_bias[r, head])

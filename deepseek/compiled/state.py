@@ -1,6 +1,12 @@
-"""Paged key/value cache of one sequence for the compiled runner, in pages of 64 tokens."""
+"""Paged key/value cache of one sequence for the compiled runner, in pages of 64 tokens.
 
+Each part of the layers has pages of its own, so that sequences with different experts can share
+those of the lower layers (see `model/layer_parts.py`).
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,13 +14,14 @@ from deepseek.compiled.abi import PAGE, RECENT, SUMS
 from deepseek.kernels.int8 import GROUP
 from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.experts.armed import ArmedExperts
+from deepseek.model.layer_parts import LayerPart
 from deepseek.runner import Segment
 
 SLAB = 8  # maximum number of pages to allocate ahead of need
 
-# Bytes. First keys and values, bf16 as uint16 [layers * groups, 2, 64 * K]: keys [K/2, 64, 2], then
-# values [K/64, 32, 64, 2]. Behind them kappa of dynamic positions, if any, [layers * heads, 64] in
-# fp32, and what it is relative to, [layers * heads] in fp64 (see `score_bias.py`).
+# Bytes of one layer after another. First its keys and values, bf16 as uint16 [groups, 2, 64 * K]:
+# keys [K/2, 64, 2], then values [K/64, 32, 64, 2]. Behind them its kappa of dynamic positions, if
+# any, [heads, 64] in fp32, and what it is relative to, [heads] in fp64 (see `score_bias.py`).
 Page = np.ndarray
 
 
@@ -23,29 +30,41 @@ class PageShape:
     """Shape of a page.
 
     Attributes:
-        planes: layers x key/value heads.
+        layers: the layers whose keys and values it holds.
+        groups: key/value heads of a layer.
         width: width of a head.
-        biases: layers x heads with forget gates; 0: no dynamic positions.
+        biases: heads of a layer with forget gates; 0: no dynamic positions.
     """
 
-    planes: int
+    layers: range
+    groups: int
     width: int
     biases: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a page, in whole cache lines."""
+        """Bytes of a page."""
+        return len(self.layers) * self.layer_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of a layer in a page, in whole cache lines."""
         kappa = self.biases * (PAGE * 4 + 8)
         return self._memory_bytes + -(-kappa // 64) * 64
 
     @property
     def _memory_bytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.planes * 2 * PAGE * self.width * 2
+        """Bytes of a layer's keys and values in a page."""
+        return self.groups * 2 * PAGE * self.width * 2
 
     def new(self, count: int) -> list[Page]:
         """Return `count` zeroed pages."""
         return list(aligned(count * self.nbytes).reshape(count, self.nbytes))
+
+    def address(self, page: Page) -> int:
+        """Return the address that layer 0 would have, if the layers below were in the page too."""
+        address: int = page.ctypes.data
+        return address - self.layers.start * self.layer_bytes
 
     def copy_token(self, source: Page, target: Page, slot: int) -> None:
         """Copy one token from `slot` of `source` to the same slot of `target`."""
@@ -54,91 +73,99 @@ class PageShape:
 
     def _token(self, page: Page, slot: int) -> tuple[np.ndarray, ...]:
         """Return views of a token's key, value and kappa in a page."""
-        memory = page[: self._memory_bytes].view(np.uint16).reshape(self.planes, 2, -1)
-        keys = memory[:, 0].reshape(self.planes, self.width // 2, PAGE, 2)
-        values = memory[:, 1].reshape(self.planes, self.width // GROUP, PAGE // 2, GROUP, 2)
+        layers = len(self.layers)
+        parts = page.reshape(layers, self.layer_bytes)
+        memory = parts[:, : self._memory_bytes].view(np.uint16).reshape(layers, self.groups, 2, -1)
+        keys = memory[:, :, 0].reshape(layers, self.groups, self.width // 2, PAGE, 2)
+        values = memory[:, :, 1].reshape(
+            layers, self.groups, self.width // GROUP, PAGE // 2, GROUP, 2
+        )
         start = self._memory_bytes
         stop = start + self.biases * PAGE * 4
-        sums = page[start:stop].view(np.float32).reshape(self.biases, PAGE)
+        sums = parts[:, start:stop].view(np.float32).reshape(layers, self.biases, PAGE)
         return (
-            keys[:, :, slot],
-            values[:, :, slot // 2, :, slot % 2],
-            sums[:, slot],
-            page[stop : stop + self.biases * 8],
+            keys[:, :, :, slot],
+            values[:, :, :, slot // 2, :, slot % 2],
+            sums[:, :, slot],
+            parts[:, stop : stop + self.biases * 8],
         )
 
 
 @dataclass(frozen=True)
 class PageSegment:
-    """Tokens `start` to `stop - 1` of a sequence, in shared pages; slots of a page are written only
-    once.
+    """Tokens `start` to `stop - 1` of a sequence at one part of the layers, in shared pages; slots
+    of a page are written only once.
 
     Attributes:
         shape: shape of the pages.
+        part: index of the part.
         pages: the pages that hold the tokens.
         start, stop: positions of the first token, and past the last one.
-        sums: running gate sums `[members, SUMS]` after the last token.
+        sums: running gate sums `[members of the part, SUMS]` after the last token.
+        stream_TD: residual stream at the part's cut, fp32; None: the uppermost part.
     """
 
     shape: PageShape
+    part: int
     pages: tuple[Page, ...]
     start: int
     stop: int
     sums: np.ndarray
+    stream_TD: np.ndarray | None
+
+    @property
+    def stream_bytes(self) -> int:
+        return 0 if self.stream_TD is None else self.stream_TD.nbytes
 
     @property
     def nbytes(self) -> int:
-        return self.shape.nbytes * (self.stop - self.start) // PAGE + self.sums.nbytes
+        pages_bytes = self.shape.nbytes * (self.stop - self.start) // PAGE
+        return pages_bytes + self.sums.nbytes + self.stream_bytes
 
 
-class CompiledState:
-    """Pages and running gate sums of one sequence.
+class Entry(NamedTuple):
+    """Where the next chunk enters the model.
+
+    Attributes:
+        part: index of the part whose keys and values the state already has; -1: none.
+        stream_TD: residual stream of the chunk at that part's cut; None: the chunk enters at
+            layer 0.
+    """
+
+    part: int
+    stream_TD: np.ndarray | None
+
+
+class PartState:
+    """Pages of one part of the layers.
 
     Args:
         shape: shape of a page.
-        armed: the sequence's experts; None for the base alone.
-        members: number of the experts' gates.
-        capacity: maximum number of tokens.
+        members: the gates of the part among those of the sequence.
 
     Attributes:
         length: number of tokens.
         pages: the pages, in order.
-        addresses: addresses of the pages.
-        sums: running gate sums `[RECENT, members, SUMS]`; those after position p are at p % RECENT.
+        addresses: addresses of the pages (see `PageShape.address`).
     """
 
-    def __init__(
-        self, shape: PageShape, armed: ArmedExperts | None, members: int, capacity: int
-    ) -> None:
+    def __init__(self, shape: PageShape, members: slice) -> None:
         self.shape = shape
-        self.armed = armed
-        self.capacity = capacity
-        self.sums = np.zeros((RECENT, members, SUMS), np.float32)
+        self.members = members
+        self.length = 0
         self.pages: list[Page] = []
         self.addresses: list[int] = []
-        self.length = 0
 
-    @property
-    def nbytes(self) -> int:
-        return len(self.pages) * self.shape.nbytes + self.sums.nbytes
-
-    def reserve(self, count: int) -> None:
-        """Allocate pages for `count` more tokens."""
-        missing = -(-(self.length + count) // PAGE) - len(self.pages)
+    def reserve(self, length: int, capacity: int) -> None:
+        """Allocate pages for `length` tokens; ahead of need, at most for `capacity` tokens."""
+        missing = -(-length // PAGE) - len(self.pages)
         if missing > 0:
-            # Until the capacity is reached.
-            pages_left = -(-self.capacity // PAGE) - len(self.pages)
+            pages_left = -(-capacity // PAGE) - len(self.pages)
             self._insert(len(self.pages), self.shape.new(max(missing, min(SLAB, pages_left))))
 
-    def rewind(self, length: int) -> None:
-        self.length = length
-
-    def segment(self, start: int) -> PageSegment:
-        pages = self.pages[start // PAGE : -(-self.length // PAGE)]
-        return PageSegment(self.shape, tuple(pages), start, self.length, self._sums().copy())
-
-    def extend(self, segment: Segment) -> None:
-        assert isinstance(segment, PageSegment) and segment.start == self.length
+    def extend(self, segment: PageSegment, capacity: int) -> None:
+        """Append the tokens of a segment."""
+        assert segment.start == self.length
         token = segment.start
         first = segment.start // PAGE
         while token < segment.stop:
@@ -148,23 +175,123 @@ class CompiledState:
                 self._insert(self.length // PAGE, [source])
                 step = PAGE
             else:
-                self.reserve(1)
+                self.reserve(self.length + 1, capacity)
                 self.shape.copy_token(source, self.pages[token // PAGE], token % PAGE)
                 step = 1
             self.length += step
             token += step
-        self._sums()[:] = segment.sums
-
-    def _sums(self) -> np.ndarray:
-        """Return the running sums after the last token."""
-        sums: np.ndarray = self.sums[(self.length - 1) % RECENT]
-        return sums
 
     def _insert(self, place: int, pages: list[Page]) -> None:
         self.pages[place:place] = pages
-        self.addresses[place:place] = [page.ctypes.data for page in pages]
+        self.addresses[place:place] = map(self.shape.address, pages)
+
+
+class CompiledState:
+    """Pages and running gate sums of one sequence.
+
+    Args:
+        parts: the parts of the layers.
+        shapes: shape of a page of each part.
+        armed: the sequence's experts; None for the base alone.
+        capacity: maximum number of tokens.
+
+    Attributes:
+        parts: pages of each part.
+        cuts: layer at the upper end of each part but the last.
+        sums: running gate sums `[RECENT, members, SUMS]`; those after position p are at p % RECENT.
+    """
+
+    rewinds = True
+
+    def __init__(
+        self,
+        parts: Sequence[LayerPart],
+        shapes: Sequence[PageShape],
+        armed: ArmedExperts | None,
+        capacity: int,
+    ) -> None:
+        self.armed = armed
+        self.capacity = capacity
+        self.cuts = [part.cut for part in parts if part.cut is not None]
+        self.parts: list[PartState] = []
+        stop = 0
+        for part, shape in zip(parts, shapes, strict=True):
+            start = stop
+            stop += member_count(armed, part.gated)
+            self.parts.append(PartState(shape, slice(start, stop)))
+        self.sums = np.zeros((RECENT, stop, SUMS), np.float32)
+        self._entries: dict[int, Entry] = {}
+
+    @property
+    def length(self) -> int:
+        return self.parts[-1].length
+
+    @property
+    def nbytes(self) -> int:
+        pages_bytes = sum(len(part.pages) * part.shape.nbytes for part in self.parts)
+        streams = (entry.stream_TD for entry in self._entries.values())
+        stream_bytes = sum(stream.nbytes for stream in streams if stream is not None)
+        return pages_bytes + stream_bytes + self.sums.nbytes
+
+    def reserve(self, count: int) -> None:
+        """Allocate pages for `count` more tokens."""
+        length = self.length + count
+        for part in self.parts:
+            part.reserve(length, self.capacity)
+
+    def entry(self) -> Entry:
+        """Return where the next chunk enters the model."""
+        return self._entries.get(self.length, Entry(-1, None))
+
+    def advance(self, count: int) -> None:
+        """Count `count` more tokens in the layers that the last chunk was computed in."""
+        entered = self._entries.pop(self.length, Entry(-1, None)).part
+        length = self.length + count
+        for part in self.parts[entered + 1 :]:
+            part.length = length
+
+    def rewind(self, length: int) -> None:
+        for part in self.parts:
+            part.length = length
+
+    def segment(self, index: int, start: int, stream_TD: np.ndarray | None) -> PageSegment:
+        """Return the state of the tokens from `start` on at part `index`.
+
+        Args:
+            index: index of the part.
+            start: position of the first token.
+            stream_TD: residual stream of these tokens at the part's cut; None: the uppermost part.
+        """
+        part = self.parts[index]
+        pages = part.pages[start // PAGE : -(-part.length // PAGE)]
+        sums = self._sums_at(part.length)[part.members].copy()
+        return PageSegment(part.shape, index, tuple(pages), start, part.length, sums, stream_TD)
+
+    def extend(self, segment: Segment) -> None:
+        assert isinstance(segment, PageSegment)
+        part = self.parts[segment.part]
+        part.extend(segment, self.capacity)
+        self._sums_at(part.length)[part.members] = segment.sums
+        if segment.stream_TD is None:
+            self._entries.pop(segment.start, None)
+        else:
+            self._entries[segment.start] = Entry(segment.part, segment.stream_TD)
+
+    def _sums_at(self, length: int) -> np.ndarray:
+        """Return the running sums after the first `length` tokens."""
+        sums: np.ndarray = self.sums[(length - 1) % RECENT]
+        return sums
 
     def close(self) -> None:
-        self.pages = []
-        self.addresses = []
-        self.length = 0
+        for part in self.parts:
+            part.pages = []
+            part.addresses = []
+            part.length = 0
+        self._entries.clear()
+
+
+def member_count(armed: ArmedExperts | None, layers: range) -> int:
+    """Return the number of gates of a sequence at these layers: pairs of an expert and a layer."""
+    if armed is None:
+        return 0
+    return sum(len(owners) for layer, owners in armed.roster.owners.items() if layer in layers)

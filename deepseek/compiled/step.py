@@ -19,6 +19,7 @@ from deepseek.compiled import (
     expert_sites,
     native_experts,
     paged_attention,
+    pages,
     panel_dot,
     rows,
     score_bias,
@@ -59,6 +60,7 @@ SOURCES = (
     expert_sites,
     native_experts,
     paged_attention,
+    pages,
     panel_dot,
     rows,
     score_bias,
@@ -179,6 +181,30 @@ def _prepare_experts(weights, batch, sites, routed, work, layer):  # type: ignor
 
 
 @njit(error_model="numpy")
+def _enter(weights, batch, work):  # type: ignore[no-untyped-def]
+    """Set this thread's rows of the residual stream where the batch enters the model."""
+    groups = _blocks(weights.hidden, GROUP)
+    first, last = share(len(batch.input_ids))
+    for r in range(first, last):
+        if batch.entry < 0:
+            embed(weights.embed_tokens, batch.input_ids[r], groups, work.residual[r])
+            _scale(work.residual[r], weights.embed_scale[0])
+        else:
+            work.residual[r] = batch.entering[r]
+        work.update[r] = 0
+
+
+@njit(error_model="numpy")
+def _keep_stream(batch, work, layer):  # type: ignore[no-untyped-def]
+    """Copy this thread's rows of the residual stream after the attention of a layer with a cut."""
+    cut = batch.cut_of_layer[layer]
+    if cut >= 0:
+        first, last = share(len(batch.input_ids))
+        for r in range(first, last):
+            batch.streams[cut, r] = work.residual[r]
+
+
+@njit(error_model="numpy")
 def _attention(weights, batch, work, layer, counter, places, ones):  # type: ignore[no-untyped-def]
     """Add the attention of a layer to the residual stream."""
     rows = len(batch.input_ids)
@@ -209,15 +235,15 @@ def _attention(weights, batch, work, layer, counter, places, ones):  # type: ign
     target = _sum_of_outputs(weights, work)
     add_projected(weights.out[layer], first, last, table, places, ones, groups, bias, target)
     barrier(counter)
+    if len(weights.post_norms):
+        _add_updates(weights, work, 2 * layer + 1, rows)
+        barrier(counter)
 
 
 @njit(error_model="numpy")
 def _feed_forward(weights, batch, sites, routed, work, layer, counter, places, ones, zeros):  # type: ignore[no-untyped-def]
     """Add the feed-forward network of a layer and its experts to the residual stream."""
     rows = len(batch.input_ids)
-    if len(weights.post_norms):
-        _add_updates(weights, work, 2 * layer + 1, rows)
-        barrier(counter)
     _prepare_experts(weights, batch, sites, routed, work, layer)
     barrier(counter)
     plugged = sites.first_site[layer + 1] > sites.first_site[layer]
@@ -227,6 +253,8 @@ def _feed_forward(weights, batch, sites, routed, work, layer, counter, places, o
         route(routed, work, layer, rows)
     if plugged or routed.sparse[layer]:
         barrier(counter)
+    if layer == weights.layers - 1 and len(batch.kept_rows) == 0:
+        return  # within a prompt, nothing reads the residual stream after the last attention
     inner = weights.inner[layer]
     first, last = share(inner)
     table = work.normed_rows.ctypes.data
@@ -260,13 +288,12 @@ def _run(weights, batch, sites, routed, work):  # type: ignore[no-untyped-def]
     places = np.arange(rows)
     ones = np.ones(rows, np.float32)
     zeros = np.zeros(weights.hidden, np.float32)
-    first, last = share(rows)
-    for r in range(first, last):
-        embed(weights.embed_tokens, batch.input_ids[r], groups, work.residual[r])
-        _scale(work.residual[r], weights.embed_scale[0])
-        work.update[r] = 0
-    for layer in range(weights.layers):
-        _attention(weights, batch, work, layer, counter, places, ones)
+    _enter(weights, batch, work)
+    barrier(counter)
+    for layer in range(max(0, batch.entry), weights.layers):
+        if layer != batch.entry:
+            _attention(weights, batch, work, layer, counter, places, ones)
+            _keep_stream(batch, work, layer)
         _feed_forward(weights, batch, sites, routed, work, layer, counter, places, ones, zeros)
     normed = np.zeros(groups * GROUP, np.float32)
     kept = len(batch.kept_rows)

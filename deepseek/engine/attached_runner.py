@@ -42,6 +42,10 @@ class AttachedSegment:
     length: int
     nbytes: int
 
+    @property
+    def stream_bytes(self) -> int:
+        return 0  # the only part of the layers is the uppermost one
+
 
 class AttachedState:
     """The stock cache of one sequence, of the classes that `generate` would choose.
@@ -72,6 +76,7 @@ class AttachedState:
             self.batch.dissolve()
 
     def segment(self, start: int) -> AttachedSegment:
+        """Return a copy of the state of the tokens from `start` to the last one."""
         self.leave_batch()
         layers = tuple(_segment(layer, start) for layer in self.cache.layers)
         nbytes = sum(tensor_bytes(layer) for layer in layers) + self.memory.nbytes
@@ -139,7 +144,14 @@ class AttachedRunner(ReferenceRunner):
     def cache_bytes(self, length: int) -> int:
         return sum(layer.at(length) for layer in self._layers)
 
-    def start(self, armed: ArmedExperts | None, capacity: int) -> AttachedState:
+    def divides(self, armed: ArmedExperts | None) -> bool:
+        """Return False: the layers of a stock cache cannot be computed apart."""
+        return False
+
+    def start(
+        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...] = ()
+    ) -> AttachedState:
+        assert not cuts
         return AttachedState(self.model, armed)
 
     @torch.inference_mode()
@@ -152,7 +164,8 @@ class AttachedRunner(ReferenceRunner):
                 rows[id(chunk)] = (logits_V[None], [speaker])
         parts = [rows.get(id(chunk)) or self._alone(chunk) for chunk in chunks]
         experts = [name for _, names in parts for name in names]
-        return RunnerOutput(torch.cat([logits for logits, _ in parts]), tuple(experts))
+        logits_RV = torch.cat([logits for logits, _ in parts])
+        return RunnerOutput(logits_RV, tuple(experts), tuple(map(_segments, chunks)))
 
     def _decodes(self, chunk: Chunk) -> bool:
         """Return whether a chunk is the next token of a sequence that can join a batch."""
@@ -272,6 +285,13 @@ def _measure(model: AttachedModel) -> list[_LayerBytes]:
         window = getattr(layer, "sliding_window", None)
         layers.append(_LayerBytes(max(0, second - 16 * per_token), per_token, window))
     return layers
+
+
+def _segments(chunk: Chunk) -> dict[int, AttachedSegment]:
+    """Return the segment of a chunk, if it is to be stored, by the index of the only part."""
+    state = chunk.state
+    assert isinstance(state, AttachedState)
+    return {0: state.segment(state.length - len(chunk.ids))} if chunk.store else {}
 
 
 def _segment(layer: Any, start: int) -> Any:

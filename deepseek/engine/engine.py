@@ -127,7 +127,10 @@ class Engine:
         """
         checks.instance("request", request, Request)
         self.check_open()
-        sequence = activate(request, self.model, self._vocabulary, self._scheduler.prefill_chunk)
+        scheduler = self._scheduler
+        sequence = activate(
+            request, self.model, self._vocabulary, scheduler.prefill_chunk, scheduler.runner.divides
+        )
         generation = Generation(sequence)
         self._enqueue(sequence, sequence.capacity)
         return generation
@@ -267,6 +270,7 @@ class Engine:
             prefix_bytes=scheduler.prefixes.nbytes,
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
+            shared_tokens=scheduler.shared_tokens,
             completion_tokens=scheduler.completion_tokens,
             finished=dict(scheduler.finished),
             steps=scheduler.steps,

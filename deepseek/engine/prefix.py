@@ -1,24 +1,30 @@
 """The prefix cache: stores the key/value blocks of earlier prompts for reuse.
 
-The cache key of a block is a digest of everything that determines its content: the digests of the
-armed experts and all tokens up to the block's end. An expert reloaded under the same name with
-other content has another digest, so it never hits a stale entry. The model is not part of the key,
-because a cache belongs to one engine and so to one model.
+A block is stored in parts, one for each part of the layers (see `model/layer_parts.py`). The cache
+key of a part is a digest of everything that determines its content: the layers, the digests of the
+experts that act below its upper end, and all tokens up to the block's end. So sequences with
+different experts share the parts below their experts, and an expert reloaded under the same name
+with other content has another digest and never hits a stale entry. The model is not part of the
+key, because a cache belongs to one engine and so to one model.
 """
 
 import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 
+from deepseek.model.experts.armed import ArmedExperts
+from deepseek.model.layer_parts import LayerPart
 from deepseek.runner import Segment
 
 
 def block_keys(identity: str, ids: Sequence[int], block: int) -> list[bytes]:
-    """Return the cache key of each full block of `ids`.
+    """Return the cache key of each full block of `ids` at one part of the layers.
 
     Args:
-        identity: identifies the armed experts by their digests.
+        identity: identifies the layers, and the experts that act there or below by their digests.
         ids: tokens of the prompt.
         block: tokens in a block.
 
@@ -31,6 +37,83 @@ def block_keys(identity: str, ids: Sequence[int], block: int) -> list[bytes]:
         digest.update(array("q", ids[start : start + block]).tobytes())
         keys.append(digest.digest())
     return keys
+
+
+@dataclass(frozen=True)
+class PartKeys:
+    """Cache keys of a prompt at one part of the layers.
+
+    Attributes:
+        keys: keys of the prompt's full blocks; empty if they cannot be cached.
+        reusable: number of blocks that may come from the cache.
+    """
+
+    keys: Sequence[bytes]
+    reusable: int
+
+
+def part_keys(
+    parts: Sequence[LayerPart],
+    armed: ArmedExperts | None,
+    ids: Sequence[int],
+    block: int,
+    first_needed: int,
+) -> list[PartKeys]:
+    """Return the cache keys of a prompt for each part of the layers.
+
+    Args:
+        parts: the parts, from the bottom to the top.
+        armed: the sequence's experts; None for the base alone.
+        ids: tokens of the prompt.
+        block: tokens in a block.
+        first_needed: number of prompt tokens whose logits and experts are not needed, plus 1. What
+            is needed is computed above the parts that come from the cache, so it limits only parts
+            at which experts act and the uppermost part.
+    """
+    result = []
+    for part in parts:
+        identity = "" if armed is None else armed.identity_below(part.cut)
+        if identity is None:
+            result.append(PartKeys([], 0))
+            continue
+        name = f"{part.cached.start}-{part.cached.stop} {identity}"
+        keys = block_keys(name, ids, block)
+        whole = part.cut is not None and identity == ""
+        result.append(PartKeys(keys, len(keys) if whole else (first_needed - 1) // block))
+    return result
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a sequence continues from.
+
+    Attributes:
+        segments: segments of the first blocks, lower parts first.
+        blocks: number of blocks of which at least the lowest part is there.
+        stream_bytes: bytes of the residual streams at which upper parts are continued.
+    """
+
+    segments: list[Segment]
+    blocks: int
+    stream_bytes: int
+
+
+def within(matched: Sequence[Sequence[Segment]], budget: int) -> Restored:
+    """Return what a sequence continues from.
+
+    Args:
+        matched: segments of the first blocks for each part of the layers (see `PrefixCache.match`).
+        budget: maximum bytes of residual streams; later blocks are left out.
+    """
+    used = 0
+    blocks = 0
+    for number in range(len(matched[0])):
+        highest = [part[number] for part in matched if number < len(part)][-1]
+        if used + highest.stream_bytes > budget:
+            break
+        used += highest.stream_bytes
+        blocks += 1
+    return Restored([*chain.from_iterable(part[:blocks] for part in matched)], blocks, used)
 
 
 class PrefixCache:
@@ -47,21 +130,30 @@ class PrefixCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._blocks
 
-    def match(self, keys: Sequence[bytes]) -> list[Segment]:
-        """Return the blocks of the longest stored prefix of `keys` and mark them as recently used.
+    def match(self, parts: Sequence[PartKeys]) -> list[list[Segment]]:
+        """Return the blocks of the longest stored prefix for each part of the layers, and mark them
+        as recently used.
+
+        A part has at most as many blocks as the one below, without which they are of no use.
 
         Args:
-            keys: cache keys of a prompt's blocks, in order.
+            parts: cache keys of a prompt, from the lowest part to the uppermost.
         """
-        segments = []
-        for key in keys:
-            if key not in self._blocks:
-                break
-            segments.append(self._blocks[key])
-        # In reverse, so that the first block is evicted last: without it no later one can match.
-        for key in reversed(keys[: len(segments)]):
-            self._blocks.move_to_end(key)
-        return segments
+        matched: list[list[Segment]] = []
+        for part in parts:
+            segments = []
+            most = min(part.reusable, len(matched[-1]) if matched else part.reusable)
+            for key in part.keys[:most]:
+                if key not in self._blocks:
+                    break
+                segments.append(self._blocks[key])
+            matched.append(segments)
+        # In reverse, so that the first block is evicted last, and lower parts after upper ones:
+        # without it no other one can match.
+        for part, segments in reversed([*zip(parts, matched, strict=True)]):
+            for key in reversed(part.keys[: len(segments)]):
+                self._blocks.move_to_end(key)
+        return matched
 
     def add(self, key: bytes, segment: Segment, limit: int) -> None:
         """Store a block and evict older ones so that all take at most `limit` bytes.

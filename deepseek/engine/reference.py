@@ -34,7 +34,13 @@ class ReferenceRunner(ABC):
         """Return the maximum memory of the cache of one sequence of `length` tokens, in bytes."""
 
     @abstractmethod
-    def start(self, armed: ArmedExperts | None, capacity: int) -> SequenceState: ...
+    def divides(self, armed: ArmedExperts | None) -> bool:
+        """Return whether the states of sequences with these experts may have cuts."""
+
+    @abstractmethod
+    def start(
+        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...] = ()
+    ) -> SequenceState: ...
 
     @abstractmethod
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput: ...

@@ -219,7 +219,9 @@ class EngineStats:
         reserved_bytes: part of the budget that is reserved for running requests.
         prefix_bytes: part of the budget that the prefix cache occupies.
         prompt_tokens: prompt tokens of all admitted requests.
-        cached_tokens: those of them that came from the prefix cache.
+        cached_tokens: those of them that came from the prefix cache, with all their layers.
+        shared_tokens: those of them whose lower layers came from the prefix cache, and whose upper
+            layers were computed for other experts.
         completion_tokens: generated tokens.
         finished: number of requests by finish reason.
         steps: number of forward passes.
@@ -233,6 +235,7 @@ class EngineStats:
     prefix_bytes: int
     prompt_tokens: int
     cached_tokens: int
+    shared_tokens: int
     completion_tokens: int
     finished: Mapping[str, int]
     steps: int

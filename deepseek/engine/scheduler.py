@@ -3,16 +3,18 @@ threads.
 """
 
 from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from deepseek.compiled.abi import RECENT
 from deepseek.engine.embedding import ActiveEmbedding
-from deepseek.engine.prefix import PrefixCache
+from deepseek.engine.prefix import PrefixCache, within
 from deepseek.engine.request import FinishReason
 from deepseek.engine.sampler import Logits
 from deepseek.engine.sequence import ActiveSequence
-from deepseek.runner import Chunk, Runner
+from deepseek.runner import Chunk, Runner, Segment
 
 MAX_RUNNING = 16
 PREFILL_CHUNK = 64
@@ -38,8 +40,8 @@ class Scheduler:
         running: what has been admitted, in the order of admission.
         prefixes: the prefix cache.
         reserved: bytes reserved for the running sequences.
-        steps, prompt_tokens, cached_tokens, completion_tokens, finished: counters, see
-            `EngineStats`.
+        steps, prompt_tokens, cached_tokens, shared_tokens, completion_tokens, finished: counters,
+            see `EngineStats`.
     """
 
     def __init__(
@@ -57,9 +59,8 @@ class Scheduler:
         self.waiting: deque[ActiveSequence | ActiveEmbedding] = deque()
         self.running: list[ActiveSequence | ActiveEmbedding] = []
         self.prefixes = PrefixCache()
-        self.reserved = self.steps = self.prompt_tokens = self.cached_tokens = (
-            self.completion_tokens
-        ) = 0
+        self.reserved = self.steps = self.prompt_tokens = self.cached_tokens = 0
+        self.shared_tokens = self.completion_tokens = 0
         self.finished: Counter[str] = Counter()
 
     @property
@@ -71,7 +72,8 @@ class Scheduler:
         """Return the number of bytes to reserve for a sequence or an embedding while it runs."""
         if isinstance(sequence, ActiveEmbedding):
             return sequence.state_bytes
-        return self.runner.state_bytes(sequence.capacity, sequence.armed)
+        state_bytes = self.runner.state_bytes(sequence.capacity, sequence.armed)
+        return state_bytes + sequence.stream_bytes
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -88,9 +90,9 @@ class Scheduler:
         self.steps += 1
         logits_RV = output.logits_RV.numpy()
         row = 0
-        for sequence, chunk in batch:
+        for (sequence, chunk), segments in zip(batch, output.segments, strict=True):
             rows = slice(row, row := row + chunk.keep)
-            self._store(sequence)
+            self._store(sequence, segments)
             self._advance(sequence, logits_RV[rows], output.experts[rows])
 
     def end(
@@ -133,16 +135,24 @@ class Scheduler:
                 self.prefixes.shrink(self.cache_bytes - self.reserved)
                 self.running.append(self.waiting.popleft())
                 continue
-            # Marks the reusable blocks as recently used, so that `shrink` evicts others first.
-            self.prefixes.match(sequence.reusable)
-            self.prefixes.shrink(self.cache_bytes - self.reserved)
-            sequence.state = self.runner.start(sequence.armed, sequence.capacity)
+            self._start(sequence)
             self.running.append(self.waiting.popleft())
-            for segment in self.prefixes.match(sequence.reusable):
-                sequence.state.extend(segment)
-            sequence.cached_tokens = sequence.state.length
-            self.prompt_tokens += len(sequence.request.prompt_ids)
-            self.cached_tokens += sequence.cached_tokens
+
+    def _start(self, sequence: ActiveSequence) -> None:
+        """Start a sequence, for which memory is reserved, with what the prefix cache has of it."""
+        # Marks the blocks as recently used, so that `shrink` evicts others first.
+        matched = self.prefixes.match(sequence.keys)
+        restored = within(matched, self.cache_bytes - self.reserved)
+        sequence.stream_bytes = restored.stream_bytes
+        self.reserved += sequence.stream_bytes
+        self.prefixes.shrink(self.cache_bytes - self.reserved)
+        sequence.state = self.runner.start(sequence.armed, sequence.capacity, sequence.cuts)
+        for segment in restored.segments:
+            sequence.state.extend(segment)
+        sequence.cached_tokens = sequence.state.length
+        self.prompt_tokens += len(sequence.request.prompt_ids)
+        self.cached_tokens += sequence.cached_tokens
+        self.shared_tokens += restored.blocks * self.prefill_chunk - sequence.cached_tokens
 
     def _batch(self) -> tuple[list[tuple[ActiveSequence, Chunk]], list[ActiveEmbedding]]:
         """Return the next chunk of each decoding sequence, and prefill chunks and embeddings of at
@@ -166,7 +176,7 @@ class Scheduler:
                 free_tokens -= len(chunk.ids)
                 if free_tokens < 0:
                     continue
-            batch.append((sequence, chunk))
+            batch.append((sequence, replace(chunk, store=self._stored_parts(sequence, chunk))))
         return batch, embeddings
 
     def _embed(self, embedding: ActiveEmbedding) -> None:
@@ -179,19 +189,28 @@ class Scheduler:
         if complete:
             self.end(embedding, "stop")
 
-    def _store(self, sequence: ActiveSequence) -> None:
-        """Store the prompt block that the last step completed, if any, in the prefix cache."""
+    def _stored_parts(self, sequence: ActiveSequence, chunk: Chunk) -> list[int]:
+        """Return the parts of the layers at which a chunk completes a prompt block that is not in
+        the prefix cache, while there is memory for it.
+        """
         assert sequence.state is not None
-        blocks, remainder = divmod(sequence.state.length, self.prefill_chunk)
-        free_bytes = self.cache_bytes - self.reserved
-        if (
-            free_bytes > 0
-            and remainder == 0
-            and blocks <= len(sequence.keys)
-            and sequence.keys[blocks - 1] not in self.prefixes
-        ):
-            segment = sequence.state.segment(sequence.state.length - self.prefill_chunk)
-            self.prefixes.add(sequence.keys[blocks - 1], segment, free_bytes)
+        blocks, remainder = divmod(sequence.state.length + len(chunk.ids), self.prefill_chunk)
+        if remainder or self.reserved >= self.cache_bytes:
+            return []
+        return [
+            number
+            for number, part in enumerate(sequence.keys)
+            if blocks <= len(part.keys) and part.keys[blocks - 1] not in self.prefixes
+        ]
+
+    def _store(self, sequence: ActiveSequence, segments: Mapping[int, Segment]) -> None:
+        """Store segments of the prompt block that the last step completed in the prefix cache."""
+        assert sequence.state is not None
+        block = sequence.state.length // self.prefill_chunk - 1
+        # Upper parts first, so that they are evicted first: without lower ones they are of no use.
+        for part, segment in sorted(segments.items(), reverse=True):
+            free_bytes = self.cache_bytes - self.reserved
+            self.prefixes.add(sequence.keys[part].keys[block], segment, free_bytes)
 
     def _advance(
         self, sequence: ActiveSequence, logits_RV: Logits, experts: tuple[str | None, ...]

@@ -13,13 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from deepseek.engine.prefix import block_keys
+from deepseek.engine.prefix import part_keys
 from deepseek.engine.request import FinishReason, Request, TokenEvent, TokenLogprob, TokenUsage
 from deepseek.engine.sampler import Logits, Sampler
 from deepseek.engine.vocabulary import TextStream, Vocabulary
 from deepseek.errors import ConfigError, UserError
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.language_model import LanguageModel, context_length
+from deepseek.model.layer_parts import LayerPart, choose_cuts, layer_parts
 from deepseek.runner import Chunk, Rewindable, SequenceState
 
 WORDS = 2  # tokens that must match for a guess
@@ -77,15 +78,18 @@ class ActiveSequence:
         vocabulary: the model's tokens.
         capacity: maximum number of tokens, including the prompt.
         block: tokens in a prefill chunk and in a block of the prefix cache.
+        parts: the parts of the layers whose keys and values are cached apart.
 
     Attributes:
-        keys: cache keys of the prompt's full blocks; empty if its prefix cannot be cached.
+        cuts: layers at which the sequence's state is divided into these parts.
+        keys: cache keys of the prompt, for each part of the layers.
         state: the runner's state of the sequence; None before its admission and after its end.
         cancelled: set by any thread to end the sequence before the next step.
         finish_reason: None while the sequence runs.
         deliver: consumer of the events; the scheduler calls it with each one.
         prompt_logprobs: log probabilities of the prompt tokens computed so far.
-        cached_tokens: prompt tokens that came from the prefix cache.
+        cached_tokens: prompt tokens that came from the prefix cache, with all their layers.
+        stream_bytes: memory of residual streams from the prefix cache, in bytes.
 
     Raises:
         ConfigError: the request's grammar does not compile.
@@ -98,13 +102,16 @@ class ActiveSequence:
         vocabulary: Vocabulary,
         capacity: int,
         block: int,
+        parts: Sequence[LayerPart],
     ) -> None:
         self.request = request
         self.armed = armed
         self.capacity = capacity
         self.block = block
-        identity = "" if armed is None else armed.identity
-        self.keys = [] if identity is None else block_keys(identity, request.prompt_ids, block)
+        self.cuts = tuple(part.cut for part in parts if part.cut is not None)
+        prompt = request.prompt_ids
+        first_needed = request.scored_from if request.prompt_logprobs else len(prompt)
+        self.keys = part_keys(parts, armed, prompt, block, first_needed)
         self.state: SequenceState | None = None
         self.cancelled = False
         self.finish_reason: FinishReason | None = None
@@ -112,6 +119,7 @@ class ActiveSequence:
         unscored = request.scored_from if request.prompt_logprobs else 0
         self.prompt_logprobs: list[TokenLogprob | None] = [None] * unscored
         self.cached_tokens = 0
+        self.stream_bytes = 0
         self._expert_counts = Counter[str | None]()
         self._sampler = Sampler(request.sampling, request.prompt_ids)
         self._text = TextStream(vocabulary.tokenizer, request.stop)
@@ -129,20 +137,6 @@ class ActiveSequence:
             sum(expert_counts.values()),
             expert_counts,
         )
-
-    @property
-    def reusable(self) -> Sequence[bytes]:
-        """Cache keys of the blocks that may come from the prefix cache.
-
-        They exclude tokens whose logits are needed: the last prompt token, or all from
-        `scored_from` on.
-        """
-        first_needed = (
-            self.request.scored_from
-            if self.request.prompt_logprobs
-            else len(self.request.prompt_ids)
-        )
-        return self.keys[: (first_needed - 1) // self.block]
 
     @property
     def prefilling(self) -> bool:
@@ -257,7 +251,11 @@ class ActiveSequence:
 
 
 def activate(
-    request: Request, model: LanguageModel, vocabulary: Vocabulary, block: int
+    request: Request,
+    model: LanguageModel,
+    vocabulary: Vocabulary,
+    block: int,
+    divides: Callable[[ArmedExperts | None], bool],
 ) -> ActiveSequence:
     """Validate a request and return its sequence, with its experts chosen among those plugged now.
 
@@ -266,6 +264,7 @@ def activate(
         model: the model, with its plugged experts.
         vocabulary: the model's tokens.
         block: tokens in a prefill chunk.
+        divides: whether the layers of a sequence with these experts may be divided into parts.
 
     Raises:
         ConfigError: the request is too long for the model, has ids outside the vocabulary, or its
@@ -294,7 +293,10 @@ def activate(
         document=request.prompt_ids,
     )
     capacity = min(prompt_tokens + request.sampling.max_new_tokens, context)
-    return ActiveSequence(request, armed, vocabulary, capacity, block)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    cuts = choose_cuts(layers, model.experts.first_layers) if divides(armed) else ()
+    parts = layer_parts(layers, cuts)
+    return ActiveSequence(request, armed, vocabulary, capacity, block, parts)
 
 
 def logprobs(logits_RV: Logits, targets: Sequence[int], top: int) -> list[TokenLogprob]:

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from deepseek.errors import ConfigError
+from deepseek.model.layer_parts import LayerPart
 
 Change = Callable[[Tensor], Tensor]
 """Selects, repeats or reorders the sequences of a batch along the first axis of a tensor."""
@@ -46,24 +47,37 @@ Key = tuple[int, type[LayerState]]
 
 @dataclass(frozen=True)
 class CacheSegment:
-    """The cache entries of a range of tokens. Segments are immutable.
+    """The cache entries of a range of tokens at one part of the layers. Segments are immutable.
 
     Attributes:
+        start, stop: positions of the first token, and past the last one.
+        layers: the layers of the part.
         keys, values: `[B, G, T, K]` per layer.
         gates: layer -> running sums of the gates `[B, 3, M]` after the last token.
         states: state of layers beside keys and values.
+        stream_BTD: residual stream at the part's cut; None: the uppermost part.
     """
 
+    start: int
+    stop: int
+    layers: range
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     gates: dict[int, Tensor]
     states: dict[Key, LayerState]
+    stream_BTD: Tensor | None
+
+    @property
+    def stream_bytes(self) -> int:
+        """Memory of the residual stream, in bytes."""
+        return 0 if self.stream_BTD is None else self.stream_BTD.nbytes
 
     @property
     def nbytes(self) -> int:
         """Memory in use, in bytes."""
         tensors = sum(part.nbytes for part in (*self.keys, *self.values, *self.gates.values()))
-        return tensors + sum(state.nbytes for state in self.states.values())
+        states = sum(state.nbytes for state in self.states.values())
+        return tensors + states + self.stream_bytes
 
 
 class ReservedLayer(DynamicLayer):
@@ -166,23 +180,38 @@ class KVCache(DynamicCache):
         tensors = sum(part.nbytes for part in (*parts, *self.gate_state.values()))
         return tensors + sum(state.nbytes for state in self.states.values())
 
-    def segment(self, start: int) -> CacheSegment:
-        """Return a copy of the cache entries of the tokens from `start` to the end."""
-        layers = list[Any](self.layers)
+    def segment(
+        self, tokens: range, part: LayerPart, stream_BTD: Tensor | None = None
+    ) -> CacheSegment:
+        """Return a copy of the cache entries of the last tokens of a part of the layers.
+
+        Args:
+            tokens: positions of the tokens.
+            part: the layers to copy.
+            stream_BTD: residual stream of these tokens at the part's cut; None: the uppermost part.
+        """
+        layers: list[Any] = [self.layers[layer] for layer in part.cached]
+        gates = {layer: sums for layer, sums in self.gate_state.items() if layer in part.gated}
+        states = {key: state for key, state in self.states.items() if key[0] in part.cached}
         return CacheSegment(
-            keys=tuple(layer.keys[:, :, start:].clone() for layer in layers),
-            values=tuple(layer.values[:, :, start:].clone() for layer in layers),
-            gates={layer: sums.clone() for layer, sums in self.gate_state.items()},
-            states={key: state.segment(start) for key, state in self.states.items()},
+            start=tokens.start,
+            stop=tokens.stop,
+            layers=part.cached,
+            keys=tuple(layer.keys[:, :, tokens.start :].clone() for layer in layers),
+            values=tuple(layer.values[:, :, tokens.start :].clone() for layer in layers),
+            gates={layer: sums.clone() for layer, sums in gates.items()},
+            states={key: state.segment(tokens.start) for key, state in states.items()},
+            stream_BTD=None if stream_BTD is None else stream_BTD.clone(),
         )
 
     def extend(self, segment: CacheSegment) -> None:
-        """Append the tokens of `segment`.
+        """Append the tokens of `segment` to its layers.
 
-        Its `start` must equal this cache's length, and it must come from a sequence with the same
-        experts.
+        Its `start` must equal their length in this cache, and it must come from a sequence in which
+        the same experts acted below the end of its layers.
         """
-        for layer, (keys, values) in enumerate(zip(segment.keys, segment.values, strict=True)):
+        parts = zip(segment.layers, segment.keys, segment.values, strict=True)
+        for layer, keys, values in parts:
             self.update(keys, values, layer)
         for key, state in segment.states.items():
             if key in self.states:
@@ -191,7 +220,7 @@ class KVCache(DynamicCache):
                 # Copy: the same segment may be appended to other caches.
                 self.states[key] = state.segment(0)
         # No copy of the tensors: a step replaces the sums and never writes into them.
-        self.gate_state = dict(segment.gates)
+        self.gate_state = self.gate_state | segment.gates
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]

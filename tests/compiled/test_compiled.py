@@ -191,8 +191,8 @@ def test_a_sequence_has_the_same_bits_in_any_batch(runner):
 def test_a_stored_prefix_gives_the_same_bits(runner, cuts):
     source, state, start = runner.start(None, 256), runner.start(None, 256), 0
     for cut in cuts:
-        runner.forward([Chunk(source, IDS[start:cut])])
-        state.extend(source.segment(start))
+        output = runner.forward([Chunk(source, IDS[start:cut], store=[0])])
+        state.extend(output.segments[0][0])
         start = cut
     # The source goes on and must not disturb who took its prefix.
     runner.forward([Chunk(source, [1] * 20)])
@@ -267,7 +267,7 @@ def test_what_was_taken_back_leaves_no_trace_in_gates(model, runner, right):
     runner.forward([Chunk(state, [*IDS[41 : 41 + right], *[3] * (RECENT - right)], RECENT)])
     state.rewind(41 + right)
     twin = runner.start(armed, 256)
-    twin.extend(state.segment(0))
+    twin.extend(state.segment(0, 0, None))
     for one in (state, twin):
         assert torch.equal(
             runner.forward([Chunk(one, IDS[41 + right :], 59 - right)]).logits_RV,
@@ -285,7 +285,7 @@ def test_bits_depend_on_neither_pieces_nor_batch_nor_prefix(kind, sizes, data):
     if stored:
         source = runner.start(None, 256)
         runner.forward([Chunk(source, IDS[:stored])])
-        state.extend(source.segment(0))
+        state.extend(source.segment(0, 0, None))
     others = [runner.start(None, 256) for _ in range(data.draw(st.integers(0, 3)))]
     start = stored
     for size in sizes:

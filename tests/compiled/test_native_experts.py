@@ -293,8 +293,8 @@ def test_bits_depend_on_neither_batch_nor_pieces_nor_prefix_cache(
     for stop in sorted(cuts | stored | {100}):
         piece = IDS[start:stop]
         if stop in stored:  # computed by another sequence, and taken from it
-            runner.forward([*beside, Chunk(source, piece)])
-            state.extend(source.segment(start))
+            output = runner.forward([*beside, Chunk(source, piece, store=[0])])
+            state.extend(output.segments[-1][0])
         else:
             output = runner.forward([*beside, Chunk(state, piece, len(piece))])
             assert torch.equal(output.logits_RV, whole_logits(kind)[start:stop])

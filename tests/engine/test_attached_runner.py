@@ -32,8 +32,8 @@ def test_chunks_and_prefixes_give_one_passs_logits(model: AttachedModel) -> None
     parts = []
     segments = []
     for start in range(0, 40, 8):
-        parts.append(runner.forward([Chunk(state, IDS[start : start + 8], 8)]))
-        segments.append(state.segment(start))
+        parts.append(runner.forward([Chunk(state, IDS[start : start + 8], 8, store=[0])]))
+        segments.append(parts[-1].segments[0][0])
         assert state.length == start + 8
         assert state.nbytes <= runner.state_bytes(start + 8, armed)
     with torch.no_grad():

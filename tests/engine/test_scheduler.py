@@ -12,7 +12,7 @@ from tiny_expert import save_expert
 from tiny_model import KINDS, tiny_model
 
 from deepseek.engine.load import Loaded
-from deepseek.engine.prefix import PrefixCache, block_keys
+from deepseek.engine.prefix import PartKeys, PrefixCache, block_keys
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.scheduler import Scheduler
@@ -42,7 +42,7 @@ def test_the_budget_is_never_exceeded(
         request = Request(
             tuple(range(3, 3 + length)), Sampling(max_new_tokens=count), choice, ignore_end=True
         )
-        sequences.append(activate(request, model, vocabulary, 4))
+        sequences.append(activate(request, model, vocabulary, 4, scheduler.runner.divides))
     scheduler.waiting.extend(sequences)
     for number in range(400):
         scheduler.step()
@@ -66,8 +66,8 @@ def test_a_state_in_pieces_goes_on_as_the_whole_one(kind: str, tmp_path: Path) -
     runner = TorchRunner(loaded.model)
     whole, copied = (runner.start(loaded.model.experts.armed(), 40) for _ in range(2))
     for start in range(0, 24, 8):
-        runner.forward([Chunk(whole, range(start, start + 8), 0)])
-        segment = whole.segment(start)
+        chunk = Chunk(whole, range(start, start + 8), 0, store=[0])
+        segment = runner.forward([chunk]).segments[0][0]
         copied.extend(segment)
         assert isinstance(copied, TorchState)
         assert (
@@ -99,13 +99,14 @@ class Block:
     """A segment of ten bytes."""
 
     nbytes = 10
+    stream_bytes = 0
 
 
 def test_the_least_recently_used_block_goes_first() -> None:
     cache, blocks = PrefixCache(), {key: Block() for key in (b"a", b"b", b"c", b"d")}
     for key in (b"a", b"b", b"c"):
         cache.add(key, blocks[key], limit=30)
-    assert cache.match([b"a", b"x", b"b"]) == [blocks[b"a"]]
+    assert cache.match([PartKeys([b"a", b"x", b"b"], 3)]) == [[blocks[b"a"]]]
     cache.add(b"d", blocks[b"d"], limit=30)
     assert b"b" not in cache
     assert (b"a" in cache, cache.nbytes) == (True, 30)

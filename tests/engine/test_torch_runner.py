@@ -105,7 +105,7 @@ def runs(loaded: Loaded, written: Sequence[Text], order: Sequence[int]) -> list[
         if not queue:
             break
     return [
-        RunnerOutput(torch.cat(parts), tuple(names))
+        RunnerOutput(torch.cat(parts), tuple(names), ())
         for parts, names in zip(logits, experts, strict=True)
     ]
 

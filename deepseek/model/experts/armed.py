@@ -209,13 +209,32 @@ class ArmedExperts:
 
         None if the set has no unique key because a module is forced or was created in memory.
         """
-        members = self._roster.members
+        return self.identity_below(None)
+
+    def identity_below(self, cut: int | None) -> str | None:
+        """Return the cache key of those of these experts that act up to the attention of a layer.
+
+        Args:
+            cut: the layer; None: all layers. An adapter changes attention too, and counts for every
+                layer.
+
+        Returns:
+            The key; "" if none acts there, None if one of those that do has no unique key.
+        """
+        members = [
+            member
+            for member in self._roster.members
+            if cut is None or not isinstance(member, ExpertModule) or member.layers[0] < cut
+        ]
+        if not members:
+            return ""
         digests = [module.digest for module in members]
         if self._banks is None or not all(digests):
             return None
         factors = [self.factors.get(module.name, 1.0) for module in members]
         # Without factors the key is that of the set alone.
-        return f"[{self._roster.max_experts}] {digests} {factors if self.factors else ''}"
+        weighted = any(factor != 1.0 for factor in factors)
+        return f"[{self._roster.max_experts}] {digests} {factors if weighted else ''}"
 
     def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """Return the output `y` of a linear layer plus the changes of the armed adapters.

@@ -345,6 +345,12 @@ class ExpertSet:
         infos = (self._info(expert) for expert in self._state.plugged)
         return tuple(sorted(infos, key=lambda info: info.name))
 
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """The lowest layer of each plugged module; adapters are left out."""
+        modules = (expert.module for expert in self._state.plugged)
+        return tuple(module.layers[0] for module in modules if isinstance(module, ExpertModule))
+
     def manifest(self, name: str) -> AnyManifest:
         """Return the manifest of a plugged module; raise `PackError` if it is not plugged."""
         return self._state.require(name).manifest

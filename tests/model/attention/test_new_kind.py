@@ -131,8 +131,8 @@ def test_a_state_in_pieces_goes_on_as_the_whole_one(loud: Loaded) -> None:
     runner = TorchRunner(loud.model)
     original, copied = runner.start(None, 40), runner.start(None, 40)
     for start in range(0, 24, BLOCK):
-        runner.forward([Chunk(original, range(start, start + BLOCK), 0)])
-        segment = original.segment(start)
+        chunk = Chunk(original, range(start, start + BLOCK), 0, store=[0])
+        segment = runner.forward([chunk]).segments[0][0]
         copied.extend(segment)
         assert 0 < segment.nbytes < copied.nbytes or start == 0
         assert copied.nbytes == original.nbytes == runner.state_bytes(start + BLOCK, None)
