@@ -75,7 +75,11 @@ class PageShape:
         """Return views of a token's key, value and kappa in a page."""
         layers = len(self.layers)
         parts = page.reshape(layers, self.layer_bytes)
-        memory = parts[:, : self._memory_bytes].view(np.uint16).reshape(layers, self.groups, 2, -1)
+        memory = (
+            parts[:, : self._memory_bytes]
+            .view(np.uint16)
+            .reshape(layers, self.groups, 2, PAGE * self.width)
+        )
         keys = memory[:, :, 0].reshape(layers, self.groups, self.width // 2, PAGE, 2)
         values = memory[:, :, 1].reshape(
             layers, self.groups, self.width // GROUP, PAGE // 2, GROUP, 2

@@ -5,6 +5,7 @@ bit for bit, those without a prefix cache.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,28 @@ from deepseek.model.layer_parts import choose_cuts, layer_parts
 from deepseek.runner import Runner
 
 LAYERS = {"top": [4], "upper": [3, 4], "middle": [2, 3, 4], "low": [1, 2, 3, 4], "apart": [1, 4]}
-COMPILED = {"num_hidden_layers": 5, "hidden_size": 64, "num_attention_heads": 2}
-COMPILED |= {"num_key_value_heads": 1, "head_dim": 64}
+COMPILED = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+}
+NORMED = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "post_norms": True,
+    "scale_embeddings": True,
+    "sliding_window": 30,
+    "full_attention_layers": [1],
+    "local_rope_theta": 100.0,
+}
+COMPILED_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "compiled": ("dense", COMPILED),
+    "compiled dpe": ("dpe", COMPILED),
+    "compiled dpe, normed": ("dpe", COMPILED | NORMED),
+    "compiled mixture": ("dmoe", COMPILED),
+}
+KINDS = [*COMPILED_KINDS, "dense", "window", "lsh", "dpe", "dmoe", "normed"]
 
 
 @dataclass(frozen=True)
@@ -106,10 +127,9 @@ class Bench:
 
 
 def bench(kind: str) -> Bench:
-    loaded = tiny_model(
-        "dense" if kind == "compiled" else kind,
-        **(COMPILED if kind == "compiled" else {"num_hidden_layers": 5}),
-    )
+    other = ("dense", NORMED) if kind == "normed" else (kind, {})
+    shape, fields = COMPILED_KINDS.get(kind, other)
+    loaded = tiny_model(shape, num_hidden_layers=5, **fields)
     model = loaded.model
     for seed, (name, layers) in enumerate(LAYERS.items()):
         torch.manual_seed(seed)
@@ -119,12 +139,12 @@ def bench(kind: str) -> Bench:
             module.set_gate(layer, torch.randn(module.hidden_size + 1) * 0.3)
         pack = module.requires_grad_(False).to_pack(model.experts.base, "Apache-2.0")
         model.experts.plug(pack)
-    if kind == "compiled":
+    if kind in COMPILED_KINDS:
         return Bench(loaded, CompiledRunner(model), 3)
     return Bench(loaded, TorchRunner(model), 1)
 
 
-@pytest.fixture(scope="module", params=["compiled", "dense", "window", "lsh", "dpe", "dmoe"])
+@pytest.fixture(scope="module", params=KINDS)
 def kind_of_bench(request: pytest.FixtureRequest) -> Bench:
     return bench(request.param)
 
@@ -145,6 +165,16 @@ def test_what_is_shared_changes_no_bit(
     for asked in rounds:
         expected = [bench.alone(ask, block) for ask in asked]
         assert bench.run(asked, scheduler, True) == expected
+
+
+@pytest.mark.parametrize("kind", COMPILED_KINDS)
+def test_whole_pages_are_shared_part_by_part(kind: str) -> None:
+    one = bench(kind)
+    scheduler = Scheduler(one.runner, prefill_chunk=32)
+    for experts in [(), ("top",), ("upper",), ("middle", "top"), ("top",)]:
+        ask = Ask(200, 200, experts, False)
+        assert one.run([ask], scheduler, True) == [one.alone(ask, 32)]
+    assert (scheduler.shared_tokens, scheduler.cached_tokens) == (3 * 192, 192)
 
 
 def test_a_prompt_read_once_serves_every_set_that_begins_above() -> None:
