@@ -1,52 +1,32 @@
 """Fuzz targets: readers of untrusted files and requests, each with valid seeds and a strategy."""
 
-import asyncio
 import json
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 from fuzz.mutate import deep, mutated_bytes, mutated_text, mutated_value
+from fuzz.requests import bodies, constraints, dialects, prompts, teach
+from fuzz.target import Fuzzer, Run, as_json, lossless, lossy, on_file
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
 from tiny_expert import save_base, save_expert
 from tiny_gguf import tiny_llama, write_gguf
-from tiny_model import tiny_model
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 from deepseek.checkpoint.gguf.convert import convert_gguf
 from deepseek.data.preferences.files import read_preferences
 from deepseek.data.text.source import read_records
-from deepseek.engine.engine import Engine
 from deepseek.engine.load import load
 from deepseek.errors import UserError
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.pack import read_pack
-from deepseek.server.app import create_app
-from deepseek.server.service import Settings
 from deepseek.text.chat_template import encode_chat, encode_prompt
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.recipe import STAGES, RecipeSettings
-
-Run = Callable[[Any], object]
-
-
-@dataclass(frozen=True)
-class Fuzzer:
-    """A target.
-
-    Attributes:
-        cases: strategy of its inputs.
-        run: takes one input; a `UserError` is a refusal, any other exception a finding.
-    """
-
-    cases: st.SearchStrategy[Any]
-    run: Run
 
 
 def pack(folder: Path, _: ExitStack) -> Fuzzer:
@@ -157,73 +137,6 @@ def preferences(folder: Path, _: ExitStack) -> Fuzzer:
             pair.row()
 
     return Fuzzer(lines(PAIRS), on_file(folder / "case.jsonl", run))
-
-
-CHAT = {
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "hello"}],
-    "max_tokens": 1,
-    "temperature": 0.5,
-    "stop": ["x"],
-    "logit_bias": {"5": 1.0},
-    "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
-    "experts": {"arm": "auto", "deny": []},
-}
-
-BODIES: dict[str, Any] = {
-    "/v1/chat/completions": CHAT,
-    "/v1/completions": {"model": "tiny", "prompt": "ab", "max_tokens": 1, "echo": True},
-    "/v1/embeddings": {"model": "tiny", "input": ["ab", "c"]},
-    "/v1/responses": {
-        "model": "tiny",
-        "input": [{"role": "user", "content": "hi"}],
-        "max_output_tokens": 1,
-        "text": {"format": {"type": "text"}},
-    },
-    "/v1/experts": {"name": "one"},
-    "/v1/experts/arm": {"arm": ["one"]},
-    "/v1/teach": {"name": "one", "kind": "folder", "path": "."},
-    "/v1/preferences": {
-        "prompt": [{"role": "user", "content": "q"}],
-        "chosen": "a",
-        "rejected": "b",
-    },
-}
-
-SELF = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
-
-
-def bodies(folder: Path, stack: ExitStack) -> Fuzzer:
-    """Bodies of requests, answered by the server in this process."""
-    engine = stack.enter_context(Engine(*tiny_model(), max_waiting=64))
-    settings = Settings(
-        model="tiny", preferences=folder / "prefs.db", experts_folder=folder, max_body=1 << 20
-    )
-    app = create_app(engine, settings)
-
-    async def post(case: tuple[str, bytes]) -> httpx.Response:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            headers = {"Content-Type": "application/json"}
-            return await client.post(case[0], content=case[1], headers=headers, timeout=60)
-
-    def run(case: tuple[str, bytes]) -> None:
-        reply = asyncio.run(post(case))
-        assert reply.status_code < 500, f"{reply.status_code}: {reply.text[:300]}"
-        if reply.status_code >= 400:
-            raise UserError(reply.json()["error"]["message"])
-
-    # The kernels are compiled at first use, which is no case's own time.
-    run(("/v1/completions", b'{"model": "tiny", "prompt": "ab", "echo": true}'))
-
-    def one(route: str, seed: Any) -> st.SearchStrategy[tuple[str, bytes]]:
-        changed = mutated_value(seed, {**seed, "response_format": SELF}).map(as_json).map(lossless)
-        texts = st.one_of(changed, mutated_bytes(as_json(seed).encode()))
-        nested = st.sampled_from([deep("[", "]").encode(), deep('{"a":', "}").encode()])
-        return st.tuples(st.just(route), st.one_of(texts, texts, texts, nested))
-
-    return Fuzzer(st.one_of([one(route, seed) for route, seed in BODIES.items()]), run)
 
 
 RECIPE = {
@@ -337,19 +250,13 @@ TARGETS: dict[str, Callable[[Path, ExitStack], Fuzzer]] = {
     "parquet": parquet_rows,
     "preferences": preferences,
     "bodies": bodies,
+    "dialects": dialects,
+    "constraints": constraints,
+    "teach": teach,
+    "prompts": prompts,
     "recipes": recipes,
     "templates": templates,
 }
-
-
-def on_file(path: Path, read: Run) -> Run:
-    """Return a run that writes its input to a file and reads that."""
-
-    def run(data: bytes) -> None:
-        path.write_bytes(data)
-        read(path)
-
-    return run
 
 
 def split_safetensors(data: bytes) -> tuple[Any, bytes]:
@@ -362,16 +269,3 @@ def join_safetensors(header: Any, data: bytes) -> bytes:
     """Return a safetensors file."""
     text = lossless(as_json(header))
     return struct.pack("<Q", len(text)) + text + data
-
-
-def as_json(value: Any) -> str:
-    """Return JSON, in which NaN and lone surrogates stay as they are."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def lossless(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def lossy(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
