@@ -31,6 +31,18 @@ class Licence:
         return f"{terms}; its use restrictions also bind experts and models made from it"
 
 
+MALFORMED = (
+    OSError,
+    yaml.YAMLError,
+    IndexError,
+    # What the parser raises for impossible dates, tags that do not fit, and endless nesting.
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
+"""Errors of a card that cannot be read."""
+
 RESTRICTED = ("gemma", "llama", "openrail", "deepseek", "cc-by-nc")
 """Beginnings of Hugging Face licence ids whose terms restrict the use of derivatives."""
 
@@ -38,19 +50,20 @@ RESTRICTED = ("gemma", "llama", "openrail", "deepseek", "cc-by-nc")
 def read_licence(folder: Path) -> Licence:
     """Return the licence that the model card in a folder states.
 
-    A card without front matter, or none at all, gives `Licence()`.
+    A card without front matter, or with one that is no YAML, or none at all, gives `Licence()`.
     """
     try:
         text = (folder / CARD).read_bytes()[:LONGEST_CARD].decode(errors="replace")
         fields = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, yaml.YAMLError, IndexError):
+    except MALFORMED:
         return Licence()
     if not isinstance(fields, dict) or not isinstance(fields.get("license"), str):
         return Licence()
     name = fields["license"]
     if name == "other" and isinstance(fields.get("license_name"), str):
         name = fields["license_name"]
-    return licence_of(name, str(fields.get("license_link") or ""))
+    link = fields.get("license_link")
+    return licence_of(name, link if isinstance(link, str) else "")
 
 
 def licence_of(name: str, link: str = "") -> Licence:

@@ -47,6 +47,8 @@ def installed(folder: Path | None = None) -> dict[str, Path]:
 def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], list[str]]:
     """Return the packs in a folder that were trained for a base model.
 
+    Of several packs of one expert, the file of that name counts, else the first one.
+
     Args:
         base: name of the base model.
         folder: None: the folder of trained experts.
@@ -56,17 +58,27 @@ def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], l
     """
     from deepseek.packs.pack import read_pack  # loads torch
 
-    fitting: dict[str, Path] = {}
+    experts: dict[str, str] = {}  # file, without its suffix -> name in its manifest
     problems: list[str] = []
-    for name, path in installed(folder).items():
+    packs = installed(folder)
+    for file, path in packs.items():
         try:
             manifest = read_pack(path).manifest
         except (PackError, OSError) as error:
             problems.append(f"{path.name} is left out: {error}")
             continue
         if manifest.base.name == base:
-            fitting[name] = path
-    return fitting, problems
+            experts[file] = manifest.name
+    chosen: dict[str, str] = {}  # name -> file
+    for file in sorted(experts, key=lambda file: file != experts[file]):
+        chosen.setdefault(experts[file], file)
+    for file, name in experts.items():
+        if chosen[name] != file:
+            problems.append(
+                f"{file}{SUFFIX} is left out: {chosen[name]}{SUFFIX} holds an expert named {name} "
+                "too; move one of them elsewhere."
+            )
+    return {file: packs[file] for file in experts if chosen[experts[file]] == file}, problems
 
 
 def find_pack(name_or_path: str | Path) -> Path:

@@ -105,6 +105,23 @@ def test_all_means_the_readable_experts_of_a_folder(
     assert expert_packs("all", "another-base") == []
 
 
+def test_of_several_packs_of_one_expert_one_is_plugged(
+    pack: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """The one whose file has its name; the others would stop the start of a server."""
+    base = read_pack(pack).manifest.base.name
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("copy", "older"):
+        (other / f"{name}.safetensors").write_bytes(pack.read_bytes())
+    assert expert_packs("all", base, other) == [other / "copy.safetensors"]
+    assert "older.safetensors is left out: copy.safetensors holds" in capsys.readouterr().err
+    (other / "poems.safetensors").write_bytes(pack.read_bytes())
+    assert expert_packs("all", base, other) == [other / "poems.safetensors"]
+    warned = capsys.readouterr().err
+    assert warned.count("left out: poems.safetensors holds an expert named poems") == 2
+
+
 def test_an_empty_list_says_how_to_begin(capsys: Capture) -> None:
     status, out, _ = run(capsys, "list")
     assert (status, "deepseek expert train" in out) == (0, True)

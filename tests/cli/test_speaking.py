@@ -1,5 +1,6 @@
 """`generate`, `chat` and `eval` on a small model, with right and with wrong input."""
 
+import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,30 @@ def test_generate_mistakes_end_in_one_sentence(
 def test_an_empty_prompt_is_refused(base_folder: Path, capsys: Capture) -> None:
     assert run("generate", "", "--base", base_folder) == 2
     assert "0 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"ok \x80", b"cut \xe2\x82"])
+def test_undecodable_input_is_one_sentence(
+    data: bytes, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert run("generate", "-", "--base", base_folder) == 2
+    told = capsys.readouterr()
+    assert "Standard input is not UTF-8" in told.err
+    assert told.err.count("\n") == 1 and not told.out
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\n", b"ok \x80\n"])
+def test_undecodable_lines_end_no_chat_in_a_traceback(
+    data: bytes, base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    code = run("chat", "--base", base_folder, "--experts", "", "--max-tokens", "2")
+    told = capsys.readouterr()
+    assert code in (0, 2)
+    assert "Traceback" not in told.err and "unexpected" not in told.err
 
 
 def test_chat_plugs_arms_and_unplugs(
