@@ -177,10 +177,7 @@ class TextArguments(RunArguments):
 
     def as_json(self) -> dict[str, Any]:
         """Return the arguments that decide the result, with absolute paths for the text."""
-        source = vars(self.source)
-        return super().as_json() | {
-            "source": {k: str(v) if isinstance(v, Path) else v for k, v in source.items()}
-        }
+        return super().as_json() | {"source": self.source.as_json()}
 
 
 @dataclass(kw_only=True, frozen=True, config=DECLARED)

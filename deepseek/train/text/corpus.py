@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -67,6 +68,19 @@ class Source:
         """Return the source of the four `paths`, in the order of the fields, made absolute."""
         git, folder, jsonl, parquet = (located(path) if path else None for path in paths)
         return cls(git, folder, jsonl, parquet, held_out, by, seed, questions)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values.
+
+        An `infill` of 0 is left out, so that runs from before this field can be resumed.
+        """
+        values = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self).items()
+        }
+        if not self.infill:
+            del values["infill"]
+        return values
 
 
 @dataclass(frozen=True)
