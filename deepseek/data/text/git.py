@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import pygit2
-from pygit2.enums import DiffOption, FileMode, RepositoryOpenFlag, SortMode
+from pygit2.enums import DiffOption, FileMode, SortMode
 
 from deepseek.checkpoint.files import existing_path, is_special
 from deepseek.data.text.document import Document, not_empty
@@ -30,9 +30,6 @@ nothing.
 
 LOOSE_OBJECT = re.compile(r"/objects/[0-9a-f]{2}/[0-9a-f]{38,62}$")
 CHUNK = 1 << 16
-
-MAX_STORES = 16
-"""Most folders over which a repository may be spread."""
 
 
 @contextmanager
@@ -100,46 +97,6 @@ def _is_whole(file: Path) -> bool:
     except (OSError, zlib.error):
         return False
     return stream.eof
-
-
-def repository_stores(path: Path) -> list[Path]:
-    """Return every folder from which git reads the repository at `path`, links resolved.
-
-    These are its git folder (possibly through a `.git` file or link), the folder shared with other
-    work trees, and the object stores of both with their alternates. Unlike `open_repository`, this
-    does not search the parents of `path`.
-
-    Raises:
-        DataError: `path` itself is not a repository, or it has more than `MAX_STORES` stores (for
-            example a chain of alternates).
-    """
-    try:
-        repository = pygit2.Repository(str(path), RepositoryOpenFlag.NO_SEARCH)
-    except (pygit2.GitError, KeyError, ValueError):
-        raise DataError(
-            f"{path} is not a git repository itself; name the folder that holds its .git."
-        ) from None
-    git_folder = Path(repository.path).resolve()
-    stores = [git_folder]
-    pointer = git_folder / "commondir"
-    if pointer.is_file():
-        target = pointer.read_text(encoding="utf-8", errors="surrogateescape").strip()
-        stores.append((git_folder / target).resolve())
-    pending = [(store / "objects").resolve() for store in stores]
-    while pending:
-        objects = pending.pop()
-        if objects in stores:
-            continue
-        if len(stores) > MAX_STORES:
-            raise DataError(f"{path} has more than {MAX_STORES} object stores; repack it into one.")
-        stores.append(objects)
-        alternates = objects / "info" / "alternates"
-        if alternates.is_file():
-            lines = alternates.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            pending += [
-                (objects / line).resolve() for line in lines if line and not line.startswith("#")
-            ]
-    return stores
 
 
 def repository_name(repository: pygit2.Repository) -> str:

@@ -19,7 +19,7 @@ from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from deepseek.data.text.git import repository_stores
+from deepseek.data.text.git_stores import repository_stores
 from deepseek.errors import DataError, UserError
 from deepseek.packs.library import SUFFIX
 from deepseek.server.errors import ApiError, as_api_error
