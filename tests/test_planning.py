@@ -7,6 +7,7 @@ import torch
 
 import deepseek
 from deepseek.errors import ConfigError
+from deepseek.kernels import int8
 from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.kernels.cross_entropy import CHUNK_LOGITS
 from deepseek.model.config import ModelConfig
@@ -22,6 +23,7 @@ from deepseek.planning import (
     training,
     training_memory,
 )
+from deepseek.planning.hardware import QUANTISED_BYTES
 from deepseek.planning.sizes import parameters, score_bytes
 
 DENSE = {
@@ -122,6 +124,8 @@ def test_the_architecture_has_the_defaults_of_the_config() -> None:
 def test_constants_are_those_of_the_kernels() -> None:
     assert (sizes.DISTANCE_BUCKETS, sizes.DISTANCE_CONTEXTS) == (NUM_BUCKETS, CONTEXTS)
     assert training.CHUNK_LOGITS == CHUNK_LOGITS
+    for bits, size in QUANTISED_BYTES.items():
+        assert size == int8.group_bytes(bits) / (int8.COLUMNS * int8.GROUP)
 
 
 @pytest.mark.parametrize(("zero", "bytes_each"), [(0, 16.0), (1, 9.0), (2, 5.5), (3, 2.0)])
@@ -134,7 +138,7 @@ def test_what_is_frozen_has_no_gradients_and_can_be_quantised() -> None:
     whole = deepseek.plan("deepseek-1b", 1).memory(1)
     part = deepseek.plan("deepseek-1b", 1, trained=0.01, bits=4).memory(1)
     assert part.gradients == pytest.approx(0.01 * whole.gradients)
-    assert part.weights == pytest.approx(whole.weights * (0.01 + 0.99 * 0.5625 / 4))
+    assert part.weights == pytest.approx(whole.weights * (0.01 + 0.99 * 0.53125 / 4))
 
 
 def test_the_peak_is_in_the_backward_pass_or_in_the_step() -> None:

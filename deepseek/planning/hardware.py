@@ -72,7 +72,7 @@ FORMATS = {
 """`mixed`: fp32 weights, gradients and moments, bf16 products (arXiv:1710.03740)."""
 
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-QUANTISED_BYTES = {8: 1.03125, 4: 0.5625}
-"""Bytes per weight with its scales: 16 bits for every 64 weights in our 8-bit format
-(`kernels/int8.py`), and for every 32 weights in GGUF's Q4_0.
+QUANTISED_BYTES = {8: 1.03125, 4: 0.53125}
+"""Bytes per weight with a scale of 16 bits for every 64 weights (`kernels/int8.py`); a test
+compares.
 """
