@@ -186,7 +186,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--one", help="measure one configuration in this process")
-    parser.add_argument("--only", nargs="+", default=list(configurations()), help="their names")
+    parser.add_argument("--only", nargs="*", default=list(configurations()), help="their names")
     parser.add_argument("--resume", action="store_true", help="keep the measured peaks of the file")
     parser.add_argument("--json", type=Path, default=results.FOLDER / "plan_peaks.json")
     options = parser.parse_args()
