@@ -1,7 +1,7 @@
 """`deepseek distill-hash`: fit the hashes of LSH attention to a model's attention."""
 
 from deepseek.cli.job_command import job_command
-from deepseek.train.jobs.arguments import DistillHashArguments
+from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 
 distill_hash = job_command(
     "distill_hash:distill_hash",

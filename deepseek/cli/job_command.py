@@ -46,7 +46,7 @@ def job_command(
             # Before a base is fetched, which can take minutes.
             device = choose_device(checked.device)  # type: ignore[attr-defined]
             choose_dtype(getattr(checked, "dtype", "auto"), device)
-        if "base" in arguments:
+        if "base" in arguments and not getattr(checked, "update", ""):
             # Fetched here for the progress bar; the job would download without one.
             fetch(checked.base)  # type: ignore[attr-defined]
         module, _, function = place.partition(":")

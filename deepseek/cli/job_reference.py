@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from deepseek.evaluate.stage import EvaluationArguments
-from deepseek.train.jobs.arguments import (
-    AdaptArguments,
-    AlignArguments,
-    DistillHashArguments,
-    ExpertArguments,
-)
+from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
+from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 
 

@@ -52,10 +52,11 @@ COMMANDS = {
         "Export a model to ONNX, OpenVINO, TensorRT or stock transformers.",
     ),
     "serve": ("serve:app", "Serve a model: OpenAI's API, hot-pluggable experts, a web page."),
+    "watch": ("watch:watch", "Update an expert whenever its source changes, and plug it live."),
     "expert": ("expert:app", "Train, import, list, rename, remove and check expert packs."),
 }
 
-TRAINS = frozenset({"adapt", "align", "expert", "pretrain", "train"})
+TRAINS = frozenset({"adapt", "align", "expert", "pretrain", "train", "watch"})
 """Commands whose OpenMP threads sleep at barriers. Their parallel regions are long, so spinning
 would only burn cores that other processes need. The decoder has many short regions, for which
 spinning (the default) is faster."""

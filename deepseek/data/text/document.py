@@ -42,6 +42,12 @@ class Document:
         loaded: list[dict[str, str]] = json.loads(self.text)
         return loaded
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of kind, name and text, in hexadecimal: the same document has the same one."""
+        parts = json.dumps([self.kind, self.name, self.text])
+        return sha256(parts.encode()).hexdigest()
+
     def gap(self) -> tuple[str, str, str]:
         """Return prefix, suffix and middle of a document of kind `infill`."""
         loaded: dict[str, str] = json.loads(self.text)

@@ -186,6 +186,19 @@ class ExpertArguments(TextArguments):
 
     makes_file: ClassVar[bool] = True
 
+    unstored: ClassVar[frozenset[str]] = TextArguments.unstored | {"update"}
+
+    going_on: ClassVar[frozenset[str]] = frozenset(
+        {"update", "minutes", "tokens", "epochs", "learning_rate", "device", "dtype"}
+        | {"quiet", "dry_run"}
+    )
+    """Arguments that go with `update`. All others are those of the first training."""
+
+    update: ResultName = ""
+    """Name of a trained expert to continue with what is new in its source; default: none. Its other
+    arguments stay, but `minutes` is 1 by default
+    """
+
     layers: str = Field(default="last:3", pattern=LAYERS, examples=["all", "last:3", "0-9,20"])
     """Layers that get an expert: last:3 is fast, all is strongest; also last:N, or indices such as
     0-9,20
@@ -227,9 +240,21 @@ class ExpertArguments(TextArguments):
     out: AnyPath = None
     """Pack file to write; default: `<name>.safetensors` in the folder of trained experts"""
 
+    def check(self) -> None:
+        """Raise `ConfigError` if `update` is given with an argument that the expert has already."""
+        if not self.update:
+            super().check()
+            return
+        for name, argument in arguments_of(ExpertArguments).items():
+            if name not in self.going_on and getattr(self, name) != argument.default:
+                raise ConfigError(
+                    f"{name} does not go with update: {self.update} keeps the one that it was "
+                    "trained with; leave it out."
+                )
+
     @property
     def source(self) -> "Source":
-        """The text source, with the split of the held-out set, and the shares of questions and of gaps."""
+        """The text source, with the split of the held-out set and the shares of questions and gaps."""
         from dataclasses import replace
 
         from deepseek.train.text.question_mix import QUESTIONS
@@ -344,42 +369,6 @@ class AlignArguments(RunArguments):
     def text_paths(self) -> list[str | Path]:
         """Return the path of the preference database, if one is given."""
         return [self.prefs] if self.prefs else []
-
-
-@dataclass(kw_only=True, frozen=True, config=DECLARED)
-class DistillHashArguments(JobArguments):
-    """Hash distillation"""
-
-    lighter: ClassVar[str] = "a shorter --length"
-
-    base: str = Field(default="smollm2-135m", kw_only=False)
-    """Base model: a known name, a folder, a GGUF file or a hub id"""
-
-    data: tuple[str | Path, ...] = ()
-    """Texts to learn from: folders, JSONL or Parquet files; default: the documentation and standard
-    library of Python
-    """
-
-    texts: int = Field(default=6, ge=1, le=MAX_COUNT)
-    """Number of texts"""
-
-    length: int = Field(default=4096, ge=512, le=MAX_LENGTH)
-    """Tokens per text"""
-
-    buckets: int = Field(default=64, ge=2, le=MAX_LENGTH)
-    """Key buckets per head; must equal the model's `lsh_num_buckets`"""
-
-    window: int = Field(default=40, ge=1, le=MAX_LENGTH)
-    """Keys that a query attends to in each bucket; must equal the model's `lsh_bucket_window`"""
-
-    exact: int = Field(default=2, ge=0, le=1024)
-    """Number of first layers that keep exact attention"""
-
-    calibrate_only: bool = False
-    """Cluster the keys, but don't train the probing"""
-
-    out: AnyPath = None
-    """File to write; default: beside the model"""
 
 
 def source_name(*paths: AnyPath) -> str:

@@ -18,8 +18,8 @@ from deepseek.errors import ConfigError
 from deepseek.model.attention.hash import hash_file, save_hashes
 from deepseek.model.language_model import own_model
 from deepseek.train.hash.distill import HashSettings, distill_hashes
-from deepseek.train.jobs.arguments import DistillHashArguments
 from deepseek.train.jobs.declaration import job
+from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
 

@@ -347,10 +347,16 @@ WHOLE = Recipe(width=256, shortest=1, batch_rows=2, learning_rate=3e-3)
 def train_expert(arguments: ExpertArguments) -> Path:
     """Train an expert module on text and return the path of its pack. The same call resumes a run.
 
+    With `update`, a trained expert is continued with what is new in its source instead.
+
     Raises:
         DataError, TrainError, ConfigError, HubError: the message states the cause and the fix.
         KeyboardInterrupt: after Ctrl-C; the message says how to resume.
     """
+    if arguments.update:
+        from deepseek.train.jobs.update import update_expert  # it builds on this module
+
+        return update_expert(arguments)
     request = expert_request(arguments)
     pack = experts_folder() / f"{request.name}{SUFFIX}"
     run = Run.of(request, pack, partial(text_inputs, request))

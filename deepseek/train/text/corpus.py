@@ -107,7 +107,7 @@ def build_corpus(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     progress: Progress = silent,
-    order: Callable[[list[Document]], list[Document]] = list,
+    choose: Callable[[list[Document]], list[Document]] = list,
     validation: bool = False,
 ) -> Corpus:
     """Return the corpus in `folder`, building it from `source` if it is missing.
@@ -120,7 +120,8 @@ def build_corpus(
         tokenizer: tokenizer of the model.
         folder: folder of the corpus.
         progress: shows the progress.
-        order: sorts the training documents before they are written; default: as read.
+        choose: sorts or chooses the training documents, before questions and gaps are made of them;
+            default: all.
         validation: move half of the held-out text to a validation set (see `halve`).
     """
     notes = folder / "corpus.json"
@@ -131,17 +132,18 @@ def build_corpus(
         else:
             documents, report = clean(read_source(source, skipped), skipped, progress)
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
+        known = sorted({document.digest for document in train})
         train = mix_questions(
-            train, held_out, tokenizer, source.questions, folder / "questions.jsonl"
+            choose(train), held_out, tokenizer, source.questions, folder / "questions.jsonl"
         )
         train = with_gaps(train, source.infill, source.seed)
-        TokenShards.build(order(train), tokenizer, folder / "train", progress=progress)
+        TokenShards.build(train, tokenizer, folder / "train", progress=progress)
         if validation:
             chosen, held_out = halve(held_out, source.by, source.seed)
             TokenShards.build(chosen, tokenizer, folder / "validation", progress=progress)
         TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
         commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
-        write_json(notes, {"report": str(report), "commit": commit})
+        write_json(notes, {"report": str(report), "commit": commit, "documents": known})
     stored = read_object(notes)
     return Corpus(
         TokenShards(folder / "train"),
@@ -150,6 +152,22 @@ def build_corpus(
         str(stored.get("report")),
         stored.get("commit"),
     )
+
+
+def known_documents(folder: Path) -> frozenset[str]:
+    """Return the digests of all training documents that the source of a corpus held (see
+    `Document.digest`).
+
+    Raises:
+        DataError: an earlier version built the corpus, which did not note them.
+    """
+    documents = read_object(folder / "corpus.json").get("documents")
+    if not isinstance(documents, list):
+        raise DataError(
+            f"{folder} does not say which documents it has, as an earlier version built it; train "
+            "the expert anew, under the same name with another --run-folder."
+        )
+    return frozenset(map(str, documents))
 
 
 def past_and_future(

@@ -1,0 +1,85 @@
+"""The expert routes of a running server, as `deepseek watch` uses them."""
+
+import json
+import urllib.error
+import urllib.request
+from urllib.parse import quote, urlsplit
+
+from deepseek.errors import ConfigError, DataError
+
+TIMEOUT = 60.0
+"""Seconds to wait for an answer of the server."""
+
+
+class ExpertServer:
+    """The expert routes of a running server.
+
+    Args:
+        url: its address, such as `http://127.0.0.1:8000`.
+        key: admin key; "": the server has none.
+
+    Raises:
+        ConfigError: the address is none.
+    """
+
+    def __init__(self, url: str, key: str = "") -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(
+                f"The server's address {url!r} is not understood; write it as "
+                "http://127.0.0.1:8000."
+            )
+        self._url = url.rstrip("/")
+        self._key = key
+
+    def check(self) -> None:
+        """Raise `DataError` if the server does not answer."""
+        self._send("GET", "/v1/experts")
+
+    def plug_again(self, name: str) -> None:
+        """Replace an expert by the pack of its name in the server's folder.
+
+        Raises:
+            DataError: the server cannot be reached or refuses; the message says why.
+        """
+        self._send("DELETE", f"/v1/experts/{quote(name)}", missing_is_fine=True)
+        self._send("POST", "/v1/experts", {"name": name})
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, str] | None = None,
+        *,
+        missing_is_fine: bool = False,
+    ) -> None:
+        data = None if body is None else json.dumps(body).encode()
+        # The scheme is checked above.
+        request = urllib.request.Request(self._url + path, data, method=method)  # noqa: S310
+        request.add_header("Content-Type", "application/json")
+        if self._key:
+            request.add_header("Authorization", f"Bearer {self._key}")
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT):  # noqa: S310
+                return
+        except urllib.error.HTTPError as error:
+            if error.code == 404 and missing_is_fine:
+                return
+            raise DataError(
+                f"The server refused {method} {path} ({error.code}): {_fault(error)}"
+            ) from None
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise DataError(
+                f"The server at {self._url} cannot be reached ({reason}); start it with `deepseek "
+                "serve`, or leave --server out."
+            ) from None
+
+
+def _fault(error: urllib.error.HTTPError) -> str:
+    """Return the message of an error body in OpenAI's form, or else the body's beginning."""
+    body = error.read(4000).decode(errors="replace")
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200]

@@ -1,0 +1,309 @@
+"""`deepseek expert train --update NAME`: continue an expert with what is new in its source.
+
+The source is read anew. Training documents that the expert's earlier runs did not have are new; a
+changed file is a new document. The expert goes on from its weights, on these and on as much of its
+past, and its gates are calibrated anew. Held-out text is chosen by the same rule as before.
+
+An update is a run of its own, in `updates/` of the run that trained the expert.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek.checkpoint.store import atomic_write, read_object, write_json
+from deepseek.data import Document, RowLoader
+from deepseek.data.text.document import uniform
+from deepseek.data.text.git import find_commit, open_repository
+from deepseek.errors import DataError, PackError
+from deepseek.model.experts import ExpertModule
+from deepseek.packs.manifest import Manifest, Metric
+from deepseek.packs.pack import ExpertPack, read_pack
+from deepseek.train.jobs.arguments import ExpertArguments
+from deepseek.train.jobs.expert import ExpertRequest, ExpertRun
+from deepseek.train.jobs.outcome import Outcome
+from deepseek.train.jobs.plan import TrainingPlan
+from deepseek.train.jobs.text_run import text_inputs
+from deepseek.train.loop.loop import Task
+from deepseek.train.loop.past_runs import find_run
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.loop.run_lock import run_lock
+from deepseek.train.loop.runs import Run, run_once
+from deepseek.train.text.corpus import Corpus, Source, build_corpus, known_documents
+from deepseek.train.text.inputs import text_digest
+
+MINUTES = 1.0
+"""Default time budget of an update, in minutes."""
+
+RATE = 0.25
+"""Learning rate of an update, as a share of that of the first training, which starts from zero."""
+
+LEAST_PAST = 40_000
+"""Fewest characters of the past to train on again, if there are as many."""
+
+
+@dataclass(frozen=True)
+class TrainedExpert:
+    """A finished run of `deepseek expert train`, to go on from.
+
+    Attributes:
+        folder: its run folder.
+        pack: the pack that it wrote, and that updates replace.
+        request: its arguments.
+    """
+
+    folder: Path
+    pack: Path
+    request: ExpertRequest
+
+    @classmethod
+    def find(cls, name: str) -> "TrainedExpert":
+        """Return the expert of this name.
+
+        Raises:
+            DataError: there is no such run, it is not finished or trained no expert, or its pack is
+                gone.
+        """
+        folder = find_run(name)
+        result = folder / "result.json"
+        pack = str(read_object(result).get("pack", "")) if result.is_file() else ""
+        if not pack:
+            raise DataError(
+                f"{folder} is no finished run of `deepseek expert train`; complete it first."
+            )
+        if not Path(pack).is_file():
+            raise DataError(f"The expert {name} is gone ({pack}); train it anew.")
+        return cls(folder, Path(pack), stored_request(folder / "request.json"))
+
+    @property
+    def name(self) -> str:
+        return self.request.name
+
+    def state(self) -> str:
+        """Return a digest of what the expert's source holds now.
+
+        Raises:
+            DataError: the source is gone or cannot be read.
+        """
+        source = self.request.source
+        text = text_digest(source, (self.folder, self.pack))
+        return _state(text, _head(source))
+
+    def learnt_states(self) -> frozenset[str]:
+        """Return the digests of what the source held at the training and at each update."""
+        return frozenset(map(_stored_state, self.finished_runs()))
+
+    def finished_runs(self) -> list[Path]:
+        """Return the folders of the training and of the finished updates."""
+        updates = sorted(self.folder.glob("updates/*/result.json"))
+        return [self.folder, *(result.parent for result in updates)]
+
+
+def update_expert(arguments: ExpertArguments) -> Path:
+    """Continue a trained expert with what is new in its source, and return the path of its pack.
+
+    The same call resumes an interrupted update. If the source has not changed, nothing is done.
+
+    Args:
+        arguments: those of `train_expert`, with `update`.
+
+    Raises:
+        DataError: there is no such expert, its source is gone, or its changes hold no new text.
+        PackError: the expert's pack cannot be read.
+        TrainError: another process trains or updates the expert.
+    """
+    expert = TrainedExpert.find(arguments.update)
+    state = expert.state()
+    if state in expert.learnt_states():
+        with ProgressBar(quiet=arguments.quiet) as progress:
+            progress.say(
+                f"nothing is new in the source of {expert.name}; {expert.pack} stays as it is"
+            )
+        return expert.pack
+    request = continued(expert.request, arguments)
+    folder = expert.folder / "updates" / state[:16]
+    run = Run(
+        request.as_json(),
+        expert.pack,
+        folder,
+        request.quiet,
+        request.dry_run,
+        lambda: text_inputs(request, (expert.folder, expert.pack)),
+        makes_file=True,
+    )
+    with run_lock(expert.folder):
+        pack = run_once(partial(UpdateRun, expert=expert), request, run)
+        if not request.dry_run:
+            _drop_unfinished(expert)
+    return pack
+
+
+def stored_request(path: Path) -> ExpertRequest:
+    """Return the arguments of a training, stored as `request.json`."""
+    stored = read_object(path)
+    source: dict[str, Any] = stored.pop("source")
+    paths = {f"from_{kind}": source[kind] for kind in ("git", "folder", "jsonl", "parquet")}
+    text = {"held_out": source["held_out"], "split": source["by"]}
+    shares = {"questions": source["questions"], "infill": source.get("infill", 0.0)}
+    return ExpertRequest(**stored, **paths, **text, **shares)
+
+
+def continued(first: ExpertRequest, arguments: ExpertArguments) -> ExpertRequest:
+    """Return the request of an update.
+
+    Args:
+        first: request of the expert's training.
+        arguments: what was asked for; all that goes with `update` and is given replaces the
+            former.
+    """
+    rate = arguments.learning_rate or RATE * first.learning_rate
+    asked = replace(
+        first,
+        minutes=arguments.minutes,
+        tokens=arguments.tokens,
+        epochs=arguments.epochs,
+        learning_rate=rate,
+        device=arguments.device,
+        dtype=first.dtype if arguments.dtype == "auto" else arguments.dtype,
+        quiet=arguments.quiet,
+        dry_run=arguments.dry_run,
+    )
+    if asked.minutes is None and asked.tokens is None:
+        return replace(asked, minutes=MINUTES)
+    return asked
+
+
+class UpdateRun(ExpertRun):
+    """One update of an expert in its run folder.
+
+    Args:
+        expert: the expert to continue.
+    """
+
+    def __init__(
+        self,
+        request: ExpertRequest,
+        folder: Path,
+        out: Path,
+        progress: ProgressBar,
+        *,
+        expert: TrainedExpert,
+    ) -> None:
+        self.earlier_data: tuple[str, ...] = ()
+        super().__init__(request, folder, out, progress)
+        self.expert = expert
+        # The update replaces the pack, so that a resumed one finds the former here.
+        self.former_path = folder / "before.safetensors"
+        former = self.former_path if self.former_path.is_file() else out
+        pack = read_pack(former, base=self.model.experts.base)
+        if not isinstance(pack.manifest, Manifest) or (
+            (pack.manifest.layers, pack.manifest.width)
+            != (tuple(self.module.layers), request.width)
+        ):
+            raise PackError(
+                f"{former} is not what {expert.folder} trained; restore it, or train it anew."
+            )
+        self.earlier_data = pack.manifest.data
+        self.weights = ExpertModule.from_pack(pack, torch.float32, self.device).state_dict()
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """Digests of the documents of the expert's training and of its updates."""
+        runs = self.expert.finished_runs()
+        return frozenset[str]().union(*(known_documents(run / "corpus") for run in runs))
+
+    def corpus(self) -> Corpus:
+        """Return the corpus of new and replayed documents; only the first call reads the source."""
+        name = self.request.name
+        corpus = build_corpus(
+            self.request.source,
+            self.tokenizer,
+            self.folder / "corpus",
+            self.progress,
+            partial(fresh, known=self.known, seed=self.request.seed, name=name),
+            validation=True,
+        )
+        self.progress.say(corpus.report)
+        if not self.former_path.is_file():
+            with atomic_write(self.former_path) as temporary:
+                shutil.copyfile(self.out, temporary)
+        return corpus
+
+    def loop(self, task: Task[Any], text: RowLoader, plan: TrainingPlan, test: Any) -> Outcome:
+        """Train on from the expert's weights; the report compares with the base, as ever."""
+        base = self.folder / "base.json"
+        former = self.folder / "former.json"
+        if not base.is_file():
+            self.progress.say("scoring the base and the expert")
+            write_json(base, {"loss": test()})  # a new module changes nothing
+        self.module.load_state_dict(self.weights)
+        if not former.is_file():
+            write_json(former, {"loss": test()})
+        return super().loop(task, text, plan, test)
+
+    def pack(self, held_out: Metric, data: tuple[str, ...], commit: str | None) -> ExpertPack:
+        """Return the module as a pack that names the text of all its trainings."""
+        all_data = tuple(dict.fromkeys((*self.earlier_data, *data)))
+        return super().pack(held_out, all_data, commit)
+
+
+def fresh(
+    documents: Sequence[Document], known: frozenset[str], seed: int, name: str
+) -> list[Document]:
+    """Return the documents that are not known, and about as much text of those that are.
+
+    Args:
+        documents: training documents.
+        known: digests of documents (see `Document.digest`).
+        seed: decides which of the known ones.
+        name: name of the expert, for the message.
+
+    Raises:
+        DataError: none is new.
+    """
+    new = [document for document in documents if document.digest not in known]
+    if not new:
+        raise DataError(
+            f"The source of {name} has changed, but holds no new text to train on: what changed is "
+            "held out, no text, or only gone; change more, or train it anew."
+        )
+    past = [document for document in documents if document.digest in known]
+    past.sort(key=lambda document: uniform(f"past:{seed}:{len(known)}:{document.name}"))
+    wanted = max(LEAST_PAST, sum(len(document.text) for document in new))
+    chosen = []
+    for document in past:
+        if wanted <= 0:
+            break
+        chosen.append(document)
+        wanted -= len(document.text)
+    return [*new, *chosen]
+
+
+def _head(source: Source) -> str:
+    """Return the latest commit of a source's repository; "" without one."""
+    return str(find_commit(open_repository(source.git), "HEAD").id) if source.git else ""
+
+
+def _state(text: str, commit: str) -> str:
+    return sha256(f"{text} {commit}".encode()).hexdigest()
+
+
+def _stored_state(run: Path) -> str:
+    """Return the digest of what the source held when a run read it."""
+    inputs: dict[str, str] = read_object(run / "start.json").get("inputs", {})
+    commit = read_object(run / "corpus" / "corpus.json").get("commit")
+    return _state(inputs.get("text", ""), commit or "")
+
+
+def _drop_unfinished(expert: TrainedExpert) -> None:
+    """Delete interrupted updates, which a later one has made up for."""
+    finished = expert.finished_runs()
+    for folder in (expert.folder / "updates").iterdir():
+        if folder.is_dir() and folder not in finished:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,101 @@
+"""`deepseek watch`: update an expert whenever its source changes, and plug it into a live server."""
+
+import time
+from collections.abc import Callable
+
+from deepseek.errors import UserError
+from deepseek.train.jobs.expert import train_expert
+from deepseek.train.jobs.expert_server import ExpertServer
+from deepseek.train.jobs.update import MINUTES, TrainedExpert
+
+Say = Callable[[str], None]
+
+
+class Watcher:
+    """Looks at the source of an expert, updates and plugs it.
+
+    Args:
+        name: name of a trained expert.
+        server: plugs every new state; None: none does.
+        minutes: time budget of an update, in minutes.
+        say: told what happens.
+
+    Raises:
+        DataError: there is no such expert, its source is gone, or the server does not answer.
+    """
+
+    def __init__(self, name: str, server: ExpertServer | None, minutes: float, say: Say) -> None:
+        self.expert = TrainedExpert.find(name)
+        self.server = server
+        self.minutes = minutes
+        self.say = say
+        self.seen = self.expert.state()
+        self.tried = ""
+        self.must_plug = False
+        self.complaint = ""
+        if server is not None:
+            server.check()
+
+    def look(self) -> None:
+        """Update the expert if its source is new and as it was at the last look.
+
+        What fails is said, once, and the expert stays as it was. A failed update is tried again
+        when the source changes, a failed plugging at the next look.
+        """
+        try:
+            state = self.expert.state()
+            is_quiet = state == self.seen
+            self.seen = state
+            if is_quiet and state not in (self.tried, *self.expert.learnt_states()):
+                self.tried = state
+                self.update()
+            if self.must_plug and self.server is not None:
+                self.server.plug_again(self.expert.name)
+                self.must_plug = False
+                self.say(f"{self.expert.name} is plugged")
+            self.complaint = ""
+        except UserError as error:
+            if str(error) != self.complaint:
+                self.say(f"{self.expert.name}: {error}")
+            self.complaint = str(error)
+
+    def update(self) -> None:
+        """Update the expert."""
+        name = self.expert.name
+        self.say(f"{name}: its source has changed; updating")
+        started = time.monotonic()
+        pack = train_expert(update=name, minutes=self.minutes, quiet=True)
+        self.must_plug = self.server is not None
+        self.say(f"{name} is updated in {time.monotonic() - started:.0f} s: {pack}")
+
+
+def watch_expert(
+    name: str,
+    server: ExpertServer | None = None,
+    *,
+    minutes: float = MINUTES,
+    every: float = 30.0,
+    rounds: int | None = None,
+    say: Say = lambda _: None,
+) -> None:
+    """Update an expert at once if its source is new, and whenever it has changed since and then
+    been quiet for one interval.
+
+    Args:
+        name: name of a trained expert.
+        server: plugs every new state; None: none does.
+        minutes: time budget of an update, in minutes.
+        every: seconds between two looks at the source.
+        rounds: number of looks; None: until the process is interrupted.
+        say: told what happens.
+
+    Raises:
+        DataError: there is no such expert, its source is gone, or the server does not answer.
+        ConfigError: the server refuses the key.
+    """
+    watcher = Watcher(name, server, minutes, say)
+    done = 0
+    while rounds is None or done < rounds:
+        watcher.look()
+        time.sleep(every)
+        done += 1

@@ -1,0 +1,347 @@
+"""An expert goes on with what is new in its source, and a watcher plugs every new state."""
+
+import json
+import random
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek.checkpoint.store import home, read_json
+from deepseek.cli.main import main
+from deepseek.data import Document
+from deepseek.errors import ConfigError, DataError, TrainError
+from deepseek.packs.pack import read_pack
+from deepseek.train.jobs import watch
+from deepseek.train.jobs.expert import train_expert
+from deepseek.train.jobs.expert_server import ExpertServer
+from deepseek.train.jobs.update import TrainedExpert, fresh
+from deepseek.train.loop.run_lock import run_lock
+
+Capture = pytest.CaptureFixture[str]
+
+PACK = "words.safetensors"
+DIALS: dict[str, Any] = {
+    "name": "words",
+    "layers": "last:2",
+    "width": 24,
+    "tokens": 1500,
+    "epochs": 1,
+    "row_length": 32,
+    "batch_rows": 4,
+    "learning_rate": 1e-2,
+    "held_out_tokens": 400,
+    "quiet": True,
+}
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
+
+
+def sentence(seed: int) -> str:
+    """Return ninety words of which each has three possible followers."""
+    draw = random.Random(seed)
+    place = seed
+    words = []
+    for _ in range(90):
+        words.append(WORDS[place % len(WORDS)])
+        place = place * 3 + draw.randrange(3)
+    return " ".join(words)
+
+
+@dataclass
+class Home:
+    """A trained expert `words` and its source."""
+
+    source: Path
+    run: Path
+    pack: Path
+
+    def write(self, *numbers: int) -> None:
+        """Add files to the source, or change them."""
+        for number in numbers:
+            (self.source / f"{number}.txt").write_text(sentence(number) + f" {number}")
+
+    def updates(self) -> list[Path]:
+        folder = self.run / "updates"
+        return [path for path in folder.glob("*") if path.is_dir()]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """An expert `words`, trained on a folder of texts."""
+    folder = tmp_path_factory.mktemp("updated")
+    words = Home(folder / "texts", home() / "runs" / "words", home() / "experts" / PACK)
+    words.source.mkdir()
+    words.write(*range(40))
+    train_expert(str(tiny_base), from_folder=words.source, **DIALS)
+    return words
+
+
+@pytest.fixture
+def words(trained: Home, tmp_path: Path) -> Iterator[Home]:
+    """The trained expert; it is as it was after the test."""
+    expert = trained.pack.read_bytes()
+    folders = {trained.run: tmp_path / "run", trained.source: tmp_path / "texts"}
+    for folder, saved in folders.items():
+        shutil.copytree(folder, saved)
+    yield trained
+    for folder, saved in folders.items():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved, folder)
+    trained.pack.write_bytes(expert)
+
+
+def update(**changes: Any) -> Path:
+    return train_expert(update="words", tokens=600, epochs=1, quiet=True, **changes)
+
+
+def documents(run: Path) -> set[str]:
+    return set(read_json(run / "corpus" / "corpus.json")["documents"])
+
+
+def test_an_update_learns_what_is_new_and_keeps_the_rest(words: Home, capsys: Capture) -> None:
+    assert update() == words.pack and words.updates() == []
+    before = read_pack(words.pack).manifest
+    words.write(*range(40, 44))
+    (words.source / "3.txt").write_text(sentence(99))
+    assert update() == words.pack
+    after = read_pack(words.pack).manifest
+    assert (after.layers, after.width, after.name) == (before.layers, before.width, "words")
+    assert after.digest != before.digest
+    assert after.data[: len(before.data)] == before.data and len(after.data) == 2
+    (folder,) = words.updates()
+    new = documents(folder) - documents(words.run)
+    assert 1 <= len(new) <= 5
+    assert read_pack(folder / "before.safetensors").manifest.digest == before.digest
+    metric = after.metrics["held-out"]
+    former = read_json(folder / "former.json")["loss"]
+    assert metric.after < metric.before, "the report compares with the base"
+    assert former < metric.before
+    update(learning_rate=1e-3)
+    train_expert(update="words")
+    assert "nothing is new in the source of words" in capsys.readouterr().err
+    assert read_pack(words.pack).manifest.digest == after.digest and words.updates() == [folder]
+    words.write(44, 45, 46, 47, 48, 49)
+    watch.watch_expert("words", minutes=0.02, every=0, rounds=2)
+    assert read_pack(words.pack).manifest.digest != after.digest
+    assert len(words.updates()) == 2
+
+
+def test_an_interrupted_update_ends_with_the_same_bits(
+    words: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words.write(40, 41, 42, 43)
+    expert = words.pack.read_bytes()
+    update()
+    whole = words.pack.read_bytes()
+    shutil.rmtree(words.run / "updates")
+    words.pack.write_bytes(expert)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek.train.jobs.update.UpdateRun.calibrate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            update()
+    assert words.pack.read_bytes() == expert
+    update()
+    assert words.pack.read_bytes() == whole
+
+
+def test_a_dry_run_changes_nothing(words: Home, capsys: Capture) -> None:
+    words.write(40, 41)
+    expert = words.pack.read_bytes()
+    train_expert(update="words", tokens=600, dry_run=True)
+    assert "steps, about" in capsys.readouterr().err
+    assert words.pack.read_bytes() == expert and words.updates() == []
+
+
+def test_what_cannot_be_updated_is_one_sentence(words: Home) -> None:
+    with pytest.raises(DataError, match=r"no run 'wrods'; perhaps 'words' is meant"):
+        train_expert(update="wrods")
+    with pytest.raises(ConfigError, match=r"^layers does not go with update: words keeps"):
+        train_expert(update="words", layers="all")
+    with pytest.raises(ConfigError, match=r"^minutes"):
+        train_expert(update="words", minutes=0)
+    (words.source / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (words.source / "1.txt").unlink()
+    with pytest.raises(DataError, match="holds no new text to train on"):
+        update()
+    with run_lock(words.run), pytest.raises(TrainError, match="in use"):
+        threaded(update)
+    shutil.move(words.source, words.source.with_name("elsewhere"))
+    with pytest.raises(DataError, match="texts"):
+        update()
+    words.pack.unlink()
+    with pytest.raises(DataError, match="gone"):
+        update()
+    (words.run / "result.json").unlink()
+    with pytest.raises(DataError, match="no finished run"):
+        update()
+
+
+def threaded(call: Any) -> None:
+    """Call in another thread and raise here what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    raise raised[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("expert train --update wrods", "no run 'wrods'"),
+        ("expert train --update words --width 9", "--width does not go with update"),
+        ("watch wrods", "no run 'wrods'"),
+        ("watch words --server ftp://x", "'ftp://x' is not understood"),
+        ("watch words --server http://127.0.0.1:9", "cannot be reached"),
+    ],
+)
+def test_mistakes_on_the_command_line_exit_with_2(
+    words: Home, capsys: Capture, line: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and "Traceback" not in error
+
+
+def test_as_much_of_the_past_as_is_new_is_chosen() -> None:
+    past = [Document("a" * 10_000, f"old-{number}") for number in range(40)]
+    new = [Document("b" * 60_000, "new")]
+    known = frozenset(document.digest for document in past)
+    chosen = fresh([*past, *new], known, 0, "words")
+    assert chosen[0] is new[0]
+    assert len(chosen) == 1 + 6
+    assert chosen == fresh([*past, *new], known, 0, "words")
+    with pytest.raises(DataError, match="no new text"):
+        fresh(past, known, 0, "words")
+
+
+class Asked(BaseHTTPRequestHandler):
+    """Notes the requests; refuses those without the key."""
+
+    seen: list[tuple[str, str, str]]
+
+    def _answer(self) -> None:
+        size = int(self.headers.get("Content-Length") or 0)
+        self.seen.append((self.command, self.path, self.rfile.read(size).decode()))
+        allowed = self.headers["Authorization"] == "Bearer secret"
+        self.send_response((404 if self.command == "DELETE" else 201) if allowed else 401)
+        self.end_headers()
+        if not allowed:
+            self.wfile.write(b'{"error": {"message": "An admin key is needed."}}')
+
+    do_GET = do_POST = do_DELETE = _answer
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@dataclass
+class Served:
+    """A server that notes what it is asked."""
+
+    url: str
+    seen: list[tuple[str, str, str]]
+
+
+@pytest.fixture
+def server() -> Iterator[Served]:
+    handler = type("Handler", (Asked,), {"seen": []})
+    served = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=served.serve_forever)
+    thread.start()
+    yield Served(f"http://127.0.0.1:{served.server_port}", handler.seen)  # type: ignore[attr-defined]
+    served.shutdown()
+    thread.join()
+    served.server_close()
+
+
+def test_a_server_is_told_to_plug_the_new_pack(server: Served) -> None:
+    ExpertServer(server.url + "/", "secret").plug_again("words")
+    assert [(method, path) for method, path, _ in server.seen] == [
+        ("DELETE", "/v1/experts/words"),
+        ("POST", "/v1/experts"),
+    ]
+    assert json.loads(server.seen[1][2]) == {"name": "words"}
+    with pytest.raises(DataError, match=r"refused GET .*\(401\): An admin key is needed"):
+        ExpertServer(server.url).check()
+
+
+def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
+    words: Home, monkeypatch: pytest.MonkeyPatch, server: Served
+) -> None:
+    """The states of the source at each look are those of a list; the update is a stand-in."""
+    states = iter(["old", "old", "a", "b", "b", "b", "c", "c", "c", "old", "old"])
+    learnt = {"old"}
+    updated: list[str] = []
+    said: list[str] = []
+    now = [""]
+
+    def state(_: TrainedExpert) -> str:
+        now[0] = next(states)
+        return now[0]
+
+    def stand_in(**_: object) -> Path:
+        updated.append(now[0])
+        if now[0] == "b":
+            raise DataError("The disk is full.")
+        learnt.add(now[0])
+        return words.pack
+
+    monkeypatch.setattr(TrainedExpert, "state", state)
+    monkeypatch.setattr(TrainedExpert, "learnt_states", lambda _: frozenset(learnt))
+    monkeypatch.setattr(watch, "train_expert", stand_in)
+    monkeypatch.setattr(watch.time, "sleep", lambda _: None)
+    watch.watch_expert("words", ExpertServer(server.url, "secret"), rounds=10, say=said.append)
+    assert updated == ["b", "c"]
+    assert [text.partition(" in ")[0] for text in said] == [
+        "words: its source has changed; updating",
+        "words: The disk is full.",
+        "words: its source has changed; updating",
+        "words is updated",
+        "words is plugged",
+    ]
+    assert [method for method, _, _ in server.seen] == ["GET", "DELETE", "POST"]
+
+
+def test_a_watcher_plugs_later_what_the_server_has_missed(
+    words: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    plugged: list[str] = []
+    faults = [DataError("The server is gone."), DataError("The server is gone."), None]
+
+    class Restarted:
+        def check(self) -> None:
+            """The server answers."""
+
+        def plug_again(self, name: str) -> None:
+            fault = faults.pop(0)
+            if fault is not None:
+                raise fault
+            plugged.append(name)
+
+    monkeypatch.setattr(watch, "train_expert", lambda **_: words.pack)
+    monkeypatch.setattr(watch.time, "sleep", lambda _: None)
+    words.write(40)
+    restarted: Any = Restarted()
+    watch.watch_expert("words", restarted, rounds=5, say=said.append)
+    assert plugged == ["words"]
+    assert said[2:] == ["words: The server is gone.", "words is plugged"]
