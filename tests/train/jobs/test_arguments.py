@@ -22,6 +22,7 @@ from deepseek.errors import ConfigError
 from deepseek.evaluate import stage as evaluation
 from deepseek.train.jobs import adapt, align, arguments, distill_hash, expert, pretrain
 from deepseek.train.jobs.declaration import Argument, Declaration, arguments_of
+from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.jobs.recipe import STAGES, train_recipe
 from deepseek.train.loop.runs import Run
@@ -168,13 +169,13 @@ def another_value(argument: Argument) -> Any:
 
 def cases() -> list[Any]:
     """Return a job and one of its arguments each, but for `config`, which is not an argument but a
-    place of others.
+    place of others, and `update`, which goes without most others (see `test_update.py`).
     """
     pairs = [(job, argument) for job in JOBS for argument in arguments_of(job.arguments).values()]
     return [
         pytest.param(*pair, id=f"{pair[0].function or pair[0].stage}-{pair[1].name}")
         for pair in pairs
-        if pair[1].name != "config"
+        if pair[1].name not in ("config", "update")
     ]
 
 
@@ -354,7 +355,7 @@ def test_every_stage_and_declaration_is_in_the_table_of_jobs() -> None:
     }
     declared = [
         one
-        for one in [*vars(arguments).values(), PretrainArguments]
+        for one in [*vars(arguments).values(), DistillHashArguments, PretrainArguments]
         if isinstance(one, type) and issubclass(one, Declaration)
     ]
     groups = {base for one in declared for base in one.__bases__}
