@@ -28,5 +28,4 @@ def watch(
     from deepseek.train.jobs.watch import watch_expert
 
     live = ExpertServer(server, os.environ.get("DEEPSEEK_ADMIN_KEY", "")) if server else None
-    echo(f"watching the source of {name}; Ctrl-C ends it", error=True)
     watch_expert(name, live, minutes=minutes, every=every, say=lambda text: echo(text, error=True))

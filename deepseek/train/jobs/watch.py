@@ -94,6 +94,7 @@ def watch_expert(
         ConfigError: the server refuses the key.
     """
     watcher = Watcher(name, server, minutes, say)
+    say(f"watching the source of {name}; Ctrl-C ends it")
     done = 0
     while rounds is None or done < rounds:
         watcher.look()

@@ -312,6 +312,7 @@ def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
     watch.watch_expert("words", ExpertServer(server.url, "secret"), rounds=10, say=said.append)
     assert updated == ["b", "c"]
     assert [text.partition(" in ")[0] for text in said] == [
+        "watching the source of words; Ctrl-C ends it",
         "words: its source has changed; updating",
         "words: The disk is full.",
         "words: its source has changed; updating",
@@ -344,4 +345,4 @@ def test_a_watcher_plugs_later_what_the_server_has_missed(
     restarted: Any = Restarted()
     watch.watch_expert("words", restarted, rounds=5, say=said.append)
     assert plugged == ["words"]
-    assert said[2:] == ["words: The server is gone.", "words is plugged"]
+    assert said[3:] == ["words: The server is gone.", "words is plugged"]
