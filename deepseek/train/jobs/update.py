@@ -7,6 +7,7 @@ past, and its gates are calibrated anew. Held-out text is chosen by the same rul
 An update is a run of its own, in `updates/` of the run that trained the expert.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -138,6 +139,8 @@ def update_expert(arguments: ExpertArguments) -> Path:
         makes_file=True,
     )
     with run_lock(expert.folder):
+        if not request.dry_run:
+            _drop_other(folder, request)
         pack = run_once(partial(UpdateRun, expert=expert), request, run)
         if not request.dry_run:
             _drop_unfinished(expert)
@@ -299,6 +302,15 @@ def _stored_state(run: Path) -> str:
     inputs: dict[str, str] = read_object(run / "start.json").get("inputs", {})
     commit = read_object(run / "corpus" / "corpus.json").get("commit")
     return _state(inputs.get("text", ""), commit or "")
+
+
+def _drop_other(folder: Path, request: ExpertRequest) -> None:
+    """Delete an unfinished update that was begun with other arguments, such as fewer minutes."""
+    begun = folder / "start.json"
+    if begun.is_file() and read_object(begun).get("request") != json.loads(
+        json.dumps(request.as_json())
+    ):
+        shutil.rmtree(folder)
 
 
 def _drop_unfinished(expert: TrainedExpert) -> None:

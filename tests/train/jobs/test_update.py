@@ -147,7 +147,9 @@ def test_an_interrupted_update_ends_with_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr("deepseek.train.jobs.update.UpdateRun.calibrate", stop)
         with pytest.raises(KeyboardInterrupt):
-            update()
+            update(learning_rate=1e-5)
+        with pytest.raises(KeyboardInterrupt):
+            update()  # with other arguments it begins again
     assert words.pack.read_bytes() == expert
     update()
     assert words.pack.read_bytes() == whole
