@@ -103,7 +103,9 @@ def documents(run: Path) -> set[str]:
     return set(read_json(run / "corpus" / "corpus.json")["documents"])
 
 
-def test_an_update_learns_what_is_new_and_keeps_the_rest(words: Home, capsys: Capture) -> None:
+def test_an_update_learns_what_is_new_and_keeps_the_rest(
+    words: Home, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert update() == words.pack and words.updates() == []
     before = read_pack(words.pack).manifest
     words.write(*range(40, 44))
