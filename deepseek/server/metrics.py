@@ -64,7 +64,7 @@ class Metrics:
 
     def count(self, usage: TokenUsage) -> None:
         """Add the usage of one job."""
-        for kind in ("prompt", "cached", "shared", "completion"):
+        for kind in ("prompt", "cached", "completion"):
             self.tokens.labels(kind).inc(getattr(usage, f"{kind}_tokens"))
         for name, tokens in spoken(usage.experts).items():
             self.spoken.labels(name).inc(tokens)

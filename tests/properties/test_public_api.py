@@ -31,12 +31,8 @@ from deepseek.packs.pack import read_pack
 from deepseek.packs.policy import PackPolicy
 from deepseek.planning import DEVICES, plan
 from deepseek.server.service import Settings
-from deepseek.train.jobs.arguments import (
-    AdaptArguments,
-    AlignArguments,
-    DistillHashArguments,
-    ExpertArguments,
-)
+from deepseek.train.jobs.arguments import AdaptArguments, AlignArguments, ExpertArguments
+from deepseek.train.jobs.distill_hash_arguments import DistillHashArguments
 from deepseek.train.jobs.pretrain_arguments import PretrainArguments
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.rl.rlpo_config import RLPOConfig
