@@ -39,7 +39,7 @@ def test_it_is_the_first_thing_checked(
     text = tmp_path / "text"
     text.mkdir()
     (text / "one.py").write_text("def one():\n    'Return one.'\n    return 1\n")
-    for module, name in ((export, "load"), (quantize, "load"), (gguf, "resolve")):
+    for module, name in ((export, "load"), (quantize, "load_stored"), (gguf, "resolve")):
         monkeypatch.setattr(module, name, too_early)
     monkeypatch.setattr("deepseek.data.clean", too_early)
     monkeypatch.setattr(database.PreferenceDatabase, "pairs", too_early)

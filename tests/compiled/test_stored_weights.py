@@ -80,8 +80,8 @@ def test_pieces_and_batches_do_not_change_a_bit(runner):
 
 def test_a_stored_prefix_gives_the_same_bits(runner):
     source, state = runner.start(None, 64), runner.start(None, 64)
-    runner.forward([Chunk(source, IDS[:40])])
-    state.extend(source.segment(0))
+    output = runner.forward([Chunk(source, IDS[:40], store=[0])])
+    state.extend(output.segments[0][0])
     rest = runner.forward([Chunk(state, IDS[40:], 20)]).logits_RV
     assert torch.equal(rest, logits(runner)[40:])
 

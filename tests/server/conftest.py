@@ -36,9 +36,12 @@ def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("served")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    """Chromium; tests are skipped where it or its driver is missing."""
+    """Chromium; tests are skipped where it or its driver is missing.
+
+    It ends with its file, as its event loop would disturb tests that run one of their own.
+    """
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = next((found for name in CHROMIUMS if (found := shutil.which(name))), None)
     if chromium is None:
@@ -49,7 +52,7 @@ def browser() -> Iterator["Browser"]:
         opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """The server whose page is tested, with text to teach and the expert `one` plugged."""
     folder = tmp_path_factory.mktemp("page")
@@ -86,7 +89,7 @@ def page(browser: "Browser", served: Live) -> Iterator["Page"]:
     assert complaints == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def open_page(browser: "Browser", served: Live) -> "Page":
     """The page, opened once, for tests of single functions."""
     opened = browser.new_page()

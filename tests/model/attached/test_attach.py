@@ -150,14 +150,14 @@ def test_a_new_expert_starts_from_rows_of_the_models_own_weights() -> None:
 
 
 def test_a_folder_of_another_family_loads_as_its_stock_model(tmp_path: Path) -> None:
-    stock = tiny_family("gemma3_text")
+    stock = tiny_family("smollm3")
     stock.save_pretrained(tmp_path)
     model = load_language_model(tmp_path, dtype="float32")
     assert isinstance(model, AttachedModel) and isinstance(model, type(stock))
     assert torch.equal(model(IDS).logits, stock(IDS).logits)
     base = model.experts.base
     assert (base.hidden_size, base.num_layers) == (32, 4)
-    assert base.attached == "Gemma3ForCausalLM: mlp"
+    assert base.attached == "SmolLM3ForCausalLM: mlp"
     assert layers_in(tmp_path) == (0, 1, 2, 3)
     by_hand = deepseek.attach(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert by_hand.experts.base == base
