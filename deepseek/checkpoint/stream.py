@@ -1,4 +1,4 @@
-"""Read and write a checkpoint tensor by tensor, so that its weights never lie in memory together."""
+"""Read and write a checkpoint tensor by tensor, so that memory never holds all of its weights."""
 
 import json
 import math
@@ -101,12 +101,13 @@ class TensorFiles:
 
     Args:
         folder: a model folder.
+        post_norms: whether the model's blocks have four norms (see `our_name`); default False.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor has an unknown dtype.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, post_norms: bool = False) -> None:
         self._places: dict[str, _Place] = {}
         for path in weight_files(folder):
             descriptor = os.open(path, os.O_RDONLY)
@@ -119,7 +120,7 @@ class TensorFiles:
                         "which is not supported; use a checkpoint in bfloat16 or float32."
                     )
                 place = _Place(descriptor, path, header.start, dtype, header.shape)
-                self._places[our_name(header.name)] = place
+                self._places[our_name(header.name, post_norms=post_norms)] = place
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

@@ -123,7 +123,7 @@ def load_stored(
     folder = resolve(str(name_or_path))
     config = ModelConfig(**read_config(folder))
     target = choose_dtype(dtype, device)
-    files = TensorFiles(folder)
+    files = TensorFiles(folder, post_norms=config.post_norms)
     with torch.device("meta"):
         model = cls(config)
     stored = store_weights(model, files, target, device)

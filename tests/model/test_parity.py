@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from deepseek import DeepSeekModel
+from deepseek.model.pretrained import load_stored
 
 SMALL: dict[str, Any] = {
     "vocab_size": 211,
@@ -105,6 +106,16 @@ def test_family_matches_transformers(name: str, tmp_path: Path) -> None:
         m.generate(ids[:, :24], max_new_tokens=24, do_sample=False) for m in (model, reference)
     )
     assert torch.equal(text, theirs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_matrices_that_stay_in_their_files_give_the_same_bits(name: str, tmp_path: Path) -> None:
+    random_checkpoint(name, tmp_path)
+    loaded = DeepSeekModel.from_pretrained(tmp_path, dtype=torch.float32)
+    stored = load_stored(DeepSeekModel, tmp_path, torch.float32)
+    ids = torch.randint(0, 211, (1, 30))
+    assert torch.equal(stored(ids).logits, loaded(ids).logits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
