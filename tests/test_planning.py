@@ -41,6 +41,7 @@ def test_shapes_are_those_of_the_model() -> None:
     block = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16
     assert shape.parameters == shape.active == 100 * 16 + 2 * block + 16
     assert shape.largest_unit == block
+    assert Shape.of(ModelConfig(**DENSE, post_norms=True)).largest_unit == block + 2 * 16
     config = ModelConfig(**DENSE, num_experts=8, expert_dim=8, max_experts=2, expert_sharing=2)
     sparse = Shape.of(config)
     assert sparse.parameters == sum(p.numel() for p in DeepSeekModel(config).parameters())

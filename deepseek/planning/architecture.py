@@ -5,7 +5,7 @@ a test compares names, defaults and counts.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from deepseek import checks
@@ -14,6 +14,9 @@ from deepseek.registry import pick
 
 if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
+
+ATTENTION_KINDS = ("exact", "flash", "lsh")
+"""How attention may be planned: all scores in memory, computed in tiles, or those of candidates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,11 @@ class Architecture:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def norms_per_layer(self) -> int:
+        """Number of norms of the residual stream in a block."""
+        return 4 if self.post_norms else 2
+
+    @property
     def shared_width(self) -> int:
         """Total width of the shared experts of a layer."""
         if self.shared_expert_dim is not None:
@@ -111,6 +119,31 @@ class Architecture:
         return self.num_hidden_layers - len(
             {layer for layer in exact if layer < self.num_hidden_layers}
         )
+
+    def row_length(self, length: int | None) -> int:
+        """Return the tokens per row that are asked for; None: the longest context.
+
+        Raises:
+            ConfigError: the number is out of range.
+        """
+        if length is None:
+            return self.max_position_embeddings
+        return checks.whole("length", length, least=1, most=checks.MAX_SIZE)
+
+    def attention_kind(self, kind: str | None) -> str:
+        """Return the one of `ATTENTION_KINDS` that is asked for; None: as the config says, "flash"
+        for full attention.
+
+        Raises:
+            ConfigError: there is no such kind.
+        """
+        if kind is None:
+            return "lsh" if self.attention == "lsh" else "flash"
+        return checks.choice("attention", kind, ATTENTION_KINDS)
+
+    def attending(self, kind: str) -> "Architecture":
+        """Return the same model with the attention of a kind: LSH, or full."""
+        return replace(self, attention="lsh" if kind == "lsh" else "full")
 
     def candidates(self, length: int) -> int:
         """Return the most keys that a query of LSH attention attends to in a context."""

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from deepseek import checks
+from deepseek.registry import pick
+
+MAX_GPUS = 1 << 24
+
 
 @dataclass(frozen=True)
 class Device:
@@ -47,6 +52,15 @@ both directions, and InfiniBand of 200 Gbit/s (A100) or 400 Gbit/s (H100, H200) 
 """
 
 
+def device_of(device: str | Device) -> Device:
+    """Return a device: itself, or the one of `DEVICES` with this name.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    return device if isinstance(device, Device) else pick(DEVICES, device, "device")
+
+
 @dataclass(frozen=True)
 class NumberFormats:
     """Bytes per number in training.
@@ -76,3 +90,14 @@ QUANTISED_BYTES = {8: 1.03125, 4: 0.53125}
 """Bytes per weight with a scale of 16 bits for every 64 weights (`kernels/int8.py`); a test
 compares.
 """
+
+
+def quantised_bytes(bits: int) -> float:
+    """Return the bytes per weight of 8 or 4 bits.
+
+    Raises:
+        ConfigError: the bits are others.
+    """
+    bits = checks.whole("bits", bits)
+    checks.choice("bits", str(bits), map(str, QUANTISED_BYTES))
+    return QUANTISED_BYTES[bits]

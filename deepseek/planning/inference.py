@@ -6,20 +6,19 @@ two reductions per layer.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from deepseek import checks
 from deepseek.planning.architecture import Architecture
-from deepseek.planning.hardware import DEVICES, QUANTISED_BYTES, WEIGHT_BYTES, Device
+from deepseek.planning.hardware import MAX_GPUS, WEIGHT_BYTES, Device, device_of, quantised_bytes
 from deepseek.planning.sizes import Parameters, attention_flops, parameters, score_bytes
 from deepseek.registry import pick
 
 if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
 
-KINDS = ("exact", "flash", "lsh")
 PREFILL_CHUNK = 512
 """Tokens that are computed at once in prefill: an assumption for GPUs. `Engine(prefill_chunk=...)`
 sets it; its default of 64 suits processors.
@@ -145,7 +144,7 @@ class InferencePlan:
     @property
     def _attending(self) -> Architecture:
         """The model with LSH attention where the plan says so."""
-        return replace(self.architecture, attention="lsh" if self.attention == "lsh" else "full")
+        return self.architecture.attending(self.attention)
 
     def _hops(self, tokens: int) -> float:
         """Return the seconds of all reductions between the devices for a number of tokens."""
@@ -184,25 +183,14 @@ def plan_inference(
         ConfigError: a name is unknown, or a number is out of range.
     """
     architecture = Architecture.of(model)
-    gpus = checks.whole("gpus", gpus, least=1, most=1 << 24)
-    batch = checks.whole("batch", batch, least=1, most=checks.MAX_SIZE)
-    longest = architecture.max_position_embeddings
-    length = checks.whole(
-        "length", longest if length is None else length, least=1, most=checks.MAX_SIZE
-    )
     compute = pick(WEIGHT_BYTES, dtype, "dtype")
-    if bits is not None:
-        bits = checks.whole("bits", bits)
-        checks.choice("bits", str(bits), [str(number) for number in QUANTISED_BYTES])
-    usual = "lsh" if architecture.attention == "lsh" else "flash"
-    kind = usual if attention is None else attention
     return InferencePlan(
         architecture,
-        device if isinstance(device, Device) else pick(DEVICES, device, "device"),
-        gpus,
-        length,
-        batch,
-        compute if bits is None else QUANTISED_BYTES[bits],
-        compute,
-        checks.choice("attention", kind, KINDS),
+        device_of(device),
+        gpus=checks.whole("gpus", gpus, least=1, most=MAX_GPUS),
+        length=architecture.row_length(length),
+        batch=checks.whole("batch", batch, least=1, most=checks.MAX_SIZE),
+        weight_bytes=compute if bits is None else quantised_bytes(bits),
+        compute_bytes=compute,
+        attention=architecture.attention_kind(attention),
     )

@@ -105,7 +105,7 @@ def parameters(architecture: Architecture) -> Parameters:
         "shared": sparse * 3 * width * architecture.shared_width,
         "routed": routed,
         "router": sparse * architecture.num_experts * width,
-        "norms": ((4 if architecture.post_norms else 2) * layers + 1) * width,
+        "norms": (architecture.norms_per_layer * layers + 1) * width,
     }
     # Untied embeddings are only looked up; tied ones also compute the logits.
     looked_up = 0 if architecture.tie_word_embeddings else table
@@ -138,7 +138,7 @@ def largest_unit(architecture: Architecture, parts: Parameters) -> int:
     width = architecture.hidden_size
     expert = 3 * width * architecture.expert_dim
     pool = architecture.num_experts * expert
-    block = attention_parameters(architecture) + 2 * width
+    block = attention_parameters(architecture) + architecture.norms_per_layer * width
     units = [block + 3 * width * architecture.intermediate_size]
     if architecture.sparse_layers:
         own = architecture.num_experts * width + 3 * width * architecture.shared_width
@@ -146,7 +146,7 @@ def largest_unit(architecture: Architecture, parts: Parameters) -> int:
         units = [block + own + (0 if shared else pool), pool if shared else 0]
         if architecture.sparse_layers < architecture.num_hidden_layers:
             units.append(block + 3 * width * architecture.intermediate_size)
-    return max(*units, 0, parts.embedding + parts.head + width)
+    return max(*units, parts.embedding + parts.head + width)
 
 
 def largest_tensor(architecture: Architecture) -> int:

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from deepseek import checks
 from deepseek.planning.architecture import Architecture
-from deepseek.planning.hardware import DEVICES, FORMATS, QUANTISED_BYTES, Device, NumberFormats
+from deepseek.planning.hardware import (
+    DEVICES,
+    FORMATS,
+    MAX_GPUS,
+    WEIGHT_BYTES,
+    Device,
+    NumberFormats,
+    device_of,
+    quantised_bytes,
+)
 from deepseek.planning.sizes import (
     Parameters,
     Shape,
@@ -28,15 +37,11 @@ from deepseek.registry import pick
 if TYPE_CHECKING:
     from deepseek.model.config import ModelConfig
 
-MAX_GPUS = 1 << 24
-
 NODE = 8
 """Number of devices per node, which share the fast link."""
 
 CHUNK_LOGITS = 1 << 23
 """Logits in memory at once (`kernels/cross_entropy.py`); a test compares."""
-
-KINDS = ("exact", "flash", "lsh")
 
 
 @dataclass(frozen=True)
@@ -238,9 +243,7 @@ class Plan:
 
         Source: arXiv:2001.08361, section 2.1.
         """
-        kind = "lsh" if self.attention == "lsh" else "full"
-        attending = replace(self.config, attention=kind)
-        scores = attention_flops(attending, self.length)
+        scores = attention_flops(self.config.attending(self.attention), self.length)
         # Backward, half of the work is for the gradients of the weights, which frozen ones lack.
         weights = self.shape.active * (4 + 2 * self.trained)
         return (weights + scores) * (4 / 3 if self.recompute else 1)
@@ -293,32 +296,22 @@ def plan(
         ConfigError: a name is unknown, or a number is out of range.
     """
     architecture = Architecture.of(model)
-    gpus = checks.whole("gpus", gpus, least=1, most=MAX_GPUS)
     rows_per_gpu = checks.whole("rows_per_gpu", rows_per_gpu, least=1, most=checks.MAX_SIZE)
-    tokens = checks.number("tokens", tokens, above=0)
+    row = architecture.row_length(length)
     checks.flag("recompute", recompute)
-    longest = architecture.max_position_embeddings
-    row = checks.whole(
-        "length", longest if length is None else length, least=1, most=checks.MAX_SIZE
-    )
-    if bits is not None:
-        bits = checks.whole("bits", bits)
-        checks.choice("bits", str(bits), [str(number) for number in QUANTISED_BYTES])
-    usual = "lsh" if architecture.attention == "lsh" else "flash"
-    kind = usual if attention is None else attention
     return Plan(
         architecture,
-        device if isinstance(device, Device) else pick(DEVICES, device, "device"),
-        gpus,
-        tokens,
-        rows_per_gpu * row,
-        recompute,
-        row,
-        pick(FORMATS, precision, "precision"),
-        checks.whole("zero", zero, least=0, most=3),
-        checks.choice("attention", kind, KINDS),
-        checks.number("trained", trained, above=0, most=1),
-        2.0 if bits is None else QUANTISED_BYTES[bits],
+        device_of(device),
+        gpus=checks.whole("gpus", gpus, least=1, most=MAX_GPUS),
+        tokens=checks.number("tokens", tokens, above=0),
+        tokens_per_gpu=rows_per_gpu * row,
+        recompute=recompute,
+        length=row,
+        formats=pick(FORMATS, precision, "precision"),
+        zero=checks.whole("zero", zero, least=0, most=3),
+        attention=architecture.attention_kind(attention),
+        trained=checks.number("trained", trained, above=0, most=1),
+        frozen_bytes=WEIGHT_BYTES["bfloat16"] if bits is None else quantised_bytes(bits),
     )
 
 
