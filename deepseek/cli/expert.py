@@ -129,8 +129,8 @@ def list_experts(as_json: Json = False) -> None:
 def rm(
     name: Annotated[str, typer.Argument(help="Name of a trained expert.")], yes: Yes = False
 ) -> None:
-    """Remove a trained expert: its pack and its retrieval index. Its run folder stays. A server
-    that has it plugged keeps it in memory until it is unplugged there.
+    """Remove a trained expert: its pack, its prompts and its retrieval index. Its run folder stays.
+    A server that has it plugged keeps it in memory until it is unplugged there.
     """
     from deepseek.cli.confirm import confirm
     from deepseek.packs.library import find_pack
@@ -152,8 +152,8 @@ def rename(
         Path | None, typer.Option(help="Private key to sign a signed pack again with.")
     ] = None,
 ) -> None:
-    """Rename a trained expert with its retrieval index and its run folder. The pack is sealed
-    again, as its digest covers the name.
+    """Rename a trained expert with its prompts, its retrieval index and its run folder. The pack is
+    sealed again, as its digest covers the name.
     """
     from deepseek.train.jobs.rename import rename_expert
 

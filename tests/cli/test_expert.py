@@ -12,7 +12,7 @@ from tiny_adapter import save_llama, write_adapter
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.cli.main import main
 from deepseek.cli.options import expert_packs
-from deepseek.packs.library import experts_folder, index_folder
+from deepseek.packs.library import experts_folder, index_folder, prompts_file
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.packs.tensors import DTYPES
@@ -241,17 +241,18 @@ def test_import_replaces_no_other_pack(llama: Path, tmp_path: Path, capsys: Capt
     assert (experts_folder() / "mine.safetensors").read_bytes() == content
 
 
-def test_rm_asks_and_removes_pack_and_index(
+def test_rm_asks_and_removes_pack_prompts_and_index(
     pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     index = index_folder("poems")
     index.mkdir()
+    prompts_file("poems").write_text("{}")
     assert run(capsys, "rm", "poems")[0] == 2
     assert pack.is_file()
     status, out, _ = run(capsys, "rm", "poems", "--yes")
-    assert (status, out.count("removed")) == (0, 2)
-    assert not pack.exists() and not index.exists()
+    assert (status, out.count("removed")) == (0, 3)
+    assert list(experts_folder().iterdir()) == []
 
 
 def test_rm_names_the_nearest_expert_and_no_files(pack: Path, capsys: Capture) -> None:
@@ -284,6 +285,19 @@ def test_rename_takes_pack_index_and_run_along(pack: Path, capsys: Capture) -> N
     assert json.loads((run_folder / "start.json").read_text())["request"]["name"] == "verses"
     assert json.loads((run_folder / "result.json").read_text())["pack"] == out.strip()
     assert not (runs / "poems").exists()
+
+
+def test_rename_takes_the_prompts_of_this_pack_along(pack: Path, capsys: Capture) -> None:
+    prompts = [{"kind": "chat", "text": "Where is it?"}]
+    stored = {"digest": read_pack(pack).manifest.digest, "prompts": prompts}
+    prompts_file("poems").write_text(json.dumps(stored))
+    _, out, _ = run(capsys, "rename", "poems", "verses")
+    digest = read_pack(out.strip()).manifest.digest
+    moved = json.loads(prompts_file("verses").read_text())
+    assert moved == {"digest": digest, "prompts": prompts}
+    prompts_file("verses").write_text(json.dumps({"digest": "0" * 64, "prompts": prompts}))
+    run(capsys, "rename", "verses", "poems")
+    assert [path.name for path in experts_folder().iterdir()] == ["poems.safetensors"]
 
 
 @pytest.mark.parametrize(

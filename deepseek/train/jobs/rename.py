@@ -1,20 +1,24 @@
-"""Rename and remove a trained expert: its pack, its retrieval index, its run folder."""
+"""Rename and remove a trained expert: its pack, its prompts, its retrieval index, its run folder."""
 
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from deepseek.checkpoint.store import home, read_object, write_json
-from deepseek.errors import ConfigError, PackError
-from deepseek.packs.library import experts_folder, find_pack, index_folder, installed
+from deepseek.errors import CheckpointError, ConfigError, PackError
+from deepseek.packs.library import experts_folder, find_pack, index_folder, installed, prompts_file
 from deepseek.packs.manifest import explain
 from deepseek.train.loop.run_lock import run_lock
 
+if TYPE_CHECKING:
+    from deepseek.packs.pack import ExpertPack
+
 
 def remove_expert(name: str) -> list[Path]:
-    """Delete an expert's pack and its index, and return their paths; the run folder stays.
+    """Delete an expert's pack, prompts and index, and return their paths; the run folder stays.
 
     Args:
         name: name of a trained expert.
@@ -22,10 +26,13 @@ def remove_expert(name: str) -> list[Path]:
     Raises:
         PackError: there is no such expert.
     """
-    pack = _own_pack(name)
+    removed = [_own_pack(name)]
+    removed[0].unlink()
+    prompts = prompts_file(name)
+    if prompts.is_file():
+        prompts.unlink()
+        removed.append(prompts)
     index = index_folder(name)
-    removed = [pack]
-    pack.unlink()
     if index.is_dir():
         shutil.rmtree(index)
         removed.append(index)
@@ -36,7 +43,7 @@ def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
     """Give a trained expert another name and return the path of its pack.
 
     The name is part of what the digest and a signature cover, so that the pack is sealed again. Its
-    index and its run folder get the new name too.
+    prompts, its index and its run folder get the new name too.
 
     Args:
         old: name of a trained expert.
@@ -54,7 +61,8 @@ def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
     before = _own_pack(old)
     pack = read_pack(before)
     runs = home() / "runs"
-    for taken in (installed().get(new), _existing(runs / new), _existing(index_folder(new))):
+    parts = (runs / new, index_folder(new), prompts_file(new))
+    for taken in (installed().get(new), *map(_existing, parts)):
         if taken is not None:
             raise ConfigError(f"{taken} exists already; choose another name.")
     if pack.manifest.signature is not None and key is None:
@@ -76,6 +84,7 @@ def rename_expert(old: str, new: str, key: Path | None = None) -> Path:
             run.rename(runs / new)
     if index_folder(old).is_dir():
         index_folder(old).rename(index_folder(new))
+    _move_prompts(prompts_file(old), prompts_file(new), pack, sealed)
     before.unlink()
     return after
 
@@ -97,6 +106,20 @@ def _own_pack(name: str) -> Path:
 
 def _existing(path: Path) -> Path | None:
     return path if path.exists() else None
+
+
+def _move_prompts(old: Path, new: Path, before: "ExpertPack", after: "ExpertPack") -> None:
+    """Move a pack's prompts, with its new digest; those of another content are dropped.
+
+    Args:
+        old, new: files of the prompts; the first one may be missing.
+        before, after: the pack that it was, and the pack that it is now.
+    """
+    with suppress(CheckpointError):
+        stored = read_object(old)
+        if stored.get("digest") == before.manifest.digest:
+            write_json(new, stored | {"digest": after.manifest.digest})
+    old.unlink(missing_ok=True)
 
 
 def _rename_in(run: Path, old: str, new: str, pack: Path) -> None:
