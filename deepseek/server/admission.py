@@ -6,6 +6,7 @@ its prompt is made, the engine's queue, and `Job` while it runs.
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -104,7 +105,7 @@ class Admission:
         self._planners.shutdown(wait=False, cancel_futures=True)
 
 
-class Job:
+class Job(ABC):
     """The running computations of one HTTP request; `close` must be called and cancels the rest.
 
     Args:
@@ -123,9 +124,9 @@ class Job:
         if admission.ended:
             self.cancel()
 
+    @abstractmethod
     def usage(self) -> TokenUsage:
         """Return the tokens used so far."""
-        raise NotImplementedError
 
     def cancel(self) -> None:
         """Stop all computations before the next step."""

@@ -1,4 +1,5 @@
-"""HTTP/1.1 connections: time limits for whatever a client can delay, and replies to what is no HTTP.
+"""HTTP/1.1 connections: time limits for whatever a client can delay, and replies to what is not
+HTTP.
 
 Uvicorn's protocol waits without end for the head of a request, and answers a malformed one in plain
 text with a line in the log.

@@ -58,7 +58,9 @@ class ResponseFormat(Body):
             case "json_object":
                 return json_grammar(self.schema_ or {"type": "object"})
             case "json_schema":
-                return json_grammar(_present(self.json_schema.schema_ or self.schema_, "schema"))
+                inner = self.json_schema.schema_
+                schema = self.schema_ if inner is None else inner
+                return json_grammar(_present(schema, "json_schema.schema"))
             case "regex":
                 return Grammar("regex", _present(self.pattern, "pattern"))
             case "grammar":
@@ -74,16 +76,23 @@ class StructuredOutputs(Body):
     grammar: Pattern | None = None
     json_object: bool | None = None
 
-    def constraints(self) -> dict[str, Grammar]:
-        """Return all constraints, by the names of their fields."""
-        found = {
-            "json": None if self.json_ is None else json_grammar(_parsed(self.json_)),
-            "regex": None if self.regex is None else Grammar("regex", self.regex),
-            "choice": None if self.choice is None else choice_of(self.choice),
-            "grammar": None if self.grammar is None else grammar_of(self.grammar),
-            "json_object": json_grammar({"type": "object"}) if self.json_object else None,
+    def constraints(self, prefix: str) -> dict[str, Grammar | None]:
+        """Return the constraints by the names of their fields, None for those that are not set.
+
+        Args:
+            prefix: what the request has before these names, such as "guided_".
+
+        Raises:
+            ApiError: the schema is text that is not a JSON object.
+        """
+        schema = _parsed(self.json_, f"{prefix}json")
+        return {
+            f"{prefix}json": None if schema is None else json_grammar(schema),
+            f"{prefix}regex": None if self.regex is None else Grammar("regex", self.regex),
+            f"{prefix}choice": None if self.choice is None else choice_of(self.choice),
+            f"{prefix}grammar": None if self.grammar is None else grammar_of(self.grammar),
+            f"{prefix}json_object": json_grammar({"type": "object"}) if self.json_object else None,
         }
-        return {name: grammar for name, grammar in found.items() if grammar is not None}
 
 
 class ConstraintFields(Body):
@@ -112,25 +121,23 @@ class ConstraintFields(Body):
             choice=self.guided_choice,
             grammar=self.guided_grammar,
         )
-        named = self.structured_outputs or StructuredOutputs()
-        wanted = self.response_format or ResponseFormat(type="text")
-        own = {
-            "response_format": wanted.constraint(),
+        newer = self.structured_outputs or StructuredOutputs()
+        response_format = self.response_format or ResponseFormat(type="text")
+        by_field = {
+            "response_format": response_format.constraint(),
             "json_schema": None if self.json_schema is None else json_grammar(self.json_schema),
             "grammar": grammar_of(self.grammar) if self.grammar else None,
+            **newer.constraints("structured_outputs."),
+            **older.constraints("guided_"),
         }
-        found = {
-            **{name: grammar for name, grammar in own.items() if grammar is not None},
-            **{f"structured_outputs.{name}": each for name, each in named.constraints().items()},
-            **{f"guided_{name}": grammar for name, grammar in older.constraints().items()},
-        }
-        if len(found) > 1:
+        constraints = {name: each for name, each in by_field.items() if each is not None}
+        if len(constraints) > 1:
             raise ApiError(
                 400,
-                f"{' and '.join(found)} constrain the same answer; send one of them.",
-                param=next(iter(found)),
+                f"{' and '.join(constraints)} constrain the same answer; send one of them.",
+                param=next(iter(constraints)),
             )
-        return next(iter(found.values()), None)
+        return next(iter(constraints.values()), None)
 
 
 def json_grammar(schema: Schema) -> Grammar:
@@ -153,24 +160,29 @@ def _literal(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
-def _parsed(schema: Schema | str) -> Schema:
-    """Return a JSON schema that may have been sent as JSON text."""
-    if isinstance(schema, dict):
+def _parsed(schema: Schema | str | None, field: str) -> Schema | None:
+    """Return a JSON schema that may have been sent as JSON text.
+
+    Args:
+        schema: value of the field.
+        field: its name.
+    """
+    if not isinstance(schema, str):
         return schema
     try:
         value = json.loads(schema)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ApiError(400, "The JSON schema is not the text of a JSON object; correct it.")
+        raise ApiError(
+            400, "The JSON schema is not the text of a JSON object; correct it.", param=field
+        )
     return value
 
 
-def _present(value: T | None, field: str) -> T:
+def _present(value: T | None, path: str) -> T:
+    """Return a field of `response_format` that its type needs; `path` leads to it."""
     if value is None:
-        raise ApiError(
-            400,
-            f"The response_format needs the field {field}; send it.",
-            param=f"response_format.{field}",
-        )
+        where = f"response_format.{path}"
+        raise ApiError(400, f"The field {where} is missing; send it.", param=where)
     return value

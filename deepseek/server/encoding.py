@@ -1,5 +1,5 @@
-"""JSON of replies. Large values are encoded in parts: the encoder of the standard library keeps the
-interpreter to itself until it is done, so that even in a thread of its own it stops all others.
+"""JSON of replies, large ones in parts: the encoder of the standard library holds the GIL until it
+is done, so that even in a thread of its own it would stall the event loop.
 """
 
 import asyncio
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 PART = 1 << 10
-"""Most numbers or texts that are encoded at a time, which takes about a millisecond."""
+"""Most numbers or texts that are encoded at a time; they take about a millisecond."""
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 

@@ -96,8 +96,8 @@ class Guard:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - started
             self.service.metrics.replied(route, status, seconds)
-            tokens = scope.get("state", {}).get("tokens", "")
-            request_log.write(scope["method"], route, status, tokens, seconds)
+            usage = scope.get("state", {}).get("usage")
+            request_log.write(scope["method"], route, status, usage, seconds)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request to the application, or answer it here."""

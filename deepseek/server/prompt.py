@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from deepseek.data.text.document import Document
+from deepseek.data.text.encode import header
 from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
@@ -24,13 +26,13 @@ PIECE = 1 << 15
 TEMPLATE_SECONDS = 2.0
 """Time limit for rendering a chat template; a typical one takes a millisecond."""
 
-
-LONG_TOKEN = 16
-"""Characters of a token of which there are few: a text of so many for each token of the context is
-cut before it is encoded.
+GAP_CHARACTERS = 16
+"""Characters per token of the context to which the texts around a gap are cut before they are
+encoded. Tokens have fewer on average, in code about three.
 """
-LEAST_BEFORE = 16
-"""Tokens for the text around a gap, even if the answer were to take the whole context."""
+
+LEAST_AROUND = 16
+"""Tokens for the texts around a gap, even if the answer were to take the whole context."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,13 @@ class EditorGap:
 
     Attributes:
         prefix: lines before the cursor's line.
-        begun: the cursor's line up to the cursor.
+        line: the cursor's line up to the cursor.
         suffix: the text after the cursor.
         others: name and text of pieces of other files.
     """
 
     prefix: str
-    begun: str
+    line: str
     suffix: str
     others: Sequence[tuple[str, str]] = ()
 
@@ -161,19 +163,19 @@ class PromptWriter:
             gap: the text.
             answer_tokens: number of tokens to leave for the answer.
         """
-        most = self.context * LONG_TOKEN
-        others = "".join(f"file: {name}\n\n{text}\n" for name, text in gap.others)
-        texts = [gap.prefix[-most:], gap.suffix[:most], gap.begun[-most:], others[-most:]]
-        prefix, suffix, begun, others_ids = encode_plain(self.tokenizer, texts)
+        most = self.context * GAP_CHARACTERS
+        files = "".join(f"{header(Document(text, name))}{text}\n" for name, text in gap.others)
+        texts = [gap.prefix[-most:], gap.suffix[:most], gap.line[-most:], files[-most:]]
+        prefix, suffix, line, others = encode_plain(self.tokenizer, texts)
         before = document_start_ids(self.tokenizer)
         used = answer_tokens + len(before) + self.layout.markers
-        free = max(LEAST_BEFORE, self.context - used - 1)
+        free = max(LEAST_AROUND, self.context - used - 1)
         suffix = suffix[: free // 4]
-        begun = last(begun, free - len(suffix))
-        prefix = last(prefix, free - len(suffix) - len(begun))
-        others_ids = last(others_ids, free - len(suffix) - len(begun) - len(prefix))
-        # What is begun of the middle comes after all else, wherever the layout has the prefix.
-        return self.check([*before, *others_ids, *self.layout.join(prefix, suffix), *begun])
+        line = last(line, free - len(suffix))
+        prefix = last(prefix, free - len(suffix) - len(line))
+        others = last(others, free - len(suffix) - len(line) - len(prefix))
+        # The cursor's line begins the middle: it comes after all else, wherever the prefix is.
+        return self.check([*before, *others, *self.layout.join(prefix, suffix), *line])
 
     def start(self) -> int:
         """Return the token that starts a document.

@@ -3,6 +3,8 @@
 import logging
 from typing import Literal
 
+from deepseek.engine.request import TokenUsage
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 PACKAGE = "deepseek"
 
@@ -10,7 +12,11 @@ log = logging.getLogger(__name__)
 
 
 def configure(level: LogLevel | None) -> None:
-    """Write the package's log from this level on to standard error; None: change nothing."""
+    """Write the package's log to standard error.
+
+    Args:
+        level: least severe messages to write; None: leave logging as the program has set it up.
+    """
     if level is None:
         return
     handler = logging.StreamHandler()
@@ -21,15 +27,15 @@ def configure(level: LogLevel | None) -> None:
     package.propagate = False
 
 
-def write(method: str, route: str, status: int, tokens: str, seconds: float) -> None:
+def write(method: str, route: str, status: int, usage: TokenUsage | None, seconds: float) -> None:
     """Log one request.
 
     Args:
         method: HTTP method.
-        route: its route as declared, which holds no names of a client.
-        status: status of the reply.
-        tokens: tokens of prompt and answer; "" where there are none.
-        seconds: time from the head to the end of the reply.
+        route: its route as declared, such as `/v1/models/{model}`, which holds no text of a client.
+        status: HTTP status of the reply.
+        usage: tokens of prompt and answer; None: nothing was computed.
+        seconds: time from the head of the request to the end of the reply.
     """
-    spent = f" {tokens} tokens" if tokens else ""
-    log.info("%s %s %d%s %.0f ms", method, route, status, spent, seconds * 1e3)
+    tokens = f" {usage.prompt_tokens}+{usage.completion_tokens} tokens" if usage else ""
+    log.info("%s %s %d%s %.0f ms", method, route, status, tokens, seconds * 1e3)

@@ -22,6 +22,7 @@ from deepseek.checkpoint.store import home
 from deepseek.engine.engine import Engine
 from deepseek.engine.generation import Generation
 from deepseek.engine.request import ExpertChoice, Request, TokenEvent, TokenUsage
+from deepseek.model.experts import ExpertInfo
 from deepseek.model.language_model import context_length
 from deepseek.packs.library import experts_folder
 from deepseek.server.admission import Admission, Job
@@ -266,6 +267,13 @@ class Service:
             )
         arm = wanted.choice if named is None else named
         return ExpertChoice(arm, tuple(wanted.deny), wanted.max_experts)
+
+    def plugged(self, name: str) -> ExpertInfo:
+        """Return a plugged expert. Raises `ApiError` (404) if none has this name."""
+        for info in self.engine.experts():
+            if info.name == name:
+                return info
+        raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
 
     def named_experts(self, model: str) -> tuple[str, ...] | None:
         """Return the experts in a model name, None for the plain base name. Raises `ApiError`

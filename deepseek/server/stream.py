@@ -84,9 +84,7 @@ class Reply(StreamingResponse):
         finally:
             if self._job is not None:
                 self._job.close()
-                usage = self._job.usage()
-                spent = f"{usage.prompt_tokens}+{usage.completion_tokens}"
-                scope.setdefault("state", {})["tokens"] = spent
+                scope.setdefault("state", {})["usage"] = self._job.usage()
 
     async def _folded(
         self, chunks: AsyncIterator[Fields], fold: Callable[[list[Fields]], Fields]
@@ -192,7 +190,7 @@ class Chunks(ABC):
         async for index, event in self.job.events():
             for choice in self.choices(index, event):
                 yield choice
-                await asyncio.sleep(0)  # others have their turn; a long prompt's scores are many
+                await asyncio.sleep(0)  # `choices` may yield many pieces: an echoed prompt's scores
 
 
 def joined(pieces: Sequence[Any]) -> Any:
@@ -228,8 +226,8 @@ def usage_fields(usage: TokenUsage) -> Fields:
     return {**counts, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
 
 
-def chat_logprobs(service: Service, logprobs: Sequence[TokenLogprob]) -> Fields:
-    """Return log probabilities in chat's layout: each token with its most likely alternatives."""
+def chat_logprobs(service: Service, token: TokenLogprob) -> Fields:
+    """Return log probabilities in chat's layout: of a token and its most likely alternatives."""
 
     def entry(identity: int, logprob: float) -> Fields:
         text = service.token_text(identity)
@@ -240,16 +238,9 @@ def chat_logprobs(service: Service, logprobs: Sequence[TokenLogprob]) -> Fields:
             "bytes": list(text.encode()) if whole else None,
         }
 
-    return {
-        "content": [
-            {
-                **entry(token.token_id, token.logprob),
-                "top_logprobs": [entry(*top) for top in token.top],
-            }
-            for token in logprobs
-        ],
-        "refusal": None,
-    }
+    alternatives = [entry(*top) for top in token.top]
+    content = [{**entry(token.token_id, token.logprob), "top_logprobs": alternatives}]
+    return {"content": content, "refusal": None}
 
 
 def finite(logprob: float) -> float:

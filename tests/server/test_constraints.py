@@ -2,6 +2,7 @@
 clients use.
 """
 
+import json
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ from live_server import Live
 
 from deepseek.engine.vocabulary import Matcher
 from deepseek.errors import ConfigError
+from deepseek.server.constraints import JsonSchema, ResponseFormat
 
 ASKED = [{"role": "user", "content": "the value of the model"}]
 GBNF = 'root ::= "y" ("es" | "ou")'
@@ -75,9 +77,8 @@ def test_ollama_continues_a_raw_text_in_a_format(server: Live) -> None:
     [
         ({"grammar": GBNF, "guided_regex": "a"}, "grammar and guided_regex constrain the same"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "constrain the same"),
-        ({"response_format": {"type": "regex"}}, "needs the field pattern"),
-        ({"response_format": {"type": "grammar"}}, "needs the field grammar"),
-        ({"response_format": {"type": "json_schema"}}, "needs the field schema"),
+        ({"response_format": {"type": "regex"}}, "response_format.pattern is missing"),
+        ({"response_format": {"type": "grammar"}}, "response_format.grammar is missing"),
         ({"guided_json": "no JSON"}, "not the text of a JSON object"),
         ({"grammar": "root ::= x"}, "no rule"),
         ({"guided_regex": "(a"}, "regular expression cannot be used"),
@@ -94,6 +95,34 @@ def test_what_cannot_be_followed_is_refused(
         )
     assert reply.status_code == 400
     assert words in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "regex"}}, "response_format.pattern"),
+        ({"structured_outputs": {"json": "[]"}}, "structured_outputs.json"),
+        ({"guided_json": "[]"}, "guided_json"),
+    ],
+)
+def test_a_refusal_names_the_field_as_openai_does(
+    server: Live, fields: dict[str, Any], param: str
+) -> None:
+    body = {"model": "tiny", "messages": ASKED, **fields}
+    with server.http() as http:
+        reply = http.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_the_empty_schema_is_any_json() -> None:
+    described = JsonSchema.model_validate({"name": "a", "schema": {}})
+    grammar = ResponseFormat(type="json_schema", json_schema=described).constraint()
+    assert grammar is not None and json.loads(grammar.text) == {}
 
 
 def test_a_grammar_that_becomes_too_complex_is_the_request_s_mistake(

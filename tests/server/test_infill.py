@@ -123,7 +123,7 @@ def test_the_context_fits_however_much_an_editor_sends(server: Live) -> None:
     writer = server.service.writer
     gap = EditorGap(
         prefix="first = 1\n" * 3000 + "near the gap\n",
-        begun="    return ",
+        line="    return ",
         suffix=" after it\n" + "far away\n" * 3000,
         others=[("old.py", "old\n" * 500), ("new.py", "the newest\n")],
     )

@@ -431,7 +431,11 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], int, str | None]] = {
         "tool_choice",
     ),
     "tool_type": ({"tools": [{"type": "retrieval"}]}, 400, None),
-    "no_schema": ({"response_format": {"type": "json_schema"}}, 400, "response_format.schema"),
+    "no_schema": (
+        {"response_format": {"type": "json_schema"}},
+        400,
+        "response_format.json_schema.schema",
+    ),
     "bad_schema": (
         {
             "response_format": {

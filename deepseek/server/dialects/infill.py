@@ -56,6 +56,48 @@ class InfillRequest(NativeCompletion):
         return NativeCompletion(**{"temperature": 0.0, **fields, "prompt": ids})
 
 
+class BlockText:
+    """The text of a gap, up to a line that leaves its block, or to a line end out of time.
+
+    Args:
+        indent: characters of white space that a line of the block begins with, at least.
+        seconds: time limit of the text in seconds.
+    """
+
+    def __init__(self, indent: int, seconds: float) -> None:
+        self.finish: str | None = None
+        """Finish reason once the text has ended."""
+        self._indent = indent
+        self._seconds = seconds
+        self._held = ""  # a line end and the white space after it, until the line's indent is known
+
+    def take(self, piece: str, elapsed: float) -> str:
+        """Return what of the text is decided by its next piece.
+
+        Args:
+            piece: the piece; there are none after the end.
+            elapsed: seconds since the first piece.
+        """
+        decided = ""
+        for character in piece:
+            if character == "\n" and elapsed > self._seconds:
+                self.finish = "length"
+                return decided
+            if character == "\n" or (self._held and character in " \t"):
+                self._held += character
+                continue
+            if self._held and len(self._held.rpartition("\n")[2]) < self._indent:
+                self.finish = "stop"
+                return decided
+            decided += self._held + character
+            self._held = ""
+        return decided
+
+    def rest(self) -> str:
+        """Return what is still held back when the answer has ended by itself."""
+        return self._held
+
+
 class InfillChunks(NativeChunks):
     """The chunks of a filled gap, which ends at a line that leaves its block, or out of time.
 
@@ -67,9 +109,9 @@ class InfillChunks(NativeChunks):
 
     def __init__(self, body: InfillRequest, chunks: CompletionChunks, started: float) -> None:
         super().__init__(body, chunks, started)
-        self._indent = body.n_indent or 0
         limit = body.t_max_predict_ms
-        self._seconds = limit / 1000 if limit is not None and limit > 0 else float("inf")
+        seconds = limit / 1000 if limit is not None and limit > 0 else float("inf")
+        self._text = BlockText(body.n_indent or 0, seconds)
         self._fields = body.response_fields
 
     async def choices(self) -> AsyncIterator[Fields]:
@@ -79,27 +121,16 @@ class InfillChunks(NativeChunks):
         beginning, and `t_max_predict_ms` ends it at the end of a line.
         """
         first: float | None = None
-        held = ""  # a line end and the white space after it, until the line turns out to stay
         async for choice in super().choices():
-            first = first or time.perf_counter()
-            kept = ""
-            for character in choice["text"]:
-                if held and character not in " \t\n":
-                    if len(held.rpartition("\n")[2]) < self._indent:
-                        yield {**choice, "text": kept, "finish_reason": "stop"}
-                        return
-                    kept += held
-                    held = ""
-                if character == "\n" and time.perf_counter() - first > self._seconds:
-                    yield {**choice, "text": kept, "finish_reason": "length"}
-                    return
-                if character == "\n" or held:
-                    held += character
-                else:
-                    kept += character
+            now = time.perf_counter()
+            first = now if first is None else first
+            text = self._text.take(choice["text"], now - first)
+            if self._text.finish is not None:
+                yield {**choice, "text": text, "finish_reason": self._text.finish}
+                return
             if choice["finish_reason"] is not None:
-                kept += held
-            yield {**choice, "text": kept}
+                text += self._text.rest()
+            yield {**choice, "text": text}
 
     def fold(self, chunks: list[Fields]) -> Fields:
         """Return the whole reply, or those of its fields that the request names.
@@ -109,8 +140,8 @@ class InfillChunks(NativeChunks):
         reply = super().fold(chunks)
         if self._fields is None:
             return reply
-        found = ((path, value_at(reply, path)) for path in self._fields)
-        return {path: value for path, value in found if value is not None}
+        values = ((path, value_at(reply, path)) for path in self._fields)
+        return {path: value for path, value in values if value is not None}
 
 
 def value_at(fields: object, path: str) -> object:

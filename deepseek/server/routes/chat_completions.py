@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from secrets import token_hex
 
@@ -104,12 +104,10 @@ class ChoiceProgress:
     Attributes:
         text: the text generated so far.
         sent: number of its characters already sent.
-        logprobs: log probabilities of the tokens since the last chunk.
     """
 
     text: str = ""
     sent: int = 0
-    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class ChatChunks(Chunks):
@@ -134,19 +132,17 @@ class ChatChunks(Chunks):
         progress = self.progress[index]
         finish = event.finish_reason
         progress.text += event.text
-        progress.logprobs += [event.logprob] if event.logprob else []
         text = progress.text
         calls = self.calling.read(text) if finish else []
         end = len(text) if finish and not calls else self.calling.content_length(text)
-        if end > progress.sent or progress.logprobs:
+        if end > progress.sent or event.logprob:  # also of a token whose text is held back
             yield self.choice(
                 index,
                 {"content": text[progress.sent : end]},
-                logprobs=progress.logprobs,
+                logprob=event.logprob,
                 expert=event.expert,
             )
             progress.sent = end
-            progress.logprobs = []
         if calls:
             call_fields = [
                 {
@@ -167,7 +163,7 @@ class ChatChunks(Chunks):
         index: int,
         delta: Fields,
         *,
-        logprobs: list[TokenLogprob] | None = None,
+        logprob: TokenLogprob | None = None,
         expert: str | None = None,
         finish: str | None = None,
     ) -> Fields:
@@ -175,7 +171,7 @@ class ChatChunks(Chunks):
         return {
             "index": index,
             "delta": delta,
-            "logprobs": chat_logprobs(self.service, logprobs) if logprobs else None,
+            "logprobs": chat_logprobs(self.service, logprob) if logprob else None,
             "finish_reason": finish,
             "stop_reason": None,
             "expert": expert,

@@ -30,8 +30,7 @@ async def embeddings(body: EmbeddingsRequest, service: TheService) -> Response:
             "Embeddings are computed by the base alone; leave the experts out of model.",
             param="model",
         )
-    width = service.engine.model.config.hidden_size
-    check_dimensions(body.dimensions, width)
+    check_dimensions(service, body.dimensions)
     job = await embed(service, texts(body))
     return Reply(replies(body, job), job=job, fold=lambda sent: sent[0])
 
@@ -99,7 +98,7 @@ def reply(body: EmbeddingsRequest, computed: list[list[float]], tokens: int) -> 
 
     Args:
         body: the request.
-        computed: a unit vector for each text.
+        computed: a unit vector for each text, `[texts][hidden_size]`.
         tokens: number of tokens in all texts.
     """
     vectors = shortened(computed, body.dimensions)
@@ -112,9 +111,12 @@ def reply(body: EmbeddingsRequest, computed: list[list[float]], tokens: int) -> 
     return {"object": "list", "model": body.model, "data": data, "usage": usage}
 
 
-def check_dimensions(dimensions: int | None, width: int) -> None:
-    """Raise `ApiError` for more dimensions than the model's vectors have."""
-    if dimensions is not None and dimensions > width:
+def check_dimensions(service: Service, dimensions: int | None) -> None:
+    """Raise `ApiError` for more dimensions than the model's vectors have; None asks for all."""
+    if dimensions is None:
+        return
+    width = service.engine.model.config.hidden_size
+    if dimensions > width:
         raise ApiError(
             400,
             f"The model's vectors have {width} dimensions; ask for at most as many.",
@@ -123,10 +125,10 @@ def check_dimensions(dimensions: int | None, width: int) -> None:
 
 
 def shortened(vectors: list[list[float]], dimensions: int | None) -> list[list[float]]:
-    """Return the first dimensions of vectors, scaled to length 1 again.
+    """Return the first dimensions of vectors, scaled to length 1 again, as OpenAI's API does.
 
     Args:
-        vectors: unit vectors.
+        vectors: unit vectors, `[texts][hidden_size]`.
         dimensions: number of dimensions to keep; None: all.
     """
     if dimensions is None:

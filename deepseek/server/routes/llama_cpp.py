@@ -1,4 +1,6 @@
-"""llama.cpp's own routes: `/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template`, `/props`."""
+"""llama.cpp's own routes: `/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template`,
+`/props`.
+"""
 
 import time
 from collections.abc import Sequence
@@ -72,7 +74,7 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
         ApiError: there is no text, or it is too long.
     """
     if body.messages is not None:
-        return written(service, body, body.messages)
+        return conversation_ids(service, body, body.messages)
     # vLLM's clients send `prompt` and mean the special tokens; llama.cpp's send `content`.
     special = body.add_special
     if body.prompt is not None:
@@ -95,11 +97,11 @@ async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, 
 @router.post("/apply-template")
 async def apply_template(body: TemplateRequest, service: TheService) -> dict[str, str]:
     """Return a conversation as the text of a prompt."""
-    ids = await service.admission.run(partial(written, service, body, body.messages))
+    ids = await service.admission.run(partial(conversation_ids, service, body, body.messages))
     return {"prompt": str(service.engine.tokenizer.decode(ids))}
 
 
-def written(
+def conversation_ids(
     service: Service, body: TokenizeRequest | TemplateRequest, messages: Sequence[ChatMessage]
 ) -> list[int]:
     """Return the token ids of a conversation with the tools and variables of a request."""

@@ -140,9 +140,7 @@ async def upload(request: HttpRequest, service: TheService) -> dict[str, Any]:
 @router.delete("/v1/experts/{name}", dependencies=[ADMIN])
 async def unplug(name: str, service: TheService) -> dict[str, Any]:
     """Unplug an expert; running requests keep it until they end."""
-    if all(info.name != name for info in service.engine.experts()):
-        raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
-    await asyncio.to_thread(service.experts_owner.unplug, name)
+    await asyncio.to_thread(service.experts_owner.unplug, service.plugged(name).name)
     return {"object": "expert", "name": name, "plugged": False}
 
 

@@ -118,7 +118,7 @@ async def embeddings(body: OllamaEmbed, service: TheService) -> Response:
     """Return a unit vector for each text."""
     if service.named_experts(base_name(body.model)):
         raise ApiError(400, "Embeddings are computed by the base alone.", param="model")
-    check_dimensions(body.dimensions, service.engine.model.config.hidden_size)
+    check_dimensions(service, body.dimensions)
     started = time.perf_counter()
     job = await embed(service, [body.input] if isinstance(body.input, str) else body.input)
     return Reply(vectors(body, job, started), job=job, fold=lambda sent: sent[0])

@@ -22,21 +22,18 @@ Prompts = list[dict[str, Any]]
 
 
 @router.get("/v1/experts/{name}/prompts")
-async def prompts(name: str, service: TheService) -> dict[str, Any]:
+async def list_prompts(name: str, service: TheService) -> dict[str, Any]:
     """List the prompts that were found for a plugged expert; there may be none."""
-    digest = plugged_digest(service, name)
-    found = await asyncio.to_thread(stored_prompts, service, name, digest)
-    return {"object": "list", "name": name, "prompts": found}
+    digest = service.plugged(name).digest
+    prompts = await asyncio.to_thread(stored_prompts, service, name, digest)
+    return {"object": "list", "name": name, "prompts": prompts}
 
 
 @router.post("/v1/experts/{name}/prompts", dependencies=[ADMIN])
 async def find(name: str, service: TheService) -> dict[str, Any]:
     """Find prompts in the held-out text of a plugged expert, and keep them beside its pack."""
-    return {
-        "object": "list",
-        "name": name,
-        "prompts": await asyncio.to_thread(find_prompts, service, name),
-    }
+    prompts = await asyncio.to_thread(find_prompts, service, name)
+    return {"object": "list", "name": name, "prompts": prompts}
 
 
 def find_prompts(service: Service, name: str) -> Prompts:
@@ -46,32 +43,24 @@ def find_prompts(service: Service, name: str) -> Prompts:
         ApiError: no such expert is plugged, or its held-out text is not on this machine.
         UserError: the engine cannot answer now.
     """
-    digest = plugged_digest(service, name)
+    digest = service.plugged(name).digest
     if not held_out_folder(name).is_dir():
         raise ApiError(
             404,
             f"The held-out text of {name} is not here; train the expert on this machine.",
             param="name",
         )
-    found = [asdict(prompt) for prompt in working_prompts(service.engine, name)]
+    prompts = [asdict(prompt) for prompt in working_prompts(service.engine, name)]
     path = prompts_file(name, service.settings.experts_folder)
-    write_json(path, {"digest": digest, "prompts": found})
-    return found
+    write_json(path, {"digest": digest, "prompts": prompts})
+    return prompts
 
 
 def stored_prompts(service: Service, name: str, digest: str) -> Prompts:
-    """Return the prompts beside an expert's pack; those of another content are left out."""
+    """Return the prompts beside an expert's pack, none if they are those of another content."""
     try:
-        stored = read_object(prompts_file(name, service.settings.experts_folder))
+        record = read_object(prompts_file(name, service.settings.experts_folder))
     except CheckpointError:
         return []
-    found = stored.get("prompts")
-    return found if stored.get("digest") == digest and isinstance(found, list) else []
-
-
-def plugged_digest(service: Service, name: str) -> str:
-    """Return the digest of a plugged expert. Raises `ApiError` (404) if there is none."""
-    for info in service.engine.experts():
-        if info.name == name:
-            return info.digest
-    raise ApiError(404, f"No expert named {name!r:.80} is plugged.", param="name")
+    prompts = record.get("prompts")
+    return prompts if record.get("digest") == digest and isinstance(prompts, list) else []
