@@ -64,7 +64,10 @@ def stored_model(name: str) -> StoredModel:
 
 
 def remove_model(model: StoredModel) -> None:
-    """Delete a model's folder, of a linked one the link; a pull of the same model that is running ends first."""
+    """Delete a model's folder, or only the link if the folder is one.
+
+    Waits for a running pull of the same model.
+    """
     with FileLock(model.folder.with_name(f".{model.name}.lock")):
         if model.folder.is_symlink():
             model.folder.unlink()

@@ -47,5 +47,5 @@ def expert_line(row: ExpertRow) -> str:
         f"{text} {metric.before:.3f} -> {metric.after:.3f}" for text, metric in row.metrics.items()
     ]
     details = [f"{len(row.layers)} layers", row.verdict, *losses, row.domain]
-    said = row.problem or "  ".join(details).rstrip()
-    return f"{row.name:24}  {size(row.bytes):>9}  {said}"
+    outcome = row.problem or "  ".join(details).rstrip()
+    return f"{row.name:24}  {size(row.bytes):>9}  {outcome}"

@@ -12,7 +12,7 @@ Pack = Annotated[str, typer.Argument(help="A pack file, or the name of a trained
 
 
 def diff(first: Pack, second: Pack) -> None:
-    """Say what two packs differ in: fields of their manifests, and weights.
+    """Print what two packs differ in: fields of their manifests, and weights.
 
     Exits with 1 if they differ, as `diff` does.
     """
@@ -20,16 +20,16 @@ def diff(first: Pack, second: Pack) -> None:
     from deepseek.packs.library import find_pack
     from deepseek.packs.pack import read_pack
 
-    found = difference(read_pack(find_pack(first)), read_pack(find_pack(second)))
-    for name, (before, after) in found.fields.items():
+    changes = difference(read_pack(find_pack(first)), read_pack(find_pack(second)))
+    for name, (before, after) in changes.fields.items():
         echo(f"{name}: {before} -> {after}")
-    for tensor in found.tensors:
+    for tensor in changes.tensors:
         if tensor.relative is None:
             echo(f"{tensor.name}: only in one of them, or of another shape")
         else:
             echo(f"{tensor.name}: changed by {tensor.relative:.1%}, cosine {tensor.cosine:.4f}")
-    echo(f"{found.equal_tensors} tensors are equal, {len(found.tensors)} differ", error=True)
-    if found.fields or found.tensors:
+    echo(f"{changes.equal_tensors} tensors are equal, {len(changes.tensors)} differ", error=True)
+    if changes.fields or changes.tensors:
         raise typer.Exit(1)
 
 

@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, help="List and remove the models in the 
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
     """List pulled bases, converted GGUF files and models trained here. Models from the Hugging Face
-    hub are in its own cache; see `hf cache`.
+    hub are in its own cache, which `hf cache` lists.
     """
     from deepseek.checkpoint.models import models_folder, stored_models
     from deepseek.cli.shapes import ModelList, ModelRow, print_json
@@ -57,7 +57,7 @@ def rm(
     uses = _uses(name)
     warning = f" It is in use: {'; '.join(uses)}." if uses else ""
     confirm(f"Remove {model.folder} ({size(model.num_bytes)})?{warning}", yes)
-    if uses:
+    if uses and yes:  # else the question has said it
         echo(f"warning: {name} was in use: {'; '.join(uses)}", error=True)
     remove_model(model)
     echo(f"removed {model.folder}")

@@ -18,8 +18,8 @@ Base = Annotated[
 Experts = Annotated[
     str,
     typer.Option(
-        help="Experts to plug: names or pack files, comma-separated; 'all': every trained one; 'none'. "
-        "NAME=WEIGHT arms one by name and scales what it adds, by up to 2."
+        help="Experts to plug: names or pack files, comma-separated, 'all' trained ones, or "
+        "'none'. NAME=WEIGHT arms one by name and scales what it adds, by up to 2."
     ),
 ]
 Arm = Annotated[

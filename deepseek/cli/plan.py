@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from deepseek.cli.options import Json
+from deepseek.errors import ConfigError
 
 Training = "Training"
 Inference = "Inference"
@@ -86,25 +87,30 @@ def plan(
     """Print estimates of parameters, memory by part, and time of a training run with its scaling
     table, or of inference. Nothing is allocated.
     """
-    from deepseek.cli.plan_tables import Wish, print_inference, print_training
-
-    wish = Wish(preset, profile, inference, gpus, length, batch, attention, bits, device)
-    wish = wish.with_profile()
-    hardware = wish.hardware(memory, teraflops, bandwidth)
-    if wish.inference:
-        print_inference(wish, hardware, dtype, as_json)
-        return
-    print_training(
-        wish,
-        hardware,
-        config,
-        {
-            "tokens": tokens,
-            "recompute": recompute,
-            "precision": precision,
-            "zero": zero,
-            "trained": trained,
-        },
-        deepspeed,
-        as_json,
+    from deepseek.cli.plan_tables import (
+        ModelChoice,
+        TrainingOptions,
+        print_inference,
+        print_training,
+        starting_options,
     )
+
+    is_inference = inference or bool(profile)
+    if is_inference and deepspeed:
+        raise ConfigError("--deepspeed configures training; leave --inference and --profile out.")
+    options = starting_options(profile, inference).overridden(
+        preset=preset,
+        device=device,
+        gpus=gpus,
+        batch=batch,
+        length=length,
+        attention=attention,
+        bits=bits,
+    )
+    model = ModelChoice.of(options.preset, config)
+    hardware = options.hardware(memory, teraflops, bandwidth)
+    if is_inference:
+        print_inference(model, options, hardware, dtype, as_json)
+        return
+    training = TrainingOptions(tokens or model.tokens, recompute, precision, zero, trained)
+    print_training(model, options, hardware, training, deepspeed, as_json)

@@ -1,9 +1,8 @@
-"""What `deepseek plan` makes of its options, and what it prints."""
+"""The options of `deepseek plan`, and the tables that it prints."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,62 +14,43 @@ from deepseek.planning import DEVICES, Device, InferencePlan, Plan, deepspeed_co
 from deepseek.planning import plan as plan_training
 from deepseek.registry import pick
 
-PROFILES: dict[str, dict[str, Any]] = {
-    "code": {"preset": "deepseek-8b", "length": 4096, "batch": 8, "gpus": 1, "device": "h100"},
-    "long": {
-        "preset": "deepseek-8b",
-        "length": 131_072,
-        "batch": 1,
-        "gpus": 1,
-        "attention": "lsh",
-        "device": "h100",
-    },
-    "small": {
-        "preset": "deepseek-8b",
-        "length": 2048,
-        "batch": 1,
-        "gpus": 1,
-        "bits": 8,
-        "device": "laptop",
-    },
-}
-"""Uses of a model: completion in an editor for a team, one long context, one user's computer."""
+if TYPE_CHECKING:
+    from deepseek.model.config import ModelConfig
 
-FALLBACK = {"preset": "deepseek-8b", "device": "h100", "batch": 2, "gpus": 8}
-"""Values of options that neither the user nor a profile gives, for training."""
+TOKENS = 300e9
+"""Training tokens if neither an option nor a config says how many."""
+
+LABELS = {"keys_values": "keys and values"}
+"""Names of parts of the memory that are not those of their fields."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """The options that training and inference share; None, "" and False: not given."""
+class PlanOptions:
+    """Options that plans of training and of inference share.
 
-    preset: str
-    profile: str
-    inference: bool
-    gpus: int | None
-    length: int | None
-    batch: int | None
-    attention: str | None
-    bits: int | None
-    device: str
+    Attributes:
+        preset: preset of `ModelConfig`.
+        device: type of the devices, one of `DEVICES`.
+        gpus: number of devices.
+        batch: rows per device and step; in inference, sequences at a time.
+        length: tokens per row; None: the longest context.
+        attention: "exact", "flash" or "lsh"; None: as the config says.
+        bits: 8 or 4 for quantised weights; None: they are not.
+    """
 
-    def with_profile(self) -> "Wish":
-        """Return the options, completed by those of the profile and the defaults.
+    preset: str = "deepseek-8b"
+    device: str = "h100"
+    gpus: int = 1
+    batch: int = 1
+    length: int | None = None
+    attention: str | None = None
+    bits: int | None = None
 
-        Raises:
-            ConfigError: the profile is unknown.
-        """
-        values: dict[str, Any] = dict(FALLBACK)
-        inference = self.inference
-        if self.profile:
-            values |= pick(PROFILES, self.profile, "profile")
-            inference = True
-        elif self.inference:
-            values |= {"batch": 1, "gpus": 1}
-        missing: dict[str, Any] = {
-            name: value for name, value in values.items() if getattr(self, name) in (None, "")
-        }
-        return replace(self, inference=inference, **missing)
+    def overridden(self, **given: Any) -> "PlanOptions":
+        """Return these options with those that the user gives; None and "" are not given."""
+        return replace(
+            self, **{name: value for name, value in given.items() if value not in (None, "")}
+        )
 
     def hardware(
         self, memory: float | None, teraflops: float | None, bandwidth: float | None
@@ -91,95 +71,160 @@ class Wish:
         )
 
 
-def print_inference(wish: Wish, device: Device, dtype: str, as_json: bool) -> None:
-    """Plan inference and print it."""
-    made = plan_inference(
-        wish.preset,
-        wish.gpus or 1,
-        device=device,
-        length=wish.length,
-        batch=wish.batch or 1,
+PROFILES = {
+    "code": PlanOptions(length=4096, batch=8),
+    "long": PlanOptions(length=131_072, attention="lsh"),
+    "small": PlanOptions(length=2048, bits=8, device="laptop"),
+}
+"""Inference for a use: completion in an editor for a team, one long context, one user's own
+computer.
+"""
+
+
+def starting_options(profile: str, inference: bool) -> PlanOptions:
+    """Return the options that those of the user override.
+
+    Args:
+        profile: name of a profile; "": none.
+        inference: whether to plan inference, if there is no profile.
+
+    Raises:
+        ConfigError: the profile is unknown.
+    """
+    if profile:
+        return pick(PROFILES, profile, "profile")
+    return PlanOptions() if inference else PlanOptions(gpus=8, batch=2)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model of a plan.
+
+    Attributes:
+        name: its preset, or the file of its configuration.
+        config: its preset or config.
+        tokens: training tokens that its configuration states, else `TOKENS`.
+    """
+
+    name: str
+    config: "str | ModelConfig"
+    tokens: float
+
+    @staticmethod
+    def of(preset: str, file: Path | None) -> "ModelChoice":
+        """Return the model of a preset or, if there is one, of a file for `deepseek pretrain`."""
+        if file is None:
+            return ModelChoice(preset, preset, TOKENS)
+        from deepseek.train.jobs.pretrain_arguments import PretrainArguments
+
+        settings = PretrainArguments.read(file)
+        config = settings.model_config_for(settings.vocab_size, 0)
+        return ModelChoice(str(file), config, settings.tokens)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options that only plans of training have; see `deepseek.planning.plan`."""
+
+    tokens: float
+    recompute: bool
+    precision: str
+    zero: int
+    trained: float
+
+
+def print_inference(
+    model: ModelChoice, options: PlanOptions, hardware: Device, dtype: str, as_json: bool
+) -> None:
+    """Plan inference and print it.
+
+    Args:
+        model: the model.
+        options: the options.
+        hardware: the figures of their device.
+        dtype: type of weights that are not quantised.
+        as_json: print JSON in place of tables.
+    """
+    estimate = plan_inference(
+        model.config,
+        options.gpus,
+        device=hardware,
+        length=options.length,
+        batch=options.batch,
         dtype=dtype,
-        bits=wish.bits,
-        attention=wish.attention,
+        bits=options.bits,
+        attention=options.attention,
     )
     if as_json:
-        print_json(
-            InferenceEstimate(
-                model=wish.preset,
-                parameters=made.parameters.total,
-                active=made.parameters.active,
-                gpus=made.gpus,
-                length=made.length,
-                batch=made.batch,
-                memory=asdict(made.memory),
-                fits=made.fits,
-                prefill_seconds=made.prefill_seconds,
-                token_seconds=made.token_seconds,
-            )
-        )
+        print_json(_inference_json(model.name, estimate))
         return
+    count = estimate.parameters
     echo(
-        f"{wish.preset}: {made.parameters.total:,} parameters, {made.parameters.active:,} active "
-        f"per token; {made.batch} x {made.length:,} tokens on {made.gpus} {wish.device}"
+        f"{model.name}: {count.total:,} parameters, {count.active:,} active per token; "
+        f"{estimate.batch} x {estimate.length:,} tokens on {estimate.gpus} {options.device}"
     )
-    _print_memory(asdict(made.memory), made.memory.total, device.memory)
+    _print_memory(asdict(estimate.memory), estimate.memory.total, hardware.memory)
     echo(
-        f"first token after {_short(made.prefill_seconds)}, then {_short(made.token_seconds)} "
-        f"per token: {made.batch / made.token_seconds:,.0f} tokens/s"
+        f"first token after {_short(estimate.prefill_seconds)}, then "
+        f"{_short(estimate.token_seconds)} per token: "
+        f"{estimate.batch / estimate.token_seconds:,.0f} tokens/s"
     )
-    echo(assumptions(device, made))
+    echo(_assumptions(hardware, estimate))
 
 
 def print_training(
-    wish: Wish,
-    device: Device,
-    config: Path | None,
-    options: Mapping[str, Any],
+    model: ModelChoice,
+    options: PlanOptions,
+    hardware: Device,
+    training: TrainingOptions,
     deepspeed: Path | None,
     as_json: bool,
 ) -> None:
-    """Plan a training run and print it; write the DeepSpeed configuration."""
+    """Plan a training run and print it; write the DeepSpeed configuration.
+
+    Args:
+        model: the model.
+        options: the options.
+        hardware: the figures of their device.
+        training: further options.
+        deepspeed: file for the DeepSpeed configuration; None: it is not written.
+        as_json: print JSON in place of tables.
+    """
     from deepseek.checkpoint.store import write_json
 
-    model: Any = wish.preset
-    tokens = options["tokens"] or 300e9
-    if config is not None:
-        from deepseek.train.jobs.pretrain_arguments import PretrainArguments
-
-        settings = PretrainArguments.read(config)
-        model = settings.model_config_for(settings.vocab_size, 0)
-        tokens = options["tokens"] or settings.tokens
-    gpus = wish.gpus or 8
-    made = plan_training(
-        model,
-        gpus,
-        device=device,
-        rows_per_gpu=wish.batch or 2,
-        length=wish.length,
-        attention=wish.attention,
-        bits=wish.bits,
-        **{**options, "tokens": tokens},
+    estimate = plan_training(
+        model.config,
+        options.gpus,
+        device=hardware,
+        rows_per_gpu=options.batch,
+        length=options.length,
+        attention=options.attention,
+        bits=options.bits,
+        tokens=training.tokens,
+        recompute=training.recompute,
+        precision=training.precision,
+        zero=training.zero,
+        trained=training.trained,
     )
     if as_json:
-        print_json(_training_json(wish.preset if config is None else str(config), made))
+        print_json(_training_json(model.name, estimate))
     else:
-        _print_training(wish, made)
+        _print_training(options.device, estimate)
     if deepspeed:
-        write_json(deepspeed, _deepspeed(made))
+        write_json(deepspeed, _deepspeed(estimate))
         echo(deepspeed, error=as_json)
 
 
-def _print_training(wish: Wish, made: Plan) -> None:
-    shape = made.shape
-    memory = made.memory(made.gpus)
+def _print_training(device: str, estimate: Plan) -> None:
+    shape = estimate.shape
+    memory = estimate.memory(estimate.gpus)
     echo(
         f"{shape.parameters:,} parameters, {shape.active:,} active per token; "
-        f"{made.tokens:,.0f} tokens on {made.gpus} {wish.device}: "
-        f"{made.days:,.1f} days, {made.days * 24 * made.gpus:,.0f} device hours"
+        f"{estimate.tokens:,.0f} tokens on {estimate.gpus} {device}: "
+        f"{estimate.days:,.1f} days, {estimate.days * 24 * estimate.gpus:,.0f} device hours"
     )
-    _print_memory(asdict(memory), memory.total, made.device.memory)
-    Console().print(_scaling_table(made))
+    _print_memory(asdict(memory), memory.total, estimate.device.memory)
+    Console().print(_scaling_table(estimate))
 
 
 def _print_memory(parts: dict[str, float], total: float, limit: float) -> None:
@@ -187,19 +232,19 @@ def _print_memory(parts: dict[str, float], total: float, limit: float) -> None:
     table = Table("memory per device", "GB")
     table.columns[1].justify = "right"
     for name, value in parts.items():
-        table.add_row(name.replace("_", " and " if name == "keys_values" else " "), _gb(value))
+        table.add_row(LABELS.get(name, name.replace("_", " ")), _gb(value))
     table.add_row("total", _gb(total), style="bold")
     Console().print(table)
     if total > limit:
         echo(f"does not fit: {_gb(total)} GB needed, {_gb(limit)} GB on each device")
 
 
-def _scaling_table(made: Plan) -> Table:
+def _scaling_table(estimate: Plan) -> Table:
     """Return a table of the needs of one step for growing numbers of devices."""
     table = Table(
         "devices", "memory GB", "gathered GB", "reduced GB", "seconds per step", "efficiency"
     )
-    for scale in made.table():
+    for scale in estimate.table():
         table.add_row(
             str(scale.gpus),
             f"{scale.memory / 1e9:.1f}",
@@ -211,25 +256,42 @@ def _scaling_table(made: Plan) -> Table:
     return table
 
 
-def _training_json(model: str, made: Plan) -> TrainingEstimate:
-    return TrainingEstimate(
+def _inference_json(model: str, estimate: InferencePlan) -> InferenceEstimate:
+    return InferenceEstimate(
         model=model,
-        parameters=made.shape.parameters,
-        active=made.shape.active,
-        gpus=made.gpus,
-        tokens=made.tokens,
-        days=made.days,
-        memory=asdict(made.memory(made.gpus)),
-        fits=made.memory(made.gpus).total <= made.device.memory,
-        scaling=[ScaleRow.model_validate(scale, from_attributes=True) for scale in made.table()],
+        parameters=estimate.parameters.total,
+        active=estimate.parameters.active,
+        gpus=estimate.gpus,
+        length=estimate.length,
+        batch=estimate.batch,
+        memory=asdict(estimate.memory),
+        fits=estimate.fits,
+        prefill_seconds=estimate.prefill_seconds,
+        token_seconds=estimate.token_seconds,
     )
 
 
-def _deepspeed(made: Plan) -> dict[str, Any]:
-    steps = max(1, round(made.tokens / (made.tokens_per_gpu * made.gpus)))
+def _training_json(model: str, estimate: Plan) -> TrainingEstimate:
+    return TrainingEstimate(
+        model=model,
+        parameters=estimate.shape.parameters,
+        active=estimate.shape.active,
+        gpus=estimate.gpus,
+        tokens=estimate.tokens,
+        days=estimate.days,
+        memory=asdict(estimate.memory(estimate.gpus)),
+        fits=estimate.memory(estimate.gpus).total <= estimate.device.memory,
+        scaling=[
+            ScaleRow.model_validate(scale, from_attributes=True) for scale in estimate.table()
+        ],
+    )
+
+
+def _deepspeed(estimate: Plan) -> dict[str, Any]:
+    steps = max(1, round(estimate.tokens / (estimate.tokens_per_gpu * estimate.gpus)))
     return deepspeed_config(
-        gpus=made.gpus,
-        rows_per_gpu=made.tokens_per_gpu // made.length,
+        gpus=estimate.gpus,
+        rows_per_gpu=estimate.tokens_per_gpu // estimate.length,
         learning_rate=3e-4,
         final_learning_rate=1e-5,
         warmup_steps=max(1, steps // 20),
@@ -238,13 +300,13 @@ def _deepspeed(made: Plan) -> dict[str, Any]:
     )
 
 
-def assumptions(device: Device, made: InferencePlan) -> str:
+def _assumptions(device: Device, estimate: InferencePlan) -> str:
     """Return what the times assume, in one line."""
-    hops = f", {1e6 * device.hop:.0f} microseconds a reduction" if made.gpus > 1 else ""
+    hops = f", {1e6 * device.hop:.0f} microseconds a reduction" if estimate.gpus > 1 else ""
     return (
         f"assumes {device.utilisation:.0%} of {device.flops / 1e12:,.0f} TFLOP/s in prefill, "
         f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.0f} GB/s in decoding, "
-        f"{made.attention} attention{hops}"
+        f"{estimate.attention} attention{hops}"
     )
 
 

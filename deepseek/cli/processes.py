@@ -6,16 +6,16 @@ from pathlib import Path
 
 
 def processes_at(path: Path) -> list[str]:
-    """Return number and name of the other processes that have mapped or opened a file.
+    """Return id and name of the other processes that have mapped or opened a file.
 
-    Systems that do not tell give an empty list.
+    The list is empty on systems where psutil cannot read this.
 
     Args:
         path: the file, or the folder of several.
     """
     import psutil
 
-    found = []
+    users = []
     prefix = str(path.resolve())
     for process in psutil.process_iter(["pid", "name"]):
         if process.pid == os.getpid():
@@ -24,8 +24,8 @@ def processes_at(path: Path) -> list[str]:
             opened = [file.path for file in process.open_files()]
             mapped = [region.path for region in process.memory_maps()]
             if any(_below(file, prefix) for file in (*opened, *mapped)):
-                found.append(f"{process.pid} ({process.info['name']})")
-    return found
+                users.append(f"{process.pid} ({process.info['name']})")
+    return users
 
 
 def _below(file: str, prefix: str) -> bool:

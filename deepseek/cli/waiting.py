@@ -9,7 +9,7 @@ from deepseek.cli.units import duration
 class Waiting:
     """Prints the name of each step as it begins; called like a progress bar.
 
-    A step whose total is reached is the last one, and printed with the time since the first.
+    The last step is the one that reaches its total; it is printed with the time since the first.
     """
 
     def __init__(self) -> None:
@@ -20,5 +20,6 @@ class Waiting:
         if what == self._what:
             return
         self._what = what
-        after = f" after {duration(time.monotonic() - self._started)}" if total else " ..."
-        echo(f"{what}{after if not total or done >= total else ''}", error=True)
+        is_last = 0 < total <= done
+        passed = duration(time.monotonic() - self._started)
+        echo(f"{what} after {passed}" if is_last else f"{what} ...", error=True)

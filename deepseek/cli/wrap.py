@@ -33,7 +33,7 @@ class WordWrap:
         self._column = 0
         self._word: list[tuple[str, str]] = []
         self._space = ""
-        self._line = ""
+        self._line = ""  # its first characters, without leading white space
         self._in_code = False
 
     @staticmethod
@@ -62,12 +62,13 @@ class WordWrap:
             self._emit(f"{self._space}\n", "")
             self._space = ""
             self._column = 0
-            if self._line.lstrip().startswith(FENCE):
+            if self._line == FENCE:
                 self._in_code = not self._in_code
             self._line = ""
             return
-        self._line += character
-        if self._in_code or self._line.lstrip().startswith(FENCE):
+        if len(self._line) < len(FENCE) and (self._line or not character.isspace()):
+            self._line += character
+        if self._in_code or self._line == FENCE:
             self._end_word()
             self._emit(self._space + character, style)
             self._space = ""

@@ -53,6 +53,7 @@ def test_a_plan_is_printed_and_written_for_deepspeed(
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (("adapt",), "no text to learn from"),
         (("plan", "--preset", "deepseek-9b"), "perhaps 'deepseek-8b'"),
+        (("plan", "--profile", "code", "--deepspeed", "x.json"), "--deepspeed configures training"),
         (("runs", "show", "nothing"), "There is no run 'nothing'"),
     ],
 )
