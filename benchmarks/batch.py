@@ -23,25 +23,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
 import gguf
 import httpx
-from bars import draw, installed
+from bars import draw
 from decode import write_gguf
 from latency import Prompts, stream
 from results import write
 from served import served
+from turns import Turn, add_llama, in_turn, medians
 
 from deepseek.engine.load import load
 
 MODEL, STREAMS, PROMPT, TOKENS = "smollm2-135m", 16, 128, 64
-Turn = Callable[[], dict[str, float]]
 
 LLAMA = """
 import json, sys, time
@@ -85,12 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--llama",
-        type=Path,
-        default=installed("llama_cpp"),
-        help="Python that has llama-cpp-python; default: this one",
-    )
+    add_llama(parser)
     parser.add_argument(
         "--llama-path", default="", help="further folders of packages for its server"
     )
@@ -111,16 +104,8 @@ def main() -> None:
             turns["llama_decode"] = batched(options, path, prompts)
             rival = stack.enter_context(LlamaServer(options, path))
             turns["llama.cpp server"] = lambda: rival.turn(prompts)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
-        for number in range(options.rounds + 1):
-            for name, turn in turns.items():
-                paces = turn()
-                print(number, name, paces, flush=True)
-                found[name] += [paces] if number else []  # the first round warms
-    rates = {
-        name: {key: median(one[key] for one in own) for key in own[0]}
-        for name, own in found.items()
-    }
+        found = in_turn(turns, options.rounds)
+    rates = medians(found)
     own = rates["ours"]
     ratios = {"16 streams over one": own["16"] / own["1"]}
     for name, key in (

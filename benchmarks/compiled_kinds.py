@@ -15,14 +15,15 @@ tokens at which both find the same one likeliest.
 
 import argparse
 import json
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from decode import STEPS, engine
 from int8_quality import run
 from results import write
+from turns import in_turn
 
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.data.text.public import documents_at
@@ -30,7 +31,7 @@ from deepseek.engine.load import load
 from deepseek.engine.runners import reference_runner
 from deepseek.model.config import ModelConfig
 from deepseek.model.positions.dynamic import DynamicBias
-from deepseek.runner import Chunk, Runner
+from deepseek.runner import Runner
 
 KINDS: dict[str, dict[str, Any]] = {
     "stock": {},
@@ -39,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "alibi": {"positional_encoding": "alibi"},
     "window": {"sliding_window": 128, "full_attention_layers": list(range(0, 30, 2))},
 }
-PROMPT, STEPS, ROW = 512, 64, 256
+ROW = 256
 
 
 def main() -> None:
@@ -99,29 +100,13 @@ def divergence(model: Any, runner: Runner, rows: list[list[int]]) -> dict[str, f
     }
 
 
-def turn(runner: Runner, steps: int) -> dict[str, float]:
-    """Return tokens per second of a prefill and of decoding behind it."""
-    ids = torch.randint(1000, 40_000, (PROMPT,), generator=torch.Generator().manual_seed(0))
-    state = runner.start(None, PROMPT + STEPS)
-    start = time.perf_counter()
-    runner.forward([Chunk(state, ids.tolist())])
-    prefilled = time.perf_counter() - start
-    seconds = []
-    for token in ids[:steps].tolist():
-        start = time.perf_counter()
-        runner.forward([Chunk(state, [token])])
-        seconds.append(time.perf_counter() - start)
-    return {"prefill": PROMPT / prefilled, "decode": 1 / median(seconds)}
-
-
 def measure(sides: dict[tuple[str, str], Runner], rounds: int) -> dict[str, dict[str, float]]:
     """Return the median speeds of all sides, and ratios to the first kind, over rounds in turn."""
-    figures: dict[tuple[str, str], list[dict[str, float]]] = {side: [] for side in sides}
-    for number in range(rounds + 1):
-        for (kind, name), runner in sides.items():
-            one = turn(runner, STEPS if name == "compiled" else STEPS // 8)
-            if number:  # the first round warms up
-                figures[kind, name].append(one)
+    turns = {
+        side: engine(runner, STEPS if side[1] == "compiled" else STEPS // 8)
+        for side, runner in sides.items()
+    }
+    figures = in_turn(turns, rounds)
     first = next(iter(sides))[0]
     speed = {}
     for (kind, name), own in figures.items():

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from bars import draw, installed
 from results import write
+from turns import Turn, add_llama, in_turn, medians
 
 import deepseek
 from deepseek.compiled.runner import CompiledRunner
@@ -43,26 +44,27 @@ from deepseek.engine.torch_runner import TorchRunner
 from deepseek.runner import Chunk
 
 PROMPT, STEPS, STREAMS = 512, 64, 16
-Turn = Callable[[], dict[str, float]]
 
 
 def prompt() -> list[int]:
     return torch.randint(100, 40000, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def engine(runner: Any) -> Turn:
-    """Tokens per second of one of our runners."""
+def engine(runner: Any, steps: int = STEPS) -> Turn:
+    """Tokens per second of one of our runners, with `steps` tokens one by one."""
 
     def turn() -> dict[str, float]:
-        state, ids = runner.start(None, PROMPT + STEPS), prompt()
+        state = runner.start(None, PROMPT + steps)
+        ids = prompt()
         start = time.perf_counter()
         runner.forward([Chunk(state, ids)])
-        prefilled, steps = time.perf_counter() - start, []
-        for i in range(STEPS):
+        prefilled = time.perf_counter() - start
+        seconds = []
+        for token in ids[:steps]:
             start = time.perf_counter()
-            runner.forward([Chunk(state, [ids[i]])])
-            steps.append(time.perf_counter() - start)
-        return {"prefill": PROMPT / prefilled, "decode": 1 / median(steps)}
+            runner.forward([Chunk(state, [token])])
+            seconds.append(time.perf_counter() - start)
+        return {"prefill": PROMPT / prefilled, "decode": 1 / median(seconds)}
 
     return turn
 
@@ -265,12 +267,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--llama",
-        type=Path,
-        default=installed("llama_cpp"),
-        help="Python that has llama-cpp-python; default: this one",
-    )
+    add_llama(parser)
     parser.add_argument(
         "--openvino",
         type=Path,
@@ -301,22 +298,8 @@ def main() -> None:
         if options.openvino:
             base, path = model.experts.base_folder, folder / "openvino"
             turns["openvino int8"] = rival(options.openvino, OPENVINO, path, options.threads, base)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
-        for turn in turns.values():
-            turn()
-        for number in range(options.rounds):
-            for name, turn in turns.items():
-                found[name].append(turn())
-                print(
-                    number,
-                    name,
-                    {key: round(value, 1) for key, value in found[name][-1].items()},
-                    flush=True,
-                )
-    rates = {
-        name: {key: median(one[key] for one in own) for key in own[0]}
-        for name, own in found.items()
-    }
+        found = in_turn(turns, options.rounds)
+    rates = medians(found)
     ours = rates["ours int8"]
     ratios = {
         f"{key} over {name}": ours[key] / own[key]

@@ -1,9 +1,11 @@
-"""What 8-bit and 4-bit weights cost: bytes, perplexity, divergence and greedy agreement with the fp32 model.
+"""What 8-bit and 4-bit weights cost: bytes, perplexity, divergence from the fp32 model, and greedy
+agreement with it.
 
-    python benchmarks/int8_quality.py TEXT... [--bits 8 4] [--tokens 20000] [--prompts 200] [--json FILE]
+    python benchmarks/int8_quality.py TEXT... [--bits 8 4] [--tokens 20000] [--prompts 200]
+        [--json FILE]
 
 TEXT are folders, .jsonl or .parquet files. Three runners are compared with the fp32 model: the
-compiled one as it rounds a model that it is given ("nearest"), the same with the weights that
+compiled one with weights that it quantises to 8 bits itself ("nearest"), the same with those that
 `deepseek quantize` writes ("quantised 8", "quantised 4"), and the model in bf16, which says how
 much a change of number format costs at all.
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from results import write
+from turns import in_turn
 
 import deepseek
 from deepseek.compiled.runner import CompiledRunner
@@ -131,13 +132,7 @@ def main() -> None:
         f"mixture, {STREAMS} streams": decoding(runners["mixture"], STREAMS),
         "mixture, reference runner": decoding(TorchRunner(mixture), 1, 8),
     }
-    rates: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(options.rounds + 1):
-        for name, turn in turns.items():
-            rate = turn()
-            if number:  # the first round warms up
-                rates[name].append(rate)
-                print(number, name, round(rate, 1), flush=True)
+    rates = in_turn(turns, options.rounds)
     rate = {name: median(values) for name, values in rates.items()}
     experts = mean_experts(mixture, ids_of(0, PROMPT + STEPS))
     bytes_of = {name: runner.weight_bytes for name, runner in runners.items()}

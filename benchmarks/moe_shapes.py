@@ -14,14 +14,13 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from bars import installed
-from decode import LLAMA, Turn, engine, rival
+from decode import LLAMA, engine, rival
 from results import write
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from turns import Turn, add_llama, in_turn, medians
 
 import deepseek
 from deepseek.checkpoint import hub
@@ -68,21 +67,13 @@ def measure(shape: str, options: argparse.Namespace, scratch: Path) -> dict[str,
         file = scratch / f"{shape}.gguf"
         export_gguf(folder, file, "q8_0")
         turns["llama.cpp Q8_0"] = rival(options.llama, LLAMA, file, options.threads)
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
-    for number in range(options.rounds + 1):
-        for name, turn in turns.items():
-            rates = turn()
-            if number:  # the first round warms up
-                rounds[name].append(rates)
-                print(number, shape, name, rates, flush=True)
-    medians = {
-        name: {key: median(one[key] for one in turns_of) for key in ("prefill", "decode")}
-        for name, turns_of in rounds.items()
-    }
-    ours = medians["ours int8"]
-    theirs = medians.get("llama.cpp Q8_0", {})
+    print(shape, flush=True)
+    rounds = in_turn(turns, options.rounds)
+    rates = medians(rounds)
+    ours = rates["ours int8"]
+    theirs = rates.get("llama.cpp Q8_0", {})
     return {
-        "tokens_per_second": medians,
+        "tokens_per_second": rates,
         "ours_over_llama.cpp": {key: ours[key] / theirs[key] for key in theirs},
         "weight_bytes": runner.weight_bytes,
         "rounds": rounds,
@@ -97,12 +88,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--llama",
-        type=Path,
-        default=installed("llama_cpp"),
-        help="Python that has llama-cpp-python; default: this one",
-    )
+    add_llama(parser)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

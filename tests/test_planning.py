@@ -7,7 +7,7 @@ import torch
 
 import deepseek
 from deepseek.errors import ConfigError
-from deepseek.kernels import int8
+from deepseek.kernels import int8_layout
 from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.kernels.cross_entropy import CHUNK_LOGITS
 from deepseek.model.config import ModelConfig
@@ -126,7 +126,7 @@ def test_constants_are_those_of_the_kernels() -> None:
     assert (sizes.DISTANCE_BUCKETS, sizes.DISTANCE_CONTEXTS) == (NUM_BUCKETS, CONTEXTS)
     assert training.CHUNK_LOGITS == CHUNK_LOGITS
     for bits, size in QUANTISED_BYTES.items():
-        assert size == int8.group_bytes(bits) / (int8.COLUMNS * int8.GROUP)
+        assert size == int8_layout.group_bytes(bits) / (int8_layout.COLUMNS * int8_layout.GROUP)
 
 
 @pytest.mark.parametrize(("zero", "bytes_each"), [(0, 16.0), (1, 9.0), (2, 5.5), (3, 2.0)])

@@ -233,9 +233,7 @@ def convert_tensors(
     four = bool(config.get("post_norms"))
     renamed = {our_name(name, post_norms=four): tensor for name, tensor in tensors}
     stacked = _stack_experts(renamed)
-    if config.get("num_experts") and not any(
-        ".experts." in name or name.startswith("expert_pools.") for name in stacked
-    ):
+    if config.get("num_experts") and not any(map(is_routed, stacked)):
         return {_as_shared_expert(name, dense): tensor for name, tensor in stacked.items()}
     return stacked
 
@@ -266,6 +264,11 @@ def restore_names(
         same = torch.equal(tensor.to(value.dtype), value)
         originals[name] = (tensor if same else value.to(tensor.dtype)).contiguous()
     return None if unmatched else originals
+
+
+def is_routed(name: str) -> bool:
+    """Return whether a tensor belongs to routed experts, by our name for it."""
+    return ".experts." in name or name.startswith("expert_pools.")
 
 
 def our_name(name: str, *, post_norms: bool = False) -> str:

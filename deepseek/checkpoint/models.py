@@ -44,7 +44,7 @@ def stored_models() -> list[StoredModel]:
     root = models_folder()
     folders = sorted(root.iterdir()) if root.is_dir() else []
     return [
-        _described(folder)
+        _describe(folder)
         for folder in folders
         if not folder.name.startswith(".") and (folder / "config.json").is_file()
     ]
@@ -64,22 +64,19 @@ def stored_model(name: str) -> StoredModel:
 
 
 def remove_model(model: StoredModel) -> None:
-    """Delete a model's folder, or only the link if the folder is one.
-
-    Waits for a running pull of the same model.
-    """
+    """Delete a model's folder, or the link to it, after any running pull of the same model."""
     with FileLock(model.folder.with_name(f".{model.name}.lock")):
         if model.folder.is_symlink():
             model.folder.unlink()
             return
-        # Renamed first: what is cut short must not look like a model.
+        # Renamed first, as a half-deleted folder must not look like a model.
         doomed = model.folder.with_name(f".{model.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         model.folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
-def _described(folder: Path) -> StoredModel:
+def _describe(folder: Path) -> StoredModel:
     try:
         architectures = read_object(folder / "config.json").get("architectures") or [""]
         architecture = str(architectures[0])

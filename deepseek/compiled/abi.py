@@ -3,8 +3,7 @@ dtype and shape.
 
 To add a buffer, add a row here and supply its value where the group's values are assembled: in
 `PackedModel` for `WEIGHTS`, in `Sites` for `SITES`, in `NativeExperts` for `ROUTED`, in `Scratch`
-for `BATCH`. Buffers that the step
-itself fills (`WORK`) need no value.
+and `BatchLayers` for `BATCH`. Buffers that the step itself fills (`WORK`) need no value.
 
 Memory without an array of its own is passed by address: packed panels of weights
 (`kernels/int8.py`), to whose address `FOUR_BITS` is added if they have 4 bits, pages of keys and
@@ -78,7 +77,7 @@ WEIGHTS = Table(
             "signals",
             INT64,
             "layers",
-            "addresses of the projections to contexts and forget gates of the dynamic bias; 0: none",
+            "addresses of the dynamic bias's projections to contexts and forget gates; 0: none",
         ),
         Buffer("signal_bias", FP32, "layers signals", "biases of these projections"),
         Buffer(

@@ -1,11 +1,12 @@
-"""The layers of a batch: where its rows enter the model, in which pages each layer's keys and values
-lie, and what is stored at the cuts (see `model/layer_parts.py`).
+"""The layers of a batch: where its rows enter the model, in which pages the keys and values of each
+layer lie, and what is stored at the cuts (see `model/layer_parts.py`).
 """
 
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -63,16 +64,15 @@ class BatchLayers:
             layers: number of layers of the model.
             hidden: width D of the residual stream.
         """
-        cuts = sorted({cut for state in states for cut in state.cuts})
+        cuts = sorted(set(chain.from_iterable(state.cuts for state in states)))
         stored_cuts = cuts if any(chunk.store for chunk in chunks) else []
         streams_CND = np.empty((len(stored_cuts), rows, hidden), np.float32)
         entries = [state.entry().stream_TD for state in states]
         entering = [stream_TD for stream_TD in entries if stream_TD is not None]
         entering_ND = np.concatenate(entering or [np.zeros((0, hidden), np.float32)])
-        addresses = _addresses(states, cuts)
-        pages = max(map(len, addresses))
+        addresses_PCN = _addresses(states, cuts)
         values: dict[str, Value] = {
-            "pages": [page for part in addresses for page in [*part, *[0] * (pages - len(part))]],
+            "pages": addresses_PCN,
             "layer_bytes": states[0].parts[0].shape.layer_bytes,
             "part_of_layer": [bisect_left(cuts, layer) for layer in range(layers)],
             "entry": entry_layer(states[0]),
@@ -84,7 +84,7 @@ class BatchLayers:
         }
         extents = {
             "parts": len(cuts) + 1,
-            "pages": pages,
+            "pages": addresses_PCN.shape[-1],
             "entering": len(entering_ND),
             "cuts": len(stored_cuts),
         }
@@ -114,13 +114,18 @@ class BatchLayers:
         return segments
 
 
-def _addresses(states: Sequence[CompiledState], cuts: Sequence[int]) -> list[list[int]]:
-    """Return the addresses of each state's pages, for one part of the batch after another.
+def _addresses(states: Sequence[CompiledState], cuts: Sequence[int]) -> np.ndarray:
+    """Return the addresses of each state's pages `[parts, chunks, pages]`, padded with zeros.
 
     A state that is divided at fewer cuts than the batch has the same pages at several parts.
     """
-    return [
-        state.parts[bisect_left(state.cuts, cut)].addresses
+    parts = [
+        [state.parts[bisect_left(state.cuts, cut)].addresses for state in states]
         for cut in (*cuts, np.inf)
-        for state in states
     ]
+    pages = max(len(addresses) for addresses in chain.from_iterable(parts))
+    addresses_PCN = np.zeros((len(parts), len(states), pages), np.int64)
+    for place, part in enumerate(parts):
+        for number, addresses in enumerate(part):
+            addresses_PCN[place, number, : len(addresses)] = addresses
+    return addresses_PCN

@@ -7,7 +7,7 @@ from numba import njit
 
 from deepseek.compiled.abi import RECENT, SUMS
 from deepseek.compiled.rows import activate, add_projected, floats, row_bytes
-from deepseek.kernels.int8 import GROUP
+from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import share
 from deepseek.model.experts.gate import SHARPNESS
 

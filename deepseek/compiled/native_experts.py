@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from deepseek.compiled.rows import activate, add_projected, row_bytes
-from deepseek.kernels.int8 import GROUP
+from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import share, sigmoid, thread_count, thread_number
 
 ROUTER_BLOCK = 16  # experts whose logits a thread computes at a time
@@ -192,8 +192,8 @@ def rows_by_expert(routed, work, layer, rows):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _ends_by(limit, before, cost, most):  # type: ignore[no-untyped-def]
-    """Return how many of an expert's `most` groups, each at `cost`, start before `limit` if `before`
-    was spent on other experts.
+    """Return how many of an expert's `most` groups, each at `cost`, start before `limit` if
+    `before` was spent on other experts.
     """
     return min(max((limit - before + cost - 1) // cost, 0), most)
 
@@ -232,8 +232,8 @@ def activate_routed(weights, routed, work, layer, calls):  # type: ignore[no-unt
 
 @njit(error_model="numpy")
 def add_routed(routed, work, layer, calls, start, stop, zeros, target):  # type: ignore[no-untyped-def]
-    """Add the outputs of a layer's routed experts to panels `start` to `stop - 1` of `target`, in
-    the order of the experts.
+    """Add the outputs of a layer's routed experts to panels `start` to `stop - 1` of `target`,
+    in the order of the experts.
     """
     first, places, factors = calls
     inner = routed.inner

@@ -3,8 +3,16 @@
 import numpy as np
 
 from deepseek.compiled.abi import ROUTED
-from deepseek.kernels.int8 import GROUP, Int8Matrix, pack, quantize
-from deepseek.kernels.numba.buffers import Value, aligned
+from deepseek.compiled.packing import (
+    MatrixSource,
+    matrix_source,
+    pack_matrices,
+    quantised_source,
+    tagged_address,
+)
+from deepseek.kernels.int8 import Int8Matrix
+from deepseek.kernels.int8_layout import GROUP
+from deepseek.kernels.numba.buffers import Value
 from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.layer import MoELayer
 from deepseek.model.moe.router import SCORES, DynamicRouter, Router, TopKRouter
@@ -12,7 +20,7 @@ from deepseek.model.transformer import DeepSeekModel
 
 
 class PackedPool:
-    """The packed weights of a pool of routed experts, in one stretch of memory.
+    """The packed weights of a pool of routed experts.
 
     Args:
         pool: the pool.
@@ -23,41 +31,28 @@ class PackedPool:
     """
 
     def __init__(self, pool: Experts) -> None:
-        self.gate_up: list[int] = []
-        self.down: list[int] = []
-        self.nbytes = 0
-        memory = np.empty(0, np.uint8)
-        count = len(pool.gate_up_proj)
-        # One expert after the other, so that a second copy of the pool never exists.
-        for expert in range(count):
-            gate_up, down = _pack_expert(pool, expert)
-            if expert == 0:
-                memory = aligned(count * (gate_up.nbytes + down.nbytes))
-            for matrix, addresses in ((gate_up, self.gate_up), (down, self.down)):
-                place = memory[self.nbytes : self.nbytes + matrix.nbytes]
-                place[:] = matrix.reshape(-1)
-                addresses.append(place.ctypes.data)
-                self.nbytes += matrix.nbytes
-        self._memory = memory
+        experts = range(len(pool.gate_up_proj))
+        sources: dict[tuple[str, int], list[MatrixSource]] = {}
+        for expert in experts:
+            gate_up = _source(pool, "gate_up_proj", expert)
+            width = gate_up.outputs // 2
+            sources["gate_up", expert] = [gate_up.part(0, width), gate_up.part(width, 2 * width)]
+            sources["down", expert] = [_source(pool, "down_proj", expert)]
+        self._matrices = pack_matrices(sources)  # owns the memory
+        places = {key: tagged_address(self._matrices[key], sources[key]) for key in sources}
+        self.gate_up = [places["gate_up", expert] for expert in experts]
+        self.down = [places["down", expert] for expert in experts]
+        self.nbytes = sum(part.nbytes for part in self._matrices.values())
 
 
-def _pack_expert(pool: Experts, expert: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the packed gate and up projections, and the packed down projection."""
-    gate_up = _matrix_of(pool, "gate_up_proj", expert)
-    width = len(gate_up.values) // 2
-    gate, up = (
-        Int8Matrix(gate_up.values[half], gate_up.scales[half], gate_up.width)
-        for half in (slice(width), slice(width, None))
-    )
-    return pack([gate, up]), pack([_matrix_of(pool, "down_proj", expert)])
-
-
-def _matrix_of(pool: Experts, name: str, expert: int) -> Int8Matrix:
-    """Return a quantised matrix of an expert, as the checkpoint stores it if it has 8 bits."""
+def _source(pool: Experts, name: str, expert: int) -> MatrixSource:
+    """Return a matrix of an expert, quantised as the checkpoint stores it if it is quantised."""
     stored = getattr(pool, f"{name}_int8", None)
     if isinstance(stored, Int8Matrix):
-        return Int8Matrix(stored.values[expert], stored.scales[expert], stored.width)
-    return quantize(getattr(pool, name)[expert].detach())
+        return quantised_source(
+            Int8Matrix(stored.values[expert], stored.scales[expert], stored.width, stored.bits)
+        )
+    return matrix_source(getattr(pool, name)[expert].detach())
 
 
 class NativeExperts:
@@ -100,14 +95,14 @@ class NativeExperts:
 
     def _fill(self, arrays: dict[str, np.ndarray], layer: int, mixture: MoELayer) -> None:
         """Set a layer's entries in the arrays of `ROUTED`."""
-        packed = self._pools[id(mixture.pool)]
+        pool = self._pools[id(mixture.pool)]
         router = mixture.router
         arrays["sparse"][layer] = 1
         arrays["router"][layer] = router.weight.detach().float().numpy()
         arrays["bias"][layer] = router.balance.bias.numpy()
         arrays["temperature"][layer] = float(router.balance.temperature)
-        arrays["gate_up"][layer] = packed.gate_up
-        arrays["down"][layer] = packed.down
+        arrays["gate_up"][layer] = pool.gate_up
+        arrays["down"][layer] = pool.down
         if isinstance(router, DynamicRouter):
             arrays["threshold"][:] = router.threshold
         elif isinstance(router, TopKRouter):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from deepseek.compiled.abi import FOUR_BITS
-from deepseek.kernels.int8 import BLOCK_ELEMENTS, GROUP, Int8Matrix, pack, packed_bytes, quantize
+from deepseek.kernels.int8 import BLOCK_ELEMENTS, Int8Matrix, pack, packed_bytes, quantize
+from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.stored import StoredEmbedding, StoredLinear
 
@@ -32,6 +33,15 @@ class MatrixSource:
     bits: int
     rows: Callable[[int, int], Int8Matrix]
 
+    def part(self, start: int, stop: int) -> "MatrixSource":
+        """Return the matrix of outputs `start` to `stop - 1`."""
+        return MatrixSource(
+            stop - start,
+            self.width,
+            self.bits,
+            lambda first, last: self.rows(start + first, start + last),
+        )
+
 
 def source_of(layer: nn.Module) -> MatrixSource:
     """Return the weight of a linear layer or an embedding, to be quantised if it is not yet."""
@@ -48,8 +58,13 @@ def source_of(layer: nn.Module) -> MatrixSource:
     # Checkpoints with quantised weights provide the quantised matrix (see `model/quantised.py`).
     matrix = getattr(layer, "int8", None)
     if isinstance(matrix, Int8Matrix):
-        return MatrixSource(len(weight), weight.shape[1], matrix.bits, matrix.rows)
+        return quantised_source(matrix)
     return matrix_source(weight.detach())
+
+
+def quantised_source(matrix: Int8Matrix) -> MatrixSource:
+    """Return a matrix that is packed as it is."""
+    return MatrixSource(len(matrix.values), matrix.width, matrix.bits, matrix.rows)
 
 
 def matrix_source(weight_FD: torch.Tensor) -> MatrixSource:
@@ -58,7 +73,7 @@ def matrix_source(weight_FD: torch.Tensor) -> MatrixSource:
     return MatrixSource(outputs, width, 8, lambda first, last: quantize(weight_FD[first:last]))
 
 
-def concatenated(sources: Sequence[MatrixSource]) -> MatrixSource:
+def concatenate(sources: Sequence[MatrixSource]) -> MatrixSource:
     """Return several matrices of the same width as one, with their outputs in order.
 
     If their bits differ, all of them are packed with 8.
@@ -80,7 +95,7 @@ def concatenated(sources: Sequence[MatrixSource]) -> MatrixSource:
     return MatrixSource(outputs, sources[0].width, max(source.bits for source in sources), rows)
 
 
-def packed(matrices: Mapping[Key, Sequence[MatrixSource]]) -> dict[Key, np.ndarray]:
+def pack_matrices(matrices: Mapping[Key, Sequence[MatrixSource]]) -> dict[Key, np.ndarray]:
     """Return packed matrices under the same keys, one after the other in one stretch of memory.
 
     Args:
@@ -97,7 +112,7 @@ def packed(matrices: Mapping[Key, Sequence[MatrixSource]]) -> dict[Key, np.ndarr
     return parts
 
 
-def tagged(panels: np.ndarray, sources: Sequence[MatrixSource]) -> int:
+def tagged_address(panels: np.ndarray, sources: Sequence[MatrixSource]) -> int:
     """Return the address of packed matrices, which also says how many bits their weights have."""
     address: int = panels.ctypes.data
     return address + (FOUR_BITS if _bits(sources) == 4 else 0)

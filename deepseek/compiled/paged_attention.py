@@ -8,7 +8,7 @@ from deepseek.compiled.pages import plane
 from deepseek.compiled.rows import norm_row, round_group
 from deepseek.compiled.score_bias import add_bias
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
-from deepseek.kernels.int8 import GROUP
+from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import exp, narrow, pointer, share, thread_number
 
 BFLOAT16 = np.uint16(0)  # a value of the type that stores the bits of bf16

@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from deepseek.compiled.vector import FLOAT, FLOATS, SHORT, WORD, WORDS, Emit, loop
-from deepseek.kernels.int8 import COLUMNS, GROUP, LANES, TILES, group_bytes
+from deepseek.kernels.int8_layout import COLUMNS, GROUP, LANES, TILES, group_bytes
 
 STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
 

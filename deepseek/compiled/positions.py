@@ -48,7 +48,7 @@ def score_bias(model: DeepSeekModel, layer: int) -> object:
 
 @torch.no_grad()
 def bias_arrays(model: DeepSeekModel) -> dict[str, np.ndarray]:
-    """Return the parameters of the score biases of all layers; empty arrays where there are none."""
+    """Return the parameters of all layers' score biases; empty arrays where there are none."""
     layers = len(model.layers)
     sources = [score_bias(model, layer) for layer in range(layers)]
     slopes = sources[0].slopes if isinstance(sources[0], AlibiBias) else []

@@ -1,8 +1,8 @@
 """Rows of activations: quantisation, and products with panels of weights.
 
 A quantised row of G groups is stored as 64 G bytes, G scales in fp32 and G corrections in int32
-(see `kernels/int8.py`). Rows are passed as a table of their addresses. The result for a row never
-depends on the other rows.
+(see `kernels/int8_layout.py`). Rows are passed as a table of their addresses. The result for a row
+never depends on the other rows.
 """
 
 import platform
@@ -23,8 +23,8 @@ from deepseek.compiled.panel_dot import (
     panel_dot_8,
 )
 from deepseek.compiled.vector import arrive, look, rotate, rotate_and_round
-from deepseek.kernels import int8
-from deepseek.kernels.int8 import COLUMNS, GROUP, GROUP_BYTES, GROUP_BYTES_4, LANES
+from deepseek.kernels import int8_layout
+from deepseek.kernels.int8_layout import COLUMNS, GROUP, LANES
 from deepseek.kernels.numba import openmp
 from deepseek.kernels.numba.primitives import pointer, sigmoid, thread_count
 
@@ -37,7 +37,8 @@ _ALL = 1 << 30
 _syscall = openmp.external("syscall", types.int64(*[types.int64] * 7))
 _yield = openmp.external("sched_yield", types.int32())
 
-row_bytes = njit(int8.row_bytes)
+row_bytes = njit(int8_layout.row_bytes)
+_group_bytes = njit(int8_layout.group_bytes)
 # Number of spins at the barrier, about 40 microseconds, before the thread gives up its core. The
 # threads drift apart within a stage; sleeping within that time costs more than it saves, because a
 # thread that slept is late at the next barrier too, where the other one then sleeps.
@@ -102,14 +103,17 @@ def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
     tile = token % COLUMNS // LANES
     lane = token % LANES
     rotated = np.empty(GROUP, np.float32)
+    bits = _weight_bits(table)
+    block_bytes = _group_bytes(bits)
+    panel = _panel_at(table, token // COLUMNS, groups)
     for g in range(groups):
-        block = panel_at(table, 0, 0) + (token // COLUMNS * groups + g) * group_bytes(table)
-        weight_bytes = group_bytes(table) - 2 * COLUMNS
+        block = panel + g * block_bytes
+        weight_bytes = block_bytes - 2 * COLUMNS
         values = carray(pointer(block), (GROUP // 4, 2, LANES, 4), np.uint8)
         scales = carray(pointer(block + weight_bytes), (2, LANES), np.uint16)
         scale = np.uint32(scales[tile, lane]) << np.uint32(16)  # bf16 as the upper half of fp32
         for i in range(GROUP):
-            if has_four_bits(table):
+            if bits == 4:
                 pair = values[i // 8, tile, lane, i % 4]
                 rotated[i] = np.float32((pair >> (4 * (i // 4 % 2))) & 15) - np.float32(8)
             else:
@@ -147,21 +151,15 @@ _multiply_nibbles = _multiplier(nibble_dot_1, nibble_dot_2, nibble_dot_4, nibble
 
 
 @njit(error_model="numpy")
-def has_four_bits(panels):  # type: ignore[no-untyped-def]
-    """Return whether the weights at an address of panels have 4 bits (see `compiled/abi.py`)."""
-    return panels & FOUR_BITS != 0
+def _weight_bits(panels):  # type: ignore[no-untyped-def]
+    """Return the bits of the weights at an address of panels, 8 or 4 (see `compiled/abi.py`)."""
+    return 4 if panels & FOUR_BITS else 8
 
 
 @njit(error_model="numpy")
-def group_bytes(panels):  # type: ignore[no-untyped-def]
-    """Return the bytes of a group in the panels at an address."""
-    return GROUP_BYTES_4 if has_four_bits(panels) else GROUP_BYTES
-
-
-@njit(error_model="numpy")
-def panel_at(panels, panel, groups):  # type: ignore[no-untyped-def]
+def _panel_at(panels, panel, groups):  # type: ignore[no-untyped-def]
     """Return the address of a panel, without the mark of 4 bits."""
-    return (panels & ~FOUR_BITS) + panel * groups * group_bytes(panels)
+    return (panels & ~FOUR_BITS) + panel * groups * _group_bytes(_weight_bits(panels))
 
 
 @njit(error_model="numpy")
@@ -170,8 +168,8 @@ def multiply(panels, panel, table, count, groups, out):  # type: ignore[no-untyp
 
     `out` is the address of the product, fp32 `[count, 32]`.
     """
-    address = panel_at(panels, panel, groups)
-    if has_four_bits(panels):
+    address = _panel_at(panels, panel, groups)
+    if _weight_bits(panels) == 4:
         _multiply_nibbles(address, table, count, groups, out)
     else:
         _multiply_bytes(address, table, count, groups, out)

@@ -19,7 +19,7 @@ from deepseek.compiled.state import CompiledState, PageShape, member_count
 from deepseek.compiled.support import unsupported_reason
 from deepseek.compiled.weights import Packed, PackedModel, Sites, pack_module
 from deepseek.errors import ConfigError
-from deepseek.kernels.int8 import GROUP, row_bytes
+from deepseek.kernels.int8_layout import GROUP, row_bytes
 from deepseek.kernels.numba.buffers import KernelArguments, Value, aligned
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts, Roster

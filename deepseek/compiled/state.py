@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek.compiled.abi import PAGE, RECENT, SUMS
-from deepseek.kernels.int8 import GROUP
+from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.layer_parts import LayerPart

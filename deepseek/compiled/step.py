@@ -14,17 +14,6 @@ from zlib import crc32
 import numpy as np
 from numba import njit
 
-from deepseek.compiled import (
-    abi,
-    expert_sites,
-    native_experts,
-    paged_attention,
-    pages,
-    panel_dot,
-    rows,
-    score_bias,
-    vector,
-)
 from deepseek.compiled.abi import TABLES
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
 from deepseek.compiled.native_experts import (
@@ -47,32 +36,32 @@ from deepseek.compiled.rows import (
     row_bytes,
 )
 from deepseek.compiled.score_bias import place_bias
-from deepseek.kernels import int8
-from deepseek.kernels.bias import distance
-from deepseek.kernels.int8 import COLUMNS, GROUP
-from deepseek.kernels.numba import buffers, launch, openmp, primitives
+from deepseek.kernels.int8_layout import COLUMNS, GROUP
+from deepseek.kernels.numba import launch, openmp
 from deepseek.kernels.numba.buffers import KernelArguments
 from deepseek.kernels.numba.primitives import share, thread_number
 from deepseek.model.experts import gate
 
+PACKAGE = Path(__file__).parents[1]
 SOURCES = (
-    abi,
-    expert_sites,
-    native_experts,
-    paged_attention,
-    pages,
-    panel_dot,
-    rows,
-    score_bias,
-    vector,
-    distance,
-    int8,
-    buffers,
-    launch,
-    openmp,
-    primitives,
+    "compiled/abi.py",
+    "compiled/expert_sites.py",
+    "compiled/native_experts.py",
+    "compiled/paged_attention.py",
+    "compiled/pages.py",
+    "compiled/panel_dot.py",
+    "compiled/rows.py",
+    "compiled/score_bias.py",
+    "compiled/step.py",
+    "compiled/vector.py",
+    "kernels/bias/distance.py",
+    "kernels/int8_layout.py",
+    "kernels/numba/buffers.py",
+    "kernels/numba/launch.py",
+    "kernels/numba/openmp.py",
+    "kernels/numba/primitives.py",
 )
-"""The other modules that the step is compiled from."""
+"""The files of the package that the step is compiled from."""
 
 read_tables = launch.reader(*TABLES)
 
@@ -110,8 +99,8 @@ def _sum_of_outputs(weights, work):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _add_update(weights, work, place, r, normed):  # type: ignore[no-untyped-def]
-    """Add the outputs of the sublayer before norm `place` to row `r` of the residual stream, if they
-    have a norm of their own; `normed` receives what is added.
+    """Add the outputs of the sublayer before norm `place` to row `r` of the residual stream, if
+    they have a norm of their own; `normed` receives what is added.
     """
     if len(weights.post_norms) == 0 or place == 0:
         return
@@ -311,11 +300,11 @@ def address() -> int:
     `read_tables` reads.
 
     Numba invalidates its cache of compiled code only when this file changes. So the cache key of
-    the step also includes a checksum of the other source files and the value of a constant from
+    the step also includes a checksum of all source files and the value of a constant from
     elsewhere.
     """
-    files = [Path(__file__), *(Path(str(module.__file__)) for module in SOURCES)]
-    key = (crc32(b"".join(path.read_bytes() for path in files)), gate.SHARPNESS)
+    source = b"".join((PACKAGE / name).read_bytes() for name in SOURCES)
+    key = (crc32(source), gate.SHARPNESS)
 
     def step(data):  # type: ignore[no-untyped-def]
         _ = key  # a captured value is part of numba's cache key

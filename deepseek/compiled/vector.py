@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from deepseek.kernels.int8 import GROUP, LANES
+from deepseek.kernels.int8_layout import GROUP, LANES
 
 BYTE = ir.IntType(8)
 SHORT = ir.IntType(16)

@@ -12,15 +12,15 @@ from deepseek.compiled.abi import SITES, WEIGHTS
 from deepseek.compiled.native_weights import NativeExperts
 from deepseek.compiled.packing import (
     MatrixSource,
-    concatenated,
+    concatenate,
     matrix_source,
-    packed,
+    pack_matrices,
     source_of,
-    tagged,
+    tagged_address,
 )
 from deepseek.compiled.positions import angles, bias_arrays, rotations
 from deepseek.compiled.small_arrays import numbers, small_arrays
-from deepseek.kernels.int8 import GROUP, row_bytes
+from deepseek.kernels.int8_layout import GROUP, row_bytes
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
@@ -58,7 +58,7 @@ def pack_module(module: ExpertModule) -> Packed:
     for layer in module.layers:
         part = module.at(layer)
         gate, up = part.gate_up_proj.detach().chunk(2)
-        matrices = packed(
+        matrices = pack_matrices(
             {
                 "gate_up": [matrix_source(gate), matrix_source(up)],
                 "down": [matrix_source(part.down_proj.detach())],
@@ -210,9 +210,9 @@ class PackedModel:
         self.native = NativeExperts(model)
         self.extents = _extents(model) | self.native.extents
         sources = matrices_of(model)
-        self._matrices = packed(sources)  # owns the memory
+        self._matrices = pack_matrices(sources)  # owns the memory
         self.nbytes = self.native.nbytes + sum(part.nbytes for part in self._matrices.values())
-        places = {key: tagged(self._matrices[key], sources[key]) for key in sources}
+        places = {key: tagged_address(self._matrices[key], sources[key]) for key in sources}
         layers = range(len(model.layers))
         addresses = {  # 0: layers without shared experts, or without a dynamic bias
             name: [places.get((name, layer), 0) for layer in layers]
@@ -322,4 +322,4 @@ def _inner(block: nn.Module) -> int:
 
 def _side_by_side(*layers: nn.Module) -> MatrixSource:
     """Return the matrix of linear layers that read the same input."""
-    return concatenated([source_of(layer) for layer in layers])
+    return concatenate([source_of(layer) for layer in layers])

@@ -18,6 +18,9 @@ import torch
 
 from deepseek.errors import DeviceError
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says how much memory the container of this process may use."""
+
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 """Parts of the messages of PyTorch's allocators; only CUDA's error has a class of its own."""
 
@@ -51,18 +54,32 @@ def free_memory(device: torch.device) -> int:
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
 
 
-def _container_memory() -> int:
-    """Return the bytes that the container of this process may still use; a huge number if there is
-    no limit.
+def total_memory() -> int:
+    """Return the bytes of this machine's memory, or of those that the container of this process may
+    use, if these are fewer.
     """
-    group = Path("/sys/fs/cgroup")
+    return min(int(psutil.virtual_memory().total), _container_limit())
+
+
+def _container_limit() -> int:
+    """Return the bytes that the container of this process may use; a huge number if there is no
+    limit.
+    """
     try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+        return int((CONTROL_GROUP / "memory.max").read_text())
     except (OSError, ValueError):  # no control groups, or the limit "max"
         return sys.maxsize
-    return limit - used + (int(files[1]) if files else 0)
+
+
+def _container_memory() -> int:
+    """Return how many of these bytes are free or hold files that can be read again."""
+    try:
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        stat = (CONTROL_GROUP / "memory.stat").read_text()
+    except (OSError, ValueError):
+        return sys.maxsize
+    files = re.search(r"^inactive_file (\d+)", stat, re.M)
+    return _container_limit() - used + (int(files[1]) if files else 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

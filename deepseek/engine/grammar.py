@@ -45,7 +45,7 @@ SETTINGS = re.compile(r"%llguidance\s*(\{[^{}]*\})?")
 """llguidance's settings in a client's grammar."""
 
 
-def directed(grammar: Grammar) -> str:
+def llguidance_form(grammar: Grammar) -> str:
     """Return a grammar in the form that llguidance reads.
 
     Args:

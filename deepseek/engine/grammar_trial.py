@@ -41,19 +41,21 @@ class Trial:
         """Return why llguidance cannot compile a grammar; "" if it can."""
         with self._lock:
             process = self._started()
-            if process is None:
-                return "the compiler of grammars does not start"
             assert process.stdin is not None
             process.stdin.write(json.dumps(lark) + "\n")
             process.stdin.flush()
             line = _line(process, TRIAL_SECONDS)
             if not line:
-                self._stop()
+                self.stop()
                 return "it is too complex"
             return str(json.loads(line))
 
-    def _started(self) -> subprocess.Popen[str] | None:
-        """Return the running process, None if it does not start."""
+    def _started(self) -> subprocess.Popen[str]:
+        """Return the running process.
+
+        Raises:
+            RuntimeError: it does not start; the cache of complaints does not keep that.
+        """
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(Path(__file__))],
@@ -63,10 +65,12 @@ class Trial:
                 text=True,
             )
             if not _line(self._process, START_SECONDS):
-                self._stop()
+                self.stop()
+                raise RuntimeError("The compiler of grammars does not start.")
         return self._process
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the other process; the next grammar starts it again."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from deepseek.checkpoint.convert import our_name
+from deepseek.checkpoint.convert import is_routed, our_name
 from deepseek.checkpoint.fingerprint import weight_files
 from deepseek.checkpoint.stream import TensorHeader, headers
 from deepseek.device.choose import CPU
 from deepseek.device.memory import free_memory
 from deepseek.errors import DeviceError
-from deepseek.kernels.int8 import GROUP
+from deepseek.kernels.int8_layout import GROUP
 from deepseek.model.quantised import SCALES, SUFFIXES, is_large
 
 WORK_BYTES = 1 << 29
@@ -83,13 +83,18 @@ def _bytes(header: TensorHeader, dtype: torch.dtype, packed: bool) -> int:
     name = our_name(header.name)
     if name.endswith(SCALES):
         return 0  # counted with the values
-    for bits, suffix in SUFFIXES.items():
-        if name.endswith(suffix):
-            elements = header.elements * 8 // bits
-            return int(elements * (bits + SCALE_BITS) / 8 if packed else elements * dtype.itemsize)
-    if packed and is_large(name, header.shape):
-        return int(header.elements * (8 + SCALE_BITS) / 8)
-    return header.elements * dtype.itemsize
+    stored_bits = [bits for bits, suffix in SUFFIXES.items() if name.endswith(suffix)]
+    bits = stored_bits[0] if stored_bits else 8
+    elements = header.elements * 8 // bits if stored_bits else header.elements
+    loaded_bytes = elements * dtype.itemsize
+    quantised_bytes = int(elements * (bits + SCALE_BITS) / 8)
+    if packed and not is_routed(name):
+        is_packed = stored_bits or is_large(name, header.shape)
+        return quantised_bytes if is_packed else loaded_bytes
+    # What is loaded whole keeps the quantised matrix of its checkpoint, and routed experts are
+    # packed beside that.
+    copies = len(stored_bits) + int(packed)
+    return loaded_bytes + copies * quantised_bytes
 
 
 def _gib(count: int) -> str:

@@ -98,7 +98,7 @@ class Restored:
     stream_bytes: int
 
 
-def within(matched: Sequence[Sequence[Segment]], budget: int) -> Restored:
+def restore_within(matched: Sequence[Sequence[Segment]], budget: int) -> Restored:
     """Return what a sequence continues from.
 
     Args:

@@ -21,7 +21,7 @@ class ReferenceRunner(ABC):
         """Return True."""
         return True
 
-    def prepare(self, module: ExpertModule | AdapterModule) -> None:  # noqa: B027 - has nothing to do
+    def prepare(self, module: ExpertModule | AdapterModule) -> None:  # noqa: B027 - does nothing
         """Do nothing: `plug` has already moved the expert to the model's device."""
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:

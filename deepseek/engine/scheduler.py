@@ -10,7 +10,7 @@ import torch
 
 from deepseek.compiled.abi import RECENT
 from deepseek.engine.embedding import ActiveEmbedding
-from deepseek.engine.prefix import PrefixCache, within
+from deepseek.engine.prefix import PrefixCache, restore_within
 from deepseek.engine.request import FinishReason
 from deepseek.engine.sampler import Logits
 from deepseek.engine.sequence import ActiveSequence
@@ -142,7 +142,7 @@ class Scheduler:
         """Start a sequence, for which memory is reserved, with what the prefix cache has of it."""
         # Marks the blocks as recently used, so that `shrink` evicts others first.
         matched = self.prefixes.match(sequence.keys)
-        restored = within(matched, self.cache_bytes - self.reserved)
+        restored = restore_within(matched, self.cache_bytes - self.reserved)
         sequence.stream_bytes = restored.stream_bytes
         self.reserved += sequence.stream_bytes
         self.prefixes.shrink(self.cache_bytes - self.reserved)

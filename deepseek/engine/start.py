@@ -71,18 +71,16 @@ def start_engine(
         DeviceError: there is no such device, or it has too little memory.
     """
     place = choose_device(device)
-    packs = int8 and dtype == "auto" and place.type == "cpu"
     folder = resolve(str(name))
-    packs = packs and _is_packed(folder)
+    packed = int8 and dtype == "auto" and place.type == "cpu" and _is_compiled(folder)
     if place.type == "cpu":
-        need = memory_need(
-            folder, choose_dtype(dtype, place), dials.get("cache_bytes", CACHE_BYTES), packs
-        )
+        cache_bytes = dials.get("cache_bytes", CACHE_BYTES)
+        need = memory_need(folder, choose_dtype(dtype, place), cache_bytes, packed)
         need.check(str(name))
         report(f"{name} needs {need}.")
     with out_of_memory_explained(LIGHTER):
         progress(0, 0, f"loading {Path(name).name}")
-        model, tokenizer = load(name, experts=experts, device=place, dtype=dtype, stored=packs)
+        model, tokenizer = load(name, experts=experts, device=place, dtype=dtype, stored=packed)
         progress(0, 0, "packing the weights")
         runner = quickest_runner(model) if int8 and dtype == "auto" else None
         progress(0, 0, "compiling kernels, which are kept for the next start")
@@ -92,7 +90,7 @@ def start_engine(
     return engine
 
 
-def _is_packed(folder: Path) -> bool:
+def _is_compiled(folder: Path) -> bool:
     """Return whether the compiled runner computes the model in a folder."""
     raw = read_object(folder / "config.json")
     return is_own(raw) and unsupported_config_reason(ModelConfig(**convert_config(raw))) is None

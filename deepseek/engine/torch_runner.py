@@ -2,7 +2,7 @@
 and every expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -108,7 +108,6 @@ class TorchRunner(ReferenceRunner):
     def _forward(self, chunks: Sequence[Chunk], layer: int) -> RunnerOutput:
         """Compute chunks that enter the model after the attention of `layer`; -1: at layer 0."""
         states = [_state(chunk) for chunk in chunks]
-        starts = [state.length for state in states]
         entered = [state.entered for state in states]
         step = self._begin(chunks, layer)
         streams = _stored_streams(step, chunks)
@@ -119,19 +118,13 @@ class TorchRunner(ReferenceRunner):
         rows_R = torch.tensor(kept_rows, dtype=torch.long, device=self.model.device)
         logits_RV = self.model.lm_head(step.finish(rows=rows_R)[0]).float().cpu()
         speakers = speakers_of(step.ctx.armed, ends[-1])
-        for chunk, state in zip(chunks, states, strict=True):
+        segments = []
+        for chunk, state, end, part in zip(chunks, states, ends, entered, strict=True):
             state.length += len(chunk.ids)
-        segments: list[dict[int, Segment]] = [{} for _ in chunks]
-        for number, (chunk, state, end) in enumerate(zip(chunks, states, ends, strict=True)):
-            for index in chunk.store:
-                if index > entered[number]:
-                    part = state.parts[index]
-                    stream_BTD = streams[part.cut] if part.cut is not None else None
-                    segments[number][index] = state.cache.segment(
-                        range(starts[number], state.length),
-                        part,
-                        None if stream_BTD is None else stream_BTD[:, end - len(chunk.ids) : end],
-                    )
+            own_streams = {
+                cut: stream[:, end - len(chunk.ids) : end] for cut, stream in streams.items()
+            }
+            segments.append(_segments(chunk, part, own_streams))
         return RunnerOutput(logits_RV, tuple(speakers[row] for row in kept_rows), tuple(segments))
 
     def _begin(self, chunks: Sequence[Chunk], layer: int) -> ForwardPass:
@@ -151,6 +144,25 @@ class TorchRunner(ReferenceRunner):
 def _state(chunk: Chunk) -> TorchState:
     assert isinstance(chunk.state, TorchState)
     return chunk.state
+
+
+def _segments(chunk: Chunk, entered: int, streams: Mapping[int, Tensor]) -> dict[int, Segment]:
+    """Return the segments of a chunk that its `store` asks for, by part.
+
+    Args:
+        chunk: the chunk, whose state has its tokens.
+        entered: part at whose end it entered the model; -1: at layer 0.
+        streams: its residual stream `[1, T, D]` at each cut above.
+    """
+    state = _state(chunk)
+    tokens = range(state.length - len(chunk.ids), state.length)
+    segments: dict[int, Segment] = {}
+    for index in chunk.store:
+        if index > entered:
+            part = state.parts[index]
+            stream_BTD = None if part.cut is None else streams[part.cut]
+            segments[index] = state.cache.segment(tokens, part, stream_BTD)
+    return segments
 
 
 def _entry_layer(chunk: Chunk) -> int:

@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from deepseek import checks
-from deepseek.engine.grammar import LIMITS, directed, unusable
+from deepseek.engine.grammar import LIMITS, llguidance_form, unusable
 from deepseek.engine.grammar_trial import Trial
 from deepseek.engine.request import Grammar
 from deepseek.errors import ConfigError
@@ -52,7 +52,7 @@ class Vocabulary:
         Raises:
             ConfigError: the grammar does not compile.
         """
-        lark = directed(grammar)
+        lark = llguidance_form(grammar)
         if complaint := TRIAL.complaint(lark):
             raise unusable(grammar, complaint)
         matcher = llguidance.LLMatcher(self._tokens, lark, log_level=0, limits=LIMITS)

@@ -57,8 +57,8 @@ def export_model(
         The largest `difference` of the exported model's logits.
 
     Raises:
-        ConfigError: `out` exists or cannot be written, a package or the GPU is missing, or the format cannot represent
-            the model.
+        ConfigError: `out` exists or cannot be written, a package or the GPU is missing, or the
+            format cannot represent the model.
         CheckpointError: the exported model's logits differ from the model's by more than the
             format's limit.
     """

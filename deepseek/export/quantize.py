@@ -19,12 +19,15 @@ from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.calibrate import quantise_along, sample
 from deepseek.model.language_model import is_own
 from deepseek.model.pretrained import load_stored
-from deepseek.model.quantised import is_large, rounded, stored_form
+from deepseek.model.quantised import is_large, stored_form, with_large_quantised
 from deepseek.model.stored import StoredMatrix, stored_matrices
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.text.tokenizer import load_tokenizer
 
-SENTENCE = "The history of science is the study of how people came to know nature, step by step, from the stars to the"
+SENTENCE = (
+    "The history of science is the study of how people came to know nature, step by step, from the "
+    "stars to the"
+)
 LIMITS = {8: 0.05, 4: 0.5}
 """Bits -> largest divergence in nats. 8 bits cost about a tenth of it, 4 bits of a small model a
 fifth.
@@ -34,7 +37,7 @@ ROWS, LENGTH = 32, 64  # number of calibration texts, and tokens in each
 
 
 @dataclass(frozen=True)
-class Rounding:
+class Quantisation:
     """Result of quantising a model.
 
     Attributes:
@@ -52,7 +55,7 @@ class Rounding:
 @torch.inference_mode()
 def quantize_model(
     base: str | Path, out: Path, *, bits: int = 8, device: str = "auto", progress: Progress = silent
-) -> Rounding:
+) -> Quantisation:
     """Write a base model with 8-bit or 4-bit weights to a new folder, which `deepseek.load` reads
     like any other.
 
@@ -101,7 +104,7 @@ def quantize_model(
                 f"{base}, more than {LIMITS[bits]}; nothing was written. Use "
                 f"{'8 bits' if bits == 4 else 'the model in bf16'}."
             )
-    return Rounding(writer.num_bytes, writer.num_bytes / (4 * elements), divergence)
+    return Quantisation(writer.num_bytes, writer.num_bytes / (4 * elements), divergence)
 
 
 def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekModel:
@@ -153,7 +156,7 @@ def _write_weights(
         progress(len(done), count, "quantising matrices")
     for name in sorted(stored.keys() - done):
         writer.add({name: _whole(stored[name])})
-    writer.add(rounded(model.own_tensors(), {}))
+    writer.add(with_large_quantised(model.own_tensors()))
     writer.close()
 
 

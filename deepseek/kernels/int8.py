@@ -1,4 +1,4 @@
-"""Quantisation to 8 or 4 bits: how matrices are quantised, and how they lie in memory.
+"""Quantisation of matrices to 8 or 4 bits, and packing into panels (`kernels/int8_layout.py`).
 
 Weights and activations are quantised in groups of 64 along the input, after a Hadamard rotation of
 the group (QuaRot, arXiv:2404.00456). The rotation spreads the few outlier activations of language
@@ -16,15 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-GROUP = 64
+from deepseek.kernels.int8_layout import COLUMNS, GROUP, LANES, TILES, group_bytes
+
 # Fraction of the mean square of the inputs that is added to the diagonal of the Gram matrix;
 # regularises the second-moment estimate.
 DAMPING = 0.01
-LANES = 16
-TILES = 2
-COLUMNS = LANES * TILES  # outputs in a panel
-GROUP_BYTES = COLUMNS * GROUP + COLUMNS * 2  # of a panel: a group's weights, then its bf16 scales
-GROUP_BYTES_4 = GROUP_BYTES - COLUMNS * GROUP // 2  # the same with two weights in a byte
 LEVELS = {8: (-127, 127), 4: (-8, 7)}
 """Number of bits -> smallest and largest value."""
 BLOCK_ELEMENTS = 1 << 23
@@ -217,16 +213,6 @@ def product_reference(x_ND: Tensor, matrix: Int8Matrix) -> Tensor:
     return (sums_NGF * scales_NG[..., None] * matrix.scales.float().T).sum(1)
 
 
-def row_bytes(groups: int) -> int:
-    """Return the distance in bytes between two quantised rows of activations (see
-    `compiled/rows.py`).
-
-    Args:
-        groups: number of groups of 64 in a row.
-    """
-    return ((GROUP + 8) * groups + 63) // 64 * 64
-
-
 def packed_bytes(outputs: list[int], width: int, bits: int = 8) -> int:
     """Return the bytes of the panels that `pack` makes.
 
@@ -238,11 +224,6 @@ def packed_bytes(outputs: list[int], width: int, bits: int = 8) -> int:
     unit = COLUMNS if len(outputs) == 1 else GROUP
     panels = sum(-(-count // unit) * unit for count in outputs) // COLUMNS
     return panels * -(-width // GROUP) * group_bytes(bits)
-
-
-def group_bytes(bits: int) -> int:
-    """Return the bytes of a group in a panel whose weights have 8 or 4 bits."""
-    return GROUP_BYTES if bits == 8 else GROUP_BYTES_4
 
 
 def pack(matrices: list[Int8Matrix], bits: int = 8) -> np.ndarray:

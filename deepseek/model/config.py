@@ -69,8 +69,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
             `model/positions/dynamic.py`), "alibi", "learned" (one vector per position) or "none".
         rope_parameters: parameters of "rope" and "dpe" in Hugging Face's form: `rope_theta`,
             `rope_type` ("yarn" and others).
-        local_rope_theta: rotary base of layers with a sliding window (Gemma 3), whose angles are not
-            scaled; None: that of `rope_parameters`, scaling included.
+        local_rope_theta: rotary base of layers with a sliding window (Gemma 3), whose angles are
+            not scaled; None: that of `rope_parameters`, scaling included.
         train_len: tokens per row that "dpe" is trained on (default: the longest context).
     Mixture of experts (`num_experts` = 0 makes a dense model):
         num_experts, expert_dim: routed experts per pool, and width F of each.
@@ -287,8 +287,8 @@ def _validate_positions(config: ModelConfig) -> None:
         kind not in ROTARY or config.sliding_window is None
     ):
         raise ConfigError(
-            f"local_rope_theta={config.local_rope_theta} is the rotary base of layers with a sliding "
-            "window; it needs a sliding_window and positional_encoding 'rope' or 'dpe'."
+            f"local_rope_theta={config.local_rope_theta} is the rotary base of layers with a "
+            "sliding window; it needs a sliding_window and positional_encoding 'rope' or 'dpe'."
         )
     if train_len is not None and kind != "dpe":
         raise ConfigError(

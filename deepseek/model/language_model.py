@@ -1,4 +1,4 @@
-"""A language model with experts: our own, or a stock one of `transformers` with attached experts."""
+"""A language model with experts: our own, or a stock one of `transformers` with experts beside."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,8 +76,8 @@ def load_language_model(
         return DeepSeekModel.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
     if config is not None:
         raise ConfigError(
-            f"A model of type {shown(raw.get('model_type'))} keeps its own architecture; leave config "
-            "out."
+            f"A model of type {shown(raw.get('model_type'))} keeps its own architecture; leave "
+            "config out."
         )
     place = CPU if device is None else choose_device(device)
     precision = choose_dtype(dtype, place)

@@ -147,8 +147,8 @@ def _placed(
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(
-                f"The checkpoint's tensor {shown(name)} is of dtype {tensor.dtype}; weights must be "
-                "floating-point numbers."
+                f"The checkpoint's tensor {shown(name)} is of dtype {tensor.dtype}; weights must "
+                "be floating-point numbers."
             )
     return {
         # Balance buffers stay fp32: their updates vanish in bf16.
@@ -177,7 +177,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _single_device(device_map: Any) -> torch.device:
-    """Return the device of Hugging Face's `device_map`: a name, a number, or a map with one entry."""
+    """Return the device of Hugging Face's `device_map`: a name, a number, or a map of one entry."""
     device = device_map.get("") if isinstance(device_map, dict) else device_map
     if isinstance(device, int):
         device = f"cuda:{device}"

@@ -4,13 +4,15 @@ The checkpoint stores `X.weight` as `X.weight_int8` or, two numbers a byte, `X.w
 `X.weight_scale`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from deepseek.errors import CheckpointError
-from deepseek.kernels.int8 import GROUP, Int8Matrix, from_nibbles, quantize, to_nibbles
+from deepseek.kernels.int8 import Int8Matrix, from_nibbles, quantize, to_nibbles
+from deepseek.kernels.int8_layout import GROUP
 
 SUFFIXES = {8: "_int8", 4: "_int4"}
 """Number of bits -> what is added to the name of a matrix."""
@@ -59,12 +61,9 @@ def is_large(name: str, shape: tuple[int, ...]) -> bool:
 
     Routers stay unquantised, because they decide by small differences between logits.
     """
-    elements = 1
-    for size in shape:
-        elements *= size
     return (
         len(shape) >= 2
-        and elements >= SMALLEST
+        and math.prod(shape) >= SMALLEST
         and shape[-1] % GROUP == 0
         and ".router." not in name
     )
@@ -134,18 +133,16 @@ def stored_form(name: str, matrix: Int8Matrix) -> dict[str, Tensor]:
     return {name + SUFFIXES[matrix.bits]: values, name + SCALES: matrix.scales}
 
 
-def rounded(tensors: Mapping[str, Tensor], done: Mapping[str, Int8Matrix]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors with the large matrices quantised.
+def with_large_quantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors with the large matrices quantised to the nearest 8-bit values.
 
     Args:
         tensors: the tensors by name.
-        done: matrices that are already quantised, with calibration, by name. The others are
-            rounded to the nearest value, with 8 bits.
     """
     output: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if is_large(name, tuple(tensor.shape)):
-            output |= stored_form(name, done[name] if name in done else quantize(tensor))
+            output |= stored_form(name, quantize(tensor))
         else:
             output[name] = tensor
     return output
@@ -173,15 +170,15 @@ def restored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, I
     plain = {}
     matrices = {}
     for name, tensor in tensors.items():
-        own_name = plain_name(loaded, name)
-        if own_name is None:
+        weight_name = plain_name(loaded, name)
+        if weight_name is None:
             continue
-        matrix = read_quantised(loaded, own_name)
+        matrix = read_quantised(loaded, weight_name)
         if matrix is None:
-            plain[own_name] = tensor
+            plain[weight_name] = tensor
         else:
-            matrices[own_name] = matrix
-            plain[own_name] = matrix.float()
+            matrices[weight_name] = matrix
+            plain[weight_name] = matrix.float()
     return plain, matrices
 
 

@@ -8,12 +8,12 @@ need be, and forgets it. A model that is small for the machine keeps what it has
 import math
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from deepseek.checkpoint.stream import TensorFiles
+from deepseek.device.memory import total_memory
 from deepseek.errors import CheckpointError
 from deepseek.kernels.int8 import Int8Matrix
 from deepseek.model.embedding import ScaledEmbedding
@@ -178,7 +178,7 @@ def store_weights(
         if source not in matrices:
             matrices[source] = StoredMatrix(files, source, dtype, device)
         _replace(model, path, module, matrices[source])
-    limit = KEPT_SHARE * psutil.virtual_memory().total
+    limit = KEPT_SHARE * total_memory()
     keeps = sum(matrix.nbytes for matrix in matrices.values()) <= limit
     for matrix in matrices.values():
         matrix.keeps = keeps

@@ -83,7 +83,8 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
                 checkpoint. Default: None, use the checkpoint's config as it is.
             **kwargs: `dtype` (default "auto", the fastest dtype on the device: bf16 if the
                 processor has bf16 units, else fp32), `device_map` (a single device or "auto",
-                default CPU), `upcycle_seed` (default 0), and Hugging Face's hub arguments, which are ignored.
+                default CPU), `upcycle_seed` (default 0), and Hugging Face's hub arguments, which
+                are ignored.
 
         Returns:
             The model in eval mode.

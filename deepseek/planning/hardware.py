@@ -87,7 +87,7 @@ FORMATS = {
 
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 QUANTISED_BYTES = {8: 1.03125, 4: 0.53125}
-"""Bytes per weight with a scale of 16 bits for every 64 weights (`kernels/int8.py`); a test
+"""Bytes per weight with a scale of 16 bits for every 64 weights (`kernels/int8_layout.py`); a test
 compares.
 """
 

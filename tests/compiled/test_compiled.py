@@ -2,12 +2,11 @@
 prefixes, experts.
 """
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantised_twin import quantised_twin
 from tiny_mixtures import MIXTURES
 from tiny_tokenizer import tiny_tokenizer
 
@@ -19,11 +18,9 @@ from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.scheduler import MAX_GUESSES
 from deepseek.engine.sequence import Lookup
-from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
-from deepseek.model.moe.experts import Experts
 from deepseek.model.positions.dynamic import DynamicBias
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.packs.manifest import MOMENTS
@@ -114,18 +111,6 @@ def runner(model) -> CompiledRunner:
     return CompiledRunner(model)
 
 
-def rounded(model: DeepSeekModel) -> DeepSeekModel:
-    """The model with the weights that the runner computes with."""
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            module.weight.data = quantize(module.weight.data).float()
-        elif isinstance(module, Experts):
-            for weight in (module.gate_up_proj, module.down_proj):
-                weight.data = torch.stack([quantize(expert).float() for expert in weight.data])
-    return twin
-
-
 def logits(runner, armed=None, ids=IDS, pieces=(100,)):
     state, rows, start = runner.start(armed, 256), [], 0
     for size in pieces:
@@ -138,10 +123,10 @@ def logits(runner, armed=None, ids=IDS, pieces=(100,)):
 @torch.no_grad()
 def test_each_part_of_the_dynamic_bias_counts(part):
     model = build(**KINDS["dpe"])
-    before = rounded(model)(torch.tensor([IDS])).logits[0]
+    before = quantised_twin(model)(torch.tensor([IDS])).logits[0]
     for layer in model.layers:
         getattr(layer.attention.score_bias, part).zero_()
-    after = rounded(model)(torch.tensor([IDS])).logits[0]
+    after = quantised_twin(model)(torch.tensor([IDS])).logits[0]
     got = logits(CompiledRunner(model))
     assert distance(got, after) < 0.03
     assert distance(got, before) > 2 * distance(got, after)
@@ -162,11 +147,13 @@ def close(a, b, limit: float, model: DeepSeekModel) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_logits_are_those_of_the_model_with_rounded_weights(kind):
+def test_logits_are_those_of_the_model_with_quantised_weights(kind):
     model = build(**KINDS[kind])
     assert supports(model)
     assert (
-        distance(logits(CompiledRunner(model)), rounded(model)(torch.tensor([IDS])).logits[0])
+        distance(
+            logits(CompiledRunner(model)), quantised_twin(model)(torch.tensor([IDS])).logits[0]
+        )
         < 0.03
     )
 
@@ -220,7 +207,7 @@ def experts(model, count: int) -> list[ExpertModule]:
 def test_experts_speak_as_in_the_model(model, runner, count, most):
     modules = tuple(experts(model, max(count, 1)))
     roster = Roster(modules, most if count else None)
-    twin = rounded(model)
+    twin = quantised_twin(model)
     twin.experts.armed = lambda: ArmedExperts(roster)
     expected = twin(torch.tensor([IDS]))
     got = logits(runner, ArmedExperts(roster))

@@ -2,7 +2,7 @@
 model, and bits that depend on neither the batch, the pieces of a prompt, nor the prefix cache.
 """
 
-import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from quantised_twin import quantised_twin
 from tiny_mixtures import MIXTURES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -22,9 +23,8 @@ from deepseek.compiled.runner import CompiledRunner, supports
 from deepseek.compiled.support import RULES
 from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
-from deepseek.model.moe.experts import Experts
 from deepseek.model.moe.router import DynamicRouter, Router, TopKRouter
-from deepseek.model.quantised import keep_matrices, restored, rounded
+from deepseek.model.quantised import keep_matrices, restored, with_large_quantised
 from deepseek.model.support import unsupported
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk
@@ -56,18 +56,6 @@ def build(kind: str, **changes: Any) -> DeepSeekModel:
 @cache
 def compiled(kind: str) -> CompiledRunner:
     return CompiledRunner(build(kind))
-
-
-def with_rounded_weights(model: DeepSeekModel) -> DeepSeekModel:
-    """The reference: the model with the weights that the runner computes with; routers as are."""
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            module.weight.data = quantize(module.weight.data).float()
-        elif isinstance(module, Experts):
-            for weight in (module.gate_up_proj, module.down_proj):
-                weight.data = torch.stack([quantize(expert).float() for expert in weight.data])
-    return twin
 
 
 def logits(runner: CompiledRunner, ids: list[int] = IDS) -> torch.Tensor:
@@ -155,10 +143,10 @@ def test_top_k_routing_is_that_of_the_reference(
 
 @pytest.mark.parametrize("kind", MIXTURES)
 @torch.no_grad()
-def test_logits_are_those_of_the_model_with_rounded_weights(kind: str) -> None:
+def test_logits_are_those_of_the_model_with_quantised_weights(kind: str) -> None:
     runner = compiled(kind)
     assert supports(runner.model)
-    expected = with_rounded_weights(runner.model)(torch.tensor([IDS])).logits[0]
+    expected = quantised_twin(runner.model)(torch.tensor([IDS])).logits[0]
     distances = (logits(runner) - expected).norm(dim=-1) / expected.norm(dim=-1)
     # Quantised activations may choose another expert at a few tokens, where two are close.
     assert distances.median() < 0.03
@@ -248,11 +236,24 @@ def test_a_shared_pool_is_packed_once() -> None:
 @torch.no_grad()
 def test_experts_of_an_8_bit_checkpoint_are_packed_as_they_are_stored() -> None:
     model = build("dynamic", hidden_size=128, expert_dim=64)
-    tensors, matrices = restored(rounded(model.own_tensors(), {}))
+    tensors, matrices = restored(with_large_quantised(model.own_tensors()))
     loaded = build("dynamic", hidden_size=128, expert_dim=64)
     loaded.load_state_dict(tensors, strict=False)
     keep_matrices(loaded, matrices)
     assert torch.equal(logits(CompiledRunner(loaded)), logits(CompiledRunner(model)))
+
+
+@torch.no_grad()
+def test_experts_with_4_bits_take_half_the_memory_and_give_the_same_bits() -> None:
+    model = build("dynamic", hidden_size=128, expert_dim=64)
+    pools = {name: weight for name, weight in model.named_parameters() if weight.dim() == 3}
+    four = {name: quantize(weight, bits=4) for name, weight in pools.items()}
+    keep_matrices(model, four)
+    packed_in_4_bits = CompiledRunner(model)
+    memory = NativeExperts(model).nbytes
+    keep_matrices(model, {name: replace(matrix, bits=8) for name, matrix in four.items()})
+    assert torch.equal(logits(packed_in_4_bits), logits(CompiledRunner(model)))
+    assert 0 < memory < 0.52 * NativeExperts(model).nbytes
 
 
 @cache

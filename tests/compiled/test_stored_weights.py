@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_expert import save_base, save_expert
+from tiny_mixtures import MIXTURES
 
-from deepseek.compiled.packing import packed
+from deepseek.compiled.packing import pack_matrices
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.compiled.weights import matrices_of
 from deepseek.engine.load import load
@@ -18,7 +19,7 @@ from deepseek.engine.sampler import Sampling
 from deepseek.engine.start import start_engine
 from deepseek.errors import DeviceError
 from deepseek.export.quantize import quantize_model
-from deepseek.kernels.int8 import GROUP_BYTES, GROUP_BYTES_4
+from deepseek.kernels.int8_layout import GROUP_BYTES, GROUP_BYTES_4
 from deepseek.model.pretrained import load_stored
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk
@@ -103,7 +104,7 @@ def test_an_engine_plugs_and_unplugs_an_expert(folder, tmp_path):
 def test_packed_matrices_have_the_bits_of_the_checkpoint(folder):
     bits = int(folder.name.removeprefix("int"))
     sources = matrices_of(load_stored(DeepSeekModel, folder))
-    sizes = {key: matrix.nbytes for key, matrix in packed(sources).items()}
+    sizes = {key: matrix.nbytes for key, matrix in pack_matrices(sources).items()}
     groups = SHAPE["hidden_size"] // 64
     assert sizes["out", 0] % ((GROUP_BYTES_4 if bits == 4 else GROUP_BYTES) * groups) == 0
     assert {source.bits for key, (source, *_) in sources.items() if key[0] != "embed_tokens"} == {
@@ -112,6 +113,15 @@ def test_packed_matrices_have_the_bits_of_the_checkpoint(folder):
     assert sources["embed_tokens", 0][0].bits == 8
     need = memory_need(folder, torch.float32, 0, packed=True)
     assert abs(need.weights - sum(sizes.values())) < 0.1 * need.weights
+
+
+def test_routed_experts_count_as_loaded_and_as_packed(tmp_path):
+    fields = MIXTURES["dynamic"] | {"hidden_size": 64, "expert_dim": 128, "head_dim": 32}
+    folder = save_base(tmp_path / "base", **fields)
+    runner = CompiledRunner(load_stored(DeepSeekModel, folder, "float32"))
+    loaded = sum(weight.nbytes for weight in runner.model.parameters())
+    need = memory_need(folder, torch.float32, 0, packed=True)
+    assert abs(need.weights - loaded - runner.weight_bytes) < 0.1 * need.weights
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(plain, monkeypatch):

@@ -4,6 +4,7 @@ nothing ends the process, nothing fails later, and nothing takes long.
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -113,8 +114,26 @@ def test_a_costly_grammar_is_used_or_refused_soon(
     assert time.perf_counter() - started < 10
 
 
-def test_the_process_that_tries_grammars_starts_again_after_a_crash() -> None:
+@pytest.fixture
+def trial() -> Iterator[grammar_trial.Trial]:
     trial = grammar_trial.Trial()
+    yield trial
+    trial.stop()
+
+
+def test_a_process_that_does_not_start_is_tried_again(
+    trial: grammar_trial.Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_trial, "START_SECONDS", 0.0)
+        with pytest.raises(RuntimeError, match="does not start"):
+            trial.complaint("start: /a/")
+    assert trial.complaint("start: /a/") == ""
+
+
+def test_the_process_that_tries_grammars_starts_again_after_a_crash(
+    trial: grammar_trial.Trial,
+) -> None:
     crash = f"start: %json {chain(300)}"
     assert trial.complaint(crash) == "it is too complex"
     assert trial.complaint("start: /a/") == ""

@@ -16,7 +16,7 @@ from tiny_model import tiny_model
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.engine.engine import Engine
 from deepseek.engine.load import Loaded
-from deepseek.engine.prefix import Restored, within
+from deepseek.engine.prefix import Restored, restore_within
 from deepseek.engine.request import ExpertChoice, Request, TokenEvent
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.scheduler import Scheduler
@@ -243,6 +243,6 @@ class Part:
 def test_streams_that_do_not_fit_the_budget_are_left_out() -> None:
     lower = [Part(10) for _ in range(4)]
     upper = [Part(0)]
-    assert within([lower, upper], 100) == Restored([*lower, *upper], 4, 30)
-    assert within([lower, upper], 29) == Restored([*lower[:3], *upper], 3, 20)
-    assert within([lower, []], 0) == Restored([], 0, 0)
+    assert restore_within([lower, upper], 100) == Restored([*lower, *upper], 4, 30)
+    assert restore_within([lower, upper], 29) == Restored([*lower[:3], *upper], 3, 20)
+    assert restore_within([lower, []], 0) == Restored([], 0, 0)

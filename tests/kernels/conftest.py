@@ -1,15 +1,5 @@
 """Kernels share their work: each test runs on two threads."""
 
-from collections.abc import Iterator
+from two_threads import two_threads
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Run a test on two threads, as `conftest.py` gives the process one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["two_threads"]

@@ -10,8 +10,6 @@ from numba import njit
 from deepseek.compiled.abi import FOUR_BITS
 from deepseek.compiled.rows import multiply, round_group, row_bytes
 from deepseek.kernels.int8 import (
-    COLUMNS,
-    GROUP,
     LEVELS,
     Compensation,
     from_nibbles,
@@ -21,6 +19,7 @@ from deepseek.kernels.int8 import (
     quantize,
     to_nibbles,
 )
+from deepseek.kernels.int8_layout import COLUMNS, GROUP
 from deepseek.kernels.numba.buffers import aligned
 
 

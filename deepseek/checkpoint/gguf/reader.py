@@ -96,7 +96,7 @@ class GgufFile:
             try:
                 with np.errstate(all="ignore"):
                     output[first * block : (first + step) * block] = dequantize(part, tensor.kind)
-            except NotImplementedError:
+            except NotImplementedError:  # what the gguf package raises for such an encoding
                 raise CheckpointError(
                     f"{self.path} holds {name} as {tensor.kind.name}, which the gguf package does "
                     "not dequantise; take a file of another quantisation."

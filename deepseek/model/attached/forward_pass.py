@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from deepseek.device.memory import is_out_of_memory
 from deepseek.errors import ConfigError
 from deepseek.model.attached.documents import Documents
 from deepseek.model.attached.hooks import AttachedContext, gate_input
@@ -273,9 +274,9 @@ def _resumes(model: AttachedModel, layer: int) -> bool:
     try:
         with _started(model, layer, stream_BTD):
             resumed_BTD = traits.hidden(traits.ids)
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the decoder
-    except INCOMPLETE:
+    except INCOMPLETE as error:
+        if is_out_of_memory(error):
+            raise  # says nothing about the decoder
         return False
     return torch.equal(traits.hidden(traits.ids), resumed_BTD)
 
@@ -289,7 +290,7 @@ INCOMPLETE = (
     TypeError,
     ValueError,
 )
-"""What a decoder raises that misses what its lower layers would have left for the upper ones."""
+"""Errors of a decoder whose upper layers lack what the lower ones would have left for them."""
 
 
 @contextmanager

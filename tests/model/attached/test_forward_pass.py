@@ -126,6 +126,19 @@ def test_resuming_without_ids(ids: torch.Tensor) -> None:
         resume(model, stream, 3)
 
 
+def test_a_lack_of_memory_says_nothing_about_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached(tiny_family("gemma3_text"))
+
+    def started(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek.model.attached.forward_pass._started", started)
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            can_cut(model, 2)
+    assert can_cut(model, 2)
+
+
 def test_gradients_reach_an_expert_from_a_stored_stream(ids: torch.Tensor) -> None:
     model = attached(tiny_family("qwen3_5_text")).requires_grad_(False)
     plug_random(model)

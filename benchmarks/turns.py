@@ -1,0 +1,44 @@
+"""Sides of a comparison take turns, so that all meet the same machine; one can be llama.cpp."""
+
+import argparse
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+from bars import installed
+
+Figures = dict[str, float]
+Turn = Callable[[], Figures]
+Result = TypeVar("Result")
+Side = TypeVar("Side", bound=Hashable)
+
+
+def in_turn(turns: Mapping[Side, Callable[[], Result]], rounds: int) -> dict[Side, list[Result]]:
+    """Return what each side gives in every round, after a round that warms up."""
+    found: dict[Side, list[Result]] = {name: [] for name in turns}
+    for number in range(rounds + 1):
+        for name, turn in turns.items():
+            result = turn()
+            if number:
+                found[name].append(result)
+                print(number, name, result, flush=True)
+    return found
+
+
+def medians(found: Mapping[str, list[Figures]]) -> dict[str, Figures]:
+    """Return the median of each figure of each side over the rounds."""
+    return {
+        name: {key: median(one[key] for one in results) for key in results[0]}
+        for name, results in found.items()
+    }
+
+
+def add_llama(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the Python that has llama.cpp."""
+    parser.add_argument(
+        "--llama",
+        type=Path,
+        default=installed("llama_cpp"),
+        help="Python that has llama-cpp-python; default: this one",
+    )

@@ -1,0 +1,15 @@
+"""A fixture for tests of code that shares its work among threads."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Run a test on two threads, as `conftest.py` gives the process one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
