@@ -35,6 +35,7 @@ from deepseek.train.jobs.expert_index import expert_index
 from deepseek.train.loop.past_runs import find_run
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
+from deepseek.train.text.corpus import whole_text
 
 FORMAT = 1
 """Part of the digest of stored rows; increase it when cases, prompts or scores change."""
@@ -276,7 +277,7 @@ class Against:
         if row.expert:
             key["expert"] = read_pack(Path(self.record["pack"])).manifest.digest
         if row.retrieval:
-            key["train"] = TokenShards(self.run / "corpus" / "train").digest
+            key["train"] = whole_text(self.run / "corpus").digest
         if row.model != "base":
             key["effort"] = read_json(self.folder / row.model / "effort.json")
         return self.folder / "rows" / f"{hashlib.sha256(canonical_json(key)).hexdigest()[:24]}.json"

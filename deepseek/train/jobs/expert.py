@@ -40,7 +40,7 @@ from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_input
 from deepseek.train.loop.layers import parse_layers
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.runs import Run, run_once
-from deepseek.train.text.corpus import Corpus
+from deepseek.train.text.corpus import Corpus, whole_text
 from deepseek.train.text.question_mix import asked_about
 from deepseek.train.text.trunk_cache import Stream, run_trunk
 
@@ -234,12 +234,10 @@ class ExpertRun(TextRun):
             self.model, self.tokenizer, self.module.layers, progress=self.progress
         )
         words = background(self.model, self.tokenizer, self.progress)
-        own_ids_N = torch.from_numpy(
-            texts.train.shards.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT
-        ).long()
-        questions = encode_plain(
-            self.tokenizer, asked_about(self.folder / "corpus" / "questions.jsonl")
-        )
+        corpus = self.folder / "corpus"
+        own = whole_text(corpus)
+        own_ids_N = torch.from_numpy(own.ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT).long()
+        questions = encode_plain(self.tokenizer, asked_about(corpus / "questions.jsonl"))
         question_ids_N = torch.tensor(
             [token for ids in questions for token in ids], dtype=torch.long
         )

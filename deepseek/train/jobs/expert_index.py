@@ -14,6 +14,7 @@ from deepseek.retrieval.index import Index
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.loop.past_runs import find_run
 from deepseek.train.loop.run_lock import run_lock
+from deepseek.train.text.corpus import whole_text
 
 
 def index_expert(name: str) -> Path:
@@ -40,7 +41,7 @@ def expert_index(name: str, run: Path, tokenizer: PreTrainedTokenizerFast) -> In
 
     The index never contains held-out documents, nor commits that changed a held-out file.
     """
-    shards = TokenShards(run / "corpus" / "train")
+    shards = whole_text(run / "corpus")
     folder = index_folder(name)
     if (folder / "meta.json").is_file():
         index = Index.load(folder)

@@ -187,7 +187,11 @@ class PretrainRun:
         settings = self.settings
         source = text.source(settings.held_out, settings.seed)
         corpus = build_corpus(
-            source, self.tokenizer, self.folder / "corpus" / name, self.progress, easiest_first
+            source,
+            self.tokenizer,
+            self.folder / "corpus" / name,
+            self.progress,
+            lambda train, validation: (easiest_first(train), validation),
         )
         self.progress.say(f"{name}: {corpus.report}")
         loaders = [self.loader(shards) for shards in (corpus.train, corpus.held_out)]

@@ -1,15 +1,16 @@
 """`deepseek expert train --update NAME`: continue an expert with what is new in its source.
 
-The source is read anew. Training documents that the expert's earlier runs did not have are new; a
-changed file is a new document. The expert goes on from its weights, on these and on as much of its
-past, and its gates are calibrated anew. Held-out text is chosen by the same rule as before.
+The source is read anew. Documents that the expert's earlier runs did not have are new; a changed
+file is a new document. The expert goes on from its weights, on these and on as much of its past, and
+its gates are calibrated anew. Held-out text is chosen by the same rule as before. Of its validation
+half, too, only what is new and as much of the past choose the best state: on all of it, which is
+mostly old, the former expert would be the best.
 
 An update is a run of its own, in `updates/` of the run that trained the expert.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -19,24 +20,25 @@ from typing import Any
 import torch
 
 from deepseek.checkpoint.store import atomic_write, read_object, write_json
-from deepseek.data import Document, RowLoader
-from deepseek.data.text.document import uniform
+from deepseek.data import RowLoader
 from deepseek.data.text.git import find_commit, open_repository
 from deepseek.errors import DataError, PackError
 from deepseek.model.experts import ExpertModule
 from deepseek.packs.manifest import Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack
+from deepseek.train.gates.calibrate import GateCalibration
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.expert import ExpertRequest, ExpertRun
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import TrainingPlan
-from deepseek.train.jobs.text_run import text_inputs
+from deepseek.train.jobs.text_run import Texts, text_inputs
 from deepseek.train.loop.loop import Task
 from deepseek.train.loop.past_runs import find_run
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.loop.run_lock import run_lock
 from deepseek.train.loop.runs import Run, run_once
-from deepseek.train.text.corpus import Corpus, Source, build_corpus, known_documents
+from deepseek.train.text.corpus import Corpus, KnownDocuments, Source, build_corpus, known_documents
+from deepseek.train.text.fresh import fresh
 from deepseek.train.text.inputs import text_digest
 
 MINUTES = 1.0
@@ -44,9 +46,6 @@ MINUTES = 1.0
 
 RATE = 0.25
 """Learning rate of an update, as a share of that of the first training, which starts from zero."""
-
-LEAST_PAST = 40_000
-"""Fewest characters of the past to train on again, if there are as many."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +215,13 @@ class UpdateRun(ExpertRun):
         self.weights = ExpertModule.from_pack(pack, torch.float32, self.device).state_dict()
 
     @cached_property
-    def known(self) -> frozenset[str]:
-        """Digests of the documents of the expert's training and of its updates."""
-        runs = self.expert.finished_runs()
-        return frozenset[str]().union(*(known_documents(run / "corpus") for run in runs))
+    def known(self) -> KnownDocuments:
+        """Documents of the expert's training and of its updates."""
+        runs = [known_documents(run / "corpus") for run in self.expert.finished_runs()]
+        return KnownDocuments(
+            train=frozenset[str]().union(*(run.train for run in runs)),
+            held_out=frozenset[str]().union(*(run.held_out for run in runs)),
+        )
 
     def corpus(self) -> Corpus:
         """Return the corpus of new and replayed documents; only the first call reads the source."""
@@ -250,42 +252,16 @@ class UpdateRun(ExpertRun):
             write_json(former, {"loss": test()})
         return super().loop(task, text, plan, test)
 
+    def calibrate(self, texts: Texts, plan: TrainingPlan) -> GateCalibration:
+        """Calibrate the gates, checked on the reported held-out text: the validation text is mostly
+        new, and may be training text (see `fresh`).
+        """
+        return super().calibrate(replace(texts, validation=texts.held_out), plan)
+
     def pack(self, held_out: Metric, data: tuple[str, ...], commit: str | None) -> ExpertPack:
         """Return the module as a pack that names the text of all its trainings."""
         all_data = tuple(dict.fromkeys((*self.earlier_data, *data)))
         return super().pack(held_out, all_data, commit)
-
-
-def fresh(
-    documents: Sequence[Document], known: frozenset[str], seed: int, name: str
-) -> list[Document]:
-    """Return the documents that are not known, and about as much text of those that are.
-
-    Args:
-        documents: training documents.
-        known: digests of documents (see `Document.digest`).
-        seed: decides which of the known ones.
-        name: name of the expert, for the message.
-
-    Raises:
-        DataError: none is new.
-    """
-    new = [document for document in documents if document.digest not in known]
-    if not new:
-        raise DataError(
-            f"The source of {name} has changed, but holds no new text to train on: what changed is "
-            "held out, no text, or only gone; change more, or train it anew."
-        )
-    past = [document for document in documents if document.digest in known]
-    past.sort(key=lambda document: uniform(f"past:{seed}:{len(known)}:{document.name}"))
-    wanted = max(LEAST_PAST, sum(len(document.text) for document in new))
-    chosen = []
-    for document in past:
-        if wanted <= 0:
-            break
-        chosen.append(document)
-        wanted -= len(document.text)
-    return [*new, *chosen]
 
 
 def _head(source: Source) -> str:

@@ -1,14 +1,18 @@
-"""`deepseek watch`: update an expert whenever its source changes, and plug it into a live server."""
+"""`deepseek watch`: update an expert whenever its source changes, and plug it into a server."""
 
+import math
 import time
 from collections.abc import Callable
 
-from deepseek.errors import UserError
+from deepseek.errors import DataError, UserError
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.expert_server import ExpertServer
 from deepseek.train.jobs.update import MINUTES, TrainedExpert
 
 Say = Callable[[str], None]
+
+LONGEST_PAUSE = 64
+"""Most looks between two attempts at an update."""
 
 
 class Watcher:
@@ -30,7 +34,8 @@ class Watcher:
         self.minutes = minutes
         self.say = say
         self.seen = self.expert.state()
-        self.tried = ""
+        self.failures = 0
+        self.pause = 0.0
         self.must_plug = False
         self.complaint = ""
         if server is not None:
@@ -39,21 +44,27 @@ class Watcher:
     def look(self) -> None:
         """Update the expert if its source is new and as it was at the last look.
 
-        What fails is said, once, and the expert stays as it was. A failed update is tried again
-        when the source changes, a failed plugging at the next look.
+        What fails is said, once for each state of the source, and the expert stays as it was. A
+        failed update is tried again after 1, 2, 4 and up to `LONGEST_PAUSE` looks, or when the
+        source changes; if the text is the cause, only then. A failed plugging is tried again at the
+        next look.
         """
         try:
             state = self.expert.state()
-            is_quiet = state == self.seen
-            self.seen = state
-            if is_quiet and state not in (self.tried, *self.expert.learnt_states()):
-                self.tried = state
+            if state != self.seen:
+                self.seen = state
+                self.failures = 0
+                self.pause = 0.0
+            elif self.pause > 0:
+                self.pause -= 1
+            elif state not in self.expert.learnt_states():
                 self.update()
             if self.must_plug and self.server is not None:
                 self.server.plug_again(self.expert.name)
                 self.must_plug = False
                 self.say(f"{self.expert.name} is plugged")
-            self.complaint = ""
+            if not self.failures:
+                self.complaint = ""
         except UserError as error:
             if str(error) != self.complaint:
                 self.say(f"{self.expert.name}: {error}")
@@ -64,7 +75,14 @@ class Watcher:
         name = self.expert.name
         self.say(f"{name}: its source has changed; updating")
         started = time.monotonic()
-        pack = train_expert(update=name, minutes=self.minutes, quiet=True)
+        try:
+            pack = train_expert(update=name, minutes=self.minutes, quiet=True)
+        except UserError as error:
+            is_text = isinstance(error, DataError)
+            self.pause = math.inf if is_text else min(LONGEST_PAUSE, 2**self.failures)
+            self.failures += 1
+            raise
+        self.failures = 0
         self.must_plug = self.server is not None
         self.say(f"{name} is updated in {time.monotonic() - started:.0f} s: {pack}")
 

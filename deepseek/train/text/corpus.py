@@ -1,6 +1,6 @@
 """Build the token shards of a run, once per run folder: read, clean, split, tokenise."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from deepseek.data.text.git import find_commit, open_repository, read_git_by_tim
 from deepseek.data.text.halves import halve
 from deepseek.errors import DataError
 from deepseek.train.text.question_mix import mix_questions
+
+WHOLE = "whole"
+"""Folder of the training text without gaps, if that on which a run trains has some."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,35 @@ class Corpus:
     commit: str | None
 
 
+@dataclass(frozen=True)
+class KnownDocuments:
+    """Digests of documents (see `Document.digest`).
+
+    Attributes:
+        train: of training documents.
+        held_out: of held-out documents, and of the halves of those that are cut in two.
+    """
+
+    train: frozenset[str]
+    held_out: frozenset[str]
+
+
+Choose = Callable[[list[Document], list[Document]], tuple[list[Document], list[Document]]]
+
+
+def both(
+    train: list[Document], validation: list[Document]
+) -> tuple[list[Document], list[Document]]:
+    """Return all training and all validation documents."""
+    return train, validation
+
+
 def build_corpus(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     progress: Progress = silent,
-    choose: Callable[[list[Document]], list[Document]] = list,
+    choose: Choose = both,
     validation: bool = False,
 ) -> Corpus:
     """Return the corpus in `folder`, building it from `source` if it is missing.
@@ -120,8 +146,8 @@ def build_corpus(
         tokenizer: tokenizer of the model.
         folder: folder of the corpus.
         progress: shows the progress.
-        choose: sorts or chooses the training documents, before questions and gaps are made of them;
-            default: all.
+        choose: takes the training and the validation documents, and returns those to use, sorted;
+            questions and gaps are made afterwards. Default: all.
         validation: move half of the held-out text to a validation set (see `halve`).
     """
     notes = folder / "corpus.json"
@@ -132,18 +158,24 @@ def build_corpus(
         else:
             documents, report = clean(read_source(source, skipped), skipped, progress)
             train, held_out = split(documents, source.held_out, by=source.by, seed=source.seed)
-        known = sorted({document.digest for document in train})
-        train = mix_questions(
-            choose(train), held_out, tokenizer, source.questions, folder / "questions.jsonl"
-        )
-        train = with_gaps(train, source.infill, source.seed)
-        TokenShards.build(train, tokenizer, folder / "train", progress=progress)
+        halves = halve(held_out, source.by, source.seed) if validation else ([], held_out)
+        chosen, to_validate = choose(train, halves[0])
+        questions = folder / "questions.jsonl"
+        mixed = mix_questions(chosen, held_out, tokenizer, source.questions, questions)
+        if source.infill:
+            TokenShards.build(mixed, tokenizer, folder / WHOLE, progress=progress)
+        gapped = with_gaps(mixed, source.infill, source.seed)
+        TokenShards.build(gapped, tokenizer, folder / "train", progress=progress)
         if validation:
-            chosen, held_out = halve(held_out, source.by, source.seed)
-            TokenShards.build(chosen, tokenizer, folder / "validation", progress=progress)
-        TokenShards.build(held_out, tokenizer, folder / "held-out", progress=progress)
+            TokenShards.build(to_validate, tokenizer, folder / "validation", progress=progress)
+        TokenShards.build(halves[1], tokenizer, folder / "held-out", progress=progress)
         commit = str(find_commit(open_repository(source.git), "HEAD").id) if source.git else None
-        write_json(notes, {"report": str(report), "commit": commit, "documents": known})
+        known = {
+            "documents": digests(train),
+            # Few documents are cut in two, and then the halves are known too.
+            "held_out": digests([*held_out, *halves[0]]),
+        }
+        write_json(notes, {"report": str(report), "commit": commit, **known})
     stored = read_object(notes)
     return Corpus(
         TokenShards(folder / "train"),
@@ -154,20 +186,32 @@ def build_corpus(
     )
 
 
-def known_documents(folder: Path) -> frozenset[str]:
-    """Return the digests of all training documents that the source of a corpus held (see
-    `Document.digest`).
+def whole_text(folder: Path) -> TokenShards:
+    """Return the training text of a corpus without gaps, for what describes it: relevance tables
+    and retrieval indexes. Markers and rearranged excerpts are no part of what was read.
+    """
+    return TokenShards(folder / (WHOLE if (folder / WHOLE).is_dir() else "train"))
+
+
+def digests(documents: Sequence[Document]) -> list[str]:
+    """Return the digests of documents, each once, sorted."""
+    return sorted({document.digest for document in documents})
+
+
+def known_documents(folder: Path) -> KnownDocuments:
+    """Return the documents that the source of a corpus held.
 
     Raises:
         DataError: an earlier version built the corpus, which did not note them.
     """
-    documents = read_object(folder / "corpus.json").get("documents")
-    if not isinstance(documents, list):
+    notes = read_object(folder / "corpus.json")
+    train, held_out = (notes.get(name) for name in ("documents", "held_out"))
+    if not (isinstance(train, list) and isinstance(held_out, list)):
         raise DataError(
             f"{folder} does not say which documents it has, as an earlier version built it; train "
             "the expert anew, under the same name with another --run-folder."
         )
-    return frozenset(map(str, documents))
+    return KnownDocuments(frozenset(map(str, train)), frozenset(map(str, held_out)))
 
 
 def past_and_future(

@@ -14,13 +14,12 @@ import pytest
 
 from deepseek.checkpoint.store import home, read_json
 from deepseek.cli.main import main
-from deepseek.data import Document
 from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.packs.pack import read_pack
 from deepseek.train.jobs import watch
 from deepseek.train.jobs.expert import train_expert
 from deepseek.train.jobs.expert_server import ExpertServer
-from deepseek.train.jobs.update import TrainedExpert, fresh
+from deepseek.train.jobs.update import TrainedExpert
 from deepseek.train.loop.run_lock import run_lock
 
 Capture = pytest.CaptureFixture[str]
@@ -119,6 +118,7 @@ def test_an_update_learns_what_is_new_and_keeps_the_rest(
     new = documents(folder) - documents(words.run)
     assert 1 <= len(new) <= 5
     assert read_pack(folder / "before.safetensors").manifest.digest == before.digest
+    assert read_json(folder / "result.json")["best_step"] > 0
     metric = after.metrics["held-out"]
     former = read_json(folder / "former.json")["loss"]
     assert metric.after < metric.before, "the report compares with the base"
@@ -226,18 +226,6 @@ def test_mistakes_on_the_command_line_exit_with_2(
     assert message in error and "Traceback" not in error
 
 
-def test_as_much_of_the_past_as_is_new_is_chosen() -> None:
-    past = [Document("a" * 10_000, f"old-{number}") for number in range(40)]
-    new = [Document("b" * 60_000, "new")]
-    known = frozenset(document.digest for document in past)
-    chosen = fresh([*past, *new], known, 0, "words")
-    assert chosen[0] is new[0]
-    assert len(chosen) == 1 + 6
-    assert chosen == fresh([*past, *new], known, 0, "words")
-    with pytest.raises(DataError, match="no new text"):
-        fresh(past, known, 0, "words")
-
-
 class Asked(BaseHTTPRequestHandler):
     """Notes the requests; refuses those without the key."""
 
@@ -306,7 +294,7 @@ def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
     def stand_in(**_: object) -> Path:
         updated.append(now[0])
         if now[0] == "b":
-            raise DataError("The disk is full.")
+            raise DataError("There is no new text.")
         learnt.add(now[0])
         return words.pack
 
@@ -319,12 +307,35 @@ def test_a_watcher_updates_when_the_source_has_changed_and_is_quiet(
     assert [text.partition(" in ")[0] for text in said] == [
         "watching the source of words; Ctrl-C ends it",
         "words: its source has changed; updating",
-        "words: The disk is full.",
+        "words: There is no new text.",
         "words: its source has changed; updating",
         "words is updated",
         "words is plugged",
     ]
     assert [method for method, _, _ in server.seen] == ["GET", "DELETE", "POST"]
+
+
+def test_a_watcher_tries_a_failed_update_again_after_ever_longer_pauses(
+    words: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    tried: list[int] = []
+    said: list[str] = []
+
+    def state(_: TrainedExpert) -> str:
+        looks.append(0)
+        return "new" if len(looks) < 15 else "newer"
+
+    def fail(**_: object) -> Path:
+        tried.append(len(looks))
+        raise TrainError("The disk is full.")
+
+    monkeypatch.setattr(TrainedExpert, "state", state)
+    monkeypatch.setattr(watch, "train_expert", fail)
+    monkeypatch.setattr(watch.time, "sleep", lambda _: None)
+    watch.watch_expert("words", every=0, rounds=21, say=said.append)
+    assert tried == [2, 4, 7, 12, 16, 18, 21]
+    assert said.count("words: The disk is full.") == 2, "once for each state"
 
 
 def test_a_watcher_plugs_later_what_the_server_has_missed(

@@ -9,7 +9,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data import Document, TokenShards
 from deepseek.errors import DataError
-from deepseek.train.text.corpus import Source, build_corpus
+from deepseek.train.text.corpus import Source, build_corpus, whole_text
 from deepseek.train.text.question_mix import asked_about, mix_questions, with_questions
 
 
@@ -81,9 +81,27 @@ def test_by_time_what_stops_a_run_is_older_than_what_is_reported(
     assert newest == sorted(set(newest))
 
 
-def asked_in(shards: TokenShards) -> str:
+def text_of(shards: TokenShards) -> str:
     """Return the text of the shards."""
     return tiny_tokenizer().decode([int(identity) & 0x7FFFFFFF for identity in shards.ids_N])
+
+
+def test_tables_and_indexes_see_text_without_gaps(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(12):
+        (source / f"f{number}.py").write_text(
+            f"def load_{number}(path):\n    return {number}\n" * 9
+        )
+    plain, gapped = (
+        build_corpus(
+            Source(folder=source, held_out=0.3, infill=infill), tiny_tokenizer(), tmp_path / name
+        )
+        for name, infill in (("plain", 0.0), ("gapped", 0.9))
+    )
+    assert "<fim_suffix>" in text_of(gapped.train)
+    assert whole_text(tmp_path / "gapped").digest == plain.train.digest
+    assert whole_text(tmp_path / "plain").digest == plain.train.digest
 
 
 def test_questions_are_made_after_the_split(tmp_path: Path) -> None:
@@ -106,7 +124,7 @@ def test_questions_are_made_after_the_split(tmp_path: Path) -> None:
         json.loads(line)
         for line in (tmp_path / "mixed" / "questions.jsonl").read_text().splitlines()
     ]
-    trained = asked_in(mixed.train)
+    trained = text_of(mixed.train)
     for record in records:
         question = record["messages"][0]["content"]
         assert (question in trained) == (record["set"] == "asked")

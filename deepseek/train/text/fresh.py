@@ -1,0 +1,72 @@
+"""Choose the text of an update: what is new in a source, and as much of its past."""
+
+from collections.abc import Sequence
+
+from deepseek.data import Document
+from deepseek.data.text.document import uniform
+from deepseek.errors import DataError
+from deepseek.train.text.corpus import KnownDocuments
+
+LEAST_PAST = 40_000
+"""Fewest characters of the past to train on again, if there are as many."""
+
+LEAST_VALIDATION = 4_000
+"""Fewest characters of the past to validate on, if there are as many: about 1,000 tokens."""
+
+
+def fresh(
+    train: Sequence[Document],
+    validation: Sequence[Document],
+    *,
+    known: KnownDocuments,
+    seed: int,
+    name: str,
+) -> tuple[list[Document], list[Document]]:
+    """Return the documents that are not known, and about as much text of those that are: to train
+    on, and to validate on.
+
+    If no validation document is new, the new training documents stand in for them: a small change
+    seldom brings text to hold out. The past that is validated on is not trained on in any case.
+
+    Args:
+        train: training documents.
+        validation: held-out documents to choose the best state by.
+        known: documents of earlier runs.
+        seed: decides which of the known ones.
+        name: name of the expert, for the message.
+
+    Raises:
+        DataError: no training document is new.
+    """
+    new = [document for document in train if document.digest not in known.train]
+    if not new:
+        raise DataError(
+            f"The source of {name} has changed, but holds no new text to train on: what changed is "
+            "held out, no text, or only gone; change more, or train it anew."
+        )
+    held_out = [document for document in validation if document.digest not in known.held_out] or new
+    replayed = past(train, known.train, seed, max(LEAST_PAST, characters(new)))
+    wanted = max(LEAST_VALIDATION, characters(held_out))
+    return [*new, *replayed], [*held_out, *past(validation, known.held_out, seed, wanted)]
+
+
+def characters(documents: Sequence[Document]) -> int:
+    """Return the length of all documents together."""
+    return sum(len(document.text) for document in documents)
+
+
+def past(
+    documents: Sequence[Document], known: frozenset[str], seed: int, wanted: int
+) -> list[Document]:
+    """Return known documents with at least the characters wanted, if there are as many, in an order
+    that is drawn anew whenever more are known.
+    """
+    former = [document for document in documents if document.digest in known]
+    former.sort(key=lambda document: uniform(f"past:{seed}:{len(known)}:{document.name}"))
+    chosen: list[Document] = []
+    for document in former:
+        if wanted <= 0:
+            break
+        chosen.append(document)
+        wanted -= len(document.text)
+    return chosen
