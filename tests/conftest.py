@@ -2,6 +2,7 @@
 property.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,15 @@ def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("DEEPSEEK_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def package_log() -> Iterator[None]:
+    """Leave the package's log as it was: `serve` writes it to what a test has captured."""
+    log = logging.getLogger("deepseek")
+    before = (log.handlers, log.level, log.propagate)
+    yield
+    log.handlers, log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")

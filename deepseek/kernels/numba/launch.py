@@ -58,6 +58,9 @@ class _Closed(JITCodeLibrary):
         for function in self._final_module.functions:
             if function.linkage == binding.Linkage.linkonce_odr:
                 function.linkage = binding.Linkage.internal
+                # The optimiser may now drop arguments. Under its own name, the linker would take
+                # this copy for the function itself when other code calls that.
+                function.name += ".closed"
         super()._optimize_final_module()
 
 

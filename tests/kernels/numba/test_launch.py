@@ -1,3 +1,5 @@
+"""Kernels in processes of their own: the one that compiles a kernel, and those that load it."""
+
 import os
 import subprocess
 import sys
@@ -31,19 +33,61 @@ if __name__ == "__main__":
 """
 
 
+SHARED = """
+import numpy as np
+from numba import njit
+from deepseek.kernels.numba.launch import compiled, unpack
+
+@njit(error_model="numpy")
+def largest_first(keys, count, ids):
+    for j in range(count):
+        best = 0
+        for e in range(len(keys)):
+            if keys[e] > keys[best]:
+                best = e
+        ids[j] = best
+        keys[best] = -np.inf
+
+@njit(error_model="numpy")
+def run(keys, ids):
+    largest_first(keys, len(ids), ids)
+    largest_first(keys[2:].copy(), min(2, len(keys)), np.empty(2, np.int64))
+
+def kernel(kinds):
+    return compiled(lambda data: run(*unpack(data, kinds)))
+
+if __name__ == "__main__":
+    import kernel as own
+    own.kernel("f1 l1")
+    keys, ids = np.arange(8, dtype=np.float32), np.zeros(4, np.int64)
+    own.run(keys[::-1], ids)  # of another type than in the kernel, so compiled after it
+    print(ids.tolist())
+"""
+
+
+def run(program: Path) -> str:
+    """What a program prints that keeps compiled code beside it."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(program.parent / "cache")}
+    command = [sys.executable, str(program)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
 def test_the_process_that_compiles_a_kernel_computes_what_those_that_load_it_do(
     tmp_path: Path,
 ) -> None:
     program = tmp_path / "kernel.py"
     program.write_text(KERNEL)
 
-    def printed() -> str:
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-        command = [sys.executable, str(program)]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=True
-        ).stdout
-
-    compiled = printed()
+    compiled = run(program)
     assert list(tmp_path.rglob("*.nbc"))
-    assert printed() == compiled
+    assert run(program) == compiled
+
+
+def test_functions_of_a_kernel_can_be_called_in_the_process_that_compiled_it(
+    tmp_path: Path,
+) -> None:
+    program = tmp_path / "kernel.py"
+    program.write_text(SHARED)
+    assert run(program) == "[0, 1, 2, 3]\n"
