@@ -1,9 +1,10 @@
 """The server's log: one line a request, without content and keys."""
 
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from deepseek.engine.request import TokenUsage
+if TYPE_CHECKING:  # the command line needs the levels, and imports no torch for them
+    from deepseek.engine.request import TokenUsage
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 PACKAGE = "deepseek"
@@ -27,7 +28,7 @@ def configure(level: LogLevel | None) -> None:
     package.propagate = False
 
 
-def write(method: str, route: str, status: int, usage: TokenUsage | None, seconds: float) -> None:
+def write(method: str, route: str, status: int, usage: "TokenUsage | None", seconds: float) -> None:
     """Log one request.
 
     Args:
