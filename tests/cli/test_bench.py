@@ -71,4 +71,4 @@ def test_comparisons_with_rivals_have_short_names(name: str, script: str) -> Non
     assert ALIASES.get(name, name) == script
     source = (FOLDER / f"{script}.py").read_text()
     assert "--plot" in source
-    assert "installed(" in source
+    assert "installed(" in source or "add_llama(" in source

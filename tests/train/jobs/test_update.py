@@ -355,7 +355,14 @@ def test_a_watcher_plugs_later_what_the_server_has_missed(
                 raise fault
             plugged.append(name)
 
-    monkeypatch.setattr(watch, "train_expert", lambda **_: words.pack)
+    learnt: set[str] = set()
+
+    def stand_in(**_: object) -> Path:
+        learnt.add(TrainedExpert.find("words").state())
+        return words.pack
+
+    monkeypatch.setattr(TrainedExpert, "learnt_states", lambda _: frozenset(learnt))
+    monkeypatch.setattr(watch, "train_expert", stand_in)
     monkeypatch.setattr(watch.time, "sleep", lambda _: None)
     words.write(40)
     restarted: Any = Restarted()
