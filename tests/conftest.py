@@ -47,9 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep caches and keys of the tests out of the user's folder, also in the processes that tests
     start.
+
+    The texts that gates are calibrated on are made once for all workers: that takes as long as a
+    whole test.
     """
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home")
+        workers = tmp_path_factory.getbasetemp()
+        run = workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers
+        public = run / "public"
+        public.mkdir(exist_ok=True)
+        (folder / "public").symlink_to(public)
         patch.setenv("DEEPSEEK_HOME", str(folder))
         yield folder
 

@@ -13,7 +13,7 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 RATCHETS = {
     "fmt: skip": 0,
-    "lines over 100 characters, in 1,000": 6.5,
+    "lines over 100 characters, in 1,000": 1.5,
     "parallel assignments, in 1,000 lines": 0.8,
 }
 """Most of each in the package. They may be lowered, never raised."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from new_home import new_home
 
 from deepseek.checkpoint.store import read_json
 from deepseek.data import TokenShards
@@ -195,14 +196,17 @@ def test_another_setting_in_the_same_run_folder_is_refused(
         run(tiny_base, text_folder, tmp_path, epochs=1, learning_rate=0.02)
 
 
-def start(base: Path, text: Path, folder: Path) -> subprocess.Popen[str]:
-    """Begin `deepseek expert train --name words` in a process with `folder` as its home."""
-    dials = {name: value for name, value in DIALS.items() if name != "quiet"}
+def start(base: Path, text: Path, home: Path) -> subprocess.Popen[str]:
+    """Begin `deepseek expert train --name words` in a process with this home, long enough for
+    another process to come.
+    """
+    longer = {**DIALS, "epochs": 40, "learning_rate": 1e-3}
+    dials = {name: value for name, value in longer.items() if name != "quiet"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in dials.items()]
     words = ["expert", "train", f"--base={base}", f"--from-folder={text}", *options]
     return subprocess.Popen(
         [sys.executable, "-m", "deepseek", *words],
-        env={**os.environ, "DEEPSEEK_HOME": str(folder)},
+        env={**os.environ, "DEEPSEEK_HOME": str(home)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -217,7 +221,8 @@ def test_two_trainings_of_one_name_on_different_text_at_once(
     for file in text_folder.iterdir():
         (other_text / file.name).write_text(file.read_text().upper())
     texts = {"first": text_folder, "second": other_text}
-    processes = {name: start(tiny_base, text, tmp_path) for name, text in texts.items()}
+    home = new_home(tmp_path / "home")
+    processes = {name: start(tiny_base, text, home) for name, text in texts.items()}
     outputs = {name: process.communicate(timeout=600) for name, process in processes.items()}
     codes = {name: process.returncode for name, process in processes.items()}
     assert sorted(codes.values()) == [0, 2], outputs
@@ -225,10 +230,10 @@ def test_two_trainings_of_one_name_on_different_text_at_once(
     error = outputs[loser][1].splitlines()[-1]
     assert f"is in use by process {processes[winner].pid} on " in error
     assert "Traceback" not in outputs[loser][1]
-    corpus = tmp_path / "runs" / "words" / "corpus"
-    pack = read_pack(tmp_path / "experts" / "words.safetensors")
+    corpus = home / "runs" / "words" / "corpus"
+    pack = read_pack(home / "experts" / "words.safetensors")
     assert pack.manifest.data == (TokenShards(corpus / "train").digest,)
-    request = read_json(tmp_path / "runs" / "words" / "request.json")
+    request = read_json(home / "runs" / "words" / "request.json")
     assert request["source"]["folder"] == str(texts[winner])
     metric = pack.manifest.metrics["held-out"]
     assert metric.after < metric.before
@@ -261,7 +266,7 @@ def test_eval_names_the_loss_of_the_base_that_the_training_named(
 ) -> None:
     from deepseek.evaluate.quality import ReportedRows, compare, expert_texts
 
-    monkeypatch.setenv("DEEPSEEK_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DEEPSEEK_HOME", str(new_home(tmp_path / "home")))
     folder = tmp_path / "home" / "runs" / "words"
     dials = {**DIALS, "epochs": 1, "tokens": 1000, "seed": 3}
     pack = train_expert(str(tiny_base), from_folder=text_folder, **dials)
