@@ -1,9 +1,4 @@
-"""Translate llama.cpp's grammars (GBNF) to the Lark syntax of llguidance.
-
-A terminal of llguidance takes the longest text that it can: in `[a-z]+ "x"`, a terminal of several
-letters would swallow the last "x", and the grammar could never be completed. So each character is a
-terminal of its own here, which keeps the language exactly. llguidance's own converter joins
-characters.
+"""Read llama.cpp's grammars (GBNF) and translate them to the Lark syntax of llguidance.
 
 The syntax: https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md
 """
@@ -11,7 +6,20 @@ The syntax: https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+from deepseek.engine.gbnf_terminals import by_character, joined
+from deepseek.engine.gbnf_tree import (
+    EMPTY,
+    LAST_CHARACTER,
+    Alt,
+    Call,
+    Chars,
+    Node,
+    Repeat,
+    Seq,
+    called,
+)
 from deepseek.errors import ConfigError, shown
 
 MAX_NESTING = 40
@@ -37,10 +45,12 @@ CHARACTER = re.compile(
     r"|\\(?P<escape>[nrt]|[^A-Za-z0-9])|(?P<plain>[^\\])",
     re.DOTALL,
 )
+OPERATORS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 SURROGATES = range(0xD800, 0xE000)
 
 
+@lru_cache(maxsize=64)
 def lark_of(text: str) -> str:
     """Return a GBNF grammar in Lark syntax.
 
@@ -50,9 +60,23 @@ def lark_of(text: str) -> str:
     Raises:
         ConfigError: it is no GBNF, a rule is missing, or it nests too deep.
     """
+    return joined(read(text), ROOT)
+
+
+def reference_lark(text: str) -> str:
+    """Return the same with each character as a terminal of its own, the slow reference."""
+    return by_character(read(text), ROOT)
+
+
+def read(text: str) -> dict[str, Node]:
+    """Return the rules of a grammar by their names; arguments and errors as of `lark_of`."""
     reader = _Reader(list(_tokens(text)))
     reader.read()
-    return reader.lark()
+    names = [ROOT, *(name for body in reader.rules.values() for name in called(body))]
+    missing = [name for name in names if name not in reader.rules]
+    if missing:
+        raise _invalid(f"it has no rule {shown(missing[0])}")
+    return reader.rules
 
 
 @dataclass(frozen=True)
@@ -63,12 +87,11 @@ class _Token:
 
 @dataclass
 class _Reader:
-    """Reads the rules of a grammar by recursive descent and writes each in Lark syntax."""
+    """Reads the rules of a grammar by recursive descent."""
 
     tokens: list[_Token]
     place: int = 0
-    rules: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, int] = field(default_factory=lambda: {ROOT: 0})
+    rules: dict[str, Node] = field(default_factory=dict)
 
     def read(self) -> None:
         """Read all rules."""
@@ -78,17 +101,6 @@ class _Reader:
             name = self._next().text
             self._next()
             self.rules[name] = self._alternatives(0)
-
-    def lark(self) -> str:
-        """Return the rules in Lark syntax, numbered, since names of Lark have other rules."""
-        missing = [name for name in self.numbers if name not in self.rules]
-        if missing:
-            raise _invalid(f"it has no rule {shown(missing[0])}")
-        numbered = [f"{self._name(name)}: {body}" for name, body in self.rules.items()]
-        return "\n".join([f"start: {self._name(ROOT)}", *numbered])
-
-    def _name(self, name: str) -> str:
-        return f"r{self.numbers.setdefault(name, len(self.numbers))}"
 
     def _next(self) -> _Token:
         token = self.tokens[self.place]
@@ -102,52 +114,61 @@ class _Reader:
         two = self.tokens[self.place : self.place + 2]
         return [token.kind for token in two] == ["name", "define"]
 
-    def _alternatives(self, depth: int) -> str:
+    def _alternatives(self, depth: int) -> Node:
         if depth > MAX_NESTING:
             raise _invalid(f"its parentheses nest more than {MAX_NESTING} levels deep")
         alternatives = [self._sequence(depth)]
         while self._is("|"):
             self._next()
             alternatives.append(self._sequence(depth))
-        return " | ".join(alternatives)
+        return alternatives[0] if len(alternatives) == 1 else Alt(tuple(alternatives))
 
-    def _sequence(self, depth: int) -> str:
-        parts: list[str] = []
+    def _sequence(self, depth: int) -> Node:
+        parts: list[Node] = []
         while self.place < len(self.tokens) and not self._is("|", ")") and not self._begins_rule():
-            parts.append(self._item(depth) + self._repetition())
-        return " ".join(parts) or '""'
+            parts.append(self._repeated(self._item(depth)))
+        return parts[0] if len(parts) == 1 else Seq(tuple(parts))
 
-    def _item(self, depth: int) -> str:
+    def _item(self, depth: int) -> Node:
         token = self._next()
         match token.kind:
             case "name":
-                return self._name(token.text)
+                return Call(token.text)
             case "literal":
                 return _literal(token.text[1:-1])
             case "class":
                 return _class(token.text[1:-1])
             case _ if token.text == ".":
-                return r"/[\u{0}-\u{10FFFF}]/"
+                return Chars(((0, LAST_CHARACTER),))
             case _ if token.text == "(":
-                inner = self._alternatives(depth + 1)
+                node = self._alternatives(depth + 1)
                 if not self._is(")"):
                     raise _invalid("a parenthesis is not closed")
                 self._next()
-                return f"({inner})"
+                return node
         raise _invalid(f"{shown(token.text)} has nothing before it")
 
-    def _repetition(self) -> str:
+    def _repeated(self, node: Node) -> Node:
+        """Return a node with the repetition behind it, if there is one."""
         if self.place >= len(self.tokens) or self.tokens[self.place].kind != "repeat":
-            return ""
-        text = self._next().text
-        numbers = [int(number) for number in re.findall("[0-9]+", text)]
-        if text.startswith("{") and not numbers:
-            raise _invalid("a repetition {} needs a number")
-        if any(number > MAX_REPETITION for number in numbers):
-            raise _invalid(f"a repetition is above {MAX_REPETITION}")
-        if len(numbers) == 2 and numbers[0] > numbers[1]:
-            raise _invalid(f"the repetition {text} ends before it begins")
-        return re.sub(r"\s", "", text).replace("{,", "{0,")
+            return node
+        return Repeat(node, *_bounds(self._next().text))
+
+
+def _bounds(text: str) -> tuple[int, int | None]:
+    """Return how often an operator repeats at least and at most; None: without a limit."""
+    if text in OPERATORS:
+        return OPERATORS[text]
+    low, comma, high = (part.strip() for part in text.strip("{}").partition(","))
+    if not low and not high:
+        raise _invalid("a repetition {} needs a number")
+    least = int(low or 0)
+    most = int(high) if high else None if comma else least
+    if max(least, most or 0) > MAX_REPETITION:
+        raise _invalid(f"a repetition is above {MAX_REPETITION}")
+    if most is not None and least > most:
+        raise _invalid(f"the repetition {text} ends before it begins")
+    return least, most
 
 
 def _tokens(text: str) -> Iterator[_Token]:
@@ -177,21 +198,21 @@ def _character(text: str, place: int) -> tuple[str, int]:
     return chr(int(code, 16)), match.end()
 
 
-def _literal(text: str) -> str:
-    """Return a literal, given without its quotes, as one terminal for each character."""
-    terminals: list[str] = []
+def _literal(text: str) -> Node:
+    """Return a literal, given without its quotes."""
+    parts: list[Node] = []
     place = 0
     while place < len(text):
         character, place = _character(text, place)
-        terminals.append(f"/{_escaped(character)}/")
-    return f"({' '.join(terminals)})" if terminals else '""'
+        parts.append(Chars(((ord(character), ord(character)),)))
+    return Seq(tuple(parts)) if parts else EMPTY
 
 
-def _class(text: str) -> str:
-    """Return the terminal for a class of characters, given without its brackets."""
+def _class(text: str) -> Node:
+    """Return a class of characters, given without its brackets."""
     negated = text.startswith("^")
     place = int(negated)
-    ranges: list[str] = []
+    ranges: list[tuple[int, int]] = []
     while place < len(text):
         first, place = _character(text, place)
         last = first
@@ -199,14 +220,10 @@ def _class(text: str) -> str:
             last, place = _character(text, place + 1)
         if last < first:
             raise _invalid(f"the range {shown(f'{first}-{last}')} ends before it begins")
-        ranges.append(f"{_escaped(first)}-{_escaped(last)}")
+        ranges.append((ord(first), ord(last)))
     if not ranges:
         raise _invalid("a class of characters is empty")
-    return f"/[{'^' if negated else ''}{''.join(ranges)}]/"
-
-
-def _escaped(character: str) -> str:
-    return rf"\u{{{ord(character):x}}}"
+    return Chars(tuple(ranges), negated)
 
 
 def _invalid(reason: str) -> ConfigError:

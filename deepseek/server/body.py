@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from deepseek.model.experts.arming import MAX_WEIGHT
 from deepseek.packs.manifest import Name
@@ -60,11 +67,26 @@ def text_only(content: Any) -> Any:
     return content
 
 
+def not_stored(value: Any) -> Any:
+    """Return the value of a field that refers to something stored, which is only null.
+
+    Raises:
+        ValueError: it refers to something.
+    """
+    if value is not None:
+        raise ValueError("nothing is stored here; send the whole conversation instead")
+    return value
+
+
+Stored = Annotated[None, BeforeValidator(not_stored)]
+"""A reference to a stored response, conversation or prompt."""
+
+
 class Body(BaseModel):
     """Base of all bodies: strict JSON types without coercion, and no unknown fields.
 
-    An unknown field that is null asks for nothing and is ignored; many clients send all the fields
-    that they know.
+    A field that is null and not required asks for nothing, known or not; many clients send all the
+    fields that they know.
     """
 
     model_config = ConfigDict(
@@ -73,8 +95,15 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_unknown_nulls(cls, fields: Any) -> Any:
+    def _without_nulls(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        known = {*cls.model_fields, *(field.alias for field in cls.model_fields.values())}
-        return {name: value for name, value in fields.items() if value is not None or name in known}
+        required = {
+            part
+            for name, field in cls.model_fields.items()
+            if field.is_required()
+            for part in (name, field.alias)
+        }
+        return {
+            name: value for name, value in fields.items() if value is not None or name in required
+        }

@@ -224,9 +224,11 @@ class PromptWriter:
 
     def too_long(self, size: str) -> ApiError:
         """Return the error for a prompt of this size, such as "3000 tokens"."""
+        # Clients recognise "prompt is too long" (Anthropic's) and "this model's maximum ..."
+        # (OpenAI's).
         message = (
-            f"The prompt has {size}, but prompt and answer share a context of {self.context} "
-            "tokens; shorten it."
+            f"The prompt is too long: it has {size}, but this model's maximum context length is "
+            f"{self.context} tokens for prompt and answer together; shorten it."
         )
         return ApiError(400, message, param="messages", code="context_length_exceeded")
 

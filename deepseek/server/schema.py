@@ -60,6 +60,19 @@ class SamplingFields(Body):
     experts: ExpertsField = ExpertsField()
 
 
+class CacheBreakpoint(Body):
+    """A mark at which the client wants the prompt to be cached; every prefix is cached anyway."""
+
+    mode: ShortText | None = None
+    ttl: ShortText | None = None
+
+
+class CacheOptions(CacheBreakpoint):
+    """Where and for how long the client wants prompts to be cached; every prefix is cached."""
+
+    comparison_response_id: ShortText | None = None
+
+
 class HarmlessFields(Body):
     """Fields that many clients send and that change no answer here: nothing is stored, billed or
     reasoned about, and every prefix of a prompt is cached.
@@ -69,6 +82,7 @@ class HarmlessFields(Body):
     service_tier: ShortText | None = None
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
+    prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: ShortText | None = None
 
 
@@ -107,6 +121,22 @@ class TextPart(Body):
     text: str
     annotations: Several[Any] = Field(default_factory=list)
     logprobs: Several[Any] = Field(default_factory=list)
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
+
+
+class RefusalPart(Body):
+    """The text by which a model refused to answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """The text."""
+        return self.refusal
+
+
+MessagePart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class CalledFunction(Body):
@@ -128,7 +158,7 @@ class ChatMessage(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | Several[TextPart] | None, BeforeValidator(text_only)] = None
+    content: Annotated[str | Several[MessagePart] | None, BeforeValidator(text_only)] = None
     name: ShortText | None = None
     tool_calls: Several[ToolCall] | None = None
     tool_call_id: ShortText | None = None

@@ -1,7 +1,10 @@
-"""Grammars of llama.cpp: their translation accepts the same texts."""
+"""Grammars of llama.cpp: their translation accepts the same texts, with long terminals and with one
+for each character.
+"""
 
 import itertools
 import re
+import time
 from contextlib import suppress
 
 import llguidance
@@ -9,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.engine.gbnf import lark_of
+from deepseek.engine.gbnf import lark_of, reference_lark
 from deepseek.errors import ConfigError
 
 BYTES = llguidance.LLTokenizer("byte")
@@ -33,8 +36,17 @@ ws ::= | " " | "\n" [ \t]{0,20}
 
 def accepts(grammar: str, text: str) -> bool:
     """Whether a grammar accepts exactly this text."""
-    matcher = llguidance.LLMatcher(BYTES, lark_of(grammar), log_level=0)
-    assert not matcher.is_error(), matcher.get_error()
+    return bool(accepted(lark_of(grammar), [text]))
+
+
+def accepted(lark: str, texts: list[str]) -> list[str]:
+    """Return the texts that a grammar accepts."""
+    start = llguidance.LLMatcher(BYTES, lark, log_level=0)
+    assert not start.is_error(), start.get_error()
+    return [text for text in texts if takes(start.deep_copy(), text)]
+
+
+def takes(matcher: llguidance.LLMatcher, text: str) -> bool:
     taken = all(matcher.try_consume_tokens([byte]) == 1 for byte in text.encode())
     return taken and matcher.is_accepting()
 
@@ -61,6 +73,65 @@ def test_a_grammar_without_recursion_is_its_regular_expression(part: tuple[str, 
     for text in TEXTS:
         wanted = re.fullmatch(expression, text, re.DOTALL) is not None
         assert accepts(f"root ::= {grammar}", text) is wanted, (grammar, text)
+
+
+CALLS = st.recursive(
+    st.sampled_from(['"a"', '"ab"', "[ab]", "[^a]", '""', "first", "second"]),
+    lambda inner: st.one_of(
+        st.builds("{} {}".format, inner, inner),
+        st.builds("({} | {})".format, inner, inner),
+        st.builds("({}){}".format, inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}"])),
+    ),
+    max_leaves=6,
+)
+
+
+@given(root=CALLS, first=CALLS, second=CALLS)
+def test_long_terminals_change_no_text(root: str, first: str, second: str) -> None:
+    grammar = f"root ::= {root} | [ab] first\nfirst ::= {first}\nsecond ::= {second} | second [b]"
+    assert accepted(lark_of(grammar), TEXTS) == accepted(reference_lark(grammar), TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        # The longest text of one terminal would swallow the beginning of the next one.
+        ('root ::= [a-z]+ rest\nrest ::= "x" rest "y" | "x"', "abxxy"),
+        ('root ::= ("a" | "abc") rest\nrest ::= "b" rest "d" | "d"', "abdd"),
+        ('root ::= open\nopen ::= "(" open ")" | ("a" | "b")* open? "b"', "(abb)"),
+        # Characters that begin with the same byte.
+        ('root ::= "é"+ rest\nrest ::= "è" rest "b" | "è"', "ééèèb"),
+        # A rule that is used in two places.
+        ('root ::= "[" (w root w ("," w root w)*)? "]" | w "a"\nw ::= [ ]*', "[ a,[], [a ] ]"),
+    ],
+)
+def test_a_terminal_never_takes_what_follows_it(grammar: str, text: str) -> None:
+    assert accepted(reference_lark(grammar), [text])
+    assert accepts(grammar, text)
+
+
+def test_a_string_of_json_is_one_terminal() -> None:
+    """Masks take a parser's step for each terminal in place of each character."""
+    string = r"\u{22}(?:(?:[^"
+    assert f"/{string}" in lark_of(JSON)
+    assert f"/{string}" not in reference_lark(JSON)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "\n".join(f"r{n} ::= r{n + 1}" for n in range(700)) + '\nr700 ::= "a"\nroot ::= r0',
+        "\n".join(f"r{n} ::= r{n + 1} r{n + 1}" for n in range(40)) + '\nr40 ::= "a"\nroot ::= r0',
+        "root ::= " + " ".join(['("a" | "b" root)?'] * 700),
+        "root ::= " + " ".join(["[a-z]?"] * 2000),
+        "root ::= " + " | ".join(f'"{n}" root' for n in range(1000)),
+    ],
+    ids=["chain", "doubling", "optional", "long", "wide"],
+)
+def test_a_large_grammar_is_translated_soon(grammar: str) -> None:
+    start = time.monotonic()
+    assert lark_of(grammar).startswith("start: r0\n")
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

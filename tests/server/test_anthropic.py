@@ -65,7 +65,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "metadata": {"metadata": {"user_id": "someone"}},
     "tier": {"service_tier": "auto"},
     "no_thinking": {"thinking": {"type": "disabled"}},
+    "thinking_if_it_can": {"extra_body": {"thinking": {"type": "adaptive"}, "speed": "standard"}},
     "tools": {"tools": [TOOL]},
+    "tools_of_newer_fields": {"tools": [{**TOOL, "eager_input_streaming": True}]},
     "tool_none": {"tools": [TOOL], "tool_choice": {"type": "none"}},
     "thoughts_of_others": {
         "messages": [

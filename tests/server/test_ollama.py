@@ -88,9 +88,11 @@ def test_chat_streams_what_the_whole_reply_says(api: ollama.Client, fields: dict
         {"prompt": "the value"},
         {"prompt": "the value", "raw": True},
         {"prompt": "the value", "system": "Be brief."},
-        {"prompt": "the value", "suffix": "", "template": "", "context": []},
+        {"prompt": "the value", "suffix": "", "template": "", "context": [], "images": []},
+        {"prompt": "the value", "suffix": "of the model"},
+        {"prompt": "the value", "options": {**OPTIONS, "f16_kv": True, "vocab_only": False}},
     ],
-    ids=["chat", "raw", "system", "empty"],
+    ids=["chat", "raw", "system", "empty", "suffix", "older options"],
 )
 def test_generate_streams_what_the_whole_reply_says(
     api: ollama.Client, fields: dict[str, Any]
@@ -109,6 +111,44 @@ def test_raw_is_a_plain_completion(server: Live, api: ollama.Client) -> None:
             model="tiny", prompt="the value", temperature=0, max_tokens=12
         )
     assert raw.response == plain.choices[0].text
+
+
+def test_a_suffix_is_that_of_completions(server: Live, api: ollama.Client) -> None:
+    gap = api.generate(model="tiny", prompt="the value", suffix="the model", options=OPTIONS)
+    with server.client() as openai:
+        plain = openai.completions.create(
+            model="tiny", prompt="the value", suffix="the model", temperature=0, max_tokens=12
+        )
+    assert gap.response == plain.choices[0].text
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_log_probabilities_are_those_of_the_text(api: ollama.Client, raw: bool) -> None:
+    request: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": "the value",
+        "raw": raw,
+        "options": OPTIONS,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    whole = api.generate(**request)
+    assert len(whole.logprobs or ()) == whole.eval_count
+    for entry in whole.logprobs or ():
+        assert entry.top_logprobs is not None
+        assert len(entry.top_logprobs) == 2
+        assert entry.logprob == pytest.approx(max(top.logprob for top in entry.top_logprobs))
+    streamed = [
+        entry for line in api.generate(**request, stream=True) for entry in line.logprobs or ()
+    ]
+    assert streamed == whole.logprobs
+
+
+def test_log_probabilities_of_a_chat(api: ollama.Client) -> None:
+    request: dict[str, Any] = {"model": "tiny", "messages": ASKED, "options": OPTIONS}
+    whole = api.chat(**request, logprobs=True)
+    assert len(whole.logprobs or ()) == whole.eval_count
+    assert api.chat(**request).logprobs is None
 
 
 def test_a_schema_constrains_the_answer(api: ollama.Client) -> None:
@@ -132,7 +172,7 @@ def test_models_are_listed_and_shown(api: ollama.Client) -> None:
     assert "tiny+one" in [model.model for model in api.list().models]
     assert "tiny" in [model.model for model in api.ps().models]
     shown = api.show("tiny:latest")
-    assert shown.capabilities == ["completion", "tools"]
+    assert shown.capabilities == ["completion", "tools", "insert"]
     assert shown.modelinfo is not None
     assert shown.modelinfo["llama.block_count"] == 3
 
@@ -143,6 +183,20 @@ def test_embeddings_are_those_of_the_other_route(server: Live, api: ollama.Clien
         other = openai.embeddings.create(model="tiny", input=["the value", "a model"])
     for vector, item in zip(reply.embeddings, other.data, strict=True):
         assert list(vector) == pytest.approx(item.embedding, abs=1e-6)
+
+
+def test_older_routes_and_names_work(server: Live, api: ollama.Client) -> None:
+    older = api.embeddings(model="tiny", prompt="the value").embedding
+    assert list(older) == pytest.approx(
+        list(api.embed(model="tiny", input="the value").embeddings[0])
+    )
+    with server.http() as http:
+        assert http.post("/api/show", json={"name": "tiny:latest"}).status_code == 200
+        reply = http.post("/api/show", json={})
+    assert (reply.status_code, reply.json()) == (
+        400,
+        {"error": "The field model is missing; send it."},
+    )
 
 
 def test_the_version_is_ours(server: Live) -> None:

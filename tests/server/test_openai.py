@@ -80,6 +80,14 @@ CHATS: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": [{"type": "text", "text": text} for text in "ab"]}]
     },
     "turns": {"messages": [*ASKED, {"role": "assistant", "content": "yes"}, *ASKED]},
+    "refusal": {
+        "messages": [
+            *ASKED,
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+            *ASKED,
+        ]
+    },
+    "cache": {"extra_body": {"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}}},
     "unicode": {"messages": [{"role": "user", "content": "héé 模型 😀 <|im_end|>"}]},
     "user": {"user": "somebody", "metadata": {"run": "1"}},
     "json": {"response_format": {"type": "json_object"}, "max_tokens": 100},

@@ -62,6 +62,8 @@ def turn(role: str, content: Any) -> dict[str, Any]:
     return {"type": "message", "role": role, "content": content}
 
 
+BREAKPOINT = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+
 CASES: dict[str, dict[str, Any]] = {
     "basic": {"input": [turn("user", "Say hello in exactly 3 words.")]},
     "system": {"input": [turn("system", "You are a pirate."), turn("user", "Say hello.")]},
@@ -96,9 +98,19 @@ CASES: dict[str, dict[str, Any]] = {
         "text": {"verbosity": "low"},
         "truncation": "disabled",
         "prompt_cache_key": "k",
-        "max_tool_calls": None,
+        "prompt_cache_options": {"mode": "implicit", "ttl": "30m"},
+        "background_options": {"completion_window": "soonest"},
+        "max_tool_calls": 3,
         "conversation": None,
         "previous_response_id": None,
+    },
+    "refused": {
+        "input": [
+            turn("user", [{"type": "input_text", "text": "a", **BREAKPOINT}]),
+            turn("assistant", [{"type": "refusal", "refusal": "No."}]),
+            turn("user", "b"),
+        ],
+        "reasoning": {"context": "auto", "mode": "standard"},
     },
 }
 
@@ -219,10 +231,17 @@ def test_calls_of_one_turn_are_one_message(server: Live, client: OpenAI) -> None
             {"input": [turn("user", [{"type": "input_image", "image_url": "data:,"}])]},
             "images are not supported",
         ),
-        ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
+        (
+            {"input": "a", "previous_response_id": "resp_1"},
+            "previous_response_id is invalid: nothing is stored here; send the whole conversation",
+        ),
+        ({"input": "a", "conversation": "conv_1"}, "conversation is invalid: nothing is stored"),
+        ({"input": "a", "extra_body": {"prompt": {"id": "p"}}}, "prompt is invalid: nothing is"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.* nothing is stored"),
+        ({"input": "a", "truncation": "auto"}, "truncation"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
     ],
-    ids=["image", "previous", "search"],
+    ids=["image", "previous", "conversation", "prompt", "reference", "truncation", "search"],
 )
 def test_what_cannot_be_done_is_refused_by_name(
     client: OpenAI, fields: dict[str, Any], words: str

@@ -36,6 +36,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/chat": {"model": "tiny", "messages": CHAT, "options": {"num_predict": 1}, "format": ""},
     "/api/generate": {"model": "tiny", "prompt": "a", "options": {"num_predict": 1}},
     "/api/embed": {"model": "tiny", "input": "a"},
+    "/api/embeddings": {"model": "tiny", "prompt": "a"},
     "/api/show": {"model": "tiny"},
     "/completion": {"prompt": "a", "n_predict": 1, "stop": ["x"]},
     "/tokenize": {"messages": CHAT},

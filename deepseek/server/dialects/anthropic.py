@@ -133,6 +133,11 @@ class AnthropicTool(Body):
     strict: bool | None = None
     cache_control: CacheControl | None = None
 
+    # Values that change nothing: calls come from the model and are sent once they are complete.
+    eager_input_streaming: bool | None = None
+    defer_loading: Literal[False] | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
+
 
 class ToolChoice(Body):
     """Whether the answer may, must or must not be a call."""
@@ -149,9 +154,10 @@ class Metadata(Body):
 
 
 class Thinking(Body):
-    """Reasoning before the answer, which the model does not do."""
+    """Reasoning before the answer, which the model does not do, also where it may choose to."""
 
-    type: Literal["disabled"]
+    type: Literal["disabled", "adaptive"]
+    display: ShortText | None = None
 
 
 class OutputFormat(Body):
@@ -209,6 +215,7 @@ class MessagesRequest(CountRequest):
     top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    speed: Literal["standard"] | None = None
     experts: ExpertsField = ExpertsField()
     retrieve: bool | Annotated[int, Field(ge=1, le=16)] | ExpertName | None = None
 

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from deepseek.engine.request import TokenUsage
 from deepseek.server.body import Body, Penalty, Several, ShortText, StopText, ToolName
 from deepseek.server.constraints import JsonSchema, ResponseFormat
+from deepseek.server.errors import ApiError
 from deepseek.server.metrics import spoken
 from deepseek.server.routes.chat_completions import ChatChunks
 from deepseek.server.routes.completions import CompletionChunks
@@ -65,6 +66,10 @@ class Options(Body):
     low_vram: bool | None = None
     use_mmap: bool | None = None
     use_mlock: bool | None = None
+    f16_kv: bool | None = None
+    logits_all: bool | None = None
+    vocab_only: bool | None = None
+    embedding_only: bool | None = None
 
     def sampling(self) -> Fields:
         """Return our sampling fields."""
@@ -100,6 +105,20 @@ class OllamaCall(Body):
     type: Literal["function"] | None = None
 
 
+def no_images(images: list[Any] | None) -> list[Any] | None:
+    """Return a list of images, which has to be empty.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if images:
+        raise ValueError("images are not supported, because the model reads text only")
+    return images
+
+
+NoImages = Annotated[list[Any] | None, AfterValidator(no_images)]
+
+
 class OllamaMessage(Body):
     """One turn of a conversation."""
 
@@ -109,14 +128,7 @@ class OllamaMessage(Body):
     tool_calls: Several[OllamaCall] | None = None
     tool_name: ShortText | None = None
     tool_call_id: ShortText | None = None
-    images: list[Any] | None = None
-
-    @field_validator("images")
-    @classmethod
-    def _no_images(cls, images: list[Any] | None) -> list[Any] | None:
-        if images:
-            raise ValueError("images are not supported, because the model reads text only")
-        return images
+    images: NoImages = None
 
     def message(self) -> ChatMessage:
         """Return the turn in our layout."""
@@ -146,6 +158,8 @@ class OllamaBody(Body):
     options: Options = Options()
     keep_alive: float | str | None = None
     think: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     experts: ExpertsField = ExpertsField()
 
     def response_format(self) -> ResponseFormat | None:
@@ -169,6 +183,8 @@ class OllamaChat(OllamaBody):
             messages=[message.message() for message in self.messages],
             tools=self.tools,
             response_format=self.response_format(),
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs if self.logprobs else None,
             experts=self.experts,
             continue_final_message=self.messages[-1].role == "assistant" or None,
             **self.options.sampling(),
@@ -176,12 +192,13 @@ class OllamaChat(OllamaBody):
 
 
 class OllamaGenerate(OllamaBody):
-    """`POST /api/generate`."""
+    """`POST /api/generate`; `suffix` is what follows the answer, as in a file."""
 
     prompt: str = ""
     system: str | None = None
+    images: NoImages = None
     raw: bool | None = None
-    suffix: Literal[""] | None = None
+    suffix: str | None = None
     template: Literal[""] | None = None
     context: Annotated[Several[int], Field(max_length=0)] | None = None
 
@@ -192,6 +209,8 @@ class OllamaGenerate(OllamaBody):
             model=base_name(self.model),
             messages=[*opening, ChatMessage(role="user", content=self.prompt)],
             response_format=self.response_format(),
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs if self.logprobs else None,
             experts=self.experts,
             **self.options.sampling(),
         )
@@ -206,7 +225,9 @@ class OllamaGenerate(OllamaBody):
         return CompletionRequest(
             model=base_name(self.model),
             prompt=self.prompt,
+            suffix=self.suffix or None,
             response_format=self.response_format(),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             experts=self.experts,
             **{**sampling, "max_tokens": sampling["max_tokens"] or limit},
         )
@@ -223,11 +244,33 @@ class OllamaEmbed(Body):
     keep_alive: float | str | None = None
 
 
-class ShowRequest(Body):
-    """`POST /api/show`."""
+class OlderEmbed(Body):
+    """`POST /api/embeddings`."""
 
     model: ShortText
+    prompt: str
+    options: Options = Options()
+    keep_alive: float | str | None = None
+
+
+class ShowRequest(Body):
+    """`POST /api/show`; `name` is an older name of `model`."""
+
+    model: ShortText | None = None
+    name: ShortText | None = None
     verbose: bool | None = None
+
+    @property
+    def wanted(self) -> str:
+        """The model's name.
+
+        Raises:
+            ApiError: there is none.
+        """
+        found = self.model or self.name
+        if not found:
+            raise ApiError(400, "The field model is missing; send it.", param="model")
+        return found
 
 
 class AnswerLines:
@@ -258,12 +301,14 @@ class AnswerLines:
         finish = "stop"
         async for choice in self._chunks.all_choices():
             delta = choice.get("delta", {"content": choice.get("text")})
-            said = delta.get("content") or delta.get("tool_calls")
+            logprobs = entries(choice["logprobs"])
+            said = delta.get("content") or delta.get("tool_calls") or logprobs
             if first is None and (said or choice["finish_reason"]):
                 first = time.perf_counter()
             if said:
                 content = self._content(delta.get("content") or "", delta.get("tool_calls", ()))
-                yield {**self._head(False), **content, "expert": choice["expert"]}
+                scored = {"logprobs": logprobs} if logprobs else {}
+                yield {**self._head(False), **content, **scored, "expert": choice["expert"]}
             finish = choice["finish_reason"] or finish
         done = {"done_reason": "length" if finish == "length" else "stop"}
         counts = self._counts(self._chunks.job.usage(), first or time.perf_counter())
@@ -278,7 +323,8 @@ class AnswerLines:
             content = self._content("".join(message["content"] for message in messages))
             calls = [call for message in messages for call in message.get("tool_calls", ())]
             content["message"] |= {"tool_calls": calls} if calls else {}
-        return {**lines[-1], **content}
+        logprobs = [entry for line in lines for entry in line.get("logprobs", ())]
+        return {**lines[-1], **content, **({"logprobs": logprobs} if logprobs else {})}
 
     def _head(self, done: bool) -> Fields:
         return {"model": self._model, "created_at": now(), "done": done}
@@ -315,6 +361,28 @@ class AnswerLines:
             "eval_duration": int((end - first) * NANOSECONDS),
             "experts": spoken(usage.experts),
         }
+
+
+def entries(logprobs: Fields | None) -> list[Fields]:
+    """Return log probabilities as this API lists them: an entry a token.
+
+    Args:
+        logprobs: those of a choice, as chat completions list them or in columns as completions do;
+            None: not asked for.
+    """
+    if logprobs is None:
+        return []
+    if "content" in logprobs:
+        return list(logprobs["content"])
+    columns = (logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"])
+    return [
+        {
+            "token": token,
+            "logprob": value,
+            "top_logprobs": [{"token": text, "logprob": each} for text, each in top.items()],
+        }
+        for token, value, top in zip(*columns, strict=True)
+    ]
 
 
 def base_name(model: str) -> str:

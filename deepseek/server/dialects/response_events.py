@@ -164,7 +164,7 @@ class ResponseEvents:
             "output": [dict(item) for item in self._items] if over else [],
             "previous_response_id": None,
             "max_output_tokens": body.max_output_tokens,
-            "max_tool_calls": None,
+            "max_tool_calls": body.max_tool_calls,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "presence_penalty": body.presence_penalty or 0.0,

@@ -1,7 +1,7 @@
 """OpenAI's Responses API: request bodies.
 
-Nothing is stored: `store` is accepted and every response says false, so that clients send the whole
-conversation each time.
+Nothing is stored: `store` is accepted and every response says false. What refers to a stored
+response is refused, and clients send the whole conversation each time.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,11 @@ from deepseek.server.body import (
     Penalty,
     Several,
     ShortText,
+    Stored,
     Text,
     TokenCount,
     ToolName,
+    not_stored,
     text_only,
 )
 from deepseek.server.constraints import JsonSchema, ResponseFormat
@@ -101,12 +103,22 @@ def item_kind(item: Any) -> str:
     return str(kind or "message")
 
 
+def no_reference(item: Any) -> Any:
+    """Return an input item, not validated yet.
+
+    Raises:
+        ValueError: it refers to one that would have to be stored.
+    """
+    return not_stored(item) if item_kind(item) == "item_reference" else item
+
+
 InputItem = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionResultItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")],
     Discriminator(item_kind),
+    BeforeValidator(no_reference),
 ]
 
 
@@ -158,12 +170,20 @@ class Reasoning(Body):
     effort: ShortText | None = None
     summary: ShortText | None = None
     generate_summary: ShortText | None = None
+    context: ShortText | None = None
+    mode: Literal["standard"] | None = None
 
 
 class ResponseStreamOptions(Body):
     """Whether chunks are padded against eavesdroppers; they are not."""
 
     include_obfuscation: bool | None = None
+
+
+class BackgroundOptions(Body):
+    """When a response in the background is to be ready; there is no background."""
+
+    completion_window: Literal["soonest"] | None = None
 
 
 class ResponsesRequest(SamplingFields, HarmlessFields):
@@ -182,7 +202,12 @@ class ResponsesRequest(SamplingFields, HarmlessFields):
     text: TextConfig = TextConfig()
     reasoning: Reasoning | None = None
     stream_options: ResponseStreamOptions | None = None
+    previous_response_id: Stored = None
+    conversation: Stored = None
+    prompt: Stored = None
     background: Literal[False] | None = None
+    background_options: BackgroundOptions | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of tools that servers run: none
     truncation: Literal["disabled"] | None = None
 
     @property

@@ -12,6 +12,7 @@ from deepseek.server.admission import AnyTypeComputingRoute
 from deepseek.server.dialects.ollama import (
     NANOSECONDS,
     AnswerLines,
+    OlderEmbed,
     OllamaChat,
     OllamaEmbed,
     OllamaGenerate,
@@ -55,7 +56,7 @@ async def loaded(service: TheService) -> dict[str, Any]:
 @router.post("/show")
 async def show(body: ShowRequest, service: TheService) -> dict[str, Any]:
     """Describe one model."""
-    service.named_experts(base_name(body.model))
+    service.named_experts(base_name(body.wanted))
     config = service.engine.model.config
     architecture = "llama"
     template = service.engine.tokenizer.chat_template
@@ -71,7 +72,7 @@ async def show(body: ShowRequest, service: TheService) -> dict[str, Any]:
             f"{architecture}.embedding_length": config.hidden_size,
             f"{architecture}.block_count": config.num_hidden_layers,
         },
-        "capabilities": ["completion", "tools"],
+        "capabilities": ["completion", "tools", "insert"],
         "modified_at": service.started.isoformat(),
     }
 
@@ -94,7 +95,7 @@ async def generate(body: OllamaGenerate, service: TheService) -> Response:
     started = time.perf_counter()
     chunks = (
         await completions.answer(service, body.completion(service.settings.answer_tokens))
-        if body.raw
+        if body.raw or body.suffix
         else await chat_completions.answer(service, body.chat())
     )
     return reply(AnswerLines(body.model, chunks, "response", started), chunks, body.stream)
@@ -116,12 +117,34 @@ def loading_reply(model: str, content: dict[str, Any]) -> Response:
 @router.post("/embed")
 async def embeddings(body: OllamaEmbed, service: TheService) -> Response:
     """Return a unit vector for each text."""
-    if service.named_experts(base_name(body.model)):
-        raise ApiError(400, "Embeddings are computed by the base alone.", param="model")
     check_dimensions(service, body.dimensions)
     started = time.perf_counter()
-    job = await embed(service, [body.input] if isinstance(body.input, str) else body.input)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    job = await embedding_job(service, body.model, texts)
     return Reply(vectors(body, job, started), job=job, fold=lambda sent: sent[0])
+
+
+@router.post("/embeddings")
+async def older_embeddings(body: OlderEmbed, service: TheService) -> Response:
+    """Return a unit vector for one text."""
+    job = await embedding_job(service, body.model, [body.prompt])
+    return Reply(vector(job), job=job, fold=lambda sent: sent[0])
+
+
+async def embedding_job(service: Service, model: str, texts: list[str]) -> EmbeddingJob:
+    """Start to embed texts, and return the job that follows.
+
+    Args:
+        service: the server's state.
+        model: the model's name in the request, the base alone.
+        texts: the texts.
+
+    Raises:
+        ApiError: the name has experts.
+    """
+    if service.named_experts(base_name(model)):
+        raise ApiError(400, "Embeddings are computed by the base alone.", param="model")
+    return await embed(service, texts)
 
 
 async def vectors(body: OllamaEmbed, job: EmbeddingJob, started: float) -> AsyncIterator[Fields]:
@@ -140,6 +163,11 @@ async def vectors(body: OllamaEmbed, job: EmbeddingJob, started: float) -> Async
         "load_duration": 0,
         "prompt_eval_count": job.tokens,
     }
+
+
+async def vector(job: EmbeddingJob) -> AsyncIterator[Fields]:
+    """Yield the one reply to a request for the embedding of one text."""
+    yield {"embedding": (await job.vectors())[0]}
 
 
 def listed(service: Service, name: str) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""LangChain's own standard tests (`langchain-tests`) with `langchain-openai` against the server.
+
+Run by pytest as they are; three classes: chat completions, the Responses API and embeddings. Tests
+of what a class declares as unsupported (images, PDF, sound) skip themselves and are not counted.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import one_line, report
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from langchain_tests.integration_tests import ChatModelIntegrationTests, EmbeddingsIntegrationTests
+
+URL = "CLIENTS_URL"
+MODEL = "CLIENTS_MODEL"
+PENALTY = "CLIENTS_PENALTY"
+"""Environment variables, as pytest imports this file once more."""
+
+
+def connection() -> dict[str, Any]:
+    """Return what every class of LangChain needs to find the server."""
+    return {
+        "model": os.environ[MODEL],
+        "base_url": os.environ[URL] + "/v1",
+        "api_key": "none",
+        "max_retries": 0,
+    }
+
+
+class TestChat(ChatModelIntegrationTests):
+    """The tests of a chat model, by chat completions."""
+
+    @property
+    def chat_model_class(self) -> type[ChatOpenAI]:
+        return ChatOpenAI
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        penalty = float(os.environ[PENALTY])
+        return {**connection(), **({"frequency_penalty": penalty} if penalty else {})}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def model_override_value(self) -> str:
+        return os.environ[MODEL] + "+none"
+
+
+class TestResponses(TestChat):
+    """The same tests by the Responses API."""
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {**super().chat_model_params, "use_responses_api": True}
+
+
+class TestEmbeddings(EmbeddingsIntegrationTests):
+    """The tests of embeddings."""
+
+    @property
+    def embeddings_class(self) -> type[OpenAIEmbeddings]:
+        return OpenAIEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        # Without it, texts are cut by a tokenizer of OpenAI's that has to be downloaded.
+        return {**connection(), "check_embedding_ctx_length": False}
+
+
+class Outcomes:
+    """Collects the outcome of every test that ran."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str | None] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep a finished test, or one whose preparation failed."""
+        name = report.nodeid.partition("::")[2].replace("::", " ")
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.found[name] = one_line(crash.message if crash else str(report.longrepr))
+        elif report.when == "call" and report.passed:
+            self.found.setdefault(name, None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("model")
+    parser.add_argument("--penalty", type=float, default=0.0)
+    parser.add_argument("--only", nargs="*")
+    options = parser.parse_args()
+    os.environ |= {URL: options.url, MODEL: options.model, PENALTY: str(options.penalty)}
+    outcomes = Outcomes()
+    tests = [name.replace(" ", "::") for name in options.only or [""]]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "pytest.ini"
+        settings.write_text("[pytest]\nasyncio_mode = auto\n")
+        quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:terminal", "--tb=short"]
+        here = [f"{__file__}::{name}" if name else __file__ for name in tests]
+        pytest.main(["-c", str(settings), *quiet, *here], plugins=[outcomes])
+    report(outcomes.found, ["langchain-tests", "langchain-openai", "openai"])
+
+
+if __name__ == "__main__":
+    main()
