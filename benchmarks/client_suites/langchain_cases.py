@@ -21,6 +21,12 @@ PENALTY = "CLIENTS_PENALTY"
 """Environment variables, as pytest imports this file once more."""
 
 
+SETTINGS = """[pytest]
+asyncio_mode = auto
+asyncio_default_fixture_loop_scope = function
+"""
+
+
 def connection() -> dict[str, Any]:
     """Return what every class of LangChain needs to find the server."""
     return {
@@ -101,8 +107,8 @@ def main() -> None:
     tests = [name.replace(" ", "::") for name in options.only or [""]]
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "pytest.ini"
-        settings.write_text("[pytest]\nasyncio_mode = auto\n")
-        quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:terminal", "--tb=short"]
+        settings.write_text(SETTINGS)
+        quiet = ["-p", "no:cacheprovider", "-p", "no:terminal"]
         here = [f"{__file__}::{name}" if name else __file__ for name in tests]
         pytest.main(["-c", str(settings), *quiet, *here], plugins=[outcomes])
     report(outcomes.found, ["langchain-tests", "langchain-openai", "openai"])

@@ -51,7 +51,7 @@ def by_character(rules: Rules, root: str) -> str:
         rules: the rules by name.
         root: name of the first rule.
     """
-    return written({name: _apart(body) for name, body in rules.items()}, root)
+    return written({name: _apart(body) for name, body in reachable(rules, root).items()}, root)
 
 
 def joined(rules: Rules, root: str) -> str:
@@ -60,8 +60,7 @@ def joined(rules: Rules, root: str) -> str:
     automaton = cache(partial(Automaton, budget=budget))
     try:
         joiner = _Joiner(rules, budget)
-        whole = {name: joiner.join(body) for name, body in rules.items()}
-        outer = {name: whole[name] for name in reachable(whole, root)}
+        outer = reachable({name: joiner.join(body) for name, body in rules.items()}, root)
         while wrong := conflicts(outer, automaton, budget):
             outer = {name: _split(body, wrong) for name, body in outer.items()}
     except TooMuchWorkError:
@@ -69,15 +68,15 @@ def joined(rules: Rules, root: str) -> str:
     return written(outer, root)
 
 
-def reachable(rules: Rules, root: str) -> list[str]:
-    """Return the names of the rules that are used, the root first."""
-    found = {root: None}
+def reachable(rules: Rules, root: str) -> Rules:
+    """Return the rules that are used, the root first."""
+    found = {root: rules[root]}
     new = [root]
     while new:
-        names = dict.fromkeys(called(rules[new.pop()]))
-        new += [name for name in names if name not in found]
+        names = {name: rules[name] for name in called(rules[new.pop()]) if name not in found}
+        new += names
         found |= names
-    return list(found)
+    return found
 
 
 def written(rules: Rules, root: str) -> str:
@@ -241,19 +240,19 @@ class _Following:
         self._automaton = automaton
         self._begin = dict.fromkeys(rules, (0, False))
         self._after = dict.fromkeys(rules, 0)
-        changed = True
-        while changed:
+        # Callers come first, so that one pass each way is enough for most grammars.
+        before = None
+        while before != self._begin:
             budget.spend(len(rules))
-            begin = {name: self._begin_of(body) for name, body in rules.items()}
-            changed = begin != self._begin
-            self._begin = begin
-        changed = True
-        while changed:
+            before = dict(self._begin)
+            for name in reversed(rules):
+                self._begin[name] = self._begin_of(rules[name])
+        ended = None
+        while ended != self._after:
             budget.spend(len(rules))
-            before = dict(self._after)
+            ended = dict(self._after)
             for name, body in rules.items():
                 self._walk(body, self._after[name])
-            changed = before != self._after
 
     def _begin_of(self, node: Node) -> tuple[int, bool]:
         """Return the first bytes of a node's texts, and whether the empty text is one."""

@@ -2,7 +2,7 @@
 regular expression.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Ranges = tuple[tuple[int, int], ...]
@@ -127,7 +127,7 @@ def without_empty(node: Node) -> Node:
     return node
 
 
-def _one_of(nodes: list[Node]) -> Node:
+def _one_of(nodes: Sequence[Node]) -> Node:
     return Alt(tuple(node for node in nodes if not impossible(node)))
 
 

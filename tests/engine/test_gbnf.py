@@ -129,9 +129,9 @@ def test_a_string_of_json_is_one_terminal() -> None:
     ids=["chain", "doubling", "optional", "long", "wide"],
 )
 def test_a_large_grammar_is_translated_soon(grammar: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     assert lark_of(grammar).startswith("start: r0\n")
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 4
 
 
 @pytest.mark.parametrize(

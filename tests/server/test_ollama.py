@@ -136,7 +136,7 @@ def test_log_probabilities_are_those_of_the_text(api: ollama.Client, raw: bool) 
     assert len(whole.logprobs or ()) == whole.eval_count
     for entry in whole.logprobs or ():
         assert entry.top_logprobs is not None
-        assert len(entry.top_logprobs) == 2
+        assert 1 <= len(entry.top_logprobs) <= 2  # texts of tokens may be equal
         assert entry.logprob == pytest.approx(max(top.logprob for top in entry.top_logprobs))
     streamed = [
         entry for line in api.generate(**request, stream=True) for entry in line.logprobs or ()

@@ -29,8 +29,8 @@ from deepseek.server.schema import (
     ChatRequest,
     Function,
     HarmlessFields,
+    MessagePart,
     SamplingFields,
-    TextPart,
     Tool,
     ToolCall,
 )
@@ -73,7 +73,7 @@ class FunctionResultItem(Body):
 
     type: Literal["function_call_output"]
     call_id: ShortText
-    output: Annotated[str | Several[TextPart], BeforeValidator(text_only)]
+    output: Annotated[str | Several[MessagePart], BeforeValidator(text_only)]
     id: ShortText | None = None
     status: ShortText | None = None
 
