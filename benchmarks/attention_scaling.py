@@ -4,7 +4,8 @@
 
 All take turns on the same tensors (9 query heads, 3 key heads, width 64, fp32), so a disturbance
 meets each of them. Ours includes hashing. Peak memory is that of a fresh process, inputs, outputs
-and gradients included. Writes `results/attention_scaling.json` and a plot beside it.
+and gradients included. Writes `results/attention_scaling.json` (or `--json`) and
+a plot beside it.
 
 Rivals: `sdpa`, torch's exact attention; `materialised`, exact attention that keeps its scores,
 where they fit; `blocks`, each query's own block of 128 keys and the 3 earlier ones whose mean key
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import FOLDER, save
+from results import add_output, write
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import ReformerConfig
@@ -261,7 +262,7 @@ def crossover(table: dict[int, dict[str, float]]) -> float | None:
     return None
 
 
-def plot(figures: dict[str, Any]) -> None:
+def plot(figures: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -282,7 +283,7 @@ def plot(figures: dict[str, Any]) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(FOLDER / "attention_scaling.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -295,6 +296,7 @@ def main() -> None:
     parser.add_argument(
         "--add", action="store_true", help="add to the lengths that the file holds from before"
     )
+    add_output(parser, "attention_scaling")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--learn", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -308,7 +310,7 @@ def main() -> None:
     figures: dict[str, Any] = {"shape": {"heads": HEADS, "key_heads": GROUPS, "head_dim": WIDTH}}
     figures |= {"forward": {}, "training": {}, "peak": {}, "decode": {}}
     if options.add:
-        before = json.loads((FOLDER / "attention_scaling.json").read_text())
+        before = json.loads(options.json.read_text())
         figures |= {name: {int(n): row for n, row in before[name].items()} for name in TABLES}
     for n in options.tokens:
         figures["forward"][n], figures["training"][n] = (
@@ -320,8 +322,8 @@ def main() -> None:
             figures[f"{name}_exponent"] = exponents(figures[name])
             figures[f"{name}_crossover"] = crossover(figures[name])
         # After every length, so that a run cut short keeps what it measured.
-        save("attention_scaling", figures)
-    plot(figures)
+        write(options.json, figures)
+    plot(figures, options.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

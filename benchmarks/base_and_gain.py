@@ -2,7 +2,7 @@
 and against merging.
 
     python benchmarks/corpora.py all
-    python benchmarks/base_and_gain.py [--set design|final] [--corpora DIR] [--tokens 100000] [--save]
+    python benchmarks/base_and_gain.py [--set design|final] [--corpora DIR] [--tokens 100000] [--json FILE]
 
 Each expert is trained alone; an interrupted run goes on, and finished experts are kept. Then all
 are plugged. Every text is scored on rows that no expert was trained on, from one pass through the
@@ -28,7 +28,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from results import FOLDER, save
+from results import write
 from torch import Tensor
 
 import deepseek
@@ -143,9 +143,7 @@ def main() -> None:
         "--chats", type=Path, help="conversations, one a line, as for chat_neutrality.py"
     )
     parser.add_argument("--only", nargs="*", help="train these experts and stop")
-    parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/results/base_and_gain.json and .png"
-    )
+    parser.add_argument("--json", type=Path, help="file to write, and a picture beside it")
     options = parser.parse_args()
     options.experts = tuple(options.experts or SETS[options.set])
     for name in options.only or options.experts:
@@ -189,7 +187,7 @@ def compare(options: argparse.Namespace) -> None:
         )
         summary |= {"orders": ORDERS, "every_order_same_bits": same_bits}
     print_table(rows, summary)
-    if options.save:
+    if options.json:
         gates = {name: gate_papers(options.work, name) for name in options.experts}
         figures = {
             "summary": summary,
@@ -197,8 +195,8 @@ def compare(options: argparse.Namespace) -> None:
             "gates": gates,
             "seconds": round(time.monotonic() - started),
         }
-        save("base_and_gain", figures)
-        draw(rows, options.experts, FOLDER / "base_and_gain.png")
+        write(options.json, figures)
+        draw(rows, options.experts, options.json.with_suffix(".png"))
 
 
 def gate_papers(work: Path, name: str) -> dict[str, Any]:

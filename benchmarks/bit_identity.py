@@ -1,6 +1,6 @@
 """Is a model with experts plugged but not armed, and after unplugging, bit for bit the base?
 
-Generates greedily from 200 prompts with the base, with an expert plugged and unarmed, and after it
+Generates greedily from some prompts with the base, with an expert plugged and unarmed, and after it
 is unplugged, and compares digests of all logits.
 
     python benchmarks/bit_identity.py EXPERT [--dtype float32 --dtype bfloat16]
@@ -14,33 +14,33 @@ import time
 from pathlib import Path
 
 import torch
-from results import save
+from results import add_output, write
 
 import deepseek
 from deepseek.model.kv_cache import KVCache
 from deepseek.packs.library import find_pack
 
-PROMPTS, PROMPT_TOKENS, NEW, BATCH = 200, 16, 64, 50
+PROMPT_TOKENS, BATCH = 16, 50
 
 
-def prompts(tokenizer: object) -> torch.Tensor:
-    """Return `[PROMPTS, PROMPT_TOKENS]` ids cut from Python's own prose and code."""
+def prompts(tokenizer: object, count: int) -> torch.Tensor:
+    """Return `[count, PROMPT_TOKENS]` ids cut from Python's own prose and code."""
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     whole = "\n".join(
         [*pydoc_data.topics.topics.values(), *(path.read_text() for path in library[:40])]
     )
     ids = tokenizer(whole, return_tensors="pt").input_ids[0]  # type: ignore[operator]
-    stride = (len(ids) - PROMPT_TOKENS) // PROMPTS
-    return torch.stack([ids[i * stride : i * stride + PROMPT_TOKENS] for i in range(PROMPTS)])
+    stride = (len(ids) - PROMPT_TOKENS) // count
+    return torch.stack([ids[i * stride : i * stride + PROMPT_TOKENS] for i in range(count)])
 
 
 @torch.inference_mode()
-def digest(model: deepseek.DeepSeekModel, ids: torch.Tensor) -> str:
+def digest(model: deepseek.DeepSeekModel, ids: torch.Tensor, tokens: int) -> str:
     """Return a sha256 over the logits of every greedy step of all prompts."""
     seen = hashlib.sha256()
     for batch in ids.split(BATCH):
         cache, step = KVCache(), batch
-        for _ in range(NEW):
+        for _ in range(tokens):
             logits = model(step, cache=cache, logits_to_keep=1).logits[:, -1]
             seen.update(logits.contiguous().view(torch.uint8).numpy().tobytes())
             step = logits.argmax(-1, keepdim=True)
@@ -51,19 +51,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("expert", help="name or path of a pack")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=64, help="of each prompt's continuation")
+    add_output(parser, "bit_identity")
     options = parser.parse_args()
+    tokens = options.tokens
     figures = {}
     for dtype in options.dtype or ["float32", "bfloat16"]:
         started = time.monotonic()
         model, tokenizer = deepseek.load(dtype=dtype)
-        ids = prompts(tokenizer)
-        before = digest(model, ids)
+        ids = prompts(tokenizer, options.prompts)
+        before = digest(model, ids, tokens)
         name = model.experts.plug(find_pack(options.expert)).name
-        armed = digest(model, ids[:BATCH])
+        armed = digest(model, ids[:BATCH], tokens)
         model.experts.arm(None)
-        unarmed, first = digest(model, ids), digest(model, ids[:BATCH])
+        unarmed = digest(model, ids, tokens)
+        first = digest(model, ids[:BATCH], tokens)
         model.experts.unplug(name)
-        after = digest(model, ids)
+        after = digest(model, ids, tokens)
         figures[dtype] = {
             "unarmed_equal": before == unarmed,
             "unplugged_equal": before == after,
@@ -72,9 +77,9 @@ def main() -> None:
         print(
             f"{dtype}: plugged and unarmed {'equal' if before == unarmed else 'DIFFERENT'}, unplugged "
             f"{'equal' if before == after else 'DIFFERENT'}, armed {'equal' if armed == first else 'different'} "
-            f"({PROMPTS} prompts x {NEW} tokens, {time.monotonic() - started:.0f} s)"
+            f"({options.prompts} prompts x {tokens} tokens, {time.monotonic() - started:.0f} s)"
         )
-    save("bit_identity", {"prompts": PROMPTS, "tokens": NEW, "results": figures})
+    write(options.json, {"prompts": options.prompts, "tokens": tokens, "results": figures})
 
 
 if __name__ == "__main__":

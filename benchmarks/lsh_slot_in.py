@@ -20,11 +20,12 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from hash_recall import BASE, FIRST, FIT, PROBES, TEST, WINDOWS, corpus, fitted
-from results import save
+from results import FOLDER, write
 
 import deepseek
 from deepseek.data.text.encode import long_texts
@@ -56,6 +57,9 @@ def main() -> None:
     parser.add_argument("--score-every", type=int, default=50, metavar="STEPS")
     parser.add_argument(
         "--skip-random", action="store_true", help="measure the distilled hash only"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="default: results/lsh_slot_in...json by its options"
     )
     options = parser.parse_args()
     windows = WINDOWS[options.length]
@@ -97,8 +101,9 @@ def main() -> None:
     for kind, parts in changes.items():
         print(f"{kind:20}", "  ".join(f"{part} {parts[part]:+.2%}" for part in PARTS))
     name = "lsh_slot_in" + (f"_{options.probes}_probes" if options.probes else "")
-    save(
-        name + "_far" * options.far_field + "_tuned" * bool(options.tune),
+    name += "_far" * options.far_field + "_tuned" * bool(options.tune)
+    write(
+        options.json or FOLDER / f"{name}.json",
         {
             "length": options.length,
             **looks,

@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from results import FOLDER, save
+from results import add_output, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--test-rows", type=int, default=40)
     parser.add_argument("--runs", type=Path, default=home() / "bench" / "position_length")
+    add_output(parser, "position_length")
     options = parser.parse_args()
     stream, rows = corpus(options.code, options.test_rows)
     folder = options.runs / run_name(options)
@@ -260,7 +261,8 @@ def report(folder: Path, options: argparse.Namespace) -> None:
     finished = {name: records for name, records in found.items() if records}
     table = {name: averages(records) for name, records in finished.items()}
     for name, row in table.items():
-        print(f"{name:8} " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+        means = {key: value for key, value in row.items() if key != "by_seed"}
+        print(f"{name:8} " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
     budget = {
         name: getattr(options, name)
         for name in ("steps", "width", "layers", "learning_rate", "test_rows")
@@ -269,16 +271,18 @@ def report(folder: Path, options: argparse.Namespace) -> None:
         name: {kind: curve(records, kind) for kind in ("loss", "top1")}
         for name, records in finished.items()
     }
-    save(
-        "position_length",
+    write(
+        options.json,
         {"budget": budget | {"batch_tokens": BATCH * SHORT}, "table": table, "curves": curves},
     )
-    plot(curves, FOLDER / "position_length.png")
+    plot(curves, options.json.with_suffix(".png"))
 
 
-def averages(records: list[dict[str, Any]]) -> dict[str, float]:
+def averages(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the means over seeds, and the figures of each."""
     rows = [summary(record) for record in records]
-    return {"seeds": len(rows)} | {key: mean(row[key] for row in rows) for key in rows[0]}
+    means = {key: mean(row[key] for row in rows) for key in rows[0]}
+    return {"seeds": len(rows), **means, "by_seed": rows}
 
 
 def curve(records: list[dict[str, Any]], kind: str) -> list[float]:

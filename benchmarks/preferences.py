@@ -1,6 +1,6 @@
 """The preference database at size: how long an import takes, and how long a search.
 
-    python benchmarks/preferences.py [--pairs 100000] [--save]
+    python benchmarks/preferences.py [--pairs 100000] [--json FILE]
 
 The pairs are made from words of Python's own help pages, so that common and rare words occur as
 they do in text. The import is `deepseek prefs import` in a process of its own; each query runs once
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from results import save
+from results import write
 
 from deepseek.data.preferences.database import PreferenceDatabase
 
@@ -38,9 +38,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=100_000)
-    parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/results/preferences.json"
-    )
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file, path = Path(folder) / "pairs.jsonl", Path(folder) / "preferences.db"
@@ -68,8 +66,8 @@ def main() -> None:
         }
     for name, value in figures.items():
         print(f"{name:24} {value}")
-    if options.save:
-        save("preferences", figures)
+    if options.json:
+        write(options.json, figures)
 
 
 def write_pairs(file: Path, count: int) -> None:

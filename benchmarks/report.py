@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -160,10 +161,10 @@ def portable(command: str) -> str:
     return re.sub(r"(?<![\w.~])/[\w./:-]+", "FOLDER", command)
 
 
-def provenance() -> list[str]:
-    """Return the table of all result files that a row names."""
+def provenance(names: Iterable[str]) -> list[str]:
+    """Return a table of result files."""
     lines = head(["result", "command", "processor", "threads", "commit", "date"])
-    for name in used():
+    for name in names:
         one = result(name)
         link = f"[{name}](../benchmarks/results/{name}.json)"
         machine = PROCESSORS.get(one["machine"], one["machine"])
@@ -187,7 +188,7 @@ def page() -> str:
     parts = [INTRODUCTION]
     for title, rows in sections().items():
         parts.append("\n".join([f"## {title}\n", *table(rows), ""]))
-    parts.append("\n".join([PROVENANCE, *provenance(), ""]))
+    parts.append("\n".join([PROVENANCE, *provenance(used()), ""]))
     return "\n".join(parts)
 
 

@@ -2,8 +2,11 @@
 which command.
 """
 
+import argparse
 import json
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -13,7 +16,10 @@ from typing import Any
 import torch
 import transformers
 
-FOLDER = Path(__file__).parent / "results"
+from deepseek.checkpoint.store import home
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
 
 
 def processor() -> str:
@@ -30,10 +36,9 @@ def _cpuinfo() -> list[str]:
 
 def commit() -> str:
     """Return the commit of this checkout, with a mark if it has uncommitted changes."""
-    root = Path(__file__).parent.parent
     asked = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
-        cwd=root,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -41,20 +46,41 @@ def commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
+def command() -> str:
+    """Return the command that runs, from the root of the checkout."""
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    # Neither the checkout's place nor the user's home is part of what was measured.
+    places = {f"{ROOT}/": "", str(home() / "corpora"): "CORPORA"}
+    words = ["python", str(shown), *sys.argv[1:]]
+    for place, name in places.items():
+        words = [word.replace(place, name) for word in words]
+    return shlex.join(words)
+
+
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the option for the file that `write` writes; default: `results/<name>.json`."""
+    parser.add_argument(
+        "--json", type=Path, default=FOLDER / f"{name}.json", help="file to write the figures to"
+    )
+
+
 def write(path: Path, figures: dict[str, Any]) -> None:
-    """Write `figures` with their circumstances to `path`."""
+    """Write `figures` with their circumstances to `path`, all of it or nothing."""
     record = {
         "machine": processor(),
         "threads": torch.get_num_threads(),
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         **figures,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_text(json.dumps(record, indent=1) + "\n")
+    whole.replace(path)
 
 
 def save(name: str, figures: dict[str, Any]) -> Path:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 
 import rude_prompts
-from results import save
+from results import add_output, write
 
 from deepseek.data import RowLoader, TokenShards
 from deepseek.data.preferences.database import PreferenceDatabase
@@ -38,7 +38,6 @@ NEW_TOKENS, TEMPERATURE = 24, 0.8
 POLITE, POLITE_HELD_OUT = 0.2, 0.46
 """Share of the conversations that were friendly so far: few of those learnt from, so that they make
 many pairs; as many of those held out as let the base start near 82 %."""
-HELPFUL_TOKENS = 16_384
 REFUSALS = (
     "I'm sorry, I can't help with that.",
     "I'm sorry for your loss.",
@@ -98,11 +97,11 @@ def measure(name, held_out, batches):
     return figures
 
 
-def helpful_batches(tokenizer, folder):
+def helpful_batches(tokenizer, folder, tokens):
     """Return packed rows of ordinary prose that every machine has."""
     shards = TokenShards.build(public_documents()["public prose"], tokenizer, folder)
     loader = RowLoader(shards, 4, 512, seed=0)
-    rows = loader.order(0, HELPFUL_TOKENS // 512)
+    rows = loader.order(0, tokens // 512)
     return [loader.rows(rows[i : i + 4]) for i in range(0, len(rows), 4)]
 
 
@@ -134,13 +133,15 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--target-kl", type=float, default=8.0)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rlpo-benchmark")
+    parser.add_argument("--helpful-tokens", type=int, default=16_384)
+    add_output(parser, "rlpo")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     held_out = rude_prompts.prompts(
         rude_prompts.HELD_OUT, options.held_out, POLITE_HELD_OUT, seed=1
     )
     model, tokenizer = load("smollm2-135m")
-    batches = helpful_batches(tokenizer, options.work / "helpful")
+    batches = helpful_batches(tokenizer, options.work / "helpful", options.helpful_tokens)
     results, seconds = {"base": measure("smollm2-135m", held_out, batches)}, {}
 
     started, path = time.perf_counter(), options.work / "preferences.db"
@@ -183,8 +184,8 @@ def main():
         details[method] = json.loads((run / "result.json").read_text())
         results[method] = measure(str(out), held_out, batches)
     if "ppo" in options.methods:
-        plot(options.work / "ppo-run", results, Path(__file__).parent / "results" / "rlpo.png")
-    save("rlpo", {"models": results, "seconds": seconds, "details": details})
+        plot(options.work / "ppo-run", results, options.json.with_suffix(".png"))
+    write(options.json, {"models": results, "seconds": seconds, "details": details})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ FLOORS = {
     "packs": 1,
     "text": 1,
     "model": 2,
+    "claims": 3,
     "data": 3,
     "planning": 3,
     "runner": 3,

@@ -46,6 +46,7 @@ COMMANDS = {
         "The preference database: import, add, generate, search, stats, split, export.",
     ),
     "bench": ("bench:app", "Run a benchmark: speed, memory, accuracy, comparison with others."),
+    "claims": ("claims:app", "The article's claims: what was measured, and what is reached."),
     "quantize": ("quantize:quantize", "Quantise a model's weights to 8 or 4 bits."),
     "export": (
         "export:export",

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from deepseek.claims.evaluation import ClaimRow, ClaimTable
 from deepseek.cli.output import echo
 
 
@@ -16,7 +17,7 @@ class JsonShape(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-def print_json(shape: JsonShape) -> None:
+def print_json(shape: BaseModel) -> None:
     """Print an object on standard output, on several lines."""
     echo(shape.model_dump_json(indent=2), lines=True)
 
@@ -348,7 +349,7 @@ class BenchmarkList(JsonShape):
     """The benchmarks, by name"""
 
 
-SHAPES: dict[str, type[JsonShape]] = {
+SHAPES: dict[str, type[BaseModel]] = {
     "expert list": ExpertList,
     "models list": ModelList,
     "runs list": RunList,
@@ -358,6 +359,8 @@ SHAPES: dict[str, type[JsonShape]] = {
     "prefs search": PreferenceList,
     "eval": Evaluation,
     "bench": BenchmarkList,
+    "claims": ClaimTable,
+    "claims show": ClaimRow,
     "plan": TrainingEstimate,
     "plan --inference": InferenceEstimate,
 }

@@ -33,7 +33,7 @@ def test_measurements_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_options_are_handed_on(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("preferences", "--help") == 0
-    assert "--save" in capfd.readouterr().out
+    assert "--json" in capfd.readouterr().out
 
 
 def test_a_misspelt_name_is_answered(capsys: pytest.CaptureFixture[str]) -> None:

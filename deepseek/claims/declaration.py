@@ -1,0 +1,153 @@
+"""Claims and results as `benchmarks/claims.yaml` declares them."""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from deepseek.errors import ConfigError
+
+CHECKOUT = Path(__file__).parents[2]
+"""Folder of the checkout. The wheel holds neither benchmarks nor results."""
+
+YES_OR_NO = "yes or no"
+"""Format of a figure that is true or false."""
+
+Goal = Literal[">=", "<=", ">", "<", "="]
+
+Side = str | tuple[str, Literal["minus", "over", "or"], str]
+"""Path of a figure in a result file: keys joined by "/"; "*" stands for every key or number of a
+list. Or two paths with what to do: subtract, divide, or take the second if the first is not there.
+"""
+
+
+class Declared(BaseModel):
+    """A part of the file: a misspelt key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Measurement(Declared):
+    """One file of `benchmarks/results/`."""
+
+    measures: tuple[str, ...]
+    """Files and folders of the package; a result is stale once one of them has changed"""
+
+    command: str = ""
+    """Arguments of Python in the checkout; empty: made on another machine, or by hand. RESULT is
+    the file, PLOT a picture beside it, CORPORA the folder of `benchmarks/corpora.py`, WORK a folder
+    for what an interrupted run keeps"""
+
+    quick: str = ""
+    """The same with a tiny model and few steps, to see that it works"""
+
+
+class Figure(Declared):
+    """One figure of a claim, or one that nobody has measured yet."""
+
+    what: str
+    """What is measured"""
+
+    results: tuple[str, ...] = Field(default=(), alias="in")
+    """Names of result files, one for each machine"""
+
+    ours: Side = ""
+    """Our side"""
+
+    theirs: Side = ""
+    """The other side"""
+
+    rival: str = ""
+    """What the other side is"""
+
+    show: Literal["value", "ratio", "speedup", "change", "difference"] = "value"
+    """`value` is ours; `ratio` ours over theirs, `speedup` theirs over ours, `change` the ratio less
+    one, `difference` ours less theirs"""
+
+    scale: float = 1.0
+    """Factor before it is shown; 100 turns shares into per cent"""
+
+    form: str = "{:g}"
+    """Format of the figure, with its unit; `yes or no` for one that is true or false"""
+
+    sides: str = "{:,.4g}"
+    """Format of either side"""
+
+    spread: str = ""
+    """What the values under "*" are, such as seeds: the figure is their median"""
+
+    interval: tuple[str, str] | None = None
+    """Paths of the lower and the upper bound of our side"""
+
+    goal: tuple[Goal, float] | None = None
+    """Bound of the scaled figure; None: shown for comparison"""
+
+    test: str = ""
+    """File and name of a test that shows it in every run of the suite, in place of a result"""
+
+    unmeasured: str = ""
+    """Why there is no figure"""
+
+    @field_validator("results", mode="before")
+    @classmethod
+    def _one_or_several(cls, names: object) -> object:
+        return (names,) if isinstance(names, str) else names
+
+
+class Claim(Declared):
+    """One claim of the article, or of this project."""
+
+    says: str
+    """What it claims"""
+
+    protocol: str
+    """How it is measured"""
+
+    reached_when: str
+    """What must hold, in words"""
+
+    figures: tuple[Figure, ...]
+    """The figures"""
+
+    why: str = ""
+    """Why it is not reached, or what the figures do not show"""
+
+    log: str = ""
+    """Page of the docs with the experiments"""
+
+    picture: str = ""
+    """Picture beside the results"""
+
+
+class Declaration(Declared):
+    """The file."""
+
+    results: dict[str, Measurement]
+    """Result files by name"""
+
+    claims: dict[str, Claim]
+    """Claims by name, in the order of the table"""
+
+
+def read_declaration(checkout: Path) -> Declaration:
+    """Return the claims that a checkout declares.
+
+    Args:
+        checkout: root folder of the repository.
+
+    Raises:
+        ConfigError: there is no such file, or it is not well-formed.
+    """
+    path = checkout / "benchmarks" / "claims.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            "the claims and their results are not part of the installed package; "
+            "run this in a clone of the repository."
+        )
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the former is ten times as fast
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - it is safe
+        return Declaration.model_validate(content)
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); correct it.") from None

@@ -1,0 +1,330 @@
+"""The claims with their figures: what `deepseek claims` and `docs/claims.md` show."""
+
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from deepseek.claims.declaration import (
+    YES_OR_NO,
+    Claim,
+    Declaration,
+    Figure,
+    Measurement,
+    read_declaration,
+)
+from deepseek.claims.history import History
+from deepseek.claims.paths import Json, numbers, paired
+from deepseek.errors import ConfigError, shown
+
+State = Literal["reached", "partly", "missed", "not run"]
+
+MEETS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "=": operator.eq,
+}
+
+SHOWN: dict[str, Callable[[float, float], float]] = {
+    "ratio": operator.truediv,
+    "speedup": lambda ours, theirs: theirs / ours,
+    "change": lambda ours, theirs: ours / theirs - 1,
+    "difference": operator.sub,
+}
+"""What a figure with two sides shows."""
+
+
+class Shown(BaseModel):
+    """Base of what is printed: `deepseek claims --json` prints it as it is."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Source(Shown):
+    """Where a figure comes from."""
+
+    result: str
+    """Name of the file in `benchmarks/results/`"""
+
+    machine: str
+    """Processor"""
+
+    commit: str
+    """Commit of the checkout that measured it; `-dirty` behind it: with uncommitted changes"""
+
+    date: str
+    """Day"""
+
+    command: str
+    """Command that wrote the file"""
+
+    changed: list[str] | None
+    """What it measures and has changed since: the result is stale; null: unknown without git, or
+    because the commit is not in this clone"""
+
+
+class MeasuredFigure(Shown):
+    """One figure of a claim."""
+
+    what: str
+    """What is measured"""
+
+    text: str
+    """The figure as the table shows it; empty: not measured"""
+
+    value: float | None = None
+    """The figure; null: not measured, or not finite"""
+
+    interval: list[float | None] | None = None
+    """Lower and upper bound; a bound that is null is not finite"""
+
+    spread: str = ""
+    """What the interval is over, such as `3 seeds`"""
+
+    ours: str = ""
+    """Our side, where there are two"""
+
+    theirs: str = ""
+    """The other side"""
+
+    rival: str = ""
+    """What the other side is"""
+
+    goal: str = ""
+    """What is wanted, such as `>= 1.50x`; empty: shown for comparison"""
+
+    bound: float | None = None
+    """Its number"""
+
+    met: bool | None = None
+    """Whether the bound holds; null: no bound, or not measured"""
+
+    test: str = ""
+    """Test that shows it in every run of the suite"""
+
+    unmeasured: str = ""
+    """Why there is no figure"""
+
+    source: Source | None = None
+    """Where it comes from; null: not measured"""
+
+
+class ClaimRow(Shown):
+    """One claim."""
+
+    name: str
+    """Its name for `deepseek claims show` and `run`"""
+
+    says: str
+    """What the article says"""
+
+    protocol: str
+    """How it is measured"""
+
+    reached_when: str
+    """What must hold"""
+
+    state: State
+    """`reached`: every bound holds; `partly`: some do, others do not or are not measured; `missed`:
+    none does; `not run`: nothing is measured"""
+
+    stale: bool | None
+    """Whether a figure is older than the code that it measures; null: unknown"""
+
+    figures: list[MeasuredFigure]
+    """Its figures"""
+
+    why: str
+    """Why it is not reached, or what the figures do not show"""
+
+    log: str
+    """Page of the docs with the experiments"""
+
+    picture: str
+    """Picture in `benchmarks/results/`"""
+
+
+class ClaimTable(Shown):
+    """`deepseek claims --json`"""
+
+    commit: str | None
+    """Commit that results are compared with; null: no git repository, so nothing is known to be
+    stale"""
+
+    claims: list[ClaimRow]
+    """The claims"""
+
+
+class Evaluator:
+    """Computes the figures of claims from the results of a checkout."""
+
+    def __init__(self, checkout: Path, declaration: Declaration) -> None:
+        """Read results below `checkout` at need, each once."""
+        self.checkout = checkout
+        self.declared = declaration
+        self.history = History(checkout)
+        self._records: dict[str, Mapping[str, Json] | None] = {}
+
+    def table(self) -> ClaimTable:
+        """Return all claims."""
+        rows = [self.row(name, claim) for name, claim in self.declared.claims.items()]
+        return ClaimTable(commit=self.history.head(), claims=rows)
+
+    def row(self, name: str, claim: Claim) -> ClaimRow:
+        """Return one claim with its figures, one for each result of a declared figure."""
+        figures = [
+            self.measured(figure, result)
+            for figure in claim.figures
+            for result in figure.results or ("",)
+        ]
+        return ClaimRow(
+            name=name,
+            says=claim.says,
+            protocol=claim.protocol,
+            reached_when=claim.reached_when,
+            state=state_of(figures),
+            stale=any_stale(figures),
+            figures=figures,
+            why=claim.why,
+            log=claim.log,
+            picture=claim.picture,
+        )
+
+    def measured(self, figure: Figure, result: str) -> MeasuredFigure:
+        """Return a figure as a result has it, or why there is none."""
+        goal = goal_text(figure)
+        if figure.test:
+            return MeasuredFigure(
+                what=figure.what, text="tested", goal=goal, met=True, test=figure.test
+            )
+        record = self.record(result) if result and not figure.unmeasured else None
+        if record is None:
+            why = figure.unmeasured or "no result yet"
+            return MeasuredFigure(what=figure.what, text="", goal=goal, unmeasured=why)
+        try:
+            return compute(figure, record, self.source(result, record))
+        except (KeyError, ValueError, ZeroDivisionError) as error:
+            raise ConfigError(
+                f"results/{result}.json has no {shown(str(error))} for the figure "
+                f"{figure.what!r}; correct claims.yaml, or measure it again."
+            ) from None
+
+    def record(self, result: str) -> Mapping[str, Json] | None:
+        """Return the content of a result file; None: there is no such file."""
+        if result not in self._records:
+            path = results_folder(self.checkout) / f"{result}.json"
+            text = path.read_text(encoding="utf-8") if path.is_file() else "null"
+            self._records[result] = json.loads(text)
+        return self._records[result]
+
+    def source(self, result: str, record: Mapping[str, Json]) -> Source:
+        """Return where a result comes from, and what has changed since."""
+        measurement: Measurement = self.declared.results[result]
+        commit = str(record.get("commit", "unknown"))
+        return Source(
+            result=result,
+            machine=str(record.get("machine", "unknown")),
+            commit=commit,
+            date=str(record.get("date", "unknown")),
+            command=str(record.get("command", "unknown")),
+            changed=self.history.changed(commit, measurement.measures),
+        )
+
+
+def results_folder(checkout: Path) -> Path:
+    """Return the folder of the results."""
+    return checkout / "benchmarks" / "results"
+
+
+def claim_table(checkout: Path) -> ClaimTable:
+    """Return the claims of a checkout with their figures.
+
+    Raises:
+        ConfigError: there is no checkout, or its declaration does not fit its results.
+    """
+    return Evaluator(checkout, read_declaration(checkout)).table()
+
+
+def compute(figure: Figure, record: Mapping[str, Json], source: Source) -> MeasuredFigure:
+    """Compute a figure from a result.
+
+    Raises:
+        KeyError: the result does not hold it.
+    """
+    whole = dict(record)
+    ours = numbers(whole, figure.ours)
+    theirs = numbers(whole, figure.theirs) if figure.theirs else []
+    values = ours if figure.show == "value" else paired(SHOWN[figure.show], ours, theirs)
+    scaled = [figure.scale * value for value in values]
+    value = median(scaled)
+    bounds, spread = _bounds(figure, whole, scaled)
+    unit = figure.form.rpartition("}")[2]
+    texts = [_text(figure, bound) for bound in bounds]
+    interval = f" ({texts[0].removesuffix(unit)} to {texts[1]})" if texts else ""
+    return MeasuredFigure(
+        what=figure.what,
+        text=f"{_text(figure, value)}{interval}",
+        value=_finite(value),
+        interval=[_finite(bound) for bound in bounds] if bounds else None,
+        spread=spread,
+        ours=figure.sides.format(median(ours)) if theirs else "",
+        theirs=figure.sides.format(median(theirs)) if theirs else "",
+        rival=figure.rival,
+        goal=goal_text(figure),
+        bound=figure.goal and figure.goal[1],
+        met=figure.goal and MEETS[figure.goal[0]](value, figure.goal[1]),
+        source=source,
+    )
+
+
+def _bounds(figure: Figure, record: Json, scaled: list[float]) -> tuple[list[float], str]:
+    """Return lower and upper bound of a figure, empty if there are none, and what they are over."""
+    if figure.interval:
+        bounds = [figure.scale * numbers(record, path)[0] for path in figure.interval]
+        return bounds, figure.spread
+    if len(scaled) > 1:
+        return [min(scaled), max(scaled)], f"{len(scaled)} {figure.spread}"
+    return [], ""
+
+
+def _text(figure: Figure, value: float) -> str:
+    if figure.form == YES_OR_NO:
+        return "yes" if value else "no"
+    return figure.form.format(value) if math.isfinite(value) else "never"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def goal_text(figure: Figure) -> str:
+    """Return the bound of a figure as the table shows it."""
+    if figure.goal is None:
+        return "shown" if figure.test else ""
+    sign, bound = figure.goal
+    return f"{sign} {_text(figure, bound)}"
+
+
+def state_of(figures: list[MeasuredFigure]) -> State:
+    """Return the state of a claim with these figures."""
+    wanted = [figure.met for figure in figures if figure.goal]
+    if not any(figure.text for figure in figures):
+        return "not run"
+    if wanted and all(wanted):
+        return "reached"
+    return "partly" if any(wanted) else "missed"
+
+
+def any_stale(figures: list[MeasuredFigure]) -> bool | None:
+    """Return whether one of the figures is stale; None: unknown for one, and no other is."""
+    changes = [figure.source.changed for figure in figures if figure.source]
+    if any(changes):
+        return True
+    return None if None in changes else False

@@ -1,0 +1,73 @@
+"""Whether code has changed since a result was measured, by git."""
+
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+DIRTY = "-dirty"
+"""Mark behind a commit: measured with uncommitted changes."""
+
+
+class History:
+    """What git knows of a checkout: the content of its files at some commits, compared by digest.
+
+    Uncommitted changes do not count: a result is compared with the commit that is checked out.
+    """
+
+    def __init__(self, checkout: Path) -> None:
+        """Compare within `checkout`, which may be no git repository: then nothing is known."""
+        self.checkout = checkout
+        self._digests: dict[str, str | None] = {}
+
+    def head(self) -> str | None:
+        """Return the commit that is checked out, abbreviated; None: unknown."""
+        found = self._git("rev-parse", "--short", "HEAD")
+        return found.strip() if found else None
+
+    def changed(self, commit: str, paths: Iterable[str]) -> list[str] | None:
+        """Return the paths whose content differs between a commit and the one checked out.
+
+        Args:
+            commit: commit of a result, which may end in "-dirty".
+            paths: files and folders, from the root of the checkout.
+
+        Returns:
+            The paths; None if git is not there or does not know the commit.
+        """
+        paths = list(paths)
+        then = commit.removesuffix(DIRTY)
+        pairs = {path: (f"{then}:{path}", f"HEAD:{path}") for path in paths}
+        self._ask(
+            f"{then}^{{commit}}", "HEAD^{commit}", *(one for pair in pairs.values() for one in pair)
+        )
+        if None in (self._digests[f"{then}^{{commit}}"], self._digests["HEAD^{commit}"]):
+            return None
+        return [
+            path
+            for path, (before, now) in pairs.items()
+            if self._digests[before] is None or self._digests[before] != self._digests[now]
+        ]
+
+    def _ask(self, *names: str) -> None:
+        """Learn the digests of git objects; None: there is no such object."""
+        wanted = [name for name in dict.fromkeys(names) if name not in self._digests]
+        if not wanted:
+            return
+        found = self._git("cat-file", "--batch-check=%(objectname)", text="\n".join(wanted) + "\n")
+        lines = found.splitlines() if found else [""] * len(wanted)
+        for name, line in zip(wanted, lines, strict=True):
+            self._digests[name] = line if line and " " not in line else None
+
+    def _git(self, *words: str, text: str = "") -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *words],  # noqa: S607 - whichever git the user has
+                cwd=self.checkout,
+                input=text,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout

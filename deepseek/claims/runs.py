@@ -1,0 +1,169 @@
+"""Make results anew: the commands that `benchmarks/claims.yaml` declares, one after another."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek.checkpoint.store import home
+from deepseek.claims.declaration import Declaration
+from deepseek.claims.evaluation import ClaimRow, results_folder
+from deepseek.errors import ConfigError
+
+STOPPING_SECONDS = 60.0
+"""Longest time that an interrupted benchmark gets to stop at a safe point."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders and files that commands name.
+
+    Attributes:
+        results: where result files are written.
+        corpora: text that `benchmarks/corpora.py` fetches.
+        work: what an interrupted run keeps; a folder for each result.
+    """
+
+    results: Path
+    corpora: Path
+    work: Path
+
+    @classmethod
+    def of_user(cls, checkout: Path) -> "Places":
+        """Return the results of the checkout, and folders in the library's home."""
+        return cls(results_folder(checkout), home() / "corpora", home() / "bench")
+
+    @classmethod
+    def below(cls, folder: Path) -> "Places":
+        """Return places that end with a temporary folder, which is the library's home as well."""
+        return cls(folder / "results", folder / "corpora", folder / "bench")
+
+    def filled_in(self, command: str, result: str) -> list[str]:
+        """Return the words of a command for one result, without the interpreter."""
+        values = {
+            "RESULT": self.results / f"{result}.json",
+            "PLOT": self.results / f"{result}.png",
+            "CORPORA": self.corpora,
+            "WORK": self.work / result,
+        }
+        words = []
+        for word in shlex.split(command):
+            name, slash, rest = word.partition("/")
+            words.append(f"{values[name]}{slash}{rest}" if name in values else word)
+        return words
+
+
+def due_results(
+    declared: Declaration, rows: Iterable[ClaimRow], quick: bool, only_stale: bool
+) -> list[str]:
+    """Return the results of claims that have a command, each once.
+
+    Args:
+        declared: the claims.
+        rows: the claims to run, with their figures.
+        quick: those with a quick command instead.
+        only_stale: leave out those that are there and not stale.
+    """
+    due = []
+    for row in rows:
+        fresh = {
+            figure.source.result
+            for figure in row.figures
+            if figure.source and figure.source.changed == []
+        }
+        for figure in declared.claims[row.name].figures:
+            for result in figure.results:
+                measurement = declared.results[result]
+                command = measurement.quick if quick else measurement.command
+                if command and not (only_stale and result in fresh):
+                    due.append(result)
+    return list(dict.fromkeys(due))
+
+
+def check_corpora(commands: Iterable[list[str]], corpora: Path) -> None:
+    """Refuse to start while text is missing that a command needs.
+
+    Raises:
+        ConfigError: a folder below `corpora` that a command names is not there.
+    """
+    words = {word for command in commands for word in command if word.startswith(str(corpora))}
+    missing = sorted(Path(word).name for word in words if not Path(word).exists())
+    if missing:
+        names = "all" if corpora.name in missing else " ".join(missing)
+        raise ConfigError(
+            f"text of the benchmarks is missing in {corpora}; "
+            f"fetch it with `python benchmarks/corpora.py {names}`."
+        )
+
+
+def run_commands(
+    commands: dict[str, list[str]], checkout: Path, say: Callable[[str], None], **variables: str
+) -> list[str]:
+    """Run commands one after another and return the names of those that failed.
+
+    Args:
+        commands: arguments of Python by the name of the result.
+        checkout: folder to run them in.
+        say: called with a line before each command, and after one that failed.
+        variables: environment variables beside those of this process.
+
+    Raises:
+        KeyboardInterrupt: interrupted; says which are finished.
+    """
+    failed: list[str] = []
+    finished: list[str] = []
+    for number, (name, words) in enumerate(commands.items(), 1):
+        say(f"[{number}/{len(commands)}] {name}: python {shlex.join(words)}")
+        try:
+            status = _run(words, checkout, os.environ | variables)
+        except KeyboardInterrupt:
+            done = f"finished: {', '.join(finished)}" if finished else "nothing is finished"
+            raise KeyboardInterrupt(f"interrupted during {name}, {done}; run it again") from None
+        if status:
+            failed.append(name)
+            say(f"{name} failed (exit code {status})")
+        else:
+            finished.append(name)
+    return failed
+
+
+def _run(words: list[str], checkout: Path, environment: dict[str, str]) -> int:
+    """Run Python and return its exit code; an interrupt is passed on once, and waited for."""
+    # A process group of its own: a terminal would interrupt it as well, and it would be twice.
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=checkout,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(STOPPING_SECONDS)
+        finally:
+            _end(process.pid)
+        raise
+
+
+def _end(group: int) -> None:
+    """End what is left of a process group."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def quick_commands(
+    declared: Declaration, results: Iterable[str], places: Places
+) -> Iterator[tuple[str, list[str]]]:
+    """Give the preparation of a quick run, and its commands."""
+    yield "preparation", ["benchmarks/quick_home.py", str(places.corpora.parent)]
+    for result in results:
+        yield result, places.filled_in(declared.results[result].quick, result)

@@ -1,0 +1,181 @@
+"""`deepseek claims`: the article's claims, what was measured, and whether they are reached."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deepseek.claims.declaration import CHECKOUT, read_declaration
+from deepseek.claims.evaluation import ClaimRow, ClaimTable, MeasuredFigure, claim_table
+from deepseek.cli.options import Json
+from deepseek.cli.output import echo, plain
+from deepseek.errors import UserError
+from deepseek.registry import pick
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(add_completion=False, help="The article's claims and what was measured.")
+
+Name = Annotated[str, typer.Argument(help="Name of a claim.")]
+
+COLOURS = {"reached": "green", "partly": "yellow", "missed": "red", "not run": "dim"}
+
+QUICK_NOTE = "quick: tiny models and few steps, to see that the commands work; no figure is kept"
+
+
+@app.callback(invoke_without_command=True)
+def table(context: typer.Context, as_json: Json = False) -> None:
+    """Print the claims, what was measured for each, and whether they are reached."""
+    if context.invoked_subcommand is not None:
+        return
+    found = claim_table(CHECKOUT)
+    if as_json:
+        from deepseek.cli.shapes import print_json
+
+        print_json(found)
+        return
+    _print_table(found)
+
+
+@app.command()
+def show(name: Name, as_json: Json = False) -> None:
+    """Print a claim with its protocol, both sides, machines, commits and commands."""
+    found = claim_table(CHECKOUT)
+    row = pick({row.name: row for row in found.claims}, name, "claim")
+    if as_json:
+        from deepseek.cli.shapes import print_json
+
+        print_json(row)
+        return
+    echo(f"{row.name}: {row.says}", f"[{state(row)}]")
+    for heading, text in (
+        ("protocol", row.protocol),
+        ("reached when", row.reached_when),
+        ("why", row.why),
+        ("log", row.log and f"docs/{row.log}"),
+    ):
+        if text:
+            echo(f"  {heading}: {text}")
+    for figure in row.figures:
+        echo()
+        for line in figure_lines(figure):
+            echo(line)
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="Name of a claim, or all.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny models and few steps; no figure is kept.")
+    ] = False,
+) -> None:
+    """Run the benchmarks of a claim, or of all whose results are missing or stale.
+
+    Ctrl-C stops at a safe point; finished results stay.
+    """
+    from deepseek.claims.runs import (
+        Places,
+        check_corpora,
+        due_results,
+        quick_commands,
+        run_commands,
+    )
+
+    declared = read_declaration(CHECKOUT)
+    found = {row.name: row for row in claim_table(CHECKOUT).claims}
+    is_all = name == "all"
+    rows = list(found.values()) if is_all else [pick(found, name, "claim")]
+    results = due_results(declared, rows, quick, only_stale=is_all and not quick)
+    if not results:
+        echo(
+            "nothing to run: " + ("every result is up to date" if is_all else _no_command(rows[0]))
+        )
+        return
+    if not quick:
+        places = Places.of_user(CHECKOUT)
+        commands = {one: places.filled_in(declared.results[one].command, one) for one in results}
+        check_corpora(commands.values(), places.corpora)
+        _report(run_commands(commands, CHECKOUT, _say))
+        return
+    with TemporaryDirectory(prefix="deepseek-quick-") as folder:
+        _say(QUICK_NOTE)
+        places = Places.below(Path(folder))
+        quick_ones = dict(quick_commands(declared, results, places))
+        _report(run_commands(quick_ones, CHECKOUT, _say, DEEPSEEK_HOME=folder))
+
+
+def _say(line: str) -> None:
+    echo(line, error=True)
+
+
+def _no_command(row: ClaimRow) -> str:
+    return f"{row.name} has no benchmark with such a command yet"
+
+
+def _report(failed: list[str]) -> None:
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed; see the messages above, then run it again.")
+
+
+def state(row: ClaimRow) -> str:
+    """Return the state of a claim in words."""
+    mark = {True: ", stale", False: "", None: ", staleness unknown"}[row.stale]
+    return f"{row.state}{mark}"
+
+
+def figure_lines(figure: MeasuredFigure) -> list[str]:
+    """Return a figure with its circumstances, a line each."""
+    verdict = {True: "met", False: "not met", None: ""}[figure.met]
+    goal = f"wanted {figure.goal}" if figure.goal else ""
+    measured = figure.text or f"not run ({figure.unmeasured})"
+    facts = [measured, figure.spread and f"over {figure.spread}", goal, verdict]
+    lines = [f"{figure.what}: {'; '.join(fact for fact in facts if fact)}"]
+    if figure.theirs:
+        lines.append(f"  ours {figure.ours}; {figure.rival} {figure.theirs}")
+    if figure.test:
+        lines.append(f"  {figure.test}")
+    source = figure.source
+    if source:
+        lines.append(f"  {source.machine}; commit {source.commit}; {source.date}")
+        lines.append(f"  {source.command}")
+        if source.changed is None:
+            lines.append("  unknown whether it is stale: its commit is not in this repository")
+        elif source.changed:
+            lines.append(f"  stale, changed since: {', '.join(source.changed)}")
+    return lines
+
+
+def _print_table(found: ClaimTable) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for width in (26, 14, None):
+        shown.add_column(width=width)
+    for row in found.claims:
+        shown.add_row(
+            plain(row.name, "bold"), plain(state(row), COLOURS[row.state]), plain(row.says)
+        )
+        for figure in row.figures:
+            if figure.goal:
+                _add_figure(shown, figure)
+    Console().print(shown)
+    echo()
+    counts = {name: sum(row.state == name for row in found.claims) for name in COLOURS}
+    echo(f"{len(found.claims)} claims:", ", ".join(f"{n} {name}" for name, n in counts.items()))
+    if found.commit is None:
+        echo("Unknown which results are older than the code: this is no git repository.")
+    else:
+        stale = sum(row.stale is True for row in found.claims)
+        echo(f"{stale} stale: code that they measure differs at {found.commit}.")
+    echo("`deepseek claims show NAME`: protocol, machine, commit, command, and why.")
+
+
+def _add_figure(shown: "Table", figure: MeasuredFigure) -> None:
+    """Add a figure below its claim: the figure, what is wanted, and what it is of which sides."""
+    sides = f": {figure.ours}; {figure.rival} {figure.theirs}" if figure.theirs else ""
+    style = {True: "", False: "red", None: "dim"}[figure.met]
+    cells = (f"  {figure.text or 'not run'}", figure.goal, f"{figure.what}{sides}")
+    shown.add_row(*(plain(cell, style) for cell in cells))
