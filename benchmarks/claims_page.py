@@ -1,4 +1,4 @@
-"""Write `docs/claims.md` and its picture from `benchmarks/claims.yaml` and `benchmarks/results/*.json`.
+"""Write `docs/claims.md` and its picture from `benchmarks/claims.yaml` and the result files.
 
 python benchmarks/claims_page.py             # --check: fail if the page is out of date, and write
 nothing
@@ -10,6 +10,7 @@ Which results are stale depends on every commit, so the page says of which commi
 import argparse
 import re
 import sys
+from textwrap import fill
 
 from matplotlib.figure import Figure
 from report import ANCHOR, PROCESSORS, PROVENANCE, RESULTS, ROOT, head, line, provenance
@@ -77,6 +78,11 @@ def figure_line(figure: MeasuredFigure) -> str:
     return line([*cells, figure.ours, other, processor, place])
 
 
+def wrapped(text: str) -> str:
+    """Return a paragraph in lines as long as those of other pages."""
+    return fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def section(row: ClaimRow) -> list[str]:
     """Return the part of the page about a claim."""
     lines = [
@@ -84,7 +90,7 @@ def section(row: ClaimRow) -> list[str]:
         "",
         f"**{row.says}.** State: {state(row)}.",
         "",
-        f"{row.protocol} Reached when {row.reached_when}.",
+        wrapped(f"{row.protocol} Reached when {row.reached_when}."),
         "",
         *head(
             ["figure", "measured", "wanted", "met", "ours", "the other side", "processor", "from"]
@@ -98,7 +104,7 @@ def section(row: ClaimRow) -> list[str]:
         else ""
     )
     if row.why or log:
-        lines += [f"{row.why}{log}".strip(), ""]
+        lines += [wrapped(f"{row.why}{log}"), ""]
     if row.picture:
         lines += [f"![{row.name}](../benchmarks/results/{row.picture})", ""]
     return lines

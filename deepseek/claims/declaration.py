@@ -62,8 +62,8 @@ class Figure(Declared):
     """What the other side is"""
 
     show: Literal["value", "ratio", "speedup", "change", "difference"] = "value"
-    """`value` is ours; `ratio` ours over theirs, `speedup` theirs over ours, `change` the ratio less
-    one, `difference` ours less theirs"""
+    """`value` is ours, `ratio` ours over theirs, `speedup` theirs over ours, `change` the ratio
+    less one, `difference` ours less theirs"""
 
     scale: float = 1.0
     """Factor before it is shown; 100 turns shares into per cent"""
@@ -147,7 +147,7 @@ def read_declaration(checkout: Path) -> Declaration:
         )
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the former is ten times as fast
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - it is safe
-        return Declaration.model_validate(content)
+        text = path.read_text(encoding="utf-8")
+        return Declaration.model_validate(yaml.load(text, Loader=loader))  # noqa: S506 - it is safe
     except (ValidationError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); correct it.") from None

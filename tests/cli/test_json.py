@@ -102,6 +102,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Any], object], object]] = {
         lambda o: (o["length"], o["batch"], o["gpus"], o["fits"]),
         (100, 3, 1, True),
     ),
+    "claims": ("claims", lambda o: len(o["claims"]) >= 24, True),
+    "claims show": ("claims show rlpo", lambda o: o["figures"][0]["source"]["result"], "rlpo"),
     "bench": ("bench", lambda o: "decode" in [row["name"] for row in o["benchmarks"]], True),
 }
 

@@ -12,6 +12,9 @@ HEAVY = {"datasets", "matplotlib", "numba", "pyarrow", "sklearn", "torch", "tran
 LIGHT = [
     "bench",
     "bench --json",
+    "claims",
+    "claims --json",
+    "claims show dpe",
     "expert list",
     "expert list --json",
     "models list",

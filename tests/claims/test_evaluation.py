@@ -1,0 +1,234 @@
+"""`deepseek.claims`: figures from result files, what is reached, and what is stale
+(declaration, paths, history, evaluation).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from claim_files import DECLARATION, commit_all, git, make_checkout, write_result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek.claims.declaration import CHECKOUT, Side, read_declaration
+from deepseek.claims.evaluation import ClaimTable, MeasuredFigure, claim_table, state_of
+from deepseek.claims.history import History
+from deepseek.claims.paths import numbers
+from deepseek.errors import ConfigError
+
+ARTICLE = [
+    "params",
+    "speed",
+    "latency",
+    "dpe",
+    "lsh",
+    "memory",
+    "curriculum",
+    "schedule",
+    "last3",
+    "lora",
+    "rlpo",
+    "prefs",
+    "code-routing",
+    "int8",
+    "compiled",
+    "zero3",
+    "hotplug",
+    "compose",
+]
+ADDED = ["scale", "against", "many", "fresh", "infilling", "human-prefs"]
+"""The claims that the design asks for: those of the article, and those of this project."""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return make_checkout(tmp_path / "clone")
+
+
+def by_name(table: ClaimTable) -> dict[str, Any]:
+    return {row.name: row for row in table.claims}
+
+
+def test_every_claim_of_the_design_is_declared() -> None:
+    assert list(read_declaration(CHECKOUT).claims) == ARTICLE + ADDED
+
+
+def test_the_table_has_them_all_and_says_why_where_one_is_not_reached() -> None:
+    rows = by_name(claim_table(CHECKOUT))
+    assert list(rows) == ARTICLE + ADDED
+    assert [name for name, row in rows.items() if row.state != "reached" and not row.why] == []
+    unexplained = [
+        (name, figure.what)
+        for name, row in rows.items()
+        for figure in row.figures
+        if not figure.text and not figure.unmeasured
+    ]
+    assert unexplained == []
+
+
+def test_what_the_declaration_names_is_there() -> None:
+    declared = read_declaration(CHECKOUT)
+    figures = [figure for claim in declared.claims.values() for figure in claim.figures]
+    names = {name for figure in figures for name in figure.results}
+    assert names == set(declared.results), "a claim uses every declared result, and no other"
+    paths = [path for one in declared.results.values() for path in one.measures]
+    paths += [f"docs/{claim.log}" for claim in declared.claims.values() if claim.log]
+    paths += [
+        f"benchmarks/results/{claim.picture}" for claim in declared.claims.values() if claim.picture
+    ]
+    for one in declared.results.values():
+        paths += [words.split()[0] for words in (one.command, one.quick) if words]
+    assert [path for path in paths if not (CHECKOUT / path).exists()] == []
+    tests = [figure.test.split("::") for figure in figures if figure.test]
+    assert [
+        name for file, name in tests if f"def {name}(" not in (CHECKOUT / file).read_text()
+    ] == []
+
+
+def test_a_result_that_is_there_is_shown() -> None:
+    """A figure cannot be called unmeasured while a result is named for it."""
+    figures = [f for claim in read_declaration(CHECKOUT).claims.values() for f in claim.figures]
+    assert [f.what for f in figures if f.unmeasured and (f.results or f.test)] == []
+    assert [f.what for f in figures if not (f.unmeasured or f.results or f.test)] == []
+
+
+def test_a_figure_is_the_median_of_its_rounds_with_their_range(checkout: Path) -> None:
+    figure = by_name(claim_table(checkout))["fast"].figures[0]
+    assert (figure.value, figure.interval, figure.spread) == (3.0, [2.0, 3.0], "3 rounds")
+    assert figure.text == "3.0x (2.0 to 3.0x)"
+    assert (figure.ours, figure.rival, figure.theirs, figure.met) == ("6", "theirs", "2", True)
+
+
+def test_a_claim_that_was_never_run_stays_in_the_table(checkout: Path) -> None:
+    row = by_name(claim_table(checkout))["better"]
+    assert (row.state, row.stale) == ("not run", False)
+    assert [figure.unmeasured for figure in row.figures] == ["no result yet", "no benchmark"]
+    assert [(figure.value, figure.text) for figure in row.figures] == [(None, "")] * 2
+
+
+def test_a_bound_that_is_not_measured_keeps_a_claim_from_being_reached(checkout: Path) -> None:
+    write_result(checkout, "gain", "unknown", gain=0.7)
+    assert by_name(claim_table(checkout))["better"].state == "partly"
+    write_result(checkout, "gain", "unknown", gain=0.3)
+    assert by_name(claim_table(checkout))["better"].state == "missed"
+
+
+@pytest.mark.parametrize(
+    ("met", "state"),
+    [
+        ([True, True], "reached"),
+        ([True, False], "partly"),
+        ([True, None], "partly"),
+        ([False, None], "missed"),
+    ],
+)
+def test_states(met: list[bool | None], state: str) -> None:
+    figures = [
+        MeasuredFigure(what="x", text="" if one is None else "1", goal=">= 1", met=one)
+        for one in met
+    ]
+    assert state_of(figures) == state
+
+
+def test_a_result_is_stale_once_its_code_has_changed(checkout: Path) -> None:
+    commit = git(checkout, "rev-parse", "--short", "HEAD")
+    assert by_name(claim_table(checkout))["fast"].stale is False
+    (checkout / "package" / "train.py").write_text("new\n")
+    commit_all(checkout)
+    assert by_name(claim_table(checkout))["fast"].stale is False, "it measures other code"
+    (checkout / "package" / "engine" / "step.py").write_text("new\n")
+    head = commit_all(checkout)
+    table = claim_table(checkout)
+    figures = by_name(table)["fast"].figures
+    assert table.commit == head
+    assert by_name(table)["fast"].stale is True
+    assert [figure.source.changed for figure in figures] == [["package/engine"]] * 2
+    (checkout / "package" / "engine" / "step.py").write_text("old\n")
+    commit_all(checkout)
+    assert History(checkout).changed(commit, ["package/engine"]) == [], "content counts"
+
+
+@pytest.mark.parametrize("commit", ["unknown", "0123456", "", "--help", "HEAD\nHEAD"])
+def test_of_an_unknown_commit_nothing_is_known(checkout: Path, commit: str) -> None:
+    assert History(checkout).changed(commit, ["package/engine"]) is None
+
+
+def test_code_that_was_not_there_is_a_change(checkout: Path) -> None:
+    commit = git(checkout, "rev-parse", "HEAD")
+    git(checkout, "mv", "package/engine", "package/motor")
+    commit_all(checkout)
+    paths = ["package/engine", "package/motor", "package/train.py"]
+    assert History(checkout).changed(commit, paths) == ["package/engine", "package/motor"]
+
+
+def test_outside_a_repository_staleness_is_unknown(checkout: Path) -> None:
+    shutil.rmtree(checkout / ".git")
+    table = claim_table(checkout)
+    assert table.commit is None
+    assert by_name(table)["fast"].stale is None
+    assert by_name(table)["fast"].state == "reached"
+
+
+def test_without_git_staleness_is_unknown(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert by_name(claim_table(checkout))["fast"].stale is None
+
+
+def test_a_misspelt_key_is_refused(checkout: Path) -> None:
+    spoilt = json.loads(json.dumps(DECLARATION))
+    spoilt["claims"]["fast"]["figures"][0]["gaol"] = [">=", 1]
+    (checkout / "benchmarks" / "claims.yaml").write_text(yaml.safe_dump(spoilt))
+    with pytest.raises(ConfigError, match="gaol"):
+        claim_table(checkout)
+
+
+def test_a_figure_that_its_result_does_not_hold_is_named(checkout: Path) -> None:
+    write_result(checkout, "speed", "unknown", rounds={"ours": [1.0, 2.0, 3.0]})
+    with pytest.raises(ConfigError, match=r"results/speed\.json has no .*theirs"):
+        claim_table(checkout)
+
+
+def test_without_a_checkout_it_says_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="clone"):
+        claim_table(tmp_path)
+
+
+RECORD = {"a": {"x": 1.0, "y": 3.0}, "runs": [{"saved": 0.5}, {"saved": -0.5}], "yes": True}
+
+
+@pytest.mark.parametrize(
+    ("side", "found"),
+    [
+        ("a/x", [1.0]),
+        ("a/*", [1.0, 3.0]),
+        ("runs/*/saved", [0.5, -0.5]),
+        ("runs/1/saved", [-0.5]),
+        ("yes", [1.0]),
+        (("a/y", "minus", "a/x"), [2.0]),
+        (("a/y", "over", "a/x"), [3.0]),
+        (("runs/*/saved", "minus", "a/x"), [-0.5, -1.5]),
+        (("nothing", "or", "a/x"), [1.0]),
+    ],
+)
+def test_paths(side: Side, found: list[float]) -> None:
+    assert numbers(RECORD, side) == found
+
+
+@pytest.mark.parametrize(
+    "side", ["b", "a", "a/x/*", "a/x/z", "runs/2/saved", ("b", "minus", "a/x")]
+)
+def test_a_path_that_leads_nowhere_is_an_error(side: Side) -> None:
+    with pytest.raises(KeyError):
+        numbers(RECORD, side)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8), st.floats(-1e6, 1e6))
+def test_a_difference_is_taken_in_pairs(values: list[float], other: float) -> None:
+    record = {"ours": values, "theirs": values, "one": other}
+    assert numbers(record, ("ours/*", "minus", "theirs/*")) == [0.0] * len(values)
+    assert numbers(record, ("ours/*", "minus", "one")) == [value - other for value in values]

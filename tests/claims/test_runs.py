@@ -1,0 +1,201 @@
+"""`deepseek claims` and `deepseek claims run`: the table, wrong names, which commands run, failures
+and Ctrl-C (`deepseek.claims.runs`, `deepseek.cli.claims`).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from claim_files import commit_all, make_checkout, write_result
+
+from deepseek.claims.declaration import read_declaration
+from deepseek.claims.evaluation import claim_table
+from deepseek.claims.runs import Places, check_corpora, due_results, run_commands
+from deepseek.cli import claims
+from deepseek.cli.main import main
+from deepseek.errors import ConfigError
+
+BENCHMARK = """
+import json, sys
+from pathlib import Path
+path = Path(sys.argv[-1])
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text(json.dumps({"rounds": {"ours": [8.0], "theirs": [2.0]}, "commit": "unknown"}))
+"""
+
+STOPS_SAFELY = """
+import sys, time
+from pathlib import Path
+Path(sys.argv[1]).write_text("started")
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.2)
+    Path(sys.argv[1]).write_text("stopped safely")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout that the command line takes for its own."""
+    folder = make_checkout(tmp_path / "clone")
+    (folder / "benchmarks" / "speed.py").write_text(BENCHMARK)
+    (folder / "benchmarks" / "quick_home.py").write_text("")
+    (folder / "benchmarks" / "gain.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(claims, "CHECKOUT", folder)
+    return folder
+
+
+def call(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main(["claims", *arguments])
+    return stop.value.code
+
+
+def test_the_table_shows_every_claim_with_figure_bound_and_state(
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    (checkout / "package" / "engine" / "step.py").write_text("new\n")
+    commit_all(checkout)
+    assert call() == 0
+    printed = capsys.readouterr().out
+    assert "reached, stale" in printed
+    assert "3.0x (2.0 to 3.0x)" in printed and ">= 2.0x" in printed
+    assert printed.count("not run") >= 3
+    assert "2 claims: 1 reached, 0 partly, 0 missed, 1 not run" in printed
+
+
+def test_a_claim_in_full_has_protocol_sides_machine_commit_and_command(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("show", "fast") == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "In turns.",
+        "ours 6; theirs 2",
+        "A, 2 cores",
+        "python x",
+        "-dirty",
+        "over 3 rounds",
+    ):
+        assert part in printed
+    assert call("show", "better", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["why"] == "Too little text."
+
+
+@pytest.mark.parametrize("words", [("show", "fats"), ("run", "fats"), ("run", "fats", "--quick")])
+def test_a_misspelt_name_is_answered(
+    words: tuple[str, ...], checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*words) == 2
+    assert "perhaps 'fast' is meant" in capsys.readouterr().err
+
+
+def test_outside_a_checkout_it_says_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claims, "CHECKOUT", tmp_path)
+    for words in ((), ("show", "fast"), ("run", "fast")):
+        assert call(*words) == 2
+        assert "clone of the repository" in capsys.readouterr().err
+
+
+def test_running_a_claim_writes_its_result(
+    checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call("run", "fast") == 0
+    assert "[1/1] speed: python benchmarks/speed.py --json" in capfd.readouterr().err
+    assert claim_table(checkout).claims[0].figures[0].value == 4.0
+
+
+def test_a_quick_run_keeps_no_figure_and_says_so(
+    checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = (checkout / "benchmarks" / "results" / "speed.json").read_text()
+    assert call("run", "all", "--quick") == 0
+    assert "no figure" in capfd.readouterr().err
+    assert (checkout / "benchmarks" / "results" / "speed.json").read_text() == before
+
+
+def test_a_claim_without_a_quick_benchmark_runs_nothing(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("run", "better", "--quick") == 0
+    assert "nothing to run" in capsys.readouterr().out
+
+
+def test_text_that_is_missing_stops_before_anything_runs(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("run", "better") == 2
+    said = capsys.readouterr().err
+    assert "python benchmarks/corpora.py code" in said
+    assert "[1/1]" not in said
+
+
+def test_all_runs_what_is_missing_or_stale(checkout: Path) -> None:
+    declared = read_declaration(checkout)
+
+    def due(only_stale: bool) -> list[str]:
+        return due_results(declared, claim_table(checkout).claims, False, only_stale)
+
+    assert due(only_stale=False) == ["speed", "gain"]
+    assert due(only_stale=True) == ["gain"]
+    (checkout / "package" / "engine" / "step.py").write_text("new\n")
+    head = commit_all(checkout)
+    assert due(only_stale=True) == ["speed", "gain"]
+    write_result(checkout, "gain", head, gain=1.0)
+    assert due(only_stale=True) == ["speed"]
+
+
+def test_a_failure_is_named_and_the_others_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    (tmp_path / "good.py").write_text("open('done', 'w')")
+    commands = {"bad": ["bad.py"], "good": ["good.py"]}
+    assert run_commands(commands, tmp_path, said.append) == ["bad"]
+    assert (tmp_path / "done").exists()
+    assert "bad failed (exit code 3)" in said
+
+
+def test_commands_get_their_places(tmp_path: Path) -> None:
+    places = Places.below(tmp_path)
+    words = places.filled_in("x.py CORPORA/a CORPORA --json RESULT --plot PLOT --work WORK", "r")
+    assert words == [
+        "x.py",
+        f"{tmp_path}/corpora/a",
+        f"{tmp_path}/corpora",
+        "--json",
+        f"{tmp_path}/results/r.json",
+        "--plot",
+        f"{tmp_path}/results/r.png",
+        "--work",
+        f"{tmp_path}/bench/r",
+    ]
+    with pytest.raises(ConfigError, match=r"corpora\.py all"):
+        check_corpora([words], places.corpora)
+
+
+def test_an_interrupted_benchmark_stops_at_a_safe_point(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(STOPS_SAFELY)
+    note = tmp_path / "note"
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom deepseek.claims.runs import run_commands\n"
+        "try:\n run_commands({'slow': ['slow.py', sys.argv[1]]}, Path(sys.argv[2]), print)\n"
+        "except KeyboardInterrupt as stop:\n print(stop)"
+    )
+    command = [sys.executable, "-c", program, str(note), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not note.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    assert note.read_text() == "stopped safely"
+    assert "interrupted during slow, nothing is finished" in printed
