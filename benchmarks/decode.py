@@ -288,7 +288,7 @@ def main() -> None:
     turns["transformers bf16"] = transformers_bf16(str(model.experts.base_folder))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for kind in ("Q8_0", "BF16") if options.llama else ():
             if not (folder / f"{kind}.gguf").exists():
                 write_gguf(model, folder / f"{kind}.gguf", kind)
