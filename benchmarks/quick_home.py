@@ -8,7 +8,6 @@ of bytes, each corpus is a part of this package's source, and `corpora/expert.sa
 of a random expert.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from deepseek.engine.load import load
 
 PACKAGE = Path(__file__).resolve().parents[1] / "deepseek"
 CORPORA = ("code-a", "code-b", "code-c", "prose", "science", "public-prose", "public-code")
-FILES = 24
+FILES, CHARACTERS = 4, 6000
+"""Of a corpus; `position_length.py` needs a held-out file of more than 4,096 tokens in the first."""
 
 SHAPE = {
     "vocab_size": 49152,  # benchmarks draw token ids below that of SmolLM2
@@ -40,8 +40,10 @@ def prepare(folder: Path) -> None:
     for number, name in enumerate(CORPORA):
         corpus = folder / "corpora" / name
         corpus.mkdir(parents=True)
-        for path in sources[number :: len(CORPORA)][:FILES]:
-            shutil.copy(path, corpus / f"{path.parent.name}_{path.name}")
+        count = FILES if number else 6 * FILES
+        for path in sources[number :: len(CORPORA)][:count]:
+            text = path.read_text(encoding="utf-8")[:CHARACTERS]
+            (corpus / f"{path.parent.name}_{path.name}").write_text(text, encoding="utf-8")
     save_expert(load(base, dtype="float32"), "expert", folder / "corpora")
 
 

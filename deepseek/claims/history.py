@@ -1,11 +1,16 @@
 """Whether code has changed since a result was measured, by git."""
 
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 DIRTY = "-dirty"
 """Mark behind a commit: measured with uncommitted changes."""
+
+
+NAME = re.compile(r"\w[\w.-]*")
+"""A commit as `git describe` names it; others could be several lines or an option."""
 
 
 class History:
@@ -36,6 +41,8 @@ class History:
         """
         paths = list(paths)
         then = commit.removesuffix(DIRTY)
+        if not NAME.fullmatch(then):
+            return None
         pairs = {path: (f"{then}:{path}", f"HEAD:{path}") for path in paths}
         self._ask(
             f"{then}^{{commit}}", "HEAD^{commit}", *(one for pair in pairs.values() for one in pair)
