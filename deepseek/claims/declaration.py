@@ -120,7 +120,7 @@ class Claim(Declared):
     """Picture beside the results"""
 
 
-class Declaration(Declared):
+class DeclaredClaims(Declared):
     """The file."""
 
     results: dict[str, Measurement]
@@ -130,7 +130,7 @@ class Declaration(Declared):
     """Claims by name, in the order of the table"""
 
 
-def read_declaration(checkout: Path) -> Declaration:
+def read_declaration(checkout: Path) -> DeclaredClaims:
     """Return the claims that a checkout declares.
 
     Args:
@@ -148,6 +148,6 @@ def read_declaration(checkout: Path) -> Declaration:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the former is ten times as fast
     try:
         text = path.read_text(encoding="utf-8")
-        return Declaration.model_validate(yaml.load(text, Loader=loader))  # noqa: S506 - it is safe
+        return DeclaredClaims.model_validate(yaml.load(text, Loader=loader))  # noqa: S506 - it is safe
     except (ValidationError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); correct it.") from None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from deepseek.claims.declaration import (
     YES_OR_NO,
     Claim,
-    Declaration,
+    DeclaredClaims,
     Figure,
     Measurement,
     read_declaration,
@@ -47,7 +47,7 @@ class Shown(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class Source(Shown):
+class Provenance(Shown):
     """Where a figure comes from."""
 
     result: str
@@ -112,7 +112,7 @@ class MeasuredFigure(Shown):
     unmeasured: str = ""
     """Why there is no figure"""
 
-    source: Source | None = None
+    source: Provenance | None = None
     """Where it comes from; null: not measured"""
 
 
@@ -165,7 +165,7 @@ class ClaimTable(Shown):
 class Evaluator:
     """Computes the figures of claims from the results of a checkout."""
 
-    def __init__(self, checkout: Path, declaration: Declaration) -> None:
+    def __init__(self, checkout: Path, declaration: DeclaredClaims) -> None:
         """Read results below `checkout` at need, each once."""
         self.checkout = checkout
         self.declared = declaration
@@ -224,11 +224,11 @@ class Evaluator:
             self._records[result] = json.loads(text)
         return self._records[result]
 
-    def source(self, result: str, record: Mapping[str, Json]) -> Source:
+    def source(self, result: str, record: Mapping[str, Json]) -> Provenance:
         """Return where a result comes from, and what has changed since."""
         measurement: Measurement = self.declared.results[result]
         commit = str(record.get("commit", "unknown"))
-        return Source(
+        return Provenance(
             result=result,
             machine=str(record.get("machine", "unknown")),
             commit=commit,
@@ -252,7 +252,7 @@ def claim_table(checkout: Path) -> ClaimTable:
     return Evaluator(checkout, read_declaration(checkout)).table()
 
 
-def compute(figure: Figure, record: Mapping[str, Json], source: Source) -> MeasuredFigure:
+def compute(figure: Figure, record: Mapping[str, Json], source: Provenance) -> MeasuredFigure:
     """Compute a figure from a result.
 
     Raises:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.checkpoint.store import home
-from deepseek.claims.declaration import Declaration
+from deepseek.claims.declaration import DeclaredClaims
 from deepseek.claims.evaluation import ClaimRow, results_folder
 from deepseek.errors import ConfigError
 
@@ -58,7 +58,7 @@ class Places:
 
 
 def due_results(
-    declared: Declaration, rows: Iterable[ClaimRow], quick: bool, only_stale: bool
+    declared: DeclaredClaims, rows: Iterable[ClaimRow], quick: bool, only_stale: bool
 ) -> list[str]:
     """Return the results of claims that have a command, each once.
 
@@ -161,7 +161,7 @@ def _end(group: int) -> None:
 
 
 def quick_commands(
-    declared: Declaration, results: Iterable[str], places: Places
+    declared: DeclaredClaims, results: Iterable[str], places: Places
 ) -> Iterator[tuple[str, list[str]]]:
     """Give the preparation of a quick run, and its commands."""
     yield "preparation", ["benchmarks/quick_home.py", str(places.corpora.parent)]
