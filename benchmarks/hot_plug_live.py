@@ -43,6 +43,7 @@ from deepseek.engine.generation import Generation
 from deepseek.engine.load import load
 from deepseek.engine.request import ExpertChoice, Request
 from deepseek.engine.sampler import Sampling
+from deepseek.kernels.numba.buffers import KernelArguments
 
 CONTENTS = 5
 WARM_UP = 50
@@ -209,11 +210,12 @@ def longest(gaps: list[tuple[float, float]], windows: list[tuple[float, float]])
 
 def note_steps() -> list[tuple[float, float]]:
     """Return a list that gets the beginning and the end of every step's computation."""
-    computed, run = [], step.run
+    computed: list[tuple[float, float]] = []
+    run = step.run
 
-    def noting(addresses: list[int]) -> None:
+    def noting(*tables: KernelArguments) -> None:
         begin = time.perf_counter()
-        run(addresses)
+        run(*tables)
         computed.append((begin, time.perf_counter()))
 
     step.run = noting

@@ -282,7 +282,8 @@ def _validate_positions(config: ModelConfig) -> None:
     kind = config.positional_encoding
     train_len = config.train_len
     longest = config.max_position_embeddings
-    check_rope(config.rope_parameters or {}, kind)
+    if config.rope_parameters is not None:
+        config.rope_parameters = check_rope(config.rope_parameters, kind)
     if config.local_rope_theta is not None and (
         kind not in ROTARY or config.sliding_window is None
     ):

@@ -45,8 +45,8 @@ ROTARY = ("dpe", "rope")
 """Positional encodings that rotate queries and keys."""
 
 
-def check_rope(given: Mapping[str, Any], encoding: str) -> None:
-    """Check the parameters of a rotary embedding.
+def check_rope(given: Mapping[str, Any], encoding: str) -> dict[str, Any]:
+    """Check the parameters of a rotary embedding, and return them in their plain types.
 
     Args:
         given: `ModelConfig.rope_parameters` after Hugging Face has filled in its defaults.
@@ -56,7 +56,8 @@ def check_rope(given: Mapping[str, Any], encoding: str) -> None:
         ConfigError: the type or a key is unknown, a key is missing, a value is out of range, or the
             encoding does not rotate.
     """
-    parameters = mapping("rope_parameters", given)
+    plain = mapping("rope_parameters", given)
+    parameters = dict(plain)
     parameters.pop("type", None)  # older name of `rope_type`, which has been filled in from it
     kind = choice(_key("rope_type"), parameters.pop("rope_type", "default"), REQUIRED)
     if encoding not in ROTARY and kind != "default":
@@ -73,7 +74,7 @@ def check_rope(given: Mapping[str, Any], encoding: str) -> None:
                 f"rope_parameters of type {kind!r} have no key {key!r}; "
                 f"{nearest(key, ALLOWED[kind])}."
             )
-        KEYS[key](_key(key), value)
+        plain[key] = KEYS[key](_key(key), value)
     if parameters.get("partial_rotary_factor", 1) != 1:
         raise ConfigError(
             f"{_key('partial_rotary_factor')}={parameters['partial_rotary_factor']} is not "
@@ -81,6 +82,7 @@ def check_rope(given: Mapping[str, Any], encoding: str) -> None:
         )
     _check_order(parameters, "low_freq_factor", "high_freq_factor")
     _check_order(parameters, "beta_slow", "beta_fast")
+    return plain
 
 
 DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}

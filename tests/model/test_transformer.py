@@ -168,6 +168,21 @@ def test_checkpoint_errors_are_plain(tmp_path: Path) -> None:
         DeepSeekModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_type": "default", "rope_theta": 10**30},
+        {"rope_type": "linear", "rope_theta": 10**4, "factor": 10**25},
+        {"rope_type": "yarn", "rope_theta": 10**25, "factor": 10**25, "beta_fast": 10**30},
+    ],
+    ids=lambda values: values["rope_type"],
+)
+def test_whole_numbers_of_any_size_are_rotary_parameters(values: dict[str, object]) -> None:
+    config = small_config(rope_parameters=values)
+    logits = DeepSeekModel(config).eval()(torch.tensor([[1, 2, 3]])).logits
+    assert logits.isfinite().all()
+
+
 def test_contradicting_config_is_refused(tmp_path: Path) -> None:
     DeepSeekModel(small_config(num_experts=0, num_shared_experts=0)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="hidden_size=64 contradicts"):
