@@ -14,6 +14,11 @@ Described = dict[int | str, dict[str, Any]]
 STREAMED: Described = {200: {"content": {"text/event-stream": {"schema": {"type": "object"}}}}}
 """OpenAPI description of the replies of a streaming route."""
 
+STREAMED_LINES: Described = {
+    200: {"content": {"application/x-ndjson": {"schema": {"type": "object"}}}}
+}
+"""The same for a route that streams lines of JSON."""
+
 
 def described(model: type[BaseModel], *, streamed: bool = False) -> Described:
     """Return the OpenAPI description of a route's reply.

@@ -231,3 +231,26 @@ def test_a_body_needs_no_header(server: Live) -> None:
     )
     with server.http() as http:
         assert http.post("/api/generate", content=body).json()["done"]
+
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "/api/chat": {"model": "tiny", "messages": ASKED},
+    "/api/generate": {"model": "tiny", "prompt": "the expert"},
+    "/v1/chat/completions": {"model": "tiny", "messages": ASKED},
+    "/v1/completions": {"model": "tiny", "prompt": "the expert", "max_tokens": 4},
+    "/v1/messages": {"model": "tiny", "messages": ASKED, "max_tokens": 4},
+    "/v1/responses": {"model": "tiny", "input": "the expert", "max_output_tokens": 4},
+    "/completion": {"prompt": "the expert", "n_predict": 4},
+    "/infill": {"input_prefix": "the ", "input_suffix": " expert", "n_predict": 4},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", STREAMS)
+def test_the_description_names_the_media_type(server: Live, route: str, stream: bool) -> None:
+    with server.http() as http:
+        operation = http.get("/openapi.json").json()["paths"][route]["post"]
+        reply = http.post(route, json={**STREAMS[route], "stream": stream})
+    assert reply.status_code == 200
+    media_type = reply.headers["content-type"].partition(";")[0]
+    assert media_type in operation["responses"]["200"]["content"]

@@ -20,6 +20,7 @@ from deepseek.server.dialects.llama_cpp import (
     TokenizeRequest,
 )
 from deepseek.server.errors import ApiError
+from deepseek.server.openapi import STREAMED
 from deepseek.server.routes import completions
 from deepseek.server.schema import ChatMessage
 from deepseek.server.service import Service, TheService
@@ -29,7 +30,7 @@ from deepseek.server.tools import Calling
 router = APIRouter(route_class=AnyTypeComputingRoute)
 
 
-@router.post("/completion")
+@router.post("/completion", responses=STREAMED)
 async def completion(body: NativeCompletion, service: TheService) -> Response:
     """Continue a text, as one reply or as server-sent events."""
     started = time.perf_counter()
@@ -41,7 +42,7 @@ async def completion(body: NativeCompletion, service: TheService) -> Response:
     return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)
 
 
-@router.post("/infill")
+@router.post("/infill", responses=STREAMED)
 async def infill(body: InfillRequest, service: TheService) -> Response:
     """Fill a gap in a text, as an editor's plug-in asks for it."""
     started = time.perf_counter()

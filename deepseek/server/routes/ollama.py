@@ -21,6 +21,7 @@ from deepseek.server.dialects.ollama import (
     now,
 )
 from deepseek.server.errors import ApiError, OllamaErrorBody, documented
+from deepseek.server.openapi import STREAMED_LINES
 from deepseek.server.routes import chat_completions, completions
 from deepseek.server.routes.embeddings import EmbeddingJob, check_dimensions, embed, shortened
 from deepseek.server.service import Service, TheService
@@ -77,7 +78,7 @@ async def show(body: ShowRequest, service: TheService) -> dict[str, Any]:
     }
 
 
-@router.post("/chat")
+@router.post("/chat", responses=STREAMED_LINES)
 async def chat(body: OllamaChat, service: TheService) -> Response:
     """Answer a conversation, as lines of JSON or as one object."""
     if not body.messages:
@@ -87,7 +88,7 @@ async def chat(body: OllamaChat, service: TheService) -> Response:
     return reply(AnswerLines(body.model, chunks, "message", started), chunks, body.stream)
 
 
-@router.post("/generate")
+@router.post("/generate", responses=STREAMED_LINES)
 async def generate(body: OllamaGenerate, service: TheService) -> Response:
     """Continue a prompt, as lines of JSON or as one object."""
     if not body.prompt:
