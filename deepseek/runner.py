@@ -146,6 +146,14 @@ class Runner(Protocol):
             module: the expert or adapter.
         """
 
+    def expert_bytes(self, armed: ArmedExperts | None) -> Mapping[ExpertModule, int]:
+        """Return the memory in bytes that a sequence needs for each of its experts whose weights
+        are read when they are needed; thread safe.
+
+        Args:
+            armed: the sequence's experts; None for the base alone.
+        """
+
     def divides(self, armed: ArmedExperts | None) -> bool:
         """Return whether the states of sequences with these experts may have cuts; thread safe.
 
@@ -165,7 +173,8 @@ class Runner(Protocol):
     def start(
         self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...] = ()
     ) -> SequenceState:
-        """Return the empty state of a new sequence.
+        """Return the empty state of a new sequence, after reading the weights of its experts that
+        are not in memory.
 
         Args:
             armed: the experts for the whole sequence; None for the base alone.

@@ -33,7 +33,7 @@ FACTORIES = frozenset(
 EXCEPTIONS = {
     "parameters and buffers, made where the module is built and moved with it": {
         "model/attention/lsh.py RandomHash.__init__",
-        "model/experts/module.py ExpertLayer.__init__",
+        "model/experts/layer.py ExpertLayer.__init__",
         "model/moe/balance.py Balance._initial_values",
         "model/moe/experts.py Experts.__init__",
         "model/moe/router.py Router.__init__",
@@ -56,7 +56,7 @@ EXCEPTIONS = {
         "model/experts/relevance.py text_evidence",
     },
     "drawn from the CPU's generator, the same on every device, then moved": {
-        "model/experts/module.py ExpertLayer.copy_rows",
+        "model/experts/layer.py ExpertLayer.copy_rows",
         "model/moe/layer.py _random",
         "train/gates/replay.py Replay.beside",
         "train/hash/distill.py _calibrate",

@@ -67,6 +67,15 @@ def serve(
     cache_gib: Annotated[
         float, typer.Option(min=0.01, max=1e6, help="Budget of the KV cache, in GiB.")
     ] = 1.0,
+    expert_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0001,
+            max=1e6,
+            help="Budget of the experts' weights, in GiB: they are read when they are chosen, and "
+            "those used least recently leave; default: all stay in memory.",
+        ),
+    ] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Serve with many replicas, on Ray Serve.")
     ] = False,
@@ -118,6 +127,7 @@ def serve(
         else expert_packs(experts, model, experts_folder),
         settings=settings,
         cache_gib=cache_gib,
+        expert_gib=expert_gib,
         max_running=max_running,
         max_waiting=max_waiting,
         int8=int8,

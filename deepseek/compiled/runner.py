@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from typing import NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRID
 from deepseek.compiled.batch_layers import BatchLayers, by_entry
 from deepseek.compiled.state import CompiledState, PageShape, member_count
 from deepseek.compiled.support import unsupported_reason
-from deepseek.compiled.weights import Packed, PackedModel, Sites, pack_module
+from deepseek.compiled.weights import PackedModel, Sites, module_bytes, pack_module
 from deepseek.errors import ConfigError
 from deepseek.kernels.int8_layout import GROUP, row_bytes
 from deepseek.kernels.numba.buffers import KernelArguments, Value, aligned
@@ -82,7 +82,8 @@ class Scratch:
         self._capacity = 0
         self._span = 0
         self._threads = 0
-        self._sites: Sites | None = None
+        # Weak: the weights of its experts leave memory with the sites.
+        self._sites: ReferenceType[Sites] | None = None
 
     def step(
         self, chunks: Sequence[Chunk], states: list[CompiledState], rows: BatchRows, sites: Sites
@@ -178,14 +179,15 @@ class Scratch:
             rows <= self._capacity
             and span <= self._span
             and threads == self._threads
-            and sites is self._sites
+            and self._sites is not None
+            and sites is self._sites()
         ):
             return
         self._capacity = max(rows, self._capacity)
         # Doubling avoids an allocation for every new page of a long sequence.
         self._span = self._span if span <= self._span else max(span, 2 * self._span)
         self._threads = threads
-        self._sites = sites
+        self._sites = ref(sites)
         model = self.model.extents
         sizes = {
             "capacity": self._capacity,
@@ -263,8 +265,6 @@ class CompiledRunner:
         if reason is not None:
             raise ConfigError(f"{reason} Use TorchRunner instead.")
         self.model = model
-        # Each expert is packed once, for as long as some sequence uses it.
-        self._packed = WeakKeyDictionary[ExpertModule, Packed]()
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
         self._extents = weights.extents
@@ -283,7 +283,10 @@ class CompiledRunner:
         compute.
         """
         if isinstance(module, ExpertModule):
-            self._packed_of(module)
+            module.form(pack_module)
+
+    def expert_bytes(self, armed: ArmedExperts | None) -> dict[ExpertModule, int]:
+        return {} if armed is None else {m: module_bytes(m) for m in armed.roster.stored}
 
     def divides(self, armed: ArmedExperts | None) -> bool:
         return self.computes(armed)
@@ -298,6 +301,12 @@ class CompiledRunner:
     ) -> CompiledState:
         if not self.computes(armed):
             raise ConfigError("The compiled runner does not compute adapters; use an Engine.")
+        stored = self.expert_bytes(armed)
+        if stored:
+            with self._lock:  # frees what has left the budget's memory, before more is read
+                self._sites = {k: sites for k, sites in self._sites.items() if sites.is_current}
+        for module in stored:
+            self.prepare(module)
         parts = layer_parts(len(self.model.layers), cuts)
         shapes = [self._page_shape(part.cached) for part in parts]
         return CompiledState(parts, shapes, armed, capacity)
@@ -332,12 +341,6 @@ class CompiledRunner:
         extents = self._extents
         return PageShape(layers, extents["groups"], extents["page_width"], extents["bias_heads"])
 
-    def _packed_of(self, module: ExpertModule) -> Packed:
-        """Return the packed weights of an expert; thread safe."""
-        if module not in self._packed:
-            self._packed[module] = pack_module(module)
-        return self._packed[module]
-
     def _sites_of(self, rosters: list[Roster]) -> Sites:
         """Return the sites of the experts in these rosters, from the cache if possible."""
         distinct = {id(roster): roster for roster in rosters}
@@ -347,7 +350,7 @@ class CompiledRunner:
                 self._sites.clear()
             layers = len(self.model.layers)
             hidden = self.model.config.hidden_size
-            self._sites[key] = Sites(list(distinct.values()), self._packed_of, layers, hidden)
+            self._sites[key] = Sites(list(distinct.values()), layers, hidden)
         return self._sites[key]
 
     def _speakers(

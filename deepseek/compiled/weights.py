@@ -1,6 +1,6 @@
 """Quantised and packed weights for the compiled step: those of a model and of plugged experts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from deepseek.compiled.packing import (
 )
 from deepseek.compiled.positions import angles, bias_arrays, rotations
 from deepseek.compiled.small_arrays import numbers, small_arrays
+from deepseek.kernels.int8 import packed_bytes
 from deepseek.kernels.int8_layout import GROUP, row_bytes
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.experts.armed import Roster
@@ -48,15 +49,25 @@ class PackedLayer(NamedTuple):
     inner: int
 
 
-Packed = dict[int, PackedLayer]
-"""Layer -> packed weights of an expert."""
+class Packed(dict[int, PackedLayer]):
+    """Layer -> packed weights of an expert."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed matrices."""
+        return sum(part.gate_up.nbytes + part.down.nbytes for part in self.values())
+
+
+def module_bytes(module: ExpertModule) -> int:
+    """Return the bytes of an expert's weights once they are packed."""
+    gate_up = packed_bytes([module.width, module.width], module.hidden_size)
+    return len(module.layers) * (gate_up + packed_bytes([module.hidden_size], module.width))
 
 
 def pack_module(module: ExpertModule) -> Packed:
     """Quantise and pack every layer of an expert."""
-    layers = {}
-    for layer in module.layers:
-        part = module.at(layer)
+    layers = Packed()
+    for layer, part in zip(module.layers, module.read().in_order(), strict=True):
         gate, up = part.gate_up_proj.detach().chunk(2)
         matrices = pack_matrices(
             {
@@ -96,7 +107,6 @@ class Sites:
 
     Args:
         rosters: the rosters of the batch, all different.
-        packed: returns the packed weights of an expert.
         layers: number of layers of the model.
         hidden: width D of the residual stream.
 
@@ -109,13 +119,7 @@ class Sites:
         gates: id of a roster -> rows of its members in the array of gates.
     """
 
-    def __init__(
-        self,
-        rosters: Sequence[Roster],
-        packed: Callable[[ExpertModule], Packed],
-        layers: int,
-        hidden: int,
-    ) -> None:
+    def __init__(self, rosters: Sequence[Roster], layers: int, hidden: int) -> None:
         # The references keep the rosters alive, so that no later roster can reuse one of their ids.
         self.rosters = tuple(rosters)
         owners = {id(roster): _owners(roster) for roster in rosters}
@@ -126,15 +130,18 @@ class Sites:
         # must not depend on the other rosters of the batch.
         keys = sorted(modules, key=lambda key: (key[0], modules[key].digest, key[1]))
         site_of = {key: site for site, key in enumerate(keys)}
-        self._parts = [packed(modules[key])[key[0]] for key in keys]
+        # Of stored experts that no running request uses, the weights may leave while this is kept.
+        self._packed = {module: module.form(pack_module) for module in modules.values()}
+        parts = [self._packed[modules[key]][key[0]] for key in keys]
         self.count = len(keys)
         at_layer = np.bincount([layer for layer, _ in keys], minlength=layers)[:layers]
         self.most_at_one_layer = int(at_layer.max(initial=0))
-        self.row_bytes = [row_bytes(part.inner) for part in self._parts]
+        self.row_bytes = [row_bytes(part.inner) for part in parts]
         self.members = {
             roster: [site_of[layer, id(module)] for layer, module in members]
             for roster, members in owners.items()
         }
+        self._shares = {id(roster): _means(roster) for roster in rosters}
         ends = accumulate(len(members) for members in self.members.values())
         self.gates = {
             roster: range(end - len(members), end)
@@ -146,13 +153,20 @@ class Sites:
         self.arguments = SITES.arguments(
             {
                 "first_site": [0, *at_layer.cumsum().tolist()],
-                "gate_up": [part.gate_up.ctypes.data for part in self._parts],
-                "down": [part.down.ctypes.data for part in self._parts],
-                "inner": [part.inner for part in self._parts],
+                "gate_up": [part.gate_up.ctypes.data for part in parts],
+                "down": [part.down.ctypes.data for part in parts],
+                "inner": [part.inner for part in parts],
                 "gates": gates,
                 "decay": np.array([decays.get(key, 0.0) for key in keys], np.float32),
             },
             {"layers": layers, "sites": self.count, "gates": len(gates), "hidden": hidden},
+        )
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the weights of all its experts are still in memory outside this object."""
+        return all(
+            module.made_form(pack_module) is packed for module, packed in self._packed.items()
         )
 
     def speakers(self, roster: Roster, weights_RS: np.ndarray) -> list[str | None]:
@@ -165,17 +179,24 @@ class Sites:
         Returns:
             The experts' names; None where no expert fired.
         """
-        owners = [module.name for _, module in _owners(roster)]
-        modules = [module.name for module in roster.modules]
-        weights_RM = weights_RS[:, self.members[id(roster)]]
-        means_RN = np.stack(
-            [weights_RM[:, [name == owner for owner in owners]].mean(1) for name in modules], 1
-        )
+        names, means_MN = self._shares[id(roster)]
+        means_RN = weights_RS[:, self.members[id(roster)]] @ means_MN
         best_R = means_RN.argmax(1)
         return [
-            modules[best] if means[best] > 0 else None
+            names[best] if means[best] > 0 else None
             for best, means in zip(best_R, means_RN, strict=True)
         ]
+
+
+def _means(roster: Roster) -> tuple[list[str], np.ndarray]:
+    """Return the names of a roster's modules, and the matrix `[members, modules]` that averages the
+    weights of the members of each module.
+    """
+    column = {id(module): index for index, module in enumerate(roster.modules)}
+    owners = [column[id(module)] for _, module in _owners(roster)]
+    means_MN = np.zeros((len(owners), len(column)), np.float32)
+    means_MN[range(len(owners)), owners] = 1
+    return [module.name for module in roster.modules], means_MN / means_MN.sum(0)
 
 
 def _decays(rosters: Sequence[Roster]) -> dict[tuple[int, int], float]:

@@ -148,8 +148,8 @@ class AttachedRunner(ReferenceRunner):
         """Return False: the layers of a stock cache cannot be computed apart."""
         return False
 
-    def start(
-        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...] = ()
+    def empty_state(
+        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...]
     ) -> AttachedState:
         assert not cuts
         return AttachedState(self.model, armed)

@@ -1,6 +1,6 @@
 """Two runners for one batch: sequences that the fast one does not compute run on the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakSet
 
 from deepseek.model.experts.adapter import AdapterModule
@@ -36,6 +36,9 @@ class DispatchingRunner:
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
         return self._runner(armed).state_bytes(length, armed)
+
+    def expert_bytes(self, armed: ArmedExperts | None) -> Mapping[ExpertModule, int]:
+        return self._runner(armed).expert_bytes(armed)
 
     def divides(self, armed: ArmedExperts | None) -> bool:
         return self._fast.computes(armed) and self._fast.divides(armed)

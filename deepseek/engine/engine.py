@@ -97,6 +97,7 @@ class Engine:
         self.max_requests = max_running + max_waiting
         self._scheduler = Scheduler(
             reference if runner is None else DispatchingRunner(runner, reference),
+            model.experts.weight_cache,
             cache_bytes=cache_bytes,
             max_running=max_running,
             prefill_chunk=prefill_chunk,
@@ -121,15 +122,21 @@ class Engine:
                 before a retry.
             EngineStoppedError: the engine is draining or closed.
             ConfigError: the request can never run: it is too long for the model or for
-                `cache_bytes`, has token ids outside the vocabulary, or its grammar does not
-                compile.
+                `cache_bytes`, has token ids outside the vocabulary, its grammar does not compile,
+                or its experts need more memory at once than the budget has.
             PackError: the request names an expert that is not plugged.
         """
         checks.instance("request", request, Request)
         self.check_open()
         scheduler = self._scheduler
+        runner = scheduler.runner
         sequence = activate(
-            request, self.model, self._vocabulary, scheduler.prefill_chunk, scheduler.runner.divides
+            request,
+            self.model,
+            self._vocabulary,
+            scheduler.prefill_chunk,
+            runner.divides,
+            runner.expert_bytes,
         )
         generation = Generation(sequence)
         self._enqueue(sequence, sequence.capacity)
@@ -275,6 +282,8 @@ class Engine:
             finished=dict(scheduler.finished),
             steps=scheduler.steps,
             step_seconds=self._seconds,
+            expert_bytes=scheduler.weights.nbytes,
+            expert_loads=scheduler.weights.loads,
         )
 
     def drain(self, timeout: float | None = None) -> bool:

@@ -42,6 +42,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: torch.dtype | str = "auto",
     stored: bool = False,
+    expert_bytes: int | None = None,
 ) -> Loaded:
     """Load a base model and its tokenizer, and plug experts into it.
 
@@ -62,6 +63,8 @@ def load(
             has the range of fp32.
         stored: leave the matrices in the checkpoint's files and read them when they are used, for a
             runner that packs its own; default: load them. For our own families, without `config`.
+        expert_bytes: budget in bytes for the weights of experts, which are then read when they are
+            armed or chosen; those used least recently leave. Default: all stay in memory.
 
     Returns:
         The model and its tokenizer.
@@ -92,6 +95,9 @@ def load(
         and hash_file(folder).exists()
     ):
         plug_hashes(model, load_hashes(hash_file(folder), fingerprint(folder).weights))
+    model.experts.weight_cache.limit = checks.optional(partial(checks.whole, least=1))(
+        "expert_bytes", expert_bytes
+    )
     plugged = [model.experts.plug(pack).name for pack in packs]
     if isinstance(experts, Mapping):
         manifests = [model.experts.manifest(name) for name in plugged]

@@ -28,20 +28,23 @@ class MemoryNeed:
         weights: the weights, as the engine computes with them.
         cache: budget of keys and values.
         work: everything else.
+        experts: budget of the experts' weights; 0: without a budget they are not counted.
     """
 
     weights: int
     cache: int
     work: int = WORK_BYTES
+    experts: int = 0
 
     @property
     def total(self) -> int:
         """Sum of the parts."""
-        return self.weights + self.cache + self.work
+        return self.weights + self.cache + self.work + self.experts
 
     def __str__(self) -> str:
+        experts = f"{_gib(self.experts)} for experts, " if self.experts else ""
         return (
-            f"{_gib(self.total)} of memory ({_gib(self.weights)} for weights, "
+            f"{_gib(self.total)} of memory ({_gib(self.weights)} for weights, {experts}"
             f"{_gib(self.cache)} for keys and values, {_gib(self.work)} for everything else)"
         )
 

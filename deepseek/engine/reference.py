@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts
-from deepseek.model.experts.module import ExpertModule
+from deepseek.model.experts.module import ExpertModule, read_weights
 from deepseek.runner import Chunk, RunnerOutput, SequenceState
 
 
@@ -21,8 +21,13 @@ class ReferenceRunner(ABC):
         """Return True."""
         return True
 
-    def prepare(self, module: ExpertModule | AdapterModule) -> None:  # noqa: B027 - does nothing
-        """Do nothing: `plug` has already moved the expert to the model's device."""
+    def prepare(self, module: ExpertModule | AdapterModule) -> None:
+        """Read stored weights; `plug` has already moved others to the model's device."""
+        if isinstance(module, ExpertModule) and module.stored is not None:
+            module.form(read_weights)
+
+    def expert_bytes(self, armed: ArmedExperts | None) -> dict[ExpertModule, int]:
+        return {} if armed is None else {m: m.nbytes for m in armed.roster.stored}
 
     def state_bytes(self, length: int, armed: ArmedExperts | None) -> int:
         """Return the maximum memory of a state in bytes: its cache, and the sums of its gates."""
@@ -37,10 +42,18 @@ class ReferenceRunner(ABC):
     def divides(self, armed: ArmedExperts | None) -> bool:
         """Return whether the states of sequences with these experts may have cuts."""
 
-    @abstractmethod
     def start(
         self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...] = ()
-    ) -> SequenceState: ...
+    ) -> SequenceState:
+        for module in self.expert_bytes(armed):
+            self.prepare(module)
+        return self.empty_state(armed, capacity, cuts)
+
+    @abstractmethod
+    def empty_state(
+        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...]
+    ) -> SequenceState:
+        """Return the empty state of a sequence, whose experts are in memory (see `start`)."""
 
     @abstractmethod
     def forward(self, chunks: Sequence[Chunk]) -> RunnerOutput: ...

@@ -226,6 +226,8 @@ class EngineStats:
         finished: number of requests by finish reason.
         steps: number of forward passes.
         step_seconds: time spent in steps, without the time spent waiting for requests.
+        expert_bytes: memory of the experts' weights under their budget.
+        expert_loads: number of times that such weights were read.
     """
 
     running: int
@@ -240,3 +242,5 @@ class EngineStats:
     finished: Mapping[str, int]
     steps: int
     step_seconds: float
+    expert_bytes: int
+    expert_loads: int

@@ -14,6 +14,8 @@ from deepseek.engine.prefix import PrefixCache, restore_within
 from deepseek.engine.request import FinishReason
 from deepseek.engine.sampler import Logits
 from deepseek.engine.sequence import ActiveSequence
+from deepseek.errors import UserError
+from deepseek.model.experts.weight_cache import WeightCache
 from deepseek.runner import Chunk, Runner, Segment
 
 MAX_RUNNING = 16
@@ -33,9 +35,12 @@ class Scheduler:
 
     Args:
         runner: computes the forward passes.
+        weights: memory of the experts whose weights are read when they are needed; default:
+            without a limit.
         cache_bytes, max_running, prefill_chunk: see `Engine`.
 
     Attributes:
+        weights: as passed.
         waiting: the queue of what has not been admitted; any thread may append.
         running: what has been admitted, in the order of admission.
         prefixes: the prefix cache.
@@ -47,12 +52,14 @@ class Scheduler:
     def __init__(
         self,
         runner: Runner,
+        weights: WeightCache | None = None,
         *,
         cache_bytes: int = CACHE_BYTES,
         max_running: int = MAX_RUNNING,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self.runner = runner
+        self.weights = weights or WeightCache()
         self.cache_bytes = cache_bytes
         self.max_running = max_running
         self.prefill_chunk = prefill_chunk
@@ -130,23 +137,33 @@ class Scheduler:
             need = self.need(sequence)
             if self.reserved + need > self.cache_bytes:
                 return
-            self.reserved += need
             if isinstance(sequence, ActiveEmbedding):
+                self.reserved += need
                 self.prefixes.shrink(self.cache_bytes - self.reserved)
                 self.running.append(self.waiting.popleft())
                 continue
-            self._start(sequence)
+            if not self.weights.reserve(sequence.expert_bytes):
+                return
+            self.reserved += need
             self.running.append(self.waiting.popleft())
+            self._start(sequence)
 
     def _start(self, sequence: ActiveSequence) -> None:
-        """Start a sequence, for which memory is reserved, with what the prefix cache has of it."""
+        """Start a sequence, for which memory is reserved, with what the prefix cache has of it.
+
+        It fails alone if an expert of it cannot be read.
+        """
+        try:
+            sequence.state = self.runner.start(sequence.armed, sequence.capacity, sequence.cuts)
+        except UserError as error:
+            self._fail(sequence, error)
+            return
         # Marks the blocks as recently used, so that `shrink` evicts others first.
         matched = self.prefixes.match(sequence.keys)
         restored = restore_within(matched, self.cache_bytes - self.reserved)
         sequence.stream_bytes = restored.stream_bytes
         self.reserved += sequence.stream_bytes
         self.prefixes.shrink(self.cache_bytes - self.reserved)
-        sequence.state = self.runner.start(sequence.armed, sequence.capacity, sequence.cuts)
         for segment in restored.segments:
             sequence.state.extend(segment)
         sequence.cached_tokens = sequence.state.length
@@ -223,9 +240,7 @@ class Scheduler:
         try:
             events = sequence.advance(logits_RV, experts)
         except Exception as error:  # other sequences must not be affected
-            self.finished["error"] += 1
-            self._release(sequence)
-            sequence.deliver(sequence.failure(error))
+            self._fail(sequence, error)
             return
         for event in events:
             self.completion_tokens += 1
@@ -234,6 +249,12 @@ class Scheduler:
                 self.finished[event.finish_reason] += 1
             sequence.deliver(event)
 
+    def _fail(self, sequence: ActiveSequence, error: Exception) -> None:
+        """End one sequence with an error."""
+        self.finished["error"] += 1
+        self._release(sequence)
+        sequence.deliver(sequence.failure(error))
+
     def _release(self, sequence: ActiveSequence | ActiveEmbedding) -> None:
         """Take a sequence or an embedding off its list, and free its memory and reservation."""
         if sequence not in self.running:
@@ -241,6 +262,8 @@ class Scheduler:
             return
         self.running.remove(sequence)
         self.reserved -= self.need(sequence)
-        if isinstance(sequence, ActiveSequence) and sequence.state is not None:
-            sequence.state.close()
-            sequence.state = None
+        if isinstance(sequence, ActiveSequence):
+            self.weights.release(sequence.expert_bytes)
+            if sequence.state is not None:
+                sequence.state.close()
+                sequence.state = None

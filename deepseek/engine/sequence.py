@@ -8,7 +8,7 @@ arXiv:2302.01318, arXiv:2304.04487).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,9 @@ from deepseek.engine.sampler import Logits, Sampler
 from deepseek.engine.vocabulary import TextStream, Vocabulary
 from deepseek.errors import ConfigError, UserError
 from deepseek.model.experts.armed import ArmedExperts
+from deepseek.model.experts.module import ExpertModule
+from deepseek.model.experts.state import ExpertBytes
+from deepseek.model.experts.weight_cache import Sizes
 from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.model.layer_parts import LayerPart, choose_cuts, layer_parts
 from deepseek.runner import Chunk, Rewindable, SequenceState
@@ -79,8 +82,10 @@ class ActiveSequence:
         capacity: maximum number of tokens, including the prompt.
         block: tokens in a prefill chunk and in a block of the prefix cache.
         parts: the parts of the layers whose keys and values are cached apart.
+        expert_bytes: memory for each expert whose weights are read when they are needed.
 
     Attributes:
+        expert_bytes: as passed.
         cuts: layers at which the sequence's state is divided into these parts.
         keys: cache keys of the prompt, for each part of the layers.
         state: the runner's state of the sequence; None before its admission and after its end.
@@ -103,8 +108,10 @@ class ActiveSequence:
         capacity: int,
         block: int,
         parts: Sequence[LayerPart],
+        expert_bytes: Sizes,
     ) -> None:
         self.request = request
+        self.expert_bytes = expert_bytes
         self.armed = armed
         self.capacity = capacity
         self.block = block
@@ -250,12 +257,18 @@ class ActiveSequence:
         return text, None
 
 
+def no_stored_experts(_: ArmedExperts | None) -> Mapping[ExpertModule, int]:
+    """Return the memory of a sequence's stored experts if there are none."""
+    return {}
+
+
 def activate(
     request: Request,
     model: LanguageModel,
     vocabulary: Vocabulary,
     block: int,
     divides: Callable[[ArmedExperts | None], bool],
+    expert_bytes: ExpertBytes = no_stored_experts,
 ) -> ActiveSequence:
     """Validate a request and return its sequence, with its experts chosen among those plugged now.
 
@@ -265,10 +278,11 @@ def activate(
         vocabulary: the model's tokens.
         block: tokens in a prefill chunk.
         divides: whether the layers of a sequence with these experts may be divided into parts.
+        expert_bytes: memory that a sequence needs for its stored experts; default: none.
 
     Raises:
-        ConfigError: the request is too long for the model, has ids outside the vocabulary, or its
-            grammar does not compile.
+        ConfigError: the request is too long for the model, has ids outside the vocabulary, its
+            grammar does not compile, or its experts need more memory than the budget has.
         PackError: the request names an expert that is not plugged.
     """
     context = context_length(model)
@@ -291,12 +305,15 @@ def activate(
         choice.max_experts,
         user_ids=request.user_ids,
         document=request.prompt_ids,
+        expert_bytes=expert_bytes,
     )
+    sizes = expert_bytes(armed)
+    model.experts.weight_cache.check(sizes)
     capacity = min(prompt_tokens + request.sampling.max_new_tokens, context)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     cuts = choose_cuts(layers, model.experts.first_layers) if divides(armed) else ()
     parts = layer_parts(layers, cuts)
-    return ActiveSequence(request, armed, vocabulary, capacity, block, parts)
+    return ActiveSequence(request, armed, vocabulary, capacity, block, parts, sizes)
 
 
 def logprobs(logits_RV: Logits, targets: Sequence[int], top: int) -> list[TokenLogprob]:

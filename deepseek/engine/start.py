@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def start_engine(
     int8: bool = True,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str = "auto",
+    expert_bytes: int | None = None,
     progress: Progress = silent,
     report: Callable[[str], None] = log.info,
     **dials: Any,
@@ -58,6 +60,7 @@ def start_engine(
             and those on a GPU.
         device: where to compute (see `load`).
         dtype: dtype of the weights (see `load`).
+        expert_bytes: budget for the weights of experts, as they are computed with (see `load`).
         progress: told which step is running: each can take many seconds.
         report: called with one sentence on the memory that the model needs, before it is loaded;
             default: it is logged at level INFO.
@@ -76,11 +79,19 @@ def start_engine(
     if place.type == "cpu":
         cache_bytes = dials.get("cache_bytes", CACHE_BYTES)
         need = memory_need(folder, choose_dtype(dtype, place), cache_bytes, packed)
+        need = replace(need, experts=expert_bytes or 0)
         need.check(str(name))
         report(f"{name} needs {need}.")
     with out_of_memory_explained(LIGHTER):
         progress(0, 0, f"loading {Path(name).name}")
-        model, tokenizer = load(name, experts=experts, device=place, dtype=dtype, stored=packed)
+        model, tokenizer = load(
+            name,
+            experts=experts,
+            device=place,
+            dtype=dtype,
+            stored=packed,
+            expert_bytes=expert_bytes,
+        )
         progress(0, 0, "packing the weights")
         runner = quickest_runner(model) if int8 and dtype == "auto" else None
         progress(0, 0, "compiling kernels, which are kept for the next start")

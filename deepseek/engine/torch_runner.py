@@ -92,8 +92,8 @@ class TorchRunner(ReferenceRunner):
     def divides(self, armed: ArmedExperts | None) -> bool:
         return True
 
-    def start(
-        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...] = ()
+    def empty_state(
+        self, armed: ArmedExperts | None, capacity: int, cuts: tuple[int, ...]
     ) -> TorchState:
         return TorchState(armed, layer_parts(len(self.model.layers), cuts), capacity)
 

@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -89,11 +90,16 @@ def write_pack(
     """
     pack = pack.sign(key) if key else pack
     check_pack(pack)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(file_content(pack))
+    return pack
+
+
+def file_content(pack: ExpertPack) -> bytes:
+    """Return the bytes of a pack's file."""
     manifest = canonical_json(pack.manifest.model_dump(mode="json")).decode()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pack.tensors.items()}
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata={KEY: manifest}))
-    return pack
+    return save(tensors, metadata={KEY: manifest})
 
 
 def read_pack(
@@ -115,13 +121,28 @@ def read_pack(
     checks.optional(partial(checks.instance, kind=BaseDescription))("base", base)
     try:
         with open_regular(path, policy.max_bytes) as file:
-            header = read_header(file)
-            manifest = manifest_in(header)
-            _check_manifest(manifest, policy, base)
-            pack = ExpertPack(manifest, read_tensors(file, header, manifest.tensors()))
-        _check_content(pack, policy)
+            return pack_in(file, policy, base)
     except PackError as error:
         raise PackError(f"expert pack {printable(path)} is refused: {error}.") from None
+
+
+def pack_in(file: BinaryIO, policy: PackPolicy, base: BaseDescription | None) -> ExpertPack:
+    """Read and check the pack in an open file, from its first byte.
+
+    Args:
+        file: the file.
+        policy: rules on licence and signature.
+        base: base model that the pack must belong to; None: any.
+
+    Raises:
+        PackError: the pack is refused; the message is the reason alone.
+    """
+    file.seek(0)
+    header = read_header(file)
+    manifest = manifest_in(header)
+    _check_manifest(manifest, policy, base)
+    pack = ExpertPack(manifest, read_tensors(file, header, manifest.tensors()))
+    _check_content(pack, policy)
     return pack
 
 

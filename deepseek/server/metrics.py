@@ -55,6 +55,12 @@ class Metrics:
         )
         show("cache_prefix_bytes", "Cache of stored prefixes.", lambda: engine.stats().prefix_bytes)
         show("step_seconds", "Time spent in forward passes.", lambda: engine.stats().step_seconds)
+        show(
+            "expert_bytes",
+            "Memory of experts' weights under their budget.",
+            lambda: engine.stats().expert_bytes,
+        )
+        show("expert_loads", "Reads of such weights.", lambda: engine.stats().expert_loads)
         show("experts_plugged", "Experts plugged now.", lambda: len(engine.experts()))
 
     def replied(self, route: str, status: int, seconds: float) -> None:

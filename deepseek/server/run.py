@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import resource
 import socket
 import sys
 import threading
@@ -34,6 +35,9 @@ DRAIN_SECONDS = 20.0
 
 POLL_SECONDS = 0.05
 
+OPEN_FILES = 1 << 16
+"""Most files that a server keeps open."""
+
 END_SECONDS = 8.0
 """Time in which everything ends after that: streams with an error, lessons, connections."""
 
@@ -44,6 +48,7 @@ def serve(
     experts: Packs = (),
     settings: Settings | None = None,
     cache_gib: float = 1.0,
+    expert_gib: float | None = None,
     max_running: int = 16,
     max_waiting: int = 64,
     int8: bool = True,
@@ -67,6 +72,8 @@ def serve(
         settings: settings of the server other than its engine; default: `Settings()`. Its `model`,
             `base` and `device` are overwritten.
         cache_gib: budget of the KV cache, in GiB.
+        expert_gib: budget of the experts' weights, in GiB (see `load`); default: all stay in
+            memory.
         max_running: most requests in a batch.
         max_waiting: most requests in the queue; further ones get status 429.
         int8, device, dtype: see `start_engine`. Experts are taught on the same device.
@@ -91,6 +98,8 @@ def serve(
         settings or Settings(), model=Path(model).name, base=str(model), device=device
     )
     configure(settings.log_level)
+    if expert_gib is not None:
+        allow_open_files()
     listener = listen(settings)
     url = address(listener, settings.host)
     cache_bytes = int(cache_gib * (1 << 30))
@@ -101,6 +110,7 @@ def serve(
         device=device,
         dtype=dtype,
         cache_bytes=cache_bytes,
+        expert_bytes=None if expert_gib is None else int(expert_gib * (1 << 30)),
         max_running=max_running,
         max_waiting=max_waiting,
     )
@@ -255,6 +265,16 @@ def listen(settings: Settings) -> socket.socket:
             "choose another --host or --port."
         ) from None
     return listener
+
+
+def allow_open_files() -> None:
+    """Allow this process as many open files as the system does: every plugged expert whose weights
+    are read when needed keeps one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def address(listener: socket.socket, host: str) -> str:

@@ -12,7 +12,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.compiled.abi import RECENT
 from deepseek.compiled.runner import CompiledRunner, supports
-from deepseek.compiled.weights import Sites, pack_module
+from deepseek.compiled.weights import Sites
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
@@ -241,7 +241,7 @@ def test_experts_are_added_in_the_order_of_their_digests(model):
         module.digest = digest
     first, second, third = sorted(modules, key=lambda module: module.digest)
     rosters = [Roster((third,), 5), Roster((second, third), 5), Roster((first, third), 5)]
-    sites = Sites(rosters, pack_module, len(model.layers), model.config.hidden_size)
+    sites = Sites(rosters, len(model.layers), model.config.hidden_size)
     for roster in rosters:
         assert sites.members[id(roster)] == sorted(sites.members[id(roster)])
 

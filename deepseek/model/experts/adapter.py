@@ -69,6 +69,25 @@ class AdapterModule(nn.Module):
         delta: Tensor = self.changes[index](x, weight)
         return delta
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the weights to a device and dtype."""
+        self.to(device, dtype)
+
     @staticmethod
     def from_pack(
         pack: ExpertPack,

@@ -12,7 +12,10 @@ from deepseek.model.context import GateContext
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.gate import GateBank
 from deepseek.model.experts.module import ExpertModule
-from deepseek.model.experts.relevance import RelevanceBank
+from deepseek.model.experts.relevance import RULED_OUT, RelevanceBank
+
+CANDIDATES = 64
+"""Maximum number of modules whose gates are evaluated because their relevance tables admit them."""
 
 
 @dataclass
@@ -67,6 +70,11 @@ class Roster:
         """All candidates, the adapters last."""
         return (*self.modules, *self.adapters)
 
+    @property
+    def stored(self) -> tuple[ExpertModule, ...]:
+        """The modules whose weights are read when they are needed."""
+        return tuple(module for module in self.modules if module.stored is not None)
+
     @cached_property
     def owners(self) -> dict[int, tuple[ExpertModule, ...]]:
         """Layer -> the candidates that have an expert layer there, in the same order."""
@@ -98,33 +106,41 @@ class Roster:
         """The relevance tables of the candidates; None if no candidate has one or gates are off."""
         if self.max_experts is None or not self.modules:
             return None
-        device = next(self.modules[0].parameters()).device
-        return RelevanceBank.stack(self.modules, device)
+        return RelevanceBank.stack(self.modules, self.modules[0].device)
 
-    def admitted(self, user_ids: Sequence[int] | None, document: Sequence[int] | None) -> set[str]:
-        """Return the names of the modules that a conversation or a document admits.
+    def admitted(self, user_ids: Sequence[int] | None, document: Sequence[int] | None) -> list[str]:
+        """Return the names of the modules that a conversation or a document admits, those with the
+        most evidence first.
 
         A conversation admits a module above its relevance threshold; a document admits every module
-        that it does not rule out. An adapter has no relevance test, so it is always admitted.
+        that it does not rule out, but at most `CANDIDATES` by their tables. Adapters, and modules
+        without a table, have no relevance test, so they are always admitted, and come first.
 
         Args:
             user_ids: token ids of the user's messages in a conversation; None: a document.
             document: token ids of a text to continue; read without `user_ids` only.
         """
-        names = {adapter.name for adapter in self.adapters}
         bank = self.relevance
         if bank is None:
-            return names | {module.name for module in self.modules}
+            return [member.name for member in self.members]
+        untested = [adapter.name for adapter in self.adapters]
+        untested += [module.name for module in self.modules if module.relevance is None]
         ids = document if user_ids is None else user_ids
         tokens = checks.token_ids("ids", ids or ())
-        ids_BT = torch.tensor([tokens], dtype=torch.long, device=bank.table_MV.device)
-        admitted_BM = (
-            bank.document_keeps(ids_BT) if user_ids is None else bank.above_threshold(ids_BT) > 0
+        ids_BT = torch.tensor([tokens], dtype=torch.long, device=bank.offset_M.device)
+        above_M = (
+            bank.document_evidence(ids_BT)[0] - RULED_OUT
+            if user_ids is None
+            else bank.above_threshold(ids_BT)[0]
         )
-        for module, is_admitted in zip(self.modules, admitted_BM[0].tolist(), strict=True):
-            if is_admitted:
-                names.add(module.name)
-        return names
+        ranked = above_M.argsort(descending=True, stable=True).tolist()
+        above = above_M.tolist()
+        tested = [
+            self.modules[index].name
+            for index in ranked
+            if above[index] > 0 and self.modules[index].relevance is not None
+        ]
+        return untested + tested[:CANDIDATES]
 
     @cached_property
     def columns(self) -> dict[int, list[int]]:
@@ -376,6 +392,5 @@ def _bank(modules: tuple[ExpertModule, ...], layer: int, max_experts: int) -> Ga
     gates, moments = zip(
         *((module.gates[layer], module.moments[layer]) for module in modules), strict=True
     )
-    device = modules[0].at(layer).down_proj.device
     half_lives = [module.settings.half_life for module in modules]
-    return GateBank.stack(gates, moments, half_lives, max_experts, device)
+    return GateBank.stack(gates, moments, half_lives, max_experts, modules[0].device)

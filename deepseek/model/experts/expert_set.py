@@ -4,7 +4,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,38 @@ from deepseek.model.experts.armed import ArmedExperts, Roster, Trace
 from deepseek.model.experts.arming import AUTO, Arming, ArmingValue
 from deepseek.model.experts.linear_hooks import HookTable
 from deepseek.model.experts.module import ExpertModule
-from deepseek.model.experts.state import ExpertInfo, Plugged, PlugState, roster_of, roster_with
+from deepseek.model.experts.state import (
+    ExpertBytes,
+    ExpertInfo,
+    Plugged,
+    PlugState,
+    fitting,
+    roster_of,
+    roster_with,
+)
+from deepseek.model.experts.weight_cache import WeightCache
 from deepseek.packs.kinds import AnyManifest
 from deepseek.packs.library import find_pack
 from deepseek.packs.lora import LoraManifest
-from deepseek.packs.manifest import BaseDescription, Manifest
+from deepseek.packs.manifest import BaseDescription
 from deepseek.packs.pack import ExpertPack, check_pack, read_pack
+from deepseek.packs.pack_file import PackFile
 from deepseek.packs.policy import PackPolicy
 
 
 class ExpertSet:
     """The expert modules plugged into a model.
 
-    This is no `nn.Module`, so that the model's state dict never includes plugged modules. Plugging
-    is safe while other threads generate: a sequence keeps the modules that were armed when it
-    started.
+    No `nn.Module`, so that the model's state dict never includes plugged modules. Plugging is safe
+    while other threads generate: a sequence keeps the modules that were armed when it started.
 
     Attributes:
         policy: rules by which `plug` accepts packs.
         base_folder: folder that the model was loaded from; packs must name its fingerprint.
         max_experts: maximum number of modules that fire at one token.
         sites: where the experts of an attached model stand; None for a `DeepSeekModel`.
+        weight_cache: with a limit, the experts that are plugged from then on stay in their files,
+            and their weights are read when they are armed or chosen.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -56,6 +66,7 @@ class ExpertSet:
         self.base_folder: Path | None = None
         self.max_experts = 5
         self.sites: ExpertSites | None = None
+        self.weight_cache = WeightCache()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertSet":
         model = self._live_model()
@@ -65,6 +76,7 @@ class ExpertSet:
         copied._base = self._base
         copied.max_experts = self.max_experts
         copied.sites = self.sites
+        copied.weight_cache = self.weight_cache
         copied._state = self._state
         return copied
 
@@ -119,32 +131,38 @@ class ExpertSet:
         """
         if not isinstance(source, str | Path | ExpertPack):
             raise ConfigError(f"source={shown(source)} must be a path or an ExpertPack.")
-        if isinstance(source, ExpertPack):
-            check_pack(source, self.policy, self.base)
-            pack = source
-        else:
-            path = find_pack(source) if isinstance(source, str) else source
-            pack = read_pack(path, self.policy, self.base)
+        pack, file = self._read(source)
         model = self._live_model()
         module: ExpertModule | AdapterModule = (
             AdapterModule.from_pack(pack, model, self._hooks, model.dtype, model.device)
             if isinstance(pack.manifest, LoraManifest)
             else ExpertModule.from_pack(pack, model.dtype, model.device)
         )
+        if file is not None and isinstance(module, ExpertModule):
+            module.store(file, self.weight_cache)
+        elif prepare is not None:
+            prepare(module)
         plugged = Plugged(module, pack.manifest)
-        if prepare is not None:
-            prepare(plugged.module)
         with self._lock:
-            if pack.manifest.name in self._state.names:
+            if module.name in self._state.by_name:
                 raise PackError(
-                    f"An expert named {pack.manifest.name} is plugged already; unplug it first or "
-                    "train this one under another name."
+                    f"An expert named {module.name} is plugged already; unplug it first or train "
+                    "this one under another name."
                 )
-            experts = sorted(
-                (*self._state.plugged, plugged), key=lambda expert: expert.manifest.digest
-            )
-            self._install(tuple(experts), self._state.arming)
-            return self._info(plugged)
+            self._install(self._state.having(plugged), self._state.arming)
+        return self._state.info(plugged)
+
+    def _read(self, source: str | Path | ExpertPack) -> tuple[ExpertPack, PackFile | None]:
+        """Read and check a pack; return the file in which its weights stay, None: in memory."""
+        if isinstance(source, str):
+            source = find_pack(source)
+        if self.weight_cache.limit is not None:
+            file = PackFile.of(source, self.policy.max_bytes)
+            return file.read(self.policy, self.base), file
+        if isinstance(source, ExpertPack):
+            check_pack(source, self.policy, self.base)
+            return source, None
+        return read_pack(source, self.policy, self.base), None
 
     def unplug(self, name: str) -> None:
         """Remove a module. Its memory is freed once no sequence in flight uses it.
@@ -157,10 +175,8 @@ class ExpertSet:
         """
         with self._lock:
             self._state.require(name)
-            remaining = tuple(
-                expert for expert in self._state.plugged if expert.manifest.name != name
-            )
-            names = [expert.manifest.name for expert in remaining]
+            remaining = tuple(e for e in self._state.plugged if e.manifest.name != name)
+            names = self._state.by_name.keys() - {name}
             self._install(remaining, self._state.arming.among(names))
 
     def arm(self, names: ArmingValue = AUTO) -> tuple[str, ...]:
@@ -187,7 +203,7 @@ class ExpertSet:
             for name in arming.named:
                 self._state.require(name)
             self._install(self._state.plugged, arming)
-            return tuple(self._state.weights())
+            return tuple(self._state.armed_weights)
 
     @contextmanager
     def arming(self, names: ArmingValue) -> Iterator[None]:
@@ -199,7 +215,7 @@ class ExpertSet:
         finally:
             with self._lock:
                 # Modules may have been unplugged within the block.
-                self._install(self._state.plugged, before.among(self._state.names))
+                self._install(self._state.plugged, before.among(self._state.by_name))
 
     @contextmanager
     def forced(
@@ -240,7 +256,7 @@ class ExpertSet:
         state = self._current()
         if state.roster is None:
             return None
-        return ArmedExperts(state.roster, self._traces, weights=state.weights())
+        return ArmedExperts(state.roster, self._traces, weights=state.armed_weights)
 
     def decided(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -281,7 +297,7 @@ class ExpertSet:
         if armed is None or bank is None:
             return {}
         above_BM = bank.above_threshold(
-            torch.tensor([list(ids)], dtype=torch.long, device=bank.table_MV.device)
+            torch.tensor([list(ids)], dtype=torch.long, device=bank.offset_M.device)
         )
         return dict(zip(armed.names, above_BM[0].tolist(), strict=True))
 
@@ -292,6 +308,7 @@ class ExpertSet:
         max_experts: int | None = None,
         user_ids: Sequence[int] | None = None,
         document: Sequence[int] | None = None,
+        expert_bytes: ExpertBytes | None = None,
     ) -> ArmedExperts | None:
         """Return the experts for one sequence that makes its own choice of modules.
 
@@ -307,6 +324,9 @@ class ExpertSet:
             document: token ids of a text to continue, in place of `user_ids`. With "auto", experts
                 that the text rules out are not admitted. Without `user_ids` and `document`,
                 relevance is accumulated token by token.
+            expert_bytes: returns the memory of a sequence's experts. Those that "auto" admits, at
+                most `CANDIDATES`, are left out where they do not fit into the budget of
+                `weight_cache`, those with the least evidence first; None: they all fit.
 
         Returns:
             The experts, or None if there is no candidate.
@@ -326,30 +346,32 @@ class ExpertSet:
             state.require(name)
         arming = requested.over(state.arming)
         weights = {n: w for n, w in state.weights(arming).items() if n not in denied}
-        roster = roster_of(state, tuple(weights), limit)
         tested = requested.auto is not None and (user_ids is not None or document is not None)
-        if roster is not None and tested and roster.relevance is not None:
-            admitted = roster.admitted(user_ids, document) | requested.named.keys()
-            roster = roster_of(state, tuple(n for n in weights if n in admitted), limit)
+        names = tuple(weights)
+        if tested:
+            candidates = roster_of(state, names, limit)
+            admitted = [] if candidates is None else candidates.admitted(user_ids, document)
+            ranked = dict.fromkeys([*requested.named, *admitted])
+            names = tuple(name for name in ranked if name in weights)
+            if expert_bytes is not None:
+                names = fitting(state, names, requested.named, expert_bytes, self.weight_cache)
+        roster = roster_of(state, tuple(sorted(names)), limit)
         if roster is None:
             return None
-        decided_BM = (
-            torch.ones(1, len(roster.modules), dtype=torch.bool, device=self._live_model().device)
-            if tested or requested.auto is None
-            else None
-        )
+        decided_BM = None
+        if tested or requested.auto is None:
+            device = self._live_model().device
+            decided_BM = torch.ones(1, len(roster.modules), dtype=torch.bool, device=device)
         return ArmedExperts(roster, self._traces, decided_BM, weights)
 
     def list(self) -> tuple[ExpertInfo, ...]:
         """Return the details of all plugged modules, sorted by name."""
-        infos = (self._info(expert) for expert in self._state.plugged)
-        return tuple(sorted(infos, key=lambda info: info.name))
+        return self._state.infos
 
     @property
     def first_layers(self) -> tuple[int, ...]:
         """The lowest layer of each plugged module; adapters are left out."""
-        modules = (expert.module for expert in self._state.plugged)
-        return tuple(module.layers[0] for module in modules if isinstance(module, ExpertModule))
+        return self._state.first_layers
 
     def manifest(self, name: str) -> AnyManifest:
         """Return the manifest of a plugged module; raise `PackError` if it is not plugged."""
@@ -359,37 +381,17 @@ class ExpertSet:
         """Return the state, after moving the modules to the model's current device and dtype."""
         state = self._state
         model = self._live_model()
-        first = next(state.plugged[0].module.parameters()) if state.plugged else None
+        first = state.plugged[0].module if state.plugged else None
         if first is not None and (first.dtype != model.dtype or first.device != model.device):
             with self._lock:
                 for expert in self._state.plugged:
-                    expert.module.to(model.device, model.dtype)
+                    expert.module.place(model.device, model.dtype)
                 self._install(self._state.plugged, self._state.arming)
         return self._state
 
     def _install(self, plugged: tuple[Plugged, ...], arming: Arming) -> None:
         """Replace the state in a single assignment, which makes plugging and arming atomic."""
-        state = PlugState(plugged, arming)
-        names = tuple(state.weights())
-        self._state = replace(state, roster=roster_of(state, names, self.max_experts))
-
-    def _info(self, expert: Plugged) -> ExpertInfo:
-        manifest = expert.manifest
-        weight = self._state.weights().get(manifest.name, 0.0)
-        return ExpertInfo(
-            name=manifest.name,
-            kind="expert" if isinstance(manifest, Manifest) else manifest.kind,
-            domain=manifest.domain,
-            layers=manifest.layers,
-            width=manifest.width if isinstance(manifest, Manifest) else manifest.rank,
-            licence=manifest.licence,
-            digest=manifest.digest,
-            signer=manifest.signature.public_key if manifest.signature else None,
-            num_bytes=sum(parameter.nbytes for parameter in expert.module.parameters()),
-            armed=weight > 0,
-            weight=weight,
-            verdict=manifest.verdict,
-        )
+        self._state = PlugState(plugged, arming, self.max_experts)
 
     def _live_model(self) -> PreTrainedModel:
         model = self._model()

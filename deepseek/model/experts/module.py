@@ -1,16 +1,18 @@
 """An expert module: feed-forward networks in parallel to those of a frozen base model."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
 
 from deepseek import checks
 from deepseek.errors import ConfigError, shown
+from deepseek.model.experts.layer import ExpertLayer, ExpertLayers
 from deepseek.model.experts.relevance import Relevance
+from deepseek.model.experts.weight_cache import Form, WeightCache
 from deepseek.model.feed_forward import SwiGLU
 from deepseek.packs.manifest import (
     MOMENTS,
@@ -21,52 +23,37 @@ from deepseek.packs.manifest import (
     explain,
 )
 from deepseek.packs.pack import ExpertPack, check_finite
+from deepseek.packs.pack_file import PackFile
 from deepseek.packs.tensors import DTYPES
 
 DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 
+F = TypeVar("F", bound=Form)
 
-class ExpertLayer(nn.Module):
-    """A SwiGLU with a fused gate and up projection `[2F, D]` whose output is initially zero.
 
-    It has no norm weight, because the columns of `gate_up_proj` can scale its input as well.
+@dataclass(frozen=True)
+class StoredWeights:
+    """Where the weights of a module are that is not kept in memory.
+
+    Attributes:
+        file: the pack.
+        cache: what of it is in memory.
+        dtype, device: of the weights in memory.
     """
 
-    def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(2 * width, hidden_size))
-        self.down_proj = nn.Parameter(torch.zeros(hidden_size, width))
-        nn.init.normal_(self.gate_up_proj, std=hidden_size**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., D]` to `[..., D]`."""
-        gate, up = linear(x, self.gate_up_proj).chunk(2, dim=-1)
-        return linear(silu(gate) * up, self.down_proj)
-
-    @torch.no_grad()
-    def copy_rows(self, gate_FD: Tensor, up_FD: Tensor, seed: int) -> None:
-        """Initialise from the base's feed-forward network: all its rows, or a random sample.
-
-        Args:
-            gate_FD: gate projection of the base layer.
-            up_FD: up projection of the base layer.
-            seed: seed of the sample.
-        """
-        width = self.down_proj.shape[1]
-        rows = (
-            torch.randperm(len(gate_FD), generator=torch.Generator().manual_seed(seed))[:width]
-            .sort()
-            .values
-        )
-        rows = rows.to(gate_FD.device)
-        self.gate_up_proj.copy_(torch.cat([gate_FD[rows], up_FD[rows]]))
+    file: PackFile
+    cache: WeightCache
+    dtype: torch.dtype
+    device: torch.device
 
 
 class ExpertModule(nn.Module):
     """An expert: one `ExpertLayer` of width F at each of `layers`, and their gates.
 
     Attributes:
-        ffn: the expert layers, keyed by layer index.
+        ffn: the expert layers, keyed by layer index; none if the weights are stored.
+        stored: the file from which the weights are read when they are needed; None: they are in
+            memory.
         gates: layer -> detection row `[D+1]` in fp32 (see `model/experts/gate.py`). It is computed
             in closed form, not trained, so it is no parameter. The initial zeros never fire.
         moments: layer -> `[MOMENTS, D]` in fp32, moments of the gate inputs on the module's
@@ -89,9 +76,11 @@ class ExpertModule(nn.Module):
             raise ConfigError(f"layers={self.layers} must name at least one layer, each once.")
         self.hidden_size = hidden_size = checks.whole("hidden_size", hidden_size, least=1)
         self.width = width = checks.whole("width", width, least=1)
-        self.ffn = nn.ModuleDict(
+        self.ffn = ExpertLayers(
             {str(layer): ExpertLayer(hidden_size, width) for layer in self.layers}
         )
+        self.stored: StoredWeights | None = None
+        self._forms: dict[Callable[[ExpertModule], Form], Form] = {}
         self.gates = {layer: torch.zeros(hidden_size + 1) for layer in self.layers}
         self.moments = {layer: torch.zeros(MOMENTS, hidden_size) for layer in self.layers}
         self.relevance: Relevance | None = None
@@ -131,15 +120,89 @@ class ExpertModule(nn.Module):
         return module.to(weight.device)
 
     def at(self, layer: int) -> ExpertLayer:
-        """Return the expert layer at base layer `layer`."""
-        part = self.ffn[str(layer)]
+        """Return the expert layer at base layer `layer`, read first if the weights are stored."""
+        ffn = self.ffn if self.stored is None else self.form(read_weights)
+        part = ffn[str(layer)]
         assert isinstance(part, ExpertLayer)
         return part
 
     def forward(self, layer: int, x: Tensor) -> Tensor:
         """Return the module's output at base layer `layer` for gate inputs `[..., D]`."""
-        y: Tensor = self.ffn[str(layer)](x)
+        y: Tensor = self.at(layer)(x)
         return y
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.at(self.layers[0]).down_proj.dtype if self.stored is None else self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        if self.stored is None:
+            return self.at(self.layers[0]).down_proj.device
+        return self.stored.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory, or of stored ones once they are read."""
+        return len(self.layers) * 3 * self.hidden_size * self.width * self.dtype.itemsize
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the weights to a device and dtype; stored ones when they are read."""
+        if self.stored is None:
+            self.to(device, dtype)
+        else:
+            self.stored.cache.forget(self)
+            self.stored = replace(self.stored, dtype=dtype, device=device)
+
+    def store(self, file: PackFile, cache: WeightCache) -> None:
+        """Drop the weights and read them from now on when they are needed.
+
+        Args:
+            file: the pack that this module comes from.
+            cache: keeps the weights that are in memory.
+        """
+        self.stored = StoredWeights(file, cache, self.dtype, self.device)
+        self.ffn = ExpertLayers()
+        # Tensors that were read together share one buffer, which the copies let go.
+        self.gates = {layer: gate.clone() for layer, gate in self.gates.items()}
+        self.moments = {layer: moments.clone() for layer, moments in self.moments.items()}
+        if self.relevance is not None:
+            self.relevance = replace(self.relevance, table_V=self.relevance.table_V.clone())
+
+    def form(self, make: "Callable[[ExpertModule], F]") -> F:
+        """Return the weights in another form, made once for as long as the module is in memory.
+
+        Args:
+            make: makes the form of a module.
+
+        Raises:
+            ConfigError: there is no memory for stored weights.
+            PackError: the file of stored weights was changed.
+        """
+        if self.stored is not None:
+            return self.stored.cache.get(self, make)
+        if make not in self._forms:
+            self._forms[make] = make(self)
+        return cast(F, self._forms[make])
+
+    def made_form(self, make: "Callable[[ExpertModule], F]") -> F | None:
+        """Return the weights in another form if they are in memory in it."""
+        if self.stored is not None:
+            return self.stored.cache.peek(self, make)
+        return cast(F | None, self._forms.get(make))
+
+    def read(self) -> ExpertLayers:
+        """Return the expert layers without keeping stored ones in memory.
+
+        Raises:
+            PackError: the file of stored weights was changed.
+        """
+        if self.stored is None:
+            return self.ffn
+        made = self.stored.cache.peek(self, read_weights)
+        return read_weights(self) if made is None else made
 
     def set_gate(
         self,
@@ -254,20 +317,40 @@ class ExpertModule(nn.Module):
             module = ExpertModule(
                 manifest.name, manifest.layers, manifest.base.hidden_size, manifest.width
             )
-        tensors = {
-            name: tensor.to(device, dtype)
-            for name, tensor in pack.tensors.items()
-            if name.startswith("ffn.")
-        }
-        if dtype == torch.float16:  # the only dtype with a smaller range than a pack's
-            check_finite(tensors, "in the model's float16")
-        module.load_state_dict(tensors, assign=True)
+        module.load_state_dict(_weights(pack, dtype, device), assign=True)
         module.gates = {layer: pack.tensors[f"gate.{layer}"] for layer in module.layers}
         module.moments = {layer: pack.tensors[f"moments.{layer}"] for layer in module.layers}
         module.settings = manifest.gate
         if "relevance" in pack.tensors:
             gate = manifest.gate
-            table_V = pack.tensors["relevance"].float()
+            table_V = pack.tensors["relevance"]
             module.relevance = Relevance(table_V, gate.relevance_threshold, gate.relevance_offset)
         module.digest = manifest.digest
         return module.requires_grad_(False).eval()
+
+
+def read_weights(module: ExpertModule) -> ExpertLayers:
+    """Read the expert layers of a module whose weights are stored, frozen and in eval mode.
+
+    Raises:
+        PackError: the file was changed.
+    """
+    stored = module.stored
+    assert stored is not None
+    with torch.inference_mode(False):  # others may use them where gradients are recorded
+        pack = stored.file.read()
+        return ExpertModule.from_pack(pack, stored.dtype, stored.device).ffn
+
+
+def _weights(
+    pack: ExpertPack, dtype: torch.dtype | None, device: torch.device | None
+) -> dict[str, Tensor]:
+    """Return the tensors of a pack's expert layers (see `ExpertModule.from_pack`)."""
+    tensors = {
+        name: tensor.to(device, dtype)
+        for name, tensor in pack.tensors.items()
+        if name.startswith("ffn.")
+    }
+    if dtype == torch.float16:  # the only dtype with a smaller range than a pack's
+        check_finite(tensors, "in the model's float16")
+    return tensors

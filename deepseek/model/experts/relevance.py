@@ -39,7 +39,7 @@ class Relevance:
     """The relevance table of one expert.
 
     Attributes:
-        table_V: log-odds of each token of the vocabulary, in nats.
+        table_V: log-odds of each token of the vocabulary, in nats; in fp16 if it comes from a pack.
         threshold: evidence above which a conversation admits the expert if it is the only
             candidate, in nats.
         offset: evidence added per token of a document, so that text of the domain has evidence
@@ -52,7 +52,7 @@ class Relevance:
 
     def keeps(self, ids_N: Tensor) -> bool:
         """Return whether a document that starts with the tokens `[N]` admits the expert."""
-        shifted = Relevance(self.table_V + self.offset, self.threshold, 0.0)
+        shifted = Relevance(self.table_V.float() + self.offset, self.threshold, 0.0)
         return text_evidence(shifted, ids_N) > RULED_OUT
 
 
@@ -61,14 +61,15 @@ class RelevanceBank:
     """The relevance tables of all candidate modules, evaluated together.
 
     Attributes:
-        table_MV: log-odds in nats; zeros for modules without a table.
+        tables: log-odds `[V]` in nats of each module, shared with it; None for modules without a
+            table. They are not copied side by side: a thousand of them take 0.1 GiB.
         threshold_M: evidence above which a conversation admits a module; minus infinity for modules
             without a table. It includes log M to correct for testing M modules: the prior odds that
             one of them is relevant are shared among them.
         offset_M: evidence added per token of a document; 0 for modules without a table.
     """
 
-    table_MV: Tensor
+    tables: tuple[Tensor | None, ...]
     threshold_M: Tensor
     offset_M: Tensor
 
@@ -76,27 +77,27 @@ class RelevanceBank:
     def stack(modules: "Sequence[ExpertModule]", device: torch.device) -> "RelevanceBank | None":
         """Return the tables of `modules`, in their order, or None if no module has one."""
         entries = [module.relevance for module in modules]
-        size = max((len(entry.table_V) for entry in entries if entry is not None), default=0)
-        if size == 0:
+        if all(entry is None for entry in entries):
             return None
-        tables = [
-            torch.zeros(size) if entry is None else entry.table_V.float() for entry in entries
-        ]
         thresholds = [
             -torch.inf if entry is None else entry.threshold + log(len(modules))
             for entry in entries
         ]
         offsets = [0.0 if entry is None else entry.offset for entry in entries]
         return RelevanceBank(
-            torch.stack(tables).to(device),
+            tuple(None if entry is None else entry.table_V.to(device) for entry in entries),
             torch.tensor(thresholds, device=device),
             torch.tensor(offsets, device=device),
         )
 
     def evidence(self, ids_BT: Tensor) -> Tensor:
         """Return the evidence of each token `[B, T, M]`, in nats; 0 for ids beyond the tables."""
-        known_BT = ids_BT < self.table_MV.shape[1]
-        evidence_BTM = self.table_MV[:, ids_BT.where(known_BT, 0)].permute(1, 2, 0)
+        none_N = torch.zeros(ids_BT.numel(), device=ids_BT.device)
+        size = max(len(table_V) for table_V in self.tables if table_V is not None)
+        known_BT = ids_BT < size
+        ids_N = ids_BT.where(known_BT, 0).flatten()
+        parts = [none_N if table_V is None else table_V[ids_N].float() for table_V in self.tables]
+        evidence_BTM = torch.stack(parts, -1).view(*ids_BT.shape, len(parts))
         return evidence_BTM * known_BT[..., None]
 
     def accumulate(
@@ -122,7 +123,7 @@ class RelevanceBank:
         """
         if ids_BT.shape[1] == 0:
             sums_BM = (
-                self.table_MV.new_zeros(len(ids_BT), len(self.table_MV) + 1)
+                self.offset_M.new_zeros(len(ids_BT), len(self.tables) + 1)
                 if state_BM is None
                 else state_BM
             )
@@ -160,8 +161,12 @@ class RelevanceBank:
 
     def document_keeps(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return which modules `[B, M]` a document as a whole admits."""
+        return self.document_evidence(ids_BT, counted_BT) > RULED_OUT
+
+    def document_evidence(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
+        """Return a document's evidence for each module `[B, M]`, in nats, offset included."""
         _, sums_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
-        return self.of_document(sums_BM) > RULED_OUT
+        return self.of_document(sums_BM)
 
 
 def text_evidence(relevance: Relevance, ids_N: Tensor) -> float:

@@ -1,16 +1,23 @@
 """The state of plugging and arming: an immutable value that every change replaces as a whole."""
 
-from collections.abc import Iterable
+from bisect import insort
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from deepseek import checks
 from deepseek.errors import PackError, shown
 from deepseek.model.experts.adapter import AdapterModule
-from deepseek.model.experts.armed import Roster
+from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.arming import EVERY_EXPERT, Arming
 from deepseek.model.experts.module import ExpertModule
+from deepseek.model.experts.weight_cache import WeightCache
 from deepseek.packs.kinds import AnyManifest
+from deepseek.packs.manifest import Manifest
 from deepseek.registry import nearest
+
+ExpertBytes = Callable[[ArmedExperts | None], Mapping[ExpertModule, int]]
+"""Returns the bytes that a sequence needs for each of its experts whose weights are stored."""
 
 ROSTERS = 64
 """Maximum number of cached rosters."""
@@ -37,7 +44,7 @@ class ExpertInfo:
         licence: SPDX expression.
         digest: content digest of the pack.
         signer: public key of the signer in hexadecimal; None: not signed.
-        num_bytes: memory of the weights.
+        num_bytes: memory of the weights in the model's dtype.
         armed: whether the expert is armed.
         weight: factor on what it adds where it is armed by default; 0: it is not armed.
         verdict: held-out result in words, such as "better by 3.1 %".
@@ -62,49 +69,97 @@ class PlugState:
     """Everything that plugging and arming change.
 
     The state is replaced as a whole, so that readers without the lock always see a consistent one.
+    What follows from it is computed when it is first asked for, so that plugging one expert among
+    a thousand costs what plugging the first did.
 
     Attributes:
         plugged: the plugged modules, sorted by content digest.
         arming: which of them are armed, and with what weight.
-        roster: the armed modules; None: no module is armed.
+        max_experts: maximum number of modules that fire at one token.
         rosters: cache of rosters for sequences that choose their own modules, by names and maximum
             number of experts per token.
     """
 
     plugged: tuple[Plugged, ...] = ()
     arming: Arming = EVERY_EXPERT
-    roster: Roster | None = None
+    max_experts: int = 5
     rosters: dict[tuple[tuple[str, ...], int], Roster] = field(default_factory=dict)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(expert.manifest.name for expert in self.plugged))
+    @cached_property
+    def by_name(self) -> dict[str, Plugged]:
+        """The plugged modules by name, sorted."""
+        named = {expert.manifest.name: expert for expert in self.plugged}
+        return dict(sorted(named.items()))
 
-    def weights(self, arming: Arming | None = None) -> dict[str, float]:
-        """Return the weight of each armed module, sorted by name.
+    @cached_property
+    def roster(self) -> Roster | None:
+        """The armed modules; None: no module is armed."""
+        return roster_of(self, tuple(self.armed_weights), self.max_experts)
+
+    @cached_property
+    def infos(self) -> tuple[ExpertInfo, ...]:
+        """Details of the plugged modules, sorted by name."""
+        return tuple(self.info(expert) for expert in self.by_name.values())
+
+    @cached_property
+    def first_layers(self) -> tuple[int, ...]:
+        """The lowest layer of each plugged module; adapters are left out."""
+        modules = (expert.module for expert in self.plugged)
+        return tuple(module.layers[0] for module in modules if isinstance(module, ExpertModule))
+
+    @cached_property
+    def armed_weights(self) -> Mapping[str, float]:
+        """Weight of each module that is armed by default, sorted by name."""
+        return self._weights(self.arming)
+
+    def weights(self, arming: Arming) -> Mapping[str, float]:
+        """Return the weight of each module that a choice arms, sorted by name.
 
         "auto" does not arm a module that was measured to be no better than the base, nor an adapter
         that was not imported for it.
-
-        Args:
-            arming: which modules are armed; None: the state's own.
         """
-        arming = self.arming if arming is None else arming
+        return self.armed_weights if arming == self.arming else self._weights(arming)
+
+    def _weights(self, arming: Arming) -> Mapping[str, float]:
         weights: dict[str, float] = {}
-        for expert in sorted(self.plugged, key=lambda expert: expert.manifest.name):
-            weight = arming.weight(expert.manifest.name, expert.manifest.helps)
+        for name, expert in self.by_name.items():
+            weight = arming.weight(name, expert.manifest.helps)
             if weight is not None:
-                weights[expert.manifest.name] = weight
+                weights[name] = weight
         return weights
+
+    def having(self, expert: Plugged) -> tuple[Plugged, ...]:
+        """Return the plugged modules and one more, sorted by content digest."""
+        plugged = list(self.plugged)
+        insort(plugged, expert, key=lambda other: other.manifest.digest)
+        return tuple(plugged)
 
     def require(self, name: str) -> Plugged:
         """Return the module `name`; raise `PackError` if it is not plugged."""
         checks.text("name", name)
-        for expert in self.plugged:
-            if expert.manifest.name == name:
-                return expert
-        hint = nearest(name, self.names) if self.plugged else "none is plugged"
+        if name in self.by_name:
+            return self.by_name[name]
+        hint = nearest(name, tuple(self.by_name)) if self.plugged else "none is plugged"
         raise PackError(f"No expert named {shown(name)} is plugged; {hint}.")
+
+    def info(self, expert: Plugged) -> ExpertInfo:
+        """Return the details of a plugged module."""
+        manifest = expert.manifest
+        weight = self.arming.weight(manifest.name, manifest.helps) or 0.0
+        return ExpertInfo(
+            name=manifest.name,
+            kind="expert" if isinstance(manifest, Manifest) else manifest.kind,
+            domain=manifest.domain,
+            layers=manifest.layers,
+            width=manifest.width if isinstance(manifest, Manifest) else manifest.rank,
+            licence=manifest.licence,
+            digest=manifest.digest,
+            signer=manifest.signature.public_key if manifest.signature else None,
+            num_bytes=expert.module.nbytes,
+            armed=weight > 0,
+            weight=weight,
+            verdict=manifest.verdict,
+        )
 
 
 def roster_of(state: PlugState, names: tuple[str, ...], max_experts: int) -> Roster | None:
@@ -121,15 +176,38 @@ def roster_of(state: PlugState, names: tuple[str, ...], max_experts: int) -> Ros
     if roster is None:
         if len(state.rosters) >= ROSTERS:
             state.rosters.clear()
-        chosen = [expert.module for expert in state.plugged if expert.module.name in names]
-        roster = roster_with(chosen, max_experts)
+        roster = roster_with((state.by_name[name].module for name in names), max_experts)
         state.rosters[names, max_experts] = roster
     return roster
 
 
+def fitting(
+    state: PlugState,
+    names: tuple[str, ...],
+    needed: Container[str],
+    expert_bytes: ExpertBytes,
+    weight_cache: WeightCache,
+) -> tuple[str, ...]:
+    """Return the names of the modules whose weights fit into the budget together.
+
+    Args:
+        state: the plugged modules.
+        names: names of the modules, in the order of preference.
+        needed: names of those that are returned in any case.
+        expert_bytes: returns the memory of a sequence's experts.
+        weight_cache: has the budget.
+    """
+    if weight_cache.limit is None:
+        return names
+    modules = (state.by_name[name].module for name in names)
+    armed = ArmedExperts(roster_with(modules, None))  # without gates, which would be solved
+    sizes = {module.name: nbytes for module, nbytes in expert_bytes(armed).items()}
+    return weight_cache.fitting(names, needed, sizes)
+
+
 def roster_with(chosen: Iterable[ExpertModule | AdapterModule], max_experts: int | None) -> Roster:
     """Return a roster of these modules and adapters (see `Roster`)."""
-    members = tuple(chosen)
+    members = sorted(chosen, key=lambda member: member.digest)
     return Roster(
         tuple(module for module in members if isinstance(module, ExpertModule)),
         max_experts,

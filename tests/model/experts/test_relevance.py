@@ -50,9 +50,11 @@ def test_pieces_give_the_evidence_of_the_whole(ids: list[int], data: st.DataObje
             parts.append(evidence_BTM[0])
     torch.testing.assert_close(torch.cat(parts), whole_TM)
     evidence = tokens = 0.0
-    relevance = Relevance(bank.table_MV[0], 0.0, 0.25)
+    table_V = bank.tables[0]
+    assert table_V is not None
+    relevance = Relevance(table_V, 0.0, 0.25)
     for place, token in enumerate(ids):
-        evidence = DECAY * evidence + float(bank.table_MV[0, token])
+        evidence = DECAY * evidence + float(table_V[token])
         tokens = DECAY * tokens + 1.0
         assert float(whole_TM[place, 0]) == pytest.approx(evidence, abs=1e-4)
         assert float(whole_TM[place, -1]) == pytest.approx(tokens, abs=1e-4)

@@ -1,0 +1,361 @@
+"""Hundreds of experts on one base: routing, overhead, memory, and room for a few of them.
+
+    python benchmarks/many_experts.py --packs PACKS --texts TEXTS [--counts 8 64 1024] [--room 8] [--save]
+
+PACKS holds the packs of trained experts, TEXTS one folder of text for each of them, named as the
+pack is; other folders hold text of no expert. Beyond the packs that are there, copies with other
+names are plugged (`--width` wide): half of the words of their relevance tables are shuffled, and
+their gates and weights have noise, so that they speak for other domains of the same kind.
+
+One engine keeps the weights of `--room` experts in memory. For each of `--counts`, when so many are
+plugged:
+
+    plug      milliseconds to plug the first and the last of the copies (medians of a quarter), and
+              memory of the process for each expert
+    overhead  milliseconds a decoding step, and to the first token, of requests that choose their
+              experts themselves ("auto"), over those of the same requests that name the right
+              expert, or none; as conversations and as documents to continue
+    routing   share of held-out passages answered by the right expert, or by none where no expert of
+              theirs is plugged, in per cent; an expert answers if it wrote most of 8 tokens
+
+`embeddings` is a rival's routing: a ridge classifier over the embeddings of the base, fitted on
+passages of the training text of the experts and of the text of none. It has no text of the copies,
+so it chooses among the experts that are there.
+
+`room` is the speed of `--room` of the second count, all asked by name by four clients at once, over
+that of an engine with all in memory: asked evenly, and by Zipf's law.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from results import FOLDER, write
+from turns import in_turn
+
+from deepseek.data import Document, clean, read_folder
+from deepseek.data.text.document import split
+from deepseek.engine.engine import Engine
+from deepseek.engine.generation import Generation
+from deepseek.engine.request import ExpertChoice, Request
+from deepseek.engine.sampler import Sampling
+from deepseek.engine.start import start_engine
+from deepseek.packs.manifest import Manifest
+from deepseek.packs.pack import ExpertPack, read_pack, write_pack
+from deepseek.text.tokenizer import encode_plain
+
+KINDS = ("conversation", "document")
+CLIENTS = 4
+SPOKEN = 8
+STEPS = 24
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage of text. `label`: the expert whose text it is, None: no expert's."""
+
+    ids: tuple[int, ...]
+    label: str | None
+
+    def request(self, kind: str, arm: Any = "auto", tokens: int = SPOKEN) -> Request:
+        choice = ExpertChoice(arm)
+        request = Request(self.ids, Sampling(tokens), choice, ignore_end=True)
+        return replace(request, user_ids=self.ids) if kind == "conversation" else request
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--packs", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--counts", type=int, nargs="+", default=[8, 64, 1024])
+    parser.add_argument("--room", type=int, default=8)
+    parser.add_argument("--width", type=int, default=256, help="of the copies' expert layers")
+    parser.add_argument("--passages", type=int, default=4, help="of each text")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a passage")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=FOLDER / "many_experts.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = filled(options, Path(folder))
+        figures = measure(options, paths)
+        figures["room"] = room(options, paths[: options.counts[min(1, len(options.counts) - 1)]])
+    write(options.json, {"figures": figures})
+
+
+def filled(options: argparse.Namespace, folder: Path) -> list[Path]:
+    """Return the packs, followed by jittered copies of them up to the largest count."""
+    real = sorted(options.packs.glob("*.safetensors"))
+    paths = real[: max(options.counts)]
+    for number in range(len(paths), max(options.counts)):
+        source = read_pack(real[number % len(real)])
+        path = folder / f"copy-{number:04}.safetensors"
+        write_pack(path, jittered(source, path.stem, options.width, number))
+        paths.append(path)
+    return paths
+
+
+def jittered(source: ExpertPack, name: str, width: int, seed: int) -> ExpertPack:
+    """Return a copy of a pack that speaks for another domain of the same kind."""
+    manifest = source.manifest
+    assert isinstance(manifest, Manifest)
+    width = min(width, manifest.width)
+    torch.manual_seed(seed)
+    tensors = {key: tensor.clone() for key, tensor in source.tensors.items()}
+    for key, tensor in tensors.items():
+        if key == "relevance":
+            words = torch.randperm(len(tensor))[: len(tensor) // 2]
+            tensor[words] = tensor[words[torch.randperm(len(words))]]
+            continue
+        noise = torch.randn(tensor.shape) * tensor.float().square().mean().sqrt() / 2
+        tensors[key] = tensor + noise.to(tensor.dtype)
+        if key.endswith("gate_up_proj"):
+            gate, up = tensors[key].chunk(2)
+            tensors[key] = torch.cat([gate[:width], up[:width]])
+        elif key.endswith("down_proj"):
+            tensors[key] = tensors[key][:, :width].contiguous()
+    changed = manifest.model_copy(update={"name": name, "width": width})
+    return ExpertPack.seal(changed, tensors)
+
+
+def budget(paths: Sequence[Path], room: int) -> int:
+    """Return the bytes of so many of the largest experts with 8-bit weights and their scales."""
+    return int(room * 0.6 * max(path.stat().st_size for path in paths))
+
+
+def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
+    """Plug the experts up to each count, and measure what that costs."""
+    figures: dict[str, Any] = {"experts": len(list(options.packs.glob("*.safetensors")))}
+    expert_bytes = budget(paths, options.room)
+    with start_engine(options.base, expert_bytes=expert_bytes) as engine:
+        names = [path.stem for path in paths]
+        fitting, held_out = passages(engine, options, set(names))
+        plugged = 0
+        for count in options.counts:
+            row = {"plug": plug(engine, paths[plugged:count])}
+            plugged = count
+            known = set(names[:count])
+            asked = [p if p.label in known else replace(p, label=None) for p in held_out]
+            row["overhead"] = {
+                kind: overhead(engine, asked, kind, options.rounds) for kind in KINDS
+            }
+            row["routing"] = {kind: routing(engine, asked, kind) for kind in KINDS}
+            row["routing"]["embeddings"] = embeddings(engine, fitting, asked, known)
+            stats = engine.stats()
+            row["weights_mib"] = round(stats.expert_bytes / (1 << 20), 1)
+            assert stats.expert_bytes <= expert_bytes
+            print(count, row, flush=True)
+            figures[str(count)] = row
+    return figures
+
+
+def passages(
+    engine: Engine, options: argparse.Namespace, names: set[str]
+) -> tuple[list[Passage], list[Passage]]:
+    """Return passages of the training text and of the held-out text of each folder."""
+    parts: tuple[list[Passage], list[Passage]] = ([], [])
+    for folder in sorted(path for path in options.texts.iterdir() if path.is_dir()):
+        documents, _ = clean(read_folder(folder))
+        label = folder.name if folder.name in names else None
+        for part, kept in zip(parts, split(documents), strict=True):
+            found = pieces(engine, kept, options.length)
+            part += [Passage(ids, label) for ids in found[: options.passages]]
+    return parts
+
+
+def pieces(engine: Engine, documents: Sequence[Document], length: int) -> list[tuple[int, ...]]:
+    """Return passages of documents, of `length` tokens, those of different documents first."""
+    rows: list[tuple[int, int, tuple[int, ...]]] = []
+    for number, document in enumerate(documents):
+        ids = encode_plain(engine.tokenizer, document.text)
+        starts = range(0, max(1, len(ids) - length + 1), length)
+        rows += [(place, number, tuple(ids[s : s + length])) for place, s in enumerate(starts)]
+    return [ids for _, _, ids in sorted(rows) if ids]
+
+
+def plug(engine: Engine, paths: Sequence[Path]) -> dict[str, float]:
+    """Plug packs, and return what that took."""
+    before = resident_bytes()
+    times = []
+    for path in paths:
+        started = time.perf_counter()
+        engine.plug(path)
+        times.append((time.perf_counter() - started) * 1e3)
+    quarter = max(1, len(times) // 4)
+    return {
+        "first_ms": round(median(times[:quarter]), 2),
+        "last_ms": round(median(times[-quarter:]), 2),
+        "mib_each": round((resident_bytes() - before) / len(paths) / (1 << 20), 3),
+    }
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def overhead(
+    engine: Engine, asked: Sequence[Passage], kind: str, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Return the times of passages that choose their experts, over those that name them."""
+    chosen = [p for p in asked if p.label is not None][:8]
+    others = [p for p in asked if p.label is None][:8]
+    figures = {}
+    for what, group in {"own": chosen, "none": others}.items():
+        if not group:
+            continue
+        sides = {
+            "auto": lambda group=group: [
+                decode(engine, p.request(kind, "auto", STEPS)) for p in group
+            ],
+            "named": lambda group=group: [
+                decode(engine, p.request(kind, (p.label,) if p.label else (), STEPS)) for p in group
+            ],
+        }
+        found = in_turn(sides, rounds)
+        times = {side: np.median(np.array(results), 0) for side, results in found.items()}
+        ratios = times["auto"] / times["named"]
+        figures[what] = {
+            "step_over_named": round(float(np.median(ratios[:, 1])), 4),
+            "step_ms": round(float(np.median(times["auto"][:, 1])), 3),
+            "first_token_ms_more": round(
+                float(np.median(times["auto"][:, 0] - times["named"][:, 0])), 2
+            ),
+        }
+    return figures
+
+
+def decode(engine: Engine, request: Request) -> tuple[float, float]:
+    """Return milliseconds to the first token, and of each step after it."""
+    started = time.perf_counter()
+    events = iter(engine.submit(request))
+    next(events)
+    first = (time.perf_counter() - started) * 1e3
+    before = engine.stats()
+    for _ in events:
+        pass
+    after = engine.stats()
+    steps = max(1, after.steps - before.steps)
+    return first, (after.step_seconds - before.step_seconds) * 1e3 / steps
+
+
+def routing(engine: Engine, asked: Sequence[Passage], kind: str) -> dict[str, float]:
+    """Return the shares of passages that the right expert answered, or none, in per cent."""
+    answered = in_order(engine, [passage.request(kind) for passage in asked])
+    return shares(asked, [speaker(generation) for generation in answered])
+
+
+def in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[Generation]:
+    """Give the finished generations, `CLIENTS` of which run at a time."""
+    running: list[Generation] = []
+    for request in requests:
+        if len(running) == CLIENTS:
+            list(running[0])
+            yield running.pop(0)
+        running.append(engine.submit(request))
+    for generation in running:
+        list(generation)
+        yield generation
+
+
+def speaker(generation: Generation) -> str | None:
+    """Return the expert that wrote most of a reply, None if it is the base."""
+    counts = Counter(generation.usage.experts)
+    name, tokens = counts.most_common(1)[0]
+    return name if tokens * 2 > counts.total() else None
+
+
+def shares(asked: Sequence[Passage], decided: Sequence[str | None]) -> dict[str, float]:
+    """Return the shares of right decisions in per cent."""
+    pairs = list(zip((passage.label for passage in asked), decided, strict=True))
+    own = [label == name for label, name in pairs if label is not None]
+    none = [name is None for label, name in pairs if label is None]
+    figures = {"right": share(own + none), "own": share(own), "none": share(none)}
+    wrong = [name not in (None, label) for label, name in pairs if label is not None]
+    return figures | {"wrong_expert": share(wrong)}
+
+
+def share(flags: Sequence[bool]) -> float:
+    return round(100 * sum(flags) / max(1, len(flags)), 2)
+
+
+def embeddings(
+    engine: Engine, fitting: Sequence[Passage], asked: Sequence[Passage], known: set[str]
+) -> dict[str, float]:
+    """Return the shares of a ridge classifier over the embeddings of the base."""
+    labels = [passage.label if passage.label in known else None for passage in fitting]
+    classes = sorted({label or "" for label in labels})
+    targets_NC = np.array([[(label or "") == one for one in classes] for label in labels], float)
+    fit_ND = embedded(engine, fitting)
+    weights_DC = np.linalg.solve(
+        fit_ND.T @ fit_ND + 1e-2 * np.eye(fit_ND.shape[1]), fit_ND.T @ (targets_NC - 0.5)
+    )
+    best = (embedded(engine, asked) @ weights_DC).argmax(1)
+    return shares(asked, [classes[index] or None for index in best])
+
+
+def embedded(engine: Engine, found: Sequence[Passage]) -> np.ndarray:
+    """Return the embeddings of passages, `[N, D + 1]`, with a constant for the bias."""
+    rows_ND = np.array([engine.embed(passage.ids) for passage in found])
+    return np.concatenate([rows_ND, np.ones((len(rows_ND), 1))], 1)
+
+
+def room(options: argparse.Namespace, paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the speed with room for a few experts over that with all of them in memory."""
+    names = [path.stem for path in paths]
+    draws = random.Random(0)
+    count = max(CLIENTS, 2 * len(names))
+    by_rank = [1 / (rank + 1) for rank in range(len(names))]
+    orders = {
+        "even": [draws.choice(names) for _ in range(count)],
+        "zipf": draws.choices(names, by_rank, k=count),
+    }
+    budgets = {"all": None, "room": budget(paths, options.room)}
+    engines = {side: start_engine(options.base, expert_bytes=b) for side, b in budgets.items()}
+    try:
+        for engine in engines.values():
+            for path in paths:
+                engine.plug(path)
+        figures: dict[str, Any] = {"experts": len(names), "room": options.room}
+        for how, order in orders.items():
+            sides = {side: asking(engine, order) for side, engine in engines.items()}
+            found = in_turn(sides, options.rounds)
+            speeds = {side: median(results) for side, results in found.items()}
+            figures[how] = {
+                "all_tokens_per_s": round(speeds["all"], 1),
+                "room_tokens_per_s": round(speeds["room"], 1),
+                "room_over_all": round(speeds["room"] / speeds["all"], 4),
+            }
+        figures["loads"] = engines["room"].stats().expert_loads
+        return figures
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def asking(engine: Engine, order: Sequence[str]) -> Callable[[], float]:
+    """Return a function that asks experts by name and returns the tokens per second."""
+
+    def ask() -> float:
+        passage = Passage(tuple(range(3, 35)), None)
+        requests = [passage.request("document", (name,), 64) for name in order]
+        started = time.perf_counter()
+        tokens = sum(g.usage.completion_tokens for g in in_order(engine, requests))
+        return tokens / (time.perf_counter() - started)
+
+    return ask
+
+
+if __name__ == "__main__":
+    main()

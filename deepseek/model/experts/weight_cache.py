@@ -1,0 +1,176 @@
+"""Which weights of plugged experts are in memory, within a budget of bytes."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+from deepseek.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepseek.model.experts.module import ExpertModule
+
+Sizes = Mapping["ExpertModule", int]
+"""Experts whose weights are read when needed -> bytes that a sequence needs for them."""
+
+
+class Form(Protocol):
+    """The weights of an expert as a runner computes with them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes."""
+
+
+F = TypeVar("F", bound=Form)
+
+Forms = dict[Callable[..., Form], Form]
+"""What makes a form -> the form."""
+
+
+class WeightCache:
+    """The weights of the experts that are read from their pack files when they are needed.
+
+    Those that were used least recently leave when others need their memory, except those that
+    running requests have reserved. All methods are thread safe.
+
+    Args:
+        limit: budget in bytes; None: experts stay in memory, and nothing is kept here.
+
+    Attributes:
+        limit: as passed. A change applies to experts that are plugged later.
+        loads: number of times that an expert's weights were read.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.loads = 0
+        self._lock = threading.RLock()
+        # From the least to the most recently used. Weak: an unplugged expert leaves with its last
+        # sequence.
+        self._forms: WeakKeyDictionary[ExpertModule, Forms] = WeakKeyDictionary()
+        self._reserved: Counter[tuple[ExpertModule, int]] = Counter()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory."""
+        with self._lock:
+            return sum(form.nbytes for _, _, form in self._items())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that running sequences have reserved."""
+        with self._lock:
+            return sum(nbytes for _, nbytes in self._reserved)
+
+    def get(self, module: "ExpertModule", make: "Callable[[ExpertModule], F]") -> F:
+        """Return the weights of an expert in one form, from memory if they are there.
+
+        Args:
+            module: the expert.
+            make: reads the weights in this form.
+
+        Raises:
+            ConfigError: there is no memory for them.
+            PackError: the expert's file was changed.
+        """
+        with self._lock:
+            form = self.peek(module, make)
+            if form is None:
+                form = make(module)
+                self.loads += 1
+                self._free(form.nbytes, module.name)
+            forms = self._forms.pop(module, {})
+            forms[make] = form
+            self._forms[module] = forms  # the last one now
+            return form
+
+    def peek(self, module: "ExpertModule", make: "Callable[[ExpertModule], F]") -> F | None:
+        """Return the weights of an expert in one form if they are in memory."""
+        return cast(F | None, self._forms.get(module, {}).get(make))
+
+    def check(self, sizes: Sizes) -> None:
+        """Raise `ConfigError` if a sequence needs more memory for its experts than the budget."""
+        total = sum(sizes.values())
+        if self.limit is not None and total > self.limit:
+            raise ConfigError(_too_large([module.name for module in sizes], total, self.limit))
+
+    def fitting(
+        self, names: Sequence[str], needed: Container[str], sizes: Mapping[str, int]
+    ) -> tuple[str, ...]:
+        """Return those of the experts that fit into the budget together.
+
+        Args:
+            names: the experts, in the order of preference.
+            needed: experts that are returned in any case.
+            sizes: bytes of each expert; those that are missing are in memory anyway.
+        """
+        if self.limit is None:
+            return tuple(names)
+        left = self.limit - sum(nbytes for name, nbytes in sizes.items() if name in needed)
+        fitting = []
+        for name in names:
+            if name not in needed:
+                if sizes.get(name, 0) > left:
+                    continue
+                left -= sizes.get(name, 0)
+            fitting.append(name)
+        return tuple(fitting)
+
+    def reserve(self, sizes: Sizes) -> bool:
+        """Reserve memory for the experts of a sequence, and free it.
+
+        Args:
+            sizes: bytes of each expert, as `check` accepts them.
+
+        Returns:
+            Whether there is enough beside what others have reserved; if not, nothing has changed.
+        """
+        with self._lock:
+            reserved = {*self._reserved, *sizes.items()}
+            if self.limit is None or not sizes:
+                return True
+            if sum(nbytes for _, nbytes in reserved) > self.limit:
+                return False
+            self._reserved.update(sizes.items())
+            missing = reserved - {(module, form.nbytes) for module, _, form in self._items()}
+            self._free(sum(nbytes for _, nbytes in missing), "")
+            return True
+
+    def release(self, sizes: Sizes) -> None:
+        """Give back what `reserve` has reserved."""
+        with self._lock:
+            self._reserved -= Counter(dict.fromkeys(sizes.items(), 1))
+
+    def forget(self, module: "ExpertModule") -> None:
+        """Free the weights of an expert, which are read again when they are needed."""
+        with self._lock:
+            self._forms.pop(module, None)
+
+    def _items(self) -> "list[tuple[ExpertModule, Callable[..., Form], Form]]":
+        """Return all weights in memory, the least recently used first."""
+        items = []
+        for module, forms in self._forms.items():
+            items += [(module, make, form) for make, form in forms.items()]
+        return items
+
+    def _free(self, nbytes: int, name: str) -> None:
+        """Drop what was used least recently until there is room for so many more bytes."""
+        limit = self.limit or 0
+        for module, make, form in self._items():
+            if self.nbytes + nbytes <= limit:
+                return
+            if (module, form.nbytes) not in self._reserved:
+                del self._forms[module][make]
+        if self.nbytes + nbytes > limit:
+            raise ConfigError(_too_large([name], nbytes, limit - self.nbytes))
+
+
+def _too_large(names: list[str], needed: int, limit: int) -> str:
+    """Return the message that the weights of experts do not fit."""
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"The weights of {listed} need {needed} bytes of memory at once, but the budget of experts "
+        f"has {limit}; ask for fewer experts, or give the server a larger --expert-gib."
+    )
