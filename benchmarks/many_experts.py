@@ -56,7 +56,6 @@ from deepseek.text.tokenizer import encode_plain
 KINDS = ("conversation", "document")
 CLIENTS = 4
 SPOKEN = 8
-STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="of the copies' expert layers")
     parser.add_argument("--passages", type=int, default=4, help="of each text")
     parser.add_argument("--length", type=int, default=128, help="tokens of a passage")
+    parser.add_argument("--tokens", type=int, default=48, help="of a reply that is timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=FOLDER / "many_experts.json")
     options = parser.parse_args()
@@ -147,9 +147,7 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
             plugged = count
             known = set(names[:count])
             asked = [p if p.label in known else replace(p, label=None) for p in held_out]
-            row["overhead"] = {
-                kind: overhead(engine, asked, kind, options.rounds) for kind in KINDS
-            }
+            row["overhead"] = {kind: overhead(engine, asked, kind, options) for kind in KINDS}
             row["routing"] = {kind: routing(engine, asked, kind) for kind in KINDS}
             row["routing"]["embeddings"] = embeddings(engine, fitting, asked, known)
             stats = engine.stats()
@@ -177,8 +175,8 @@ def passages(
 def pieces(engine: Engine, documents: Sequence[Document], length: int) -> list[tuple[int, ...]]:
     """Return passages of documents, of `length` tokens, those of different documents first."""
     rows: list[tuple[int, int, tuple[int, ...]]] = []
-    for number, document in enumerate(documents):
-        ids = encode_plain(engine.tokenizer, document.text)
+    encoded = encode_plain(engine.tokenizer, [document.text for document in documents])
+    for number, ids in enumerate(encoded):
         starts = range(0, max(1, len(ids) - length + 1), length)
         rows += [(place, number, tuple(ids[s : s + length])) for place, s in enumerate(starts)]
     return [ids for _, _, ids in sorted(rows) if ids]
@@ -206,7 +204,7 @@ def resident_bytes() -> int:
 
 
 def overhead(
-    engine: Engine, asked: Sequence[Passage], kind: str, rounds: int
+    engine: Engine, asked: Sequence[Passage], kind: str, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Return the times of passages that choose their experts, over those that name them."""
     chosen = [p for p in asked if p.label is not None][:8]
@@ -217,13 +215,14 @@ def overhead(
             continue
         sides = {
             "auto": lambda group=group: [
-                decode(engine, p.request(kind, "auto", STEPS)) for p in group
+                decode(engine, p.request(kind, "auto", options.tokens)) for p in group
             ],
             "named": lambda group=group: [
-                decode(engine, p.request(kind, (p.label,) if p.label else (), STEPS)) for p in group
+                decode(engine, p.request(kind, (p.label,) if p.label else (), options.tokens))
+                for p in group
             ],
         }
-        found = in_turn(sides, rounds)
+        found = in_turn(sides, options.rounds)
         times = {side: np.median(np.array(results), 0) for side, results in found.items()}
         ratios = times["auto"] / times["named"]
         figures[what] = {
@@ -329,7 +328,9 @@ def room(options: argparse.Namespace, paths: Sequence[Path]) -> dict[str, Any]:
                 engine.plug(path)
         figures: dict[str, Any] = {"experts": len(names), "room": options.room}
         for how, order in orders.items():
-            sides = {side: asking(engine, order) for side, engine in engines.items()}
+            sides = {
+                side: asking(engine, order, options.tokens) for side, engine in engines.items()
+            }
             found = in_turn(sides, options.rounds)
             speeds = {side: median(results) for side, results in found.items()}
             figures[how] = {
@@ -344,15 +345,15 @@ def room(options: argparse.Namespace, paths: Sequence[Path]) -> dict[str, Any]:
             engine.close()
 
 
-def asking(engine: Engine, order: Sequence[str]) -> Callable[[], float]:
+def asking(engine: Engine, order: Sequence[str], tokens: int) -> Callable[[], float]:
     """Return a function that asks experts by name and returns the tokens per second."""
 
     def ask() -> float:
         passage = Passage(tuple(range(3, 35)), None)
-        requests = [passage.request("document", (name,), 64) for name in order]
+        requests = [passage.request("document", (name,), tokens) for name in order]
         started = time.perf_counter()
-        tokens = sum(g.usage.completion_tokens for g in in_order(engine, requests))
-        return tokens / (time.perf_counter() - started)
+        written = sum(g.usage.completion_tokens for g in in_order(engine, requests))
+        return written / (time.perf_counter() - started)
 
     return ask
 

@@ -52,7 +52,6 @@ EXCEPTIONS = {
     },
     "gates and tables of a module, which stay on the host until they are stacked": {
         "model/experts/module.py ExpertModule.__init__",
-        "model/experts/relevance.py RelevanceBank.stack",
         "model/experts/relevance.py text_evidence",
     },
     "drawn from the CPU's generator, the same on every device, then moved": {

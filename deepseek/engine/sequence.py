@@ -108,7 +108,7 @@ class ActiveSequence:
         capacity: int,
         block: int,
         parts: Sequence[LayerPart],
-        expert_bytes: Sizes,
+        expert_bytes: Sizes[ExpertModule],
     ) -> None:
         self.request = request
         self.expert_bytes = expert_bytes

@@ -47,7 +47,18 @@ def test_it_measures_all_that_it_says(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     words = ["benchmarks/many_experts.py", "--packs", packs, "--texts", tmp_path / "texts"]
     words += ["--base", base_folder, "--counts", 1, 5, "--room", 2, "--rounds", 1]
-    words += ["--passages", 2, "--length", 20, "--width", 8, "--json", tmp_path / "out.json"]
+    words += [
+        "--passages",
+        1,
+        "--tokens",
+        4,
+        "--length",
+        20,
+        "--width",
+        8,
+        "--json",
+        tmp_path / "out.json",
+    ]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     runpy.run_path(str(BENCHMARKS / "many_experts.py"), run_name="__main__")
     record = json.loads((tmp_path / "out.json").read_text())

@@ -3,16 +3,16 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from deepseek.errors import ConfigError
 
-if TYPE_CHECKING:
-    from deepseek.model.experts.module import ExpertModule
 
-Sizes = Mapping["ExpertModule", int]
-"""Experts whose weights are read when needed -> bytes that a sequence needs for them."""
+class Expert(Protocol):
+    """What has weights: an expert module."""
+
+    name: str
 
 
 class Form(Protocol):
@@ -23,7 +23,11 @@ class Form(Protocol):
         """Memory in bytes."""
 
 
+E = TypeVar("E", bound=Expert)
 F = TypeVar("F", bound=Form)
+
+Sizes = Mapping[E, int]
+"""Experts whose weights are read when needed -> bytes that a sequence needs for them."""
 
 Forms = dict[Callable[..., Form], Form]
 """What makes a form -> the form."""
@@ -49,8 +53,8 @@ class WeightCache:
         self._lock = threading.RLock()
         # From the least to the most recently used. Weak: an unplugged expert leaves with its last
         # sequence.
-        self._forms: WeakKeyDictionary[ExpertModule, Forms] = WeakKeyDictionary()
-        self._reserved: Counter[tuple[ExpertModule, int]] = Counter()
+        self._forms: WeakKeyDictionary[Expert, Forms] = WeakKeyDictionary()
+        self._reserved: Counter[tuple[Expert, int]] = Counter()
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +68,7 @@ class WeightCache:
         with self._lock:
             return sum(nbytes for _, nbytes in self._reserved)
 
-    def get(self, module: "ExpertModule", make: "Callable[[ExpertModule], F]") -> F:
+    def get(self, module: E, make: Callable[[E], F]) -> F:
         """Return the weights of an expert in one form, from memory if they are there.
 
         Args:
@@ -75,22 +79,23 @@ class WeightCache:
             ConfigError: there is no memory for them.
             PackError: the expert's file was changed.
         """
+        form = self.peek(module, make)
+        made = make(module) if form is None else form  # without the lock, for it takes a while
         with self._lock:
-            form = self.peek(module, make)
-            if form is None:
-                form = make(module)
-                self.loads += 1
-                self._free(form.nbytes, module.name)
+            if self.peek(module, make) is None:
+                self.loads += form is None
+                self._free(made.nbytes, module.name)
             forms = self._forms.pop(module, {})
-            forms[make] = form
+            forms.setdefault(make, made)
             self._forms[module] = forms  # the last one now
-            return form
+            return cast(F, forms[make])
 
-    def peek(self, module: "ExpertModule", make: "Callable[[ExpertModule], F]") -> F | None:
+    def peek(self, module: E, make: Callable[[E], F]) -> F | None:
         """Return the weights of an expert in one form if they are in memory."""
-        return cast(F | None, self._forms.get(module, {}).get(make))
+        with self._lock:
+            return cast(F | None, self._forms.get(module, {}).get(make))
 
-    def check(self, sizes: Sizes) -> None:
+    def check(self, sizes: Sizes[E]) -> None:
         """Raise `ConfigError` if a sequence needs more memory for its experts than the budget."""
         total = sum(sizes.values())
         if self.limit is not None and total > self.limit:
@@ -118,7 +123,7 @@ class WeightCache:
             fitting.append(name)
         return tuple(fitting)
 
-    def reserve(self, sizes: Sizes) -> bool:
+    def reserve(self, sizes: Sizes[E]) -> bool:
         """Reserve memory for the experts of a sequence, and free it.
 
         Args:
@@ -138,17 +143,17 @@ class WeightCache:
             self._free(sum(nbytes for _, nbytes in missing), "")
             return True
 
-    def release(self, sizes: Sizes) -> None:
+    def release(self, sizes: Sizes[E]) -> None:
         """Give back what `reserve` has reserved."""
         with self._lock:
             self._reserved -= Counter(dict.fromkeys(sizes.items(), 1))
 
-    def forget(self, module: "ExpertModule") -> None:
+    def forget(self, module: Expert) -> None:
         """Free the weights of an expert, which are read again when they are needed."""
         with self._lock:
             self._forms.pop(module, None)
 
-    def _items(self) -> "list[tuple[ExpertModule, Callable[..., Form], Form]]":
+    def _items(self) -> list[tuple[Expert, Callable[..., Form], Form]]:
         """Return all weights in memory, the least recently used first."""
         items = []
         for module, forms in self._forms.items():
@@ -157,18 +162,20 @@ class WeightCache:
 
     def _free(self, nbytes: int, name: str) -> None:
         """Drop what was used least recently until there is room for so many more bytes."""
-        limit = self.limit or 0
+        left = (self.limit or 0) - self.nbytes
         for module, make, form in self._items():
-            if self.nbytes + nbytes <= limit:
+            if left >= nbytes:
                 return
             if (module, form.nbytes) not in self._reserved:
                 del self._forms[module][make]
-        if self.nbytes + nbytes > limit:
-            raise ConfigError(_too_large([name], nbytes, limit - self.nbytes))
+                left += form.nbytes
+        if left < nbytes:
+            raise ConfigError(_too_large([name], nbytes, left))
 
 
 def _too_large(names: list[str], needed: int, limit: int) -> str:
     """Return the message that the weights of experts do not fit."""
+    names = sorted(names)
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
         f"The weights of {listed} need {needed} bytes of memory at once, but the budget of experts "
