@@ -75,13 +75,18 @@ def due_results(
             for figure in row.figures
             if figure.source and figure.source.changed == []
         }
-        for figure in declared.claims[row.name].figures:
-            for result in figure.results:
-                measurement = declared.results[result]
-                command = measurement.quick if quick else measurement.command
-                if command and not (only_stale and result in fresh):
-                    due.append(result)
+        for result in used_results(declared, row.name):
+            measurement = declared.results[result]
+            command = measurement.quick if quick else measurement.command
+            if command and not (only_stale and result in fresh):
+                due.append(result)
     return list(dict.fromkeys(due))
+
+
+def used_results(declared: DeclaredClaims, claim: str) -> list[str]:
+    """Return the results that the figures of a claim come from, each once."""
+    figures = declared.claims[claim].figures
+    return list(dict.fromkeys(result for figure in figures for result in figure.results))
 
 
 def check_corpora(commands: Iterable[list[str]], corpora: Path) -> None:

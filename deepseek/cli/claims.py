@@ -81,6 +81,7 @@ def run(
         due_results,
         quick_commands,
         run_commands,
+        used_results,
     )
 
     declared = read_declaration(CHECKOUT)
@@ -101,6 +102,10 @@ def run(
         return
     with TemporaryDirectory(prefix="deepseek-quick-") as folder:
         _say(QUICK_NOTE)
+        named = {one for row in rows for one in used_results(declared, row.name)}
+        without = sorted(one for one in named if not declared.results[one].quick)
+        if without:
+            _say(f"without a quick command: {', '.join(without)}")
         places = Places.below(Path(folder))
         quick_ones = dict(quick_commands(declared, results, places))
         _report(run_commands(quick_ones, CHECKOUT, _say, DEEPSEEK_HOME=folder))

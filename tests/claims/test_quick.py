@@ -1,0 +1,68 @@
+"""The quick command of every claim's benchmark runs, with tiny models, and writes its result
+(`benchmarks/claims.yaml`, `benchmarks/quick_home.py`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek.claims.declaration import CHECKOUT, read_declaration
+from deepseek.claims.runs import Places
+
+DECLARED = read_declaration(CHECKOUT)
+QUICK = [name for name, one in DECLARED.results.items() if one.quick]
+WITHOUT = {
+    "adapt_bodies": "not there yet: writing bodies compiles the engine's kernels",
+    "against_click": "needs a source folder of another package",
+    "against_tomlkit": "needs a source folder of another package",
+    "attention_scaling_intel": "attention_scaling on another machine",
+    "base_and_gain": "trains eight experts",
+    "chat_neutrality": "needs conversations and eight experts",
+    "decode": "not there yet: it compiles the engine's kernels for the tiny shape",
+    "hot_plug_live": "not there yet: a tiny engine still needs minutes on a busy machine",
+    "int8_quality": "not there yet: it compiles the engine's kernels for the tiny shape",
+    "lsh_slot_in_28_probes_far_tuned": "its texts have 8,192 tokens",
+    "plan_peaks": "measures peaks, which tiny models do not have",
+    "rlpo": "a random model's answers give no pairs to learn from",
+}
+"""Results without a quick command."""
+
+
+def run(words: list[str], home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=CHECKOUT,
+        env=os.environ | {"DEEPSEEK_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def quick_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with tiny models and texts under the names that benchmarks ask for."""
+    folder = tmp_path_factory.mktemp("quick")
+    run(["benchmarks/quick_home.py", str(folder)], folder)
+    return folder
+
+
+def test_every_result_has_a_quick_command_or_a_reason() -> None:
+    assert set(QUICK) | WITHOUT.keys() == set(DECLARED.results)
+    assert not set(QUICK) & WITHOUT.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_the_quick_command_writes_its_result(name: str, quick_home: Path) -> None:
+    places = Places.below(quick_home)
+    run(places.filled_in(DECLARED.results[name].quick, name), quick_home)
+    record = json.loads((places.results / f"{name}.json").read_text())
+    assert {"machine", "threads", "commit", "command", "date"} <= record.keys()
+    assert record["command"].startswith("python benchmarks/")
