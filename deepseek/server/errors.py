@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -302,6 +302,10 @@ CONVERTERS: dict[type[Exception], Callable[[Any], ApiError]] = {
     ),
     UserError: lambda error: ApiError(400, str(error), code="invalid_value"),
     RequestValidationError: lambda error: explained(error.errors(), error.body),
+    # A request of another API that has no equivalent in ours.
+    ValidationError: lambda error: explained(
+        [{**mistake, "loc": ("body", *mistake["loc"])} for mistake in error.errors()], None
+    ),
     HTTPException: refused,
     ClientDisconnect: lambda _: ApiError(400, "The client left before its body was complete."),
     RecursionError: lambda _: ApiError(

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from deepseek.server import schema
 from deepseek.server.app import ROUTERS
 from deepseek.server.body import Body, Several
-from deepseek.server.errors import ApiError, explained, without_paths
+from deepseek.server.errors import ApiError, as_api_error, explained, without_paths
 from deepseek.server.json_body import MAX_DEPTH, MAX_KEYS, JsonRoute, deeper, parsed
 from deepseek.server.schema import ChatRequest, CompletionRequest
 from deepseek.server.service import Settings
@@ -322,3 +322,10 @@ def test_a_missing_preference_is_404(open_server: Live) -> None:
     told = error_of(open_server, "/v1/preferences/12345", '{"choice": 0}', 404)
     assert "12345" not in told["message"]
     assert str(open_server.folder.parent) not in told["message"]
+
+
+def test_what_has_no_equivalent_in_our_requests_is_no_failure_of_the_server() -> None:
+    with pytest.raises(ValidationError) as error:
+        ChatRequest(model="tiny", messages=[])
+    refusal = as_api_error(error.value)
+    assert (refusal.status, refusal.param) == (400, "messages")

@@ -248,3 +248,11 @@ def test_what_cannot_be_done_is_refused_by_name(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
         client.responses.create(model="tiny", **fields)
+
+
+@pytest.mark.parametrize("items", [[], [{"type": "reasoning"}], [{"type": "reasoning"}] * 2])
+def test_an_input_without_a_message_is_refused(server: Live, items: list[Any]) -> None:
+    with server.http() as http:
+        reply = http.post("/v1/responses", json={"model": "tiny", "input": items})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "input"

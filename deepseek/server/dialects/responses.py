@@ -22,6 +22,7 @@ from deepseek.server.body import (
     text_only,
 )
 from deepseek.server.constraints import JsonSchema, ResponseFormat
+from deepseek.server.errors import ApiError
 from deepseek.server.schema import (
     AllowedTools,
     CalledFunction,
@@ -223,6 +224,13 @@ class ResponsesRequest(SamplingFields, HarmlessFields):
             if isinstance(self.input, str)
             else [message for item in self.input for message in item.messages()]
         )
+        if not turns:
+            raise ApiError(
+                400,
+                "The field input holds no message; add one.",
+                param="input",
+                code="invalid_value",
+            )
         text_format = self.text.format
         return ChatRequest(
             model=self.model,
