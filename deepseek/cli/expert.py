@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deepseek.cli.expert_sets import diff, lock
+from deepseek.cli.expert_sets import diff, lock, merge
 from deepseek.cli.job_command import job_command
 from deepseek.cli.options import Json, Yes
 from deepseek.cli.output import echo
@@ -162,6 +162,7 @@ def rename(
 
 app.command()(diff)
 app.command()(lock)
+app.command()(merge)
 
 
 @app.command()

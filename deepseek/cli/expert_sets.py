@@ -1,4 +1,4 @@
-"""`deepseek expert diff` and `deepseek expert lock`."""
+"""`deepseek expert diff`, `deepseek expert lock` and `deepseek expert merge`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -63,3 +63,24 @@ def lock(
         ]
     locked = write_lock(out, lock_packs(paths), load_key(key) if key else None)
     echo(f"{out}: {len(locked.experts)} experts, digest {locked.digest[:16]}")
+
+
+def merge(
+    first: Annotated[str, typer.Argument(help="Name of a trained expert.")],
+    second: Annotated[str, typer.Argument(help="Name of another one of the same base.")],
+    out: Annotated[str, typer.Option(help="Name of the merged expert.")],
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Width of its expert layers; default: that of both together."),
+    ] = None,
+) -> None:
+    """Make one expert that does what two do, and say what it does for both held-out texts.
+
+    Their run folders must still be there, as it is fitted to their text.
+    """
+    from deepseek.train.jobs.merge import merge_experts
+
+    merged = merge_experts(first, second, out, width, quiet=False)
+    echo(str(merged.pack))
+    for line in merged.report():
+        echo(line)

@@ -1,0 +1,306 @@
+"""`deepseek expert merge A B`: one expert that does what two do.
+
+Both were trained beside the same base, and their run folders have their text. At each layer the
+hidden units of both stand side by side, with one output matrix over them: ridge regression of what
+A adds on text of A, and of what B adds on text of B. So it is not their sum, which would add what
+the other one says where it does not belong. If the merged expert is to have fewer units, those that
+contribute least are left out and the matrix is solved again. The gates are calibrated on the text of
+both, and both held-out texts are scored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from deepseek.checkpoint.hub import resolve
+from deepseek.data import Batch, RowLoader, TokenShards
+from deepseek.data.text.encode import CONTEXT_BIT
+from deepseek.device.choose import choose_device, choose_dtype
+from deepseek.errors import ConfigError, PackError
+from deepseek.model.experts import ExpertModule
+from deepseek.model.experts.layer import ExpertLayer
+from deepseek.model.language_model import LanguageModel, load_language_model
+from deepseek.packs.library import SUFFIX, experts_folder
+from deepseek.packs.manifest import HELD_OUT, Manifest, Metric
+from deepseek.packs.pack import ExpertPack, read_pack, write_pack
+from deepseek.text.tokenizer import load_tokenizer
+from deepseek.train.gates.background import background
+from deepseek.train.gates.calibrate import calibrate
+from deepseek.train.gates.inputs import gate_inputs
+from deepseek.train.gates.public_text import public_statistics
+from deepseek.train.jobs.expert import CALIBRATION_TOKENS, RELEVANCE_TOKENS, UNSEEN_TOKENS
+from deepseek.train.jobs.update import TrainedExpert
+from deepseek.train.loop.losses import held_out_loss
+from deepseek.train.loop.progress import ProgressBar
+from deepseek.train.text.corpus import whole_text
+
+RIDGE = 1e-4
+"""Ridge of the regression, as a share of the mean second moment of the hidden units."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Losses of one expert's held-out text, in nats per token.
+
+    Attributes:
+        base, alone, merged: by the base, by the expert, and by the merged expert.
+    """
+
+    base: float
+    alone: float
+    merged: float
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged expert.
+
+    Attributes:
+        pack: its file.
+        scores: name of each of the two experts -> losses of its held-out text.
+    """
+
+    pack: Path
+    scores: dict[str, Score]
+
+    def report(self) -> list[str]:
+        """Return what the merged expert does for each text, in words."""
+        lines = []
+        for name, score in self.scores.items():
+            merged = Metric(before=score.base, after=score.merged).verdict
+            alone = Metric(before=score.base, after=score.alone).verdict
+            lines.append(f"held-out text of {name}: {merged}; {name} alone: {alone}")
+        return lines
+
+
+class Part:
+    """One of the experts to merge, with its text.
+
+    Args:
+        name: its name.
+        model: the base, which both have in common.
+
+    Raises:
+        DataError: there is no such finished run.
+        PackError: the pack belongs to another base, or holds no expert module.
+    """
+
+    def __init__(self, name: str, model: LanguageModel) -> None:
+        self.expert = TrainedExpert.find(name)
+        pack = read_pack(self.expert.pack, base=model.experts.base)
+        if not isinstance(pack.manifest, Manifest):
+            raise PackError(f"{name} is an adapter, and only experts can be merged; name another.")
+        self.name = pack.manifest.name
+        self.manifest = pack.manifest
+        self.module = ExpertModule.from_pack(pack, torch.float32, model.device)
+        self._corpus = self.expert.folder / "corpus"
+
+    def rows(self, part: str, tokens: int) -> list[Batch]:
+        """Return rows of a part of the corpus: "train", "validation" or "held-out"."""
+        request = self.expert.request
+        shards = TokenShards(self._corpus / part)
+        loader = RowLoader(shards, request.batch_rows, request.row_length, request.seed)
+        return loader.first(max(1, tokens // request.row_length)).batches()
+
+    @cached_property
+    def ids_N(self) -> Tensor:
+        """Token ids of the training text, for the relevance table."""
+        ids_N = whole_text(self._corpus).ids_N[:RELEVANCE_TOKENS] & ~CONTEXT_BIT
+        return torch.from_numpy(ids_N).long()
+
+
+def merge_experts(
+    first: str, second: str, out: str, width: int | None = None, quiet: bool = True
+) -> Merged:
+    """Merge two trained experts of the same base into a third one, and write its pack.
+
+    Args:
+        first, second: names of the experts.
+        out: name of the merged one.
+        width: width of its expert layers; default: that of both together.
+        quiet: show no progress.
+
+    Returns:
+        The pack, and the held-out losses.
+
+    Raises:
+        ConfigError: the name is taken, or the width is more than that of both together.
+        DataError: there is no such expert, or its run folder is gone.
+        PackError: the experts have different bases, or one is an adapter.
+    """
+    path = experts_folder() / f"{out}{SUFFIX}"
+    if path.exists():
+        raise ConfigError(f"There is an expert {out} already; choose another name.")
+    request = TrainedExpert.find(first).request
+    device = choose_device(request.device)
+    folder = resolve(request.base)
+    model = load_language_model(folder, dtype=choose_dtype(request.dtype, device), device=device)
+    model.requires_grad_(False)
+    parts = [Part(name, model) for name in (first, second)]
+    most = sum(part.manifest.width for part in parts)
+    width = most if width is None else width
+    if not 1 <= width <= most:
+        raise ConfigError(f"width={width} must be 1 to {most}, the width of both together.")
+    with ProgressBar(quiet=quiet) as progress:
+        progress.say("fitting the outputs")
+        module = fitted(model, parts, out, width)
+        progress.say("calibrating the gates")
+        tokenizer = load_tokenizer(folder)
+        calibrate(
+            model,
+            module,
+            rows_of(parts, "train", CALIBRATION_TOKENS),
+            rows_of(parts, "validation", UNSEEN_TOKENS),
+            public_statistics(model, tokenizer, module.layers, progress=progress),
+            words=background(model, tokenizer, progress),
+            own_kinds=[part.ids_N for part in parts],
+            progress=progress,
+        )
+        progress.say("scoring the held-out texts")
+        scores = {part.name: scored(model, part, module) for part in parts}
+    write_pack(path, merged_pack(model, module, parts, scores))
+    return Merged(path, scores)
+
+
+def rows_of(parts: Sequence[Part], name: str, tokens: int) -> list[Batch]:
+    """Return rows of a part of each expert's corpus, equally many tokens of each."""
+    rows: list[Batch] = []
+    for part in parts:
+        rows += part.rows(name, tokens // len(parts))
+    return rows
+
+
+@dataclass
+class Units:
+    """The hidden units of some expert layers, and what the regression needs of a text.
+
+    Attributes:
+        gate_UD, up_UD: gate and up projections of the units.
+        gram_UU: mean of h h^T over the hidden values h.
+        cross_UD: mean of h y^T, where y is what the text's own expert adds.
+    """
+
+    gate_UD: Tensor
+    up_UD: Tensor
+    gram_UU: Tensor
+    cross_UD: Tensor
+
+    @staticmethod
+    def of(layers: Sequence[ExpertLayer]) -> "Units":
+        """Return the units of some layers, before any text."""
+        halves = [layer.gate_up_proj.chunk(2) for layer in layers]
+        gate_UD = torch.cat([gate for gate, _ in halves])
+        up_UD = torch.cat([up for _, up in halves])
+        count = len(gate_UD)
+        zeros = gate_UD.new_zeros
+        gram_UU = zeros(count, count, dtype=torch.float64)
+        return Units(gate_UD, up_UD, gram_UU, zeros(gate_UD.shape, dtype=torch.float64))
+
+    def add(self, x_ND: Tensor, y_ND: Tensor, share: float) -> None:
+        """Count inputs and wanted outputs, as this share of all."""
+        h_NU = silu(linear(x_ND, self.gate_UD)) * linear(x_ND, self.up_UD)
+        self.gram_UU += share * (h_NU.mT @ h_NU).double()
+        self.cross_UD += share * (h_NU.mT @ y_ND).double()
+
+    @torch.no_grad()
+    def fit(self, width: int) -> ExpertLayer:
+        """Return the layer of this width whose output is nearest to what is wanted.
+
+        Of more units, those whose contribution to the output is largest remain; for fewer, it is
+        filled up with zeros.
+        """
+        kept_U = torch.arange(len(self.gate_UD), device=self.gate_UD.device)
+        if width < len(kept_U):
+            down_UD = self._solve(kept_U)
+            contribution_U = down_UD.square().sum(1) * self.gram_UU.diagonal()
+            kept_U = contribution_U.topk(width).indices.sort().values
+        down_UD = self._solve(kept_U).float()
+        layer = ExpertLayer(self.gate_UD.shape[1], width).to(self.gate_UD.device)
+        layer.gate_up_proj.zero_()
+        layer.gate_up_proj[: len(kept_U)] = self.gate_UD[kept_U]
+        layer.gate_up_proj[width : width + len(kept_U)] = self.up_UD[kept_U]
+        layer.down_proj[:, : len(kept_U)] = down_UD.mT
+        return layer
+
+    def _solve(self, kept_U: Tensor) -> Tensor:
+        """Return the output weights `[U, D]` of some units by ridge regression."""
+        gram_UU = self.gram_UU[kept_U][:, kept_U]
+        ridge = RIDGE * gram_UU.diagonal().mean() + torch.finfo(torch.float64).tiny
+        identity = torch.eye(len(kept_U), dtype=torch.float64, device=gram_UU.device)
+        solution: Tensor = torch.linalg.solve(gram_UU + ridge * identity, self.cross_UD[kept_U])
+        return solution
+
+
+@torch.no_grad()
+def fitted(model: LanguageModel, parts: Sequence[Part], name: str, width: int) -> ExpertModule:
+    """Return the merged module, without gates.
+
+    Args:
+        model: the base.
+        parts: the experts.
+        name: name of the module.
+        width: its width.
+    """
+    owners: dict[int, list[ExpertLayer]] = {}
+    for part in parts:
+        for layer in part.module.layers:
+            owners.setdefault(layer, []).append(part.module.at(layer))
+    units = {layer: Units.of(layers) for layer, layers in sorted(owners.items())}
+    for part in parts:
+        batches = part.rows("train", CALIBRATION_TOKENS // len(parts))
+        with model.experts.forced(part.module):
+            for inputs in gate_inputs(model, batches, tuple(units)):
+                for layer, found in inputs.items():
+                    x_ND = found.x_BTD[found.real_BT]
+                    has_layer = layer in part.module.layers
+                    y_ND = part.module(layer, x_ND) if has_layer else torch.zeros_like(x_ND)
+                    units[layer].add(x_ND, y_ND, 1 / len(batches) / max(1, len(x_ND)))
+    module = ExpertModule(name, tuple(units), model.config.hidden_size, width).to(model.device)
+    for layer, layer_units in units.items():
+        module.ffn[str(layer)] = layer_units.fit(width)
+    return module.requires_grad_(False).eval()
+
+
+def scored(model: LanguageModel, part: Part, module: ExpertModule) -> Score:
+    """Return the losses of an expert's held-out text."""
+    batches = part.rows("held-out", part.expert.request.held_out_tokens)
+    with model.experts.arming(None):
+        base = held_out_loss(model, batches).loss
+    losses = []
+    for forced in (part.module, module):
+        with model.experts.forced(forced):
+            losses.append(held_out_loss(model, batches).loss)
+    return Score(base, *losses)
+
+
+def merged_pack(
+    model: LanguageModel, module: ExpertModule, parts: Sequence[Part], scores: dict[str, Score]
+) -> ExpertPack:
+    """Return the merged module as a pack, with the terms and the text of both experts."""
+    manifests = [part.manifest for part in parts]
+    licences = dict.fromkeys(manifest.licence for manifest in manifests)
+    data: dict[str, None] = {}
+    for manifest in manifests:
+        data |= dict.fromkeys(manifest.data)
+    metrics = {
+        f"{HELD_OUT} of {name}": Metric(before=score.base, after=score.merged)
+        for name, score in scores.items()
+    }
+    metrics[HELD_OUT] = Metric(
+        before=sum(score.base for score in scores.values()) / len(scores),
+        after=sum(score.merged for score in scores.values()) / len(scores),
+    )
+    return module.to_pack(
+        model.experts.base,
+        next(iter(licences))
+        if len(licences) == 1
+        else " AND ".join(f"({one})" for one in licences),
+        domain="; ".join(manifest.domain for manifest in manifests if manifest.domain)[:200],
+        data=tuple(data),
+        metrics=metrics,
+    )
