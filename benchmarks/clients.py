@@ -25,6 +25,9 @@ from served import served
 
 MODEL = "smollm2-135m"
 SUITES_FOLDER = Path(__file__).parent / "client_suites"
+COMMAND = "python benchmarks/clients.py --python FOLDER"
+"""As the report shows it, without a folder of this machine."""
+
 PAGE = "http://127.0.0.1:3000"
 PENALTY = "1"
 SECONDS = 1800
@@ -57,7 +60,7 @@ class Suite:
 SUITES = {
     "openai": Suite("openai_fields.py", ("openai",)),
     "anthropic": Suite("anthropic_cases.py", ("anthropic",)),
-    "ollama": Suite("ollama_cases.py", ("ollama",)),
+    "ollama": Suite("ollama_cases.py", ("ollama",), True),
     "open-responses": Suite("open_responses.py", ("openresponses-types", "httpx"), True),
     "langchain": Suite(
         "langchain_cases.py", ("langchain-tests", "langchain-openai", "pytest-asyncio"), True
@@ -74,18 +77,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", type=Path, action="append", default=[], metavar="FOLDER")
-    parser.add_argument("--suite", action="append", choices=SUITES, help="default: all")
+    parser.add_argument(
+        "--suite",
+        action="append",
+        choices=SUITES,
+        help="default: all; the figures of the others in FILE stay",
+    )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     interpreters = [*(folder / "bin" / "python" for folder in options.python), Path(sys.executable)]
     suites: dict[str, Any] = {}
+    if options.suite and options.json and options.json.exists():
+        suites = json.loads(options.json.read_text())["suites"]
     with served(MODEL, "--allow-origin", PAGE) as server:
         for name in options.suite or SUITES:
             suites[name] = outcome(SUITES[name], interpreters, server.url)
             print(name, json.dumps(suites[name], indent=1), flush=True)
-    figures = {"model": MODEL, "suites": suites}
-    if options.json:
-        write(options.json, figures)
+            if options.json:
+                write(options.json, {"command": COMMAND, "model": MODEL, "suites": suites})
 
 
 def outcome(suite: Suite, interpreters: list[Path], url: str) -> dict[str, Any]:

@@ -112,8 +112,12 @@ def cases(target: Target) -> Iterator[tuple[str, Case]]:
             partial(generate_in_stream, client, {**prompted, **fields}),
         )
     for name, form in {"JSON": "json", "schema": SCHEMA}.items():
-        yield f"chat, format {name}", partial(formatted, client, usual, form)
-        yield f"generate, format {name}", partial(formatted_prompt, client, prompted, form)
+        long = {"num_predict": 200, "temperature": 0, "frequency_penalty": target.penalty}
+        yield (f"chat, format {name}", partial(formatted, client, {**usual, "options": long}, form))
+        yield (
+            f"generate, format {name}",
+            partial(formatted_prompt, client, {**prompted, "options": long}, form),
+        )
     for name, (fields, word) in REFUSED.items():
         yield f"refused: {name}", partial(refuse, client, {**usual, **fields}, word)
     yield from lists(client, target)
@@ -182,13 +186,11 @@ def counted_logprobs(parts: list[Any], fields: dict[str, Any]) -> None:
 
 
 def formatted(client: ollama.Client, fields: dict[str, Any], form: Any) -> None:
-    options = {"num_predict": 200, "temperature": 0}
-    answered(client.chat(**{**fields, "options": options}, format=form).message.content or "", form)
+    answered(client.chat(**fields, format=form).message.content or "", form)
 
 
 def formatted_prompt(client: ollama.Client, fields: dict[str, Any], form: Any) -> None:
-    options = {"num_predict": 200, "temperature": 0}
-    answered(client.generate(**{**fields, "options": options}, format=form).response, form)
+    answered(client.generate(**fields, format=form).response, form)
 
 
 def answered(text: str, form: Any) -> None:
