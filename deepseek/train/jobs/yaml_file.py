@@ -18,6 +18,9 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 """Values in a file, those behind aliases counted as often as they are named."""
 
+MAX_DEPTH = 100
+"""Levels of nesting: the scanner's time for each word grows with them."""
+
 MALFORMED = (
     yaml.YAMLError,
     AttributeError,  # a tag `!!timestamp` on a text that is none
@@ -27,6 +30,22 @@ MALFORMED = (
     RecursionError,
 )
 """Errors of the parsers. `ValueError` is raised for impossible dates and for endless numbers."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with at most `MAX_DEPTH` levels."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        self._check_depth()
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        self._check_depth()
+        return bool(super().add_indent(column))
+
+    def _check_depth(self) -> None:
+        if self.flow_level + len(self.indents) >= MAX_DEPTH:
+            raise RecursionError
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -71,9 +90,10 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         ValueError: it stands for more than `MAX_VALUES` values, or for an endless one.
+        RecursionError: it has more than `MAX_DEPTH` levels.
         yaml.YAMLError: it is malformed.
     """
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         root = loader.get_single_node()
         if root is None:

@@ -48,6 +48,17 @@ def test_a_bomb_is_refused_before_it_is_unfolded(levels: int, width: int, mappin
     assert time.process_time() - started < 2
 
 
+@pytest.mark.parametrize("opening", ["[", "{", "- ", "[{a: ", "a: [[[[{b: "])
+def test_what_is_nested_too_deeply_is_refused_at_once(opening: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(opening * 100_000)
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="YAML"):
+        read_file(path)
+    assert time.process_time() - started < 2
+    assert parse_yaml("a: " + "[" * 90 + "]" * 90) is not None
+
+
 @pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a [&b [*a]]"])
 def test_a_value_that_holds_itself_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
