@@ -73,8 +73,11 @@ PLANNED = {
     "tokenize": Sent("/tokenize", {"messages": TURNS}),
     "template": Sent("/apply-template", {"messages": TURNS}),
     "detokenize": Sent("/detokenize", {"tokens": [5]}),
+    "older ollama embed": Sent("/api/embeddings", {"model": "tiny", "prompt": "a"}),
 }
-"""A request for each route that makes a prompt, or its text, and computes nothing else."""
+"""A request for each route that makes a prompt, or its text, and computes nothing else; and for the
+one that computes one short text as "/api/embed" does several.
+"""
 
 STREAMED = {
     name: Sent(sent.path, {**sent.body, "stream": True})
