@@ -31,8 +31,8 @@ path.write_text(json.dumps({"rounds": {"ours": [8.0], "theirs": [2.0]}, "commit"
 STOPS_SAFELY = """
 import sys, time
 from pathlib import Path
-Path(sys.argv[1]).write_text("started")
 try:
+    Path(sys.argv[1]).write_text("started")
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(0.2)

@@ -24,6 +24,7 @@ from deepseek.model.experts.state import (
     ExpertInfo,
     Plugged,
     PlugState,
+    chosen_module,
     fitting,
     roster_of,
     roster_with,
@@ -226,12 +227,10 @@ class ExpertSet:
         For training and stand-alone evaluation. Gradients reach the module's parameters.
 
         Args:
-            module: a module, which need not be plugged, or the name of a plugged one.
-
-        Raises:
-            PackError: no module of that name is plugged.
+            module: a module, which need not be plugged, or the name of a plugged one; anything else
+                raises a `ConfigError` or `PackError`.
         """
-        chosen = self._state.require(module).module if isinstance(module, str) else module
+        chosen = chosen_module(self._state, module)
         before = self._forced
         self._forced = roster_with([chosen], None)
         try:

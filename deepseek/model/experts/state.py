@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from deepseek import checks
-from deepseek.errors import PackError, shown
+from deepseek.errors import ConfigError, PackError, shown
 from deepseek.model.experts.adapter import AdapterModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
 from deepseek.model.experts.arming import EVERY_EXPERT, Arming
@@ -203,6 +203,22 @@ def fitting(
     armed = ArmedExperts(roster_with(modules, None))  # without gates, which would be solved
     sizes = {module.name: nbytes for module, nbytes in expert_bytes(armed).items()}
     return weight_cache.fitting(names, needed, sizes)
+
+
+def chosen_module(
+    state: PlugState, module: str | ExpertModule | AdapterModule
+) -> ExpertModule | AdapterModule:
+    """Return a module itself, or the plugged one of that name.
+
+    Raises:
+        ConfigError: it is neither a module nor a name.
+        PackError: no module of that name is plugged.
+    """
+    if isinstance(module, str):
+        return state.require(module).module
+    if not isinstance(module, ExpertModule | AdapterModule):
+        raise ConfigError(f"module={shown(module)} must be a module or the name of a plugged one.")
+    return module
 
 
 def roster_with(chosen: Iterable[ExpertModule | AdapterModule], max_experts: int | None) -> Roster:
