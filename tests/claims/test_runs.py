@@ -188,7 +188,10 @@ def test_an_interrupted_benchmark_stops_at_a_safe_point(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(STOPS_SAFELY)
     note = tmp_path / "note"
     program = (
-        "import sys\nfrom pathlib import Path\nfrom deepseek.claims.runs import run_commands\n"
+        "import signal, sys\nfrom pathlib import Path\n"
+        "from deepseek.claims.runs import run_commands\n"
+        # Background jobs of a shell are started with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try:\n run_commands({'slow': ['slow.py', sys.argv[1]]}, Path(sys.argv[2]), print)\n"
         "except KeyboardInterrupt as stop:\n print(stop)"
     )
