@@ -148,6 +148,7 @@ def read_declaration(checkout: Path) -> DeclaredClaims:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the former is ten times as fast
     try:
         text = path.read_text(encoding="utf-8")
-        return DeclaredClaims.model_validate(yaml.load(text, Loader=loader))  # noqa: S506 - it is safe
+        fields = yaml.load(text, Loader=loader)  # noqa: S506 - both are safe
+        return DeclaredClaims.model_validate(fields)
     except (ValidationError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); correct it.") from None

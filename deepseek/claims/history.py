@@ -3,11 +3,11 @@
 import re
 import subprocess
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 DIRTY = "-dirty"
 """Mark behind a commit: measured with uncommitted changes."""
-
 
 NAME = re.compile(r"\w[\w.-]*")
 """A commit as `git describe` names it; others could be several lines or an option."""
@@ -44,10 +44,9 @@ class History:
         if not NAME.fullmatch(then):
             return None
         pairs = {path: (f"{then}:{path}", f"HEAD:{path}") for path in paths}
-        self._ask(
-            f"{then}^{{commit}}", "HEAD^{commit}", *(one for pair in pairs.values() for one in pair)
-        )
-        if None in (self._digests[f"{then}^{{commit}}"], self._digests["HEAD^{commit}"]):
+        commits = (f"{then}^{{commit}}", "HEAD^{commit}")
+        self._ask(*commits, *chain.from_iterable(pairs.values()))
+        if any(self._digests[name] is None for name in commits):
             return None
         return [
             path

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from deepseek.checkpoint.store import home
@@ -86,7 +87,7 @@ def due_results(
 def used_results(declared: DeclaredClaims, claim: str) -> list[str]:
     """Return the results that the figures of a claim come from, each once."""
     figures = declared.claims[claim].figures
-    return list(dict.fromkeys(result for figure in figures for result in figure.results))
+    return list(dict.fromkeys(chain.from_iterable(figure.results for figure in figures)))
 
 
 def check_corpora(commands: Iterable[list[str]], corpora: Path) -> None:
@@ -95,7 +96,7 @@ def check_corpora(commands: Iterable[list[str]], corpora: Path) -> None:
     Raises:
         ConfigError: a folder below `corpora` that a command names is not there.
     """
-    words = {word for command in commands for word in command if word.startswith(str(corpora))}
+    words = {word for word in chain.from_iterable(commands) if word.startswith(str(corpora))}
     missing = sorted(Path(word).name for word in words if not Path(word).exists())
     if missing:
         names = "all" if corpora.name in missing else " ".join(missing)

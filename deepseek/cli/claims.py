@@ -1,5 +1,7 @@
 """`deepseek claims`: the article's claims, what was measured, and whether they are reached."""
 
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -102,7 +104,7 @@ def run(
         return
     with TemporaryDirectory(prefix="deepseek-quick-") as folder:
         _say(QUICK_NOTE)
-        named = {one for row in rows for one in used_results(declared, row.name)}
+        named = set(chain.from_iterable(used_results(declared, row.name) for row in rows))
         without = sorted(one for one in named if not declared.results[one].quick)
         if without:
             _say(f"without a quick command: {', '.join(without)}")
@@ -168,8 +170,8 @@ def _print_table(found: ClaimTable) -> None:
                 _add_figure(shown, figure)
     Console().print(shown)
     echo()
-    counts = {name: sum(row.state == name for row in found.claims) for name in COLOURS}
-    echo(f"{len(found.claims)} claims:", ", ".join(f"{n} {name}" for name, n in counts.items()))
+    counts = Counter[str](row.state for row in found.claims)
+    echo(f"{len(found.claims)} claims:", ", ".join(f"{counts[name]} {name}" for name in COLOURS))
     if found.commit is None:
         echo("Unknown which results are older than the code: this is no git repository.")
     else:

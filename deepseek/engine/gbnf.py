@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 
 from deepseek.engine.gbnf_terminals import by_character, joined
 from deepseek.engine.gbnf_tree import (
@@ -72,7 +73,7 @@ def read(text: str) -> dict[str, Node]:
     """Return the rules of a grammar by their names; arguments and errors as of `lark_of`."""
     reader = _Reader(list(_tokens(text)))
     reader.read()
-    names = [ROOT, *(name for body in reader.rules.values() for name in called(body))]
+    names = [ROOT, *chain.from_iterable(map(called, reader.rules.values()))]
     missing = [name for name in names if name not in reader.rules]
     if missing:
         raise _invalid(f"it has no rule {shown(missing[0])}")

@@ -102,8 +102,9 @@ class Automaton:
 
 
 def overtakes(longer: Automaton, shorter: Automaton, after: int, budget: Budget) -> bool:
-    """Return whether a lexer that looks for the longest text can miss the end of a terminal: whether
-    a text of `shorter`, and a byte that may follow it, begin a text of `longer`.
+    """Return whether a lexer that looks for the longest text can miss the end of a terminal.
+
+    It can if a text of `shorter`, and a byte that may follow it, begin a text of `longer`.
 
     Args:
         longer: another terminal, or the same.
