@@ -27,6 +27,7 @@ from deepseek.model.experts.layer import ExpertLayer
 from deepseek.model.language_model import LanguageModel, load_language_model
 from deepseek.packs.library import SUFFIX, experts_folder
 from deepseek.packs.manifest import HELD_OUT, Manifest, Metric
+from deepseek.packs.names import valid_name
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
 from deepseek.text.tokenizer import load_tokenizer
 from deepseek.train.gates.background import background
@@ -129,11 +130,11 @@ def merge_experts(
         The pack, and the held-out losses.
 
     Raises:
-        ConfigError: the name is taken, or the width is more than that of both together.
+        ConfigError: the name is taken or no name, or the width is more than that of both together.
         DataError: there is no such expert, or its run folder is gone.
         PackError: the experts have different bases, or one is an adapter.
     """
-    path = experts_folder() / f"{out}{SUFFIX}"
+    path = experts_folder() / f"{_checked_name(out)}{SUFFIX}"
     if path.exists():
         raise ConfigError(f"There is an expert {out} already; choose another name.")
     request = TrainedExpert.find(first).request
@@ -165,6 +166,13 @@ def merge_experts(
         scores = {part.name: scored(model, part, module) for part in parts}
     write_pack(path, merged_pack(model, module, parts, scores))
     return Merged(path, scores)
+
+
+def _checked_name(name: str) -> str:
+    try:
+        return valid_name(name)
+    except ValueError as error:
+        raise ConfigError(f"out: {error}.") from None
 
 
 def rows_of(parts: Sequence[Part], name: str, tokens: int) -> list[Batch]:

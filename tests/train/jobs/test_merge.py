@@ -111,6 +111,8 @@ def test_it_can_be_as_narrow_as_one(trained: Path) -> None:
 
 
 def test_what_cannot_be_merged_is_said(trained: Path) -> None:
+    with pytest.raises(ConfigError, match="is no name"):
+        merge_experts("one", "two", "../three")
     with pytest.raises(ConfigError, match="already"):
         merge_experts("greek", "stars", "greek")
     with pytest.raises(ConfigError, match="1 to 48"):
