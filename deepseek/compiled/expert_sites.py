@@ -3,18 +3,18 @@ networks.
 """
 
 import numpy as np
-from numba import njit
 
 from deepseek.compiled.abi import RECENT, SUMS
 from deepseek.compiled.rows import activate, add_projected, floats, row_bytes
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import share
+from deepseek.kernels.numba.subroutine import subroutine
 from deepseek.model.experts.gate import SHARPNESS
 
 COUNT = SUMS - 1  # index of the running sum of token weights, the denominator of the means
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def members_at(batch, sites, chunk, layer):  # type: ignore[no-untyped-def]
     """Return the range of a chunk's members at a layer: the first, and the one past the last."""
     start = batch.first_member[chunk]
@@ -27,7 +27,7 @@ def members_at(batch, sites, chunk, layer):  # type: ignore[no-untyped-def]
     return start, end
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _affine(gate, x):  # type: ignore[no-untyped-def]
     """Return the gate score: dot product with the gate's weights, plus its bias."""
     total = gate[len(gate) - 1]
@@ -36,7 +36,7 @@ def _affine(gate, x):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def score_row(batch, sites, work, layer, r, x):  # type: ignore[no-untyped-def]
     """Compute the gate scores of row `r`, whose gate input is `x`, for the experts of its
     sequence.
@@ -51,7 +51,7 @@ def score_row(batch, sites, work, layer, r, x):  # type: ignore[no-untyped-def]
             )
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
     """Compute the weight of each expert at each row: running means of the gate scores, then
     arbitration.
@@ -103,7 +103,7 @@ def weigh(batch, sites, work, layer):  # type: ignore[no-untyped-def]
                     work.expert_weights[r, sites_here[j]] *= batch.member_factors[start + j]
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[no-untyped-def]
     """Set `weights[members]` from smoothed gate scores, as `model.experts.gate.arbitrate` does.
 
@@ -142,7 +142,7 @@ def arbitrate(members, detect, contrast, max_experts, weights):  # type: ignore[
             weights[members[j]] *= min(np.float32(1), strength) / total
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _select_rows(work, site, selected, places, factors):  # type: ignore[no-untyped-def]
     """List the rows at which a site has a positive weight; return their number.
 
@@ -159,7 +159,7 @@ def _select_rows(work, site, selected, places, factors):  # type: ignore[no-unty
     return count
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def activate_experts(weights, sites, work, layer, thread, rows):  # type: ignore[no-untyped-def]
     """Compute the hidden values of a layer's experts at the rows where they fire."""
     groups = (weights.hidden + GROUP - 1) // GROUP
@@ -185,7 +185,7 @@ def activate_experts(weights, sites, work, layer, thread, rows):  # type: ignore
             )
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def add_experts(sites, work, layer, thread, rows, first, last, zeros, target):  # type: ignore[no-untyped-def]
     """Add the outputs of a layer's experts to panels `first` to `last - 1` of `target`."""
     places = np.empty(rows, np.int64)

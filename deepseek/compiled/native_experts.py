@@ -5,24 +5,24 @@ Each expert's weights are read once a step, whatever the number of rows that cho
 """
 
 import numpy as np
-from numba import njit
 
 from deepseek.compiled.rows import activate, add_projected, row_bytes
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import share, sigmoid, thread_count, thread_number
+from deepseek.kernels.numba.subroutine import subroutine
 
 ROUTER_BLOCK = 16  # experts whose logits a thread computes at a time
 # Reading a panel of weights costs about as much as multiplying it by this many rows.
 READING = 4
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def router_blocks(routed, layer):  # type: ignore[no-untyped-def]
     """Return the number of blocks of router logits at each row of a layer."""
     return (routed.experts + ROUTER_BLOCK - 1) // ROUTER_BLOCK if routed.sparse[layer] else 0
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _dot(weight, x):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for d in range(len(weight)):
@@ -30,7 +30,7 @@ def _dot(weight, x):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def score_experts(routed, work, layer, r, block, x):  # type: ignore[no-untyped-def]
     """Compute the router logits of one block of experts at row `r`, whose router input is `x`."""
     first = block * ROUTER_BLOCK
@@ -38,7 +38,7 @@ def score_experts(routed, work, layer, r, block, x):  # type: ignore[no-untyped-
         work.router_logits[r, expert] = _dot(routed.router[layer, expert], x)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def route(routed, work, layer, rows):  # type: ignore[no-untyped-def]
     """Choose the experts of each row and their weights; the threads share the rows."""
     first, last = share(rows)
@@ -50,7 +50,7 @@ def route(routed, work, layer, rows):  # type: ignore[no-untyped-def]
             choose_top(routed, layer, logits, work.routed_ids[r], work.routed_weights[r])
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _best(keys, count, ids):  # type: ignore[no-untyped-def]
     """List the `count` largest keys in descending order, the first one of equal keys first.
 
@@ -65,7 +65,7 @@ def _best(keys, count, ids):  # type: ignore[no-untyped-def]
         keys[best] = -np.inf
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _softmax(x):  # type: ignore[no-untyped-def]
     """Replace numbers by their softmax."""
     largest = x[0]
@@ -79,7 +79,7 @@ def _softmax(x):  # type: ignore[no-untyped-def]
         x[j] /= total
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _sort_descending(ids, logits):  # type: ignore[no-untyped-def]
     """Sort expert ids by their logits, keeping the order of equal ones."""
     for j in range(1, len(ids)):
@@ -91,7 +91,7 @@ def _sort_descending(ids, logits):  # type: ignore[no-untyped-def]
         ids[i] = expert
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def choose_dynamic(routed, layer, logits, ids, weights):  # type: ignore[no-untyped-def]
     """Choose a row's experts by the threshold rule, as `DynamicRouter.choose` does.
 
@@ -118,7 +118,7 @@ def choose_dynamic(routed, layer, logits, ids, weights):  # type: ignore[no-unty
         weights[j] = q[j] if j < active else np.float32(0)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _exclude_groups(keys, groups, max_groups):  # type: ignore[no-untyped-def]
     """Set the keys outside the best groups to minus infinity, as `TopKRouter` does."""
     size = len(keys) // groups
@@ -138,7 +138,7 @@ def _exclude_groups(keys, groups, max_groups):  # type: ignore[no-untyped-def]
             keys[e] = -np.inf
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def choose_top(routed, layer, logits, ids, weights):  # type: ignore[no-untyped-def]
     """Choose a row's experts with the highest scores, as `TopKRouter.choose` does."""
     scores = logits.copy()
@@ -161,7 +161,7 @@ def choose_top(routed, layer, logits, ids, weights):  # type: ignore[no-untyped-
         weights[j] *= routed.scale[0]
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def rows_by_expert(routed, work, layer, rows):  # type: ignore[no-untyped-def]
     """Return the calls of a layer's experts, ordered by expert, then by row.
 
@@ -190,7 +190,7 @@ def rows_by_expert(routed, work, layer, rows):  # type: ignore[no-untyped-def]
     return first, places, factors
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _ends_by(limit, before, cost, most):  # type: ignore[no-untyped-def]
     """Return how many of an expert's `most` groups, each at `cost`, start before `limit` if
     `before` was spent on other experts.
@@ -198,7 +198,7 @@ def _ends_by(limit, before, cost, most):  # type: ignore[no-untyped-def]
     return min(max((limit - before + cost - 1) // cost, 0), most)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def activate_routed(weights, routed, work, layer, calls):  # type: ignore[no-untyped-def]
     """Compute the hidden values of a layer's routed experts at the rows that chose them.
 
@@ -230,7 +230,7 @@ def activate_routed(weights, routed, work, layer, calls):  # type: ignore[no-unt
         before += inner * cost
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def add_routed(routed, work, layer, calls, start, stop, zeros, target):  # type: ignore[no-untyped-def]
     """Add the outputs of a layer's routed experts to panels `start` to `stop - 1` of `target`,
     in the order of the experts.

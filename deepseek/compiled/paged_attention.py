@@ -1,7 +1,7 @@
 """Paged attention: new tokens attend to the pages of their sequences, in bf16 with fp32 sums."""
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from deepseek.compiled.abi import PAGE, QUERIES, SYNC_STRIDE
 from deepseek.compiled.pages import plane
@@ -10,13 +10,14 @@ from deepseek.compiled.score_bias import add_bias
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import exp, narrow, pointer, share, thread_number
+from deepseek.kernels.numba.subroutine import subroutine
 
 BFLOAT16 = np.uint16(0)  # a value of the type that stores the bits of bf16
 
 
 # Numba vectorises a loop only when it can prove that indices are not negative, so loops run over
 # whole slices.
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _rotate(first, second, cosine, sine, factor, left, right):  # type: ignore[no-untyped-def]
     """Apply the rotary embedding to the two halves of a head, multiply by `factor`, and store as
     bf16.
@@ -28,19 +29,19 @@ def _rotate(first, second, cosine, sine, factor, left, right):  # type: ignore[n
         right[k] = narrow((b * cosine[k] + a * sine[k]) * factor, BFLOAT16)
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _add(x, bias):  # type: ignore[no-untyped-def]
     for k in range(len(x)):
         x[k] += bias[k]
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _clip(x, limit):  # type: ignore[no-untyped-def]
     for k in range(len(x)):
         x[k] = min(max(x[k], -limit), limit)
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _mean_square(x, bias):  # type: ignore[no-untyped-def]
     """Return the mean square of `x + bias`."""
     total = np.float32(0)
@@ -50,13 +51,13 @@ def _mean_square(x, bias):  # type: ignore[no-untyped-def]
     return total / np.float32(len(x))
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _scale(x, weight, factor):  # type: ignore[no-untyped-def]
     for k in range(len(x)):
         x[k] *= weight[k] * factor
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _norm_width(weights, work, layer, r, part, x):  # type: ignore[no-untyped-def]
     """Normalise head `part` of row `r`, which is in `x`, by the mean square over all query heads,
     or over all key heads.
@@ -72,7 +73,7 @@ def _norm_width(weights, work, layer, r, part, x):  # type: ignore[no-untyped-de
     _scale(x, scales, np.float32(1) / np.sqrt(square + weights.eps[0]))
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _put_key(rotated, page, slot):  # type: ignore[no-untyped-def]
     """Store a key, given as pairs of bf16 numbers `[K/2]`, in slot `slot` of a page."""
     keys = carray(pointer(page), (len(rotated), PAGE), np.uint32)
@@ -80,7 +81,7 @@ def _put_key(rotated, page, slot):  # type: ignore[no-untyped-def]
         keys[k, slot] = rotated[k]
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
     """Store a value in slot `slot` of a page, as bf16; up to the width of the page follow zeros."""
     parts = (len(x) + GROUP - 1) // GROUP
@@ -92,7 +93,7 @@ def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
             target[k] = narrow(source[k], BFLOAT16)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     """Rotate queries and keys, and store keys and values in their pages."""
     heads = weights.heads
@@ -143,7 +144,7 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
             _put_key(rotated.view(np.uint32), at, slot)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no-untyped-def]
     """Add A B to C for `count` rows, with the largest row blocks that fit (see `vector.py`)."""
     i = 0
@@ -160,7 +161,7 @@ def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no
         pair_dot_1(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride, following)
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _softmax(scores, probs):  # type: ignore[no-untyped-def]
     """Set `probs` to the exponentials of the scores minus the largest score.
 
@@ -179,7 +180,7 @@ def _softmax(scores, probs):  # type: ignore[no-untyped-def]
     return np.float32(1) / total
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, count):  # type: ignore[no-untyped-def]
     """Add to `scores` the products of `count` queries, at address `queries`, with the keys of pages
     `low` to `pages - 1`.
@@ -197,7 +198,7 @@ def _score(weights, batch, queries, scores, layer, chunk, group, low, pages, cou
         _pairs(queries, width * 2, keys, width // 2, at, scores.shape[1] * 4, count, following)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count):  # type: ignore[no-untyped-def]
     """Add to `attended` the values at positions `low * PAGE` to `ends - 1`, weighted by `probs`."""
     width = weights.page_width
@@ -213,7 +214,7 @@ def _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
             _pairs(at, probs.shape[1] * 2, block, pairs, out, width * 4, count, block + step)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ignore[no-untyped-def]
     """Compute one unit of attention: queries `start` to `start + count - 1` of a chunk's group of
     heads.
@@ -263,7 +264,7 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
             round_group(x, work.attended_rows[token], place, weights.heads * width // GROUP)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def attend(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     """Compute units of attention until none is left.
 
@@ -287,7 +288,7 @@ def attend(weights, batch, work, layer):  # type: ignore[no-untyped-def]
         unit = arrive(counter, 1)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def round_attended(work, rows):  # type: ignore[no-untyped-def]
     """Quantise the outputs of heads whose width is no multiple of 64."""
     groups = work.attended.shape[1] // GROUP

@@ -1,20 +1,21 @@
 """Addresses within the pages of keys and values (see `PageShape` of `compiled/state.py`)."""
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from deepseek.compiled.abi import PAGE
 from deepseek.kernels.numba.primitives import pointer
+from deepseek.kernels.numba.subroutine import subroutine
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _layer(batch, chunk, page, layer):  # type: ignore[no-untyped-def]
     """Return the address of a layer's keys, values and kappa in page `page` of a chunk."""
     pages = batch.pages[batch.part_of_layer[layer]]
     return pages[chunk, page] + layer * batch.layer_bytes
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def plane(weights, batch, chunk, page, layer, group, kind):  # type: ignore[no-untyped-def]
     """Return the address of a page's keys (kind 0) `[K/2, 64, 2]` or values (kind 1) `[K/64, 32,
     64, 2]` at a layer and group.
@@ -22,7 +23,7 @@ def plane(weights, batch, chunk, page, layer, group, kind):  # type: ignore[no-u
     return _layer(batch, chunk, page, layer) + (group * 2 + kind) * weights.page_width * PAGE * 2
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def kappa(weights, batch, chunk, page, layer, head):  # type: ignore[no-untyped-def]
     """Return the sums `[64]` of a head in page `page` of a chunk, and what they are relative to
     `[1]`.

@@ -9,7 +9,7 @@ import platform
 import sys
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 
 from deepseek.compiled.abi import BLOCK, FOUR_BITS
 from deepseek.compiled.panel_dot import (
@@ -27,6 +27,7 @@ from deepseek.kernels import int8_layout
 from deepseek.kernels.int8_layout import COLUMNS, GROUP, LANES
 from deepseek.kernels.numba import openmp
 from deepseek.kernels.numba.primitives import pointer, sigmoid, thread_count
+from deepseek.kernels.numba.subroutine import subroutine
 
 # System call number of Linux's futex, which sleeps until a number in memory changes. On other
 # systems a waiting thread only yields.
@@ -37,15 +38,15 @@ _ALL = 1 << 30
 _syscall = openmp.external("syscall", types.int64(*[types.int64] * 7))
 _yield = openmp.external("sched_yield", types.int32())
 
-row_bytes = njit(int8_layout.row_bytes)
-_group_bytes = njit(int8_layout.group_bytes)
+row_bytes = subroutine(int8_layout.row_bytes)
+_group_bytes = subroutine(int8_layout.group_bytes)
 # Number of spins at the barrier, about 40 microseconds, before the thread gives up its core. The
 # threads drift apart within a stage; sleeping within that time costs more than it saves, because a
 # thread that slept is late at the next barrier too, where the other one then sleeps.
 SPINS = 40_000
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def barrier(counter):  # type: ignore[no-untyped-def]
     """Wait until every thread has called this.
 
@@ -73,20 +74,20 @@ def barrier(counter):  # type: ignore[no-untyped-def]
         seen = look(counter)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def floats(address, *shape):  # type: ignore[no-untyped-def]
     """Return the fp32 numbers at an address as an array of the given shape."""
     return carray(pointer(address), shape, np.float32)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
     """Quantise the 64 numbers at address `x` as group `group` of the row at address `row`."""
     scale = row + GROUP * groups + 4 * group
     rotate_and_round(x, row + GROUP * group, scale, scale + 4 * groups)
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """Set `out` to the RMS-normalised `x` (see `model/norm.py`)."""
     total = np.float32(0)
@@ -97,7 +98,7 @@ def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
         out[d] = x[d] * factor * weight[d]
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
     """Set `out` to the embedding of `token`, dequantised from a packed matrix."""
     tile = token % COLUMNS // LANES
@@ -128,7 +129,7 @@ def embed(table, token, groups, out):  # type: ignore[no-untyped-def]
 def _multiplier(dot_1, dot_2, dot_4, dot_8):  # type: ignore[no-untyped-def]
     """Return the function that multiplies a panel by any number of rows."""
 
-    @njit(error_model="numpy")
+    @subroutine(error_model="numpy")
     def multiply_panel(panel, table, count, groups, out):  # type: ignore[no-untyped-def]
         row = 0
         while row + 8 <= count:
@@ -150,19 +151,19 @@ _multiply_bytes = _multiplier(panel_dot_1, panel_dot_2, panel_dot_4, panel_dot_8
 _multiply_nibbles = _multiplier(nibble_dot_1, nibble_dot_2, nibble_dot_4, nibble_dot_8)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _weight_bits(panels):  # type: ignore[no-untyped-def]
     """Return the bits of the weights at an address of panels, 8 or 4 (see `compiled/abi.py`)."""
     return 4 if panels & FOUR_BITS else 8
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _panel_at(panels, panel, groups):  # type: ignore[no-untyped-def]
     """Return the address of a panel, without the mark of 4 bits."""
     return (panels & ~FOUR_BITS) + panel * groups * _group_bytes(_weight_bits(panels))
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def multiply(panels, panel, table, count, groups, out):  # type: ignore[no-untyped-def]
     """Multiply panel `panel` of `panels` by `count` rows.
 
@@ -175,7 +176,7 @@ def multiply(panels, panel, table, count, groups, out):  # type: ignore[no-untyp
         _multiply_bytes(address, table, count, groups, out)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def project(panels, first, last, table, count, groups, out):  # type: ignore[no-untyped-def]
     """Compute the columns of `out` `[count, F]` that belong to panels `first` to `last - 1`."""
     product = np.empty((BLOCK, COLUMNS), np.float32)
@@ -188,13 +189,13 @@ def project(panels, first, last, table, count, groups, out):  # type: ignore[no-
                 out[start + r, panel * COLUMNS : panel * COLUMNS + columns] = product[r, :columns]
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _add(target, product, bias, factor):  # type: ignore[no-untyped-def]
     for c in range(len(target)):
         target[c] += factor * (product[c] + bias[c])
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def add_projected(panels, first, last, table, places, factors, groups, bias, residual):  # type: ignore[no-untyped-def]
     """Add `factors[i]` times (product of row i + `bias`) to `residual[places[i]]`.
 
@@ -216,14 +217,14 @@ def add_projected(panels, first, last, table, places, factors, groups, bias, res
                 )
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
     """Compute SwiGLU: SiLU of the gates, times the ups."""
     for f in range(len(hidden)):
         hidden[f] = gates[f] * sigmoid(gates[f]) * ups[f]
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _gelu_gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
     """Compute GeGLU: GELU of the gates in its tanh form, times the ups."""
     for f in range(len(hidden)):
@@ -233,7 +234,7 @@ def _gelu_gate(gates, ups, hidden):  # type: ignore[no-untyped-def]
         hidden[f] = x * sigmoid(z) * ups[f]
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def activate(panels, first, last, table, count, groups, inner, out, gelu):  # type: ignore[no-untyped-def]
     """Compute and quantise groups `first` to `last - 1` of the hidden values of `count` rows:
     SwiGLU, or GeGLU if `gelu`.

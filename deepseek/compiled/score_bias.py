@@ -6,23 +6,23 @@ relative to an fp64 number of the page, so that differences stay exact however l
 """
 
 import numpy as np
-from numba import njit
 
 from deepseek.compiled.abi import PAGE
 from deepseek.compiled.pages import kappa
 from deepseek.kernels.bias.distance import STARTS
 from deepseek.kernels.numba.primitives import share
+from deepseek.kernels.numba.subroutine import subroutine
 
 _STARTS = np.array([*STARTS, 2**62])
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _add_scaled(out, factor, x):  # type: ignore[no-untyped-def]
     for k in range(len(out)):
         out[k] += factor * x[k]
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _place_tables(weights, work, layer, r):  # type: ignore[no-untyped-def]
     """Compute the bias by distance t of a row's scores."""
     contexts = weights.bias_tables.shape[2] - 1
@@ -34,12 +34,12 @@ def _place_tables(weights, work, layer, r):  # type: ignore[no-untyped-def]
             _add_scaled(tables[head], context, weights.bias_tables[layer, head, 1 + m])
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _softplus(x):  # type: ignore[no-untyped-def]
     return max(x, np.float32(0)) + np.float32(np.log1p(np.exp(-abs(x))))
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _place_sums(weights, batch, work, layer, chunk, head):  # type: ignore[no-untyped-def]
     """Append kappa of a chunk's tokens to its pages."""
     signal = weights.bias_tables.shape[2] - 1 + head
@@ -60,7 +60,7 @@ def _place_sums(weights, batch, work, layer, chunk, head):  # type: ignore[no-un
         sums[slot] = before + _softplus(work.signals[r, signal] + bias) * decay
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def place_bias(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     """Compute the dynamic bias of the new tokens: tables of the queries, kappa of the keys."""
     heads = weights.bias_tables.shape[1]
@@ -74,26 +74,26 @@ def place_bias(weights, batch, work, layer):  # type: ignore[no-untyped-def]
         _place_sums(weights, batch, work, layer, item // heads, item % heads)
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _add_ramp(scores, slope, distance):  # type: ignore[no-untyped-def]
     """Add `slope` times the negative distance, which is `distance` for the first score."""
     for j in range(len(scores)):
         scores[j] += slope * np.float32(j - distance)
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _add_sums(scores, sums, shift):  # type: ignore[no-untyped-def]
     for j in range(len(sums)):
         scores[j] += sums[j] + shift
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _add(scores, value):  # type: ignore[no-untyped-def]
     for j in range(len(scores)):
         scores[j] += value
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _add_table(scores, table):  # type: ignore[no-untyped-def]
     """Add the bias by distance; the last score is at distance 0.
 
@@ -108,7 +108,7 @@ def _add_table(scores, table):  # type: ignore[no-untyped-def]
         bucket += 1
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def add_bias(weights, batch, work, layer, chunk, r, head, low, scores):  # type: ignore[no-untyped-def]
     """Add the bias of the query of row `r` to its scores of whole pages, from page `low` on."""
     position = batch.position_ids[r]

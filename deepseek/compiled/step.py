@@ -12,7 +12,6 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-from numba import njit
 
 from deepseek.compiled.abi import TABLES
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
@@ -40,6 +39,7 @@ from deepseek.kernels.int8_layout import COLUMNS, GROUP
 from deepseek.kernels.numba import launch, openmp
 from deepseek.kernels.numba.buffers import KernelArguments
 from deepseek.kernels.numba.primitives import share, thread_number
+from deepseek.kernels.numba.subroutine import subroutine
 from deepseek.model.experts import gate
 
 PACKAGE = Path(__file__).parents[1]
@@ -60,18 +60,19 @@ SOURCES = (
     "kernels/numba/launch.py",
     "kernels/numba/openmp.py",
     "kernels/numba/primitives.py",
+    "kernels/numba/subroutine.py",
 )
 """The files of the package that the step is compiled from."""
 
 read_tables = launch.reader(*TABLES)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _blocks(count, size):  # type: ignore[no-untyped-def]
     return (count + size - 1) // size
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _panels(outputs):  # type: ignore[no-untyped-def]
     """Return this thread's panels of a matrix with `outputs` outputs: the first, and the one past
     the last.
@@ -79,25 +80,25 @@ def _panels(outputs):  # type: ignore[no-untyped-def]
     return share(_blocks(outputs, COLUMNS))
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _add(target, x):  # type: ignore[no-untyped-def]
     for d in range(len(target)):
         target[d] += x[d]
 
 
-@njit(fastmath=True, error_model="numpy")
+@subroutine(fastmath=True, error_model="numpy")
 def _scale(x, factor):  # type: ignore[no-untyped-def]
     for d in range(len(x)):
         x[d] *= factor
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _sum_of_outputs(weights, work):  # type: ignore[no-untyped-def]
     """Return what outputs are added to: the residual stream, or what is normed before."""
     return work.update if len(weights.post_norms) else work.residual
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _add_update(weights, work, place, r, normed):  # type: ignore[no-untyped-def]
     """Add the outputs of the sublayer before norm `place` to row `r` of the residual stream, if
     they have a norm of their own; `normed` receives what is added.
@@ -110,7 +111,7 @@ def _add_update(weights, work, place, r, normed):  # type: ignore[no-untyped-def
     update[:] = 0
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _add_updates(weights, work, place, rows):  # type: ignore[no-untyped-def]
     """Add the outputs before norm `place` to all rows."""
     normed = np.empty(weights.hidden, np.float32)
@@ -119,7 +120,7 @@ def _add_updates(weights, work, place, rows):  # type: ignore[no-untyped-def]
         _add_update(weights, work, place, r, normed)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _round(weights, work, target, normed):  # type: ignore[no-untyped-def]
     """Quantise a normalised row as input row `target`."""
     groups = _blocks(weights.hidden, GROUP)
@@ -127,7 +128,7 @@ def _round(weights, work, target, normed):  # type: ignore[no-untyped-def]
         round_group(normed[g * GROUP :].ctypes.data, work.normed_rows[target], g, groups)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _norm_and_round(weights, work, place, source, target, normed):  # type: ignore[no-untyped-def]
     """Normalise and quantise row `source` of the residual stream as input row `target`.
 
@@ -138,7 +139,7 @@ def _norm_and_round(weights, work, place, source, target, normed):  # type: igno
     _round(weights, work, target, normed)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _prepare(weights, batch, work, place):  # type: ignore[no-untyped-def]
     """Normalise and quantise this thread's rows."""
     normed = np.zeros(_blocks(weights.hidden, GROUP) * GROUP, np.float32)
@@ -147,7 +148,7 @@ def _prepare(weights, batch, work, place):  # type: ignore[no-untyped-def]
         _norm_and_round(weights, work, place, r, r, normed)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _prepare_experts(weights, batch, sites, routed, work, layer):  # type: ignore[no-untyped-def]
     """Normalise and quantise the input of the feed-forward network, and compute the gate scores of
     `layer`'s plugged experts and the router logits of its native ones.
@@ -169,7 +170,7 @@ def _prepare_experts(weights, batch, sites, routed, work, layer):  # type: ignor
             score_experts(routed, work, layer, r, block, normed)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _enter(weights, batch, work):  # type: ignore[no-untyped-def]
     """Set this thread's rows of the residual stream where the batch enters the model."""
     groups = _blocks(weights.hidden, GROUP)
@@ -183,7 +184,7 @@ def _enter(weights, batch, work):  # type: ignore[no-untyped-def]
         work.update[r] = 0
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _keep_stream(batch, work, layer):  # type: ignore[no-untyped-def]
     """Copy this thread's rows of the residual stream after the attention of a layer with a cut."""
     cut = batch.cut_of_layer[layer]
@@ -193,7 +194,7 @@ def _keep_stream(batch, work, layer):  # type: ignore[no-untyped-def]
             batch.streams[cut, r] = work.residual[r]
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _attention(weights, batch, work, layer, counter, places, ones):  # type: ignore[no-untyped-def]
     """Add the attention of a layer to the residual stream."""
     rows = len(batch.input_ids)
@@ -229,7 +230,7 @@ def _attention(weights, batch, work, layer, counter, places, ones):  # type: ign
         barrier(counter)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _feed_forward(weights, batch, sites, routed, work, layer, counter, places, ones, zeros):  # type: ignore[no-untyped-def]
     """Add the feed-forward network of a layer and its experts to the residual stream."""
     rows = len(batch.input_ids)
@@ -268,7 +269,7 @@ def _feed_forward(weights, batch, sites, routed, work, layer, counter, places, o
     barrier(counter)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _run(weights, batch, sites, routed, work):  # type: ignore[no-untyped-def]
     """Run the forward pass; every thread calls this."""
     rows = len(batch.input_ids)

@@ -12,12 +12,13 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 from torch import Tensor
 
 from deepseek.kernels.bias.distance import NUM_BUCKETS, STARTS
 from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.primitives import exp, pointer, thread_count, thread_number, widen
+from deepseek.kernels.numba.subroutine import subroutine
 
 # Bucket of each distance, up to the start of the last bucket.
 _BUCKET = np.searchsorted(np.array(STARTS[1:]), np.arange(STARTS[-1] + 1), side="right")
@@ -82,7 +83,7 @@ class Probes:
     sinks: int
 
 
-@njit(fastmath=True, inline="always")
+@subroutine(fastmath=True, inline="always")
 def _dot(row, x):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for k in range(len(row)):
@@ -90,14 +91,14 @@ def _dot(row, x):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _score(query, keys, scores):  # type: ignore[no-untyped-def]
     """Set the scores of consecutive keys."""
     for s in range(len(scores)):
         scores[s] = _dot(keys[s], query)
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _add_bias(scores, table, terms, last):  # type: ignore[no-untyped-def]
     """Add the bias to the scores of consecutive keys, the last of which is the newest."""
     for s in range(len(scores)):
@@ -107,7 +108,7 @@ def _add_bias(scores, table, terms, last):  # type: ignore[no-untyped-def]
             scores[s] += np.float32(terms[s] - last)
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _softmax(scores):  # type: ignore[no-untyped-def]
     """Replace scores by weights; return the reciprocal of their sum."""
     largest = scores[0]
@@ -120,13 +121,13 @@ def _softmax(scores):  # type: ignore[no-untyped-def]
     return np.float32(1) / total
 
 
-@njit(fastmath=True, inline="always")
+@subroutine(fastmath=True, inline="always")
 def _add(out, weight, row):  # type: ignore[no-untyped-def]
     for k in range(len(out)):
         out[k] += weight * widen(row[k])
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _enter(codes, ring, count, total, code, sinks, local, num_buckets):  # type: ignore[no-untyped-def]
     """Store the code of the newest key, and move the key that leaves the local window into its
     bucket's ring.
@@ -139,7 +140,7 @@ def _enter(codes, ring, count, total, code, sinks, local, num_buckets):  # type:
         count[bucket] += 1
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _candidates(ring, count, probed, sinks, window, num_buckets, positions):  # type: ignore[no-untyped-def]
     """Set the positions of a query's candidates, sinks first; return their number."""
     found = 0
@@ -152,14 +153,14 @@ def _candidates(ring, count, probed, sinks, window, num_buckets, positions):  # 
     return found
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _at(memory, column, index, shape, like):  # type: ignore[no-untyped-def]
     """Return the array of a shape, the `index`-th of those that lie at a sequence's address."""
     offset = index * shape[0] * shape[1] * like.itemsize
     return carray(pointer(memory[column] + offset), shape, like.dtype)
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _head(query, keys, values, table, terms, first, positions, scores, out):  # type: ignore[no-untyped-def]
     """Compute the attention of one query over the keys from `first` on and over those at
     `positions`.
@@ -185,7 +186,7 @@ def _head(query, keys, values, table, terms, first, positions, scores, out):  # 
         _add(out, scores[near + n] * factor, values[positions[n]])
 
 
-@njit(error_model="numpy")
+@subroutine(error_model="numpy")
 def _run(queries, new_keys, new_values, table, sequences, probed, new_codes, sizes, out):  # type: ignore[no-untyped-def]
     heads, width = queries.shape[1:]
     groups = new_keys.shape[1]

@@ -9,13 +9,13 @@ the exponents.
 from functools import cache
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.bias.distance import STARTS
 from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.matrix_product import product
 from deepseek.kernels.numba.primitives import exp, thread_count, thread_number
+from deepseek.kernels.numba.subroutine import subroutine
 
 QUERIES, KEYS = 128, 256  # of a tile; its scores and both factors fit in 512 KB of cache
 
@@ -27,14 +27,14 @@ _LOWEST = np.float32(-1e30)
 _NOTHING = np.float32(-60)
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _add(row, slope, value):  # type: ignore[no-untyped-def]
     """Add slopes and a value to a row of scores."""
     for j in range(len(row)):  # starts at 0, so that the compiler vectorises it
         row[j] += slope[j] + value
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _add_bias(row, table, slope, distance):  # type: ignore[no-untyped-def]
     """Add the bias to the scores of consecutive keys, the last of which is at `distance`."""
     stop = len(row)
@@ -46,7 +46,7 @@ def _add_bias(row, table, slope, distance):  # type: ignore[no-untyped-def]
         bucket = bucket + 1
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _largest(row):  # type: ignore[no-untyped-def]
     largest = row[0]
     for j in range(1, len(row)):
@@ -54,13 +54,13 @@ def _largest(row):  # type: ignore[no-untyped-def]
     return largest
 
 
-@njit(fastmath=True, inline="always")
+@subroutine(fastmath=True, inline="always")
 def _weight(score):  # type: ignore[no-untyped-def]
     """Return exp(score), or 0 for scores below `_NOTHING`."""
     return exp(score) if score > _NOTHING else np.float32(0)
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _exponentials(row, shift):  # type: ignore[no-untyped-def]
     """Replace scores by exp(score - shift); return their sum."""
     total = np.float32(0)
@@ -70,13 +70,13 @@ def _exponentials(row, shift):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _multiply(row, factor):  # type: ignore[no-untyped-def]
     for j in range(len(row)):
         row[j] *= factor
 
 
-@njit
+@subroutine
 def _clear(row, low, high):  # type: ignore[no-untyped-def]
     """Zero the elements outside low to high - 1."""
     for j in range(low):
@@ -85,14 +85,14 @@ def _clear(row, low, high):  # type: ignore[no-untyped-def]
         row[j] = 0
 
 
-@njit
+@subroutine
 def _slopes(slope, start, stop, reference, out):  # type: ignore[no-untyped-def]
     """Set `out` to the keys' terms relative to `reference`, in fp32."""
     for j in range(start, stop):
         out[j - start] = np.float32(slope[j] - reference)
 
 
-@njit
+@subroutine
 def _limits(first, slot, start, stop):  # type: ignore[no-untyped-def]
     """Return the columns that the query in `slot` sees in the tile of keys `start` to `stop -
     1`.
@@ -101,7 +101,7 @@ def _limits(first, slot, start, stop):  # type: ignore[no-untyped-def]
     return low, max(min(slot + 1, stop) - start, low)
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores, bias):  # type: ignore[no-untyped-def]
     """Compute attention of queries begin to end - 1 of one head, with an online softmax over tiles
     of keys.
@@ -135,7 +135,7 @@ def _query_tile(q, k, v, table, slope, first, past, begin, end, out, lse, scores
         lse[t] = largest[t - begin] + np.log(total[t - begin])
 
 
-@njit
+@subroutine
 def _forward(q, k, v, table, slope, first, out, lse):  # type: ignore[no-untyped-def]
     """Compute this thread's tiles of queries, dealt out in turn because neighbours cost about the
     same.
@@ -169,7 +169,7 @@ def _forward(q, k, v, table, slope, first, out, lse):  # type: ignore[no-untyped
         )
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _sum(row):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for j in range(len(row)):
@@ -177,7 +177,7 @@ def _sum(row):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _add_table_gradient(row, distance, out):  # type: ignore[no-untyped-def]
     """Sum the gradients of consecutive keys by bucket; the last key is at `distance`."""
     stop = len(row)
@@ -189,7 +189,7 @@ def _add_table_gradient(row, distance, out):  # type: ignore[no-untyped-def]
         bucket = bucket + 1
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _row_backward(row, grad, lse, delta, slope_grad):  # type: ignore[no-untyped-def]
     """Replace scores in `row` by weights, and gradients of weights in `grad` by gradients of
     scores.
@@ -202,7 +202,7 @@ def _row_backward(row, grad, lse, delta, slope_grad):  # type: ignore[no-untyped
         slope_grad[j] += change
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds):  # type: ignore[no-untyped-def]
     """Compute all tiles of one head."""
     length = len(q)
@@ -240,7 +240,7 @@ def _head_backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, d
             product(change, True, q[begin:end], False, dk[start:stop], 1)
 
 
-@njit
+@subroutine
 def _backward(q, k, v, table, slope, first, lse, delta, grad, dq, dk, dv, dt, ds):  # type: ignore[no-untyped-def]
     """Compute this thread's heads; whole heads, so that no two threads add to the same gradient."""
     batch, heads = q.shape[:2]

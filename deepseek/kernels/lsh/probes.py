@@ -4,14 +4,14 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.primitives import share
+from deepseek.kernels.numba.subroutine import subroutine
 
 
-@njit
+@subroutine
 def _run(scores, codes):  # type: ignore[no-untyped-def]
     """Keep the best scores of each row sorted while scanning it.
 

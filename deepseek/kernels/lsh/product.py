@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from deepseek.kernels.numba.subroutine import subroutine
 
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 COLUMNS = 16
@@ -98,7 +100,7 @@ _set = _tile(keep=False)
 _increase = _tile(keep=True)
 
 
-@njit
+@subroutine
 def multiply(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # type: ignore[no-untyped-def]
     """Set c[i, j] to the sum over k of a[i, k] b[k, j].
 
@@ -120,7 +122,7 @@ def multiply(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # typ
             )
 
 
-@njit
+@subroutine
 def multiply_add(a, row_a, step_a, b, row_b, c, row_c, rows, columns, depth):  # type: ignore[no-untyped-def]
     """Add to c the product that `multiply` computes."""
     for j in range(0, columns, COLUMNS):

@@ -3,14 +3,14 @@ give the gradients.
 """
 
 import numpy as np
-from numba import njit
 
 from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply, multiply_add
 from deepseek.kernels.lsh.strip_scores import EXACT, bucket, gather, score, strip_end
 from deepseek.kernels.numba.primitives import exp
+from deepseek.kernels.numba.subroutine import subroutine
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _denominators(rows, grad, grad_lse, out, lse, lse_m, dots_m):  # type: ignore[no-untyped-def]
     """Set, for each query, the logarithm of its denominator and the term common to the gradients of
     its scores.
@@ -25,7 +25,7 @@ def _denominators(rows, grad, grad_lse, out, lse, lse_m, dots_m):  # type: ignor
         dots_m[m] = total
 
 
-@njit(fastmath=EXACT)
+@subroutine(fastmath=EXACT)
 def _through_softmax(weights, grads, lse_m, dots_m):  # type: ignore[no-untyped-def]
     """Replace scores by weights, and gradients of weights by gradients of scores."""
     for j in range(len(weights)):
@@ -36,7 +36,7 @@ def _through_softmax(weights, grads, lse_m, dots_m):  # type: ignore[no-untyped-
             grads[j, m] = weight * (grads[j, m] - dots_m[m])
 
 
-@njit(fastmath=EXACT)
+@subroutine(fastmath=EXACT)
 def _add_rows(rows, scale, part, target):  # type: ignore[no-untyped-def]
     """Add scaled rows of `part` to the given rows of `target`."""
     for m in range(len(rows)):
@@ -45,7 +45,7 @@ def _add_rows(rows, scale, part, target):  # type: ignore[no-untyped-def]
             row[k] += scale * part[m, k]
 
 
-@njit
+@subroutine
 def _add_outer(left, count, x, rows, scale, part, target):  # type: ignore[no-untyped-def]
     """Add to the first rows of `target` the product of `left` `[count, 16]` and the given rows of
     x, scaled.
@@ -70,7 +70,7 @@ def _add_outer(left, count, x, rows, scale, part, target):  # type: ignore[no-un
     )
 
 
-@njit
+@subroutine
 def _add_bias_gradients(queries, laid, pairs, grads, grad_tables, grad_terms):  # type: ignore[no-untyped-def]
     """Add the gradients of the bias tables and of the keys' terms."""
     (_, ranks, tables, _, _, _), (_, key_ranks, _, _), (rows, starts, stops) = queries, laid, pairs
@@ -85,7 +85,7 @@ def _add_bias_gradients(queries, laid, pairs, grads, grad_tables, grad_terms):  
             grad_terms[j, h] += grad
 
 
-@njit
+@subroutine
 def _with_values(values, side, changes, count, width):  # type: ignore[no-untyped-def]
     """Set `changes` to the product of `count` values and the gradients of a strip's outputs."""
     multiply(
@@ -102,7 +102,7 @@ def _with_values(values, side, changes, count, width):  # type: ignore[no-untype
     )
 
 
-@njit
+@subroutine
 def _with_keys(changes, keys, part, count, width):  # type: ignore[no-untyped-def]
     """Set `part` to the gradients of a strip's queries: the gradients of the scores times `count`
     keys.
@@ -121,7 +121,7 @@ def _with_keys(changes, keys, part, count, width):  # type: ignore[no-untyped-de
     )
 
 
-@njit
+@subroutine
 def backward(  # type: ignore[no-untyped-def]
     queries, laid, values, out, lse, pairs, earlier, scale, buffers, grads_out, grads_in, grads_laid
 ):

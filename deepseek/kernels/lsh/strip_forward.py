@@ -3,14 +3,14 @@ keys.
 """
 
 import numpy as np
-from numba import njit
 
 from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply
 from deepseek.kernels.lsh.strip_scores import EXACT, LOWEST, gather, score, strip_end
 from deepseek.kernels.numba.primitives import exp
+from deepseek.kernels.numba.subroutine import subroutine
 
 
-@njit(fastmath=EXACT)
+@subroutine(fastmath=EXACT)
 def _soften(scores, top, total):  # type: ignore[no-untyped-def]
     """Raise `top` to the highest score, replace scores by exp(score - top), and set `total` to
     their sums.
@@ -27,7 +27,7 @@ def _soften(scores, top, total):  # type: ignore[no-untyped-def]
             total[m] += weight
 
 
-@njit(fastmath=EXACT)
+@subroutine(fastmath=EXACT)
 def _merge(rows, top, total, part, highest, sums, out):  # type: ignore[no-untyped-def]
     """Merge a strip's results into the running results of its queries (online softmax)."""
     for m in range(len(rows)):
@@ -40,7 +40,7 @@ def _merge(rows, top, total, part, highest, sums, out):  # type: ignore[no-untyp
             target[k] = target[k] * rescale + part[m, k]
 
 
-@njit
+@subroutine
 def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest, sums):  # type: ignore[no-untyped-def]
     """Add the contribution of one list of keys to the queries' outputs and denominators."""
     (rows, starts, stops), (side, part, scores, _), width = pairs, buffers, values.shape[1]
@@ -75,7 +75,7 @@ def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest,
         first = last
 
 
-@njit(fastmath=EXACT)
+@subroutine(fastmath=EXACT)
 def divide(out, lse, highest, sums):  # type: ignore[no-untyped-def]
     """Divide outputs by their denominators, and store the logarithms of the denominators."""
     for r in range(len(sums)):

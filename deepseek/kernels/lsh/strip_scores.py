@@ -7,10 +7,10 @@ ranks and terms, and their places in the parts of earlier rounds.
 """
 
 import numpy as np
-from numba import njit
 
 from deepseek.kernels.bias.distance import STARTS
 from deepseek.kernels.lsh.product import COLUMNS, multiply
+from deepseek.kernels.numba.subroutine import subroutine
 
 LOWEST = np.float32(-1e30)
 # Fast-math without reassociation: sums keep the order of the code.
@@ -19,13 +19,13 @@ EXACT = {"contract", "nnan", "ninf", "nsz", "arcp"}
 _BUCKETS = (np.searchsorted(STARTS, np.arange(STARTS[-1] + 1), side="right") - 1).astype(np.uint8)
 
 
-@njit(inline="always")
+@subroutine(inline="always")
 def bucket(distance):  # type: ignore[no-untyped-def]
     """Return the bucket of a distance (see `distance.py`)."""
     return _BUCKETS[min(distance, len(_BUCKETS) - 1)]
 
 
-@njit
+@subroutine
 def strip_end(first, starts, stops, most):  # type: ignore[no-untyped-def]
     """Return the end of the strip that starts at interval `first`: up to 16 intervals over at most
     `most` keys.
@@ -36,7 +36,7 @@ def strip_end(first, starts, stops, most):  # type: ignore[no-untyped-def]
     return last
 
 
-@njit
+@subroutine
 def gather(x, rows, scale, side):  # type: ignore[no-untyped-def]
     """Set the columns of `side` to `scale` times the given rows of x `[T, H/G, K]`, numbered over T
     and H/G.
@@ -47,7 +47,7 @@ def gather(x, rows, scale, side):  # type: ignore[no-untyped-def]
             side[k, m] = scale * row[k]
 
 
-@njit
+@subroutine
 def score(queries, laid, pairs, earlier, side, scores):  # type: ignore[no-untyped-def]
     """Set `scores[j, m]` to the score of the strip's key j for query m, or `LOWEST` outside the
     query's interval.
@@ -83,7 +83,7 @@ def score(queries, laid, pairs, earlier, side, scores):  # type: ignore[no-untyp
         _leave_out(queries, laid, pairs, earlier, scores)
 
 
-@njit
+@subroutine
 def _add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
     """Add the bias to the scores."""
     (_, ranks, tables, terms, _, _), (_, key_ranks, key_terms, _), (rows, starts, stops) = (
@@ -104,7 +104,7 @@ def _add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
             )
 
 
-@njit
+@subroutine
 def _leave_out(queries, laid, pairs, earlier, scores):  # type: ignore[no-untyped-def]
     """Set the score of keys whose places lie in an interval of an earlier round to `LOWEST`."""
     (_, _, _, _, firsts, lasts), (_, _, _, places), (rows, starts, stops) = queries, laid, pairs

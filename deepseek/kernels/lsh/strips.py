@@ -12,7 +12,6 @@ from math import gcd
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.lsh import strip_backward, strip_forward
@@ -22,6 +21,7 @@ from deepseek.kernels.lsh.strip_scores import LOWEST
 from deepseek.kernels.lsh.tiles import Inputs
 from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.primitives import share
+from deepseek.kernels.numba.subroutine import subroutine
 
 CHUNK = 512
 # Maximum number of copies of the gradients of keys and values; each takes as much memory as those.
@@ -32,7 +32,7 @@ _forward = strip_forward.forward
 _divide = strip_forward.divide
 
 
-@njit
+@subroutine
 def _sorted(codes, start, stop, rounds, num_lists):  # type: ignore[no-untyped-def]
     """Return query, start and stop of all non-empty intervals, sorted by list, and the end of each
     list.
@@ -68,21 +68,21 @@ def _sorted(codes, start, stop, rounds, num_lists):  # type: ignore[no-untyped-d
     return rows, starts, stops, ends
 
 
-@njit
+@subroutine
 def _load(x, places, keys):  # type: ignore[no-untyped-def]
     """Copy the rows `places` of x to `keys`."""
     for j in range(len(places)):
         keys[j] = x[places[j]]
 
 
-@njit
+@subroutine
 def _store(keys, places, x):  # type: ignore[no-untyped-def]
     """Add `keys` to the rows `places` of x."""
     for j in range(len(places)):
         x[places[j]] += keys[j]
 
 
-@njit
+@subroutine
 def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, backwards):  # type: ignore[no-untyped-def]
     """Process all lists of one unit, forward or backward."""
     (key, value, rank, term, place, order), (out, lse) = sources, results
@@ -141,7 +141,7 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
         _divide(out, lse, highest, sums)
 
 
-@njit
+@subroutine
 def _buffers(most, longest, heads_per_group, width, rounds):  # type: ignore[no-untyped-def]
     """Allocate buffers for the keys of a list, for their gradients, and for the small matrices of a
     strip.
@@ -168,7 +168,7 @@ def _buffers(most, longest, heads_per_group, width, rounds):  # type: ignore[no-
     return laid, np.zeros(wide, np.float32), grads, small
 
 
-@njit
+@subroutine
 def _run(  # type: ignore[no-untyped-def]
     q,
     key,

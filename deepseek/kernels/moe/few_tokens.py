@@ -10,14 +10,14 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.primitives import barrier, share, sigmoid, widen
+from deepseek.kernels.numba.subroutine import subroutine
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _sort(ids_S, order_S, ends_E):  # type: ignore[no-untyped-def]
     """Sort the slots by expert (counting sort); `ends_E` receives the end of each expert's
     slots.
@@ -40,7 +40,7 @@ def _sort(ids_S, order_S, ends_E):  # type: ignore[no-untyped-def]
     ends_E[num_experts - 1] = total
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _dot1(row, a):  # type: ignore[no-untyped-def]
     """Return the dot product of a weight row and a vector."""
     s = np.float32(0)
@@ -49,7 +49,7 @@ def _dot1(row, a):  # type: ignore[no-untyped-def]
     return s
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _dot4(row, a, b, c, d):  # type: ignore[no-untyped-def]
     """Return the dot products of a weight row and four vectors."""
     s = np.float32(0)
@@ -65,7 +65,7 @@ def _dot4(row, a, b, c, d):  # type: ignore[no-untyped-def]
     return s, t, u, v
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _rows(row, x, tokens, start, stop, out):  # type: ignore[no-untyped-def]
     """Set `out[j]` to the dot product of `row` and token `tokens[start + j]` of x."""
     s = start
@@ -80,7 +80,7 @@ def _rows(row, x, tokens, start, stop, out):  # type: ignore[no-untyped-def]
         s += 1
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, gate, up):  # type: ignore[no-untyped-def]
     """Compute columns first to last - 1 of the gate and up projections and of the weighted hidden
     values.
@@ -102,7 +102,7 @@ def _project(x, gate_up, tokens, weights, ends, proj, hidden, first, last, gate,
         start = stop
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _combine(hidden, down, slots, tokens, ends, y, first, last, out):  # type: ignore[no-untyped-def]
     """Compute columns first to last - 1 of y."""
     y[:, first:last] = 0
@@ -117,7 +117,7 @@ def _combine(hidden, down, slots, tokens, ends, y, first, last, out):  # type: i
         start = stop
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def sorted_slots(ids, slot_weights, ends):  # type: ignore[no-untyped-def]
     """Return slot number, token and weight of the slots in use, sorted by expert; `ends` receives
     each expert's end.
@@ -134,7 +134,7 @@ def sorted_slots(ids, slot_weights, ends):  # type: ignore[no-untyped-def]
     return order, tokens, weights
 
 
-@njit
+@subroutine
 def _run(x, gate_up, down, ids, slot_weights, y, proj, hidden):  # type: ignore[no-untyped-def]
     ends = np.empty(len(down), np.int64)
     _, tokens, weights = sorted_slots(ids, slot_weights, ends)

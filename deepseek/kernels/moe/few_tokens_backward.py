@@ -6,22 +6,22 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.moe.few_tokens import sorted_slots
 from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.primitives import barrier, narrow, share, sigmoid, thread_number, widen
+from deepseek.kernels.numba.subroutine import subroutine
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _add4(a, b, c, d, p, q, r, s, out):  # type: ignore[no-untyped-def]
     """Add four weighted rows to `out`."""
     for i in range(len(out)):
         out[i] += a * widen(p[i]) + b * widen(q[i]) + c * widen(r[i]) + d * widen(s[i])
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _rows_back(scales, s, k, rows, first, last, out):  # type: ignore[no-untyped-def]
     """Add four weight rows from k on, columns first to last - 1, to `out`, each times its scale for
     slot s.
@@ -39,7 +39,7 @@ def _rows_back(scales, s, k, rows, first, last, out):  # type: ignore[no-untyped
     )
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _outer(scales, j, vectors, rows, span, columns, row, out):  # type: ignore[no-untyped-def]
     """Set the gradient `out` of a weight row to the sum over slots s in `span` of `scales[s, j] *
     vectors[rows[s]]`.
@@ -69,7 +69,7 @@ def _outer(scales, j, vectors, rows, span, columns, row, out):  # type: ignore[n
         out[i] = narrow(row[i], out[i])
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _activate(weights, proj, hidden, grad_hidden, start, stop, first):  # type: ignore[no-untyped-def]
     """Recompute the weighted hidden values of an expert's slots, and set their gradient to zero."""
     width = proj.shape[1] // 2
@@ -80,7 +80,7 @@ def _activate(weights, proj, hidden, grad_hidden, start, stop, first):  # type: 
             grad_hidden[s, f] = 0
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, grad_weights):  # type: ignore[no-untyped-def]
     """Compute the gradients of the gate and up projections, and add to those of the slots'
     weights.
@@ -101,7 +101,7 @@ def _through_swiglu(weights, proj, grad_hidden, grad_proj, start, stop, first, g
         grad_weights[s] += total
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_weights, first, last):  # type: ignore[no-untyped-def]
     """Compute the gradients of hidden columns first to last - 1, and those columns of the down
     projection's gradient.
@@ -139,7 +139,7 @@ def _down(grad, down, tokens, weights, ends, proj, grad_proj, grad_down, grad_we
         start = stop
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, last):  # type: ignore[no-untyped-def]
     """Compute the gradients of columns first to last - 1 of x, and those columns of the gate and up
     projections' gradient.
@@ -171,7 +171,7 @@ def _gate_up(x, gate_up, tokens, ends, grad_proj, grad_x, grad_gate_up, first, l
         start = stop
 
 
-@njit
+@subroutine
 def _run(  # type: ignore[no-untyped-def]
     grad,
     x,

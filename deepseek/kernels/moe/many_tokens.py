@@ -11,7 +11,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from deepseek.kernels.moe.few_tokens import sorted_slots
@@ -26,12 +25,13 @@ from deepseek.kernels.numba.primitives import (
     thread_number,
     widen,
 )
+from deepseek.kernels.numba.subroutine import subroutine
 
 # Maximum number of rows in a piece; gathered rows and projections then stay in a cache of 1-2 MB.
 PIECE = 256
 
 
-@njit
+@subroutine
 def wide(matrix, buffer):  # type: ignore[no-untyped-def]
     """Convert `matrix` to fp32 in `buffer`; return `buffer`."""
     for i in range(matrix.shape[0]):
@@ -40,7 +40,7 @@ def wide(matrix, buffer):  # type: ignore[no-untyped-def]
     return buffer
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _piece(x, gate_up, down, tokens, weights, proj, rows, hidden, out, start, stop):  # type: ignore[no-untyped-def]
     """Compute rows start to stop - 1 of the sorted slots, all of one expert."""
     width = down.shape[1]
@@ -56,7 +56,7 @@ def _piece(x, gate_up, down, tokens, weights, proj, rows, hidden, out, start, st
     product(hidden[:count], False, down, True, out[start:stop])
 
 
-@njit
+@subroutine
 def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out):  # type: ignore[no-untyped-def]
     """Compute this thread's share of the slots."""
     first, last = share(ends[len(ends) - 1])
@@ -90,7 +90,7 @@ def _share_of_slots(x, gate_up, down, tokens, weights, ends, proj, out):  # type
             start = end
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def combine(out, order, used, y, num_slots):  # type: ignore[no-untyped-def]
     """Sum the rows of `out` that belong to each token, for this thread's tokens."""
     place = np.full(len(order), -1, np.int64)
@@ -105,7 +105,7 @@ def combine(out, order, used, y, num_slots):  # type: ignore[no-untyped-def]
                 y[n] += out[s]
 
 
-@njit
+@subroutine
 def _run(x, gate_up, down, ids, slot_weights, y, proj, out):  # type: ignore[no-untyped-def]
     ends = np.empty(len(down), np.int64)
     order, tokens, weights = sorted_slots(ids, slot_weights, ends)
@@ -135,7 +135,7 @@ def forward(
     return y_ND
 
 
-@njit(fastmath=True)
+@subroutine(fastmath=True)
 def _through_swiglu(weights, proj, hidden, grad_hidden, grad_proj, grad_weights):  # type: ignore[no-untyped-def]
     """Compute the gradients of projections and slot weights from that of the unweighted hidden
     values.
@@ -160,7 +160,7 @@ def _through_swiglu(weights, proj, hidden, grad_hidden, grad_proj, grad_weights)
         grad_weights[j] = total
 
 
-@njit
+@subroutine
 def _experts(  # type: ignore[no-untyped-def]
     grad, x, gate_up, down, tokens, weights, ends, proj, out, grad_gate_up, grad_down, grad_weights
 ):
@@ -202,7 +202,7 @@ def _experts(  # type: ignore[no-untyped-def]
         start = stop
 
 
-@njit
+@subroutine
 def _run_backward(  # type: ignore[no-untyped-def]
     grad,
     x,

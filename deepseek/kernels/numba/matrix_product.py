@@ -1,15 +1,16 @@
 """Matrix products inside a kernel, with torch's own BLAS on the calling thread."""
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from deepseek.kernels.numba import openmp
+from deepseek.kernels.numba.subroutine import subroutine
 
 openmp.has_sgemm()
 _sgemm = openmp.external("sgemm_", types.void(*[types.voidptr] * 13))
 
 
-@njit
+@subroutine
 def product(a, transpose_a, b, transpose_b, out, kept=0):  # type: ignore[no-untyped-def]
     """Set out `[n, m]` to `kept` times itself plus the matrix product of a and b, each transposed
     on request.

@@ -5,10 +5,11 @@ exponential.
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from deepseek.kernels.numba import openmp
+from deepseek.kernels.numba.subroutine import subroutine
 
 # The runtime's symbols must be known before a kernel that uses them is compiled or loaded.
 openmp.runtime()
@@ -72,7 +73,7 @@ def _power_of_two(_typing: Any, _exponent: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@njit(fastmath=True, inline="always")
+@subroutine(fastmath=True, inline="always")
 def exp(x):  # type: ignore[no-untyped-def]
     """Return the exponential of x, accurate to 2e-7; x is clamped to -87..87.
 
@@ -90,25 +91,25 @@ def exp(x):  # type: ignore[no-untyped-def]
     return (p * r * r + r + np.float32(1)) * _power_of_two(np.int32(n))
 
 
-@njit(fastmath=True, inline="always")
+@subroutine(fastmath=True, inline="always")
 def sigmoid(x):  # type: ignore[no-untyped-def]
     """Return the logistic function of x, accurate to 2e-7."""
     return np.float32(1) / (np.float32(1) + exp(-x))
 
 
-@njit
+@subroutine
 def thread_number():  # type: ignore[no-untyped-def]
     """Return the number of the calling thread."""
     return np.int64(_thread())
 
 
-@njit
+@subroutine
 def thread_count():  # type: ignore[no-untyped-def]
     """Return the number of threads in the parallel region."""
     return np.int64(_threads())
 
 
-@njit
+@subroutine
 def share(columns):  # type: ignore[no-untyped-def]
     """Return this thread's share of `columns` columns: the first, and the one past the last."""
     thread = thread_number()
