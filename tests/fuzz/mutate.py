@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import struct
 from typing import Any
 
@@ -57,6 +58,24 @@ def mutated_bytes(draw: st.DrawFn, *seeds: bytes, most: int = 4) -> bytes:
         elif kind == "splice":
             other = draw(st.sampled_from(seeds))
             data[place:] = other[draw(st.integers(0, len(other))) :]
+    return bytes(data)
+
+
+@st.composite
+def mutated_facts(draw: st.DrawFn, *seeds: bytes, most: int = 3) -> bytes:
+    """Return a GGUF file after up to `most` edits of numbers in its metadata."""
+    data = bytearray(draw(st.sampled_from(seeds)))
+    # A key, the type of its value (4: uint32, 6: float32), the value.
+    numbers = [found.end() for found in re.finditer(rb"[a-z_]\.[a-z_.]+[\x04\x06]\0\0\0", data)]
+    for place in draw(st.lists(st.sampled_from(numbers), min_size=1, max_size=most, unique=True)):
+        if draw(st.booleans()):
+            word = struct.pack("<I", draw(st.sampled_from(LENGTHS)) % 2**32)
+        else:
+            word = struct.pack(
+                "<f", draw(st.sampled_from([0.0, -1.0, 1e-30, 1e30, math.inf, math.nan]))
+            )
+        data[place : place + 4] = word
+        data[place - 4] = draw(st.sampled_from([data[place - 4], 4, 5, 6]))
     return bytes(data)
 
 

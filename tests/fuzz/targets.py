@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fuzz.mutate import deep, mutated_bytes, mutated_text, mutated_value
+from fuzz.mutate import deep, mutated_bytes, mutated_facts, mutated_text, mutated_value
 from fuzz.requests import bodies, constraints, dialects, prompts, teach
 from fuzz.target import Fuzzer, Run, as_json, lossless, lossy, on_file
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
 from tiny_expert import save_base, save_expert
-from tiny_gguf import tiny_llama, write_gguf
+from tiny_gguf import tiny_llama, tiny_model, write_gguf
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 from deepseek.checkpoint.gguf.convert import convert_gguf
@@ -53,11 +53,16 @@ def pack(folder: Path, _: ExitStack) -> Fuzzer:
 def gguf(folder: Path, _: ExitStack) -> Fuzzer:
     """GGUF files: counts, lengths, types, offsets and facts."""
     path = folder / "seed.gguf"
-    write_gguf(tiny_llama(), path)
-    seed = path.read_bytes()
+    seed = write_gguf(tiny_llama(), path).read_bytes()
+    others = [
+        write_gguf(tiny_model(architecture), path, architecture).read_bytes()
+        for architecture in ("gemma3", "qwen3moe", "phi3")
+    ]
     out = folder / "out"
     out.mkdir()
-    cases = st.one_of(mutated_bytes(seed), mutated_bytes(seed[:2048], most=8))
+    cases = st.one_of(
+        mutated_bytes(seed), mutated_bytes(seed[:2048], most=8), mutated_facts(seed, *others)
+    )
     return Fuzzer(cases, on_file(folder / "case.gguf", lambda file: convert_gguf(file, out)))
 
 

@@ -71,7 +71,7 @@ def model_config(file: GgufFile) -> PretrainedConfig:
         if field in known and f"{file.architecture}.{key}" in file.facts:
             values[field] = file.facts[f"{file.architecture}.{key}"]
     for name, key in TOKEN_IDS.items():
-        values[f"{name}_token_id"] = file.facts.get(f"tokenizer.ggml.{key}_token_id")
+        values[f"{name}_token_id"] = file.token_id(key)
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path} has no token embeddings; it holds no language model.")
     values |= {
@@ -87,11 +87,16 @@ def model_config(file: GgufFile) -> PretrainedConfig:
     try:
         return config_class(**values)
     except Exception as error:  # config classes check their fields with errors of many types
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{file.path} describes no {family} model ({reason}); convert the original model to "
-            "GGUF again."
-        ) from None
+        raise describes_no_model(file, family, error) from None
+
+
+def describes_no_model(file: GgufFile, family: str, error: Exception) -> CheckpointError:
+    """Return the error of metadata that a class of `transformers` refuses."""
+    reason = " ".join(str(error).split())
+    return CheckpointError(
+        f"{file.path} describes no {family} model ({reason}); convert the original model to GGUF "
+        "again."
+    )
 
 
 def _check_layers(file: GgufFile) -> None:
@@ -112,10 +117,8 @@ def generation_config(file: GgufFile) -> GenerationConfig:
 
     A model that ends its turns by another token than a document (`eot`) stops at both.
     """
-    ids = {
-        name: file.facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in TOKEN_IDS.items()
-    }
-    eot = file.facts.get("tokenizer.ggml.eot_token_id")
+    ids = {name: file.token_id(key) for name, key in TOKEN_IDS.items()}
+    eot = file.token_id("eot")
     ends = [ids["eos"]] if eot in (None, ids["eos"]) else [ids["eos"], eot]
     ends = [end for end in ends if end is not None]
     return GenerationConfig(

@@ -23,7 +23,12 @@ from transformers.modeling_gguf_pytorch_utils import (
     TensorProcessor,
 )
 
-from deepseek.checkpoint.gguf.config import FAMILIES, generation_config, model_config
+from deepseek.checkpoint.gguf.config import (
+    FAMILIES,
+    describes_no_model,
+    generation_config,
+    model_config,
+)
 from deepseek.checkpoint.gguf.reader import GgufFile, read_gguf
 from deepseek.checkpoint.gguf.tokenizer import gguf_tokenizer
 from deepseek.checkpoint.store import write_json
@@ -95,8 +100,11 @@ def _write_by_tensor(file: GgufFile, folder: Path, dtype: torch.dtype) -> None:
     """Write config and weights, with one shard and one tensor in memory at a time."""
     config = model_config(file)
     config.dtype = dtype
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # model classes divide by sizes that config classes let through
+        raise describes_no_model(file, FAMILIES[file.architecture], error) from None
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     _save_shards(_parameters(file, model, dtype), folder)

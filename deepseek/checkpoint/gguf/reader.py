@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from deepseek.errors import CheckpointError
+from deepseek.errors import CheckpointError, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -29,6 +29,8 @@ ARRAY = 9
 LONGEST_ARRAY = 1 << 24
 LONGEST_STRING = 1 << 26
 MOST_AXES = 4
+NO_TOKEN = (-1, 2**32 - 1)
+"""What llama.cpp writes as the id of a token that a vocabulary lacks, signed and unsigned."""
 CHUNK = 1 << 20
 """Values that are dequantised at once: the intermediate results are several times as large."""
 
@@ -79,6 +81,24 @@ class GgufFile:
             raise CheckpointError(
                 f"{self.path} has no metadata {key!r}; convert the original model to GGUF again."
             ) from None
+
+    def token_id(self, role: str) -> int | None:
+        """Return the id of the token of a role, such as "eos"; None if there is none.
+
+        Raises:
+            CheckpointError: the vocabulary has no token of this id.
+        """
+        key = f"tokenizer.ggml.{role}_token_id"
+        token = self.facts.get(key)
+        if token is None or token in NO_TOKEN:
+            return None
+        size = len(self.fact("tokenizer.ggml.tokens"))
+        if type(token) is not int or not 0 <= token < size:
+            raise CheckpointError(
+                f"{self.path} states {key} = {shown(token)} for a vocabulary of {size} tokens; "
+                "convert the original model to GGUF again."
+            )
+        return token
 
     def values(self, name: str) -> Floats:
         """Return a tensor dequantised to fp32, `CHUNK` values at a time.

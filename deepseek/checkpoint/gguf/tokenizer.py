@@ -76,7 +76,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
 
 
 def _token(file: GgufFile, tokens: list[str], key: str) -> str | None:
-    index = file.facts.get(f"tokenizer.ggml.{key}_token_id")
+    index = file.token_id(key)
     return None if index is None else tokens[index]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_gguf
+from fuzz.mutate import mutated_facts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -123,12 +124,37 @@ def test_no_model_is_built_of_more_layers_than_there_are_tensors(
 
 
 @pytest.mark.parametrize("heads", [0, 3, 64, 2**31])
+@pytest.mark.parametrize("name", ["attention.head_count", "attention.head_count_kv"])
 def test_heads_that_do_not_divide_the_rows_are_refused(
-    heads: int, content: bytes, tmp_path: Path
+    name: str, heads: int, content: bytes, tmp_path: Path
 ) -> None:
-    key = text("llama.attention.head_count") + struct.pack("<I", 4)
+    key = text(f"llama.{name}") + struct.pack("<I", 4)
     start = content.index(key) + len(key)
     source = tmp_path / "case.gguf"
     source.write_bytes(content[:start] + struct.pack("<I", heads) + content[start + 4 :])
     with pytest.raises(UserError, match=r"\.$"):
         convert_gguf(source, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def contents(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """A file of each of several architectures."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return [content] + [
+        tiny_gguf.write_gguf(tiny_gguf.tiny_model(name), path, name).read_bytes()
+        for name in ("qwen2", "qwen3moe", "gemma3", "phi3")
+    ]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_number_in_the_metadata_is_taken_or_refused(
+    contents: list[bytes], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("numbers")
+    (folder / "case.gguf").write_bytes(data.draw(mutated_facts(*contents)))
+    (folder / "out").mkdir()
+    try:
+        convert_gguf(folder / "case.gguf", folder / "out")
+    except UserError as error:
+        assert str(error).endswith(".") and "\n" not in str(error)
