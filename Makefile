@@ -20,10 +20,11 @@ UNLOCKED := torch triton mpmath networkx sympy cuda-bindings cuda-pathfinder cud
 run: $(READY)
 	@$(BIN)/deepseek run
 
-# Each worker takes whole files, so that what a file sets up is made once. A worker that crashes ends the run: without
-# its files, the others would wait for ever. Threads that wait yield their processor.
+# Each worker takes whole files, so that what a file sets up is made once, in the order that `conftest.py` puts them in.
+# A worker that crashes ends the run: without its files, the others would wait for ever. Threads that wait yield their
+# processor.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
-	--max-worker-restart 0
+	--no-loadscope-reorder --max-worker-restart 0
 
 test: $(TOOLS)
 	$(PYTEST)

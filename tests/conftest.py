@@ -43,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
         fake_gpu.register()  # before our modules are imported
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests: left to the end, one of them would keep one worker
+    busy while the others have nothing to do.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep caches and keys of the tests out of the user's folder, also in the processes that tests

@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path: Path, smollm2: Path) -> None:
     assert len(path.read_text().splitlines()) < 60
@@ -23,6 +24,7 @@ def test_example_runs(path: Path, smollm2: Path) -> None:
     assert result.stdout
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(
     smollm2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -498,6 +498,7 @@ def test_an_answer_that_takes_too_long_is_given_up(served_folder: Path) -> None:
             assert '"code":"timeout"' in stream.read().decode()
 
 
+@pytest.mark.slow
 def test_an_expert_is_taught_and_plugs_itself_in(keyed: Live) -> None:
     with keyed.http(ADMIN) as http:
         asked = {

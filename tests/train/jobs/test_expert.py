@@ -47,6 +47,7 @@ def run(base: Path, text: Path, folder: Path, **dials: Any) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_the_expert_learns_its_text_and_the_pack_says_so(
     tiny_base: Path, text_folder: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_without_a_frozen_trunk_nothing_is_cached(
     assert pack.manifest.metrics["held-out"].after < pack.manifest.metrics["held-out"].before
 
 
+@pytest.mark.slow
 def test_killed_twice_and_called_again_gives_the_same_pack(
     tiny_base: Path, text_folder: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +215,7 @@ def start(base: Path, text: Path, home: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_trainings_of_one_name_on_different_text_at_once(
     tiny_base: Path, text_folder: Path, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base
 
 
+@pytest.mark.slow
 def test_both_texts_keep_their_gain(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["expert", "merge", "greek", "stars", "--out", "both"])

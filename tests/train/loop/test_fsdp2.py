@@ -77,10 +77,13 @@ def alone(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_of_which_one_dies_equal_one(
+@pytest.mark.slow
+def test_checkpoints_go_from_two_processes_to_one_and_back_where_one_dies(
     alone: Path, domains: Path, tmp_path: Path
 ) -> None:
-    launch(2, domains, tmp_path, "experts", "25", "die", restarts=1)
+    launch(2, domains, tmp_path, "experts", "13", "stop")
+    launch(1, domains, tmp_path, "experts", "28", "stop")
+    launch(2, domains, tmp_path, "experts", "40", "die", restarts=1)
     assert (tmp_path / "died").exists()
     assert_same_result(tmp_path, alone)
     parts = sorted(
@@ -93,15 +96,6 @@ def test_two_processes_of_which_one_dies_equal_one(
         for folder, rank in ((alone, 0), (tmp_path, 0), (tmp_path, 1))
     ]
     assert held[0] == 1.0 and max(held[1:]) <= 0.55, "of parameters, gradients and moments"
-
-
-@pytest.mark.slow
-def test_checkpoints_go_from_two_processes_to_one_and_back(
-    alone: Path, domains: Path, tmp_path: Path
-) -> None:
-    for processes, end in ((2, ("13", "stop")), (1, ("28", "stop")), (2, ())):
-        launch(processes, domains, tmp_path, "experts", *end)
-    assert_same_result(tmp_path, alone)
 
 
 @pytest.mark.slow
