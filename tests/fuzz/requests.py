@@ -164,8 +164,8 @@ def sender(folder: Path, stack: ExitStack, engine: Engine | None = None) -> Send
             raise UserError(error if isinstance(error, str) else error["message"])
         return reply
 
-    # The kernels are compiled at first use, which is no case's own time.
-    send("POST", "/v1/completions", as_json({**TEXT, "echo": True}).encode())
+    # The kernels, of one token and of several, are compiled at first use: no case's own time.
+    send("POST", "/v1/completions", as_json({**TEXT, "echo": True, "max_tokens": 3}).encode())
     return send
 
 
