@@ -1,0 +1,105 @@
+"""How far llama.cpp's reading of an exported GGUF file is from the model in fp32.
+
+    python benchmarks/gguf_export.py TEXT... [--base smollm2-135m] [--dtypes bfloat16 q8_0]
+        [--rows 8] [--llama PYTHON] [--json FILE]
+
+TEXT are folders, .jsonl or .parquet files, of which rows of 256 tokens are taken. For each dtype
+two mean divergences (Kullback-Leibler, in nats) from the model's own predictions are printed: that
+of the file's weights in fp32 arithmetic ("weights"), and that of llama.cpp, which on a processor
+also rounds the inputs of each product to 8 bits ("llama.cpp"). llama.cpp runs in a Python that has
+llama-cpp-python (`--llama`, or this one if it has it).
+"""
+
+import argparse
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from int8_quality import rows
+from results import write
+from turns import add_llama
+
+import deepseek
+from deepseek.export.gguf import ENCODINGS, export_gguf
+
+ROW = 256
+
+LLAMA = """
+import sys
+import llama_cpp
+import numpy as np
+
+path, ids, out = sys.argv[1:]
+model = llama_cpp.Llama(
+    model_path=path, n_ctx=512, n_batch=512, n_ubatch=512, logits_all=True, verbose=False
+)
+found = []
+for row in np.load(ids):
+    model.reset()
+    model.eval(row.tolist())
+    found.append(np.array(model.scores[: len(row)], np.float32))
+np.save(out, np.stack(found))
+"""
+
+
+def predictions(base: str | Path, ids: np.ndarray) -> torch.Tensor:
+    """Return the log probabilities `[rows, ROW, vocabulary]` of a model in fp32 at every token."""
+    model = deepseek.load(str(base), dtype="float32").model
+    with torch.inference_mode():
+        return torch.stack(
+            [model(torch.tensor(row)[None]).logits[0].float().log_softmax(-1) for row in ids]
+        )
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Return the mean Kullback-Leibler divergence of `found` from `wanted`, in nats."""
+    return float((wanted.exp() * (wanted - found)).double().sum(-1).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("texts", nargs="+", type=Path, help="folders, .jsonl or .parquet files")
+    parser.add_argument("--base", default="smollm2-135m", help="the model to export")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "q8_0"], choices=ENCODINGS)
+    parser.add_argument("--rows", type=int, default=8, help="rows of 256 tokens")
+    add_llama(parser)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    if options.llama is None:
+        parser.error("llama.cpp is not there; name a Python that has it with --llama")
+    tokenizer = deepseek.load(options.base).tokenizer
+    ids = np.array([row[:ROW] for row in rows(tokenizer, options.texts, options.rows)])
+    wanted = predictions(options.base, ids)
+    figures: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        np.save(Path(scratch) / "ids.npy", ids)
+        for dtype in options.dtypes:
+            path = Path(scratch) / f"{dtype}.gguf"
+            out = Path(scratch) / f"{dtype}.npy"
+            export_gguf(options.base, path, dtype)
+            subprocess.run(
+                [options.llama, "-c", LLAMA, str(path), str(Path(scratch) / "ids.npy"), str(out)],
+                check=True,
+            )
+            figures[dtype] = {
+                "bytes": path.stat().st_size,
+                "weights": divergence(wanted, predictions(path, ids)),
+                "llama.cpp": divergence(
+                    wanted, torch.from_numpy(np.load(out)).float().log_softmax(-1)
+                ),
+            }
+            print(
+                f"{dtype:10} {figures[dtype]['bytes'] / 1e6:7.1f} MB  "
+                f"weights {figures[dtype]['weights']:.1e}  "
+                f"llama.cpp {figures[dtype]['llama.cpp']:.1e}"
+            )
+    if options.json:
+        write(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()
