@@ -19,6 +19,7 @@ from torch.nn.functional import linear, silu
 
 from deepseek.checkpoint.hub import resolve
 from deepseek.data import Batch, RowLoader, TokenShards
+from deepseek.data.text.document import Progress, silent
 from deepseek.data.text.encode import CONTEXT_BIT
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.errors import ConfigError, PackError
@@ -148,8 +149,7 @@ def merge_experts(
     if not 1 <= width <= most:
         raise ConfigError(f"width={width} must be 1 to {most}, the width of both together.")
     with ProgressBar(quiet=quiet) as progress:
-        progress.say("fitting the outputs")
-        module = fitted(model, parts, out, width)
+        module = fitted(model, parts, out, width, progress)
         progress.say("calibrating the gates")
         tokenizer = load_tokenizer(folder)
         calibrate(
@@ -245,7 +245,13 @@ class Units:
 
 
 @torch.no_grad()
-def fitted(model: LanguageModel, parts: Sequence[Part], name: str, width: int) -> ExpertModule:
+def fitted(
+    model: LanguageModel,
+    parts: Sequence[Part],
+    name: str,
+    width: int,
+    progress: Progress = silent,
+) -> ExpertModule:
     """Return the merged module, without gates.
 
     Args:
@@ -253,16 +259,20 @@ def fitted(model: LanguageModel, parts: Sequence[Part], name: str, width: int) -
         parts: the experts.
         name: name of the module.
         width: its width.
+        progress: told of the batches that are done.
     """
     owners: dict[int, list[ExpertLayer]] = {}
     for part in parts:
         for layer in part.module.layers:
             owners.setdefault(layer, []).append(part.module.at(layer))
     units = {layer: Units.of(layers) for layer, layers in sorted(owners.items())}
-    for part in parts:
-        batches = part.rows("train", CALIBRATION_TOKENS // len(parts))
+    texts = [part.rows("train", CALIBRATION_TOKENS // len(parts)) for part in parts]
+    done, total = 0, sum(map(len, texts))
+    for part, batches in zip(parts, texts, strict=True):
         with model.experts.forced(part.module):
             for inputs in gate_inputs(model, batches, tuple(units)):
+                progress(done, total, "fitting the outputs")
+                done += 1
                 for layer, found in inputs.items():
                     x_ND = found.x_BTD[found.real_BT]
                     has_layer = layer in part.module.layers
