@@ -68,6 +68,7 @@ class Message(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    annotations: list[Any]
     tool_calls: list[dict[str, Any]] = []
 
 
@@ -120,7 +121,9 @@ class MessageReply(BaseModel):
     content: list[dict[str, Any]]
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
-    usage: dict[str, int]
+    stop_details: None
+    container: None
+    usage: dict[str, int | None]
     experts: dict[str, int]
 
 

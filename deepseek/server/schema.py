@@ -163,6 +163,7 @@ class ChatMessage(Body):
     tool_calls: Several[ToolCall] | None = None
     tool_call_id: ShortText | None = None
     refusal: str | None = None
+    annotations: Several[Any] | None = None
 
     @property
     def text(self) -> str:

@@ -56,10 +56,17 @@ class TextBlock(ContentBlock):
     citations: list[Any] | None = None
 
 
+class Caller(Body):
+    """Who made a call: the model itself."""
+
+    type: Literal["direct"]
+
+
 class ToolUseBlock(ContentBlock):
     """A call that the assistant made earlier."""
 
     type: Literal["tool_use"]
+    caller: Caller | None = None
     id: ShortText
     name: ToolName
     input: dict[str, Any]
@@ -285,7 +292,7 @@ class MessageEvents:
         if not text:
             return
         if not self._open:
-            yield self._start({"type": "text", "text": ""})
+            yield self._start({"type": "text", "text": "", "citations": None})
         delta = {"type": "text_delta", "text": text}
         event = {"type": "content_block_delta", "index": self._index, "delta": delta}
         yield {**event, "expert": expert}
@@ -296,6 +303,7 @@ class MessageEvents:
         yield self._start(
             {
                 "type": "tool_use",
+                "caller": {"type": "direct"},
                 "id": f"toolu_{token_hex(12)}",
                 "name": function["name"],
                 "input": {},
@@ -336,6 +344,8 @@ class MessageEvents:
             "content": blocks,
             "stop_reason": reason,
             "stop_sequence": reached,
+            "stop_details": None,
+            "container": None,
         }
 
     def _usage(self) -> Fields:
@@ -344,7 +354,12 @@ class MessageEvents:
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_read_input_tokens": usage.cached_tokens,
             "cache_creation_input_tokens": 0,
+            "cache_creation": None,
             "output_tokens": usage.completion_tokens,
+            "output_tokens_details": None,
+            "server_tool_use": None,
+            "service_tier": None,
+            "inference_geo": None,
         }
 
 

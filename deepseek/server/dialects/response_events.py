@@ -149,7 +149,7 @@ class ResponseEvents:
         body = self._body
         over = status != "in_progress"
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        echoed = body.model_dump(by_alias=True, include={"text"})
+        text = body.model_dump(by_alias=True, include={"text"})["text"]
         choice = body.tool_choice or "auto"
         return {
             "id": self._id,
@@ -174,7 +174,7 @@ class ResponseEvents:
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "reasoning": None if body.reasoning is None else body.reasoning.model_dump(),
-            **echoed,
+            "text": {**text, "verbosity": text["verbosity"] or "medium"},
             "truncation": "disabled",
             "store": False,
             "background": False,

@@ -179,7 +179,7 @@ class ChatChunks(Chunks):
 
     def finished(self, choice: Fields) -> Fields:
         """Return a choice with its joined deltas as the message."""
-        message = choice.pop("delta")
+        message = {**choice.pop("delta"), "annotations": []}
         if message.get("tool_calls"):
             message["content"] = message["content"] or None
             message["tool_calls"] = [
