@@ -9,7 +9,7 @@ fail are asked once more with a frequency penalty of 1, where the suite lets it 
 135M parameters repeats itself until the limit of tokens, which is no fault of the server.
 
     python -m venv clients && clients/bin/pip install langchain-tests langchain-openai litellm \\
-        instructor llm anthropic ollama openai openresponses-types
+        instructor llm llm-comply anthropic ollama openai openresponses-types
 """
 
 import argparse
@@ -62,6 +62,7 @@ SUITES = {
     "anthropic": Suite("anthropic_cases.py", ("anthropic",)),
     "ollama": Suite("ollama_cases.py", ("ollama",), True),
     "open-responses": Suite("open_responses.py", ("openresponses-types", "httpx"), True),
+    "llm-comply": Suite("comply_cases.py", ("llm-comply",)),
     "langchain": Suite(
         "langchain_cases.py", ("langchain-tests", "langchain-openai", "pytest-asyncio"), True
     ),
