@@ -25,12 +25,12 @@ def asked(target: Target, kind: str) -> list[dict[str, object]]:
 
 def cases(target: Target) -> list[tuple[str, Case]]:
     """Return one case for each result that was not skipped."""
-    found: list[tuple[str, Case]] = []
-    for kind in FORMATS:
-        for result in asked(target, kind):
-            if result["status"] != "skipped":
-                found.append((f"{kind}: {result['id']}", judged(result)))
-    return found
+    return [
+        (f"{kind}: {result['id']}", judged(result))
+        for kind in FORMATS
+        for result in asked(target, kind)
+        if result["status"] != "skipped"
+    ]
 
 
 def judged(result: dict[str, object]) -> Case:
