@@ -246,11 +246,7 @@ class Units:
 
 @torch.no_grad()
 def fitted(
-    model: LanguageModel,
-    parts: Sequence[Part],
-    name: str,
-    width: int,
-    progress: Progress = silent,
+    model: LanguageModel, parts: Sequence[Part], name: str, width: int, progress: Progress = silent
 ) -> ExpertModule:
     """Return the merged module, without gates.
 
