@@ -24,6 +24,9 @@ FLOORS = (1e-3, 1e-5, 0.0)
 above the previous one do not suffice.
 """
 
+BLOCK = 64
+"""Tokens of a block, of which the search for the likeliest tokens looks at the largest first."""
+
 COLD = 1e-4
 """Temperatures below this choose the likeliest token, because dividing by them would overflow."""
 
@@ -189,13 +192,7 @@ def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
     if sampling.top_p == 1.0 and sampling.min_p == 0.0 and not sampling.top_k:
         return None
     nucleus = sampling.top_p * weights_V.sum(dtype=np.float64) if sampling.top_p < 1.0 else np.inf
-    # Usually few tokens pass, and all of them are likely ones: searching those first avoids sorting
-    # the whole vocabulary.
-    for floor in FLOORS:
-        ids = np.flatnonzero(weights_V >= floor * weights_V.max())
-        found_weight = weights_V[ids].sum(dtype=np.float64)
-        if sampling.min_p >= floor or 0 < sampling.top_k <= len(ids) or found_weight > nucleus:
-            break
+    ids = likely(weights_V, sampling, nucleus)
     ids = ids[np.argsort(-weights_V[ids])]
     ordered = weights_V[ids].astype(np.float64)
     keep = ordered.cumsum() - ordered < nucleus  # the token that crosses the threshold still counts
@@ -203,6 +200,36 @@ def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
     if sampling.top_k:
         keep[sampling.top_k :] = False
     return ids[keep]
+
+
+def likely(weights_V: Logits, sampling: Sampling, nucleus: float) -> NDArray[np.int64]:
+    """Return ids in ascending order, among them those of all tokens that can pass.
+
+    Usually few tokens pass, and all of them are likely ones, so that the whole vocabulary need not
+    be sorted.
+
+    Args:
+        weights_V: probabilities up to a common factor.
+        sampling: the sampling parameters.
+        nucleus: the weight at which top-p is reached.
+    """
+    blocks = len(weights_V) // BLOCK
+    if 0 < sampling.top_k <= blocks:
+        # As many blocks as top-k admits tokens have a token at or above this floor.
+        largest = weights_V[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        place = blocks - sampling.top_k
+        return above(weights_V, np.partition(largest, place)[place])
+    for floor in FLOORS:
+        ids = above(weights_V, floor * weights_V.max())
+        found_weight = weights_V[ids].sum(dtype=np.float64)
+        if sampling.min_p >= floor or 0 < sampling.top_k <= len(ids) or found_weight > nucleus:
+            break
+    return ids
+
+
+def above(weights_V: Logits, floor: np.float32) -> NDArray[np.int64]:
+    """Return the ids of the weights from `floor` on; of a floor of 0, those that can be drawn."""
+    return np.flatnonzero(weights_V >= floor if floor > 0 else weights_V > 0)
 
 
 def draw(weights_V: Logits, generator: np.random.Generator) -> int:

@@ -18,17 +18,17 @@ from deepseek.engine.sampler import Sampler, Sampling, admitted, penalise
 from deepseek.errors import ConfigError
 
 
-def logits_of(seed: int) -> torch.Tensor:
-    return torch.randn(40, generator=torch.Generator().manual_seed(seed)) * 3
+def logits_of(seed: int, size: int = 40) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 def kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return which tokens `admitted` admits."""
     ids = admitted(np.exp(logits.numpy()), sampling)
     return (
-        torch.ones(40, dtype=torch.bool)
+        torch.ones(len(logits), dtype=torch.bool)
         if ids is None
-        else torch.zeros(40, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
+        else torch.zeros(len(logits), dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
     )
 
 
@@ -79,20 +79,35 @@ def test_sampling_follows_the_probabilities() -> None:
     p=st.floats(0.05, 1.0),
     k=st.integers(0, 40),
     floor=st.floats(0.0, 0.5),
+    size=st.sampled_from([40, 63, 64, 3001]),
+    spread=st.sampled_from([0.1, 1, 3]),
 )
 def test_likely_tokens_alone_admit_what_sorting_all_admits(
-    seed: int, p: float, k: int, floor: float
+    seed: int, p: float, k: int, floor: float, size: int, spread: float
 ) -> None:
-    logits, sampling = logits_of(seed) * 3, Sampling(top_p=p, top_k=k, min_p=floor)
+    logits, sampling = (logits_of(seed, size) * spread, Sampling(top_p=p, top_k=k, min_p=floor))
     ordered, ids = logits.double().softmax(-1).sort(descending=True)
-    wanted = (
-        (ordered.cumsum(-1) - ordered < p)
-        & (ordered >= floor * ordered[0])
-        & (torch.arange(40) < (k or 40))
-    )
-    if p == 1.0:
-        wanted = (ordered >= floor * ordered[0]) & (torch.arange(40) < (k or 40))
+    wanted = (ordered >= floor * ordered[0]) & (torch.arange(size) < (k or size))
+    if p < 1.0:
+        wanted &= ordered.cumsum(-1) - ordered < p
     assert kept(logits, sampling).nonzero().squeeze(1).tolist() == sorted(ids[wanted].tolist())
+
+
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 40), allowed=st.integers(1, 60))
+def test_what_a_mask_forbids_is_not_admitted(seed: int, k: int, allowed: int) -> None:
+    weights_V = np.zeros(3001, np.float32)
+    weights_V[:allowed] = np.exp(logits_of(seed, allowed).numpy())
+    ids = admitted(weights_V, Sampling(top_k=k))
+    assert ids is not None and set(ids) <= set(range(allowed)) and len(ids) == min(k, allowed)
+
+
+@given(k=st.integers(1, 40), levels=st.integers(1, 4), seed=st.integers(0, 10_000))
+def test_of_equal_tokens_top_k_admits_as_many_as_it_should(k: int, levels: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    weights_V = draw.integers(1, levels + 1, 3001).astype(np.float32)
+    ids = admitted(weights_V, Sampling(top_k=k))
+    assert ids is not None and len(set(ids)) == k
+    assert weights_V[ids].min() >= np.sort(weights_V)[-k]
 
 
 def test_penalties_and_biases() -> None:
