@@ -25,7 +25,7 @@ above the previous one do not suffice.
 """
 
 BLOCK = 64
-"""Tokens of a block, of which the search for the likeliest tokens looks at the largest first."""
+"""Neighbouring tokens whose largest weight bounds the search for the k likeliest tokens."""
 
 COLD = 1e-4
 """Temperatures below this choose the likeliest token, because dividing by them would overflow."""
@@ -209,9 +209,9 @@ def likely(weights_V: Logits, sampling: Sampling, nucleus: float) -> NDArray[np.
     be sorted.
 
     Args:
-        weights_V: probabilities up to a common factor.
+        weights_V: probabilities `[V]`, up to a common factor.
         sampling: the sampling parameters.
-        nucleus: the weight at which top-p is reached.
+        nucleus: the total weight at which top-p is reached; infinite without top-p.
     """
     blocks = len(weights_V) // BLOCK
     if 0 < sampling.top_k <= blocks:
@@ -219,8 +219,9 @@ def likely(weights_V: Logits, sampling: Sampling, nucleus: float) -> NDArray[np.
         largest = weights_V[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
         place = blocks - sampling.top_k
         return above(weights_V, np.partition(largest, place)[place])
+    likeliest = weights_V.max()
     for floor in FLOORS:
-        ids = above(weights_V, floor * weights_V.max())
+        ids = above(weights_V, floor * likeliest)
         found_weight = weights_V[ids].sum(dtype=np.float64)
         if sampling.min_p >= floor or 0 < sampling.top_k <= len(ids) or found_weight > nucleus:
             break

@@ -146,6 +146,33 @@ def test_a_required_call_is_a_tool_use_block(messages: Any, choice: dict[str, An
         final = stream.get_final_message()
     assert final.content[0].input == block.input
     assert final.stop_reason == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": block.id, "content": "done"}
+    turns = [{"role": "assistant", "content": reply.content}, {"role": "user", "content": [result]}]
+    assert ask(messages, tools=[TOOL], messages=[*ASKED, *turns]).type == "message"
+
+
+@pytest.mark.parametrize("call", [False, True])
+def test_replies_have_the_fields_that_the_published_schema_requires(
+    server: Live, call: bool
+) -> None:
+    body = {"model": "tiny", "max_tokens": 400 if call else 12, "messages": ASKED}
+    body |= {"tools": [TOOL], "tool_choice": {"type": "any"}} if call else {}
+    with server.http() as http:
+        reply = http.post("/v1/messages", json=body).json()
+    assert {"id", "role", "stop_reason", "stop_sequence", "stop_details", "container"} <= set(reply)
+    [block] = reply["content"]
+    assert ("caller" if call else "citations") in block
+    assert set(reply["usage"]) == {
+        "cache_creation",
+        "cache_creation_input_tokens",
+        "cache_read_input_tokens",
+        "inference_geo",
+        "input_tokens",
+        "output_tokens",
+        "output_tokens_details",
+        "server_tool_use",
+        "service_tier",
+    }
 
 
 def test_a_schema_constrains_the_answer(messages: Any) -> None:

@@ -132,6 +132,7 @@ def test_responses_have_the_required_fields(
     assert set(response) >= REQUIRED
     assert response["output"]
     assert response["store"] is False
+    assert response["text"]["verbosity"] in ("low", "medium", "high")
     assert response["status"] in ("completed", "incomplete")
 
 

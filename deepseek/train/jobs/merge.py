@@ -255,7 +255,7 @@ def fitted(
         parts: the experts.
         name: name of the module.
         width: its width.
-        progress: told of the batches that are done.
+        progress: called before each batch, with the numbers of batches done and in all.
     """
     owners: dict[int, list[ExpertLayer]] = {}
     for part in parts:
