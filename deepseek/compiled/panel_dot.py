@@ -1,5 +1,5 @@
 """Products of panels of weights and rows of activations, written in LLVM IR (see
-`compiled/vector.py`).
+`kernels/numba/emit.py`).
 """
 
 from itertools import product
@@ -9,8 +9,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from deepseek.compiled.vector import FLOAT, FLOATS, SHORT, WORD, WORDS, Emit, loop
 from deepseek.kernels.int8_layout import COLUMNS, GROUP, LANES, TILES, group_bytes
+from deepseek.kernels.numba.emit import FLOAT, FLOATS, SHORT, WORD, WORDS, Emit, loop
 
 STEPS = GROUP // 4  # a step takes four bytes of each of the 16 lanes
 

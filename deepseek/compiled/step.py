@@ -57,6 +57,7 @@ SOURCES = (
     "kernels/bias/distance.py",
     "kernels/int8_layout.py",
     "kernels/numba/buffers.py",
+    "kernels/numba/emit.py",
     "kernels/numba/launch.py",
     "kernels/numba/openmp.py",
     "kernels/numba/primitives.py",
