@@ -64,6 +64,7 @@ Source = Wheel | Deb
 HELP = "usr/share/libreoffice/help/{}/text/**/*.html"
 HANDBOOK = "usr/share/doc/debian-handbook/html/{}/*.html"
 APTITUDE = "usr/share/doc/aptitude/html/{}/*.html"
+IMAGES = "usr/share/gimp/3.0/help/{}/*.html"
 
 COMMON_WORDS = {
     "en": "the of and to is are this that for with you be it can",
@@ -111,6 +112,11 @@ CORPORA: dict[str, tuple[Source, ...]] = {
         Wheel("tornado==6.6.1", "tornado/**/*.py"),
         Wheel("scapy", "scapy/**/*.py"),
     ),
+    # The office manual in French and Spanish is final-french and final-spanish.
+    "images-en": (Deb("gimp-help-en", IMAGES.format("en")),),
+    "images-fr": (Deb("gimp-help-fr", IMAGES.format("fr"), "fr"),),
+    "images-es": (Deb("gimp-help-es", IMAGES.format("es"), "es"),),
+    "office-en": (Deb("libreoffice-help-en-us", HELP.format("en-US")),),
     "public-prose": (
         Deb("dict-gcide", "usr/share/dictd/gcide.dict.dz"),
         Deb("fortunes", "usr/share/games/fortunes/*"),

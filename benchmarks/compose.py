@@ -1,0 +1,207 @@
+"""Language and domain experts together: trained apart, armed in pairs on text that needs both.
+
+    python benchmarks/corpora.py french spanish images-en images-fr images-es office-en \\
+        final-french final-spanish
+    python benchmarks/compose.py [--base NAME] [--corpora DIR] [--tokens 48000] [--json FILE]
+
+Four experts are trained by the default recipe, two on a language (French and Spanish text about
+another subject) and two on a domain (English manuals of an image editor and of an office
+suite). None of them has seen the four mixed texts: the French and Spanish manuals of the same
+programs, as their translators wrote them. For every pair of a language and a domain, one more
+expert is trained on the union of both texts, with the tokens of both. Each text is scored on rows
+that no expert was trained on, from one pass through the frozen trunk:
+
+    base      no expert
+    language  the language's expert alone, forced on everywhere
+    domain    the domain's expert alone, forced on everywhere
+    pair      both armed by name; the gates decide at every token
+    both      both forced on everywhere, their outputs added
+    union     the expert of the union alone, forced on everywhere
+
+An expert's own held-out text is scored beside each partner in the same way, for the gain that it
+keeps. An interrupted run goes on, and finished experts are kept.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from base_and_gain import Everywhere, Text, Variant, losses_of
+from results import add_output, write
+
+import deepseek
+from deepseek.checkpoint.hub import resolve
+from deepseek.checkpoint.store import home
+from deepseek.data import TokenShards, read_folder
+from deepseek.model.experts import ExpertModule
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.packs.pack import read_pack
+from deepseek.text.tokenizer import load_tokenizer
+
+LANGUAGES = ("french", "spanish")
+MANUALS = {
+    "images": {"english": "images-en", "french": "images-fr", "spanish": "images-es"},
+    "office": {"english": "office-en", "french": "final-french", "spanish": "final-spanish"},
+}
+"""Corpus of each domain in each language; the domain's expert is trained on the English one."""
+
+PAIRS = tuple(product(LANGUAGES, MANUALS))
+EPOCHS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--corpora", type=Path, default=home() / "corpora")
+    parser.add_argument(
+        "--work", type=Path, default=home() / "compose", help="experts and texts are kept here"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=48_000, help="distinct tokens of each text to train on"
+    )
+    parser.add_argument("--score", type=int, default=8_192, help="tokens each text is scored on")
+    parser.add_argument("--layers", default="last:3", help="layers of the experts")
+    add_output(parser, "compose")
+    options = parser.parse_args()
+    for language, domain in PAIRS:
+        train(options, language, (language,))
+        train(options, domain, (MANUALS[domain]["english"],))
+        train(options, union(language, domain), (language, MANUALS[domain]["english"]))
+    measured = Comparison(options)
+    rows = [measured.mixed(*pair) for pair in PAIRS]
+    kept = [measured.own(name, partner) for pair in PAIRS for name, partner in (pair, pair[::-1])]
+    print_tables(rows, kept)
+    write(options.json, {"base": options.base, "mixed": rows, "own": kept})
+
+
+def union(language: str, domain: str) -> str:
+    """Return the name of the expert of both texts."""
+    return f"{language}-and-{domain}"
+
+
+def train(options: argparse.Namespace, name: str, texts: tuple[str, ...]) -> None:
+    """Train one expert on the texts of these corpora, unless that was done before."""
+    folder = options.work / "sources" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for text in texts:
+        copy(options.corpora / text, folder / text)
+    deepseek.train_expert(
+        options.base,
+        name=name,
+        from_folder=folder,
+        layers=options.layers,
+        tokens=options.tokens * len(texts),
+        epochs=EPOCHS,
+        out=options.work / "packs" / f"{name}.safetensors",
+        run_folder=options.work / "runs" / name,
+    )
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a folder of text, unless it is there."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_file() and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+
+
+class Comparison:
+    """All experts beside one base, and the losses of any text."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model = DeepSeekModel.from_pretrained(options.base, dtype="auto")
+        self.tokenizer = load_tokenizer(resolve(options.base))
+        self.modules: dict[str, ExpertModule] = {}
+        for path in sorted((options.work / "packs").glob("*.safetensors")):
+            self.model.experts.plug(path)
+            self.modules[path.stem] = ExpertModule.from_pack(read_pack(path), self.model.dtype)
+
+    def mixed(self, language: str, domain: str) -> dict[str, Any]:
+        """Score the manual of a domain's program in a language."""
+        name = MANUALS[domain][language]
+        text = Text(name, self._shards(name))
+        variants = {
+            "base": lambda: None,
+            "language": self._forced(language),
+            "domain": self._forced(domain),
+            "pair": self._armed(language, domain),
+            "both": self._forced(language, domain),
+            "union": self._forced(union(language, domain)),
+        }
+        losses = self._losses(text, variants)
+        single = min(losses["language"], losses["domain"])
+        return {
+            "text": name,
+            "language": language,
+            "domain": domain,
+            "losses": losses,
+            "pair_less_single": losses["pair"] - single,
+            "both_less_single": losses["both"] - single,
+            "pair_less_union": losses["pair"] - losses["union"],
+        }
+
+    def own(self, name: str, partner: str) -> dict[str, Any]:
+        """Score an expert's own held-out text with its partner armed beside it."""
+        held_out = TokenShards(self.options.work / "runs" / name / "corpus" / "held-out")
+        variants = {
+            "base": lambda: None,
+            "alone": self._forced(name),
+            "pair": self._armed(name, partner),
+        }
+        losses = self._losses(Text(name, held_out), variants)
+        gain = losses["base"] - losses["alone"]
+        kept = 100 * (losses["base"] - losses["pair"]) / gain
+        return {"text": name, "partner": partner, "losses": losses, "kept_percent": kept}
+
+    def _losses(self, text: Text, variants: dict[str, Variant]) -> dict[str, float]:
+        lowest = min(module.layers[0] for module in self.modules.values())
+        batches = text.batches(self.options.score)
+        return losses_of(self.model, batches, variants, lowest)
+
+    def _shards(self, name: str) -> TokenShards:
+        folder = self.options.work / "texts" / name
+        if folder.is_dir():
+            return TokenShards(folder)
+        documents = list(read_folder(self.options.corpora / name))
+        return TokenShards.build(documents, self.tokenizer, folder)
+
+    def _forced(self, *names: str) -> Variant:
+        return partial(Everywhere, [self.modules[name] for name in names], 1.0)
+
+    def _armed(self, *names: str) -> Variant:
+        def variant() -> Any:
+            with self.model.experts.arming(names):
+                return self.model.experts.armed()
+
+        return variant
+
+
+def print_tables(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> None:
+    """Print the losses of the mixed texts, and the gain that each expert keeps on its own."""
+    print("\n".join(table(rows)))
+    print()
+    print(
+        "\n".join(
+            f"{row['text']:10} beside {row['partner']:10} {row['kept_percent']:6.1f} %"
+            for row in kept
+        )
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    names = list(rows[0]["losses"])
+    yield f"{'text':14}" + "".join(f"{name:>11}" for name in names) + "   pair - single"
+    for row in rows:
+        losses = "".join(f"{row['losses'][name]:11.4f}" for name in names)
+        yield f"{row['text']:14}{losses}{row['pair_less_single']:+16.4f}"
+
+
+if __name__ == "__main__":
+    main()
