@@ -1,0 +1,162 @@
+"""How many experts dynamic routing gives to code and to prose, in mixtures trained here on both.
+
+    python benchmarks/corpora.py public-code prose final-public-code final-public-prose
+    python benchmarks/code_routing.py CORPORA [--tokens 800000] [--seeds 3] [--json FILE]
+
+A small mixture with the article's threshold of 0.7 and at most five experts a token is trained from
+scratch on Python code and English prose in equal parts, once for each seed and each of two
+settings: `controlled`, in which a temperature holds the mean over all tokens at four experts, and
+`free`, without a target. Nothing tells the router what code is. Then documents of other code bases
+and other prose are read, and the experts of a document are its mean over tokens and layers. `p` is
+that of a permutation test, two-sided, of the difference between the means over documents.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from results import add_output, write
+
+import deepseek
+from deepseek.data import read_folder
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.text.tokenizer import load_tokenizer
+
+TRAINED = {"public-code": 1, "prose": 1}
+READ = {"code": "final-public-code", "prose": "final-public-prose"}
+MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 16,
+    "expert_dim": 64,
+    "num_shared_experts": 1,
+    "routing_strategy": "dynamic",
+    "routing_threshold": 0.7,
+    "max_experts": 5,
+}
+SETTINGS: dict[str, dict[str, float]] = {"controlled": {"target_experts": 4.0}, "free": {}}
+LENGTH, DOCUMENTS, PERMUTATIONS = 256, 200, 20_000
+SHORTEST = 64
+"""Tokens of a document worth reading."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpora", type=Path)
+    parser.add_argument("--tokens", type=int, default=800_000, help="tokens of each training")
+    parser.add_argument("--seeds", type=int, default=3)
+    add_output(parser, "code_routing")
+    options = parser.parse_args()
+    runs = []
+    for setting in SETTINGS:
+        for seed in range(options.seeds):
+            with tempfile.TemporaryDirectory() as name:
+                model = trained(options, setting, seed, Path(name))
+                runs.append(run(model, Path(name) / "model", options.corpora, setting, seed))
+            print(runs[-1], flush=True)
+    figures = {
+        setting: summary([found for found in runs if found["setting"] == setting])
+        for setting in SETTINGS
+    }
+    print(figures)
+    write(options.json, {"figures": figures, "runs": runs})
+
+
+def trained(options: argparse.Namespace, setting: str, seed: int, folder: Path) -> DeepSeekModel:
+    """Return a mixture that was trained from scratch."""
+    settings = {
+        "name": "routing",
+        "tokens": options.tokens,
+        "row_length": LENGTH,
+        "batch_rows": 8,
+        "learning_rate": 2e-3,
+        "vocab_size": 4096,
+        "domains": {
+            name: {"folder": str(options.corpora / name), "weight": weight}
+            for name, weight in TRAINED.items()
+        },
+        "model": MODEL | SETTINGS[setting],
+        "seed": seed,
+        "checkpoint_every": 10_000,
+        "held_out_tokens": 4096,
+        "samples": [],
+        "out": str(folder / "model"),
+        "run_folder": str(folder / "run"),
+    }
+    deepseek.pretrain(settings, quiet=True)
+    return DeepSeekModel.from_pretrained(folder / "model").eval()
+
+
+def run(
+    model: DeepSeekModel, folder: Path, corpora: Path, setting: str, seed: int
+) -> dict[str, Any]:
+    """Return what one mixture gives to documents of each kind."""
+    tokenizer = load_tokenizer(folder)
+    experts = {
+        kind: np.array(list(documents_experts(model, tokenizer, corpora / name)))
+        for kind, name in READ.items()
+    }
+    return {
+        "setting": setting,
+        "seed": seed,
+        **{kind: float(found_D.mean()) for kind, found_D in experts.items()},
+        "documents": {kind: len(found_D) for kind, found_D in experts.items()},
+        "p": permutation_p(experts["code"], experts["prose"], seed),
+    }
+
+
+@torch.no_grad()
+def documents_experts(model: DeepSeekModel, tokenizer: Any, folder: Path) -> Iterator[float]:
+    """Yield the mean number of experts, over tokens and layers, of the first documents."""
+    count = 0
+    for document in read_folder(folder):
+        ids = tokenizer.encode(document.text[: 20 * LENGTH])[:LENGTH]
+        if len(ids) < SHORTEST:
+            continue
+        stats = model(torch.tensor([ids]), use_cache=False).router_stats
+        yield float(np.mean([float(layer.mean_active) for layer in stats]))
+        count += 1
+        if count == DOCUMENTS:
+            return
+
+
+def permutation_p(a_N: NDArray[Any], b_M: NDArray[Any], seed: int) -> float:
+    """Return the share of random splits whose means differ at least as much as those of `a_N` and
+    `b_M`, with the observed split counted.
+    """
+    rng = np.random.default_rng(seed)
+    all_K = np.concatenate([a_N, b_M])
+    observed = abs(a_N.mean() - b_M.mean())
+    extreme = 1
+    for _ in range(PERMUTATIONS):
+        rng.shuffle(all_K)
+        difference = abs(all_K[: len(a_N)].mean() - all_K[len(a_N) :].mean())
+        extreme += bool(difference >= observed - 1e-12)
+    return extreme / (PERMUTATIONS + 1)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return means and ranges over seeds."""
+    return {
+        "code": mean(run["code"] for run in runs),
+        "code_range": [min(run["code"] for run in runs), max(run["code"] for run in runs)],
+        "prose": mean(run["prose"] for run in runs),
+        "prose_range": [min(run["prose"] for run in runs), max(run["prose"] for run in runs)],
+        "code_less_prose": [run["code"] - run["prose"] for run in runs],
+        "largest_p": max(run["p"] for run in runs),
+    }
+
+
+if __name__ == "__main__":
+    main()
