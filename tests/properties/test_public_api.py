@@ -277,7 +277,7 @@ ALIGN_JOB = {
     "base": V("smollm2-135m"),
     "prefs": V(None),
     "name": NAME,
-    "method": st.sampled_from(["ppo", "dpo", "rloo"]),
+    "method": st.sampled_from(["ppo", "grpo", "gspo", "dpo", "rloo"]),
     "reward": V("model"),
     "layers": V("last:6"),
     "rollouts": COUNT,

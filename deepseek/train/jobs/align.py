@@ -1,7 +1,7 @@
 """`deepseek.align`: align a model with preferences.
 
-pairs -> reward model on a frozen trunk -> RLPO on the prompts (or DPO and RLOO by TRL) -> a model
-folder
+pairs -> reward model on a frozen trunk -> RLPO on the prompts, by PPO, GRPO or GSPO (or DPO and RLOO
+by TRL) -> a model folder
 
 TRL serves as a comparison and gets the same pairs and the same budget. It patches the forward pass
 of the Hugging Face model that it trains, so it trains the `transformers` equivalent of the
@@ -28,7 +28,7 @@ from deepseek.data.preferences.files import record_of
 from deepseek.data.preferences.preference import Preference
 from deepseek.device.choose import choose_device, choose_dtype
 from deepseek.engine.vocabulary import Vocabulary
-from deepseek.errors import DataError, TrainError
+from deepseek.errors import ConfigError, DataError, TrainError
 from deepseek.model.pretrained import read_config
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.registry import pick
@@ -65,7 +65,14 @@ RLOO_BETA = 0.05
 """KL coefficient of RLOO, equal to RLPO's initial one."""
 
 ANSWERS = 4
-"""Answers that RLOO samples per prompt; the baseline of each is the mean reward of the others."""
+"""Answers to each prompt where they are compared with each other: GRPO, GSPO and RLOO."""
+
+UPDATES: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "grpo": {"baseline": "group", "group_size": ANSWERS},
+    "gspo": {"baseline": "group", "group_size": ANSWERS, "ratio": "sequence", "clip": 0.02},
+}
+"""Settings of RLPO by method."""
 
 MINIBATCH = 16
 """Pairs or answers per optimizer step, as in RLPO."""
@@ -110,6 +117,12 @@ class AlignRun:
         self.device = choose_device(request.device)
         self.dtype = choose_dtype(request.dtype, self.device)
         self.method: Callable[[AlignRun], dict[str, Any]] = pick(METHODS, request.method, "method")
+        answers = UPDATES.get(request.method, {}).get("group_size", 1)
+        if request.rollout_size % answers:
+            raise ConfigError(
+                f"rollout_size={request.rollout_size} must be a multiple of {answers}: method "
+                f"{request.method} gives each prompt {answers} answers."
+            )
         database = PreferenceDatabase(request.prefs)
         self.pairs, self.held_out = (list(database.pairs(split)) for split in ("train", "eval"))
         database.close()
@@ -123,7 +136,7 @@ class AlignRun:
         parse_layers(request.layers, read_config(self.base)["num_hidden_layers"])
         if request.reward != "model":
             pick(JUDGES, request.reward, "reward")
-        if request.method != "ppo" and find_spec("trl") is None:
+        if request.method not in UPDATES and find_spec("trl") is None:
             raise TrainError(
                 "Methods dpo and rloo need TRL; run `pip install trl`, or take --method ppo."
             )
@@ -149,8 +162,8 @@ class AlignRun:
         """Return the base model on the job's device."""
         return DeepSeekModel.from_pretrained(self.base, dtype=self.dtype, device_map=self.device)
 
-    def ppo(self) -> dict[str, Any]:
-        """Train with RLPO, write the model, and return KL and held-out score."""
+    def rlpo(self) -> dict[str, Any]:
+        """Train with RLPO by the requested method, write the model, and return KL and held-out score."""
         request = self.request
         model = self.load()
         first = parse_layers(request.layers, len(model.layers))[0]
@@ -159,6 +172,7 @@ class AlignRun:
             new_tokens=request.new_tokens,
             temperature=request.temperature,
             target_kl=request.target_kl,
+            **UPDATES[request.method],
         )
         policy = Policy(model, request.layers, request.temperature)
         ends = tuple(Vocabulary(model, self.tokenizer).ends)
@@ -336,7 +350,7 @@ class AlignRun:
         return RLOOTrainer(twin, score, arguments, rows, processing_class=tokenizer)
 
 
-METHODS = {"ppo": AlignRun.ppo, "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
+METHODS = {**dict.fromkeys(UPDATES, AlignRun.rlpo), "dpo": AlignRun.by_trl, "rloo": AlignRun.by_trl}
 
 
 def prompts_of(pairs: list[Preference]) -> list[Any]:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from deepseek.train.text.corpus import Source
 
 Mode = Literal["last-n", "lora", "full", "expert"]
-Method = Literal["ppo", "dpo", "rloo"]
+Method = Literal["ppo", "grpo", "gspo", "dpo", "rloo"]
 AnyPath = str | Path | None
 
 
@@ -333,7 +333,7 @@ class AlignArguments(RunArguments):
     """Name of the new model and of its run folder"""
 
     method: Method = "ppo"
-    """Algorithm: ppo is RLPO; dpo and rloo are TRL's"""
+    """Algorithm: ppo, grpo and gspo are RLPO's; dpo and rloo are TRL's"""
 
     reward: str = "model"
     """Reward: model fits a reward model to the pairs; clean, willing and varied are rule-based
@@ -349,7 +349,7 @@ class AlignArguments(RunArguments):
     """Number of rollouts, each followed by updates"""
 
     rollout_size: int = Field(default=48, ge=1, le=MAX_COUNT)
-    """Prompts per rollout"""
+    """Answers per rollout: one to each prompt, or four with grpo and gspo"""
 
     learning_rate: float = Field(default=5e-5, gt=0, le=MAX_RATE)
     """Peak learning rate"""

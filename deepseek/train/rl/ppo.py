@@ -84,14 +84,24 @@ class PolicyLoss:
     ratio: Tensor
 
 
+def log_ratio(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return log p - log p_old `[B, T]`, 0 at padding."""
+    return torch.where(mask_BT > 0, logprobs_BT - old_BT, 0.0)
+
+
 def policy_loss(
-    logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip: float = 0.2
+    log_ratio_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip: float = 0.2
 ) -> PolicyLoss:
     """Return the clipped loss -mean min(rho A, clip(rho, 1 - clip, 1 + clip) A), rho = p / p_old.
 
     Source: arXiv:1707.06347, eq. 7.
+
+    Args:
+        log_ratio_BT: log rho of each token, or of the response that it belongs to; 0 at padding.
+        advantages_BT: advantage A of each token.
+        mask_BT: response tokens.
+        clip: largest distance of rho from 1 that an update is paid for.
     """
-    log_ratio_BT = torch.where(mask_BT > 0, logprobs_BT - old_BT, 0.0)
     ratio_BT = log_ratio_BT.exp()
     unclipped_BT = ratio_BT * advantages_BT
     clipped_BT = ratio_BT.clamp(1.0 - clip, 1.0 + clip) * advantages_BT

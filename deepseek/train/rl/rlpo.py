@@ -1,8 +1,8 @@
-"""RLPO: reinforcement learning from preferences by PPO.
+"""RLPO: reinforcement learning from preferences by PPO, or by comparison within groups (GRPO, GSPO).
 
 Each iteration samples responses, scores them, and makes several passes of clipped updates over
-them. `ppo.py` has the formulas, `rollout.py` the sampling, and `policy.py` the trained model. The
-training loop runs it as a task with a stream of batches.
+them. `ppo.py` and `group.py` have the formulas, `rollout.py` the sampling, and `policy.py` the
+trained model. The training loop runs it as a task with a stream of batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from deepseek.data.text.loader import endless, mix
-from deepseek.errors import TrainError
+from deepseek.errors import ConfigError, TrainError
 from deepseek.train.loop.loop import LossOutput
-from deepseek.train.rl.policy import Policy
+from deepseek.train.rl.group import group_advantages, reference_kl, sequence_log_ratio
+from deepseek.train.rl.policy import Policy, Scored
 from deepseek.train.rl.ppo import (
     advantages,
+    log_ratio,
     masked_mean,
     policy_loss,
     steered,
@@ -37,12 +39,14 @@ class Rollout(Responses):
 
     Attributes:
         logprobs_BT: log-probabilities under the policy that sampled them.
+        reference_BT: log-probabilities under the reference.
         values_BT: values under that policy.
-        advantages_BT: whitened advantages.
-        returns_BT: targets of the value head.
+        advantages_BT: advantages, whitened or standardised within groups.
+        returns_BT: targets of the value head; 0 if groups are compared.
     """
 
     logprobs_BT: Tensor
+    reference_BT: Tensor
     values_BT: Tensor
     advantages_BT: Tensor
     returns_BT: Tensor
@@ -119,19 +123,20 @@ class Learner:
         learn: bool,
         width: int | None = None,
     ) -> tuple[Rollout, dict[str, float]]:
-        """Sample and score one response per prompt; return the rollout and its figures.
+        """Sample and score responses; return the rollout and its figures.
 
         Args:
-            prompts: token ids of each prompt.
+            prompts: token ids of each prompt; it gets `config.answers` responses, next to each
+                other.
             generator: random generator of the sampling.
             learn: whether the policy is trained on it, so that the KL controller counts it.
             width: columns of the prompts; None: those of the longest prompt.
         """
         config = self.config
-        target = self.config.target_kl
+        asked = [prompt for prompt in prompts for _ in range(config.answers)]
         responses = generate(
             self.policy.model,
-            prompts,
+            asked,
             config.new_tokens,
             self.ends,
             generator,
@@ -139,7 +144,7 @@ class Learner:
             prompt_width=width,
         )
         self.streams.clear()
-        starts = range(0, len(prompts), config.minibatch)
+        starts = range(0, len(asked), config.minibatch)
         parts = [
             self.look(place, responses.rows(i, i + config.minibatch))
             for place, i in enumerate(starts)
@@ -148,12 +153,9 @@ class Learner:
             torch.cat(part) for part in zip(*parts, strict=True)
         )
         mask_BT = responses.mask_BT
+        advantages_BT, returns_BT = self.targets(scores_B, old_BT, reference_BT, values_BT, mask_BT)
         beta = float(self.scalars["beta"])
-        rewards_BT = token_rewards(self.standardised(scores_B), old_BT, reference_BT, mask_BT, beta)
-        advantages_BT, returns_BT = advantages(
-            rewards_BT, values_BT, mask_BT, config.gamma, config.lam
-        )
-        kl = float((old_BT - reference_BT).sum() / len(prompts))
+        kl = float((old_BT - reference_BT).sum() / len(asked))
         metrics = {
             "score": float(scores_B.mean()),
             "kl": kl,
@@ -163,18 +165,37 @@ class Learner:
         }
         if learn:
             # Never go below the initial coefficient while the KL is small: the KL would overshoot.
-            self.scalars["beta"].fill_(
-                max(config.beta, steered(beta, kl, len(prompts), target, config.kl_horizon))
-            )
+            next_beta = steered(beta, kl, len(asked), config.target_kl, config.kl_horizon)
+            self.scalars["beta"].fill_(max(config.beta, next_beta))
         self.check_entropy(metrics["entropy"])
-        whitened_BT = whiten(advantages_BT, mask_BT)
         return Rollout(
             **responses.tensors(),
             logprobs_BT=old_BT,
+            reference_BT=reference_BT,
             values_BT=values_BT,
-            advantages_BT=whitened_BT,
+            advantages_BT=advantages_BT,
             returns_BT=returns_BT,
         ), metrics
+
+    def targets(
+        self,
+        scores_B: Tensor,
+        old_BT: Tensor,
+        reference_BT: Tensor,
+        values_BT: Tensor,
+        mask_BT: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return advantages and targets of the value head of a rollout, both `[B, T]`."""
+        config = self.config
+        if config.baseline == "group":
+            group_B1 = group_advantages(scores_B, config.group_size)[:, None]
+            return group_B1 * mask_BT, torch.zeros_like(mask_BT)
+        beta = float(self.scalars["beta"])
+        rewards_BT = token_rewards(self.standardised(scores_B), old_BT, reference_BT, mask_BT, beta)
+        advantages_BT, returns_BT = advantages(
+            rewards_BT, values_BT, mask_BT, config.gamma, config.lam
+        )
+        return whiten(advantages_BT, mask_BT), returns_BT
 
     @torch.no_grad()
     def look(
@@ -201,22 +222,34 @@ class Learner:
         rows = batch.rows
         responses = self.routed(rows)
         scored = self.policy.score(responses, self.stream(batch.place, responses))
-        value_part = value_loss(
-            scored.values_BT, rows.values_BT, rows.returns_BT, rows.mask_BT, config.value_clip
-        )
-        policy_part = policy_loss(
-            scored.logprobs_BT, rows.logprobs_BT, rows.advantages_BT, rows.mask_BT, config.clip
-        )
+        log_ratio_BT = log_ratio(scored.logprobs_BT, rows.logprobs_BT, rows.mask_BT)
+        if config.ratio == "sequence":
+            log_ratio_BT = sequence_log_ratio(log_ratio_BT, rows.mask_BT)
+        policy_part = policy_loss(log_ratio_BT, rows.advantages_BT, rows.mask_BT, config.clip)
+        other, parts = self.penalty(scored, rows)
         metrics = {
-            "value_loss": float(value_part.detach()),
+            **parts,
             "policy_loss": float(policy_part.loss.detach()),
             "clipped": float(policy_part.clipped),
             "ratio": float(policy_part.ratio),
             "step_kl": float(policy_part.kl),
         }
         self.scalars["stop"].fill_(metrics["step_kl"] > config.kl_stop)
-        loss = config.value_weight * value_part + (policy_part.loss if batch.learn else 0.0)
+        loss = other + (policy_part.loss if batch.learn else 0.0)
         return LossOutput(loss, int(rows.mask_BT.sum()), {**metrics, **batch.metrics})
+
+    def penalty(self, scored: Scored, rows: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """Return what is added to the policy's loss, and its figure: the weighted loss of the value
+        head, or where groups are compared, the weighted KL to the reference.
+        """
+        config = self.config
+        if config.baseline == "group":
+            kl = reference_kl(scored.logprobs_BT, rows.reference_BT, rows.mask_BT)
+            return float(self.scalars["beta"]) * kl, {"reference_kl": float(kl.detach())}
+        value_part = value_loss(
+            scored.values_BT, rows.values_BT, rows.returns_BT, rows.mask_BT, config.value_clip
+        )
+        return config.value_weight * value_part, {"value_loss": float(value_part.detach())}
 
     def stream(self, place: int, responses: Responses) -> Tensor:
         """Return the trunk's hidden states of a minibatch of this rollout, cached by `place`."""
@@ -271,18 +304,26 @@ class RolloutBatches:
         Args:
             learner: samples and scores the rollouts.
             prompts: token ids of each prompt.
-            size: prompts per rollout.
+            size: responses per rollout, a multiple of the responses to each prompt.
             seed: with the position, decides the order of the prompts and the sampling.
+
+        Raises:
+            ConfigError: `size` is no multiple of the responses to each prompt.
         """
         self.learner = learner
         self.prompts = prompts
         self.size = size
         self.seed = seed
         config = learner.config
+        if size % config.answers:
+            raise ConfigError(
+                f"A rollout of {size} responses cannot be {config.answers} to each prompt; take a "
+                f"multiple of {config.answers}."
+            )
         model = learner.policy.model
         self.width = max(map(len, prompts))
         empty = empty_responses(model, size, self.width, config.new_tokens)
-        blank = [torch.zeros_like(empty.mask_BT) for _ in range(4)]
+        blank = [torch.zeros_like(empty.mask_BT) for _ in range(5)]
         self.rollout = Rollout(*empty.tensors().values(), *blank)
         self.made = self.used = 0
 
@@ -306,18 +347,17 @@ class RolloutBatches:
         place = self.used % per_epoch
         self.used += 1
         rows = self.rollout.rows(place * config.minibatch, (place + 1) * config.minibatch)
-        return Minibatch(rows, place, self.made > config.value_rollouts, metrics)
+        return Minibatch(rows, place, self.made > config.value_only_rollouts, metrics)
 
     def make(self) -> dict[str, float]:
         """Sample the next rollout and return its figures."""
         generator = torch.Generator(self.learner.policy.model.device).manual_seed(
             mix(mix(self.seed) ^ self.made) >> 1
         )
-        chosen = endless(
-            self.made * self.size, (self.made + 1) * self.size, len(self.prompts), self.seed
-        )
+        count = self.size // self.learner.config.answers
+        chosen = endless(self.made * count, (self.made + 1) * count, len(self.prompts), self.seed)
         prompts = [self.prompts[index] for index in chosen]
-        learn = self.made >= self.learner.config.value_rollouts
+        learn = self.made >= self.learner.config.value_only_rollouts
         rollout, metrics = self.learner.collect(prompts, generator, learn, self.width)
         for name, tensor in self.rollout.tensors().items():
             tensor.copy_(getattr(rollout, name))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ class RLPOConfig:
     """Hyperparameters of RLPO.
 
     Attributes:
+        baseline: what a response is compared with. "value": the value head's expectation at each
+            token (PPO). "group": the other responses to the same prompt (GRPO); there is no value
+            loss then, and the KL to the reference is part of the loss, not of the rewards.
+        group_size: responses to each prompt with baseline "group".
+        ratio: probability ratio that is clipped: of each "token", or of the whole "sequence",
+            normalised by its length (GSPO). Ratios of sequences lie much closer to 1, so they need
+            a smaller `clip`.
         new_tokens: most tokens per response.
         temperature: sampling temperature; log-probabilities are taken at the same temperature.
         minibatch: responses per optimizer step.
@@ -36,6 +43,9 @@ class RLPOConfig:
         replay_routing: replay the routing decisions of the rollout in the updates.
     """
 
+    baseline: Literal["value", "group"] = "value"
+    group_size: int = 4
+    ratio: Literal["token", "sequence"] = "token"
     new_tokens: int = 32
     temperature: float = 1.0
     minibatch: int = 16
@@ -56,11 +66,24 @@ class RLPOConfig:
     def __post_init__(self) -> None:
         checks.apply(RLPO, self)
 
+    @property
+    def answers(self) -> int:
+        """Responses to each prompt."""
+        return self.group_size if self.baseline == "group" else 1
+
+    @property
+    def value_only_rollouts(self) -> int:
+        """First rollouts that do not train the policy."""
+        return self.value_rollouts if self.baseline == "value" else 0
+
 
 _count = partial(checks.whole, least=1, most=checks.MAX_SIZE)
 _weight = partial(checks.number, least=0)
 
 RLPO: dict[str, checks.Check] = {
+    "baseline": partial(checks.choice, valid=("value", "group")),
+    "group_size": partial(checks.whole, least=2, most=checks.MAX_SIZE),
+    "ratio": partial(checks.choice, valid=("token", "sequence")),
     "new_tokens": _count,
     "temperature": partial(checks.number, least=0.01, most=100),
     "minibatch": _count,

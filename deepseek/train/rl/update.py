@@ -74,7 +74,7 @@ def rlpo_update(
     tokenizer: PreTrainedTokenizerFast | None = None,
     state: RLPOState | None = None,
 ) -> dict[str, float]:
-    """Make one RLPO iteration: sample answers to the prompts, score them, update the model by PPO.
+    """Make one RLPO iteration: sample answers to the prompts, score them, update the model.
 
     Args:
         model: model to train.
@@ -105,11 +105,11 @@ def rlpo_update(
     state = state or RLPOState(model, reward_model)
     learner = state.learner
     config = state.learner.config
-    learn = state.rollouts >= config.value_rollouts
+    learn = state.rollouts >= config.value_only_rollouts
     rollout, metrics = learner.collect(prompts, state.generator, learn)
     state.rollouts += 1
     learner.scalars["stop"].zero_()
-    places = list(range(-(-len(prompts) // config.minibatch))) * config.epochs
+    places = list(range(-(-len(rollout.mask_BT) // config.minibatch))) * config.epochs
     for step, place in enumerate(places):
         rows = rollout.rows(place * config.minibatch, (place + 1) * config.minibatch)
         output = learner.loss(Minibatch(rows, place, learn), step)

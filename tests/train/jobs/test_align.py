@@ -195,19 +195,19 @@ def test_a_full_disk_is_named_where_no_checkpoint_is_written_yet(
     assert run(base, database, tmp_path).is_dir()
 
 
+@pytest.mark.parametrize("method", ["ppo", "grpo", "gspo"])
 def test_the_stage_raises_the_reward_and_leaves_a_model(
-    base: Path, database: Path, tmp_path: Path
+    base: Path, database: Path, tmp_path: Path, method: str
 ) -> None:
-    folder = run(base, database, tmp_path, rollouts=20, target_kl=20.0)
+    asked = {"method": method, "rollouts": 20, "target_kl": 20.0}
+    folder = run(base, database, tmp_path, **asked)
     records = read_metrics(tmp_path / "run" / "training" / "metrics.jsonl")
     scores = [record["held_out_score"] for record in records if "held_out_score" in record]
     assert scores[-1] > scores[0]
     aligned, before = load(folder).model.state_dict(), load(base).model.state_dict()
     changed = {name for name in before if not torch.equal(aligned[name], before[name])}
     assert changed and all(name.startswith(("layers.2", "layers.3", "norm")) for name in changed)
-    assert run(base, database, tmp_path, rollouts=20, target_kl=20.0) == folder, (
-        "a finished run is not repeated"
-    )
+    assert run(base, database, tmp_path, **asked) == folder, "a finished run is not repeated"
 
 
 def test_errors_name_the_mend(base: Path, tmp_path: Path, database: Path) -> None:
@@ -218,6 +218,8 @@ def test_errors_name_the_mend(base: Path, tmp_path: Path, database: Path) -> Non
         run(base, tmp_path / "empty.db", tmp_path)
     with pytest.raises(ConfigError, match="method 'pro' is unknown; perhaps 'ppo'"):
         run(base, database, tmp_path, method="pro")
+    with pytest.raises(ConfigError, match="rollout_size=18 must be a multiple of 4"):
+        run(base, database, tmp_path, method="grpo", rollout_size=18)
     with pytest.raises(ConfigError, match="perhaps 'clean'"):
         run(base, database, tmp_path, reward="claen")
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from rl_fixtures import batch
 
 from deepseek.train.rl.ppo import (
     advantages,
+    log_ratio,
     masked_mean,
     policy_loss,
     steered,
@@ -17,15 +18,6 @@ from deepseek.train.rl.ppo import (
     value_loss,
     whiten,
 )
-
-
-def batch(seed: int, rows: int = 4, length: int = 7) -> tuple[Tensor, ...]:
-    """Return three random tensors `[B, T]` and a mask with gaps and an empty row."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = [torch.randn(rows, length, generator=generator) for _ in range(3)]
-    mask = (torch.rand(rows, length, generator=generator) > 0.3).float()
-    mask[-1] = 0.0
-    return (*parts, mask)
 
 
 def oracle_advantages(
@@ -69,7 +61,9 @@ def test_what_lies_under_the_mask_never_matters(seed: int) -> None:
     scores = torch.arange(4.0)
     for function in (
         lambda a, b, c: torch.stack(advantages(a, b, mask)),
-        lambda a, b, c: policy_loss(a, b, torch.where(mask > 0, c, 0.0), mask).loss,
+        lambda a, b, c: (
+            policy_loss(log_ratio(a, b, mask), torch.where(mask > 0, c, 0.0), mask).loss
+        ),
         lambda a, b, c: token_rewards(scores, a, b, mask, 0.1),
         lambda a, b, c: whiten(a, mask),
     ):
@@ -94,7 +88,7 @@ def test_the_penalty_is_the_log_ratio_to_the_reference() -> None:
 
 def test_where_nothing_moved_the_loss_is_the_advantage_and_nothing_is_clipped() -> None:
     logprobs, _, advantage, mask = batch(5)
-    found = policy_loss(logprobs, logprobs.clone(), advantage, mask)
+    found = policy_loss(log_ratio(logprobs, logprobs.clone(), mask), advantage, mask)
     assert float(found.ratio) == 0.0 and float(found.clipped) == 0.0 and float(found.kl) == 0.0
     assert torch.allclose(found.loss, -masked_mean(advantage, mask))
 
@@ -110,7 +104,7 @@ def test_the_clipped_loss_is_that_of_the_paper(seed: int, clip: float) -> None:
             min(ratio * float(advantage[row, column]), held * float(advantage[row, column]))
         )
     expected = -sum(terms) / max(1, len(terms))
-    found = policy_loss(logprobs, old, advantage, mask, clip)
+    found = policy_loss(log_ratio(logprobs, old, mask), advantage, mask, clip)
     assert float(found.loss) == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert float(found.kl) >= 0.0
 
@@ -118,10 +112,10 @@ def test_the_clipped_loss_is_that_of_the_paper(seed: int, clip: float) -> None:
 def test_beyond_the_clip_nothing_pulls_further_out() -> None:
     old, mask = torch.zeros(1, 2), torch.ones(1, 2)
     logprobs = torch.tensor([[math.log(1.5), math.log(0.5)]], requires_grad=True)
-    policy_loss(logprobs, old, torch.tensor([[1.0, -1.0]]), mask).loss.backward()
+    policy_loss(log_ratio(logprobs, old, mask), torch.tensor([[1.0, -1.0]]), mask).loss.backward()
     assert logprobs.grad is not None and not logprobs.grad.any()
     logprobs.grad = None
-    policy_loss(logprobs, old, torch.tensor([[-1.0, 1.0]]), mask).loss.backward()
+    policy_loss(log_ratio(logprobs, old, mask), torch.tensor([[-1.0, 1.0]]), mask).loss.backward()
     assert (logprobs.grad != 0).all(), "the way back is open"
 
 
@@ -163,8 +157,7 @@ def test_a_bandit_is_solved() -> None:
             advantage = whiten(advantage, mask)
         for _ in range(4):
             optimizer.zero_grad()
-            policy_loss(
-                torch.log_softmax(logits, -1)[actions, None], old, advantage, mask
-            ).loss.backward()
+            chosen = torch.log_softmax(logits, -1)[actions, None]
+            policy_loss(log_ratio(chosen, old, mask), advantage, mask).loss.backward()
             optimizer.step()
     assert float(torch.softmax(logits, -1)[-1]) > 0.9

@@ -7,59 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from rl_fixtures import VOCABULARY, learner, prompts, share_of_sevens, tiny
 from torch import Tensor
 
 from deepseek.checkpoint import store
 from deepseek.errors import ConfigError, TrainError
-from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
 from deepseek.model.precision import autocast
-from deepseek.model.transformer import DeepSeekModel
 from deepseek.train.loop.loop import Hooks, LoopConfig, train
 from deepseek.train.loop.metrics import read_metrics
 from deepseek.train.loop.optim import OptimConfig
 from deepseek.train.loop.progress import ProgressBar
 from deepseek.train.rl.policy import Policy
-from deepseek.train.rl.rlpo import Learner, Minibatch, RolloutBatches
+from deepseek.train.rl.rlpo import Minibatch, RolloutBatches
 from deepseek.train.rl.rlpo_config import RLPOConfig
 from deepseek.train.rl.rollout import Responses, generate
 from deepseek.train.rl.update import RLPOState, rlpo_update
 
-VOCABULARY = 12
 MOE = {"num_experts": 16, "expert_dim": 8, "routing_strategy": "dynamic"}
-
-
-def tiny(seed: int = 0, **changes: object) -> DeepSeekModel:
-    torch.manual_seed(seed)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    return DeepSeekModel(
-        ModelConfig(
-            vocab_size=VOCABULARY,
-            initializer_range=0.2,
-            max_position_embeddings=64,
-            **(sizes | changes),
-        )
-    ).eval()
-
-
-def share_of_sevens(responses: Responses) -> Tensor:
-    return (responses.mask_BT * (responses.targets_BT == 7)).sum(1)
-
-
-def prompts(count: int = 16) -> list[list[int]]:
-    return torch.randint(
-        2, VOCABULARY, (count, 2), generator=torch.Generator().manual_seed(5)
-    ).tolist()
-
-
-def learner(model: DeepSeekModel, layers: str = "all", **changes: object) -> Learner:
-    config = RLPOConfig(**({"new_tokens": 5, "minibatch": 8, "value_rollouts": 0} | changes))
-    return Learner(Policy(model, layers), share_of_sevens, config, ends=(1,))
 
 
 def test_a_bandit_is_solved() -> None:
