@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deepseek.kernels.numba import openmp
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -124,23 +126,46 @@ def find_intervals(
     )
     start[..., 0] = local_start_BS[:, None, new]
     stop[..., 0] = so_far_BS[:, None, new]
-    starts, stops = (part[..., 1:].unflatten(-1, (rounds, -1)) for part in (start, stop))
-    # One row at a time, because the searches need eight bytes per interval.
-    for j, sorted_BS in enumerate(sorted_BJS.unbind(1)):
-        heads_of_group = slice(j // rounds * heads // groups, (j // rounds + 1) * heads // groups)
-        r = j % rounds
-        buckets = nn.functional.pad(
-            codes[:, heads_of_group, :, r], (1, 0), value=windows.num_buckets
-        )
-        bounds = _bucket_intervals(sorted_BS.contiguous(), buckets, first_BS, windows)
-        starts[:, heads_of_group, :, r], stops[:, heads_of_group, :, r] = (
-            part + (1 + r) * total for part in bounds
-        )
+    sizes = (rounds, windows.num_buckets, windows.local, windows.sinks, windows.bucket)
+    if marked_BJS.device.type == "cpu" and openmp.runtime() is not None:
+        # Imported here because it imports numba, which nothing else needs.
+        from deepseek.kernels.lsh import bucket_intervals
+
+        flat = codes.flatten(-2)
+        bucket_intervals.scan(flat, marked_BJS, first_BS, sizes, (start, stop))
+    else:
+        _search(codes, sorted_BJS, first_BS, windows, (start, stop))
     # Padding queries attend to nothing.
     start = torch.where(real_BS[:, None, new, None], start, stop)
     return Intervals(
         order_BGZ, start, stop, codes.flatten(-2), _places(order_BGZ, total), so_far_BS.int()
     )
+
+
+def _search(
+    codes_BHTRP: Tensor,
+    sorted_BJS: Tensor,
+    first_BS: Tensor | None,
+    windows: Windows,
+    bounds: tuple[Tensor, Tensor],
+) -> None:
+    """Set all intervals but the local ones, with torch's operators."""
+    heads = codes_BHTRP.shape[1]
+    rounds = windows.rounds
+    _, rows, total = sorted_BJS.shape
+    groups = rows // rounds
+    starts, stops = (part[..., 1:].unflatten(-1, (rounds, -1)) for part in bounds)
+    # One row at a time, because the searches need eight bytes per interval.
+    for j, sorted_BS in enumerate(sorted_BJS.unbind(1)):
+        heads_of_group = slice(j // rounds * heads // groups, (j // rounds + 1) * heads // groups)
+        r = j % rounds
+        buckets = nn.functional.pad(
+            codes_BHTRP[:, heads_of_group, :, r], (1, 0), value=windows.num_buckets
+        )
+        found = _bucket_intervals(sorted_BS.contiguous(), buckets, first_BS, windows)
+        starts[:, heads_of_group, :, r], stops[:, heads_of_group, :, r] = (
+            part + (1 + r) * total for part in found
+        )
 
 
 def _bucket_intervals(

@@ -6,12 +6,12 @@ import numpy as np
 
 from deepseek.kernels.lsh.product import COLUMNS, ROWS, multiply, multiply_add
 from deepseek.kernels.lsh.strip_scores import EXACT, bucket, gather, score, strip_end
-from deepseek.kernels.numba.primitives import exp
+from deepseek.kernels.numba.primitives import exp, widen
 from deepseek.kernels.numba.subroutine import subroutine
 
 
 @subroutine(fastmath=True)
-def _denominators(rows, grad, grad_lse, out, lse, lse_m, dots_m):  # type: ignore[no-untyped-def]
+def denominators(rows, grad, grad_lse, out, lse, lse_m, dots_m):  # type: ignore[no-untyped-def]
     """Set, for each query, the logarithm of its denominator and the term common to the gradients of
     its scores.
     """
@@ -20,7 +20,7 @@ def _denominators(rows, grad, grad_lse, out, lse, lse_m, dots_m):  # type: ignor
         h = rows[m] % out.shape[1]
         total = -grad_lse[t, h]
         for k in range(out.shape[2]):
-            total += grad[t, h, k] * out[t, h, k]
+            total += widen(grad[t, h, k]) * widen(out[t, h, k])
         lse_m[m] = lse[t, h]
         dots_m[m] = total
 
@@ -71,7 +71,7 @@ def _add_outer(left, count, x, rows, scale, part, target):  # type: ignore[no-un
 
 
 @subroutine
-def _add_bias_gradients(queries, laid, pairs, grads, grad_tables, grad_terms):  # type: ignore[no-untyped-def]
+def add_bias_gradients(queries, laid, pairs, grads, grad_tables, grad_terms):  # type: ignore[no-untyped-def]
     """Add the gradients of the bias tables and of the keys' terms."""
     (_, ranks, tables, _, _, _), (_, key_ranks, _, _), (rows, starts, stops) = queries, laid, pairs
     for m in range(len(rows)):
@@ -123,7 +123,7 @@ def _with_keys(changes, keys, part, count, width):  # type: ignore[no-untyped-de
 
 @subroutine
 def backward(  # type: ignore[no-untyped-def]
-    queries, laid, values, out, lse, pairs, earlier, scale, buffers, grads_out, grads_in, grads_laid
+    values, queries, laid, out, lse, pairs, earlier, scale, buffers, grads_out, grads_in, grads_laid
 ):
     """Add the contribution of one list of keys to the gradients of queries, keys and values."""
     rows, starts, stops = pairs
@@ -149,10 +149,10 @@ def backward(  # type: ignore[no-untyped-def]
         _with_values(values[base:], side, changes, count, width)
         gather(q, strip_rows, scale, side)
         score(queries, laid, strip, earlier, side, weights)
-        _denominators(strip_rows, grad, grad_lse, out, lse, lse_m, dots_m)
+        denominators(strip_rows, grad, grad_lse, out, lse, lse_m, dots_m)
         _through_softmax(weights[:count], changes[:count], lse_m, dots_m)
         if grad_tables.shape[2] > 0:
-            _add_bias_gradients(queries, laid, strip, changes, grad_tables, grad_terms)
+            add_bias_gradients(queries, laid, strip, changes, grad_tables, grad_terms)
         weights[count : count + ROWS] = 0
         changes[count : count + ROWS] = 0
         _with_keys(changes, keys[base:], part, count, width)

@@ -41,7 +41,7 @@ def _merge(rows, top, total, part, highest, sums, out):  # type: ignore[no-untyp
 
 
 @subroutine
-def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest, sums):  # type: ignore[no-untyped-def]
+def forward(values, queries, laid, out, pairs, earlier, scale, buffers, highest, sums):  # type: ignore[no-untyped-def]
     """Add the contribution of one list of keys to the queries' outputs and denominators."""
     (rows, starts, stops), (side, part, scores, _), width = pairs, buffers, values.shape[1]
     top = np.empty(COLUMNS, np.float32)
@@ -76,7 +76,7 @@ def forward(queries, laid, values, out, pairs, earlier, scale, buffers, highest,
 
 
 @subroutine(fastmath=EXACT)
-def divide(out, lse, highest, sums):  # type: ignore[no-untyped-def]
+def divide(out, lse, highest, sums, _buffers):  # type: ignore[no-untyped-def]
     """Divide outputs by their denominators, and store the logarithms of the denominators."""
     for r in range(len(sums)):
         t = r // out.shape[1]

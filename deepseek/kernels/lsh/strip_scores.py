@@ -78,13 +78,13 @@ def score(queries, laid, pairs, earlier, side, scores):  # type: ignore[no-untyp
         for j in range(last, count):
             scores[j, m] = LOWEST
     if queries[2].shape[2] > 0:
-        _add_bias(queries, laid, pairs, scores)
+        add_bias(queries, laid, pairs, scores)
     if earlier > 0:
-        _leave_out(queries, laid, pairs, earlier, scores)
+        leave_out(queries, laid, pairs, earlier, scores)
 
 
 @subroutine
-def _add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
+def add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
     """Add the bias to the scores."""
     (_, ranks, tables, terms, _, _), (_, key_ranks, key_terms, _), (rows, starts, stops) = (
         queries,
@@ -105,7 +105,7 @@ def _add_bias(queries, laid, pairs, scores):  # type: ignore[no-untyped-def]
 
 
 @subroutine
-def _leave_out(queries, laid, pairs, earlier, scores):  # type: ignore[no-untyped-def]
+def leave_out(queries, laid, pairs, earlier, scores):  # type: ignore[no-untyped-def]
     """Set the score of keys whose places lie in an interval of an earlier round to `LOWEST`."""
     (_, _, _, _, firsts, lasts), (_, _, _, places), (rows, starts, stops) = queries, laid, pairs
     a_round = (firsts.shape[2] - 1) // (len(places) + 1)

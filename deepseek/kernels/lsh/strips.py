@@ -1,10 +1,12 @@
-"""Attention over intervals on a CPU: 16 queries at a time, in the lanes of its vectors.
+"""Attention over intervals on a CPU: 16 queries at a time in fp32, in the lanes of its vectors, and
+32 in bf16, as two tiles of AMX.
 
 A unit of work is a chunk of `CHUNK` queries of one key/value head, for all heads that share it. Its
-intervals are sorted by list, and the keys of a list are copied to contiguous memory once. 16
+intervals are sorted by list, and the keys of a list are copied to contiguous memory once. 16 or 32
 neighbouring intervals form a strip, which scans their largely common keys (`strip_forward.py`,
-`strip_backward.py`). Each query belongs to one unit, so results need no locks. Gradients of keys
-come from many units, so each thread accumulates its own, over its range of chunks.
+`strip_backward.py`, `bf16_forward.py`, `bf16_backward.py`). Each query belongs to one unit, so
+results need no locks. Gradients of keys come from many units, so each thread accumulates its own,
+over its range of chunks.
 """
 
 from functools import cache
@@ -14,11 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek.kernels.lsh import strip_backward, strip_forward
+from deepseek.kernels.lsh import (
+    bf16_backward,
+    bf16_forward,
+    strip_backward,
+    strip_buffers,
+    strip_forward,
+)
+from deepseek.kernels.lsh.bf16_product import BLOCK, multiplies_fast
+from deepseek.kernels.lsh.bf16_scores import load_vectors
 from deepseek.kernels.lsh.intervals import Intervals, Windows
-from deepseek.kernels.lsh.product import COLUMNS, ROWS
+from deepseek.kernels.lsh.product import ROWS
 from deepseek.kernels.lsh.strip_scores import LOWEST
 from deepseek.kernels.lsh.tiles import Inputs
+from deepseek.kernels.numba import amx
+from deepseek.kernels.numba.by_dtype import by_dtype
 from deepseek.kernels.numba.launch import compiled, launch, unpack
 from deepseek.kernels.numba.primitives import share
 from deepseek.kernels.numba.subroutine import subroutine
@@ -26,10 +38,6 @@ from deepseek.kernels.numba.subroutine import subroutine
 CHUNK = 512
 # Maximum number of copies of the gradients of keys and values; each takes as much memory as those.
 MOST_LANES = 4
-
-_backward = strip_backward.backward
-_forward = strip_forward.forward
-_divide = strip_forward.divide
 
 
 @subroutine
@@ -77,9 +85,18 @@ def _load(x, places, keys):  # type: ignore[no-untyped-def]
 
 @subroutine
 def _store(keys, places, x):  # type: ignore[no-untyped-def]
-    """Add `keys` to the rows `places` of x."""
+    """Add the first columns of `keys` to the rows `places` of x."""
+    width = x.shape[1]
     for j in range(len(places)):
-        x[places[j]] += keys[j]
+        row = x[places[j]]
+        for k in range(width):
+            row[k] += keys[j, k]
+
+
+_backward = by_dtype(strip_backward.backward, bf16_backward.backward)
+_forward = by_dtype(strip_forward.forward, bf16_forward.forward)
+_load_vectors = by_dtype(_load, load_vectors)
+_divide = by_dtype(strip_forward.divide, bf16_forward.divide)
 
 
 @subroutine
@@ -104,8 +121,8 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
         pairs = rows[list_slice], starts[list_slice] - base, stops[list_slice] - base
         key_ids = order[base : stops[ends[c] - 1]]
         first = ends[c]
-        _load(key, key_ids, keys)
-        _load(value, key_ids, values)
+        _load_vectors(key, key_ids, keys)
+        _load_vectors(value, key_ids, values)
         if tables.shape[2] > 0:
             _load(rank, key_ids, ranks)
             _load(term, key_ids, terms)
@@ -116,9 +133,9 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
             for part in grads_laid:
                 part[: len(key_ids) + ROWS] = 0
             _backward(
+                values,
                 queries,
                 laid,
-                values,
                 out,
                 lse,
                 pairs,
@@ -135,37 +152,10 @@ def _unit(queries, codes, sources, results, grads, buffers, num_lists, scale, ba
                 _store(grad_terms, key_ids, grad_term)
         else:
             _forward(
-                queries, laid, values, out, pairs, earlier * a_round, scale, small, highest, sums
+                values, queries, laid, out, pairs, earlier * a_round, scale, small, highest, sums
             )
     if not backwards:
-        _divide(out, lse, highest, sums)
-
-
-@subroutine
-def _buffers(most, longest, heads_per_group, width, rounds):  # type: ignore[no-untyped-def]
-    """Allocate buffers for the keys of a list, for their gradients, and for the small matrices of a
-    strip.
-    """
-    wide = (most, width)
-    narrow = (2 * longest + ROWS, COLUMNS)
-    laid = (
-        np.zeros(wide, np.float32),
-        np.empty(most, np.int32),
-        np.empty((most, heads_per_group), np.float64),
-        np.empty((rounds - 1, most), np.int32),
-    )
-    grads = (
-        np.empty(wide, np.float32),
-        np.empty(wide, np.float32),
-        np.empty((most, heads_per_group), np.float32),
-    )
-    small = (
-        np.zeros((width, COLUMNS), np.float32),
-        np.empty((COLUMNS, width), np.float32),
-        np.empty(narrow, np.float32),
-        np.empty(narrow, np.float32),
-    )
-    return laid, np.zeros(wide, np.float32), grads, small
+        _divide(out, lse, highest, sums, small)
 
 
 @subroutine
@@ -197,12 +187,20 @@ def _run(  # type: ignore[no-untyped-def]
     num_lists,
     longest,
     backwards,
+    tiled,
 ):
     (batch, length, heads, width), groups, past = q.shape, key.shape[2], key.shape[1] - q.shape[1]
     lanes = 1 + len(early_key)
     heads_per_group = heads // groups
     chunks = (length + CHUNK - 1) // CHUNK
-    buffers = _buffers(CHUNK + longest + ROWS, longest, heads_per_group, width, place.shape[2] + 1)
+    most = CHUNK + longest + 2 * BLOCK
+    rounds = place.shape[2] + 1
+    unit_rows = CHUNK * heads_per_group
+    buffers = strip_buffers.buffers(
+        key, most, longest, unit_rows, heads_per_group, width, rounds, tiled
+    )
+    if tiled:
+        amx.configure()
     begin, end = share(batch * groups * lanes)
     for unit in range(begin, end):
         b = unit // (groups * lanes)
@@ -245,11 +243,21 @@ def _run(  # type: ignore[no-untyped-def]
                 scale[0],
                 backwards != 0,
             )
+    if tiled:
+        amx.release()
 
 
 @cache
 def _kernel(kinds: str) -> int:
     return compiled(lambda data: _run(*unpack(data, kinds)))
+
+
+def _vector_dtype(query: Tensor) -> torch.dtype:
+    """Return the dtype in which the kernel reads queries, keys and values: fp32 unless they are in
+    bf16 and the processor multiplies that faster.
+    """
+    half = query.dtype == torch.bfloat16 and multiplies_fast()
+    return torch.bfloat16 if half else torch.float32
 
 
 def _by_token(part_BHT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -263,12 +271,13 @@ def _inputs(inputs: Inputs) -> list[Tensor]:
     Without a bias, the table has no columns and there are no terms.
     """
     query, key, value, table, term = inputs
-    arrays = [_by_token(part) for part in (query, key, value)]
+    dtype = _vector_dtype(query)
+    arrays = [_by_token(part, dtype) for part in (query, key, value)]
     if table is None or term is None:
         return [
             *arrays,
-            arrays[0][..., :0],
-            arrays[0].new_empty(len(query), 0, query.shape[1], dtype=torch.float64),
+            query.new_empty(*arrays[0].shape[:3], 0, dtype=torch.float32),
+            query.new_empty(len(query), 0, query.shape[1], dtype=torch.float64),
         ]
     return [*arrays, _by_token(table), _by_token(term, torch.float64)]
 
@@ -284,26 +293,32 @@ def _call(
     """Launch the kernel, forward or backward."""
     places = (intervals.order_BGZ, intervals.start_BHTI, intervals.stop_BHTI, intervals.codes_BHTP)
     parts = (part.contiguous() for part in (*places, intervals.place_BGRS, intervals.rank_BS))
-    limits = (windows.num_lists, min(windows.longest(), arrays[1].shape[1]), int(backwards))
+    limits = (
+        windows.num_lists,
+        min(windows.longest(), arrays[1].shape[1]),
+        int(backwards),
+        int(amx.available()),
+    )
     launch(_kernel, *arrays, *parts, *grads, torch.tensor([scale]), *limits)
 
 
 def forward(
     inputs: Inputs, intervals: Intervals, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Do what `tiles.forward` does, in fp32."""
+    """Do what `tiles.forward` does; the attention is in the dtype of `_vector_dtype`."""
     query, key, value, table, _ = arrays = _inputs(inputs)
     out = torch.zeros_like(query)
-    lse = query.new_empty(query.shape[:3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     # The forward pass does not access the gradients, so any tensor can stand in for them.
-    placeholders = key, value, lse[:, :0]
+    nothing = torch.empty(1)
+    placeholders = nothing.expand(key.shape), nothing.expand(value.shape), lse[:, :0]
     lanes = [
         part[None].expand(-(-query.shape[1] // CHUNK) - 1, *part.shape) for part in placeholders
     ]
     _call(
         [*arrays, out, lse],
         intervals,
-        [query, lse, query, table, *placeholders, *lanes],
+        [query, lse, nothing.expand(query.shape), table, *placeholders, *lanes],
         windows,
         scale,
         False,
@@ -321,7 +336,7 @@ def backward(
     windows: Windows,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Do what `tiles.backward` does, in fp32."""
+    """Do what `tiles.backward` does, with results in fp32."""
     arrays = _inputs(inputs)
     query, key, value, table, term = arrays
     threads = torch.get_num_threads()
@@ -337,12 +352,13 @@ def backward(
         part.new_zeros(lanes - 1, *part[:, :early].shape, dtype=torch.float32)
         for part in key_tensors
     ]
-    query_grads = [torch.zeros_like(query), torch.zeros_like(table)]
-    results = [_by_token(part) for part in (out_BHTK, lse_BHT, grad_BHTK, grad_lse_BHT)]
+    query_grads = [torch.zeros_like(part, dtype=torch.float32) for part in (query, table)]
+    out, grad = (_by_token(part, query.dtype) for part in (out_BHTK, grad_BHTK))
+    lse, grad_lse = (_by_token(part) for part in (lse_BHT, grad_lse_BHT))
     _call(
-        [*arrays, *results[:2]],
+        [*arrays, out, lse],
         intervals,
-        [*results[2:], *query_grads, *summed, *earlier],
+        [grad, grad_lse, *query_grads, *summed, *earlier],
         windows,
         scale,
         True,

@@ -55,7 +55,7 @@ class LinearHash(nn.Module):
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
         """Return the bucket `[B, G, S]` of each key."""
-        return (key_BGSK.float() @ self.key_weight + self.key_bias[:, None]).argmax(-1)
+        return likeliest(key_BGSK.float() @ self.key_weight + self.key_bias[:, None], 1)[..., 0]
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
         """Return `probes` distinct buckets `[B, H, T, P]` per query, in descending score."""

@@ -73,7 +73,7 @@ class RandomHash(nn.Module):
         self.directions_CK = nn.functional.normalize(normal_CK, dim=-1).to(self.directions_CK.dtype)
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
-        return self._similarity(key_BGSK).argmax(-1)
+        return kernel.likeliest(self._similarity(key_BGSK), 1)[..., 0]
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
         return kernel.likeliest(self._similarity(query_BHTK), probes)
