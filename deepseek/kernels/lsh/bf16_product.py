@@ -4,8 +4,7 @@ The left matrix has rows of bf16 numbers. The right one is stored in *pairs*: a 
 two numbers of a column, from adjacent rows. All matrices are multiples of `BLOCK` rows, columns and
 terms. As in `product.py`, a row's result depends on no other row.
 
-Tiles of AMX are used where the processor has them, and vectors otherwise (docs/log/attention.md,
-2026-11-27).
+Tiles of AMX are used where the processor has them, and vectors otherwise.
 """
 
 from functools import cache
