@@ -36,7 +36,8 @@ from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from deepseek.kernels.lsh.decode import BucketCache
 from deepseek.kernels.lsh.intervals import Windows
-from deepseek.model.attention.lsh import RandomHash, sparse_attention
+from deepseek.model.attention.lsh import RandomHash
+from deepseek.model.attention.sparse import sparse_attention
 
 HEADS, GROUPS, WIDTH = 9, 3, 64
 TOKENS = [2048, 4096, 8192, 16384, 32768, 65536]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from deepseek.engine.load import load as load
     from deepseek.model.attached.model import attach as attach
     from deepseek.model.attached.model import detach as detach
-    from deepseek.model.attention.lsh import sparse_attention as sparse_attention
+    from deepseek.model.attention.sparse import sparse_attention as sparse_attention
     from deepseek.model.config import ModelConfig as ModelConfig
     from deepseek.model.moe.router import DynamicRouter as DynamicRouter
     from deepseek.model.positions.learned import (
@@ -58,7 +58,7 @@ _HOMES = {
     "pretrain": "deepseek.train.jobs.pretrain",
     "rlpo_update": "deepseek.train.rl.update",
     "serve": "deepseek.server.run",
-    "sparse_attention": "deepseek.model.attention.lsh",
+    "sparse_attention": "deepseek.model.attention.sparse",
     "train_expert": "deepseek.train.jobs.expert",
 }
 

@@ -37,6 +37,7 @@ def lsh_attention(
     key_mask_BS: Tensor | None = None,
     bias: ScoreBias | None = None,
     far_field: bool = False,
+    exact_tokens: int = 0,
 ) -> Tensor:
     """Return causal softmax attention over each query's candidate keys.
 
@@ -63,12 +64,16 @@ def lsh_attention(
             padding.
         bias: added to the scores; not supported together with a far field.
         far_field: whether to attend to summaries of all other keys, too (see `far_field.py`).
+        exact_tokens: number of queries at the start of a document that attend to all keys before
+            them; 0 with a far field.
 
     Returns:
         Attended values `[B, H, T, K]`; zero where a query has no candidates.
     """
     rounds = key_codes_BJS.shape[1] // key_BGSK.shape[1]
-    windows = Windows(local_window, sinks, bucket_window, num_buckets, rounds, far_field)
+    windows = Windows(
+        local_window, sinks, bucket_window, num_buckets, rounds, far_field, exact_tokens
+    )
     first_BS = document_starts(document_ids_BS)
     buckets = BucketCache(windows)
     buckets.append(key_codes_BJS, key_mask_BS, first_BS)

@@ -7,7 +7,6 @@ window, and those before the query's document.
 from functools import cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from deepseek.kernels.numba.launch import compiled, launch, unpack
@@ -94,12 +93,12 @@ def scan(
         bounds: `start_BHTI` and `stop_BHTI` of `intervals.Intervals`, contiguous.
     """
     batch, _, total = marked_BJS.shape
-    documents = torch.zeros(1, dtype=torch.int64) if first_BS is None else first_BS
+    documents = marked_BJS.new_zeros(1) if first_BS is None else first_BS
     launch(
         _kernel,
         marked_BJS.int().contiguous(),
         query_codes_BHTP.int().contiguous(),
-        documents.expand(batch, total).contiguous(),
+        documents.long().expand(batch, total).contiguous(),
         *bounds,
         *sizes,
     )

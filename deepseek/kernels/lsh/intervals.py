@@ -31,6 +31,7 @@ class Windows:
         num_buckets: buckets of one round of hashing.
         rounds: rounds of hashing.
         far_field: whether to attend to summaries of the other keys (see `far_field.py`).
+        exact: number of tokens at the start of a document that attend to all keys before them.
     """
 
     local: int
@@ -39,6 +40,12 @@ class Windows:
     num_buckets: int
     rounds: int = 1
     far_field: bool = False
+    exact: int = 0
+
+    @property
+    def nearest(self) -> int:
+        """Number of keys in the longest local interval."""
+        return max(self.local, self.exact)
 
     @property
     def num_lists(self) -> int:
@@ -49,7 +56,7 @@ class Windows:
 
     def longest(self) -> int:
         """Return the length of the longest window."""
-        return max(self.local, self.sinks, self.bucket)
+        return max(self.nearest, self.sinks, self.bucket)
 
 
 @dataclass(frozen=True)
@@ -117,8 +124,11 @@ def find_intervals(
 
     so_far_BS = real_BS.cumsum(-1)
     lowest_BS = (position_S - windows.local + 1).clamp(min=0).expand(batch, -1)
-    lowest_BS = lowest_BS if first_BS is None else torch.maximum(lowest_BS, first_BS)
-    local_start_BS = (so_far_BS - real_BS.long()).gather(1, lowest_BS)
+    opening_BS = torch.zeros_like(so_far_BS) if first_BS is None else first_BS
+    before_BS = so_far_BS - real_BS.long()
+    early_BS = before_BS - before_BS.gather(1, opening_BS) < windows.exact
+    lowest_BS = torch.where(early_BS, opening_BS, torch.maximum(lowest_BS, opening_BS))
+    local_start_BS = before_BS.gather(1, lowest_BS)
 
     codes = query_codes_BHTP.int().unflatten(-1, (rounds, -1))
     start, stop = (
@@ -135,8 +145,10 @@ def find_intervals(
         bucket_intervals.scan(flat, marked_BJS, first_BS, sizes, (start, stop))
     else:
         _search(codes, sorted_BJS, first_BS, windows, (start, stop))
-    # Padding queries attend to nothing.
-    start = torch.where(real_BS[:, None, new, None], start, stop)
+    # Padding queries attend to nothing, and early ones to no buckets.
+    attends_BTI = real_BS[:, new, None].expand(-1, -1, start.shape[-1]).clone()
+    attends_BTI[..., 1:] &= ~early_BS[:, new, None]
+    start = torch.where(attends_BTI[:, None], start, stop)
     return Intervals(
         order_BGZ, start, stop, codes.flatten(-2), _places(order_BGZ, total), so_far_BS.int()
     )

@@ -20,18 +20,20 @@ def candidate_mask(
     rounds: int = 1,
     document_ids_BS: Tensor | None = None,
     key_mask_BS: Tensor | None = None,
+    exact_tokens: int = 0,
 ) -> Tensor:
     """Return the mask `[B, H, T, S]`, True where a query attends to a key.
 
     Within its document, and never at padding, a query at i attends to the keys j <= i with i - j <
     `local_window`. Among the older ones, it attends to the document's first `sinks` keys and, in
     each bucket that it probes, to the `bucket_window` most recent others. So a key enters its
-    bucket when it leaves the local window. Each round of hashing has its own buckets, and the
+    bucket when it leaves the local window. The first `exact_tokens` queries of a document attend to
+    all older keys. Each round of hashing has its own buckets, and the
     candidates of all rounds are combined.
 
     Args:
         query_codes_BHTP, key_codes_BJS, bucket_window, local_window, sinks, document_ids_BS,
-            key_mask_BS: see `attention.lsh_attention`.
+            key_mask_BS, exact_tokens: see `attention.lsh_attention`.
         rounds: number R of rounds of hashing.
     """
     (batch, heads, length, _), (_, rows, total) = query_codes_BHTP.shape, key_codes_BJS.shape
@@ -51,9 +53,11 @@ def candidate_mask(
     seen_BTS = (
         same_BTS & (keys_S <= queries_T1) & real_BS[:, None, :] & real_BS[:, total - length :, None]
     )
-    near_BTS = seen_BTS & (queries_T1 - keys_S < local_window)
     earlier_BS = real_BS.cumsum(-1) - real_BS.long()
-    sink_BS = earlier_BS - earlier_BS.gather(1, start_BS) < sinks
+    rank_BS = earlier_BS - earlier_BS.gather(1, start_BS)
+    early_BT1 = rank_BS[:, total - length :, None] < exact_tokens
+    near_BTS = seen_BTS & (early_BT1 | (queries_T1 - keys_S < local_window))
+    sink_BS = rank_BS < sinks
     old_BTS = seen_BTS & ~near_BTS
     mask_BHTS = (near_BTS | old_BTS & sink_BS[:, None])[:, None].expand(-1, heads, -1, -1)
     for r, probed_BHTP in enumerate(query_codes_BHTP.chunk(rounds, -1)):

@@ -310,7 +310,7 @@ def forward(
     out = torch.zeros_like(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     # The forward pass does not access the gradients, so any tensor can stand in for them.
-    nothing = torch.empty(1)
+    nothing = lse.new_empty(1)
     placeholders = nothing.expand(key.shape), nothing.expand(value.shape), lse[:, :0]
     lanes = [
         part[None].expand(-(-query.shape[1] // CHUNK) - 1, *part.shape) for part in placeholders

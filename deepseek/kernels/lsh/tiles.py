@@ -58,7 +58,9 @@ def _passes(intervals: Intervals, windows: Windows) -> Iterator[Iterator[Tiles]]
 
     a_round = (intervals.start_BHTI.shape[-1] - 1) // windows.rounds
     for i in range(intervals.start_BHTI.shape[-1]):
-        window = windows.local if i == 0 else windows.bucket if (i - 1) % a_round else windows.sinks
+        window = (
+            windows.nearest if i == 0 else windows.bucket if (i - 1) % a_round else windows.sinks
+        )
         tiles = _tiles(*limits(i), min(window, places), keys)
         for r in range((i - 1) // a_round if i else 0):
             places_N = (intervals.place_BGRS[:, :, r] + offset_BG1 * places).flatten()

@@ -86,6 +86,7 @@ class Problem:
             self.options["bucket_window"],
             BUCKETS,
             self.rounds,
+            exact=self.options["exact_tokens"],
         )
 
 
@@ -105,7 +106,8 @@ def problem(
     def normal(heads: int, size: int) -> Tensor:
         return torch.randn(batch, heads, size, WIDTH, generator=generator)
 
-    options: dict[str, Any] = {"local_window": 9, "sinks": 2, "bucket_window": 5} | windows
+    options: dict[str, Any] = {"local_window": 9, "sinks": 2, "bucket_window": 5}
+    options |= {"exact_tokens": 0} | windows
     if packed:
         options["document_ids_BS"] = (torch.rand(batch, total, generator=generator) < 0.05).cumsum(
             -1
@@ -141,6 +143,7 @@ def problems(most: int = 120) -> st.SearchStrategy[Problem]:
         "local_window": st.integers(1, 40),
         "sinks": st.integers(0, 5),
         "bucket_window": st.integers(1, 30),
+        "exact_tokens": st.sampled_from([0, 0, 1, 20]),
     }
     return st.builds(
         build,

@@ -94,7 +94,7 @@ def tensors(*shape: int, heads: int = 4, groups: int = 2) -> tuple[Tensor, Tenso
 def test_looking_everywhere_is_exact_attention(causal: bool, windows: dict[str, int]) -> None:
     query, key, value = tensors(2, 90, 16)
     exact = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
-    out = sparse_attention(query, key, value, causal=causal, **windows)
+    out = sparse_attention(query, key, value, causal=causal, exact_tokens=0, **windows)
     torch.testing.assert_close(out, exact, atol=1e-5, rtol=0)
 
 
@@ -106,7 +106,7 @@ def test_heads_and_batch_may_be_left_out(causal: bool) -> None:
         "local_window": 10,
         "bucket_window": 5,
     }
-    options["num_rounds"] = 2
+    options |= {"num_rounds": 2, "exact_tokens": 0}
     query, key, value = tensors(3, 80, 32, heads=1, groups=1)
     whole = sparse_attention(query, key, value, **options)
     assert whole.shape == query.shape
@@ -115,6 +115,23 @@ def test_heads_and_batch_may_be_left_out(causal: bool) -> None:
     )
     first = sparse_attention(query[0, 0], key[0, 0], value[0, 0], **options)
     torch.testing.assert_close(whole[0, 0], first, atol=1e-6, rtol=0)
+
+
+def test_the_start_of_a_text_is_attended_exactly_whatever_follows() -> None:
+    query, key, value = tensors(2, 120, 16)
+    options: dict[str, Any] = {"num_buckets": 8, "local_window": 6, "bucket_window": 4, "seed": 1}
+    exact = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert torch.equal(sparse_attention(query, key, value, **options), exact)
+    out = sparse_attention(query, key, value, exact_tokens=50, **options)
+    torch.testing.assert_close(out[:, :, :50], exact[:, :, :50], atol=1e-5, rtol=0)
+    sparse = sparse_attention(query, key, value, exact_tokens=0, **options)
+    torch.testing.assert_close(out[:, :, 50:], sparse[:, :, 50:], atol=1e-5, rtol=0)
+    # The same from the kernel, which torch's attention does not take over with masks or past keys.
+    documents = torch.zeros(2, 120, dtype=torch.long)
+    packed = sparse_attention(query, key, value, exact_tokens=50, document_ids=documents, **options)
+    torch.testing.assert_close(packed, out, atol=1e-5, rtol=0)
+    last = sparse_attention(query[:, :, 30:], key, value, exact_tokens=50, **options)
+    torch.testing.assert_close(last, out[:, :, 30:], atol=1e-5, rtol=0)
 
 
 def test_without_causality_a_query_also_looks_ahead() -> None:
@@ -149,6 +166,7 @@ def test_any_hash_may_name_the_buckets() -> None:
         sinks=0,
         probes=1,
         hash=Parity(),
+        exact_tokens=0,
     )
     distance = torch.arange(40)[:, None] - torch.arange(40)
     expected = scaled_dot_product_attention(
@@ -166,6 +184,7 @@ def test_any_hash_may_name_the_buckets() -> None:
         ({"query": (1, 1, 4, 40, 16)}, "2 or 3 or 4 dimensions"),
         ({"num_buckets": 0}, "num_buckets=0 must be"),
         ({"num_rounds": 0}, "num_rounds=0 must be"),
+        ({"far_field": True, "exact_tokens": 5}, "exact_tokens=5 contradicts"),
     ],
     ids=str,
 )
