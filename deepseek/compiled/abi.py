@@ -7,7 +7,7 @@ and `BatchLayers` for `BATCH`. Buffers that the step itself fills (`WORK`) need 
 
 Memory without an array of its own is passed by address: packed panels of weights
 (`kernels/int8.py`), to whose address `FOUR_BITS` is added if they have 4 bits, pages of keys and
-values (`compiled/state.py`), and quantised rows of activations (`compiled/rows.py`).
+values (`compiled/page_shape.py`), and quantised rows of activations (`compiled/rows.py`).
 """
 
 from deepseek.kernels.bias.distance import NUM_BUCKETS
@@ -89,6 +89,26 @@ WEIGHTS = Table(
         Buffer("decay", FP32, "layers bias_heads", "factor on the forget gates"),
         Buffer("length_scale", FP32, "layers bias_heads", "growth of queries with `growth`"),
         Buffer("growth", FP32, "positions", "logarithm of the position in training lengths"),
+        Buffer(
+            "hash_of_layer", INT64, "layers", "place among layers with LSH attention; -1: exact"
+        ),
+        Buffer("hash_windows", INT64, "3", "keys of the local window, sinks, keys of a bucket"),
+        Buffer("far_field", INT64, "", "1: queries attend to summaries of all other keys"),
+        Buffer(
+            "key_hash",
+            FP32,
+            "hashed rounds key_hashes width buckets",
+            "scores of buckets, for each group or for all alike",
+        ),
+        Buffer("key_hash_bias", FP32, "hashed rounds key_hashes buckets", "added to them"),
+        Buffer(
+            "query_hash",
+            FP32,
+            "hashed rounds query_hashes width buckets",
+            "scores of buckets, for each head or for all alike",
+        ),
+        Buffer("query_hash_bias", FP32, "hashed rounds query_hashes buckets", "added to them"),
+        Buffer("query_factor", FP32, "1", "factor on queries that are hashed"),
         Buffer("eps", FP32, "1", "epsilon that the norms add to the mean square"),
     ),
 )
@@ -112,6 +132,8 @@ BATCH = Table(
             "addresses of each chunk's pages (see `PageShape.address`), padded with zeros",
         ),
         Buffer("layer_bytes", INT64, "", "bytes of a layer in a page"),
+        Buffer("codes_start", INT64, "", "where in a layer of a page the buckets of keys start"),
+        Buffer("sums_start", INT64, "", "where the sums of the far field start"),
         Buffer("part_of_layer", INT64, "layers", "part of the layers that `pages` has them in"),
         Buffer("entry", INT64, "", "layer after whose attention the rows enter; -1: at layer 0"),
         Buffer("entering", FP32, "entering hidden", "the residual stream of rows that enter there"),
@@ -221,6 +243,12 @@ WORK = Table(
             BF16,
             "groups capacity group_heads width",
             "rotated queries, by group of heads",
+        ),
+        Buffer(
+            "query_codes",
+            INT64,
+            "capacity hashed_heads rounds probes",
+            "buckets that each query probes",
         ),
         Buffer("signals", FP32, "capacity signals", "contexts and forget gates of each row"),
         Buffer(

@@ -71,9 +71,12 @@ class BatchLayers:
         entering = [stream_TD for stream_TD in entries if stream_TD is not None]
         entering_ND = np.concatenate(entering or [np.zeros((0, hidden), np.float32)])
         addresses_PCN = _addresses(states, cuts)
+        shape = states[0].parts[0].shape
         values: dict[str, Value] = {
             "pages": addresses_PCN,
-            "layer_bytes": states[0].parts[0].shape.layer_bytes,
+            "layer_bytes": shape.layer_bytes,
+            "codes_start": shape.codes_start,
+            "sums_start": shape.sums_start,
             "part_of_layer": [bisect_left(cuts, layer) for layer in range(layers)],
             "entry": entry_layer(states[0]),
             "entering": entering_ND,

@@ -1,147 +1,17 @@
 """Paged attention: new tokens attend to the pages of their sequences, in bf16 with fp32 sums."""
 
 import numpy as np
-from numba import carray
 
 from deepseek.compiled.abi import PAGE, QUERIES, SYNC_STRIDE
 from deepseek.compiled.pages import plane
-from deepseek.compiled.rows import norm_row, round_group
+from deepseek.compiled.rows import put_attended, round_group
 from deepseek.compiled.score_bias import add_bias
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
 from deepseek.kernels.int8_layout import GROUP
-from deepseek.kernels.numba.primitives import exp, narrow, pointer, share, thread_number
+from deepseek.kernels.numba.primitives import exp, narrow, share, thread_number
 from deepseek.kernels.numba.subroutine import subroutine
 
 BFLOAT16 = np.uint16(0)  # a value of the type that stores the bits of bf16
-
-
-# Numba vectorises a loop only when it can prove that indices are not negative, so loops run over
-# whole slices.
-@subroutine(fastmath=True, error_model="numpy")
-def _rotate(first, second, cosine, sine, factor, left, right):  # type: ignore[no-untyped-def]
-    """Apply the rotary embedding to the two halves of a head, multiply by `factor`, and store as
-    bf16.
-    """
-    for k in range(len(first)):
-        a = first[k]
-        b = second[k]
-        left[k] = narrow((a * cosine[k] - b * sine[k]) * factor, BFLOAT16)
-        right[k] = narrow((b * cosine[k] + a * sine[k]) * factor, BFLOAT16)
-
-
-@subroutine(fastmath=True, error_model="numpy")
-def _add(x, bias):  # type: ignore[no-untyped-def]
-    for k in range(len(x)):
-        x[k] += bias[k]
-
-
-@subroutine(fastmath=True, error_model="numpy")
-def _clip(x, limit):  # type: ignore[no-untyped-def]
-    for k in range(len(x)):
-        x[k] = min(max(x[k], -limit), limit)
-
-
-@subroutine(fastmath=True, error_model="numpy")
-def _mean_square(x, bias):  # type: ignore[no-untyped-def]
-    """Return the mean square of `x + bias`."""
-    total = np.float32(0)
-    for k in range(len(x)):
-        value = x[k] + bias[k]
-        total += value * value
-    return total / np.float32(len(x))
-
-
-@subroutine(fastmath=True, error_model="numpy")
-def _scale(x, weight, factor):  # type: ignore[no-untyped-def]
-    for k in range(len(x)):
-        x[k] *= weight[k] * factor
-
-
-@subroutine(error_model="numpy")
-def _norm_width(weights, work, layer, r, part, x):  # type: ignore[no-untyped-def]
-    """Normalise head `part` of row `r`, which is in `x`, by the mean square over all query heads,
-    or over all key heads.
-    """
-    is_query = part < weights.heads
-    first = 0 if is_query else weights.heads * weights.width
-    size = (weights.heads if is_query else weights.groups) * weights.width
-    square = _mean_square(
-        work.projected[r, first : first + size], weights.qkv_bias[layer, first : first + size]
-    )
-    start = part * weights.width - first
-    scales = weights.head_norms[layer, 0 if is_query else 1, start : start + weights.width]
-    _scale(x, scales, np.float32(1) / np.sqrt(square + weights.eps[0]))
-
-
-@subroutine(error_model="numpy")
-def _put_key(rotated, page, slot):  # type: ignore[no-untyped-def]
-    """Store a key, given as pairs of bf16 numbers `[K/2]`, in slot `slot` of a page."""
-    keys = carray(pointer(page), (len(rotated), PAGE), np.uint32)
-    for k in range(len(rotated)):
-        keys[k, slot] = rotated[k]
-
-
-@subroutine(error_model="numpy")
-def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
-    """Store a value in slot `slot` of a page, as bf16; up to the width of the page follow zeros."""
-    parts = (len(x) + GROUP - 1) // GROUP
-    values = carray(pointer(page), (parts, PAGE // 2, GROUP, 2), np.uint16)
-    for part in range(len(values)):
-        target = values[part, slot // 2, :, slot % 2]
-        source = x[part * GROUP : (part + 1) * GROUP]
-        for k in range(len(source)):
-            target[k] = narrow(source[k], BFLOAT16)
-
-
-@subroutine(error_model="numpy")
-def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
-    """Rotate queries and keys, and store keys and values in their pages."""
-    heads = weights.heads
-    groups = weights.groups
-    width = weights.width
-    stretched = weights.length_scale.shape[1] > 0
-    # A row of `projected` holds the queries of all heads, then keys and values of all groups.
-    parts = heads + 2 * groups
-    half = width // 2
-    group_heads = heads // groups
-    normed = weights.head_norms.shape[2] > 0
-    x = np.empty(width, np.float32)
-    rotated = np.empty(width, np.uint16)
-    scale = weights.query_scale[0]
-    angles = weights.rotation[layer]
-    first, last = share(len(batch.input_ids) * parts)
-    for item in range(first, last):
-        r = item // parts
-        part = item % parts
-        position = batch.position_ids[r]
-        chunk = batch.chunk_of_row[r]
-        page = position // PAGE
-        slot = position % PAGE
-        # In place, a head would change under the threads that norm over the full width.
-        x[:] = work.projected[r, part * width : (part + 1) * width]
-        _add(x, weights.qkv_bias[layer, part * width : (part + 1) * width])
-        if normed and weights.joint_norm and part < heads + groups:
-            _norm_width(weights, work, layer, r, part, x)
-        if weights.clip[0] > 0:
-            _clip(x, weights.clip[0])
-        if part >= heads + groups:
-            _put_value(x, plane(weights, batch, chunk, page, layer, part - heads - groups, 1), slot)
-            continue
-        if normed and not weights.joint_norm:
-            norm_row(x, weights.head_norms[layer, 0 if part < heads else 1], weights.eps[0], x)
-        cosine = weights.cosine[angles, position]
-        sine = weights.sine[angles, position]
-        if part < heads:
-            out = work.queries[part // group_heads, r, part % group_heads]
-            factor = scale
-            if stretched:
-                growth = weights.length_scale[layer, part] * weights.growth[position]
-                factor = scale * (np.float32(1) + growth)
-            _rotate(x[:half], x[half:], cosine, sine, factor, out[:half], out[half:])
-        else:
-            _rotate(x[:half], x[half:], cosine, sine, np.float32(1), rotated[:half], rotated[half:])
-            at = plane(weights, batch, chunk, page, layer, part - heads, 0)
-            _put_key(rotated.view(np.uint32), at, slot)
 
 
 @subroutine(error_model="numpy")
@@ -255,13 +125,7 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
         token = row + (start + i) // group_heads
         for k in range(width):
             attended[i, k] *= factors[i]
-        if width % GROUP:  # a group of 64 holds parts of two heads: `round_attended` rounds them
-            work.attended[token, head * width : (head + 1) * width] = attended[i, :width]
-            continue
-        for part in range(width // GROUP):
-            x = attended[i].ctypes.data + part * GROUP * 4
-            place = head * (width // GROUP) + part
-            round_group(x, work.attended_rows[token], place, weights.heads * width // GROUP)
+        put_attended(weights, work, token, head, attended[i])
 
 
 @subroutine(error_model="numpy")

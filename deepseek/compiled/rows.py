@@ -87,6 +87,19 @@ def round_group(x, row, group, groups):  # type: ignore[no-untyped-def]
     rotate_and_round(x, row + GROUP * group, scale, scale + 4 * groups)
 
 
+@subroutine(error_model="numpy")
+def put_attended(weights, work, r, head, attended):  # type: ignore[no-untyped-def]
+    """Quantise the output of a head as part of row `r`'s input of the output projection."""
+    width = weights.width
+    if width % GROUP:  # a group of 64 holds parts of two heads: `round_attended` rounds them
+        work.attended[r, head * width : (head + 1) * width] = attended[:width]
+        return
+    for part in range(width // GROUP):
+        x = attended.ctypes.data + part * GROUP * 4
+        place = head * (width // GROUP) + part
+        round_group(x, work.attended_rows[r], place, weights.heads * width // GROUP)
+
+
 @subroutine(fastmath=True, error_model="numpy")
 def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """Set `out` to the RMS-normalised `x` (see `model/norm.py`)."""

@@ -15,7 +15,9 @@ import torch
 from deepseek.compiled import step
 from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRIDE, WORK
 from deepseek.compiled.batch_layers import BatchLayers, by_entry
-from deepseek.compiled.state import CompiledState, PageShape, member_count
+from deepseek.compiled.hashes import hashed_layers
+from deepseek.compiled.page_shape import PageShape
+from deepseek.compiled.state import CompiledState, member_count
 from deepseek.compiled.support import unsupported_reason
 from deepseek.compiled.weights import PackedModel, Sites, module_bytes, pack_module
 from deepseek.errors import ConfigError
@@ -268,6 +270,7 @@ class CompiledRunner:
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
         self._extents = weights.extents
+        self._hashed = tuple(hashed_layers(model))
         self.weight_bytes = weights.nbytes
         self._work = Scratch(weights)
         self._lock = threading.Lock()
@@ -339,7 +342,15 @@ class CompiledRunner:
     def _page_shape(self, layers: range) -> PageShape:
         """Return the shape of pages with these layers' keys and values."""
         extents = self._extents
-        return PageShape(layers, extents["groups"], extents["page_width"], extents["bias_heads"])
+        return PageShape(
+            layers,
+            extents["groups"],
+            extents["page_width"],
+            extents["bias_heads"],
+            self._hashed,
+            extents["rounds"],
+            self.model.config.lsh_far_field and bool(self._hashed),
+        )
 
     def _sites_of(self, rosters: list[Roster]) -> Sites:
         """Return the sites of the experts in these rosters, from the cache if possible."""

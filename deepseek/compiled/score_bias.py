@@ -122,3 +122,29 @@ def add_bias(weights, batch, work, layer, chunk, r, head, low, scores):  # type:
         sums, start = kappa(weights, batch, chunk, page, layer, head)
         _add_sums(scores[(page - low) * PAGE :], sums, np.float32(start[0] - own))
     _add_table(scores[: position + 1 - low * PAGE], work.distance_bias[r, head])
+
+
+@subroutine(fastmath=True, error_model="numpy")
+def _add_slope(scores, slope, position, positions):  # type: ignore[no-untyped-def]
+    for n in range(len(positions)):
+        scores[n] += slope * np.float32(positions[n] - position)
+
+
+@subroutine(error_model="numpy")
+def add_bias_at(weights, batch, work, layer, chunk, r, head, positions, scores):  # type: ignore[no-untyped-def]
+    """Add the bias of the query of row `r` to its scores of the keys at `positions`, in order."""
+    position = batch.position_ids[r]
+    if len(weights.slopes):
+        _add_slope(scores, weights.slopes[head], position, positions)
+    if weights.bias_tables.shape[1] == 0:
+        return
+    sums, start = kappa(weights, batch, chunk, position // PAGE, layer, head)
+    own = start[0] + sums[position % PAGE]
+    table = work.distance_bias[r, head]
+    bucket = 0
+    for n in range(len(positions) - 1, -1, -1):
+        key = positions[n]
+        sums, start = kappa(weights, batch, chunk, key // PAGE, layer, head)
+        while position - key >= _STARTS[bucket + 1]:
+            bucket += 1
+        scores[n] += sums[key % PAGE] + np.float32(start[0] - own) + table[bucket]

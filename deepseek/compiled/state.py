@@ -11,88 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek.compiled.abi import PAGE, RECENT, SUMS
-from deepseek.kernels.int8_layout import GROUP
-from deepseek.kernels.numba.buffers import aligned
+from deepseek.compiled.page_shape import Page, PageShape
 from deepseek.model.experts.armed import ArmedExperts
 from deepseek.model.layer_parts import LayerPart
 from deepseek.runner import Segment
 
 SLAB = 8  # maximum number of pages to allocate ahead of need
-
-# Bytes of one layer after another. First its keys and values, bf16 as uint16 [groups, 2, 64 * K]:
-# keys [K/2, 64, 2], then values [K/64, 32, 64, 2]. Behind them its kappa of dynamic positions, if
-# any, [heads, 64] in fp32, and what it is relative to, [heads] in fp64 (see `score_bias.py`).
-Page = np.ndarray
-
-
-@dataclass(frozen=True)
-class PageShape:
-    """Shape of a page.
-
-    Attributes:
-        layers: the layers whose keys and values it holds.
-        groups: key/value heads of a layer.
-        width: width of a head.
-        biases: heads of a layer with forget gates; 0: no dynamic positions.
-    """
-
-    layers: range
-    groups: int
-    width: int
-    biases: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a page."""
-        return len(self.layers) * self.layer_bytes
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of a layer in a page, in whole cache lines."""
-        kappa = self.biases * (PAGE * 4 + 8)
-        return self._memory_bytes + -(-kappa // 64) * 64
-
-    @property
-    def _memory_bytes(self) -> int:
-        """Bytes of a layer's keys and values in a page."""
-        return self.groups * 2 * PAGE * self.width * 2
-
-    def new(self, count: int) -> list[Page]:
-        """Return `count` zeroed pages."""
-        return list(aligned(count * self.nbytes).reshape(count, self.nbytes))
-
-    def address(self, page: Page) -> int:
-        """Return the address that layer 0 would have, if the layers below were in the page too."""
-        address: int = page.ctypes.data
-        return address - self.layers.start * self.layer_bytes
-
-    def copy_token(self, source: Page, target: Page, slot: int) -> None:
-        """Copy one token from `slot` of `source` to the same slot of `target`."""
-        for there, here in zip(self._token(target, slot), self._token(source, slot), strict=True):
-            there[:] = here
-
-    def _token(self, page: Page, slot: int) -> tuple[np.ndarray, ...]:
-        """Return views of a token's key, value and kappa in a page."""
-        layers = len(self.layers)
-        parts = page.reshape(layers, self.layer_bytes)
-        memory = (
-            parts[:, : self._memory_bytes]
-            .view(np.uint16)
-            .reshape(layers, self.groups, 2, PAGE * self.width)
-        )
-        keys = memory[:, :, 0].reshape(layers, self.groups, self.width // 2, PAGE, 2)
-        values = memory[:, :, 1].reshape(
-            layers, self.groups, self.width // GROUP, PAGE // 2, GROUP, 2
-        )
-        start = self._memory_bytes
-        stop = start + self.biases * PAGE * 4
-        sums = parts[:, start:stop].view(np.float32).reshape(layers, self.biases, PAGE)
-        return (
-            keys[:, :, :, slot],
-            values[:, :, :, slot // 2, :, slot % 2],
-            sums[:, :, slot],
-            parts[:, stop : stop + self.biases * 8],
-        )
 
 
 @dataclass(frozen=True)

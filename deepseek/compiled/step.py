@@ -15,6 +15,9 @@ import numpy as np
 
 from deepseek.compiled.abi import TABLES
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
+from deepseek.compiled.far_field import place_page_sums
+from deepseek.compiled.hashed_attention import attend_hashed
+from deepseek.compiled.heads import place_heads
 from deepseek.compiled.native_experts import (
     activate_routed,
     add_routed,
@@ -23,7 +26,7 @@ from deepseek.compiled.native_experts import (
     rows_by_expert,
     score_experts,
 )
-from deepseek.compiled.paged_attention import attend, place_heads, round_attended
+from deepseek.compiled.paged_attention import attend, round_attended
 from deepseek.compiled.rows import (
     activate,
     add_projected,
@@ -45,7 +48,12 @@ from deepseek.model.experts import gate
 PACKAGE = Path(__file__).parents[1]
 SOURCES = (
     "compiled/abi.py",
+    "compiled/bits.py",
+    "compiled/candidates.py",
     "compiled/expert_sites.py",
+    "compiled/far_field.py",
+    "compiled/hashed_attention.py",
+    "compiled/heads.py",
     "compiled/native_experts.py",
     "compiled/paged_attention.py",
     "compiled/pages.py",
@@ -196,6 +204,19 @@ def _keep_stream(batch, work, layer):  # type: ignore[no-untyped-def]
 
 
 @subroutine(error_model="numpy")
+def _attend(weights, batch, work, layer, counter):  # type: ignore[no-untyped-def]
+    """Compute the heads' outputs, exactly or over each query's candidates."""
+    if weights.hash_of_layer[layer] < 0:
+        attend(weights, batch, work, layer)
+    else:
+        if weights.far_field:
+            place_page_sums(weights, batch, layer)
+            barrier(counter)
+        attend_hashed(weights, batch, work, layer)
+    barrier(counter)
+
+
+@subroutine(error_model="numpy")
 def _attention(weights, batch, work, layer, counter, places, ones):  # type: ignore[no-untyped-def]
     """Add the attention of a layer to the residual stream."""
     rows = len(batch.input_ids)
@@ -214,8 +235,7 @@ def _attention(weights, batch, work, layer, counter, places, ones):  # type: ign
     place_heads(weights, batch, work, layer)
     place_bias(weights, batch, work, layer)
     barrier(counter)
-    attend(weights, batch, work, layer)
-    barrier(counter)
+    _attend(weights, batch, work, layer, counter)
     if work.attended.shape[1]:
         round_attended(work, rows)
         barrier(counter)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from deepseek.compiled.hashes import unknown_hash
 from deepseek.kernels.numba import openmp
 from deepseek.model.config import ModelConfig
 from deepseek.model.support import (
@@ -54,7 +55,7 @@ RULES = (
         )
     )
     | {
-        "attention": one_of("full"),
+        "attention": one_of("full", "lsh"),
         "clip_qkv": FieldRule(lambda limit: limit is None or limit > 0, "None or above 0"),
         "head_dim": FieldRule(lambda width: 32 <= width <= 256, "between 32 and 256"),
         "hidden_act": one_of("gelu_pytorch_tanh", "silu"),
@@ -83,6 +84,9 @@ def unsupported_reason(model: DeepSeekModel) -> str | None:
     """
     if model.device.type != "cpu":
         return f"The compiled runner computes on the CPU, and the model is on {model.device.type}."
+    hash_kind = unknown_hash(model)
+    if hash_kind is not None:
+        return f"The compiled runner does not compute hashes of the kind {hash_kind}."
     return unsupported_config_reason(model.config)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deepseek.compiled.abi import SITES, WEIGHTS
+from deepseek.compiled.hashes import hash_arrays, hash_extents
 from deepseek.compiled.native_weights import NativeExperts
 from deepseek.compiled.packing import (
     MatrixSource,
@@ -229,7 +230,7 @@ class PackedModel:
     def __init__(self, model: DeepSeekModel) -> None:
         self._model = model
         self.native = NativeExperts(model)
-        self.extents = _extents(model) | self.native.extents
+        self.extents = _extents(model) | hash_extents(model) | self.native.extents
         sources = matrices_of(model)
         self._matrices = pack_matrices(sources)  # owns the memory
         self.nbytes = self.native.nbytes + sum(part.nbytes for part in self._matrices.values())
@@ -243,7 +244,7 @@ class PackedModel:
         self._values["embed_tokens"] = places["embed_tokens", 0]
         self._values["lm_head"] = places.get(("lm_head", 0), places["embed_tokens", 0])
         self._values["inner"] = [_inner(block) for block in model.layers]
-        self._values |= numbers(model)
+        self._values |= numbers(model) | hash_arrays(model)
         self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
         self.positions = 0
         self.reach(FIRST_POSITIONS)

@@ -39,7 +39,7 @@ SHAPE: dict[str, Any] = {
 }
 
 COMPILED_REFUSES = {
-    "attention": "lsh",
+    "attention": "linear",
     "clip_qkv": 0.0,
     "head_dim": 16,
     "hidden_act": "gelu",
@@ -64,6 +64,8 @@ COMPILED_RUNS: list[dict[str, Any]] = [
     {"positional_encoding": "alibi"},
     {"positional_encoding": "dpe", "train_len": 64},
     {"positional_encoding": "none"},
+    {"attention": "lsh", "lsh_exact_layers": []},
+    {"attention": "lsh", "lsh_exact_layers": [], "lsh_rounds": 2, "lsh_far_field": True},
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     {"tie_word_embeddings": False, "rms_norm_eps": 1e-6},
     {"num_experts": 8, "expert_dim": 24},

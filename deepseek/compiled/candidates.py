@@ -1,0 +1,91 @@
+"""Candidates of LSH attention in the compiled step: which cached keys a query attends to.
+
+Pages hold the bucket of each key. A query looks for its buckets from the newest page to the oldest,
+64 codes at a time, until it has found as many keys as the bucket window holds. So nothing but the
+pages must be kept, shared or taken back. The candidates are a set of bits, which unites rounds of
+hashing, and are listed in the order of their positions, whatever bucket they were found in. The
+reference is `kernels/lsh/reference.py`.
+"""
+
+import numpy as np
+
+from deepseek.compiled.abi import PAGE
+from deepseek.compiled.bits import count_bits, lowest_bit, matches
+from deepseek.kernels.numba.subroutine import subroutine
+
+
+@subroutine(error_model="numpy")
+def _first_slots(count):  # type: ignore[no-untyped-def]
+    """Return the set of a page's first `count` tokens, 0 to 64."""
+    return np.int64(-1) if count >= PAGE else (np.int64(1) << count) - np.int64(1)
+
+
+@subroutine(error_model="numpy")
+def _add_range(chosen, first, stop):  # type: ignore[no-untyped-def]
+    """Add positions `first` to `stop - 1`."""
+    for page in range(first // PAGE, (stop + PAGE - 1) // PAGE):
+        start = page * PAGE
+        before = _first_slots(max(first - start, 0))
+        chosen[page] |= _first_slots(stop - start) & ~before
+
+
+@subroutine(error_model="numpy")
+def _add_bucket(chosen, pages, offset, code, first, stop, window):  # type: ignore[no-untyped-def]
+    """Add the `window` latest of positions `first` to `stop - 1` whose code is `code`.
+
+    The codes of page p are at address `pages[p] + offset`.
+    """
+    page = (stop - 1) // PAGE
+    left = window
+    while left > 0 and (page + 1) * PAGE > first:
+        found = matches(pages[page] + offset, code) & _first_slots(stop - page * PAGE)
+        if page * PAGE < first:
+            found &= ~_first_slots(first - page * PAGE)
+        if found != 0:
+            count = count_bits(found)
+            while count > left:
+                found &= found - np.int64(1)
+                count -= 1
+            chosen[page] |= found
+            left -= count
+        page -= 1
+
+
+@subroutine(error_model="numpy")
+def choose(chosen, pages, offset, probed, position, sizes):  # type: ignore[no-untyped-def]
+    """Set `chosen` to the candidates of the query at `position`, a set of bits for each page up to
+    its own.
+
+    Args:
+        chosen: int64 for each page; those up to the query's are set.
+        pages: addresses of the sequence's pages.
+        offset: where a page has the codes of the first round, uint16 `[64]`; those of the other
+            rounds follow.
+        probed: the buckets that the query probes in each round `[R, P]`, distinct in a round.
+        position: position of the query.
+        sizes: local window, number of sinks, bucket window.
+    """
+    local, sinks, window = sizes
+    chosen[: position // PAGE + 1] = 0
+    near = max(0, position + 1 - local)
+    _add_range(chosen, near, position + 1)
+    _add_range(chosen, 0, min(sinks, near))
+    if near <= sinks:
+        return
+    for r in range(probed.shape[0]):
+        for p in range(probed.shape[1]):
+            place = offset + r * PAGE * 2
+            _add_bucket(chosen, pages, place, probed[r, p], sinks, near, window)
+
+
+@subroutine(error_model="numpy")
+def list_positions(chosen, pages, positions):  # type: ignore[no-untyped-def]
+    """List the positions in the sets of the first `pages` pages, in order; return their number."""
+    count = 0
+    for page in range(pages):
+        rest = chosen[page]
+        while rest != 0:
+            positions[count] = page * PAGE + lowest_bit(rest)
+            rest &= rest - np.int64(1)
+            count += 1
+    return count

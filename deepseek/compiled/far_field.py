@@ -1,0 +1,94 @@
+"""The far field of LSH attention in the compiled step (see `kernels/lsh/far_field.py`).
+
+A full page holds the sums of its keys and values and of all before it, so that a summary of any
+number of pages is one difference.
+"""
+
+import numpy as np
+from numba import carray
+
+from deepseek.compiled.abi import PAGE
+from deepseek.compiled.pages import layer_address, token_row
+from deepseek.kernels.numba.primitives import pointer, share, widen
+from deepseek.kernels.numba.subroutine import subroutine
+
+PER_LEVEL = 2  # least number of summaries of each size; the reference's tests compare both
+SUMMARIES = 3 * 40  # more than any number of pages has
+
+
+@subroutine(error_model="numpy")
+def _sums(weights, batch, chunk, page, layer, group):  # type: ignore[no-untyped-def]
+    """Return the sums `[2, K]` of the keys and of the values up to the end of a page."""
+    width = weights.page_width
+    place = layer_address(batch, chunk, page, layer) + batch.sums_start + group * 2 * width * 8
+    return carray(pointer(place), (2, width), np.float64)
+
+
+@subroutine(error_model="numpy")
+def _add_tokens(sums, rows):  # type: ignore[no-untyped-def]
+    for t in range(len(rows)):
+        for side in range(2):
+            for k in range(sums.shape[1]):
+                sums[side, k] += widen(rows[t, side, k])
+
+
+@subroutine(error_model="numpy")
+def place_page_sums(weights, batch, layer):  # type: ignore[no-untyped-def]
+    """Compute the sums of the pages that the new tokens fill."""
+    first, last = share((len(batch.first_row) - 1) * weights.groups)
+    for item in range(first, last):
+        chunk = item // weights.groups
+        group = item % weights.groups
+        start = batch.position_ids[batch.first_row[chunk]]
+        stop = start + batch.first_row[chunk + 1] - batch.first_row[chunk]
+        for page in range(start // PAGE, stop // PAGE):
+            sums = _sums(weights, batch, chunk, page, layer, group)
+            if page:
+                sums[:] = _sums(weights, batch, chunk, page - 1, layer, group)
+            else:
+                sums[:] = 0
+            place = token_row(weights, batch, chunk, page * PAGE, layer, group)
+            _add_tokens(sums, carray(pointer(place), (PAGE, 2, weights.page_width), np.uint16))
+
+
+@subroutine(fastmath=True, error_model="numpy")
+def _mean(sums, tokens, means):  # type: ignore[no-untyped-def]
+    for k in range(len(means)):
+        means[k] = np.float32(sums[k] / tokens)
+
+
+@subroutine(fastmath=True, error_model="numpy")
+def _dot(x, y):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for k in range(len(x)):
+        total += x[k] * y[k]
+    return total
+
+
+@subroutine(error_model="numpy")
+def summarise(weights, batch, chunk, layer, group, blocks, query, scores, values):  # type: ignore[no-untyped-def]
+    """Set the scores and mean values of the summaries of the first `blocks` pages; return their
+    number.
+    """
+    count = 0
+    size = 1
+    rest = blocks
+    difference = np.empty((2, weights.page_width), np.float64)
+    key = np.empty(weights.page_width, np.float32)
+    while rest > 0:
+        left = rest // size
+        taken = left
+        if left > PER_LEVEL:
+            taken = PER_LEVEL + (left - PER_LEVEL) % 2
+        for _ in range(taken):
+            difference[:] = _sums(weights, batch, chunk, rest - 1, layer, group)
+            rest -= size
+            if rest:
+                difference -= _sums(weights, batch, chunk, rest - 1, layer, group)
+            tokens = size * PAGE
+            _mean(difference[0], tokens, key)
+            _mean(difference[1], tokens, values[count])
+            scores[count] = _dot(query, key) + np.float32(np.log(tokens))
+            count += 1
+        size *= 2
+    return count

@@ -1,0 +1,194 @@
+"""LSH attention over pages: a query attends to its candidates, token by token.
+
+The reference is `model/attention/lsh.py`. Each query at a head is computed by itself, over its
+candidates in the order of their positions, so that its bits depend on the tokens before it alone.
+"""
+
+import numpy as np
+from numba import carray
+
+from deepseek.compiled.abi import PAGE, SYNC_STRIDE
+from deepseek.compiled.bits import prefetch
+from deepseek.compiled.candidates import choose, list_positions
+from deepseek.compiled.far_field import SUMMARIES, summarise
+from deepseek.compiled.pages import codes_address, token_row
+from deepseek.compiled.rows import put_attended
+from deepseek.compiled.score_bias import add_bias_at
+from deepseek.compiled.vector import arrive
+from deepseek.kernels.numba.primitives import exp, pointer, widen
+from deepseek.kernels.numba.subroutine import subroutine
+
+
+@subroutine(fastmath=True, error_model="numpy")
+def _bucket_scores(x, matrix, bias, scores):  # type: ignore[no-untyped-def]
+    scores[:] = bias
+    for k in range(len(x)):
+        factor = x[k]
+        row = matrix[k]
+        for c in range(len(scores)):
+            scores[c] += factor * row[c]
+
+
+@subroutine
+def rank(scores, best, codes):  # type: ignore[no-untyped-def]
+    """Set `best` to the largest scores, largest first, and `codes` to their places.
+
+    The best so far are kept sorted. Most scores need only one comparison, with the last of them.
+    """
+    probes = len(codes)
+    best[:] = -np.inf
+    codes[:] = 0
+    least = best[probes - 1]
+    for c in range(len(scores)):
+        score = scores[c]
+        if score > least:
+            p = probes - 1
+            while p > 0 and score > best[p - 1]:
+                best[p] = best[p - 1]
+                codes[p] = codes[p - 1]
+                p -= 1
+            best[p] = score
+            codes[p] = c
+            least = best[probes - 1]
+
+
+@subroutine(error_model="numpy")
+def place_query_codes(weights, work, layer, r, head, x):  # type: ignore[no-untyped-def]
+    """Find the buckets that a query probes; `x` is the query before positions, unscaled."""
+    place = weights.hash_of_layer[layer]
+    scores = np.empty(weights.query_hash.shape[4], np.float32)
+    codes = work.query_codes[r, head]
+    best = np.empty(codes.shape[1], np.float32)
+    query = x * weights.query_factor[0]
+    own = head % weights.query_hash.shape[2]
+    for j in range(len(codes)):
+        bias = weights.query_hash_bias[place, j, own]
+        _bucket_scores(query, weights.query_hash[place, j, own], bias, scores)
+        rank(scores, best, codes[j])
+
+
+@subroutine(error_model="numpy")
+def place_key_codes(weights, batch, chunk, position, layer, group, x):  # type: ignore[no-untyped-def]
+    """Store the buckets of a key in its page; `x` is the key before positions."""
+    place = weights.hash_of_layer[layer]
+    rounds = weights.key_hash.shape[1]
+    scores = np.empty(weights.key_hash.shape[4], np.float32)
+    best = np.empty(1, np.float32)
+    bucket = np.empty(1, np.int64)
+    own = group % weights.key_hash.shape[2]
+    at = codes_address(weights, batch, chunk, position // PAGE, layer, group)
+    codes = carray(pointer(at), (rounds, PAGE), np.uint16)
+    for j in range(rounds):
+        bias = weights.key_hash_bias[place, j, own]
+        _bucket_scores(x, weights.key_hash[place, j, own], bias, scores)
+        rank(scores, best, bucket)
+        codes[j, position % PAGE] = np.uint16(bucket[0])
+
+
+@subroutine(error_model="numpy")
+def _find_rows(weights, batch, chunk, layer, group, positions, rows):  # type: ignore[no-untyped-def]
+    """Set the addresses of the keys at these positions, and prefetch them with their values."""
+    nbytes = weights.page_width * 4
+    for n in range(len(positions)):
+        rows[n] = token_row(weights, batch, chunk, positions[n], layer, group)
+        for line in range(0, nbytes, 64):
+            prefetch(rows[n] + line)
+
+
+@subroutine(fastmath=True, error_model="numpy")
+def _score_rows(query, rows, scores):  # type: ignore[no-untyped-def]
+    """Set the scores of the keys at these addresses."""
+    for n in range(len(rows)):
+        key = carray(pointer(rows[n]), (len(query),), np.uint16)
+        total = np.float32(0)
+        for k in range(len(query)):
+            total += widen(key[k]) * query[k]
+        scores[n] = total
+
+
+@subroutine(fastmath=True, error_model="numpy")
+def _softmax(scores):  # type: ignore[no-untyped-def]
+    """Replace scores by weights; return the reciprocal of their sum."""
+    largest = scores[0]
+    for s in range(len(scores)):
+        largest = max(largest, scores[s])
+    total = np.float32(0)
+    for s in range(len(scores)):
+        value = exp(scores[s] - largest)
+        scores[s] = value
+        total += value
+    return np.float32(1) / total
+
+
+@subroutine(fastmath=True, error_model="numpy")
+def _add(out, weight, value):  # type: ignore[no-untyped-def]
+    for k in range(len(out)):
+        out[k] += weight * value[k]
+
+
+@subroutine(fastmath=True, error_model="numpy")
+def _mix_rows(weights, rows, out):  # type: ignore[no-untyped-def]
+    """Add the values behind the keys at these addresses, weighted."""
+    for n in range(len(rows)):
+        value = carray(pointer(rows[n] + 2 * len(out)), (len(out),), np.uint16)
+        weight = weights[n]
+        for k in range(len(out)):
+            out[k] += weight * widen(value[k])
+
+
+@subroutine(error_model="numpy")
+def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[no-untyped-def]
+    """Compute the attention of row `r` at one head."""
+    chosen, positions, rows, scores, values = space
+    position = batch.position_ids[r]
+    chunk = batch.chunk_of_row[r]
+    group_heads = weights.heads // weights.groups
+    group = head // group_heads
+    windows = weights.hash_windows
+    sizes = (windows[0], windows[1], windows[2])
+    pages = batch.pages[batch.part_of_layer[layer], chunk]
+    offset = codes_address(weights, batch, chunk, 0, layer, group) - pages[0]
+    choose(chosen, pages, offset, work.query_codes[r, head], position, sizes)
+    count = list_positions(chosen, position // PAGE + 1, positions)
+    _find_rows(weights, batch, chunk, layer, group, positions[:count], rows)
+    query = np.zeros(weights.page_width, np.float32)
+    rotated = work.queries[group, r, head % group_heads]
+    for k in range(len(rotated)):
+        query[k] = widen(rotated[k])
+    _score_rows(query, rows[:count], scores)
+    add_bias_at(weights, batch, work, layer, chunk, r, head, positions[:count], scores)
+    far = 0
+    if weights.far_field:
+        blocks = max(0, position + 1 - sizes[0]) // PAGE
+        far = summarise(weights, batch, chunk, layer, group, blocks, query, scores[count:], values)
+    factor = _softmax(scores[: count + far])
+    out = np.zeros(weights.page_width, np.float32)
+    _mix_rows(scores, rows[:count], out)
+    for f in range(far):
+        _add(out, scores[count + f], values[f])
+    for k in range(len(out)):
+        out[k] *= factor
+    put_attended(weights, work, r, head, out)
+
+
+@subroutine(error_model="numpy")
+def attend_hashed(weights, batch, work, layer):  # type: ignore[no-untyped-def]
+    """Compute the attention of queries until none is left; the threads take them in turn."""
+    span = batch.pages.shape[2] * PAGE
+    windows = weights.hash_windows
+    probed = work.query_codes.shape[2] * work.query_codes.shape[3]
+    most = min(span, windows[0] + windows[1] + probed * windows[2])
+    space = (
+        np.empty(span // PAGE, np.int64),
+        np.empty(most, np.int64),
+        np.empty(most, np.int64),
+        np.empty(most + SUMMARIES, np.float32),
+        np.empty((SUMMARIES if weights.far_field else 0, weights.page_width), np.float32),
+    )
+    counter = work.sync[SYNC_STRIDE * (1 + layer) :].ctypes.data
+    total = len(batch.input_ids) * weights.heads
+    unit = arrive(counter, 1)
+    while unit < total:
+        row = unit // weights.heads
+        _attend_query(weights, batch, work, layer, row, unit % weights.heads, space)
+        unit = arrive(counter, 1)
