@@ -1,16 +1,18 @@
 """What each kind of model costs in the compiled runner: speed beside the dense base and the
 reference runner, divergence beside the dense base's.
 
-    python benchmarks/compiled_kinds.py [--model smollm2-135m] [--kinds dense dpe alibi window]
+    python benchmarks/compiled_kinds.py [--model smollm2-135m] [--kinds dense dpe alibi window lsh]
         [--texts docs] [--rows 8] [--rounds 5] [--json FILE]
 
 `dpe` has dynamic positions with random parameters, `alibi` linear biases in place of rotary
-positions, `window` a sliding window of 128 tokens at every second layer; `stock` is the model as it
-is. The sides take turns: a prefill of 512 tokens, then 64 tokens one by one. The reference runner,
-in the dtype that it takes by itself, decodes eight tokens a turn. `ratio` is the kind's decoding
-speed over that of the first kind in the same round, `divergence` the mean KL divergence of the
-logits in nats from the fp32 model's, on rows of 256 tokens of TEXTS, and `equal` the share of
-tokens at which both find the same one likeliest.
+positions, `window` a sliding window of 128 tokens at every second layer, `lsh` LSH attention as it
+is by itself, `narrow` the same with windows that a row of 256 tokens exceeds several times, `far`
+that with a far field and two rounds; `stock` is the model as it is. The sides take turns: a prefill
+of 512 tokens, then 64 tokens one by one. The reference runner, in the dtype that it takes by
+itself, decodes eight tokens a turn. `ratio` is the kind's decoding speed over that of the first
+kind in the same round, `divergence` the mean KL divergence of the logits in nats from the fp32
+model's, on rows of 256 tokens of TEXTS, and `equal` the share of tokens at which both find the same
+one likeliest.
 """
 
 import argparse
@@ -33,11 +35,15 @@ from deepseek.model.config import ModelConfig
 from deepseek.model.positions.dynamic import DynamicBias
 from deepseek.runner import Runner
 
+NARROW = {"lsh_local_window": 32, "lsh_bucket_window": 8}
 KINDS: dict[str, dict[str, Any]] = {
     "stock": {},
     "dense": {},
     "dpe": {"positional_encoding": "dpe"},
     "alibi": {"positional_encoding": "alibi"},
+    "lsh": {"attention": "lsh"},
+    "narrow": {"attention": "lsh", **NARROW},
+    "far": {"attention": "lsh", "lsh_far_field": True, "lsh_rounds": 2, **NARROW},
     "window": {"sliding_window": 128, "full_attention_layers": list(range(0, 30, 2))},
 }
 ROW = 256

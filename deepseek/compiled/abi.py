@@ -22,6 +22,11 @@ SUMS = 3  # running sums of a gate: detecting scores, contrasting scores, and th
 BLOCK = 64  # rows that a panel of weights is multiplied by before the results are used
 # Maximum number of queries in a unit of attention; with four vectors each, they fill the registers.
 QUERIES = 6
+# Numbers of LSH attention: keys of the local window, sinks, keys of a bucket, whether there is a far
+# field, rounds of hashing, buckets probed in each, buckets, and maps that score the buckets of
+# queries and of keys: one for each head, or one for all.
+LOCAL, SINKS, WINDOW, FAR_FIELD, ROUNDS, PROBES, BUCKETS, QUERY_MAPS, KEY_MAPS = range(9)
+LSH_NUMBERS = 9
 SYNC_STRIDE = 8  # int64s between counters: a cache line, against false sharing
 
 WEIGHTS = Table(
@@ -89,26 +94,8 @@ WEIGHTS = Table(
         Buffer("decay", FP32, "layers bias_heads", "factor on the forget gates"),
         Buffer("length_scale", FP32, "layers bias_heads", "growth of queries with `growth`"),
         Buffer("growth", FP32, "positions", "logarithm of the position in training lengths"),
-        Buffer(
-            "hash_of_layer", INT64, "layers", "place among layers with LSH attention; -1: exact"
-        ),
-        Buffer("hash_windows", INT64, "3", "keys of the local window, sinks, keys of a bucket"),
-        Buffer("far_field", INT64, "", "1: queries attend to summaries of all other keys"),
-        Buffer(
-            "key_hash",
-            FP32,
-            "hashed rounds key_hashes width buckets",
-            "scores of buckets, for each group or for all alike",
-        ),
-        Buffer("key_hash_bias", FP32, "hashed rounds key_hashes buckets", "added to them"),
-        Buffer(
-            "query_hash",
-            FP32,
-            "hashed rounds query_hashes width buckets",
-            "scores of buckets, for each head or for all alike",
-        ),
-        Buffer("query_hash_bias", FP32, "hashed rounds query_hashes buckets", "added to them"),
-        Buffer("query_factor", FP32, "1", "factor on queries that are hashed"),
+        Buffer("hashes", INT64, "layers", "addresses of the hashes of LSH attention; 0: exact"),
+        Buffer("lsh", INT64, f"{LSH_NUMBERS}", "numbers of LSH attention, such as `LOCAL`"),
         Buffer("eps", FP32, "1", "epsilon that the norms add to the mean square"),
     ),
 )
@@ -247,8 +234,8 @@ WORK = Table(
         Buffer(
             "query_codes",
             INT64,
-            "capacity hashed_heads rounds probes",
-            "buckets that each query probes",
+            "capacity hashed_heads codes",
+            "buckets that each query probes, round after round",
         ),
         Buffer("signals", FP32, "capacity signals", "contexts and forget gates of each row"),
         Buffer(

@@ -52,7 +52,7 @@ def _add_bucket(chosen, pages, offset, code, first, stop, window):  # type: igno
 
 
 @subroutine(error_model="numpy")
-def choose(chosen, pages, offset, probed, position, sizes):  # type: ignore[no-untyped-def]
+def choose(chosen, pages, offset, probed, rounds, position, sizes):  # type: ignore[no-untyped-def]
     """Set `chosen` to the candidates of the query at `position`, a set of bits for each page up to
     its own.
 
@@ -61,21 +61,22 @@ def choose(chosen, pages, offset, probed, position, sizes):  # type: ignore[no-u
         pages: addresses of the sequence's pages.
         offset: where a page has the codes of the first round, uint16 `[64]`; those of the other
             rounds follow.
-        probed: the buckets that the query probes in each round `[R, P]`, distinct in a round.
+        probed: the buckets that the query probes, round after round, distinct in a round.
+        rounds: number of rounds.
         position: position of the query.
         sizes: local window, number of sinks, bucket window.
     """
     local, sinks, window = sizes
-    chosen[: position // PAGE + 1] = 0
+    for page in range(position // PAGE + 1):
+        chosen[page] = 0
     near = max(0, position + 1 - local)
     _add_range(chosen, near, position + 1)
     _add_range(chosen, 0, min(sinks, near))
     if near <= sinks:
         return
-    for r in range(probed.shape[0]):
-        for p in range(probed.shape[1]):
-            place = offset + r * PAGE * 2
-            _add_bucket(chosen, pages, place, probed[r, p], sinks, near, window)
+    for n in range(len(probed)):
+        place = offset + n * rounds // len(probed) * PAGE * 2
+        _add_bucket(chosen, pages, place, probed[n], sinks, near, window)
 
 
 @subroutine(error_model="numpy")

@@ -25,6 +25,14 @@ def _sums(weights, batch, chunk, page, layer, group):  # type: ignore[no-untyped
 
 
 @subroutine(error_model="numpy")
+def _start(sums, before, follows):  # type: ignore[no-untyped-def]
+    """Set `sums` to those before them, or to 0 if they do not follow any."""
+    for side in range(2):
+        for k in range(sums.shape[1]):
+            sums[side, k] = before[side, k] if follows else 0.0
+
+
+@subroutine(error_model="numpy")
 def _add_tokens(sums, rows):  # type: ignore[no-untyped-def]
     for t in range(len(rows)):
         for side in range(2):
@@ -43,18 +51,17 @@ def place_page_sums(weights, batch, layer):  # type: ignore[no-untyped-def]
         stop = start + batch.first_row[chunk + 1] - batch.first_row[chunk]
         for page in range(start // PAGE, stop // PAGE):
             sums = _sums(weights, batch, chunk, page, layer, group)
-            if page:
-                sums[:] = _sums(weights, batch, chunk, page - 1, layer, group)
-            else:
-                sums[:] = 0
+            before = _sums(weights, batch, chunk, max(page - 1, 0), layer, group)
+            _start(sums, before, page > 0)
             place = token_row(weights, batch, chunk, page * PAGE, layer, group)
             _add_tokens(sums, carray(pointer(place), (PAGE, 2, weights.page_width), np.uint16))
 
 
-@subroutine(fastmath=True, error_model="numpy")
-def _mean(sums, tokens, means):  # type: ignore[no-untyped-def]
+@subroutine(error_model="numpy")
+def _mean(sums, before, follows, tokens, means):  # type: ignore[no-untyped-def]
+    """Set the means over the tokens between two sums."""
     for k in range(len(means)):
-        means[k] = np.float32(sums[k] / tokens)
+        means[k] = np.float32((sums[k] - (before[k] if follows else 0.0)) / tokens)
 
 
 @subroutine(fastmath=True, error_model="numpy")
@@ -73,7 +80,6 @@ def summarise(weights, batch, chunk, layer, group, blocks, query, scores, values
     count = 0
     size = 1
     rest = blocks
-    difference = np.empty((2, weights.page_width), np.float64)
     key = np.empty(weights.page_width, np.float32)
     while rest > 0:
         left = rest // size
@@ -81,13 +87,12 @@ def summarise(weights, batch, chunk, layer, group, blocks, query, scores, values
         if left > PER_LEVEL:
             taken = PER_LEVEL + (left - PER_LEVEL) % 2
         for _ in range(taken):
-            difference[:] = _sums(weights, batch, chunk, rest - 1, layer, group)
+            sums = _sums(weights, batch, chunk, rest - 1, layer, group)
             rest -= size
-            if rest:
-                difference -= _sums(weights, batch, chunk, rest - 1, layer, group)
+            before = _sums(weights, batch, chunk, max(rest - 1, 0), layer, group)
             tokens = size * PAGE
-            _mean(difference[0], tokens, key)
-            _mean(difference[1], tokens, values[count])
+            _mean(sums[0], before[0], rest > 0, tokens, key)
+            _mean(sums[1], before[1], rest > 0, tokens, values[count])
             scores[count] = _dot(query, key) + np.float32(np.log(tokens))
             count += 1
         size *= 2

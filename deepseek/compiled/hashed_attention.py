@@ -7,12 +7,24 @@ candidates in the order of their positions, so that its bits depend on the token
 import numpy as np
 from numba import carray
 
-from deepseek.compiled.abi import PAGE, SYNC_STRIDE
+from deepseek.compiled.abi import (
+    BUCKETS,
+    FAR_FIELD,
+    KEY_MAPS,
+    LOCAL,
+    PAGE,
+    PROBES,
+    QUERY_MAPS,
+    ROUNDS,
+    SINKS,
+    SYNC_STRIDE,
+    WINDOW,
+)
 from deepseek.compiled.bits import prefetch
 from deepseek.compiled.candidates import choose, list_positions
 from deepseek.compiled.far_field import SUMMARIES, summarise
 from deepseek.compiled.pages import codes_address, token_row
-from deepseek.compiled.rows import put_attended
+from deepseek.compiled.rows import floats, put_attended
 from deepseek.compiled.score_bias import add_bias_at
 from deepseek.compiled.vector import arrive
 from deepseek.kernels.numba.primitives import exp, pointer, widen
@@ -20,13 +32,28 @@ from deepseek.kernels.numba.subroutine import subroutine
 
 
 @subroutine(fastmath=True, error_model="numpy")
-def _bucket_scores(x, matrix, bias, scores):  # type: ignore[no-untyped-def]
-    scores[:] = bias
+def _score_buckets(x, matrix, scores):  # type: ignore[no-untyped-def]
+    """Set the scores of the buckets; the last row of the matrix is a bias."""
+    bias = matrix[len(x)]
+    for c in range(len(scores)):
+        scores[c] = bias[c]
     for k in range(len(x)):
-        factor = x[k]
+        value = x[k]
         row = matrix[k]
         for c in range(len(scores)):
-            scores[c] += factor * row[c]
+            scores[c] += value * row[c]
+
+
+@subroutine(error_model="numpy")
+def _find_buckets(weights, layer, place, x, r, codes):  # type: ignore[no-untyped-def]
+    """Set `codes` to the likeliest buckets of `x` in round `r`, by map `place` of the layer."""
+    lsh = weights.lsh
+    place += r * (lsh[QUERY_MAPS] + lsh[KEY_MAPS])
+    shape = (len(x) + 1, lsh[BUCKETS])
+    scores = np.empty(shape[1], np.float32)
+    at = weights.hashes[layer] + place * shape[0] * shape[1] * 4
+    _score_buckets(x, floats(at, shape[0], shape[1]), scores)
+    rank(scores, np.empty(len(codes), np.float32), codes)
 
 
 @subroutine
@@ -55,34 +82,23 @@ def rank(scores, best, codes):  # type: ignore[no-untyped-def]
 @subroutine(error_model="numpy")
 def place_query_codes(weights, work, layer, r, head, x):  # type: ignore[no-untyped-def]
     """Find the buckets that a query probes; `x` is the query before positions, unscaled."""
-    place = weights.hash_of_layer[layer]
-    scores = np.empty(weights.query_hash.shape[4], np.float32)
-    codes = work.query_codes[r, head]
-    best = np.empty(codes.shape[1], np.float32)
-    query = x * weights.query_factor[0]
-    own = head % weights.query_hash.shape[2]
-    for j in range(len(codes)):
-        bias = weights.query_hash_bias[place, j, own]
-        _bucket_scores(query, weights.query_hash[place, j, own], bias, scores)
-        rank(scores, best, codes[j])
+    probes = weights.lsh[PROBES]
+    own = head % weights.lsh[QUERY_MAPS]
+    for j in range(weights.lsh[ROUNDS]):
+        codes = work.query_codes[r, head, j * probes : (j + 1) * probes]
+        _find_buckets(weights, layer, own, x, j, codes)
 
 
 @subroutine(error_model="numpy")
 def place_key_codes(weights, batch, chunk, position, layer, group, x):  # type: ignore[no-untyped-def]
     """Store the buckets of a key in its page; `x` is the key before positions."""
-    place = weights.hash_of_layer[layer]
-    rounds = weights.key_hash.shape[1]
-    scores = np.empty(weights.key_hash.shape[4], np.float32)
-    best = np.empty(1, np.float32)
-    bucket = np.empty(1, np.int64)
-    own = group % weights.key_hash.shape[2]
+    own = weights.lsh[QUERY_MAPS] + group % weights.lsh[KEY_MAPS]
+    found = np.empty(1, np.int64)
     at = codes_address(weights, batch, chunk, position // PAGE, layer, group)
-    codes = carray(pointer(at), (rounds, PAGE), np.uint16)
-    for j in range(rounds):
-        bias = weights.key_hash_bias[place, j, own]
-        _bucket_scores(x, weights.key_hash[place, j, own], bias, scores)
-        rank(scores, best, bucket)
-        codes[j, position % PAGE] = np.uint16(bucket[0])
+    codes = carray(pointer(at), (weights.lsh[ROUNDS], PAGE), np.uint16)
+    for j in range(len(codes)):
+        _find_buckets(weights, layer, own, x, j, found)
+        codes[j, position % PAGE] = np.uint16(found[0])
 
 
 @subroutine(error_model="numpy")
@@ -144,11 +160,11 @@ def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[
     chunk = batch.chunk_of_row[r]
     group_heads = weights.heads // weights.groups
     group = head // group_heads
-    windows = weights.hash_windows
-    sizes = (windows[0], windows[1], windows[2])
+    lsh = weights.lsh
+    sizes = (lsh[LOCAL], lsh[SINKS], lsh[WINDOW])
     pages = batch.pages[batch.part_of_layer[layer], chunk]
     offset = codes_address(weights, batch, chunk, 0, layer, group) - pages[0]
-    choose(chosen, pages, offset, work.query_codes[r, head], position, sizes)
+    choose(chosen, pages, offset, work.query_codes[r, head], lsh[ROUNDS], position, sizes)
     count = list_positions(chosen, position // PAGE + 1, positions)
     _find_rows(weights, batch, chunk, layer, group, positions[:count], rows)
     query = np.zeros(weights.page_width, np.float32)
@@ -158,7 +174,7 @@ def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[
     _score_rows(query, rows[:count], scores)
     add_bias_at(weights, batch, work, layer, chunk, r, head, positions[:count], scores)
     far = 0
-    if weights.far_field:
+    if lsh[FAR_FIELD]:
         blocks = max(0, position + 1 - sizes[0]) // PAGE
         far = summarise(weights, batch, chunk, layer, group, blocks, query, scores[count:], values)
     factor = _softmax(scores[: count + far])
@@ -175,15 +191,14 @@ def _attend_query(weights, batch, work, layer, r, head, space):  # type: ignore[
 def attend_hashed(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     """Compute the attention of queries until none is left; the threads take them in turn."""
     span = batch.pages.shape[2] * PAGE
-    windows = weights.hash_windows
-    probed = work.query_codes.shape[2] * work.query_codes.shape[3]
-    most = min(span, windows[0] + windows[1] + probed * windows[2])
+    lsh = weights.lsh
+    most = min(span, lsh[LOCAL] + lsh[SINKS] + work.query_codes.shape[2] * lsh[WINDOW])
     space = (
         np.empty(span // PAGE, np.int64),
         np.empty(most, np.int64),
         np.empty(most, np.int64),
         np.empty(most + SUMMARIES, np.float32),
-        np.empty((SUMMARIES if weights.far_field else 0, weights.page_width), np.float32),
+        np.empty((SUMMARIES if lsh[FAR_FIELD] else 0, weights.page_width), np.float32),
     )
     counter = work.sync[SYNC_STRIDE * (1 + layer) :].ctypes.data
     total = len(batch.input_ids) * weights.heads

@@ -4,15 +4,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from deepseek.compiled import abi
 from deepseek.model.attention.hash import LinearHash
 from deepseek.model.attention.lsh import HashRounds, LshAttention, RandomHash
 from deepseek.model.transformer import DeepSeekModel
-
-Affine = tuple[torch.Tensor, torch.Tensor]
-"""A hash of several heads, or of all alike if there is one: weights `[heads, K, C]` and biases
-`[heads, C]`. The codes of a vector are the places of its largest scores.
-"""
 
 
 def hashed_layers(model: DeepSeekModel) -> dict[int, LshAttention]:
@@ -28,69 +25,87 @@ def hashed_layers(model: DeepSeekModel) -> dict[int, LshAttention]:
 def unknown_hash(model: DeepSeekModel) -> str | None:
     """Return the name of a kind of hash that the step does not compute; None if there is none."""
     for attention in hashed_layers(model).values():
-        for part in _rounds(attention.hash):
+        for part in _rounds(attention):
             if type(part) not in (LinearHash, RandomHash):
                 return type(part).__name__
     return None
 
 
-def hash_extents(model: DeepSeekModel) -> dict[str, int]:
-    """Return the sizes of LSH attention under their names in `compiled/abi.py`; 0 without it."""
-    layers = hashed_layers(model)
-    if not layers:
-        return dict.fromkeys(
-            ("hashed", "rounds", "key_hashes", "query_hashes", "buckets", "probes", "hashed_heads"),
-            0,
-        )
-    attention = next(iter(layers.values()))
-    return {
-        "hashed": len(layers),
-        "rounds": attention.windows.rounds,
-        "key_hashes": max(len(_affine(each.hash, "key")[0][0]) for each in layers.values()),
-        "query_hashes": max(len(_affine(each.hash, "query")[0][0]) for each in layers.values()),
-        "buckets": attention.windows.num_buckets,
-        "probes": attention.probes,
-        "hashed_heads": model.config.num_attention_heads,
-    }
+class PackedHashes:
+    """The hashes of a model, and the numbers of its LSH attention.
+
+    Args:
+        model: a model that the compiled runner supports.
+
+    Attributes:
+        layers: layers with LSH attention.
+        far_field: whether they have a far field.
+        rounds: rounds of hashing; 0: no LSH attention.
+        extents: sizes of the queries' codes under their names in `compiled/abi.py`.
+        values: values of the buffers there.
+    """
+
+    def __init__(self, model: DeepSeekModel) -> None:
+        config = model.config
+        layers = hashed_layers(model)
+        rounds = {layer: _rounds(attention) for layer, attention in layers.items()}
+        learned = any(isinstance(parts[0], LinearHash) for parts in rounds.values())
+        maps = (config.num_attention_heads, config.num_key_value_heads) if learned else (1, 1)
+        factor = (config.head_dim / (config.query_pre_attn_scalar or config.head_dim)) ** 0.5
+        # Owns the memory, `[R, maps, K + 1, C]` of each layer.
+        self._arrays = {
+            layer: np.stack([_maps(part, factor, maps) for part in parts])
+            for layer, parts in rounds.items()
+        }
+        numbers = [0] * abi.LSH_NUMBERS
+        for attention in layers.values():
+            windows = attention.windows
+            numbers[abi.LOCAL] = windows.local
+            numbers[abi.SINKS] = windows.sinks
+            numbers[abi.WINDOW] = windows.bucket
+            numbers[abi.FAR_FIELD] = int(windows.far_field)
+            numbers[abi.ROUNDS] = windows.rounds
+            numbers[abi.PROBES] = attention.probes
+            numbers[abi.BUCKETS] = windows.num_buckets
+            numbers[abi.QUERY_MAPS], numbers[abi.KEY_MAPS] = maps
+        self.layers = tuple(layers)
+        self.far_field = bool(numbers[abi.FAR_FIELD])
+        self.rounds = numbers[abi.ROUNDS]
+        self.extents = {
+            "hashed_heads": config.num_attention_heads if layers else 0,
+            "codes": numbers[abi.ROUNDS] * numbers[abi.PROBES],
+        }
+        addresses = {layer: array.ctypes.data for layer, array in self._arrays.items()}
+        self.values: dict[str, Any] = {
+            "hashes": [addresses.get(layer, 0) for layer in range(len(model.layers))],
+            "lsh": numbers,
+        }
 
 
-def hash_arrays(model: DeepSeekModel) -> dict[str, Any]:
-    """Return the hashes and windows of all layers."""
-    layers = hashed_layers(model)
-    sizes = hash_extents(model)
-    width = model.config.head_dim
-    arrays: dict[str, Any] = {}
-    for side in ("key", "query"):
-        shape = (len(layers), sizes["rounds"], sizes[f"{side}_hashes"])
-        weight = np.zeros((*shape, width, sizes["buckets"]), np.float32)
-        bias = np.zeros((*shape, sizes["buckets"]), np.float32)
-        for place, attention in enumerate(layers.values()):
-            for r, (weight_HKC, bias_HC) in enumerate(_affine(attention.hash, side)):
-                weight[place, r] = weight_HKC.detach().float().numpy()
-                bias[place, r] = bias_HC.detach().float().numpy()
-        arrays |= {f"{side}_hash": weight, f"{side}_hash_bias": bias}
-    places = {layer: place for place, layer in enumerate(layers)}
-    arrays["hash_of_layer"] = [places.get(layer, -1) for layer in range(len(model.layers))]
-    config = model.config
-    arrays["hash_windows"] = [config.lsh_local_window, config.lsh_sinks, config.lsh_bucket_window]
-    arrays["far_field"] = int(bool(layers) and config.lsh_far_field)
-    factor = (width / (config.query_pre_attn_scalar or width)) ** 0.5
-    arrays["query_factor"] = np.array([factor], np.float32)
-    return arrays
-
-
-def _rounds(layer_hash: Any) -> list[Any]:
+def _rounds(attention: LshAttention) -> list[Any]:
     """Return the hash of each round."""
+    layer_hash: Any = attention.hash
     return list(layer_hash) if isinstance(layer_hash, HashRounds) else [layer_hash]
 
 
-def _affine(layer_hash: Any, side: str) -> list[Affine]:
-    """Return the hash of keys or of queries, for each round."""
-    parts: list[Affine] = []
-    for part in _rounds(layer_hash):
-        if isinstance(part, LinearHash):
-            parts.append((getattr(part, f"{side}_weight"), getattr(part, f"{side}_bias")))
-        else:
-            weight_1KC = part.directions_CK.T[None]
-            parts.append((weight_1KC, torch.zeros(1, weight_1KC.shape[2])))
-    return parts
+def _maps(layer_hash: Any, factor: float, counts: tuple[int, int]) -> np.ndarray:
+    """Return the maps from queries, then those from keys, to scores of buckets `[maps, K + 1, C]`;
+    the last row is a bias.
+
+    Args:
+        layer_hash: the hash of one round.
+        factor: factor on queries.
+        counts: number of maps of queries and of keys.
+    """
+    if isinstance(layer_hash, LinearHash):
+        query = (layer_hash.query_weight, layer_hash.query_bias)
+        key = (layer_hash.key_weight, layer_hash.key_bias)
+    else:
+        weight_KC = layer_hash.directions_CK.float().mT
+        query, key = (
+            (weight_KC.expand(count, -1, -1), torch.zeros(count, weight_KC.shape[1]))
+            for count in counts
+        )
+    parts: list[Tensor] = [query[0] * factor, query[1][:, None], key[0], key[1][:, None]]
+    maps = torch.cat([torch.cat(parts[:2], 1), torch.cat(parts[2:], 1)])
+    return np.ascontiguousarray(maps.numpy(), np.float32)

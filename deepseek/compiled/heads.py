@@ -110,7 +110,8 @@ def _put_value(x, page, slot):  # type: ignore[no-untyped-def]
 def _put_row(x, address):  # type: ignore[no-untyped-def]
     """Store bf16 numbers, given as their bits."""
     target = carray(pointer(address), (len(x),), np.uint16)
-    target[:] = x
+    for k in range(len(x)):
+        target[k] = x[k]
 
 
 @subroutine(error_model="numpy")
@@ -133,7 +134,7 @@ def _read_head(weights, work, layer, r, part, x):  # type: ignore[no-untyped-def
 @subroutine(error_model="numpy")
 def _place_query(weights, batch, work, layer, r, head, x):  # type: ignore[no-untyped-def]
     """Rotate and scale a query."""
-    if weights.hash_of_layer[layer] >= 0:
+    if weights.hashes[layer]:
         place_query_codes(weights, work, layer, r, head, x)
     position = batch.position_ids[r]
     group_heads = weights.heads // weights.groups
@@ -151,7 +152,7 @@ def _place_key(weights, batch, layer, r, group, x, bits):  # type: ignore[no-unt
     position = batch.position_ids[r]
     chunk = batch.chunk_of_row[r]
     _rotate(weights, layer, position, x, np.float32(1), bits)
-    if weights.hash_of_layer[layer] >= 0:
+    if weights.hashes[layer]:
         place_key_codes(weights, batch, chunk, position, layer, group, x)
         _put_row(bits, token_row(weights, batch, chunk, position, layer, group))
     else:
@@ -164,7 +165,7 @@ def _place_value(weights, batch, layer, r, group, x, bits):  # type: ignore[no-u
     """Store a value in its page; `bits` is overwritten."""
     position = batch.position_ids[r]
     chunk = batch.chunk_of_row[r]
-    if weights.hash_of_layer[layer] >= 0:
+    if weights.hashes[layer]:
         _narrow(x, bits)
         at = token_row(weights, batch, chunk, position, layer, group)
         _put_row(bits, at + weights.page_width * 2)

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import carray
 
-from deepseek.compiled.abi import PAGE
+from deepseek.compiled.abi import PAGE, ROUNDS
 from deepseek.kernels.numba.primitives import pointer
 from deepseek.kernels.numba.subroutine import subroutine
 
@@ -36,7 +36,7 @@ def token_row(weights, batch, chunk, position, layer, group):  # type: ignore[no
 @subroutine(error_model="numpy")
 def codes_address(weights, batch, chunk, page, layer, group):  # type: ignore[no-untyped-def]
     """Return the address of the buckets `[rounds, 64]` of a page's keys."""
-    place = group * weights.key_hash.shape[1] * PAGE * 2
+    place = group * weights.lsh[ROUNDS] * PAGE * 2
     return layer_address(batch, chunk, page, layer) + batch.codes_start + place
 
 

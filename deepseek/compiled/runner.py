@@ -15,7 +15,6 @@ import torch
 from deepseek.compiled import step
 from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRIDE, WORK
 from deepseek.compiled.batch_layers import BatchLayers, by_entry
-from deepseek.compiled.hashes import hashed_layers
 from deepseek.compiled.page_shape import PageShape
 from deepseek.compiled.state import CompiledState, member_count
 from deepseek.compiled.support import unsupported_reason
@@ -270,7 +269,7 @@ class CompiledRunner:
         self._sites: dict[tuple[int, ...], Sites] = {}
         weights = PackedModel(model)
         self._extents = weights.extents
-        self._hashed = tuple(hashed_layers(model))
+        self._hashes = weights.hashes
         self.weight_bytes = weights.nbytes
         self._work = Scratch(weights)
         self._lock = threading.Lock()
@@ -347,9 +346,9 @@ class CompiledRunner:
             extents["groups"],
             extents["page_width"],
             extents["bias_heads"],
-            self._hashed,
-            extents["rounds"],
-            self.model.config.lsh_far_field and bool(self._hashed),
+            self._hashes.layers,
+            self._hashes.rounds,
+            self._hashes.far_field,
         )
 
     def _sites_of(self, rosters: list[Roster]) -> Sites:

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 
-from deepseek.compiled.abi import TABLES
+from deepseek.compiled.abi import FAR_FIELD, TABLES
 from deepseek.compiled.expert_sites import activate_experts, add_experts, score_row, weigh
 from deepseek.compiled.far_field import place_page_sums
 from deepseek.compiled.hashed_attention import attend_hashed
@@ -206,10 +206,10 @@ def _keep_stream(batch, work, layer):  # type: ignore[no-untyped-def]
 @subroutine(error_model="numpy")
 def _attend(weights, batch, work, layer, counter):  # type: ignore[no-untyped-def]
     """Compute the heads' outputs, exactly or over each query's candidates."""
-    if weights.hash_of_layer[layer] < 0:
+    if weights.hashes[layer] == 0:
         attend(weights, batch, work, layer)
     else:
-        if weights.far_field:
+        if weights.lsh[FAR_FIELD]:
             place_page_sums(weights, batch, layer)
             barrier(counter)
         attend_hashed(weights, batch, work, layer)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deepseek.compiled.abi import SITES, WEIGHTS
-from deepseek.compiled.hashes import hash_arrays, hash_extents
+from deepseek.compiled.hashes import PackedHashes
 from deepseek.compiled.native_weights import NativeExperts
 from deepseek.compiled.packing import (
     MatrixSource,
@@ -223,6 +223,7 @@ class PackedModel:
         extents: sizes of the model, under their names in `compiled/abi.py`.
         arguments: arguments of the step (`WEIGHTS` there).
         native: routers and routed experts; without any for a dense model.
+        hashes: hashes of LSH attention.
         positions: number of positions with precomputed rotary angles.
         nbytes: bytes of the packed matrices.
     """
@@ -230,7 +231,8 @@ class PackedModel:
     def __init__(self, model: DeepSeekModel) -> None:
         self._model = model
         self.native = NativeExperts(model)
-        self.extents = _extents(model) | hash_extents(model) | self.native.extents
+        self.hashes = PackedHashes(model)
+        self.extents = _extents(model) | self.hashes.extents | self.native.extents
         sources = matrices_of(model)
         self._matrices = pack_matrices(sources)  # owns the memory
         self.nbytes = self.native.nbytes + sum(part.nbytes for part in self._matrices.values())
@@ -244,7 +246,7 @@ class PackedModel:
         self._values["embed_tokens"] = places["embed_tokens", 0]
         self._values["lm_head"] = places.get(("lm_head", 0), places["embed_tokens", 0])
         self._values["inner"] = [_inner(block) for block in model.layers]
-        self._values |= numbers(model) | hash_arrays(model)
+        self._values |= numbers(model) | self.hashes.values
         self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
         self.positions = 0
         self.reach(FIRST_POSITIONS)

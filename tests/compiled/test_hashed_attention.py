@@ -76,8 +76,8 @@ def recorded(runner: CompiledRunner, state: CompiledState) -> Recorded:
     by_page = [one.reshape(shape.groups * shape.rounds, PAGE) for one in codes]
     keys = np.concatenate(by_page, 1)[:, : state.length].astype(np.int64)
     queries = runner._work._buffers["query_codes"][: state.length]
-    heads = queries.reshape(*queries.shape[:2], -1).swapaxes(0, 1)
-    return Recorded(torch.from_numpy(keys)[None], torch.from_numpy(heads.copy())[None])
+    heads = torch.from_numpy(queries.swapaxes(0, 1).copy())
+    return Recorded(torch.from_numpy(keys)[None], heads[None])
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
@@ -120,7 +120,7 @@ def test_logits_are_those_of_the_model_given_the_buckets(
     state = runner.start(None, 512)
     found = runner.forward([Chunk(state, ids, length)]).logits_RV
     twin = quantised_twin(model)
-    attention = twin.layers[HASHED].attention
+    attention: Any = twin.layers[HASHED].attention
     seen: dict[str, Tensor] = {}
     own = attention.hash
 
@@ -170,7 +170,7 @@ def test_candidates_are_those_of_the_reference(
         memory[8:].reshape(rounds, PAGE)[:, : own.shape[1]] = own
     addresses = np.array([memory.ctypes.data for memory in pages])
     chosen = np.full(len(pages), -1)
-    choose(chosen, addresses, 16, probed, position, (local, sinks, window))
+    choose(chosen, addresses, 16, probed.ravel(), rounds, position, (local, sinks, window))
     positions = np.empty(total, np.int64)
     found = positions[: list_positions(chosen, position // PAGE + 1, positions)]
     mask = candidate_mask(
@@ -198,18 +198,23 @@ def test_a_learned_hash_has_maps_of_its_own_for_each_head(per_head: bool) -> Non
     runner.forward([Chunk(state, ids)])
     found = recorded(runner, state)
     twin = quantised_twin(model)
-    attention = twin.layers[HASHED].attention
+    attention: Any = twin.layers[HASHED].attention
     inputs: list[Any] = []
     compute = attention.inputs
-    attention.inputs = lambda *args: inputs.append(compute(*args)) or inputs[0]
+
+    def watch(*arguments: Any) -> Any:
+        inputs.append(compute(*arguments))
+        return inputs[0]
+
+    attention.inputs = watch
     twin(torch.tensor([ids]))
     keys = attention.hash.key_codes(inputs[0].plain_key_BGTK)
     queries = attention.hash.query_codes(inputs[0].plain_query_BHTK, 4)
     assert agreement(found.codes[0], keys) > 0.95
     assert agreement(found.codes[1], queries) > 0.9
-    other = build(lsh_num_buckets=8, head_dim=32).layers[HASHED].attention.hash
     if per_head:
-        assert agreement(found.codes[0], other.key_codes(inputs[0].plain_key_BGTK)) < 0.5
+        other: Any = build(lsh_num_buckets=8, head_dim=32).layers[HASHED].attention
+        assert agreement(found.codes[0], other.hash.key_codes(inputs[0].plain_key_BGTK)) < 0.5
 
 
 def test_a_hash_of_another_kind_is_refused_by_name() -> None:
@@ -218,7 +223,8 @@ def test_a_hash_of_another_kind_is_refused_by_name() -> None:
 
     model = build(head_dim=32, lsh_num_buckets=2)
     parts = (torch.zeros(2, 32, 2), torch.zeros(2, 2), torch.zeros(4, 32, 2), torch.zeros(4, 2))
-    model.layers[HASHED].attention.hash = Custom(*parts)
+    attention: Any = model.layers[HASHED].attention
+    attention.hash = Custom(*parts)
     assert not supports(model)
     with pytest.raises(ConfigError, match=r"hashes of the kind Custom\. Use TorchRunner"):
         CompiledRunner(model)

@@ -48,6 +48,7 @@ COMPILED_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "compiled dpe": ("dpe", COMPILED),
     "compiled dpe, normed": ("dpe", COMPILED | NORMED),
     "compiled mixture": ("dmoe", COMPILED),
+    "compiled lsh": ("lsh", COMPILED | {"lsh_far_field": True}),
 }
 KINDS = [*COMPILED_KINDS, "dense", "lsh", "dpe", "dmoe", "normed"]
 

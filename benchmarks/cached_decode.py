@@ -1,0 +1,114 @@
+"""Decoding in the compiled runner behind many cached tokens: LSH attention beside full attention.
+
+    python benchmarks/cached_decode.py [--model smollm2-135m] [--lengths 2048 16384 65536]
+        [--texts docs] [--rounds 7] [--threads 2] [--json FILE]
+
+Each side reads 2,048 tokens of TEXTS; their pages, repeated, are the cache, so that it costs no
+prefill of that length. LSH attention is as it is by itself, two layers of it exact. The sides take
+turns of eight tokens each. `wall` is the time of a token in milliseconds, `processor` that of all
+threads; `ratio` is full attention's over LSH attention's in the same round. On a busy machine,
+measure processor time with one thread.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from results import write
+from turns import in_turn
+
+from deepseek.compiled.abi import PAGE
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.compiled.state import CompiledState
+from deepseek.data.text.public import documents_at
+from deepseek.engine.load import load
+from deepseek.model.config import ModelConfig
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.runner import Chunk
+
+READ = 2048
+PIECE = 512
+STEPS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 16384, 65536])
+    parser.add_argument("--texts", nargs="+", type=Path, default=[Path("docs")])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tokenizer = load(options.model).tokenizer
+    ids: list[int] = []
+    for document in documents_at(options.texts):
+        if len(ids) < READ:
+            ids += tokenizer(document.text[: 4 * READ]).input_ids
+    runners = {}
+    for kind in ("lsh", "full"):
+        model = load(options.model, config=ModelConfig(attention=kind)).model
+        assert isinstance(model, DeepSeekModel)
+        runners[kind] = CompiledRunner(model)
+    figures = {}
+    for length in options.lengths:
+        turns = {kind: decoding(runner, ids, length) for kind, runner in runners.items()}
+        figures[length] = summary(in_turn(turns, options.rounds))
+        print(length, json.dumps(figures[length]), flush=True)
+    if options.json:
+        write(options.json, {"model": options.model, "lengths": figures})
+
+
+def decoding(runner: CompiledRunner, ids: list[int], length: int) -> Callable[[], dict[str, float]]:
+    """Return the turn of a side: the times of a token behind `length` cached ones."""
+    state = cached(runner, ids, length)
+
+    def turn() -> dict[str, float]:
+        wall = time.perf_counter()
+        processor = time.process_time()
+        for token in ids[:STEPS]:
+            runner.forward([Chunk(state, [token])])
+            state.rewind(length)
+        return {
+            "wall": 1000 * (time.perf_counter() - wall) / STEPS,
+            "processor": 1000 * (time.process_time() - processor) / STEPS,
+        }
+
+    return turn
+
+
+def cached(runner: CompiledRunner, ids: list[int], length: int) -> CompiledState:
+    """Return a state with `length` tokens: the first 2,048 of a text, over and over."""
+    state = runner.start(None, length + PAGE)
+    for start in range(0, READ, PIECE):
+        runner.forward([Chunk(state, ids[start : start + PIECE])])
+    state.reserve(length + PAGE - READ)
+    pages = state.parts[0].pages
+    for place in range(READ // PAGE, len(pages)):
+        pages[place][:] = pages[place % (READ // PAGE)]
+    state.rewind(length)
+    return state
+
+
+def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Return the medians of both sides and of their ratios."""
+    rows = {}
+    for clock in ("wall", "processor"):
+        for kind, rounds in found.items():
+            rows[f"{kind} {clock}"] = round(median(one[clock] for one in rounds), 2)
+        ratios = [
+            full[clock] / lsh[clock] for lsh, full in zip(found["lsh"], found["full"], strict=True)
+        ]
+        rows[f"ratio {clock}"] = round(median(ratios), 2)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
