@@ -7,7 +7,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from deepseek.compiled.abi import PAGE
-from deepseek.compiled.vector import SHORT, Emit
+from deepseek.kernels.numba.emit import SHORT, Emit
 
 
 @intrinsic

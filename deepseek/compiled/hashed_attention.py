@@ -44,20 +44,8 @@ def _score_buckets(x, matrix, scores):  # type: ignore[no-untyped-def]
             scores[c] += value * row[c]
 
 
-@subroutine(error_model="numpy")
-def _find_buckets(weights, layer, place, x, r, codes):  # type: ignore[no-untyped-def]
-    """Set `codes` to the likeliest buckets of `x` in round `r`, by map `place` of the layer."""
-    lsh = weights.lsh
-    place += r * (lsh[QUERY_MAPS] + lsh[KEY_MAPS])
-    shape = (len(x) + 1, lsh[BUCKETS])
-    scores = np.empty(shape[1], np.float32)
-    at = weights.hashes[layer] + place * shape[0] * shape[1] * 4
-    _score_buckets(x, floats(at, shape[0], shape[1]), scores)
-    rank(scores, np.empty(len(codes), np.float32), codes)
-
-
 @subroutine
-def rank(scores, best, codes):  # type: ignore[no-untyped-def]
+def _rank(scores, best, codes):  # type: ignore[no-untyped-def]
     """Set `best` to the largest scores, largest first, and `codes` to their places.
 
     The best so far are kept sorted. Most scores need only one comparison, with the last of them.
@@ -77,6 +65,18 @@ def rank(scores, best, codes):  # type: ignore[no-untyped-def]
             best[p] = score
             codes[p] = c
             least = best[probes - 1]
+
+
+@subroutine(error_model="numpy")
+def _find_buckets(weights, layer, place, x, r, codes):  # type: ignore[no-untyped-def]
+    """Set `codes` to the likeliest buckets of `x` in round `r`, by map `place` of the layer."""
+    lsh = weights.lsh
+    place += r * (lsh[QUERY_MAPS] + lsh[KEY_MAPS])
+    shape = (len(x) + 1, lsh[BUCKETS])
+    scores = np.empty(shape[1], np.float32)
+    at = weights.hashes[layer] + place * shape[0] * shape[1] * 4
+    _score_buckets(x, floats(at, shape[0], shape[1]), scores)
+    _rank(scores, np.empty(len(codes), np.float32), codes)
 
 
 @subroutine(error_model="numpy")

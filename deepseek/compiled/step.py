@@ -204,19 +204,6 @@ def _keep_stream(batch, work, layer):  # type: ignore[no-untyped-def]
 
 
 @subroutine(error_model="numpy")
-def _attend(weights, batch, work, layer, counter):  # type: ignore[no-untyped-def]
-    """Compute the heads' outputs, exactly or over each query's candidates."""
-    if weights.hashes[layer] == 0:
-        attend(weights, batch, work, layer)
-    else:
-        if weights.lsh[FAR_FIELD]:
-            place_page_sums(weights, batch, layer)
-            barrier(counter)
-        attend_hashed(weights, batch, work, layer)
-    barrier(counter)
-
-
-@subroutine(error_model="numpy")
 def _attention(weights, batch, work, layer, counter, places, ones):  # type: ignore[no-untyped-def]
     """Add the attention of a layer to the residual stream."""
     rows = len(batch.input_ids)
@@ -235,7 +222,14 @@ def _attention(weights, batch, work, layer, counter, places, ones):  # type: ign
     place_heads(weights, batch, work, layer)
     place_bias(weights, batch, work, layer)
     barrier(counter)
-    _attend(weights, batch, work, layer, counter)
+    if weights.hashes[layer] == 0:
+        attend(weights, batch, work, layer)
+    else:
+        if weights.lsh[FAR_FIELD]:
+            place_page_sums(weights, batch, layer)
+            barrier(counter)
+        attend_hashed(weights, batch, work, layer)
+    barrier(counter)
     if work.attended.shape[1]:
         round_attended(work, rows)
         barrier(counter)
