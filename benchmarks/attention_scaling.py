@@ -1,9 +1,10 @@
 """Time and memory of LSH attention against the number of tokens, rivals side by side.
 
     python benchmarks/attention_scaling.py [--tokens 4096 8192 16384 32768 65536] [--turns 3]
+        [--dtype bfloat16]
 
-All take turns on the same tensors (9 query heads, 3 key heads, width 64, fp32), so a disturbance
-meets each of them. Ours includes hashing. Peak memory is that of a fresh process, inputs, outputs
+All take turns on the same tensors (9 query heads, 3 key heads, width 64, fp32 or `--dtype`), so a
+disturbance meets each of them. Ours includes hashing. Peak memory is that of a fresh process, inputs, outputs
 and gradients included. Writes `results/attention_scaling.json` (or `--json`) and
 a plot beside it.
 
@@ -40,6 +41,7 @@ from deepseek.model.attention.lsh import RandomHash
 from deepseek.model.attention.sparse import sparse_attention
 
 HEADS, GROUPS, WIDTH = 9, 3, 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS = [2048, 4096, 8192, 16384, 32768, 65536]
 TABLES = ("forward", "training", "peak", "decode")
 # Tokens; beyond, they take gigabytes or minutes.
@@ -141,11 +143,12 @@ WAYS: dict[str, Way] = {
 }
 
 
-def inputs(tokens: int, learn: bool) -> list[Tensor]:
+def inputs(tokens: int, learn: bool, dtype: str) -> list[Tensor]:
     """Queries, keys and values laid out as a model's projections leave them."""
     torch.manual_seed(0)
     parts = [
-        torch.randn(1, tokens, heads, WIDTH).transpose(1, 2) for heads in (HEADS, GROUPS, GROUPS)
+        torch.randn(1, tokens, heads, WIDTH).to(DTYPES[dtype]).transpose(1, 2)
+        for heads in (HEADS, GROUPS, GROUPS)
     ]
     return [part.requires_grad_(learn) for part in parts]
 
@@ -165,11 +168,11 @@ def fits(name: str, tokens: int) -> bool:
     return tokens <= MOST.get(name, 1 << 20)
 
 
-def times(tokens: int, learn: bool, turns: int) -> dict[str, float]:
+def times(tokens: int, learn: bool, turns: int, dtype: str) -> dict[str, float]:
     """Median seconds of each way, all taking turns; only one turn for what takes more than a
     quarter minute.
     """
-    parts, spent = inputs(tokens, learn), {name: [] for name in WAYS if fits(name, tokens)}
+    parts, spent = inputs(tokens, learn, dtype), {name: [] for name in WAYS if fits(name, tokens)}
     for name in spent:
         if tokens <= 16384:
             run(WAYS[name], parts, learn)  # the first time also compiles and fills caches
@@ -188,15 +191,15 @@ def resident(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
-def peak(name: str, tokens: int, learn: bool) -> int:
+def peak(name: str, tokens: int, learn: bool, dtype: str) -> int:
     """Bytes that a run takes at most, its inputs included, in this fresh process."""
-    run(WAYS[name], inputs(512, learn), learn)
+    run(WAYS[name], inputs(2304, learn, dtype), learn)  # past the exact start
     before = resident("VmRSS")
-    run(WAYS[name], inputs(tokens, learn), learn)
+    run(WAYS[name], inputs(tokens, learn, dtype), learn)
     return resident("VmHWM") - before
 
 
-def peaks(tokens: int, learn: bool) -> dict[str, int]:
+def peaks(tokens: int, learn: bool, dtype: str) -> dict[str, int]:
     figures = {}
     for name in WAYS:
         if fits(name, tokens):
@@ -207,6 +210,8 @@ def peaks(tokens: int, learn: bool) -> dict[str, int]:
                 name,
                 "--tokens",
                 str(tokens),
+                "--dtype",
+                dtype,
                 *["--learn"] * learn,
             ]
             done = subprocess.run(
@@ -217,9 +222,9 @@ def peaks(tokens: int, learn: bool) -> dict[str, int]:
 
 
 @torch.no_grad()
-def decode(tokens: int, steps: int = 200) -> dict[str, float]:
+def decode(tokens: int, dtype: str, steps: int = 200) -> dict[str, float]:
     """Median seconds of one layer's attention for one more token with `tokens` cached ones."""
-    query, key, value = (part.contiguous() for part in inputs(tokens + steps, learn=False))
+    query, key, value = (part.contiguous() for part in inputs(tokens + steps, False, dtype))
     hashed, buckets = RandomHash(DECODE.num_buckets, WIDTH), BucketCache(DECODE)
     buckets.append(hashed.key_codes(key[:, :, :tokens]))
     seconds: dict[str, list[float]] = {"ours": [], "sdpa": []}
@@ -297,6 +302,7 @@ def main() -> None:
     parser.add_argument(
         "--add", action="store_true", help="add to the lengths that the file holds from before"
     )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     add_output(parser, "attention_scaling")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--learn", action="store_true", help=argparse.SUPPRESS)
@@ -304,20 +310,24 @@ def main() -> None:
     if min(*options.tokens, options.turns) < 1:
         parser.error("--tokens and --turns must be at least 1")
     if options.peak:
-        print(peak(options.peak, options.tokens[0], options.learn))
+        print(peak(options.peak, options.tokens[0], options.learn, options.dtype))
         return
     for name in set(WAYS) - set(options.ways):
         MOST[name] = 0
     figures: dict[str, Any] = {"shape": {"heads": HEADS, "key_heads": GROUPS, "head_dim": WIDTH}}
+    figures["dtype"] = options.dtype
     figures |= {"forward": {}, "training": {}, "peak": {}, "decode": {}}
     if options.add:
         before = json.loads(options.json.read_text())
         figures |= {name: {int(n): row for n, row in before[name].items()} for name in TABLES}
     for n in options.tokens:
         figures["forward"][n], figures["training"][n] = (
-            times(n, learn, options.turns) for learn in (False, True)
+            times(n, learn, options.turns, options.dtype) for learn in (False, True)
         )
-        figures["peak"][n], figures["decode"][n] = peaks(n, learn=True), decode(n)
+        figures["peak"][n], figures["decode"][n] = (
+            peaks(n, True, options.dtype),
+            decode(n, options.dtype),
+        )
         print(n, json.dumps({name: figures[name][n] for name in TABLES}), flush=True)
         for name in ("forward", "training"):
             figures[f"{name}_exponent"] = exponents(figures[name])

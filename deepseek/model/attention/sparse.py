@@ -96,9 +96,8 @@ def sparse_attention(
     probes = whole("probes", probes, least=1)
     num_rounds = whole("num_rounds", num_rounds, least=1, most=MAX_ROUNDS)
     seed = whole("seed", seed, least=0, most=checks.MAX_SEED)
-    hasher = random_hash(num_buckets, q.shape[-1], num_rounds, seed) if hash is None else hash
-    for method in ("query_codes", "key_codes"):
-        checks.function(f"hash.{method}", getattr(hasher, method, None))
+    for method in ("query_codes", "key_codes") if hash is not None else ():
+        checks.function(f"hash.{method}", getattr(hash, method, None))
     exact = _exact_tokens(exact_tokens, causal and not far_field)
     # A window longer than the text is no longer than the text; kernels count in int32.
     total = k.shape[2]
@@ -109,33 +108,33 @@ def sparse_attention(
         "exact_tokens": min(exact, total),
     }
     rows: dict[str, Any] = {"document_ids_BS": document_ids, "key_mask_BS": key_mask}
-    hashed = partial(_codes, hasher, min(probes, num_buckets), num_buckets)
-    if not causal:
-        return _both_ways(q, k, v, hashed(q, k), limits, rows, scale).reshape(query.shape)
     early = limits["exact_tokens"]
     if q.shape[2] < total or document_ids is not None or key_mask is not None:
         early = 0  # left to the kernel, because torch's fast attention has no such masks
-    outs = []
+    if early == total:
+        return _exact(q, k, v, scale).reshape(query.shape)
+    hasher = random_hash(num_buckets, q.shape[-1], num_rounds, seed) if hash is None else hash
+    hashed = partial(_codes, hasher, min(probes, num_buckets), num_buckets)
+    if not causal:
+        return _both_ways(q, k, v, hashed(q, k), limits, rows, scale).reshape(query.shape)
+    late = q[:, :, early:]
+    query_codes, key_codes = hashed(late, k)
+    out = kernel.lsh_attention(
+        late,
+        k,
+        v,
+        query_codes,
+        key_codes,
+        num_buckets=num_buckets,
+        scale=scale,
+        far_field=far_field,
+        **rows,
+        **limits,
+    )
     if early:
-        outs.append(_exact(q[:, :, :early], k[:, :, :early], v[:, :, :early], scale))
-    if early < total:
-        late = q[:, :, early:]
-        query_codes, key_codes = hashed(late, k)
-        outs.append(
-            kernel.lsh_attention(
-                late,
-                k,
-                v,
-                query_codes,
-                key_codes,
-                num_buckets=num_buckets,
-                scale=scale,
-                far_field=far_field,
-                **rows,
-                **limits,
-            )
-        )
-    return torch.cat(outs, dim=2).reshape(query.shape)
+        start = _exact(q[:, :, :early], k[:, :, :early], v[:, :, :early], scale)
+        out = torch.cat([start, out], dim=2)
+    return out.reshape(query.shape)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
