@@ -2,7 +2,7 @@
 reference runner, divergence beside the dense base's.
 
     python benchmarks/compiled_kinds.py [--model smollm2-135m] [--kinds dense dpe alibi window lsh]
-        [--texts docs] [--rows 8] [--rounds 5] [--json FILE]
+        [--texts docs] [--rows 8] [--row 256] [--rounds 5] [--json FILE]
 
 `dpe` has dynamic positions with random parameters, `alibi` linear biases in place of rotary
 positions, `window` a sliding window of 128 tokens at every second layer, `lsh` LSH attention as it
@@ -11,7 +11,7 @@ that with a far field and two rounds; `stock` is the model as it is. The sides t
 of 512 tokens, then 64 tokens one by one. The reference runner, in the dtype that it takes by
 itself, decodes eight tokens a turn. `ratio` is the kind's decoding speed over that of the first
 kind in the same round, `divergence` the mean KL divergence of the logits in nats from the fp32
-model's, on rows of 256 tokens of TEXTS, and `equal` the share of tokens at which both find the same
+model's, on rows of `--row` tokens of TEXTS, and `equal` the share of tokens at which both find the same
 one likeliest.
 """
 
@@ -46,7 +46,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "far": {"attention": "lsh", "lsh_far_field": True, "lsh_rounds": 2, **NARROW},
     "window": {"sliding_window": 128, "full_attention_layers": list(range(0, 30, 2))},
 }
-ROW = 256
 
 
 def main() -> None:
@@ -57,12 +56,14 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["dense", "dpe"])
     parser.add_argument("--texts", nargs="+", type=Path, default=[Path("docs")])
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--row", type=int, default=256, help="tokens in a row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     tokenizer = load(options.model).tokenizer
-    documents = [tokenizer(one.text[: 8 * ROW]).input_ids for one in documents_at(options.texts)]
-    rows = [ids[:ROW] for ids in documents if len(ids) >= ROW][: options.rows]
+    row = options.row
+    documents = [tokenizer(one.text[: 8 * row]).input_ids for one in documents_at(options.texts)]
+    rows = [ids[:row] for ids in documents if len(ids) >= row][: options.rows]
     quality = {}
     sides: dict[tuple[str, str], Runner] = {}
     for kind in options.kinds:
