@@ -113,6 +113,36 @@ def attend(
     )
 
 
+HASHED = 512
+"""Tokens that are hashed at once, so that their scores stay in the cache."""
+
+
+@torch.no_grad()
+def likeliest_buckets(
+    x_BHTK: Tensor, weight_KC: Tensor, bias_C: Tensor | None, probes: int
+) -> Tensor:
+    """Return the buckets with the largest `x @ weight + bias` in fp32, largest first.
+
+    Args:
+        x_BHTK: queries or keys.
+        weight_KC, bias_C: map to the scores of buckets, for all heads or, with further dimensions
+            in front, for each of them; None for no bias.
+        probes: number of buckets.
+
+    Returns:
+        Buckets `[B, H, T, probes]`, int64.
+    """
+
+    def of(part: Tensor) -> Tensor:
+        scores = part.float() @ weight_KC
+        return likeliest(scores if bias_C is None else scores + bias_C, probes)
+
+    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if x_BHTK.device.type != "cpu" or tracing:
+        return of(x_BHTK)
+    return torch.cat([of(part) for part in x_BHTK.split(HASHED, dim=2)], dim=2)
+
+
 @torch.no_grad()
 def likeliest(scores: Tensor, probes: int) -> Tensor:
     """Return the indices of the largest scores, largest first, as `torch.topk` does.

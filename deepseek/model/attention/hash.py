@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deepseek.checkpoint.store import atomic_write
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.kernels.lsh.attention import likeliest
+from deepseek.kernels.lsh.attention import likeliest_buckets
 
 FORMAT = "deepseek-hash-1"
 PARTS = ("key_weight", "key_bias", "query_weight", "query_bias")
@@ -55,11 +55,11 @@ class LinearHash(nn.Module):
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
         """Return the bucket `[B, G, S]` of each key."""
-        return likeliest(key_BGSK.float() @ self.key_weight + self.key_bias[:, None], 1)[..., 0]
+        return likeliest_buckets(key_BGSK, self.key_weight, self.key_bias[:, None], 1)[..., 0]
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
         """Return `probes` distinct buckets `[B, H, T, P]` per query, in descending score."""
-        return likeliest(query_BHTK.float() @ self.query_weight + self.query_bias[:, None], probes)
+        return likeliest_buckets(query_BHTK, self.query_weight, self.query_bias[:, None], probes)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in PARTS}

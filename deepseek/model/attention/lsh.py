@@ -71,13 +71,10 @@ class RandomHash(nn.Module):
         self.directions_CK = nn.functional.normalize(normal_CK, dim=-1).to(self.directions_CK.dtype)
 
     def key_codes(self, key_BGSK: Tensor) -> Tensor:
-        return kernel.likeliest(self._similarity(key_BGSK), 1)[..., 0]
+        return self.query_codes(key_BGSK, 1)[..., 0]
 
     def query_codes(self, query_BHTK: Tensor, probes: int) -> Tensor:
-        return kernel.likeliest(self._similarity(query_BHTK), probes)
-
-    def _similarity(self, x: Tensor) -> Tensor:
-        return x.float() @ self.directions_CK.float().mT
+        return kernel.likeliest_buckets(query_BHTK, self.directions_CK.float().mT, None, probes)
 
 
 def random_hash(num_buckets: int, head_dim: int, rounds: int, seed: int) -> Hash:
