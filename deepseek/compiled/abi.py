@@ -6,22 +6,29 @@ To add a buffer, add a row here and supply its value where the group's values ar
 and `BatchLayers` for `BATCH`. Buffers that the step itself fills (`WORK`) need no value.
 
 Memory without an array of its own is passed by address: packed panels of weights
-(`kernels/int8.py`), to whose address `FOUR_BITS` is added if they have 4 bits, pages of keys and
-values (`compiled/page_shape.py`), and quantised rows of activations (`compiled/rows.py`).
+(`kernels/int8.py`), to whose address `FOUR_BITS` and `BY_TILES` are added, pages of keys and values
+(`compiled/page_shape.py`), and quantised rows of activations (`compiled/rows.py`).
 """
 
 from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.kernels.numba.buffers import BF16, FP32, INT64, Buffer, Table
 
-# Added to the address of panels with 4-bit weights. Panels themselves lie at multiples of 64.
+# Added to the address of panels: with 4-bit weights; if AMX tiles may multiply them. Panels themselves
+# lie at multiples of 64.
 FOUR_BITS = 1
+BY_TILES = 2
 PAGE = 64  # tokens in a page of keys and values
 # Number of latest positions with running sums of gate scores; a state can rewind by RECENT - 1.
 RECENT = 8
 SUMS = 3  # running sums of a gate: detecting scores, contrasting scores, and the token weights
 BLOCK = 64  # rows that a panel of weights is multiplied by before the results are used
-# Maximum number of queries in a unit of attention; with four vectors each, they fill the registers.
-QUERIES = 6
+TILE_BLOCK = 256  # the same where tiles multiply, which start slowly after a pause
+# Fewest rows for tiles. A panel is opened for them first, which costs as much as about 16 rows.
+FEWEST_TILE_ROWS = 48
+# Maximum number of queries in a unit of attention: those of a tile, or as many as fill the registers
+# with four vectors each.
+QUERIES = 16
+VECTOR_QUERIES = 6
 # Numbers of LSH attention: keys of the local window, sinks, keys of a bucket, whether there is a far
 # field, rounds of hashing, buckets probed in each, buckets, and maps that score the buckets of
 # queries and of keys: one for each head, or one for all.
@@ -96,6 +103,8 @@ WEIGHTS = Table(
         Buffer("growth", FP32, "positions", "logarithm of the position in training lengths"),
         Buffer("hashes", INT64, "layers", "addresses of the hashes of LSH attention; 0: exact"),
         Buffer("lsh", INT64, f"{LSH_NUMBERS}", "numbers of LSH attention, such as `LOCAL`"),
+        Buffer("tiles", INT64, "", "1: AMX tiles are available"),
+        Buffer("tile_attention", INT64, "", "1: attention uses them"),
         Buffer("eps", FP32, "1", "epsilon that the norms add to the mean square"),
     ),
 )

@@ -5,6 +5,7 @@ import numpy as np
 from deepseek.compiled.abi import ROUTED
 from deepseek.compiled.packing import (
     MatrixSource,
+    bits_of,
     matrix_source,
     pack_matrices,
     quantised_source,
@@ -39,7 +40,9 @@ class PackedPool:
             sources["gate_up", expert] = [gate_up.part(0, width), gate_up.part(width, 2 * width)]
             sources["down", expert] = [_source(pool, "down_proj", expert)]
         self._matrices = pack_matrices(sources)  # owns the memory
-        places = {key: tagged_address(self._matrices[key], sources[key]) for key in sources}
+        places = {
+            key: tagged_address(self._matrices[key], bits_of(sources[key])) for key in sources
+        }
         self.gate_up = [places["gate_up", expert] for expert in experts]
         self.down = [places["down", expert] for expert in experts]
         self.nbytes = sum(part.nbytes for part in self._matrices.values())

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from deepseek.compiled.abi import FOUR_BITS
+from deepseek.compiled.abi import BY_TILES, FOUR_BITS
 from deepseek.kernels.int8 import BLOCK_ELEMENTS, Int8Matrix, pack, packed_bytes, quantize
 from deepseek.kernels.int8_layout import GROUP
+from deepseek.kernels.numba import amx
 from deepseek.kernels.numba.buffers import aligned
 from deepseek.model.stored import StoredEmbedding, StoredLinear
 
@@ -112,19 +113,20 @@ def pack_matrices(matrices: Mapping[Key, Sequence[MatrixSource]]) -> dict[Key, n
     return parts
 
 
-def tagged_address(panels: np.ndarray, sources: Sequence[MatrixSource]) -> int:
-    """Return the address of packed matrices, which also says how many bits their weights have."""
+def tagged_address(panels: np.ndarray, bits: int) -> int:
+    """Return the address of packed matrices with the marks of `compiled/abi.py`."""
     address: int = panels.ctypes.data
-    return address + (FOUR_BITS if _bits(sources) == 4 else 0)
+    return address + (FOUR_BITS if bits == 4 else 0) + (BY_TILES if amx.available() else 0)
 
 
-def _bits(sources: Sequence[MatrixSource]) -> int:
+def bits_of(sources: Sequence[MatrixSource]) -> int:
+    """Return the bits of matrices that are packed together."""
     return max(source.bits for source in sources)
 
 
 def _packed_bytes(sources: Sequence[MatrixSource]) -> int:
     return packed_bytes(
-        [source.outputs for source in sources], sources[0].width, bits=_bits(sources)
+        [source.outputs for source in sources], sources[0].width, bits=bits_of(sources)
     )
 
 
@@ -135,6 +137,8 @@ def _pack_into(memory: np.ndarray, sources: Sequence[MatrixSource]) -> None:
     start = 0
     for first in range(0, outputs, step):
         last = min(first + step, outputs)
-        panels = pack([source.rows(first, last) for source in sources], _bits(sources)).reshape(-1)
+        panels = pack([source.rows(first, last) for source in sources], bits_of(sources)).reshape(
+            -1
+        )
         memory[start : start + len(panels)] = panels
         start += len(panels)

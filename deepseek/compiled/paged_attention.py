@@ -6,13 +6,12 @@ from deepseek.compiled.abi import PAGE, QUERIES, SYNC_STRIDE
 from deepseek.compiled.pages import plane
 from deepseek.compiled.rows import put_attended, round_group
 from deepseek.compiled.score_bias import add_bias
+from deepseek.compiled.softmax import softmax
+from deepseek.compiled.tile_attention import mix_tiles, score_tiles
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
 from deepseek.kernels.int8_layout import GROUP
-from deepseek.kernels.numba.primitives import exp, narrow, share, thread_number
+from deepseek.kernels.numba.primitives import share, thread_number
 from deepseek.kernels.numba.subroutine import subroutine
-
-BFLOAT16 = np.uint16(0)  # a value of the type that stores the bits of bf16
-
 
 @subroutine(error_model="numpy")
 def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no-untyped-def]
@@ -29,25 +28,6 @@ def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no
         i += 2
     if i < count:
         pair_dot_1(a + i * a_stride, a_stride, b, n, c + i * c_stride, c_stride, following)
-
-
-@subroutine(fastmath=True, error_model="numpy")
-def _softmax(scores, probs):  # type: ignore[no-untyped-def]
-    """Set `probs` to the exponentials of the scores minus the largest score.
-
-    Returns the reciprocal of their sum, by which the caller normalises.
-    """
-    largest = scores[0]
-    for s in range(len(scores)):
-        largest = max(largest, scores[s])
-    total = np.float32(0)
-    for s in range(len(scores)):
-        value = exp(scores[s] - largest)
-        scores[s] = value
-        total += value
-    for s in range(len(scores)):
-        probs[s] = narrow(scores[s], BFLOAT16)
-    return np.float32(1) / total
 
 
 @subroutine(error_model="numpy")
@@ -104,22 +84,26 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
     scores = work.attention_scores[thread_number()]
     probs = work.attention_probs[thread_number()]
     queries = work.queries[group].ctypes.data + ((row * group_heads) + start) * width * 2
-    scores[:count, :span] = 0
-    _score(weights, batch, queries, scores, layer, chunk, group, low, pages, count)
+    if weights.tile_attention:
+        score_tiles(weights, batch, queries, scores, layer, chunk, group, low, pages, count)
+    else:
+        scores[:count, :span] = 0
+        _score(weights, batch, queries, scores, layer, chunk, group, low, pages, count)
     factors = np.empty(QUERIES, np.float32)
     for i in range(count):
         head = group * group_heads + (start + i) % group_heads
         token = row + (start + i) // group_heads
         add_bias(weights, batch, work, layer, chunk, token, head, low, scores[i, :span])
         end = past + (start + i) // group_heads
-        first = max(0, end - window) if window else 0
-        probs[i, : first - base] = 0
+        first = max(0, end - window) - base if window else 0
+        probs[i, :first] = 0
         probs[i, end - base : span] = 0
-        factors[i] = _softmax(
-            scores[i, first - base : end - base], probs[i, first - base : end - base]
-        )
+        factors[i] = softmax(scores[i].ctypes.data, probs[i].ctypes.data, first, end - base)
     attended = np.zeros((QUERIES, weights.page_width), np.float32)
-    _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
+    if weights.tile_attention:
+        mix_tiles(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
+    else:
+        _mix(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
     for i in range(count):
         head = group * group_heads + (start + i) % group_heads
         token = row + (start + i) // group_heads

@@ -50,6 +50,13 @@ def _nibble_tiles(emit: Emit, start: Any) -> list[list[Any]]:
     ]
 
 
+def tile_words(emit: Emit, start: Any, bits: int) -> list[list[Any]]:
+    """Return the weights that lie in the same bytes: of one step, or of two with 4 bits, each tile
+    by tile.
+    """
+    return (_byte_tiles if bits == 8 else _nibble_tiles)(emit, start)
+
+
 def _correction(emit: Emit, address: Any, bits: int) -> Any:
     """Return what the sums of a row start with, in all lanes.
 
@@ -70,14 +77,13 @@ def _group_sums(emit: Emit, block: Any, inputs: list[Any], sums: list[Any], bits
         sums: initial sums, by row and tile.
         bits: bits of a weight.
     """
-    tiles_at = _byte_tiles if bits == 8 else _nibble_tiles
     steps = 8 // bits  # whose weights lie in the same bytes
     builder = emit.builder
 
     def one_load(number: Any, sums: list[Any]) -> list[Any]:
         offset = builder.mul(number, number.type(4 * steps))
         start = emit.address(block, builder.mul(number, number.type(TILES * 64)))
-        for step, tiles in enumerate(tiles_at(emit, start)):
+        for step, tiles in enumerate(tile_words(emit, start, bits)):
             places = [emit.address(emit.address(base, offset), 4 * step) for base in inputs]
             words = [emit.splat(emit.load(WORD, place, 4)) for place in places]
             pairs = product(words, tiles)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 from numba import carray, types
 
-from deepseek.compiled.abi import BLOCK, FOUR_BITS
+from deepseek.compiled.abi import BLOCK, BY_TILES, FEWEST_TILE_ROWS, FOUR_BITS, TILE_BLOCK
 from deepseek.compiled.panel_dot import (
     nibble_dot_1,
     nibble_dot_2,
@@ -22,10 +22,11 @@ from deepseek.compiled.panel_dot import (
     panel_dot_4,
     panel_dot_8,
 )
+from deepseek.compiled.tile_dot import OPENED_BYTES, RING_BYTES, open_bytes, open_nibbles, tile_dot
 from deepseek.compiled.vector import arrive, look, rotate, rotate_and_round
 from deepseek.kernels import int8_layout
 from deepseek.kernels.int8_layout import COLUMNS, GROUP, LANES
-from deepseek.kernels.numba import openmp
+from deepseek.kernels.numba import amx, openmp
 from deepseek.kernels.numba.primitives import pointer, sigmoid, thread_count
 from deepseek.kernels.numba.subroutine import subroutine
 
@@ -172,8 +173,8 @@ def _weight_bits(panels):  # type: ignore[no-untyped-def]
 
 @subroutine(error_model="numpy")
 def _panel_at(panels, panel, groups):  # type: ignore[no-untyped-def]
-    """Return the address of a panel, without the mark of 4 bits."""
-    return (panels & ~FOUR_BITS) + panel * groups * _group_bytes(_weight_bits(panels))
+    """Return the address of a panel, without marks."""
+    return (panels & ~(FOUR_BITS | BY_TILES)) + panel * groups * _group_bytes(_weight_bits(panels))
 
 
 @subroutine(error_model="numpy")
@@ -190,14 +191,71 @@ def multiply(panels, panel, table, count, groups, out):  # type: ignore[no-untyp
 
 
 @subroutine(error_model="numpy")
+def tile_workspace(panels, number, table, count, groups):  # type: ignore[no-untyped-def]
+    """Return memory for `number` opened panels if tiles are to multiply them by `count` rows; else
+    an empty array.
+
+    The rows must lie at equal distances. Tables are in the order of the rows in memory.
+    """
+    size = 0
+    if panels & BY_TILES and count >= FEWEST_TILE_ROWS:
+        rows = carray(pointer(table), (count,), np.int64)
+        if rows[count - 1] - rows[0] == (count - 1) * row_bytes(groups):
+            amx.configure()
+            size = RING_BYTES + number * groups * OPENED_BYTES + 64
+    return np.empty(size, np.uint8)
+
+
+@subroutine(error_model="numpy")
+def _ring(workspace):  # type: ignore[no-untyped-def]
+    """Return the address of the ring of sums; the opened panels lie behind it."""
+    return (workspace.ctypes.data + 63) // 64 * 64
+
+
+@subroutine(error_model="numpy")
+def open_panels(panels, first, number, groups, workspace):  # type: ignore[no-untyped-def]
+    """Open `number` panels from panel `first` on."""
+    for i in range(number):
+        panel = _panel_at(panels, first + i, groups)
+        opened = _ring(workspace) + RING_BYTES + i * groups * OPENED_BYTES
+        if _weight_bits(panels) == 4:
+            open_nibbles(panel, groups, opened)
+        else:
+            open_bytes(panel, groups, opened)
+
+
+@subroutine(error_model="numpy")
+def multiply_opened(workspace, i, table, count, groups, out):  # type: ignore[no-untyped-def]
+    """Multiply the opened panel number `i` by `count` rows, as `multiply` does."""
+    ring = _ring(workspace)
+    opened = ring + RING_BYTES + i * groups * OPENED_BYTES
+    rows = carray(pointer(table), (1,), np.int64)[0]
+    tile_dot(opened, rows, row_bytes(groups), count, groups, out, ring)
+
+
+@subroutine(error_model="numpy")
+def _multiply(panels, panel, i, table, count, groups, out, workspace):  # type: ignore[no-untyped-def]
+    """Multiply panel `panel`, which is number `i` of the opened ones, by `count` rows."""
+    if len(workspace) and count >= amx.ROWS:
+        multiply_opened(workspace, i, table, count, groups, out)
+    else:
+        multiply(panels, panel, table, count, groups, out)
+
+
+@subroutine(error_model="numpy")
 def project(panels, first, last, table, count, groups, out):  # type: ignore[no-untyped-def]
     """Compute the columns of `out` `[count, F]` that belong to panels `first` to `last - 1`."""
-    product = np.empty((BLOCK, COLUMNS), np.float32)
+    workspace = tile_workspace(panels, 1, table, count, groups)
+    block = TILE_BLOCK if len(workspace) else BLOCK
+    product = np.empty((block, COLUMNS), np.float32)
     for panel in range(first, last):
+        if len(workspace):
+            open_panels(panels, panel, 1, groups, workspace)
         columns = min(COLUMNS, out.shape[1] - panel * COLUMNS)
-        for start in range(0, count, BLOCK):
-            rows = min(BLOCK, count - start)
-            multiply(panels, panel, table + 8 * start, rows, groups, product.ctypes.data)
+        for start in range(0, count, block):
+            rows = min(block, count - start)
+            place = product.ctypes.data
+            _multiply(panels, panel, 0, table + 8 * start, rows, groups, place, workspace)
             for r in range(rows):
                 out[start + r, panel * COLUMNS : panel * COLUMNS + columns] = product[r, :columns]
 
@@ -214,12 +272,17 @@ def add_projected(panels, first, last, table, places, factors, groups, bias, res
 
     Only the columns of panels `first` to `last - 1` are computed, as in `project`.
     """
-    product = np.empty((BLOCK, COLUMNS), np.float32)
+    workspace = tile_workspace(panels, 1, table, len(places), groups)
+    block = TILE_BLOCK if len(workspace) else BLOCK
+    product = np.empty((block, COLUMNS), np.float32)
     for panel in range(first, last):
+        if len(workspace):
+            open_panels(panels, panel, 1, groups, workspace)
         columns = min(COLUMNS, residual.shape[1] - panel * COLUMNS)
-        for start in range(0, len(places), BLOCK):
-            rows = min(BLOCK, len(places) - start)
-            multiply(panels, panel, table + 8 * start, rows, groups, product.ctypes.data)
+        for start in range(0, len(places), block):
+            rows = min(block, len(places) - start)
+            place = product.ctypes.data
+            _multiply(panels, panel, 0, table + 8 * start, rows, groups, place, workspace)
             for r in range(rows):
                 target = residual[places[start + r], panel * COLUMNS : panel * COLUMNS + columns]
                 _add(
@@ -254,15 +317,29 @@ def activate(panels, first, last, table, count, groups, inner, out, gelu):  # ty
 
     A row of hidden values has `inner` groups; the first one is at address `out`.
     """
-    product = np.empty((BLOCK, COLUMNS), np.float32)
-    hidden = np.empty((BLOCK, GROUP), np.float32)
     quarters = GROUP // LANES
+    workspace = tile_workspace(panels, quarters, table, count, groups)
+    block = TILE_BLOCK if len(workspace) else BLOCK
+    product = np.empty((block, COLUMNS), np.float32)
+    hidden = np.empty((block, GROUP), np.float32)
     for group in range(first, last):
-        for start in range(0, count, BLOCK):
-            rows = min(BLOCK, count - start)
+        panel = quarters * group
+        if len(workspace):
+            open_panels(panels, panel, quarters, groups, workspace)
+        for start in range(0, count, block):
+            rows = min(block, count - start)
             for quarter in range(quarters):
-                panel = quarters * group + quarter
-                multiply(panels, panel, table + 8 * start, rows, groups, product.ctypes.data)
+                place = product.ctypes.data
+                _multiply(
+                    panels,
+                    panel + quarter,
+                    quarter,
+                    table + 8 * start,
+                    rows,
+                    groups,
+                    place,
+                    workspace,
+                )
                 for r in range(rows):
                     quarter_r = hidden[r, quarter * LANES : (quarter + 1) * LANES]
                     if gelu:

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 
 from deepseek.compiled import step
-from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRIDE, WORK
+from deepseek.compiled.abi import (
+    BATCH,
+    PAGE,
+    QUERIES,
+    RECENT,
+    SUMS,
+    SYNC_STRIDE,
+    VECTOR_QUERIES,
+    WORK,
+)
 from deepseek.compiled.batch_layers import BatchLayers, by_entry
 from deepseek.compiled.page_shape import PageShape
 from deepseek.compiled.state import CompiledState, member_count
@@ -130,7 +139,8 @@ class Scratch:
         lengths = [len(chunk.ids) for chunk in chunks]
         starts = [state.length for state in states]
         unit_queries = min(
-            QUERIES, max(FEWEST, rows.first[-1] * extents["heads"] // (UNITS * threads))
+            QUERIES if self.model.tiles else VECTOR_QUERIES,
+            max(FEWEST, rows.first[-1] * extents["heads"] // (UNITS * threads)),
         )
         units = (
             extents["groups"] * -(-length * extents["group_heads"] // unit_queries)

@@ -39,7 +39,7 @@ from deepseek.compiled.rows import (
 )
 from deepseek.compiled.score_bias import place_bias
 from deepseek.kernels.int8_layout import COLUMNS, GROUP
-from deepseek.kernels.numba import launch, openmp
+from deepseek.kernels.numba import amx, launch, openmp
 from deepseek.kernels.numba.buffers import KernelArguments
 from deepseek.kernels.numba.primitives import share, thread_number
 from deepseek.kernels.numba.subroutine import subroutine
@@ -60,10 +60,14 @@ SOURCES = (
     "compiled/panel_dot.py",
     "compiled/rows.py",
     "compiled/score_bias.py",
+    "compiled/softmax.py",
     "compiled/step.py",
+    "compiled/tile_attention.py",
+    "compiled/tile_dot.py",
     "compiled/vector.py",
     "kernels/bias/distance.py",
     "kernels/int8_layout.py",
+    "kernels/numba/amx.py",
     "kernels/numba/buffers.py",
     "kernels/numba/emit.py",
     "kernels/numba/launch.py",
@@ -308,6 +312,8 @@ def _run(weights, batch, sites, routed, work):  # type: ignore[no-untyped-def]
     barrier(counter)
     first, last = _panels(weights.vocabulary)
     project(weights.lm_head, first, last, work.normed_rows.ctypes.data, kept, groups, batch.logits)
+    if weights.tiles:
+        amx.release()
 
 
 @cache

@@ -13,6 +13,7 @@ from deepseek.compiled.hashes import PackedHashes
 from deepseek.compiled.native_weights import NativeExperts
 from deepseek.compiled.packing import (
     MatrixSource,
+    bits_of,
     concatenate,
     matrix_source,
     pack_matrices,
@@ -23,6 +24,7 @@ from deepseek.compiled.positions import angles, bias_arrays, rotations
 from deepseek.compiled.small_arrays import numbers, small_arrays
 from deepseek.kernels.int8 import packed_bytes
 from deepseek.kernels.int8_layout import GROUP, row_bytes
+from deepseek.kernels.numba import amx
 from deepseek.model.attention.full import FullAttention
 from deepseek.model.experts.armed import Roster
 from deepseek.model.experts.module import ExpertModule
@@ -154,8 +156,8 @@ class Sites:
         self.arguments = SITES.arguments(
             {
                 "first_site": [0, *at_layer.cumsum().tolist()],
-                "gate_up": [part.gate_up.ctypes.data for part in parts],
-                "down": [part.down.ctypes.data for part in parts],
+                "gate_up": [tagged_address(part.gate_up, 8) for part in parts],
+                "down": [tagged_address(part.down, 8) for part in parts],
                 "inner": [part.inner for part in parts],
                 "gates": gates,
                 "decay": np.array([decays.get(key, 0.0) for key in keys], np.float32),
@@ -225,6 +227,7 @@ class PackedModel:
         native: routers and routed experts; without any for a dense model.
         hashes: hashes of LSH attention.
         positions: number of positions with precomputed rotary angles.
+        tiles: whether attention uses AMX tiles, which hold 32 elements of a head.
         nbytes: bytes of the packed matrices.
     """
 
@@ -236,7 +239,9 @@ class PackedModel:
         sources = matrices_of(model)
         self._matrices = pack_matrices(sources)  # owns the memory
         self.nbytes = self.native.nbytes + sum(part.nbytes for part in self._matrices.values())
-        places = {key: tagged_address(self._matrices[key], sources[key]) for key in sources}
+        places = {
+            key: tagged_address(self._matrices[key], bits_of(sources[key])) for key in sources
+        }
         layers = range(len(model.layers))
         addresses = {  # 0: layers without shared experts, or without a dynamic bias
             name: [places.get((name, layer), 0) for layer in layers]
@@ -248,6 +253,9 @@ class PackedModel:
         self._values["inner"] = [_inner(block) for block in model.layers]
         self._values |= numbers(model) | self.hashes.values
         self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
+        self.tiles = amx.available() and model.config.head_dim % 32 == 0
+        self._values["tiles"] = int(amx.available())
+        self._values["tile_attention"] = int(self.tiles)
         self.positions = 0
         self.reach(FIRST_POSITIONS)
 

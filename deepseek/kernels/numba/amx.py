@@ -21,6 +21,8 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
+from deepseek.kernels.numba.subroutine import subroutine
+
 ROWS = 16
 ROW_BYTES = 64
 _TILES = 8
@@ -31,12 +33,21 @@ _ARCH_PRCTL = 158
 _REQUEST_PERMISSION = 0x1023
 _TILE_DATA = 18
 
-# The operand of LDTILECFG: palette 1, then the bytes of a row of each tile as 16-bit numbers from
-# byte 16 on, and the rows of each tile from byte 48 on.
-_SETUP = bytearray(64)
-_SETUP[0] = 1
-_SETUP[16 : 16 + 2 * _TILES] = ROW_BYTES.to_bytes(2, "little") * _TILES
-_SETUP[48 : 48 + _TILES] = bytes([ROWS]) * _TILES
+
+def _setup(rows: int) -> bytes:
+    """Return the operand of LDTILECFG that gives tiles 0 to 5 `rows` rows, and 6 and 7 all 16.
+
+    It has palette 1, then the bytes of a row of each tile as 16-bit numbers from byte 16 on, and
+    the rows of each tile from byte 48 on.
+    """
+    setup = bytearray(64)
+    setup[0] = 1
+    setup[16 : 16 + 2 * _TILES] = ROW_BYTES.to_bytes(2, "little") * _TILES
+    setup[48 : 48 + _TILES] = bytes([*[rows] * (_TILES - 2), ROWS, ROWS])
+    return bytes(setup)
+
+
+_SETUPS = b"".join(map(_setup, range(1, ROWS + 1)))
 
 
 @cache
@@ -53,9 +64,14 @@ def available() -> bool:
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
 
-def _emit(context: Any, builder: Any, name: str, *args: Any) -> Any:
+def exists(context: Any) -> bool:
+    """Whether the processor that `context` compiles for has tiles."""
+    return "+amx-int8" in context.codegen().magic_tuple()[2].split(",")
+
+
+def emit(context: Any, builder: Any, name: str, *args: Any) -> Any:
     """Emit an instruction on tiles, unless the processor has none; integers are tile numbers."""
-    if "+amx-int8" in context.codegen().magic_tuple()[2].split(","):
+    if exists(context):
         values = [ir.IntType(8)(arg) if isinstance(arg, int) else arg for arg in args]
         kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
         builder.call(builder.module.declare_intrinsic(f"llvm.x86.{name}", (), kind), values)
@@ -63,14 +79,25 @@ def _emit(context: Any, builder: Any, name: str, *args: Any) -> Any:
 
 
 @intrinsic
-def configure(_typing: Any) -> Any:
+def configure_rows(_typing: Any, _rows: Any) -> Any:
+    """Give tiles 0 to 5 of the calling thread `rows` rows, 1 to 16, and tiles 6 and 7 all 16.
+
+    So A and C can have fewer rows than B, which lies in tiles 6 and 7.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        setups = context.insert_const_bytes(builder.module, _SETUPS, "tile_setups")
+        place = builder.mul(builder.sub(args[0], args[0].type(1)), args[0].type(ROW_BYTES))
+        setup = builder.gep(setups, [place], source_etype=ir.IntType(8))
+        return emit(context, builder, "ldtilecfg", setup)
+
+    return types.void(types.int64), generate
+
+
+@subroutine
+def configure():  # type: ignore[no-untyped-def]
     """Give all tiles of the calling thread 16 rows of 64 bytes."""
-
-    def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
-        setup = context.insert_const_bytes(builder.module, bytes(_SETUP))
-        return _emit(context, builder, "ldtilecfg", setup)
-
-    return types.void(), generate
+    configure_rows(ROWS)
 
 
 @intrinsic
@@ -78,7 +105,7 @@ def release(_typing: Any) -> Any:
     """Return the tiles of the calling thread to their initial state."""
 
     def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
-        return _emit(context, builder, "tilerelease")
+        return emit(context, builder, "tilerelease")
 
     return types.void(), generate
 
@@ -88,7 +115,7 @@ def zero(_typing: Any, tile: Any) -> Any:
     """Set a tile to zero."""
 
     def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
-        return _emit(context, builder, "tilezero", tile.literal_value)
+        return emit(context, builder, "tilezero", tile.literal_value)
 
     return types.void(tile), generate
 
@@ -101,7 +128,7 @@ def _move(name: str) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             _, address, stride = args
             place = builder.inttoptr(address, ir.IntType(8).as_pointer())
-            return _emit(context, builder, name, tile.literal_value, place, stride)
+            return emit(context, builder, name, tile.literal_value, place, stride)
 
         return types.void(tile, types.int64, types.int64), generate
 
@@ -116,7 +143,7 @@ def _product(name: str) -> Any:
         tiles = [tile.literal_value for tile in (c, a, b)]
 
         def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
-            return _emit(context, builder, name, *tiles)
+            return emit(context, builder, name, *tiles)
 
         return types.void(c, a, b), generate
 

@@ -57,3 +57,21 @@ def test_pairs_of_bf16_add_up_in_fp32():
     c_RC = np.ones((16, 16), np.float32)
     pairs(a.ctypes.data, b.ctypes.data, c_RC.ctypes.data)
     assert np.array_equal(c_RC, a_RK @ b_KC)  # small integers, whose sums are exact
+
+
+@njit
+def few_rows(a, b, c, rows):
+    amx.configure_rows(rows)
+    amx.load(0, c, 64)
+    amx.load(4, a, 64)
+    amx.load(6, b, 64)
+    amx.add_signed(0, 4, 6)
+    amx.store(0, c, 64)
+    amx.release()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 15, 16])
+def test_tiles_of_fewer_rows_leave_the_others_alone(rows):
+    a, c = np.ones((16, 64), np.int8), np.zeros((16, 16), np.int32)
+    few_rows(a.ctypes.data, a.ctypes.data, c.ctypes.data, rows)
+    assert (c[:rows] == 64).all() and (c[rows:] == 0).all()
