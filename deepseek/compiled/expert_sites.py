@@ -5,7 +5,8 @@ networks.
 import numpy as np
 
 from deepseek.compiled.abi import RECENT, SUMS
-from deepseek.compiled.rows import activate, add_projected, floats, row_bytes
+from deepseek.compiled.products import activate, add_projected
+from deepseek.compiled.rows import floats, row_bytes
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import share
 from deepseek.kernels.numba.subroutine import subroutine

@@ -6,7 +6,8 @@ Each expert's weights are read once a step, whatever the number of rows that cho
 
 import numpy as np
 
-from deepseek.compiled.rows import activate, add_projected, row_bytes
+from deepseek.compiled.products import activate, add_projected
+from deepseek.compiled.rows import row_bytes
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import share, sigmoid, thread_count, thread_number
 from deepseek.kernels.numba.subroutine import subroutine

@@ -5,13 +5,14 @@ import numpy as np
 from deepseek.compiled.abi import PAGE, QUERIES, SYNC_STRIDE
 from deepseek.compiled.pages import plane
 from deepseek.compiled.rows import put_attended, round_group
-from deepseek.compiled.score_bias import add_bias
+from deepseek.compiled.score_bias import add_bias, has_bias
 from deepseek.compiled.softmax import softmax
 from deepseek.compiled.tile_attention import mix_tiles, score_tiles
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
 from deepseek.kernels.int8_layout import GROUP
 from deepseek.kernels.numba.primitives import share, thread_number
 from deepseek.kernels.numba.subroutine import subroutine
+
 
 @subroutine(error_model="numpy")
 def _pairs(a, a_stride, b, n, c, c_stride, count, following):  # type: ignore[no-untyped-def]
@@ -90,10 +91,12 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
         scores[:count, :span] = 0
         _score(weights, batch, queries, scores, layer, chunk, group, low, pages, count)
     factors = np.empty(QUERIES, np.float32)
+    biased = has_bias(weights)
     for i in range(count):
         head = group * group_heads + (start + i) % group_heads
         token = row + (start + i) // group_heads
-        add_bias(weights, batch, work, layer, chunk, token, head, low, scores[i, :span])
+        if biased:
+            add_bias(weights, batch, work, layer, chunk, token, head, low, scores[i, :span])
         end = past + (start + i) // group_heads
         first = max(0, end - window) - base if window else 0
         probs[i, :first] = 0

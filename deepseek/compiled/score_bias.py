@@ -109,6 +109,12 @@ def _add_table(scores, table):  # type: ignore[no-untyped-def]
 
 
 @subroutine(error_model="numpy")
+def has_bias(weights):  # type: ignore[no-untyped-def]
+    """Whether scores have a bias."""
+    return len(weights.slopes) > 0 or weights.bias_tables.shape[1] > 0
+
+
+@subroutine(error_model="numpy")
 def add_bias(weights, batch, work, layer, chunk, r, head, low, scores):  # type: ignore[no-untyped-def]
     """Add the bias of the query of row `r` to its scores of whole pages, from page `low` on."""
     position = batch.position_ids[r]

@@ -27,16 +27,8 @@ from deepseek.compiled.native_experts import (
     score_experts,
 )
 from deepseek.compiled.paged_attention import attend, round_attended
-from deepseek.compiled.rows import (
-    activate,
-    add_projected,
-    barrier,
-    embed,
-    norm_row,
-    project,
-    round_group,
-    row_bytes,
-)
+from deepseek.compiled.products import activate, add_projected, embed, project
+from deepseek.compiled.rows import barrier, norm_row, round_group, row_bytes
 from deepseek.compiled.score_bias import place_bias
 from deepseek.kernels.int8_layout import COLUMNS, GROUP
 from deepseek.kernels.numba import amx, launch, openmp
@@ -58,6 +50,8 @@ SOURCES = (
     "compiled/paged_attention.py",
     "compiled/pages.py",
     "compiled/panel_dot.py",
+    "compiled/panel_results.py",
+    "compiled/products.py",
     "compiled/rows.py",
     "compiled/score_bias.py",
     "compiled/softmax.py",
@@ -65,6 +59,7 @@ SOURCES = (
     "compiled/tile_attention.py",
     "compiled/tile_dot.py",
     "compiled/vector.py",
+    "compiled/vector_math.py",
     "kernels/bias/distance.py",
     "kernels/int8_layout.py",
     "kernels/numba/amx.py",

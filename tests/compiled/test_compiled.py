@@ -18,6 +18,7 @@ from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.scheduler import MAX_GUESSES
 from deepseek.engine.sequence import Lookup
+from deepseek.kernels.numba import amx
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.armed import ArmedExperts, Roster
@@ -175,6 +176,15 @@ def test_pieces_of_a_prompt_give_the_bits_of_the_whole(runner):
     whole = logits(runner)
     assert torch.equal(logits(runner, pieces=(1, 2, 61, 3, 33)), whole)
     assert torch.equal(logits(runner, pieces=(1,) * 100), whole)
+
+
+@pytest.mark.skipif(not amx.available(), reason="this processor has no tiles")
+def test_without_tiles_only_last_bits_differ(model, runner, monkeypatch):
+    monkeypatch.setattr(amx, "available", lambda: False)
+    plain = CompiledRunner(model)
+    whole = logits(plain)
+    assert close(whole, logits(runner), 0.02, model)
+    assert torch.equal(logits(plain, pieces=(1, 2, 61, 3, 33)), whole)
 
 
 def test_a_sequence_has_the_same_bits_in_any_batch(runner):

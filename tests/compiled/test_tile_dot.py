@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from numba import njit
 
 from deepseek.compiled.abi import BY_TILES, FEWEST_TILE_ROWS, FOUR_BITS
-from deepseek.compiled.rows import activate, add_projected, project, round_group, row_bytes
+from deepseek.compiled.products import activate, add_projected, project
+from deepseek.compiled.rows import round_group, row_bytes
 from deepseek.kernels.int8 import pack, quantize
 from deepseek.kernels.int8_layout import COLUMNS, GROUP
 from deepseek.kernels.numba import amx
@@ -44,7 +45,9 @@ def panels_of(matrices, bits):
 
 
 def outputs_of(mark, rows, width, outputs, bits, holes):
-    """What the products of random matrices give by tiles (`mark`) or by vectors."""
+    """What the products of random matrices give by tiles (`mark`) or by vectors; `holes`: between
+    the rows lie others.
+    """
     generator = torch.Generator().manual_seed(rows)
     groups = -(-width // GROUP)
     x = torch.zeros(rows, groups * GROUP)

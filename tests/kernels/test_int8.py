@@ -8,7 +8,8 @@ import torch
 from numba import njit
 
 from deepseek.compiled.abi import FOUR_BITS
-from deepseek.compiled.rows import multiply, round_group, row_bytes
+from deepseek.compiled.products import multiply
+from deepseek.compiled.rows import round_group, row_bytes
 from deepseek.kernels.int8 import (
     LEVELS,
     Compensation,
