@@ -13,16 +13,7 @@ import numpy as np
 import torch
 
 from deepseek.compiled import step
-from deepseek.compiled.abi import (
-    BATCH,
-    PAGE,
-    QUERIES,
-    RECENT,
-    SUMS,
-    SYNC_STRIDE,
-    VECTOR_QUERIES,
-    WORK,
-)
+from deepseek.compiled.abi import BATCH, PAGE, QUERIES, RECENT, SUMS, SYNC_STRIDE, WORK
 from deepseek.compiled.batch_layers import BatchLayers, by_entry
 from deepseek.compiled.page_shape import PageShape
 from deepseek.compiled.state import CompiledState, member_count
@@ -38,10 +29,6 @@ from deepseek.model.layer_parts import layer_parts
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk, RunnerOutput, in_groups
 
-# Minimum number of queries in a unit of attention. Fewer leave vector units idle, and each unit
-# reads the keys and values again.
-FEWEST = 3
-UNITS = 4  # units of attention for each thread that suffice for load balance
 SITES_CACHED = 16  # size of the cache of `Sites`, in sets of rosters
 
 T = TypeVar("T")
@@ -138,10 +125,7 @@ class Scratch:
         extents = self.model.extents
         lengths = [len(chunk.ids) for chunk in chunks]
         starts = [state.length for state in states]
-        unit_queries = min(
-            QUERIES if self.model.tiles else VECTOR_QUERIES,
-            max(FEWEST, rows.first[-1] * extents["heads"] // (UNITS * threads)),
-        )
+        unit_queries = self.model.unit_queries(rows.first[-1], threads)
         units = (
             extents["groups"] * -(-length * extents["group_heads"] // unit_queries)
             for length in lengths

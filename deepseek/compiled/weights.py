@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deepseek.compiled.abi import SITES, WEIGHTS
+from deepseek.compiled.abi import QUERIES, SITES, VECTOR_QUERIES, WEIGHTS
 from deepseek.compiled.hashes import PackedHashes
 from deepseek.compiled.native_weights import NativeExperts
 from deepseek.compiled.packing import (
@@ -35,6 +35,11 @@ from deepseek.model.transformer import DeepSeekModel
 
 # Number of positions whose rotary angles are computed when a model is packed; others on demand.
 FIRST_POSITIONS = 1024
+
+# Minimum number of queries in a unit of attention. Fewer leave vector units idle, and each unit
+# reads the keys and values again.
+FEWEST = 3
+UNITS = 4  # units of attention for each thread that suffice for load balance
 
 NUMBERS = {buffer.name for buffer in WEIGHTS.buffers if buffer.is_number}
 
@@ -227,7 +232,6 @@ class PackedModel:
         native: routers and routed experts; without any for a dense model.
         hashes: hashes of LSH attention.
         positions: number of positions with precomputed rotary angles.
-        tiles: whether attention uses AMX tiles, which hold 32 elements of a head.
         nbytes: bytes of the packed matrices.
     """
 
@@ -253,11 +257,21 @@ class PackedModel:
         self._values["inner"] = [_inner(block) for block in model.layers]
         self._values |= numbers(model) | self.hashes.values
         self._values |= {name: size for name, size in self.extents.items() if name in NUMBERS}
-        self.tiles = amx.available() and model.config.head_dim % 32 == 0
         self._values["tiles"] = int(amx.available())
-        self._values["tile_attention"] = int(self.tiles)
+        # A tile holds 32 elements of a head.
+        self._values["tile_attention"] = int(amx.available() and model.config.head_dim % 32 == 0)
         self.positions = 0
         self.reach(FIRST_POSITIONS)
+
+    def unit_queries(self, rows: int, threads: int) -> int:
+        """Return the number of queries in a unit of attention.
+
+        Args:
+            rows: new tokens of the batch.
+            threads: threads that share the units.
+        """
+        most = QUERIES if self._values["tile_attention"] else VECTOR_QUERIES
+        return min(most, max(FEWEST, rows * self.extents["heads"] // (UNITS * threads)))
 
     def reach(self, positions: int) -> None:
         """Precompute the rotary angles of at least `positions` positions."""
