@@ -13,8 +13,8 @@ Memory without an array of its own is passed by address: packed panels of weight
 from deepseek.kernels.bias.distance import NUM_BUCKETS
 from deepseek.kernels.numba.buffers import BF16, FP32, INT64, Buffer, Table
 
-# Added to the address of panels: with 4-bit weights; if AMX tiles may multiply them. Panels themselves
-# lie at multiples of 64.
+# Added to the address of panels: if their weights have 4 bits; if AMX tiles may multiply them.
+# Panels themselves lie at multiples of 64.
 FOUR_BITS = 1
 BY_TILES = 2
 PAGE = 64  # tokens in a page of keys and values
@@ -25,8 +25,8 @@ BLOCK = 64  # rows that a panel of weights is multiplied by before the results a
 TILE_BLOCK = 256  # the same where tiles multiply, which start slowly after a pause
 # Fewest rows for tiles. A panel is opened for them first, which costs as much as about 16 rows.
 FEWEST_TILE_ROWS = 48
-# Maximum number of queries in a unit of attention: those of a tile, or as many as fill the registers
-# with four vectors each.
+# Maximum number of queries in a unit of attention: those of a tile, or as many as fill the
+# registers with four vectors each.
 QUERIES = 16
 VECTOR_QUERIES = 6
 # Numbers of LSH attention: keys of the local window, sinks, keys of a bucket, whether there is a far
