@@ -111,6 +111,8 @@ def sparse_attention(
     early = limits["exact_tokens"]
     if q.shape[2] < total or document_ids is not None or key_mask is not None:
         early = 0  # left to the kernel, because torch's fast attention has no such masks
+    elif early < total and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        early = 0  # two parts with gradients of their own take half as much memory again
     if early == total:
         return _exact(q, k, v, scale).reshape(query.shape)
     hasher = random_hash(num_buckets, q.shape[-1], num_rounds, seed) if hash is None else hash
