@@ -226,8 +226,7 @@ def tile_dot(
             return loop(builder, whole(TILES), state, one_half)
 
         state = [whole(0)] * STATE
-        for _ in range(AHEAD):
-            state = stream.push(state)
+        state = loop(builder, whole(AHEAD), state, lambda _, carried: stream.push(carried))
         blocks = builder.udiv(builder.add(count, whole(amx.ROWS - 1)), whole(amx.ROWS))
         loop(builder, blocks, state, one_block)
         return context.get_dummy_value()
