@@ -4,8 +4,8 @@
 
 The server is a process of its own with its usual settings. Each stream asks for a new text as soon
 as it has the one before: a prompt of 128 tokens that no other one shares, answered by 32 to 96
-tokens. Told are the time from the request to its first token, and between two tokens, as the client
-sees them. For HTTP's share the same generations are asked of an engine in this process and of the
+tokens. Reported are the time from the request to its first token, and between two tokens, as the
+client sees them. For HTTP's share the same generations are asked of an engine in this process and of the
 server in turn, `--rounds` times each; a token's cost is the difference between the median times
 between two tokens of one stream.
 """

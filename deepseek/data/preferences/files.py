@@ -3,6 +3,7 @@ rejected.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ def read_preferences(path: str | Path, source: str | None = None) -> Iterator[Pr
     """Yield the pairs of a `.jsonl` or `.parquet` file.
 
     A record holds `prompt`, `chosen` and `rejected`, each a text or a list of messages (TRL's two
-    formats; answers may repeat the prompt), or two whole conversations without `prompt`. `source`,
-    `labels` and `scores` are optional.
+    formats; answers may repeat the prompt), or two whole conversations without `prompt`, as lists
+    of messages or as transcripts ("\n\nHuman: ...\n\nAssistant: ...", the format of hh-rlhf).
+    `source`, `labels` and `scores` are optional.
 
     Args:
         path: the file.
@@ -54,7 +56,8 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
         fields = field_names(record)
         raise DataError(f"{where} has no `chosen` and `rejected` but {fields}; rename its fields.")
     if "prompt" not in record:
-        record = {**record, "prompt": shared_prompt(record["chosen"], record["rejected"], where)}
+        both = {name: spoken(record[name]) for name in ("chosen", "rejected")}
+        record = {**record, **both, "prompt": shared_prompt(*both.values(), where)}
     prompt, chosen = conversation_parts(record["prompt"], record["chosen"], where)
     _, rejected = conversation_parts(record["prompt"], record["rejected"], where)
     if chosen == rejected:
@@ -103,6 +106,34 @@ def conversation_parts(prompt: object, answer: object, where: str) -> tuple[list
         )
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     return turns[:-1], turns[-1]["content"]
+
+
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+TURN = re.compile(r"\n\n(Human|Assistant):[ \n]?")
+
+
+def spoken(conversation: Any) -> Any:
+    """Return the messages of a transcript, and anything else as it is.
+
+    Turns of one speaker that follow each other become one message, and empty turns are left out
+    but for the last, which is the answer.
+
+    Args:
+        conversation: a text such as "\n\nHuman: Hi!\n\nAssistant: Hello.", or messages.
+    """
+    if not isinstance(conversation, str) or not TURN.match(conversation):
+        return conversation
+    parts = TURN.split(conversation)[1:]
+    turns = [(SPEAKERS[name], text) for name, text in zip(parts[::2], parts[1::2], strict=True)]
+    messages: list[Message] = []
+    for place, (role, text) in enumerate(turns, 1):
+        if not text.strip() and place < len(turns):
+            continue
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{text.strip()}"
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    return messages
 
 
 def shared_prompt(chosen: object, rejected: object, where: str) -> list[Any]:

@@ -219,6 +219,8 @@ def records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             Parquet file.
     """
     readable_file(file, "one JSONL or Parquet file")
+    if file.suffix.lower() in (".gz", ".zst", ".bz2", ".xz"):
+        raise DataError(f"{file} is compressed; unpack it first, with gunzip or the like.")
     if file.suffix.lower() == ".parquet":
         yield from enumerate(parquet_rows(file), 1)
         return

@@ -191,8 +191,24 @@ def test_the_forms_of_the_field_mean_the_same() -> None:
         {"prompt": [user], "chosen": [good], "rejected": [bad]},
         {"prompt": [user], "chosen": [user, good], "rejected": [user, bad]},
         {"chosen": [user, good], "rejected": [user, bad]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: g", "rejected": "\n\nHuman: q\n\nAssistant: b"},
     ]
     assert len({preference(form, "x", "s").digest for form in forms}) == 1
+
+
+def test_transcripts_are_split_into_turns() -> None:
+    """Turns of one speaker are joined, empty ones dropped; an answer may be empty."""
+    start = "\n\nHuman: one\n\nHuman: two\n\nAssistant: \n\nHuman: three\n\nAssistant:"
+    found = preference({"chosen": f"{start} Yes.\n\nNo.", "rejected": f"{start} "}, "x", "s")
+    assert found.prompt == ({"role": "user", "content": "one\n\ntwo\n\nthree"},)
+    assert (found.chosen, found.rejected) == ("Yes.\n\nNo.", "")
+
+
+def test_a_compressed_file_is_named_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl.gz"
+    file.write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match="is compressed; unpack it first"):
+        list(read_preferences(file))
 
 
 @pytest.mark.parametrize(
