@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from deepseek.checkpoint.convert import FAMILIES, convert_config
@@ -138,6 +138,18 @@ def expert_layers(model: LanguageModel) -> tuple[int, ...]:
     if isinstance(model, AttachedModel):
         return model.expert_hooks.sites.indices
     return tuple(range(model.config.num_hidden_layers))
+
+
+def feed_forward(model: LanguageModel, layer: int) -> nn.Module:
+    """Return the feed-forward module of a layer, dense or a mixture.
+
+    Raises:
+        ConfigError: the layer of an attached model has none.
+    """
+    if isinstance(model, AttachedModel):
+        return model.get_submodule(model.expert_hooks.sites.at(layer).path)
+    block: nn.Module = model.layers[layer]
+    return block.get_submodule("feed_forward")
 
 
 def context_length(model: LanguageModel) -> int:

@@ -33,7 +33,7 @@ from deepseek.train.gates.public_text import public_statistics
 from deepseek.train.gates.replay import Replay
 from deepseek.train.jobs.arguments import ExpertArguments
 from deepseek.train.jobs.declaration import DECLARED, job
-from deepseek.train.jobs.expert_task import ExpertTask
+from deepseek.train.jobs.expert_task import ExpertTask, output_paces
 from deepseek.train.jobs.outcome import Outcome
 from deepseek.train.jobs.plan import Amount, RowCounts, Speed, TrainingPlan, make_plan, timed
 from deepseek.train.jobs.text_run import TextRequest, TextRun, Texts, text_inputs
@@ -224,6 +224,8 @@ class ExpertRun(TextRun):
         train, held_out = self.streams(texts)
         validation = self.exact_stream("validation", texts.validation)
         task = self.task(texts.train, texts.validation.batches(), (train, validation))
+        first = texts.train.rows(texts.train.row_ids[: self.request.batch_rows])
+        self.paces = output_paces(self.model, self.module.layers, first, train(first))
         return self.loop(
             task, texts.train, plan, partial(task.loss_on, texts.held_out.batches(), held_out)
         )

@@ -1,6 +1,8 @@
 """Task for training an expert module: loss on its own text and on replay, held-out score."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +11,18 @@ from deepseek.data import Batch
 from deepseek.device.transfer import to_device
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, CandidateHead, token_losses
 from deepseek.model.experts import ExpertModule
-from deepseek.model.language_model import LanguageModel, output_head
+from deepseek.model.language_model import LanguageModel, feed_forward, output_head
 from deepseek.model.precision import autocast
 from deepseek.train.gates.replay import Replay
 from deepseek.train.loop.loop import LossOutput
 from deepseek.train.loop.losses import mean_loss
 from deepseek.train.loop.packed import resume_rows
 from deepseek.train.text.trunk_cache import Stream
+
+USUAL_OUTPUT = 1.0
+"""Root mean square of a feed-forward network's output for which the learning rates of the recipes
+are made. Those of SmolLM2, beside which they were chosen, are 1.1 to 80; see docs/log/experts.md.
+"""
 
 
 class ExpertTask:
@@ -94,3 +101,50 @@ class ExpertTask:
         with self.model.experts.forced(self.module), autocast(self.model):
             stream_BTD = to_device(stream_BTD, self.model.device, self.model.dtype)
             return resume_rows(self.model, batch, stream_BTD, self.layer).finish()
+
+
+def output_paces(
+    model: LanguageModel, layers: Sequence[int], batch: Batch, stream_BTD: Tensor
+) -> dict[str, float]:
+    """Return the paces (see `OptimConfig`) of an expert's down projections, which grow from zero.
+
+    An optimizer step moves every weight by about the learning rate, whatever the scale of the
+    model. Where the base's own feed-forward network adds little to the residual stream, such a step
+    would drown it.
+
+    Args:
+        model: frozen base model.
+        layers: layers of the expert, ascending.
+        batch: packed rows.
+        stream_BTD: their residual stream at the first of `layers`, see `run_trunk`.
+    """
+    sizes = output_rms(model, layers, batch, stream_BTD)
+    return {
+        f"ffn.{layer}.down_proj": min(1.0, size / USUAL_OUTPUT) for layer, size in sizes.items()
+    }
+
+
+@torch.no_grad()
+def output_rms(
+    model: LanguageModel, layers: Sequence[int], batch: Batch, stream_BTD: Tensor
+) -> dict[int, float]:
+    """Return the root mean square of the outputs of the base's own feed-forward modules, by layer;
+    its experts take no part.
+    """
+    found: dict[int, float] = {}
+
+    def record(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        y: Tensor = output[0] if isinstance(output, tuple) else output
+        found[layer] = float(y.float().square().mean().sqrt())
+
+    hooks = [
+        feed_forward(model, layer).register_forward_hook(partial(record, layer)) for layer in layers
+    ]
+    try:
+        with model.experts.arming(None), autocast(model):
+            stream_BTD = to_device(stream_BTD, model.device, model.dtype)
+            resume_rows(model, batch, stream_BTD, layers[0]).finish()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

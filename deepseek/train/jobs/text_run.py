@@ -107,6 +107,7 @@ class TextRun:
 
     Attributes:
         started: start of the run in seconds of the monotonic clock.
+        paces: learning rates of single parameters as shares of the others', see `OptimConfig`.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class TextRun:
         )
         self.model.compute_dtype = dtype
         self.tokenizer = load_tokenizer(self.base)
+        self.paces: dict[str, float] = {}
         self._request = request
 
     def corpus(self) -> Corpus:
@@ -237,7 +239,7 @@ class TextRun:
             write_json(path, {"loss": test()})
         steps = plan.steps
         config = LoopConfig(
-            OptimConfig(learning_rate=self._request.learning_rate),
+            OptimConfig(learning_rate=self._request.learning_rate, paces=self.paces),
             steps=steps,
             seed=self._request.seed,
             evaluate_every=max(1, steps // (plan.evaluations - 1)),

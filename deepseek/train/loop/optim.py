@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class OptimConfig:
         weight_decay: decoupled decay (arXiv:1711.05101) of matrices; vectors have none.
         betas: decay rates of the two moments.
         clip_norm: largest norm of the gradient over all parameters; larger ones are scaled down.
+        paces: learning rates of named parameters as shares of the others'; default: 1 for all but
+            routers.
     """
 
     learning_rate: float
@@ -40,9 +42,15 @@ class OptimConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
+    paces: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.apply(OPTIM, self)
+
+
+def _paces(name: str, value: Any) -> dict[str, float]:
+    shares = checks.mapping(name, value)
+    return {key: checks.number(f"{name}[{key}]", share, least=0) for key, share in shares.items()}
 
 
 def _betas(name: str, value: Any) -> tuple[float, ...]:
@@ -59,6 +67,7 @@ OPTIM: dict[str, checks.Check] = {
     "weight_decay": partial(checks.number, least=0),
     "betas": _betas,
     "clip_norm": partial(checks.number, above=0),
+    "paces": _paces,
 }
 """Type and range of each field of `OptimConfig`."""
 
@@ -84,19 +93,25 @@ def cooling_rate(config: OptimConfig, step: int, first: int, last: int, peak: fl
 
 
 def adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """Return the optimizer of named parameters: matrices, vectors without decay, slow routers."""
-    routers = [parameter for name, parameter in parameters.items() if name.endswith(ROUTER)]
-    matrices = [p for name, p in parameters.items() if p.dim() > 1 and not name.endswith(ROUTER)]
-    vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
-    rate = config.learning_rate
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "pace": 1.0},
-        {"params": vectors, "pace": 1.0, "weight_decay": 0.0},
-        {"params": routers, "pace": ROUTER_PACE, "lr": rate * ROUTER_PACE},
-    ]
+    """Return the optimizer of named parameters, grouped by weight decay and pace.
+
+    Args:
+        parameters: parameters by name; vectors have no weight decay.
+        config: settings; a parameter that `paces` does not name has pace 1, a router `ROUTER_PACE`.
+    """
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        usual = ROUTER_PACE if name.endswith(ROUTER) else 1.0
+        pace = config.paces.get(name, usual)
+        decays = parameter.dim() > 1
+        settings = {"pace": pace, "lr": config.learning_rate * pace}
+        if not decays:
+            settings["weight_decay"] = 0.0
+        group = groups.setdefault((decays, pace), {"params": [], **settings})
+        group["params"].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=rate,
+        list(groups.values()),
+        lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
     )

@@ -1,9 +1,12 @@
 """Schedule and optimizer state."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from deepseek.errors import ConfigError
 from deepseek.train.loop.optim import OptimConfig, adamw, clip_gradients, learning_rate
 
 
@@ -31,6 +34,27 @@ def test_only_matrices_decay() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     assert (parameters["matrix"] < 1).all() and (parameters["vector"] == 1).all()
+
+
+def test_a_named_parameter_has_its_own_pace() -> None:
+    parameters = {
+        name: nn.Parameter(torch.zeros(2, 2)) for name in ("fast", "slow", "router.weight")
+    }
+    optimizer = adamw(
+        parameters, OptimConfig(learning_rate=0.1, weight_decay=0.0, paces={"slow": 0.01})
+    )
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    steps = {name: float(-parameter.detach()[0, 0]) for name, parameter in parameters.items()}
+    assert steps == pytest.approx({"fast": 0.1, "slow": 0.001, "router.weight": 0.01})
+    assert sorted(group["pace"] for group in optimizer.param_groups) == [0.01, 0.1, 1.0]
+
+
+@pytest.mark.parametrize("paces", [{"slow": -1.0}, {"slow": "x"}, {1: 1.0}, [1.0]], ids=str)
+def test_paces_are_shares(paces: Any) -> None:
+    with pytest.raises(ConfigError, match="paces"):
+        OptimConfig(learning_rate=0.1, paces=paces)
 
 
 def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
