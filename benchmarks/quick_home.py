@@ -36,14 +36,15 @@ SHAPE = {
 def prepare(folder: Path) -> None:
     """Write models and texts below a folder."""
     base = save_base(folder / "models" / "smollm2-135m", **SHAPE)
-    sources = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stat().st_size > 5000]
+    sources = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stat().st_size > CHARACTERS]
     for number, name in enumerate(CORPORA):
         corpus = folder / "corpora" / name
         corpus.mkdir(parents=True)
         count = FILES if number else 6 * FILES
-        for path in sources[number :: len(CORPORA)][:count]:
+        for part, path in enumerate(sources[number :: len(CORPORA)][:count]):
             text = path.read_text(encoding="utf-8")[:CHARACTERS]
-            (corpus / f"{path.parent.name}_{path.name}").write_text(text, encoding="utf-8")
+            # Names decide what is held out, so they are the same whatever the package holds.
+            (corpus / f"part_{part}.py").write_text(text, encoding="utf-8")
     save_expert(load(base, dtype="float32"), "expert", folder / "corpora")
 
 

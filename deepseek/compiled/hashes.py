@@ -14,12 +14,12 @@ from deepseek.model.transformer import DeepSeekModel
 
 def hashed_layers(model: DeepSeekModel) -> dict[int, LshAttention]:
     """Return the layers with LSH attention that is not exact."""
-    attentions: dict[int, Any] = {i: block.attention for i, block in enumerate(model.layers)}
-    return {
-        layer: attention
-        for layer, attention in attentions.items()
-        if isinstance(attention, LshAttention) and not attention.exact
-    }
+    found = {}
+    for layer, block in enumerate(model.layers):
+        for part in block.modules():
+            if isinstance(part, LshAttention) and not part.exact:
+                found[layer] = part
+    return found
 
 
 def unknown_hash(model: DeepSeekModel) -> str | None:

@@ -281,7 +281,7 @@ def _explain_argument(error: Any, argument: Argument, where: str) -> str | None:
     if type(value) is type(argument.default) and value == argument.default:
         message = f"{where} is missing; give it"
     elif error["type"] == "literal_error":
-        hint = nearest(str(value)[:80], argument.choices)
+        hint = nearest(value[:80] if isinstance(value, str) else shown(value), argument.choices)
         message = f"{where} {shown(value)} is unknown; {hint}"
     elif error["type"] == "string_pattern_mismatch":
         examples = argument.declared.examples

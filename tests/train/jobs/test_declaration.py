@@ -146,3 +146,8 @@ def test_declared_widths_are_those_of_packs() -> None:
         bound.le for bound in Manifest.model_fields["width"].metadata if hasattr(bound, "le")
     ]
     assert limit == MAX_WIDTH and MOMENTS
+
+
+def test_a_number_too_long_to_print_is_refused_like_any_other() -> None:
+    with pytest.raises(ConfigError, match="method"):
+        AlignArguments.read(method=10**5000)
