@@ -86,6 +86,9 @@ ROW_LENGTH, BATCH_ROWS = 2048, 1
 class Everywhere:
     """Armed experts without gates: every module at every token, its output times `weight`."""
 
+    adapts = False
+    """No module changes another layer than a feed-forward network."""
+
     def __init__(self, modules: Sequence[ExpertModule], weight: float) -> None:
         self.modules, self.weight = modules, weight
 
