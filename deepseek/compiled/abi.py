@@ -29,8 +29,8 @@ FEWEST_TILE_ROWS = 48
 # registers with four vectors each.
 QUERIES = 16
 VECTOR_QUERIES = 6
-# Numbers of LSH attention: keys of the local window, sinks, keys of a bucket, whether there is a far
-# field, rounds of hashing, buckets probed in each, buckets, and maps that score the buckets of
+# Numbers of LSH attention: keys of the local window, sinks, keys of a bucket, whether there is a
+# far field, rounds of hashing, buckets probed in each, buckets, and maps that score the buckets of
 # queries and of keys: one for each head, or one for all.
 LOCAL, SINKS, WINDOW, FAR_FIELD, ROUNDS, PROBES, BUCKETS, QUERY_MAPS, KEY_MAPS = range(9)
 LSH_NUMBERS = 9

@@ -316,19 +316,15 @@ def address() -> int:
     """Return the address of the compiled step, `void step(int64 *numbers)`, whose numbers
     `read_tables` reads.
 
-    Numba invalidates its cache of compiled code only when this file changes. So the cache key of
-    the step also includes a checksum of all source files and the value of a constant from
-    elsewhere.
+    It is compiled anew when one of its source files changes, or a constant from elsewhere.
     """
     source = b"".join((PACKAGE / name).read_bytes() for name in SOURCES)
-    key = (crc32(source), gate.SHARPNESS)
 
     def step(data):  # type: ignore[no-untyped-def]
-        _ = key  # a captured value is part of numba's cache key
         weights, batch, sites, routed, work = read_tables(data)
         _run(weights, batch, sites, routed, work)
 
-    return launch.compiled(step)
+    return launch.compiled(step, (crc32(source), gate.SHARPNESS))
 
 
 def run(

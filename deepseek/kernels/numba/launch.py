@@ -13,13 +13,18 @@ A kernel with many arguments declares tables of them (see `buffers.py`), which `
 as named tuples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from llvmlite import binding, ir
-from numba import cfunc, types
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic
@@ -73,10 +78,38 @@ class _KernelCompiler(Compiler):
         super().__init__(typing, target, library, *rest)
 
 
-def compiled(kernel: Callable[[Any], None]) -> int:
-    """Compile a kernel, or load it from numba's cache; return its address."""
-    signature = types.void(types.CPointer(types.int64))
-    return int(cfunc(signature, cache=True, pipeline_class=_KernelCompiler)(kernel).address)
+class _KernelCache(FunctionCache):
+    """Numba's cache with a further part of the key. Numba itself sees a change of the file that a
+    kernel is defined in, but none of the files with the functions that it calls.
+    """
+
+    def __init__(self, kernel: Callable[[Any], None], source: Hashable) -> None:
+        super().__init__(kernel)
+        self._source = source
+
+    def _index_key(self, *args: Any) -> Any:
+        return (*super()._index_key(*args), self._source)
+
+
+@cache
+def kernel_sources(folder: Path = Path(__file__).parents[1]) -> int:
+    """Return a checksum of all Python files of a folder; default: `deepseek/kernels`."""
+    return crc32(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
+
+
+def compiled(kernel: Callable[[Any], None], source: Hashable = None) -> int:
+    """Compile a kernel, or load it from numba's cache; return its address.
+
+    Args:
+        kernel: function of the address of its arguments.
+        source: stands for the code that the kernel is compiled from; another one compiles it anew.
+            None: that of all kernels (`kernel_sources`).
+    """
+    signature = ((types.CPointer(types.int64),), types.void)
+    function: Any = CFunc(kernel, signature, locals={}, options={}, pipeline_class=_KernelCompiler)
+    function._cache = _KernelCache(kernel, kernel_sources() if source is None else source)
+    function.compile()
+    return int(function.address)
 
 
 def launch(kernel: Callable[[str], int], *arguments: Tensor | int) -> None:

@@ -4,6 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from numba.core.registry import cpu_target
+
+from deepseek.kernels.numba.launch import _KernelCache, kernel_sources
 
 KERNEL = """
 import numpy as np
@@ -91,3 +96,20 @@ def test_functions_of_a_kernel_can_be_called_in_the_process_that_compiled_it(
     program = tmp_path / "kernel.py"
     program.write_text(SHARED)
     assert run(program) == "[0, 1, 2, 3]\n"
+
+
+def test_a_change_in_any_kernel_file_compiles_kernels_anew(tmp_path: Path) -> None:
+    """Numba's own key has the file of a kernel alone, not those with the functions it calls."""
+
+    def kernel(data: Any) -> None:
+        del data
+
+    codegen = cpu_target.target_context.codegen()
+    keys = [_KernelCache(kernel, source)._index_key((), codegen) for source in (1, 1, 2)]
+    assert keys[0] == keys[1] != keys[2]
+    (tmp_path / "inner").mkdir()
+    file = tmp_path / "inner" / "helper.py"
+    file.write_text("one = 1\n")
+    before = kernel_sources.__wrapped__(tmp_path)
+    file.write_text("one = 2\n")
+    assert kernel_sources.__wrapped__(tmp_path) != before

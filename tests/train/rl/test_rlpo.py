@@ -27,7 +27,16 @@ from deepseek.train.rl.update import RLPOState, rlpo_update
 MOE = {"num_experts": 16, "expert_dim": 8, "routing_strategy": "dynamic"}
 
 
-def test_a_bandit_is_solved() -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"baseline": "group", "group_size": 8},
+        {"baseline": "group", "group_size": 8, "ratio": "sequence"},
+    ],
+    ids=["ppo", "grpo", "gspo"],
+)
+def test_a_bandit_is_solved(kind: dict[str, Any]) -> None:
     """One token, one answer that pays: it ends up nearly certain."""
     config = RLPOConfig(
         new_tokens=1,
@@ -37,12 +46,13 @@ def test_a_bandit_is_solved() -> None:
         target_kl=None,
         kl_stop=1.0,
         entropy_floor=0.0,
+        **kind,
     )
-    state = RLPOState(tiny(), share_of_sevens, config, optim=OptimConfig(learning_rate=3e-3))
-    batch = {"prompts": [[3, 4]] * 64}
+    state = RLPOState(tiny(), share_of_sevens, config, optim=OptimConfig(learning_rate=1e-2))
+    batch = {"prompts": [[3, 4]] * (64 // config.answers)}
     scores = [
         rlpo_update(state.learner.policy.model, share_of_sevens, batch, state=state)["score"]
-        for _ in range(25)
+        for _ in range(12)
     ]
     assert scores[0] < 0.5 and scores[-1] > 0.95
 
