@@ -9,9 +9,9 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from deepseek.compiled.vector_math import floats, sigmoid
 from deepseek.kernels.int8_layout import COLUMNS, GROUP, LANES
 from deepseek.kernels.numba.emit import FLOAT, FLOATS, Emit, loop
+from deepseek.kernels.numba.vector_math import floats, sigmoid
 
 
 def _silu(emit: Emit, x: Any) -> Any:

@@ -11,9 +11,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from deepseek.compiled.vector_math import exp, floats, larger, narrow
 from deepseek.kernels.int8_layout import LANES
 from deepseek.kernels.numba.emit import FLOAT, FLOATS, WORD, WORDS, Emit, loop
+from deepseek.kernels.numba.vector_math import exp, floats, larger, narrow
 
 
 def _reduce(emit: Emit, values: Any, join: Any) -> Any:

@@ -59,7 +59,6 @@ SOURCES = (
     "compiled/tile_attention.py",
     "compiled/tile_dot.py",
     "compiled/vector.py",
-    "compiled/vector_math.py",
     "kernels/bias/distance.py",
     "kernels/int8_layout.py",
     "kernels/numba/amx.py",
@@ -69,6 +68,7 @@ SOURCES = (
     "kernels/numba/openmp.py",
     "kernels/numba/primitives.py",
     "kernels/numba/subroutine.py",
+    "kernels/numba/vector_math.py",
 )
 """The files of the package that the step is compiled from."""
 

@@ -13,21 +13,12 @@ from numba.extending import intrinsic
 
 from deepseek.kernels.int8_layout import LANES
 from deepseek.kernels.numba.emit import FLOAT, FLOATS, SHORT, WORD, WORDS, Emit, loop
+from deepseek.kernels.numba.vector_math import LIMIT, exp, floats, narrow
 
 SHORTS = ir.VectorType(SHORT, LANES)
 LOWEST = -1e30
 _WHOLE = types.int64
 _REAL = types.float32
-_LOG2_E = 1.4426950408889634
-_LN_2_HIGH = 0.693359375
-_LN_2_LOW = -2.12194440e-4
-# Cephes' expf, as in `primitives.exp`.
-_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1)
-_LEAST = -87.0
-
-
-def _floats(number: float) -> Any:
-    return ir.Constant(FLOATS, [number] * LANES)
 
 
 class _Rows(Emit):
@@ -46,7 +37,7 @@ class _Rows(Emit):
         """Return the number of vectors that hold `count` numbers."""
         return self.builder.ashr(self.builder.add(count, count.type(LANES - 1)), count.type(4))
 
-    def floats(self, row: Any, index: Any) -> Any:
+    def numbers(self, row: Any, index: Any) -> Any:
         """Return the fp32 numbers from `index` on."""
         return self.load(FLOATS, self.place(row, index, 4), 4)
 
@@ -59,32 +50,13 @@ class _Rows(Emit):
         left = self.splat(self.builder.trunc(self.builder.sub(count, index), WORD))
         lanes = ir.Constant(WORDS, list(range(LANES)))
         return self.builder.select(
-            self.builder.icmp_signed("<", lanes, left), numbers, _floats(rest)
+            self.builder.icmp_signed("<", lanes, left), numbers, floats(rest)
         )
 
-    def rounded(self, numbers: Any) -> Any:
-        """Return the bits of the nearest bf16 numbers, ties to even."""
-        bits = self.builder.bitcast(numbers, WORDS)
-        sixteen = ir.Constant(WORDS, [16] * LANES)
-        odd = self.builder.and_(self.builder.lshr(bits, sixteen), ir.Constant(WORDS, [1] * LANES))
-        half = self.builder.add(odd, ir.Constant(WORDS, [0x7FFF] * LANES))
-        return self.builder.trunc(self.builder.lshr(self.builder.add(bits, half), sixteen), SHORTS)
-
-    def exp(self, x: Any) -> Any:
-        """Return the exponential of numbers up to 0, and 0 below -87."""
-        builder = self.builder
-        low = builder.fcmp_ordered("<=", x, _floats(_LEAST))
-        t = builder.select(low, _floats(_LEAST), x)
-        n = self.call("llvm.floor.v16f32", FLOATS, self.fma(t, _floats(_LOG2_E), _floats(0.5)))
-        r = self.fma(n, _floats(-_LN_2_HIGH), t)
-        r = self.fma(n, _floats(-_LN_2_LOW), r)
-        p = _floats(_EXP[0])
-        for factor in (*_EXP[1:], 5.0000001201e-1):
-            p = self.fma(p, r, _floats(factor))
-        p = self.fma(builder.fmul(p, r), r, builder.fadd(r, _floats(1.0)))
-        exponent = builder.add(builder.fptosi(n, WORDS), ir.Constant(WORDS, [127] * LANES))
-        power = builder.bitcast(builder.shl(exponent, ir.Constant(WORDS, [23] * LANES)), FLOATS)
-        return builder.select(low, _floats(0.0), builder.fmul(p, power))
+    def weights(self, exponents: Any) -> Any:
+        """Return the exponentials of numbers up to 0, and 0 instead of the least ones."""
+        low = self.builder.fcmp_ordered("<=", exponents, floats(-LIMIT))
+        return self.builder.select(low, floats(0.0), exp(self, exponents))
 
     def reduce(self, name: str, *args: Any) -> Any:
         """Return the maximum or the sum of the lanes, the sum in the order of a tree."""
@@ -140,7 +112,7 @@ def accumulate(_typing: Any, _target: Any, _factor: Any, _source: Any, _count: A
         factors = emit.splat(factor)
 
         def one(index: Any) -> None:
-            total = emit.fma(emit.floats(target, index), factors, emit.floats(source, index))
+            total = emit.fma(emit.numbers(target, index), factors, emit.numbers(source, index))
             emit.store(total, emit.place(target, index, 4), 4)
 
         emit.each(count, one)
@@ -158,9 +130,9 @@ def divide(_typing: Any, _source: Any, _divisor: Any, _target: Any, _count: Any)
         divisors = emit.splat(divisor)
 
         def one(index: Any) -> None:
-            quotient = emit.builder.fdiv(emit.floats(source, index), divisors)
-            emit.store(emit.rounded(quotient), emit.place(target, index, 2), 2)
-            emit.store(_floats(0.0), emit.place(source, index, 4), 4)
+            quotient = emit.builder.fdiv(emit.numbers(source, index), divisors)
+            emit.store(narrow(emit, quotient), emit.place(target, index, 2), 2)
+            emit.store(floats(0.0), emit.place(source, index, 4), 4)
 
         emit.each(count, one)
 
@@ -175,7 +147,7 @@ def scale_row(_typing: Any, _scores: Any, _count: Any, _factor: Any) -> Any:
         factors = emit.splat(factor)
 
         def one(index: Any) -> None:
-            scaled = emit.builder.fmul(emit.floats(scores, index), factors)
+            scaled = emit.builder.fmul(emit.numbers(scores, index), factors)
             emit.store(scaled, emit.place(scores, index, 4), 4)
 
         emit.each(count, one)
@@ -190,7 +162,7 @@ def highest_score(_typing: Any, _scores: Any, _count: Any, _least: Any) -> Any:
     def body(emit: _Rows, scores: Any, count: Any, least: Any) -> Any:
         def one(number: Any, tops: list[Any]) -> list[Any]:
             index = emit.builder.mul(number, number.type(LANES))
-            row = emit.inside(index, count, emit.floats(scores, index), LOWEST)
+            row = emit.inside(index, count, emit.numbers(scores, index), LOWEST)
             higher = emit.builder.fcmp_ordered(">", row, tops[0])
             return [emit.builder.select(higher, row, tops[0])]
 
@@ -211,12 +183,12 @@ def soften(_typing: Any, _scores: Any, _count: Any, _top: Any, _weights: Any) ->
 
         def one(number: Any, totals: list[Any]) -> list[Any]:
             index = emit.builder.mul(number, number.type(LANES))
-            row = emit.inside(index, count, emit.floats(scores, index), 2 * LOWEST)
-            weight = emit.exp(emit.builder.fsub(row, tops))
-            emit.store(emit.rounded(weight), emit.place(weights, index, 2), 2)
+            row = emit.inside(index, count, emit.numbers(scores, index), 2 * LOWEST)
+            weight = emit.weights(emit.builder.fsub(row, tops))
+            emit.store(narrow(emit, weight), emit.place(weights, index, 2), 2)
             return [emit.builder.fadd(totals[0], weight)]
 
-        totals = loop(emit.builder, emit.vectors(count), [_floats(0.0)], one)
+        totals = loop(emit.builder, emit.vectors(count), [floats(0.0)], one)
         return emit.reduce("fadd", FLOAT(0.0), *totals)
 
     return _operation(_REAL(_WHOLE, _WHOLE, _REAL, _WHOLE), body)
@@ -232,10 +204,10 @@ def through_softmax(
     _dot: Any,
     _scale: Any,
     _weights: Any,
-    _narrow: Any,
+    _target: Any,
 ) -> Any:
     """Set `count` numbers, zeros up to a multiple of 16: `weights` to exp(score - lse), `changes`
-    from the gradients of the weights to those of the scores, and `narrow` to `scale` times these.
+    from the gradients of the weights to those of the scores, and `target` to `scale` times these.
     """
 
     def body(
@@ -247,21 +219,21 @@ def through_softmax(
         dot: Any,
         scale: Any,
         weights: Any,
-        narrow: Any,
+        target: Any,
     ) -> None:
         builder = emit.builder
         lses, dots, scales = (emit.splat(number) for number in (lse, dot, scale))
 
         def one(index: Any) -> None:
-            row = emit.inside(index, count, emit.floats(scores, index), 2 * LOWEST)
-            weight = emit.exp(builder.fsub(row, lses))
+            row = emit.inside(index, count, emit.numbers(scores, index), 2 * LOWEST)
+            weight = emit.weights(builder.fsub(row, lses))
             place = emit.place(changes, index, 4)
             grads = builder.fsub(emit.load(FLOATS, place, 4), dots)
             change = builder.fmul(weight, emit.inside(index, count, grads, 0.0))
             emit.store(change, place, 4)
-            emit.store(emit.rounded(weight), emit.place(weights, index, 2), 2)
+            emit.store(narrow(emit, weight), emit.place(weights, index, 2), 2)
             scaled = builder.fmul(change, scales)
-            emit.store(emit.rounded(scaled), emit.place(narrow, index, 2), 2)
+            emit.store(narrow(emit, scaled), emit.place(target, index, 2), 2)
 
         emit.each(count, one)
 
