@@ -56,8 +56,10 @@ def preference(record: Mapping[str, Any], where: str, source: str) -> Preference
         fields = field_names(record)
         raise DataError(f"{where} has no `chosen` and `rejected` but {fields}; rename its fields.")
     if "prompt" not in record:
-        both = {name: spoken(record[name]) for name in ("chosen", "rejected")}
-        record = {**record, **both, "prompt": shared_prompt(*both.values(), where)}
+        chosen = spoken(record["chosen"])
+        rejected = spoken(record["rejected"])
+        prompt = shared_prompt(chosen, rejected, where)
+        record = {**record, "chosen": chosen, "rejected": rejected, "prompt": prompt}
     prompt, chosen = conversation_parts(record["prompt"], record["chosen"], where)
     _, rejected = conversation_parts(record["prompt"], record["rejected"], where)
     if chosen == rejected:
