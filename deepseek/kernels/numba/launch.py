@@ -61,7 +61,9 @@ class _Closed(JITCodeLibrary):
 
     def _optimize_final_module(self) -> None:
         for function in self._final_module.functions:
-            if function.linkage == binding.Linkage.linkonce_odr:
+            # Numba's optimiser removes pairs of calls that count references, which it knows by name.
+            counts_references = function.name.startswith("NRT_")
+            if function.linkage == binding.Linkage.linkonce_odr and not counts_references:
                 function.linkage = binding.Linkage.internal
                 # The optimiser may now drop arguments. Under its own name, the linker would take
                 # this copy for the function itself when other code calls that.
