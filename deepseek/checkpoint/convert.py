@@ -66,6 +66,7 @@ _ONE_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\
 
 # Supported families, and the field values that a family implies without listing them in its config.
 FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"post_norms": True, "scale_embeddings": True, "unit_offset_norms": True},
     "gemma3_text": {
         "post_norms": True,
         "qk_norm": "head",
@@ -80,6 +81,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": "head"},
     "qwen3_moe": {"qk_norm": "head"},
 }
+
+GEMMA = ("gemma2", "gemma3_text")
 
 
 def _translate_config(hf_config: Any) -> dict[str, Any]:
@@ -108,30 +111,32 @@ def _translate_config(hf_config: Any) -> dict[str, Any]:
             "router_renormalize": bool(values.get("norm_topk_prob", True)),
             "dense_layers": [i for i in layers if i in skipped or (i + 1) % step],
         }
-    if hf_config.model_type == "gemma3_text":
+    if hf_config.model_type in GEMMA:
         ours |= _gemma_fields(values)
     return ours
 
 
 def _gemma_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the `ModelConfig` fields that Gemma 3 alone has, with the defaults of its class."""
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if values[name] is not None:
-            raise CheckpointError(
-                f"{name}={values[name]} is not supported; use a model without it."
-            )
-    if values["use_bidirectional_attention"]:
+    """Return the `ModelConfig` fields that only Gemmas have, with the defaults of their classes."""
+    if values.get("use_bidirectional_attention"):
         raise CheckpointError("Models with use_bidirectional_attention=true are not supported.")
-    local = values["rope_parameters"]["sliding_attention"]
+    ours = {name: values[name] for name in _COMMON_FIELDS if name in values} | {
+        "hidden_act": values["hidden_activation"],
+        "query_pre_attn_scalar": values["query_pre_attn_scalar"],
+        "attn_logit_softcapping": values["attn_logit_softcapping"],
+        "final_logit_softcapping": values["final_logit_softcapping"],
+    }
+    rotary = values["rope_parameters"]
+    if "sliding_attention" not in rotary:
+        return ours
+    local = rotary["sliding_attention"]
     if local.get("rope_type", "default") != "default":
         raise CheckpointError(
             f"rope_parameters of type {shown(local['rope_type'])} on sliding attention are not "
             "supported; use a model whose windowed layers have unscaled angles."
         )
-    return {name: values[name] for name in _COMMON_FIELDS if name in values} | {
-        "hidden_act": values["hidden_activation"],
-        "query_pre_attn_scalar": values["query_pre_attn_scalar"],
-        "rope_parameters": values["rope_parameters"]["full_attention"],
+    return ours | {
+        "rope_parameters": rotary["full_attention"],
         "local_rope_theta": local["rope_theta"] if values["sliding_window"] else None,
     }
 
@@ -161,7 +166,7 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             "The checkpoint is quantised; use the unquantised folder of the same model."
         )
-    if raw.get("hidden_act", "silu") != "silu":
+    if family not in GEMMA and raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(
             f"hidden_act={shown(raw['hidden_act'])} is not supported; only models with 'silu' load."
         )
@@ -171,7 +176,7 @@ def convert_config(raw: dict[str, Any]) -> dict[str, Any]:
         )
     common = {key: raw[key] for key in _COMMON_FIELDS if raw.get(key) is not None}
     common = {key: value for key, value in common.items() if not _means_no_token(key, value, raw)}
-    if family == "gemma3_text":  # older configs: its class makes `rope_parameters` of them
+    if family in GEMMA:  # older configs: their class makes `rope_parameters` of them
         common = {key: common[key] for key in common.keys() - {"rope_scaling", "rope_theta"}}
     layers = raw.get("num_hidden_layers", 1)
     if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:

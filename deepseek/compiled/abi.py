@@ -77,6 +77,8 @@ WEIGHTS = Table(
         Buffer("out_bias", FP32, "layers hidden", "zeros where the projection has none"),
         Buffer("joint_norm", INT64, "", "1: those norms are over all heads together; 0: over each"),
         Buffer("clip", FP32, "1", "largest absolute query, key and value; 0: no clamp"),
+        Buffer("score_cap", FP32, "1", "cap c of scores z, c tanh(z / c); 0: no cap"),
+        Buffer("logit_cap", FP32, "1", "cap of logits; 0: no cap"),
         Buffer("windows", INT64, "layers", "sliding window in tokens; 0: full causal attention"),
         Buffer("rotation", INT64, "layers", "which rotary angles a layer has"),
         Buffer("cosine", FP32, "rotations positions half_width", "rotary angles of positions"),

@@ -6,6 +6,7 @@ from deepseek.compiled.abi import PAGE, QUERIES, SYNC_STRIDE
 from deepseek.compiled.pages import plane
 from deepseek.compiled.rows import put_attended, round_group
 from deepseek.compiled.score_bias import add_bias, has_bias
+from deepseek.compiled.soft_cap import cap_values
 from deepseek.compiled.softmax import softmax
 from deepseek.compiled.tile_attention import mix_tiles, score_tiles
 from deepseek.compiled.vector import arrive, pair_dot_1, pair_dot_2, pair_dot_3, pair_dot_6
@@ -97,6 +98,8 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
         token = row + (start + i) // group_heads
         if biased:
             add_bias(weights, batch, work, layer, chunk, token, head, low, scores[i, :span])
+        if weights.score_cap[0] > 0:
+            cap_values(scores[i].ctypes.data, span, weights.score_cap[0])
         end = past + (start + i) // group_heads
         first = max(0, end - window) - base if window else 0
         probs[i, :first] = 0

@@ -19,6 +19,8 @@ def numbers(model: DeepSeekModel) -> dict[str, Any]:
     return {
         "eps": np.array([config.rms_norm_eps], np.float32),
         "clip": np.array([config.clip_qkv or 0], np.float32),
+        "score_cap": np.array([config.attn_logit_softcapping or 0], np.float32),
+        "logit_cap": np.array([config.final_logit_softcapping or 0], np.float32),
         "query_scale": np.array([scale], np.float32),
         "embed_scale": np.array([embed_scale], np.float32),
         "activation": int(config.hidden_act != "silu"),

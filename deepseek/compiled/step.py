@@ -30,6 +30,7 @@ from deepseek.compiled.paged_attention import attend, round_attended
 from deepseek.compiled.products import activate, add_projected, embed, project
 from deepseek.compiled.rows import barrier, norm_row, round_group, row_bytes
 from deepseek.compiled.score_bias import place_bias
+from deepseek.compiled.soft_cap import cap_columns
 from deepseek.kernels.int8_layout import COLUMNS, GROUP
 from deepseek.kernels.numba import amx, launch, openmp
 from deepseek.kernels.numba.buffers import KernelArguments
@@ -54,6 +55,7 @@ SOURCES = (
     "compiled/products.py",
     "compiled/rows.py",
     "compiled/score_bias.py",
+    "compiled/soft_cap.py",
     "compiled/softmax.py",
     "compiled/step.py",
     "compiled/tile_attention.py",
@@ -307,6 +309,8 @@ def _run(weights, batch, sites, routed, work):  # type: ignore[no-untyped-def]
     barrier(counter)
     first, last = _panels(weights.vocabulary)
     project(weights.lm_head, first, last, work.normed_rows.ctypes.data, kept, groups, batch.logits)
+    if weights.logit_cap[0] > 0:
+        cap_columns(batch.logits, first * COLUMNS, last * COLUMNS, weights.logit_cap[0])
     if weights.tiles:
         amx.release()
 

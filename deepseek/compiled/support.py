@@ -56,7 +56,10 @@ RULES = (
     )
     | {
         "attention": one_of("full", "lsh"),
-        "clip_qkv": FieldRule(lambda limit: limit is None or limit > 0, "None or above 0"),
+        **dict.fromkeys(
+            ("attn_logit_softcapping", "clip_qkv", "final_logit_softcapping"),
+            FieldRule(lambda limit: limit is None or limit > 0, "None or above 0"),
+        ),
         "head_dim": FieldRule(lambda width: 32 <= width <= 256, "between 32 and 256"),
         "hidden_act": one_of("gelu_pytorch_tanh", "silu"),
         "positional_encoding": one_of("alibi", "dpe", "none", "rope"),

@@ -38,6 +38,7 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
+    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
 """`model_type` of a config -> llama.cpp's architecture."""

@@ -31,9 +31,10 @@ logits and the new past.
 
 NEW = ("input_ids", "attention_mask", "position_ids")
 
-# A graph is traced from the model's own blocks, which honour all fields. Two things cannot be
-# traced for any length: LSH attention, whose reads depend on values in the prompt, and position
-# encodings that bias the scores or have a table of fixed length.
+# A graph is traced from the model's own blocks, which honour all fields. Three things cannot be
+# traced for any length: LSH attention, whose reads depend on values in the prompt; position
+# encodings that bias the scores or have a table of fixed length; and capped scores, which are
+# computed for as many queries at a time as the length allows.
 RULES = (
     any_of(NOT_COMPUTED_WITH)
     | any_of(LSH_FIELDS)
@@ -43,6 +44,7 @@ RULES = (
             "attention_bias",
             "attention_output_bias",
             "clip_qkv",
+            "final_logit_softcapping",
             "full_attention_layers",
             "head_dim",
             "hidden_size",
@@ -68,6 +70,7 @@ RULES = (
     )
     | {
         "attention": one_of("full"),
+        "attn_logit_softcapping": one_of(None),
         "hidden_act": one_of("gelu_pytorch_tanh", "silu"),
         "positional_encoding": one_of("rope", "none"),
     }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from deepseek.checkpoint.convert import FAMILIES, convert_config, our_name
+from deepseek.checkpoint.convert import FAMILIES, GEMMA, convert_config, our_name
 from deepseek.errors import ConfigError
 from deepseek.export.graph import Step
 from deepseek.model.config import ModelConfig
@@ -34,7 +34,9 @@ RULES = any_of(
         "attention",
         "attention_bias",
         "attention_output_bias",
+        "attn_logit_softcapping",
         "clip_qkv",
+        "final_logit_softcapping",
         "full_attention_layers",
         "head_dim",
         "hidden_act",
@@ -167,16 +169,17 @@ def _in_their_names(config: ModelConfig, family: str) -> dict[str, Any]:
         "moe_intermediate_size": config.expert_dim,
         "mlp_only_layers": config.dense_layers or [],
     }
-    if family == "gemma3_text":
-        rotary = config.rope_parameters or {}
-        local = config.local_rope_theta or rotary.get("rope_theta", 1e4)
+    if family in GEMMA:
         values |= {
             "hidden_activation": config.hidden_act,
             "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim,
-            "rope_parameters": {
-                "full_attention": rotary,
-                "sliding_attention": {"rope_type": "default", "rope_theta": local},
-            },
+        }
+    if family == "gemma3_text":
+        rotary = config.rope_parameters or {}
+        local = config.local_rope_theta or rotary.get("rope_theta", 1e4)
+        values["rope_parameters"] = {
+            "full_attention": rotary,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
         }
     if family in ("mixtral", "olmoe"):
         values["intermediate_size"] = config.expert_dim or config.intermediate_size

@@ -13,6 +13,9 @@ from deepseek.model.presets import PRESETS
 from deepseek.model.rope_parameters import ROTARY, check_rope
 from deepseek.registry import nearest, pick
 
+UNBIASED = ("learned", "none", "rope")
+"""Positional encodings without a bias of attention scores."""
+
 # Keys that Hugging Face itself writes into a config or passes along with it. They are ignored.
 FOREIGN_KEYS = {
     "attn_implementation",
@@ -57,6 +60,9 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
         qk_norm: RMS norm on queries and keys: "none", per "head" (Qwen3) or over the full "width"
             (OLMoE).
         clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE); None: no clamp.
+        attn_logit_softcapping, final_logit_softcapping: attention scores, and logits, z are capped
+            to c * tanh(z / c) (Gemma 2, arXiv:2408.00118, section 2); None: no cap. Scores are
+            capped in full attention without a score bias ("dpe", "alibi").
         attention_bias, attention_output_bias: whether the query, key and value projections, and the
             output projection, have biases.
         query_pre_attn_scalar: scores are divided by its root (Gemma); None: `head_dim`.
@@ -127,6 +133,8 @@ class ModelConfig(AttentionFields, PreTrainedConfig):
     attention_output_bias: bool = False
     qk_norm: str = "none"
     clip_qkv: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     query_pre_attn_scalar: float | None = None
     sliding_window: int | None = None
     full_attention_layers: list[int] | None = None
@@ -307,6 +315,16 @@ def _validate_attention(config: ModelConfig) -> None:
     from deepseek.model.attention import ATTENTION
 
     ATTENTION[checks.choice("attention", config.attention, ATTENTION)].check(config)
+    cap = config.attn_logit_softcapping
+    if cap is None:
+        return
+    for name, supported in (("attention", ("full",)), ("positional_encoding", UNBIASED)):
+        value = getattr(config, name)
+        if value not in supported:
+            raise ConfigError(
+                f"attn_logit_softcapping={cap} contradicts {name}={value!r}: scores are capped "
+                f"with {' or '.join(map(repr, supported))}; leave one of them out."
+            )
 
 
 def _validate_experts(config: ModelConfig) -> None:

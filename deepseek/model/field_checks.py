@@ -70,6 +70,8 @@ FIELDS: dict[str, Check] = {
     "attention_bias": flag,
     "attention_output_bias": flag,
     "clip_qkv": optional(partial(number, above=0)),
+    "attn_logit_softcapping": optional(partial(number, above=0)),
+    "final_logit_softcapping": optional(partial(number, above=0)),
     "sliding_window": optional(size),
     "rope_parameters": optional(mapping),
     "train_len": optional(size),

@@ -18,6 +18,7 @@ from deepseek.model.attached.load import is_stock, load_attached, stock_layers
 from deepseek.model.attached.model import AttachedModel
 from deepseek.model.attached.new_expert import attached_expert
 from deepseek.model.attached.traits import output_weight, traits_of
+from deepseek.model.attention.capped import soft_cap
 from deepseek.model.config import ModelConfig
 from deepseek.model.experts import ExpertModule
 from deepseek.model.kv_cache import KVCache
@@ -45,7 +46,7 @@ class OutputHead:
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Return the logits `[B, T, V]`."""
         logits_BTV = linear(hidden_BTD, self.weight_VD)
-        return logits_BTV if self.cap is None else self.cap * torch.tanh(logits_BTV / self.cap)
+        return logits_BTV if self.cap is None else soft_cap(logits_BTV, self.cap)
 
 
 def load_language_model(
@@ -130,7 +131,7 @@ def output_head(model: LanguageModel) -> OutputHead:
     """
     if isinstance(model, AttachedModel):
         return OutputHead(output_weight(model), traits_of(model).logit_cap)
-    return OutputHead(model.lm_head.weight)
+    return OutputHead(model.lm_head.weight, model.lm_head.cap)
 
 
 def expert_layers(model: LanguageModel) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import Armed, ForwardContext
 from deepseek.model.experts import ExpertSet
+from deepseek.model.head import LanguageHead
 from deepseek.model.inputs import check_embeds, check_ids, check_positions
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import RoutingDecision
@@ -41,7 +42,7 @@ class Decoder(Protocol):
     embed_tokens: nn.Module
     layers: nn.ModuleList
     norm: RMSNorm
-    lm_head: nn.Linear
+    lm_head: LanguageHead
     positions: Positions
     experts: ExpertSet
 

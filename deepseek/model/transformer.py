@@ -15,6 +15,7 @@ from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
 from deepseek.model.embedding import ScaledEmbedding
 from deepseek.model.experts import ExpertSet
+from deepseek.model.head import LanguageHead
 from deepseek.model.init import init_module
 from deepseek.model.inputs import check_labels
 from deepseek.model.kv_cache import KVCache
@@ -56,7 +57,9 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             Block(config, i, self._pool_of(i)) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.unit_offset_norms)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(
+            config.hidden_size, config.vocab_size, config.final_logit_softcapping
+        )
         self.positions = pick(
             POSITIONS, config.positional_encoding, "positional_encoding"
         ).positions(config)

@@ -72,6 +72,15 @@ KINDS = {
         "full_attention_layers": [1],
         "local_rope_theta": 100.0,
     },
+    "gemma2": {
+        "vocab_size": 91,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 2.0,
+        "hidden_act": "gelu_pytorch_tanh",
+        "post_norms": True,
+        "sliding_window": 30,
+        "full_attention_layers": [1],
+    },
     "heads of 256": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
     "heads of 80, dpe": {"head_dim": 80, "positional_encoding": "dpe", "post_norms": True},
 }
@@ -89,6 +98,7 @@ RUN = {
     **MIXTURES,
     "dpe": KINDS["dpe"],
     "alibi": KINDS["alibi"],
+    "gemma2": KINDS["gemma2"],
     "gemma3": KINDS["gemma3"],
     "lsh": LSH,
     "lsh, far field": LSH | {"lsh_far_field": True, "lsh_num_buckets": 1},

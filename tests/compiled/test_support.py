@@ -40,7 +40,9 @@ SHAPE: dict[str, Any] = {
 
 COMPILED_REFUSES = {
     "attention": "linear",
+    "attn_logit_softcapping": 0.0,
     "clip_qkv": 0.0,
+    "final_logit_softcapping": 0.0,
     "head_dim": 16,
     "hidden_act": "gelu",
     "positional_encoding": "learned",
@@ -50,7 +52,12 @@ COMPILED_REFUSES = {
     "routing_strategy": "hash",
     "sliding_window": 0,
 }
-GRAPH_REFUSES = {"attention": "lsh", "hidden_act": "gelu", "positional_encoding": "learned"}
+GRAPH_REFUSES = {
+    "attention": "lsh",
+    "attn_logit_softcapping": 50.0,
+    "hidden_act": "gelu",
+    "positional_encoding": "learned",
+}
 
 COMPILED_RUNS: list[dict[str, Any]] = [
     {},
@@ -61,6 +68,7 @@ COMPILED_RUNS: list[dict[str, Any]] = [
     {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh", "post_norms": True},
     {"scale_embeddings": True, "unit_offset_norms": True, "query_pre_attn_scalar": 80.0},
     {"sliding_window": 9, "local_rope_theta": 1e3},
+    {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
     {"positional_encoding": "alibi"},
     {"positional_encoding": "dpe", "train_len": 64},
     {"positional_encoding": "none"},
@@ -159,7 +167,7 @@ def test_a_graph_is_refused_with_the_reason(
     assert graph.Graph(model).outputs[0] == "logits"
     monkeypatch.setattr(model.config, field, GRAPH_REFUSES[field])
     with pytest.raises(
-        ConfigError, match=f"{field}='{GRAPH_REFUSES[field]}' .must be .* has no exported form"
+        ConfigError, match=f"{field}={GRAPH_REFUSES[field]!r} .must be .* has no exported form"
     ):
         graph.Graph(model)
 

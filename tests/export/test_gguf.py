@@ -42,7 +42,9 @@ def logits(source: Path) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3moe", "gemma3"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3"]
+)
 def test_transformers_reads_the_same_model(architecture: str, tmp_path: Path) -> None:
     folder = stock(architecture, tmp_path)
     out = tmp_path / "out.gguf"

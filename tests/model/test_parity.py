@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -47,6 +48,16 @@ YARN = {
 }
 
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma2": lambda: Gemma2Config(
+        **SMALL,
+        head_dim=32,
+        hidden_act="gelu_pytorch_tanh",  # as its checkpoints have it, though no class reads it
+        query_pre_attn_scalar=24,
+        sliding_window=16,
+        attn_logit_softcapping=0.5,
+        final_logit_softcapping=2.0,
+        attn_implementation="eager",  # the others of transformers ignore caps of scores
+    ),
     "gemma3": lambda: Gemma3TextConfig(
         **SMALL,
         head_dim=32,

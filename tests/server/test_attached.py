@@ -35,7 +35,7 @@ def save_family(family: str, folder: Path) -> None:
         write_pack(folder / "experts" / f"{name}.safetensors", pack)
 
 
-@pytest.fixture(scope="module", params=["gemma2", "gpt_oss", "nemotron_h", "qwen3_5_text"])
+@pytest.fixture(scope="module", params=["gemma4_text", "gpt_oss", "nemotron_h", "qwen3_5_text"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp(request.param)
     save_family(request.param, folder)

@@ -36,8 +36,10 @@ MODEL_TYPES = {"gemma3": "gemma3_text"}
 
 MORE_FIELDS = {
     "attention.key_length": "head_dim",
+    "attn_logit_softcapping": "attn_logit_softcapping",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 """Metadata key -> config field, beside those in the tables of `transformers`."""
 

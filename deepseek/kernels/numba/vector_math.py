@@ -53,6 +53,14 @@ def exp(emit: Emit, x: Any) -> Any:
     return emit.builder.fmul(result, emit.builder.bitcast(power, FLOATS))
 
 
+def tanh(emit: Emit, x: Any) -> Any:
+    """Return the hyperbolic tangents of x, with absolute errors up to 2e-7."""
+    one = floats(1.0)
+    double = exp(emit, emit.builder.fadd(x, x))
+    half = emit.builder.fdiv(one, emit.builder.fadd(one, double))
+    return emit.fma(half, floats(-2.0), one)
+
+
 def sigmoid(emit: Emit, x: Any) -> Any:
     """Return the logistic function of x, accurate to 2e-7."""
     one = floats(1.0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from deepseek.kernels.bias.score_bias import ScoreBias, biased_attention
+from deepseek.model.attention.capped import capped_attention
 from deepseek.model.attention.decode import decode, reserved_layers
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import ForwardContext
@@ -79,6 +80,7 @@ class FullAttention(nn.Module):
         self.groups = config.num_key_value_heads
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.clip_qkv = config.clip_qkv
+        self.score_cap = config.attn_logit_softcapping
         self.norm_heads = config.qk_norm == "head"
         self.windowed = config.sliding_window is not None and layer_idx not in (
             config.full_attention_layers or ()
@@ -186,7 +188,7 @@ class FullAttention(nn.Module):
             sequences: context of each sequence.
         """
         layers = reserved_layers(inputs.key_BGTK, sequences, self.layer_idx)
-        if layers is None:
+        if layers is None or self.score_cap is not None:
             return None
         window = sequences[0].window if self.windowed else None
         parts = (inputs.query_BHTK, inputs.key_BGTK, inputs.value_BGTK)
@@ -225,6 +227,8 @@ class FullAttention(nn.Module):
             visible = ctx.window_visible if self.windowed else ctx.visible
             return biased_attention(query_BHTK, key_BGSK, value_BGSK, bias, visible)
         mask = ctx.window_mask_B1TS if self.windowed else ctx.mask_B1TS
+        if self.score_cap is not None:
+            return capped_attention(query_BHTK, key_BGSK, value_BGSK, self.score_cap, mask)
         causal = mask is None and query_BHTK.shape[2] > 1
         return scaled_dot_product_attention(
             query_BHTK,

@@ -41,13 +41,14 @@ class NextToken(nn.Module):
         step = begin_rows(model, batch)
         hidden_BTD = step.finish()
         labels_N = to_device(batch.labels.flatten(), model.device)
+        head = model.lm_head
         if load_LE is None:
             hidden_ND = hidden_BTD.flatten(0, 1)
             dtype = compute_dtype(model)
-            return linear_cross_entropy(hidden_ND, model.lm_head.weight, labels_N, dtype=dtype)
+            return linear_cross_entropy(hidden_ND, head.weight, labels_N, cap=head.cap, dtype=dtype)
         for layer, stats in enumerate(step.ctx.router_stats):
             load_LE[layer] += stats.dispatch.load_E()
-        return token_losses(hidden_BTD.flatten(0, 1), model.lm_head.weight, labels_N)
+        return token_losses(hidden_BTD.flatten(0, 1), head.weight, labels_N, head.cap)
 
 
 class LanguageTask:

@@ -1,0 +1,250 @@
+"""A mixture of experts with shared pools against dense models: parameters for the same loss, and
+speed.
+
+    python benchmarks/corpora.py all
+    python benchmarks/params.py CORPORA [--set design|final] [--seeds 3] [--tokens 1500000] [--json FILE]
+
+Five models are trained from scratch on the same stream of text, with the same number of floating
+point operations, at each of `--rates`:
+
+    dense           the model to match
+    mixture         dynamic routing over pools that layers share, 60 % of its parameters
+    own pools       dynamic routing with a pool in every layer, as many parameters as the mixture
+    dense, total    a dense model with as many parameters as the mixture
+    dense, active   a dense model with as many parameters as the mixture uses for a token
+
+`--set design` is for choosing shapes and rates; `final` has other text, and other seeds, which is
+where the figures come from. A model is judged at the rate that was best for its kind on the design
+set (`RATES`), by its loss on documents that no model was trained on. Differences are taken seed by
+seed. An interrupted run goes on.
+
+Then the mixture and the dense model of the first seed run in the compiled engine with 8 bits, in
+turn: the prefill of 512 held-out tokens, and decoding of what follows, one token at a time.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from results import add_output, write
+from turns import in_turn
+
+import deepseek
+from deepseek.checkpoint.store import home
+from deepseek.compiled.runner import CompiledRunner
+from deepseek.data import read_folder
+from deepseek.model.transformer import DeepSeekModel
+from deepseek.planning.architecture import Architecture
+from deepseek.planning.sizes import parameters
+from deepseek.runner import Chunk
+from deepseek.text.tokenizer import load_tokenizer
+
+SETS = {
+    "design": ("public-code", "science", "prose", "german"),
+    "final": ("final-public-code", "final-octave", "final-public-prose", "final-spanish"),
+}
+FIRST_SEED = {"design": 100, "final": 0}
+VOCABULARY, ROW = 4096, 256
+
+# Half the width and two thirds of the layers of `deepseek-29m` and its dense counterpart.
+BACKBONE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 1024,
+}
+ROUTED = {
+    "expert_dim": 96,
+    "num_shared_experts": 1,
+    "routing_strategy": "dynamic",
+    "target_experts": 2.0,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"intermediate_size": 1024},
+    "mixture": ROUTED | {"num_experts": 15, "expert_sharing": 4, "intermediate_size": 1024},
+    "own pools": ROUTED
+    | {"num_experts": 4, "max_experts": 4, "candidate_experts": 4}
+    | {"intermediate_size": 1024, "expert_dim": 90},
+    "dense, total": {"intermediate_size": 460},
+    "dense, active": {"intermediate_size": 288},
+}
+RATES = dict.fromkeys(KINDS, 2e-3)
+"""Peak learning rates, chosen on the design set."""
+
+PREFILL, DECODE = 512, 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpora", type=Path)
+    parser.add_argument("--set", choices=SETS, default="final")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--rates", type=float, nargs="+", help="default: the chosen ones")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=1_500_000, help="of the dense model")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--work", type=Path, default=home() / "params", help="models are kept here")
+    add_output(parser, "params")
+    options = parser.parse_args()
+    runs = []
+    for seed in range(FIRST_SEED[options.set], FIRST_SEED[options.set] + options.seeds):
+        for kind in options.kinds:
+            for rate in options.rates or [RATES[kind]]:
+                runs.append(trained(options, kind, rate, seed))
+                print({name: value for name, value in runs[-1].items() if name != "folder"})
+    figures = {"sizes": {kind: sizes(kind) for kind in options.kinds}, "losses": losses(runs)}
+    if {"dense", "mixture"} <= set(options.kinds):
+        folders = {run["kind"]: Path(run["folder"]) for run in reversed(runs)}
+        figures["speed"] = speeds(folders, options)
+    print(json.dumps(figures, indent=1))
+    for run in runs:
+        del run["folder"]
+    write(options.json, {"figures": figures, "runs": runs})
+
+
+def architecture(kind: str) -> dict[str, Any]:
+    """Return the fields of a kind's config."""
+    return BACKBONE | KINDS[kind]
+
+
+def sizes(kind: str) -> dict[str, float]:
+    """Return a kind's parameters, in all and for a token, and both as shares of the dense model's."""
+    found, dense = (parameters(Architecture.of(architecture(one))) for one in (kind, "dense"))
+    return {
+        "total": found.total,
+        "active": found.active,
+        "total_share": found.total / dense.total,
+        "active_share": found.active / dense.active,
+    }
+
+
+def tokens_of(kind: str, dense_tokens: int) -> int:
+    """Return how many tokens cost a kind as much as `dense_tokens` cost the dense model.
+
+    A token costs six operations for each active parameter, and those of attention, which are the
+    same in all kinds: 12 for each number of a query and each key that it sees, half a row.
+    """
+    attention = 12 * BACKBONE["num_hidden_layers"] * BACKBONE["hidden_size"] * ROW / 2
+    costs = {one: 6 * sizes(one)["active"] + attention for one in (kind, "dense")}
+    return round(dense_tokens * costs["dense"] / costs[kind])
+
+
+def trained(options: argparse.Namespace, kind: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train a model, unless that was done before, and return its figures."""
+    work = options.work / f"{options.set}-{options.tokens}"
+    folder = work / f"{kind.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    first = work / f"tokenizer-{seed}"
+    settings = {
+        "name": "params",
+        "tokens": tokens_of(kind, options.tokens),
+        "row_length": ROW,
+        "batch_rows": 16,
+        "learning_rate": rate,
+        "final_learning_rate": rate / 30,
+        "vocab_size": VOCABULARY,
+        "domains": {
+            name: {"folder": str(options.corpora / name), "weight": 1} for name in SETS[options.set]
+        },
+        "model": architecture(kind),
+        "seed": seed,
+        "evaluate_every": 100_000,
+        "held_out_tokens": 65_536,
+        "samples": [],
+        "out": str(folder / "model"),
+        "run_folder": str(folder / "run"),
+    }
+    if first.is_dir():  # all kinds have the tokenizer of the first
+        settings["tokenizer"] = str(first)
+    deepseek.pretrain(settings, quiet=True)
+    if not first.is_dir():
+        load_tokenizer(folder / "model").save_pretrained(first)
+    found = json.loads((folder / "run" / "result.json").read_text())
+    return {
+        "kind": kind,
+        "rate": rate,
+        "seed": seed,
+        "tokens": found["tokens"],
+        "seconds": found["seconds"],
+        "loss": found["held_out_loss"],
+        "folder": str(folder / "model"),
+    }
+
+
+def losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return each kind's losses by rate, and the mean of their differences from the dense model's."""
+    by_run = {(run["kind"], run["rate"], run["seed"]): run["loss"] for run in runs}
+    dense = {
+        seed: min(loss for (kind, _, s), loss in by_run.items() if (kind, s) == ("dense", seed))
+        for seed in {run["seed"] for run in runs if run["kind"] == "dense"}
+    }
+    table: dict[str, Any] = {}
+    for kind, rate in dict.fromkeys((run["kind"], run["rate"]) for run in runs):
+        by_seed = {s: loss for (k, r, s), loss in by_run.items() if (k, r) == (kind, rate)}
+        row = {"rate": rate, "losses": list(by_seed.values()), "mean": mean(by_seed.values())}
+        if by_seed.keys() <= dense.keys():
+            differences = [loss - dense[seed] for seed, loss in by_seed.items()]
+            row |= {"over_dense": mean(differences), "over_dense_by_seed": differences}
+        table.setdefault(kind, []).append(row)
+    return table
+
+
+def speeds(folders: Mapping[str, Path], options: argparse.Namespace) -> dict[str, Any]:
+    """Return tokens a second of the mixture and the dense model, and their ratio by medians."""
+    text = "".join(
+        document.text[:4000]
+        for name in SETS[options.set]
+        for document in list(read_folder(options.corpora / name))[-4:]
+    )
+    turns: dict[str, Callable[[], dict[str, float]]] = {}
+    experts = 0.0
+    for kind in ("dense", "mixture"):
+        model = DeepSeekModel.from_pretrained(folders[kind]).eval()
+        ids = load_tokenizer(folders[kind])(text).input_ids[: PREFILL + DECODE]
+        turns[kind] = turn(CompiledRunner(model), ids)
+        if kind == "mixture":
+            experts = mean_experts(model, ids)
+    found = in_turn(turns, options.rounds)
+    rates = {
+        kind: {name: median(one[name] for one in results) for name in results[0]}
+        for kind, results in found.items()
+    }
+    ratios = {name: rates["mixture"][name] / rates["dense"][name] for name in rates["dense"]}
+    return {"tokens_per_second": rates, "mixture_over_dense": ratios, "mean_experts": experts}
+
+
+def turn(runner: CompiledRunner, ids: list[int]) -> Callable[[], dict[str, float]]:
+    """Return a turn: tokens a second of prefill and of decoding the text `ids`."""
+
+    def run() -> dict[str, float]:
+        state = runner.start(None, len(ids))
+        start = time.perf_counter()
+        runner.forward([Chunk(state, ids[:PREFILL])])
+        prefill = PREFILL / (time.perf_counter() - start)
+        seconds = []
+        for token in ids[PREFILL:]:
+            start = time.perf_counter()
+            runner.forward([Chunk(state, [token])])
+            seconds.append(time.perf_counter() - start)
+        return {"prefill": prefill, "decode": 1 / median(seconds)}
+
+    return run
+
+
+@torch.no_grad()
+def mean_experts(model: DeepSeekModel, ids: list[int]) -> float:
+    """Return the mean number of routed experts per token and layer."""
+    stats = model(torch.tensor([ids])).router_stats
+    return float(torch.stack([layer.mean_active for layer in stats]).mean())
+
+
+if __name__ == "__main__":
+    main()
