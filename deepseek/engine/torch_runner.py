@@ -116,7 +116,7 @@ class TorchRunner(ReferenceRunner):
         for chunk, end in zip(chunks, ends, strict=True):
             kept_rows += range(end - chunk.keep, end)
         rows_R = torch.tensor(kept_rows, dtype=torch.long, device=self.model.device)
-        logits_RV = self.model.lm_head(step.finish(rows=rows_R)[0]).float().cpu()
+        logits_RV = self.model.logits(step.finish(rows=rows_R)[0]).float().cpu()
         speakers = speakers_of(step.ctx.armed, ends[-1])
         segments = []
         for chunk, state, end, part in zip(chunks, states, ends, entered, strict=True):

@@ -131,7 +131,7 @@ def output_head(model: LanguageModel) -> OutputHead:
     """
     if isinstance(model, AttachedModel):
         return OutputHead(output_weight(model), traits_of(model).logit_cap)
-    return OutputHead(model.lm_head.weight, model.lm_head.cap)
+    return OutputHead(model.lm_head.weight, model.config.final_logit_softcapping)
 
 
 def expert_layers(model: LanguageModel) -> tuple[int, ...]:

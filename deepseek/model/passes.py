@@ -27,7 +27,6 @@ from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
 from deepseek.model.context import Armed, ForwardContext
 from deepseek.model.experts import ExpertSet
-from deepseek.model.head import LanguageHead
 from deepseek.model.inputs import check_embeds, check_ids, check_positions
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import RoutingDecision
@@ -42,9 +41,12 @@ class Decoder(Protocol):
     embed_tokens: nn.Module
     layers: nn.ModuleList
     norm: RMSNorm
-    lm_head: LanguageHead
     positions: Positions
     experts: ExpertSet
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the logits of final hidden states."""
+        ...
 
 
 class UpperLayers(nn.Module):
@@ -156,8 +158,7 @@ class ForwardPass:
 
     def logits(self) -> Tensor:
         """Run the remaining layers and return the next-token logits `[B, T, V]`."""
-        logits_BTV: Tensor = self.model.lm_head(self.finish())
-        return logits_BTV
+        return self.model.logits(self.finish())
 
     def _block(self) -> Block:
         layers = self.model.layers if self.upper is None else self.upper.layers

@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from deepseek import checks
+from deepseek.model.attention.capped import soft_cap
 from deepseek.model.block import Block
 from deepseek.model.config import ModelConfig
 from deepseek.model.embedding import ScaledEmbedding
 from deepseek.model.experts import ExpertSet
-from deepseek.model.head import LanguageHead
 from deepseek.model.init import init_module
 from deepseek.model.inputs import check_labels
 from deepseek.model.kv_cache import KVCache
@@ -57,9 +57,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             Block(config, i, self._pool_of(i)) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.unit_offset_norms)
-        self.lm_head = LanguageHead(
-            config.hidden_size, config.vocab_size, config.final_logit_softcapping
-        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.positions = pick(
             POSITIONS, config.positional_encoding, "positional_encoding"
         ).positions(config)
@@ -164,7 +162,7 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             step.run_to(layer) for layer in range(len(self.layers) if output_hidden_states else 0)
         ]
         hidden_BTD = step.finish()
-        logits = self.lm_head(_keep(hidden_BTD, logits_to_keep))
+        logits = self.logits(_keep(hidden_BTD, logits_to_keep))
         output = ModelOutput(
             loss=None if labels is None else next_token_loss(logits, labels),
             logits=logits,
@@ -174,6 +172,12 @@ class DeepSeekModel(PreTrainedModel, GenerationMixin):
             experts=step.ctx.armed,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the logits `[B, T, V]` of a pass's final hidden states (`ForwardPass.finish`)."""
+        logits_BTV: Tensor = self.lm_head(hidden_BTD)
+        cap = self.config.final_logit_softcapping
+        return logits_BTV if cap is None else soft_cap(logits_BTV, cap)
 
     @torch.no_grad()
     def log_probs(self, input_ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepseek.data.text.loader import Batch
 from deepseek.device.transfer import to_device
 from deepseek.kernels.cross_entropy import IGNORED_LABEL, linear_cross_entropy, token_losses
+from deepseek.model.language_model import output_head
 from deepseek.model.moe.balance import Balance, update_routers
 from deepseek.model.precision import autocast, compute_dtype
 from deepseek.model.transformer import DeepSeekModel
@@ -41,14 +42,16 @@ class NextToken(nn.Module):
         step = begin_rows(model, batch)
         hidden_BTD = step.finish()
         labels_N = to_device(batch.labels.flatten(), model.device)
-        head = model.lm_head
+        head = output_head(model)
         if load_LE is None:
             hidden_ND = hidden_BTD.flatten(0, 1)
             dtype = compute_dtype(model)
-            return linear_cross_entropy(hidden_ND, head.weight, labels_N, cap=head.cap, dtype=dtype)
+            return linear_cross_entropy(
+                hidden_ND, head.weight_VD, labels_N, cap=head.cap, dtype=dtype
+            )
         for layer, stats in enumerate(step.ctx.router_stats):
             load_LE[layer] += stats.dispatch.load_E()
-        return token_losses(hidden_BTD.flatten(0, 1), head.weight, labels_N, head.cap)
+        return token_losses(hidden_BTD.flatten(0, 1), head.weight_VD, labels_N, head.cap)
 
 
 class LanguageTask:

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from deepseek.errors import ConfigError
-from deepseek.model.language_model import OutputHead
+from deepseek.model.language_model import output_head
 from deepseek.model.moe.stats import RoutingDecision
 from deepseek.model.passes import UpperLayers, begin, resume
 from deepseek.model.precision import autocast
@@ -128,8 +128,10 @@ class Policy:
         """
         real_BT = responses.mask_BT > 0
         with torch.autocast(hidden_BTD.device.type, enabled=False):
-            head = OutputHead(self.model.lm_head.weight.float(), self.model.lm_head.cap)
-            logits_NV = head.logits(hidden_BTD[real_BT].float())
+            head = output_head(self.model)
+            logits_NV = replace(head, weight_VD=head.weight_VD.float()).logits(
+                hidden_BTD[real_BT].float()
+            )
             log_p_NV = (logits_NV / self.temperature).log_softmax(-1)
         taken_N = log_p_NV.gather(1, responses.targets_BT[real_BT][:, None])[:, 0]
         with torch.no_grad():
