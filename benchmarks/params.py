@@ -97,9 +97,11 @@ def main() -> None:
     options = parser.parse_args()
     runs = []
     for seed in range(FIRST_SEED[options.set], FIRST_SEED[options.set] + options.seeds):
+        tokenizer = None  # the first model's, which all others share
         for kind in options.kinds:
             for rate in options.rates or [RATES[kind]]:
-                runs.append(trained(options, kind, rate, seed))
+                runs.append(trained(options, kind, rate, seed, tokenizer))
+                tokenizer = tokenizer or runs[-1]["folder"]
                 print({name: value for name, value in runs[-1].items() if name != "folder"})
     figures = {"sizes": {kind: sizes(kind) for kind in options.kinds}, "losses": losses(runs)}
     if {"dense", "mixture"} <= set(options.kinds):
@@ -138,11 +140,20 @@ def tokens_of(kind: str, dense_tokens: int) -> int:
     return round(dense_tokens * costs["dense"] / costs[kind])
 
 
-def trained(options: argparse.Namespace, kind: str, rate: float, seed: int) -> dict[str, Any]:
-    """Train a model, unless that was done before, and return its figures."""
+def trained(
+    options: argparse.Namespace, kind: str, rate: float, seed: int, tokenizer: str | None
+) -> dict[str, Any]:
+    """Train a model, unless that was done before, and return its figures.
+
+    Args:
+        options: the command's options.
+        kind: a key of `KINDS`.
+        rate: peak learning rate.
+        seed: seed of weights, order and held-out text.
+        tokenizer: folder of a model with the tokenizer to use; None: train one.
+    """
     work = options.work / f"{options.set}-{options.tokens}"
     folder = work / f"{kind.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
-    first = work / f"tokenizer-{seed}"
     settings = {
         "name": "params",
         "tokens": tokens_of(kind, options.tokens),
@@ -162,12 +173,10 @@ def trained(options: argparse.Namespace, kind: str, rate: float, seed: int) -> d
         "out": str(folder / "model"),
         "run_folder": str(folder / "run"),
     }
-    if first.is_dir():  # all kinds have the tokenizer of the first
-        settings["tokenizer"] = str(first)
+    if tokenizer is not None:
+        settings["tokenizer"] = tokenizer
     deepseek.pretrain(settings, quiet=True)
-    if not first.is_dir():
-        load_tokenizer(folder / "model").save_pretrained(first)
-    found = json.loads((folder / "run" / "result.json").read_text())
+    found = json.loads((folder / "run" / "result.json").read_text())["figures"]
     return {
         "kind": kind,
         "rate": rate,

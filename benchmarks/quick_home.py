@@ -18,7 +18,17 @@ from tiny_expert import save_base, save_expert
 from deepseek.engine.load import load
 
 PACKAGE = Path(__file__).resolve().parents[1] / "deepseek"
-CORPORA = ("code-a", "code-b", "code-c", "prose", "science", "public-prose", "public-code")
+CORPORA = (
+    "code-a",
+    "code-b",
+    "code-c",
+    "prose",
+    "science",
+    "public-prose",
+    "public-code",
+    "final-public-prose",
+    "final-public-code",
+)
 FILES, CHARACTERS = 4, 6000
 """Of a corpus; `position_length.py` needs a held-out file of more than 4,096 tokens in the first."""
 
