@@ -8,7 +8,7 @@ from deepseek.compiled.hashed_attention import place_key_codes, place_query_code
 from deepseek.compiled.pages import plane, token_row
 from deepseek.compiled.rows import norm_row
 from deepseek.kernels.int8_layout import GROUP
-from deepseek.kernels.numba.primitives import narrow, pointer, share
+from deepseek.kernels.numba.primitives import narrow, pointer, share, thread_number
 from deepseek.kernels.numba.subroutine import subroutine
 
 BFLOAT16 = np.uint16(0)  # a value of the type that stores the bits of bf16
@@ -181,8 +181,8 @@ def place_heads(weights, batch, work, layer):  # type: ignore[no-untyped-def]
     groups = weights.groups
     # A row of `projected` holds the queries of all heads, then keys and values of all groups.
     parts = heads + 2 * groups
-    x = np.empty(weights.width, np.float32)
-    bits = np.empty(weights.width, np.uint16)
+    x = work.head[thread_number(), : weights.width]
+    bits = work.head_bits[thread_number(), : weights.width]
     first, last = share(len(batch.input_ids) * parts)
     for item in range(first, last):
         r = item // parts

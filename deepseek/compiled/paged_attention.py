@@ -105,7 +105,8 @@ def _unit(weights, batch, work, layer, chunk, group, start, count):  # type: ign
         probs[i, :first] = 0
         probs[i, end - base : span] = 0
         factors[i] = softmax(scores[i].ctypes.data, probs[i].ctypes.data, first, end - base)
-    attended = np.zeros((QUERIES, weights.page_width), np.float32)
+    attended = work.attended_unit[thread_number()]
+    attended[:count] = 0
     if weights.tile_attention:
         mix_tiles(weights, batch, probs, attended, layer, chunk, group, low, ends, count)
     else:

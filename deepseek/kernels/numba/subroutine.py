@@ -19,7 +19,17 @@ from numba.core.registry import CPUDispatcher
 
 
 class _Linkable(JITCodeLibrary):
-    """A code library that is only linked into others."""
+    """A code library that is only linked into others, which are optimised with all that they call."""
+
+    def _optimize_final_module(self) -> None:
+        """Optimise once, where numba does it twice: the kernel is optimised again as a whole."""
+        passes, builder = self._codegen._module_pass_manager(
+            loop_vectorize=self._codegen._loopvect,
+            slp_vectorize=False,
+            opt=self._codegen._opt_level,
+            cost="cheap",
+        )
+        passes.run(self._final_module, builder)
 
     def _finalize_final_module(self) -> None:
         self._finalize_dynamic_globals()
