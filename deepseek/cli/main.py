@@ -184,8 +184,10 @@ def _help() -> str:
 
 
 def _sentence(message: str) -> str:
-    """Return Typer's message on one line, without its final punctuation."""
-    return " ".join(message.split()).rstrip(".?")
+    """Return Typer's message on one line, without its final punctuation and the name of an error's
+    class that Pydantic puts before it.
+    """
+    return " ".join(message.replace("Value error, ", "").split()).rstrip(".?")
 
 
 def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:

@@ -157,12 +157,10 @@ class Job(ABC):
 
 
 class ComputingRoute(JsonRoute):
-    """A route that makes a prompt, or whose replies the engine computes."""
+    """A route that makes a prompt, or whose replies the engine computes.
 
-    def admit(self, request: Request) -> None:
-        """Refuse the request, before its body is read, if the queue is full."""
-        if request.method == "POST":
-            request.app.state.service.engine.check_open()
+    If the queue is full, `Guard` refuses its POST requests before they reach it.
+    """
 
     async def answer(self, handler: Handler, request: Request) -> Response:
         """Run the handler until the reply begins, or the client has left, or the time is up."""

@@ -8,6 +8,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from deepseek.engine.engine import Engine
+from deepseek.server.admission import ComputingRoute
 from deepseek.server.errors import ErrorBody, documented, install
 from deepseek.server.guard import Guard
 from deepseek.server.routes import (
@@ -96,7 +98,9 @@ def create_app(
         app.include_router(module.router)
     add_state_routes(app, service)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Guard, service=service)
+    routes = chain.from_iterable(module.router.routes for module in ROUTERS)
+    computing = frozenset(route.path for route in routes if isinstance(route, ComputingRoute))
+    app.add_middleware(Guard, service=service, computing=computing)
     # Outside of the guard, because a browser asks for permission without a key. Cookies are not
     # allowed: a page of another site needs a key of its own.
     app.add_middleware(

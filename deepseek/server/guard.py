@@ -57,11 +57,14 @@ class Guard:
     Args:
         app: the wrapped application.
         service: the server's state.
+        computing: paths whose POST requests are refused while the engine's queue is full, before
+            their bodies are read; refusing one under overload costs next to nothing.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, computing: frozenset[str]) -> None:
         self.app = app
         self.service = service
+        self.computing = computing
         settings = service.settings
         self.keys = [
             *((key, "admin") for key in settings.admin_keys),
@@ -93,7 +96,9 @@ class Guard:
             await self._guarded(scope, receive, send_with_headers)
         finally:
             self.service.active -= 1
-            route = getattr(scope.get("route"), "path", "other")
+            path = str(scope["path"])
+            refused = path if path in self.computing else "other"
+            route = str(getattr(scope.get("route"), "path", refused))
             seconds = time.perf_counter() - started
             self.service.metrics.replied(route, status, seconds)
             usage = scope.get("state", {}).get("usage")
@@ -142,6 +147,8 @@ class Guard:
         refusal = self.service.refusal
         if refusal is not None and (path.startswith("/v1/") or path == "/tokenizer_info"):
             raise refusal
+        if method == "POST" and path in self.computing:
+            self.service.engine.check_open()
         return None
 
     def _role(self, headers: Headers) -> str | None:

@@ -55,16 +55,12 @@ class JsonRoute(APIRoute):
                 # FastAPI parses a body only if its header says JSON.
                 MutableHeaders(scope=request.scope)["content-type"] = "application/json"
             strict = JsonRequest(request.scope, request.receive)
-            self.admit(strict)
             if reads_body:
                 check_media_type(strict.headers.get("content-type", ""))
                 await strict.json()  # outside FastAPI's own error handling, which hides the cause
             return await self.answer(handler, strict)
 
         return handle
-
-    def admit(self, request: Request) -> None:
-        """Raise an error to refuse a request before its body is read; default: do nothing."""
 
     async def answer(self, handler: Handler, request: Request) -> Response:
         """Return the handler's reply to a request whose body has been read."""

@@ -98,6 +98,7 @@ def test_version(capsys: Capture) -> None:
         (["expert", "verify", "x", "--base", "nothing"], ["'nothing'"]),
         (["expert", "verify", "x", "--signature", "maybe"], ["'trusted'"]),
         (["expert", "sign", "x"], ["--key"]),
+        (["align", "--method", "gprpo"], ["Invalid value for '--method': 'gprpo' is not one of"]),
         (["expert", "keygen", "../key"], ["letters"]),
     ],
     ids=" ".join,
