@@ -20,7 +20,7 @@ WITHOUT = {
     "against_click": "needs a source folder of another package",
     "against_tomlkit": "needs a source folder of another package",
     "attention_scaling_intel": "attention_scaling on another machine",
-    "base_and_gain": "trains eight experts",
+    "base_and_gain_final": "trains eight experts",
     "chat_neutrality": "needs conversations and eight experts",
     "decode": "not there yet: it compiles the engine's kernels for the tiny shape",
     "hot_plug_live": "not there yet: a tiny engine still needs minutes on a busy machine",
