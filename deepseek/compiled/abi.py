@@ -303,7 +303,8 @@ WORK = Table(
             "1",
             "address of the quantised hidden values of the native experts, one row for each call",
         ),
-        # Arrays that a kernel allocates are counted at every slice, these are not.
+        # Numba counts references to an array that a kernel allocates at every slice of it, but not
+        # to these.
         Buffer("head", FP32, "threads page_width", "a query, key or value before positions"),
         Buffer("head_bits", BF16, "threads page_width", "the same after them"),
         Buffer("attended_unit", FP32, "threads queries page_width", "sums of a unit's values"),

@@ -13,9 +13,6 @@ from deepseek.model.presets import PRESETS
 from deepseek.model.rope_parameters import ROTARY, check_rope
 from deepseek.registry import nearest, pick
 
-UNBIASED = ("learned", "none", "rope")
-"""Positional encodings without a bias of attention scores."""
-
 # Keys that Hugging Face itself writes into a config or passes along with it. They are ignored.
 FOREIGN_KEYS = {
     "attn_implementation",
@@ -313,12 +310,14 @@ def _validate_positions(config: ModelConfig) -> None:
 def _validate_attention(config: ModelConfig) -> None:
     # Imported here because every attention module imports this one.
     from deepseek.model.attention import ATTENTION
+    from deepseek.model.positions import POSITIONS
 
     ATTENTION[checks.choice("attention", config.attention, ATTENTION)].check(config)
     cap = config.attn_logit_softcapping
     if cap is None:
         return
-    for name, supported in (("attention", ("full",)), ("positional_encoding", UNBIASED)):
+    unbiased = [name for name, positions in POSITIONS.items() if positions.score_bias is None]
+    for name, supported in (("attention", ["full"]), ("positional_encoding", unbiased)):
         value = getattr(config, name)
         if value not in supported:
             raise ConfigError(

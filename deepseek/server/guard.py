@@ -97,8 +97,9 @@ class Guard:
         finally:
             self.service.active -= 1
             path = str(scope["path"])
-            refused = path if path in self.computing else "other"
-            route = str(getattr(scope.get("route"), "path", refused))
+            # A request that was refused here has not been routed.
+            unrouted = path if path in self.computing else "other"
+            route = str(getattr(scope.get("route"), "path", unrouted))
             seconds = time.perf_counter() - started
             self.service.metrics.replied(route, status, seconds)
             usage = scope.get("state", {}).get("usage")

@@ -61,7 +61,8 @@ class _Closed(JITCodeLibrary):
 
     def _optimize_final_module(self) -> None:
         for function in self._final_module.functions:
-            # Numba's optimiser removes pairs of calls that count references, which it knows by name.
+            # Numba's optimiser removes calls that count references up and down again; it knows
+            # these functions by name.
             counts_references = function.name.startswith("NRT_")
             if function.linkage == binding.Linkage.linkonce_odr and not counts_references:
                 function.linkage = binding.Linkage.internal

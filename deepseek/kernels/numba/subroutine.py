@@ -19,10 +19,12 @@ from numba.core.registry import CPUDispatcher
 
 
 class _Linkable(JITCodeLibrary):
-    """A code library that is only linked into others, which are optimised with all that they call."""
+    """A code library that is only linked into others."""
 
     def _optimize_final_module(self) -> None:
-        """Optimise once, where numba does it twice: the kernel is optimised again as a whole."""
+        """Optimise once, where numba does it twice: the kernel that this is linked into is
+        optimised again as a whole.
+        """
         passes, builder = self._codegen._module_pass_manager(
             loop_vectorize=self._codegen._loopvect,
             slp_vectorize=False,

@@ -1,7 +1,8 @@
 """Exact attention whose scores are capped (Gemma 2, arXiv:2408.00118, section 2).
 
-`scaled_dot_product_attention` of torch has no cap, so this is plain matrix products, over so few
-queries at a time that memory stays linear in the length.
+`scaled_dot_product_attention` of torch has no cap, so scores are computed by matrix products, for
+as many queries at a time as `MAX_SCORES` allows. They are in fp32 whatever the dtype of the inputs,
+because rounding scores to bf16 would cost more precision than rounding the output.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 MAX_SCORES = 1 << 24
-"""Scores that are in memory at a time: 64 MB in fp32."""
+"""Maximum number of scores in memory: 64 MB in fp32."""
 
 
 def soft_cap(values: Tensor, cap: float) -> Tensor:
@@ -20,27 +21,29 @@ def soft_cap(values: Tensor, cap: float) -> Tensor:
 def capped_attention(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, cap: float, mask_B1TS: Tensor | None
 ) -> Tensor:
-    """Return the attention-weighted values `[B, H, T, K]`.
+    """Return the attention-weighted values `[B, H, T, K]`, in the dtype of the values.
 
-    Scores are computed again in the backward pass.
+    The backward pass computes the scores again.
 
     Args:
-        query_BHTK: queries.
-        key_BGSK, value_BGSK: keys and values; H is a multiple of G.
+        query_BHTK: queries `[B, H, T, K]`.
+        key_BGSK, value_BGSK: keys and values `[B, G, S, K]`; H is a multiple of G.
         cap: scores z, already divided by sqrt(K), are capped to cap * tanh(z / cap).
-        mask_B1TS: True where a query may attend to a key; None: causal, with the last query at the
-            last key.
+        mask_B1TS: True where a query may attend to a key, `[B, 1, T, S]`; None: causal, with the
+            last query at the last key.
     """
     batch, heads, length, _ = query_BHTK.shape
     total = key_BGSK.shape[2]
     step = max(1, MAX_SCORES // (batch * heads * total))
-    if mask_B1TS is None:
-        visible_TS = torch.ones(length, total, dtype=torch.bool, device=query_BHTK.device)
-        mask_B1TS = visible_TS.tril(total - length)[None, None]
     parts = []
     for first in range(0, length, step):
         queries = query_BHTK[:, :, first : first + step]
-        mask = mask_B1TS[:, :, first : first + step]
+        if mask_B1TS is None:
+            count = queries.shape[2]
+            all_TS = torch.ones(count, total, dtype=torch.bool, device=query_BHTK.device)
+            mask = all_TS.tril(total - length + first)[None, None]
+        else:
+            mask = mask_B1TS[:, :, first : first + step]
         arguments = (queries, key_BGSK, value_BGSK, cap, mask)
         if torch.is_grad_enabled() and queries.requires_grad:
             parts.append(checkpoint(_attend, *arguments, use_reentrant=False))
@@ -53,8 +56,8 @@ def _attend(
     query_BHTK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor, cap: float, mask_B1TS: Tensor
 ) -> Tensor:
     groups = key_BGSK.shape[1]
-    query_BGRTK = query_BHTK.unflatten(1, (groups, -1)) * query_BHTK.shape[-1] ** -0.5
-    scores_BGRTS = (query_BGRTK @ key_BGSK[:, :, None].mT).float()
+    query_BGRTK = query_BHTK.float().unflatten(1, (groups, -1)) * query_BHTK.shape[-1] ** -0.5
+    scores_BGRTS = query_BGRTK @ key_BGSK.float()[:, :, None].mT
     scores_BGRTS = soft_cap(scores_BGRTS, cap).masked_fill(~mask_B1TS[:, :, None], -torch.inf)
     weights_BGRTS = scores_BGRTS.softmax(-1).to(value_BGSK.dtype)
     return (weights_BGRTS @ value_BGSK[:, :, None]).flatten(1, 2)

@@ -48,8 +48,9 @@ def sparse_attention(
     Time and memory are linear in the number of tokens. The first `exact_tokens` queries attend to
     all keys before them: that early in a text, exact attention is faster. Each other query attends
     to the last `local_window` keys, the first `sinks` keys, and the `bucket_window` most recent
-    keys of each of its `probes` most likely buckets. The result equals exact attention if the sequence fits into
-    the local window, or with one bucket and a bucket window as long as the sequence.
+    keys of each of its `probes` most likely buckets. The result equals exact attention if the
+    sequence fits into the local window, or with one bucket and a bucket window as long as the
+    sequence.
 
     Args:
         query: `[batch, heads, seq, head_dim]`; `[batch, seq, head_dim]` and `[seq, head_dim]` are
