@@ -11,13 +11,13 @@ llama-cpp-python (`--llama`, or this one if it has it).
 """
 
 import argparse
-import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from int8_quality import rows
+from llama_logits import llama_predictions
 from results import write
 from turns import add_llama
 
@@ -25,23 +25,6 @@ import deepseek
 from deepseek.export.gguf import ENCODINGS, export_gguf
 
 ROW = 256
-
-LLAMA = """
-import sys
-import llama_cpp
-import numpy as np
-
-path, ids, out = sys.argv[1:]
-model = llama_cpp.Llama(
-    model_path=path, n_ctx=512, n_batch=512, n_ubatch=512, logits_all=True, verbose=False
-)
-found = []
-for row in np.load(ids):
-    model.reset()
-    model.eval(row.tolist())
-    found.append(np.array(model.scores[: len(row)], np.float32))
-np.save(out, np.stack(found))
-"""
 
 
 def predictions(base: str | Path, ids: np.ndarray) -> torch.Tensor:
@@ -76,21 +59,14 @@ def main() -> None:
     wanted = predictions(options.base, ids)
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        np.save(Path(scratch) / "ids.npy", ids)
         for dtype in options.dtypes:
             path = Path(scratch) / f"{dtype}.gguf"
-            out = Path(scratch) / f"{dtype}.npy"
             export_gguf(options.base, path, dtype)
-            subprocess.run(
-                [options.llama, "-c", LLAMA, str(path), str(Path(scratch) / "ids.npy"), str(out)],
-                check=True,
-            )
+            theirs = llama_predictions(options.llama, path, ids, Path(scratch))
             figures[dtype] = {
                 "bytes": path.stat().st_size,
                 "weights": divergence(wanted, predictions(path, ids)),
-                "llama.cpp": divergence(
-                    wanted, torch.from_numpy(np.load(out)).float().log_softmax(-1)
-                ),
+                "llama.cpp": divergence(wanted, theirs),
             }
             print(
                 f"{dtype:10} {figures[dtype]['bytes'] / 1e6:7.1f} MB  "

@@ -1,13 +1,14 @@
-"""What 8-bit and 4-bit weights cost: bytes, perplexity, divergence from the fp32 model, and greedy
-agreement with it.
+"""What weights of 8 bits and fewer cost: bytes, perplexity, divergence from the fp32 model, and
+greedy agreement with it.
 
-    python benchmarks/int8_quality.py TEXT... [--bits 8 4] [--tokens 20000] [--prompts 200]
-        [--json FILE]
+    python benchmarks/int8_quality.py TEXT... [--bits 8 5 4] [--tokens 20000] [--prompts 200]
+        [--formats Q8_0 Q4_K_M Q4_0 --llama PYTHON] [--json FILE]
 
 TEXT are folders, .jsonl or .parquet files. Three runners are compared with the fp32 model: the
 compiled one with weights that it quantises to 8 bits itself ("nearest"), the same with those that
-`deepseek quantize` writes ("quantised 8", "quantised 4"), and the model in bf16, which says how
-much a change of number format costs at all.
+`deepseek quantize` writes ("quantised 8", "quantised 5", ...), and the model in bf16, which says
+how much a change of number format costs at all. Beside them, formats that llama.cpp quantises the
+model to, read by llama.cpp, for all but the greedy agreement.
 
 Greedy agreement: the fp32 model continues the first 64 tokens of a row by 64; the runner reads the
 same tokens and is asked at each of the 64 places which token it would take. `whole` counts the
@@ -18,17 +19,22 @@ model's token is to the runner where the two first differ.
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from llama_logits import llama_predictions, llama_quantise
 from results import write
 from torch import Tensor
+from turns import add_llama
 
 import deepseek
 from deepseek.compiled.runner import CompiledRunner
 from deepseek.data.text.public import documents_at
 from deepseek.engine.torch_runner import TorchRunner
+from deepseek.export.gguf import export_gguf
 from deepseek.export.quantize import quantize_model
 from deepseek.model.kv_cache import KVCache
 from deepseek.runner import Chunk, Runner
@@ -49,16 +55,20 @@ def run(runner: Runner, ids: list[int]) -> Tensor:
     return logits.double().log_softmax(-1)
 
 
+Predictions = Callable[[int], Tensor]
+"""Number of a text -> log probabilities `[T, V]` after each of its tokens."""
+
+
 @torch.inference_mode()
 def perplexity(
-    model: Any, runners: dict[str, Runner], texts: list[list[int]]
+    model: Any, sides: dict[str, Predictions], texts: list[list[int]]
 ) -> dict[str, dict[str, float]]:
-    sums = {name: torch.zeros(3, dtype=torch.double) for name in runners}
-    for ids in texts:
+    sums = {name: torch.zeros(3, dtype=torch.double) for name in sides}
+    for number, ids in enumerate(texts):
         exact = model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
         targets = torch.tensor(ids[1:])[:, None]
-        for name, runner in runners.items():
-            rough = run(runner, ids)
+        for name, predictions in sides.items():
+            rough = predictions(number)
             losses = [-one[:-1].gather(1, targets).mean() for one in (exact, rough)]
             sums[name] += torch.stack([*losses, (exact.exp() * (exact - rough)).sum(-1).mean()])
     found = {}
@@ -72,6 +82,23 @@ def perplexity(
             "divergence": divergence,
         }
     return found
+
+
+def llama_sides(
+    options: argparse.Namespace, texts: list[list[int]], scratch: Path
+) -> tuple[dict[str, Predictions], dict[str, int]]:
+    """Return what llama.cpp predicts with each of its formats, and the bytes of their files."""
+    sides: dict[str, Predictions] = {}
+    sizes: dict[str, int] = {}
+    source = scratch / "float16.gguf"
+    export_gguf(options.base, source, "float16")
+    for name in options.formats:
+        path = scratch / f"{name}.gguf"
+        llama_quantise(options.llama, source, path, name)
+        found = llama_predictions(options.llama, path, np.array(texts), scratch)
+        sides[f"llama.cpp {name}"] = lambda number, found=found: found[number].double()
+        sizes[f"llama.cpp {name}"] = path.stat().st_size
+    return sides, sizes
 
 
 @torch.inference_mode()
@@ -113,36 +140,45 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--bits", type=int, nargs="+", default=[8])
+    parser.add_argument("--bits", type=float, nargs="+", default=[8])
+    parser.add_argument("--formats", nargs="+", default=[], help="llama.cpp's, such as Q4_K_M")
+    add_llama(parser)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.formats and options.llama is None:
+        parser.error("llama.cpp is not there; name a Python that has it with --llama")
     model, tokenizer = deepseek.load(options.base, dtype="float32")
     compiled = {"nearest": CompiledRunner(model)}
     with tempfile.TemporaryDirectory() as folder:
         for bits in options.bits:
-            out = Path(folder) / f"int{bits}"
+            out = Path(folder) / f"int{bits:g}"
             quantize_model(options.base, out, bits=bits)
             written = deepseek.load(str(out), stored=True).model
-            compiled[f"quantised {bits}"] = CompiledRunner(written)
+            compiled[f"quantised {bits:g}"] = CompiledRunner(written)
     runners: dict[str, Runner] = {
         **compiled,
         "bf16": TorchRunner(deepseek.load(options.base, dtype="bfloat16")[0]),
     }
     texts = rows(tokenizer, options.texts, max(options.tokens // ROW, options.prompts))
-    prompts, numbers = (
-        texts[: options.prompts],
-        sum(p.numel() for p in model.parameters() if p.dim() > 1),
-    )
-    figures: dict[str, Any] = dict(
-        perplexity(model, runners, texts[:: max(1, len(texts) * ROW // options.tokens)])
-    )
+    scored = texts[:: max(1, len(texts) * ROW // options.tokens)]
+    sides: dict[str, Predictions] = {
+        name: lambda number, runner=runner: run(runner, scored[number])
+        for name, runner in runners.items()
+    }
+    numbers = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    sizes = {name: runner.weight_bytes for name, runner in compiled.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.formats:
+            theirs, their_sizes = llama_sides(options, scored, Path(folder))
+            sides |= theirs
+            sizes |= their_sizes
+        figures: dict[str, Any] = dict(perplexity(model, sides, scored))
+    prompts = texts[: options.prompts]
     answer_PT = continued(model, prompts)
     for name, runner in runners.items():
         figures[name]["greedy agreement"] = greedy(runner, prompts, answer_PT)
     figures |= {
-        "bytes of fp32": {
-            name: runner.weight_bytes / (4 * numbers) for name, runner in compiled.items()
-        },
+        "bytes of fp32": {name: size / (4 * numbers) for name, size in sizes.items()},
         "prompts": len(prompts),
     }
     print(json.dumps(figures, indent=1))

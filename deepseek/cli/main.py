@@ -47,7 +47,7 @@ COMMANDS = {
     ),
     "bench": ("bench:app", "Run a benchmark: speed, memory, accuracy, comparison with others."),
     "claims": ("claims:app", "The article's claims: what was measured, and what is reached."),
-    "quantize": ("quantize:quantize", "Quantise a model's weights to 8 or 4 bits."),
+    "quantize": ("quantize:quantize", "Quantise a model's weights to 8 bits or fewer."),
     "export": (
         "export:export",
         "Export a model to ONNX, OpenVINO, TensorRT or stock transformers.",

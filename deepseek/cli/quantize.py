@@ -1,4 +1,4 @@
-"""`deepseek quantize`: quantise a model's weights to 8 or 4 bits."""
+"""`deepseek quantize`: quantise a model's weights to 8 bits or fewer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +15,15 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
     bits: Annotated[
-        int, typer.Option(help="Bits of a weight: 8, or 4 for the layers and 8 for the rest.")
+        float,
+        typer.Option(
+            help="Mean number of bits of the layers' weights, 4 to 8. Between the two, the matrices "
+            "that need them most have 8. The embedding and the head always have 8."
+        ),
     ] = 8,
     device: Device = "auto",
 ) -> None:
-    """Quantise a model's weight matrices to 8 or 4 bits, compare its predictions with the original,
+    """Quantise a model's weight matrices to 8 bits or fewer, compare its predictions with the original,
     and write it.
 
     The model is read and written layer by layer, so that it need not fit into memory.

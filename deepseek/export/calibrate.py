@@ -31,7 +31,7 @@ Bits = Callable[[str], int]
 """Name of a matrix -> bits of its values."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(model: DeepSeekModel, rows: int, length: int, progress: Progress = silent) -> Tensor:
     """Generate the calibration texts `[rows, length]` with the model itself, from random first
     tokens.
@@ -79,6 +79,13 @@ class Grams:
         layer has seen none.
         """
         return self._sums.get(self._source.get(name, ""))
+
+    def groups(self) -> list[list[str]]:
+        """Return the names of the layers that have read the same tensors, group by group."""
+        groups: dict[str, list[str]] = {}
+        for name, source in self._source.items():
+            groups.setdefault(source, []).append(name)
+        return list(groups.values())
 
     def close(self) -> None:
         """Stop collecting."""
@@ -161,15 +168,15 @@ def quantise_along(
     hidden_BTD = torch.cat([begin(model, ids).hidden_BTD for ids in ids_BT.split(BATCH)])
     for layer, block in enumerate(model.layers):
         done = {}
-        with _in_memory(block) as matrices:
+        with in_memory(block) as matrices:
             grams = Grams(block)
-            _through(model, hidden_BTD, layer)
+            run_layer(model, hidden_BTD, layer)
             grams.close()
             for path, stored in matrices.items():
                 if is_large(stored.name, stored.shape):
                     done[stored.name] = quantised(stored, grams.of(path), bits(stored.name))
                     stored.hold(done[stored.name].float().to(hidden_BTD.device))
-            hidden_BTD = _through(model, hidden_BTD, layer)
+            hidden_BTD = run_layer(model, hidden_BTD, layer)
         yield from done.items()
     yield from _quantised_ends(model, hidden_BTD, bits)
 
@@ -196,14 +203,14 @@ def _quantised_ends(
             yield stored.name, quantised(stored, sums, bits(stored.name))
 
 
-def _through(model: DeepSeekModel, hidden_BTD: Tensor, layer: int) -> Tensor:
+def run_layer(model: DeepSeekModel, hidden_BTD: Tensor, layer: int) -> Tensor:
     """Return the residual stream after a layer."""
     parts = [resume(model, part, layer).run_to(layer + 1) for part in hidden_BTD.split(BATCH)]
     return torch.cat(parts)
 
 
 @contextmanager
-def _in_memory(block: nn.Module) -> Iterator[dict[str, StoredMatrix]]:
+def in_memory(block: nn.Module) -> Iterator[dict[str, StoredMatrix]]:
     """Hold the matrices of a block in memory; yield them by the names of their layers."""
     matrices = stored_matrices(block)
     for stored in matrices.values():

@@ -1,7 +1,6 @@
-"""Quantise a model's weights to 8 or 4 bits, and check the result against the original."""
+"""Quantise a model's weights to 8 bits or fewer, and check the result against the original."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ from deepseek.checkpoint.stream import TensorWriter
 from deepseek.data.text.document import Progress, silent
 from deepseek.device.choose import choose_device
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.export.calibrate import quantise_along, sample
+from deepseek.export.calibrate import Bits, quantise_along, sample
+from deepseek.export.sensitivity import costs, with_8_bits
 from deepseek.model.language_model import is_own
 from deepseek.model.pretrained import load_stored
 from deepseek.model.quantised import is_large, stored_form, with_large_quantised
@@ -28,9 +28,9 @@ SENTENCE = (
     "The history of science is the study of how people came to know nature, step by step, from the "
     "stars to the"
 )
-LIMITS = {8: 0.05, 4: 0.5}
-"""Bits -> largest divergence in nats. 8 bits cost about a tenth of it, 4 bits of a small model a
-fifth.
+LIMIT, LIMIT_BELOW_8 = 0.05, 0.5
+"""Largest divergence in nats, with 8 bits and with less. 8 bits cost about a tenth of it, 4 bits of a
+small model a third.
 """
 
 ROWS, LENGTH = 32, 64  # number of calibration texts, and tokens in each
@@ -52,11 +52,16 @@ class Quantisation:
     divergence: float
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quantize_model(
-    base: str | Path, out: Path, *, bits: int = 8, device: str = "auto", progress: Progress = silent
+    base: str | Path,
+    out: Path,
+    *,
+    bits: float = 8,
+    device: str = "auto",
+    progress: Progress = silent,
 ) -> Quantisation:
-    """Write a base model with 8-bit or 4-bit weights to a new folder, which `deepseek.load` reads
+    """Write a base model with weights of 8 bits or fewer to a new folder, which `deepseek.load` reads
     like any other.
 
     The matrices of linear layers are quantised with calibration activations (GPTQ, see
@@ -66,7 +71,9 @@ def quantize_model(
     Args:
         base: a known base, a local folder or a hub id.
         out: the folder to create.
-        bits: bits of a weight, 8 or 4; with 4, the embedding and the head have 8.
+        bits: mean number of bits of the layers' weights, from 4 to 8; default: 8. Between the two,
+            the matrices that 4 bits would cost most have 8 (`sensitivity.py`). The embedding and
+            the head always have 8.
         device: where to calibrate and compare.
         progress: shows the progress.
 
@@ -78,8 +85,7 @@ def quantize_model(
             quantised.
         CheckpointError: the quantised model's predictions diverge too far from the original's.
     """
-    if checks.whole("bits", bits) not in LIMITS:
-        raise ConfigError(f"bits={bits} is not possible; use 8 or 4.")
+    bits = checks.number("bits", bits, least=4, most=8)
     new_path(out)
     progress(0, 0, f"loading {base}")
     folder = resolve(str(base))
@@ -98,11 +104,12 @@ def quantize_model(
         progress(0, 0, "comparing with the original")
         written = load_stored(DeepSeekModel, written_folder, "float32", place)
         divergence = _divergence(model, written, ids)
-        if not divergence < LIMITS[bits]:
+        limit = LIMIT if bits == 8 else LIMIT_BELOW_8
+        if not divergence < limit:
             raise CheckpointError(
                 f"The quantised model's predictions are {divergence:.3f} nats from those of "
-                f"{base}, more than {LIMITS[bits]}; nothing was written. Use "
-                f"{'8 bits' if bits == 4 else 'the model in bf16'}."
+                f"{base}, more than {limit}; nothing was written. Use "
+                f"{'the model in bf16' if bits == 8 else 'more bits'}."
             )
     return Quantisation(writer.num_bytes, writer.num_bytes / (4 * elements), divergence)
 
@@ -134,23 +141,27 @@ def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekMod
     return model
 
 
-def bits_of(name: str, bits: int) -> int:
-    """Return the bits of a matrix of a model that is quantised to `bits`.
+def allotted(model: DeepSeekModel, texts: Tensor, bits: float, progress: Progress) -> Bits:
+    """Return the bits of each matrix of a model whose layers have `bits` a weight on average.
 
     Head and embedding are more sensitive than the layers (docs/log/quantisation.md).
     """
-    return bits if name.startswith("layers.") else 8
+    if bits == 8:
+        return lambda _: 8
+    wide = with_8_bits(costs(model, texts, progress), bits) if bits > 4 else set()
+    return lambda name: 4 if name.startswith("layers.") and name not in wide else 8
 
 
 def _write_weights(
-    model: DeepSeekModel, writer: TensorWriter, bits: int, progress: Progress
+    model: DeepSeekModel, writer: TensorWriter, bits: float, progress: Progress
 ) -> None:
     """Write all weights of a model, quantised."""
     stored = {matrix.name: matrix for matrix in stored_matrices(model).values()}
     count = len(stored)
     texts = sample(model, ROWS, LENGTH, progress).to(model.device)
+    bits_of = allotted(model, texts, bits, progress)
     done = set()
-    for name, matrix in quantise_along(model, texts, partial(bits_of, bits=bits)):
+    for name, matrix in quantise_along(model, texts, bits_of):
         writer.add(stored_form(name, matrix))
         done.add(name)
         progress(len(done), count, "quantising matrices")

@@ -11,12 +11,14 @@ from deepseek.engine.load import load
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.export.calibrate import quantise_along, sample
 from deepseek.export.quantize import quantize_model
+from deepseek.export.sensitivity import costs
 from deepseek.kernels.int8 import quantize
 from deepseek.model.config import ModelConfig
 from deepseek.model.pretrained import load_stored
 from deepseek.model.stored import stored_matrices
 from deepseek.model.transformer import DeepSeekModel
 from deepseek.runner import Chunk
+from deepseek.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,53 @@ def test_mistakes_are_told(source, tmp_path):
     quantize_model(source, tmp_path / "int8")
     with pytest.raises(ConfigError, match="8-bit weights already"):
         quantize_model(tmp_path / "int8", tmp_path / "again")
+
+
+def test_bits_between_are_those_on_average_and_cost_less_than_4(source, tmp_path):
+    torch.manual_seed(2)
+    model = load(source, dtype="float32").model
+    # One layer speaks louder than the other, so that its matrices are worth more.
+    for projection in (model.layers[1].attention.o_proj, model.layers[1].feed_forward.down_proj):
+        projection.weight.data *= 4
+    model.save_pretrained(tmp_path / "uneven")
+    load_tokenizer(source).save_pretrained(tmp_path / "uneven")
+    divergences, bits = [], {}
+    for mean in (4, 6, 8):
+        out = tmp_path / f"of-{mean}"
+        divergences.append(quantize_model(tmp_path / "uneven", out, bits=mean).divergence)
+        matrices = stored_matrices(load(out, stored=True).model).values()
+        bits[mean] = {m.name: m.bits for m in matrices if m.name.startswith("layers.")}
+        sizes = {m.name: m.shape[0] * m.shape[1] for m in matrices}
+        assert {m.bits for m in matrices if not m.name.startswith("layers.")} == {8}
+        average = sum(sizes[name] * found for name, found in bits[mean].items())
+        assert average / sum(sizes[name] for name in bits[mean]) <= mean
+    assert divergences == sorted(divergences, reverse=True)
+    assert set(bits[6].values()) == {4, 8}
+    assert len({bits[6][f"layers.1.attention.{one}_proj.weight"] for one in "qkv"}) == 1
+
+
+@torch.no_grad()
+def test_the_estimated_cost_of_4_bits_is_the_measured_divergence(source, tmp_path):
+    """Each group alone, rounded to 4 bits, against the divergence after the same first tokens."""
+    model = load_stored(DeepSeekModel, source, "float32")
+    texts = sample(model, 2000, 2)
+    exact = model(texts[:, :1]).logits.double().log_softmax(-1)
+    done = dict(quantise_along(model, texts, lambda _: 4))
+    for cost in costs(model, texts):
+        twin = load(source, dtype="float32").model
+        for name in cost.names:
+            twin.get_parameter(name).copy_(done[name].float())
+        rough = twin(texts[:, :1]).logits.double().log_softmax(-1)
+        measured = float((exact.exp() * (exact - rough)).sum(-1).mean())
+
+        assert cost.divergence == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("bits", [3, 8.5, float("nan")])
+def test_other_numbers_of_bits_are_refused(source, tmp_path, bits):
+    with pytest.raises(ConfigError, match="at least 4 and at most 8"):
+        quantize_model(source, tmp_path / "out", bits=bits)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_without_its_scales_is_refused(source, tmp_path):
