@@ -32,7 +32,7 @@ def int8(plain, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=[None, 8, 4], ids=["plain", "8 bits", "4 bits"])
+@pytest.fixture(scope="module", params=[None, 8, 6, 4], ids=["plain", "8 bits", "6 bits", "4 bits"])
 def folder(request, plain, int8, tmp_path_factory) -> Path:
     if request.param is None:
         return plain
