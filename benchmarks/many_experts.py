@@ -1,11 +1,13 @@
 """Hundreds of experts on one base: routing, overhead, memory, and room for a few of them.
 
-    python benchmarks/many_experts.py --packs PACKS --texts TEXTS [--counts 8 64 1024] [--room 8] [--save]
+    python benchmarks/corpora.py many --out TEXTS --megabytes 1
+    python benchmarks/many_experts.py --texts TEXTS --packs PACKS [--counts 8 64 1024] [--room 8]
 
-PACKS holds the packs of trained experts, TEXTS one folder of text for each of them, named as the
-pack is; other folders hold text of no expert. Beyond the packs that are there, copies with other
-names are plugged (`--width` wide): half of the words of their relevance tables are shuffled, and
-their gates and weights have noise, so that they speak for other domains of the same kind.
+TEXTS holds one folder of text for each expert; those with "public" in their names are text of no
+expert. An expert that PACKS lacks is trained first (`--train-tokens`, the last three layers).
+Beyond them, copies with other names are plugged (`--width` wide): half of the words of their
+relevance tables are shuffled, and their gates and weights have noise, so that they speak for other
+domains of the same kind.
 
 One engine keeps the weights of `--room` experts in memory. For each of `--counts`, when so many are
 plugged:
@@ -42,6 +44,7 @@ import torch
 from results import FOLDER, write
 from turns import in_turn
 
+import deepseek
 from deepseek.data import Document, clean, read_folder
 from deepseek.data.text.document import split
 from deepseek.engine.engine import Engine
@@ -55,7 +58,13 @@ from deepseek.text.tokenizer import encode_plain
 
 KINDS = ("conversation", "document")
 CLIENTS = 4
+"""Requests at a time."""
+
 SPOKEN = 8
+"""Tokens of a reply whose speakers are counted."""
+
+NOBODYS = "public"
+"""In the name of a folder with text of no expert."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ def main() -> None:
     parser.add_argument("--packs", type=Path, required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--train-tokens", type=int, default=12_000, help="of an expert's text")
     parser.add_argument("--counts", type=int, nargs="+", default=[8, 64, 1024])
     parser.add_argument("--room", type=int, default=8)
     parser.add_argument("--width", type=int, default=256, help="of the copies' expert layers")
@@ -87,11 +97,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=FOLDER / "many_experts.json")
     options = parser.parse_args()
+    train_missing(options)
     with tempfile.TemporaryDirectory() as folder:
         paths = filled(options, Path(folder))
         figures = measure(options, paths)
         figures["room"] = room(options, paths[: options.counts[min(1, len(options.counts) - 1)]])
     write(options.json, {"figures": figures})
+
+
+def train_missing(options: argparse.Namespace) -> None:
+    """Train the experts that are not there yet; an interrupted training goes on."""
+    for folder in sorted(path for path in options.texts.iterdir() if path.is_dir()):
+        pack = options.packs / f"{folder.name}.safetensors"
+        if NOBODYS in folder.name or pack.exists():
+            continue
+        deepseek.train_expert(
+            options.base,
+            name=folder.name,
+            from_folder=folder,
+            tokens=options.train_tokens,
+            out=pack,
+            run_folder=options.packs / "runs" / folder.name,
+        )
 
 
 def filled(options: argparse.Namespace, folder: Path) -> list[Path]:

@@ -15,7 +15,11 @@ from deepseek.model.experts.relevance import Relevance
 from deepseek.packs.pack import read_pack, write_pack
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-WORDS = {"code": "def return yield import ", "rain": "rain wind cloud storm ", "other": "a bc def "}
+WORDS = {
+    "code": "def return yield import ",
+    "rain": "rain wind cloud storm ",
+    "public": "a bc def ",
+}
 
 
 def save_texts(folder: Path) -> None:
