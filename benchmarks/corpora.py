@@ -133,7 +133,7 @@ CORPORA: dict[str, tuple[Source, ...]] = {
 # A domain each, for experts by the dozen: Python packages.
 PACKAGES = (
     "accelerate alembic babel black bokeh celery dask dill distributed docutils fastapi flask "
-    "fonttools griffe hatchling httpx huggingface_hub hypothesis ipython jedi joblib jsonschema "
+    "fonttools gunicorn hatchling httpx huggingface_hub hypothesis ipython jedi joblib jsonschema "
     "markdown marshmallow mkdocs mpmath mypy narwhals nbconvert networkx nltk paramiko peft "
     "prompt_toolkit pydantic pygments pylint pyparsing pytest rich seaborn sqlalchemy statsmodels "
     "werkzeug xarray"
