@@ -17,8 +17,7 @@ DECLARED = read_declaration(CHECKOUT)
 QUICK = [name for name, one in DECLARED.results.items() if one.quick]
 WITHOUT = {
     "adapt_bodies": "not there yet: writing bodies compiles the engine's kernels",
-    "against_click": "needs a source folder of another package",
-    "against_tomlkit": "needs a source folder of another package",
+    "against": "needs source folders of other packages",
     "attention_scaling_intel": "attention_scaling on another machine",
     "base_and_gain_final": "trains eight experts",
     "chat_neutrality": "needs conversations and eight experts",
