@@ -134,7 +134,7 @@ CORPORA: dict[str, tuple[Source, ...]] = {
 PACKAGES = (
     "accelerate alembic babel black bokeh celery dask dill distributed docutils fastapi flask "
     "fonttools gunicorn hatchling httpx huggingface_hub hypothesis ipython jedi joblib jsonschema "
-    "markdown marshmallow mkdocs mpmath mypy narwhals nbconvert networkx nltk paramiko peft "
+    "markdown sentry_sdk mkdocs mpmath mypy narwhals nbconvert networkx nltk paramiko peft "
     "prompt_toolkit pydantic pygments pylint pyparsing pytest rich seaborn sqlalchemy statsmodels "
     "werkzeug xarray"
 )
