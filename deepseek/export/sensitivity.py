@@ -3,8 +3,10 @@
 Rounding changes the residual stream after a layer by dh. To second order the divergence of the
 predictions is E[(g . dh)^2] / 2, where g is the gradient of the log probability of a token that the
 model draws itself: the Fisher information is the Hessian of the divergence (as HAWQ weighs layers
-by the Hessian, arXiv:1911.03852). Calibration texts are such tokens. The cost of every matrix thus
-takes one pass down through the layers, with one layer's weights in memory at a time.
+by the Hessian, arXiv:1911.03852). Calibration texts are such tokens. The positions of a text are
+taken as independent, which is closer to the measured divergence than their noisier joint sum
+(docs/log/quantisation.md). The costs of all matrices take one pass down through the layers, with
+one layer's weights in memory at a time.
 """
 
 from dataclasses import dataclass
