@@ -182,6 +182,7 @@ def measure(options: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
             assert stats.expert_bytes <= expert_bytes
             print(count, row, flush=True)
             figures[str(count)] = row
+            write(options.json, {"figures": figures})  # what an interrupted run keeps
     return figures
 
 
