@@ -130,21 +130,28 @@ CORPORA: dict[str, tuple[Source, ...]] = {
     ),
 }
 
-# A domain each, for experts by the dozen: Python packages.
+# Python packages, each a domain of its own.
 PACKAGES = (
     "accelerate alembic babel black bokeh celery dask dill distributed docutils fastapi flask "
-    "fonttools gunicorn hatchling httpx huggingface_hub hypothesis ipython jedi joblib jsonschema "
-    "markdown sentry_sdk mkdocs mpmath mypy narwhals nbconvert networkx nltk paramiko peft "
-    "prompt_toolkit pydantic pygments pylint pyparsing pytest rich seaborn sqlalchemy statsmodels "
-    "werkzeug xarray"
+    "fonttools gunicorn hatchling httpx huggingface_hub hypothesis ipython jedi joblib "
+    "jsonschema markdown sentry_sdk mkdocs mpmath mypy narwhals nbconvert networkx nltk "
+    "paramiko peft prompt_toolkit pydantic pygments pylint pyparsing pytest rich seaborn "
+    "sqlalchemy statsmodels werkzeug xarray"
 )
-# Packages that no expert is trained on.
-NOBODYS = "attrs click fsspec jinja2 pelican requests sphinx traitlets trl typer urllib3 watchdog"
+# Python packages that no expert is trained on.
+WITHOUT_EXPERT = (
+    "attrs click fsspec jinja2 pelican requests sphinx traitlets trl typer urllib3 watchdog"
+)
 IMPORTED_AS = {"fonttools": "fontTools", "ipython": "IPython", "attrs": "attr", "pytest": "_pytest"}
-for package_name in (*PACKAGES.split(), *NOBODYS.split()):
-    kind = "package" if package_name in PACKAGES.split() else "public-package"
-    files = f"{IMPORTED_AS.get(package_name, package_name)}/**/*.py"
-    CORPORA[f"{kind}-{package_name}"] = (Wheel(package_name, files),)
+
+
+def package(name: str) -> Wheel:
+    """Return the source files of a Python package."""
+    return Wheel(name, f"{IMPORTED_AS.get(name, name)}/**/*.py")
+
+
+CORPORA |= {f"package-{name}": (package(name),) for name in PACKAGES.split()}
+CORPORA |= {f"public-package-{name}": (package(name),) for name in WITHOUT_EXPERT.split()}
 
 GROUPS = {
     "all": [name for name in CORPORA if "package-" not in name],

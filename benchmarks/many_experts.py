@@ -63,7 +63,7 @@ CLIENTS = 4
 SPOKEN = 8
 """Tokens of a reply whose speakers are counted."""
 
-NOBODYS = "public"
+WITHOUT_EXPERT = "public"
 """In the name of a folder with text of no expert."""
 
 
@@ -109,7 +109,7 @@ def train_missing(options: argparse.Namespace) -> None:
     """Train the experts that are not there yet; an interrupted training goes on."""
     for folder in sorted(path for path in options.texts.iterdir() if path.is_dir()):
         pack = options.packs / f"{folder.name}.safetensors"
-        if NOBODYS in folder.name or pack.exists():
+        if WITHOUT_EXPERT in folder.name or pack.exists():
             continue
         deepseek.train_expert(
             options.base,

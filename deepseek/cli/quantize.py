@@ -17,14 +17,14 @@ def quantize(
     bits: Annotated[
         float,
         typer.Option(
-            help="Mean number of bits of the layers' weights, 4 to 8. Between the two, the matrices "
-            "that need them most have 8. The embedding and the head always have 8."
+            help="Mean number of bits of the layers' weights, 4 to 8. Between the two, the "
+            "matrices that need them most have 8. The embedding and the head always have 8."
         ),
     ] = 8,
     device: Device = "auto",
 ) -> None:
-    """Quantise a model's weight matrices to 8 bits or fewer, compare its predictions with the original,
-    and write it.
+    """Quantise a model's weight matrices to 8 bits or fewer, compare its predictions with the
+    original, and write it.
 
     The model is read and written layer by layer, so that it need not fit into memory.
     """

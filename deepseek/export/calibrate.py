@@ -100,7 +100,7 @@ class Grams:
             return
         self._source[name] = name
         self._last = (name, x)
-        x_ND = x.flatten(0, -2).float()
+        x_ND = x.detach().flatten(0, -2).float()
         parts = [part.T @ part for part in x_ND.split(SPAN, -1)]
         sums = self._sums.setdefault(name, [torch.zeros_like(part) for part in parts])
         for total, part in zip(sums, parts, strict=True):

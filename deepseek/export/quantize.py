@@ -29,8 +29,8 @@ SENTENCE = (
     "stars to the"
 )
 LIMIT, LIMIT_BELOW_8 = 0.05, 0.5
-"""Largest divergence in nats, with 8 bits and with less. 8 bits cost about a tenth of it, 4 bits of a
-small model a third.
+"""Largest divergence in nats, with 8 bits and with less. 8 bits cost about a tenth of it, 4 bits of
+a small model a third.
 """
 
 TEXTS_OF_8, TEXTS_BELOW_8 = (32, 64), (64, 128)
@@ -64,8 +64,8 @@ def quantize_model(
     device: str = "auto",
     progress: Progress = silent,
 ) -> Quantisation:
-    """Write a base model with weights of 8 bits or fewer to a new folder, which `deepseek.load` reads
-    like any other.
+    """Write a base model with weights of 8 bits or fewer to a new folder, which `deepseek.load`
+    reads like any other.
 
     The matrices of linear layers are quantised with calibration activations (GPTQ, see
     `kernels/int8.py`), layer by layer: memory is needed for one layer, and for the 8-bit model that
@@ -144,14 +144,14 @@ def _source(folder: Path, base: str | Path, device: torch.device) -> DeepSeekMod
     return model
 
 
-def allotted(model: DeepSeekModel, texts: Tensor, bits: float, progress: Progress) -> Bits:
+def choose_bits(model: DeepSeekModel, texts: Tensor, bits: float, progress: Progress) -> Bits:
     """Return the bits of each matrix of a model whose layers have `bits` a weight on average.
 
     Head and embedding are more sensitive than the layers (docs/log/quantisation.md).
     """
     if bits == 8:
         return lambda _: 8
-    rows, length = TEXTS_OF_8  # enough for an order of costs
+    rows, length = TEXTS_OF_8  # enough to rank the costs
     wide = with_8_bits(costs(model, texts[:rows, :length], progress), bits) if bits > 4 else set()
     return lambda name: 4 if name.startswith("layers.") and name not in wide else 8
 
@@ -164,7 +164,7 @@ def _write_weights(
     count = len(stored)
     rows, length = TEXTS_OF_8 if bits == 8 else TEXTS_BELOW_8
     texts = sample(model, rows, length, progress).to(model.device)
-    bits_of = allotted(model, texts, bits, progress)
+    bits_of = choose_bits(model, texts, bits, progress)
     done = set()
     for name, matrix in quantise_along(model, texts, bits_of):
         writer.add(stored_form(name, matrix))

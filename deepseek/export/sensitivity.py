@@ -56,45 +56,49 @@ def costs(model: DeepSeekModel, ids_BT: Tensor, progress: Progress = silent) -> 
     gradient_BTD = _gradient_above(model, streams.pop(), ids_BT)
     found: list[Cost] = []
     for layer in reversed(range(count)):
-        found += _costs_of_layer(model, layer, streams[-1], gradient_BTD)
-        gradient_BTD = _gradient_through(model, layer, streams.pop(), gradient_BTD)
+        of_layer, gradient_BTD = _costs_of_layer(model, layer, streams.pop(), gradient_BTD)
+        found += of_layer
         progress(2 * count - layer, 2 * count, "measuring what 4 bits cost")
     return found
 
 
 def _costs_of_layer(
     model: DeepSeekModel, layer: int, entering_BTD: Tensor, gradient_BTD: Tensor
-) -> list[Cost]:
-    """Return the costs of one layer.
+) -> tuple[list[Cost], Tensor]:
+    """Return the costs of one layer, and the gradient with respect to the residual stream that
+    enters it, `[B, T, D]`.
 
     Args:
         model: the model.
         layer: index of the layer.
-        entering_BTD: the residual stream that enters it.
-        gradient_BTD: gradient of the texts' log probability with respect to the one that leaves it.
+        entering_BTD: the residual stream that enters it, `[B, T, D]`.
+        gradient_BTD: gradient of the texts' log probability with respect to the residual stream
+            that leaves it, `[B, T, D]`.
     """
     found = []
     tokens = len(entering_BTD) * (entering_BTD.shape[1] - 1)
     with in_memory(model.layers[layer]) as matrices:
         grams = Grams(model.layers[layer])
-        leaving_BTD = run_layer(model, entering_BTD, layer)
+        with torch.enable_grad():
+            exact_BTD = run_layer(model, entering_BTD.requires_grad_(), layer)
         grams.close()
+        (entering_gradient_BTD,) = torch.autograd.grad(exact_BTD, entering_BTD, gradient_BTD)
         for paths in grams.groups():
             group = [matrices[path] for path in paths if _counts(matrices.get(path))]
             if not group:
                 continue
-            exact = [stored.tensor() for stored in group]
+            weights = [stored.tensor() for stored in group]
             for stored in group:
                 rounded = quantised(stored, grams.of(paths[0]), 4)
-                stored.hold(rounded.float().to(leaving_BTD.device))
-            change_BTD = run_layer(model, entering_BTD, layer) - leaving_BTD
-            for stored, tensor in zip(group, exact, strict=True):
-                stored.hold(tensor)
+                stored.hold(rounded.float().to(exact_BTD.device))
+            change_BTD = run_layer(model, entering_BTD, layer) - exact_BTD
+            for stored, weight in zip(group, weights, strict=True):
+                stored.hold(weight)
             scores_BT = (change_BTD * gradient_BTD).sum(-1)
             divergence = float(scores_BT.square().sum() / (2 * tokens))
-            size = sum(tensor.numel() for tensor in exact)
+            size = sum(weight.numel() for weight in weights)
             found.append(Cost(tuple(stored.name for stored in group), size, divergence))
-    return found
+    return found, entering_gradient_BTD
 
 
 def _counts(stored: StoredMatrix | None) -> bool:
@@ -105,7 +109,7 @@ def _counts(stored: StoredMatrix | None) -> bool:
 @torch.enable_grad()
 def _gradient_above(model: DeepSeekModel, last_BTD: Tensor, ids_BT: Tensor) -> Tensor:
     """Return the gradient of the texts' log probability, up to its sign, with respect to the
-    residual stream after the last layer.
+    residual stream after the last layer, `[B, T, D]`.
     """
     last_BTD.requires_grad_()
     final_BTD = resume(model, last_BTD, len(model.layers)).finish()
@@ -119,23 +123,13 @@ def _gradient_above(model: DeepSeekModel, last_BTD: Tensor, ids_BT: Tensor) -> T
     return torch.autograd.grad(loss * len(labels_N), last_BTD)[0]
 
 
-@torch.enable_grad()
-def _gradient_through(
-    model: DeepSeekModel, layer: int, entering_BTD: Tensor, gradient_BTD: Tensor
-) -> Tensor:
-    """Return the gradient with respect to the residual stream that enters a layer, from that of the
-    one which leaves it.
-    """
-    entering_BTD.requires_grad_()
-    with in_memory(model.layers[layer]):
-        leaving_BTD = run_layer(model, entering_BTD, layer)
-    return torch.autograd.grad(leaving_BTD, entering_BTD, gradient_BTD)[0]
-
-
 def with_8_bits(found: list[Cost], bits: float) -> set[str]:
-    """Return the matrices that get 8 bits, where a weight has `bits` on average.
+    """Return the names of the matrices that get 8 bits, those with the highest cost per weight.
 
-    Those whose 4 bits cost most for each weight come first.
+    Args:
+        found: costs of all matrices of the layers.
+        bits: mean number of bits of a weight, from 4 to 8; the result stays below it by less than
+            the largest group adds.
     """
     room = (bits - 4) / 4 * sum(cost.size for cost in found)
     chosen: set[str] = set()
