@@ -72,14 +72,14 @@ def evaluate(
     from deepseek.engine.request import ExpertChoice
     from deepseek.evaluate.code import human_eval_problems, pass_at_1
     from deepseek.evaluate.quality import collected, compare, expert_texts
-    from deepseek.packs.library import installed
+    from deepseek.packs.library import packs_for
     from deepseek.train.loop.progress import ProgressBar
 
     problems = human_eval_problems(human_eval) if human_eval else []
     model, tokenizer = load(base, experts=expert_packs(experts, base), device=device, dtype=dtype)
     plugged = [info.name for info in model.experts.list()]
     known = expert_texts(
-        [*plugged, *(name for name in installed() if name not in plugged)], plugged
+        [*plugged, *(name for name in packs_for(base)[0] if name not in plugged)], plugged
     )
     with collected(tokenizer, data or [], known) as texts, ProgressBar() as progress:
         rows = list(compare(model, texts, tokens or TOKENS, progress, as_reported=not tokens))

@@ -93,7 +93,7 @@ def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
 
     Args:
         text: the option's value.
-        base: name of the base model.
+        base: name or folder of the base model.
         folder: folder that "all" searches; default: the folder of trained experts.
     """
     if text.strip() == "none":

@@ -50,7 +50,7 @@ def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], l
     Of several packs of one expert, the file of that name counts, else the first one.
 
     Args:
-        base: name of the base model.
+        base: name or folder of the base model; packs name it by the last part.
         folder: None: the folder of trained experts.
 
     Returns:
@@ -67,7 +67,7 @@ def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], l
         except (PackError, OSError) as error:
             problems.append(f"{path.name} is left out: {error}")
             continue
-        if manifest.base.name == base:
+        if manifest.base.name == Path(base).name:
             experts[file] = manifest.name
     chosen: dict[str, str] = {}  # name -> file
     for file in sorted(experts, key=lambda file: file != experts[file]):

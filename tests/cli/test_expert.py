@@ -51,7 +51,9 @@ def base(tmp_path: Path) -> Path:
 def pack(base: Path) -> Path:
     """A trained expert named `poems` for that base."""
     marks = fingerprint(base)
-    description = BaseDescription(weights=marks.weights, tokenizer="", hidden_size=8, num_layers=2)
+    description = BaseDescription(
+        name=base.name, weights=marks.weights, tokenizer="", hidden_size=8, num_layers=2
+    )
     metrics = {"held-out": Metric(before=3.5, after=2.25)}
     manifest = Manifest(
         name="poems",
@@ -101,7 +103,7 @@ def test_all_means_the_readable_experts_of_a_folder(
     warned = capsys.readouterr().err
     assert "spoilt.safetensors is left out" in warned
     assert "gone.safetensors is left out" in warned
-    assert expert_packs("all", base) == ["poems"]
+    assert expert_packs("all", base) == expert_packs("all", f"./models/{base}") == ["poems"]
     assert expert_packs("all", "another-base") == []
 
 

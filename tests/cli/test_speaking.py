@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tiny_adapter import write_adapter
-from tiny_expert import save_expert
+from tiny_expert import save_base, save_expert
 
 from deepseek.cli.main import main
 from deepseek.cli.session import ChatSession
@@ -17,7 +17,7 @@ from deepseek.cli.speak import Palette, speak
 from deepseek.data import Document, TokenShards
 from deepseek.engine.adapters import import_adapter
 from deepseek.engine.engine import Engine
-from deepseek.engine.load import Loaded
+from deepseek.engine.load import Loaded, load
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.scheduler import Scheduler
@@ -290,6 +290,21 @@ def test_eval_compares_every_text(
     assert code == 0 and all(
         word in shown for word in ("always", "public", "change", "pass@1 (1 problems)")
     )
+
+
+def test_eval_leaves_out_the_texts_of_another_bases_experts(
+    base_folder: Path, pack: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    # Their token ids mean something else here, or nothing at all.
+    other = load(save_base(tmp_path / "other", intermediate_size=64), dtype="float32")
+    theirs = save_expert(other, "theirs", experts_folder())
+    try:
+        TokenShards.build([Document("text " * 50, "a")], other.tokenizer, held_out_folder("theirs"))
+        assert run("eval", "none", "--base", base_folder, "--tokens", "512") == 0
+    finally:
+        theirs.unlink()
+    shown = capsys.readouterr().out
+    assert "always" in shown and "theirs" not in shown
 
 
 def test_eval_refuses_a_missing_text(base_folder: Path, pack: Path, capsys: Capture) -> None:
