@@ -5,8 +5,8 @@
 
 TEXTS holds one folder of text for each expert; those with "public" in their names are text of no
 expert. An expert that PACKS lacks is trained first (`--train-tokens`, the last three layers).
-Beyond them, copies with other names are plugged (`--width` wide): half of the words of their
-relevance tables are shuffled, and their gates and weights have noise, so that they speak for other
+Beyond them, copies with other names are plugged (`--width` wide): half of their relevance tables'
+entries are shuffled, and their gates and weights have noise, so that they speak for other
 domains of the same kind.
 
 One engine keeps the weights of `--room` experts in memory. For each of `--counts`, when so many are
@@ -141,7 +141,7 @@ def jittered(source: ExpertPack, name: str, width: int, seed: int) -> ExpertPack
     torch.manual_seed(seed)
     tensors = {key: tensor.clone() for key, tensor in source.tensors.items()}
     for key, tensor in tensors.items():
-        if key == "relevance":
+        if key in ("relevance", "pairs"):
             words = torch.randperm(len(tensor))[: len(tensor) // 2]
             tensor[words] = tensor[words[torch.randperm(len(words))]]
             continue

@@ -51,8 +51,7 @@ EXCEPTIONS = {
         "kernels/moe/grouped_mm.py _mix_op",
     },
     "gates and tables of a module, which stay on the host until they are stacked": {
-        "model/experts/module.py ExpertModule.__init__",
-        "model/experts/relevance.py text_evidence",
+        "model/experts/module.py ExpertModule.__init__"
     },
     "drawn from the CPU's generator, the same on every device, then moved": {
         "model/experts/layer.py ExpertLayer.copy_rows",

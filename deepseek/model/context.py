@@ -13,13 +13,14 @@ from deepseek.kernels.bias.score_bias import Visible
 from deepseek.model.kv_cache import KVCache
 from deepseek.model.moe.stats import RoutingDecision
 from deepseek.model.positions import PreparedPositions
+from deepseek.model.relevance_state import RelevanceState
 
 
 class GateMemory(Protocol):
     """What gates and relevance keep of past tokens (see `KVCache` for the shapes)."""
 
     gate_state: dict[int, Tensor]
-    relevance_state: Tensor | None
+    relevance_state: RelevanceState | None
 
 
 class GateContext(Protocol):

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from deepseek.errors import ConfigError
 from deepseek.model.layer_parts import LayerPart
+from deepseek.model.relevance_state import RelevanceState
 
 Change = Callable[[Tensor], Tensor]
 """Selects, repeats or reorders the sequences of a batch along the first axis of a tensor."""
@@ -146,8 +147,7 @@ class KVCache(DynamicCache):
         states: state of layers beside keys and values (see `layer_state`).
         gate_state: layer -> `[B, 3, M]`: the running sums of both gate scores of M modules, and
             their common denominator (see `model/experts/gate.py`).
-        relevance_state: `[B, M+1]`, the accumulated evidence that the text is about each expert's
-            domain (see `model/experts/relevance.py`).
+        relevance_state: the accumulated evidence that the text is about each expert's domain.
         armed: the experts that the sequence started with. They are pinned here so that plugging or
             unplugging between two steps never changes a sequence in flight.
         started: whether `armed` has been set.
@@ -157,7 +157,7 @@ class KVCache(DynamicCache):
         super().__init__(*args, **kwargs)
         self.states: dict[Key, LayerState] = {}
         self.gate_state: dict[int, Tensor] = {}
-        self.relevance_state: Tensor | None = None
+        self.relevance_state: RelevanceState | None = None
         self.armed: Any = None
         self.started = False
 
@@ -247,7 +247,7 @@ class KVCache(DynamicCache):
     def _change_rows(self, change: Change) -> None:
         self.gate_state = {layer: change(sums) for layer, sums in self.gate_state.items()}
         if self.relevance_state is not None:
-            self.relevance_state = change(self.relevance_state)
+            self.relevance_state = self.relevance_state.with_rows(change)
         if self.armed is not None:
             self.armed = self.armed.with_rows(change)
         for state in self.states.values():

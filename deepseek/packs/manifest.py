@@ -29,6 +29,10 @@ MOMENTS = 10
 """Rows of moments per layer: mean, variances, and 8 factors of the covariance of a domain. More
 factors do not separate domains better (docs/log/gates.md, 2026-11-25).
 """
+PAIR_SLOTS = (1 << 17) - 1
+"""Entries of a table of pairs, a prime number. With half as many, where pairs share more entries, 2
+to 4 of 100 passages fewer are recognised (docs/log/gates.md, 2026-11-28).
+"""
 HELD_OUT = "held-out"
 """Name of the metric that decides whether an expert helps: the loss on a held-out set that neither
 training nor early stopping used.
@@ -37,6 +41,8 @@ LEAST_GAIN = 0.0005
 """Smallest relative gain that counts: a smaller one would be displayed as 0.0 %."""
 ADDED_BASE_FIELDS = ("attached", "licence")
 """Fields of a base's description that the first packs of this format do not have."""
+ADDED_FIELDS = ("pairs",)
+"""Fields of a manifest that the first packs of this format do not have."""
 
 
 class TensorSpec(NamedTuple):
@@ -243,6 +249,9 @@ class PackManifest(Strict, ABC):
         for name in ADDED_BASE_FIELDS:
             if not fields["base"][name]:
                 del fields["base"][name]
+        for name in ADDED_FIELDS:
+            if not fields.get(name):
+                fields.pop(name, None)
         return canonical_json(fields)
 
 
@@ -255,6 +264,7 @@ class Manifest(PackManifest):
         gate: calibration of the gates.
         commit: commit of the repository that the expert was trained on.
         vocabulary: length of the relevance table; 0: the pack has none.
+        pairs: whether the pack has a relevance table of pairs of tokens, of `PAIR_SLOTS` entries.
         profile: free text; this version neither writes nor reads it.
     """
 
@@ -265,6 +275,7 @@ class Manifest(PackManifest):
         None
     )
     vocabulary: Annotated[int, Field(ge=0, le=1 << 21)] = 0
+    pairs: bool = False
     profile: Text | None = None
 
     @property
@@ -285,6 +296,8 @@ class Manifest(PackManifest):
             specs[f"moments.{layer}"] = TensorSpec("float32", (MOMENTS, hidden_size))
         if self.vocabulary:
             specs["relevance"] = TensorSpec("float16", (self.vocabulary,))
+        if self.pairs:
+            specs["pairs"] = TensorSpec("float16", (PAIR_SLOTS,))
         return specs
 
 

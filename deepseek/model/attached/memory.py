@@ -15,6 +15,7 @@ from transformers import Cache
 from deepseek.errors import ConfigError
 from deepseek.model.attached.extend import extend_class
 from deepseek.model.experts.armed import ArmedExperts
+from deepseek.model.relevance_state import RelevanceState
 
 
 @dataclass
@@ -23,13 +24,13 @@ class ExpertMemory:
 
     Attributes:
         gate_state: layer -> running sums of the gates `[B, 3, M]` (see `model/experts/gate.py`).
-        relevance_state: accumulated evidence `[B, M+1]` (see `model/experts/relevance.py`).
+        relevance_state: accumulated evidence that the text is about each expert's domain.
         armed: the experts that the sequences started with; None: the base alone.
         started: whether `armed` has been set.
     """
 
     gate_state: dict[int, Tensor] = field(default_factory=dict)
-    relevance_state: Tensor | None = None
+    relevance_state: RelevanceState | None = None
     armed: ArmedExperts | None = None
     started: bool = False
 
@@ -47,7 +48,7 @@ class ExpertMemory:
         """Select, repeat or reorder the sequences of the batch by `change`."""
         self.gate_state = {layer: change(sums) for layer, sums in self.gate_state.items()}
         if self.relevance_state is not None:
-            self.relevance_state = change(self.relevance_state)
+            self.relevance_state = self.relevance_state.with_rows(change)
         if self.armed is not None:
             self.armed = self.armed.with_rows(change)
 

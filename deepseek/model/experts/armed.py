@@ -129,7 +129,7 @@ class Roster:
         tokens = checks.token_ids("ids", ids or ())
         ids_BT = torch.tensor([tokens], dtype=torch.long, device=bank.offset_M.device)
         above_M = (
-            bank.document_evidence(ids_BT)[0] - RULED_OUT
+            bank.whole_document(ids_BT)[0] - RULED_OUT
             if user_ids is None
             else bank.above_threshold(ids_BT)[0]
         )
@@ -330,12 +330,12 @@ class ArmedExperts:
         if self._decided_BM is not None or bank is None or ctx.input_ids_BT is None:
             return None
         if ctx.words_BTM is None:
-            state_BM = ctx.cache.relevance_state if ctx.cache is not None else None
-            sums_BTM, state_BM = bank.accumulate(
-                ctx.input_ids_BT, state_BM, ctx.token_mask_BT, ctx.document_ids_BT
+            state = ctx.cache.relevance_state if ctx.cache is not None else None
+            sums_BTM, state = bank.accumulate(
+                ctx.input_ids_BT, state, ctx.token_mask_BT, ctx.document_ids_BT
             )
             if ctx.cache is not None:
-                ctx.cache.relevance_state = state_BM
+                ctx.cache.relevance_state = state
             ctx.words_BTM = bank.of_document(sums_BTM)
         return ctx.words_BTM
 

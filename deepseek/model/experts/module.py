@@ -169,7 +169,7 @@ class ExpertModule(nn.Module):
         self.gates = {layer: gate.clone() for layer, gate in self.gates.items()}
         self.moments = {layer: moments.clone() for layer, moments in self.moments.items()}
         if self.relevance is not None:
-            self.relevance = replace(self.relevance, table_V=self.relevance.table_V.clone())
+            self.relevance = self.relevance.copied()
 
     def form(self, make: "Callable[[ExpertModule], F]") -> F:
         """Return the weights in another form, made once for as long as the module is in memory.
@@ -270,6 +270,8 @@ class ExpertModule(nn.Module):
         if dtype not in DTYPE_NAMES:
             valid = ", ".join(DTYPES)
             raise ConfigError(f"dtype={shown(dtype)} must be one of {valid}.")
+        relevance = self.relevance
+        pairs_S = None if relevance is None else relevance.pairs_S
         try:
             manifest = Manifest(
                 name=self.name,
@@ -283,7 +285,8 @@ class ExpertModule(nn.Module):
                 licence=licence,
                 commit=commit,
                 metrics=metrics or {},
-                vocabulary=0 if self.relevance is None else len(self.relevance.table_V),
+                vocabulary=0 if relevance is None else len(relevance.table_V),
+                pairs=pairs_S is not None,
             )
         except ValidationError as error:
             raise ConfigError(f"The pack cannot be written, {explain(error)}.") from None
@@ -293,8 +296,10 @@ class ExpertModule(nn.Module):
         }
         tensors |= {f"gate.{layer}": gate.clone() for layer, gate in self.gates.items()}
         tensors |= {f"moments.{layer}": moments.clone() for layer, moments in self.moments.items()}
-        if self.relevance is not None:
-            tensors["relevance"] = self.relevance.table_V.half()
+        if relevance is not None:
+            tensors["relevance"] = relevance.table_V.half()
+        if pairs_S is not None:
+            tensors["pairs"] = pairs_S.half()
         return ExpertPack.seal(manifest, tensors)
 
     @staticmethod
@@ -323,8 +328,12 @@ class ExpertModule(nn.Module):
         module.settings = manifest.gate
         if "relevance" in pack.tensors:
             gate = manifest.gate
-            table_V = pack.tensors["relevance"]
-            module.relevance = Relevance(table_V, gate.relevance_threshold, gate.relevance_offset)
+            module.relevance = Relevance(
+                pack.tensors["relevance"],
+                gate.relevance_threshold,
+                gate.relevance_offset,
+                pack.tensors.get("pairs"),
+            )
         module.digest = manifest.digest
         return module.requires_grad_(False).eval()
 

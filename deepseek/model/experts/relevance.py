@@ -1,18 +1,19 @@
 """Relevance: decides from token ids alone whether a text is about an expert's domain.
 
 A gate reads hidden states. It recognises its domain after a few tokens, but it also fires on kinds
-of text that its public calibration set lacks. Relevance complements it: a table holds each token's
-log-odds for the expert's domain against all other text (`train/gates/relevance.py`), and unfamiliar
-tokens never count as evidence for the domain.
+of text that its public calibration set lacks. Relevance complements it: tables hold the log-odds of
+tokens, and of pairs of neighbouring tokens, for the expert's domain against all other text
+(`train/gates/relevance.py`), and what is unfamiliar never counts as evidence for the domain.
 
-In a conversation, an expert is admitted only if the user's messages as a whole give more evidence
-than a threshold. In a document, the evidence so far is added to the gate scores token by token
-(`experts/gate.py`). Evidence accumulates as in a sequential probability ratio test (Wald, 1945),
-but decays with a half-life, so that a text may change its subject.
+In a conversation, an expert is admitted only if the tokens of the user's messages as a whole give
+more evidence than a threshold. In a document, pairs give the evidence: they hold the names of a
+code base, which tell it from others of the same language. It is added to the gate scores token by
+token (`experts/gate.py`). Evidence accumulates as in a sequential probability ratio test (Wald,
+1945), but decays with a half-life, so that a text may change its subject.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import TYPE_CHECKING
 
@@ -21,22 +22,60 @@ from torch import Tensor
 
 from deepseek.model.experts.gate import NATS
 from deepseek.model.experts.scan import scan
+from deepseek.model.relevance_state import RelevanceState
+from deepseek.packs.manifest import PAIR_SLOTS
 
 if TYPE_CHECKING:
     from deepseek.model.experts.module import ExpertModule
 
 HALF_LIFE = 64.0
-"""Half-life of evidence, in tokens."""
-
+"""Half-life of a conversation's evidence, in tokens."""
 DECAY = 0.5 ** (1.0 / HALF_LIFE)
+
+DOCUMENT_HALF_LIFE = 128.0
+"""Half-life of a document's evidence, in tokens: a longer one tells near domains apart better, a
+shorter one notices sooner that a document changes its subject.
+"""
+DOCUMENT_DECAY = 0.5 ** (1.0 / DOCUMENT_HALF_LIFE)
+
+PASSAGE = 128
+"""Tokens of the passages of public text that documents are compared with."""
+
+NATS_PER_CANDIDATES = 8.0
+"""Evidence in nats at the end of a passage that is asked for in addition when there are e times as
+many candidates. By Bayes' rule it would be 1, if pairs were independent; they are not.
+"""
 
 RULED_OUT = -NATS
 """Evidence in nats, offset included, at or below which a prompt rules out an expert."""
 
+NO_TOKEN = -1
+"""In place of a token before the first one."""
+
+
+def pair_slots(before: Tensor, ids: Tensor) -> Tensor:
+    """Return the entry of each pair of neighbouring tokens in a table of pairs.
+
+    Args:
+        before: first tokens of the pairs, int64 of any shape, below 2^21.
+        ids: second tokens, of the same shape.
+    """
+    return (before * 73_856_093 + ids * 19_349_663) % PAIR_SLOTS
+
+
+def token_weights(length: int, decay: float) -> Tensor:
+    """Return the weight of each of so many tokens after the last one, fp64 `[N]`."""
+    ages_N = torch.arange(length - 1, -1, -1, dtype=torch.float64, device="cpu")
+    weights_N: Tensor = decay**ages_N
+    return weights_N
+
+
+PASSAGE_WEIGHT = float(token_weights(PASSAGE, DOCUMENT_DECAY).sum())
+
 
 @dataclass(frozen=True)
 class Relevance:
-    """The relevance table of one expert.
+    """The relevance tables of one expert.
 
     Attributes:
         table_V: log-odds of each token of the vocabulary, in nats; in fp16 if it comes from a pack.
@@ -44,16 +83,35 @@ class Relevance:
             candidate, in nats.
         offset: evidence added per token of a document, so that text of the domain has evidence
             above 0 and other text below 0, in nats.
+        pairs_S: log-odds of pairs of tokens, in nats, at their `pair_slots`; None, as in packs of
+            earlier versions: tokens give the evidence of documents too.
     """
 
     table_V: Tensor
     threshold: float
     offset: float
+    pairs_S: Tensor | None = None
 
     def keeps(self, ids_N: Tensor) -> bool:
         """Return whether a document that starts with the tokens `[N]` admits the expert."""
-        shifted = Relevance(self.table_V.float() + self.offset, self.threshold, 0.0)
-        return text_evidence(shifted, ids_N) > RULED_OUT
+        weights_N = token_weights(len(ids_N), DOCUMENT_DECAY)
+        evidence = (
+            float((self.table_V[ids_N].double() * weights_N).sum())
+            if self.pairs_S is None
+            else self.of_pairs(ids_N)
+        )
+        return evidence + self.offset * float(weights_N.sum()) > RULED_OUT
+
+    def copied(self) -> "Relevance":
+        """Return the tables in memory of their own."""
+        pairs_S = None if self.pairs_S is None else self.pairs_S.clone()
+        return replace(self, table_V=self.table_V.clone(), pairs_S=pairs_S)
+
+    def of_pairs(self, ids_N: Tensor) -> float:
+        """Return the decayed evidence of the pairs in the tokens `[N]`, in nats, without offset."""
+        assert self.pairs_S is not None
+        found = self.pairs_S[pair_slots(ids_N[:-1], ids_N[1:])].double()
+        return float((found * token_weights(len(ids_N), DOCUMENT_DECAY)[1:]).sum())
 
 
 @dataclass(frozen=True)
@@ -61,15 +119,18 @@ class RelevanceBank:
     """The relevance tables of all candidate modules, evaluated together.
 
     Attributes:
-        tables: log-odds `[V]` in nats of each module, shared with it; None for modules without a
-            table. They are not copied side by side: a thousand of them take 0.1 GiB.
+        tables: log-odds `[V]` of tokens in nats of each module, shared with it; None for modules
+            without a table. They are not copied side by side: a thousand of them take 0.1 GiB.
+        pairs: log-odds `[PAIR_SLOTS]` of pairs in nats of each module; None for modules without them.
         threshold_M: evidence above which a conversation admits a module; minus infinity for modules
             without a table. It includes log M to correct for testing M modules: the prior odds that
             one of them is relevant are shared among them.
-        offset_M: evidence added per token of a document; 0 for modules without a table.
+        offset_M: evidence added per token of a document; 0 for modules without a table. It includes
+            the correction for M modules for those with a table of pairs.
     """
 
     tables: tuple[Tensor | None, ...]
+    pairs: tuple[Tensor | None, ...]
     threshold_M: Tensor
     offset_M: Tensor
 
@@ -83,68 +144,86 @@ class RelevanceBank:
             -torch.inf if entry is None else entry.threshold + log(len(modules))
             for entry in entries
         ]
-        offsets = [0.0 if entry is None else entry.offset for entry in entries]
+        crowd = NATS_PER_CANDIDATES * log(len(modules)) / PASSAGE_WEIGHT
+        offsets = [
+            0.0 if entry is None else entry.offset - (0.0 if entry.pairs_S is None else crowd)
+            for entry in entries
+        ]
         return RelevanceBank(
             tuple(None if entry is None else entry.table_V.to(device) for entry in entries),
+            tuple(
+                None if entry is None or entry.pairs_S is None else entry.pairs_S.to(device)
+                for entry in entries
+            ),
             torch.tensor(thresholds, device=device),
             torch.tensor(offsets, device=device),
         )
 
     def evidence(self, ids_BT: Tensor) -> Tensor:
         """Return the evidence of each token `[B, T, M]`, in nats; 0 for ids beyond the tables."""
-        none_N = torch.zeros(ids_BT.numel(), device=ids_BT.device)
         size = max(len(table_V) for table_V in self.tables if table_V is not None)
         known_BT = ids_BT < size
-        ids_N = ids_BT.where(known_BT, 0).flatten()
-        parts = [none_N if table_V is None else table_V[ids_N].float() for table_V in self.tables]
-        evidence_BTM = torch.stack(parts, -1).view(*ids_BT.shape, len(parts))
-        return evidence_BTM * known_BT[..., None]
+        return _looked_up(self.tables, ids_BT.where(known_BT, 0)) * known_BT[..., None]
+
+    def document_evidence(self, ids_BT: Tensor, before_BT: Tensor) -> Tensor:
+        """Return the evidence of each token of a document, `[B, T, M]`, in nats.
+
+        It is that of the pair which the token ends; for a module without a table of pairs, that of
+        the token itself.
+
+        Args:
+            ids_BT: token ids `[B, T]`.
+            before_BT: the token before each, `NO_TOKEN` where there is none.
+        """
+        linked_BT = before_BT != NO_TOKEN
+        slots_BT = pair_slots(before_BT.where(linked_BT, 0), ids_BT)
+        of_pairs_BTM = _looked_up(self.pairs, slots_BT) * linked_BT[..., None]
+        if all(pairs_S is not None for pairs_S in self.pairs):
+            return of_pairs_BTM
+        paired_M = torch.tensor(
+            [pairs_S is not None for pairs_S in self.pairs], device=ids_BT.device
+        )
+        return of_pairs_BTM.where(paired_M, self.evidence(ids_BT))
 
     def accumulate(
         self,
         ids_BT: Tensor,
-        state_BM: Tensor | None = None,
+        state: RelevanceState | None = None,
         counted_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the decayed running sums of evidence, s_t = DECAY s_{t-1} + term_t.
+    ) -> tuple[Tensor, RelevanceState]:
+        """Return the decayed running sums of a document's evidence,
+        s_t = DOCUMENT_DECAY s_{t-1} + term_t.
 
         Args:
             ids_BT: token ids `[B, T]`.
-            state_BM: sums of the preceding tokens `[B, M+1]`; None: no preceding tokens.
+            state: state after the preceding tokens; None: no preceding tokens.
             counted_BT: False at padding, which neither counts nor decays the sums; None: no
                 padding.
             document_ids_BT: document of each token in packed rows; a new document resets the sums.
                 None: one document per row.
 
         Returns:
-            The sums `[B, T, M+1]` at every token and `[B, M+1]` after the last one. The last column
+            The sums `[B, T, M+1]` at every token, and the state after the last one. The last column
             is the decayed count of tokens.
         """
-        if ids_BT.shape[1] == 0:
-            sums_BM = (
-                self.offset_M.new_zeros(len(ids_BT), len(self.tables) + 1)
-                if state_BM is None
-                else state_BM
-            )
-            return sums_BM[:, None][:, :0], sums_BM
-        evidence_BTM = self.evidence(ids_BT)
-        terms = torch.cat([evidence_BTM, torch.ones_like(evidence_BTM[..., :1])], dim=-1)[
-            :, :, None
-        ]
-        keep = torch.full_like(terms, DECAY)
-        if counted_BT is not None:
-            counted = counted_BT[:, :, None, None]
-            terms = terms.where(counted, 0.0)
-            keep = keep.where(counted, 1.0)
+        batch, length = ids_BT.shape
+        if state is None:
+            sums_BM = self.offset_M.new_zeros(batch, len(self.tables) + 1)
+            state = RelevanceState(sums_BM, ids_BT.new_full((batch,), NO_TOKEN))
+        if length == 0:
+            return state.sums_BM[:, None][:, :0], state
+        read_BT = ids_BT if counted_BT is None else ids_BT.where(counted_BT, NO_TOKEN)
+        before_BT = torch.cat([state.last_B[:, None], read_BT[:, :-1]], dim=1)
+        keep = self.offset_M.new_full((batch, length, 1, 1), DOCUMENT_DECAY)
         if document_ids_BT is not None:
             starts_BT = torch.diff(document_ids_BT, dim=1, prepend=document_ids_BT[:, :1]) != 0
+            before_BT = before_BT.where(~starts_BT, NO_TOKEN)
             keep = keep.masked_fill(starts_BT[:, :, None, None], 0.0)
-        if state_BM is not None:
-            first = terms[:, :1] + keep[:, :1] * state_BM[:, None, None]
-            terms = torch.cat([first, terms[:, 1:]], dim=1)
-        sums_BTM = scan(keep, terms)[:, :, 0]
-        return sums_BTM, sums_BTM[:, -1]
+        sums_BTM = _summed(
+            self.document_evidence(ids_BT, before_BT), keep, counted_BT, state.sums_BM
+        )
+        return sums_BTM, RelevanceState(sums_BTM[:, -1], read_BT[:, -1])
 
     def of_document(self, sums_BTM: Tensor) -> Tensor:
         """Return a document's evidence for each module `[B, T, M]`, in nats, offset included.
@@ -156,20 +235,54 @@ class RelevanceBank:
 
     def above_threshold(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return a conversation's evidence minus each module's threshold `[B, M]`, in nats."""
-        _, sums_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
-        return sums_BM[:, :-1] - self.threshold_M
+        if ids_BT.shape[1] == 0:
+            return -self.threshold_M.expand(len(ids_BT), -1)
+        keep = self.offset_M.new_full((*ids_BT.shape, 1, 1), DECAY)
+        sums_BTM = _summed(self.evidence(ids_BT), keep, counted_BT)
+        return sums_BTM[:, -1, :-1] - self.threshold_M
 
     def document_keeps(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return which modules `[B, M]` a document as a whole admits."""
-        return self.document_evidence(ids_BT, counted_BT) > RULED_OUT
+        return self.whole_document(ids_BT, counted_BT) > RULED_OUT
 
-    def document_evidence(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
+    def whole_document(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return a document's evidence for each module `[B, M]`, in nats, offset included."""
-        _, sums_BM = self.accumulate(ids_BT, counted_BT=counted_BT)
-        return self.of_document(sums_BM)
+        _, state = self.accumulate(ids_BT, counted_BT=counted_BT)
+        return self.of_document(state.sums_BM)
+
+
+def _looked_up(tables: Sequence[Tensor | None], entries_BT: Tensor) -> Tensor:
+    """Return the values of tables at `entries_BT`, `[B, T, M]` in fp32; 0 where there is none."""
+    entries_N = entries_BT.flatten()
+    none_N = torch.zeros(len(entries_N), device=entries_BT.device)
+    parts = [none_N if table is None else table[entries_N].float() for table in tables]
+    return torch.stack(parts, -1).view(*entries_BT.shape, len(parts))
+
+
+def _summed(
+    evidence_BTM: Tensor, keep: Tensor, counted_BT: Tensor | None, before_BM: Tensor | None = None
+) -> Tensor:
+    """Return decayed running sums of evidence and of the number of tokens, `[B, T, M+1]`.
+
+    Args:
+        evidence_BTM: evidence of each token.
+        keep: factor on the sums at each token, `[B, T, 1, 1]`.
+        counted_BT: False at padding; None: no padding.
+        before_BM: sums `[B, M+1]` of the tokens before; None: there are none.
+    """
+    terms = torch.cat([evidence_BTM, torch.ones_like(evidence_BTM[..., :1])], dim=-1)[:, :, None]
+    keep = keep.expand_as(terms)
+    if counted_BT is not None:
+        counted = counted_BT[:, :, None, None]
+        terms = terms.where(counted, 0.0)
+        keep = keep.where(counted, 1.0)
+    if before_BM is not None:
+        first = terms[:, :1] + keep[:, :1] * before_BM[:, None, None]
+        terms = torch.cat([first, terms[:, 1:]], dim=1)
+    return scan(keep, terms)[:, :, 0]
 
 
 def text_evidence(relevance: Relevance, ids_N: Tensor) -> float:
     """Return the decayed evidence after the tokens `[N]` of a text, in nats, without offset."""
-    ages_N = torch.arange(len(ids_N) - 1, -1, -1, dtype=torch.float64)
-    return float((relevance.table_V[ids_N].double() * DECAY**ages_N).sum())
+    found = relevance.table_V[ids_N].double()
+    return float((found * token_weights(len(ids_N), DECAY)).sum())

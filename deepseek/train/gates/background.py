@@ -1,12 +1,14 @@
-"""Background of an expert's relevance table: public text of many kinds, cached once per base.
+"""Background of an expert's relevance tables: public text of many kinds, cached once per base.
 
 It has more text than the calibration of gates, since only tokens are needed: hundreds of source
 files and package descriptions of the Python installation, besides the public rows and everyday
-conversations in fifteen languages.
+conversations in fifteen languages. Pairs of tokens are rarer than tokens and need more text: some
+files of every installed package. A quarter of the packages are not counted; passages of them show
+how far code of other projects scores.
 """
 
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.builders.everyday import Conversation
 from deepseek.data.text.document import Progress, silent, uniform
+from deepseek.model.experts.relevance import PASSAGE
 from deepseek.model.language_model import LanguageModel
+from deepseek.packs.manifest import PAIR_SLOTS
 from deepseek.text.tokenizer import encode_plain
 from deepseek.train.gates.conversations import conversation_halves, expected_frequencies
 from deepseek.train.gates.public_text import SAMPLED_ROWS, kept, kept_rows, place
-from deepseek.train.gates.relevance import Background
+from deepseek.train.gates.relevance import Background, count_pairs
+
+LARGEST = 1_000_000
+"""Bytes of the largest file that is read."""
 
 FILES = 800
 """Number of source files, spread evenly over the installed packages."""
@@ -28,6 +35,17 @@ FILES_OF_A_PACKAGE = 6
 """Most source files of one folder of a package."""
 CHARACTERS = 3000
 """Characters from the middle of one file."""
+
+PACKAGE_FILES = 40
+"""Most source files of a package whose pairs are counted."""
+PACKAGE_CHARACTERS = 8000
+"""Characters from the beginning of one of them."""
+UNCOUNTED = 4
+"""One of so many packages is not counted."""
+LATER = 512
+"""Where the second passage of a document begins, in tokens."""
+PACKAGE_PASSAGES = 10
+"""Most passages of an uncounted package."""
 
 
 def background(
@@ -38,7 +56,14 @@ def background(
     root, name = place(model)
     stored = kept(root / f"words-{name}", lambda: _measured(model, tokenizer, rows, progress))
     chats = stored["chats"].long().split(stored["lengths"].tolist())
-    return Background(stored["counts"].float(), chats)
+    paired = kept(root / f"pairs-{name}", lambda: _measured_pairs(tokenizer, rows, progress))
+    passages = [paired[f"passages.{kind}"].long() for kind in ("rows", "code", "descriptions")]
+    return Background(
+        stored["counts"].float(),
+        chats,
+        paired["counts"].float(),
+        tuple(ids_NT for ids_NT in passages if len(ids_NT)),
+    )
 
 
 def _measured(
@@ -70,6 +95,49 @@ def _measured(
     }
 
 
+def _measured_pairs(
+    tokenizer: PreTrainedTokenizerFast, rows_RT: Tensor, progress: Progress
+) -> dict[str, Tensor]:
+    code = torch.zeros(PAIR_SLOTS, dtype=torch.long, device="cpu")
+    passages: list[Tensor] = []
+    packages = installed_packages()
+    for number, files in enumerate(packages):
+        progress(number, len(packages), "pairs of tokens (installed packages)")
+        documents = _encoded(tokenizer, _beginnings(files[:PACKAGE_FILES]))
+        if number % UNCOUNTED == 0:
+            passages += _passages(documents)[:PACKAGE_PASSAGES]
+        else:
+            for ids_N in documents:
+                code += count_pairs(ids_N)
+    described = _encoded(tokenizer, descriptions())
+    of_rows, of_descriptions = (
+        sum((count_pairs(ids_N) for ids_N in documents), torch.zeros_like(code))
+        for documents in (rows_RT, described)
+    )
+    found = {"rows": list(rows_RT), "code": passages, "descriptions": described}
+    return {"counts": torch.stack([of_rows, code, of_descriptions]).int()} | {
+        f"passages.{kind}": _stacked(_passages(documents)) for kind, documents in found.items()
+    }
+
+
+def _passages(documents: Iterable[Tensor]) -> list[Tensor]:
+    """Return the first passage of each document and one from further on, where it is as long."""
+    return [
+        ids_N[start : start + PASSAGE]
+        for ids_N in documents
+        for start in (0, LATER)
+        if len(ids_N) >= start + PASSAGE
+    ]
+
+
+def _stacked(passages: Sequence[Tensor]) -> Tensor:
+    return (
+        torch.stack([*passages]).int()
+        if passages
+        else torch.empty(0, PASSAGE, dtype=torch.int, device="cpu")
+    )
+
+
 def _messages(
     tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation]
 ) -> list[Tensor]:
@@ -88,22 +156,41 @@ def installed_source() -> Iterator[str]:
     Modules at the top of the standard library are excluded, so that they remain unseen for
     evaluation.
     """
+    folders = _source_files(lambda parts: parts[:2] if len(parts) > 2 else parts[:1])
+    files = [path for paths in folders for path in paths[:FILES_OF_A_PACKAGE]]
+    yield from _middles(sorted(files, key=_drawn)[:FILES])
+
+
+def installed_packages() -> list[list[Path]]:
+    """Return the source files of each package of the Python installation, in pseudorandom order."""
+    return _source_files(lambda parts: parts[:1])
+
+
+def _source_files(folder: Callable[[tuple[str, ...]], tuple[str, ...]]) -> list[list[Path]]:
+    """Return the source files of the Python installation by `folder` of their relative paths' parts,
+    sorted by it; those of one folder are in pseudorandom order.
+    """
     folders: dict[tuple[str, ...], list[Path]] = {}
     for name in ("stdlib", "purelib"):
         root = Path(sysconfig.get_path(name))
         for path in root.rglob("*.py"):
             parts = path.relative_to(root).parts
             if len(parts) > 1 and parts[0] != "site-packages":
-                folders.setdefault(parts[:2] if len(parts) > 2 else parts[:1], []).append(path)
-    files = [
-        path
-        for _, paths in sorted(folders.items())
-        for path in sorted(paths, key=lambda path: uniform("/".join(path.parts[-3:])))[
-            :FILES_OF_A_PACKAGE
-        ]
-    ]
-    files.sort(key=lambda path: uniform("/".join(path.parts[-3:])))
-    yield from _middles(files[:FILES])
+                folders.setdefault(folder(parts), []).append(path)
+    return [sorted(paths, key=_drawn) for _, paths in sorted(folders.items())]
+
+
+def _drawn(path: Path) -> float:
+    """Return a pseudorandom number that depends on the end of a path."""
+    return uniform("/".join(path.parts[-3:]))
+
+
+def _beginnings(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
+        if path.is_file() and path.stat().st_size < LARGEST:
+            text = path.read_text(encoding="utf-8", errors="ignore")[:PACKAGE_CHARACTERS]
+            if text.strip():
+                yield text
 
 
 def descriptions() -> Iterator[str]:
@@ -113,7 +200,7 @@ def descriptions() -> Iterator[str]:
 
 def _middles(paths: Sequence[Path]) -> Iterator[str]:
     for path in paths:
-        if path.is_file() and path.stat().st_size < 1_000_000:
+        if path.is_file() and path.stat().st_size < LARGEST:
             text = path.read_text(encoding="utf-8", errors="ignore")
             middle = text[len(text) // 3 :][:CHARACTERS]
             if middle.strip():

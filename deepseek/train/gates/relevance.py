@@ -11,6 +11,10 @@ must be likelier than all of them: German text alone does not admit the expert o
 It is the cross-entropy difference of training data selection (Moore and Lewis, 2010) with a robust
 background. A word that occurs in neither is not evidence for a domain; the more text of the domain
 was read, the stronger its absence counts against it.
+
+Pairs of neighbouring tokens have a table of the same kind. Documents are judged by it: passages of
+other public texts are scored too, and a document is ruled out if it scores no better than nearly
+all of these.
 """
 
 from collections.abc import Sequence
@@ -19,7 +23,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepseek.model.experts.relevance import Relevance, text_evidence
+from deepseek.model.experts.relevance import (
+    DOCUMENT_DECAY,
+    PASSAGE,
+    PASSAGE_WEIGHT,
+    RULED_OUT,
+    Relevance,
+    pair_slots,
+    text_evidence,
+    token_weights,
+)
+from deepseek.packs.manifest import PAIR_SLOTS
 
 PRIOR_TOKENS = 200.0
 """Weight of the Dirichlet prior in each frequency, in tokens."""
@@ -36,6 +50,17 @@ THRESHOLD = 5.0
 PIECE = 64
 """Tokens of the pieces on which recall is measured."""
 
+SPREADS = 2.0
+"""An expert that is the only candidate is ruled out up to this many standard deviations above the
+median of a kind of public text.
+"""
+
+QUARTILES_APART = 1.349
+"""Distance between the quartiles of a normal distribution, in standard deviations."""
+
+PAIR_PRIOR_TOKENS = 500.0
+"""Weight of the prior in the frequencies of pairs, in tokens."""
+
 
 @dataclass(frozen=True)
 class Background:
@@ -45,10 +70,15 @@ class Background:
         counts_GV: token counts of each kind of public text, observed or expected.
         chats: token ids of user messages in everyday conversations that are not counted, for
             measuring false positives.
+        pairs_GS: counts of pairs of tokens in each kind of public text, at their `pair_slots`.
+        passages: token ids `[N, PASSAGE]` of passages of each kind of public text, those of source
+            code not counted.
     """
 
     counts_GV: Tensor
     chats: tuple[Tensor, ...]
+    pairs_GS: Tensor
+    passages: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -78,29 +108,71 @@ def fit_relevance(
         held_out_N: token ids of the same domain that are not in `own`.
         background: public text to compare with.
     """
-    counts_GV = background.counts_GV.double()
-    prior_V = (counts_GV / counts_GV.sum(1, keepdim=True)).mean(0)
-    prior_V = (prior_V + 1e-3 / len(prior_V)) / (1.0 + 1e-3)
-    public_V = _frequencies(counts_GV, prior_V).amax(0)
     own_KV = torch.stack(
-        [ids_N.bincount(minlength=len(prior_V)).double() for ids_N in own if len(ids_N)]
+        [ids_N.bincount(minlength=background.counts_GV.shape[1]) for ids_N in own if len(ids_N)]
     )
-    ratio_V = (_frequencies(own_KV, prior_V).amax(0) / public_V).log()
-    table_V = ratio_V.clamp(-LEAST, MOST).half().float()
-    means_G = (counts_GV @ table_V.double()) / counts_GV.sum(1)
-    own_mean = float(table_V[held_out_N].double().mean())
-    # Centre the scores between the own text and the most similar kind of public text.
-    offset = -(own_mean + float(means_G.max())) / 2.0
-    relevance = Relevance(table_V, THRESHOLD, offset)
+    own_KS = torch.stack([count_pairs(ids_N) for ids_N in own if len(ids_N)])
+    table_V = log_odds(own_KV, background.counts_GV, 1e-3, PRIOR_TOKENS)
+    pairs_S = log_odds(own_KS, background.pairs_GS, 1e-2, PAIR_PRIOR_TOKENS)
+    relevance = Relevance(table_V, THRESHOLD, offset(pairs_S, background.passages), pairs_S)
     chats = [text_evidence(relevance, ids_N) > THRESHOLD for ids_N in background.chats]
     pieces = held_out_N[: len(held_out_N) // PIECE * PIECE].view(-1, PIECE)
     own_text = [relevance.keeps(piece) for piece in pieces]
     return RelevanceFit(relevance, _share(chats), _share(own_text))
 
 
-def _frequencies(counts: Tensor, prior_V: Tensor) -> Tensor:
+def log_odds(own_KV: Tensor, public_GV: Tensor, flat: float, prior_tokens: float) -> Tensor:
+    """Return the evidence `[V]` of each token or pair for a domain, in nats.
+
+    Args:
+        own_KV: counts in each kind of own text.
+        public_GV: counts in each kind of public text.
+        flat: weight of a uniform distribution in the prior, relative to that of public text.
+        prior_tokens: weight of the prior in each frequency, in tokens.
+    """
+    public_GV = public_GV.double()
+    prior_V = (public_GV / public_GV.sum(1, keepdim=True)).mean(0)
+    prior_V = (prior_V + flat / len(prior_V)) / (1.0 + flat)
+    own_V, public_V = (
+        _frequencies(counts.double(), prior_V, prior_tokens).amax(0)
+        for counts in (own_KV, public_GV)
+    )
+    evidence_V = (own_V / public_V).log().clamp(-LEAST, MOST)
+    # In fp16, the precision of a pack: rates are measured on what it will hold.
+    evidence_V = evidence_V.half().float()
+    # The less own text there is, the larger the prior's share in it. What it lacks is no evidence.
+    return evidence_V.where(own_KV.sum(0) > 0, evidence_V.clamp(max=0.0))
+
+
+def _frequencies(counts: Tensor, prior_V: Tensor, prior_tokens: float) -> Tensor:
     """Return frequencies `[..., V]` smoothed by the prior."""
-    return (counts + PRIOR_TOKENS * prior_V) / (counts.sum(-1, keepdim=True) + PRIOR_TOKENS)
+    return (counts + prior_tokens * prior_V) / (counts.sum(-1, keepdim=True) + prior_tokens)
+
+
+def count_pairs(ids_N: Tensor) -> Tensor:
+    """Return the counts of the pairs of neighbouring tokens `[PAIR_SLOTS]`."""
+    return pair_slots(ids_N[:-1], ids_N[1:]).bincount(minlength=PAIR_SLOTS)
+
+
+def offset(pairs_S: Tensor, passages: Sequence[Tensor]) -> float:
+    """Return the evidence per token, in nats, by which the passages of public text are ruled out.
+
+    The bound is `SPREADS` standard deviations above the median of the kind of public text that is
+    the most similar to the domain. The deviation is estimated by the quartiles: a few passages with
+    the same licence text as the domain would make it several times larger.
+
+    Args:
+        pairs_S: evidence of pairs, in nats.
+        passages: passages `[N, PASSAGE]` of each kind of public text.
+    """
+    weights_T = token_weights(PASSAGE, DOCUMENT_DECAY)[1:]
+    bounds = []
+    for ids_NT in passages:
+        found_NT = pairs_S[pair_slots(ids_NT[:, :-1], ids_NT[:, 1:])].double()
+        scores_N = (found_NT * weights_T).sum(1)
+        low, median, high = (float(scores_N.quantile(share)) for share in (0.25, 0.5, 0.75))
+        bounds.append(median + SPREADS * (high - low) / QUARTILES_APART)
+    return (RULED_OUT - max(bounds)) / PASSAGE_WEIGHT
 
 
 def _share(outcomes: Sequence[bool]) -> float:

@@ -1,6 +1,7 @@
 """Relevance: evidence adds up causally, in pieces as at once, and decides who may contribute."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,55 +18,71 @@ from deepseek.engine.sampler import Sampling
 from deepseek.model.experts import ExpertModule
 from deepseek.model.experts.relevance import (
     DECAY,
-    RULED_OUT,
+    DOCUMENT_DECAY,
+    NATS_PER_CANDIDATES,
+    PASSAGE,
     Relevance,
     RelevanceBank,
+    pair_slots,
     text_evidence,
 )
 from deepseek.model.kv_cache import KVCache
+from deepseek.packs.manifest import PAIR_SLOTS
 from deepseek.packs.pack import read_pack, write_pack
 
 ABOUT, BESIDE = 40, 41
 """A token that is evidence for the expert, and one that is evidence against it."""
 
 
-def module_with(vocabulary: int, seed: int = 0, threshold: float = 1.0) -> ExpertModule:
+def module_with(
+    vocabulary: int, seed: int = 0, threshold: float = 1.0, pairs: bool = False
+) -> ExpertModule:
     module = ExpertModule(f"m{seed}", [0], 8, 4)
-    table_V = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
-    module.relevance = Relevance(table_V, threshold, 0.25)
+    generator = torch.Generator().manual_seed(seed)
+    table_V = torch.randn(vocabulary, generator=generator)
+    pairs_S = torch.randn(PAIR_SLOTS, generator=generator) if pairs else None
+    module.relevance = Relevance(table_V, threshold, 0.25, pairs_S)
     return module
 
 
 @given(st.lists(st.integers(0, 49), min_size=1, max_size=40), st.data())
 def test_pieces_give_the_evidence_of_the_whole(ids: list[int], data: st.DataObject) -> None:
-    bank = RelevanceBank.stack([module_with(50, 0), module_with(50, 1)], torch.device("cpu"))
+    modules = [module_with(50, 0, pairs=True), module_with(50, 1)]
+    bank = RelevanceBank.stack(modules, torch.device("cpu"))
     assert bank is not None
     cut = data.draw(st.integers(0, len(ids)))
     whole_TM = bank.accumulate(torch.tensor([ids]))[0][0]
-    state_BM = None
+    state = None
     parts = []
     for piece in (ids[:cut], ids[cut:]):
         if piece:
-            evidence_BTM, state_BM = bank.accumulate(torch.tensor([piece]), state_BM)
+            evidence_BTM, state = bank.accumulate(torch.tensor([piece]), state)
             parts.append(evidence_BTM[0])
     torch.testing.assert_close(torch.cat(parts), whole_TM)
-    evidence = tokens = 0.0
-    table_V = bank.tables[0]
-    assert table_V is not None
-    relevance = Relevance(table_V, 0.0, 0.25)
+    paired, plain = (module.relevance for module in modules)
+    assert paired is not None and paired.pairs_S is not None and plain is not None
+    of_pairs = of_tokens = asked = tokens = 0.0
     for place, token in enumerate(ids):
-        evidence = DECAY * evidence + float(table_V[token])
-        tokens = DECAY * tokens + 1.0
-        assert float(whole_TM[place, 0]) == pytest.approx(evidence, abs=1e-4)
-        assert float(whole_TM[place, -1]) == pytest.approx(tokens, abs=1e-4)
-        document = bank.of_document(whole_TM[None])[0, place, 0]
-        assert bool(document > RULED_OUT) == relevance.keeps(torch.tensor(ids[: place + 1]))
-    assert text_evidence(relevance, torch.tensor(ids)) == pytest.approx(evidence, abs=1e-4)
+        slot = pair_slots(torch.tensor(ids[place - 1]), torch.tensor(token))
+        of_pairs = DOCUMENT_DECAY * of_pairs + (float(paired.pairs_S[slot]) if place else 0.0)
+        of_tokens = DOCUMENT_DECAY * of_tokens + float(plain.table_V[token])
+        asked = DECAY * asked + float(plain.table_V[token])
+        tokens = DOCUMENT_DECAY * tokens + 1.0
+        expected = pytest.approx([of_pairs, of_tokens, tokens], abs=1e-4)
+        assert whole_TM[place].tolist() == expected
+        read_N = torch.tensor(ids[: place + 1])
+        for module, relevance in zip(modules, (paired, plain), strict=True):
+            alone = RelevanceBank.stack([module], torch.device("cpu"))
+            assert alone is not None
+            assert relevance.keeps(read_N) == bool(alone.document_keeps(read_N[None])[0, 0])
+    assert text_evidence(plain, torch.tensor(ids)) == pytest.approx(asked, abs=1e-4)
 
 
-@given(st.lists(st.integers(0, 49), min_size=1, max_size=20), st.integers(0, 8))
-def test_padding_is_no_evidence_and_documents_do_not_mix(ids: list[int], padding: int) -> None:
-    bank = RelevanceBank.stack([module_with(50)], torch.device("cpu"))
+@given(st.lists(st.integers(0, 49), min_size=1, max_size=20), st.integers(0, 8), st.booleans())
+def test_padding_is_no_evidence_and_documents_do_not_mix(
+    ids: list[int], padding: int, pairs: bool
+) -> None:
+    bank = RelevanceBank.stack([module_with(50, pairs=pairs)], torch.device("cpu"))
     assert bank is not None
     alone_TM = bank.accumulate(torch.tensor([ids]))[0][0]
     padded = torch.tensor([[7] * padding + ids])
@@ -85,6 +102,13 @@ def test_more_candidates_need_more_evidence() -> None:
     assert one is not None and eight is not None
     assert float(eight.threshold_M[0] - one.threshold_M[0]) == pytest.approx(
         torch.tensor(8.0).log().item()
+    )
+    pairs = [module_with(50, seed, pairs=True) for seed in range(8)]
+    documents = [RelevanceBank.stack(pairs[:count], torch.device("cpu")) for count in (1, 8)]
+    passage = torch.arange(PASSAGE)[None] % 50
+    alone, among = (bank.whole_document(passage)[0, 0] for bank in documents if bank is not None)
+    assert float(alone - among) == pytest.approx(
+        NATS_PER_CANDIDATES * float(torch.tensor(8.0).log()), abs=1e-3
     )
 
 
@@ -118,13 +142,20 @@ IRRELEVANT = (5, 17, BESIDE, ABOUT, 33, 12)
 RELEVANT = (5, ABOUT, 80, ABOUT, 33, 12)
 
 
-def test_the_table_comes_back_from_the_pack(tmp_path: Path) -> None:
+def test_the_tables_come_back_from_the_pack(tmp_path: Path) -> None:
     loaded = tiny_model()
     path = expert_about(loaded, tmp_path)
     module = ExpertModule.from_pack(read_pack(path))
     assert module.relevance is not None
     assert float(module.relevance.table_V[ABOUT]) == 2.0
     assert module.relevance.threshold == 3.5
+    assert module.relevance.pairs_S is None
+    pairs_S = torch.arange(PAIR_SLOTS) % 7 / 2
+    module.relevance = replace(module.relevance, pairs_S=pairs_S)
+    write_pack(path, module.to_pack(loaded.model.experts.base, "Apache-2.0"))
+    again = ExpertModule.from_pack(read_pack(path)).relevance
+    assert again is not None and again.pairs_S is not None
+    assert torch.equal(again.pairs_S.float(), pairs_S)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,7 +189,9 @@ def test_decoding_with_a_cache_is_one_pass_over_the_text(tmp_path: Path) -> None
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
     branch = copy.deepcopy(cache)
     branch.batch_repeat_interleave(2)
-    assert branch.relevance_state is not None and branch.relevance_state.shape == (2, 2)
+    assert branch.relevance_state is not None
+    assert branch.relevance_state.sums_BM.shape == (2, 2)
+    assert branch.relevance_state.last_B.tolist() == [7, 7]
 
 
 def test_generate_decides_by_the_prompt_of_each_row(tmp_path: Path) -> None:

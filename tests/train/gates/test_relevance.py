@@ -6,13 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek.model.experts.relevance import text_evidence
+from deepseek.model.experts.relevance import PASSAGE, text_evidence
 from deepseek.train.gates.relevance import (
     LEAST,
     MOST,
     THRESHOLD,
     Background,
     RelevanceFit,
+    count_pairs,
     fit_relevance,
 )
 
@@ -23,17 +24,36 @@ def words(low: int, high: int, count: int, seed: int) -> torch.Tensor:
     return torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+def phrases(low: int, high: int, count: int, seed: int, step: int = 1) -> torch.Tensor:
+    """Return words of which four at a time follow one another, `step` apart."""
+    starts = words(low, high - 3 * step, count // 4, seed)
+    return (starts[:, None] + step * torch.arange(4)).flatten()
+
+
 def counts(low: int, high: int, each: float) -> torch.Tensor:
     found = torch.zeros(VOCABULARY)
     found[low:high] = each
     return found
 
 
+def public(chats: tuple[torch.Tensor, ...] = ()) -> Background:
+    """Two kinds of public text: words 0 to 99 and, far rarer, 100 to 199."""
+    kinds = torch.stack([counts(0, 100, 1000), counts(100, 200, 10)])
+    texts = [phrases(0, 100, 50_000, 7, 2), phrases(100, 200, 50_000, 8, 2)]
+    passages = [phrases(low, low + 100, 40 * PASSAGE, 9, 2) for low in (0, 100)]
+    return Background(
+        kinds,
+        chats,
+        torch.stack([count_pairs(ids_N) for ids_N in texts]),
+        tuple(ids_N.view(-1, PASSAGE) for ids_N in passages),
+    )
+
+
 def fitted(*further: torch.Tensor) -> RelevanceFit:
-    """A domain of words 100 to 299 beside two kinds: 0 to 99 and, far rarer, 100 to 199."""
+    """A domain of words 100 to 299 beside the two kinds."""
     chats = tuple(words(0, 100, 20, 900 + seed) for seed in range(50))
-    background = Background(torch.stack([counts(0, 100, 1000), counts(100, 200, 10)]), chats)
-    own, held_out = words(100, 300, 6000, 1), words(100, 300, 2000, 2)
+    background = public(chats)
+    own, held_out = phrases(100, 300, 6000, 1), phrases(100, 300, 2000, 2)
     return fit_relevance([own, *further], held_out, background)
 
 
@@ -44,9 +64,8 @@ def test_the_domain_is_told_from_every_kind() -> None:
     relevance = found.relevance
     for low, high in ((0, 100), (100, 200)):
         for seed in range(20):
-            piece = words(low, high, 64, seed)
+            piece = words(low, high, PASSAGE, seed)
             assert text_evidence(relevance, piece) < THRESHOLD
-            assert not relevance.keeps(piece)
     assert text_evidence(relevance, words(200, 300, 6, 3)) > THRESHOLD
     assert float(relevance.table_V.max()) <= MOST
     assert float(relevance.table_V.min()) >= -LEAST
@@ -64,13 +83,37 @@ def test_a_further_kind_of_own_text_only_adds_evidence() -> None:
     assert text_evidence(with_questions, question) > text_evidence(alone, question)
 
 
+def test_pairs_tell_apart_texts_of_the_same_words() -> None:
+    """Two code bases may share every token of a language, and put them together differently."""
+
+    def text(step: int, seed: int) -> torch.Tensor:
+        starts = words(100, 200, 400, seed)
+        return torch.stack([starts, 100 + (starts - 100 + step) % 100], 1).flatten()
+
+    relevance = fit_relevance([text(1, 1)], text(1, 2), public()).relevance
+    own, other = text(1, 3)[:PASSAGE], text(2, 3)[:PASSAGE]
+    assert relevance.keeps(own) and not relevance.keeps(other)
+    assert relevance.of_pairs(own) > 10 * abs(text_evidence(relevance, own))
+
+
+def test_documents_of_public_text_are_ruled_out_and_own_ones_are_not() -> None:
+    found = fitted().relevance
+    for low, high in ((0, 100), (100, 200)):
+        public_text = phrases(low, high, 40 * PASSAGE, 11, 2).view(40, PASSAGE)
+        assert sum(found.keeps(ids_N) for ids_N in public_text) <= 2
+    own = phrases(100, 300, 40 * PASSAGE, 3).view(40, PASSAGE)
+    assert sum(found.keeps(ids_N) for ids_N in own) >= 39
+    assert found.pairs_S is not None
+    assert float(found.pairs_S.min()) >= -LEAST and float(found.pairs_S.max()) <= MOST
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=60))
 def test_evidence_is_at_most_the_likelihood_ratio_against_each_kind(ids: list[int]) -> None:
     """The bound that the table stands for, where nothing is cut off."""
-    kinds = torch.stack([counts(0, 100, 1000), counts(100, 200, 10)])
+    kinds = public().counts_GV
     own = words(100, 300, 6000, 1)
-    relevance = fit_relevance([own], own, Background(kinds, ())).relevance
+    relevance = fit_relevance([own], own, public()).relevance
     prior = (kinds.double() / kinds.double().sum(1, keepdim=True)).mean(0)
     prior = (prior + 1e-3 / VOCABULARY) / (1.0 + 1e-3)
     own_V = (own.bincount(minlength=VOCABULARY).double() + 200 * prior) / (len(own) + 200)
