@@ -6,8 +6,9 @@ tokens, and of pairs of neighbouring tokens, for the expert's domain against all
 (`train/gates/relevance.py`), and what is unfamiliar never counts as evidence for the domain.
 
 In a conversation, an expert is admitted only if the tokens of the user's messages as a whole give
-more evidence than a threshold. In a document, pairs give the evidence: they hold the names of a
-code base, which tell it from others of the same language. It is added to the gate scores token by
+more evidence than a threshold, and their pairs do not speak against it. In a document, pairs give
+the evidence: they hold the names of a code base, which tell it from others of the same language. It
+is added to the gate scores token by
 token (`experts/gate.py`). Evidence accumulates as in a sequential probability ratio test (Wald,
 1945), but decays with a half-life, so that a text may change its subject.
 """
@@ -159,6 +160,13 @@ class RelevanceBank:
             torch.tensor(offsets, device=device),
         )
 
+    @property
+    def paired_M(self) -> Tensor:
+        """Which modules have a table of pairs."""
+        return torch.tensor(
+            [pairs_S is not None for pairs_S in self.pairs], device=self.offset_M.device
+        )
+
     def evidence(self, ids_BT: Tensor) -> Tensor:
         """Return the evidence of each token `[B, T, M]`, in nats; 0 for ids beyond the tables."""
         size = max(len(table_V) for table_V in self.tables if table_V is not None)
@@ -180,10 +188,7 @@ class RelevanceBank:
         of_pairs_BTM = _looked_up(self.pairs, slots_BT) * linked_BT[..., None]
         if all(pairs_S is not None for pairs_S in self.pairs):
             return of_pairs_BTM
-        paired_M = torch.tensor(
-            [pairs_S is not None for pairs_S in self.pairs], device=ids_BT.device
-        )
-        return of_pairs_BTM.where(paired_M, self.evidence(ids_BT))
+        return of_pairs_BTM.where(self.paired_M, self.evidence(ids_BT))
 
     def accumulate(
         self,
@@ -234,12 +239,18 @@ class RelevanceBank:
         return sums_BTM[..., :-1] + self.offset_M * sums_BTM[..., -1:]
 
     def above_threshold(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
-        """Return a conversation's evidence minus each module's threshold `[B, M]`, in nats."""
+        """Return by how much a conversation is above each module's threshold `[B, M]`, in nats.
+
+        It is also below if its pairs would rule the module out in a document, as those of code of
+        another project do that somebody asks about.
+        """
         if ids_BT.shape[1] == 0:
             return -self.threshold_M.expand(len(ids_BT), -1)
         keep = self.offset_M.new_full((*ids_BT.shape, 1, 1), DECAY)
         sums_BTM = _summed(self.evidence(ids_BT), keep, counted_BT)
-        return sums_BTM[:, -1, :-1] - self.threshold_M
+        above_BM = sums_BTM[:, -1, :-1] - self.threshold_M
+        kept_BM = self.whole_document(ids_BT, counted_BT) - RULED_OUT
+        return above_BM.where(~self.paired_M, torch.minimum(above_BM, kept_BM))
 
     def document_keeps(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Return which modules `[B, M]` a document as a whole admits."""

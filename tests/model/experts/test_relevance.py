@@ -112,6 +112,19 @@ def test_more_candidates_need_more_evidence() -> None:
     )
 
 
+def test_pairs_have_a_veto_in_a_conversation() -> None:
+    """A long text of somebody else's, in the words of the domain."""
+    module = module_with(50)
+    against_S = torch.full((PAIR_SLOTS,), -1.0)
+    asked = torch.arange(PASSAGE)[None] % 50
+    for pairs_S, admits in ((None, True), (-against_S, True), (against_S, False)):
+        module.relevance = Relevance(torch.ones(50), 5.0, 0.0, pairs_S)
+        bank = RelevanceBank.stack([module], torch.device("cpu"))
+        assert bank is not None
+        assert bool(bank.above_threshold(asked) > 0) == admits
+        assert bool(bank.above_threshold(asked[:, :10]) > 0)  # too short to tell
+
+
 def test_modules_without_a_table_are_always_admitted() -> None:
     plain = ExpertModule("plain", [0], 8, 4)
     assert RelevanceBank.stack([plain], torch.device("cpu")) is None
