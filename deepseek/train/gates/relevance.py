@@ -50,7 +50,7 @@ THRESHOLD = 5.0
 PIECE = 64
 """Tokens of the pieces on which recall is measured."""
 
-SPREADS = 2.0
+SPREADS = 1.5
 """An expert that is the only candidate is ruled out up to this many standard deviations above the
 median of a kind of public text.
 """
