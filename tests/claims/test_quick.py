@@ -26,6 +26,7 @@ WITHOUT = {
     "hot_plug_live": "not there yet: a tiny engine still needs minutes on a busy machine",
     "int8_quality": "not there yet: it compiles the engine's kernels for the tiny shape",
     "lsh_slot_in_28_probes_far_tuned": "its texts have 8,192 tokens",
+    "many_experts": "trains sixty-four experts; tests/engine/test_many_experts.py runs it with few",
     "plan_peaks": "measures peaks, which tiny models do not have",
     "rlpo": "a random model's answers give no pairs to learn from",
 }
