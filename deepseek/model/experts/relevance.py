@@ -8,9 +8,9 @@ tokens, and of pairs of neighbouring tokens, for the expert's domain against all
 In a conversation, an expert is admitted only if the tokens of the user's messages as a whole give
 more evidence than a threshold, and their pairs do not speak against it. In a document, pairs give
 the evidence: they hold the names of a code base, which tell it from others of the same language. It
-is added to the gate scores token by
-token (`experts/gate.py`). Evidence accumulates as in a sequential probability ratio test (Wald,
-1945), but decays with a half-life, so that a text may change its subject.
+is added to the gate scores token by token (`experts/gate.py`). Evidence accumulates as in a
+sequential probability ratio test (Wald, 1945), but decays with a half-life, so that a text may
+change its subject.
 """
 
 from collections.abc import Sequence
