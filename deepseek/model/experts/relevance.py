@@ -74,6 +74,13 @@ def token_weights(length: int, decay: float) -> Tensor:
 PASSAGE_WEIGHT = float(token_weights(PASSAGE, DOCUMENT_DECAY).sum())
 
 
+def price_of(candidates: int) -> float:
+    """Return the evidence per token, in nats, that a document must give in addition because so many
+    modules are candidates.
+    """
+    return NATS_PER_CANDIDATES * log(candidates) / PASSAGE_WEIGHT
+
+
 @dataclass(frozen=True)
 class Relevance:
     """The relevance tables of one expert.
@@ -145,9 +152,9 @@ class RelevanceBank:
             -torch.inf if entry is None else entry.threshold + log(len(modules))
             for entry in entries
         ]
-        crowd = NATS_PER_CANDIDATES * log(len(modules)) / PASSAGE_WEIGHT
+        price = price_of(len(modules))
         offsets = [
-            0.0 if entry is None else entry.offset - (0.0 if entry.pairs_S is None else crowd)
+            0.0 if entry is None else entry.offset - (0.0 if entry.pairs_S is None else price)
             for entry in entries
         ]
         return RelevanceBank(
