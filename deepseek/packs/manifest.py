@@ -264,7 +264,7 @@ class Manifest(PackManifest):
         gate: calibration of the gates.
         commit: commit of the repository that the expert was trained on.
         vocabulary: length of the relevance table; 0: the pack has none.
-        pairs: whether the pack has a relevance table of pairs of tokens, of `PAIR_SLOTS` entries.
+        pairs: whether it has one of pairs of tokens too, of `PAIR_SLOTS` entries.
         profile: free text; this version neither writes nor reads it.
     """
 
@@ -296,8 +296,8 @@ class Manifest(PackManifest):
             specs[f"moments.{layer}"] = TensorSpec("float32", (MOMENTS, hidden_size))
         if self.vocabulary:
             specs["relevance"] = TensorSpec("float16", (self.vocabulary,))
-        if self.pairs:
-            specs["pairs"] = TensorSpec("float16", (PAIR_SLOTS,))
+            if self.pairs:
+                specs["pairs"] = TensorSpec("float16", (PAIR_SLOTS,))
         return specs
 
 

@@ -129,7 +129,9 @@ class RelevanceBank:
     Attributes:
         tables: log-odds `[V]` of tokens in nats of each module, shared with it; None for modules
             without a table. They are not copied side by side: a thousand of them take 0.1 GiB.
-        pairs: log-odds `[PAIR_SLOTS]` of pairs in nats of each module; None for modules without them.
+        pairs: log-odds `[PAIR_SLOTS]` of pairs in nats of each module; None for modules without a
+            table of pairs.
+        paired_M: which modules have a table of pairs.
         threshold_M: evidence above which a conversation admits a module; minus infinity for modules
             without a table. It includes log M to correct for testing M modules: the prior odds that
             one of them is relevant are shared among them.
@@ -139,6 +141,7 @@ class RelevanceBank:
 
     tables: tuple[Tensor | None, ...]
     pairs: tuple[Tensor | None, ...]
+    paired_M: Tensor
     threshold_M: Tensor
     offset_M: Tensor
 
@@ -154,24 +157,16 @@ class RelevanceBank:
         ]
         price = price_of(len(modules))
         offsets = [
-            0.0 if entry is None else entry.offset - (0.0 if entry.pairs_S is None else price)
+            0.0 if entry is None else entry.offset - price * (entry.pairs_S is not None)
             for entry in entries
         ]
+        pairs = [None if entry is None else entry.pairs_S for entry in entries]
         return RelevanceBank(
             tuple(None if entry is None else entry.table_V.to(device) for entry in entries),
-            tuple(
-                None if entry is None or entry.pairs_S is None else entry.pairs_S.to(device)
-                for entry in entries
-            ),
+            tuple(None if pairs_S is None else pairs_S.to(device) for pairs_S in pairs),
+            torch.tensor([pairs_S is not None for pairs_S in pairs], device=device),
             torch.tensor(thresholds, device=device),
             torch.tensor(offsets, device=device),
-        )
-
-    @property
-    def paired_M(self) -> Tensor:
-        """Which modules have a table of pairs."""
-        return torch.tensor(
-            [pairs_S is not None for pairs_S in self.pairs], device=self.offset_M.device
         )
 
     def evidence(self, ids_BT: Tensor) -> Tensor:

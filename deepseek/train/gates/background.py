@@ -9,6 +9,7 @@ how far code of other projects scores.
 
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -157,7 +158,7 @@ def installed_source() -> Iterator[str]:
     evaluation.
     """
     folders = _source_files(lambda parts: parts[:2] if len(parts) > 2 else parts[:1])
-    files = [path for paths in folders for path in paths[:FILES_OF_A_PACKAGE]]
+    files = chain.from_iterable(paths[:FILES_OF_A_PACKAGE] for paths in folders)
     yield from _middles(sorted(files, key=_drawn)[:FILES])
 
 
@@ -167,8 +168,13 @@ def installed_packages() -> list[list[Path]]:
 
 
 def _source_files(folder: Callable[[tuple[str, ...]], tuple[str, ...]]) -> list[list[Path]]:
-    """Return the source files of the Python installation by `folder` of their relative paths' parts,
-    sorted by it; those of one folder are in pseudorandom order.
+    """Return the source files of the Python installation in groups.
+
+    Args:
+        folder: gives the group of a file by the parts of its relative path.
+
+    Returns:
+        The files of each group in pseudorandom order, the groups sorted.
     """
     folders: dict[tuple[str, ...], list[Path]] = {}
     for name in ("stdlib", "purelib"):
