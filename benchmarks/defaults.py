@@ -1,0 +1,123 @@
+"""The default settings of `deepseek expert train` against others around them, on several sources.
+
+    python benchmarks/defaults.py folder:~/text/manuals jsonl:chats.jsonl [--tokens 24000] [--json FILE]
+
+A source is `folder:PATH`, `git:PATH` or `jsonl:PATH`. On each one, experts are trained with the
+defaults and with one setting changed at a time (`CHANGES`), on the same rows; gates are not fitted.
+`gain` is the relative reduction of the loss on held-out text that no run has used, and `share` the
+defaults' gain over that of the best run. As the best is chosen by the same text, its gain is
+flattered a little, and the share is a lower bound. An interrupted run goes on. Sources that FILE
+has from an earlier run, and that are not named, stay in it.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from results import add_output, write
+
+from deepseek.checkpoint.store import home, read_object, write_json
+from deepseek.train.jobs.arguments import ExpertArguments
+from deepseek.train.jobs.expert import ExpertRequest, ExpertRun, expert_request
+from deepseek.train.loop.progress import ProgressBar
+
+CHANGES = (
+    "defaults",
+    "half the rate",
+    "twice the rate",
+    "half the width",
+    "twice the width",
+    "2 passes",
+    "8 passes",
+)
+SHARED = ("corpus", "trunk")
+"""Folders of a run that depend on the text and the base only."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", nargs="+", metavar="KIND:PATH")
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--layers", default="last:3")
+    parser.add_argument("--tokens", type=int, default=24_000, help="to train on, of each source")
+    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument("--work", type=Path, default=home() / "defaults", help="runs are kept here")
+    add_output(parser, "defaults")
+    options = parser.parse_args()
+    figures = json.loads(options.json.read_text())["sources"] if options.json.exists() else {}
+    for source in options.sources:
+        kind, place = source.split(":", 1)
+        path = Path(place).expanduser().resolve()
+        rows = {change: trained(kind, path, change, options) for change in options.changes}
+        best = max(row["gain"] for row in rows.values())
+        share = rows["defaults"]["gain"] / best if best > 0 else 1.0
+        figures[path.stem] = {"share": round(share, 4), "best": round(best, 4), "runs": rows}
+        print(path.stem, figures[path.stem], flush=True)
+        shares = [one["share"] for one in figures.values()]
+        summary = {"shares": {"median": median(shares), "worst": min(shares)}}
+        write(options.json, {**summary, "sources": figures})
+
+
+def trained(kind: str, path: Path, change: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train an expert unless that was done before, and return its figures."""
+    folder = options.work / path.stem / change.replace(" ", "-")
+    result = folder / "outcome.json"
+    if not result.exists():
+        for part in SHARED:
+            first = options.work / path.stem / CHANGES[0] / part
+            if first.is_dir() and not (folder / part).is_dir():
+                shutil.copytree(first, folder / part)
+        with ProgressBar() as progress:
+            request = changed(kind, path, change, options)
+            run = ExpertRun(request, folder, folder / "unused.safetensors", progress)
+            write_json(result, outcome(run))
+            if change != CHANGES[0]:
+                run.drop_trunk()
+    return read_object(result)
+
+
+def changed(kind: str, path: Path, change: str, options: argparse.Namespace) -> ExpertRequest:
+    """Return the request of a training with one setting changed."""
+    plain = {
+        "base": options.base,
+        "name": "defaults",
+        "layers": options.layers,
+        "tokens": options.tokens,
+        f"from_{kind}": path,
+    }
+    usual = expert_request(ExpertArguments(**plain))
+    changes: dict[str, dict[str, Any]] = {
+        "defaults": {},
+        "half the rate": {"learning_rate": usual.learning_rate / 2},
+        "twice the rate": {"learning_rate": usual.learning_rate * 2},
+        "half the width": {"width": usual.width // 2},
+        "twice the width": {"width": usual.width * 2},
+        "2 passes": {"epochs": 2},
+        "8 passes": {"epochs": 8},
+    }
+    return expert_request(ExpertArguments(**plain, **changes[change]))
+
+
+def outcome(run: ExpertRun) -> dict[str, Any]:
+    """Train, and return the losses and what happened."""
+    texts = run.texts(run.corpus())
+    plan = run.plan(texts)
+    found = run.train(texts, plan)
+    reported = found.reported
+    return {
+        "before": round(reported.before, 4),
+        "after": round(reported.after, 4),
+        "gain": round(1 - reported.after / reported.before, 4),
+        "train_tokens": plan.rows * run.request.row_length,
+        "held_out_tokens": plan.held_out_rows * run.request.row_length,
+        "story": found.story,
+    }
+
+
+if __name__ == "__main__":
+    main()
