@@ -1,13 +1,14 @@
 """The default settings of `deepseek expert train` against others around them, on several sources.
 
-    python benchmarks/defaults.py folder:~/text/manuals jsonl:chats.jsonl [--tokens 24000] [--json FILE]
+    python benchmarks/corpora.py sizes --megabytes 20
+    python benchmarks/defaults.py ~/text/manuals chats.jsonl [--tokens 24000] [--json FILE]
 
-A source is `folder:PATH`, `git:PATH` or `jsonl:PATH`. On each one, experts are trained with the
-defaults and with one setting changed at a time (`CHANGES`), on the same rows; gates are not fitted.
-`gain` is the relative reduction of the loss on held-out text that no run has used, and `share` the
-defaults' gain over that of the best run. As the best is chosen by the same text, its gain is
-flattered a little, and the share is a lower bound. An interrupted run goes on. Sources that FILE
-has from an earlier run, and that are not named, stay in it.
+A source is a folder of text or a JSONL file. On each one, experts are trained with the defaults and
+with one setting changed at a time (`CHANGES`), on the same rows; gates are not fitted. `gain` is
+the relative reduction of the loss on held-out text that no run has used, and `share` the defaults'
+gain over that of the best run. As the best is chosen by the same text, its gain is flattered a
+little, and the share is a lower bound. An interrupted run goes on. Sources that FILE has from an
+earlier run, and that are not named, stay in it.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", nargs="+", metavar="KIND:PATH")
+    parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--layers", default="last:3")
     parser.add_argument("--tokens", type=int, default=24_000, help="to train on, of each source")
@@ -51,9 +52,8 @@ def main() -> None:
     options = parser.parse_args()
     figures = json.loads(options.json.read_text())["sources"] if options.json.exists() else {}
     for source in options.sources:
-        kind, place = source.split(":", 1)
-        path = Path(place).expanduser().resolve()
-        rows = {change: trained(kind, path, change, options) for change in options.changes}
+        path = source.expanduser().resolve()
+        rows = {change: trained(path, change, options) for change in options.changes}
         best = max(row["gain"] for row in rows.values())
         share = rows["defaults"]["gain"] / best if best > 0 else 1.0
         figures[path.stem] = {"share": round(share, 4), "best": round(best, 4), "runs": rows}
@@ -63,7 +63,7 @@ def main() -> None:
         write(options.json, {**summary, "sources": figures})
 
 
-def trained(kind: str, path: Path, change: str, options: argparse.Namespace) -> dict[str, Any]:
+def trained(path: Path, change: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train an expert unless that was done before, and return its figures."""
     folder = options.work / path.stem / change.replace(" ", "-")
     result = folder / "outcome.json"
@@ -73,7 +73,7 @@ def trained(kind: str, path: Path, change: str, options: argparse.Namespace) -> 
             if first.is_dir() and not (folder / part).is_dir():
                 shutil.copytree(first, folder / part)
         with ProgressBar() as progress:
-            request = changed(kind, path, change, options)
+            request = changed(path, change, options)
             run = ExpertRun(request, folder, folder / "unused.safetensors", progress)
             write_json(result, outcome(run))
             if change != CHANGES[0]:
@@ -81,14 +81,14 @@ def trained(kind: str, path: Path, change: str, options: argparse.Namespace) -> 
     return read_object(result)
 
 
-def changed(kind: str, path: Path, change: str, options: argparse.Namespace) -> ExpertRequest:
+def changed(path: Path, change: str, options: argparse.Namespace) -> ExpertRequest:
     """Return the request of a training with one setting changed."""
     plain = {
         "base": options.base,
         "name": "defaults",
         "layers": options.layers,
         "tokens": options.tokens,
-        f"from_{kind}": path,
+        "from_folder" if path.is_dir() else "from_jsonl": path,
     }
     usual = expert_request(ExpertArguments(**plain))
     changes: dict[str, dict[str, Any]] = {
