@@ -100,10 +100,13 @@ class Request:
         scored_from: index of the first prompt token to report; the tokens before it may come from
             the prefix cache. Default 1, since nothing predicts token 0.
         grammar: constraint on the generated text; None leaves it free.
+        heal: sample the last token of the prompt again, among all that begin with its text, which
+            is left out of the reply (token healing). A prompt that ends within a word or within
+            white space then continues as it would in a text that is tokenised as a whole.
 
     Raises:
-        ConfigError: the prompt is empty, a field has a wrong type or is out of range, or a stop
-            text is empty.
+        ConfigError: the prompt is empty, a field has a wrong type or is out of range, a stop text
+            is empty, or `heal` meets a grammar or log probabilities of the prompt.
     """
 
     prompt_ids: tuple[int, ...]
@@ -117,6 +120,7 @@ class Request:
     prompt_logprobs: bool = False
     scored_from: int = 1
     grammar: Grammar | None = None
+    heal: bool = False
 
     def __post_init__(self) -> None:
         checks.apply(REQUEST, self)
@@ -124,6 +128,8 @@ class Request:
         checks.whole("scored_from", self.scored_from, least=1, most=tokens)
         if not all(self.stop):
             raise ConfigError("A stop text is empty; leave it out.")
+        if self.heal and (self.grammar is not None or self.prompt_logprobs):
+            raise ConfigError("heal goes together with neither grammar nor prompt_logprobs.")
 
 
 def _as_tuple(check: Check) -> Check:
@@ -141,6 +147,7 @@ REQUEST: dict[str, Check] = {
     "ignore_end": checks.flag,
     "logprobs": checks.optional(partial(checks.whole, least=0, most=MAX_LOGPROBS)),
     "prompt_logprobs": checks.flag,
+    "heal": checks.flag,
 }
 """Type and range of each field of `Request` but `scored_from`."""
 

@@ -83,6 +83,8 @@ class ActiveSequence:
         block: tokens in a prefill chunk and in a block of the prefix cache.
         parts: the parts of the layers whose keys and values are cached apart.
         expert_bytes: memory for each expert whose weights are read when they are needed.
+        opening: text that the generated text must begin with, and that is left out of the reply;
+            default: none.
 
     Attributes:
         expert_bytes: as passed.
@@ -109,6 +111,7 @@ class ActiveSequence:
         block: int,
         parts: Sequence[LayerPart],
         expert_bytes: Sizes[ExpertModule],
+        opening: str = "",
     ) -> None:
         self.request = request
         self.expert_bytes = expert_bytes
@@ -129,8 +132,12 @@ class ActiveSequence:
         self.stream_bytes = 0
         self._expert_counts = Counter[str | None]()
         self._sampler = Sampler(request.sampling, request.prompt_ids)
-        self._text = TextStream(vocabulary.tokenizer, request.stop)
-        self._matcher = vocabulary.matcher(request.grammar) if request.grammar is not None else None
+        self._text = TextStream(vocabulary.tokenizer, request.stop, len(opening))
+        self._matcher = None
+        if opening:
+            self._matcher = vocabulary.begins_with(opening)
+        elif request.grammar is not None:
+            self._matcher = vocabulary.matcher(request.grammar)
         self._ends = {*request.stop_token_ids, *(() if request.ignore_end else vocabulary.ends)}
         self._lookup = Lookup(request.prompt_ids)
 
@@ -250,6 +257,8 @@ class ActiveSequence:
             return self._text.flush(), "stop"
         complete = self._matcher is not None and self._matcher.take(token)
         text = self._text.push(token)
+        if self.request.heal and self._text.unseen == 0:
+            self._matcher = None
         if self._text.stop_text is not None:
             return text, "stop"
         if complete or self.usage.completion_tokens >= self.capacity - len(self.request.prompt_ids):
@@ -299,6 +308,9 @@ def activate(
             f"{vocabulary.size - 1}; use the model's own tokenizer."
         )
     choice = request.experts
+    opening = (
+        vocabulary.opening(request.prompt_ids[-1]) if request.heal and prompt_tokens > 1 else ""
+    )
     armed = model.experts.choose(
         choice.arm,
         choice.deny,
@@ -309,11 +321,13 @@ def activate(
     )
     sizes = expert_bytes(armed)
     model.experts.weight_cache.check(sizes)
-    capacity = min(prompt_tokens + request.sampling.max_new_tokens, context)
+    if opening:
+        request = replace(request, prompt_ids=request.prompt_ids[:-1])
+    capacity = min(len(request.prompt_ids) + request.sampling.max_new_tokens, context)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     cuts = choose_cuts(layers, model.experts.first_layers) if divides(armed) else ()
     parts = layer_parts(layers, cuts)
-    return ActiveSequence(request, armed, vocabulary, capacity, block, parts, sizes)
+    return ActiveSequence(request, armed, vocabulary, capacity, block, parts, sizes, opening)
 
 
 def logprobs(logits_RV: Logits, targets: Sequence[int], top: int) -> list[TokenLogprob]:

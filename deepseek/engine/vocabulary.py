@@ -1,5 +1,6 @@
 """The engine's view of tokens: end tokens, detokenisation, and the tokens that a grammar allows."""
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -11,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from deepseek import checks
-from deepseek.engine.grammar import LIMITS, llguidance_form, unusable
+from deepseek.engine.grammar import LIMITS, NO_FORCING, llguidance_form, unusable
 from deepseek.engine.grammar_trial import Trial
 from deepseek.engine.request import Grammar
 from deepseek.errors import ConfigError
@@ -63,9 +64,28 @@ class Vocabulary:
             raise unusable(grammar, _first_line(matcher))
         return Matcher(matcher)
 
+    def opening(self, token: int) -> str:
+        """Return the text of a token that a reply can begin with in its place.
+
+        It is empty for control tokens, parts of a character, and tokens whose text differs at the
+        beginning of a text, where some tokenizers drop a space.
+
+        Args:
+            token: its id.
+        """
+        text = self._tokens.decode_bytes([token]).decode(errors="replace")
+        return text if TextStream(self.tokenizer).push(token) == text else ""
+
+    def begins_with(self, opening: str) -> "Matcher":
+        """Return a matcher of the texts that begin with `opening`."""
+        lark = f"start: {json.dumps(opening)} REST\nREST: /(?s:.*)/"
+        lark = f"%llguidance {json.dumps(NO_FORCING)}\n{lark}"
+        return Matcher(llguidance.LLMatcher(self._tokens, lark, log_level=0, limits=LIMITS))
+
     @cached_property
     def _tokens(self) -> llguidance.LLTokenizer:
-        # Created lazily: construction is slow, and only requests with a grammar need it.
+        # Created lazily: construction is slow, and only requests with a grammar or token healing
+        # need it.
         return llguidance.hf.from_tokenizer(
             self.tokenizer, n_vocab=self.size, eos_token=sorted(self.ends)
         )
@@ -124,16 +144,21 @@ class TextStream:
     Args:
         tokenizer: the model's tokenizer.
         stop: strings that end the text; they are not part of it.
+        unseen: number of characters at the beginning that are not part of the text.
 
     Attributes:
+        unseen: number of such characters that are still to come.
         stop_text: the stop text that has been reached, the first one in the text; None before.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), unseen: int = 0
+    ) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stop = stop
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._pending = ""
+        self.unseen = unseen
         self.stop_text: str | None = None
 
     def push(self, token: int) -> str:
@@ -142,7 +167,9 @@ class TextStream:
         Args:
             token: its id.
         """
-        self._pending += self._decoder.step(self._tokenizer, token) or ""
+        decoded = self._decoder.step(self._tokenizer, token) or ""
+        self._pending += decoded[self.unseen :]
+        self.unseen -= min(self.unseen, len(decoded))
         reached = [stop for stop in self._stop if stop in self._pending]
         if reached:
             self.stop_text = min(reached, key=self._pending.find)

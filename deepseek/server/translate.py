@@ -35,6 +35,7 @@ def ask(
     logprobs: int | None = None,
     prompt_logprobs: bool = False,
     user_ids: tuple[int, ...] | None = None,
+    heal: bool = False,
 ) -> Request:
     """Return the engine's request for one answer.
 
@@ -45,7 +46,7 @@ def ask(
         max_tokens: most tokens of the answer, capped at the free context; None takes
             `Settings.answer_tokens`.
         choice: index among the answers to one prompt, added to the seed so that they differ.
-        grammar, logprobs, prompt_logprobs, user_ids: see `Request`.
+        grammar, logprobs, prompt_logprobs, user_ids, heal: see `Request`.
 
     Raises:
         ApiError, UserError: the request is invalid.
@@ -67,6 +68,7 @@ def ask(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         grammar=grammar,
+        heal=heal,
     )
 
 

@@ -10,7 +10,7 @@ from tiny_model import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.engine.engine import Engine
-from deepseek.engine.request import Grammar, Request
+from deepseek.engine.request import Grammar, Request, TokenEvent
 from deepseek.engine.sampler import Sampling
 from deepseek.engine.vocabulary import TextStream, Vocabulary, begun
 from deepseek.errors import ConfigError
@@ -94,6 +94,40 @@ def test_only_the_beginning_of_a_stop_text_is_held_back(text: str, stop: list[st
 def test_characters_come_whole(text: str) -> None:
     pieces, _ = read(TOKENIZER.encode(text), [])
     assert "".join(pieces) == text
+
+
+@settings(max_examples=20, deadline=None)
+@given(cut=st.integers(2, 14), seed=st.integers(0, 99))
+def test_a_healed_prompt_is_continued_as_a_grammar_would(
+    engine: Engine, cut: int, seed: int
+) -> None:
+    """Token healing and a regular expression are two ways to begin with a given text."""
+    prompt = [5, *TOKENIZER.encode("the expert\n   a the"[:cut])]
+    opening = TOKENIZER.decode(prompt[-1:])
+    sampling = Sampling(12, temperature=2.0, seed=seed)
+    begins = Grammar("lark", f"start: {json.dumps(opening)} REST\nREST: /(.|\\n)*/")
+    healed = list(engine.submit(Request(tuple(prompt), sampling, heal=True, ignore_end=True)))
+    bound = list(engine.submit(Request(tuple(prompt[:-1]), sampling, grammar=begins)))
+    opened = next(n for n in range(1, 13) if len(decoded(bound[:n])) >= len(opening))
+    assert decoded(healed[:opened]) == decoded(bound[:opened])
+    text = "".join(event.text for event in healed)
+    assert decoded(healed).startswith(opening + text)
+
+
+def decoded(events: list[TokenEvent]) -> str:
+    ids = [event.token_id for event in events if event.token_id is not None]
+    return TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("token", ["<|endoftext|>", "é"])
+def test_control_tokens_and_parts_of_characters_are_not_healed(engine: Engine, token: str) -> None:
+    prompt = (5, *TOKENIZER.encode(token)[:1])
+    sampling = Sampling(6)
+    replies = [
+        [event.token_id for event in engine.submit(Request(prompt, sampling, heal=heal))]
+        for heal in (False, True)
+    ]
+    assert replies[0] == replies[1]
 
 
 def test_a_stop_text_may_span_tokens_and_ends_the_generation() -> None:

@@ -91,6 +91,13 @@ each_admitted = pytest.mark.parametrize(
 )
 
 
+def without_ends(running: Live) -> None:
+    """Let no answer end before its limit."""
+    vocabulary = running.engine._vocabulary
+    vocabulary.opening(5)  # what constrains an answer is built with the end tokens
+    vocabulary.ends = frozenset()
+
+
 def check_error(sent: Sent, error: Any, status: int, code: str) -> None:
     """Check an error's body, which has the layout of the API that the path belongs to."""
     if sent.path.startswith("/v1/messages"):
@@ -115,7 +122,7 @@ def check_refusal(sent: Sent, reply: httpx.Response, status: int, code: str) -> 
 def computing(served_folder: Path) -> Iterator[Live]:
     """A server with room for two requests and a queue of four, whose answers are long."""
     with live(served_folder, Settings(), max_running=2, max_waiting=4) as running:
-        running.engine._vocabulary.ends = frozenset()
+        without_ends(running)
         yield running
 
 
@@ -123,7 +130,7 @@ def computing(served_folder: Path) -> Iterator[Live]:
 def hurried(served_folder: Path) -> Iterator[Live]:
     """A server on which no answer may take long, and none ends before its time."""
     with live(served_folder, Settings(request_seconds=0.05)) as running:
-        running.engine._vocabulary.ends = frozenset()
+        without_ends(running)
         yield running
 
 

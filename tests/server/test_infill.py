@@ -3,6 +3,7 @@ editors send it.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from live_server import CONTEXT, Live
 from openai import OpenAI
 
+from deepseek.engine.request import Request
+from deepseek.engine.sampler import Sampling
 from deepseek.server.dialects import llama_cpp
 from deepseek.server.dialects.infill import InfillChunks, InfillRequest
 from deepseek.server.prompt import EditorGap
@@ -144,9 +147,22 @@ def test_a_suffix_is_laid_out_as_in_training(server: Live, client: OpenAI) -> No
         model="tiny", prompt="the value ", suffix="\nof", max_tokens=8, temperature=0
     )
     ids = server.service.writer.infill("the value ", "\nof")
-    plain = client.completions.create(model="tiny", prompt=ids, max_tokens=8, temperature=0)
-    assert asked.choices[0].text == plain.choices[0].text
-    assert asked.usage is not None and asked.usage.prompt_tokens == len(ids)
+    sampling = Sampling(8, temperature=0.0)
+    healed = list(server.engine.submit(Request(tuple(ids), sampling, heal=True)))
+    assert asked.choices[0].text == "".join(event.text for event in healed)
+    # The prompt's last token is sampled again.
+    assert asked.usage is not None and asked.usage.prompt_tokens == len(ids) - 1
+
+
+def test_a_grammar_takes_the_prompt_as_it_is(server: Live, client: OpenAI) -> None:
+    asked = client.completions.create(
+        model="tiny",
+        prompt="the val",
+        suffix="\nof",
+        max_tokens=8,
+        extra_body={"guided_regex": "[ab]{3}"},
+    )
+    assert re.fullmatch("[ab]{3}", asked.choices[0].text)
 
 
 @pytest.mark.parametrize(

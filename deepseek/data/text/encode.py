@@ -82,11 +82,16 @@ class DocumentEncoder:
                 yield self.infill(*ids) if document.kind == "infill" else self.join(*ids)
 
     def sections(self, document: Document) -> list[str]:
-        """Return the texts to encode: none, [head, text], or [prefix, suffix, middle]."""
+        """Return the texts to encode: none, [head, text], or [prefix, suffix, middle]; the prefix
+        includes the middle if that follows it directly.
+        """
         if document.kind == "messages":
             return []
         if document.kind == "infill":
-            return [*document.gap()]
+            prefix, suffix, middle = document.gap()
+            # What follows directly is tokenised as one text, as the engine's token healing goes on.
+            follows = not self.layout.has_tokens
+            return [prefix + middle, suffix, ""] if follows else [prefix, suffix, middle]
         head = header(document) if self.options.header and document.kind != "text" else ""
         return [head, document.text]
 

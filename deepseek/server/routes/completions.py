@@ -36,12 +36,15 @@ async def completions(body: CompletionRequest, service: TheService) -> Response:
     return Reply(chunks.chunks(), job=chunks.job, fold=None if body.stream else chunks.fold)
 
 
-async def answer(service: Service, body: CompletionRequest) -> "CompletionChunks":
+async def answer(
+    service: Service, body: CompletionRequest, heal: bool = False
+) -> "CompletionChunks":
     """Start to continue one or several texts and return the chunks of the answer.
 
     Args:
         service: the server's state.
         body: the HTTP request.
+        heal: whether the prompts may end within a word (see `engine.request.Request`).
 
     Raises:
         ApiError, UserError: the request is invalid.
@@ -63,7 +66,8 @@ async def answer(service: Service, body: CompletionRequest) -> "CompletionChunks
             param="suffix",
         )
     passages: list[Passage] = []
-    job = await service.start(lambda: plan(service, body, passages), body.n or 1)
+    heal = heal or (bool(body.suffix) and not service.writer.layout.has_tokens)
+    job = await service.start(lambda: plan(service, body, passages, heal), body.n or 1)
     chunks = CompletionChunks(service, body, job)
     chunks.retrieved = described_passages(passages) if body.retrieve else None
     return chunks
@@ -75,13 +79,16 @@ def prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
     return [body.prompt] if single else body.prompt  # type: ignore[list-item,return-value]
 
 
-def plan(service: Service, body: CompletionRequest, retrieved: list[Passage]) -> list[Request]:
+def plan(
+    service: Service, body: CompletionRequest, retrieved: list[Passage], heal: bool
+) -> list[Request]:
     """Return the engine's requests: all choices of the first prompt, then those of the next.
 
     Args:
         service: the server's state.
         body: the HTTP request.
         retrieved: output; the passages put before the prompts are appended to it.
+        heal: whether prompts may end within a word; a prompt with a grammar is taken as it is.
     """
     limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     scored = bool(body.echo) and body.logprobs is not None
@@ -104,6 +111,7 @@ def plan(service: Service, body: CompletionRequest, retrieved: list[Passage]) ->
                 grammar=grammar,
                 logprobs=body.logprobs,
                 prompt_logprobs=scored,
+                heal=heal and grammar is None,
             )
             for choice in range(body.n or 1)
         ]

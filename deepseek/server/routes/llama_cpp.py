@@ -50,7 +50,8 @@ async def infill(body: InfillRequest, service: TheService) -> Response:
     limit = settings.answer_tokens if body.n_predict in (None, -1) else body.n_predict
     ids = await service.admission.run(partial(service.writer.gap, body.gap, limit or 0))
     request = body.native(ids).completion(settings.model, settings.answer_tokens)
-    chunks = await completions.answer(service, request)
+    heal = not service.writer.layout.has_tokens
+    chunks = await completions.answer(service, request, heal)
     native = InfillChunks(body, chunks, started)
     fold = None if body.stream else native.fold
     return Reply(native.chunks(), job=chunks.job, layout="unterminated", fold=fold)

@@ -80,3 +80,13 @@ def test_the_middle_comes_last_and_markers_are_no_targets() -> None:
         targets = tokenizer.decode(ids[(ids & CONTEXT_BIT) == 0])
         assert "fim" not in targets
         assert targets.endswith("the_model<|endoftext|>")
+
+
+def test_a_middle_that_follows_its_prefix_is_tokenised_with_it() -> None:
+    gap = json.dumps({"prefix": "a = th", "suffix": "\nb\n", "middle": "e expert"})
+    for tokenizer, whole in ((TOKENIZER, True), (FIM_TOKENIZER, False)):
+        encoder = DocumentEncoder(tokenizer, EncodeOptions())
+        ids = next(encoder.encode([Document(gap, "f.py:0", "infill")])) & ~CONTEXT_BIT
+        joined = tokenizer.encode("a = the expert")
+        places = range(len(ids) - len(joined) + 1)
+        assert any(ids[n : n + len(joined)].tolist() == joined for n in places) == whole
