@@ -1,25 +1,27 @@
 """Lines filled in between what is before and after them, on held-out files of several code bases.
 
-    python benchmarks/infilling.py folder:~/src/click git:. [--shares 0.25 0.5] [--tokens 40000] [--cases 100]
+    python benchmarks/infilling.py folder:~/src/click git:. [--shares 0 0.5] [--tokens 40000] [--cases 100]
         [--problems HumanEval-SingleLineInfilling.jsonl [--count 200]]
 
-A source is `folder:PATH` or `git:PATH`. For each source and each share of `--shares`, and for the
-share 0, an expert is trained on the same tokens (`deepseek expert train --infill SHARE`; it resumes,
-and is not trained again); the files that all of them hold out give the cases, lines drawn by a
-hash. Greedily filled, up to the first line end, are: the line by the base and by each expert, with
-the text before and after it in the layout of `deepseek/text/infilling.py`; and, as `left to right`,
-by the same models without the text after it, which says what training on gaps costs. A line is
-exact if it is the true one but for white space at its ends; edit similarity is told beside it.
+A source is `folder:PATH` or `git:PATH`. For each source and each share of `--shares` an expert is
+trained on the same tokens (`deepseek expert train --infill SHARE`; it resumes, and is not trained
+again); the files that all of them hold out give the cases, lines drawn by a hash. Greedily filled,
+up to the first line end, are: the line by the base and by each expert, with the text before and
+after it in the layout of `deepseek/text/infilling.py`; and, as `left_to_right`, by the same models
+without the text after it. A line is exact if it is the true one but for white space at its ends;
+edit similarity is told beside it. `over` another model is the mean difference with its 95 %
+interval, paired by case; `pooled` has the cases of all sources.
 `gain` is the relative reduction of the held-out loss by the expert on whole files.
 
 With `--problems`, the same models fill in the lines of a benchmark in the format of HumanEval
 Infilling (arXiv:2207.14255, https://github.com/openai/human-eval-infilling), `--count` of them drawn
-by a hash. `passed` is the share of programs that then pass the benchmark's tests, in a sandbox.
+by a hash. `problems_passed` is the share of programs that then pass the benchmark's tests, in a sandbox.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from statistics import mean
@@ -39,7 +41,7 @@ from deepseek.engine.start import start_engine
 from deepseek.evaluate.cases import Case, CaseEncoder, next_line_cases
 from deepseek.evaluate.completion import first_line
 from deepseek.evaluate.sandbox import run_program
-from deepseek.evaluate.scores import edit_similarity, is_exact
+from deepseek.evaluate.scores import edit_similarity, is_exact, paired_difference
 from deepseek.text.infilling import infill_layout
 from deepseek.text.tokenizer import document_start_ids, encode_plain, load_tokenizer
 from deepseek.train.jobs.arguments import source_name
@@ -57,7 +59,7 @@ def main() -> None:
     )
     parser.add_argument("sources", nargs="+", metavar="KIND:PATH")
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--layers", default="last:3")
     parser.add_argument("--cases", type=int, default=100)
@@ -65,20 +67,62 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="of its problems")
     parser.add_argument("--json", type=Path, default=FOLDER / "infilling.json")
     options = parser.parse_args()
-    figures = {source: one_source(source, options) for source in options.sources}
-    write(options.json, {"figures": figures})
+    together: dict[str, list[Outcomes]] = {}
+    figures: dict[str, Any] = {}
+    for source in options.sources:
+        found = one_source(source, options)
+        figures[source_name(Path(source.split(":", 1)[1]))] = described(found)
+        for name, outcomes in found.items():
+            together.setdefault(name, []).append(outcomes)
+        figures["pooled"] = described({name: pool(parts) for name, parts in together.items()})
+        write(options.json, {"figures": figures})
 
 
-def one_source(source: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train the experts of a source unless they are there, and return the scores."""
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model wrote, case by case.
+
+    Attributes:
+        scores: by measure, a score for each case or problem.
+        gain: relative reduction of the held-out loss on whole files; None for the base.
+    """
+
+    scores: dict[str, list[float]]
+    gain: float | None = None
+
+
+def pool(parts: Sequence[Outcomes]) -> Outcomes:
+    """Return the cases of several sources together."""
+    names = parts[0].scores
+    gains = [part.gain for part in parts if part.gain is not None]
+    scores = {name: [score for part in parts for score in part.scores[name]] for name in names}
+    return Outcomes(scores, mean(gains) if gains else None)
+
+
+def described(found: dict[str, Outcomes]) -> dict[str, Any]:
+    """Return the mean scores of each model, and its difference from each one before it."""
+    rows: dict[str, Any] = {}
+    for place, (name, outcomes) in enumerate(found.items()):
+        row: dict[str, Any] = {key: mean(scores) for key, scores in outcomes.scores.items()}
+        row["cases"] = len(outcomes.scores["exact"])
+        row["gain"] = outcomes.gain
+        for other in list(found)[:place]:
+            row[f"over {other}"] = {
+                key: asdict(paired_difference(scores, found[other].scores[key]))
+                for key, scores in outcomes.scores.items()
+            }
+        rows[name] = row
+    return rows
+
+
+def one_source(source: str, options: argparse.Namespace) -> dict[str, Outcomes]:
+    """Train the experts of a source unless they are there, and return what each model wrote."""
     kind, place = source.split(":", 1)
     path = Path(place).expanduser().resolve()
     text: dict[str, Any] = {f"from_{kind}": path}
-    runs = {}
-    packs = {}
-    for share in (0.0, *options.shares):
-        name = f"{source_name(path)}-gaps-{round(100 * share)}"
-        packs[name] = deepseek.train_expert(
+    names = {share: f"{source_name(path)}-gaps-{round(100 * share)}" for share in options.shares}
+    packs = [
+        deepseek.train_expert(
             options.base,
             name=name,
             layers=options.layers,
@@ -86,43 +130,41 @@ def one_source(source: str, options: argparse.Namespace) -> dict[str, Any]:
             infill=share,
             **text,
         )
-        runs[name] = home() / "runs" / name
-    folder = resolve(options.base)
-    tokenizer = load_tokenizer(folder)
+        for share, name in names.items()
+    ]
+    runs = {share: home() / "runs" / name for share, name in names.items()}
+    tokenizer = load_tokenizer(resolve(options.base))
     held_out = TokenShards(next(iter(runs.values())) / "corpus" / "held-out")
     documents = [
         document for document in decode_documents(held_out, tokenizer) if document.kind == "code"
     ]
     cases = next_line_cases(documents, options.cases)
     problems = drawn(options.problems, options.count) if options.problems else []
-    rows: dict[str, Any] = {}
-    engine = start_engine(options.base, experts=[*packs.values()])
-    with engine:
-        for name in ("base", *packs):
-            experts = ExpertChoice(() if name == "base" else (name,))
-            row = scored(engine, cases, experts)
-            if name != "base":
-                result = read_object(runs[name] / "result.json")
-                row["gain"] = round(1 - result["after"] / result["before"], 4)
-            if problems:
-                row["problems"] = solved(engine, problems, experts)
-            rows[name] = row
-            print(source, name, row, flush=True)
-    return {"cases": len(cases), "documents": len({case.name for case in cases}), "rows": rows}
+    with start_engine(options.base, experts=packs) as engine:
+        found = {"base": Outcomes(scored(engine, cases, problems, ExpertChoice(())))}
+        for share, name in names.items():
+            result = read_object(runs[share] / "result.json")
+            gain = 1 - result["after"] / result["before"]
+            scores = scored(engine, cases, problems, ExpertChoice((name,)))
+            found[f"gaps {share:g}"] = Outcomes(scores, gain)
+    print(source, {name: one["exact"] for name, one in described(found).items()}, flush=True)
+    return found
 
 
-def scored(engine: Engine, cases: Sequence[Case], experts: ExpertChoice) -> dict[str, Any]:
-    """Return exact matches and edit similarity with the text after the line, and without."""
+def scored(
+    engine: Engine, cases: Sequence[Case], problems: Sequence[dict[str, str]], experts: ExpertChoice
+) -> dict[str, list[float]]:
+    """Return the scores of each line with the text after it, and without, and of each problem."""
     gaps = [gap_ids(engine, case.before, case.after, TEXT_TOKENS) for case in cases]
     filled = written(engine, gaps, experts, heals(engine))
     encoder = CaseEncoder(engine.tokenizer, TEXT_TOKENS)
     plain = written(engine, [encoder.next_line(case).ids for case in cases], experts)
     return {
-        "exact": exact_share(filled, cases),
+        "exact": exact(filled, cases),
         "similarity": similarity(filled, cases),
-        "left_to_right_exact": exact_share(plain, cases),
+        "left_to_right_exact": exact(plain, cases),
         "left_to_right_similarity": similarity(plain, cases),
-    }
+    } | (solved(engine, problems, experts) if problems else {})
 
 
 def drawn(path: Path, count: int) -> list[dict[str, str]]:
@@ -134,17 +176,22 @@ def drawn(path: Path, count: int) -> list[dict[str, str]]:
 
 def solved(
     engine: Engine, problems: Sequence[dict[str, str]], experts: ExpertChoice
-) -> dict[str, float]:
-    """Return the share of problems whose line is the true one, and of those that pass their tests."""
+) -> dict[str, list[float]]:
+    """Return of each problem whether the line is the true one, and whether it passes its tests."""
     prompts = [
         gap_ids(engine, problem["prompt"], problem["suffix"], PROBLEM_TOKENS)
         for problem in problems
     ]
     lines = written(engine, prompts, experts, heals(engine))
     pairs = [*zip(lines, problems, strict=True)]
-    exact = [is_exact(line, problem["canonical_solution"].strip()) for line, problem in pairs]
-    passed = [run_program(program(line, problem)).passed for line, problem in pairs]
-    return {"exact": round(mean(exact), 4), "passed": round(mean(passed), 4), "count": len(pairs)}
+    return {
+        "problems_exact": [
+            float(is_exact(line, problem["canonical_solution"])) for line, problem in pairs
+        ],
+        "problems_passed": [
+            float(run_program(program(line, problem)).passed) for line, problem in pairs
+        ],
+    }
 
 
 def heals(engine: Engine) -> bool:
@@ -182,16 +229,14 @@ def written(
     return lines
 
 
-def exact_share(lines: Sequence[str], cases: Sequence[Case]) -> float:
-    """Return the share of lines that are the true ones."""
-    pairs = zip(lines, cases, strict=True)
-    return round(mean(float(is_exact(line, case.target)) for line, case in pairs), 4)
+def exact(lines: Sequence[str], cases: Sequence[Case]) -> list[float]:
+    """Return of each line whether it is the true one."""
+    return [float(is_exact(line, case.target)) for line, case in zip(lines, cases, strict=True)]
 
 
-def similarity(lines: Sequence[str], cases: Sequence[Case]) -> float:
-    """Return the mean edit similarity of lines to the true ones."""
-    pairs = zip(lines, cases, strict=True)
-    return round(mean(edit_similarity(line, case.target) for line, case in pairs), 4)
+def similarity(lines: Sequence[str], cases: Sequence[Case]) -> list[float]:
+    """Return the edit similarity of each line to the true one."""
+    return [edit_similarity(line, case.target) for line, case in zip(lines, cases, strict=True)]
 
 
 if __name__ == "__main__":
