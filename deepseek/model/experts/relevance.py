@@ -19,6 +19,7 @@ from math import log
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.model.experts.gate import NATS
@@ -246,11 +247,10 @@ class RelevanceBank:
         It is also below if its pairs would rule the module out in a document, as those of code of
         another project do that somebody asks about.
         """
+        sums_BM = _totals(self.evidence(ids_BT), DECAY, counted_BT)
+        above_BM = sums_BM[:, :-1] - self.threshold_M
         if ids_BT.shape[1] == 0:
-            return -self.threshold_M.expand(len(ids_BT), -1)
-        keep = self.offset_M.new_full((*ids_BT.shape, 1, 1), DECAY)
-        sums_BTM = _summed(self.evidence(ids_BT), keep, counted_BT)
-        above_BM = sums_BTM[:, -1, :-1] - self.threshold_M
+            return above_BM
         kept_BM = self.whole_document(ids_BT, counted_BT) - RULED_OUT
         return above_BM.where(~self.paired_M, torch.minimum(above_BM, kept_BM))
 
@@ -259,17 +259,38 @@ class RelevanceBank:
         return self.whole_document(ids_BT, counted_BT) > RULED_OUT
 
     def whole_document(self, ids_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
-        """Return a document's evidence for each module `[B, M]`, in nats, offset included."""
-        _, state = self.accumulate(ids_BT, counted_BT=counted_BT)
-        return self.of_document(state.sums_BM)
+        """Return a document's evidence for each module `[B, M]`, in nats, offset included.
+
+        It is that which `accumulate` arrives at, without the sums on the way.
+        """
+        read_BT = ids_BT if counted_BT is None else ids_BT.where(counted_BT, NO_TOKEN)
+        before_BT = F.pad(read_BT[:, :-1], (1, 0), value=NO_TOKEN)
+        found_BTM = self.document_evidence(ids_BT, before_BT)
+        return self.of_document(_totals(found_BTM, DOCUMENT_DECAY, counted_BT))
 
 
 def _looked_up(tables: Sequence[Tensor | None], entries_BT: Tensor) -> Tensor:
     """Return the values of tables at `entries_BT`, `[B, T, M]` in fp32; 0 where there is none."""
     entries_N = entries_BT.flatten()
-    none_N = torch.zeros(len(entries_N), device=entries_BT.device)
-    parts = [none_N if table is None else table[entries_N].float() for table in tables]
-    return torch.stack(parts, -1).view(*entries_BT.shape, len(parts))
+    none_N = torch.zeros(len(entries_N), dtype=torch.float16, device=entries_BT.device)
+    parts = [none_N if table is None else table.index_select(0, entries_N) for table in tables]
+    return torch.stack(parts).T.float().reshape(*entries_BT.shape, len(parts))
+
+
+def _totals(evidence_BTM: Tensor, decay: float, counted_BT: Tensor | None) -> Tensor:
+    """Return the decayed sums of evidence and of the number of tokens at the end, `[B, M+1]`.
+
+    Args:
+        evidence_BTM: evidence of each token.
+        decay: factor on the sums at each token.
+        counted_BT: False at padding; None: no padding.
+    """
+    if counted_BT is None:
+        counted_BT = evidence_BTM.new_ones(evidence_BTM.shape[:2], dtype=torch.bool)
+    ages_BT = counted_BT.flip(1).cumsum(1).flip(1) - 1
+    weights_BT = decay**ages_BT * counted_BT
+    sums_BM = (weights_BT[:, None] @ evidence_BTM)[:, 0]
+    return torch.cat([sums_BM, weights_BT.sum(1, keepdim=True)], dim=1)
 
 
 def _summed(

@@ -96,6 +96,23 @@ def test_padding_is_no_evidence_and_documents_do_not_mix(
     )
 
 
+@given(st.lists(st.integers(0, 49), max_size=30), st.integers(0, 30), st.integers(0, 30))
+def test_a_whole_document_has_the_evidence_that_its_tokens_add_up_to(
+    ids: list[int], left: int, right: int
+) -> None:
+    modules = [module_with(50, 0, pairs=True), module_with(50, 1)]
+    bank = RelevanceBank.stack(modules, torch.device("cpu"))
+    assert bank is not None
+    padded_BT = torch.tensor([[0] * left + ids + [0] * right], dtype=torch.long)
+    counted = [False] * left + [True] * len(ids) + [False] * right
+    counted_BT = torch.tensor([counted], dtype=torch.bool)
+    _, state = bank.accumulate(padded_BT, counted_BT=counted_BT)
+    whole_BM = bank.whole_document(padded_BT, counted_BT)
+    torch.testing.assert_close(whole_BM, bank.of_document(state.sums_BM), atol=1e-4, rtol=1e-5)
+    alone_BM = bank.whole_document(torch.tensor([ids], dtype=torch.long))
+    torch.testing.assert_close(alone_BM, whole_BM, atol=1e-4, rtol=1e-5)
+
+
 def test_more_candidates_need_more_evidence() -> None:
     one = RelevanceBank.stack([module_with(50)], torch.device("cpu"))
     eight = RelevanceBank.stack([module_with(50, seed) for seed in range(8)], torch.device("cpu"))
