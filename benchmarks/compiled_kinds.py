@@ -18,11 +18,12 @@ one likeliest.
 import argparse
 import json
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
 from decode import STEPS, engine
+from divergence import divergence, same_likeliest
 from int8_quality import run
 from results import write
 from turns import in_turn
@@ -69,7 +70,7 @@ def main() -> None:
     for kind in options.kinds:
         exact = make_model(kind, options.model, "float32")
         compiled = CompiledRunner(exact)
-        quality[kind] = divergence(exact, compiled, rows)
+        quality[kind] = distance(exact, compiled, rows)
         print(kind, json.dumps(quality[kind]), flush=True)
         sides[kind, "compiled"] = compiled
         sides[kind, "reference"] = reference_runner(make_model(kind, options.model, "auto"))
@@ -92,18 +93,16 @@ def make_model(kind: str, name: str, dtype: str) -> Any:
 
 
 @torch.inference_mode()
-def divergence(model: Any, runner: Runner, rows: list[list[int]]) -> dict[str, float]:
+def distance(model: Any, runner: Runner, rows: list[list[int]]) -> dict[str, float]:
     """Return how far a runner's logits are from the model's."""
-    divergences = []
-    equal = []
-    for ids in rows:
-        exact = model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
-        rough = run(runner, ids)
-        divergences.append((exact.exp() * (exact - rough)).sum(-1).mean())
-        equal.append((exact.argmax(-1) == rough.argmax(-1)).double().mean())
+    exact = [
+        model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
+        for ids in rows
+    ]
+    rough = [run(runner, ids) for ids in rows]
     return {
-        "divergence": float(torch.stack(divergences).mean()),
-        "equal": float(torch.stack(equal).mean()),
+        "divergence": mean(map(divergence, exact, rough)),
+        "equal": mean(map(same_likeliest, exact, rough)),
     }
 
 

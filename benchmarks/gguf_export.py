@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from divergence import divergence
 from int8_quality import rows
 from llama_logits import llama_predictions
 from results import write
@@ -34,11 +35,6 @@ def predictions(base: str | Path, ids: np.ndarray) -> torch.Tensor:
         return torch.stack(
             [model(torch.tensor(row)[None]).logits[0].float().log_softmax(-1) for row in ids]
         )
-
-
-def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the mean Kullback-Leibler divergence of `found` from `wanted`, in nats."""
-    return float((wanted.exp() * (wanted - found)).double().sum(-1).mean())
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from divergence import divergence, same_likeliest
 from results import write
 from turns import in_turn
 
@@ -96,15 +97,16 @@ def slice_dense_network(model: DeepSeekModel) -> None:
 
 
 @torch.no_grad()
-def divergence(model: DeepSeekModel, ids: list[int]) -> dict[str, float]:
+def distance(model: DeepSeekModel, ids: list[int]) -> dict[str, float]:
     """Return how far the compiled step is from the reference."""
     expected = model.float()(torch.tensor([ids])).logits[0].log_softmax(-1)
     runner = CompiledRunner(model)
     output = runner.forward([Chunk(runner.start(None, len(ids)), ids, len(ids))])
     got = output.logits_RV.log_softmax(-1)
-    nats = (expected.exp() * (expected - got)).sum(-1)
-    same = (expected.argmax(-1) == got.argmax(-1)).float().mean()
-    return {"mean_nats": float(nats.mean()), "same_likeliest_token": float(same)}
+    return {
+        "mean_nats": divergence(expected, got),
+        "same_likeliest_token": same_likeliest(expected, got),
+    }
 
 
 def main() -> None:
@@ -142,9 +144,9 @@ def main() -> None:
     active = bytes_of["dense"] + routed + routers
     bound = bytes_of["dense"] / active
     ids = tokenizer(TEXT.read_text()).input_ids[:TEXT_TOKENS]
-    distances = {"dense": divergence(dense, ids)}
+    distances = {"dense": distance(dense, ids)}
     slice_dense_network(mixture)
-    distances["mixture"] = divergence(mixture, ids)
+    distances["mixture"] = distance(mixture, ids)
     figures = {
         "tokens_per_second": rate,
         "mean_experts": experts,
