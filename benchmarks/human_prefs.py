@@ -158,7 +158,7 @@ class Final:
         """Return the figures of one model; the base comes first."""
         started = time.perf_counter()
         model, _ = load(name)
-        chosen, rejected = self.logprobs(model)
+        chosen, rejected = self.base_logprobs if name == BASE else self.logprobs(model)
         gained_chosen = chosen - self.base_logprobs[0]
         gained_rejected = rejected - self.base_logprobs[1]
         answers = self.answers(model, self.asked)
