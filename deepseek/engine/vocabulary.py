@@ -77,8 +77,13 @@ class Vocabulary:
         return text if TextStream(self.tokenizer).push(token) == text else ""
 
     def begins_with(self, opening: str) -> "Matcher":
-        """Return a matcher of the texts that begin with `opening`."""
-        lark = f"start: {json.dumps(opening)} REST\nREST: /(?s:.*)/"
+        """Return a matcher of the texts that begin with `opening`.
+
+        White space at its end is not continued: the tokens of deeper indentation begin with those
+        of the right one, but a cursor behind white space stands where the text is to begin.
+        """
+        rest = r"/([^ \t](?s:.*))?/" if opening[-1] in " \t" else "/(?s:.*)/"
+        lark = f"start: {json.dumps(opening)} REST\nREST: {rest}"
         lark = f"%llguidance {json.dumps(NO_FORCING)}\n{lark}"
         return Matcher(llguidance.LLMatcher(self._tokens, lark, log_level=0, limits=LIMITS))
 

@@ -105,13 +105,16 @@ def test_a_healed_prompt_is_continued_as_a_grammar_would(
     prompt = [5, *TOKENIZER.encode("the expert\n   a the"[:cut])]
     opening = TOKENIZER.decode(prompt[-1:])
     sampling = Sampling(12, temperature=2.0, seed=seed)
-    begins = Grammar("lark", f"start: {json.dumps(opening)} REST\nREST: /(.|\\n)*/")
+    behind_space = opening.endswith(" ")
+    rest = r"([^ \t](.|\n)*)?" if behind_space else r"(.|\n)*"
+    begins = Grammar("lark", f"start: {json.dumps(opening)} REST\nREST: /{rest}/")
     healed = list(engine.submit(Request(tuple(prompt), sampling, heal=True, ignore_end=True)))
     bound = list(engine.submit(Request(tuple(prompt[:-1]), sampling, grammar=begins)))
     opened = next(n for n in range(1, 13) if len(decoded(bound[:n])) >= len(opening))
     assert decoded(healed[:opened]) == decoded(bound[:opened])
     text = "".join(event.text for event in healed)
     assert decoded(healed).startswith(opening + text)
+    assert not (behind_space and text.startswith((" ", "\t")))
 
 
 def decoded(events: list[TokenEvent]) -> str:
