@@ -8,7 +8,8 @@ trained on the same tokens (`deepseek expert train --infill SHARE`; it resumes, 
 again); the files that all of them hold out give the cases, lines drawn by a hash. Greedily filled,
 up to the first line end, are: the line by the base and by each expert, with the text before and
 after it in the layout of `deepseek/text/infilling.py`; and, as `left_to_right`, by the same models
-without the text after it. A line is exact if it is the true one but for white space at its ends;
+without the text after it, but with the file's name and with the prompt tokenised together with the
+line, which gives away how deep it is indented. A line is exact if it is the true one but for white space at its ends;
 edit similarity is told beside it. `over` another model is the mean difference with its 95 %
 interval, paired by case; `pooled` has the cases of all sources.
 `gain` is the relative reduction of the held-out loss by the expert on whole files.
