@@ -129,7 +129,9 @@ class Request:
         if not all(self.stop):
             raise ConfigError("A stop text is empty; leave it out.")
         if self.heal and (self.grammar is not None or self.prompt_logprobs):
-            raise ConfigError("heal goes together with neither grammar nor prompt_logprobs.")
+            raise ConfigError(
+                "heal goes together with neither grammar nor prompt_logprobs; leave it or them out."
+            )
 
 
 def _as_tuple(check: Check) -> Check:

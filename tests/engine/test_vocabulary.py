@@ -1,6 +1,7 @@
 """Text streams hold back what might become a stop text; grammars hold what they promise."""
 
 import json
+from typing import Any
 
 import jsonschema
 import pytest
@@ -115,6 +116,12 @@ def test_a_healed_prompt_is_continued_as_a_grammar_would(
     text = "".join(event.text for event in healed)
     assert decoded(healed).startswith(opening + text)
     assert not (behind_space and text.startswith((" ", "\t")))
+
+
+@pytest.mark.parametrize("field", [{"grammar": Grammar("regex", "a")}, {"prompt_logprobs": True}])
+def test_healing_takes_no_grammar_and_scores_no_prompt(field: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="leave it or them out"):
+        Request((5, 6), heal=True, **field)
 
 
 def decoded(events: list[TokenEvent]) -> str:
