@@ -31,6 +31,7 @@ WITHOUT = {
     "lsh_slot_in_28_probes_far_tuned": "its texts have 8,192 tokens",
     "many_experts": "trains sixty-four experts; tests/engine/test_many_experts.py runs it with few",
     "plan_peaks": "measures peaks, which tiny models do not have",
+    "shared_prefix": "not there yet: it compiles the engine's kernels for the tiny shape",
     "rlpo": "a random model's answers give no pairs to learn from",
 }
 """Results without a quick command."""
