@@ -6,13 +6,18 @@
 A source is `folder:PATH` or `git:PATH`. For each source and each share of `--shares` an expert is
 trained on the same tokens (`deepseek expert train --infill SHARE`; it resumes, and is not trained
 again); the files that all of them hold out give the cases, lines drawn by a hash. Greedily filled,
-up to the first line end, are: the line by the base and by each expert, with the text before and
-after it in the layout of `deepseek/text/infilling.py`; and, as `left_to_right`, by the same models
-without the text after it, but with the file's name and with the prompt tokenised together with the
-line, which gives away how deep it is indented. A line is exact if it is the true one but for white space at its ends;
-edit similarity is told beside it. `over` another model is the mean difference with its 95 %
-interval, paired by case; `pooled` has the cases of all sources.
-`gain` is the relative reduction of the held-out loss by the expert on whole files.
+up to the first line end, is each line by the base and by each expert,
+
+    exact, similarity   with the text before and after it in the layout of
+                        `deepseek/text/infilling.py`, as the server fills it
+    as_sent_*           the same without token healing (see `engine.request.Request`)
+    left_to_right_*     without the text after it, but with the file's name, and tokenised together
+                        with the line, which gives away how deep it is indented
+
+A line is exact if it is the true one but for white space at its ends; edit similarity is told
+beside it. `over` another model is the mean difference with its 95 % interval, paired by case;
+`pooled` has the cases of all sources. `gain` is the relative reduction of the held-out loss by the
+expert on whole files.
 
 With `--problems`, the same models fill in the lines of a benchmark in the format of HumanEval
 Infilling (arXiv:2207.14255, https://github.com/openai/human-eval-infilling), `--count` of them drawn
@@ -158,11 +163,14 @@ def scored(
     """Return the scores of each line with the text after it, and without, and of each problem."""
     gaps = [gap_ids(engine, case.before, case.after, TEXT_TOKENS) for case in cases]
     filled = written(engine, gaps, experts, heals(engine))
+    as_sent = written(engine, gaps, experts)
     encoder = CaseEncoder(engine.tokenizer, TEXT_TOKENS)
     plain = written(engine, [encoder.next_line(case).ids for case in cases], experts)
     return {
         "exact": exact(filled, cases),
         "similarity": similarity(filled, cases),
+        "as_sent_exact": exact(as_sent, cases),
+        "as_sent_similarity": similarity(as_sent, cases),
         "left_to_right_exact": exact(plain, cases),
         "left_to_right_similarity": similarity(plain, cases),
     } | (solved(engine, problems, experts) if problems else {})

@@ -257,7 +257,7 @@ class ActiveSequence:
             return self._text.flush(), "stop"
         complete = self._matcher is not None and self._matcher.take(token)
         text = self._text.push(token)
-        if self.request.heal and self._text.unseen == 0:
+        if self.request.heal and self._text.skip == 0:
             self._matcher = None
         if self._text.stop_text is not None:
             return text, "stop"

@@ -149,21 +149,21 @@ class TextStream:
     Args:
         tokenizer: the model's tokenizer.
         stop: strings that end the text; they are not part of it.
-        unseen: number of characters at the beginning that are not part of the text.
+        skip: number of characters at the beginning that are not part of the text.
 
     Attributes:
-        unseen: number of such characters that are still to come.
+        skip: number of characters that are still to be skipped.
         stop_text: the stop text that has been reached, the first one in the text; None before.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), unseen: int = 0
+        self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), skip: int = 0
     ) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stop = stop
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._pending = ""
-        self.unseen = unseen
+        self.skip = skip
         self.stop_text: str | None = None
 
     def push(self, token: int) -> str:
@@ -173,8 +173,8 @@ class TextStream:
             token: its id.
         """
         decoded = self._decoder.step(self._tokenizer, token) or ""
-        self._pending += decoded[self.unseen :]
-        self.unseen -= min(self.unseen, len(decoded))
+        self._pending += decoded[self.skip :]
+        self.skip -= min(self.skip, len(decoded))
         reached = [stop for stop in self._stop if stop in self._pending]
         if reached:
             self.stop_text = min(reached, key=self._pending.find)

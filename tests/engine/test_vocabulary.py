@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_model
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from deepseek.engine.engine import Engine
 from deepseek.engine.request import Grammar, Request, TokenEvent
@@ -122,6 +124,29 @@ def test_a_healed_prompt_is_continued_as_a_grammar_would(
 def test_healing_takes_no_grammar_and_scores_no_prompt(field: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="leave it or them out"):
         Request((5, 6), heal=True, **field)
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_tokens_that_a_text_would_not_begin_with_are_not_healed(strips: bool) -> None:
+    """SentencePiece's kind of tokenizer: spaces as \u2581, bytes as a fallback; some decoders strip
+    the first space of a text.
+    """
+    pieces = ["<eos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["\u2581", "r", "e", "t", "re", "ret", "\u2581re", "\u2581ret", "\u2581\u2581"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [("r", "e"), ("re", "t"), ("\u2581", "re"), ("\u2581re", "t"), ("\u2581", "\u2581")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strips else steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    model, _ = tiny_model()
+    tokens = Vocabulary(model, tokenizer)
+    tokens.ends = frozenset([vocabulary["<eos>"]])
+    assert tokens.opening(vocabulary["ret"]) == "ret"
+    assert tokens.opening(vocabulary["\u2581ret"]) == ("" if strips else " ret")
+    assert tokens.opening(vocabulary["\u2581\u2581"]) == ("" if strips else "  ")
+    assert tokens.opening(vocabulary["<0xE6>"]) == tokens.opening(vocabulary["<eos>"]) == ""
 
 
 def decoded(events: list[TokenEvent]) -> str:

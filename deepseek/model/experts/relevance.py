@@ -247,7 +247,7 @@ class RelevanceBank:
         It is also below if its pairs would rule the module out in a document, as those of code of
         another project do that somebody asks about.
         """
-        sums_BM = _totals(self.evidence(ids_BT), DECAY, counted_BT)
+        sums_BM = _final_sums(self.evidence(ids_BT), DECAY, counted_BT)
         above_BM = sums_BM[:, :-1] - self.threshold_M
         if ids_BT.shape[1] == 0:
             return above_BM
@@ -266,7 +266,7 @@ class RelevanceBank:
         read_BT = ids_BT if counted_BT is None else ids_BT.where(counted_BT, NO_TOKEN)
         before_BT = F.pad(read_BT[:, :-1], (1, 0), value=NO_TOKEN)
         found_BTM = self.document_evidence(ids_BT, before_BT)
-        return self.of_document(_totals(found_BTM, DOCUMENT_DECAY, counted_BT))
+        return self.of_document(_final_sums(found_BTM, DOCUMENT_DECAY, counted_BT))
 
 
 def _looked_up(tables: Sequence[Tensor | None], entries_BT: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def _looked_up(tables: Sequence[Tensor | None], entries_BT: Tensor) -> Tensor:
     return torch.stack(parts).T.float().reshape(*entries_BT.shape, len(parts))
 
 
-def _totals(evidence_BTM: Tensor, decay: float, counted_BT: Tensor | None) -> Tensor:
+def _final_sums(evidence_BTM: Tensor, decay: float, counted_BT: Tensor | None) -> Tensor:
     """Return the decayed sums of evidence and of the number of tokens at the end, `[B, M+1]`.
 
     Args:
