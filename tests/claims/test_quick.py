@@ -24,6 +24,7 @@ WITHOUT = {
     "compose": "trains eight experts",
     "decode": "not there yet: it compiles the engine's kernels for the tiny shape",
     "fresh": "trains for minutes, and starts a server",
+    "healing": "not there yet: it compiles the engine's kernels for the tiny shape",
     "hot_plug_live": "not there yet: a tiny engine still needs minutes on a busy machine",
     "human_prefs": "needs pairs of people, and a random model's answers give nothing to learn from",
     "infilling": "not there yet: it compiles the engine's kernels for the tiny shape",
