@@ -272,9 +272,12 @@ class RelevanceBank:
 def _looked_up(tables: Sequence[Tensor | None], entries_BT: Tensor) -> Tensor:
     """Return the values of tables at `entries_BT`, `[B, T, M]` in fp32; 0 where there is none."""
     entries_N = entries_BT.flatten()
-    none_N = torch.zeros(len(entries_N), dtype=torch.float16, device=entries_BT.device)
-    parts = [none_N if table is None else table.index_select(0, entries_N) for table in tables]
-    return torch.stack(parts).T.float().reshape(*entries_BT.shape, len(parts))
+    values_MN = torch.zeros(len(tables), len(entries_N), device=entries_BT.device)
+    for values_N, table in zip(values_MN, tables, strict=True):
+        if table is not None:
+            # Copied, not stacked: autocast in bf16 refuses to stack fp16.
+            values_N.copy_(table.index_select(0, entries_N))
+    return values_MN.T.reshape(*entries_BT.shape, len(tables))
 
 
 def _final_sums(evidence_BTM: Tensor, decay: float, counted_BT: Tensor | None) -> Tensor:
@@ -289,7 +292,8 @@ def _final_sums(evidence_BTM: Tensor, decay: float, counted_BT: Tensor | None) -
         counted_BT = evidence_BTM.new_ones(evidence_BTM.shape[:2], dtype=torch.bool)
     ages_BT = counted_BT.flip(1).cumsum(1).flip(1) - 1
     weights_BT = decay**ages_BT * counted_BT
-    sums_BM = (weights_BT[:, None] @ evidence_BTM)[:, 0]
+    # No matrix product: autocast would compute it in bf16.
+    sums_BM = (weights_BT[..., None] * evidence_BTM).sum(1)
     return torch.cat([sums_BM, weights_BT.sum(1, keepdim=True)], dim=1)
 
 

@@ -113,6 +113,28 @@ def test_a_whole_document_has_the_evidence_that_its_tokens_add_up_to(
     torch.testing.assert_close(alone_BM, whole_BM, atol=1e-4, rtol=1e-5)
 
 
+def test_mixed_precision_changes_no_evidence() -> None:
+    """Trainings score whole models under autocast, with tables that come from packs in fp16."""
+    modules = [module_with(50, 0, pairs=True), module_with(50, 1), ExpertModule("m2", [0], 8, 4)]
+    for module in modules:
+        found = module.relevance
+        if found is not None:
+            pairs_S = None if found.pairs_S is None else found.pairs_S.half()
+            module.relevance = replace(found, table_V=found.table_V.half(), pairs_S=pairs_S)
+    bank = RelevanceBank.stack(modules, torch.device("cpu"))
+    assert bank is not None
+    ids_BT = torch.randint(0, 50, (2, 30), generator=torch.Generator().manual_seed(0))
+
+    def evidence() -> list[torch.Tensor]:
+        asked_BM = bank.above_threshold(ids_BT)
+        return [bank.accumulate(ids_BT)[0], bank.whole_document(ids_BT), asked_BM]
+
+    exact = evidence()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = evidence()
+    assert all(torch.equal(*pair) for pair in zip(exact, mixed, strict=True))
+
+
 def test_more_candidates_need_more_evidence() -> None:
     one = RelevanceBank.stack([module_with(50)], torch.device("cpu"))
     eight = RelevanceBank.stack([module_with(50, seed) for seed in range(8)], torch.device("cpu"))
