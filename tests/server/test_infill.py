@@ -154,6 +154,15 @@ def test_a_suffix_is_laid_out_as_in_training(server: Live, client: OpenAI) -> No
     assert asked.usage is not None and asked.usage.prompt_tokens == len(ids) - 1
 
 
+def test_a_marker_before_an_empty_prompt_is_not_healed(server: Live, client: OpenAI) -> None:
+    asked = client.completions.create(
+        model="tiny", prompt="", suffix="of", max_tokens=8, temperature=0
+    )
+    ids = server.service.writer.infill("", "of")
+    assert asked.usage is not None and asked.usage.prompt_tokens == len(ids)
+    assert post(server, {"input_suffix": "of", "n_predict": 4})["tokens_evaluated"] == len(ids)
+
+
 def test_a_grammar_takes_the_prompt_as_it_is(server: Live, client: OpenAI) -> None:
     asked = client.completions.create(
         model="tiny",

@@ -111,7 +111,8 @@ def plan(
                 grammar=grammar,
                 logprobs=body.logprobs,
                 prompt_logprobs=scored,
-                heal=heal and grammar is None,
+                # Before an empty prompt stands a marker.
+                heal=heal and grammar is None and bool(prompt),
             )
             for choice in range(body.n or 1)
         ]

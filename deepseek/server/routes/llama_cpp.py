@@ -50,7 +50,8 @@ async def infill(body: InfillRequest, service: TheService) -> Response:
     limit = settings.answer_tokens if body.n_predict in (None, -1) else body.n_predict
     ids = await service.admission.run(partial(service.writer.gap, body.gap, limit or 0))
     request = body.native(ids).completion(settings.model, settings.answer_tokens)
-    heal = not service.writer.layout.has_tokens
+    gap = body.gap
+    heal = bool(gap.prefix or gap.line) and not service.writer.layout.has_tokens
     chunks = await completions.answer(service, request, heal)
     native = InfillChunks(body, chunks, started)
     fold = None if body.stream else native.fold
