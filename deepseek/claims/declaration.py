@@ -81,7 +81,8 @@ class Figure(Declared):
     """Paths of the lower and the upper bound of our side"""
 
     goal: tuple[Goal, float] | None = None
-    """Bound of the scaled figure; None: shown for comparison"""
+    """Bound of the scaled figure, for `>` and `<` of its whole interval; None: shown for
+    comparison"""
 
     test: str = ""
     """File and name of a test that shows it in every run of the suite, in place of a result"""

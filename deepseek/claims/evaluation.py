@@ -279,9 +279,22 @@ def compute(figure: Figure, record: Mapping[str, Json], source: Provenance) -> M
         rival=figure.rival,
         goal=goal_text(figure),
         bound=figure.goal and figure.goal[1],
-        met=figure.goal and MEETS[figure.goal[0]](value, figure.goal[1]),
+        met=meets(figure, value, bounds),
         source=source,
     )
+
+
+def meets(figure: Figure, value: float, bounds: list[float]) -> bool | None:
+    """Return whether a figure meets its goal, None: it has none.
+
+    A strict goal (`>`, `<`) says that one side is better, which an interval that reaches the bound
+    does not show: with an interval, all of it must lie beyond the bound.
+    """
+    if figure.goal is None:
+        return None
+    sign, bound = figure.goal
+    judged = [value, *bounds] if sign in (">", "<") else [value]
+    return all(MEETS[sign](one, bound) for one in judged)
 
 
 def _bounds(figure: Figure, record: Json, scaled: list[float]) -> tuple[list[float], str]:

@@ -13,8 +13,8 @@ from claim_files import DECLARATION, commit_all, git, make_checkout, write_resul
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek.claims.declaration import CHECKOUT, Side, read_declaration
-from deepseek.claims.evaluation import ClaimTable, MeasuredFigure, claim_table, state_of
+from deepseek.claims.declaration import CHECKOUT, Figure, Goal, Side, read_declaration
+from deepseek.claims.evaluation import ClaimTable, MeasuredFigure, claim_table, meets, state_of
 from deepseek.claims.history import History
 from deepseek.claims.paths import numbers
 from deepseek.errors import ConfigError
@@ -131,6 +131,17 @@ def test_states(met: list[bool | None], state: str) -> None:
         for one in met
     ]
     assert state_of(figures) == state
+
+
+@pytest.mark.parametrize(
+    ("sign", "low", "met"),
+    [(">", 0.5, True), (">", 0.0, False), (">", -0.5, False), (">=", -0.5, True)],
+)
+def test_being_better_needs_the_whole_interval(sign: Goal, low: float, met: bool) -> None:
+    figure = Figure(what="x", goal=(sign, 0))
+    assert meets(figure, 1.0, [low, 2.0]) is met
+    assert meets(figure, 1.0, []) is True
+    assert meets(Figure(what="x"), 1.0, [low, 2.0]) is None
 
 
 def test_a_result_is_stale_once_its_code_has_changed(checkout: Path) -> None:
