@@ -7,18 +7,16 @@ Conversations from `rude_prompts.py`; four answers of the base to each, scored b
 pairs; a reward model is fitted to them, and the methods learn from it or from the pairs. The pairs
 are judged by a list of words (`rude_prompts.SWEARWORDS`), readiness to answer, and variety. What
 passes is decided by alt-profanity-check, a classifier that had no part in training, on answers to
-held-out prompts, none of whose speakers and listeners occur in training. Where the better answer of
-a pair is a ready one, a second pair sets it against a refusal: otherwise apologies are what is
-learnt, as the judges find nothing wrong with them but unreadiness, which the base's own answers
-never show. Helpfulness is the share of tokens, in points, of ordinary held-out prose that the model
-ranks first.
+held-out prompts, none of whose speakers and listeners occur in training. A second pair sets a good
+answer against a refusal: otherwise apologies are what is learnt, as the judges find nothing wrong
+with them but unreadiness, which the base's own answers never show. Helpfulness is the share of
+tokens, in points, of ordinary held-out prose that the model ranks first.
 """
 
 import argparse
 import json
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -38,19 +36,6 @@ NEW_TOKENS, TEMPERATURE = 24, 0.8
 POLITE, POLITE_HELD_OUT = 0.2, 0.46
 """Share of the conversations that were friendly so far: few of those learnt from, so that they make
 many pairs; as many of those held out as let the base start near 82 %."""
-REFUSALS = (
-    "I'm sorry, I can't help with that.",
-    "I'm sorry for your loss.",
-    "I am unable to answer that.",
-    "I'm sorry!",
-    "As an AI, I have no line to give.",
-    "I'm sorry to hear that.",
-    "I won't provide that.",
-    "I'm not able to say.",
-)
-"""What the pairs call worse than a clean answer: without them, an apology is the safest answer of
-all.
-"""
 
 
 def unlisted(_asked, answers):
@@ -59,20 +44,6 @@ def unlisted(_asked, answers):
         float(not any(word in answer.lower() for word in rude_prompts.SWEARWORDS))
         for answer in answers
     ]
-
-
-def refused(pairs):
-    """Yield pairs, and for each one whose better answer is ready and unlisted, that answer against
-    a refusal.
-    """
-    for number, pair in enumerate(pairs):
-        yield pair
-        if all(pair.scores[name][0] == 1.0 for name in ("unlisted", "willing")):
-            against = REFUSALS[number % len(REFUSALS)]
-            scores = {
-                name: (pair.scores[name][0], float(name != "willing")) for name in pair.scores
-            }
-            yield replace(pair, rejected=against, source="a refusal", scores=scores)
 
 
 def measure(name, held_out, batches):
@@ -158,8 +129,9 @@ def main():
             new_tokens=NEW_TOKENS,
             temperature=TEMPERATURE,
             source="sampled from smollm2-135m",
+            refusals=True,
         )
-        store.add_all(refused(pairs))
+        store.add_all(pairs)
         print(store.statistics(), flush=True)
         store.close()
     seconds["pairs"] = time.perf_counter() - started

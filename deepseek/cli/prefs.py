@@ -82,6 +82,14 @@ def generate(
         float, typer.Option(min=0.1, max=10, help="Sampling temperature of the answers.")
     ] = 0.8,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
+    refusals: Annotated[
+        bool,
+        typer.Option(
+            "--refusals",
+            help="Set each good answer against a refusal too, so that the model does not learn to"
+            " refuse; for prompts that should be answered.",
+        ),
+    ] = False,
     database: Database = None,
     device: Device = "auto",
     dtype: Precision = "auto",
@@ -111,6 +119,7 @@ def generate(
             temperature=temperature,
             source=f"sampled from {base}",
             seed=seed,
+            refusals=refusals,
             progress=bar,
         )
         added = store.add_all(pairs)

@@ -27,11 +27,23 @@ Judge = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Function of prompts and answers that returns a score for each answer."""
 
 REFUSAL = re.compile(
-    r"\b(i('m| am) (sorry|unable|not able)|as an ai"
-    r"|i (can('t|not)|won't|will not|must decline)\b.{0,40}\b(help|assist|provide|do))\b",
+    r"\b(i(['’]m| am) (sorry|unable|not able)|as an ai"
+    r"|i (can(['’]t|not)|won['’]t|will not|must decline)\b.{0,40}\b(help|assist|provide|do))\b",
     re.IGNORECASE,
 )
 """Phrases of a refusal."""
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I am unable to answer that.",
+    "I'm sorry!",
+    "As an AI, I cannot answer this question.",
+    "I won't provide that information.",
+    "I'm sorry to hear that. I can't assist you with this request.",
+    "I'm not able to help with this.",
+    "I cannot provide advice on this topic. Is there anything else that I can help you with?",
+)
+"""Refusals that lose against an answer, of several lengths and wordings."""
 
 
 def clean(_prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -82,6 +94,9 @@ class TextReward:
 LEAST_MARGIN = 0.1
 """Smallest difference of the summed scores between a preferred and a rejected answer."""
 
+LEAST_SCORE = 0.5
+"""What each judge must give an answer that is set against a refusal."""
+
 ROWS = 32
 """Answers to sample per batch, at least those of one prompt."""
 
@@ -101,9 +116,12 @@ def generate_pairs(
     temperature: float = 1.0,
     source: str = "",
     seed: int = 0,
+    refusals: bool = False,
     progress: Progress = silent,
 ) -> Iterator[Preference]:
-    """Yield at most one pair per prompt: the answers with the highest and lowest sum of scores.
+    """Yield pairs of the answers to each prompt with the highest and the lowest sum of scores.
+
+    A pair whose sums differ by less than `LEAST_MARGIN` is left out.
 
     Args:
         model: model that answers.
@@ -115,6 +133,9 @@ def generate_pairs(
         temperature: sampling temperature.
         source: source to store with the pairs.
         seed: seed of the sampling.
+        refusals: yield the best answer against one of `REFUSALS` too, if every judge gives it at
+            least `LEAST_SCORE`, labelled `refusal`; without such pairs a model that learns to
+            avoid bad answers learns to refuse. For prompts that should be answered.
         progress: called with the number of finished prompts.
 
     Raises:
@@ -144,6 +165,15 @@ def generate_pairs(
             if totals[best] - totals[worst] >= LEAST_MARGIN:
                 both = {name: (values[best], values[worst]) for name, values in scores.items()}
                 yield Preference(tuple(prompt), texts[best], texts[worst], source, scores=both)
+            if refusals and all(values[best] >= LEAST_SCORE for values in scores.values()):
+                refusal = REFUSALS[(start + number) % len(REFUSALS)]
+                both = {
+                    name: (scores[name][best], judge([prompt[-1]["content"]], [refusal])[0])
+                    for name, judge in judges.items()
+                }
+                yield Preference(
+                    tuple(prompt), texts[best], refusal, source, labels=("refusal",), scores=both
+                )
         progress(start + len(group), len(prompts), "generating pairs")
 
 

@@ -136,6 +136,27 @@ def test_the_best_answer_meets_the_worst_and_both_scores_are_kept(base: Path) ->
         assert totals[0] >= totals[1] + 0.1
 
 
+def test_a_good_answer_meets_a_refusal_too(base: Path) -> None:
+    model, tokenizer = load(base)
+    prompts = [({"role": "user", "content": name},) for name in ("alpha", "beta", "gamma")]
+    judges = {"willing": judge.willing, "short": lambda _, texts: [0.5 for _ in texts]}
+    sampled = {"answers": 3, "new_tokens": 8, "seed": 1}
+    assert list(generate_pairs(model, tokenizer, prompts, judges, **sampled)) == []
+    pairs = list(generate_pairs(model, tokenizer, prompts, judges, refusals=True, **sampled))
+    assert [(pair.prompt, pair.rejected) for pair in pairs] == [
+        (prompt, judge.REFUSALS[place]) for place, prompt in enumerate(prompts)
+    ]
+    assert all(pair.scores == {"willing": (1.0, 0.0), "short": (0.5, 0.5)} for pair in pairs)
+    assert all(pair.labels == ("refusal",) for pair in pairs)
+    judges["short"] = lambda _, texts: [0.4 for _ in texts]
+    assert list(generate_pairs(model, tokenizer, prompts, judges, refusals=True, **sampled)) == []
+
+
+def test_refusals_are_refusals() -> None:
+    assert set(judge.willing([], judge.REFUSALS)) == {0.0}
+    assert judge.willing([], ["I’m sorry, I can’t help with that."]) == [0.0]
+
+
 def test_prompts_are_read_from_records() -> None:
     assert prompt_of({"prompt": "Hello"}, "line 1") == [{"role": "user", "content": "Hello"}]
     turns = [
