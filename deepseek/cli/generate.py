@@ -44,7 +44,7 @@ def generate(
     from deepseek.engine.request import Request
     from deepseek.engine.sampler import Sampling
     from deepseek.text.chat_template import encode_prompt, user_ids
-    from deepseek.text.tokenizer import encode_plain
+    from deepseek.text.tokenizer import encode_document
 
     sampling = Sampling(max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = read_prompt() if prompt == "-" else prompt
@@ -53,7 +53,7 @@ def generate(
         ids = (
             encode_prompt(engine.tokenizer, messages)
             if chat
-            else encode_plain(engine.tokenizer, [text])[0]
+            else encode_document(engine.tokenizer, text)
         )
         question_ids = user_ids(engine.tokenizer, messages) if chat else None
         palette = Palette(info.name for info in engine.experts())

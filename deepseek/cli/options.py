@@ -79,6 +79,9 @@ def weights(text: str) -> dict[str, float | None]:
         try:
             weighted[name.strip() if equals else part] = float(number) if equals else None
         except ValueError:
+            if Path(part).is_file():  # a path with "=" in it
+                weighted[part] = None
+                continue
             raise ConfigError(
                 f"The weight {number!r} of {name!r} is not a number; write NAME=0.7."
             ) from None
@@ -94,14 +97,21 @@ def expert_packs(text: str, base: str, folder: Path | None = None) -> "Packs":
     Args:
         text: the option's value.
         base: name or folder of the base model.
-        folder: folder that "all" searches; default: the folder of trained experts.
+        folder: folder of the packs; default: the folder of trained experts.
+
+    Raises:
+        ConfigError: a weight is not a number.
+        PackError: an expert is not in `folder`.
     """
+    from deepseek.packs.library import find_pack, packs_for
+
     if text.strip() == "none":
         return []
     if text.strip() != "all":
-        return weights(text)
-    from deepseek.packs.library import packs_for
-
+        named = weights(text)
+        if folder is None:
+            return named
+        return {str(find_pack(name, folder)): weight for name, weight in named.items()}
     packs, problems = packs_for(base, folder)
     for problem in problems:
         echo(f"warning: {problem}", error=True)

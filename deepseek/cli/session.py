@@ -14,7 +14,7 @@ from deepseek.engine.sampler import Sampling
 from deepseek.errors import UserError
 from deepseek.registry import nearest
 from deepseek.text.chat_template import encode_prompt, user_ids
-from deepseek.text.tokenizer import encode_plain
+from deepseek.text.tokenizer import encode_document
 
 
 class ChatSession:
@@ -90,7 +90,7 @@ class ChatSession:
 
     def _raw(self, text: str) -> None:
         """Complete the text after the command instead of answering it."""
-        self._speak(encode_plain(self.engine.tokenizer, [text])[0])
+        self._speak(encode_document(self.engine.tokenizer, text))
 
     def _speak(self, ids: list[int], user_ids: tuple[int, ...] | None = None) -> str:
         request = Request(tuple(ids), self.sampling, user_ids=user_ids)

@@ -41,7 +41,7 @@ class Sampling:
             the distribution.
         top_k: sample from the k likeliest tokens only; 0 means all.
         top_p: sample from the smallest set of likeliest tokens whose total probability reaches this
-            value; 1 means all.
+            value; 1 means all, 0 the likeliest one.
         min_p: sample only tokens whose probability is at least this fraction of the likeliest
             token's; 0 means all.
         repetition_penalty: divides the positive logits of tokens in the prompt or the text, and
@@ -86,7 +86,7 @@ SAMPLING: dict[str, Check] = {
     "max_new_tokens": partial(whole, least=1),
     "temperature": partial(number, least=0, most=10),
     "top_k": partial(whole, least=0),
-    "top_p": partial(number, above=0, most=1),
+    "top_p": partial(number, least=0, most=1),
     "min_p": partial(number, least=0, below=1),
     "repetition_penalty": partial(number, least=0.01, most=1e6),
     "presence_penalty": _penalty,
@@ -196,6 +196,7 @@ def admitted(weights_V: Logits, sampling: Sampling) -> NDArray[np.int64] | None:
     ids = ids[np.argsort(-weights_V[ids])]
     ordered = weights_V[ids].astype(np.float64)
     keep = ordered.cumsum() - ordered < nucleus  # the token that crosses the threshold still counts
+    keep[0] = True
     keep &= ordered >= sampling.min_p * ordered[0]
     if sampling.top_k:
         keep[sampling.top_k :] = False

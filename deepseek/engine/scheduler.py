@@ -14,7 +14,6 @@ from deepseek.engine.prefix import PrefixCache, restore_within
 from deepseek.engine.request import FinishReason
 from deepseek.engine.sampler import Logits
 from deepseek.engine.sequence import ActiveSequence
-from deepseek.errors import UserError
 from deepseek.model.experts.weight_cache import WeightCache
 from deepseek.runner import Chunk, Runner, Segment
 
@@ -155,7 +154,7 @@ class Scheduler:
         """
         try:
             sequence.state = self.runner.start(sequence.armed, sequence.capacity, sequence.cuts)
-        except UserError as error:
+        except Exception as error:  # other sequences must not be affected
             self._fail(sequence, error)
             return
         # Marks the blocks as recently used, so that `shrink` evicts others first.

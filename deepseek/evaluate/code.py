@@ -16,7 +16,7 @@ from deepseek.errors import DataError
 from deepseek.evaluate.sandbox import run_program
 from deepseek.model.language_model import LanguageModel, context_length
 from deepseek.registry import package
-from deepseek.text.tokenizer import encode_plain
+from deepseek.text.tokenizer import document_start_ids, encode_plain
 
 PROMPT_TOKENS = 384
 ARMED = ExpertChoice()
@@ -105,9 +105,10 @@ def complete(
     context = context_length(engine.model)
     most = min(max_tokens, context // 2)
     greedy = Sampling(most, temperature=0.0)
-    prompt_tokens = min(PROMPT_TOKENS, context - most)
+    before = document_start_ids(engine.tokenizer)
+    prompt_tokens = min(PROMPT_TOKENS, context - most - len(before))
     running = [
-        engine.submit(Request(tuple(ids[-prompt_tokens:]), greedy, experts))
+        engine.submit(Request((*before, *ids[-prompt_tokens:]), greedy, experts))
         for ids in encode_plain(engine.tokenizer, prompts)
     ]
     for done, events in enumerate(running):

@@ -81,11 +81,12 @@ def packs_for(base: str, folder: Path | None = None) -> tuple[dict[str, Path], l
     return {file: packs[file] for file in experts if chosen[experts[file]] == file}, problems
 
 
-def find_pack(name_or_path: str | Path) -> Path:
+def find_pack(name_or_path: str | Path, folder: Path | None = None) -> Path:
     """Return the pack file of an expert.
 
     Args:
         name_or_path: path of a pack file, or the name of a trained expert.
+        folder: folder in which names are looked up; None: the folder of trained experts.
 
     Raises:
         ConfigError: this is neither a path nor a name.
@@ -99,12 +100,14 @@ def find_pack(name_or_path: str | Path) -> Path:
             f"There is no expert pack at {path}; give the path of a {SUFFIX} file or a trained "
             "expert's name."
         )
-    packs = installed()
+    packs = installed(folder)
     if str(name_or_path) in packs:
         return packs[str(name_or_path)]
-    hint = (
-        nearest(str(name_or_path), packs)
-        if packs
-        else "none is trained yet, see `deepseek expert train --help`"
-    )
-    raise PackError(f"There is no expert named {str(name_or_path)!r}; {hint}.")
+    where = f" in {folder}" if folder else ""
+    if packs:
+        hint = nearest(str(name_or_path), packs)
+    elif folder:
+        hint = "there is none at all"
+    else:
+        hint = "none is trained yet, see `deepseek expert train --help`"
+    raise PackError(f"There is no expert named {str(name_or_path)!r}{where}; {hint}.")

@@ -116,11 +116,14 @@ def create_app(
 def add_state_routes(app: FastAPI, service: Service) -> None:
     """Add the routes that report the server's own state, and the web page."""
 
+    # Balancers, and Ollama's own program, ask with HEAD first.
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Report that the process is alive; needs no key."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> dict[str, Any]:
         """Report whether requests are served; 503 while the model loads or the server drains."""
@@ -135,6 +138,7 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
         text = service.metrics.text() if fleet is None else await asyncio.to_thread(fleet.metrics)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         """Serve the web page."""

@@ -1,8 +1,10 @@
 """Base class of request bodies, and the types of their fields."""
 
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,6 +24,9 @@ TokenCount = Annotated[int, Field(ge=1, le=1 << 20)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
 Ids = Annotated[Several[TokenId], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+TopP = Annotated[float, Field(ge=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, le=1 << 20), AfterValidator(partial(max, 0))]
+"""0 means all tokens, for vLLM's and llama.cpp's clients -1 too."""
 Text = Annotated[str, StringConstraints(min_length=1)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 ShortText = Annotated[str, StringConstraints(max_length=512)]

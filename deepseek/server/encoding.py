@@ -4,18 +4,27 @@ is done, so that even in a thread of its own it would stall the event loop.
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 PART = 1 << 10
 """Most numbers or texts that are encoded at a time; they take about a millisecond."""
 
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+"""Characters that JSON allows as they are, and at which some clients split a stream into lines."""
+
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def encoded(value: Any) -> bytes:
     """Return JSON in UTF-8; bytes in a file's name that are no UTF-8 become question marks."""
-    return _encoder.encode(value).encode(errors="replace")
+    return text_of(value).encode(errors="replace")
+
+
+def text_of(value: Any) -> str:
+    """Return JSON on one line."""
+    return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", _encoder.encode(value))
 
 
 async def encoded_aside(make: Callable[[], Any]) -> bytes:
@@ -54,10 +63,10 @@ def parts(value: Any) -> Iterator[str]:
     elif isinstance(value, list) and len(value) > PART:
         yield "["
         for start in range(0, len(value), PART):
-            yield ("," if start else "") + _encoder.encode(value[start : start + PART])[1:-1]
+            yield ("," if start else "") + text_of(value[start : start + PART])[1:-1]
         yield "]"
     else:
-        yield _encoder.encode(value)
+        yield text_of(value)
 
 
 def _is_flat(values: Any) -> bool:
@@ -67,7 +76,7 @@ def _is_flat(values: Any) -> bool:
 def _object(value: dict[str, Any]) -> Iterator[str]:
     yield "{"
     for place, (name, inner) in enumerate(value.items()):
-        yield f"{',' if place else ''}{_encoder.encode(name)}:"
+        yield f"{',' if place else ''}{text_of(name)}:"
         yield from parts(inner)
     yield "}"
 

@@ -169,7 +169,11 @@ def without_paths(message: str) -> str:
     """
 
     def last(match: re.Match[str]) -> str:
-        return Path(match[0]).name if Path("/", match[1]).exists() else match[0]
+        try:
+            known = Path("/", match[1]).exists()
+        except OSError:  # longer than a name can be
+            known = False
+        return Path(match[0]).name if known else match[0]
 
     return PATH.sub(last, message)
 
@@ -204,7 +208,8 @@ def explained(mistakes: Sequence[dict[str, Any]], body: Any) -> ApiError:
     """Return the error reply for Pydantic's validation errors, naming one field.
 
     A field that may have several types has errors for each. Those of the type that fits best are
-    the ones with the longest path; where none fits, all types are named.
+    the ones with the longest path; where none fits, all types are named. A list that is of the
+    right type, and too long or too short, fits best.
 
     Args:
         mistakes: the errors of one request.
@@ -216,7 +221,8 @@ def explained(mistakes: Sequence[dict[str, Any]], body: Any) -> ApiError:
         for path, mistake in zip(paths, mistakes, strict=True)
         if path[: len(paths[0])] == paths[0]
     ]
-    chosen = max((path for path, _ in same_field), key=len)
+    sized = [path for path, mistake in same_field if mistake["type"] in ("too_short", "too_long")]
+    chosen = max(sized or [path for path, _ in same_field], key=len)
     where = printable(".".join(chosen))
     kinds = [mistake for path, mistake in same_field if path == chosen]
     code = "invalid_value"

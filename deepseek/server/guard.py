@@ -138,7 +138,7 @@ class Guard:
         role = self._role(headers)
         scope.setdefault("state", {})["role"] = role
         if role is None and path not in OPEN_PATHS:
-            if path == "/" and method == "GET":
+            if path == "/" and method in ("GET", "HEAD"):
                 return login_page()
             raise ApiError(
                 401,
@@ -146,7 +146,9 @@ class Guard:
                 code="invalid_api_key",
             )
         refusal = self.service.refusal
-        if refusal is not None and (path.startswith("/v1/") or path == "/tokenizer_info"):
+        if refusal is not None and (
+            path in self.computing or path.startswith("/v1/") or path == "/tokenizer_info"
+        ):
             raise refusal
         if method == "POST" and path in self.computing:
             self.service.engine.check_open()
@@ -230,9 +232,9 @@ def check_host(headers: Headers, service: Service) -> None:
     """
     found = re.match(r"\[([^\]]*)\]|[^:]*", headers.get("host", ""))
     name = (found[1] or found[0]).lower() if found else ""
-    if name not in {"localhost", service.settings.host, *service.settings.hosts} and not is_address(
-        name
-    ):
+    settings = service.settings
+    known = {accepted.lower() for accepted in ("localhost", settings.host, *settings.hosts)}
+    if name not in known and not is_address(name):
         raise ApiError(
             421,
             f"This server is not {name!r:.100}; start it with --allow-host to accept this name.",

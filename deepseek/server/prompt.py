@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.data.text.document import Document
 from deepseek.data.text.encode import header
+from deepseek.errors import DataError
 from deepseek.server.errors import ApiError
 from deepseek.server.schema import ChatMessage
 from deepseek.server.tools import Calling, described, plain_messages, tool_messages, with_preamble
@@ -89,7 +90,7 @@ class PromptWriter:
             ApiError: the prompt fills the context, the template takes too long, or there is no
                 assistant's message to continue.
         """
-        self.check_size(sum(len(message.text) for message in messages))
+        self.check_size(sum(len(message.text) for message in messages), "messages")
         begun = ""
         if continued:
             *messages, last = messages
@@ -118,8 +119,8 @@ class PromptWriter:
                 variables=variables,
             )
         text += begun
-        self.check_text(text)
-        return self.check(encode_rendered(self.tokenizer, text))
+        self.check_text(text, "messages")
+        return self.check(encode_rendered(self.tokenizer, text), "messages")
 
     def user_ids(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Return the ids from which gates judge the topic (see `text.chat_template.user_ids`)."""
@@ -148,7 +149,7 @@ class PromptWriter:
         if not isinstance(prompt, str):
             raise ApiError(400, "suffix needs a prompt of text, not of ids.", param="suffix")
         self.check_text(prompt)
-        self.check_text(suffix)
+        self.check_text(suffix, "suffix")
         prefix_ids, suffix_ids = encode_plain(self.tokenizer, [prompt, suffix])
         before = document_start_ids(self.tokenizer)
         return self.check([*before, *self.layout.join(prefix_ids, suffix_ids)])
@@ -188,41 +189,50 @@ class PromptWriter:
                 return int(identity)
         raise ApiError(400, "The prompt is empty; give some text.", param="prompt")
 
-    def check(self, ids: list[int]) -> list[int]:
-        """Return `ids`; raise `ApiError` if they fill the context or are not in the vocabulary."""
+    def check(self, ids: list[int], field: str = "prompt") -> list[int]:
+        """Return `ids`; raise `ApiError` if they fill the context or are not in the vocabulary.
+
+        Args:
+            ids: token ids.
+            field: the request's field to name in the error, here and below; default: "prompt".
+        """
         if len(ids) >= self.context:
-            raise self.too_long(f"{len(ids)} tokens")
+            raise self.too_long(f"{len(ids)} tokens", field)
         if max(ids) >= len(self.tokenizer):
             raise ApiError(
                 400,
                 f"Token {max(ids)} is not in the vocabulary of {len(self.tokenizer)}.",
-                param="prompt",
+                param=field,
             )
         return ids
 
-    def check_text(self, text: str) -> None:
+    def check_text(self, text: str, field: str = "prompt") -> None:
         """Raise `ApiError` for a text with too many tokens, before all of it is encoded.
 
         The tokenizer takes a second for a megabyte. A cut between two pieces adds at most as many
-        tokens as the longest token has bytes.
+        tokens as the longest token has bytes, and no token has less than one.
         """
-        self.check_size(len(text.encode()))
+        size = len(text.encode())
+        self.check_size(size, field)
+        if size < self.context:
+            return
         tokens = 0
         for start in range(0, len(text) if len(text) > PIECE else 0, PIECE):
             tokens += len(encode_plain(self.tokenizer, [text[start : start + PIECE]])[0])
             if tokens - start // PIECE * self.longest_token >= self.context:
-                raise self.too_long(f"more than {self.context} tokens")
+                raise self.too_long(f"more than {self.context} tokens", field)
 
-    def check_size(self, size: int) -> None:
+    def check_size(self, size: int, field: str) -> None:
         """Raise `ApiError` for a text too long to fit however it tokenizes, before any work on it.
 
         Args:
             size: characters or bytes of the text.
+            field: see `check`.
         """
         if size > self.longest_text:
-            raise self.too_long(f"more than {self.longest_text} bytes")
+            raise self.too_long(f"more than {self.longest_text} bytes", field)
 
-    def too_long(self, size: str) -> ApiError:
+    def too_long(self, size: str, field: str) -> ApiError:
         """Return the error for a prompt of this size, such as "3000 tokens"."""
         # Clients recognise "prompt is too long" (Anthropic's) and "this model's maximum ..."
         # (OpenAI's).
@@ -230,7 +240,7 @@ class PromptWriter:
             f"The prompt is too long: it has {size}, but this model's maximum context length is "
             f"{self.context} tokens for prompt and answer together; shorten it."
         )
-        return ApiError(400, message, param="messages", code="context_length_exceeded")
+        return ApiError(400, message, param=field, code="context_length_exceeded")
 
 
 def last(ids: list[int], count: int) -> list[int]:
@@ -240,7 +250,7 @@ def last(ids: list[int], count: int) -> list[int]:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `ApiError` (400) once the Python code in the block has run for longer than `seconds`.
+    """Raise `DataError` once the Python code in the block has run for longer than `seconds`.
 
     A thread cannot be stopped from outside, so a trace function checks the clock at every line
     that this thread runs.
@@ -249,10 +259,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     def watch(_frame: FrameType, _event: str, _value: Any) -> Any:
         if time.monotonic() > deadline:
-            raise ApiError(
-                400,
-                f"The chat template took longer than {seconds:g} s on these messages; "
-                "shorten them.",
+            raise DataError(
+                f"The chat template took longer than {seconds:g} s on these messages; shorten them."
             )
         return watch
 

@@ -19,6 +19,8 @@ from deepseek.server.body import (
     TokenCount,
     TokenId,
     ToolName,
+    TopK,
+    TopP,
     text_only,
 )
 from deepseek.server.constraints import ConstraintFields
@@ -51,8 +53,8 @@ class SamplingFields(Body):
 
     model: ShortText
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     stream: bool | None = None
     user: ShortText | None = None
@@ -256,7 +258,7 @@ class EmbeddingsRequest(Body):
     """`POST /v1/embeddings`; `dimensions` shortens the vectors."""
 
     model: ShortText
-    input: str | Ids | Annotated[Several[str] | Several[Ids], Field(min_length=1, max_length=256)]
+    input: str | Ids | Annotated[Several[str] | Several[Ids], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     user: ShortText | None = None

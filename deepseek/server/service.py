@@ -121,9 +121,10 @@ class Settings:
         origins: pages of other sites that may send requests, such as `https://chat.example`;
             "*" allows every page.
         aliases: further names of the base model, for clients that insist on one.
-        api_keys: keys that may send requests; empty: everyone who can reach the server.
-        admin_keys: keys that may change the server; empty: no one if `api_keys` are set, else
-            everyone.
+        api_keys: keys that may send requests; empty: everyone who can reach the server, or if
+            there are `admin_keys`, those who have one.
+        admin_keys: keys that may change the server, and send requests; empty: no one may change it
+            if `api_keys` are set, else everyone.
         experts_folder: folder from which packs are plugged by name.
         teach_root: folder below which training text must lie; None turns teaching off.
         preferences: file of the preference database.
@@ -175,12 +176,14 @@ class Service:
         self.licence = ""  # of the base; "" until the engine is attached, or without a folder
         self._engine: Engine | None = None
         self._writer: PromptWriter | None = None
+        self._counter: PromptWriter | None = None
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
 
     def attach(self, engine: Engine, fleet: Fleet | None = None) -> None:
         """Start to serve with `engine`, alone or as a member of `fleet`."""
         self.fleet = fleet
         self._writer = PromptWriter(engine.tokenizer, context_length(engine.model))
+        self._counter = PromptWriter(engine.tokenizer, self.settings.max_body)
         folder = engine.model.experts.base_folder
         self.licence = str(read_licence(folder)) if folder else ""
         self.metrics.watch(engine)
@@ -189,11 +192,16 @@ class Service:
         self._engine = engine
 
     @property
-    def fingerprint(self) -> str:
-        """Identifies what answers: the same text can be expected only while it stays the same."""
+    def digest(self) -> str:
+        """SHA-256 of what answers: the same text can be expected only while it stays the same."""
         digests = [info.digest for info in self.engine.experts()]
         parts = [self.version, self.settings.base, str(self.engine.model.dtype), *digests]
-        return f"fp_{sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
+        return sha256(chr(0).join(parts).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest as OpenAI's API has it."""
+        return f"fp_{self.digest[:12]}"
 
     @property
     def refusal(self) -> ApiError | None:
@@ -228,6 +236,14 @@ class Service:
         """The prompt writer of the engine's model."""
         assert self._writer is not None
         return self._writer
+
+    @property
+    def counter(self) -> PromptWriter:
+        """A prompt writer for routes that count and convert tokens: whatever fits into a request is
+        short enough, as clients ask in order to decide what to leave out.
+        """
+        assert self._counter is not None
+        return self._counter
 
     async def start(self, plan: Callable[[], Sequence[Request]], choices: int = 1) -> GenerationJob:
         """Submit the requests that `plan` returns and return the job that follows them.

@@ -11,14 +11,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from deepseek.errors import DataError, shown
+from deepseek.errors import DataError, UserError, shown
 from deepseek.text.messages import Message, check_messages
 from deepseek.text.tokenizer import encode_plain
 
 USER_ROLES = ("user", "tool")
 
-FIRST_STAND_IN = 0x10F000
-"""First code point of a private-use range that stands in for control tokens (see `render`)."""
+LAST_STAND_IN = 0x10FFFD
+"""Last code point of plane 16, which is for private use. The first control token has this one as
+its stand-in (see `render`), the next one that before it, and so on: texts hardly ever use them.
+"""
 
 RESERVED = {
     *signature(PreTrainedTokenizerFast.apply_chat_template).parameters,
@@ -28,7 +30,7 @@ RESERVED = {
 }
 """Names that a template's variables cannot have."""
 
-STAND_INS = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(0x10FFFF)}]")
+STAND_INS = re.compile(f"[{chr(0x100000)}-{chr(LAST_STAND_IN)}]")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def render(
     Raises:
         DataError: a message is malformed, a variable has the name of an argument, there is no chat
             template, or the template refuses the messages.
+        UserError: one that the caller's trace function raises goes through.
     """
     check_messages(messages)
     taken = sorted(RESERVED & (variables or {}).keys())
@@ -87,6 +90,8 @@ def render(
             add_generation_prompt=open_turn,
             **guard(tokens, variables or {}),
         )
+    except UserError:  # a time limit of the caller
+        raise
     except Exception as error:  # a template can do anything that an expression in Jinja can
         raise DataError(
             f"The chat template refuses these messages ({error}); check their roles and order."
@@ -103,7 +108,7 @@ def guard(tokens: Sequence[str], value: Any) -> Any:
     """
     if isinstance(value, str):
         for index, token in enumerate(tokens):
-            value = value.replace(token, chr(FIRST_STAND_IN + index))
+            value = value.replace(token, chr(LAST_STAND_IN - index))
         return value
     if isinstance(value, Mapping):
         return {guard(tokens, name): guard(tokens, part) for name, part in value.items()}
@@ -128,7 +133,7 @@ def encode_rendered(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     ids: list[int] = []
     start = 0
     for match in STAND_INS.finditer(text):
-        index = ord(match[0]) - FIRST_STAND_IN
+        index = LAST_STAND_IN - ord(match[0])
         if index < len(tokens):
             ids += tokenizer(text[start : match.start()], add_special_tokens=False).input_ids
             ids += encode_plain(tokenizer, [tokens[index]])[0]

@@ -91,6 +91,11 @@ def document_start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [bos] if bos is not None and bos in tokenizer("").input_ids else []
 
 
+def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Return the ids of a text without control tokens, after those that stand before every text."""
+    return [*document_start_ids(tokenizer), *encode_plain(tokenizer, [text])[0]]
+
+
 def document_end_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return the id that ends a document: `<|endoftext|>` if the vocabulary has it, else EOS.
 

@@ -12,6 +12,7 @@ from tiny_adapter import save_llama, write_adapter
 from deepseek.checkpoint.fingerprint import fingerprint
 from deepseek.cli.main import main
 from deepseek.cli.options import expert_packs
+from deepseek.errors import PackError
 from deepseek.packs.library import experts_folder, index_folder, prompts_file
 from deepseek.packs.manifest import BaseDescription, Manifest, Metric
 from deepseek.packs.pack import ExpertPack, read_pack, write_pack
@@ -325,6 +326,17 @@ def test_a_signed_pack_needs_a_key_to_be_renamed(
     assert (status, "--key" in err) == (2, True)
     assert run(capsys, "rename", "poems", "verses", "--key", key)[0] == 0
     assert "signed by" in run(capsys, "verify", "verses", "--signature", "signed")[1]
+
+
+def test_names_are_looked_up_in_the_folder(pack: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run=3"
+    other.mkdir()
+    mine = other / "mine.safetensors"
+    mine.write_bytes(pack.read_bytes())
+    assert expert_packs("mine=0.5", "tiny-base", other) == {str(mine): 0.5}
+    assert expert_packs(str(mine), "tiny-base") == {str(mine): None}
+    with pytest.raises(PackError, match=r"no expert named 'poems' in .*run=3"):
+        expert_packs("poems", "tiny-base", other)
 
 
 @pytest.mark.parametrize("text", ["none", "", " none "])

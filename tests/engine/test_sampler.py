@@ -134,11 +134,18 @@ def test_any_whole_number_of_64_bits_is_a_seed(seed: int) -> None:
     ]
 
 
+@given(st.integers(0, 2**32 - 1))
+def test_no_probability_at_all_means_the_likeliest_token(seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=50).astype(np.float32)
+    sampler = Sampler(Sampling(temperature=2.0, top_p=0.0, seed=seed))
+    assert sampler.next_token(logits) == logits.argmax()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("temperature", -1.0),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_k", -1),
         ("min_p", 1.0),

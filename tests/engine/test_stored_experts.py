@@ -2,6 +2,7 @@
 and the weights in memory stay within their budget.
 """
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from deepseek.model.experts.module import read_weights
 from deepseek.model.experts.relevance import Relevance
 from deepseek.packs.manifest import MOMENTS
 from deepseek.packs.pack import ExpertPack, write_pack
+from deepseek.packs.pack_file import PackFile
 from deepseek.runner import Runner
 
 NAMES = "abcde"
@@ -257,6 +259,23 @@ def test_a_file_that_was_changed_fails_its_own_requests_alone(
         assert [info.name for info in engine.experts()] == ["d", "e"]
         engine.unplug("e")
         engine.plug(packs("e"))
+        assert len(replies(engine, [request(0, ("e",))])[0]) == 4
+
+
+def test_a_disk_that_fails_fails_the_requests_of_its_expert_alone(
+    packs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with new_engine("compiled", 1 << 20, "d") as engine:
+        engine.plug(packs("e"))
+        before = replies(engine, [request(1, ("d",))])
+        monkeypatch.setattr(PackFile, "read", broken)
+        failed, spared = replies(engine, [request(0, ("e",)), request(1, ("d",))])
+        assert [spared] == before
+        assert "Input/output error" in (failed[-1].error or "")
+        monkeypatch.undo()
         assert len(replies(engine, [request(0, ("e",))])[0]) == 4
 
 

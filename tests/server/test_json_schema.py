@@ -59,11 +59,40 @@ def test_every_named_object_is_closed_and_nothing_else_changes(schema: dict[str,
         ({"type": "object"}, {"b": 2}, True),
         ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, {"a": 1, "b": 2}, True),
         ({"$defs": {"x": {"properties": {"a": {}}}}, "$ref": "#/$defs/x"}, {"a": 1, "b": 2}, False),
+        ({"allOf": [{"properties": {"a": {}}}]}, {"a": 1, "b": 2}, False),
+        ({"anyOf": [{"properties": {"a": {}}}, {"type": "null"}]}, {"a": 1, "b": 2}, False),
     ],
-    ids=["closed", "opened", "free", "combined", "referenced"],
+    ids=["closed", "opened", "free", "combined", "referenced", "one part", "union"],
 )
 def test_what_fits(schema: dict[str, Any], value: Any, fits: bool) -> None:
     assert jsonschema.Draft202012Validator(closed(schema)).is_valid(value) is fits
+
+
+A, B = {"properties": {"a": {}}}, {"properties": {"b": {}}, "required": ["b"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {"B": B}, "allOf": [{"$ref": "#/$defs/B"}, A]},
+        {**A, "anyOf": [B, {"required": ["c"]}]},
+        {**A, "oneOf": [B]},
+        {"$defs": {"B": B}, **A, "$ref": "#/$defs/B"},
+        {"$defs": {"B": B, "C": {"$ref": "#/$defs/B"}}, **A, "$ref": "#/$defs/C"},
+        {"$defs": {"a/b": B}, **A, "$ref": "#/$defs/a~1b"},
+        {**A, "if": {"properties": {"a": {"const": 1}}}, "then": B},
+        {**A, "dependentSchemas": {"a": B}},
+        {"not": {"properties": {"a": {"const": 2}}}},
+    ],
+    ids=["allOf", "anyOf", "oneOf", "$ref", "chain", "escaped", "then", "dependent", "not"],
+)
+def test_what_is_described_in_several_places_stays_satisfiable(schema: dict[str, Any]) -> None:
+    value = {"a": 1, "b": 2}
+    assert jsonschema.Draft202012Validator(schema).is_valid(value)
+    assert jsonschema.Draft202012Validator(closed(schema)).is_valid(value)
+    inner = {"type": "object", "properties": {"item": {**A, "type": "object"}}}
+    within = closed({**schema, "items": inner})["items"]["properties"]["item"]
+    assert within["additionalProperties"] is False, "what is inside is closed as ever"
 
 
 def test_a_format_without_the_keyword_is_closed(server: Live) -> None:

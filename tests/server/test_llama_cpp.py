@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from live_server import CONTEXT, Live
 
+from deepseek.text.tokenizer import encode_plain
+
 ASKED: list[Any] = [{"role": "user", "content": "the expert of the model"}]
 
 
@@ -64,6 +66,43 @@ def test_tokens_round_trip(server: Live, text: str) -> None:
 def test_pieces_of_tokens(server: Live) -> None:
     reply = post(server, "/tokenize", {"content": "the value", "with_pieces": True})
     assert "".join(token["piece"] for token in reply["tokens"]) == "the value"
+
+
+def test_control_tokens_are_read_as_text_on_request(server: Live) -> None:
+    end = server.engine.tokenizer.eos_token
+    assert len(post(server, "/tokenize", {"content": end})["tokens"]) == 1
+    plain = post(server, "/tokenize", {"content": end, "parse_special": False})["tokens"]
+    assert plain == encode_plain(server.engine.tokenizer, [end])[0]
+    assert len(plain) > 1
+
+
+def test_what_is_longer_than_the_context_is_counted_too(server: Live) -> None:
+    """So that clients know how much to leave out."""
+    text = "the value " * 5000
+    reply = post(server, "/tokenize", {"content": text})
+    assert reply["count"] == len(reply["tokens"]) > 10 * CONTEXT
+    assert post(server, "/detokenize", {"tokens": reply["tokens"]})["content"] == text
+    asked = [{"role": "user", "content": text}]
+    assert post(server, "/tokenize", {"messages": asked})["count"] > reply["count"]
+    body = {"model": "tiny", "messages": asked}
+    assert post(server, "/v1/messages/count_tokens", body)["input_tokens"] > reply["count"]
+    with server.http() as http:
+        refused = http.post("/completion", json={"prompt": text})
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+def test_settings_of_samplers_that_are_off_are_taken(server: Live) -> None:
+    body = {"prompt": "the value", "n_predict": 8, "seed": 5, "temperature": 1.0}
+    off = {"mirostat": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1, "dry_multiplier": 0.0}
+    off |= {"dry_base": 1.75, "dry_allowed_length": 2, "xtc_probability": 0, "xtc_threshold": 0.1}
+    assert (
+        post(server, "/completion", body | off)["content"]
+        == post(server, "/completion", body)["content"]
+    )
+    random = body | {"seed": 2**32 - 1, "temperature": 2.0, "n_predict": 24}
+    one, other = (post(server, "/completion", random)["content"] for _ in range(2))
+    assert one != other
 
 
 def test_a_conversation_is_tokenized_as_chat_does(server: Live) -> None:

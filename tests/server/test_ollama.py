@@ -11,6 +11,7 @@ import pytest
 from live_server import Live
 
 import deepseek
+from deepseek.server.encoding import encoded
 
 ASKED: list[Any] = [{"role": "user", "content": "the expert of the model"}]
 TOOL: dict[str, Any] = {
@@ -168,9 +169,31 @@ def test_an_empty_prompt_loads_the_model(api: ollama.Client) -> None:
     assert api.chat(model="tiny", messages=[]).done_reason == "load"
 
 
+def test_what_ollama_reads_as_random_or_off_is_read_so(api: ollama.Client) -> None:
+    def written(**options: Any) -> str:
+        dials = {"temperature": 1.5, "num_predict": 24, **options}
+        return api.generate(model="tiny", prompt="the value", raw=True, options=dials).response
+
+    assert written(seed=-1) != written(seed=-1)
+    assert written(seed=3) == written(seed=3, top_k=-1) == written(seed=3, repeat_last_n=64)
+    assert written(top_p=0) == written(temperature=0)
+    penalised = {"seed": 3, "repeat_penalty": 3.0}
+    assert written(**penalised) != written(seed=3)
+    assert written(**penalised, repeat_last_n=0) == written(seed=3)
+
+
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029"])
+def test_no_character_of_an_answer_ends_a_line_of_the_stream(end: str) -> None:
+    assert encoded({"content": f"a{end}b"}).decode().splitlines() == [
+        json.dumps({"content": f"a{end}b"}, separators=(",", ":"))
+    ]
+
+
 def test_models_are_listed_and_shown(api: ollama.Client) -> None:
     assert "tiny+one" in [model.model for model in api.list().models]
     assert "tiny" in [model.model for model in api.ps().models]
+    # Its own program shows the first twelve characters.
+    assert {len(model.digest or "") for model in api.list().models} == {64}
     shown = api.show("tiny:latest")
     assert shown.capabilities == ["completion", "tools", "insert"]
     assert shown.modelinfo is not None

@@ -10,7 +10,7 @@ import jsonschema
 import openai
 import pytest
 from live_server import CONTEXT, Live
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from deepseek.engine.request import Request
 from deepseek.engine.sampler import Sampling
@@ -398,6 +398,14 @@ def test_embeddings(server: Live, client: OpenAI, given: Any, form: Any) -> None
             assert sum(value**2 for value in one.embedding) == pytest.approx(1.0, abs=1e-4)
 
 
+def test_embeddings_take_as_many_texts_as_openai_does(client: OpenAI) -> None:
+    assert len(client.embeddings.create(model="tiny", input=["the"] * 300).data) == 300
+    with pytest.raises(BadRequestError, match="of 2048 or fewer items"):
+        client.embeddings.create(model="tiny", input=["the"] * 2049)
+    with pytest.raises(BadRequestError, match="of 16 or fewer items"):
+        client.completions.create(model="tiny", prompt=["the"] * 17)
+
+
 BAD_CHATS: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "unknown_field": ({"audio": {"voice": "x"}}, 400, "audio"),
     "unknown_nested": ({"stream_options": {"foo": 1}}, 400, "stream_options.foo"),
@@ -408,7 +416,7 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "text_for_number": ({"temperature": "1"}, 400, "temperature"),
     "cold": ({"temperature": -1}, 400, "temperature"),
     "boiling": ({"temperature": 2.5}, 400, "temperature"),
-    "top_p": ({"top_p": 0}, 400, "top_p"),
+    "top_p": ({"top_p": -0.1}, 400, "top_p"),
     "top_logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     "top_alone": ({"top_logprobs": 2}, 400, "top_logprobs"),
     "no_tokens": ({"max_tokens": 0}, 400, "max_tokens"),

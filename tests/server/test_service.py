@@ -21,18 +21,20 @@ import pygit2
 import pytest
 from live_server import Live, live, save_model
 from tiny_expert import save_expert
+from tiny_tokenizer import tiny_tokenizer
 
 from deepseek.data.preferences.database import Preference, PreferenceDatabase
 from deepseek.engine.load import load
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, DataError
 from deepseek.packs.library import prompts_file
 from deepseek.packs.manifest import LEAST_GAIN
-from deepseek.server.errors import ApiError
+from deepseek.server.errors import without_paths
 from deepseek.server.prompt import time_limit
 from deepseek.server.run import listen
 from deepseek.server.schema import TeachRequest, Tool
 from deepseek.server.service import Settings
 from deepseek.server.tools import Calling
+from deepseek.text.chat_template import render
 
 USER, ADMIN = "user-key", "admin-key"
 CHAT: dict[str, Any] = {
@@ -67,7 +69,7 @@ def keyed(served_folder: Path, text_root: Path) -> Iterator[Live]:
         admin_keys=frozenset({ADMIN}),
         max_body=200_000,
         max_upload=60_000,
-        hosts=frozenset({"models.example"}),
+        hosts=frozenset({"Models.example"}),
         teach_root=text_root,
     )
     with live(served_folder, settings, max_waiting=4, max_running=2) as running:
@@ -178,6 +180,24 @@ def test_the_page_asks_for_the_key_and_keeps_a_session(keyed: Live) -> None:
 def test_foreign_names_are_refused(keyed: Live, host: str, status: int) -> None:
     with keyed.http() as http:
         assert http.get("/health", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/api/version", "/api/tags"])
+def test_a_head_is_that_of_the_reply(keyed: Live, path: str) -> None:
+    """Balancers ask so, and Ollama's own program before each command."""
+    with keyed.http(USER) as http:
+        reply = http.head(path)
+        assert (reply.status_code, reply.content) == (200, b"")
+        assert reply.headers["content-type"] == http.get(path).headers["content-type"]
+    with keyed.http() as http:
+        assert http.head("/").status_code == http.get("/").status_code
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "etc"])
+def test_a_text_of_a_client_that_looks_like_a_path_is_left_alone(name: str) -> None:
+    assert without_paths(f"The regex (/{name}/b is open.") == (
+        f"The regex (/{name}/b is open." if name != "etc" else "The regex (b is open."
+    )
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", ""])
@@ -557,8 +577,13 @@ def test_a_template_has_a_time_limit() -> None:
     bomb = "{% for a in range(90000) %}{% for b in range(90000) %}{% set c = a %}{% endfor %}{% endfor %}"
     template = ImmutableSandboxedEnvironment().from_string(bomb)
     started = time.monotonic()
-    with pytest.raises(ApiError, match="took longer"), time_limit(0.1):
+    with pytest.raises(DataError, match="took longer"), time_limit(0.1):
         template.render()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = bomb
+    asked = [{"role": "user", "content": "a"}]
+    with pytest.raises(DataError, match=r"^The chat template took longer"), time_limit(0.1):
+        render(tokenizer, asked)
     assert time.monotonic() - started < 5
     with time_limit(5):
         assert ImmutableSandboxedEnvironment().from_string("{{ 1 + 1 }}").render() == "2"
@@ -658,6 +683,11 @@ def test_a_signal_lets_answers_end_and_takes_no_more(
         refused = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert "retry-after" in refused.headers
+        others = {
+            path: httpx.post(f"{url}{path}", json={}).status_code
+            for path in ("/completion", "/infill", "/tokenize", "/api/chat", "/api/embed")
+        }
+        assert set(others.values()) == {503}, others
         told = [line for line in lines if line]
     assert told[-1] == "data: [DONE]"
     assert json.loads(told[-2][6:])["choices"][0]["finish_reason"] == "length"

@@ -11,6 +11,8 @@ from deepseek.errors import CheckpointError
 from deepseek.text.tokenizer import (
     document_end_id,
     document_start_ids,
+    encode_document,
+    encode_plain,
     load_tokenizer,
     tokenizer_digest,
 )
@@ -49,6 +51,11 @@ def test_only_tokenizers_that_begin_texts_with_bos_begin_documents_with_it() -> 
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
     )
     assert document_start_ids(tokenizer) == [tokenizer.bos_token_id]
+    text = "the model<|im_end|>"
+    assert encode_document(tokenizer, text) == [
+        tokenizer.bos_token_id,
+        *encode_plain(tokenizer, [text])[0],
+    ]
 
 
 def test_a_folder_without_tokenizer_says_so(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from deepseek.server.body import (
     StopText,
     TokenCount,
     ToolName,
+    TopK,
+    TopP,
     text_only,
 )
 from deepseek.server.constraints import JsonSchema, ResponseFormat
@@ -218,8 +220,8 @@ class MessagesRequest(CountRequest):
     stop_sequences: Annotated[Several[StopText], Field(max_length=16)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     speed: Literal["standard"] | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from deepseek.engine.request import TokenUsage
-from deepseek.server.body import Body, Ids, Penalty, Several, ShortText, StopText
+from deepseek.server.body import Body, Ids, Penalty, Several, ShortText, StopText, TopK, TopP
 from deepseek.server.metrics import spoken
 from deepseek.server.routes.completions import CompletionChunks
 from deepseek.server.schema import (
@@ -19,6 +19,9 @@ from deepseek.server.schema import (
 )
 from deepseek.server.stream import Fields
 
+RANDOM_SEEDS = (-1, 2**32 - 1)
+"""Seeds with which llama.cpp draws one: what a client sends, and what the server tells."""
+
 
 class NativeCompletion(Body):
     """`POST /completion`; `experts` is our extension."""
@@ -29,8 +32,8 @@ class NativeCompletion(Body):
     stream: bool | None = None
     stop: Annotated[Several[StopText], Field(max_length=16)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Penalty | None = None
@@ -40,6 +43,8 @@ class NativeCompletion(Body):
     json_schema: dict[str, Any] | None = None
     grammar: str | None = None
     experts: ExpertsField = ExpertsField()
+    repeat_last_n: int | None = None
+    """0 turns the penalties off; else they look at the whole text, whatever it says"""
 
     # Values that change nothing; any other value is refused.
     typical_p: Literal[1] | Annotated[float, Field(ge=1, le=1)] | None = None
@@ -53,8 +58,15 @@ class NativeCompletion(Body):
     n_keep: int | None = None
     id_slot: int | None = None
     cache_prompt: bool | None = None
-    repeat_last_n: int | None = None
     min_keep: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    dynatemp_exponent: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: Several[ShortText] | None = None
+    xtc_threshold: float | None = None
     timings_per_token: bool | None = None
     samplers: Several[ShortText] | None = None
 
@@ -66,6 +78,7 @@ class NativeCompletion(Body):
             limit: most tokens of the answer if the request sets no limit.
         """
         wanted = self.n_predict
+        penalised = self.repeat_last_n != 0
         return CompletionRequest(
             model=self.model or model,
             prompt=self.prompt,
@@ -75,10 +88,10 @@ class NativeCompletion(Body):
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
-            repetition_penalty=self.repeat_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=None if self.seed == -1 else self.seed,
+            repetition_penalty=self.repeat_penalty if penalised else None,
+            presence_penalty=self.presence_penalty if penalised else None,
+            frequency_penalty=self.frequency_penalty if penalised else None,
+            seed=None if self.seed in RANDOM_SEEDS else self.seed,
             ignore_eos=self.ignore_eos,
             json_schema=self.json_schema,
             grammar=self.grammar,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from deepseek.engine.request import TokenUsage
-from deepseek.server.body import Body, Penalty, Several, ShortText, StopText, ToolName
+from deepseek.server.body import Body, Penalty, Several, ShortText, StopText, ToolName, TopK, TopP
 from deepseek.server.constraints import JsonSchema, ResponseFormat
 from deepseek.server.errors import ApiError
 from deepseek.server.metrics import spoken
@@ -36,8 +36,8 @@ class Options(Body):
     """Sampling parameters, and settings of Ollama's runner, which this server does not need."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: StopText | Annotated[Several[StopText], Field(max_length=16)] | None = None
@@ -45,6 +45,8 @@ class Options(Body):
     repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    repeat_last_n: int | None = None
+    """0 turns the penalties off; else they look at the whole text, whatever it says"""
 
     # Values that change nothing; any other value is refused.
     typical_p: Literal[1] | Annotated[float, Field(ge=1, le=1)] | None = None
@@ -54,7 +56,6 @@ class Options(Body):
     # Settings that do not change an answer.
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
-    repeat_last_n: int | None = None
     penalize_newline: bool | None = None
     num_ctx: int | None = None
     num_keep: int | None = None
@@ -75,17 +76,18 @@ class Options(Body):
         """Return our sampling fields."""
         # -1 and -2 stand for "no limit" and "fill the context".
         limit = self.num_predict if (self.num_predict or 0) > 0 else None
+        penalised = self.repeat_last_n != 0
         return {
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
             "min_p": self.min_p,
-            "seed": self.seed,
+            "seed": None if self.seed == -1 else self.seed,  # -1: draw one
             "stop": self.stop,
             "max_tokens": limit,
-            "repetition_penalty": self.repeat_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repeat_penalty if penalised else None,
+            "presence_penalty": self.presence_penalty if penalised else None,
+            "frequency_penalty": self.frequency_penalty if penalised else None,
         }
 
 
@@ -237,7 +239,7 @@ class OllamaEmbed(Body):
     """`POST /api/embed`."""
 
     model: ShortText
-    input: str | Annotated[Several[str], Field(min_length=1, max_length=256)]
+    input: str | Annotated[Several[str], Field(min_length=1, max_length=2048)]
     truncate: bool | None = None
     dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     options: Options = Options()

@@ -26,6 +26,7 @@ from deepseek.server.schema import ChatMessage
 from deepseek.server.service import Service, TheService
 from deepseek.server.stream import Reply
 from deepseek.server.tools import Calling
+from deepseek.text.tokenizer import encode_document, encode_plain
 
 router = APIRouter(route_class=AnyTypeComputingRoute)
 
@@ -74,7 +75,7 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
     """Return the token ids that a request asks for.
 
     Raises:
-        ApiError: there is no text, or it is too long.
+        ApiError: there is no text.
     """
     if body.messages is not None:
         return conversation_ids(service, body, body.messages)
@@ -85,14 +86,16 @@ def token_ids(service: Service, body: TokenizeRequest) -> list[int]:
     text = body.content if body.prompt is None else body.prompt
     if text is None:
         raise ApiError(400, "There is no text; send content, prompt or messages.", param="content")
-    service.writer.check_text(text)
-    return list(service.engine.tokenizer(text, add_special_tokens=special).input_ids)
+    tokenizer = service.engine.tokenizer
+    if not body.parse_special:
+        return encode_document(tokenizer, text) if special else encode_plain(tokenizer, [text])[0]
+    return list(tokenizer(text, add_special_tokens=special).input_ids)
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, str]:
     """Return the text of token ids; llama.cpp's clients read `content`, vLLM's `prompt`."""
-    ids = service.writer.check(body.tokens)
+    ids = service.counter.check(body.tokens)
     text = str(await service.admission.run(partial(service.engine.tokenizer.decode, ids)))
     return {"content": text, "prompt": text}
 
@@ -109,7 +112,7 @@ def conversation_ids(
 ) -> list[int]:
     """Return the token ids of a conversation with the tools and variables of a request."""
     calling = Calling(tuple(body.tools or ()))
-    return service.writer.chat(messages, calling, variables=body.chat_template_kwargs)
+    return service.counter.chat(messages, calling, variables=body.chat_template_kwargs)
 
 
 @router.get("/props")

@@ -38,6 +38,6 @@ async def count_tokens(body: CountRequest, service: TheService) -> dict[str, int
     calling = Calling.of(chat)
     continued = bool(chat.continue_final_message)
     ids = await service.admission.run(
-        partial(service.writer.chat, chat.messages, calling, continued)
+        partial(service.counter.chat, chat.messages, calling, continued)
     )
     return {"input_tokens": len(ids)}

@@ -35,12 +35,14 @@ NEVER = "0001-01-01T00:00:00Z"
 """Ollama's time for a model that is never unloaded."""
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version")
 async def version(service: TheService) -> dict[str, str]:
     """Return the version of this package."""
     return {"version": service.version}
 
 
+@router.head("/tags", include_in_schema=False)
 @router.get("/tags")
 async def tags(service: TheService) -> dict[str, Any]:
     """List the models."""
@@ -178,7 +180,7 @@ def listed(service: Service, name: str) -> dict[str, Any]:
         "model": name,
         "modified_at": service.started.isoformat(),
         "size": service.engine.model.get_memory_footprint(),
-        "digest": "",
+        "digest": service.digest,
         "details": details(service),
     }
 
